@@ -1,0 +1,38 @@
+# fastbyol: `make` lists the targets. Each one installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+DEMO_KIND ?= fashion
+DEMO_DATA := demo/$(DEMO_KIND)
+DEMO_RUN := runs/demo
+DEMO_PRESET := $(if $(filter scenes,$(DEMO_KIND)),cpu_demo_scenes,cpu_demo)
+
+.PHONY: help install demo test lint bench clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## .venv with torch, DALI, ffcv and the tools; Debian packages where apt-get can install them
+
+$(STAMP): pyproject.toml constraints.txt scripts/install.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/install.sh
+	@touch $(STAMP)
+
+demo: $(STAMP) ## images -> .beton -> BYOL -> evaluation -> runs/demo/report.html (DEMO_KIND=fashion or scenes)
+	BIN=$(BIN) KIND=$(DEMO_KIND) DATA=$(DEMO_DATA) RUN=$(DEMO_RUN) PRESET=$(DEMO_PRESET) bash scripts/demo.sh
+
+test: $(STAMP) ## the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff, pyright, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## the benchmark suite (quick)
+	$(BIN)/python -m benchmarks.run --quick
+
+clean: ## remove the demo's data and runs
+	rm -rf demo runs/demo

@@ -1,0 +1,50 @@
+"""Makes the demo's ImageFolder: train/ and val/ of small JPEG images, the same bytes for the same seed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from fastbyol.config.errors import UserError, one_line_errors, require_choice
+from fastbyol.data.demo_fashion import write_fashion
+from fastbyol.data.demo_folder import DemoSettings
+from fastbyol.data.demo_scenes import write_scenes
+
+EXAMPLES = """\
+examples:
+  python data_prep/demo_data.py --out demo                  Fashion-MNIST's photographs at random places, sizes and angles: 10 classes
+  python data_prep/demo_data.py --out demo --kind scenes    drawn from code alone, with masks, boxes and depth: 16 classes
+"""
+WRITERS = {"fashion": write_fashion, "scenes": write_scenes}
+
+
+@one_line_errors
+def main(arguments: list[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    require_choice("kind", options.kind, tuple(WRITERS))
+    settings = DemoSettings(train_per_class=options.train_per_class, val_per_class=options.val_per_class, seed=options.seed)
+    WRITERS[options.kind](options.out, settings=settings, overwrite=options.overwrite)
+    print(f"{options.out}: {options.kind}, {settings.train_per_class} + {settings.val_per_class} images a class")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """A bad option is a user's mistake like any other: one line, not a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--kind", default="fashion", help="fashion or scenes (default: %(default)s)")
+    parser.add_argument("--train-per-class", type=int, default=DemoSettings.train_per_class, help="default: %(default)s")
+    parser.add_argument("--val-per-class", type=int, default=DemoSettings.val_per_class, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=DemoSettings.seed, help="default: %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="replace the demo folder that is at --out already")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

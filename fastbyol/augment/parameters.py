@@ -1,0 +1,189 @@
+"""What each view of each image draws: one counter-based sampler for every backend and every executor.
+
+Every number is a keyed hash of (seed, epoch, sample index, view, slot), so a view does not depend on batch order, worker count, rank
+or resume point, and there is no generator state to save. Each quantity has its own slot: turning one operation off leaves all other
+draws unchanged.
+"""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import require
+from fastbyol.config.views import ViewPair
+
+COLUMNS = (
+    "crop_y",
+    "crop_x",
+    "crop_h",
+    "crop_w",
+    "flip",
+    "rotation_deg",
+    "order",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "gray",
+    "sigma",
+    "solarize",
+)
+"""Meaning of a parameter row, in order.
+
+crop_*: pixels of the image, whole numbers.
+flip, gray: 0 or 1.
+rotation_deg: counter-clockwise; 0 = none.
+order: the jitter's four operations as base-4 digits, first operation first (0 brightness, 1 contrast, 2 saturation, 3 hue); -1 = no jitter.
+brightness, hue: added; 0 = none. contrast, saturation: factors; 1 = none.
+sigma: pixels of the view; 0 = no blur.
+solarize: threshold; 2 = off.
+"""
+# The compiled CPU kernel bakes these numbers into its on-disk cache, which watches its own file only: touch cpu_kernel.py when they change.
+CROP_Y, CROP_X, CROP_H, CROP_W, FLIP, ROTATION_DEG, ORDER = range(7)
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SIGMA, SOLARIZE = range(7, len(COLUMNS))
+NUM_COLUMNS = len(COLUMNS)
+NO_JITTER = -1.0
+SOLARIZE_OFF = 2.0
+
+SLOTS = (
+    "area",
+    "aspect",
+    "offset_y",
+    "offset_x",
+    "flip",
+    "rotation",
+    "jitter",
+    "order",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "gray",
+    "blur",
+    "sigma",
+    "solarize",
+)
+"""Counter of each draw. Append only: a slot's place is part of what a seed means."""
+_SLOT = {name: np.uint64(place) for place, name in enumerate(SLOTS)}
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_EPOCH_SALT = np.uint64(0x632BE59BD9B4E019)
+_SAMPLE_SALT = np.uint64(0xD1B54A32D192ED03)
+_ORDER_CODES = np.array([64 * a + 16 * b + 4 * c + d for a, b, c, d in permutations(range(4))], dtype=np.float32)
+_NEUTRAL = {ORDER: NO_JITTER, CONTRAST: 1.0, SATURATION: 1.0, SOLARIZE: SOLARIZE_OFF}
+_EVAL_SHARE = 0.875  # DeepMind: 224 / (224 + 32 px of padding), whatever the view's size
+
+Words = NDArray[np.uint64]
+Floats = NDArray[np.float64]
+
+
+def _mix(x: Words) -> Words:
+    """The finaliser of splitmix64. Arrays of at least one dimension only: numpy wraps those silently and warns on scalars."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _uniforms(*, seed: int, epoch: int, index: NDArray[np.int64], views: int) -> Floats:
+    """(N, views, slots) uniform draws in [0, 1) of 53 random bits."""
+    run = _mix(np.array([seed], dtype=np.uint64) + _GOLDEN)
+    run = _mix(run ^ _mix(np.array([epoch], dtype=np.uint64) + _EPOCH_SALT))
+    sample = index.astype(np.uint64)[:, None] * np.uint64(views) + np.arange(views, dtype=np.uint64)
+    key = _mix(run ^ _mix(sample + _SAMPLE_SALT))
+    counter = np.arange(1, len(SLOTS) + 1, dtype=np.uint64) * _GOLDEN
+    return (_mix(key[..., None] + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _neutral(num: int, views: int) -> NDArray[np.float32]:
+    rows = np.zeros((num, views, NUM_COLUMNS), dtype=np.float32)
+    for column, value in _NEUTRAL.items():
+        rows[..., column] = value
+    return rows
+
+
+def _per_view(pair: ViewPair, name: str) -> Floats:
+    """(2,) or (2, 2): the field of both views, to broadcast over the images."""
+    return np.array([getattr(pair.view1, name), getattr(pair.view2, name)], dtype=np.float64)
+
+
+def draw_parameters(
+    pair: ViewPair, *, seed: int, epoch: int, index: NDArray[np.int64], height: NDArray[np.int64], width: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """(N, 2, NUM_COLUMNS) float32: what both views of each image draw (columns: `COLUMNS`).
+
+    Args:
+        pair: the distribution of the two views.
+        seed: the run's seed, 0 to 2^63 - 1.
+        epoch: pass over the data, from 0.
+        index: (N,) position of each image in the data set.
+        height: (N,) pixels of the decoded image, at least 1.
+        width: likewise.
+
+    Source: Grill et al., appendix B and table 6; DeepMind's code for the crop. A Bernoulli draw fires when u < p.
+    """
+    require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63 - 1]")
+    require(0 <= epoch < 2**63, "epoch", epoch, "an integer >= 0")
+    uniform = _uniforms(seed=seed, epoch=epoch, index=np.asarray(index, dtype=np.int64), views=2)
+    rows = _neutral(len(uniform), 2)
+    rows[..., CROP_Y : CROP_W + 1] = _crop_boxes(pair, uniform, np.asarray(height)[:, None], np.asarray(width)[:, None])
+    _fill_colour(rows, pair, uniform)
+    _fill_rest(rows, pair, uniform)
+    return rows
+
+
+def _crop_boxes(pair: ViewPair, uniform: Floats, height: NDArray[np.int64], width: NDArray[np.int64]) -> Floats:
+    """(N, 2, 4) y, x, h, w: sides clamped to the image and at least 1 px, no rejection; offsets uniform over all whole positions."""
+    area_range, aspect_range = _per_view(pair, "crop_area"), np.log(_per_view(pair, "crop_aspect"))
+    area = _between(area_range, uniform[..., _SLOT["area"]]) * height * width
+    aspect = np.exp(_between(aspect_range, uniform[..., _SLOT["aspect"]]))
+    crop_h = np.clip(np.rint(np.sqrt(area / aspect)), 1, height)
+    crop_w = np.clip(np.rint(np.sqrt(area * aspect)), 1, width)
+    crop_y = np.floor(uniform[..., _SLOT["offset_y"]] * (height - crop_h + 1))
+    crop_x = np.floor(uniform[..., _SLOT["offset_x"]] * (width - crop_w + 1))
+    return np.stack([crop_y, crop_x, crop_h, crop_w], axis=-1)
+
+
+def _between(bounds: Floats, uniform: Floats) -> Floats:
+    return bounds[..., 0] + (bounds[..., 1] - bounds[..., 0]) * uniform
+
+
+def _fill_colour(rows: NDArray[np.float32], pair: ViewPair, uniform: Floats) -> None:
+    """One Bernoulli for the four operations together, one of 24 orders, each magnitude symmetric about neutral."""
+    fires = uniform[..., _SLOT["jitter"]] < _per_view(pair, "jitter_p")
+    order = _ORDER_CODES[(uniform[..., _SLOT["order"]] * len(_ORDER_CODES)).astype(np.int64)]
+    rows[..., ORDER] = np.where(fires, order, NO_JITTER)
+    for name, column in (("brightness", BRIGHTNESS), ("contrast", CONTRAST), ("saturation", SATURATION), ("hue", HUE)):
+        shift = _per_view(pair, name) * (2.0 * uniform[..., _SLOT[name]] - 1.0)
+        rows[..., column] = np.where(fires, _NEUTRAL.get(column, 0.0) + shift, _NEUTRAL.get(column, 0.0))
+
+
+def _fill_rest(rows: NDArray[np.float32], pair: ViewPair, uniform: Floats) -> None:
+    rows[..., FLIP] = uniform[..., _SLOT["flip"]] < _per_view(pair, "flip_p")
+    rows[..., ROTATION_DEG] = _per_view(pair, "rotation_deg") * (2.0 * uniform[..., _SLOT["rotation"]] - 1.0)
+    rows[..., GRAY] = uniform[..., _SLOT["gray"]] < _per_view(pair, "gray_p")
+    sigma = _between(_per_view(pair, "blur_sigma"), uniform[..., _SLOT["sigma"]])
+    rows[..., SIGMA] = np.where(uniform[..., _SLOT["blur"]] < _per_view(pair, "blur_p"), sigma, 0.0)
+    solarized = uniform[..., _SLOT["solarize"]] < _per_view(pair, "solarize_p")
+    rows[..., SOLARIZE] = np.where(solarized, _per_view(pair, "solarize_threshold"), SOLARIZE_OFF)
+
+
+def centre_crop_parameters(*, height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(N, 1, NUM_COLUMNS) float32: DeepMind's evaluation crop, a centred square of 7/8 of the short side, at least 1 px.
+
+    Nothing else fires.
+
+    Args:
+        height: (N,) pixels of the decoded image, at least 1.
+        width: likewise.
+    """
+    height, width = np.asarray(height, dtype=np.int64), np.asarray(width, dtype=np.int64)
+    side = np.maximum((_EVAL_SHARE * np.minimum(height, width)).astype(np.int64), 1)
+    rows = _neutral(len(side), 1)
+    # The half pixel goes to the top left, as in DeepMind's code; a crop of the whole image must still start at 0.
+    rows[:, 0, CROP_Y] = np.minimum((height - side + 1) // 2, height - side)
+    rows[:, 0, CROP_X] = np.minimum((width - side + 1) // 2, width - side)
+    rows[:, 0, CROP_H] = rows[:, 0, CROP_W] = side
+    return rows

@@ -1,0 +1,218 @@
+"""The augmentation as one obvious function per operation: slow, of any float type, and what the fast executors are tested against.
+
+Images are (N, 3, H, W) tensors in [0, 1]; parameters are (N,) tensors or plain numbers. No operation clips, except where its own
+formula does: `render_view` clips where the paper's code does. Source: Grill et al., appendix B;
+deepmind-research/byol/utils/augmentations.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastbyol.augment import parameters as columns
+from fastbyol.config.errors import require, require_choice
+from fastbyol.config.views import ViewPair
+
+LUMA = (0.2989, 0.5870, 0.1140)
+"""TensorFlow's grey weights; they sum to 0.9999."""
+
+Number = Tensor | float
+
+
+def _per_image(x: Tensor, value: Number) -> Tensor:
+    """(N, 1, 1, 1) or a scalar, in the type of x."""
+    value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    return value.reshape(-1, 1, 1, 1) if value.ndim else value
+
+
+def adjust_brightness(x: Tensor, delta: Number) -> Tensor:
+    """x + delta: additive, unlike torchvision's."""
+    return x + _per_image(x, delta)
+
+
+def adjust_contrast(x: Tensor, factor: Number) -> Tensor:
+    """factor (x - mean) + mean, the mean of each channel over the image (torchvision: of the grey image)."""
+    mean = x.mean(dim=(2, 3), keepdim=True)
+    return _per_image(x, factor) * (x - mean) + mean
+
+
+def rgb_to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hue in [0, 1), saturation and value, each (N, 1, H, W), as TensorFlow: hue by the largest channel, ties R, G, B; 0 where grey."""
+    red, green, blue = x.split(1, dim=1)
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
+    saturation = torch.where(value > 0, chroma / torch.where(value > 0, value, 1), 0)
+    safe = torch.where(chroma > 0, chroma, 1)
+    sextants = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    sextants = torch.where(value == red, (green - blue) / safe, sextants)
+    return torch.where(chroma > 0, sextants / 6 % 1.0, 0), saturation, value
+
+
+def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """(N, 3, H, W) from three (N, 1, H, W): chroma, middle and offset by the six sextants of the hue, taken modulo 1."""
+    chroma = saturation * value
+    sextants = 6 * (hue % 1.0)
+    middle = chroma * (1 - (sextants % 2 - 1).abs())
+    zero = torch.zeros_like(chroma)
+    channels_of_sextant = [
+        (chroma, middle, zero),
+        (middle, chroma, zero),
+        (zero, chroma, middle),
+        (zero, middle, chroma),
+        (middle, zero, chroma),
+        (chroma, zero, middle),
+    ]
+    rgb = torch.cat([zero] * 3, 1)
+    for sextant, channels in enumerate(channels_of_sextant):
+        rgb = torch.where(sextants.floor() % 6 == sextant, torch.cat(channels, 1), rgb)
+    return rgb + value - chroma
+
+
+def adjust_saturation(x: Tensor, factor: Number) -> Tensor:
+    """HSV saturation times factor, clipped to [0, 1] (torchvision: a blend with grey)."""
+    hue, saturation, value = rgb_to_hsv(x)
+    return hsv_to_rgb(hue, (saturation * _per_image(x, factor)).clamp(0, 1), value)
+
+
+def adjust_hue(x: Tensor, delta: Number) -> Tensor:
+    """HSV hue plus delta turns."""
+    hue, saturation, value = rgb_to_hsv(x)
+    return hsv_to_rgb(hue + _per_image(x, delta), saturation, value)
+
+
+def to_grayscale(x: Tensor) -> Tensor:
+    """0.2989 R + 0.5870 G + 0.1140 B in all three channels."""
+    weight = torch.tensor(LUMA, dtype=x.dtype, device=x.device).reshape(1, 3, 1, 1)
+    return (x * weight).sum(1, keepdim=True).expand(-1, 3, -1, -1)
+
+
+def gaussian_blur(x: Tensor, sigma: Number, taps: int) -> Tensor:
+    """Separable Gaussian of an odd number of taps over zero padding, so borders darken; sigma (pixels) > 0."""
+    require(taps >= 1 and taps % 2 == 1, "taps", taps, "an odd number >= 1")
+    radius = taps // 2
+    sigmas = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+    place = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
+    blurred = []
+    for image, one_sigma in zip(x, sigmas, strict=True):
+        window = torch.exp(-(place**2) / (2 * one_sigma**2))
+        window = window / window.sum()
+        channels = image.unsqueeze(1)
+        channels = F.conv2d(channels, window.reshape(1, 1, 1, -1), padding=(0, radius))
+        channels = F.conv2d(channels, window.reshape(1, 1, -1, 1), padding=(radius, 0))
+        blurred.append(channels.squeeze(1))
+    return torch.stack(blurred)
+
+
+def solarize(x: Tensor, threshold: Number) -> Tensor:
+    """x below the threshold, 1 - x from it upwards."""
+    return torch.where(x < _per_image(x, threshold), x, 1 - x)
+
+
+def normalize(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """(x - mean) / std for each channel."""
+    shape, like = (1, 3, 1, 1), {"dtype": x.dtype, "device": x.device}
+    return (x - torch.tensor(mean, **like).reshape(shape)) / torch.tensor(std, **like).reshape(shape)
+
+
+def rotate(x: Tensor, degrees: Number) -> Tensor:
+    """Turned counter-clockwise about the centre of the (square or not) image: bilinear, edge pixels repeated.
+
+    Differs from the paper: it does not rotate. An option for sets of small pictures.
+    """
+    num, _, height, width = x.shape
+    angle = torch.deg2rad(torch.as_tensor(degrees, dtype=x.dtype, device=x.device).expand(num)).reshape(-1, 1, 1)
+    centre_y, centre_x = (height - 1) / 2, (width - 1) / 2
+    y = torch.arange(height, dtype=x.dtype, device=x.device).reshape(1, -1, 1) - centre_y
+    x_axis = torch.arange(width, dtype=x.dtype, device=x.device).reshape(1, 1, -1) - centre_x
+    from_x = (centre_x + torch.cos(angle) * x_axis - torch.sin(angle) * y).clamp(0, width - 1)
+    from_y = (centre_y + torch.sin(angle) * x_axis + torch.cos(angle) * y).clamp(0, height - 1)
+    left, top = from_x.floor().long(), from_y.floor().long()
+    right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
+    over, down = (from_x - left).unsqueeze(1), (from_y - top).unsqueeze(1)
+    image = torch.arange(num, device=x.device).reshape(-1, 1, 1)
+    pixels = x.permute(0, 2, 3, 1)
+
+    def at(row: Tensor, column: Tensor) -> Tensor:
+        return pixels[image, row, column].permute(0, 3, 1, 2)
+
+    upper = (1 - over) * at(top, left) + over * at(top, right)
+    lower = (1 - over) * at(bottom, left) + over * at(bottom, right)
+    return (1 - down) * upper + down * lower
+
+
+def resize_matrix(n_in: int, n_out: int, *, interpolation: str, antialias: bool) -> NDArray[np.float64]:
+    """(n_out, n_in) weights: half-pixel centres, Keys cubic (a = -0.5) or triangle, taps outside dropped and the rest renormalised."""
+    require_choice("interpolation", interpolation, ("bicubic", "bilinear"))
+    scale = n_in / n_out
+    stretch = max(scale, 1.0) if antialias else 1.0
+    matrix = np.zeros((n_out, n_in))
+    for o in range(n_out):
+        centre = (o + 0.5) * scale
+        for i in range(n_in):
+            matrix[o, i] = _filter(abs(i + 0.5 - centre) / stretch, interpolation)
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def _filter(distance: float, interpolation: str) -> float:
+    if interpolation == "bilinear":
+        return max(1 - distance, 0.0)
+    if distance < 1:
+        return 1.5 * distance**3 - 2.5 * distance**2 + 1
+    return -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2 if distance < 2 else 0.0
+
+
+def crop_resize(image: Tensor, box: tuple[int, int, int, int], size_px: int, interpolation: str, antialias: bool) -> Tensor:
+    """(3, S, S) float64 in [0, 1], clipped: box (y, x, h, w) of an (H, W, 3) uint8 image, resized as tf.image.resize does."""
+    y, x, h, w = box
+    crop = image[y : y + h, x : x + w].to(torch.float64) / 255
+    down = torch.from_numpy(resize_matrix(h, size_px, interpolation=interpolation, antialias=antialias))
+    across = torch.from_numpy(resize_matrix(w, size_px, interpolation=interpolation, antialias=antialias))
+    return torch.einsum("oh,hwc,pw->cop", down, crop, across).clamp(0, 1)
+
+
+def jitter_order(code: float) -> list[int]:
+    """The four operations of an order code, first first: 0 brightness, 1 contrast, 2 saturation, 3 hue; none for -1."""
+    return [] if code < 0 else [int(code) // 4**place % 4 for place in (3, 2, 1, 0)]
+
+
+def render_view(image: Tensor, parameters_row: Tensor | NDArray[np.float32], pair: ViewPair) -> Tensor:
+    """(3, S, S) float64, normalised: the whole augmentation of an (H, W, 3) uint8 image by one parameter row, in the paper's order."""
+    row = [float(value) for value in parameters_row]
+    y, x, h, w = (int(row[column]) for column in (columns.CROP_Y, columns.CROP_X, columns.CROP_H, columns.CROP_W))
+    view = crop_resize(image, (y, x, h, w), pair.size_px, pair.interpolation, pair.antialias).unsqueeze(0)
+    return augment_view(view, row, blur_taps=pair.blur_taps, mean=pair.mean, std=pair.std)[0]
+
+
+def augment_view(
+    view: Tensor,
+    row: list[float],
+    *,
+    blur_taps: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Tensor:
+    """(1, 3, S, S), normalised: all that follows crop and resize, for one view in [0, 1]."""
+    if row[columns.FLIP] > 0:
+        view = view.flip(3)
+    if row[columns.ROTATION_DEG] != 0:
+        view = rotate(view, row[columns.ROTATION_DEG])
+    jitter = (
+        (adjust_brightness, columns.BRIGHTNESS),
+        (adjust_contrast, columns.CONTRAST),
+        (adjust_saturation, columns.SATURATION),
+        (adjust_hue, columns.HUE),
+    )
+    for op in jitter_order(row[columns.ORDER]):
+        adjust, column = jitter[op]
+        view = adjust(view, row[column]).clamp(0, 1)
+    if row[columns.GRAY] > 0:
+        view = to_grayscale(view)
+    view = view.clamp(0, 1)
+    if row[columns.SIGMA] > 0:
+        view = gaussian_blur(view, row[columns.SIGMA], blur_taps)
+    view = solarize(view, row[columns.SOLARIZE]).clamp(0, 1)
+    return normalize(view, mean, std)

@@ -1,0 +1,167 @@
+"""BYOL: an online network learns to predict what a slowly moving target network sees in the other view (Grill et al., sections 3.1, 3.2)."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbyol.config.schema import ModelConfig
+from fastbyol.models import build_encoder
+from fastbyol.models.heads import mlp_head
+from fastbyol.models.resnet import truncated_normal_
+from fastbyol.objectives import byol_loss
+from fastbyol.optim.ema import ema_update
+
+
+class OnlineOutput(NamedTuple):
+    """feature (N, F) of the encoder, projection (N, D), prediction (N, D); the prediction is the projection where there is no predictor."""
+
+    feature: Tensor
+    projection: Tensor
+    prediction: Tensor
+
+
+class BYOLOutput(NamedTuple):
+    """What one forward gives: the losses to minimise (scalars), and what monitors look at (detached).
+
+    loss: BYOL's regression loss in [0, 8].
+    probe_loss: cross-entropy of the linear probe on view 1; its gradient stops at the feature.
+    probe_correct: (N,) whether the probe's first guess was the label.
+    projection: (N, D) online projection of view 1.
+    feature: (N, F) encoder output for view 1.
+    """
+
+    loss: Tensor
+    probe_loss: Tensor
+    probe_correct: Tensor
+    projection: Tensor
+    feature: Tensor
+
+
+class Online(nn.Module):
+    """encoder, projector, predictor."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.predictor = predictor
+
+    def forward(self, view: Tensor) -> OnlineOutput:
+        feature = self.encoder(view)
+        projection = self.projector(feature)
+        return OnlineOutput(feature, projection, self.predictor(projection))
+
+
+class Target(nn.Module):
+    """encoder, projector: a frozen copy of the online ones, in training mode, with batch statistics of its own."""
+
+    def __init__(self, online: Online) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(online.encoder)
+        self.projector = copy.deepcopy(online.projector)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, view: Tensor) -> Tensor:
+        """The projection (N, D), without gradient."""
+        return self.projector(self.encoder(view))
+
+
+class BYOL(nn.Module):
+    """Online and target network, the symmetrised loss, and a linear probe that watches without touching.
+
+    Args:
+        encoder: (N, 3, H, W) -> (N, F); has `feature_dim`.
+        hidden_dim, projection_dim: width of the heads' hidden layers and of the projection.
+        projector_layers, predictor_layers: number of Linears; 0 predictor layers leave it out.
+        num_classes: of the probe.
+
+    Differs from the paper: the target starts as a copy of the online network, as the paper's pseudo-code has it; the official code draws it from
+    another key and saw no difference.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        num_classes: int,
+        hidden_dim: int = 4096,
+        projection_dim: int = 256,
+        projector_layers: int = 2,
+        predictor_layers: int = 2,
+    ) -> None:
+        super().__init__()
+        feature_dim = int(encoder.feature_dim)  # type: ignore[arg-type]
+        projector = mlp_head(feature_dim, hidden_dim=hidden_dim, out_dim=projection_dim, layers=projector_layers)
+        predictor: nn.Module = nn.Identity()
+        if predictor_layers:
+            predictor = mlp_head(projection_dim, hidden_dim=hidden_dim, out_dim=projection_dim, layers=predictor_layers)
+        self.online = Online(encoder, projector, predictor)
+        self.target = Target(self.online)
+        self.probe = nn.Linear(feature_dim, num_classes)
+
+    def forward(self, view1: Tensor, view2: Tensor, label: Tensor) -> BYOLOutput:
+        """Both views through both networks, each view a forward of its own, so that BN statistics are per view.
+
+        Args:
+            view1, view2: (N, 3, H, W), normalised.
+            label: (N,) int64, seen by the probe only.
+        """
+        online1, online2 = self.online(view1), self.online(view2)
+        target1, target2 = self.target(view1), self.target(view2)
+        loss = byol_loss(online1.prediction, online2.prediction, target1, target2)
+        logits = self.probe(online1.feature.detach())
+        return BYOLOutput(
+            loss=loss,
+            probe_loss=F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), label),
+            probe_correct=(logits.detach().argmax(dim=1) == label),
+            projection=online1.projection.detach(),
+            feature=online1.feature.detach(),
+        )
+
+    def update_target(self, tau: float | Tensor) -> None:
+        """Moves the target's parameters towards the online ones; call it once after each optimizer step. BN statistics stay each network's own."""
+        ema_update(self._target_parameters(), self._online_parameters(), tau)
+
+    def _target_parameters(self) -> list[Tensor]:
+        return [*self.target.encoder.parameters(), *self.target.projector.parameters()]
+
+    def _online_parameters(self) -> list[Tensor]:
+        return [*self.online.encoder.parameters(), *self.online.projector.parameters()]
+
+
+def build_byol(config: ModelConfig, *, num_classes: int) -> BYOL:
+    """The networks of a config, freshly initialised from torch's global generator."""
+    encoder = build_encoder(
+        config.encoder,
+        width=config.width,
+        stem=config.stem,
+        padding=config.padding,
+        zero_init_last_gamma=config.zero_init_last_gamma,
+        initialisation=config.initialisation,
+    )
+    byol = BYOL(
+        encoder,
+        num_classes=num_classes,
+        hidden_dim=config.hidden_dim,
+        projection_dim=config.projection_dim,
+        projector_layers=config.projector_layers,
+        predictor_layers=config.predictor_layers,
+    )
+    if config.initialisation == "truncated_normal":
+        for head in (byol.online.projector, byol.online.predictor, byol.probe):
+            head.apply(_truncated_normal_linear)
+        byol.target.projector.load_state_dict(byol.online.projector.state_dict())
+    return byol
+
+
+def _truncated_normal_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        truncated_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,60 @@
+"""A config as plain values and back: what YAML, JSON and checkpoints hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from typing import Any, TypeVar
+
+from fastbyol.config.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def to_plain(config: Any) -> Any:
+    """Dataclasses as dicts and tuples as lists, all the way down."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, list | tuple):
+        return [to_plain(v) for v in config]
+    return config
+
+
+def from_plain(cls: type[Config], values: dict[str, Any], *, where: str = "") -> Config:
+    """The dataclass built, and so checked, from plain values; fields left out take their defaults.
+
+    Raises:
+        UserError: a name that the class does not have (with the nearest one), a value of another type, or one out of range.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where}{name}: no such option{nearest_name(name, known)}")
+    return cls(**{name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()})
+
+
+def nearest_name(name: str, known: typing.Iterable[str]) -> str:
+    """' (did you mean x?)', or nothing where no name is near."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(value):
+            return value
+        if not isinstance(value, dict):
+            raise UserError(f"{where} = {value!r}: must be a group of options")
+        return from_plain(hint, value, where=f"{where}.")  # type: ignore[type-var]
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        if not isinstance(value, list | tuple) or len(value) != len(items):
+            raise UserError(f"{where} = {value!r}: must be {len(items)} values")
+        return tuple(_convert(v, t, where) for v, t in zip(value, items, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} = {value!r}: must be of type {hint.__name__}")
+    return value

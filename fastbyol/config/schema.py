@@ -1,0 +1,148 @@
+"""What a run is: frozen dataclasses, one per concern, checked where they are built.
+
+Every default is the paper's 300-epoch ResNet-50 run (Grill et al., section 3.3 and appendix F; official configs/byol.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastbyol.config.errors import UserError, require, require_at_least, require_choice, require_positive, require_probability
+from fastbyol.config.views import ViewPair
+
+BACKENDS = ("auto", "ffcv", "dali", "folder")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are and how they are read."""
+
+    train: str = ""
+    """A .beton file, a folder of tar shards made by to_dali.py, or an ImageFolder."""
+    val: str = ""
+    """The same for the labelled images of the periodic kNN check; empty: none."""
+    backend: str = "auto"
+    """auto takes the one that reads `train`."""
+    workers: int = 0
+    """Threads that decode and augment, per process; 0: as many as this process may use cores."""
+    prefetch: int = 3
+    """Batches made ahead of the training step."""
+
+    def __post_init__(self) -> None:
+        require_choice("data.backend", self.backend, BACKENDS)
+        require_at_least("data.workers", self.workers, 0)
+        require_at_least("data.prefetch", self.prefetch, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder and heads (section 3.3)."""
+
+    encoder: str = "resnet50"
+    width: int = 1
+    """Multiplies every convolution, unlike torchvision's wide_resnet."""
+    stem: str = "imagenet"
+    """imagenet: 7x7 stride 2 and max-pool; small: 3x3 stride 1; small2: 3x3 stride 2 (images of 32 to 64 px)."""
+    padding: str = "symmetric"
+    """symmetric, as PyTorch; same, as TensorFlow: what the official checkpoints need."""
+    zero_init_last_gamma: bool = False
+    """Start each residual branch at zero. The paper's results: off."""
+    initialisation: str = "kaiming"
+    """kaiming: torchvision's; truncated_normal: the official code's (no difference in accuracy, section 5)."""
+    projector_layers: int = 2
+    predictor_layers: int = 2
+    """0: no predictor (an ablation: collapses without a negative term)."""
+    hidden_dim: int = 4096
+    projection_dim: int = 256
+
+    def __post_init__(self) -> None:
+        require_choice("model.stem", self.stem, ("imagenet", "small", "small2"))
+        require_choice("model.padding", self.padding, ("symmetric", "same"))
+        require_choice("model.initialisation", self.initialisation, ("kaiming", "truncated_normal"))
+        for name in ("width", "projector_layers", "hidden_dim", "projection_dim"):
+            require_at_least(f"model.{name}", getattr(self, name), 1)
+        require_at_least("model.predictor_layers", self.predictor_layers, 0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The update of the online network and of the target."""
+
+    name: str = "lars"
+    base_lr: float = 0.3
+    """Per 256 images: the peak is base_lr * global_batch / 256."""
+    warmup_epochs: float = 10.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-6
+    trust_coefficient: float = 1e-3
+    tau_base: float = 0.99
+    """Target decay rate at step 0; rises to 1 along a cosine."""
+
+    def __post_init__(self) -> None:
+        require_choice("optim.name", self.name, ("lars", "sgd", "adamw", "torch_optimizer_lars"))
+        require_positive("optim.base_lr", self.base_lr)
+        for name in ("warmup_epochs", "weight_decay", "trust_coefficient"):
+            require_at_least(f"optim.{name}", getattr(self, name), 0.0)
+        require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
+        require_probability("optim.tau_base", self.tau_base)
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Numbers and memory layout of the step."""
+
+    autocast: str = "bf16"
+    channels_last: bool = True
+    compile: bool = False
+    """torch.compile of the whole forward and loss; the first step then takes a minute or more."""
+    cross_replica_bn: bool = True
+    """BN statistics over all devices, as the official code. No effect on one device."""
+
+    def __post_init__(self) -> None:
+        require_choice("precision.autocast", self.autocast, ("bf16", "fp16", "off"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One pre-training run, whole."""
+
+    out: str = ""
+    """The run folder."""
+    epochs: float = 300.0
+    """Passes over the training images; the run ends after int(epochs * images) // global_batch optimizer steps."""
+    global_batch: int = 4096
+    """Images per optimizer step, over all devices and accumulated micro-batches."""
+    rank_batch: int = 0
+    """Images per device in one forward; 0: global_batch / devices. A smaller one accumulates gradients (and BN sees that fewer images)."""
+    seed: int = 0
+    log_every: int = 10
+    """Optimizer steps between two progress lines."""
+    checkpoint_every: int = 500
+    """Optimizer steps between two checkpoints; the end of the run always writes one."""
+    keep_checkpoints: int = 2
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewPair = field(default_factory=ViewPair)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+
+    def __post_init__(self) -> None:
+        require_positive("epochs", self.epochs)
+        for name in ("global_batch", "log_every", "checkpoint_every"):
+            require_at_least(name, getattr(self, name), 1)
+        require_at_least("rank_batch", self.rank_batch, 0)
+        require_at_least("keep_checkpoints", self.keep_checkpoints, 2)
+        require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
+
+
+def accumulation_of(config: TrainConfig, *, world_size: int) -> int:
+    """Micro-batches per optimizer step on each of world_size ranks.
+
+    Raises:
+        UserError: the global batch does not split evenly.
+    """
+    unit = world_size * (config.rank_batch or 1)
+    if config.global_batch % unit:
+        shares = f"{world_size} ranks" + (f" x rank_batch {config.rank_batch}" if config.rank_batch else "")
+        raise UserError(f"global_batch = {config.global_batch}: not divisible by {shares}; choose a multiple of {unit}")
+    return config.global_batch // unit if config.rank_batch else 1

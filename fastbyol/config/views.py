@@ -1,0 +1,119 @@
+"""What each view draws: the paper's augmentation table and its ablations, as data.
+
+One `ViewPair` drives every backend and every executor. Source of all numbers: Grill et al., table 6 and appendix B, and the official code
+(deepmind-research/byol/utils/augmentations.py, dataset.py); `ABLATIONS` is table 17.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from fastbyol.config.errors import require, require_at_least, require_choice, require_probability, require_range
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """The distribution of one view. Probabilities in [0, 1]; magnitudes in units of the [0, 1] pixel range.
+
+    Operations in this order: clamped random crop, resize, flip, (rotation), colour jitter in random order, grayscale, blur, solarize, normalise.
+    """
+
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area, drawn uniformly."""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height, drawn log-uniformly."""
+    flip_p: float = 0.5
+    rotation_deg: float = 0.0
+    """Largest rotation either way, in degrees. Differs from the paper: it has none (0)."""
+    jitter_p: float = 0.8
+    """One draw for the four colour operations together."""
+    brightness: float = 0.4
+    """x + d, d in [-brightness, brightness]."""
+    contrast: float = 0.4
+    """f (x - mean) + mean, mean per channel, f in [1 - contrast, 1 + contrast]."""
+    saturation: float = 0.2
+    """HSV saturation times f, f in [1 - saturation, 1 + saturation]."""
+    hue: float = 0.1
+    """HSV hue plus d turns, d in [-hue, hue]."""
+    gray_p: float = 0.2
+    blur_p: float = 1.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Pixels of the view, whatever its size."""
+    solarize_p: float = 0.0
+    solarize_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_range("crop_area", self.crop_area, TINY, 1.0)
+        require_range("crop_aspect", self.crop_aspect, 0.01, 100.0)
+        require(0.0 <= self.rotation_deg <= 180.0, "rotation_deg", self.rotation_deg, "degrees in [0, 180]")
+        for name in ("flip_p", "jitter_p", "gray_p", "blur_p", "solarize_p"):
+            require_probability(name, getattr(self, name))
+        for name in ("brightness", "contrast", "saturation", "solarize_threshold"):
+            require_probability(name, getattr(self, name))
+        require(0.0 <= self.hue <= 0.5, "hue", self.hue, "turns in [0, 0.5]")
+        require_range("blur_sigma", self.blur_sigma, TINY, 100.0)
+
+
+@dataclass(frozen=True)
+class ViewPair:
+    """Both views of an image and what they share: the run's whole augmentation."""
+
+    view1: ViewSpec = field(default_factory=ViewSpec)
+    view2: ViewSpec = field(default_factory=lambda: ViewSpec(blur_p=0.1, solarize_p=0.2))
+    size_px: int = 224
+    interpolation: str = "bicubic"
+    """Keys a = -0.5, half-pixel centres, taps outside the crop dropped and the rest renormalised, as tf.image.resize."""
+    antialias: bool = False
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        require_at_least("size_px", self.size_px, 1)
+        require_choice("interpolation", self.interpolation, ("bicubic", "bilinear"))
+        require(all(s > 0 for s in self.std), "std", self.std, "three positive numbers")
+
+    @property
+    def blur_taps(self) -> int:
+        """Gaussian window: 2 int(size / 10 / 2) + 1, that is 23 at 224 px."""
+        return blur_taps(self.size_px)
+
+
+def blur_taps(size_px: int) -> int:
+    """Taps of the paper's blur for a view of this many pixels: kernel size/10, radius int(kernel/2)."""
+    return 2 * int(size_px / 10 / 2) + 1
+
+
+def both(pair: ViewPair, **changes: object) -> ViewPair:
+    """The pair with the same changes made to both of its views."""
+    return replace(pair, view1=replace(pair.view1, **changes), view2=replace(pair.view2, **changes))  # type: ignore[arg-type]
+
+
+PAPER = ViewPair()
+_CROP_ONLY = both(PAPER, flip_p=0.0, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
+
+
+def _only(*kept: str) -> ViewPair:
+    """Crop plus the named probabilities at their paper value, each view its own."""
+    views = {name: replace(getattr(_CROP_ONLY, name), **{p: getattr(getattr(PAPER, name), p) for p in kept}) for name in ("view1", "view2")}
+    return replace(_CROP_ONLY, **views)  # type: ignore[arg-type]
+
+
+ABLATIONS: dict[str, ViewPair] = {
+    "no_flip": both(PAPER, flip_p=0.0),
+    "no_blur": both(PAPER, blur_p=0.0),
+    "no_colour": both(PAPER, jitter_p=0.0, gray_p=0.0),
+    "no_jitter": both(PAPER, jitter_p=0.0),
+    "no_grayscale": both(PAPER, gray_p=0.0),
+    "no_blur_in_view2": replace(PAPER, view2=replace(PAPER.view2, blur_p=0.0)),
+    "no_solarize_in_view2": replace(PAPER, view2=replace(PAPER.view2, solarize_p=0.0)),
+    "neither_in_view2": replace(PAPER, view2=replace(PAPER.view2, blur_p=0.0, solarize_p=0.0)),
+    "symmetric": both(PAPER, blur_p=0.5, solarize_p=0.2),
+    "crop_only": _CROP_ONLY,
+    "crop_flip": _only("flip_p"),
+    "crop_colour": _only("jitter_p", "gray_p"),
+    "crop_blur": _only("blur_p"),
+}

@@ -1,0 +1,26 @@
+"""From files to `ViewBatch`: converters, backends behind one contract, traversal.
+
+The names below load on first use: the worker processes of a conversion import this package and must not wait for torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastbyol.data.batch import ImageBatch, ViewBatch
+    from fastbyol.data.build import build_image_loader, build_loader
+
+__all__ = ["ImageBatch", "ViewBatch", "build_image_loader", "build_loader"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("build_loader", "build_image_loader"):
+        from fastbyol.data import build
+
+        return getattr(build, name)
+    if name in ("ViewBatch", "ImageBatch"):
+        from fastbyol.data import batch
+
+        return getattr(batch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

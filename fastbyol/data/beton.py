@@ -1,0 +1,132 @@
+"""The .beton file format, version 2, as FFCV 1.0 defines it: header, field descriptors, metadata table, data in pages, allocation table.
+
+Plain numpy, so that neither the converter nor each rank of a run waits seconds for ffcv's import; tests hold it to ffcv's own Reader and
+Loader.
+Source: libffcv's `ffcv/types.py`, `ffcv/fields/`, `ffcv/memory_allocator.py` (PyPI 1.0.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import UserError
+
+VERSION = 2
+INT_FIELD, IMAGE_FIELD = 1, 2
+JPEG_MODE, RAW_MODE = 0, 1
+MIN_PAGE_BYTES = 1 << 23
+"""8 MiB, ffcv's default."""
+MAX_PAGE_BYTES = 1 << 31
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table_ptr", "<u8")], align=True
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", (16,)), ("arguments", "<u1", (1024,))], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+LABEL = np.dtype("<i8")
+# Unnamed fields come out as f0, f1, … in order, aligned as a C struct.
+_FIELD_TYPES = {0: np.dtype("<f8"), INT_FIELD: LABEL, IMAGE_FIELD: IMAGE}
+SAMPLE = np.dtype([("", IMAGE), ("", LABEL)], align=True)
+"""One row of the files that we write: f0 image, f1 label."""
+
+
+_CHECKSUMS_MAGIC = b"fastbyol"
+"""Starts the image field's arguments, which RGBImageField ignores; then, 8 bytes: the offset of a table with each image's CRC-32."""
+
+
+def field_descriptors(*, checksums_at: int) -> NDArray[np.void]:
+    """The two descriptors of our files: image, label. checksums_at: offset of the table of each image's CRC-32, '<u4'."""
+    fields = np.zeros(2, dtype=FIELD)
+    for row, (name, type_id) in enumerate((("image", IMAGE_FIELD), ("label", INT_FIELD))):
+        fields[row]["type_id"] = type_id
+        fields[row]["name"][: len(name)] = np.frombuffer(name.encode("ascii"), dtype=np.uint8)
+    arguments = _CHECKSUMS_MAGIC + checksums_at.to_bytes(8, "little")
+    fields[0]["arguments"][: len(arguments)] = np.frombuffer(arguments, dtype=np.uint8)
+    return fields
+
+
+@dataclass(frozen=True)
+class Beton:
+    """What a .beton says about its samples; every array has one row per sample."""
+
+    mode: NDArray[np.uint8]
+    height: NDArray[np.int64]
+    width: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    label: NDArray[np.int64]
+    crc32: NDArray[np.uint32] | None
+    """Of each image's bytes; None in a file that stock FFCV wrote."""
+
+
+def read_beton(path: Path) -> Beton:
+    """Reads and checks everything but the images. UserError for a file that is empty, foreign, cut, or has no image and integer label."""
+    file_bytes = path.stat().st_size
+    header = _read(path, HEADER, 1, 0)[0]
+    if header["version"] != VERSION or not 0 < header["num_fields"] < 64:
+        raise UserError(f"{path}: not a .beton file of version {VERSION}; make one with data_prep/to_ffcv.py")
+    if not header["num_samples"] or not header["alloc_table_ptr"]:
+        raise UserError(f"{path}: holds no finished data set (its writer did not end); make it again with data_prep/to_ffcv.py")
+    fields = _read(path, FIELD, int(header["num_fields"]), HEADER.itemsize)
+    samples = _read(path, _sample_type(path, fields), int(header["num_samples"]), HEADER.itemsize + fields.nbytes)
+    image, label = samples[_column(path, fields, IMAGE_FIELD, "image")], samples[_column(path, fields, INT_FIELD, "integer label")]
+    return Beton(
+        mode=image["mode"],
+        height=image["height"].astype(np.int64),
+        width=image["width"].astype(np.int64),
+        offset=image["data_ptr"].astype(np.int64),
+        size=_sizes(path, image["data_ptr"], int(header["alloc_table_ptr"]), file_bytes),
+        label=label.astype(np.int64),
+        crc32=_checksums(path, fields[fields["type_id"] == IMAGE_FIELD][0], int(header["num_samples"])),
+    )
+
+
+def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[Any]:
+    if offset + count * dtype.itemsize > path.stat().st_size:
+        raise UserError(f"{path}: too short for a .beton file (cut, or another format); make it again with data_prep/to_ffcv.py")
+    return np.fromfile(path, dtype=dtype, count=count, offset=offset)
+
+
+def _sample_type(path: Path, fields: NDArray[np.void]) -> np.dtype:
+    unknown = [int(field["type_id"]) for field in fields if int(field["type_id"]) not in _FIELD_TYPES]
+    if unknown:
+        raise UserError(
+            f"{path}: has a field of type {unknown[0]}; only images, integers and floats are read here. Use data_prep/to_ffcv.py"
+        )
+    return np.dtype([("", _FIELD_TYPES[int(field["type_id"])]) for field in fields], align=True)
+
+
+def _column(path: Path, fields: NDArray[np.void], type_id: int, what: str) -> str:
+    matches = np.flatnonzero(fields["type_id"] == type_id)
+    if not len(matches):
+        raise UserError(f"{path}: has no {what} field; make it with data_prep/to_ffcv.py")
+    return f"f{matches[0]}"
+
+
+def _checksums(path: Path, image_field: np.void, num_samples: int) -> NDArray[np.uint32] | None:
+    arguments = image_field["arguments"][:16].tobytes()
+    if not arguments.startswith(_CHECKSUMS_MAGIC):
+        return None
+    return _read(path, np.dtype("<u4"), num_samples, int.from_bytes(arguments[8:], "little"))
+
+
+def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: int) -> NDArray[np.int64]:
+    """Bytes of each image, from the allocation table; every image must have its row and lie inside the file."""
+    cut = UserError(f"{path}: its tail is missing or damaged; copy it again, or make it again with data_prep/to_ffcv.py")
+    if table_at >= file_bytes or (file_bytes - table_at) % ALLOCATION.itemsize:
+        raise cut
+    table = np.fromfile(path, dtype=ALLOCATION, offset=table_at)
+    table = table[np.argsort(table["ptr"])]
+    rows = np.searchsorted(table["ptr"], pointers)
+    if len(table) < len(pointers) or rows.max() >= len(table) or (table["ptr"][rows] != pointers).any():
+        raise cut
+    sizes = table["size"][rows]
+    if (pointers + sizes).max() > table_at:
+        raise cut
+    return sizes.astype(np.int64)

@@ -1,0 +1,110 @@
+"""From a configuration to a loader: the only place that asks which backend."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastbyol.config.errors import UserError, require_choice
+from fastbyol.config.schema import BACKENDS, DataConfig
+from fastbyol.config.views import ViewPair
+from fastbyol.data.loader import ImageLoader, TwoViewLoader
+from fastbyol.data.manifest import TAR_MANIFEST
+from fastbyol.data.source import Source
+from fastbyol.data.traversal import Traversal
+
+_READS = {
+    "ffcv": "a .beton file",
+    "dali": "a folder of tar shards made by data_prep/to_dali.py",
+    "folder": "a folder with one sub-folder per class",
+}
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    views: ViewPair,
+    seed: int,
+    global_batch: int,
+    accumulate: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    output: str = "float32",
+) -> TwoViewLoader:
+    """The training loader of `config.train`, at epoch 0, batch 0.
+
+    Args:
+        config: path, backend, threads.
+        views: what both views draw.
+        seed: of order and views.
+        global_batch: images per optimizer step over all ranks; divisible by world_size * accumulate.
+        accumulate: micro-batches per optimizer step; each is one `ViewBatch`.
+        rank: this process among world_size.
+        world_size: processes that share the batch.
+        output: 'float32' views or 'uint8' crops, see `TwoViewLoader`.
+
+    Raises:
+        UserError: no such data, data of another kind than the backend reads, a backend that isn't installed, a batch that does not divide.
+    """
+    source = _open_source(config.train, config.backend, option="data.train")
+    try:
+        traversal = Traversal(source.num_samples, seed, global_batch, accumulate=accumulate, rank=rank, world_size=world_size)
+        workers = config.workers or default_workers()
+        return TwoViewLoader(source, views=views, traversal=traversal, workers=workers, prefetch=config.prefetch, output=output)
+    except BaseException:
+        source.close()
+        raise
+
+
+def build_image_loader(path: str | Path, *, views: ViewPair, batch: int, backend: str = "auto", workers: int = 0) -> ImageLoader:
+    """Every labelled image of `path` once, centre-cropped: what evaluation reads. Raises UserError as `build_loader`."""
+    source = _open_source(str(path), backend, option="data")
+    try:
+        return ImageLoader(source, views=views, batch=batch, workers=workers or default_workers())
+    except BaseException:
+        source.close()
+        raise
+
+
+def default_workers() -> int:
+    """Cores that this process may use, shared with the other processes that torchrun started on this machine; at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _open_source(location: str, backend: str, *, option: str) -> Source:
+    """The backend's source. Each is imported here alone: an optional one that is missing must not break the others."""
+    if not location:
+        raise UserError(
+            f"{option} is not given: a .beton file, a folder of tar shards, or a folder with one sub-folder of images per class"
+        )
+    require_choice("data.backend", backend, BACKENDS)
+    path = Path(location)
+    fitting = _fitting_backend(path, option)
+    if backend == "auto":
+        backend = fitting
+    if backend != fitting:
+        raise UserError(
+            f"data.backend = {backend!r}: {path} is {_READS[fitting]}, this backend reads {_READS[backend]}; use auto or {fitting}"
+        )
+    if backend == "ffcv":
+        from fastbyol.data.ffcv_loader import FfcvSource
+
+        return FfcvSource(path)
+    if backend == "dali":
+        from fastbyol.data.dali_loader import DaliSource
+
+        return DaliSource(path)
+    from fastbyol.data.folder_loader import FolderSource
+
+    return FolderSource(path)
+
+
+def _fitting_backend(path: Path, option: str) -> str:
+    """The backend that reads what lies at the path."""
+    if not path.exists():
+        raise UserError(f"{option} = {path}: no such file or folder")
+    if path.is_file():
+        return "ffcv"
+    if (path / TAR_MANIFEST).exists() or any(path.glob("*.tar")):
+        return "dali"
+    return "folder"

@@ -1,0 +1,29 @@
+"""The last stage of the data path: a batch on the training device, augmented there where the loader stopped at crops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbyol.augment.torch_graph import augment_batch
+from fastbyol.config.views import ViewPair
+from fastbyol.data.batch import ViewBatch
+
+
+def views_on_device(batch: ViewBatch, views: ViewPair, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(view1, view2, label) on the device, views normalised (N, 3, S, S) channels-last; copies do not block the host.
+
+    Never run by us on a GPU yet: uint8 crops then go through `augment.torch_graph`, which is tested against the reference on the CPU.
+    """
+    label = batch.label.to(device, non_blocking=True)
+    if batch.view1.dtype != torch.uint8:
+        return batch.view1.to(device, non_blocking=True), batch.view2.to(device, non_blocking=True), label
+    parameters = batch.parameters.to(device, non_blocking=True)
+    rotate = max(views.view1.rotation_deg, views.view2.rotation_deg) > 0
+    view1, view2 = (
+        augment_batch(
+            crops.to(device, non_blocking=True), parameters[:, v], blur_taps=views.blur_taps, mean=views.mean, std=views.std, rotate=rotate
+        )
+        for v, crops in enumerate((batch.view1, batch.view2))
+    )
+    return view1, view2, label

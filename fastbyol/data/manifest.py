@@ -1,0 +1,74 @@
+"""The JSON beside converted data: what is in it, how it was made, and how to tell that it is whole."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from fastbyol.config.errors import UserError
+
+FORMAT_VERSION = 1
+TAR_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One data file, by its name beside the manifest."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a conversion made. Class names stand in label order."""
+
+    kind: str
+    """beton or tar."""
+    num_samples: int
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    images: dict[str, float]
+    """Summary: smallest, mean and largest height and width in pixels, bytes, and how many images were transcoded."""
+    settings: dict[str, int | str]
+    source: dict[str, str]
+    """The folder as the user gave it, and the digest of its listing."""
+    shards: tuple[Shard, ...]
+    software: dict[str, str]
+
+
+def software_versions() -> dict[str, str]:
+    """Versions that a conversion's result can depend on."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in ("fastbyol", "numpy", "pillow")}
+
+
+def beton_manifest_path(beton: Path) -> Path:
+    return beton.with_name(beton.name + ".json")
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes the manifest as readable JSON; the caller gives the final name to it."""
+    path.write_text(json.dumps({"format_version": FORMAT_VERSION} | asdict(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads a manifest. UserError if it is missing, not ours, or of a later version."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields.pop("format_version")
+        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+        for name in ("class_names", "class_counts"):
+            fields[name] = tuple(fields[name])
+        manifest = Manifest(**fields)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; convert again with data_prep/to_dali.py or data_prep/to_ffcv.py") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a manifest of this program ({error}); convert again") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: manifest version {version}, this program reads {FORMAT_VERSION}; convert again")
+    return manifest

@@ -1,0 +1,93 @@
+"""What a backend is: the decoded pixels of any sample, by index. Order, augmentation, batches, threads and resume are not its business."""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastbyol.config.errors import UserError
+
+Pixels = NDArray[np.uint8]
+Indices = NDArray[np.int64]
+
+
+class Source(ABC):
+    """A data set that decodes: num_samples images with a label each. `decode` may be called from several threads at once."""
+
+    def __init__(self, *, labels: Indices, class_names: tuple[str, ...]) -> None:
+        self.labels = labels
+        """(num_samples,) int64 class of each image."""
+        self.class_names = class_names
+        """Name of each class."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
+        """Heights and widths in pixels, (N,) int64 each, without decoding."""
+
+    @abstractmethod
+    def decode(self, indices: Indices) -> Iterator[Pixels]:
+        """Yields each image: RGB (H, W, 3) uint8, C-contiguous, valid until the next is taken. UserError if damaged, never black."""
+
+    @abstractmethod
+    def sample_name(self, index: int) -> str:
+        """The sample as a user would look for it: its index and file."""
+
+    def checked(self, index: int, data: bytes, crc32: int) -> bytes:
+        """The sample's bytes, if they are those of the conversion: a decoder notices only some of the possible damage."""
+        if zlib.crc32(data) != crc32:
+            raise damaged(self.sample_name(index), "its bytes have changed since the conversion")
+        return data
+
+    def close(self) -> None:  # noqa: B027 (a backend without open files has nothing to do)
+        """Lets go of files and decoders. More than once does no harm."""
+
+
+class RangeReader:
+    """Reads byte ranges of one file from any thread.
+
+    pread and not a memory map: a file that somebody cuts while it is mapped kills the process (SIGBUS), here it is a UserError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, offset)
+        if len(data) != size:
+            raise UserError(
+                f"{self.path}: ended at byte {os.fstat(self._descriptor).st_size} while being read; was it replaced? Convert it again"
+            )
+        return data
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def decode_with_pillow(data: bytes) -> Pixels:
+    """(H, W, 3) RGB of any image file's bytes; EXIF orientation is not applied. Raises one of PILLOW_ERRORS if it is damaged."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""All that Pillow raises for a damaged or foreign file."""
+
+
+def damaged(name: str, error: object) -> UserError:
+    """The error for a sample that does not decode."""
+    return UserError(f"{name} does not decode ({error}): replace or remove the image, and convert again")

@@ -1,0 +1,68 @@
+"""The folder of tar shards: WebDataset tars with a DALI v1.2 index each, a sample table for random access, and the manifest.
+
+Stock DALI (fn.readers.webdataset) and every WebDataset reader take the tars as they are; our own loader uses the sample table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, read_manifest
+
+SAMPLE_TABLE = "samples.npy"
+SAMPLE = np.dtype(
+    [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("label", "<i8"), ("height", "<u2"), ("width", "<u2")]
+)
+"""One row per sample, in the order of the ImageFolder listing: where its JPEG lies, and what it is. crc32 is of the JPEG's bytes."""
+INDEX_VERSION = "v1.2"
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"
+
+
+def index_path(tar: Path) -> Path:
+    """The DALI index beside a tar."""
+    return tar.with_suffix(".idx")
+
+
+def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
+    """Manifest and sample table, checked against the files. UserError for a missing, cut or foreign one."""
+    manifest = read_manifest(folder / TAR_MANIFEST)
+    if manifest.kind != "tar":
+        raise UserError(f"{folder / TAR_MANIFEST}: describes {manifest.kind!r}, not tar shards; convert again with data_prep/to_dali.py")
+    for shard in manifest.shards:
+        _check_shard(folder / shard.name, shard.bytes, shard.samples)
+    return manifest, _read_table(folder / SAMPLE_TABLE, manifest)
+
+
+def _check_shard(tar: Path, size: int, samples: int) -> None:
+    if not tar.is_file():
+        raise UserError(f"{tar}: missing; copy the whole folder again, or convert again with data_prep/to_dali.py")
+    if tar.stat().st_size != size:
+        raise UserError(f"{tar}: {tar.stat().st_size:,} bytes, the manifest says {size:,} (cut or replaced); copy or convert it again")
+    index = index_path(tar)
+    if not index.is_file():
+        raise UserError(f"{index}: missing index; copy it again, or convert again with data_prep/to_dali.py")
+    with index.open("rb") as file:
+        first_line = file.readline(64).strip()
+    if first_line != f"{INDEX_VERSION} {samples}".encode():
+        raise UserError(f"{index}: not the {INDEX_VERSION} index of {samples} samples; copy it again, or convert again")
+
+
+def _read_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
+    again = "copy it again, or convert again with data_prep/to_dali.py"
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: no readable sample table ({error}); {again}") from error
+    if table.dtype != SAMPLE or table.shape != (manifest.num_samples,) or table["shard"].max() >= len(manifest.shards):
+        raise UserError(f"{path}: not the sample table of these {manifest.num_samples} samples; {again}")
+    shard_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
+    if (table["offset"] + table["size"] > shard_bytes[table["shard"]]).any():
+        raise UserError(f"{path}: points outside its shards; {again}")
+    return table

@@ -1,0 +1,78 @@
+"""Which images each rank sees when: pure functions of (seed, epoch, step), the same for every backend.
+
+A global batch is a slice of the epoch's order, cut into equal micro-batches and those into equal rank shares. So the union over the ranks
+of a micro-batch does not depend on the number of ranks, and a loader's whole state is (epoch, next micro-batch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import UserError, require, require_at_least
+
+Indices = NDArray[np.int64]
+_ORDER_STREAM = 0x6F726465  # keeps the order apart from anything else that is keyed by (seed, epoch)
+
+
+def seeded_permutation(num: int, *key: int) -> Indices:
+    """(num,) int64: the ranks of the first `num` words of a PCG64 generator seeded with the key.
+
+    Not `Generator.permutation`: numpy promises the same words for ever but not the same shuffle, and a run may resume under a newer one.
+    """
+    return np.argsort(np.random.PCG64(key).random_raw(num), kind="stable")
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Indices:
+    """(num_samples,) int64: the order in which an epoch visits all samples."""
+    return seeded_permutation(num_samples, _ORDER_STREAM, seed, epoch)
+
+
+@dataclass(frozen=True)
+class Traversal:
+    """This rank's walk over the data set.
+
+    The last incomplete global batch of an epoch is left out (other images each epoch), so that all ranks take equally many steps.
+    """
+
+    num_samples: int
+    seed: int
+    global_batch: int
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "accumulate", "world_size"):
+            require_at_least(name, getattr(self, name), 1)
+        require(0 <= self.rank < self.world_size, "rank", self.rank, f"in [0, {self.world_size})")
+        if self.global_batch > self.num_samples:
+            raise UserError(
+                f"global_batch = {self.global_batch}: the data has {self.num_samples} images; take a smaller batch or more data"
+            )
+        if self.global_batch % (self.world_size * self.accumulate):
+            raise UserError(
+                f"global_batch = {self.global_batch}: must be divisible by {self.world_size} processes x {self.accumulate} micro-batches"
+            )
+
+    @property
+    def rank_batch(self) -> int:
+        """Images in one micro-batch of one rank."""
+        return self.global_batch // (self.world_size * self.accumulate)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that this rank takes in one epoch."""
+        return self.num_samples // self.global_batch * self.accumulate
+
+    def share(self, order: Indices, micro_batch: int) -> Indices:
+        """(rank_batch,) indices of this rank in the epoch's `micro_batch`-th micro-batch, given the epoch's order."""
+        start = micro_batch * self.rank_batch * self.world_size + self.rank * self.rank_batch
+        return order[start : start + self.rank_batch]
+
+    def order(self, epoch: int) -> Indices:
+        """The order of the given epoch, the same on all ranks."""
+        return epoch_order(self.num_samples, seed=self.seed, epoch=epoch)

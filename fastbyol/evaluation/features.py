@@ -1,0 +1,70 @@
+"""Frozen features of a labelled set: every image once, in index order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.batch import ImageBatch
+
+PIXEL_SIDE_PX = 32
+
+
+class Features(NamedTuple):
+    """N images as an evaluation protocol sees them, on the CPU.
+
+    feature: (N, D) float32. label: (N,) int64 class. index: (N,) int64 position in the data set.
+    """
+
+    feature: torch.Tensor
+    label: torch.Tensor
+    index: torch.Tensor
+
+
+@torch.no_grad()
+def extract_features(encoder: nn.Module, batches: Iterable[ImageBatch], *, device: torch.device | str = "cpu") -> Features:
+    """The encoder's output for every image, float32, frozen: eval mode, no gradient, no augmentation.
+
+    The encoder is moved to `device` in channels-last layout; its training mode is put back. Raises UserError when a feature is not finite.
+    """
+    was_training = encoder.training
+    encoder.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    rows = []
+    for batch in batches:
+        image = batch.image.to(device=device, memory_format=torch.channels_last)
+        rows.append((encoder(image).float().cpu(), batch))
+    encoder.train(was_training)
+    features = _joined(rows)
+    if not bool(torch.isfinite(features.feature).all()):
+        raise UserError("the encoder's features are not finite: the run diverged; take an earlier checkpoint or lower optim.base_lr")
+    return features
+
+
+def pixel_features(batches: Iterable[ImageBatch], *, side_px: int = PIXEL_SIDE_PX) -> Features:
+    """The normalised pixels themselves, (N, 3 side side): what a baseline without any network starts from.
+
+    Images larger than `side_px` are averaged down to it first, which bounds D at 3,072 whatever the resolution.
+    """
+    rows = []
+    for batch in batches:
+        side = min(side_px, batch.image.shape[-1])
+        rows.append((F.adaptive_avg_pool2d(batch.image, side).flatten(1), batch))
+    return _joined(rows)
+
+
+def _joined(rows: list[tuple[torch.Tensor, ImageBatch]]) -> Features:
+    if not rows:
+        raise UserError("the data set has no images: nothing to evaluate")
+    features = Features(
+        feature=torch.cat([feature for feature, _ in rows]),
+        label=torch.cat([batch.label for _, batch in rows]),
+        index=torch.cat([batch.index for _, batch in rows]),
+    )
+    if not torch.equal(features.index, torch.arange(len(features.index))):
+        raise RuntimeError("an evaluation loader must hand out every image exactly once, in index order")
+    return features

@@ -1,0 +1,63 @@
+"""Pictures for the report: what the loader draws, and which images the encoder holds for alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastbyol.config.views import ViewPair
+from fastbyol.data.loader import TwoViewLoader
+from fastbyol.evaluation.features import Features
+from fastbyol.evaluation.knn import nearest
+
+
+class Neighbours(NamedTuple):
+    """Q queries and their k nearest training images: positions in val (Q,) and in train (Q, k), cosine similarity (Q, k)."""
+
+    query: torch.Tensor
+    neighbour: torch.Tensor
+    similarity: torch.Tensor
+
+
+def nearest_neighbours(train: Features, val: Features, *, queries: int, k: int, seed: int = 0) -> Neighbours:
+    """The nearest training images of `queries` val images, drawn at random with as many classes as there are. Seeded."""
+    query = _one_of_each_class(val.label, count=queries, seed=seed)
+    similarity, position = nearest(train.feature, val.feature[query], k=min(k, len(train.label)))
+    return Neighbours(query=query, neighbour=position, similarity=similarity)
+
+
+def _one_of_each_class(label: torch.Tensor, *, count: int, seed: int) -> torch.Tensor:
+    """Up to `count` positions: a random one of each class first, in order of class; then others."""
+    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
+    taken: dict[int, int] = {}
+    for position in order.tolist():
+        taken.setdefault(int(label[position]), position)
+    first = list(taken.values())[:count]
+    others = [p for p in order.tolist() if p not in set(first)]
+    chosen = first + others[: count - len(first)]
+    return torch.tensor(sorted(chosen, key=lambda p: int(label[p])))
+
+
+def display_pixels(images: torch.Tensor, *, views: ViewPair) -> np.ndarray:
+    """Normalised images (N, 3, S, S) as (N, S, S, 3) uint8, for the eye."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (views.mean, views.std))
+    pixels = (images.float().cpu() * std + mean).clamp(0, 1) * 255
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def draw_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> torch.Tensor:
+    """(N, 2 epochs, 3, S, S) normalised: view 1 and view 2 of these images in epochs 0, 1, …, as the loader hands them out.
+
+    The loader, built with global_batch 1, jumps to each image, so that nothing else is drawn. Its position is moved.
+    """
+    drawn = torch.empty(len(index), 2 * epochs, 3, loader.views.size_px, loader.views.size_px)
+    for epoch in range(epochs):
+        place = {int(sample): batch for batch, sample in enumerate(loader.traversal.order(epoch))}
+        for row, sample in enumerate(index):
+            loader.load_state_dict({"epoch": epoch, "batch": place[sample]})
+            batch = next(iter(loader))
+            drawn[row, 2 * epoch : 2 * epoch + 2] = torch.cat([batch.view1, batch.view2])
+    return drawn

@@ -1,0 +1,114 @@
+"""The labelled train and val images of a data folder, one pass after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+
+from fastbyol.config.errors import UserError
+from fastbyol.config.views import ViewPair
+from fastbyol.data.batch import ImageBatch
+
+HELD_BYTES = 2**30
+"""A split whose float32 images need less than this is read and decoded once."""
+
+
+class ImageBatches(Protocol):
+    """What an image loader is to an evaluation: every image once, in index order."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
+
+    def __iter__(self) -> Iterator[ImageBatch]: ...
+
+    def close(self) -> None: ...
+
+
+class Split:
+    """The centre-cropped images of one split, to iterate as ImageBatch as often as you like; a small split is decoded once and kept."""
+
+    def __init__(self, loader: ImageBatches, *, size_px: int, held_bytes: int = HELD_BYTES) -> None:
+        self._loader = loader
+        self._fits = loader.num_samples * 3 * size_px**2 * 4 <= held_bytes
+        self._held: list[ImageBatch] = []
+        self.num_samples = loader.num_samples
+        self.class_names = tuple(loader.class_names)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        if not self._fits:
+            return iter(self._loader)
+        if not self._held:
+            self._held = list(self._loader)
+        return iter(self._held)
+
+    def close(self) -> None:
+        """Closes the loader; what is in memory stays."""
+        self._loader.close()
+
+    def pick(self, index: torch.Tensor) -> torch.Tensor:
+        """The images (N, 3, S, S) at these positions of the data set, in the order given, repeats allowed. At worst one pass."""
+        wanted, found = set(index.tolist()), {}
+        for batch in self:
+            found.update((int(i), image) for i, image in zip(batch.index, batch.image, strict=True) if int(i) in wanted)
+            if len(found) == len(wanted):
+                break
+        return torch.stack([found[int(i)] for i in index])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two splits of a data folder, which agree in their classes."""
+
+    train: Split
+    val: Split
+
+    def __post_init__(self) -> None:
+        if self.train.class_names != self.val.class_names:
+            differing = sorted(set(self.train.class_names) ^ set(self.val.class_names))
+            raise UserError(f"train and val differ in their classes {differing[:5]}: both splits need the same class folders")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.class_names
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.train.close()
+        self.val.close()
+
+
+def split_paths(data: str | Path) -> tuple[Path, Path]:
+    """DIR/train.beton and DIR/val.beton, or the folders DIR/train and DIR/val (images or tar shards), each split by itself.
+
+    Raises UserError naming both expected paths when one is missing.
+    """
+    return _split_path(Path(data), "train"), _split_path(Path(data), "val")
+
+
+def _split_path(data: Path, name: str) -> Path:
+    file, folder = data / f"{name}.beton", data / name
+    if file.is_file():
+        return file
+    if folder.is_dir():
+        return folder
+    raise UserError(f"--data {data}: no {name} images; expected the folder {folder} or the file {file}")
+
+
+def open_splits(data: str | Path, *, views: ViewPair, batch: int, workers: int = 0) -> Splits:
+    """Both splits of a data folder, centre-cropped to the run's resolution and normalised as the run did."""
+    from fastbyol.data import build_image_loader
+
+    def open_split(path: Path) -> Split:
+        return Split(build_image_loader(str(path), views=views, batch=batch, workers=workers), size_px=views.size_px)
+
+    train, val = split_paths(data)
+    return Splits(train=open_split(train), val=open_split(val))

@@ -1,0 +1,81 @@
+"""The figures in words: one set of lines for the terminal and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from fastbyol.evaluation.protocols import ProtocolResult
+from fastbyol.evaluation.subjects import SUBJECT_TITLES
+from fastbyol.evaluation.training_log import Throughput
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PROTOCOL_TITLES = {"linear": "linear", "knn": "kNN"}
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def score_header(results: Iterable[ProtocolResult]) -> list[str]:
+    """Column titles of `score_rows`."""
+    columns = [f"{PROTOCOL_TITLES[result.protocol]} {top}" for result in results for top in ("top-1", "top-5")]
+    return ["", *columns, "dim"]
+
+
+def score_rows(results: list[ProtocolResult]) -> list[list[str]]:
+    """A row for each subject, then chance. Top-5 says nothing with five classes or fewer and is left blank."""
+    rows = []
+    for subject in results[0].scores:
+        scores = [result.scores[subject] for result in results]
+        cells = [cell for result, s in zip(results, scores, strict=True) for cell in (percent(s.top1), _top5(s.top5, result.num_classes))]
+        rows.append([SUBJECT_TITLES[subject], *cells, f"{scores[0].feature_dim:,}"])
+    chance = [cell for r in results for cell in (percent(r.chance_top1), _top5(5 / r.num_classes, r.num_classes))]
+    return [*rows, ["chance", *chance, ""]]
+
+
+def _top5(share: float, num_classes: int) -> str:
+    return percent(share) if num_classes > 5 else "-"
+
+
+def headline(results: list[ProtocolResult], speed: Throughput) -> list[tuple[str, str]]:
+    """(figure, what it is): each protocol against its baselines, then speed."""
+    lines = []
+    for result in results:
+        scores = {name: score.top1 for name, score in result.scores.items()}
+        others = ", ".join(f"{SUBJECT_TITLES[name]} {percent(top1)}" for name, top1 in scores.items() if name != "byol")
+        title = PROTOCOL_TITLES[result.protocol]
+        lines.append((percent(scores["byol"]), f"{title} top-1 on val; {others}; chance {percent(result.chance_top1)}"))
+    per_device = f"{speed.images_per_s_per_device:,.0f} images/s"
+    lines.append((per_device, f"training speed per {speed.per}, {speed.devices} in the run; one image = two views"))
+    lines.append((percent(speed.data_wait_share), "of the training time spent waiting for data"))
+    return lines
+
+
+def score_table(results: list[ProtocolResult]) -> RenderableType:
+    """The scores for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    first = results[0]
+    title = f"{first.num_train:,} train and {first.num_val:,} val images, {first.num_classes} classes"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for position, name in enumerate(score_header(results)):
+        table.add_column(name, justify="right" if position else "left", no_wrap=position == 0)
+    for row in score_rows(results):
+        table.add_row(*row, style="bold" if row[0] == SUBJECT_TITLES["byol"] else None)
+    return table
+
+
+def headline_table(lines: list[tuple[str, str]]) -> RenderableType:
+    """The headline for the terminal."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", style="bold", no_wrap=True)
+    table.add_column()
+    for figure, meaning in lines:
+        table.add_row(figure, meaning)
+    return table

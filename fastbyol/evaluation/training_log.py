@@ -1,0 +1,69 @@
+"""What a run folder says about its training: the logged steps, and the figures of speed drawn from them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastbyol.config.errors import UserError
+from fastbyol.run_log import METRICS_FILE, PROVENANCE_FILE, read_metrics
+
+Record = dict[str, Any]
+
+
+def logged_steps(run: Path) -> list[Record]:
+    """The run's logged steps in order. Raises UserError when there is none."""
+    records = read_metrics(run)
+    if not records:
+        raise UserError(f"{run / METRICS_FILE}: no logged step; --run takes the folder of a run that has logged (every log_every steps)")
+    return records
+
+
+def read_provenance(run: Path) -> Record:
+    """The run's provenance, empty when it has none. Raises UserError when the file is not what training wrote."""
+    path = run / PROVENANCE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not the provenance of a run ({error}); delete it to go without") from error
+
+
+def series(records: list[Record], key: str) -> list[float]:
+    """The key's value at each record; NaN where it was not measured."""
+    return [float("nan") if record.get(key) is None else float(record[key]) for record in records]
+
+
+def alarms(records: list[Record]) -> list[str]:
+    """What the collapse monitor said, one line each: 'step 40: …'."""
+    return [f"step {record['step']}: {record['alarm']}" for record in records if record.get("alarm")]
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Speed of a run. images_per_s_per_device: median over the logged steps; one image is two views. data_wait_share: mean, in [0, 1].
+
+    per: what one device is, in words: a GPU by name, or 'CPU process with 2 threads', which is never comparable to the former.
+    """
+
+    images_per_s_per_device: float
+    data_wait_share: float
+    devices: int
+    per: str
+
+
+def throughput(records: list[Record], provenance: Record) -> Throughput:
+    """The run's speed without its first logged step, which holds the warm-up (compilation, page cache), where there are others."""
+    known = [record for record in records[1:] or records if record.get("images_per_s_per_device") is not None]
+    threads = provenance.get("torch_threads")
+    cpu = f"CPU process with {threads} thread{'' if threads == 1 else 's'}" if threads else "CPU process"
+    return Throughput(
+        images_per_s_per_device=statistics.median(r["images_per_s_per_device"] for r in known) if known else float("nan"),
+        data_wait_share=statistics.fmean(r.get("data_wait_share") or 0.0 for r in known) if known else float("nan"),
+        devices=int(provenance.get("world_size") or 1),
+        per=f"GPU ({provenance['gpu']})" if provenance.get("gpu") else cpu,
+    )

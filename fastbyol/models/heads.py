@@ -1,0 +1,24 @@
+"""Projector and predictor."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastbyol.config.errors import require_at_least
+from fastbyol.models.resnet import BN_EPS, BN_MOMENTUM
+
+
+def mlp_head(in_dim: int, *, hidden_dim: int = 4096, out_dim: int = 256, layers: int = 2) -> nn.Sequential:
+    """Linear - BN - ReLU, (layers - 1) times, then a bare Linear without bias: (N, in_dim) -> (N, out_dim).
+
+    Source: official utils/networks.py (`MLP`): hidden Linears have a bias, the last one has neither bias nor BN.
+    Differs from the paper: its pseudo-code (appendix J.2) gives the last Linear a bias; its code does not.
+    """
+    require_at_least("layers", layers, 1)
+    modules: list[nn.Module] = []
+    dim = in_dim
+    for _ in range(layers - 1):
+        modules += [nn.Linear(dim, hidden_dim), nn.BatchNorm1d(hidden_dim, eps=BN_EPS, momentum=BN_MOMENTUM), nn.ReLU(inplace=True)]
+        dim = hidden_dim
+    modules.append(nn.Linear(dim, out_dim, bias=False))
+    return nn.Sequential(*modules)

@@ -1,0 +1,247 @@
+"""ResNet v1 encoders with torchvision's parameter names: (N, 3, H, W) -> (N, feature_dim).
+
+Grill et al., section 3.3: depths 50 to 200, width multipliers that widen every convolution (torchvision's wide_resnet widens the inner one only),
+no classifier. The stride of a bottleneck is on its 3x3 convolution, as torchvision and the official code have it.
+Differs from the paper: the official code puts a projection shortcut into the first block of ResNet-18/34's first group too; with
+`projection_in_group1=True` so do we, without it torchvision's state dicts load.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastbyol.config.errors import UserError, require, require_at_least, require_choice
+from fastbyol.models.padding import SameConv2d, SameMaxPool2d
+
+BN_EPS = 1e-5
+BN_MOMENTUM = 0.1
+"""torch's convention: the share of the new batch; the official decay rate is 0.9."""
+
+
+def _convolution(padding: str) -> Callable[..., nn.Conv2d]:
+    """A bias-free k x k convolution of the chosen padding."""
+
+    def build(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1) -> nn.Conv2d:
+        if padding == "same":
+            return SameConv2d(in_channels, out_channels, kernel, stride=stride, bias=False)
+        return nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+    return build
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, channels: int, *, stride: int, conv: Callable[..., nn.Conv2d], downsample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv(in_channels, channels, 3, stride=stride)
+        self.bn1 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.conv2 = conv(channels, channels, 3)
+        self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    @property
+    def last_bn(self) -> nn.Module:
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return self.relu(x + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride), 1x1 convolutions and a shortcut."""
+
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, channels: int, *, stride: int, conv: Callable[..., nn.Conv2d], downsample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv(in_channels, channels, 1)
+        self.bn1 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.conv2 = conv(channels, channels, 3, stride=stride)
+        self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.conv3 = conv(channels, channels * self.expansion, 1)
+        self.bn3 = nn.BatchNorm2d(channels * self.expansion, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    @property
+    def last_bn(self) -> nn.Module:
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return self.relu(x + shortcut)
+
+
+DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    # Not the paper's: three groups for images of 32 px, learns something in CPU-minutes.
+    "resnet8": (BasicBlock, (1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+    "resnet200": (Bottleneck, (3, 24, 36, 3)),
+}
+STEM_CHANNELS = {"resnet8": 32}
+STEM_STRIDES = {"imagenet": 4, "small": 1, "small2": 2}
+"""How much each stem shrinks the image, the max-pool included."""
+
+
+class ResNet(nn.Module):
+    """A stem, three or four groups of residual blocks, a global mean.
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        blocks: how many in each group; groups after the first halve the resolution.
+        stem: imagenet (7x7 stride 2, max-pool), small (3x3), small2 (3x3 stride 2).
+        padding: symmetric (PyTorch) or same (TensorFlow).
+        stem_channels: channels of the stem and of the first group before expansion, each further group twice as many.
+        group_channels: channels of each group, where they do not double.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        blocks: tuple[int, ...],
+        *,
+        stem: str = "imagenet",
+        padding: str = "symmetric",
+        stem_channels: int = 64,
+        group_channels: tuple[int, ...] = (),
+        projection_in_group1: bool = False,
+    ) -> None:
+        super().__init__()
+        conv = _convolution(padding)
+        kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small2": (3, 2)}[stem]
+        self.conv1 = conv(3, stem_channels, kernel, stride=stride)
+        self.bn1 = nn.BatchNorm2d(stem_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool: nn.Module = nn.Identity()
+        if stem == "imagenet":
+            self.maxpool = SameMaxPool2d(3, 2) if padding == "same" else nn.MaxPool2d(3, 2, padding=1)
+        channels = group_channels or tuple(stem_channels * 2**g for g in range(len(blocks)))
+        self.num_groups = len(blocks)
+        in_channels = stem_channels
+        for g, (count, width) in enumerate(zip(blocks, channels, strict=True)):
+            force = projection_in_group1 and g == 0
+            group = _group(block, in_channels, width, count, stride=1 if g == 0 else 2, conv=conv, force_projection=force)
+            self.add_module(f"layer{g + 1}", group)
+            in_channels = width * block.expansion
+        self.feature_dim = in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The representation (N, feature_dim) of normalised images (N, 3, H, W)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for g in range(self.num_groups):
+            x = self.get_submodule(f"layer{g + 1}")(x)
+        return x.mean(dim=(2, 3))
+
+
+def _group(
+    block: type[BasicBlock] | type[Bottleneck],
+    in_channels: int,
+    channels: int,
+    count: int,
+    *,
+    stride: int,
+    conv: Callable[..., nn.Conv2d],
+    force_projection: bool,
+) -> nn.Sequential:
+    out_channels = channels * block.expansion
+    downsample = None
+    if stride != 1 or in_channels != out_channels or force_projection:
+        downsample = nn.Sequential(
+            conv(in_channels, out_channels, 1, stride=stride), nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        )
+    first = block(in_channels, channels, stride=stride, conv=conv, downsample=downsample)
+    rest = [block(out_channels, channels, stride=1, conv=conv, downsample=None) for _ in range(count - 1)]
+    return nn.Sequential(first, *rest)
+
+
+def build_encoder(
+    name: str,
+    *,
+    width: int = 1,
+    stem: str = "imagenet",
+    padding: str = "symmetric",
+    zero_init_last_gamma: bool = False,
+    initialisation: str = "kaiming",
+    projection_in_group1: bool = False,
+) -> ResNet:
+    """An encoder by name, for example resnet50, freshly initialised from torch's global generator.
+
+    Args:
+        name: one of `DEPTHS`.
+        width: multiplies the channels of every convolution.
+        stem, padding, projection_in_group1: see `ResNet`.
+        zero_init_last_gamma: start each residual branch at zero.
+        initialisation: kaiming (torchvision's) or truncated_normal (the official code's).
+
+    Raises:
+        UserError: unknown name or option.
+    """
+    if name not in DEPTHS:
+        raise UserError(f"model.encoder = {name!r}: unknown; choose one of {', '.join(DEPTHS)}")
+    require_at_least("model.width", width, 1)
+    require_choice("model.stem", stem, tuple(STEM_STRIDES))
+    require_choice("model.padding", padding, ("symmetric", "same"))
+    require_choice("model.initialisation", initialisation, ("kaiming", "truncated_normal"))
+    block, blocks = DEPTHS[name]
+    channels = STEM_CHANNELS.get(name, 64) * width
+    encoder = ResNet(block, blocks, stem=stem, padding=padding, stem_channels=channels, projection_in_group1=projection_in_group1)
+    encoder.apply(partial(_initialise, how=initialisation))
+    if zero_init_last_gamma:
+        for module in encoder.modules():
+            if isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_(module.last_bn.weight)  # type: ignore[arg-type]
+    return encoder
+
+
+def check_image_size(size_px: int, *, encoder: str, stem: str) -> None:
+    """Refuses images that the encoder's strides would shrink below one position.
+
+    Raises:
+        UserError: size_px is smaller than the product of all strides.
+    """
+    if encoder not in DEPTHS:
+        raise UserError(f"model.encoder = {encoder!r}: unknown; choose one of {', '.join(DEPTHS)}")
+    strides = STEM_STRIDES[stem] * 2 ** (len(DEPTHS[encoder][1]) - 1)
+    require(size_px >= strides, "views.size_px", size_px, f">= {strides}, the product of the strides of {encoder} with stem {stem}")
+
+
+def _initialise(module: nn.Module, *, how: str) -> None:
+    if not isinstance(module, nn.Conv2d | nn.Linear):
+        return
+    if how == "kaiming":
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    else:
+        truncated_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def truncated_normal_(weight: Tensor) -> None:
+    """Haiku's default: normal of standard deviation 1/sqrt(fan_in), cut at two of them, not rescaled (so the real one is 0.88 of that)."""
+    sigma = 1 / math.sqrt(weight[0].numel())
+    nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)

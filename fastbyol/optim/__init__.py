@@ -1,0 +1,1 @@
+"""Updates: LARS for the online network, the moving average for the target."""

@@ -1,0 +1,141 @@
+"""The run folder and what is written there while it runs: config, provenance, metrics as JSONL and TensorBoard, a readable log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastbyol.config.errors import UserError
+from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.config.schema import TrainConfig
+from fastbyol.provenance import collect_provenance
+
+log = logging.getLogger("fastbyol")
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+PROVENANCE_FILE = "provenance.json"
+
+
+def open_run_folder(config: TrainConfig) -> Path:
+    """Creates the run's folder, or reopens it where it holds this very config (a run continues where it stopped).
+
+    Raises:
+        UserError: no name given, a folder that cannot be made, or one that belongs to another run.
+    """
+    if not config.out:
+        raise UserError("out = '': name the run's folder, for example --out runs/r50")
+    folder = Path(config.out)
+    existing = folder / CONFIG_FILE
+    if existing.exists():
+        _refuse_other_config(config, existing)
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"out = {config.out!r}: exists and is not a run of fastbyol; choose a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        existing.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"out = {config.out!r}: cannot be written ({error.strerror}); choose another folder") from error
+    (folder / PROVENANCE_FILE).write_text(json.dumps(collect_provenance(), indent=2))
+    return folder
+
+
+def _refuse_other_config(config: TrainConfig, existing: Path) -> None:
+    try:
+        recorded = from_plain(TrainConfig, yaml.safe_load(existing.read_text()))
+    except (yaml.YAMLError, UserError, AttributeError) as error:
+        raise UserError(f"{existing}: is not readable as a run's config ({error}); choose a new --out") from error
+    old, new = flatten(to_plain(recorded)), flatten(to_plain(config))
+    changed = [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in new.items() if key != "out" and old.get(key) != value]
+    if changed:
+        raise UserError(f"out = {config.out!r}: holds a run with another config ({'; '.join(changed[:5])}); choose a new folder")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+class RunLog:
+    """Writes one record per logged step; only the main process has one.
+
+    Args:
+        folder: the run folder.
+        total_steps: shown in the progress line.
+        first_step: where this process starts; records of later steps, left by a run that was cut off, are dropped.
+    """
+
+    def __init__(self, folder: Path, *, total_steps: int, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.total_steps = total_steps
+        path = folder / METRICS_FILE
+        kept = [r for r in read_metrics(folder) if r["step"] < first_step]
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self._earlier_s = kept[-1]["time_s"] if kept else 0.0
+        self._start = time.perf_counter()
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        configure_logging(folder / "train.log")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One logged step: `step` (0-based, just taken) and numbers, texts or None."""
+        record = {**record, "time_s": round(self._earlier_s + time.perf_counter() - self._start, 3)}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, record["step"])
+        log.info(progress_line(record, total_steps=self.total_steps))
+        if record["alarm"]:
+            log.warning("ALARM %s", record["alarm"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
+    """What a person wants to see of a step, in one line."""
+    return (
+        f"step {record['step'] + 1}/{total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  "
+        f"tau {record['tau']:.4f}  {record['images_per_s_per_device']:.0f} images/s per device  data wait {record['data_wait_share']:.0%}  "
+        f"probe {record['probe_top1']:.1%}  proj-std {record['projection_std']:.2f}  rank {record['effective_rank']:.1f}  "
+        f"cos {record['mean_cosine']:.2f}"
+    )
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl in order; a last line cut by a kill is left out."""
+    path = folder / METRICS_FILE
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def configure_logging(file: Path | None = None, *, quiet: bool = False) -> None:
+    """Plain lines on stderr, and in the file where one is given; quiet ranks say warnings only."""
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.propagate = False
+    for handler in log.handlers:
+        handler.close()
+    log.handlers.clear()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if file is not None:
+        handlers.append(logging.FileHandler(file))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        log.addHandler(handler)

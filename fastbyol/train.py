@@ -1,0 +1,172 @@
+"""Pre-train BYOL.
+
+    torchrun --nproc-per-node 8 fastbyol/train.py --preset r50_300ep --data.train imagenet/train.beton --out runs/r50
+    python fastbyol/train.py --preset cpu_demo --data.train demo/train.beton --out runs/demo
+    torchrun --nproc-per-node 2 fastbyol/train.py --preset r50_100ep --data.train train.beton --out runs/r50 --rank_batch 128
+
+The same command again continues the run where it stopped. Method: Grill et al., NeurIPS 2020, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastbyol
+from fastbyol.byol import BYOLOutput, build_byol
+from fastbyol.command_line import parse_train_config
+from fastbyol.config.errors import one_line_errors
+from fastbyol.config.schema import TrainConfig, accumulation_of
+from fastbyol.data import build_loader
+from fastbyol.data.batch import ViewBatch
+from fastbyol.data.device import views_on_device
+from fastbyol.data.loader import TwoViewLoader
+from fastbyol.models.resnet import check_image_size
+from fastbyol.models.sync_batchnorm import convert_to_cross_replica
+from fastbyol.monitors import Monitor
+from fastbyol.optim.build import build_optimizer
+from fastbyol.precision import autocast, build_scaler, prepare_model
+from fastbyol.process_group import Process, join_process_group, leave_process_group
+from fastbyol.run_log import RunLog, configure_logging, open_run_folder
+from fastbyol.schedules import lr_at, tau_at, total_steps_at
+from fastbyol.train_state import TrainState
+
+log = logging.getLogger("fastbyol")
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    config = parse_train_config(arguments, usage=__doc__ or "")
+    process = join_process_group()
+    configure_logging(quiet=not process.is_main)
+    try:
+        train(config, process)
+    finally:
+        leave_process_group()
+
+
+def train(config: TrainConfig, process: Process) -> None:
+    """The run that the config describes, from where it stopped to its last checkpoint."""
+    state = build(config, process)
+    num_samples, optim = state.loader.num_samples, config.optim
+    total_steps = total_steps_at(config.epochs, num_samples=num_samples, global_batch=config.global_batch)
+    warmup_steps = total_steps_at(optim.warmup_epochs, num_samples=num_samples, global_batch=config.global_batch)
+    folder = open_run_folder(config) if process.is_main else Path(config.out)
+    first_step = state.restore(folder)
+    announce(config, process, state, first_step=first_step, total_steps=total_steps)
+
+    run_log = RunLog(folder, total_steps=total_steps, first_step=first_step) if process.is_main else None
+    monitor = Monitor(global_batch=config.global_batch, world_size=process.world_size, device=process.device)
+    batches = endless(state.loader)
+    for step in range(first_step, total_steps):
+        lr = lr_at(step, total_steps=total_steps, warmup_steps=warmup_steps, base_lr=optim.base_lr, global_batch=config.global_batch)
+        tau = tau_at(step, total_steps=total_steps, tau_base=optim.tau_base)
+        output = train_step(config, process, state, batches, monitor, lr=lr, tau=tau)
+        done = step + 1
+        if done % config.log_every == 0 or done == total_steps:
+            record = monitor.record(step=step, epoch=done * config.global_batch / num_samples, lr=lr, tau=tau, last=output)
+            if run_log is not None:
+                run_log.write(record)
+        if process.is_main and (done % config.checkpoint_every == 0 or done == total_steps):
+            state.save(folder, step=done, config=config)
+    batches.close()
+    if run_log is not None:
+        run_log.close()
+
+
+def train_step(
+    config: TrainConfig, process: Process, state: TrainState, batches: Iterator[ViewBatch], monitor: Monitor, *, lr: float, tau: float
+) -> BYOLOutput:
+    """One optimizer step: the gradient over one global batch, the online network's update, then the target's. Returns the last forward."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    accumulate = accumulation_of(config, world_size=process.world_size)
+    for micro in range(accumulate):
+        with monitor.waiting():
+            batch = next(batches)
+        view1, view2, label = views_on_device(batch, config.views, process.device)
+        with gradient_reduction(state.model, now=micro == accumulate - 1):
+            with autocast(config.precision, device=process.device):
+                output: BYOLOutput = state.model(view1, view2, label)
+            state.scaler.scale((output.loss + output.probe_loss) / accumulate).backward()
+        monitor.add(output)
+    state.scaler.unscale_(state.optimizer)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.byol.update_target(tau)
+    monitor.step()
+    return output
+
+
+def build(config: TrainConfig, process: Process) -> TrainState:
+    """Loader, networks and optimizer; the same weights on every rank."""
+    check_image_size(config.views.size_px, encoder=config.model.encoder, stem=config.model.stem)
+    loader = build_loader(
+        config.data,
+        views=config.views,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        accumulate=accumulation_of(config, world_size=process.world_size),
+        rank=process.rank,
+        world_size=process.world_size,
+        output="uint8" if process.device.type == "cuda" else "float32",
+    )
+    torch.manual_seed(config.seed)
+    byol = build_byol(config.model, num_classes=len(loader.class_names))
+    model: nn.Module = byol
+    if process.world_size > 1:
+        if config.precision.cross_replica_bn:
+            convert_to_cross_replica(byol)
+        prepare_model(byol, config.precision, device=process.device)
+        # BN buffers are equal on all ranks by construction (or each rank's own), so no broadcast before each forward.
+        model = DistributedDataParallel(byol, broadcast_buffers=False, gradient_as_bucket_view=True)
+    else:
+        prepare_model(byol, config.precision, device=process.device)
+    optimizer = build_optimizer(config.optim, byol)
+    return TrainState(
+        byol=byol, model=model, optimizer=optimizer, scaler=build_scaler(config.precision, device=process.device), loader=loader
+    )
+
+
+def endless(loader: TwoViewLoader) -> Iterator[ViewBatch]:
+    """Batches from where the loader stands, epoch after epoch."""
+    while True:
+        yield from loader
+        loader.set_epoch(loader.state_dict()["epoch"])
+
+
+def gradient_reduction(model: nn.Module, *, now: bool) -> AbstractContextManager[object]:
+    """Lets DDP average gradients in the last backward of a step only."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
+
+
+def announce(config: TrainConfig, process: Process, state: TrainState, *, first_step: int, total_steps: int) -> None:
+    """What runs, in the first lines of the log: an old installed copy, a wrong data set or batch is seen here."""
+    log.info("fastbyol %s from %s", fastbyol.__version__, Path(fastbyol.__file__).parent)
+    log.info("%d images of %d classes, backend %s", state.loader.num_samples, len(state.loader.class_names), config.data.backend)
+    accumulate = accumulation_of(config, world_size=process.world_size)
+    log.info(
+        "%d x %s: global batch %d = %d ranks x %d micro-batches x %d images; %d steps",
+        process.world_size,
+        process.device,
+        config.global_batch,
+        process.world_size,
+        accumulate,
+        config.global_batch // (process.world_size * accumulate),
+        total_steps,
+    )
+    if first_step >= total_steps:
+        log.info("already complete at step %d", first_step)
+    elif first_step:
+        log.info("continues at step %d", first_step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The main job, end to end, on real images. Called by `make demo`; every line is a command that a user can type.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+BIN=${BIN:-.venv/bin} KIND=${KIND:-fashion} DATA=${DATA:-demo/fashion} RUN=${RUN:-runs/demo} PRESET=${PRESET:-cpu_demo}
+PATH="$PWD/$BIN:$PATH"
+
+run() { printf '\n$ %s\n' "$*"; "$@"; }
+
+rm -rf "$RUN"
+[ -d "$DATA/images" ] || run python data_prep/demo_data.py --kind "$KIND" --out "$DATA/images"
+for split in train val; do
+  [ -f "$DATA/$split.beton" ] || run python data_prep/to_ffcv.py --data "$DATA/images/$split" --out "$DATA/$split.beton"
+done
+run torchrun --nproc-per-node 1 fastbyol/train.py --preset "$PRESET" --data.train "$DATA/train.beton" --out "$RUN"
+run python -m fastbyol evaluate all --checkpoint "$RUN" --data "$DATA"
+run python -m fastbyol report --run "$RUN" --data "$DATA"

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Makes .venv with all that fastbyol can use. The core (folder backend, training, evaluation) needs torch only: a missing optional part is
+# said and passed over.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+# For ffcv (built from source) and the demo's photographs. libopencv-dev would pull 249 packages; two of its parts are enough.
+PACKAGES=(python3-venv g++ pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev dataset-fashion-mnist)
+
+say() { printf 'install: %s\n' "$*"; }
+
+debian_packages() {
+  if ! command -v apt-get >/dev/null; then
+    say "no apt-get here. ffcv needs a C++ compiler, pkg-config, TurboJPEG and OpenCV (core, imgproc) headers: install them by your system's means."
+    return
+  fi
+  local missing=()
+  for package in "${PACKAGES[@]}"; do
+    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+  done
+  if [ ${#missing[@]} -eq 0 ]; then return; fi
+  local root=()
+  if [ "$(id -u)" != 0 ]; then
+    if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+      root=(sudo)
+    else
+      say "not root: ask an administrator for: apt-get install --no-install-recommends ${missing[*]}"
+      return
+    fi
+  fi
+  say "Debian packages: ${missing[*]}"
+  { "${root[@]}" apt-get update -qq && DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}"; } ||
+    say "apt-get failed; ffcv or the fashion demo may be missing"
+}
+
+debian_packages
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+PIP=("$VENV/bin/python" -m pip install --quiet --constraint constraints.txt)
+say "torch and the core"
+"${PIP[@]}" --editable '.[dev]'
+say "DALI"
+"${PIP[@]}" --editable '.[dali]' || say "DALI could not be installed: the dali backend will say so when asked for"
+say "ffcv (built from source)"
+PKG_CONFIG_PATH="$PWD/scripts/ffcv_build/pc:${PKG_CONFIG_PATH:-}" "${PIP[@]}" --editable '.[ffcv]' ||
+  say "ffcv could not be built: the ffcv backend and to_ffcv.py will say so when asked for"
+"$VENV/bin/python" -c "import fastbyol; print('install: fastbyol', fastbyol.__version__, 'is ready')"

@@ -1,0 +1,72 @@
+"""Tiny image sets that the data tests share: one ImageFolder of JPEG files, and the same images converted for each fast backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.writers_tar import write_tar_shards
+
+CLASS_SIZES = {"ant": 8, "bee": 9, "cat": 8}
+
+
+def smooth_image(seed: int, height: int, width: int) -> Image.Image:
+    """A colourful image without sharp edges, as photographs mostly are: JPEG decoders differ least on those."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 JPEG files of three classes, 24 to 60 px a side; one is grayscale, one progressive."""
+    root = tmp_path_factory.mktemp("images")
+    for label, (name, count) in enumerate(CLASS_SIZES.items()):
+        (root / name).mkdir()
+        for i in range(count):
+            image = smooth_image(100 * label + i, 24 + (7 * i + label) % 37, 60 - (5 * i + label) % 31)
+            image = image.convert("L") if (label, i) == (0, 3) else image
+            image.save(root / name / f"{i:03d}.jpg", quality=92, progressive=(label, i) == (1, 2))
+    return root
+
+
+@pytest.fixture(scope="session")
+def beton(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ffcv") / "images.beton"
+    write_beton(image_folder, out=out, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tar_folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dali") / "shards"
+    write_tar_shards(image_folder, out=out, workers=1, seed=3)
+    return out
+
+
+@pytest.fixture(scope="session")
+def data_paths(image_folder: Path, beton: Path, tar_folder: Path) -> dict[str, Path]:
+    """The same 25 images, by the backend that reads them."""
+    return {"folder": image_folder, "ffcv": beton, "dali": tar_folder}
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes an ImageFolder of one class from images by file name (Image: saved by its extension; bytes: as they are)."""
+
+    def make(**images: Image.Image | bytes) -> Path:
+        folder = tmp_path / "made" / "class"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, image in images.items():
+            path = folder / name.replace("_", ".")
+            if isinstance(image, bytes):
+                path.write_bytes(image)
+            else:
+                image.save(path)
+        return folder.parent
+
+    return make

@@ -1,0 +1,205 @@
+"""The method: a whole optimizer step against an independent, straightforward implementation; what moves and what must not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastbyol.byol import BYOL, build_byol
+from fastbyol.config.schema import ModelConfig
+from fastbyol.models import build_encoder
+from fastbyol.optim.lars import LARS
+from fastbyol.optim.param_groups import byol_param_groups
+from fastbyol.schedules import lr_at, tau_at
+
+TINY = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=32, projection_dim=16)
+
+
+def _small_byol(**changes) -> BYOL:
+    torch.manual_seed(0)
+    return build_byol(ModelConfig(**{**TINY.__dict__, **changes}), num_classes=5).double()
+
+
+class StraightforwardBYOL:
+    """Algorithm 1 of the paper, literally: functional networks over dicts of named tensors, autograd for the loss, loops for the updates.
+
+    Shares nothing with the product but the starting weights: batch norm, loss, LARS, target update and schedules are written out here.
+    """
+
+    def __init__(
+        self, byol: BYOL, *, total_steps: int, warmup_steps: int, base_lr: float, batch: int, tau_base: float, weight_decay: float
+    ) -> None:
+        self.online = {k: v.detach().clone().requires_grad_() for k, v in byol.online.named_parameters()}
+        self.probe = {k: v.detach().clone().requires_grad_() for k, v in byol.probe.named_parameters()}
+        self.target = {k: v.detach().clone() for k, v in byol.target.named_parameters()}
+        self.momentum = {k: torch.zeros_like(v) for k, v in [*self.online.items(), *((f"probe.{k}", v) for k, v in self.probe.items())]}
+        self.total, self.warmup, self.base_lr, self.batch = total_steps, warmup_steps, base_lr, batch
+        self.tau_base, self.weight_decay = tau_base, weight_decay
+
+    @staticmethod
+    def norm(x, weight, bias):
+        axes = (0,) if x.ndim == 2 else (0, 2, 3)
+        view = (1, -1) if x.ndim == 2 else (1, -1, 1, 1)
+        mean = x.mean(axes, keepdim=True)
+        variance = ((x - mean) ** 2).mean(axes, keepdim=True)
+        return (x - mean) / torch.sqrt(variance + 1e-5) * weight.view(view) + bias.view(view)
+
+    def encode(self, p, x):
+        conv = nn.functional.conv2d
+        x = torch.relu(self.norm(conv(x, p["encoder.conv1.weight"], stride=2, padding=1), p["encoder.bn1.weight"], p["encoder.bn1.bias"]))
+        for group, stride in ((1, 1), (2, 2), (3, 2)):
+            at = f"encoder.layer{group}.0."
+            y = conv(x, p[at + "conv1.weight"], stride=stride, padding=1)
+            y = torch.relu(self.norm(y, p[at + "bn1.weight"], p[at + "bn1.bias"]))
+            y = self.norm(conv(y, p[at + "conv2.weight"], padding=1), p[at + "bn2.weight"], p[at + "bn2.bias"])
+            if stride == 2:
+                x = conv(x, p[at + "downsample.0.weight"], stride=2)
+                x = self.norm(x, p[at + "downsample.1.weight"], p[at + "downsample.1.bias"])
+            x = torch.relu(x + y)
+        return x.mean((2, 3))
+
+    def mlp(self, p, name, x):
+        x = x @ p[f"{name}.0.weight"].T + p[f"{name}.0.bias"]
+        return torch.relu(self.norm(x, p[f"{name}.1.weight"], p[f"{name}.1.bias"])) @ p[f"{name}.3.weight"].T
+
+    def step(self, k, view1, view2, label):
+        features = [self.encode(self.online, v) for v in (view1, view2)]
+        predictions = [self.mlp(self.online, "predictor", self.mlp(self.online, "projector", f)) for f in features]
+        targets = [self.mlp(self.target, "projector", self.encode(self.target, v)).detach() for v in (view1, view2)]
+        loss = 0.0
+        for q, z in ((predictions[0], targets[1]), (predictions[1], targets[0])):
+            for i in range(len(q)):
+                cosine = (q[i] @ z[i]) / (q[i].norm() * z[i].norm())
+                loss = loss + (2 - 2 * cosine) / len(q)
+        logits = features[0].detach() @ self.probe["weight"].T + self.probe["bias"]
+        cross_entropy = -(logits - torch.logsumexp(logits, 1, keepdim=True))[torch.arange(len(label)), label].mean()
+        named = {**self.online, **{f"probe.{n}": v for n, v in self.probe.items()}}
+        gradients = dict(zip(named, torch.autograd.grad(loss + cross_entropy, list(named.values())), strict=True))
+        self._update(k, named, gradients)
+        return loss.item()
+
+    @torch.no_grad()
+    def _update(self, k, named, gradients):
+        peak = self.base_lr * self.batch / 256
+        lr = (
+            peak * k / self.warmup
+            if k < self.warmup
+            else peak * (1 + math.cos(math.pi * (k - self.warmup) / (self.total - self.warmup))) / 2
+        )
+        for name, w in named.items():
+            u = gradients[name]
+            if w.ndim > 1:
+                u = u + self.weight_decay * w
+                u = u * (1e-3 * w.norm() / u.norm())
+            self.momentum[name] = 0.9 * self.momentum[name] + u
+            w -= lr * self.momentum[name]
+        tau = 1 - (1 - self.tau_base) * (math.cos(math.pi * k / self.total) + 1) / 2
+        for name in self.target:
+            self.target[name] = tau * self.target[name] + (1 - tau) * self.online[name]
+
+
+def test_five_optimizer_steps_agree_with_a_straightforward_implementation_to_1e_9():
+    schedule = {"total_steps": 8, "warmup_steps": 2, "base_lr": 30.0}
+    byol = _small_byol().train()
+    plain = StraightforwardBYOL(byol, batch=16, tau_base=0.9, weight_decay=1e-4, **schedule)
+    optimizer = LARS(byol_param_groups(byol), lr=0.0, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(1)
+    for k in range(5):
+        view1, view2 = torch.randn(2, 16, 3, 16, 16, generator=generator, dtype=torch.float64)
+        label = torch.randint(0, 5, (16,), generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(k, global_batch=16, **schedule)
+        output = byol(view1, view2, label)
+        (output.loss + output.probe_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        byol.update_target(tau_at(k, total_steps=8, tau_base=0.9))
+        assert abs(output.loss.item() - plain.step(k, view1, view2, label)) < 1e-9
+    moved = 0.0
+    start = _small_byol()
+    for ours, expected, before in (
+        (byol.online.named_parameters(), plain.online, dict(start.online.named_parameters())),
+        (byol.target.named_parameters(), plain.target, dict(start.target.named_parameters())),
+        (byol.probe.named_parameters(), plain.probe, dict(start.probe.named_parameters())),
+    ):
+        for name, value in ours:
+            assert (value - expected[name]).abs().max() < 1e-9, name
+            moved = max(moved, (value - before[name]).abs().max().item())
+    assert moved > 1e-2, "the comparison says nothing unless the weights moved"
+
+
+def test_each_view_is_normalised_with_its_own_statistics():
+    byol = _small_byol().train()
+    view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
+    label = torch.zeros(6, dtype=torch.long)
+    together = byol(view1, view2, label)
+    alone = byol.online(view1)
+    torch.testing.assert_close(together.projection, alone.projection)
+    joined = byol.online(torch.cat([view1, 3 * view2]))
+    assert not torch.allclose(joined.projection[:6], alone.projection, rtol=1e-3)
+
+
+def test_the_target_has_no_gradient_trains_its_own_statistics_and_moves_only_when_told():
+    byol = _small_byol().train()
+    before = {k: v.clone() for k, v in byol.target.state_dict().items()}
+    view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
+    output = byol(view1, view2, torch.zeros(6, dtype=torch.long))
+    output.loss.backward()
+    assert all(p.grad is None for p in byol.target.parameters())
+    after = byol.target.state_dict()
+    changed = {k for k in after if not torch.equal(after[k], before[k])}
+    assert changed
+    assert all("running" in k or "num_batches" in k for k in changed)
+    with torch.no_grad():
+        byol.online.encoder.conv1.weight.add_(1.0)
+    running = byol.target.encoder.bn1.running_mean.clone()
+    byol.update_target(0.75)
+    torch.testing.assert_close(byol.target.encoder.conv1.weight, before["encoder.conv1.weight"] + 0.25)
+    assert torch.equal(byol.target.encoder.bn1.running_mean, running)
+
+
+def test_the_probe_never_reaches_the_encoder():
+    byol = _small_byol().train()
+    view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
+    byol(view1, view2, torch.zeros(6, dtype=torch.long)).probe_loss.backward()
+    assert byol.probe.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in byol.online.parameters())
+
+
+def test_without_a_predictor_the_prediction_is_the_projection():
+    byol = _small_byol(predictor_layers=0)
+    out = byol.online(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    assert torch.equal(out.prediction, out.projection)
+
+
+def test_the_target_starts_as_a_copy_of_the_online_network_whatever_the_initialisation():
+    for initialisation in ("kaiming", "truncated_normal"):
+        byol = _small_byol(initialisation=initialisation)
+        online = dict(byol.online.named_parameters())
+        assert all(torch.equal(v, online[k]) for k, v in byol.target.named_parameters())
+
+
+def test_channels_last_and_bf16_change_the_loss_by_rounding_only():
+    torch.manual_seed(0)
+    byol = build_byol(TINY, num_classes=5)
+    view1, view2 = torch.randn(2, 32, 3, 32, 32)
+    label = torch.zeros(32, dtype=torch.long)
+    plain = byol(view1, view2, label).loss.item()
+    byol = byol.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = byol(view1.contiguous(memory_format=torch.channels_last), view2.contiguous(memory_format=torch.channels_last), label).loss
+    assert fast.dtype == torch.float32
+    assert fast.item() == pytest.approx(plain, abs=0.02)
+
+
+@pytest.mark.compile
+def test_the_whole_forward_and_loss_compile_into_one_graph_and_agree_with_eager():
+    torch.manual_seed(0)
+    byol = BYOL(build_encoder("resnet8", stem="small2"), num_classes=3, hidden_dim=16, projection_dim=8)
+    view1, view2 = torch.randn(2, 8, 3, 16, 16)
+    label = torch.zeros(8, dtype=torch.long)
+    compiled = torch.compile(byol, fullgraph=True, dynamic=False)
+    assert compiled(view1, view2, label).loss.item() == pytest.approx(byol(view1, view2, label).loss.item(), abs=1e-4)

@@ -1,0 +1,163 @@
+"""From the command line to a checked config: what is accepted, what is refused and how."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from fastbyol.command_line import parse_train_config
+from fastbyol.config.errors import UserError, one_line_errors
+from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.config.presets import PRESETS, preset_config
+from fastbyol.config.schema import TrainConfig, accumulation_of
+from fastbyol.config.views import ABLATIONS, PAPER, ViewSpec, blur_taps
+
+
+def _parse(*arguments: str) -> TrainConfig:
+    return parse_train_config(arguments, usage="")
+
+
+def test_a_preset_without_options_is_the_preset_itself():
+    for name in PRESETS:
+        assert _parse("--preset", name) == preset_config(name)
+
+
+def test_options_win_over_a_file_and_a_file_over_the_preset(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"epochs": 7, "optim": {"base_lr": 0.5, "tau_base": 0.5}}))
+    config = _parse("--preset", "r50_100ep", "--config", str(file), "--optim.tau_base", "0.25", "--views.view2.crop_area", "[0.2, 0.9]")
+    assert config.epochs == 7
+    assert config.optim.base_lr == 0.5
+    assert config.optim.tau_base == 0.25
+    assert config.optim.weight_decay == preset_config("r50_100ep").optim.weight_decay
+    assert config.views.view2.crop_area == (0.2, 0.9)
+    assert config.views.view1.crop_area == (0.08, 1.0)
+
+
+def test_a_config_survives_yaml():
+    for preset in PRESETS.values():
+        assert from_plain(TrainConfig, yaml.safe_load(yaml.safe_dump(to_plain(preset.config)))) == preset.config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "r50_300"], r"preset = 'r50_300': no such preset \(did you mean r50_300ep\?\)"),
+        (["--preset"], "preset: needs a name"),
+        (["--optim.base_lrr", "1"], r"--optim.base_lrr: no such option \(did you mean --optim.base_lr\?\)"),
+        (["--optim.base_lr", "fast"], "optim.base_lr.*Expected a float.*fast"),
+        (["--optim.base_lr", "-1"], "optim.base_lr = -1.0: must be a number > 0"),
+        (["--optim.base_lr", "nan"], "optim.base_lr.*nan"),
+        (["--optim.tau_base", "1.5"], r"optim.tau_base = 1.5: must be a probability in \[0, 1\]"),
+        (["--optim.momentum", "1"], "optim.momentum = 1.0"),
+        (["--optim.name", "adam"], "optim.name = 'adam': must be one of lars"),
+        (["--epochs", "0"], "epochs = 0.0"),
+        (["--global_batch", "0"], "global_batch = 0"),
+        (["--global_batch", "1.5"], "global_batch.*Expected a int"),
+        (["--rank_batch", "-4"], "rank_batch = -4"),
+        (["--keep_checkpoints", "1"], "keep_checkpoints = 1: must be a number >= 2"),
+        (["--seed", "-1"], "seed = -1"),
+        (["--views.size_px", "0"], "size_px = 0"),
+        (["--views.view1.blur_p", "1.1"], "blur_p = 1.1: must be a probability"),
+        (["--views.view1.blur_sigma", "[0, 1]"], "blur_sigma = .*increasing pair"),
+        (["--views.view1.crop_area", "[0.9, 0.1]"], "crop_area = .*increasing pair"),
+        (["--views.view1.crop_area", "[0.9]"], "crop_area.*2 elements"),
+        (["--data.backend", "lmdb"], "data.backend = 'lmdb': must be one of auto"),
+        (["--data.workers", "-1"], "data.workers = -1"),
+        (["--precision.autocast", "int8"], "precision.autocast = 'int8'"),
+        (["--precision.compile", "maybe"], "precision.compile.*Expected a bool"),
+        (["--model.stem", "big"], "model.stem = 'big'"),
+        (["--model.hidden_dim", "0"], "model.hidden_dim = 0"),
+        (["--config", "no_such.yaml"], "no_such.yaml"),
+        (["stray"], "stray"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line_that_names_the_option_and_the_value(arguments, says):
+    preset = [] if arguments[0] == "--preset" else ["--preset", "r50_300ep"]
+    with pytest.raises(UserError, match=says) as caught:
+        _parse(*preset, *arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_with_an_unknown_key_names_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {base_lrr: 3}\n")
+    with pytest.raises(UserError, match="base_lrr"):
+        _parse("--config", str(file))
+
+
+def test_plain_values_of_a_wrong_type_or_name_are_refused():
+    with pytest.raises(UserError, match=r"optim.tau: no such option \(did you mean tau_base\?\)"):
+        from_plain(TrainConfig, {"optim": {"tau": 0.9}})
+    with pytest.raises(UserError, match="epochs = 'x': must be of type float"):
+        from_plain(TrainConfig, {"epochs": "x"})
+    with pytest.raises(UserError, match="global_batch = True"):
+        from_plain(TrainConfig, {"global_batch": True})
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "rank_batch", "ranks", "accumulate"), [(4096, 0, 8, 1), (4096, 128, 8, 4), (64, 64, 1, 1), (64, 16, 2, 2)]
+)
+def test_accumulation_follows_from_the_global_batch(global_batch, rank_batch, ranks, accumulate):
+    assert accumulation_of(TrainConfig(global_batch=global_batch, rank_batch=rank_batch), world_size=ranks) == accumulate
+
+
+@pytest.mark.parametrize(("global_batch", "rank_batch", "ranks"), [(64, 0, 3), (64, 48, 1), (64, 32, 4)])
+def test_a_global_batch_that_does_not_split_is_refused(global_batch, rank_batch, ranks):
+    with pytest.raises(UserError, match=f"global_batch = {global_batch}: not divisible"):
+        accumulation_of(TrainConfig(global_batch=global_batch, rank_batch=rank_batch), world_size=ranks)
+
+
+def test_no_option_can_be_taken_for_one_of_torchruns():
+    """torchrun parses abbreviations even after the script's name: a prefix of one of its options is swallowed, of two is 'ambiguous'."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = [o for action in get_args_parser()._actions for o in action.option_strings if o.startswith("--")]
+    ours = ["--preset", "--config", *(f"--{f.name}" for f in dataclasses.fields(TrainConfig))]
+    assert not [(o, t) for o in ours for t in theirs if t.startswith(o)]
+
+
+def test_the_papers_views_are_table_6():
+    assert PAPER.view1 == ViewSpec()
+    assert dataclasses.asdict(PAPER.view2) == {**dataclasses.asdict(PAPER.view1), "blur_p": 0.1, "solarize_p": 0.2}
+    assert (PAPER.view1.blur_p, PAPER.view1.solarize_p, PAPER.view1.jitter_p, PAPER.view1.gray_p) == (1.0, 0.0, 0.8, 0.2)
+    assert [blur_taps(s) for s in (224, 128, 96, 64, 32)] == [23, 13, 9, 7, 3]
+
+
+def test_each_ablation_switches_off_what_its_name_says_and_nothing_else():
+    def on(view: ViewSpec) -> set[str]:
+        return {name for name in ("flip", "jitter", "gray", "blur", "solarize") if getattr(view, f"{name}_p") > 0}
+
+    expected = {
+        "no_flip": ({"jitter", "gray", "blur"}, {"jitter", "gray", "blur", "solarize"}),
+        "no_blur": ({"flip", "jitter", "gray"}, {"flip", "jitter", "gray", "solarize"}),
+        "no_colour": ({"flip", "blur"}, {"flip", "blur", "solarize"}),
+        "no_jitter": ({"flip", "gray", "blur"}, {"flip", "gray", "blur", "solarize"}),
+        "no_grayscale": ({"flip", "jitter", "blur"}, {"flip", "jitter", "blur", "solarize"}),
+        "no_blur_in_view2": ({"flip", "jitter", "gray", "blur"}, {"flip", "jitter", "gray", "solarize"}),
+        "no_solarize_in_view2": ({"flip", "jitter", "gray", "blur"}, {"flip", "jitter", "gray", "blur"}),
+        "neither_in_view2": ({"flip", "jitter", "gray", "blur"}, {"flip", "jitter", "gray"}),
+        "symmetric": ({"flip", "jitter", "gray", "blur", "solarize"},) * 2,
+        "crop_only": (set(), set()),
+        "crop_flip": ({"flip"}, {"flip"}),
+        "crop_colour": ({"jitter", "gray"}, {"jitter", "gray"}),
+        "crop_blur": ({"blur"}, {"blur"}),
+    }
+    assert {name: (on(pair.view1), on(pair.view2)) for name, pair in ABLATIONS.items()} == expected
+    assert ABLATIONS["symmetric"].view1 == ABLATIONS["symmetric"].view2
+    assert ABLATIONS["symmetric"].view1.blur_p == 0.5
+
+
+def test_entry_points_print_one_line_and_exit_with_2_for_a_users_mistake_only(capsys):
+    @one_line_errors
+    def fails(error):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        fails(UserError("a = 1: must be\n2"))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "fastbyol: error: a = 1: must be 2\n"
+    with pytest.raises(KeyError):
+        fails(KeyError("a bug"))

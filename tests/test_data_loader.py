@@ -1,0 +1,270 @@
+"""Loaders: one contract for three backends; order, workers, ranks and resumes change no byte."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import DataConfig
+from fastbyol.config.views import ViewPair, both
+from fastbyol.data import ViewBatch, build_image_loader, build_loader
+from fastbyol.data.beton import read_beton
+from fastbyol.data.loader import TwoViewLoader
+from fastbyol.data.source import Indices, Pixels, Source
+from fastbyol.data.traversal import Traversal
+from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.writers_tar import write_tar_shards
+
+BACKENDS = ("folder", "ffcv", "dali")
+VIEWS = ViewPair(size_px=16)
+CROPS = both(VIEWS, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
+
+
+def loader_at(path: Path, **changes: object) -> TwoViewLoader:
+    options: dict = {"views": VIEWS, "seed": 5, "global_batch": 6, "workers": 2, "prefetch": 2, "backend": "auto"} | changes
+    config = DataConfig(train=str(path), workers=options.pop("workers"), prefetch=options.pop("prefetch"), backend=options.pop("backend"))
+    return build_loader(config, **options)
+
+
+def as_bytes(batch: ViewBatch) -> list[bytes]:
+    return [tensor.contiguous().numpy().tobytes() for tensor in batch]
+
+
+@pytest.fixture(params=BACKENDS)
+def path(request: pytest.FixtureRequest, data_paths: dict[str, Path]) -> Path:
+    return data_paths[request.param]
+
+
+def test_a_batch_has_the_promised_shapes_types_and_layout(path: Path) -> None:
+    with loader_at(path) as loader:
+        batch = next(iter(loader))
+        assert (len(loader), loader.num_samples, loader.class_names) == (4, 25, ("ant", "bee", "cat"))
+    for view in (batch.view1, batch.view2):
+        assert view.shape == (6, 3, 16, 16)
+        assert view.dtype == torch.float32
+        assert view.is_contiguous(memory_format=torch.channels_last)
+    assert batch.label.dtype == batch.index.dtype == torch.int64
+    assert batch.parameters.shape[:2] == (6, 2)
+    assert batch.label.tolist() == [0 if i < 8 else 1 if i < 17 else 2 for i in batch.index.tolist()]
+
+
+def test_uint8_output_gives_the_crops_of_the_same_boxes(path: Path) -> None:
+    plain = both(CROPS, flip_p=0.0)
+    with loader_at(path, views=plain, output="uint8") as crops, loader_at(path, views=plain) as views:
+        crop, view = next(iter(crops)), next(iter(views))
+    assert crop.view1.dtype == torch.uint8
+    assert torch.equal(crop.parameters, view.parameters)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (plain.mean, plain.std))
+    pixels = (view.view2 * std + mean) * 255
+    assert (crop.view2.float() - pixels).abs().max() <= 0.51  # rounded to the nearest level
+
+
+def test_workers_and_prefetch_change_no_byte(path: Path) -> None:
+    with loader_at(path, workers=1, prefetch=1) as one, loader_at(path, workers=3, prefetch=4) as three:
+        assert [as_bytes(batch) for batch in one] == [as_bytes(batch) for batch in three]
+
+
+def test_a_resume_at_any_batch_continues_byte_for_byte(path: Path) -> None:
+    with loader_at(path) as loader:
+        states, batches = [], []
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            states.append(loader.state_dict())
+            for batch in loader:
+                batches.append(as_bytes(batch))
+                states.append(loader.state_dict())
+    assert states[4] == states[5] == {"epoch": 1, "batch": 0}
+    assert len({batch[0] for batch in batches}) == 8
+    states.pop(4)
+    for position in (0, 1, 3, 4, 6):
+        with loader_at(path, workers=1) as resumed:
+            resumed.load_state_dict(states[position])
+            resumed.set_epoch(states[position]["epoch"])  # as a training loop does: must not rewind
+            assert as_bytes(next(iter(resumed))) == batches[position]
+
+
+def test_ranks_share_the_global_batch_of_one_rank_byte_for_byte(path: Path) -> None:
+    with loader_at(path) as whole:
+        expected = [as_bytes(batch) for batch in whole]
+    parts = []
+    for rank in range(3):
+        with loader_at(path, rank=rank, world_size=3) as loader:
+            parts.append(list(loader))
+    joined = [[torch.cat(tensors) for tensors in zip(*shares, strict=True)] for shares in zip(*parts, strict=True)]
+    assert [as_bytes(ViewBatch(*tensors)) for tensors in joined] == expected
+
+
+def test_batches_stay_valid_while_later_ones_are_made(path: Path) -> None:
+    with loader_at(path) as loader:
+        kept, copies = [], []
+        for batch in loader:
+            kept.append(batch)
+            copies.append(as_bytes(batch))
+    assert [as_bytes(batch) for batch in kept] == copies
+
+
+def test_a_new_epoch_brings_another_order_and_other_views(path: Path) -> None:
+    with loader_at(path) as loader:
+        first, second = list(loader), list(loader)
+    assert loader.state_dict() == {"epoch": 2, "batch": 0}
+    order = [[int(i) for batch in batches for i in batch.index] for batches in (first, second)]
+    assert order[0] != order[1]
+    drawn = [
+        {int(i): row for batch in batches for i, row in zip(batch.index, batch.parameters, strict=True)} for batches in (first, second)
+    ]
+    both_epochs = drawn[0].keys() & drawn[1].keys()
+    assert not any(torch.equal(drawn[0][i], drawn[1][i]) for i in both_epochs)
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_the_fast_backends_give_the_bytes_of_the_reference(backend: str, data_paths: dict[str, Path]) -> None:
+    with loader_at(data_paths[backend], views=VIEWS) as fast, loader_at(data_paths["folder"], views=VIEWS) as reference:
+        assert [as_bytes(batch) for batch in fast] == [as_bytes(batch) for batch in reference]
+
+
+def test_leaving_an_epoch_early_leaks_no_thread_and_goes_on_at_the_next_batch(path: Path) -> None:
+    with loader_at(path) as loader:
+        expected = [as_bytes(batch) for batch in loader]
+    before = threading.active_count()
+    with loader_at(path) as loader:
+        for position in range(4):
+            for batch in loader:
+                assert as_bytes(batch) == expected[position]
+                break
+        assert threading.active_count() <= before + 2
+    assert threading.active_count() == before
+
+
+def test_the_image_loader_gives_every_image_once_in_order(path: Path) -> None:
+    with build_image_loader(path, views=VIEWS, batch=10, workers=2) as loader:
+        for _ in range(2):
+            batches = list(loader)
+            assert [len(batch.image) for batch in batches] == [10, 10, 5]
+            assert torch.cat([batch.index for batch in batches]).tolist() == list(range(25))
+            assert torch.cat([batch.label for batch in batches]).tolist() == [0] * 8 + [1] * 9 + [2] * 8
+        assert (len(loader), loader.num_samples, loader.class_names) == (3, 25, ("ant", "bee", "cat"))
+
+
+def test_an_image_of_one_colour_comes_out_as_that_colour_normalised(make_folder: Callable[..., Path]) -> None:
+    folder = make_folder(a_png=Image.new("RGB", (20, 30), (255, 0, 51)), b_png=Image.new("RGB", (1, 1), (0, 255, 102)))
+    with build_image_loader(folder, views=VIEWS, batch=2, workers=1) as loader:
+        (batch,) = loader
+    for image, colour in zip(batch.image, ((1.0, 0.0, 0.2), (0.0, 1.0, 0.4)), strict=True):
+        for plane, value, mean, std in zip(image, colour, VIEWS.mean, VIEWS.std, strict=True):
+            assert plane.numpy() == pytest.approx((value - mean) / std, abs=1e-5)
+
+
+def test_images_of_one_pixel_work_in_every_backend(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_folder(a_jpg=Image.new("RGB", (1, 1), (200, 90, 10)), b_jpg=Image.new("L", (1, 3), 40))
+    write_beton(folder, out=tmp_path / "x.beton", workers=1)
+    write_tar_shards(folder, out=tmp_path / "tar", workers=1)
+    batches = []
+    for path in (folder, tmp_path / "x.beton", tmp_path / "tar"):
+        with loader_at(path, global_batch=2) as loader:
+            batches.append(as_bytes(next(iter(loader))))
+    assert batches[0] == batches[1] == batches[2]
+
+
+# ---- damage
+
+
+DAMAGES = ("header", "tail", "one byte")
+
+
+def jpeg_bytes(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def noisy_folder(make_folder: Callable[..., Path]) -> Path:
+    noise = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), dtype=np.uint8)
+    return make_folder(**{f"{i}_jpg": jpeg_bytes(Image.fromarray(pixels)) for i, pixels in enumerate(noise)})
+
+
+def expect_damage_reported(path: Path, *, index: int, name: str) -> None:
+    """Each epoch ends in the error, and the threads stay usable: no hang, no black image."""
+    with loader_at(path, global_batch=3, views=VIEWS) as loader:
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"image {index} .*{name}.* does not decode"):
+                list(loader)
+
+
+def test_a_truncated_jpeg_in_a_folder_is_named(noisy_folder: Path) -> None:
+    victim = noisy_folder / "class" / "4.jpg"
+    victim.write_bytes(victim.read_bytes()[:-400])
+    expect_damage_reported(noisy_folder, index=4, name="4.jpg")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_jpeg_in_a_beton_is_named(noisy_folder: Path, tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "x.beton"
+    write_beton(noisy_folder, out=out, workers=1)
+    table = read_beton(out)
+    wipe(out, int(table.offset[4]), int(table.size[4]), damage)
+    expect_damage_reported(out, index=4, name="x.beton")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_jpeg_in_a_tar_is_named(noisy_folder: Path, tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "shards"
+    write_tar_shards(noisy_folder, out=out, workers=1)
+    row = np.load(out / "samples.npy")[4]
+    wipe(out / "shard-00000.tar", int(row["offset"]), int(row["size"]), damage)
+    expect_damage_reported(out, index=4, name="00000004.jpg of .*shard-00000.tar")
+
+
+def wipe(path: Path, offset: int, size: int, damage: str) -> None:
+    """Zeroes a range of an image's bytes; one byte in the middle is what no decoder notices."""
+    start, length = {"header": (0, 64), "tail": (size // 2, size - size // 2), "one byte": (size // 2, 1)}[damage]
+    with path.open("r+b") as file:
+        file.seek(offset + start)
+        assert file.read(length) != bytes(length)
+        file.seek(offset + start)
+        file.write(bytes(length))
+
+
+def test_a_beton_that_is_cut_while_open_is_reported_and_does_not_kill_the_process(beton: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(beton, tmp_path / "cut.beton"))
+    with loader_at(copy) as loader:
+        with copy.open("r+b") as file:
+            file.truncate(10_000)
+        with pytest.raises(UserError, match=r"ended at byte \d+ while being read"):
+            list(loader)
+
+
+class _BrokenSource(Source):
+    def __init__(self) -> None:
+        super().__init__(labels=np.zeros(8, dtype=np.int64), class_names=("only",))
+
+    def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
+        return np.full(len(indices), 9), np.full(len(indices), 9)
+
+    def decode(self, indices: Indices) -> Iterator[Pixels]:
+        for index in indices:
+            yield np.zeros((9, 9, 3 if index != 6 else 4), dtype=np.uint8)
+
+    def sample_name(self, index: int) -> str:
+        return f"image {index}"
+
+
+def test_an_unforeseen_exception_of_a_worker_reaches_the_consumer_with_the_sample() -> None:
+    loader = TwoViewLoader(_BrokenSource(), views=VIEWS, traversal=Traversal(8, 0, 4), workers=2)
+    with loader, pytest.raises(ValueError, match="uint8") as caught:
+        list(loader)
+    assert caught.value.__notes__ == ["while rendering image 6"]
+
+
+def test_a_position_of_another_run_is_refused(image_folder: Path) -> None:
+    with loader_at(image_folder) as loader, pytest.raises(UserError, match="an epoch has 4 batches"):
+        loader.load_state_dict({"epoch": 0, "batch": 4})

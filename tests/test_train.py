@@ -1,0 +1,169 @@
+"""Training as a user runs it: each backend, plain and under torchrun, stopped and continued, with mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbyol import load_encoder
+from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from fastbyol.run_log import read_metrics
+from fastbyol.train import main
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    *("--preset", "cpu_demo", "--epochs", "2", "--global_batch", "8", "--log_every", "1", "--checkpoint_every", "2"),
+    *("--keep_checkpoints", "10", "--model.hidden_dim", "16", "--model.projection_dim", "8", "--data.workers", "1"),
+)
+"""25 images, batch 8: int(2 * 25) // 8 = 6 optimizer steps over 2 epochs of 3 batches."""
+
+
+def _losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run)]
+
+
+def _same_state(a: dict, b: dict) -> bool:
+    tensors = zip(a["byol"].items(), b["byol"].items(), strict=True)
+    momenta = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True)
+    same = all(n == m and torch.equal(x, y) for (n, x), (m, y) in tensors)
+    return same and all(torch.equal(x[k], y[k]) for x, y in momenta for k in x if isinstance(x[k], torch.Tensor))
+
+
+@pytest.fixture(scope="module")
+def folder_run(data_paths, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "folder"
+    main([*SMALL, "--data.train", str(data_paths["folder"]), "--out", str(out)])
+    return out
+
+
+def test_a_run_leaves_its_config_provenance_metrics_log_and_checkpoints(folder_run):
+    assert checkpoint_steps(folder_run) == [2, 4, 6]
+    records = read_metrics(folder_run)
+    assert [r["step"] for r in records] == list(range(6))
+    assert {"loss", "lr", "tau", "images_per_s_per_device", "data_wait_share", "projection_std", "effective_rank", "alarm"} <= records[
+        0
+    ].keys()
+    assert json.loads((folder_run / "provenance.json").read_text())["versions"]["torch"]
+    assert (folder_run / "config.yaml").exists()
+    assert list((folder_run / "tensorboard").iterdir())
+    assert "step 6/6" in (folder_run / "train.log").read_text()
+
+
+def test_the_trained_encoder_loads_from_the_run_and_gives_features(folder_run):
+    encoder = load_encoder(folder_run)
+    assert not encoder.training
+    assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+    state = load_checkpoint(checkpoint_path(folder_run, 6))
+    assert torch.equal(encoder.state_dict()["conv1.weight"], state["byol"]["online.encoder.conv1.weight"])
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_each_backend_trains_the_very_same_network(backend, data_paths, folder_run, tmp_path):
+    out = tmp_path / backend
+    main([*SMALL, "--data.train", str(data_paths[backend]), "--data.backend", backend, "--out", str(out)])
+    assert _losses(out) == _losses(folder_run)
+    assert _same_state(*(load_checkpoint(checkpoint_path(run, 6)) for run in (out, folder_run)))
+
+
+@pytest.mark.parametrize("stopped_at", [2, 4])
+def test_a_stopped_run_continues_to_bitwise_the_same_end(stopped_at, data_paths, folder_run, tmp_path):
+    """Step 2 lies in the middle of the first epoch, step 4 in the middle of the second."""
+    out = tmp_path / "stopped"
+    arguments = [*SMALL, "--data.train", str(data_paths["folder"]), "--out", str(out)]
+    main(arguments)
+    for step in (s for s in checkpoint_steps(out) if s > stopped_at):
+        checkpoint_path(out, step).unlink()
+    main(arguments)
+    assert _losses(out) == _losses(folder_run)
+    assert _same_state(*(load_checkpoint(checkpoint_path(run, 6)) for run in (out, folder_run)))
+
+
+def test_a_complete_run_is_left_alone(data_paths, folder_run):
+    before = checkpoint_path(folder_run, 6).stat().st_mtime_ns
+    main([*SMALL, "--data.train", str(data_paths["folder"]), "--out", str(folder_run)])
+    assert checkpoint_path(folder_run, 6).stat().st_mtime_ns == before
+    assert len(read_metrics(folder_run)) == 6
+
+
+def _torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "fastbyol/train.py"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_ranks_give_the_loss_of_one_rank_with_the_same_global_batch(accumulate, data_paths, tmp_path):
+    """float32: rounding differs and grows as the weights move, to about 1e-4 here (exact equality is tested in float64, step by step)."""
+    common = [*SMALL, "--precision.autocast", "off", "--data.train", str(data_paths["ffcv"])]
+    main([*common, "--rank_batch", str(8 // accumulate), "--out", str(tmp_path / "one")])
+    done = _torchrun(2, *common, "--rank_batch", str(4 // accumulate), "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=2e-3)
+    assert _losses(tmp_path / "two")[0] == pytest.approx(_losses(tmp_path / "one")[0], rel=1e-5)
+
+
+def test_a_run_without_cross_replica_statistics_on_one_rank_is_the_same_run(data_paths, folder_run, tmp_path):
+    main([*SMALL, "--precision.cross_replica_bn", "false", "--data.train", str(data_paths["folder"]), "--out", str(tmp_path / "run")])
+    assert _losses(tmp_path / "run") == _losses(folder_run)
+
+
+@pytest.mark.compile
+def test_a_compiled_run_follows_the_eager_one(data_paths, folder_run, tmp_path):
+    main([*SMALL, "--precision.compile", "true", "--data.train", str(data_paths["folder"]), "--out", str(tmp_path / "run")])
+    assert _losses(tmp_path / "run")[:3] == pytest.approx(_losses(folder_run)[:3], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--data.train", "none"], "none: no such file or folder"),
+        (["--data.train", ""], "data.train is not given"),
+        (["--global_batch", "64"], "25 images"),
+        (["--rank_batch", "3"], "global_batch = 8: not divisible"),
+        (["--views.size_px", "4"], "views.size_px = 4: must be >= 8"),
+        (["--model.encoder", "resnet9"], "model.encoder = 'resnet9'"),
+        (["--precision.autocast", "fp16"], "precision.autocast = 'fp16': needs a GPU"),
+        (["--out", ""], "out = ''"),
+        (["--out", "{file}"], "exists and is not a run"),
+        (["--out", "{file}/below"], "cannot be written"),
+        (["--out", "{run}", "--seed", "1"], "another config.*seed was 0, is 1"),
+    ],
+)
+def test_mistakes_end_before_any_work_in_one_line_with_exit_code_2(changes, says, data_paths, folder_run, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("x")
+    changes = [c.format(file=file, run=folder_run) for c in changes]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([*SMALL, "--data.train", str(data_paths["folder"]), "--out", str(tmp_path / "out"), *changes])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fastbyol: error: ")
+    assert re.search(says, error), error
+
+
+def test_the_script_works_as_typed_from_a_checkout(data_paths, tmp_path):
+    command = [
+        sys.executable,
+        "fastbyol/train.py",
+        *SMALL,
+        "--epochs",
+        "1",
+        "--data.train",
+        str(data_paths["ffcv"]),
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step 3/3" in done.stderr
+    done = subprocess.run([*command, "--epochs", "nine"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fastbyol: error: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,248 @@
+"""Conversion: every image checked, its own bytes kept, stock readers satisfied, whole or not at all, never a hang."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ffcv.loader import Loader, OrderOption
+from ffcv.reader import Reader
+from PIL import Image
+
+from fastbyol.config.errors import UserError
+from fastbyol.data import encode, writers_ffcv
+from fastbyol.data.beton import read_beton
+from fastbyol.data.ffcv_loader import FfcvSource
+from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.manifest import read_manifest
+from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.writers_tar import write_tar_shards
+
+SCRIPTS = Path(__file__).parents[1] / "data_prep"
+
+
+def originals(folder: Path) -> list[bytes]:
+    listing = list_image_folder(folder)
+    return [listing.path(i).read_bytes() for i in range(len(listing.files))]
+
+
+def colour_wheel(size: int = 32) -> Image.Image:
+    y, x = np.mgrid[0:size, 0:size] * 255 // (size - 1)
+    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+
+
+# ---- .beton
+
+
+def test_a_beton_holds_the_bytes_of_every_jpeg_and_its_manifest_describes_it(image_folder: Path, beton: Path) -> None:
+    content, table = beton.read_bytes(), read_beton(beton)
+    stored = [content[offset : offset + size] for offset, size in zip(table.offset, table.size, strict=True)]
+    assert stored == originals(image_folder)
+    manifest = read_manifest(Path(f"{beton}.json"))
+    assert (manifest.num_samples, manifest.class_names, manifest.class_counts) == (25, ("ant", "bee", "cat"), (8, 9, 8))
+    assert manifest.shards[0].sha256 == sha256(content).hexdigest()
+    assert manifest.images["bytes"] == sum(map(len, stored))
+    assert (manifest.images["height_min"], manifest.images["height_max"], manifest.images["transcoded"]) == (
+        table.height.min(),
+        table.height.max(),
+        0,
+    )
+
+
+def test_stock_ffcv_reads_our_beton_through_both_of_its_page_managers(
+    make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (9, 24, 24, 3), dtype=np.uint8)
+    images: dict[str, Image.Image] = {f"{i}_png": Image.fromarray(pixels) for i, pixels in enumerate(noise)}
+    folder = make_folder(**images, gray_png=colour_wheel(24).convert("L"))
+    monkeypatch.setattr(writers_ffcv, "MIN_PAGE_BYTES", 4096)  # a few images to a page
+    out = tmp_path / "pages.beton"
+    write_beton(folder, out=out, workers=1)
+    pages = {(int(first), int(last)) for first, last in _pages(out)}
+    assert len(pages) > 2
+    assert all(first == last for first, last in pages)
+    assert Reader(str(out)).field_names == ["image", "label"]
+    expected = [np.array(image) for image in FfcvSource(out).decode(np.arange(10))]
+    for os_cache in (True, False):
+        loader = Loader(str(out), batch_size=10, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache)
+        ((image, label),) = list(loader)
+        # Stock FFCV decodes with the fast DCT: up to a few levels from the accurate one.
+        assert np.abs(image.numpy().astype(int) - np.stack(expected)).max() <= 12
+        assert label.flatten().tolist() == [0] * 10
+
+
+def _pages(path: Path) -> list[tuple[int, int]]:
+    page, table = int(Reader(str(path)).page_size), read_beton(path)
+    return list(zip(table.offset // page, (table.offset + table.size - 1) // page, strict=True))
+
+
+def test_what_no_decoder_takes_is_transcoded_and_all_else_is_left_alone(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    wheel = colour_wheel()
+    kept = {"a_jpg": wheel, "b_jpeg": wheel.convert("L")}
+    changed = {"c_jpg": wheel.convert("CMYK"), "d_png": wheel.convert("RGBA"), "e_png": wheel.quantize(128), "f_bmp": wheel}
+    folder = make_folder(**kept, **changed)
+    buffer = io.BytesIO()
+    wheel.save(buffer, "PNG")
+    (folder / "class" / "g.jpg").write_bytes(buffer.getvalue())  # ImageNet has one
+    out = tmp_path / "odd.beton"
+    manifest = write_beton(folder, out=out, workers=1)
+    assert manifest.images["transcoded"] == 5
+    content, table = out.read_bytes(), read_beton(out)
+    stored = [content[offset : offset + size] for offset, size in zip(table.offset, table.size, strict=True)]
+    assert stored[:2] == originals(folder)[:2]
+    for i, image in enumerate(FfcvSource(out).decode(np.arange(7))):
+        wanted = np.asarray((wheel.convert("L") if i == 1 else changed["e_png"] if i == 4 else wheel).convert("RGB"))
+        assert np.abs(image.astype(int) - wanted).mean() <= (8.0 if i == 4 else 4.0)  # JPEG is bad at the hard edges of a palette
+
+
+def test_a_rerun_gives_the_same_bytes_with_any_workers(image_folder: Path, beton: Path, tar_folder: Path, tmp_path: Path) -> None:
+    write_beton(image_folder, out=tmp_path / "again.beton", workers=2)
+    assert (tmp_path / "again.beton").read_bytes() == beton.read_bytes()
+    write_tar_shards(image_folder, out=tmp_path / "again", workers=2, seed=3)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in tar_folder.iterdir()}
+
+
+# ---- tar shards
+
+
+def test_stock_dali_reads_our_shards_and_finds_bytes_label_and_sample_id(image_folder: Path, tmp_path: Path) -> None:
+    from nvidia.dali import fn, pipeline_def, types
+
+    out = tmp_path / "shards"
+    wanted, labels = originals(image_folder), list_image_folder(image_folder).labels
+    manifest = write_tar_shards(image_folder, out=out, workers=1, shard_mib=1)
+    tars = sorted(str(path) for path in out.glob("*.tar"))
+
+    @pipeline_def(batch_size=25, num_threads=1, device_id=None)
+    def read() -> object:
+        components = fn.readers.webdataset(
+            paths=tars,
+            index_paths=[tar.replace(".tar", ".idx") for tar in tars],
+            ext=["jpg", "cls", "idx"],
+            dtypes=[types.UINT8, types.INT64, types.INT64],
+            missing_component_behavior="error",
+        )
+        return tuple(components)
+
+    pipeline = read()
+    pipeline.build()
+    images, classes, indices = pipeline.run()
+    order = [int(np.asarray(indices[i])[0]) for i in range(25)]
+    assert sorted(order) == list(range(25))
+    assert order != sorted(order)
+    for place, index in enumerate(order):
+        assert np.asarray(images[place]).tobytes() == wanted[index]
+        assert int(np.asarray(classes[place])[0]) == labels[index]
+    assert manifest.shards[0].sha256 == sha256(Path(tars[0]).read_bytes()).hexdigest()
+
+
+def test_shards_end_at_their_size_and_together_hold_every_sample_once(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    noise = np.random.default_rng(2).integers(0, 256, (6, 600, 600, 3), dtype=np.uint8)
+    folder = make_folder(**{f"{i}_bmp": Image.fromarray(pixels) for i, pixels in enumerate(noise)})
+    manifest = write_tar_shards(folder, out=tmp_path / "shards", workers=1, shard_mib=1)
+    assert len(manifest.shards) == 2
+    members = []
+    for shard in manifest.shards:
+        with tarfile.open(tmp_path / "shards" / shard.name) as tar:
+            members += tar.getnames()
+        assert shard.samples == 3
+        assert shard.bytes > 1 << 20
+    assert sorted(members) == sorted(f"{i:08d}.{extension}" for i in range(6) for extension in ("jpg", "cls", "idx"))
+
+
+def test_the_seed_orders_the_shards(image_folder: Path, tar_folder: Path, tmp_path: Path) -> None:
+    write_tar_shards(image_folder, out=tmp_path / "other", workers=1, seed=4)
+    offsets = [np.load(folder / "samples.npy")["offset"] for folder in (tar_folder, tmp_path / "other")]
+    assert np.argsort(offsets[0]).tolist() != np.argsort(offsets[1]).tolist()
+
+
+# ---- failures
+
+
+@pytest.mark.parametrize("write", [write_beton, write_tar_shards])
+def test_an_image_that_does_not_decode_ends_the_conversion_with_its_name_and_leaves_nothing(
+    write: Callable[..., object], make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    colour_wheel().save(buffer, "JPEG")
+    for name, content in {"cut_jpg": buffer.getvalue()[:-300], "empty_jpg": b"", "text_png": b"hello"}.items():
+        folder = make_folder(a_jpg=colour_wheel(), **{name: content})
+        with pytest.raises(UserError, match=f"{name.replace('_', '.')}: is no image that decodes"):
+            write(folder, out=tmp_path / "out.beton", workers=1)
+        (folder / "class" / name.replace("_", ".")).unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+class _KillsItsReader:
+    """Ends the process that unpickles it, as the kernel does with one that takes too much memory."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (1,)
+
+
+def test_a_worker_that_dies_is_an_error_and_not_a_hang() -> None:
+    with pytest.raises(UserError, match="a worker process of the conversion died"):
+        list(encode.encode_in_order([_KillsItsReader()], workers=1))  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("write", [write_beton, write_tar_shards])
+def test_an_existing_output_is_refused_and_replaced_only_on_request(
+    write: Callable[..., object], image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.beton"
+    write(image_folder, out=out, workers=1)
+    with pytest.raises(UserError, match=r"exists already; .*--overwrite"):
+        write(image_folder, out=out, workers=1)
+    write(image_folder, out=out, workers=1, overwrite="replace")
+
+
+def test_overwrite_never_removes_a_folder_of_the_users(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="will not be replaced"):
+        write_tar_shards(image_folder, out=tmp_path, workers=1, overwrite="replace")
+    assert (tmp_path / "thesis.txt").exists()
+
+
+# ---- the commands
+
+
+def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPTS / name, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_commands_convert_as_written(image_folder: Path, beton: Path, tmp_path: Path) -> None:
+    done = run_script("to_ffcv.py", "--data", image_folder, "--out", tmp_path / "a.beton", "--workers", "1")
+    assert (done.returncode, (tmp_path / "a.beton").read_bytes()) == (0, beton.read_bytes()), done.stderr
+    assert "25 images of 3 classes" in done.stdout
+    done = run_script("to_dali.py", "--data", image_folder, "--out", tmp_path / "tar", "--shard-mb", "1", "--workers", "1")
+    assert (done.returncode, json.loads((tmp_path / "tar" / "manifest.json").read_text())["num_samples"]) == (0, 25), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("to_ffcv.py", ["--data", "missing", "--out", "x.beton"], "missing: no such folder"),
+        ("to_ffcv.py", ["--data", ".", "--out", "x.txt"], "must end in .beton"),
+        ("to_ffcv.py", ["--data", ".", "--out", "x.beton", "--workers", "many"], "invalid int value: 'many'"),
+        ("to_ffcv.py", ["--data", "."], "required: --out"),
+        ("to_dali.py", ["--data", ".", "--out", "x", "--shard-mb", "0"], "shard-mb = 0"),
+        ("to_dali.py", ["--data", ".", "--out", "x", "--shuffle"], "unrecognized arguments: --shuffle"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_exit_code_2(script: str, arguments: list[str], message: str) -> None:
+    done = run_script(script, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("fastbyol: error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
