@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from fastbyol.config.errors import UserError, one_line_errors, require_choice
+from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.errors import one_line_errors, require_choice
 from fastbyol.data.demo_fashion import write_fashion
 from fastbyol.data.demo_folder import DemoSettings
 from fastbyol.data.demo_scenes import write_scenes
@@ -28,15 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{options.out}: {options.kind}, {settings.train_per_class} + {settings.val_per_class} images a class")
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """A bad option is a user's mistake like any other: one line, not a usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--kind", default="fashion", help="fashion or scenes (default: %(default)s)")
     parser.add_argument("--train-per-class", type=int, default=DemoSettings.train_per_class, help="default: %(default)s")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbyol.config.schema import ModelConfig
-from fastbyol.models import build_encoder
+from fastbyol.models import encoder_from
 from fastbyol.models.heads import mlp_head
 from fastbyol.models.resnet import truncated_normal_
 from fastbyol.objectives import byol_loss
@@ -137,16 +137,8 @@ class BYOL(nn.Module):
 
 def build_byol(config: ModelConfig, *, num_classes: int) -> BYOL:
     """The networks of a config, freshly initialised from torch's global generator."""
-    encoder = build_encoder(
-        config.encoder,
-        width=config.width,
-        stem=config.stem,
-        padding=config.padding,
-        zero_init_last_gamma=config.zero_init_last_gamma,
-        initialisation=config.initialisation,
-    )
     byol = BYOL(
-        encoder,
+        encoder_from(config),
         num_classes=num_classes,
         hidden_dim=config.hidden_dim,
         projection_dim=config.projection_dim,

@@ -1,7 +1,7 @@
 """Pre-train BYOL.
 
     torchrun --nproc-per-node 8 fastbyol/train.py --preset r50_300ep --data.train imagenet/train.beton --out runs/r50
-    python fastbyol/train.py --preset cpu_demo --data.train demo/train.beton --out runs/demo
+    python fastbyol/train.py --preset cpu_demo --data.train demo/fashion/train.beton --out runs/demo
     torchrun --nproc-per-node 2 fastbyol/train.py --preset r50_100ep --data.train train.beton --out runs/r50 --rank_batch 128
 
 The same command again continues the run where it stopped. Method: Grill et al., NeurIPS 2020, algorithm 1.
@@ -10,7 +10,7 @@ The same command again continues the run where it stopped. Method: Grill et al.,
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -76,6 +76,7 @@ def train(config: TrainConfig, process: Process) -> None:
         if process.is_main and (done % config.checkpoint_every == 0 or done == total_steps):
             state.save(folder, step=done, config=config)
     batches.close()
+    state.loader.close()
     if run_log is not None:
         run_log.close()
 
@@ -135,7 +136,7 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     )
 
 
-def endless(loader: TwoViewLoader) -> Iterator[ViewBatch]:
+def endless(loader: TwoViewLoader) -> Generator[ViewBatch, None, None]:
     """Batches from where the loader stands, epoch after epoch."""
     while True:
         yield from loader

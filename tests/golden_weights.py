@@ -53,10 +53,7 @@ def regenerated(golden: np.lib.npyio.NpzFile) -> Iterator[tuple[str, np.ndarray]
         shape = tuple(int(n) for n in re.findall(r"\d+", str(shape_text)))
         z = np.random.RandomState([int(golden["seed"]), i]).standard_normal(shape)
         leaf = str(name).rsplit("|", 1)[1]
-        if leaf == "w":
-            value = z * np.sqrt(2 / np.prod(shape[:-1]))
-        else:
-            value = 0.8 + 0.1 * z if leaf == "scale" else 0.1 * z
+        value = {"w": z * np.sqrt(2 / np.prod(shape[:-1])), "scale": 0.8 + 0.1 * z}.get(leaf, 0.1 * z)
         yield str(name), value.astype(np.float32)
 
 

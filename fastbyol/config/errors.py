@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
+import time
 from collections.abc import Callable
 
 USER_ERROR_EXIT = 2
+HOLD_BACK_S = 3.0
+"""Ranks other than 0 speak this much later: what all of them found is then said once, since torchrun ends the others when rank 0 leaves."""
 
 
 class UserError(ValueError):
@@ -22,7 +26,10 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            print("fastbyol: error: " + " ".join(str(error).split()), file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            if rank != "0":
+                time.sleep(HOLD_BACK_S)
+            print(f"fastbyol: error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
             sys.exit(USER_ERROR_EXIT)
 
     return guarded

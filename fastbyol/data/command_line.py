@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
 
-from fastbyol.config.errors import UserError
-
-
-class _OneLineParser(ArgumentParser):
-    """A bad option is a user's mistake like any other: one line, not a usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+from fastbyol.config.arguments import OneLineParser
 
 
-def conversion_parser(description: str, examples: str) -> ArgumentParser:
+def conversion_parser(description: str, examples: str) -> OneLineParser:
     """A parser with --data, --workers and --overwrite; the examples stand below the options in --help."""
-    parser = _OneLineParser(description=description, epilog=examples, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(description=description, epilog=examples)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with one sub-folder of images per class")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")

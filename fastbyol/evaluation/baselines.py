@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastbyol.config.schema import TrainConfig
 from fastbyol.evaluation.features import Features
-from fastbyol.models import build_encoder
+from fastbyol.models import encoder_from
 
 PCA_COMPONENTS = 128
 CALIBRATION_IMAGES = 2048
@@ -21,17 +21,9 @@ def untrained_encoder(config: TrainConfig, images: torch.Tensor) -> nn.Module:
     A fresh net's running statistics are mean 0 and variance 1: its features would then say more about the missing statistics than about
     random weights. So `images` (N, 3, S, S), a random sample of the training set, pass through it once in training mode.
     """
-    model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = build_encoder(
-            model.encoder,
-            width=model.width,
-            stem=model.stem,
-            padding=model.padding,
-            zero_init_last_gamma=model.zero_init_last_gamma,
-            initialisation=model.initialisation,
-        )
+        encoder = encoder_from(config.model)
     set_batchnorm_statistics(encoder, images)
     return encoder.eval()
 

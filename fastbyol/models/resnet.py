@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.config.errors import UserError, require, require_at_least, require_choice
+from fastbyol.config.schema import ModelConfig
 from fastbyol.models.padding import SameConv2d, SameMaxPool2d
 
 BN_EPS = 1e-5
@@ -214,6 +215,18 @@ def build_encoder(
             if isinstance(module, BasicBlock | Bottleneck):
                 nn.init.zeros_(module.last_bn.weight)  # type: ignore[arg-type]
     return encoder
+
+
+def encoder_from(config: ModelConfig) -> ResNet:
+    """The encoder of a config."""
+    return build_encoder(
+        config.encoder,
+        width=config.width,
+        stem=config.stem,
+        padding=config.padding,
+        zero_init_last_gamma=config.zero_init_last_gamma,
+        initialisation=config.initialisation,
+    )
 
 
 def check_image_size(size_px: int, *, encoder: str, stem: str) -> None:
