@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbyol.config.schema import ModelConfig
+from fastbyol.config.schema import ModelConfig, ObjectiveConfig
 from fastbyol.models import encoder_from
 from fastbyol.models.heads import mlp_head
 from fastbyol.models.resnet import truncated_normal_
-from fastbyol.objectives import byol_loss
+from fastbyol.objectives import byol_loss, infonce_beta_loss
 from fastbyol.optim.ema import ema_update
+
+BYOL_OBJECTIVE = ObjectiveConfig()
 
 
 class OnlineOutput(NamedTuple):
@@ -28,7 +30,8 @@ class OnlineOutput(NamedTuple):
 class BYOLOutput(NamedTuple):
     """What one forward gives: the losses to minimise (scalars), and what monitors look at (detached).
 
-    loss: BYOL's regression loss in [0, 8].
+    loss: the objective; BYOL's regression loss in [0, 8] unless the run has another.
+    alignment: mean cosine between each prediction and what it predicts, in [-1, 1].
     probe_loss: cross-entropy of the linear probe on view 1; its gradient stops at the feature.
     probe_correct: (N,) whether the probe's first guess was the label.
     projection: (N, D) online projection of view 1.
@@ -36,6 +39,7 @@ class BYOLOutput(NamedTuple):
     """
 
     loss: Tensor
+    alignment: Tensor
     probe_loss: Tensor
     probe_correct: Tensor
     projection: Tensor
@@ -80,6 +84,7 @@ class BYOL(nn.Module):
         hidden_dim, projection_dim: width of the heads' hidden layers and of the projection.
         projector_layers, predictor_layers: number of Linears; 0 predictor layers leave it out.
         num_classes: of the probe.
+        objective: BYOL's regression, or another of the InfoNCE-beta family.
 
     Differs from the paper: the target starts as a copy of the online network, as the paper's pseudo-code has it; the official code draws it from
     another key and saw no difference.
@@ -94,8 +99,10 @@ class BYOL(nn.Module):
         projection_dim: int = 256,
         projector_layers: int = 2,
         predictor_layers: int = 2,
+        objective: ObjectiveConfig = BYOL_OBJECTIVE,
     ) -> None:
         super().__init__()
+        self.objective = objective
         feature_dim = int(encoder.feature_dim)  # type: ignore[arg-type]
         projector = mlp_head(feature_dim, hidden_dim=hidden_dim, out_dim=projection_dim, layers=projector_layers)
         predictor: nn.Module = nn.Identity()
@@ -113,16 +120,29 @@ class BYOL(nn.Module):
             label: (N,) int64, seen by the probe only.
         """
         online1, online2 = self.online(view1), self.online(view2)
-        target1, target2 = self.target(view1), self.target(view2)
-        loss = byol_loss(online1.prediction, online2.prediction, target1, target2)
+        predicted = self._predicted(view1, view2, online1, online2)
+        regression = byol_loss(online1.prediction, online2.prediction, *predicted)
+        loss = regression
+        if self.objective.beta > 0:
+            beta, alpha = self.objective.beta, self.objective.alpha
+            loss = infonce_beta_loss(online1.prediction, online2.prediction, *predicted, beta=beta, alpha=alpha)
         logits = self.probe(online1.feature.detach())
         return BYOLOutput(
             loss=loss,
+            alignment=1 - regression.detach() / 4,
             probe_loss=F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), label),
             probe_correct=(logits.detach().argmax(dim=1) == label),
             projection=online1.projection.detach(),
             feature=online1.feature.detach(),
         )
+
+    def _predicted(self, view1: Tensor, view2: Tensor, online1: OnlineOutput, online2: OnlineOutput) -> tuple[Tensor, Tensor]:
+        """The projections (N, D) of both views that the predictions are held to."""
+        if self.objective.target == "ema":
+            return self.target(view1), self.target(view2)
+        if self.objective.target == "online":
+            return online1.projection, online2.projection
+        return online1.projection.detach(), online2.projection.detach()
 
     def update_target(self, tau: float | Tensor) -> None:
         """Moves the target's parameters towards the online ones; call it once after each optimizer step. BN statistics stay each network's own."""
@@ -135,7 +155,7 @@ class BYOL(nn.Module):
         return [*self.online.encoder.parameters(), *self.online.projector.parameters()]
 
 
-def build_byol(config: ModelConfig, *, num_classes: int) -> BYOL:
+def build_byol(config: ModelConfig, *, num_classes: int, objective: ObjectiveConfig = BYOL_OBJECTIVE) -> BYOL:
     """The networks of a config, freshly initialised from torch's global generator."""
     byol = BYOL(
         encoder_from(config),
@@ -144,6 +164,7 @@ def build_byol(config: ModelConfig, *, num_classes: int) -> BYOL:
         projection_dim=config.projection_dim,
         projector_layers=config.projector_layers,
         predictor_layers=config.predictor_layers,
+        objective=objective,
     )
     if config.initialisation == "truncated_normal":
         for head in (byol.online.projector, byol.online.predictor, byol.probe):

@@ -19,8 +19,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.process_group import all_reduce_mean
 
 COLLAPSED_STD = 0.1
-"""projection_std under this, with a loss under COLLAPSED_LOSS, for PATIENCE records in a row, is called a collapse. Healthy demo runs stay above 0.3."""
-COLLAPSED_LOSS = 0.05
+"""projection_std under this, with an alignment over COLLAPSED_ALIGNMENT, for PATIENCE records in a row, is called a collapse."""
+COLLAPSED_ALIGNMENT = 0.98
 PATIENCE = 3
 
 
@@ -59,14 +59,14 @@ class CollapseAlarm:
     def __init__(self) -> None:
         self._in_a_row = 0
 
-    def check(self, *, loss: float, projection_std: float) -> str | None:
+    def check(self, *, alignment: float, projection_std: float) -> str | None:
         """The alarm's text after PATIENCE collapsed records in a row, else None."""
-        collapsed = loss < COLLAPSED_LOSS and projection_std < COLLAPSED_STD
+        collapsed = alignment > COLLAPSED_ALIGNMENT and projection_std < COLLAPSED_STD
         self._in_a_row = self._in_a_row + 1 if collapsed else 0
         if self._in_a_row < PATIENCE:
             return None
         return (
-            f"collapse: loss {loss:.2g} and projection std {projection_std:.2g} say that every image gets the same projection; "
+            f"collapse: alignment {alignment:.4f} and projection std {projection_std:.2g} say that every image gets the same projection; "
             "check the predictor (model.predictor_layers), optim.tau_base and the learning rate"
         )
 
@@ -82,7 +82,7 @@ class Monitor:
 
     def __init__(self, *, global_batch: int, world_size: int, device: torch.device) -> None:
         self.global_batch, self.world_size = global_batch, world_size
-        self._sums = torch.zeros(3, device=device)
+        self._sums = torch.zeros(4, device=device)
         self._alarm = CollapseAlarm()
         self._reset()
 
@@ -100,7 +100,8 @@ class Monitor:
 
     def add(self, output: BYOLOutput) -> None:
         """One micro-batch."""
-        self._sums += torch.stack([output.loss.detach().float(), output.probe_loss.detach().float(), output.probe_correct.float().mean()])
+        values = (output.loss, output.alignment, output.probe_loss, output.probe_correct.float().mean())
+        self._sums += torch.stack([v.detach().float() for v in values])
         self._micro_batches += 1
 
     def step(self) -> None:
@@ -113,7 +114,7 @@ class Monitor:
         Raises:
             UserError: the loss is not finite.
         """
-        loss, probe_loss, probe_top1 = all_reduce_mean(self._sums / max(self._micro_batches, 1)).tolist()
+        loss, alignment, probe_loss, probe_top1 = all_reduce_mean(self._sums / max(self._micro_batches, 1)).tolist()
         if not loss < float("inf"):
             raise UserError(
                 f"loss = {loss} at step {step} (lr {lr:.3g}): the run diverged; lower optim.base_lr or set precision.autocast to off"
@@ -132,9 +133,9 @@ class Monitor:
             "images_per_s": images_per_s,
             "images_per_s_per_device": images_per_s / self.world_size,
             "data_wait_share": min(self._wait_s / elapsed_s, 1.0),
-            "alignment": 1 - loss / 4,
+            "alignment": alignment,
             **signs,
-            "alarm": self._alarm.check(loss=loss, projection_std=signs["projection_std"]),
+            "alarm": self._alarm.check(alignment=alignment, projection_std=signs["projection_std"]),
         }
         self._reset()
         return record

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 
 NORM_FLOOR = 1e-6
 """The official code divides by sqrt(max(sum of squares, 1e-12)); F.normalize's own default floor is 1e-12 on the norm."""
@@ -35,25 +37,36 @@ def byol_loss(prediction1: Tensor, prediction2: Tensor, projection1: Tensor, pro
 def infonce_beta_loss(
     prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor, *, beta: float, alpha: float
 ) -> Tensor:
-    """The negative of the paper's InfoNCE-beta objective, scalar (equations 6 to 9).
+    """The negative of the paper's InfoNCE-beta objective, scalar (equations 6 to 9), symmetrised over the views.
 
-    beta = 0 is byol_loss - 4; beta = 1 with predictions = projections = online projections is SimCLR times 2 alpha. Symmetrised over the views.
-    Each row is compared with the 2N - 1 others of this batch.
+    beta = 0 is byol_loss - 4; beta = 1 with predictions = projections = online projections is SimCLR times 2 alpha. Each of this rank's N rows is
+    compared with the 2M - 1 others of all ranks, M = N times ranks; gradients reach the rows of other ranks.
 
     Args:
         beta: weight of the negative term.
         alpha: temperature, > 0.
     """
-    forward = _one_direction(l2_normalize(prediction1), l2_normalize(projection1), l2_normalize(projection2), beta=beta, alpha=alpha)
-    backward = _one_direction(l2_normalize(prediction2), l2_normalize(projection2), l2_normalize(projection1), beta=beta, alpha=alpha)
+    keys1, keys2 = all_ranks(l2_normalize(projection1)), all_ranks(l2_normalize(projection2))
+    forward = _one_direction(l2_normalize(prediction1), same_view=keys1, other_view=keys2, beta=beta, alpha=alpha)
+    backward = _one_direction(l2_normalize(prediction2), same_view=keys2, other_view=keys1, beta=beta, alpha=alpha)
     return -2 * (forward + backward)
 
 
-def _one_direction(query: Tensor, same_view: Tensor, other_view: Tensor, *, beta: float, alpha: float) -> Tensor:
-    positive = (query * other_view).sum(dim=-1)
-    if beta == 0:
-        return positive.mean()
-    among = query @ same_view.T / alpha
-    among = among.masked_fill(torch.eye(len(query), dtype=torch.bool, device=query.device), float("-inf"))
-    negative = torch.logsumexp(torch.cat([among, query @ other_view.T / alpha], dim=1), dim=1)
+def _one_direction(query: Tensor, *, same_view: Tensor, other_view: Tensor, beta: float, alpha: float) -> Tensor:
+    own = _first_row_of_rank(len(query)) + torch.arange(len(query), device=query.device)
+    across = query @ other_view.T
+    positive = across.gather(1, own[:, None]).squeeze(1)
+    among = (query @ same_view.T).scatter(1, own[:, None], float("-inf"))
+    negative = torch.logsumexp(torch.cat([among, across], dim=1) / alpha, dim=1)
     return (positive - beta * alpha * negative).mean()
+
+
+def all_ranks(x: Tensor) -> Tensor:
+    """(N * ranks, D): the rows of all ranks in rank order, each rank's with its gradient; x itself on one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return torch.cat(all_gather_with_gradient(x.contiguous()))
+
+
+def _first_row_of_rank(num_rows: int) -> int:
+    return dist.get_rank() * num_rows if dist.is_initialized() else 0

@@ -120,7 +120,7 @@ def build(config: TrainConfig, process: Process) -> TrainState:
         output="uint8" if process.device.type == "cuda" else "float32",
     )
     torch.manual_seed(config.seed)
-    byol = build_byol(config.model, num_classes=len(loader.class_names))
+    byol = build_byol(config.model, num_classes=len(loader.class_names), objective=config.objective)
     model: nn.Module = byol
     if process.world_size > 1:
         if config.precision.cross_replica_bn:

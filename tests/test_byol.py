@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastbyol.byol import BYOL, build_byol
-from fastbyol.config.schema import ModelConfig
+from fastbyol.config.schema import ModelConfig, ObjectiveConfig
 from fastbyol.models import build_encoder
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
@@ -203,3 +203,42 @@ def test_the_whole_forward_and_loss_compile_into_one_graph_and_agree_with_eager(
     label = torch.zeros(8, dtype=torch.long)
     compiled = torch.compile(byol, fullgraph=True, dynamic=False)
     assert compiled(view1, view2, label).loss.item() == pytest.approx(byol(view1, view2, label).loss.item(), abs=1e-4)
+
+
+GRID = [(predictor, target, beta) for predictor in (2, 0) for target in ("ema", "online", "stop_gradient") for beta in (0.0, 1.0)]
+
+
+@pytest.mark.parametrize(("predictor_layers", "target", "beta"), GRID)
+def test_every_row_of_the_papers_infonce_grid_runs_and_sends_gradients_where_it_says(predictor_layers, target, beta):
+    """Tables 5b and 19: with or without predictor, projections of the target, the online network, or that without gradient."""
+    torch.manual_seed(0)
+    config = ModelConfig(**{**TINY.__dict__, "predictor_layers": predictor_layers})
+    byol = build_byol(config, num_classes=5, objective=ObjectiveConfig(beta=beta, alpha=0.1, target=target)).double().train()
+    view1, view2 = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64)
+    output = byol(view1, view2, torch.zeros(8, dtype=torch.long))
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert byol.online.encoder.conv1.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in byol.target.parameters())
+    keys = {"ema": byol.target(view1), "online": byol.online(view1).projection, "stop_gradient": byol.online(view1).projection}[target]
+    cosine = torch.nn.functional.cosine_similarity(byol.online(view2).prediction, keys).mean()
+    back = {"ema": byol.target(view2), "online": byol.online(view2).projection, "stop_gradient": byol.online(view2).projection}[target]
+    cosine = (cosine + torch.nn.functional.cosine_similarity(byol.online(view1).prediction, back).mean()) / 2
+    assert output.alignment.item() == pytest.approx(cosine.item(), abs=1e-9)
+
+
+def test_simclr_is_the_row_without_predictor_and_target_at_beta_one():
+    """NT-Xent written as a loop (Chen et al., 2020, equation 1), times 2 alpha per direction pair."""
+    torch.manual_seed(0)
+    config = ModelConfig(**{**TINY.__dict__, "predictor_layers": 0})
+    byol = build_byol(config, num_classes=5, objective=ObjectiveConfig(beta=1.0, alpha=0.5, target="online")).double().train()
+    view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
+    loss = byol(view1, view2, torch.zeros(6, dtype=torch.long)).loss.item()
+    z = torch.cat([byol.online(view1).projection, byol.online(view2).projection]).detach()
+    z = z / z.norm(dim=1, keepdim=True)
+    nt_xent = 0.0
+    for i in range(12):
+        j = (i + 6) % 12
+        others = [math.exp(float(z[i] @ z[k]) / 0.5) for k in range(12) if k != i]
+        nt_xent += -math.log(math.exp(float(z[i] @ z[j]) / 0.5) / sum(others)) / 12
+    assert loss == pytest.approx(2 * 0.5 * 2 * nt_xent, abs=1e-9)

@@ -7,7 +7,7 @@ import torch
 
 from fastbyol.byol import BYOLOutput
 from fastbyol.config.errors import UserError
-from fastbyol.monitors import COLLAPSED_LOSS, COLLAPSED_STD, PATIENCE, CollapseAlarm, Monitor, collapse_signs
+from fastbyol.monitors import COLLAPSED_STD, PATIENCE, CollapseAlarm, Monitor, collapse_signs
 
 
 def test_projections_spread_evenly_read_one_full_rank_and_no_common_direction():
@@ -37,20 +37,22 @@ def test_mean_cosine_equals_the_loop_over_all_pairs():
 
 def test_the_alarm_needs_patience_and_forgets_after_a_healthy_record():
     alarm = CollapseAlarm()
-    low = {"loss": COLLAPSED_LOSS / 2, "projection_std": COLLAPSED_STD / 2}
-    assert [alarm.check(**low) for _ in range(PATIENCE - 1)] == [None] * (PATIENCE - 1)
-    assert "model.predictor_layers" in alarm.check(**low)
-    assert alarm.check(loss=1.0, projection_std=0.8) is None
-    assert alarm.check(**low) is None
+    collapsed = {"alignment": 0.999, "projection_std": COLLAPSED_STD / 2}
+    assert [alarm.check(**collapsed) for _ in range(PATIENCE - 1)] == [None] * (PATIENCE - 1)
+    assert "model.predictor_layers" in alarm.check(**collapsed)
+    assert alarm.check(alignment=0.7, projection_std=0.8) is None
+    assert alarm.check(**collapsed) is None
 
 
-def test_a_small_loss_alone_is_no_alarm():
+def test_views_that_agree_while_images_differ_are_no_alarm():
     alarm = CollapseAlarm()
-    assert [alarm.check(loss=0.01, projection_std=0.7) for _ in range(10)] == [None] * 10
+    assert [alarm.check(alignment=0.999, projection_std=0.7) for _ in range(10)] == [None] * 10
 
 
 def _output(loss: float) -> BYOLOutput:
-    return BYOLOutput(torch.tensor(loss), torch.tensor(1.0), torch.tensor([True, False]), torch.randn(8, 4), torch.randn(8, 4))
+    return BYOLOutput(
+        torch.tensor(loss), torch.tensor(0.5), torch.tensor(1.0), torch.tensor([True, False]), torch.randn(8, 4), torch.randn(8, 4)
+    )
 
 
 def test_a_record_averages_its_interval_and_the_next_one_starts_anew():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,8 +9,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastbyol.byol import build_byol
-from fastbyol.config.schema import ModelConfig
+from fastbyol.byol import BYOL_OBJECTIVE, build_byol
+from fastbyol.config.schema import ModelConfig, ObjectiveConfig
 from fastbyol.models.sync_batchnorm import CrossReplicaBatchNorm, convert_to_cross_replica
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
@@ -51,12 +49,16 @@ def _byol_steps(model: nn.Module, byol, views, label, *, steps: int) -> list[flo
     return losses
 
 
-def _byol_and_batch():
+def _byol_and_batch(objective: ObjectiveConfig = BYOL_OBJECTIVE):
     torch.manual_seed(0)
-    byol = build_byol(ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8), num_classes=3).double()
+    config = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
+    byol = build_byol(config, num_classes=3, objective=objective).double()
     generator = torch.Generator().manual_seed(2)
     views = torch.randn(2, 8, 3, 16, 16, generator=generator, dtype=torch.float64)
     return byol, views, torch.arange(8) % 3
+
+
+SIMCLR_WITH_PREDICTOR = ObjectiveConfig(beta=1.0, alpha=0.1, target="online")
 
 
 def _rank(rank: int, folder: str, split: int) -> None:
@@ -70,8 +72,11 @@ def _rank(rank: int, folder: str, split: int) -> None:
     gradients = [p.grad.clone() for p in module.parameters()]
     for gradient in gradients:
         dist.all_reduce(gradient)
-    byol, views, label = _byol_and_batch()
     half = slice(4 * rank, 4 * rank + 4)
+    contrastive, views, label = _byol_and_batch(SIMCLR_WITH_PREDICTOR)
+    ddp = DistributedDataParallel(convert_to_cross_replica(contrastive), broadcast_buffers=False)
+    _byol_steps(ddp, contrastive, views[:, half], label[half], steps=2)
+    byol, views, label = _byol_and_batch()
     ddp = DistributedDataParallel(convert_to_cross_replica(byol), broadcast_buffers=False, gradient_as_bucket_view=True)
     losses = torch.tensor(_byol_steps(ddp, byol, views[:, half], label[half], steps=3), dtype=torch.float64)
     dist.all_reduce(losses)
@@ -83,16 +88,22 @@ def _rank(rank: int, folder: str, split: int) -> None:
             "buffers": module.state_dict(),
             "losses": losses / 2,
             "byol": byol.state_dict(),
+            "contrastive": contrastive.state_dict(),
         },
         f"{folder}/rank{rank}.pt",
     )
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("split", [8, 13])
-def test_two_ranks_equal_one_process_also_with_shares_of_unequal_size(tmp_path: Path, split: int):
-    mp.spawn(_rank, args=(str(tmp_path), split), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
+@pytest.fixture(scope="module", params=[8, 13])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What two ranks computed; of the 16 images, the first rank had 8 or 13."""
+    folder = tmp_path_factory.mktemp(f"split{request.param}")
+    mp.spawn(_rank, args=(str(folder), request.param), nprocs=2)
+    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(2)]
+
+
+def test_two_ranks_equal_one_process_also_with_shares_of_unequal_size(ranks):
     whole = _network()
     x = _images(16).requires_grad_()
     y = whole(x)
@@ -107,15 +118,20 @@ def test_two_ranks_equal_one_process_also_with_shares_of_unequal_size(tmp_path: 
             torch.testing.assert_close(rank["buffers"][name], value, **exact)
 
 
-def test_three_byol_steps_on_two_ranks_equal_one_rank_with_the_whole_batch(tmp_path: Path):
-    mp.spawn(_rank, args=(str(tmp_path), 8), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
+def test_three_byol_steps_on_two_ranks_equal_one_rank_with_the_whole_batch(ranks):
     byol, views, label = _byol_and_batch()
     losses = _byol_steps(byol, byol, views, label, steps=3)
     torch.testing.assert_close(ranks[0]["losses"], torch.tensor(losses, dtype=torch.float64), rtol=1e-10, atol=1e-10)
     for name, value in byol.state_dict().items():
         torch.testing.assert_close(ranks[0]["byol"][name], value, rtol=1e-10, atol=1e-10, msg=name)
         assert torch.equal(ranks[0]["byol"][name], ranks[1]["byol"][name]), name
+
+
+def test_negatives_come_from_all_ranks_with_their_gradients(ranks):
+    byol, views, label = _byol_and_batch(SIMCLR_WITH_PREDICTOR)
+    _byol_steps(byol, byol, views, label, steps=2)
+    for name, value in byol.state_dict().items():
+        torch.testing.assert_close(ranks[1]["contrastive"][name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_conversion_moves_the_very_tensors_keeps_names_and_leaves_the_target_frozen():

@@ -97,10 +97,10 @@ def _torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_ranks_give_the_loss_of_one_rank_with_the_same_global_batch(accumulate, data_paths, tmp_path):
+@pytest.mark.parametrize(("backend", "accumulate"), [("ffcv", 1), ("dali", 1), ("folder", 2)])
+def test_two_ranks_give_the_loss_of_one_rank_with_the_same_global_batch(backend, accumulate, data_paths, tmp_path):
     """float32: rounding differs and grows as the weights move, to about 1e-4 here (exact equality is tested in float64, step by step)."""
-    common = [*SMALL, "--precision.autocast", "off", "--data.train", str(data_paths["ffcv"])]
+    common = [*SMALL, "--precision.autocast", "off", "--data.train", str(data_paths[backend])]
     main([*common, "--rank_batch", str(8 // accumulate), "--out", str(tmp_path / "one")])
     done = _torchrun(2, *common, "--rank_batch", str(4 // accumulate), "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr

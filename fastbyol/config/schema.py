@@ -65,6 +65,26 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """BYOL's regression, or another member of the InfoNCE-beta family (section 5, equations 6 to 9).
+
+    SimCLR: beta 1, target online, and model.predictor_layers 0.
+    """
+
+    beta: float = 0.0
+    """Weight of the negative term."""
+    alpha: float = 0.1
+    """Temperature of the negative term; no effect where beta is 0."""
+    target: str = "ema"
+    """Whose projections are predicted: ema, the target network's; online, with gradient; stop_gradient, online without."""
+
+    def __post_init__(self) -> None:
+        require_at_least("objective.beta", self.beta, 0.0)
+        require_positive("objective.alpha", self.alpha)
+        require_choice("objective.target", self.target, ("ema", "online", "stop_gradient"))
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The update of the online network and of the target."""
 
@@ -123,6 +143,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewPair = field(default_factory=ViewPair)
     model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
