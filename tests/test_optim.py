@@ -1,16 +1,21 @@
 """LARS, the target's update and SGD against the official code, and the fused forms against their references."""
 
+import copy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fastbyol.config.errors import UserError
 from fastbyol.config.schema import OptimConfig
+from fastbyol.optim import multi_tensor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.ema import ema_update, ema_update_reference
-from fastbyol.optim.lars import LARS, lars_step_reference
+from fastbyol.optim.lars import LARS, lars_ema, lars_step_reference
 from fastbyol.optim.param_groups import byol_param_groups
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -200,3 +205,202 @@ def test_torch_optimizers_lars_agrees_with_ours_where_the_decay_is_small():
             p.grad = gradient.clone()
             optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+SHAPES = [(6, 5, 3, 3), (7, 11, 1, 1), (40, 30), (9,), (30,)]
+
+
+def _channels_last_params(dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in SHAPES]
+    return [nn.Parameter(t.to(memory_format=torch.channels_last) if t.ndim == 4 else t) for t in tensors]
+
+
+def _groups(params):
+    return [{"params": params[:3]}, {"params": params[3:], "adapt": False, "weight_decay": 0.0}]
+
+
+def _set_grads(params, seed, *, scale=1e-2):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (scale * torch.randn(p.shape, dtype=torch.float64, generator=generator)).to(p.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+def test_several_blocks_channels_last_weights_and_contiguous_gradients_equal_the_reference_in_float64(monkeypatch, dtype, tolerance):
+    monkeypatch.setattr(multi_tensor, "BLOCK", 64)
+    params = _channels_last_params(dtype)
+    expected = [p.detach().double().clone() for p in params]
+    buffers = [torch.zeros_like(e) for e in expected]
+    optimizer = LARS(_groups(params), lr=0.0, weight_decay=1e-3, trust_coefficient=0.1)
+    for step, lr in enumerate((0.0, 0.7, 1.3, 0.4)):
+        _set_grads(params, step)
+        gradients = [p.grad.clone() for p in params]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        for i, (e, g, m) in enumerate(zip(expected, gradients, buffers, strict=True)):
+            lars_step_reference(e, g.double(), m, lr=lr, momentum=0.9, weight_decay=1e-3, trust_coefficient=0.1, adapt=i < 3)
+        for p, g, e, m in zip(params, gradients, expected, buffers, strict=True):
+            assert torch.equal(p.grad, g)
+            torch.testing.assert_close(p.double(), e, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                optimizer.state[p]["momentum_buffer"].double(), m, rtol=tolerance, atol=tolerance * m.abs().max().item()
+            )
+
+
+def test_the_norm_survives_a_gradient_that_nearly_cancels_the_decay():
+    # u = g + wd w is 1e-3 of either term; its norm expanded into products would keep no digit of float32.
+    w = torch.linspace(-1, 1, 600).reshape(20, 30)
+    p = nn.Parameter(w.clone())
+    p.grad = -0.01 * w + 1e-5 * torch.cos(torch.arange(600.0)).reshape(20, 30)
+    expected = w.double().clone()
+    lars_step_reference(
+        expected, p.grad.double(), torch.zeros_like(expected), lr=1.0, momentum=0.0, weight_decay=0.01, trust_coefficient=0.1, adapt=True
+    )
+    LARS([p], lr=1.0, momentum=0.0, weight_decay=0.01, trust_coefficient=0.1).step()
+    move = (expected - w.double()).norm()
+    assert (p.detach().double() - expected).norm() < 1e-3 * move
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lars_with_the_target_in_one_pass_equals_a_step_and_then_the_target_update(monkeypatch, dtype):
+    monkeypatch.setattr(multi_tensor, "BLOCK", 64)
+    results = []
+    for fused in (True, False):
+        params = _channels_last_params(dtype)
+        online = [params[0], params[1], params[3], nn.Parameter(params[0].detach() * 2, requires_grad=False)]  # the last one is frozen
+        target = [(p.detach() + 1).clone(memory_format=torch.preserve_format) for p in online]
+        optimizer = LARS(_groups(params), lr=0.5, weight_decay=1e-3, trust_coefficient=0.1)
+        for step in range(3):
+            _set_grads(params, step)
+            if fused:
+                lars_ema(optimizer, target=target, online=online, tau=0.9)
+            else:
+                optimizer.step()
+                ema_update(target, online, 0.9)
+        results.append([*params, *target, *(optimizer.state[p]["momentum_buffer"] for p in params)])
+    ulp = torch.finfo(dtype).eps
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * ulp, atol=2 * ulp)
+
+
+def test_a_target_in_another_memory_order_follows_all_the_same():
+    params = _channels_last_params(torch.float32)
+    target = [torch.zeros(p.shape) for p in params]
+    _set_grads(params, 0)
+    lars_ema(LARS(_groups(params), lr=0.1), target=target, online=params, tau=torch.tensor(0.75))
+    for t, p in zip(target, params, strict=True):
+        torch.testing.assert_close(t, 0.25 * p.detach(), rtol=1e-6, atol=0)
+
+
+def test_lars_with_the_target_refuses_lists_that_do_not_match():
+    p = nn.Parameter(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="must match in length and shapes"):
+        lars_ema(LARS([p], lr=0.1), target=[torch.ones(3, 2)], online=[p], tau=0.9)
+
+
+def test_a_contiguous_checkpoint_continues_in_channels_last():
+    contiguous = nn.Parameter(torch.arange(24.0).reshape(2, 3, 2, 2))
+    channels_last = nn.Parameter(contiguous.detach().clone().to(memory_format=torch.channels_last))
+    first, second = (LARS([p], lr=0.1, weight_decay=0.1) for p in (contiguous, channels_last))
+    for p in (contiguous, channels_last):
+        p.grad = torch.sin(torch.arange(24.0)).reshape(2, 3, 2, 2)
+    first.step()
+    with torch.no_grad():
+        channels_last.copy_(contiguous)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first.step()
+    second.step()
+    torch.testing.assert_close(contiguous, channels_last, rtol=1e-6, atol=1e-6)
+
+
+def test_lars_refuses_a_parameter_with_holes():
+    p = nn.Parameter(torch.zeros(4, 6)[:, :3])
+    p.grad = torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"strides \(6, 1\): must be dense"):
+        LARS([p], lr=0.1).step()
+
+
+def test_updates_leave_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        p = nn.Parameter(torch.ones(3, 3))
+        p.grad = torch.ones(3, 3)
+        lars_ema(LARS([p], lr=0.1), target=[torch.ones(3, 3)], online=[p], tau=0.9)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_update_reads_a_value_back_from_the_device(monkeypatch):
+    # A meta tensor has no values: reading one on the host raises, as a sync would wait on a GPU. torch's fused SGD has no meta kernel.
+    calls = []
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *tensors, **options: calls.append(options))
+    params = [nn.Parameter(torch.empty(s, device="meta")) for s in SHAPES]
+    target = [torch.empty(s, device="meta") for s in SHAPES]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    lr, tau = torch.empty((), dtype=torch.float64, device="meta"), torch.empty((), device="meta")
+    lars_ema(LARS(_groups(params), lr=lr, weight_decay=1e-4), target=target, online=params, tau=tau)
+    assert [options["lr"].dtype for options in calls] == [torch.float32, torch.float32]
+    with pytest.raises(RuntimeError, match="meta"):
+        tau.item()
+
+
+def test_the_triton_target_update_equals_the_reference(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp", raising=False)
+    online = [*_channels_last_params(torch.float32), nn.Parameter(torch.linspace(-1, 1, 5000)), nn.Parameter(torch.tensor(3.0))]
+    for tau in (0.9, torch.tensor(0.3)):
+        target = [p.detach().flip(0) if p.ndim == 1 else -p.detach() for p in online]
+        expected = [t.clone() for t in target]
+        for _ in range(2):
+            ema_update(target, online, tau, backend="triton")
+            ema_update_reference(expected, online, float(tau))
+        for t, e in zip(target, expected, strict=True):
+            torch.testing.assert_close(t, e, rtol=1e-6, atol=1e-6)
+    with pytest.raises(UserError, match="laid out alike"):
+        ema_update([torch.zeros(6, 5, 3, 3)], online[:1], 0.9, backend="triton")
+    with pytest.raises(UserError, match="both must be float32"):
+        ema_update([torch.zeros(3, dtype=torch.float64)], [torch.zeros(3, dtype=torch.float64)], 0.9, backend="triton")
+    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp")
+
+
+def test_the_triton_target_update_refuses_tensors_that_are_not_on_cuda(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp", raising=False)
+    with pytest.raises(UserError, match="on cpu; it needs CUDA"):
+        ema_update([torch.zeros(3)], [torch.ones(3)], 0.9, backend="triton")
+
+
+def test_the_apex_target_update_hands_amp_c_its_lists_and_weights(monkeypatch):
+    # The stand-in does what multi_tensor_axpby.cu of apex does: out = a x + b y.
+    def axpby(chunk_size, overflow, lists, a, b, arg_to_check):
+        for x, y, out in zip(*lists, strict=True):
+            out.copy_(a * x + b * y)
+
+    monkeypatch.setitem(sys.modules, "amp_C", SimpleNamespace(multi_tensor_axpby=axpby))
+    online = _channels_last_params(torch.float64)
+    target = [p.detach() + 1 for p in online]
+    expected = [t.clone() for t in target]
+    ema_update(target, online, 0.9, backend="apex")
+    ema_update_reference(expected, online, 0.9)
+    for t, e in zip(target, expected, strict=True):
+        torch.testing.assert_close(t, e, rtol=1e-14, atol=1e-14)
+    with pytest.raises(UserError, match="tau is a tensor"):
+        ema_update(target, online, torch.tensor(0.9), backend="apex")
+
+
+def test_a_missing_or_unknown_backend_of_the_target_update_is_named(monkeypatch):
+    tensors = [torch.zeros(1)]
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    with pytest.raises(UserError, match="no module amp_C; PyPI's package of that name is a web toolkit"):
+        ema_update(tensors, tensors, 0.9, backend="apex")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp", raising=False)
+    with pytest.raises(UserError, match="triton is not installed"):
+        ema_update(tensors, tensors, 0.9, backend="triton")
+    with pytest.raises(UserError, match="backend = 'foreech': must be one of foreach, triton, apex"):
+        ema_update(tensors, tensors, 0.9, backend="foreech")

@@ -30,6 +30,9 @@ CLASS_NAMES = tuple(f"{shape}_{pattern}" for shape in SHAPES for pattern in PATT
 OBJECT_DEPTH_M = (2.0, 3.4)
 BACKGROUND_DEPTH_M = (4.5, 8.0)
 ROTATION_DEG = (-35.0, 35.0)
+_BACKGROUND_GREY = (0.42, 0.52)
+_CLUTTER_CONTRAST = 0.08
+"""With 0.2, and light that varied twice as much, BYOL told the backgrounds apart and stayed at 44 % linear."""
 _RADIUS_PX_AT_1M = 32.0
 _REACH = 1.25
 """No shape extends further from its centre, in radii."""
@@ -137,13 +140,14 @@ def _draw_background(x: Grid, y: Grid, rng: np.random.Generator) -> tuple[Grid, 
     far, near = BACKGROUND_DEPTH_M[1], rng.uniform(6.0, 7.0)
     slant = rng.uniform(-0.3, 0.3) * (x / CANVAS_PX - 0.5)
     depth = (far - 0.3 - (far - near - 0.3) * y / CANVAS_PX + slant).astype(np.float32)
-    grey = np.full(depth.shape, rng.uniform(0.35, 0.6), dtype=np.float32)
+    base = rng.uniform(*_BACKGROUND_GREY)
+    grey = np.full(depth.shape, base, dtype=np.float32)
     for distance in np.sort(rng.uniform(BACKGROUND_DEPTH_M[0], 5.7, size=rng.integers(4, 9)))[::-1]:
         size = rng.uniform(2.5, 9.0, size=2)
         u, v = _rotated(x, y, centre=rng.uniform(0, CANVAS_PX, size=2), angle=rng.uniform(0, np.pi), size=size)
         inside = (u * u + v * v < 1) if rng.random() < 0.5 else (np.maximum(abs(u), abs(v)) < 1)
         depth[inside] = distance
-        grey[inside] = rng.uniform(0.3, 0.65)
+        grey[inside] = base + rng.uniform(-_CLUTTER_CONTRAST, _CLUTTER_CONTRAST)
     return grey, depth
 
 
@@ -165,10 +169,10 @@ def _draw_object(x: Grid, y: Grid, label: int, rng: np.random.Generator) -> tupl
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A bright and a dark RGB colour of unrelated hues, in random order."""
+    """A bright and a dark RGB colour of unrelated hues; never the other way round, which would tell instances apart better than any shape."""
     bright = _rgb(rng.uniform(), saturation=rng.uniform(0.2, 0.8), value=rng.uniform(0.85, 1.0))
     dark = _rgb(rng.uniform(), saturation=rng.uniform(0.5, 1.0), value=rng.uniform(0.2, 0.4))
-    return (bright, dark) if rng.random() < 0.5 else (dark, bright)
+    return bright, dark
 
 
 def _rgb(hue: float, *, saturation: float, value: float) -> np.ndarray:
@@ -180,7 +184,7 @@ def _rgb(hue: float, *, saturation: float, value: float) -> np.ndarray:
 def _through_haze(albedo: np.ndarray, depth: Grid, rng: np.random.Generator) -> np.ndarray:
     """The albedo (3, S, S) as it looks through grey haze that thickens with depth: contrast falls with distance."""
     clearness = np.exp(depth / np.float32(-_HAZE_LENGTH_M))
-    haze = np.float32(rng.uniform(0.4, 0.55))
+    haze = np.float32(rng.uniform(0.45, 0.5))
     return haze + (albedo - haze) * clearness
 
 
@@ -189,8 +193,8 @@ def _light(rng: np.random.Generator) -> np.ndarray:
     position = (np.arange(CANVAS_PX, dtype=np.float32) + 0.5) / CANVAS_PX - 0.5
     direction = rng.uniform(0, 2 * np.pi)
     across = float(np.cos(direction)) * position[None, :] + float(np.sin(direction)) * position[:, None]
-    tint = rng.uniform(0.94, 1.06, size=(3, 1, 1)).astype(np.float32)
-    return tint * (rng.uniform(0.75, 1.15) * (1 + rng.uniform(0, 0.4) * across))
+    tint = rng.uniform(0.98, 1.02, size=(3, 1, 1)).astype(np.float32)
+    return tint * (rng.uniform(0.9, 1.1) * (1 + rng.uniform(0, 0.15) * across))
 
 
 def _cross(u: Grid, v: Grid) -> Grid:

@@ -1,4 +1,4 @@
-"""LARS as BYOL's official code has it, over all tensors at once and without a host sync.
+"""LARS as BYOL's official code has it, over all tensors at once, without a host sync, and with the target's update in the same pass.
 
 Per tensor, in this order (deepmind-research/byol/utils/optimizers.py):
     u = g + weight_decay * w                       unless the group has adapt=False
@@ -11,16 +11,23 @@ tensors without gradient; SimCLR keeps the learning rate inside the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastbyol.optim.ema import ema_update
+from fastbyol.optim.memory_order import laid_out_like
+from fastbyol.optim.multi_tensor import TargetUpdate, Update, apply_update
+
 
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (You et al., 2017) with the official BYOL rule.
+
+    No step waits for a GPU. A CUDA graph can hold the step once an eager step has made the buffers; give `lr` as a tensor there, or the
+    graph keeps the value it was captured with.
 
     Args:
         params: parameters, or groups; a group with `adapt=False` gets neither decay nor trust scaling.
@@ -51,8 +58,15 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; gradients keep their values."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, target_update: TargetUpdate | None = None
+    ) -> float | None:
+        """One update of every parameter that has a gradient; gradients keep their values.
+
+        Args:
+            closure: computes the loss again; its value is returned.
+            target_update: tensors that follow the parameters in the same pass; see `lars_ema`.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -60,45 +74,47 @@ class LARS(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._step_group(group, params)
+                apply_update(self._update_of(group, params), target_update)
         return loss
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        momenta = [self._momentum_of(p) for p in params]
-        torch._foreach_mul_(momenta, group["momentum"])
-        if group["adapt"]:
-            scales = _trust(params, grads, weight_decay=group["weight_decay"], coefficient=group["trust_coefficient"])
-            # m += scale * g + (scale * wd) * w, without a temporary the size of the network
-            for m, g, p, scale in zip(momenta, grads, params, scales, strict=True):
-                m.addcmul_(g, scale)
-                if group["weight_decay"]:
-                    m.addcmul_(p, scale * group["weight_decay"])
-        else:
-            torch._foreach_add_(momenta, grads)
-        if isinstance(group["lr"], Tensor):
-            for p, m in zip(params, momenta, strict=True):
-                p.addcmul_(m, -group["lr"].to(p))
-        else:
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+    def _update_of(self, group: dict[str, Any], params: list[Tensor]) -> Update:
+        return Update(
+            params=params,
+            grads=[p.grad for p in params if p.grad is not None],
+            momenta=[self._momentum_of(p) for p in params],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            adapt=group["adapt"],
+            weight_decay=group["weight_decay"],
+            trust_coefficient=group["trust_coefficient"],
+        )
 
     def _momentum_of(self, param: Tensor) -> Tensor:
         state = self.state[param]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        # A checkpoint of a contiguous run, continued channels-last, brings buffers in the other order.
+        state["momentum_buffer"] = laid_out_like(param, state["momentum_buffer"])
         return state["momentum_buffer"]
 
 
-def _trust(params: list[Tensor], grads: list[Tensor], *, weight_decay: float, coefficient: float) -> tuple[Tensor, ...]:
-    """coefficient * |w| / |g + weight_decay * w| per tensor, 1 where either norm is 0; scalars on the device, no sync.
+def lars_ema(optimizer: LARS, *, target: Sequence[Tensor], online: Sequence[Tensor], tau: float | Tensor) -> None:
+    """`optimizer.step()` followed by `ema_update(target, online, tau)`, in place, in one pass over memory where the device allows it.
 
-    The update's norm is taken of the update itself, not expanded into products: the expansion cancels for small gradients.
+    On the CPU in float32 each block of weights moves its target while it is in cache; elsewhere the two run one after the other. Under fp16
+    use `scaler.step(optimizer, target_update=TargetUpdate.of(...))`: a skipped step then moves neither.
+
+    Args:
+        target, online: tensors of equal shapes in equal order; online tensors that the optimizer does not update (frozen, or without
+            gradient) pull their target all the same. Parameters not named here (predictor, probe) have no target.
+        tau: target decay rate in [0, 1], or a tensor.
     """
-    updates = torch._foreach_add(grads, params, alpha=weight_decay) if weight_decay else grads
-    weight_norm = torch.stack(torch._foreach_norm(params))
-    update_norm = torch.stack(torch._foreach_norm(updates))
-    ratio = coefficient * weight_norm / update_norm
-    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio)).unbind()
+    update = TargetUpdate.of(target, online, tau)
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    optimizer.step(target_update=update)
+    left = [(t, o) for t, o in zip(target, online, strict=True) if id(o) not in updated]
+    if left:
+        ema_update([t for t, _ in left], [o for _, o in left], tau)
 
 
 @torch.no_grad()

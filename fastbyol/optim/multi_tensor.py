@@ -1,0 +1,176 @@
+"""How a LARS update reaches memory: with the fewest passes on the CPU in float32, with few launches and no sync elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastbyol.optim import cpu_kernel
+from fastbyol.optim.memory_order import laid_out_like, same_order
+
+# Elements: w, g, m and the target of one block stay in a 32 MiB last-level cache.
+BLOCK = 1 << 19
+
+
+@dataclass(frozen=True)
+class Update:
+    """One group's parameters with what moves them; lists are in equal order."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momenta: list[Tensor]
+    lr: float | Tensor
+    momentum: float
+    adapt: bool
+    weight_decay: float
+    trust_coefficient: float
+
+
+@dataclass(frozen=True)
+class TargetUpdate:
+    """Which target follows which parameter, by the parameter's id, and how far: target += weight * (parameter - target)."""
+
+    targets: dict[int, Tensor]
+    weight: float | Tensor
+
+    @classmethod
+    def of(cls, target: Sequence[Tensor], online: Sequence[Tensor], tau: float | Tensor) -> TargetUpdate:
+        """Pairs the two lists, which must be of equal length and shapes."""
+        if [t.shape for t in target] != [o.shape for o in online]:
+            raise ValueError(f"got {len(target)} target and {len(online)} online tensors; both lists must match in length and shapes")
+        return cls({id(o): t for t, o in zip(target, online, strict=True)}, 1 - tau)
+
+
+def apply_update(update: Update, target_update: TargetUpdate | None) -> None:
+    """Moves momenta, parameters and, where paired, targets, in place."""
+    update = replace(update, grads=[laid_out_like(p, g) for p, g in zip(update.params, update.grads, strict=True)])
+    targets: list[Tensor | None] = [None] * len(update.params)
+    weight: float | Tensor = 0.0
+    if target_update:
+        targets = [target_update.targets.get(id(p)) for p in update.params]
+        weight = target_update.weight
+    with one_thread_on_cpu(update.params[0].device):
+        if update.adapt and all(_fits_blocks(*pair) for pair in zip(update.params, targets, strict=True)):
+            _apply_in_blocks(update, targets, float(weight))
+        else:
+            _apply_at_once(update, targets, weight)
+
+
+@contextmanager
+def one_thread_on_cpu(device: torch.device) -> Iterator[None]:
+    """torch's CPU operations run on the calling thread inside; nothing changes for another device.
+
+    An update is limited by memory, which one core nearly saturates, while every tensor's parallel region waits at a barrier of its own:
+    with the other core busy the same updates took two to four times the CPU time on two threads.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _apply_at_once(update: Update, targets: list[Tensor | None], weight: float | Tensor) -> None:
+    """A few launches for all tensors: one for the decayed gradients (a temporary), their norms, the update, the targets."""
+    grads = _scaled(update) if update.adapt else update.grads
+    lr = _lr_on(update.params[0].device, update.lr)
+    _sgd_(update.params, grads, update.momenta, lr=lr, momentum=update.momentum)
+    pairs = [(t, p) for t, p in zip(targets, update.params, strict=True) if t is not None]
+    lerp_([t for t, _ in pairs], [p for _, p in pairs], weight)
+
+
+def lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weight: float | Tensor) -> None:
+    """target <- target + weight (online - target), in place; one fused launch for a number, one per tensor for a weight on a device.
+
+    torch's fused form takes a number only: handed a tensor, it reads it on the host and so waits for the device.
+    """
+    if not target:
+        return
+    with one_thread_on_cpu(target[0].device):
+        if isinstance(weight, Tensor) and target[0].device.type != "cpu":
+            weight = weight.to(target[0])
+            for t, o in zip(target, online, strict=True):
+                t.lerp_(o, weight)
+        else:
+            torch._foreach_lerp_(list(target), list(online), float(weight))
+
+
+def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float) -> None:
+    """A tensor at a time: its norms, then at once its update (and its target's), while what fits of w and g is still in cache."""
+    lr, momentum, decay = (np.float32(x) for x in (float(update.lr), update.momentum, update.weight_decay))
+    for p, g, m, t in zip(update.params, update.grads, update.momenta, targets, strict=True):
+        w, x, buffer = _flat(p), _flat(g), _flat(m)
+        scale = np.float32(cpu_kernel.trust_ratio(w, x, decay, update.trust_coefficient))
+        for start in reversed(range(0, w.size, BLOCK)):  # backwards: the last elements read are the likeliest in cache
+            part = slice(start, start + BLOCK)
+            if t is None:
+                cpu_kernel.update(w[part], x[part], buffer[part], scale, decay, momentum, lr)
+            else:
+                follower = _flat(t)[part]
+                cpu_kernel.update_with_target(w[part], x[part], buffer[part], follower, scale, decay, momentum, lr, np.float32(weight))
+
+
+def _scaled(update: Update) -> list[Tensor]:
+    """u * trust_coefficient * |w| / |u| for u = g + weight_decay * w; ratios stay on the device."""
+    u = torch._foreach_add(update.grads, update.params, alpha=update.weight_decay)
+    weight_norm = torch.stack(torch._foreach_norm(update.params))
+    update_norm = torch.stack(torch._foreach_norm(u))
+    ratio = update.trust_coefficient * weight_norm / update_norm
+    ratio = torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
+    torch._foreach_mul_(u, ratio.unbind())
+    return list(u)
+
+
+def _sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+) -> None:
+    """m = momentum * m + g; w -= lr * m: torch's fused SGD kernel.
+
+    It refuses a buffer where momentum is 0, so the smallest number stands in.
+    """
+    torch._fused_sgd_(
+        params,
+        grads,
+        momenta,
+        weight_decay=0.0,
+        momentum=momentum or math.ulp(0.0),
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+def _flat(tensor: Tensor) -> NDArray[np.float32]:
+    """The dense tensor's memory as an array of one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,)).numpy()
+
+
+def _fits_blocks(param: Tensor, target: Tensor | None) -> bool:
+    """Whether memory order pairs the elements. The kernel is float32; float64 takes the general way."""
+    on_cpu = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (param, target) if x is not None)
+    return on_cpu and (target is None or same_order(param, target))
+
+
+def _lr_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
+    """A learning rate that the fused kernel takes without a sync: a float on the CPU, a float32 tensor where it is one on a device."""
+    if not isinstance(lr, Tensor):
+        return lr
+    return lr.item() if device.type == "cpu" else lr.to(device, torch.float32, non_blocking=True)
