@@ -1,8 +1,9 @@
-"""The command line: `python -m fastbyol evaluate | report | presets`. Training is `fastbyol/train.py`.
+"""The command line: `python -m fastbyol evaluate | report | views | presets`. Training is `fastbyol/train.py`.
 
 python -m fastbyol evaluate linear --checkpoint runs/demo --data demo
 python -m fastbyol evaluate all --checkpoint runs/demo --data demo
 python -m fastbyol report --run runs/demo --data demo
+python -m fastbyol views --data demo/train.beton --preset cpu_demo --out views.png
 python -m fastbyol presets
 """
 
@@ -14,10 +15,13 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastbyol import __version__
+from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_at_least
+from fastbyol.config.schema import BACKENDS
 
 if TYPE_CHECKING:
     from fastbyol.checkpoint import RunState
@@ -26,19 +30,14 @@ if TYPE_CHECKING:
 DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, so that they end in one line as all others do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; --help lists what there is")
-
-
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastbyol presets | head` ends quietly
     parser = _build_parser()
-    options = parser.parse_args(arguments)
+    options, options.run_options = parser.parse_known_args(arguments)
+    if options.run_options and options.command is not draw_views:
+        parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
     if options.command is None:
         parser.print_help()
         return
@@ -47,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.command(options)
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastbyol", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def _build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="fastbyol", description=__doc__)
     parser.set_defaults(command=None)
     parser.add_argument("--version", action="version", version=f"fastbyol {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="")
@@ -71,6 +70,16 @@ def _build_parser() -> argparse.ArgumentParser:
         command.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
         command.add_argument("--workers", type=int, default=0, help="threads that decode; 0: all cores")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)
+    views.add_argument(
+        "--data", required=True, nargs="+", help="a .beton, tar shards or an image folder; several: the same images side by side"
+    )
+    views.add_argument("--out", required=True, type=Path, help="the PNG to write")
+    views.add_argument("--backend", choices=BACKENDS, default="auto", help="what reads --data (%(default)s)")
+    views.add_argument("--rows", type=int, default=6, help="images (%(default)s)")
+    views.add_argument("--epochs", type=int, default=2, help="pairs of views of each (%(default)s)")
+    views.set_defaults(command=draw_views)
 
     presets = commands.add_parser("presets", help="the named runs, with their commands and expected figures")
     presets.set_defaults(command=lambda _: print_presets())
@@ -111,6 +120,30 @@ def report_run(options: argparse.Namespace) -> None:
     console.print(score_table(report.results))
     console.print(headline_table(report.headline()))
     print(f"report: {path}")
+
+
+def draw_views(options: argparse.Namespace) -> None:
+    """A contact sheet: random images of the data, their views in the first epochs of a run, and the parameters drawn for each.
+
+    What the views draw is given as for a run: --preset, --config, --seed and --views.…, for example --views.size_px 96.
+    """
+    from fastbyol.command_line import parse_train_config
+    from fastbyol.evaluation.contact_sheet import write_contact_sheet
+
+    for name in (argument.split("=")[0] for argument in options.run_options if argument.startswith("--")):
+        if name not in ("--preset", "--config", "--seed") and not name.startswith("--views."):
+            raise UserError(f"{name}: has no effect on views; there are --preset, --config, --seed, --views.… (as for a run), and --help")
+    config = parse_train_config(options.run_options, usage="")
+    write_contact_sheet(
+        options.data,
+        out=options.out,
+        views=config.views,
+        backend=options.backend,
+        rows=options.rows,
+        epochs=options.epochs,
+        seed=config.seed,
+    )
+    print(f"views: {options.out}")
 
 
 def print_presets() -> None:

@@ -83,6 +83,7 @@ class RunLog:
         path.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._earlier_s = kept[-1]["time_s"] if kept else 0.0
         self._start = time.perf_counter()
+        self._alarmed = False
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         configure_logging(folder / "train.log")
@@ -96,8 +97,9 @@ class RunLog:
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, record["step"])
         log.info(progress_line(record, total_steps=self.total_steps))
-        if record["alarm"]:
+        if record["alarm"] and not self._alarmed:
             log.warning("ALARM %s", record["alarm"])
+        self._alarmed = bool(record["alarm"])
 
     def close(self) -> None:
         self._file.close()

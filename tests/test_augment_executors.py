@@ -15,7 +15,7 @@ from fastbyol.augment import parameters as p
 from fastbyol.augment.cpu_kernel import ViewKernel
 from fastbyol.augment.torch_graph import augment_batch
 from fastbyol.config.errors import UserError
-from fastbyol.config.views import PAPER, ViewPair, both
+from fastbyol.config.views import PAPER, TORCHVISION, ViewPair, both
 
 GOLDEN = Path(__file__).parent / "golden"
 PIXEL_TOLERANCE = 1e-5
@@ -56,6 +56,7 @@ def kernel_of(pair: ViewPair) -> ViewKernel:
         mean=pair.mean,
         std=pair.std,
         blur_taps=pair.blur_taps,
+        semantics=pair.semantics,
     )
 
 
@@ -76,6 +77,12 @@ def varied_pair(size: int, interpolation: str, antialias: bool, rotation: float)
     """The paper's first view, and a second that blurs, solarizes and turns the hue more than any preset."""
     pair = both(replace(PAPER, size_px=size, interpolation=interpolation, antialias=antialias), rotation_deg=rotation)
     return replace(pair, view2=replace(pair.view2, blur_p=0.5, solarize_p=0.5, solarize_threshold=0.41, hue=0.5))
+
+
+def torchvision_pair(size: int) -> ViewPair:
+    """Torchvision's formulas, everything firing often; sigma up to 3 reaches across the borders that it reflects at."""
+    pair = both(replace(TORCHVISION, size_px=size), jitter_p=0.9, saturation=0.9, blur_p=0.7, blur_sigma=(0.1, 3.0), hue=0.3)
+    return replace(pair, view2=replace(pair.view2, solarize_p=0.5, solarize_threshold=0.41, brightness=0.8, contrast=0.8))
 
 
 def assert_close_but_at_threshold(actual: torch.Tensor, expected: torch.Tensor, threshold: float, pair: ViewPair) -> None:
@@ -138,6 +145,30 @@ def test_crops_then_graph_give_the_kernels_view_where_the_crop_is_exact() -> Non
             assert_close_but_at_threshold(graph[view], expected, float(row[view, p.SOLARIZE]), pair)
 
 
+@pytest.mark.parametrize(("height", "width", "size"), [(60, 80, 41), (1, 1, 5), (90, 70, 64)])
+def test_kernel_equals_the_reference_under_torchvisions_semantics(height: int, width: int, size: int) -> None:
+    pair = torchvision_pair(size)
+    kernel, rows = kernel_of(pair), drawn(pair, height, width)
+    for i, row in enumerate(rows):
+        image, out = noise_image(height, width, seed=i), np.full((2, size, size, 3), np.nan, dtype=np.float32)
+        kernel.render(image, row, out)
+        for view in range(2):
+            expected = reference.render_view(torch.from_numpy(image), row[view], pair)
+            assert_close_but_at_threshold(torch.from_numpy(out[view]).permute(2, 0, 1), expected, float(row[view, p.SOLARIZE]), pair)
+
+
+@pytest.mark.parametrize("size", [5, 41, 64])
+def test_graph_equals_the_reference_under_torchvisions_semantics(size: int) -> None:
+    pair = torchvision_pair(size)
+    rows = drawn(pair, size, size, num=12).reshape(24, p.NUM_COLUMNS)
+    crops = torch.from_numpy(np.stack([noise_image(size, size, seed=i) for i in range(24)])).permute(0, 3, 1, 2)
+    settings = {"blur_taps": pair.blur_taps, "mean": pair.mean, "std": pair.std, "semantics": "torchvision"}
+    out = augment_batch(crops, torch.from_numpy(rows), **settings)
+    for i in range(24):
+        expected = reference.augment_view(crops[i : i + 1].double() / 255, [float(v) for v in rows[i]], **settings)[0]
+        assert_close_but_at_threshold(out[i], expected, float(rows[i, p.SOLARIZE]), pair)
+
+
 @pytest.mark.parametrize(("size", "rotation"), [(5, 30.0), (17, 0.0), (32, 20.0), (64, 180.0)])
 def test_graph_equals_the_reference(size: int, rotation: float) -> None:
     pair = varied_pair(size, "bicubic", False, rotation)
@@ -195,7 +226,7 @@ def test_all_24_jitter_orders_of_both_executors_equal_the_official_output() -> N
     rows.flags.writeable = False  # as in the compiled entry point: no second specialisation
     for image, row, expected in zip(data["image"], rows, data["output"], strict=True):
         planes = planes_of(image)
-        cpu_kernel._jitter(planes, row)
+        cpu_kernel._jitter(planes, row, False)
         assert np.abs(planes.transpose(2, 1, 0) - expected).max() < 7e-6
     out = augment_batch(torch.from_numpy(255 * data["image"]).permute(0, 3, 1, 2), torch.tensor(rows), blur_taps=1, **IDENTITY)
     assert np.abs(out.permute(0, 2, 3, 1).numpy() - data["output"]).max() < 7e-6
@@ -220,7 +251,7 @@ def test_single_colour_operations_of_both_executors_equal_the_official_output() 
         for i in range(4):
             planes = planes_of(data["image"][i])
             if name:
-                cpu_kernel._jitter(planes, row[0])
+                cpu_kernel._jitter(planes, row[0], False)
             else:
                 cpu_kernel._grayscale(planes)
             assert np.abs(planes.transpose(2, 1, 0) - expected[i]).max() < 7e-6, key
@@ -236,7 +267,7 @@ def test_blur_of_both_executors_equals_the_official_output(taps: int, sigma: flo
     padded = np.empty((48 + taps - 1 + 2 * cpu_kernel.TAP_GROUP, 48), dtype=np.float32)
     for image, blurred in zip(square, expected, strict=True):
         planes = planes_of(image)
-        cpu_kernel._blur(planes, np.float32(sigma), taps // 2, padded)
+        cpu_kernel._blur(planes, np.float32(sigma), taps // 2, False, padded)
         assert np.abs(planes.transpose(2, 1, 0)[:40] - blurred).max() < 5e-6
     rows = torch.from_numpy(neutral_row(1, 1, sigma=sigma)).expand(3, -1)
     out = augment_batch(torch.from_numpy(255 * data["image"]).permute(0, 3, 1, 2), rows, blur_taps=taps, **IDENTITY)
@@ -333,12 +364,19 @@ def test_what_would_read_or_write_out_of_bounds_is_refused(image: np.ndarray, ro
 
 
 @pytest.mark.parametrize(
-    "setting", [{"size_px": 0}, {"interpolation": "nearest"}, {"blur_taps": 4}, {"blur_taps": 0}], ids=lambda s: next(iter(s))
+    "setting",
+    [{"size_px": 0}, {"interpolation": "nearest"}, {"blur_taps": 4}, {"blur_taps": 0}, {"semantics": "kornia"}],
+    ids=lambda s: next(iter(s)),
 )
 def test_settings_the_kernel_cannot_take_are_named(setting: dict[str, object]) -> None:
     settings = {"size_px": 8, "blur_taps": 1, **IDENTITY, **setting}
     with pytest.raises(UserError, match=next(iter(setting))):
         ViewKernel(**settings)
+
+
+def test_a_blur_that_reaches_over_the_whole_image_cannot_reflect_at_its_borders() -> None:
+    with pytest.raises(UserError, match="blur_taps = 9"):
+        ViewKernel(size_px=4, blur_taps=9, semantics="torchvision", **IDENTITY)
 
 
 @pytest.mark.parametrize("size", [2, 224])

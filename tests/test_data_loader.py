@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from fastbyol.config.views import ViewPair, both
 from fastbyol.data import ViewBatch, build_image_loader, build_loader
 from fastbyol.data.beton import read_beton
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.data.source import Indices, Pixels, Source
-from fastbyol.data.traversal import Traversal
+from fastbyol.data.readahead import Readahead
+from fastbyol.data.source import Indices, Pixels, RangeReader, Source
+from fastbyol.data.traversal import Traversal, group_into_blocks, local_order
 from fastbyol.data.writers_ffcv import write_beton
 from fastbyol.data.writers_tar import write_tar_shards
 
@@ -92,12 +94,13 @@ def test_a_resume_at_any_batch_continues_byte_for_byte(path: Path) -> None:
             assert as_bytes(next(iter(resumed))) == batches[position]
 
 
-def test_ranks_share_the_global_batch_of_one_rank_byte_for_byte(path: Path) -> None:
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_global_batch_of_one_rank_byte_for_byte(path: Path, world_size: int) -> None:
     with loader_at(path) as whole:
         expected = [as_bytes(batch) for batch in whole]
     parts = []
-    for rank in range(3):
-        with loader_at(path, rank=rank, world_size=3) as loader:
+    for rank in range(world_size):
+        with loader_at(path, rank=rank, world_size=world_size) as loader:
             parts.append(list(loader))
     joined = [[torch.cat(tensors) for tensors in zip(*shares, strict=True)] for shares in zip(*parts, strict=True)]
     assert [as_bytes(ViewBatch(*tensors)) for tensors in joined] == expected
@@ -172,6 +175,90 @@ def test_images_of_one_pixel_work_in_every_backend(make_folder: Callable[..., Pa
         with loader_at(path, global_batch=2) as loader:
             batches.append(as_bytes(next(iter(loader))))
     assert batches[0] == batches[1] == batches[2]
+
+
+# ---- local traversal
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_a_local_traversal_takes_its_own_order_changes_no_view_and_resumes(backend: str, data_paths: dict[str, Path]) -> None:
+    def views_of(batches: list[ViewBatch]) -> dict[int, bytes]:
+        return {int(i): view.numpy().tobytes() for batch in batches for i, view in zip(batch.index, batch.view2, strict=True)}
+
+    with (
+        loader_at(data_paths[backend], global_batch=5) as loader,
+        loader_at(data_paths[backend], global_batch=5, traversal="local") as local,
+    ):
+        random_batches, local_batches = list(loader), list(local)
+        assert views_of(random_batches) == views_of(local_batches)
+        blocks = local.traversal.blocks
+        assert blocks is not None
+        assert [int(i) for batch in local_batches for i in batch.index] == local_order(blocks, seed=5, epoch=0).tolist()
+    with loader_at(data_paths[backend], global_batch=5, traversal="local", workers=1) as resumed:
+        resumed.load_state_dict({"epoch": 0, "batch": 3})
+        assert as_bytes(next(iter(resumed))) == as_bytes(local_batches[3])
+
+
+def test_a_folder_has_nothing_to_read_in_blocks(image_folder: Path) -> None:
+    with pytest.raises(UserError, match="data.traversal = 'local': an image folder"):
+        loader_at(image_folder, traversal="local")
+    with pytest.raises(UserError, match="data.traversal = 'pages': must be one of random, local"):
+        loader_at(image_folder, traversal="pages")
+
+
+class _StoredSource(Source):
+    """40 samples of 10 bytes in one file; notes what is fetched ahead."""
+
+    def __init__(self) -> None:
+        super().__init__(labels=np.zeros(40, dtype=np.int64), class_names=("only",))
+        self.fetched: list[tuple[int, ...]] = []
+
+    def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
+        return np.full(len(indices), 4), np.full(len(indices), 4)
+
+    def decode(self, indices: Indices) -> Iterator[Pixels]:
+        yield from np.zeros((len(indices), 4, 4, 3), dtype=np.uint8)
+
+    def sample_name(self, index: int) -> str:
+        return f"image {index}"
+
+    def read_ahead(self, indices: Indices) -> None:
+        self.fetched.append(tuple(indices.tolist()))
+
+
+def wait_until_fetched(source: _StoredSource, num: int) -> None:
+    """Exactly so many blocks, no sooner than they were due and no more of them a little later."""
+    end = time.monotonic() + 10
+    while len(source.fetched) < num and time.monotonic() < end:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert len(source.fetched) == num
+
+
+def test_blocks_are_fetched_a_window_ahead_once_an_epoch_and_shared_between_the_readers_of_a_machine() -> None:
+    blocks = group_into_blocks(np.zeros(40, dtype=np.int64), 10 * np.arange(40), block_bytes=40, window_bytes=120)
+    halves: list[list[tuple[int, ...]]] = []
+    for reader in range(2):
+        source = _StoredSource()
+        readahead = Readahead(source, blocks, seed=1, reader=reader, num_readers=2)
+        loader = TwoViewLoader(source, views=VIEWS, traversal=Traversal(40, 1, 4, blocks=blocks), readahead=readahead, prefetch=1)
+        with loader:
+            iterator = iter(loader)
+            first = next(iterator)
+            wait_until_fetched(source, (4, 2)[reader])  # of two windows of three blocks each
+            rest = list(iterator)
+            wait_until_fetched(source, (7, 3)[reader])  # of all ten blocks
+        halves.append(source.fetched)
+        assert len({int(i) for batch in (first, *rest) for i in batch.index}) == 40
+    assert sorted(i for half in halves for block in half for i in block) == list(range(40))
+
+
+def test_reading_ahead_goes_over_the_bytes_and_past_the_end_of_a_file_without_harm(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(3_000_000))
+    reader = RangeReader(tmp_path / "x")
+    reader.read_ahead(0, 2_500_000)
+    reader.read_ahead(2_000_000, 9_000_000)
+    reader.close()
 
 
 # ---- damage

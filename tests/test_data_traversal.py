@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.traversal import Traversal, epoch_order
+from fastbyol.data.traversal import Blocks, Traversal, block_order, epoch_order, group_into_blocks, local_order
 
 LAYOUTS = [(world, accumulate) for world in (1, 2, 3) for accumulate in (1, 2)]
 
 
-def walk(world: int, accumulate: int, *, epoch: int = 4) -> list[list[np.ndarray]]:
+def walk(world: int, accumulate: int, *, epoch: int = 4, blocks: Blocks | None = None) -> list[list[np.ndarray]]:
     """By micro-batch, by rank: the indices of 25 samples in global batches of 12."""
-    ranks = [Traversal(25, 7, 12, accumulate=accumulate, rank=rank, world_size=world) for rank in range(world)]
+    ranks = [Traversal(25, 7, 12, accumulate=accumulate, rank=rank, world_size=world, blocks=blocks) for rank in range(world)]
     return [[t.share(t.order(epoch), m) for t in ranks] for m in range(ranks[0].micro_batches)]
 
 
@@ -64,3 +64,61 @@ PUBLISHED = [9, 5, 4, 7, 2, 6, 0, 3, 8, 1]
 def test_a_layout_that_does_not_divide_is_refused(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Traversal(num_samples=25, seed=0, **arguments)
+
+
+# ---- local order
+
+
+def small_blocks(num: int = 25, *, window: int = 3) -> Blocks:
+    """Samples of 100 bytes that lie in reverse, in two files, in blocks of 300 bytes."""
+    lies_at = np.arange(num)[::-1]
+    return group_into_blocks(lies_at // 13, 100 * (lies_at % 13) + 40, block_bytes=300, window_bytes=300 * window)
+
+
+def test_blocks_are_the_pages_of_each_file_in_storage_order() -> None:
+    file, offset = np.array([1, 0, 0, 0, 1, 0]), np.array([5, 250, 0, 90, 0, 100])
+    blocks = group_into_blocks(file, offset, block_bytes=100, window_bytes=250)
+    assert blocks.sample.tolist() == [2, 3, 5, 1, 4, 0]
+    assert blocks.number.tolist() == [0, 0, 1, 2, 3, 3]
+    assert [blocks.members(block).tolist() for block in range(blocks.num_blocks)] == [[2, 3], [5], [1], [4, 0]]
+    assert blocks.window == 2
+    assert group_into_blocks(file, offset, block_bytes=100, window_bytes=1).window == 1
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_a_local_epoch_takes_every_sample_once_and_window_after_window(window: int) -> None:
+    blocks = small_blocks(200, window=window)
+    for epoch in (0, 7):
+        order, reading = local_order(blocks, seed=3, epoch=epoch).tolist(), block_order(blocks, seed=3, epoch=epoch)
+        assert sorted(order) == list(range(200))
+        for first in range(0, blocks.num_blocks, window):
+            members = {int(i) for block in reading[first : first + window] for i in blocks.members(block)}
+            taken, order = order[: len(members)], order[len(members) :]
+            assert set(taken) == members
+
+
+def test_samples_of_a_window_are_mixed_and_blocks_change_their_company_with_the_epoch() -> None:
+    blocks = small_blocks(3000, window=500)
+    block_of = np.empty(3000, dtype=int)
+    block_of[blocks.sample] = blocks.number
+    orders = [local_order(blocks, seed=0, epoch=epoch) for epoch in range(2)]
+    # A pair of neighbours is of one block of 3 with probability 2 / 1499 in a window of 1500 samples.
+    together = [(np.diff(block_of[order]) == 0).mean() for order in orders]
+    assert max(together) < 0.006
+    first_windows = [set(order[:1500].tolist()) for order in orders]
+    assert 600 < len(first_windows[0] & first_windows[1]) < 900  # half of a half
+
+
+@pytest.mark.parametrize(("world", "accumulate"), LAYOUTS)
+def test_a_local_step_sees_the_same_images_for_any_ranks_and_accumulation(world: int, accumulate: int) -> None:
+    blocks = small_blocks()
+    flat = np.concatenate([np.concatenate(shares) for shares in walk(world, accumulate, blocks=blocks)])
+    assert flat.tolist() == local_order(blocks, seed=7, epoch=4)[:24].tolist()
+
+
+def test_the_local_order_of_seed_0_epoch_0_is_the_published_one() -> None:
+    assert local_order(small_blocks(10, window=2), seed=0, epoch=0).tolist() == PUBLISHED_LOCAL
+    assert local_order(small_blocks(10, window=2), seed=0, epoch=1).tolist() != PUBLISHED_LOCAL
+
+
+PUBLISHED_LOCAL = [4, 5, 2, 3, 6, 1, 0, 7, 9, 8]

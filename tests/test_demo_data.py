@@ -209,8 +209,8 @@ def check_annotations(annotations: Path, name: str, label: int) -> None:
     assert not outside.any()
     inside = mask[y_min:y_max, x_min:x_max]
     assert all(edge.any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
-    assert depth[mask > 0].max() <= 3400 < 4500 <= depth[mask == 0].min()
-    assert depth[mask > 0].min() >= 1800
+    assert depth[mask > 0].max() <= 2700 < 4500 <= depth[mask == 0].min()
+    assert depth[mask > 0].min() >= 1600
     assert depth.max() <= 8000
 
 

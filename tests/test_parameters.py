@@ -29,12 +29,12 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def uniform(seed: int, epoch: int, sample: int, view: int, slot: str) -> float:
-    """The documented hash in Python's whole numbers."""
+def uniform(seed: int, epoch: int, sample: int, view: int, slot: str | int) -> float:
+    """The documented hash in Python's whole numbers. slot: a name, or a counter."""
     key = mix((seed + 0x9E3779B97F4A7C15) & MASK)
     key = mix(key ^ mix((epoch + 0x632BE59BD9B4E019) & MASK))
     key = mix(key ^ mix((2 * sample + view + 0xD1B54A32D192ED03) & MASK))
-    counter = (p.SLOTS.index(slot) + 1) * 0x9E3779B97F4A7C15
+    counter = ((p.SLOTS.index(slot) if isinstance(slot, str) else slot) + 1) * 0x9E3779B97F4A7C15
     return (mix((key + counter) & MASK) >> 11) / 2**53
 
 

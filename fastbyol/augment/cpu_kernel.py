@@ -34,6 +34,7 @@ from fastbyol.augment.parameters import (
     SOLARIZE,
 )
 from fastbyol.config.errors import require, require_choice
+from fastbyol.config.views import SEMANTICS
 
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 LANES = 16
@@ -189,7 +190,21 @@ def _brightness(planes, delta):
 
 
 @njit(**OPTIONS)
-def _contrast(planes, factor):
+def _scale(planes, factor):
+    flat = planes.reshape(-1)
+    for i in range(flat.size):
+        flat[i] = _clip(flat[i] * factor)
+
+
+@njit(**OPTIONS)
+def _luma(red, green, blue):
+    return float32(0.2989) * red + float32(0.5870) * green + float32(0.1140) * blue
+
+
+@njit(**OPTIONS)
+def _contrast(planes, factor, of_gray):
+    """Away from the mean of each channel, or of the grey image."""
+    mean = np.empty(3, np.float32)
     for c in range(3):
         total = 0.0
         for x in range(planes.shape[1]):
@@ -197,8 +212,12 @@ def _contrast(planes, factor):
             for y in range(line.size):
                 line_total += line[y]
             total += line_total
+        mean[c] = total / planes[c].size
+    if of_gray:
+        mean[:] = _luma(mean[0], mean[1], mean[2])
+    for c in range(3):
         flat = planes[c].reshape(-1)
-        offset = (ONE - factor) * float32(total / flat.size)
+        offset = (ONE - factor) * mean[c]
         for i in range(flat.size):
             flat[i] = _clip(flat[i] * factor + offset)
 
@@ -215,6 +234,17 @@ def _saturation(planes, factor):
         red[i] = v - (v - r) * k
         green[i] = v - (v - g) * k
         blue[i] = v - (v - b) * k
+
+
+@njit(**OPTIONS)
+def _blend_with_gray(planes, factor):
+    red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
+    for i in range(red.size):
+        r, g, b = red[i], green[i], blue[i]
+        y = (ONE - factor) * _luma(r, g, b)
+        red[i] = _clip(r * factor + y)
+        green[i] = _clip(g * factor + y)
+        blue[i] = _clip(b * factor + y)
 
 
 @njit(**OPTIONS)
@@ -244,14 +274,18 @@ def _hue(planes, delta):
 
 
 @njit(**OPTIONS)
-def _jitter(planes, row):
+def _jitter(planes, row, torchvision):
     code = int(row[ORDER])
     for place in range(4):
         op = (code >> (2 * (3 - place))) & 3
-        if op == 0:
+        if op == 0 and torchvision:
+            _scale(planes, row[BRIGHTNESS])
+        elif op == 0:
             _brightness(planes, row[BRIGHTNESS])
         elif op == 1:
-            _contrast(planes, row[CONTRAST])
+            _contrast(planes, row[CONTRAST], torchvision)
+        elif op == 2 and torchvision:
+            _blend_with_gray(planes, row[SATURATION])
         elif op == 2:
             _saturation(planes, row[SATURATION])
         else:
@@ -262,7 +296,7 @@ def _jitter(planes, row):
 def _grayscale(planes):
     red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     for i in range(red.size):
-        y = float32(0.2989) * red[i] + float32(0.5870) * green[i] + float32(0.1140) * blue[i]
+        y = _luma(red[i], green[i], blue[i])
         red[i], green[i], blue[i] = y, y, y
 
 
@@ -294,8 +328,8 @@ def _gaussian(sigma, radius):
 
 
 @njit(**OPTIONS)
-def _blur(planes, sigma, radius, padded):
-    """Separable Gaussian over zero padding. padded: (S + 2 (radius + 4), S) scratch."""
+def _blur(planes, sigma, radius, reflect, padded):
+    """Separable Gaussian over zero or reflected padding; the latter needs radius < S. padded: (S + 2 (radius + 4), S) scratch."""
     size, edge = planes.shape[1], radius + TAP_GROUP
     w, reach = _gaussian(sigma, radius)
     if reach == 0:
@@ -307,7 +341,14 @@ def _blur(planes, sigma, radius, padded):
         for x in range(size):  # along y, the contiguous axis
             for y in range(size):
                 line[edge + y] = planes[c, x, y]
+            if reflect:
+                for k in range(1, reach + 1):
+                    line[edge - k], line[edge + size - 1 + k] = line[edge + k], line[edge + size - 1 - k]
             _blur_line(line, w, reach, edge, padded[edge + x])
+        if reflect:
+            for k in range(1, reach + 1):
+                padded[edge - k] = padded[edge + k]
+                padded[edge + size - 1 + k] = padded[edge + size - 1 - k]
         for x in range(size):  # along x
             _blur_across(padded, w, reach, edge + x, planes[c, x])
 
@@ -387,7 +428,7 @@ def _store_rounded(planes, out):
                     out[y, x, c] = uint8(planes[c, x, y] * QUANTUM + HALF)
 
 
-def _render_views(image, parameters, cubic, antialias, radius, gain, offset, scratch, out):
+def _render_views(image, parameters, cubic, antialias, torchvision, radius, gain, offset, scratch, out):
     """image (H, 3 W) uint8, parameters (V, columns) -> out (V, S, S, 3) float32, the whole augmentation."""
     planes, spare, padded, rows, columns = _carve(scratch, out.shape[1], radius, image.shape[1] // 3)
     for view in range(out.shape[0]):
@@ -397,11 +438,11 @@ def _render_views(image, parameters, cubic, antialias, radius, gain, offset, scr
             _rotate(planes, row[ROTATION_DEG], spare)
             planes, spare = spare, planes
         if row[ORDER] >= 0:
-            _jitter(planes, row)
+            _jitter(planes, row, torchvision)
         if row[GRAY] > 0:
             _grayscale(planes)
         if row[SIGMA] > 0:
-            _blur(planes, row[SIGMA], radius, padded)
+            _blur(planes, row[SIGMA], radius, torchvision, padded)
         if row[SOLARIZE] <= ONE:
             _solarize(planes, row[SOLARIZE])
         _store(planes, gain, offset, out[view])
@@ -418,7 +459,7 @@ def _render_crops(image, parameters, cubic, antialias, scratch, out):
 _IMAGE = types.Array(uint8, 2, "C", readonly=True)  # read-only, so that one version serves PIL's arrays too
 _ROWS = types.Array(float32, 2, "C", readonly=True)
 _FLAG = types.boolean
-_VIEWS_SIGNATURE = void(_IMAGE, _ROWS, _FLAG, _FLAG, int64, float32[::1], float32[::1], float32[::1], float32[:, :, :, ::1])
+_VIEWS_SIGNATURE = void(_IMAGE, _ROWS, _FLAG, _FLAG, _FLAG, int64, float32[::1], float32[::1], float32[::1], float32[:, :, :, ::1])
 _CROPS_SIGNATURE = void(_IMAGE, _ROWS, _FLAG, _FLAG, float32[::1], uint8[:, :, :, ::1])
 
 
@@ -438,6 +479,7 @@ class ViewKernel:
         mean: per channel, in [0, 1].
         std: per channel.
         blur_taps: window of the Gaussian blur, odd.
+        semantics: 'paper' or 'torchvision', see `config.views.SEMANTICS`. The latter's blur needs blur_taps < 2 size_px.
     """
 
     def __init__(
@@ -449,10 +491,16 @@ class ViewKernel:
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         blur_taps: int,
+        semantics: str = "paper",
     ) -> None:
+        require_choice("semantics", semantics, SEMANTICS)
         require_choice("interpolation", interpolation, ("bicubic", "bilinear"))
         require(size_px >= 1, "size_px", size_px, "at least 1")
         require(blur_taps >= 1 and blur_taps % 2 == 1, "blur_taps", blur_taps, "an odd number >= 1")
+        self._torchvision = semantics == "torchvision"
+        require(
+            not self._torchvision or blur_taps < 2 * size_px, "blur_taps", blur_taps, "less than twice size_px to reflect at the border"
+        )
         self.size_px = size_px
         self._cubic, self._antialias, self._radius = interpolation == "bicubic", bool(antialias), blur_taps // 2
         self._gain = (1.0 / np.asarray(std, dtype=np.float64)).astype(np.float32)
@@ -475,8 +523,8 @@ class ViewKernel:
         height, width = self._check(image, parameters, out)
         pixels = image.reshape(height, 3 * width)
         if out.dtype == np.float32:
-            scratch = self._scratch(width)
-            self._render_views(pixels, parameters, self._cubic, self._antialias, self._radius, self._gain, self._offset, scratch, out)
+            switches = self._cubic, self._antialias, self._torchvision
+            self._render_views(pixels, parameters, *switches, self._radius, self._gain, self._offset, self._scratch(width), out)
         else:
             self._render_crops(pixels, parameters, self._cubic, self._antialias, self._scratch(width), out)
 

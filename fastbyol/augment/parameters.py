@@ -7,7 +7,9 @@ draws unchanged.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +39,7 @@ crop_*: pixels of the image, whole numbers.
 flip, gray: 0 or 1.
 rotation_deg: counter-clockwise; 0 = none.
 order: the jitter's four operations as base-4 digits, first operation first (0 brightness, 1 contrast, 2 saturation, 3 hue); -1 = no jitter.
-brightness, hue: added; 0 = none. contrast, saturation: factors; 1 = none.
+brightness, hue: added; 0 = none. contrast, saturation: factors; 1 = none. Under torchvision's semantics brightness is a factor too.
 sigma: pixels of the view; 0 = no blur.
 solarize: threshold; 2 = off.
 """
@@ -67,6 +69,9 @@ SLOTS = (
     "solarize",
 )
 """Counter of each draw. Append only: a slot's place is part of what a seed means."""
+RETRIES = 9
+"""Further tries of torchvision's rejected crop. Try t >= 1 draws its area from counter 1000 + 2t and its aspect from the next, far from SLOTS."""
+_FIRST_RETRY = 1000
 _SLOT = {name: np.uint64(place) for place, name in enumerate(SLOTS)}
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -87,13 +92,13 @@ def _mix(x: Words) -> Words:
     return x ^ (x >> np.uint64(31))
 
 
-def _uniforms(*, seed: int, epoch: int, index: NDArray[np.int64], views: int) -> Floats:
-    """(N, views, slots) uniform draws in [0, 1) of 53 random bits."""
+def _uniforms(*, seed: int, epoch: int, index: NDArray[np.int64], views: int, slots: range) -> Floats:
+    """(N, views, len(slots)) uniform draws in [0, 1) of 53 random bits."""
     run = _mix(np.array([seed], dtype=np.uint64) + _GOLDEN)
     run = _mix(run ^ _mix(np.array([epoch], dtype=np.uint64) + _EPOCH_SALT))
     sample = index.astype(np.uint64)[:, None] * np.uint64(views) + np.arange(views, dtype=np.uint64)
     key = _mix(run ^ _mix(sample + _SAMPLE_SALT))
-    counter = np.arange(1, len(SLOTS) + 1, dtype=np.uint64) * _GOLDEN
+    counter = np.arange(slots.start + 1, slots.stop + 1, dtype=np.uint64) * _GOLDEN
     return (_mix(key[..., None] + counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -122,28 +127,72 @@ def draw_parameters(
         height: (N,) pixels of the decoded image, at least 1.
         width: likewise.
 
-    Source: Grill et al., appendix B and table 6; DeepMind's code for the crop. A Bernoulli draw fires when u < p.
+    Source: Grill et al., appendix B and table 6; DeepMind's code for the crop, or torchvision's (`ViewPair.semantics`). A Bernoulli draw
+    fires when u < p.
     """
     require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63 - 1]")
     require(0 <= epoch < 2**63, "epoch", epoch, "an integer >= 0")
-    uniform = _uniforms(seed=seed, epoch=epoch, index=np.asarray(index, dtype=np.int64), views=2)
-    rows = _neutral(len(uniform), 2)
-    rows[..., CROP_Y : CROP_W + 1] = _crop_boxes(pair, uniform, np.asarray(height)[:, None], np.asarray(width)[:, None])
+    uniforms = partial(_uniforms, seed=seed, epoch=epoch, index=np.asarray(index, dtype=np.int64), views=2)
+    uniform = uniforms(slots=range(len(SLOTS)))
+    rows, boxes = _neutral(len(uniform), 2), slice(CROP_Y, CROP_W + 1)
+    height, width = np.asarray(height)[:, None], np.asarray(width)[:, None]
+    if pair.semantics == "paper":
+        rows[..., boxes] = _clamped_boxes(pair, uniform, height, width)
+    else:
+        retries = uniforms(slots=range(_FIRST_RETRY, _FIRST_RETRY + 2 * RETRIES))
+        rows[..., boxes] = _fitting_boxes(pair, uniform, retries, height, width)
     _fill_colour(rows, pair, uniform)
     _fill_rest(rows, pair, uniform)
     return rows
 
 
-def _crop_boxes(pair: ViewPair, uniform: Floats, height: NDArray[np.int64], width: NDArray[np.int64]) -> Floats:
+def _clamped_boxes(pair: ViewPair, uniform: Floats, height: NDArray[np.int64], width: NDArray[np.int64]) -> Floats:
     """(N, 2, 4) y, x, h, w: sides clamped to the image and at least 1 px, no rejection; offsets uniform over all whole positions."""
-    area_range, aspect_range = _per_view(pair, "crop_area"), np.log(_per_view(pair, "crop_aspect"))
-    area = _between(area_range, uniform[..., _SLOT["area"]]) * height * width
-    aspect = np.exp(_between(aspect_range, uniform[..., _SLOT["aspect"]]))
-    crop_h = np.clip(np.rint(np.sqrt(area / aspect)), 1, height)
-    crop_w = np.clip(np.rint(np.sqrt(area * aspect)), 1, width)
-    crop_y = np.floor(uniform[..., _SLOT["offset_y"]] * (height - crop_h + 1))
-    crop_x = np.floor(uniform[..., _SLOT["offset_x"]] * (width - crop_w + 1))
+    crop_h, crop_w = _drawn_sides(pair, uniform[..., _SLOT["area"]], uniform[..., _SLOT["aspect"]], height, width)
+    crop_h, crop_w = np.clip(crop_h, 1, height), np.clip(crop_w, 1, width)
+    return np.stack([*_drawn_offsets(uniform, height - crop_h, width - crop_w), crop_h, crop_w], axis=-1)
+
+
+def _fitting_boxes(pair: ViewPair, uniform: Floats, retries: Floats, height: NDArray[np.int64], width: NDArray[np.int64]) -> Floats:
+    """(N, 2, 4) y, x, h, w as torchvision: the first try that fits, or, of none, the largest central crop of an allowed aspect."""
+    # (N, tries, 2): the views stay last, as in `_per_view`.
+    area, aspect = (
+        np.concatenate([uniform[..., None, _SLOT[name]], retries[..., first::2]], axis=-1).swapaxes(1, 2)
+        for first, name in enumerate(("area", "aspect"))
+    )
+    tries_h, tries_w = _drawn_sides(pair, area, aspect, height[:, None], width[:, None])
+    fits = (tries_h >= 1) & (tries_h <= height[:, None]) & (tries_w >= 1) & (tries_w <= width[:, None])
+    first_fit, any_fits = fits.argmax(axis=1)[:, None], fits.any(axis=1)
+    central_h, central_w = _central_sides(pair, height, width)
+    crop_h = np.where(any_fits, np.take_along_axis(tries_h, first_fit, axis=1)[:, 0], central_h)
+    crop_w = np.where(any_fits, np.take_along_axis(tries_w, first_fit, axis=1)[:, 0], central_w)
+    spare_h, spare_w = height - crop_h, width - crop_w
+    crop_y, crop_x = _drawn_offsets(uniform, spare_h, spare_w)
+    crop_y, crop_x = np.where(any_fits, crop_y, spare_h // 2), np.where(any_fits, crop_x, spare_w // 2)
     return np.stack([crop_y, crop_x, crop_h, crop_w], axis=-1)
+
+
+def _drawn_sides(
+    pair: ViewPair, area: Floats, aspect: Floats, height: NDArray[np.int64], width: NDArray[np.int64]
+) -> tuple[Floats, Floats]:
+    """Height and width of the drawn area and aspect, in whole pixels: larger than the image, or 0, at times."""
+    area_range, aspect_range = _per_view(pair, "crop_area"), np.log(_per_view(pair, "crop_aspect"))
+    area = _between(area_range, area) * height * width
+    aspect = np.exp(_between(aspect_range, aspect))
+    return np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+
+
+def _drawn_offsets(uniform: Floats, spare_h: NDArray[Any], spare_w: NDArray[Any]) -> tuple[Floats, Floats]:
+    return np.floor(uniform[..., _SLOT["offset_y"]] * (spare_h + 1)), np.floor(uniform[..., _SLOT["offset_x"]] * (spare_w + 1))
+
+
+def _central_sides(pair: ViewPair, height: NDArray[np.int64], width: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """The whole image, or as much of its longer side as the aspect range allows."""
+    narrowest, widest = _per_view(pair, "crop_aspect").T
+    ratio = width / height
+    crop_h = np.where(ratio < narrowest, np.rint(width / narrowest), height)
+    crop_w = np.where(ratio > widest, np.rint(height * widest), width)
+    return np.maximum(crop_h, 1), np.maximum(crop_w, 1)
 
 
 def _between(bounds: Floats, uniform: Floats) -> Floats:
@@ -155,9 +204,10 @@ def _fill_colour(rows: NDArray[np.float32], pair: ViewPair, uniform: Floats) -> 
     fires = uniform[..., _SLOT["jitter"]] < _per_view(pair, "jitter_p")
     order = _ORDER_CODES[(uniform[..., _SLOT["order"]] * len(_ORDER_CODES)).astype(np.int64)]
     rows[..., ORDER] = np.where(fires, order, NO_JITTER)
+    neutral = _NEUTRAL if pair.semantics == "paper" else {**_NEUTRAL, BRIGHTNESS: 1.0}
     for name, column in (("brightness", BRIGHTNESS), ("contrast", CONTRAST), ("saturation", SATURATION), ("hue", HUE)):
         shift = _per_view(pair, name) * (2.0 * uniform[..., _SLOT[name]] - 1.0)
-        rows[..., column] = np.where(fires, _NEUTRAL.get(column, 0.0) + shift, _NEUTRAL.get(column, 0.0))
+        rows[..., column] = np.where(fires, neutral.get(column, 0.0) + shift, neutral.get(column, 0.0))
 
 
 def _fill_rest(rows: NDArray[np.float32], pair: ViewPair, uniform: Floats) -> None:

@@ -2,10 +2,12 @@
 
 Images are (N, 3, H, W) tensors in [0, 1]; parameters are (N,) tensors or plain numbers. No operation clips, except where its own
 formula does: `render_view` clips where the paper's code does. Source: Grill et al., appendix B;
-deepmind-research/byol/utils/augmentations.py.
+deepmind-research/byol/utils/augmentations.py. The functions named torchvision_* are its formulas instead (`config.views.SEMANTICS`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -84,14 +86,34 @@ def adjust_hue(x: Tensor, delta: Number) -> Tensor:
     return hsv_to_rgb(hue + _per_image(x, delta), saturation, value)
 
 
+def torchvision_brightness(x: Tensor, factor: Number) -> Tensor:
+    """factor x."""
+    return x * _per_image(x, factor)
+
+
+def torchvision_contrast(x: Tensor, factor: Number) -> Tensor:
+    """factor (x - mean) + mean, the mean of the grey image."""
+    mean = to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True)
+    return _per_image(x, factor) * (x - mean) + mean
+
+
+def torchvision_saturation(x: Tensor, factor: Number) -> Tensor:
+    """factor x + (1 - factor) grey."""
+    grey = to_grayscale(x)
+    return _per_image(x, factor) * (x - grey) + grey
+
+
 def to_grayscale(x: Tensor) -> Tensor:
     """0.2989 R + 0.5870 G + 0.1140 B in all three channels."""
     weight = torch.tensor(LUMA, dtype=x.dtype, device=x.device).reshape(1, 3, 1, 1)
     return (x * weight).sum(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
-def gaussian_blur(x: Tensor, sigma: Number, taps: int) -> Tensor:
-    """Separable Gaussian of an odd number of taps over zero padding, so borders darken; sigma (pixels) > 0."""
+def gaussian_blur(x: Tensor, sigma: Number, taps: int, *, padding: str = "constant") -> Tensor:
+    """Separable Gaussian of an odd number of taps; sigma (pixels) > 0.
+
+    padding: 'constant', zeros, so that borders darken (the paper), or 'reflect' (torchvision), then taps < 2 min(H, W).
+    """
     require(taps >= 1 and taps % 2 == 1, "taps", taps, "an odd number >= 1")
     radius = taps // 2
     sigmas = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
@@ -100,9 +122,9 @@ def gaussian_blur(x: Tensor, sigma: Number, taps: int) -> Tensor:
     for image, one_sigma in zip(x, sigmas, strict=True):
         window = torch.exp(-(place**2) / (2 * one_sigma**2))
         window = window / window.sum()
-        channels = image.unsqueeze(1)
-        channels = F.conv2d(channels, window.reshape(1, 1, 1, -1), padding=(0, radius))
-        channels = F.conv2d(channels, window.reshape(1, 1, -1, 1), padding=(radius, 0))
+        channels = F.pad(image.unsqueeze(1), [radius] * 4, mode=padding)
+        channels = F.conv2d(channels, window.reshape(1, 1, 1, -1))
+        channels = F.conv2d(channels, window.reshape(1, 1, -1, 1))
         blurred.append(channels.squeeze(1))
     return torch.stack(blurred)
 
@@ -184,7 +206,15 @@ def render_view(image: Tensor, parameters_row: Tensor | NDArray[np.float32], pai
     row = [float(value) for value in parameters_row]
     y, x, h, w = (int(row[column]) for column in (columns.CROP_Y, columns.CROP_X, columns.CROP_H, columns.CROP_W))
     view = crop_resize(image, (y, x, h, w), pair.size_px, pair.interpolation, pair.antialias).unsqueeze(0)
-    return augment_view(view, row, blur_taps=pair.blur_taps, mean=pair.mean, std=pair.std)[0]
+    return augment_view(view, row, blur_taps=pair.blur_taps, mean=pair.mean, std=pair.std, semantics=pair.semantics)[0]
+
+
+JITTER: dict[str, tuple[Callable[[Tensor, Number], Tensor], ...]] = {
+    "paper": (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue),
+    "torchvision": (torchvision_brightness, torchvision_contrast, torchvision_saturation, adjust_hue),
+}
+"""What the digits of an order code stand for, by semantics. Both turn the hue alike."""
+BLUR_PADDING = {"paper": "constant", "torchvision": "reflect"}
 
 
 def augment_view(
@@ -194,25 +224,20 @@ def augment_view(
     blur_taps: int,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
+    semantics: str = "paper",
 ) -> Tensor:
     """(1, 3, S, S), normalised: all that follows crop and resize, for one view in [0, 1]."""
     if row[columns.FLIP] > 0:
         view = view.flip(3)
     if row[columns.ROTATION_DEG] != 0:
         view = rotate(view, row[columns.ROTATION_DEG])
-    jitter = (
-        (adjust_brightness, columns.BRIGHTNESS),
-        (adjust_contrast, columns.CONTRAST),
-        (adjust_saturation, columns.SATURATION),
-        (adjust_hue, columns.HUE),
-    )
+    amounts = (columns.BRIGHTNESS, columns.CONTRAST, columns.SATURATION, columns.HUE)
     for op in jitter_order(row[columns.ORDER]):
-        adjust, column = jitter[op]
-        view = adjust(view, row[column]).clamp(0, 1)
+        view = JITTER[semantics][op](view, row[amounts[op]]).clamp(0, 1)
     if row[columns.GRAY] > 0:
         view = to_grayscale(view)
     view = view.clamp(0, 1)
     if row[columns.SIGMA] > 0:
-        view = gaussian_blur(view, row[columns.SIGMA], blur_taps)
+        view = gaussian_blur(view, row[columns.SIGMA], blur_taps, padding=BLUR_PADDING[semantics])
     view = solarize(view, row[columns.SOLARIZE]).clamp(0, 1)
     return normalize(view, mean, std)

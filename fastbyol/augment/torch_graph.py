@@ -25,6 +25,8 @@ from fastbyol.augment.parameters import (
     SIGMA,
     SOLARIZE,
 )
+from fastbyol.config.errors import require_choice
+from fastbyol.config.views import SEMANTICS
 
 TINY = 1e-8
 _IS_BRIGHTNESS, _IS_CONTRAST, _IS_SATURATION, _IS_HUE, _IS_NOTHING = 0, 1, 2, 3, -1
@@ -41,6 +43,7 @@ def augment_batch(
     std: tuple[float, float, float],
     dtype: torch.dtype = torch.float32,
     rotate: bool = False,
+    semantics: str = "paper",
 ) -> Tensor:
     """(N, 3, S, S) in channels-last memory, normalised: everything after crop and resize.
 
@@ -54,16 +57,20 @@ def augment_batch(
         std: per channel.
         dtype: of the result.
         rotate: obey the rotation column; without it the graph has no rotation at all.
+        semantics: 'paper' or 'torchvision', see `config.views.SEMANTICS`. The latter's blur needs blur_taps < 2 S.
     """
+    require_choice("semantics", semantics, SEMANTICS)
+    torchvision = semantics == "torchvision"
     x = crops.to(torch.float32) / 255
     x = torch.where(_column(parameters, FLIP) > 0, x.flip(3), x)
     if rotate:
         x = _rotate(x, parameters[:, ROTATION_DEG])
-    x = _jitter(x, parameters)
+    x = _jitter(x, parameters, torchvision)
     x = torch.where(_column(parameters, GRAY) > 0, _luma(x), x)
     if blur_taps > 1:
         window = _half_window(parameters[:, SIGMA], blur_taps // 2)
-        x = _blur(_blur(x, window, dim=3), window, dim=2)
+        padding = "reflect" if torchvision else "constant"
+        x = _blur(_blur(x, window, dim=3, padding=padding), window, dim=2, padding=padding)
     x = torch.where(x < _column(parameters, SOLARIZE), x, 1 - x).clamp(0, 1)
     # Per channel with Python numbers: a tensor made from a list would be a synchronising copy to the device.
     x = torch.cat([x[:, c : c + 1] * (1 / std[c]) - mean[c] / std[c] for c in range(3)], dim=1)
@@ -74,33 +81,39 @@ def _column(parameters: Tensor, column: int) -> Tensor:
     return parameters[:, column].view(-1, 1, 1, 1)
 
 
-def _jitter(x: Tensor, parameters: Tensor) -> Tensor:
+def _jitter(x: Tensor, parameters: Tensor, torchvision: bool) -> Tensor:
     code = parameters[:, ORDER].to(torch.int64)
     jittered = code >= 0
     ops = [(code.clamp_min(0) >> (2 * (3 - place))) & 3 for place in range(4)]
     before = jittered  # whether contrast is still to come
     for op in ops[:3]:
         before = before & (op != _IS_CONTRAST)
-        x = _pixelwise(x, parameters, torch.where(before, op, _IS_NOTHING))
+        x = _pixelwise(x, parameters, torch.where(before, op, _IS_NOTHING), torchvision)
     mean = x.mean(dim=(2, 3), keepdim=True)
+    mean = _luma(mean) if torchvision else mean
     contrasted = (_column(parameters, CONTRAST) * (x - mean) + mean).clamp(0, 1)
     x = torch.where(jittered.view(-1, 1, 1, 1), contrasted, x)
     after = torch.zeros_like(jittered)
     for previous, op in pairwise(ops):
         after = after | (jittered & (previous == _IS_CONTRAST))
-        x = _pixelwise(x, parameters, torch.where(after, op, _IS_NOTHING))
+        x = _pixelwise(x, parameters, torch.where(after, op, _IS_NOTHING), torchvision)
     return x
 
 
-def _pixelwise(x: Tensor, parameters: Tensor, op: Tensor) -> Tensor:
+def _pixelwise(x: Tensor, parameters: Tensor, op: Tensor, torchvision: bool) -> Tensor:
     """Brightness, saturation, hue or nothing, as each image's op says; the closed forms of `cpu_kernel`, without HSV arrays."""
     op = op.view(-1, 1, 1, 1)
     red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     inverse = 1 / chroma.clamp_min(TINY)
-    bright = (x + _column(parameters, BRIGHTNESS)).clamp(0, 1)
-    saturated = value - (value - x) * torch.minimum(_column(parameters, SATURATION), value * inverse)
+    brightness, saturation = _column(parameters, BRIGHTNESS), _column(parameters, SATURATION)
+    if torchvision:
+        bright, grey = (x * brightness).clamp(0, 1), _luma(x)
+        saturated = (saturation * (x - grey) + grey).clamp(0, 1)
+    else:
+        bright = (x + brightness).clamp(0, 1)
+        saturated = value - (value - x) * torch.minimum(saturation, value * inverse)
     of_blue = torch.where(green == value, (blue - red) * inverse + 2, (red - green) * inverse + 4)
     sextants = torch.where(red == value, (green - blue) * inverse, of_blue) + 6 * _column(parameters, HUE)
     turned = torch.cat([_loss(sextants + ahead) for ahead in _AHEAD], dim=1)
@@ -128,10 +141,10 @@ def _half_window(sigma: Tensor, radius: int) -> Tensor:
     return torch.where(sigma[:, None] > 0, window, (place == 0).to(window.dtype))
 
 
-def _blur(x: Tensor, window: Tensor, *, dim: int) -> Tensor:
-    """Symmetric taps along one dimension over zero padding, as shifted adds: they fuse into one kernel."""
+def _blur(x: Tensor, window: Tensor, *, dim: int, padding: str) -> Tensor:
+    """Symmetric taps along one dimension over a padded border, as shifted adds: they fuse into one kernel."""
     radius, length = window.shape[1] - 1, x.shape[dim]
-    padded = F.pad(x, [radius, radius, 0, 0] if dim == 3 else [0, 0, radius, radius])
+    padded = F.pad(x, [radius, radius, 0, 0] if dim == 3 else [0, 0, radius, radius], mode=padding)
     out = x * window[:, 0].view(-1, 1, 1, 1)
     for k in range(1, radius + 1):
         pair = padded.narrow(dim, radius - k, length) + padded.narrow(dim, radius + k, length)

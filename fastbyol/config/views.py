@@ -1,17 +1,27 @@
 """What each view draws: the paper's augmentation table and its ablations, as data.
 
 One `ViewPair` drives every backend and every executor. Source of all numbers: Grill et al., table 6 and appendix B, and the official code
-(deepmind-research/byol/utils/augmentations.py, dataset.py); `ABLATIONS` is table 17.
+(deepmind-research/byol/utils/augmentations.py, dataset.py); `ABLATIONS` is table 17. `TORCHVISION` has the paper's probabilities and magnitudes
+under torchvision's formulas, for comparisons with code built on those.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fastbyol.config.errors import require, require_at_least, require_choice, require_probability, require_range
+from fastbyol.config.errors import require, require_choice, require_probability, require_range
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SEMANTICS = ("paper", "torchvision")
+"""What the numbers of a `ViewSpec` mean.
+
+torchvision, where it differs from the paper: brightness is a factor in [1 - brightness, 1 + brightness]; contrast turns about the mean of the
+grey image, not of each channel; saturation blends with grey instead of scaling HSV's; blur reflects at the border instead of padding with zeros;
+a crop that does not fit is drawn again, ten times at most, then a central one is taken, instead of clamping it.
+Source: torchvision 0.29, transforms/v2/_geometry.py, functional/_color.py, functional/_misc.py.
+"""
+MAX_SIZE_PX = 4096
 TINY = 1e-6
 
 
@@ -32,7 +42,7 @@ class ViewSpec:
     jitter_p: float = 0.8
     """One draw for the four colour operations together."""
     brightness: float = 0.4
-    """x + d, d in [-brightness, brightness]."""
+    """x + d, d in [-brightness, brightness] (formulas here and below: the paper's, see `SEMANTICS`)."""
     contrast: float = 0.4
     """f (x - mean) + mean, mean per channel, f in [1 - contrast, 1 + contrast]."""
     saturation: float = 0.2
@@ -65,6 +75,8 @@ class ViewPair:
     view1: ViewSpec = field(default_factory=ViewSpec)
     view2: ViewSpec = field(default_factory=lambda: ViewSpec(blur_p=0.1, solarize_p=0.2))
     size_px: int = 224
+    semantics: str = "paper"
+    """paper, or torchvision: the formulas of colour jitter, blur border and crop that other PyTorch code has."""
     interpolation: str = "bicubic"
     """Keys a = -0.5, half-pixel centres, taps outside the crop dropped and the rest renormalised, as tf.image.resize."""
     antialias: bool = False
@@ -72,7 +84,8 @@ class ViewPair:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        require_at_least("size_px", self.size_px, 1)
+        require(1 <= self.size_px <= MAX_SIZE_PX, "size_px", self.size_px, f"pixels in [1, {MAX_SIZE_PX}]")
+        require_choice("semantics", self.semantics, SEMANTICS)
         require_choice("interpolation", self.interpolation, ("bicubic", "bilinear"))
         require(all(s > 0 for s in self.std), "std", self.std, "three positive numbers")
 
@@ -93,6 +106,8 @@ def both(pair: ViewPair, **changes: object) -> ViewPair:
 
 
 PAPER = ViewPair()
+TORCHVISION = replace(PAPER, semantics="torchvision", antialias=True)
+"""Antialiased, as RandomResizedCrop is by default and on Pillow images always."""
 _CROP_ONLY = both(PAPER, flip_p=0.0, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
 
 

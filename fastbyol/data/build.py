@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastbyol.config.errors import UserError, require_choice
+from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.schema import BACKENDS, DataConfig
 from fastbyol.config.views import ViewPair
+from fastbyol.data.beton import MIN_PAGE_BYTES
 from fastbyol.data.loader import ImageLoader, TwoViewLoader
 from fastbyol.data.manifest import TAR_MANIFEST
+from fastbyol.data.readahead import Readahead
 from fastbyol.data.source import Source
-from fastbyol.data.traversal import Traversal
+from fastbyol.data.traversal import Blocks, Traversal, group_into_blocks
 
+TRAVERSALS = ("random", "local")
 _READS = {
     "ffcv": "a .beton file",
     "dali": "a folder of tar shards made by data_prep/to_dali.py",
@@ -30,6 +33,9 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     output: str = "float32",
+    option: str = "data.train",
+    traversal: str = "random",
+    window_mib: int = 2048,
 ) -> TwoViewLoader:
     """The training loader of `config.train`, at epoch 0, batch 0.
 
@@ -42,15 +48,28 @@ def build_loader(
         rank: this process among world_size.
         world_size: processes that share the batch.
         output: 'float32' views or 'uint8' crops, see `TwoViewLoader`.
+        option: what an error calls `config.train`.
+        traversal: 'random' over all images; 'local' over blocks of 8 MiB (a .beton's pages) and then within windows of many, for data
+            larger than memory on disks or network file systems that are slow at random reads. Either way every image comes once in an
+            epoch, and ranks change nothing.
+        window_mib: local: images that lie this close in the epoch's order of blocks are mixed; twice this should fit in memory.
 
     Raises:
         UserError: no such data, data of another kind than the backend reads, a backend that isn't installed, a batch that does not divide.
     """
-    source = _open_source(config.train, config.backend, option="data.train")
+    source = _open_source(config.train, config.backend, option=option)
     try:
-        traversal = Traversal(source.num_samples, seed, global_batch, accumulate=accumulate, rank=rank, world_size=world_size)
-        workers = config.workers or default_workers()
-        return TwoViewLoader(source, views=views, traversal=traversal, workers=workers, prefetch=config.prefetch, output=output)
+        blocks = _blocks(source, traversal, window_mib)
+        walk = Traversal(source.num_samples, seed, global_batch, accumulate=accumulate, rank=rank, world_size=world_size, blocks=blocks)
+        return TwoViewLoader(
+            source,
+            views=views,
+            traversal=walk,
+            workers=config.workers or default_workers(),
+            prefetch=config.prefetch,
+            output=output,
+            readahead=Readahead(source, blocks, seed=seed, **_place_on_machine()) if blocks else None,
+        )
     except BaseException:
         source.close()
         raise
@@ -68,7 +87,21 @@ def build_image_loader(path: str | Path, *, views: ViewPair, batch: int, backend
 
 def default_workers() -> int:
     """Cores that this process may use, shared with the other processes that torchrun started on this machine; at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // _place_on_machine()["num_readers"])
+
+
+def _place_on_machine() -> dict[str, int]:
+    """This process among those that torchrun started on this machine."""
+    return {"reader": int(os.environ.get("LOCAL_RANK", "0")), "num_readers": int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
+
+
+def _blocks(source: Source, traversal: str, window_mib: int) -> Blocks | None:
+    require_choice("data.traversal", traversal, TRAVERSALS)
+    require_at_least("data.window_mib", window_mib, 1)
+    if traversal == "random":
+        return None
+    file, offset = source.storage()
+    return group_into_blocks(file, offset, block_bytes=MIN_PAGE_BYTES, window_bytes=window_mib << 20)
 
 
 def _open_source(location: str, backend: str, *, option: str) -> Source:
@@ -79,7 +112,7 @@ def _open_source(location: str, backend: str, *, option: str) -> Source:
         )
     require_choice("data.backend", backend, BACKENDS)
     path = Path(location)
-    fitting = _fitting_backend(path, option)
+    fitting = backend_of(path, option=option)
     if backend == "auto":
         backend = fitting
     if backend != fitting:
@@ -99,8 +132,9 @@ def _open_source(location: str, backend: str, *, option: str) -> Source:
     return FolderSource(path)
 
 
-def _fitting_backend(path: Path, option: str) -> str:
-    """The backend that reads what lies at the path."""
+def backend_of(path: str | Path, *, option: str) -> str:
+    """The backend that reads what lies at the path. Raises UserError, which names the option, if nothing does."""
+    path = Path(path)
     if not path.exists():
         raise UserError(f"{option} = {path}: no such file or folder")
     if path.is_file():

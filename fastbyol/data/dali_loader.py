@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.source import Indices, Pixels, RangeReader, Source, damaged
+from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
 from fastbyol.data.tar_shards import read_tar_shards
 
 BATCH = 16
@@ -49,6 +49,13 @@ class DaliSource(Source):
             except RuntimeError as error:
                 images = self._decode_one_by_one(batch, jpegs, error)
             yield from images
+
+    def storage(self) -> Storage:
+        return Storage(self._table["shard"].astype(np.int64), self._table["offset"].astype(np.int64))
+
+    def read_ahead(self, indices: Indices) -> None:
+        rows = self._table[indices]
+        self._files[rows["shard"][0]].read_ahead(int(rows["offset"].min()), int((rows["offset"] + rows["size"]).max()))
 
     def sample_name(self, index: int) -> str:
         return f"image {index} ({index:08d}.jpg of {self._files[self._table['shard'][index]].path})"

@@ -27,7 +27,7 @@ PATTERNS = ("checks", "dots", "plain", "stripes")
 CLASS_NAMES = tuple(f"{shape}_{pattern}" for shape in SHAPES for pattern in PATTERNS)
 """In alphabetical order, so that a label is also ImageFolder's."""
 
-OBJECT_DEPTH_M = (2.0, 3.4)
+OBJECT_DEPTH_M = (1.8, 2.7)
 BACKGROUND_DEPTH_M = (4.5, 8.0)
 ROTATION_DEG = (-35.0, 35.0)
 _BACKGROUND_GREY = (0.42, 0.52)

@@ -22,7 +22,13 @@ def views_on_device(batch: ViewBatch, views: ViewPair, device: torch.device) -> 
     rotate = max(views.view1.rotation_deg, views.view2.rotation_deg) > 0
     view1, view2 = (
         augment_batch(
-            crops.to(device, non_blocking=True), parameters[:, v], blur_taps=views.blur_taps, mean=views.mean, std=views.std, rotate=rotate
+            crops.to(device, non_blocking=True),
+            parameters[:, v],
+            blur_taps=views.blur_taps,
+            mean=views.mean,
+            std=views.std,
+            rotate=rotate,
+            semantics=views.semantics,
         )
         for v, crops in enumerate((batch.view1, batch.view2))
     )

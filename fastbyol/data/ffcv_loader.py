@@ -21,7 +21,7 @@ import numpy as np
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import JPEG_MODE, read_beton
 from fastbyol.data.manifest import beton_manifest_path, read_manifest
-from fastbyol.data.source import Indices, Pixels, RangeReader, Source, damaged
+from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
 
 # turbojpeg.h
 _TJPF_RGB, _TJFLAG_ACCURATEDCT, _TJERR_WARNING = 0, 4096, 0
@@ -92,6 +92,13 @@ class FfcvSource(Source):
             if table.crc32 is not None:
                 data = self.checked(index, data, int(table.crc32[index]))
             yield self._decode_jpeg(index, data, height, width) if mode == JPEG_MODE else self._raw_pixels(index, data, height, width)
+
+    def storage(self) -> Storage:
+        return Storage(np.zeros(self.num_samples, dtype=np.int64), self._beton.offset)
+
+    def read_ahead(self, indices: Indices) -> None:
+        ends = self._beton.offset[indices] + self._beton.size[indices]
+        self._file.read_ahead(int(self._beton.offset[indices].min()), int(ends.max()))
 
     def sample_name(self, index: int) -> str:
         return f"image {index} of {self._file.path}"

@@ -7,8 +7,9 @@ no processes to lose, and no copies between them.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -23,6 +24,7 @@ from fastbyol.augment.parameters import NUM_COLUMNS, centre_crop_parameters, dra
 from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ImageBatch, ViewBatch
+from fastbyol.data.readahead import Readahead
 from fastbyol.data.source import Indices, Source
 from fastbyol.data.traversal import Traversal
 
@@ -56,6 +58,7 @@ class _Renderer:
             mean=pair.mean,
             std=pair.std,
             blur_taps=pair.blur_taps,
+            semantics=pair.semantics,
         )
         self._num_views, self._dtype, self._size_px = num_views, dtype, pair.size_px
         # uint8 crops are on their way to a device: pinned memory makes that copy asynchronous.
@@ -88,7 +91,7 @@ class _Renderer:
 
     def _submit(self, indices: Indices, draw: Draw) -> tuple[_Rendered, list[Future[None]]]:
         shape = (self._num_views, len(indices), self._size_px, self._size_px, 3)
-        views = torch.empty(shape, dtype=self._dtype, pin_memory=self._pinned)
+        views = self._memory(shape)
         parameters = torch.empty((len(indices), self._num_views, NUM_COLUMNS))
         chunk = min(MAX_CHUNK, -(-len(indices) // self._workers))
         jobs = [
@@ -98,6 +101,17 @@ class _Renderer:
             for first in range(0, len(indices), chunk)
         ]
         return _Rendered(indices, views, parameters), jobs
+
+    def _memory(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """New for each batch. Its pages are the cost of batches that stay valid as long as anyone holds them."""
+        try:
+            return torch.empty(shape, dtype=self._dtype, pin_memory=self._pinned)
+        except RuntimeError as error:
+            gib = math.prod(shape) * self._dtype.itemsize / 2**30
+            raise UserError(
+                f"a batch of {shape[1]} images at views.size_px = {self._size_px} needs {gib:.1f} GiB, and there is not as much memory; "
+                "take a smaller batch or smaller views"
+            ) from error
 
     def _render(self, indices: Indices, draw: Draw, views: NDArray[Any], parameters: NDArray[np.float32]) -> None:
         """Fills the rows of one chunk."""
@@ -119,9 +133,17 @@ class TwoViewLoader:
     """
 
     def __init__(
-        self, source: Source, *, views: ViewPair, traversal: Traversal, workers: int = 1, prefetch: int = 3, output: str = "float32"
+        self,
+        source: Source,
+        *,
+        views: ViewPair,
+        traversal: Traversal,
+        workers: int = 1,
+        prefetch: int = 3,
+        output: str = "float32",
+        readahead: Readahead | None = None,
     ) -> None:
-        """Takes over the source and closes it.
+        """Takes over the source and the readahead, and closes them.
 
         Args:
             source: the backend.
@@ -130,11 +152,13 @@ class TwoViewLoader:
             workers: threads that decode and render.
             prefetch: batches made ahead.
             output: 'float32': whole views, normalised; 'uint8': crops, in pinned memory where there is a GPU, for `augment.torch_graph`.
+            readahead: of the same source and blocks as the traversal's, if that is local.
         """
         require_choice("output", output, tuple(OUTPUTS))
         self.views, self.traversal, self.class_names = views, traversal, source.class_names
         self._renderer = _Renderer(source, views, num_views=2, dtype=OUTPUTS[output], workers=workers, prefetch=prefetch)
         self._labels = source.labels
+        self._readahead = readahead
         self._epoch = self._batch = 0
 
     @property
@@ -165,14 +189,14 @@ class TwoViewLoader:
 
     def __iter__(self) -> Iterator[ViewBatch]:
         epoch, first = self._epoch, self._batch
-        order = self.traversal.order(epoch)
-        plan = (self.traversal.share(order, batch) for batch in range(first, len(self)))
-        for batch, rendered in enumerate(self._renderer.batches(plan, self._draw_at(epoch)), start=first):
+        for batch, rendered in enumerate(self._renderer.batches(self._plan(epoch, first), self._draw_at(epoch)), start=first):
             self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
             yield self._view_batch(rendered)
 
     def close(self) -> None:
         """Ends the threads and closes the files."""
+        if self._readahead is not None:
+            self._readahead.close()
         self._renderer.close()
 
     def __enter__(self) -> Self:
@@ -180,6 +204,16 @@ class TwoViewLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _plan(self, epoch: int, first: int) -> Iterator[Indices]:
+        """This rank's images of each micro-batch from the first on, drawn a few batches before they are handed out."""
+        order = self.traversal.order(epoch)
+        if self._readahead is not None:
+            self._readahead.start_epoch(epoch)
+        for batch in range(first, len(self)):
+            if self._readahead is not None:
+                self._readahead.reach(batch * self.traversal.rank_batch * self.traversal.world_size)
+            yield self.traversal.share(order, batch)
 
     def _draw_at(self, epoch: int) -> Draw:
         draw = partial(draw_parameters, self.views, seed=self.traversal.seed, epoch=epoch)
@@ -210,8 +244,12 @@ class ImageLoader:
         everything = np.arange(self.num_samples, dtype=np.int64)
         plan = (everything[first : first + self._batch] for first in range(0, self.num_samples, self._batch))
         for rendered in self._renderer.batches(plan, _centre_crop):
-            label = torch.from_numpy(self._labels[rendered.indices])
-            yield ImageBatch(rendered.views[0].permute(0, 3, 1, 2), label, torch.from_numpy(rendered.indices.copy()))
+            yield _image_batch(rendered, self._labels)
+
+    def pick(self, index: Sequence[int]) -> ImageBatch:
+        """These images in this order, as one batch."""
+        (rendered,) = self._renderer.batches([np.asarray(index, dtype=np.int64)], _centre_crop)
+        return _image_batch(rendered, self._labels)
 
     def close(self) -> None:
         """Ends the threads and closes the files."""
@@ -222,6 +260,11 @@ class ImageLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _image_batch(rendered: _Rendered, labels: Indices) -> ImageBatch:
+    index = rendered.indices
+    return ImageBatch(rendered.views[0].permute(0, 3, 1, 2), torch.from_numpy(labels[index]), torch.from_numpy(index.copy()))
 
 
 def _centre_crop(index: Indices, height: Indices, width: Indices) -> NDArray[np.float32]:

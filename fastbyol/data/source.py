@@ -8,6 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,15 @@ from fastbyol.config.errors import UserError
 
 Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
+READ_AHEAD_BYTES = 1 << 20
+"""Fetched by one call of the system."""
+
+
+class Storage(NamedTuple):
+    """Of each sample, (num_samples,): the number of its file, and its first byte there."""
+
+    file: Indices
+    offset: Indices
 
 
 class Source(ABC):
@@ -43,6 +53,16 @@ class Source(ABC):
     @abstractmethod
     def sample_name(self, index: int) -> str:
         """The sample as a user would look for it: its index and file."""
+
+    def storage(self) -> Storage:
+        """Where the samples lie. UserError for a backend whose samples share no file: then no order of reading is better than another."""
+        raise UserError(
+            "data.traversal = 'local': an image folder has one file per image, nothing to read in one go; use random or convert it"
+        )
+
+    def read_ahead(self, indices: Indices) -> None:
+        """Fetches the bytes from the first to the last of these samples of one file, so that the system keeps them in memory."""
+        raise NotImplementedError
 
     def checked(self, index: int, data: bytes, crc32: int) -> bytes:
         """The sample's bytes, if they are those of the conversion: a decoder notices only some of the possible damage."""
@@ -71,6 +91,12 @@ class RangeReader:
                 f"{self.path}: ended at byte {os.fstat(self._descriptor).st_size} while being read; was it replaced? Convert it again"
             )
         return data
+
+    def read_ahead(self, start: int, end: int) -> None:
+        """Reads and drops: a hint (posix_fadvise) is cut to a fraction of a MiB by Linux and ignored by some network file systems."""
+        piece = bytearray(READ_AHEAD_BYTES)
+        for at in range(start, end, READ_AHEAD_BYTES):
+            os.preadv(self._descriptor, [memoryview(piece)[: end - at]], at)
 
     def close(self) -> None:
         if self._descriptor >= 0:

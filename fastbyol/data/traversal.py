@@ -2,11 +2,14 @@
 
 A global batch is a slice of the epoch's order, cut into equal micro-batches and those into equal rank shares. So the union over the ranks
 of a micro-batch does not depend on the number of ranks, and a loader's whole state is (epoch, next micro-batch).
+
+The order is random over all samples, or, for data larger than memory on disks that seek badly, random over blocks of neighbouring samples
+and then within windows of many blocks, so that whole blocks are read at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +17,8 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError, require, require_at_least
 
 Indices = NDArray[np.int64]
-_ORDER_STREAM = 0x6F726465  # keeps the order apart from anything else that is keyed by (seed, epoch)
+# They keep the orders apart from anything else that is keyed by (seed, epoch).
+_ORDER_STREAM, _BLOCK_STREAM = 0x6F726465, 0x626C6F63
 
 
 def seeded_permutation(num: int, *key: int) -> Indices:
@@ -31,6 +35,55 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Indices:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Samples grouped by where they lie: neighbours on disk are read together.
+
+    sample: (num_samples,) in the order of storage. number: (num_samples,) the block of each of them, from 0, never decreasing.
+    """
+
+    sample: Indices
+    number: Indices
+    window: int
+    """Blocks whose samples are mixed with one another."""
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.number[-1]) + 1
+
+    def members(self, block: int) -> Indices:
+        """The samples of a block, as they lie."""
+        first, last = np.searchsorted(self.number, [block, block + 1])
+        return self.sample[first:last]
+
+
+def group_into_blocks(file: Indices, offset: Indices, *, block_bytes: int, window_bytes: int) -> Blocks:
+    """Blocks of block_bytes from the start of each file: the pages of a .beton if that is their size.
+
+    Args:
+        file: (num_samples,) number of the file that holds each sample.
+        offset: (num_samples,) its first byte there.
+        block_bytes: read in one go.
+        window_bytes: mixed with one another; at least one block.
+    """
+    sample = np.lexsort((offset, file))
+    page = offset[sample] // block_bytes
+    starts_block = (np.diff(file[sample], prepend=-1) != 0) | (np.diff(page, prepend=-1) != 0)
+    return Blocks(sample, np.cumsum(starts_block) - 1, window=max(1, window_bytes // block_bytes))
+
+
+def block_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
+    """(num_blocks,) int64: the order in which an epoch reads the blocks; each `blocks.window` of them are one window."""
+    return seeded_permutation(blocks.num_blocks, _BLOCK_STREAM, seed, epoch)
+
+
+def local_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
+    """(num_samples,) int64: window after window of the epoch's blocks, the samples of a window shuffled."""
+    window_of_block = np.argsort(block_order(blocks, seed=seed, epoch=epoch)) // blocks.window
+    words = np.random.PCG64((_ORDER_STREAM, seed, epoch)).random_raw(len(blocks.sample))
+    return blocks.sample[np.lexsort((words, window_of_block[blocks.number]))]
+
+
+@dataclass(frozen=True)
 class Traversal:
     """This rank's walk over the data set.
 
@@ -44,6 +97,8 @@ class Traversal:
     """Micro-batches per optimizer step."""
     rank: int = 0
     world_size: int = 1
+    blocks: Blocks | None = field(default=None, compare=False)
+    """Read in these, or, without any, one by one in random order."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "accumulate", "world_size"):
@@ -75,4 +130,6 @@ class Traversal:
 
     def order(self, epoch: int) -> Indices:
         """The order of the given epoch, the same on all ranks."""
+        if self.blocks is not None:
+            return local_order(self.blocks, seed=self.seed, epoch=epoch)
         return epoch_order(self.num_samples, seed=self.seed, epoch=epoch)

@@ -1,4 +1,4 @@
-"""Pictures for the report: what the loader draws, and which images the encoder holds for alike."""
+"""Pictures for the report and the contact sheet: what the loader draws, and which images the encoder holds for alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastbyol.augment.parameters import NUM_COLUMNS
 from fastbyol.config.views import ViewPair
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.evaluation.features import Features
@@ -53,11 +54,18 @@ def draw_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> t
 
     The loader, built with global_batch 1, jumps to each image, so that nothing else is drawn. Its position is moved.
     """
+    return draw_parameters_and_views(loader, index=index, epochs=epochs)[1]
+
+
+def draw_parameters_and_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each of the views of `draw_views` has drawn, (N, 2 epochs, P) (columns: `augment.parameters.COLUMNS`), and the views."""
     drawn = torch.empty(len(index), 2 * epochs, 3, loader.views.size_px, loader.views.size_px)
+    parameters = torch.empty(len(index), 2 * epochs, NUM_COLUMNS)
     for epoch in range(epochs):
         place = {int(sample): batch for batch, sample in enumerate(loader.traversal.order(epoch))}
         for row, sample in enumerate(index):
             loader.load_state_dict({"epoch": epoch, "batch": place[sample]})
             batch = next(iter(loader))
             drawn[row, 2 * epoch : 2 * epoch + 2] = torch.cat([batch.view1, batch.view2])
-    return drawn
+            parameters[row, 2 * epoch : 2 * epoch + 2] = batch.parameters[0]
+    return parameters, drawn

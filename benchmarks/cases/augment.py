@@ -1,0 +1,116 @@
+"""What: two whole views of an image that is already decoded, on one thread.
+
+How: the same images and the same drawn parameters for every subject, one after another, as in a loader's thread. Reference: the kernel's
+crops, then `augment/torch_graph.py` run eagerly on the batch (the graph that a GPU compiles). Ceiling: the kernel's crops alone, as if all
+that follows the resize were free.
+
+    python -m benchmarks.run augment
+
+Why: a crop reads a part of a 470 x 400 image once; the colour operations and the blur then work on a view of 600 kB that stays in the
+second-level cache, and only those run that the view drew. The graph computes every operation for every image, because a GPU's batch cannot
+branch by image, and each eager operation passes over the batch in main memory: it is a check of the kernel here, not a rival.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.imagenet_like import draw_jpeg
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import Subject, measure, torch_threads
+from fastbyol.augment.cpu_kernel import ViewKernel
+from fastbyol.augment.parameters import draw_parameters
+from fastbyol.config.views import ViewPair
+from fastbyol.data.batch import ViewBatch
+from fastbyol.data.device import views_on_device
+
+REFERENCE, CEILING, KERNEL = "kernel's crops + eager torch graph", "kernel: two crops (uint8)", "kernel: two views"
+
+
+@dataclass(frozen=True)
+class Size:
+    """images: different ones, each rendered `calls` times a round. scale: of ImageNet's image sides."""
+
+    images: int
+    rounds: int
+    calls: int = 1
+    size_px: int = 224
+    scale: float = 1.0
+    seed: int = 0
+
+
+QUICK = Size(images=16, rounds=9)
+FULL = Size(images=32, rounds=15, calls=4)
+
+
+def run(size: Size, *, scratch: Path) -> CaseResult:
+    del scratch  # nothing is written
+    views = ViewPair(size_px=size.size_px)
+    executors = Executors(views, _draw_images(size), seed=size.seed)
+    subjects = [
+        Subject(CEILING, executors.crop, units=size.images, calls=size.calls),
+        Subject(KERNEL, executors.render, units=size.images, calls=size.calls),
+        Subject(REFERENCE, executors.crop_and_augment, units=size.images, note="all operations for all images"),
+    ]
+    with torch_threads(1):
+        timings = measure(subjects, rounds=size.rounds)
+    return make_result(
+        "augment",
+        f"two {size.size_px} px views of a decoded image",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="image",
+        threads=1,
+        settings=size,
+    )
+
+
+class Executors:
+    """The same images and parameters, through each executor; outputs are kept between calls, as touched memory."""
+
+    def __init__(self, pair: ViewPair, images: list[NDArray[np.uint8]], *, seed: int) -> None:
+        self.pair, self.images = pair, images
+        height, width = np.array([image.shape[:2] for image in images]).T
+        self.parameters = draw_parameters(pair, seed=seed, epoch=0, index=np.arange(len(images)), height=height, width=width)
+        self.kernel = ViewKernel(
+            size_px=pair.size_px,
+            interpolation=pair.interpolation,
+            antialias=pair.antialias,
+            mean=pair.mean,
+            std=pair.std,
+            blur_taps=pair.blur_taps,
+        )
+        shape = (len(images), 2, pair.size_px, pair.size_px, 3)
+        self.crops, self.views = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.float32)
+
+    def crop(self) -> None:
+        for image, row, out in zip(self.images, self.parameters, self.crops, strict=True):
+            self.kernel.render(image, row, out)
+
+    def render(self) -> None:
+        for image, row, out in zip(self.images, self.parameters, self.views, strict=True):
+            self.kernel.render(image, row, out)
+
+    def crop_and_augment(self) -> None:
+        self.crop()
+        view1, view2 = (torch.from_numpy(np.ascontiguousarray(self.crops[:, view])).permute(0, 3, 1, 2) for view in range(2))
+        nobody = torch.zeros(len(self.images), dtype=torch.int64)
+        batch = ViewBatch(view1, view2, nobody, nobody, torch.from_numpy(self.parameters))
+        views_on_device(batch, self.pair, torch.device("cpu"))
+
+
+def _draw_images(size: Size) -> list[NDArray[np.uint8]]:
+    images = []
+    for index in range(size.images):
+        jpeg = draw_jpeg(np.random.default_rng([size.seed, index]), direction=0.3, hue=index / size.images, scale=size.scale)
+        images.append(np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")))
+    return images

@@ -1,0 +1,141 @@
+"""What: two whole BYOL views of an image from its file, for each backend, on one thread.
+
+How: generated ImageNet-like JPEG files (`imagenet_like.py`), converted to a .beton and to tar shards. Each backend walks them three times:
+decode only (read, check the CRC where there is one, decode), crops (two uint8 crops at the output size), views (all of the augmentation).
+Reference: torchvision.transforms on Pillow images. Ceiling: TurboJPEG alone on bytes in memory. The file cache is warm: a disk is not
+measured.
+
+    python -m benchmarks.run loader
+
+Why: in the reference nearly all of the time is augmentation: each operation passes over the whole view and makes a new image of it. The
+kernel keeps a view in cache and does only what the view drew, so decoding is a third and more of our time. Backends differ by their
+decoder alone; crops and all that follows are one kernel for all of them. Threads, not processes, do the work, so the process's CPU clock
+sees all of it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.imagenet_like import write_imagenet_like
+from benchmarks.record import CaseResult, make_result
+from benchmarks.rivals.torchvision_views import TorchvisionLoader
+from benchmarks.timing import Subject, measure, torch_threads
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import DataConfig
+from fastbyol.config.views import ViewPair
+from fastbyol.data import build_loader
+from fastbyol.data.dali_loader import DaliSource
+from fastbyol.data.ffcv_loader import FfcvSource, TurboJpeg
+from fastbyol.data.folder_loader import FolderSource
+from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.loader import MAX_CHUNK, TwoViewLoader
+from fastbyol.data.source import Source, decode_with_pillow
+from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.writers_tar import write_tar_shards
+
+REFERENCE, CEILING = "torchvision on Pillow: views", "TurboJPEG: decode only, bytes in memory"
+SOURCES: dict[str, Callable[[Path], Source]] = {"ffcv": FfcvSource, "dali": DaliSource, "folder": FolderSource}
+OUTPUTS = {"crops": "uint8", "views": "float32"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """images: divisible by batch. scale: of ImageNet's image sides."""
+
+    images: int
+    batch: int
+    rounds: int
+    size_px: int = 224
+    scale: float = 1.0
+    seed: int = 0
+
+
+QUICK = Size(images=100, batch=50, rounds=6)
+FULL = Size(images=700, batch=50, rounds=9)
+
+
+def run(size: Size, *, scratch: Path) -> CaseResult:
+    folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
+    write_beton(folder, out=scratch / "images.beton", workers=1)
+    write_tar_shards(folder, out=scratch / "shards", workers=1)
+    paths = {"ffcv": scratch / "images.beton", "dali": scratch / "shards", "folder": folder}
+    views = ViewPair(size_px=size.size_px)
+    torchvision = TorchvisionLoader(folder, views, batch=size.batch)
+    subjects = [
+        Subject(CEILING, _turbojpeg_pass(folder), units=size.images, note="no file read, no CRC"),
+        Subject(REFERENCE, lambda: _consume(torchvision), units=size.images, note="antialiased, other colour operations"),
+    ]
+    opened: list[Source | TwoViewLoader] = []
+    skipped: dict[str, str] = {}
+    try:
+        for backend, path in paths.items():
+            try:
+                subjects += _backend_subjects(backend, path, size, views, opened)
+            except UserError as error:
+                skipped[backend] = str(error)
+        with torch_threads(1):
+            timings = measure(subjects, rounds=size.rounds)
+    finally:
+        for one in opened:
+            one.close()
+    return make_result(
+        "loader",
+        f"two {size.size_px} px views of an image from its JPEG file",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="image",
+        threads=1,
+        settings=size,
+        skipped=skipped,
+    )
+
+
+def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, opened: list[Source | TwoViewLoader]) -> list[Subject]:
+    """The backend's three subjects; what they opened is appended, to be closed by the caller."""
+    source = SOURCES[backend](path)
+    opened.append(source)
+    subjects = [Subject(f"{backend}: decode only", lambda: _decode_all(source), units=size.images)]
+    for what, output in OUTPUTS.items():
+        config = DataConfig(train=str(path), backend=backend, workers=1)
+        loader = build_loader(config, views=views, seed=size.seed, global_batch=size.batch, output=output)
+        opened.append(loader)
+        subjects.append(Subject(f"{backend}: {what}", _epoch_of(loader), units=size.images))
+    return subjects
+
+
+def _epoch_of(loader: TwoViewLoader) -> Callable[[], None]:
+    """Each call is the next epoch: new crops, new order."""
+    return lambda: _consume(loader)
+
+
+def _decode_all(source: Source) -> None:
+    """In index order, in the chunks that a loader's thread takes."""
+    for first in range(0, source.num_samples, MAX_CHUNK):
+        _consume(source.decode(np.arange(first, min(first + MAX_CHUNK, source.num_samples))))
+
+
+def _turbojpeg_pass(folder: Path) -> Callable[[], None]:
+    listing = list_image_folder(folder)
+    jpegs = [listing.path(index).read_bytes() for index in range(len(listing.files))]
+    outputs = [np.empty_like(decode_with_pillow(jpeg)) for jpeg in jpegs]
+    largest = np.empty(max(out.size for out in outputs), dtype=np.uint8)
+    jobs = [(jpeg, largest[: out.size].reshape(out.shape)) for jpeg, out in zip(jpegs, outputs, strict=True)]
+    decoder = TurboJpeg()
+
+    def decode_all() -> None:
+        for jpeg, out in jobs:
+            decoder.decode(jpeg, out)
+
+    return decode_all
+
+
+def _consume(iterable: Iterable[object]) -> None:
+    deque(iterable, maxlen=0)

@@ -1,0 +1,119 @@
+"""What a case found, as plain values for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.timing import CLOCKS, Estimate, Subject, Timings, dropped_extremes, estimate, interval_coverage, same_round_ratios
+from fastbyol.config.errors import require_choice
+from fastbyol.config.plain import to_plain
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject. The dicts are by clock, 'cpu' and 'wall'."""
+
+    name: str
+    role: str
+    """'reference', 'ceiling', or '' for what is compared with them."""
+    ms: dict[str, Estimate]
+    """Milliseconds per unit."""
+    speedup: dict[str, Estimate]
+    """The reference's time over this one's, within each round."""
+    over_ceiling: dict[str, Estimate]
+    """This one's time over the ceiling's, within each round."""
+    note: str = ""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Other figures of this subject, each with its unit in the name."""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case, measured."""
+
+    case: str
+    title: str
+    unit: str
+    """What the milliseconds are counted in: 'image' (two views of it), 'update', ..."""
+    threads: int
+    primary: str
+    """The clock to read first."""
+    rounds: int
+    coverage: float
+    """Confidence of the intervals."""
+    settings: dict[str, Any]
+    rows: tuple[Row, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+    """What could not be measured here, and why."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+
+def make_result(
+    case: str,
+    title: str,
+    subjects: Sequence[Subject],
+    timings: dict[str, Timings],
+    *,
+    reference: str,
+    ceiling: str,
+    unit: str,
+    threads: int,
+    settings: Any,
+    primary: str = "cpu",
+    extra: dict[str, dict[str, float]] | None = None,
+    skipped: dict[str, str] | None = None,
+) -> CaseResult:
+    """The rows of all subjects in order, each against the subjects named as reference and ceiling.
+
+    Args:
+        case: its name on the command line.
+        title: one line for the table's head.
+        subjects: what was timed.
+        timings: what `measure` gave for them.
+        reference: name of the subject that speed-ups are relative to.
+        ceiling: name of the subject that nothing can be faster than.
+        unit: singular.
+        threads: that a subject may use.
+        settings: a dataclass: all that the figures depend on.
+        primary: 'cpu' or 'wall'.
+        extra: further figures by subject.
+        skipped: what was left out, with the reason.
+    """
+    require_choice("primary", primary, tuple(CLOCKS))
+    roles = {reference: "reference", ceiling: "ceiling"}
+    rows = tuple(
+        Row(
+            name=subject.name,
+            role=roles.get(subject.name, ""),
+            ms={clock: estimate(values) for clock, values in timings[subject.name].ms.items()},
+            speedup=_ratios(timings[reference], timings[subject.name]),
+            over_ceiling=_ratios(timings[subject.name], timings[ceiling]),
+            note=subject.note,
+            extra=(extra or {}).get(subject.name, {}),
+        )
+        for subject in subjects
+    )
+    rounds = len(timings[reference].ms[primary])
+    return CaseResult(
+        case=case,
+        title=title,
+        unit=unit,
+        threads=threads,
+        primary=primary,
+        rounds=rounds,
+        coverage=interval_coverage(rounds, drop=dropped_extremes(rounds)),
+        settings=to_plain(settings),
+        rows=rows,
+        skipped=skipped or {},
+    )
+
+
+def _ratios(numerator: Timings, denominator: Timings) -> dict[str, Estimate]:
+    return {clock: same_round_ratios(numerator.ms[clock], denominator.ms[clock]) for clock in CLOCKS}

@@ -1,0 +1,74 @@
+"""The product's own `train_step`, to be timed over batches that a case gives it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+import torch
+
+from fastbyol.byol import build_byol
+from fastbyol.config.schema import TrainConfig
+from fastbyol.data.batch import ViewBatch
+from fastbyol.data.loader import TwoViewLoader
+from fastbyol.monitors import Monitor
+from fastbyol.optim.build import build_optimizer
+from fastbyol.precision import build_scaler, prepare_model
+from fastbyol.process_group import Process
+from fastbyol.train import train_step
+from fastbyol.train_state import TrainState
+
+LR, TAU = 0.01, 0.99
+"""Small enough that a batch seen a hundred times keeps the loss finite; the cost of a step does not depend on them."""
+
+
+class TrainingStep:
+    """Networks and optimizer of a config on the CPU, and how long they worked and waited."""
+
+    def __init__(self, config: TrainConfig, *, num_classes: int) -> None:
+        self.config = config
+        self._process = Process(rank=0, world_size=1, device=torch.device("cpu"))
+        torch.manual_seed(config.seed)
+        byol = build_byol(config.model, num_classes=num_classes)
+        prepare_model(byol, config.precision, device=self._process.device)
+        self._state = TrainState(
+            byol=byol,
+            model=byol,
+            optimizer=build_optimizer(config.optim, byol),
+            scaler=build_scaler(config.precision, device=self._process.device),
+            loader=cast(TwoViewLoader, None),  # train_step takes its batches from an iterator
+        )
+        self._monitor = Monitor(global_batch=config.global_batch, world_size=1, device=self._process.device)
+        self._wait_s = self._total_s = 0.0
+
+    def run(self, batches: Iterable[ViewBatch]) -> None:
+        """One optimizer step for each batch."""
+        start = time.perf_counter()
+        for batch in self._timed(batches):
+            train_step(self.config, self._process, self._state, iter([batch]), self._monitor, lr=LR, tau=TAU)
+        self._total_s += time.perf_counter() - start
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the time in `run` that was spent waiting for a batch."""
+        return self._wait_s / self._total_s
+
+    def _timed(self, batches: Iterable[ViewBatch]) -> Iterator[ViewBatch]:
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self._wait_s += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+
+def synthetic_batch(*, num: int, size_px: int, num_classes: int, channels_last: bool, seed: int = 0) -> ViewBatch:
+    """Normal noise in both views, already in the memory layout of the step."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    view1, view2 = (torch.randn(num, 3, size_px, size_px, generator=generator).contiguous(memory_format=layout) for _ in range(2))
+    label = torch.arange(num) % num_classes
+    return ViewBatch(view1, view2, label, torch.arange(num), torch.empty(num, 2, 0))

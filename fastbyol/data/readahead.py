@@ -1,0 +1,43 @@
+"""Reads the blocks of a local traversal into memory before their samples are asked for one by one."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from fastbyol.data.source import Indices, Source
+from fastbyol.data.traversal import Blocks, block_order
+
+
+class Readahead:
+    """One thread that stays a window ahead of the loader. A block that cannot be read is left to whoever asks for its samples."""
+
+    def __init__(self, source: Source, blocks: Blocks, *, seed: int, reader: int = 0, num_readers: int = 1) -> None:
+        """The processes of a machine share its memory: this one is `reader` of `num_readers` and fetches its share of the blocks."""
+        self._source, self._blocks, self._seed = source, blocks, seed
+        self._reader, self._num_readers = reader, num_readers
+        self._samples_in_block = np.bincount(blocks.number)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-readahead")
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Takes up the windows of an epoch, from its start."""
+        order = block_order(self._blocks, seed=self._seed, epoch=epoch)
+        firsts = range(0, len(order), self._blocks.window)
+        self._windows: list[Indices] = [order[first : first + self._blocks.window] for first in firsts]
+        samples = [int(self._samples_in_block[window].sum()) for window in self._windows]
+        self._ends = np.cumsum(samples)
+        self._next = 0
+
+    def reach(self, position: int) -> None:
+        """The loader is about to read from this position of the epoch's order: fetches that window and the next, each once."""
+        current = int(np.searchsorted(self._ends, position, side="right"))
+        for window in self._windows[max(self._next, current) : current + 2]:
+            for block in window[self._reader :: self._num_readers].tolist():
+                self._pool.submit(self._source.read_ahead, self._blocks.members(block))
+        self._next = max(self._next, current + 2)
+
+    def close(self) -> None:
+        """Ends the thread; blocks not yet begun are left."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

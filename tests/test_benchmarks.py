@@ -1,0 +1,240 @@
+"""The benchmark suite: its arithmetic, its generated images, and records of cases run with tiny settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
+
+from benchmarks import run as command  # noqa: E402
+from benchmarks.cases import CASES, augment, demo_step, ema, lars, load_case, loader, step  # noqa: E402
+from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
+from benchmarks.record import CaseResult, make_result  # noqa: E402
+from benchmarks.report import case_table, headers, report_markdown  # noqa: E402
+from benchmarks.timing import (  # noqa: E402
+    Estimate,
+    Subject,
+    Timings,
+    dropped_extremes,
+    estimate,
+    interval_coverage,
+    measure,
+    same_round_ratios,
+    torch_threads,
+)
+from fastbyol.config.errors import UserError  # noqa: E402
+from fastbyol.config.schema import ModelConfig  # noqa: E402
+
+TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
+TINY_CASES = {
+    "loader": (loader, loader.Size(images=10, batch=5, rounds=1, size_px=16, scale=0.1)),
+    "augment": (augment, augment.Size(images=2, rounds=1, size_px=16, scale=0.1)),
+    "ema": (ema, ema.Size(rounds=2, model=TINY_MODEL)),
+    "lars": (lars, lars.Size(rounds=2, model=TINY_MODEL)),
+    "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
+    "demo_step": (demo_step, demo_step.Size(steps=2, rounds=1, batch=8)),
+}
+EXPECTED_ROWS = {"loader": 11, "augment": 3, "ema": 4, "lars": 4, "step": 4, "demo_step": 3}
+
+
+def test_an_estimate_is_the_median_and_the_order_statistics_that_enclose_it_with_95_percent():
+    # For 9 values, 2nd to 8th: 1 - 2 (1 + 9) / 512 = 0.961; for 3rd to 7th it would be 0.820.
+    assert estimate([9, 1, 8, 2, 7, 3, 6, 4, 5]) == Estimate(5, 2, 8)
+    assert interval_coverage(9, drop=1) == pytest.approx(1 - 20 / 512)
+    # For 6 the extremes give 1 - 2/64 = 0.969, for 5 only 0.9375: still the extremes, and the record says so.
+    assert (dropped_extremes(6), dropped_extremes(5), dropped_extremes(1)) == (0, 0, 0)
+    assert interval_coverage(5, drop=0) == 0.9375
+    assert estimate([4.0, 1.0, 2.0, 3.0]) == Estimate(2.5, 1.0, 4.0)
+
+
+@pytest.mark.parametrize(("num", "drop"), [(8, 0), (9, 1), (20, 5), (100, 39)])
+def test_the_published_table_of_95_percent_median_intervals_is_met(num: int, drop: int):
+    """Ranks from the binomial table (for n = 20 the 6th to 15th, for n = 100 the 40th to 61st)."""
+    assert dropped_extremes(num) == drop
+
+
+def test_a_ratio_is_taken_within_each_round_so_that_a_slow_round_does_not_count():
+    # Medians of the times alone would give 30 / 10 = 3; in four of five rounds the ratio is 2.
+    ours, theirs = [2.0, 20.0, 60.0, 30.0, 40.0], [1.0, 10.0, 30.0, 15.0, 10.0]
+    assert same_round_ratios(ours, theirs).median == 2.0
+
+
+def test_rounds_interleave_the_subjects_and_warm_up_is_not_counted():
+    order: list[str] = []
+    subjects = [Subject(name, lambda name=name: order.append(name), calls=2) for name in "ABC"]
+    timings = measure(subjects, rounds=3, warmup=1)
+    assert "".join(order) == "AABBCC" * 4
+    assert {name: len(timings[name].ms["cpu"]) for name in "ABC"} == {"A": 3, "B": 3, "C": 3}
+
+
+def test_the_cpu_clock_does_not_run_while_a_subject_sleeps_and_both_are_divided_by_units_and_calls():
+    slept = measure([Subject("sleep", lambda: time.sleep(0.02), units=4, calls=2)], rounds=1, warmup=0)["sleep"].ms
+    assert 5.0 <= slept["wall"][0] < 50.0
+    assert slept["cpu"][0] < 2.5
+
+
+def test_two_subjects_of_one_name_are_refused():
+    with pytest.raises(UserError, match="different names"):
+        measure([Subject("a", int), Subject("a", int)], rounds=1)
+
+
+def test_rows_hold_speed_up_over_the_reference_and_time_over_the_ceiling():
+    subjects = [Subject(name, int) for name in ("slow", "ours", "limit")]
+    timings = {"slow": Timings(_same((8.0, 16.0))), "ours": Timings(_same((2.0, 4.0))), "limit": Timings(_same((1.0, 2.0)))}
+    result = make_result(
+        "x", "t", subjects, timings, reference="slow", ceiling="limit", unit="image", threads=2, settings=ema.Size(rounds=2)
+    )
+    ours = result.row("ours")
+    assert (ours.speedup["cpu"].median, ours.over_ceiling["cpu"].median) == (4.0, 2.0)
+    assert [row.role for row in result.rows] == ["reference", "", "ceiling"]
+    assert result.coverage == 0.5  # two values enclose the median with probability 1/2
+    assert "images/s per CPU process (2 threads)" in headers(result)
+    assert not any("GPU" in title.replace("CPU", "") for title in headers(result))
+
+
+def _same(values: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
+    return {"cpu": values, "wall": values}
+
+
+def test_torch_gets_its_threads_back():
+    before = torch.get_num_threads()
+    with torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_generated_images_are_the_same_bytes_for_a_seed_and_as_dense_as_photographs(tmp_path: Path):
+    first, again, other = (write_imagenet_like(tmp_path / name, images=12, classes=3, seed=seed) for name, seed in zip("abc", (4, 4, 5)))  # noqa: B905
+    files = sorted(path.relative_to(first) for path in first.rglob("*.jpg"))
+    assert len(files) == 12
+    assert {file.parts[0] for file in files} == {"class000", "class001", "class002"}
+    assert all((first / file).read_bytes() == (again / file).read_bytes() for file in files)
+    assert all((first / file).read_bytes() != (other / file).read_bytes() for file in files)
+    folders = [path for folder in (first, other) for path in folder.rglob("*.jpg")]
+    pixels = sum(math.prod(Image.open(path).size) for path in folders)
+    assert sum(path.stat().st_size for path in folders) / pixels == pytest.approx(BYTES_PER_PIXEL, rel=0.35)
+    assert pixels / len(folders) == pytest.approx(190_000, rel=0.25)
+
+
+def test_torchvision_views_have_the_shape_and_scale_of_ours(tmp_path: Path):
+    from benchmarks.rivals.torchvision_views import TorchvisionLoader
+    from fastbyol.config.views import ViewPair
+
+    folder = write_imagenet_like(tmp_path, images=4, classes=2, scale=0.1)
+    (batch,) = TorchvisionLoader(folder, ViewPair(size_px=32), batch=4)
+    assert batch.view1.shape == batch.view2.shape == (4, 3, 32, 32)
+    assert batch.view1.is_contiguous(memory_format=torch.channels_last)
+    assert batch.label.tolist() == [0, 0, 1, 1]
+    assert -2.2 < batch.view1.min() < 0 < batch.view1.max() < 2.7  # (0 - mean) / std and (1 - mean) / std
+
+
+@pytest.fixture(scope="module", params=CASES)
+def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CaseResult:
+    case, size = TINY_CASES[request.param]
+    return case.run(size, scratch=tmp_path_factory.mktemp(request.param))
+
+
+def test_every_case_measures_each_subject_against_one_reference_and_one_ceiling(result: CaseResult):
+    assert not result.skipped
+    assert len(result.rows) == EXPECTED_ROWS[result.case]
+    assert sorted(row.role for row in result.rows if row.role) == ["ceiling", "reference"]
+    for row in result.rows:
+        for estimates in (row.ms, row.speedup, row.over_ceiling):
+            assert set(estimates) == {"cpu", "wall"}
+            assert all(0 < e.low <= e.median <= e.high < math.inf for e in estimates.values())
+    reference = next(row for row in result.rows if row.role == "reference")
+    assert reference.speedup["wall"] == Estimate(1.0, 1.0, 1.0)
+    case_table(result)
+
+
+def test_every_case_says_what_how_by_which_command_and_why():
+    for name in CASES:
+        text = load_case(name).__doc__ or ""
+        for part in ("What: ", "\nHow: ", f"python -m benchmarks.run {name}", "\nWhy: ", "eference: ", "eiling: "):
+            assert part in text, (name, part)
+
+
+def test_a_run_writes_a_record_with_provenance_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    command.main(["ema", "--quick", "--out", str(tmp_path / "new")])
+    record = json.loads((tmp_path / "new" / "records.json").read_text())
+    assert record["quick"] is True
+    assert record["provenance"]["command"] == f"python -m benchmarks.run ema --quick --out {tmp_path / 'new'}"
+    assert record["provenance"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert set(record["load_average"]) == {"start", "end"}
+    rows = {row["name"]: row for row in record["cases"]["ema"]["rows"]}
+    assert rows[ema.OURS]["ms"]["cpu"]["median"] > 0
+    assert record["cases"]["ema"]["settings"]["model"]["encoder"] == "resnet8"
+    report = (tmp_path / "new" / "report.md").read_text()
+    assert f"| {ema.OURS} |" in report
+    assert "python -m benchmarks.run ema" in report
+    assert ema.OURS in capsys.readouterr().out
+
+
+def test_a_case_that_lacks_a_package_is_skipped_by_name_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def missing(size: object, *, scratch: Path) -> CaseResult:
+        raise UserError("torch-optimizer is not installed")
+
+    monkeypatch.setattr(lars, "run", missing)
+    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    command.main(["lars", "ema", "--quick", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "records.json").read_text())
+    assert record["skipped"] == {"lars": "torch-optimizer is not installed"}
+    assert list(record["cases"]) == ["ema"]
+    assert "- lars: torch-optimizer is not installed" in report_markdown(record, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["loder"], "CASE = 'loder': no such case (did you mean loader?)"),
+        (["ema", "--quik"], "--quik"),
+        (["ema", "--out", f"{__file__}/sub"], "/sub: cannot be made"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert out == ""
+    assert err.startswith("fastbyol: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_the_suite_is_run_as_a_module_from_the_checkout():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.run", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in (*CASES, "--quick", "--out"))
+
+
+def test_the_convolution_of_the_step_case_counts_its_own_operations():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    subject = step._convolution(1e9)
+    with FlopCounterMode(display=False) as counter:
+        subject.run()
+    assert counter.get_total_flops() == pytest.approx(subject.units * 1e9)
+
+
+def test_executors_of_the_augment_case_render_the_same_views():
+    executors = augment.Executors(
+        augment.ViewPair(size_px=16), [np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)], seed=1
+    )
+    executors.render()
+    executors.crop()
+    assert executors.views.std() > 0.1
+    assert executors.crops.std() > 1
