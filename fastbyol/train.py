@@ -118,6 +118,8 @@ def build(config: TrainConfig, process: Process) -> TrainState:
         rank=process.rank,
         world_size=process.world_size,
         output="uint8" if process.device.type == "cuda" else "float32",
+        traversal=config.data.traversal,
+        window_mib=config.data.window_mib,
     )
     torch.manual_seed(config.seed)
     byol = build_byol(config.model, num_classes=len(loader.class_names), objective=config.objective)

@@ -1,12 +1,13 @@
 """What: the target's update after a step, over all parameters of encoder and projector (ResNet-50: 33.0 M in 164 tensors).
 
 How: float32 on one thread, tau 0.99. Reference: the equation as most write it, a tensor at a time: tau t + (1 - tau) o, then copied.
-Ceiling: `copy_` of the same tensors; it moves as many bytes as the update has to (a write first reads its cache line).
+Ceiling: `copy_` of the same tensors, the customary unit; it moves as many bytes as the update has to (a write first reads its cache line).
 
     python -m benchmarks.run ema
 
 Why: nothing is computed to speak of, so passes over memory are all that counts. The reference makes three temporaries of each tensor, fresh
-memory that the system has to clear first; mul_ and add_ pass twice; a lerp passes once, which is what a copy does.
+memory that the system has to clear first; mul_ and add_ pass twice; a lerp passes once, as a copy does. It may even come out below the
+copy: it loads the lines that the copy only stores to, and loads are what a CPU prefetches best (one flat array shows the same).
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """What: one LARS step over the online network with its predictor (ResNet-50: 35.1 M in 169 tensors), gradients given.
 
 How: float32 on one thread; all subjects update the same parameters from the same gradients, each with a momentum buffer of its own.
-Reference: torch-optimizer's LARS, the most used one (lightly's and solo-learn's are its copies). Ceiling: `copy_` of the parameters' bytes.
+Reference: torch-optimizer's LARS (lightly's and solo-learn's do the same operations). Ceiling: `copy_` of the parameters' bytes.
 
     python -m benchmarks.run lars
 
 Why: memory again. The rule reads w and g for the norms, and then reads w, g, m and writes w, m: 7 streams where a copy has 3, so 2.33 x a
-copy is the limit of any implementation that keeps nothing in cache. What is above that are further passes and temporaries the size of the
-network. On a GPU, the reference's `if norm != 0` costs two synchronisations for each of 57 weights besides; ours has none.
+copy is the limit of an implementation that keeps nothing in cache; ours takes the norms and the update of a tensor close together, so that
+a part of w and g is still there. What others need above that are further passes and temporaries the size of the network. On a GPU, the
+reference's `if norm != 0` costs two synchronisations for each of 57 weights besides; ours has none.
 """
 
 from __future__ import annotations

@@ -19,17 +19,21 @@ class DataConfig:
 
     train: str = ""
     """A .beton file, a folder of tar shards made by to_dali.py, or an ImageFolder."""
-    val: str = ""
-    """The same for the labelled images of the periodic kNN check; empty: none."""
     backend: str = "auto"
     """auto takes the one that reads `train`."""
     workers: int = 0
     """Threads that decode and augment, per process; 0: as many as this process may use cores."""
     prefetch: int = 3
     """Batches made ahead of the training step."""
+    traversal: str = "random"
+    """random over all images; local, for data larger than memory on storage that seeks badly: blocks of 8 MiB, mixed in windows of many."""
+    window_mib: int = 2048
+    """local: what is mixed with one another; twice this should fit in memory."""
 
     def __post_init__(self) -> None:
         require_choice("data.backend", self.backend, BACKENDS)
+        require_choice("data.traversal", self.traversal, ("random", "local"))
+        require_at_least("data.window_mib", self.window_mib, 1)
         require_at_least("data.workers", self.workers, 0)
         require_at_least("data.prefetch", self.prefetch, 1)
 
