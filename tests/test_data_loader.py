@@ -18,6 +18,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair, both
 from fastbyol.data import ViewBatch, build_image_loader, build_loader
+from fastbyol.data.batch_memory import BatchMemory
 from fastbyol.data.beton import read_beton
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.readahead import Readahead
@@ -113,6 +114,34 @@ def test_batches_stay_valid_while_later_ones_are_made(path: Path) -> None:
             kept.append(batch)
             copies.append(as_bytes(batch))
     assert [as_bytes(batch) for batch in kept] == copies
+
+
+def test_memory_is_lent_again_only_when_nothing_shares_it_any_more() -> None:
+    memory, shape = BatchMemory(torch.float32, pinned=False, spare=1), (2, 3, 4, 4, 3)
+    first, second = memory.lend(shape), memory.lend(shape)
+    place, part = first.data_ptr(), first[1, 2:].permute(0, 3, 1, 2).numpy()
+    part[:] = 7
+    del first
+    third = memory.lend(shape)
+    assert place not in (second.data_ptr(), third.data_ptr())
+    third.zero_()
+    assert (part == 7).all()
+    del part
+    assert memory.lend((1, 2, 4, 4, 3)).shape == (1, 2, 4, 4, 3)  # another shape never gets it
+    fourth = memory.lend(shape)
+    place = fourth.data_ptr()
+    del fourth
+    assert memory.lend(shape).data_ptr() == place
+
+
+def test_no_more_batches_are_kept_spare_than_said() -> None:
+    memory, shape = BatchMemory(torch.uint8, pinned=False, spare=2), (1, 1, 4, 4, 3)
+    held = [memory.lend(shape) for _ in range(5)]
+    places = [tensor.data_ptr() for tensor in held]
+    held.clear()
+    again = [memory.lend(shape) for _ in range(2)]
+    assert {tensor.data_ptr() for tensor in again} < set(places)
+    assert not memory._spare
 
 
 def test_a_new_epoch_brings_another_order_and_other_views(path: Path) -> None:

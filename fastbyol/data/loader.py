@@ -7,7 +7,6 @@ no processes to lose, and no copies between them.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from fastbyol.augment.parameters import NUM_COLUMNS, centre_crop_parameters, dra
 from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ImageBatch, ViewBatch
+from fastbyol.data.batch_memory import BatchMemory
 from fastbyol.data.readahead import Readahead
 from fastbyol.data.source import Indices, Source
 from fastbyol.data.traversal import Traversal
@@ -60,9 +60,10 @@ class _Renderer:
             blur_taps=pair.blur_taps,
             semantics=pair.semantics,
         )
-        self._num_views, self._dtype, self._size_px = num_views, dtype, pair.size_px
+        self._num_views, self._size_px = num_views, pair.size_px
         # uint8 crops are on their way to a device: pinned memory makes that copy asynchronous.
-        self._pinned = dtype == torch.uint8 and torch.cuda.is_available()
+        pinned = dtype == torch.uint8 and torch.cuda.is_available()
+        self._memory = BatchMemory(dtype, pinned=pinned, spare=prefetch + 1)
         self._workers, self._prefetch = workers, prefetch
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fastbyol-data")
 
@@ -91,7 +92,7 @@ class _Renderer:
 
     def _submit(self, indices: Indices, draw: Draw) -> tuple[_Rendered, list[Future[None]]]:
         shape = (self._num_views, len(indices), self._size_px, self._size_px, 3)
-        views = self._memory(shape)
+        views = self._memory.lend(shape)
         parameters = torch.empty((len(indices), self._num_views, NUM_COLUMNS))
         chunk = min(MAX_CHUNK, -(-len(indices) // self._workers))
         jobs = [
@@ -101,17 +102,6 @@ class _Renderer:
             for first in range(0, len(indices), chunk)
         ]
         return _Rendered(indices, views, parameters), jobs
-
-    def _memory(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """New for each batch. Its pages are the cost of batches that stay valid as long as anyone holds them."""
-        try:
-            return torch.empty(shape, dtype=self._dtype, pin_memory=self._pinned)
-        except RuntimeError as error:
-            gib = math.prod(shape) * self._dtype.itemsize / 2**30
-            raise UserError(
-                f"a batch of {shape[1]} images at views.size_px = {self._size_px} needs {gib:.1f} GiB, and there is not as much memory; "
-                "take a smaller batch or smaller views"
-            ) from error
 
     def _render(self, indices: Indices, draw: Draw, views: NDArray[Any], parameters: NDArray[np.float32]) -> None:
         """Fills the rows of one chunk."""
