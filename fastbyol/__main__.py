@@ -50,7 +50,7 @@ def _build_parser() -> OneLineParser:
     parser = OneLineParser(prog="fastbyol", description=__doc__)
     parser.set_defaults(command=None)
     parser.add_argument("--version", action="version", version=f"fastbyol {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     evaluate = commands.add_parser(
         "evaluate", help="linear or kNN accuracy of a run, against two baselines", description=evaluate_run.__doc__
@@ -93,6 +93,8 @@ def evaluate_run(options: argparse.Namespace) -> None:
     from fastbyol.evaluation.protocols import EVALUATION_FOLDER, PROTOCOLS
     from fastbyol.evaluation.summary import score_table
 
+    if options.k is not None:
+        require_at_least("k", options.k, 1)  # before the features, which take long
     knn_options = {name: getattr(options, name) for name in ("k", "temperature") if getattr(options, name) is not None}
     if options.protocol == "linear" and knn_options:
         raise UserError(f"--{next(iter(knn_options))}: has no effect on the linear protocol; leave it out, or evaluate knn")

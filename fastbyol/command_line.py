@@ -36,7 +36,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     parser.set_defaults(flatten(to_plain(preset_config(_preset_name(arguments)))))
     _refuse_unknown(arguments, parser)
     try:
-        namespace = parser.parse_args(arguments)
+        namespace = parser.parse_args(_file_first(arguments))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(_first_cause(str(error))) from error
     values = namespace.as_dict()
@@ -52,6 +52,14 @@ def _preset_name(arguments: Sequence[str]) -> str:
         raise UserError("preset: needs a name, for example --preset r50_300ep") from error
 
 
+def _file_first(arguments: Sequence[str]) -> list[str]:
+    """--config and its value moved to the front: jsonargparse lets the later one win, and what is typed must win over a file."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--config", action="append", default=[])
+    known, rest = early.parse_known_args(list(arguments))
+    return [*(f"--config={file}" for file in known.config), *rest]
+
+
 def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     known = {option for action in parser._actions for option in action.option_strings}
     known |= {f"--{name}" for name in flatten(to_plain(TrainConfig()))}
@@ -63,6 +71,6 @@ def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -
 
 def _first_cause(message: str) -> str:
     """jsonargparse's report of several lines as one: which option, what was expected, what was given."""
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("Parser key ", "")
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
     return ": ".join(dict.fromkeys([lines[0], lines[-1]]))

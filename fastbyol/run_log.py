@@ -20,6 +20,10 @@ log = logging.getLogger("fastbyol")
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 PROVENANCE_FILE = "provenance.json"
+FREE_TO_CHANGE = frozenset(
+    {"out", "log_every", "checkpoint_every", "keep_checkpoints", "data.train", "data.backend", "data.workers", "data.prefetch"}
+)
+"""A run may continue with other values of these: they do not touch what it computes. The number of images is checked on its own."""
 
 
 def open_run_folder(config: TrainConfig) -> Path:
@@ -52,7 +56,8 @@ def _refuse_other_config(config: TrainConfig, existing: Path) -> None:
     except (yaml.YAMLError, UserError, AttributeError) as error:
         raise UserError(f"{existing}: is not readable as a run's config ({error}); choose a new --out") from error
     old, new = flatten(to_plain(recorded)), flatten(to_plain(config))
-    changed = [f"{key} was {old.get(key)!r}, is {value!r}" for key, value in new.items() if key != "out" and old.get(key) != value]
+    different = {key for key, value in new.items() if old.get(key) != value} - FREE_TO_CHANGE
+    changed = [f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in sorted(different)]
     if changed:
         raise UserError(f"out = {config.out!r}: holds a run with another config ({'; '.join(changed[:5])}); choose a new folder")
 

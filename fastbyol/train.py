@@ -10,6 +10,7 @@ The same command again continues the run where it stopped. Method: Grill et al.,
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastbyol
 from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.command_line import parse_train_config
-from fastbyol.config.errors import one_line_errors
+from fastbyol.config.errors import one_line_errors, require
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
@@ -57,6 +58,7 @@ def train(config: TrainConfig, process: Process) -> None:
     num_samples, optim = state.loader.num_samples, config.optim
     total_steps = total_steps_at(config.epochs, num_samples=num_samples, global_batch=config.global_batch)
     warmup_steps = total_steps_at(optim.warmup_epochs, num_samples=num_samples, global_batch=config.global_batch)
+    require(total_steps > 0, "epochs", config.epochs, f"enough for one step of {config.global_batch} of the {num_samples} images")
     folder = open_run_folder(config) if process.is_main else Path(config.out)
     first_step = state.restore(folder)
     announce(config, process, state, first_step=first_step, total_steps=total_steps)
@@ -128,8 +130,11 @@ def build(config: TrainConfig, process: Process) -> TrainState:
         if config.precision.cross_replica_bn:
             convert_to_cross_replica(byol)
         prepare_model(byol, config.precision, device=process.device)
-        # BN buffers are equal on all ranks by construction (or each rank's own), so no broadcast before each forward.
-        model = DistributedDataParallel(byol, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # BN buffers are equal on all ranks by construction (or each rank's own), so no broadcast before each forward. torch 2.14 has a new name
+        # for the option, which 2.11 does not know, and warns.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model = DistributedDataParallel(byol, broadcast_buffers=False, gradient_as_bucket_view=True)
     else:
         prepare_model(byol, config.precision, device=process.device)
     optimizer = build_optimizer(config.optim, byol)
@@ -153,7 +158,8 @@ def gradient_reduction(model: nn.Module, *, now: bool) -> AbstractContextManager
 def announce(config: TrainConfig, process: Process, state: TrainState, *, first_step: int, total_steps: int) -> None:
     """What runs, in the first lines of the log: an old installed copy, a wrong data set or batch is seen here."""
     log.info("fastbyol %s from %s", fastbyol.__version__, Path(fastbyol.__file__).parent)
-    log.info("%d images of %d classes, backend %s", state.loader.num_samples, len(state.loader.class_names), config.data.backend)
+    loader = state.loader
+    log.info("%s: %d images of %d classes, backend %s", config.data.train, loader.num_samples, len(loader.class_names), loader.backend)
     accumulate = accumulation_of(config, world_size=process.world_size)
     log.info(
         "%d x %s: global batch %d = %d ranks x %d micro-batches x %d images; %d steps",
@@ -165,6 +171,10 @@ def announce(config: TrainConfig, process: Process, state: TrainState, *, first_
         config.global_batch // (process.world_size * accumulate),
         total_steps,
     )
+    if config.optim.warmup_epochs >= config.epochs:
+        log.warning(
+            "optim.warmup_epochs = %g of %g epochs: the learning rate never reaches its peak", config.optim.warmup_epochs, config.epochs
+        )
     if first_step >= total_steps:
         log.info("already complete at step %d", first_step)
     elif first_step:

@@ -44,4 +44,4 @@ say "DALI"
 say "ffcv (built from source)"
 PKG_CONFIG_PATH="$PWD/scripts/ffcv_build/pc:${PKG_CONFIG_PATH:-}" "${PIP[@]}" --editable '.[ffcv]' ||
   say "ffcv could not be built: the ffcv backend and to_ffcv.py will say so when asked for"
-"$VENV/bin/python" -c "import fastbyol; print('install: fastbyol', fastbyol.__version__, 'is ready')"
+"$VENV/bin/python" -c "import fastbyol; print('install: fastbyol', fastbyol.__version__, 'is ready (. $VENV/bin/activate)')"

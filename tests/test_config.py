@@ -27,7 +27,9 @@ def test_a_preset_without_options_is_the_preset_itself():
 def test_options_win_over_a_file_and_a_file_over_the_preset(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"epochs": 7, "optim": {"base_lr": 0.5, "tau_base": 0.5}}))
-    config = _parse("--preset", "r50_100ep", "--config", str(file), "--optim.tau_base", "0.25", "--views.view2.crop_area", "[0.2, 0.9]")
+    typed = ("--optim.tau_base", "0.25", "--views.view2.crop_area", "[0.2, 0.9]")
+    config = _parse("--preset", "r50_100ep", "--config", str(file), *typed)
+    assert config == _parse(*typed, "--config", str(file), "--preset", "r50_100ep"), "whatever the order"
     assert config.epochs == 7
     assert config.optim.base_lr == 0.5
     assert config.optim.tau_base == 0.25

@@ -86,7 +86,8 @@ def test_a_stopped_run_continues_to_bitwise_the_same_end(stopped_at, data_paths,
 
 def test_a_complete_run_is_left_alone(data_paths, folder_run):
     before = checkpoint_path(folder_run, 6).stat().st_mtime_ns
-    main([*SMALL, "--data.train", str(data_paths["folder"]), "--out", str(folder_run)])
+    free = ["--data.workers", "2", "--log_every", "3"]
+    main([*SMALL, *free, "--data.train", str(data_paths["ffcv"]), "--out", str(folder_run)])
     assert checkpoint_path(folder_run, 6).stat().st_mtime_ns == before
     assert len(read_metrics(folder_run)) == 6
 
@@ -127,6 +128,7 @@ def test_a_compiled_run_follows_the_eager_one(data_paths, folder_run, tmp_path):
         (["--data.train", "none"], "none: no such file or folder"),
         (["--data.train", ""], "data.train is not given"),
         (["--global_batch", "64"], "25 images"),
+        (["--epochs", "0.01"], "epochs = 0.01: must be enough for one step"),
         (["--rank_batch", "3"], "global_batch = 8: not divisible"),
         (["--views.size_px", "4"], "views.size_px = 4: must be >= 8"),
         (["--model.encoder", "resnet9"], "model.encoder = 'resnet9'"),

@@ -109,12 +109,14 @@ PRESETS: dict[str, Preset] = {
         config=_DEMO,
         expected="none published",
         source="ours",
+        run_here="76.2 to 77.3 top-1 linear, 72.7 to 73.2 kNN, three seeds",
     ),
     "cpu_demo_scenes": Preset(
         what="ResNet-8 on the demo's drawn scenes, minutes on two cores",
         config=_SCENES,
         expected="none published",
         source="ours",
+        run_here="68.0 to 73.5 top-1 linear, 59.3 to 61.9 kNN, three seeds",
     ),
 }
 

@@ -146,6 +146,7 @@ class TwoViewLoader:
         """
         require_choice("output", output, tuple(OUTPUTS))
         self.views, self.traversal, self.class_names = views, traversal, source.class_names
+        self.backend = type(source).__name__.removesuffix("Source").lower()
         self._renderer = _Renderer(source, views, num_views=2, dtype=OUTPUTS[output], workers=workers, prefetch=prefetch)
         self._labels = source.labels
         self._readahead = readahead

@@ -116,4 +116,4 @@ PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 def damaged(name: str, error: object) -> UserError:
     """The error for a sample that does not decode."""
-    return UserError(f"{name} does not decode ({error}): replace or remove the image, and convert again")
+    return UserError(f"{name} does not decode ({error}): replace or remove the image (and convert again, where it was converted)")

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# torch 2.14 renamed it and warns; 2.11 has the old name only.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 class CrossReplicaBatchNorm(nn.modules.batchnorm._BatchNorm):
     """nn.BatchNorm1d/2d whose training statistics are those of all ranks together; same parameters, buffers and state dict.
@@ -49,7 +52,7 @@ class _CrossReplicaNormalise(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         local = torch.cat(_local_statistics(input))
         gathered = local.new_empty(dist.get_world_size(), len(local))
-        dist.all_gather_into_tensor(gathered.view(-1), local)
+        _all_gather(gathered.view(-1), local)
         mean, variance, count = _combine(gathered, channels=input.shape[1])
         inverse_std = torch.rsqrt(variance + eps)
         output = (input.to(mean.dtype) - _per_channel(mean, input)) * _per_channel(inverse_std, input)
