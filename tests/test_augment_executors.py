@@ -48,18 +48,6 @@ def noise_image(height: int, width: int, *, seed: int = 0) -> np.ndarray:
     return np.clip(wide + textured * rng.integers(-40, 41, wide.shape), 0, 255).astype(np.uint8)
 
 
-def kernel_of(pair: ViewPair) -> ViewKernel:
-    return ViewKernel(
-        size_px=pair.size_px,
-        interpolation=pair.interpolation,
-        antialias=pair.antialias,
-        mean=pair.mean,
-        std=pair.std,
-        blur_taps=pair.blur_taps,
-        semantics=pair.semantics,
-    )
-
-
 def neutral_row(height: int, width: int, **values: float) -> np.ndarray:
     row = np.zeros((1, p.NUM_COLUMNS), dtype=np.float32)
     row[0, : p.CROP_W + 1] = (0, 0, height, width)
@@ -98,7 +86,7 @@ def assert_close_but_at_threshold(actual: torch.Tensor, expected: torch.Tensor, 
 @pytest.mark.parametrize(("height", "width", "size", "interpolation", "antialias", "rotation"), SHAPES)
 def test_kernel_equals_the_reference(height: int, width: int, size: int, interpolation: str, antialias: bool, rotation: float) -> None:
     pair = varied_pair(size, interpolation, antialias, rotation)
-    kernel, rows = kernel_of(pair), drawn(pair, height, width, num=10 if size < 100 else 3)
+    kernel, rows = ViewKernel.of(pair), drawn(pair, height, width, num=10 if size < 100 else 3)
     for i, row in enumerate(rows):
         image, out = noise_image(height, width, seed=i), np.full((2, size, size, 3), np.nan, dtype=np.float32)
         kernel.render(image, row, out)
@@ -112,7 +100,7 @@ def test_uint8_output_is_the_rounded_crop_and_nothing_else(
     height: int, width: int, size: int, interpolation: str, antialias: bool, rotation: float
 ) -> None:
     pair = varied_pair(size, interpolation, antialias, rotation)
-    kernel, image = kernel_of(pair), noise_image(height, width)
+    kernel, image = ViewKernel.of(pair), noise_image(height, width)
     for row in drawn(pair, height, width, num=3):
         out = np.zeros((2, size, size, 3), dtype=np.uint8)
         kernel.render(image, row, out)
@@ -125,7 +113,7 @@ def test_uint8_output_is_the_rounded_crop_and_nothing_else(
 def test_crops_then_graph_give_the_kernels_view_where_the_crop_is_exact() -> None:
     """A crop of the view's own size needs no resampling, so both routes see the same pixels."""
     pair = replace(both(varied_pair(40, "bicubic", False, 15.0), crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0)))
-    kernel, rows = kernel_of(pair), drawn(pair, 40, 40, num=12)
+    kernel, rows = ViewKernel.of(pair), drawn(pair, 40, 40, num=12)
     for i, row in enumerate(rows):
         image = noise_image(40, 40, seed=i)
         whole, crops = np.empty((2, 40, 40, 3), dtype=np.float32), np.empty((2, 40, 40, 3), dtype=np.uint8)
@@ -148,7 +136,7 @@ def test_crops_then_graph_give_the_kernels_view_where_the_crop_is_exact() -> Non
 @pytest.mark.parametrize(("height", "width", "size"), [(60, 80, 41), (1, 1, 5), (90, 70, 64)])
 def test_kernel_equals_the_reference_under_torchvisions_semantics(height: int, width: int, size: int) -> None:
     pair = torchvision_pair(size)
-    kernel, rows = kernel_of(pair), drawn(pair, height, width)
+    kernel, rows = ViewKernel.of(pair), drawn(pair, height, width)
     for i, row in enumerate(rows):
         image, out = noise_image(height, width, seed=i), np.full((2, size, size, 3), np.nan, dtype=np.float32)
         kernel.render(image, row, out)
@@ -305,7 +293,7 @@ def test_a_crop_of_the_views_size_passes_through_bit_by_bit() -> None:
 
 def test_four_threads_sharing_a_kernel_give_the_bytes_of_one() -> None:
     pair = varied_pair(32, "bicubic", True, 20.0)
-    kernel, num = kernel_of(pair), 64
+    kernel, num = ViewKernel.of(pair), 64
     sizes = [(20 + 3 * i, 90 - i) for i in range(num)]
     images = [noise_image(*size, seed=i) for i, size in enumerate(sizes)]
     rows = [drawn(pair, *size, num=1)[0] for size in sizes]
@@ -327,7 +315,7 @@ def test_four_threads_sharing_a_kernel_give_the_bytes_of_one() -> None:
 
 def test_a_view_is_the_same_whichever_views_are_rendered_with_it() -> None:
     pair = varied_pair(24, "bicubic", False, 20.0)
-    kernel, image, row = kernel_of(pair), noise_image(50, 60), drawn(pair, 50, 60, num=1)[0]
+    kernel, image, row = ViewKernel.of(pair), noise_image(50, 60), drawn(pair, 50, 60, num=1)[0]
     together, alone = np.empty((2, 24, 24, 3), dtype=np.float32), np.empty((1, 24, 24, 3), dtype=np.float32)
     kernel.render(image, row, together)
     for view in (1, 0):

@@ -81,14 +81,7 @@ class Executors:
         self.pair, self.images = pair, images
         height, width = np.array([image.shape[:2] for image in images]).T
         self.parameters = draw_parameters(pair, seed=seed, epoch=0, index=np.arange(len(images)), height=height, width=width)
-        self.kernel = ViewKernel(
-            size_px=pair.size_px,
-            interpolation=pair.interpolation,
-            antialias=pair.antialias,
-            mean=pair.mean,
-            std=pair.std,
-            blur_taps=pair.blur_taps,
-        )
+        self.kernel = ViewKernel.of(pair)
         shape = (len(images), 2, pair.size_px, pair.size_px, 3)
         self.crops, self.views = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.float32)
 

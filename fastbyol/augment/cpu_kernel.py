@@ -34,7 +34,7 @@ from fastbyol.augment.parameters import (
     SOLARIZE,
 )
 from fastbyol.config.errors import require, require_choice
-from fastbyol.config.views import SEMANTICS
+from fastbyol.config.views import SEMANTICS, ViewPair
 
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 LANES = 16
@@ -507,6 +507,19 @@ class ViewKernel:
         self._offset = (-np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)).astype(np.float32)
         self._render_views, self._render_crops = _compiled()
         self._local = threading.local()
+
+    @classmethod
+    def of(cls, pair: ViewPair) -> ViewKernel:
+        """The kernel that renders these views."""
+        return cls(
+            size_px=pair.size_px,
+            interpolation=pair.interpolation,
+            antialias=pair.antialias,
+            mean=pair.mean,
+            std=pair.std,
+            blur_taps=pair.blur_taps,
+            semantics=pair.semantics,
+        )
 
     def render(self, image: NDArray[np.uint8], parameters: NDArray[np.float32], out: NDArray[np.float32] | NDArray[np.uint8]) -> None:
         """Fills out, one view for each parameter row.

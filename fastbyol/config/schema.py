@@ -11,6 +11,7 @@ from fastbyol.config.errors import UserError, require, require_at_least, require
 from fastbyol.config.views import ViewPair
 
 BACKENDS = ("auto", "ffcv", "dali", "folder")
+TRAVERSALS = ("random", "local")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_choice("data.backend", self.backend, BACKENDS)
-        require_choice("data.traversal", self.traversal, ("random", "local"))
+        require_choice("data.traversal", self.traversal, TRAVERSALS)
         require_at_least("data.window_mib", self.window_mib, 1)
         require_at_least("data.workers", self.workers, 0)
         require_at_least("data.prefetch", self.prefetch, 1)

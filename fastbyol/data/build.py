@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from fastbyol.config.errors import UserError, require_at_least, require_choice
-from fastbyol.config.schema import BACKENDS, DataConfig
+from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data.beton import MIN_PAGE_BYTES
 from fastbyol.data.loader import ImageLoader, TwoViewLoader
@@ -15,7 +15,6 @@ from fastbyol.data.readahead import Readahead
 from fastbyol.data.source import Source
 from fastbyol.data.traversal import Blocks, Traversal, group_into_blocks
 
-TRAVERSALS = ("random", "local")
 _READS = {
     "ffcv": "a .beton file",
     "dali": "a folder of tar shards made by data_prep/to_dali.py",

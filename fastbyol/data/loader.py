@@ -51,15 +51,7 @@ class _Renderer:
         require_at_least("workers", workers, 1)
         require_at_least("prefetch", prefetch, 1)
         self.source = source
-        self._kernel = ViewKernel(
-            size_px=pair.size_px,
-            interpolation=pair.interpolation,
-            antialias=pair.antialias,
-            mean=pair.mean,
-            std=pair.std,
-            blur_taps=pair.blur_taps,
-            semantics=pair.semantics,
-        )
+        self._kernel = ViewKernel.of(pair)
         self._num_views, self._size_px = num_views, pair.size_px
         # uint8 crops are on their way to a device: pinned memory makes that copy asynchronous.
         pinned = dtype == torch.uint8 and torch.cuda.is_available()
