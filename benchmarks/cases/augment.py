@@ -25,8 +25,8 @@ from PIL import Image
 from benchmarks.imagenet_like import draw_jpeg
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import Subject, measure, torch_threads
-from fastbyol.augment.cpu_kernel import ViewKernel
 from fastbyol.augment.parameters import draw_parameters
+from fastbyol.augment.view_kernel import ViewKernel
 from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device

@@ -1,20 +1,20 @@
 """The whole augmentation of a decoded image in one compiled call that releases the GIL: crop, resize, colour, blur, normalise.
 
-Inside, a view lives in float32 planes [channel][x][y], that is transposed: then both passes of the resize run along contiguous
-memory, and no gather is needed. Only rotation and the final store know about it; the other operations don't care.
+Every filter runs across lines: it sums whole lines, each with one weight, so that contiguous memory meets contiguous memory and no
+gather is needed. Between its two directions a picture is therefore transposed. The resize leaves a view as float32 planes [channel][x][y];
+colour operations don't care; the blur ends, and the store begins, with planes [channel][y][x].
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from numba import float32, int64, njit, types, uint8, void
-from numpy.typing import NDArray
+from llvmlite import ir
+from numba import extending, float32, int64, njit, types, uint8, void
 
 from fastbyol.augment.parameters import (
     BRIGHTNESS,
@@ -26,19 +26,18 @@ from fastbyol.augment.parameters import (
     FLIP,
     GRAY,
     HUE,
-    NUM_COLUMNS,
     ORDER,
     ROTATION_DEG,
     SATURATION,
     SIGMA,
     SOLARIZE,
 )
-from fastbyol.config.errors import require, require_choice
-from fastbyol.config.views import SEMANTICS, ViewPair
 
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
-LANES = 16
-"""Rows of the output that are resized together: one cache line of float32."""
+LANES = 32
+"""Rows of the output that are resized together. A loop of constant length becomes straight vector code; at 16 its overhead shows."""
+TILE = 16
+"""Side of the blocks that a transpose moves in registers: one cache line of float32."""
 TAP_GROUP = 4
 """Filter taps summed in one pass; tap counts are padded to a multiple with zero weights."""
 NEGLIGIBLE = 1e-7
@@ -51,6 +50,55 @@ ZERO, ONE, HALF, SIX, QUANTUM = np.float32(0), np.float32(1), np.float32(0.5), n
 @njit(**OPTIONS)
 def _clip(x):
     return min(max(x, ZERO), ONE)
+
+
+# ---- transpose
+
+
+@cast(Any, extending.intrinsic)  # callers leave out the first argument, the typing context
+def _transpose_tile(typing: Any, source: Any, begin: Any, stride: Any, out: Any, at: Any, out_stride: Any):
+    """out[at + i out_stride + j] = source[begin + j stride + i] for i, j < TILE. Flat C-contiguous arrays, positions unchecked.
+
+    In vector code by hand, as the compiler moves one float at a time here. Processors of narrower vectors get it in shorter pieces.
+    """
+    vector, index = ir.VectorType(ir.FloatType(), TILE), ir.VectorType(ir.IntType(32), TILE)
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        source, begin, stride, out, at, out_stride = values
+
+        def line_at(array_type: Any, array: Any, first: Any, distance: Any, number: int) -> Any:
+            place = builder.add(first, builder.mul(distance, ir.Constant(distance.type, number)))
+            data = context.make_array(array_type)(context, builder, array).data
+            return builder.bitcast(builder.gep(data, [place]), vector.as_pointer())
+
+        lines = [builder.load(line_at(signature.args[0], source, begin, stride, number), align=4) for number in range(TILE)]
+        for step in (1, 2, 4, 8):  # exchanges the off-diagonal quarters of ever larger blocks
+            upper = [lane if not lane & step else TILE + lane - step for lane in range(TILE)]
+            lower = [lane + step if not lane & step else TILE + lane for lane in range(TILE)]
+            for number in range(TILE):
+                if not number & step:
+                    pair = lines[number], lines[number + step]
+                    lines[number], lines[number + step] = (builder.shuffle_vector(*pair, ir.Constant(index, m)) for m in (upper, lower))
+        for number, line in enumerate(lines):
+            builder.store(line, line_at(signature.args[3], out, at, out_stride, number), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, out, types.int64, types.int64), generate
+
+
+@njit(**OPTIONS)
+def _transpose(source, begin, lines, length, stride, out, at, out_stride):
+    """out[at + i out_stride + j] = source[begin + j stride + i] for i < length, j < lines; flat arrays."""
+    if min(lines, length) < TILE:
+        for i in range(length):
+            for j in range(lines):
+                out[at + i * out_stride + j] = source[begin + j * stride + i]
+        return
+    for j_block in range(0, lines, TILE):
+        j = min(j_block, lines - TILE)  # the last block overlaps the one before: every block is whole
+        for i_block in range(0, length, TILE):
+            i = min(i_block, length - TILE)
+            _transpose_tile(source, begin + j * stride + i, stride, out, at + i * out_stride + j, out_stride)
 
 
 # ---- crop and resize
@@ -141,12 +189,10 @@ def _crop_resize(image, row, flip, cubic, antialias, planes, rows, columns):
     if flip:
         x_position, x_weight = x_position[::-1].copy(), x_weight[::-1].copy()
     for block in range(0, size, LANES):
-        y = max(min(block, size - LANES), 0)  # the last block overlaps the one before: every block is whole
+        y = max(min(block, size - LANES), 0)
         for j in range(min(LANES, size)):
             _sum_rows(image, crop_y, crop_x, y_position[y + j], y_weight[y + j], rows[j, :width])
-        for i in range(width):
-            for j in range(LANES):
-                columns[i, j] = rows[j, i]
+        _transpose(rows.reshape(-1), 0, LANES, width, rows.shape[1], columns.reshape(-1), 0, LANES)
         _sum_columns(columns, x_position, x_weight, planes, y)
     flat = planes.reshape(-1)
     for i in range(flat.size):
@@ -328,60 +374,51 @@ def _gaussian(sigma, radius):
 
 
 @njit(**OPTIONS)
-def _blur(planes, sigma, radius, reflect, padded):
-    """Separable Gaussian over zero or reflected padding; the latter needs radius < S. padded: (S + 2 (radius + 4), S) scratch."""
+def _blur(planes, sigma, radius, reflect, padded, out):
+    """Separable Gaussian over zero or reflected padding; the latter needs radius < S. Planes [c][x][y] -> out [c][y][x], planes are lost.
+
+    padded: (S + 2 (radius + TAP_GROUP), S) scratch.
+    """
     size, edge = planes.shape[1], radius + TAP_GROUP
     w, reach = _gaussian(sigma, radius)
-    if reach == 0:
-        return
-    line = np.zeros(size + 2 * edge, np.float32)
-    padded[:edge] = ZERO
-    padded[edge + size :] = ZERO
+    lines, inside = padded.reshape(-1), edge * size
     for c in range(3):
-        for x in range(size):  # along y, the contiguous axis
-            for y in range(size):
-                line[edge + y] = planes[c, x, y]
-            if reflect:
-                for k in range(1, reach + 1):
-                    line[edge - k], line[edge + size - 1 + k] = line[edge + k], line[edge + size - 1 - k]
-            _blur_line(line, w, reach, edge, padded[edge + x])
-        if reflect:
-            for k in range(1, reach + 1):
-                padded[edge - k] = padded[edge + k]
-                padded[edge + size - 1 + k] = padded[edge + size - 1 - k]
-        for x in range(size):  # along x
-            _blur_across(padded, w, reach, edge + x, planes[c, x])
+        flat, turned = planes[c].reshape(-1), out[c].reshape(-1)
+        middle = lines[inside:]
+        for i in range(flat.size):
+            middle[i] = flat[i]
+        _pad(padded, reach, edge, reflect)
+        _blur_across(lines, size, w, reach, edge, flat)
+        _transpose(flat, 0, size, size, size, lines, inside, size)
+        _pad(padded, reach, edge, reflect)
+        _blur_across(lines, size, w, reach, edge, turned)
 
 
 @njit(**OPTIONS)
-def _blur_line(line, w, reach, edge, out):
-    for k in range(1, reach + 1, TAP_GROUP):
-        wa, wb, wc, wd = w[k], w[k + 1], w[k + 2], w[k + 3]
-        before, after = line[edge - k - 3 :], line[edge + k :]
-        if k == 1:
-            for i in range(out.size):
-                near = w[0] * before[i + 4] + wa * (before[i + 3] + after[i]) + wb * (before[i + 2] + after[i + 1])
-                out[i] = near + wc * (before[i + 1] + after[i + 2]) + wd * (before[i] + after[i + 3])
-        else:
-            for i in range(out.size):
-                near = wa * (before[i + 3] + after[i]) + wb * (before[i + 2] + after[i + 1])
-                out[i] += near + wc * (before[i + 1] + after[i + 2]) + wd * (before[i] + after[i + 3])
+def _pad(padded, reach, edge, reflect):
+    """Fills the lines around the picture: reflected ones as far as the blur reaches, zeros elsewhere."""
+    last = padded.shape[0] - 1 - edge
+    padded[:edge] = ZERO
+    padded[last + 1 :] = ZERO
+    if reflect:
+        for k in range(1, reach + 1):
+            padded[edge - k] = padded[edge + k]
+            padded[last + k] = padded[last - k]
 
 
 @njit(**OPTIONS)
-def _blur_across(lines, w, reach, at, out):
-    middle = lines[at]
+def _blur_across(lines, size, w, reach, edge, out):
+    """out = the weighted sum over the lines before and after each; as one long loop over all lines of the picture."""
+    middle = lines[edge * size :]
+    for i in range(out.size):
+        out[i] = w[0] * middle[i]
     for k in range(1, reach + 1, TAP_GROUP):
         wa, wb, wc, wd = w[k], w[k + 1], w[k + 2], w[k + 3]
-        a, b, c, d = lines[at - k], lines[at - k - 1], lines[at - k - 2], lines[at - k - 3]
-        e, f, g, h = lines[at + k], lines[at + k + 1], lines[at + k + 2], lines[at + k + 3]
-        if k == 1:
-            for i in range(out.size):
-                near = w[0] * middle[i] + wa * (a[i] + e[i]) + wb * (b[i] + f[i])
-                out[i] = near + wc * (c[i] + g[i]) + wd * (d[i] + h[i])
-        else:
-            for i in range(out.size):
-                out[i] += wa * (a[i] + e[i]) + wb * (b[i] + f[i]) + wc * (c[i] + g[i]) + wd * (d[i] + h[i])
+        before, after = (edge - k) * size, (edge + k) * size
+        a, b, c, d = lines[before:], lines[before - size :], lines[before - 2 * size :], lines[before - 3 * size :]
+        e, f, g, h = lines[after:], lines[after + size :], lines[after + 2 * size :], lines[after + 3 * size :]
+        for i in range(out.size):
+            out[i] += wa * (a[i] + e[i]) + wb * (b[i] + f[i]) + wc * (c[i] + g[i]) + wd * (d[i] + h[i])
 
 
 # ---- whole views
@@ -389,7 +426,7 @@ def _blur_across(lines, w, reach, at, out):
 
 @njit(**OPTIONS)
 def _carve(scratch, size, radius, width):
-    """Planes (two sets), padded lines, rows and columns out of one flat array; `_scratch_floats` is its length."""
+    """Planes (two sets), padded lines, rows and columns out of one flat array; `scratch_floats` is its length."""
     area = size * size
     planes, spare = scratch[: 3 * area].reshape(3, size, size), scratch[3 * area : 6 * area].reshape(3, size, size)
     used = 6 * area
@@ -402,30 +439,27 @@ def _carve(scratch, size, radius, width):
     return planes, spare, padded, rows, columns
 
 
-def _scratch_floats(size: int, radius: int, width: int) -> int:
+def scratch_floats(size: int, radius: int, width: int) -> int:
+    """Floats of scratch memory for views of side `size`, a blur of this radius, and images up to `width` pixels."""
     return 6 * size * size + (size + 2 * (radius + TAP_GROUP)) * size + 6 * width * LANES
 
 
 @njit(**OPTIONS)
-def _store(planes, gain, offset, out):
-    """Planes [c][x][y] -> (S, S, 3), clipped, x gain + offset; in tiles of x, so that the lines read stay in the nearest cache."""
+def _turn(planes, out):
+    """out [c][y][x] = planes [c][x][y]."""
     size = planes.shape[1]
-    for x0 in range(0, size, LANES):
-        for y in range(size):
-            for x in range(x0, min(x0 + LANES, size)):
-                for c in range(3):
-                    out[y, x, c] = _clip(planes[c, x, y]) * gain[c] + offset[c]
+    for c in range(3):
+        _transpose(planes[c].reshape(-1), 0, size, size, size, out[c].reshape(-1), 0, size)
 
 
 @njit(**OPTIONS)
-def _store_rounded(planes, out):
-    """Planes [c][x][y] in [0, 1] -> (S, S, 3) uint8, rounded to nearest; in the same tiles."""
-    size = planes.shape[1]
-    for x0 in range(0, size, LANES):
-        for y in range(size):
-            for x in range(x0, min(x0 + LANES, size)):
-                for c in range(3):
-                    out[y, x, c] = uint8(planes[c, x, y] * QUANTUM + HALF)
+def _store(planes, gain, offset, out):
+    """Planes [c][y][x] -> (S, S, 3), clipped, x gain + offset; float32, or uint8 without the fraction."""
+    red, green, blue, pixels = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1), out.reshape(-1)
+    for i in range(red.size):
+        pixels[3 * i] = _clip(red[i]) * gain[0] + offset[0]
+        pixels[3 * i + 1] = _clip(green[i]) * gain[1] + offset[1]
+        pixels[3 * i + 2] = _clip(blue[i]) * gain[2] + offset[2]
 
 
 def _render_views(image, parameters, cubic, antialias, torchvision, radius, gain, offset, scratch, out):
@@ -442,18 +476,22 @@ def _render_views(image, parameters, cubic, antialias, torchvision, radius, gain
         if row[GRAY] > 0:
             _grayscale(planes)
         if row[SIGMA] > 0:
-            _blur(planes, row[SIGMA], radius, torchvision, padded)
+            _blur(planes, row[SIGMA], radius, torchvision, padded, spare)
+        else:
+            _turn(planes, spare)
         if row[SOLARIZE] <= ONE:
-            _solarize(planes, row[SOLARIZE])
-        _store(planes, gain, offset, out[view])
+            _solarize(spare, row[SOLARIZE])
+        _store(spare, gain, offset, out[view])
 
 
 def _render_crops(image, parameters, cubic, antialias, scratch, out):
     """image (H, 3 W) uint8, parameters (V, columns) -> out (V, S, S, 3) uint8, cropped and resized, not mirrored."""
-    planes, _, _, rows, columns = _carve(scratch, out.shape[1], 0, image.shape[1] // 3)
+    planes, turned, _, rows, columns = _carve(scratch, out.shape[1], 0, image.shape[1] // 3)
+    levels, half = np.full(3, QUANTUM), np.full(3, HALF)
     for view in range(out.shape[0]):
         _crop_resize(image, parameters[view], False, cubic, antialias, planes, rows, columns)
-        _store_rounded(planes, out[view])
+        _turn(planes, turned)
+        _store(turned, levels, half, out[view])
 
 
 _IMAGE = types.Array(uint8, 2, "C", readonly=True)  # read-only, so that one version serves PIL's arrays too
@@ -464,104 +502,6 @@ _CROPS_SIGNATURE = void(_IMAGE, _ROWS, _FLAG, _FLAG, float32[::1], uint8[:, :, :
 
 
 @functools.cache
-def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
+def compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     """Both entry points, compiled or loaded from numba's cache. Not at import: it costs seconds the first time."""
     return njit(_VIEWS_SIGNATURE, **OPTIONS)(_render_views), njit(_CROPS_SIGNATURE, **OPTIONS)(_render_crops)
-
-
-class ViewKernel:
-    """Renders the views of one decoded image. One object serves any number of threads; each thread has its own scratch memory.
-
-    Args:
-        size_px: side S of the square output.
-        interpolation: 'bicubic' (Keys, a = -0.5) or 'bilinear'; half-pixel centres, taps outside the crop dropped, the rest renormalised.
-        antialias: widen the filter when a crop is larger than the output.
-        mean: per channel, in [0, 1].
-        std: per channel.
-        blur_taps: window of the Gaussian blur, odd.
-        semantics: 'paper' or 'torchvision', see `config.views.SEMANTICS`. The latter's blur needs blur_taps < 2 size_px.
-    """
-
-    def __init__(
-        self,
-        *,
-        size_px: int,
-        interpolation: str = "bicubic",
-        antialias: bool = False,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        blur_taps: int,
-        semantics: str = "paper",
-    ) -> None:
-        require_choice("semantics", semantics, SEMANTICS)
-        require_choice("interpolation", interpolation, ("bicubic", "bilinear"))
-        require(size_px >= 1, "size_px", size_px, "at least 1")
-        require(blur_taps >= 1 and blur_taps % 2 == 1, "blur_taps", blur_taps, "an odd number >= 1")
-        self._torchvision = semantics == "torchvision"
-        require(
-            not self._torchvision or blur_taps < 2 * size_px, "blur_taps", blur_taps, "less than twice size_px to reflect at the border"
-        )
-        self.size_px = size_px
-        self._cubic, self._antialias, self._radius = interpolation == "bicubic", bool(antialias), blur_taps // 2
-        self._gain = (1.0 / np.asarray(std, dtype=np.float64)).astype(np.float32)
-        self._offset = (-np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)).astype(np.float32)
-        self._render_views, self._render_crops = _compiled()
-        self._local = threading.local()
-
-    @classmethod
-    def of(cls, pair: ViewPair) -> ViewKernel:
-        """The kernel that renders these views."""
-        return cls(
-            size_px=pair.size_px,
-            interpolation=pair.interpolation,
-            antialias=pair.antialias,
-            mean=pair.mean,
-            std=pair.std,
-            blur_taps=pair.blur_taps,
-            semantics=pair.semantics,
-        )
-
-    def render(self, image: NDArray[np.uint8], parameters: NDArray[np.float32], out: NDArray[np.float32] | NDArray[np.uint8]) -> None:
-        """Fills out, one view for each parameter row.
-
-        Args:
-            image: (H, W, 3) uint8, C-contiguous.
-            parameters: (V, NUM_COLUMNS) float32 (columns: `parameters.COLUMNS`), boxes inside the image.
-            out: (V, S, S, 3), C-contiguous. float32: the whole augmentation, clipped and normalised. uint8: crop and resize only,
-                rounded to nearest; flip and everything after it are left to `torch_graph.augment_batch`.
-
-        Raises:
-            ValueError: a shape, type or memory layout other than the above, or a crop box that leaves the image.
-        """
-        height, width = self._check(image, parameters, out)
-        pixels = image.reshape(height, 3 * width)
-        if out.dtype == np.float32:
-            switches = self._cubic, self._antialias, self._torchvision
-            self._render_views(pixels, parameters, *switches, self._radius, self._gain, self._offset, self._scratch(width), out)
-        else:
-            self._render_crops(pixels, parameters, self._cubic, self._antialias, self._scratch(width), out)
-
-    def _check(self, image: NDArray[Any], parameters: NDArray[Any], out: NDArray[Any]) -> tuple[int, int]:
-        """Height and width. The compiled code reads memory unchecked: nothing wrong may get there."""
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.flags.c_contiguous or image.size == 0:
-            raise ValueError(f"image: {image.dtype} {image.shape}, must be C-contiguous uint8 (H, W, 3)")
-        views = len(parameters)
-        if parameters.shape != (views, NUM_COLUMNS) or parameters.dtype != np.float32 or not parameters.flags.c_contiguous:
-            raise ValueError(f"parameters: {parameters.dtype} {parameters.shape}, must be C-contiguous float32 (V, {NUM_COLUMNS})")
-        wanted = (views, self.size_px, self.size_px, 3)
-        if out.shape != wanted or out.dtype not in (np.float32, np.uint8) or not out.flags.c_contiguous:
-            raise ValueError(f"out: {out.dtype} {out.shape}, must be C-contiguous float32 or uint8 {wanted}")
-        height, width = image.shape[:2]
-        for y, x, crop_h, crop_w in parameters[:, CROP_Y : CROP_W + 1].tolist():
-            if not (y >= 0 and x >= 0 and 1 <= crop_h <= height - y and 1 <= crop_w <= width - x):
-                raise ValueError(f"crop y {y:g}, x {x:g}, h {crop_h:g}, w {crop_w:g}: must lie inside the {height} x {width} image")
-        return height, width
-
-    def _scratch(self, width: int) -> NDArray[np.float32]:
-        """This thread's scratch memory, grown to the widest image it has seen."""
-        scratch: NDArray[np.float32] | None = getattr(self._local, "scratch", None)
-        floats = _scratch_floats(self.size_px, self._radius, width)
-        if scratch is None or scratch.size < floats:
-            scratch = np.empty(_scratch_floats(self.size_px, self._radius, width + width // 4), dtype=np.float32)
-            self._local.scratch = scratch
-        return scratch

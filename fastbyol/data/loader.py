@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastbyol.augment.cpu_kernel import ViewKernel
 from fastbyol.augment.parameters import NUM_COLUMNS, centre_crop_parameters, draw_parameters
+from fastbyol.augment.view_kernel import ViewKernel
 from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ImageBatch, ViewBatch
