@@ -62,7 +62,7 @@ def test_a_config_survives_yaml():
         (["--keep_checkpoints", "1"], "keep_checkpoints = 1: must be a number >= 2"),
         (["--seed", "-1"], "seed = -1"),
         (["--views.size_px", "0"], "size_px = 0"),
-        (["--views.view1.blur_p", "1.1"], "blur_p = 1.1: must be a probability"),
+        (["--views.view1.blur_p", "1.1"], "views.view1.blur_p = 1.1: must be a probability"),
         (["--views.view1.blur_sigma", "[0, 1]"], "blur_sigma = .*increasing pair"),
         (["--views.view1.crop_area", "[0.9, 0.1]"], "crop_area = .*increasing pair"),
         (["--views.view1.crop_area", "[0.9]"], "crop_area.*2 elements"),

@@ -32,7 +32,11 @@ def from_plain(cls: type[Config], values: dict[str, Any], *, where: str = "") ->
     for name in values:
         if name not in known:
             raise UserError(f"{where}{name}: no such option{nearest_name(name, known)}")
-    return cls(**{name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()})
+    converted = {name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()}
+    try:
+        return cls(**converted)
+    except UserError as error:  # a view does not know whether it is view1 or view2
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}{error}") from error
 
 
 def nearest_name(name: str, known: typing.Iterable[str]) -> str:
