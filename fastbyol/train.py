@@ -119,6 +119,7 @@ def build(config: TrainConfig, process: Process) -> TrainState:
         accumulate=accumulation_of(config, world_size=process.world_size),
         rank=process.rank,
         world_size=process.world_size,
+        device=process.device,
         output="uint8" if process.device.type == "cuda" else "float32",
         traversal=config.data.traversal,
         window_mib=config.data.window_mib,

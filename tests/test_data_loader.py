@@ -22,6 +22,7 @@ from fastbyol.data.batch_memory import BatchMemory
 from fastbyol.data.beton import read_beton
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.readahead import Readahead
+from fastbyol.data.renderer import KernelRenderer
 from fastbyol.data.source import Indices, Pixels, RangeReader, Source
 from fastbyol.data.traversal import Traversal, group_into_blocks, local_order
 from fastbyol.data.writers_ffcv import write_beton
@@ -270,7 +271,9 @@ def test_blocks_are_fetched_a_window_ahead_once_an_epoch_and_shared_between_the_
     for reader in range(2):
         source = _StoredSource()
         readahead = Readahead(source, blocks, seed=1, reader=reader, num_readers=2)
-        loader = TwoViewLoader(source, views=VIEWS, traversal=Traversal(40, 1, 4, blocks=blocks), readahead=readahead, prefetch=1)
+        loader = TwoViewLoader(
+            KernelRenderer(source, VIEWS, prefetch=1), views=VIEWS, traversal=Traversal(40, 1, 4, blocks=blocks), readahead=readahead
+        )
         with loader:
             iterator = iter(loader)
             first = next(iterator)
@@ -375,7 +378,7 @@ class _BrokenSource(Source):
 
 
 def test_an_unforeseen_exception_of_a_worker_reaches_the_consumer_with_the_sample() -> None:
-    loader = TwoViewLoader(_BrokenSource(), views=VIEWS, traversal=Traversal(8, 0, 4), workers=2)
+    loader = TwoViewLoader(KernelRenderer(_BrokenSource(), VIEWS, workers=2), views=VIEWS, traversal=Traversal(8, 0, 4))
     with loader, pytest.raises(ValueError, match="uint8") as caught:
         list(loader)
     assert caught.value.__notes__ == ["while rendering image 6"]

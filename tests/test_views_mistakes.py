@@ -17,6 +17,7 @@ from fastbyol.config.views import ViewPair, ViewSpec
 from fastbyol.data import beton as beton_format
 from fastbyol.data import build_loader
 from fastbyol.data.loader import TwoViewLoader
+from fastbyol.data.renderer import KernelRenderer
 from fastbyol.data.source import Indices, Pixels, Source
 from fastbyol.data.traversal import Traversal
 from fastbyol.data.writers_ffcv import write_beton
@@ -82,7 +83,8 @@ class _ManyImages(Source):
 
 
 def test_a_batch_larger_than_memory_is_one_line() -> None:
-    loader = TwoViewLoader(_ManyImages(), views=ViewPair(size_px=4096), traversal=Traversal(10**6, 0, 10**6))
+    pair = ViewPair(size_px=4096)
+    loader = TwoViewLoader(KernelRenderer(_ManyImages(), pair), views=pair, traversal=Traversal(10**6, 0, 10**6))
     with loader, pytest.raises(UserError, match=r"a batch of 1000000 images at views.size_px = 4096 needs 375000.0 GiB"):
         next(iter(loader))
 

@@ -2,8 +2,9 @@
 
 How: generated ImageNet-like JPEG files (`imagenet_like.py`), converted to a .beton and to tar shards. Each backend walks them three times:
 decode only (read, check the CRC where there is one, decode), crops (two uint8 crops at the output size), views (all of the augmentation).
-Reference: torchvision.transforms on Pillow images. Ceiling: TurboJPEG alone on bytes in memory. The file cache is warm: a disk is not
-measured.
+Reference: torchvision.transforms on Pillow images; beside it lightly's BYOLTransform where that is installed, and DALI doing all of it by its
+own operations. Ceiling: TurboJPEG alone on bytes in memory. The file cache is warm: a disk is not measured. Then each backend's views run for
+six epochs more: what the process grows by in the last three (MiB) is printed beside them; a batch of 50 is 57 MiB.
 
     python -m benchmarks.run loader
 
@@ -15,6 +16,7 @@ sees all of it.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import numpy as np
 
 from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.record import CaseResult, make_result
+from benchmarks.rivals.lightly_views import LightlyLoader
 from benchmarks.rivals.torchvision_views import TorchvisionLoader
 from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.config.errors import UserError
@@ -31,10 +34,12 @@ from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader
 from fastbyol.data.dali_loader import DaliSource
+from fastbyol.data.dali_renderer import NATIVE_DIFFERENCES
 from fastbyol.data.ffcv_loader import FfcvSource, TurboJpeg
 from fastbyol.data.folder_loader import FolderSource
 from fastbyol.data.image_folder import list_image_folder
-from fastbyol.data.loader import MAX_CHUNK, TwoViewLoader
+from fastbyol.data.loader import TwoViewLoader
+from fastbyol.data.renderer import MAX_CHUNK
 from fastbyol.data.source import Source, decode_with_pillow
 from fastbyol.data.writers_ffcv import write_beton
 from fastbyol.data.writers_tar import write_tar_shards
@@ -42,6 +47,7 @@ from fastbyol.data.writers_tar import write_tar_shards
 REFERENCE, CEILING = "torchvision on Pillow: views", "TurboJPEG: decode only, bytes in memory"
 SOURCES: dict[str, Callable[[Path], Source]] = {"ffcv": FfcvSource, "dali": DaliSource, "folder": FolderSource}
 OUTPUTS = {"crops": "uint8", "views": "float32"}
+LIGHTLY, DALI_NATIVE = "lightly: views", "dali, its own operations: views"
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,18 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     paths = {"ffcv": scratch / "images.beton", "dali": scratch / "shards", "folder": folder}
     views = ViewPair(size_px=size.size_px)
     torchvision = TorchvisionLoader(folder, views, batch=size.batch)
+    skipped: dict[str, str] = {}
     subjects = [
         Subject(CEILING, _turbojpeg_pass(folder), units=size.images, note="no file read, no CRC"),
         Subject(REFERENCE, lambda: _consume(torchvision), units=size.images, note="antialiased, other colour operations"),
     ]
+    try:
+        lightly = LightlyLoader(folder, size_px=size.size_px, batch=size.batch)
+        subjects.append(Subject(LIGHTLY, lambda: _consume(lightly), units=size.images, note="bilinear, other colour operations"))
+    except UserError as error:
+        skipped[LIGHTLY] = str(error)
     opened: list[Source | TwoViewLoader] = []
-    skipped: dict[str, str] = {}
+    growth: dict[str, dict[str, float]] = {}
     try:
         for backend, path in paths.items():
             try:
@@ -81,6 +93,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
                 skipped[backend] = str(error)
         with torch_threads(1):
             timings = measure(subjects, rounds=size.rounds)
+            growth = {one.name: {"MiB in 3 epochs": _growth_mib(one.run)} for one in subjects if one.name.endswith(": views")}
     finally:
         for one in opened:
             one.close()
@@ -94,6 +107,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         unit="image",
         threads=1,
         settings=size,
+        extra=growth,
         skipped=skipped,
     )
 
@@ -108,7 +122,27 @@ def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, ope
         loader = build_loader(config, views=views, seed=size.seed, global_batch=size.batch, output=output)
         opened.append(loader)
         subjects.append(Subject(f"{backend}: {what}", _epoch_of(loader), units=size.images))
+    if backend == "dali":
+        config = DataConfig(train=str(path), backend=backend, workers=1, dali_ops="all")
+        native = build_loader(config, views=views, seed=size.seed, global_batch=size.batch)
+        opened.append(native)
+        subjects.append(Subject(DALI_NATIVE, _epoch_of(native), units=size.images, note=NATIVE_DIFFERENCES))
     return subjects
+
+
+def _growth_mib(epoch: Callable[[], object]) -> float:
+    """What this process's resident memory grows by in three epochs, after three that bring it to its level."""
+    resident = []
+    for _ in range(2):
+        for _ in range(3):
+            epoch()
+        resident.append(_resident_mib())
+    return round(resident[1] - resident[0], 1)
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _epoch_of(loader: TwoViewLoader) -> Callable[[], None]:

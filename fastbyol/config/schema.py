@@ -12,6 +12,7 @@ from fastbyol.config.views import ViewPair
 
 BACKENDS = ("auto", "ffcv", "dali", "folder")
 TRAVERSALS = ("random", "local")
+DALI_OPS = ("auto", "decode", "crop", "all")
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,14 @@ class DataConfig:
     """random over all images; local, for data larger than memory on storage that seeks badly: blocks of 8 MiB, mixed in windows of many."""
     window_mib: int = 2048
     """local: what is mixed with one another; twice this should fit in memory."""
+    dali_ops: str = "auto"
+    """What the dali backend leaves to DALI: decode (on the CPU); crop, on the GPU where there is one; all, for comparison: it is not the
+    paper's augmentation. auto: crop on a GPU (not run by us yet), else decode."""
 
     def __post_init__(self) -> None:
         require_choice("data.backend", self.backend, BACKENDS)
         require_choice("data.traversal", self.traversal, TRAVERSALS)
+        require_choice("data.dali_ops", self.dali_ops, DALI_OPS)
         require_at_least("data.window_mib", self.window_mib, 1)
         require_at_least("data.workers", self.workers, 0)
         require_at_least("data.prefetch", self.prefetch, 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig
 from fastbyol.config.views import ViewPair
@@ -12,6 +14,7 @@ from fastbyol.data.beton import MIN_PAGE_BYTES
 from fastbyol.data.loader import ImageLoader, TwoViewLoader
 from fastbyol.data.manifest import TAR_MANIFEST
 from fastbyol.data.readahead import Readahead
+from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.source import Source
 from fastbyol.data.traversal import Blocks, Traversal, group_into_blocks
 
@@ -31,6 +34,7 @@ def build_loader(
     accumulate: int = 1,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device | None = None,
     output: str = "float32",
     option: str = "data.train",
     traversal: str = "random",
@@ -46,7 +50,8 @@ def build_loader(
         accumulate: micro-batches per optimizer step; each is one `ViewBatch`.
         rank: this process among world_size.
         world_size: processes that share the batch.
-        output: 'float32' views or 'uint8' crops, see `TwoViewLoader`.
+        device: where the training step runs; None: the CPU. What DALI makes on a GPU stays there.
+        output: 'float32' views or 'uint8' crops, see `KernelRenderer`; without effect where DALI crops.
         option: what an error calls `config.train`.
         traversal: 'random' over all images; 'local' over blocks of 8 MiB (a .beton's pages) and then within windows of many, for data
             larger than memory on disks or network file systems that are slow at random reads. Either way every image comes once in an
@@ -60,18 +65,29 @@ def build_loader(
     try:
         blocks = _blocks(source, traversal, window_mib)
         walk = Traversal(source.num_samples, seed, global_batch, accumulate=accumulate, rank=rank, world_size=world_size, blocks=blocks)
-        return TwoViewLoader(
-            source,
-            views=views,
-            traversal=walk,
-            workers=config.workers or default_workers(),
-            prefetch=config.prefetch,
-            output=output,
-            readahead=Readahead(source, blocks, seed=seed, **_place_on_machine()) if blocks else None,
-        )
+        renderer = _renderer(source, config, views, batch=walk.rank_batch, output=output, device=device or torch.device("cpu"))
+        readahead = Readahead(source, blocks, seed=seed, **_place_on_machine()) if blocks else None
+        return TwoViewLoader(renderer, views=views, traversal=walk, readahead=readahead)
     except BaseException:
         source.close()
         raise
+
+
+def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int, output: str, device: torch.device) -> Renderer:
+    """What turns the source's images into views: our kernel on the CPU, or DALI."""
+    workers = config.workers or default_workers()
+    if config.dali_ops != "decode":
+        from fastbyol.data.dali_loader import DaliSource
+
+        if isinstance(source, DaliSource):
+            if config.dali_ops != "auto" or device.type == "cuda":
+                from fastbyol.data.dali_renderer import DaliRenderer
+
+                ops = "crop" if config.dali_ops == "auto" else config.dali_ops
+                return DaliRenderer(source, views, ops=ops, batch=batch, workers=workers, prefetch=config.prefetch, device=device)
+        elif config.dali_ops != "auto":
+            raise UserError(f"data.dali_ops = {config.dali_ops!r}: {config.train} is not read by the dali backend; leave it at auto")
+    return KernelRenderer(source, views, output=output, workers=workers, prefetch=config.prefetch)
 
 
 def build_image_loader(path: str | Path, *, views: ViewPair, batch: int, backend: str = "auto", workers: int = 0) -> ImageLoader:

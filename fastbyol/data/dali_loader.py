@@ -43,7 +43,7 @@ class DaliSource(Source):
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         for first in range(0, len(indices), BATCH):
             batch = indices[first : first + BATCH]
-            jpegs = [self._jpeg(index) for index in batch]
+            jpegs = [self.jpeg(index) for index in batch]
             try:
                 images = self._run(jpegs)
             except RuntimeError as error:
@@ -65,7 +65,7 @@ class DaliSource(Source):
             file.close()
         self._local = threading.local()
 
-    def _jpeg(self, index: int) -> Pixels:
+    def jpeg(self, index: int) -> Pixels:
         row = self._table[index]
         data = self._files[row["shard"]].read(int(row["offset"]), int(row["size"]))
         return np.frombuffer(self.checked(index, data, int(row["crc32"])), dtype=np.uint8)
@@ -89,7 +89,7 @@ class DaliSource(Source):
             try:
                 images += [np.array(image) for image in self._run([jpeg])]
             except RuntimeError as error:
-                raise damaged(self.sample_name(index), _reason(error)) from first_error
+                raise damaged(self.sample_name(index), dali_reason(error)) from first_error
         return images
 
 
@@ -109,7 +109,7 @@ def _decoding_pipeline() -> Any:
     return pipeline
 
 
-def _reason(error: RuntimeError) -> str:
+def dali_reason(error: RuntimeError) -> str:
     """DALI's message is pages long; its first line with an error says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "DALI gave no reason")[:200]

@@ -1,0 +1,137 @@
+"""From planned indices to rendered views: a bounded number of batches ahead of the consumer, on threads.
+
+libjpeg, DALI and the kernel release the interpreter lock, so threads are enough: there are no processes to lose, and no copies between them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastbyol.augment.parameters import NUM_COLUMNS
+from fastbyol.augment.view_kernel import ViewKernel
+from fastbyol.config.errors import require_at_least, require_choice
+from fastbyol.config.views import ViewPair
+from fastbyol.data.batch_memory import BatchMemory
+from fastbyol.data.source import Indices, Source
+
+OUTPUTS = {"float32": torch.float32, "uint8": torch.uint8}
+MAX_CHUNK = 16
+"""Most images that one thread takes at a time: enough to spread the fixed cost of numpy and of a DALI run over small images."""
+
+Draw = Callable[[Indices, Indices, Indices], NDArray[np.float32]]
+"""(index, height, width), (N,) each -> parameters (N, V, NUM_COLUMNS)."""
+
+
+class Rendered(NamedTuple):
+    """views: (V, N, S, S, 3), whole and normalised, or uint8 crops. parameters: (N, V, P)."""
+
+    indices: Indices
+    views: torch.Tensor
+    parameters: torch.Tensor
+
+
+class Pending(NamedTuple):
+    """A batch under way: what must be done first, and what then gives it."""
+
+    jobs: list[Future[Any]]
+    result: Callable[[], Rendered]
+
+
+class Renderer(ABC):
+    """Makes the views of planned batches. Takes over the source and closes it.
+
+    Args:
+        source: the backend.
+        threads: of the pool.
+        prefetch: batches made ahead.
+    """
+
+    def __init__(self, source: Source, *, threads: int, prefetch: int) -> None:
+        require_at_least("workers", threads, 1)
+        require_at_least("prefetch", prefetch, 1)
+        self.source = source
+        self._prefetch = prefetch
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-data")
+
+    def batches(self, plan: Iterable[Indices], draw: Draw) -> Iterator[Rendered]:
+        """The planned batches in order. Each has its own memory. A worker's exception is raised here, at its batch."""
+        remaining = iter(plan)
+        ahead: deque[Pending] = deque()
+        try:
+            while True:
+                ahead.extend(self._submit(indices, draw) for indices in islice(remaining, self._prefetch + 1 - len(ahead)))
+                if not ahead:
+                    return
+                for job in ahead[0].jobs:
+                    job.result()
+                yield ahead.popleft().result()
+        finally:  # the consumer left or a sample failed: what has not begun shall not run
+            for pending in ahead:
+                for job in pending.jobs:
+                    job.cancel()
+
+    @abstractmethod
+    def _submit(self, indices: Indices, draw: Draw) -> Pending:
+        """Gives one batch to the pool."""
+
+    def close(self) -> None:
+        """Ends the threads and closes the files."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.source.close()
+
+
+class KernelRenderer(Renderer):
+    """Each thread decodes images by the source and renders their views by the compiled kernel.
+
+    Args:
+        source: the backend.
+        pair: what both views draw, or, of one view, size, interpolation and normalisation.
+        num_views: of each image.
+        output: 'float32': whole views, normalised; 'uint8': crops, in pinned memory where there is a GPU, for `augment.torch_graph`.
+        workers: threads that decode and render.
+        prefetch: batches made ahead.
+    """
+
+    def __init__(
+        self, source: Source, pair: ViewPair, *, num_views: int = 2, output: str = "float32", workers: int = 1, prefetch: int = 3
+    ) -> None:
+        super().__init__(source, threads=workers, prefetch=prefetch)
+        require_choice("output", output, tuple(OUTPUTS))
+        self._kernel = ViewKernel.of(pair)
+        self._num_views, self._size_px, self._workers = num_views, pair.size_px, workers
+        # uint8 crops are on their way to a device: pinned memory makes that copy asynchronous.
+        self._memory = BatchMemory(OUTPUTS[output], pinned=output == "uint8" and torch.cuda.is_available(), spare=prefetch + 1)
+
+    def _submit(self, indices: Indices, draw: Draw) -> Pending:
+        shape = (self._num_views, len(indices), self._size_px, self._size_px, 3)
+        views = self._memory.lend(shape)
+        parameters = torch.empty((len(indices), self._num_views, NUM_COLUMNS))
+        chunk = min(MAX_CHUNK, -(-len(indices) // self._workers))
+        jobs = [
+            self._pool.submit(
+                self._render, indices[first : first + chunk], draw, views.numpy()[:, first:], parameters.numpy()[first : first + chunk]
+            )
+            for first in range(0, len(indices), chunk)
+        ]
+        rendered = Rendered(indices, views, parameters)
+        return Pending(jobs, lambda: rendered)
+
+    def _render(self, indices: Indices, draw: Draw, views: NDArray[Any], parameters: NDArray[np.float32]) -> None:
+        """Fills the rows of one chunk."""
+        parameters[:] = draw(indices, *self.source.sizes(indices))
+        for row, image in enumerate(self.source.decode(indices)):
+            try:
+                for view in range(self._num_views):
+                    self._kernel.render(image, parameters[row, view : view + 1], views[view, row : row + 1])
+            except Exception as error:
+                error.add_note(f"while rendering {self.source.sample_name(int(indices[row]))}")
+                raise
