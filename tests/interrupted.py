@@ -81,7 +81,11 @@ class Conversion:
 
     def result(self) -> dict[str, bytes]:
         """Every file that the conversion left, by name."""
-        files = [path for path in self.out.rglob("*") if path.is_file()] if self.out.is_dir() else list(self.out.parent.glob(f"{self.out.name}*"))
+        files = (
+            [path for path in self.out.rglob("*") if path.is_file()]
+            if self.out.is_dir()
+            else list(self.out.parent.glob(f"{self.out.name}*"))
+        )
         return {path.name: path.read_bytes() for path in files}
 
     def is_finished(self) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
+from interrupted import Conversion, await_gone, kill_and_continue, limit_file_size, write_many
 
 from fastbyol.config.errors import UserError
 from fastbyol.data import conversion, conversion_estimate
@@ -26,9 +27,8 @@ from fastbyol.data.manifest import read_manifest
 from fastbyol.data.work_folder import WorkFolder
 from fastbyol.data.writers_ffcv import write_beton
 from fastbyol.data.writers_tar import write_tar_shards
-from interrupted import Conversion, await_gone, kill_and_continue, limit_file_size, write_many
 
-IMAGES, BAD_EVERY = 1500, 30
+IMAGES, BAD_EVERY = 700, 35
 FORMATS = {"beton": ("to_ffcv.py", "x.beton", ()), "tar": ("to_dali.py", "x", ("--shard-mb", "1"))}
 
 
@@ -62,28 +62,28 @@ def test_killed_at_random_moments_it_continues_and_ends_with_the_same_bytes(
     kind: str, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     command = make(kind, many, tmp_path)
-    done = kill_and_continue(command, images=IMAGES, kills=3, seed=5)
+    done = kill_and_continue(command, images=IMAGES, kills=2, seed=5)
     assert done, "every kill came too late"
     assert done == sorted(done)
     assert command.result() == undisturbed[kind]
     assert command.is_finished()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("kind", "number", "code"), [("beton", signal.SIGINT, 130), ("tar", signal.SIGTERM, 143)])
 def test_a_stop_is_one_line_that_says_how_far_it_is_and_the_same_command_continues(
-    number: signal.Signals, code: int, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+    kind: str, number: signal.Signals, code: int, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    command = make("beton", many, tmp_path)
-    exit_code, err, workers = command.interrupt(number, after=200)
+    command = make(kind, many, tmp_path)
+    exit_code, err, workers = command.interrupt(number, after=100)
     assert exit_code == code
     assert len(workers) == 2
     await_gone(workers)
     done = command.done()
-    assert 200 <= done < IMAGES
+    assert 100 <= done < IMAGES
     assert err.splitlines()[1:] == [f"fastbyol: {command.out}: stopped at {done:,} of {IMAGES:,} images; the same command continues"]
     assert not command.out.exists()
     assert command.run().returncode == 0
-    assert command.result() == undisturbed["beton"]
+    assert command.result() == undisturbed[kind]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues_when_there_is_ro
     kind: str, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     command = make(kind, many, tmp_path)
-    done = command.run(preexec_fn=limit_file_size(900_000))
+    done = command.run(preexec_fn=limit_file_size(500_000))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
@@ -159,9 +159,11 @@ def test_strict_stops_at_the_first_bad_image_and_continues_with_it_once_it_is_me
 
 def test_two_conversions_to_one_output_do_not_mix(ten: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.beton"
-    with WorkFolder(tmp_path / ".x.beton.partial", output=out, identity={}):
-        with pytest.raises(UserError, match="another conversion is writing it at this moment"):
-            write_beton(ten, out=out, workers=1)
+    with (
+        WorkFolder(tmp_path / ".x.beton.partial", output=out, identity={}),
+        pytest.raises(UserError, match="another conversion is writing it at this moment"),
+    ):
+        write_beton(ten, out=out, workers=1)
     assert write_beton(ten, out=out, workers=1).num_samples == 9
 
 
@@ -219,10 +221,10 @@ def test_row_i_is_the_ith_image_kept_and_the_manifest_says_which_are_not(
     assert table.label.tolist() == [listing.labels[i] for i in kept]
     dali, ffcv = DaliSource(tar), FfcvSource(beton)
     assert dali.labels.tolist() == ffcv.labels.tolist()
-    some = np.array([0, 1, 700, len(kept) - 1])
+    some = np.array([0, 1, 400, len(kept) - 1])
     for ours, theirs in zip(ffcv.decode(some), dali.decode(some), strict=True):
         assert np.abs(ours.astype(int) - theirs).max() <= 3
-    assert f"({kept[700]:08d}.jpg of" in dali.sample_name(700)
+    assert f"({kept[400]:08d}.jpg of" in dali.sample_name(400)
 
 
 def test_stock_ffcv_reads_a_beton_with_fewer_rows_than_its_table_has_room_for_and_raw_rows(ten: Path, tmp_path: Path) -> None:
@@ -231,21 +233,19 @@ def test_stock_ffcv_reads_a_beton_with_fewer_rows_than_its_table_has_room_for_an
     table = read_beton(out)
     assert (manifest.num_samples, sorted(set(table.mode.tolist()))) == (9, [0, 1])
     expected = np.stack([image.copy() for image in FfcvSource(out).decode(np.arange(9))])
-    for os_cache in (True, False):
-        loader = Loader(
-            str(out),
-            batch_size=9,
-            num_workers=1,
-            order=OrderOption.SEQUENTIAL,
-            os_cache=os_cache,
-            pipelines={"image": [CenterCropRGBImageDecoder((40, 40), ratio=1.0), ToTensor()], "label": [IntDecoder(), ToTensor()]},
-        )
-        ((image, label),) = list(loader)
-        # 40x40 from the middle of 40x48; the fast DCT of stock FCCV differs by a few levels in JPEGs, in raw rows nothing does.
-        difference = np.abs(image.numpy().astype(int) - expected[:, :, 4:44])
-        assert difference[table.mode == 1].max() == 0
-        assert difference.mean() < 2
-        assert label.flatten().tolist() == [0] * 9
+    loader = Loader(
+        str(out),
+        batch_size=9,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [CenterCropRGBImageDecoder((40, 40), ratio=1.0), ToTensor()], "label": [IntDecoder(), ToTensor()]},
+    )
+    ((image, label),) = list(loader)
+    # The middle 40x40 of 40x48 pixels. The fast DCT of stock FFCV differs by a few levels in JPEGs; in raw rows nothing does.
+    difference = np.abs(image.numpy().astype(int) - expected[:, :, 4:44])
+    assert difference[table.mode == 1].max() == 0
+    assert difference.mean() < 2
+    assert label.flatten().tolist() == [0] * 9
 
 
 def test_too_many_dropped_or_a_class_that_loses_all_is_an_error_after_which_nothing_is_lost(tmp_path: Path) -> None:
@@ -272,7 +272,9 @@ def test_a_disk_that_is_gone_ends_the_work_and_its_images_are_tried_again(tmp_pa
         return location if index < 25 else type(location)(location.name, tmp_path / "unplugged")
 
     monkeypatch.setattr(conversion, "locate", unplugged)
-    with pytest.raises(UserError, match=r"20 files in a row cannot be read, the last class0/000044.jpg \(No such file.*is the disk still there"):
+    with pytest.raises(
+        UserError, match=r"20 files in a row cannot be read, the last class0/000044.jpg \(No such file.*is the disk still there"
+    ):
         write_beton(folder, out=out, workers=1, options=ConversionOptions(flush_every_s=0))
     monkeypatch.setattr(conversion, "locate", locate)
     assert write_beton(folder, out=out, workers=1).num_samples == 60

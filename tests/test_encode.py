@@ -152,15 +152,14 @@ BAD = {
     "not an image: HTML": b"<html><body>404</body></html>",
     "not an image: noise": np.random.default_rng(1).bytes(4000),
     "not an image: PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "does not decode: header only": PLAIN["baseline"][:200],
+    "truncated in its header": PLAIN["baseline"][:200],
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_an_image_is_dropped_with_its_reason(name: str, either_decoder: str) -> None:
     reason = dropped(BAD[name]).reason
-    assert reason in name.split(":")[0] or name.startswith("truncated"), reason
-    assert reason in ("empty", "truncated", "not an image", "does not decode")
+    assert name.startswith(reason)
 
 
 def test_a_jpeg_cut_in_the_middle_and_ended_properly_is_truncated_though_libjpeg_only_warns() -> None:
