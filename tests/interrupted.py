@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -97,7 +96,7 @@ def kill_and_continue(conversion: Conversion, *, images: int, kills: int, seed: 
     moments = random.Random(seed)
     done_at_kill = []
     for kill in range(kills):
-        after = round(images * (kill + moments.random()) / (kills + 0.5))
+        after = round(0.85 * images * (kill + moments.random()) / kills)
         code, _, workers = conversion.interrupt(signal.SIGKILL, after=after, pause_s=moments.random() * 0.03)
         if code != -signal.SIGKILL:  # it was done before the moment came
             break
@@ -136,7 +135,3 @@ def limit_file_size(limit: int) -> object:
     import resource
 
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-
-def environment_of(**variables: str) -> dict[str, str]:
-    return {**os.environ, **variables}

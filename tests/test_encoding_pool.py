@@ -125,7 +125,7 @@ def test_workers_that_die_of_everything_end_the_work_with_a_message() -> None:
 
 
 def test_a_worker_that_is_silent_for_too_long_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding_pool, "SECONDS_PER_IMAGE", 1.0)
+    monkeypatch.setattr(encoding_pool, "SECONDS_PER_IMAGE", 2.0)
     locations = memories(30)
     locations[10] = Endless("10", b"")
     assert contents(encode(locations)) == ["kills the decoder" if i == 10 else jpeg(i) for i in range(30)]
