@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.image_listing import EXTENSIONS, ImageListing, sample_order, why_not_an_image
+from fastbyol.data.image_listing import EXTENSIONS, ImageListing, in_sample_order, why_not_an_image
 
 ImageFolder = ImageListing
 _SPLITS = ({"train", "val"}, {"train", "test"})
@@ -29,23 +30,22 @@ def list_image_folder(root: Path) -> ImageListing:
     """
     class_names = _class_names(root)
     scan = scan_folder(root)
-    members: dict[str, list[str]] = {name: [] for name in class_names}
-    for name in scan.names:
-        class_name, slash, _ = name.partition("/")
-        if slash:
-            members[class_name].append(name)
-        else:
-            scan.skipped.append((name, "in no class folder"))
-    for class_name, names in members.items():
-        if not names:
-            raise UserError(_empty_class(root / class_name, scan.skipped))
-        names.sort(key=sample_order)
-    files = tuple(name for names in members.values() for name in names)
-    labels = tuple(label for label, names in enumerate(members.values()) for _ in names)
-    return ImageListing(root, class_names, files, labels, tuple(sorted(scan.skipped)))
+    return by_class_folder(ImageListing(root, class_names, tuple(scan.names), (), tuple(scan.skipped)))
 
 
-def refuse_splits(root: Path, class_names: list[str]) -> None:
+def by_class_folder(found: ImageListing) -> ImageListing:
+    """The images in order, labelled by the class that starts their names. UserError for a class without any."""
+    label_of = {name: label for label, name in enumerate(found.class_names)}
+    classes = [name.partition("/")[0] if "/" in name else "" for name in found.files]
+    outside = tuple((name, "in no class folder") for name in found.files if "/" not in name)
+    found = replace(found, skipped=found.skipped + outside)
+    empty = sorted(label_of.keys() - set(classes))
+    if empty:
+        raise UserError(_empty_class(found.root / empty[0], found.skipped))
+    return in_sample_order(found, [label_of.get(name) for name in classes])
+
+
+def refuse_splits(root: Path, class_names: Sequence[str]) -> None:
     """UserError where the folders are splits."""
     if any(split <= set(class_names) for split in _SPLITS):
         raise UserError(f"{root}: holds splits ({', '.join(class_names)}), not classes; give one of them, such as {root / 'train'}")
@@ -70,7 +70,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _empty_class(folder: Path, skipped: list[tuple[str, str]]) -> str:
+def _empty_class(folder: Path, skipped: tuple[tuple[str, str], ...]) -> str:
     looked_for = f"looked for {' '.join(EXTENSIONS)}"
     told = next((f"; skipped {name}: {reason}" for name, reason in sorted(skipped) if name.split("/")[0] == folder.name), "")
     return f"{folder}: no image in this class folder ({looked_for}{told}); fill or remove it"

@@ -10,7 +10,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
@@ -88,19 +88,28 @@ class ImageListing:
 
     def restricted(self, indices: Sequence[int]) -> ImageListing:
         """The samples at these positions, in this order. Labels and class names stay: they mean the same in both."""
-        return ImageListing(
-            self.root,
-            self.class_names,
-            tuple(self.files[i] for i in indices),
-            tuple(self.labels[i] for i in indices),
-            self.skipped,
-            None if self.offsets is None else array("q", (self.offsets[i] for i in indices)),
-            array("q", (self.sizes[i] for i in indices)) if self.sizes else (),
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in indices),
+            labels=tuple(self.labels[i] for i in indices),
+            offsets=None if self.offsets is None else array("q", (self.offsets[i] for i in indices)),
+            sizes=() if self.offsets is None else array("q", (self.sizes[i] for i in indices)),
         )
 
 
-def sample_order(name: str) -> tuple[str, str]:
-    """Sorts the names of one class as torchvision does: folders by path, then the files of each by name."""
+def in_sample_order(found: ImageListing, labels: Sequence[int | None]) -> ImageListing:
+    """The listing of images that were found in any order, by their labels; those without one are left out."""
+    members: list[list[int]] = [[] for _ in found.class_names]
+    for index, label in enumerate(labels):
+        if label is not None:
+            members[label].append(index)
+    order = [index for indices in members for index in sorted(indices, key=lambda i: _torchvision_order(found.files[i]))]
+    labelled = replace(found, labels=tuple(-1 if label is None else label for label in labels), skipped=tuple(sorted(found.skipped)))
+    return labelled.restricted(order)
+
+
+def _torchvision_order(name: str) -> tuple[str, str]:
+    """Within a class: folders by path, then the files of each by name."""
     folder, _, file = name.rpartition("/")
     return folder, file
 
