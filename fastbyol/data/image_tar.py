@@ -6,7 +6,6 @@ Three layouts: ImageNet's ILSVRC2012_img_train.tar (a tar of one tar per class),
 
 from __future__ import annotations
 
-import os
 import tarfile
 from array import array
 from collections.abc import Iterator
@@ -16,11 +15,9 @@ from typing import BinaryIO
 from fastbyol.config.errors import UserError
 from fastbyol.data.image_listing import why_not_an_image
 from fastbyol.data.progress import Progress
+from fastbyol.data.tar_members import DamagedTarError, tar_members
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_LARGEST_HEADER = 1 << 20
-"""Bytes of a long name or of extended attributes; more is an attempt to fill the memory."""
-_END_MARK = bytes(tarfile.BLOCKSIZE)
 
 
 class TarScan:
@@ -104,40 +101,11 @@ class TarScan:
         return "" if reason or member.isdir() else plain
 
     def _members(self, file: BinaryIO, start: int, end: int, *, within: str) -> Iterator[tarfile.TarInfo]:
-        """The members of the tar that lies at these bytes of the file; their offsets count from the file's start."""
-        reader = _Headers(file, end)
-        reader.seek(start)
         try:
-            tar = tarfile.TarFile(fileobj=reader, mode="r")  # type: ignore[arg-type]
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined] # a million of them would fill gigabytes
-                if member.isreg() and not member.issparse() and member.offset_data + member.size > end:
-                    raise tarfile.ReadError("unexpected end of data")
-                yield member
-            # tarfile takes a damaged header for the end: only the zeros that end a tar are one.
-            reader.seek(tar.offset)
-            if reader.read(tarfile.BLOCKSIZE) != _END_MARK:
-                raise tarfile.ReadError("no header and no end mark")
-        except (tarfile.TarError, ValueError, RecursionError) as error:
+            yield from tar_members(file, start=start, end=end)
+        except DamagedTarError as error:
             where = "" if within == self._path.name else f" (in {within})"
-            raise UserError(
-                f"{self._path}: is no whole tar: {error} near byte {reader.tell():,} of {os.fstat(file.fileno()).st_size:,}{where}; download or"
-                " copy it again"
-            ) from error
-
-
-class _Headers:
-    """The file as tarfile reads headers from it: never past the end of this tar, never much at once."""
-
-    def __init__(self, file: BinaryIO, end: int) -> None:
-        self._file, self._end = file, end
-        self.tell = file.tell
-        self.seek = file.seek
-
-    def read(self, size: int) -> bytes:
-        if size > _LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {size:,} bytes")
-        return self._file.read(max(0, min(size, self._end - self._file.tell())))
+            raise UserError(f"{self._path}: is no whole tar: {error}{where}; download or copy it again") from error
 
 
 def _kind(member: tarfile.TarInfo) -> str:
