@@ -127,6 +127,6 @@ def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: 
     if len(table) < len(pointers) or rows.max() >= len(table) or (table["ptr"][rows] != pointers).any():
         raise cut
     sizes = table["size"][rows]
-    if (pointers + sizes).max() > table_at:
+    if max(pointers.max(), sizes.max(), (pointers + sizes).max()) > table_at:
         raise cut
     return sizes.astype(np.int64)

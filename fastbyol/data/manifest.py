@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastbyol.config.errors import UserError
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
+_SEAL = "content_sha256"
+"""Of all the other fields."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,19 @@ def beton_manifest_path(beton: Path) -> Path:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest as readable JSON; the caller gives the final name to it."""
-    path.write_text(json.dumps({"format_version": FORMAT_VERSION} | asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    """Writes the manifest as readable JSON, sealed; the caller gives the final name to it."""
+    fields = {"format_version": FORMAT_VERSION} | asdict(manifest)
+    path.write_text(json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n", encoding="utf-8")
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a readable manifest still says what was written: nobody has edited it. Reading does not ask; `verify` does."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return fields.pop(_SEAL, "") == _seal(fields)
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -61,6 +76,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version = fields.pop("format_version")
+        fields.pop(_SEAL, None)
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
         for name in ("class_names", "class_counts"):
             fields[name] = tuple(fields[name])

@@ -1,0 +1,92 @@
+"""What a conversion made, seen alike for both formats: where each image lies and what its tables say about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.beton import RAW_MODE, read_beton
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
+from fastbyol.data.source import Indices, Pixels, RangeReader, decode_with_pillow
+from fastbyol.data.tar_shards import SAMPLE_TABLE, read_sample_table
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The images of a .beton or a folder of tar shards. Every array has one row per image."""
+
+    path: Path
+    files: tuple[Path, ...]
+    file: Indices
+    """Which of the files holds the image."""
+    offset: Indices
+    size: Indices
+    height: Indices
+    width: Indices
+    label: Indices
+    raw: NDArray[np.bool_]
+    """Pixels instead of a JPEG."""
+    crc32: NDArray[np.uint32] | None
+    """Of each image's bytes; None where no conversion of ours left any."""
+
+    @cached_property
+    def _readers(self) -> list[RangeReader]:
+        return [RangeReader(file) for file in self.files]
+
+    def read(self, index: int) -> bytes:
+        """The image's bytes. Raises OSError or UserError if they cannot be read."""
+        return self._readers[self.file[index]].read(int(self.offset[index]), int(self.size[index]))
+
+    def pixels(self, index: int) -> Pixels:
+        """(H, W, 3) RGB. Raises one of PILLOW_ERRORS where they do not decode."""
+        data = self.read(index)
+        if not self.raw[index]:
+            return decode_with_pillow(data)
+        return np.frombuffer(data, dtype=np.uint8).reshape(int(self.height[index]), int(self.width[index]), 3)
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
+
+def is_converted(path: Path) -> bool:
+    """Whether this is the name of what a conversion makes: a .beton, or a folder with a manifest or with tars."""
+    return path.suffix == ".beton" if path.is_file() else (path / TAR_MANIFEST).is_file() or any(path.glob("*.tar"))
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of a converted file or folder lies."""
+    return path / TAR_MANIFEST if path.is_dir() else beton_manifest_path(path)
+
+
+def open_converted(path: Path) -> tuple[Converted, Manifest | None]:
+    """The images, and the manifest if there is one. UserError for what is damaged, foreign, or no conversion's."""
+    manifest = read_manifest(manifest_path(path)) if manifest_path(path).exists() else None
+    if path.is_file():
+        return converted_beton(path), manifest
+    if manifest is None:
+        raise UserError(f"{manifest_path(path)}: missing; copy the whole folder again, or convert again with data_prep/to_dali.py")
+    return converted_shards(path, manifest), manifest
+
+
+def converted_beton(path: Path) -> Converted:
+    """The images of a .beton, ours or one that stock FFCV wrote. UserError as `read_beton`."""
+    table = read_beton(path)
+    file = np.zeros(len(table.label), dtype=np.int64)
+    raw = table.mode == RAW_MODE
+    return Converted(path, (path,), file, table.offset, table.size, table.height, table.width, table.label, raw, table.crc32)
+
+
+def converted_shards(folder: Path, manifest: Manifest) -> Converted:
+    """The images of a folder of tar shards. UserError for a sample table that is missing or not of these shards."""
+    table = read_sample_table(folder / SAMPLE_TABLE, manifest)
+    file, offset, size, height, width, label = (
+        table[name].astype(np.int64) for name in ("shard", "offset", "size", "height", "width", "label")
+    )
+    files = tuple(folder / shard.name for shard in manifest.shards)
+    return Converted(folder, files, file, offset, size, height, width, label, np.zeros(len(table), dtype=np.bool_), table["crc32"])
