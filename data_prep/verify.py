@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
-from fastbyol.config.errors import one_line_errors, require_at_least
+from fastbyol.config.errors import UserError, one_line_errors, require_at_least
+from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.inputs import INPUTS, add_input_arguments, listing_from
 from fastbyol.data.verification import Verification, verify
 
@@ -27,7 +29,7 @@ exit code: 0 all is well, 1 something is not (each fault on a line: file, image,
 def main() -> None:
     arguments = _parser().parse_args()
     require_at_least("faults", arguments.faults, 1)
-    originals = listing_from(arguments, option="--source") if arguments.source else None
+    originals = _originals(arguments)
     start = time.monotonic()
     found = verify(arguments.path, originals=originals, threads=arguments.workers)
     for note in found.notes:
@@ -36,6 +38,15 @@ def main() -> None:
         print(fault)
     print(f"{arguments.path}: {_summary(found, time.monotonic() - start, shown=arguments.faults)}")
     sys.exit(1 if found.num_faults else 0)
+
+
+def _originals(arguments: Namespace) -> ImageListing | None:
+    if arguments.source:
+        return listing_from(arguments, option="--source")
+    for option in ("labels", "devkit", "subset"):
+        if getattr(arguments, option):
+            raise UserError(f"--{option}: describes what was converted; give that with --source")
+    return None
 
 
 def _summary(found: Verification, seconds: float, *, shown: int) -> str:

@@ -14,6 +14,7 @@ from fastbyol.data.beton import RAW_MODE, read_beton
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
 from fastbyol.data.source import Indices, Pixels, RangeReader, decode_with_pillow
 from fastbyol.data.tar_shards import SAMPLE_TABLE, read_sample_table
+from fastbyol.data.traversal import seeded_permutation
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Converted:
     """Pixels instead of a JPEG."""
     crc32: NDArray[np.uint32] | None
     """Of each image's bytes; None where no conversion of ours left any."""
+    listed: Indices
+    """Position of each image in the listing that was converted; its own number where that is unknown."""
 
     @cached_property
     def _readers(self) -> list[RangeReader]:
@@ -54,6 +57,20 @@ class Converted:
             reader.close()
 
 
+def listed_positions(manifest: Manifest) -> Indices:
+    """Of each sample, the position in the listing of what was converted. UserError if the manifest contradicts itself."""
+    total = manifest.num_samples + len(manifest.dropped)
+    seed = manifest.settings.get("shuffle_seed")
+    try:
+        order = np.arange(total) if seed is None else seeded_permutation(total, int(seed))
+        positions = order[~np.isin(order, np.array(manifest.dropped, dtype=np.int64))]
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"its dropped images or its shuffle_seed make no sense ({error})") from error
+    if len(positions) != manifest.num_samples:
+        raise UserError("its dropped images are not positions in its listing")
+    return positions
+
+
 def is_converted(path: Path) -> bool:
     """Whether this is the name of what a conversion makes: a .beton, or a folder with a manifest or with tars."""
     return path.suffix == ".beton" if path.is_file() else (path / TAR_MANIFEST).is_file() or any(path.glob("*.tar"))
@@ -68,18 +85,19 @@ def open_converted(path: Path) -> tuple[Converted, Manifest | None]:
     """The images, and the manifest if there is one. UserError for what is damaged, foreign, or no conversion's."""
     manifest = read_manifest(manifest_path(path)) if manifest_path(path).exists() else None
     if path.is_file():
-        return converted_beton(path), manifest
+        return converted_beton(path, manifest), manifest
     if manifest is None:
         raise UserError(f"{manifest_path(path)}: missing; copy the whole folder again, or convert again with data_prep/to_dali.py")
     return converted_shards(path, manifest), manifest
 
 
-def converted_beton(path: Path) -> Converted:
+def converted_beton(path: Path, manifest: Manifest | None) -> Converted:
     """The images of a .beton, ours or one that stock FFCV wrote. UserError as `read_beton`."""
     table = read_beton(path)
     file = np.zeros(len(table.label), dtype=np.int64)
     raw = table.mode == RAW_MODE
-    return Converted(path, (path,), file, table.offset, table.size, table.height, table.width, table.label, raw, table.crc32)
+    places = (table.offset, table.size, table.height, table.width)
+    return Converted(path, (path,), file, *places, table.label, raw, table.crc32, _listed(manifest, len(file)))
 
 
 def converted_shards(folder: Path, manifest: Manifest) -> Converted:
@@ -89,4 +107,14 @@ def converted_shards(folder: Path, manifest: Manifest) -> Converted:
         table[name].astype(np.int64) for name in ("shard", "offset", "size", "height", "width", "label")
     )
     files = tuple(folder / shard.name for shard in manifest.shards)
-    return Converted(folder, files, file, offset, size, height, width, label, np.zeros(len(table), dtype=np.bool_), table["crc32"])
+    raw, listed = np.zeros(len(table), dtype=np.bool_), _listed(manifest, len(table))
+    return Converted(folder, files, file, offset, size, height, width, label, raw, table["crc32"], listed)
+
+
+def _listed(manifest: Manifest | None, num_images: int) -> Indices:
+    """By the manifest, or by the images' own numbers where it is of no use (which `listed_positions` tells)."""
+    try:
+        positions = listed_positions(manifest) if manifest else np.arange(num_images)
+    except UserError:
+        positions = np.arange(0)
+    return positions if len(positions) == num_images else np.arange(num_images)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import threading
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,9 +23,9 @@ hard edges, two different photographs are 40 to 100 apart."""
 class ImageCheck:
     """Checks images of a conversion by number; from several threads at once."""
 
-    def __init__(self, images: Converted, *, originals: ImageListing | None = None, original_of: Sequence[int] = ()) -> None:
-        """original_of: for each image, the number of its original among `originals`."""
-        self._images, self._originals, self._original_of = images, originals, original_of
+    def __init__(self, images: Converted, *, originals: ImageListing | None = None) -> None:
+        """originals: the whole listing that was converted."""
+        self._images, self._originals = images, originals
         self._decoder = _turbojpeg()
         self._local = threading.local()
 
@@ -65,8 +64,8 @@ class ImageCheck:
         return f"does not decode ({complaint})" if complaint and (fatal or self._images.crc32 is None) else ""
 
     def _differences(self, index: int, data: bytes, originals: ImageListing) -> list[str]:
-        location = originals.location(self._original_of[index])
-        label = originals.labels[self._original_of[index]]
+        position = int(self._images.listed[index])
+        location, label = originals.location(position), originals.labels[position]
         faults = [f"has the label {self._images.label[index]}, its original {location.name} has {label}"]
         faults = faults if label != self._images.label[index] else []
         try:

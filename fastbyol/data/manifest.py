@@ -44,6 +44,11 @@ class Manifest:
     """The folder as the user gave it, and the digest of its listing."""
     shards: tuple[Shard, ...]
     software: dict[str, str]
+    dropped: tuple[int, ...] = ()
+    """Positions in the listing of the images that could not be kept, ascending: sample i is the i-th of the others, and where the settings
+    have a `shuffle_seed` the i-th of the others in that permutation of the listing."""
+    names_sha256: str = ""
+    """Of the samples' names in the listing, in the order of the samples, each ended by a zero byte: whether another listing gives the same."""
 
 
 def software_versions() -> dict[str, str]:
@@ -78,8 +83,8 @@ def read_manifest(path: Path) -> Manifest:
         version = fields.pop("format_version")
         fields.pop(_SEAL, None)
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        for name in ("class_names", "class_counts"):
-            fields[name] = tuple(fields[name])
+        for name in ("class_names", "class_counts", "dropped"):
+            fields[name] = tuple(fields.get(name, ()))
         manifest = Manifest(**fields)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; convert again with data_prep/to_dali.py or data_prep/to_ffcv.py") from None

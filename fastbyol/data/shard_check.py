@@ -21,7 +21,7 @@ ShardFault = tuple[int | None, str]
 
 def shard_faults(tar: Path, *, images: Converted, number: int) -> list[ShardFault]:
     """What disagrees between the tar, its index and the table of `images`, of which it is file `number`."""
-    expected = {f"{index:08d}": index for index in np.flatnonzero(images.file == number).tolist()}
+    expected = {f"{images.listed[index]:08d}": index for index in np.flatnonzero(images.file == number).tolist()}
     rows: list[str] = []
     faults: list[ShardFault] = []
     last_byte = 0
@@ -89,11 +89,11 @@ def _sample_faults(descriptor: int, index: int, members: list[TarInfo], images: 
     place, told = (found["jpg"].offset_data, found["jpg"].size), (int(images.offset[index]), int(images.size[index]))
     if place != told:
         yield f"lies at byte {place[0]:,} with {place[1]:,} bytes, the sample table says {told[0]:,} and {told[1]:,}"
-    for component, wanted in (("cls", int(images.label[index])), ("idx", index)):
+    for component, wanted in (("cls", int(images.label[index])), ("idx", int(images.listed[index]))):
         member = found[component]
         value = int.from_bytes(os.pread(descriptor, 8, member.offset_data), "little", signed=True)
         if member.size != 8 or value != wanted:
-            yield f"its component .{component} says {value} in {member.size} bytes, the sample table {wanted}"
+            yield f"its component .{component} says {value} in {member.size} bytes, should say {wanted}"
 
 
 def _index_faults(path: Path, rows: list[str]) -> Iterator[str]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import numpy as np
 
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.data.class_counts import refuse_other_counts
-from fastbyol.data.converted import Converted, converted_beton, converted_shards, is_converted, manifest_path
+from fastbyol.data.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.image_check import ImageCheck
 from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.manifest import Manifest, Shard, is_sealed, read_manifest
@@ -124,7 +126,7 @@ def _read_tables(path: Path, manifest: Manifest | None, found: Verification) -> 
     """Where the images lie; None if that cannot be read. Notes every disagreement with the manifest."""
     try:
         if path.is_file():
-            images = converted_beton(path)
+            images = converted_beton(path, manifest)
         elif manifest is not None:
             images = converted_shards(path, manifest)
         else:
@@ -150,13 +152,19 @@ def _foreign_shards(folder: Path, found: Verification) -> Converted:
         raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that data_prep/to_dali.py made")
     file, offset, size = np.array(places, dtype=np.int64).T
     unknown = np.zeros_like(file)
-    return Converted(folder, tuple(files), file, offset, size, unknown, unknown, unknown, unknown.astype(np.bool_), None)
+    return Converted(
+        folder, tuple(files), file, offset, size, unknown, unknown, unknown, unknown.astype(np.bool_), None, np.arange(len(file))
+    )
 
 
 def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterator[str]:
     """What the manifest says that the tables and files do not."""
     if manifest.kind != (kind := "beton" if path.is_file() else "tar"):
         yield f"is of the kind {manifest.kind!r}, this is a {kind}"
+    try:
+        listed_positions(manifest)
+    except UserError as error:
+        yield str(error)
     if manifest.num_samples != len(images.label):
         yield f"says {manifest.num_samples} images, there are {len(images.label)}"
     try:
@@ -185,14 +193,38 @@ def _summary(images: Converted) -> dict[str, float]:
 def _image_check(images: Converted, manifest: Manifest | None, originals: ImageListing | None, found: Verification) -> ImageCheck:
     if originals is None:
         return ImageCheck(images)
-    if len(originals.files) != len(images.label):
+    dropped = len(manifest.dropped) if manifest else 0
+    if len(originals.files) != len(images.label) + dropped:
+        told = f"{len(images.label):,} images and {dropped:,} that were dropped"
+        found.add([Fault(str(images.path), -1, f"has {told}, the source {originals.root} has {len(originals.files):,}")])
         found.add(
-            [Fault(str(images.path), -1, f"has {len(images.label):,} images, the source {originals.root} has {len(originals.files):,}")]
+            Fault(str(images.path), -1, f"the source's {name} is not in it, or not as it was") for name in _not_among(images, originals)
         )
         return ImageCheck(images)
     if manifest is not None and manifest.class_names != originals.class_names:
         found.add([Fault(str(manifest_path(images.path)), -1, f"names other classes than the source {originals.root} has")])
-    return ImageCheck(images, originals=originals, original_of=range(len(originals.files)))
+    if manifest is not None and manifest.source.get("listing_sha256") != originals.digest():
+        found.notes.append(f"the source {originals.root} is not as it was: names, sizes or labels differ; images are compared by position")
+    return ImageCheck(images, originals=originals)
+
+
+def _unmatched(images: Converted, originals: ImageListing) -> Iterator[Fault]:
+    """Images and originals whose very bytes the other side has not, where positions cannot tell which belongs to which."""
+    if images.crc32 is None:
+        return
+    left = Counter(images.crc32.tolist())
+    for index, name in enumerate(originals.files):
+        try:
+            checksum = zlib.crc32(originals.location(index).read())
+        except OSError:
+            checksum = -1
+        left[checksum] -= 1
+        if left[checksum] < 0:
+            yield Fault(str(images.path), -1, f"the source's {name} is not in it, or not with these bytes")
+    for index, checksum in enumerate(images.crc32.tolist()):
+        if left[checksum] > 0:
+            left[checksum] -= 1
+            yield Fault(str(images.path), index, "no image of the source has its bytes")
 
 
 def _work(path: Path, manifest: Manifest | None, images: Converted | None, check: ImageCheck | None) -> Iterator[Work]:
