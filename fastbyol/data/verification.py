@@ -197,9 +197,7 @@ def _image_check(images: Converted, manifest: Manifest | None, originals: ImageL
     if len(originals.files) != len(images.label) + dropped:
         told = f"{len(images.label):,} images and {dropped:,} that were dropped"
         found.add([Fault(str(images.path), -1, f"has {told}, the source {originals.root} has {len(originals.files):,}")])
-        found.add(
-            Fault(str(images.path), -1, f"the source's {name} is not in it, or not as it was") for name in _not_among(images, originals)
-        )
+        found.add(_unmatched(images, originals))
         return ImageCheck(images)
     if manifest is not None and manifest.class_names != originals.class_names:
         found.add([Fault(str(manifest_path(images.path)), -1, f"names other classes than the source {originals.root} has")])
