@@ -25,14 +25,14 @@ Order and labels are those of torchvision's ImageFolder for all of them: by clas
 
 
 def add_input_arguments(parser: ArgumentParser, *, option: str = "--data") -> None:
-    """Adds --data, --labels, --devkit, --subset and --drop-empty-classes; `listing_from` reads them.
-
-    Args:
-        parser: gets the options.
-        option: what the first is called, where it is not required and not what a command is about: '--source'.
-    """
-    where = "folder of class folders, or a tar" if option == "--data" else "where the images came from: the same as the conversion's --data"
+    """Adds --data (or, not required, '--source'), and what `add_label_arguments` adds; `listing_from` reads them."""
+    where = "folder of class folders, or a tar" if option == "--data" else "where the images came from: what the conversion had as --data"
     parser.add_argument(option, type=Path, required=option == "--data", metavar="PATH", help=where)
+    add_label_arguments(parser)
+
+
+def add_label_arguments(parser: ArgumentParser) -> None:
+    """Adds --labels, --devkit, --subset and --drop-empty-classes."""
     parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of images that lie together: FILE.csv or a text file")
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
     parser.add_argument(
