@@ -39,7 +39,7 @@ class Manifest:
     class_counts: tuple[int, ...]
     images: dict[str, float]
     """Summary: smallest, mean and largest height and width in pixels, bytes, and how many images were transcoded."""
-    settings: dict[str, int | str]
+    settings: dict[str, int | float | str]
     source: dict[str, str]
     """The folder as the user gave it, and the digest of its listing."""
     shards: tuple[Shard, ...]
@@ -60,10 +60,25 @@ def beton_manifest_path(beton: Path) -> Path:
     return beton.with_name(beton.name + ".json")
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest as readable JSON, sealed; the caller gives the final name to it."""
+def describe_shard(path: Path, *, name: str, samples: int, sha256: str = "") -> Shard:
+    """The manifest's entry of a file that is complete; its sha256 is taken unless it is known."""
+    return Shard(name=name, samples=samples, bytes=path.stat().st_size, sha256=sha256 or sha256_of(path))
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Readable JSON, pure ASCII, sealed."""
     fields = {"format_version": FORMAT_VERSION} | asdict(manifest)
-    path.write_text(json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n", encoding="utf-8")
+    return json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n"
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes the manifest; the caller gives the final name to it."""
+    path.write_text(manifest_text(manifest), encoding="utf-8")
 
 
 def is_sealed(path: Path) -> bool:

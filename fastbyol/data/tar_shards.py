@@ -15,16 +15,19 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.class_counts import refuse_other_counts
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, read_manifest
 
-SAMPLE_TABLE = "samples.npy"
+SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
 SAMPLE = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("label", "<i8"), ("height", "<u2"), ("width", "<u2")]
 )
-"""One row per sample, in the order of the ImageFolder listing: where its JPEG lies, and what it is. crc32 is of the JPEG's bytes."""
+"""One row per sample, in the order of the listing (of which the manifest's `dropped` have none): where its JPEG lies, and what it is.
+
+crc32 is of the JPEG's bytes."""
 INDEX_VERSION = "v1.2"
 
 
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.tar"
+def shard_name(number: int, *, part: str = "") -> str:
+    """Of a shard; part: of several that were made apart."""
+    return f"shard-{part}-{number:05d}.tar" if part else f"shard-{number:05d}.tar"
 
 
 def index_path(tar: Path) -> Path:
