@@ -5,7 +5,6 @@ The checks at open, which a training run makes, take milliseconds; here everythi
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zlib
 from collections import Counter
@@ -24,13 +23,12 @@ from fastbyol.data.class_counts import refuse_other_counts
 from fastbyol.data.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.image_check import ImageCheck
 from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.manifest import Manifest, Shard, is_sealed, read_manifest
+from fastbyol.data.manifest import Manifest, Shard, is_sealed, read_manifest, sha256_of
 from fastbyol.data.progress import Progress
 from fastbyol.data.shard_check import foreign_shard, shard_faults
 
 KEPT_FAULTS = 1000
 """Faults beyond are counted only."""
-_READ_BYTES = 1 << 20
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 4  # per thread: all are kept busy, and memory bounded
 
@@ -258,15 +256,11 @@ def _hash_faults(file: Path, shard: Shard | None) -> tuple[list[Fault], int]:
     size = file.stat().st_size
     if size != shard.bytes:
         return _one_fault(str(file), f"has {size:,} bytes, the manifest says {shard.bytes} (cut, replaced, or the manifest was edited)")
-    digest = hashlib.sha256()
     try:
-        with file.open("rb", buffering=0) as stream:
-            while piece := stream.read(_READ_BYTES):
-                digest.update(piece)
+        if sha256_of(file) == shard.sha256:
+            return [], 0
     except OSError as error:
         return _one_fault(str(file), f"cannot be read ({error.strerror})")
-    if digest.hexdigest() == shard.sha256:
-        return [], 0
     return _one_fault(str(file), "its sha256 is not the manifest's: bytes have changed, or the manifest was edited")
 
 
