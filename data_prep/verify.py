@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_at_least
+from fastbyol.data.findings import Findings
 from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.inputs import INPUTS, add_input_arguments, listing_from
-from fastbyol.data.verification import Verification, verify
+from fastbyol.data.verification import verify
 
 EXAMPLES = f"""\
 examples:
@@ -49,7 +50,7 @@ def _originals(arguments: Namespace) -> ImageListing | None:
     return None
 
 
-def _summary(found: Verification, seconds: float, *, shown: int) -> str:
+def _summary(found: Findings, seconds: float, *, shown: int) -> str:
     images = f"{found.num_images:,} images" + (f" of {found.num_classes:,} classes" if found.num_classes else "")
     work = f"{images}, {found.num_bytes:,} bytes of them, {found.num_images / max(seconds, 1e-9):,.0f} images/s"
     if not found.num_faults:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,9 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import RAW_MODE, read_beton
+from fastbyol.data.image_listing import ImageLocation
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
-from fastbyol.data.source import Indices, Pixels, RangeReader, decode_with_pillow
+from fastbyol.data.source import Indices, Pixels, decode_with_pillow
 from fastbyol.data.tar_shards import SAMPLE_TABLE, read_sample_table
 from fastbyol.data.traversal import seeded_permutation
 
@@ -37,13 +37,10 @@ class Converted:
     listed: Indices
     """Position of each image in the listing that was converted; its own number where that is unknown."""
 
-    @cached_property
-    def _readers(self) -> list[RangeReader]:
-        return [RangeReader(file) for file in self.files]
-
     def read(self, index: int) -> bytes:
-        """The image's bytes. Raises OSError or UserError if they cannot be read."""
-        return self._readers[self.file[index]].read(int(self.offset[index]), int(self.size[index]))
+        """The image's bytes. Raises OSError if they cannot be read or are not all there."""
+        file = self.files[self.file[index]]
+        return ImageLocation(file.name, file, int(self.offset[index]), int(self.size[index])).read()
 
     def pixels(self, index: int) -> Pixels:
         """(H, W, 3) RGB. Raises one of PILLOW_ERRORS where they do not decode."""
@@ -51,10 +48,6 @@ class Converted:
         if not self.raw[index]:
             return decode_with_pillow(data)
         return np.frombuffer(data, dtype=np.uint8).reshape(int(self.height[index]), int(self.width[index]), 3)
-
-    def close(self) -> None:
-        for reader in self._readers:
-            reader.close()
 
 
 def listed_positions(manifest: Manifest) -> Indices:

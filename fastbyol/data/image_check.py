@@ -9,7 +9,6 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastbyol.config.errors import UserError
 from fastbyol.data.converted import Converted
 from fastbyol.data.encode import find_turbojpeg
 from fastbyol.data.image_listing import ImageListing
@@ -36,7 +35,7 @@ class ImageCheck:
         images = self._images
         try:
             data = images.read(index)
-        except (OSError, UserError) as error:
+        except OSError as error:
             return [f"cannot be read ({error})"]
         if images.crc32 is not None and zlib.crc32(data) != images.crc32[index]:
             return ["its bytes have changed since the conversion (CRC-32)"]

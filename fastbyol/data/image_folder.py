@@ -58,6 +58,8 @@ def _class_names(root: Path) -> tuple[str, ...]:
         names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
+    if not names and any(root.glob("*.tar")):
+        raise UserError(f"{root}: holds tars; give one, such as ILSVRC2012_img_train.tar as downloaded: it is read in place")
     if not names:
         raise UserError(
             f"{root}: has no sub-folders; an ImageFolder has one folder of images per class. For images that lie together, give their labels"

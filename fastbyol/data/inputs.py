@@ -114,8 +114,9 @@ def _list_tar(path: Path, labels: LabelFile | None) -> ImageListing:
 
 
 def _without_common_folder(names: tuple[str, ...]) -> tuple[str, ...]:
-    """'train/n01440764/x.JPEG' -> 'n01440764/x.JPEG', where all lie in one folder and are deeper in it: a folder was packed as a whole."""
-    first = names[0].partition("/")[0] + "/"
-    if all(name.startswith(first) and name.count("/") > 1 for name in names):
-        return tuple(name[len(first) :] for name in names)
-    return names
+    """'images/train/n01440764/x.JPEG' -> 'n01440764/x.JPEG', where all lie in one folder and are deeper in it: it was packed as a whole."""
+    while True:
+        first = names[0].partition("/")[0] + "/"
+        if not all(name.startswith(first) and name.count("/") > 1 for name in names):
+            return names
+        names = tuple(name[len(first) :] for name in names)

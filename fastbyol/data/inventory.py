@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +66,7 @@ class Inventory:
 
 
 class ImageSet:
-    """Any data set as numbered images that can be looked at; for pictures and statistics, not for speed. Close it after use."""
+    """Any data set as numbered images that can be looked at; for pictures and statistics, not for speed."""
 
     def __init__(self, path: Path, listing: ImageListing | None) -> None:
         """listing: the images of a folder or tar; None: `path` is what a conversion made. UserError as `open_converted`."""
@@ -78,12 +76,10 @@ class ImageSet:
             self._converted, self.manifest = open_converted(path)
             self.labels = self._converted.label
             self.class_names = self.manifest.class_names if self.manifest else tuple(map(str, range(int(self.labels.max()) + 1)))
-            self.close: Callable[[], None] = self._converted.close
         else:
             self._converted = None
             self.labels = np.array(listing.labels, dtype=np.int64)
             self.class_names = listing.class_names
-            self.close = lambda: None
 
     def pixels(self, index: int) -> Pixels:
         """(H, W, 3) RGB. Raises one of PILLOW_ERRORS."""
@@ -118,26 +114,26 @@ def is_conversion(path: Path) -> bool:
 
 def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
     """The numbers of a conversion (listing None) or of a folder or tar of images. UserError as `open_converted`."""
-    with closing(ImageSet(path, listing)) as images:
-        counts = np.bincount(images.labels, minlength=len(images.class_names))
-        skipped = listing.skipped if listing else ()
-        return Inventory(
-            path=str(path),
-            kind=_kind(path, images.manifest, listing),
-            images=len(images.labels),
-            classes=len(counts),
-            empty_classes=int((counts == 0).sum()),
-            class_min=int(counts[counts > 0].min()),
-            class_median=float(np.median(counts[counts > 0])),
-            class_max=int(counts.max()),
-            image_bytes=images.num_bytes(),
-            sides=images.sides(),
-            skipped=len(skipped),
-            skipped_first=skipped[:10],
-            class_names=images.class_names,
-            class_counts=tuple(counts.tolist()),
-            manifest=_of_manifest(images.manifest),
-        )
+    images = ImageSet(path, listing)
+    counts = np.bincount(images.labels, minlength=len(images.class_names))
+    skipped = listing.skipped if listing else ()
+    return Inventory(
+        path=str(path),
+        kind=_kind(path, images.manifest, listing),
+        images=len(images.labels),
+        classes=len(counts),
+        empty_classes=int((counts == 0).sum()),
+        class_min=int(counts[counts > 0].min()),
+        class_median=float(np.median(counts[counts > 0])),
+        class_max=int(counts.max()),
+        image_bytes=images.num_bytes(),
+        sides=images.sides(),
+        skipped=len(skipped),
+        skipped_first=skipped[:10],
+        class_names=images.class_names,
+        class_counts=tuple(counts.tolist()),
+        manifest=_of_manifest(images.manifest),
+    )
 
 
 def _kind(path: Path, manifest: Manifest | None, listing: ImageListing | None) -> str:

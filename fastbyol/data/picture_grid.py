@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +31,19 @@ def write_picture_grid(path: Path, *, listing: ImageListing | None, out: Path) -
     """
     if out.suffix.lower() != ".png":
         raise UserError(f"--grid {out}: must end in .png")
-    with closing(ImageSet(path, listing)) as images:
-        used = np.unique(images.labels)
-        rows = used[_spread(len(used), ROWS)]
-        sheet = Image.new(
-            "RGB", (LABEL_PX + COLUMNS * (TILE_PX + MARGIN_PX) + MARGIN_PX, len(rows) * (TILE_PX + MARGIN_PX) + MARGIN_PX), _PAPER
-        )
-        draw = ImageDraw.Draw(sheet)
-        for row, label in enumerate(rows.tolist()):
-            y = MARGIN_PX + row * (TILE_PX + MARGIN_PX)
-            members = np.flatnonzero(images.labels == label)
-            _caption(draw, (MARGIN_PX, y + TILE_PX // 3), [images.class_names[label], f"label {label}", f"{len(members):,} images"])
-            for column, index in enumerate(members[_spread(len(members), COLUMNS)].tolist()):
-                _paste(sheet, (LABEL_PX + column * (TILE_PX + MARGIN_PX), y), images, index)
+    images = ImageSet(path, listing)
+    used = np.unique(images.labels)
+    rows = used[_spread(len(used), ROWS)]
+    sheet = Image.new(
+        "RGB", (LABEL_PX + COLUMNS * (TILE_PX + MARGIN_PX) + MARGIN_PX, len(rows) * (TILE_PX + MARGIN_PX) + MARGIN_PX), _PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(rows.tolist()):
+        y = MARGIN_PX + row * (TILE_PX + MARGIN_PX)
+        members = np.flatnonzero(images.labels == label)
+        _caption(draw, (MARGIN_PX, y + TILE_PX // 3), [images.class_names[label], f"label {label}", f"{len(members):,} images"])
+        for column, index in enumerate(members[_spread(len(members), COLUMNS)].tolist()):
+            _paste(sheet, (LABEL_PX + column * (TILE_PX + MARGIN_PX), y), images, index)
     try:
         sheet.save(out)
     except OSError as error:
@@ -59,7 +58,7 @@ def _spread(total: int, wanted: int) -> np.ndarray:
 def _paste(sheet: Image.Image, at: tuple[int, int], images: ImageSet, index: int) -> None:
     try:
         tile = Image.fromarray(images.pixels(index))
-    except (*PILLOW_ERRORS, UserError):
+    except PILLOW_ERRORS:
         ImageDraw.Draw(sheet).text(at, "does not decode", fill=_PALE, font=ImageFont.load_default())
         return
     scale = TILE_PX / max(tile.size)

@@ -8,68 +8,32 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from fastbyol.config.errors import UserError, require_at_least
-from fastbyol.data.class_counts import refuse_other_counts
-from fastbyol.data.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
+from fastbyol.config.errors import require_at_least
+from fastbyol.data.converted import Converted, manifest_path
+from fastbyol.data.findings import Fault, Findings
 from fastbyol.data.image_check import ImageCheck
 from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.manifest import Manifest, Shard, is_sealed, read_manifest, sha256_of
+from fastbyol.data.manifest import Manifest, Shard, sha256_of
 from fastbyol.data.progress import Progress
-from fastbyol.data.shard_check import foreign_shard, shard_faults
+from fastbyol.data.shard_check import shard_faults
+from fastbyol.data.table_check import checked_manifest, checked_tables
 
-KEPT_FAULTS = 1000
-"""Faults beyond are counted only."""
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 4  # per thread: all are kept busy, and memory bounded
-
-
-class Fault(NamedTuple):
-    """Something that is not as it should be."""
-
-    file: str
-    image: int
-    """Its number; -1: about the file."""
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: " + (f"image {self.image}: " if self.image >= 0 else "") + self.what
-
-
-@dataclass
-class Verification:
-    """What was found."""
-
-    num_images: int = 0
-    num_bytes: int = 0
-    num_classes: int | None = None
-    faults: list[Fault] = field(default_factory=list)
-    """By file, then by image; at most KEPT_FAULTS."""
-    num_faults: int = 0
-    notes: list[str] = field(default_factory=list)
-    """What could not be checked."""
-
-    def add(self, faults: Iterable[Fault]) -> None:
-        for fault in faults:
-            self.num_faults += 1
-            if self.num_faults <= KEPT_FAULTS:
-                self.faults.append(fault)
-
 
 Work = Callable[[], tuple[list[Fault], int]]
 """Gives the faults that it found, and how many images it has checked."""
 
 
-def verify(path: Path, *, originals: ImageListing | None = None, threads: int = 0) -> Verification:
+def verify(path: Path, *, originals: ImageListing | None = None, threads: int = 0) -> Findings:
     """Checks a .beton or a folder of tar shards completely.
 
     Args:
@@ -82,9 +46,9 @@ def verify(path: Path, *, originals: ImageListing | None = None, threads: int = 
     """
     require_at_least("threads", threads, 0)
     threads = threads or len(os.sched_getaffinity(0))
-    found = Verification()
-    manifest = _read_manifest(path, found)
-    images = _read_tables(path, manifest, found)
+    found = Findings()
+    manifest = checked_manifest(path, found)
+    images = checked_tables(path, manifest, found)
     check = None if images is None else _image_check(images, manifest, originals, found)
     if images is not None:
         found.num_images, found.num_bytes = len(images.label), int(images.size.sum())
@@ -96,99 +60,7 @@ def verify(path: Path, *, originals: ImageListing | None = None, threads: int = 
     return found
 
 
-def _read_manifest(path: Path, found: Verification) -> Manifest | None:
-    """The manifest; None if there is none, or none that can be used."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give what data_prep/to_ffcv.py or data_prep/to_dali.py made")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: may not be read; check its permissions")
-    if not is_converted(path):
-        raise UserError(
-            f"{path}: is neither a .beton nor a folder of tar shards; give what data_prep/to_ffcv.py or data_prep/to_dali.py made"
-        )
-    if not manifest_path(path).exists():
-        found.notes.append(f"no manifest {manifest_path(path).name}: whether the files are whole, and what the classes are, cannot be told")
-        return None
-    try:
-        manifest = read_manifest(manifest_path(path))
-    except UserError as error:
-        found.add([Fault(str(manifest_path(path)), -1, _without(error, manifest_path(path)))])
-        return None
-    if not is_sealed(manifest_path(path)):
-        found.add([Fault(str(manifest_path(path)), -1, "has been edited: it is not what the conversion wrote")])
-    found.num_classes = len(manifest.class_names)
-    return manifest
-
-
-def _read_tables(path: Path, manifest: Manifest | None, found: Verification) -> Converted | None:
-    """Where the images lie; None if that cannot be read. Notes every disagreement with the manifest."""
-    try:
-        if path.is_file():
-            images = converted_beton(path, manifest)
-        elif manifest is not None:
-            images = converted_shards(path, manifest)
-        else:
-            images = _foreign_shards(path, found)
-    except UserError as error:
-        found.add([Fault(str(path), -1, _without(error, path))])
-        return None
-    if images.crc32 is None:
-        found.notes.append("it has no checksums of its images: a change that still decodes cannot be noticed")
-    if manifest is not None:
-        found.add(Fault(str(manifest_path(path)), -1, what) for what in _disagreements(path, images, manifest))
-    return images
-
-
-def _foreign_shards(folder: Path, found: Verification) -> Converted:
-    files = sorted(folder.glob("*.tar"))
-    places: list[tuple[int, int, int]] = []
-    for number, tar in enumerate(files):
-        in_tar, faults = foreign_shard(tar)
-        places += [(number, *place) for place in in_tar]
-        found.add(Fault(str(tar), -1, what) for _, what in faults)
-    if not places:
-        raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that data_prep/to_dali.py made")
-    file, offset, size = np.array(places, dtype=np.int64).T
-    unknown = np.zeros_like(file)
-    return Converted(
-        folder, tuple(files), file, offset, size, unknown, unknown, unknown, unknown.astype(np.bool_), None, np.arange(len(file))
-    )
-
-
-def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterator[str]:
-    """What the manifest says that the tables and files do not."""
-    if manifest.kind != (kind := "beton" if path.is_file() else "tar"):
-        yield f"is of the kind {manifest.kind!r}, this is a {kind}"
-    try:
-        listed_positions(manifest)
-    except UserError as error:
-        yield str(error)
-    if manifest.num_samples != len(images.label):
-        yield f"says {manifest.num_samples} images, there are {len(images.label)}"
-    try:
-        refuse_other_counts(path, images.label, manifest)
-    except UserError as error:
-        yield str(error)
-    samples = np.bincount(images.file, minlength=len(images.files)).tolist()
-    for shard, count in zip(manifest.shards, samples, strict=False):
-        if shard.samples != count:
-            yield f"says {shard.samples} images in {shard.name}, the sample table has {count}"
-    measured = _summary(images)
-    for name in measured.keys() & manifest.images.keys():
-        if manifest.images[name] != measured[name]:
-            yield f"says {name} = {manifest.images[name]}, the images have {measured[name]}"
-
-
-def _summary(images: Converted) -> dict[str, float]:
-    sides = {
-        f"{name}_{which}": value
-        for name, side in (("height", images.height), ("width", images.width))
-        for which, value in (("min", int(side.min())), ("mean", round(int(side.sum()) / len(side), 2)), ("max", int(side.max())))
-    }
-    return sides | {"bytes": int(images.size.sum())}
-
-
-def _image_check(images: Converted, manifest: Manifest | None, originals: ImageListing | None, found: Verification) -> ImageCheck:
+def _image_check(images: Converted, manifest: Manifest | None, originals: ImageListing | None, found: Findings) -> ImageCheck:
     if originals is None:
         return ImageCheck(images)
     dropped = len(manifest.dropped) if manifest else 0
@@ -300,8 +172,3 @@ def _run(work: Iterator[Work], *, threads: int) -> Iterator[tuple[list[Fault], i
                     yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _without(error: UserError, path: Path) -> str:
-    """The message without the path at its start."""
-    return str(error).removeprefix(f"{path}: ")
