@@ -20,6 +20,7 @@ import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import JPEG_MODE, read_beton
+from fastbyol.data.class_counts import refuse_other_counts
 from fastbyol.data.manifest import beton_manifest_path, read_manifest
 from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
 
@@ -148,4 +149,5 @@ def _class_names(path: Path, labels: Indices) -> tuple[str, ...]:
         raise UserError(
             f"{path}: is not the file that {manifest_path.name} describes; convert again, or delete the manifest if it is left over"
         )
+    refuse_other_counts(path, labels, manifest)
     return manifest.class_names

@@ -8,11 +8,14 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastbyol.config.errors import UserError
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
+_SEAL = "content_sha256"
+"""Of all the other fields."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ def sha256_of(path: Path) -> str:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Readable JSON, pure ASCII."""
-    return json.dumps({"format_version": FORMAT_VERSION} | asdict(manifest), indent=1) + "\n"
+    """Readable JSON, pure ASCII, sealed."""
+    fields = {"format_version": FORMAT_VERSION} | asdict(manifest)
+    return json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n"
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -77,11 +81,22 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     path.write_text(manifest_text(manifest), encoding="utf-8")
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a readable manifest still says what was written: nobody has edited it. Reading does not ask; `verify` does."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return fields.pop(_SEAL, "") == _seal(fields)
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(path: Path) -> Manifest:
     """Reads a manifest. UserError if it is missing, not ours, or of a later version."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version = fields.pop("format_version")
+        fields.pop(_SEAL, None)
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
         for name in ("class_names", "class_counts", "dropped"):
             fields[name] = tuple(fields.get(name, ()))
