@@ -16,13 +16,14 @@ from ffcv.transforms import ToTensor
 from interrupted import Conversion, await_gone, kill_and_continue, limit_file_size, write_many
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import conversion, conversion_estimate
+from fastbyol.data import conversion_estimate
 from fastbyol.data.beton import read_beton
 from fastbyol.data.conversion import BadImage, ConversionOptions
 from fastbyol.data.dali_loader import DaliSource
 from fastbyol.data.encode import EncodeSettings
 from fastbyol.data.ffcv_loader import FfcvSource
 from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.image_listing import ImageListing, ImageLocation
 from fastbyol.data.manifest import read_manifest
 from fastbyol.data.work_folder import WorkFolder
 from fastbyol.data.writers_ffcv import write_beton
@@ -265,18 +266,17 @@ def test_too_many_dropped_or_a_class_that_loses_all_is_an_error_after_which_noth
 
 def test_a_disk_that_is_gone_ends_the_work_and_its_images_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = write_many(tmp_path / "images", images=60, classes=1), tmp_path / "x.beton"
-    locate = conversion.locate
+    location = ImageListing.location
 
-    def unplugged(listing: object, index: int) -> object:
-        location = locate(listing, index)  # type: ignore[arg-type]
-        return location if index < 25 else type(location)(location.name, tmp_path / "unplugged")
+    def unplugged(listing: ImageListing, index: int) -> ImageLocation:
+        return location(listing, index) if index < 25 else ImageLocation(listing.files[index], tmp_path / "unplugged")
 
-    monkeypatch.setattr(conversion, "locate", unplugged)
+    monkeypatch.setattr(ImageListing, "location", unplugged)
     with pytest.raises(
         UserError, match=r"20 files in a row cannot be read, the last class0/000044.jpg \(No such file.*is the disk still there"
     ):
         write_beton(folder, out=out, workers=1, options=ConversionOptions(flush_every_s=0))
-    monkeypatch.setattr(conversion, "locate", locate)
+    monkeypatch.setattr(ImageListing, "location", location)
     assert write_beton(folder, out=out, workers=1).num_samples == 60
 
 

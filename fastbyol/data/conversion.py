@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,9 +10,10 @@ import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,13 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.data.conversion_estimate import estimate_conversion, require_space
-from fastbyol.data.conversion_input import locate, names_digest, skipped_entries, source_sizes
 from fastbyol.data.conversion_progress import ConversionProgress
 from fastbyol.data.conversion_report import make_report, report_text
 from fastbyol.data.encode import UNREADABLE, DroppedImage, EncodedImage, EncodeSettings, Outcome, find_turbojpeg
 from fastbyol.data.encoding_pool import EncodingPool, default_workers
 from fastbyol.data.encoding_worker import Encoded, Job
-from fastbyol.data.image_folder import ImageFolder
+from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.inputs import list_images
 from fastbyol.data.manifest import Manifest, Shard, software_versions
 from fastbyol.data.stop_signals import Stopped, StopRequest
 from fastbyol.data.work_folder import WorkFolder, flush_to_disk, is_full, write_durably
@@ -102,7 +104,7 @@ class Output(ABC):
 class Task:
     """What is to be converted."""
 
-    listing: ImageFolder
+    listing: ImageListing
     order: NDArray[np.int64]
     """Positions in the listing."""
     sizes: NDArray[np.int64]
@@ -113,7 +115,7 @@ class Task:
     workers: int
 
     def job(self, index: int) -> Job:
-        return Job(index, locate(self.listing, index))
+        return Job(index, self.listing.location(index))
 
     def with_largest(self, stored_bytes: int) -> Task:
         """The task for an output that takes no larger image."""
@@ -121,15 +123,21 @@ class Task:
         return replace(self, options=replace(self.options, encode=encode))
 
 
-def make_task(listing: ImageFolder, *, order: NDArray[np.int64], out: Path, options: ConversionOptions, workers: int) -> Task:
+def as_listing(data: Path | ImageListing) -> ImageListing:
+    """The listing, made if the path of a folder or tar is given."""
+    return list_images(data) if isinstance(data, Path) else data
+
+
+def make_task(listing: ImageListing, *, order: NDArray[np.int64], out: Path, options: ConversionOptions, workers: int) -> Task:
     """workers: processes; 0: one per core."""
     require_at_least("workers", workers, 0)
-    return Task(listing, order, source_sizes(listing), listing.digest(), out, options, min(workers or default_workers(), len(order)))
+    sizes = np.array([listing.num_bytes(index) for index in range(len(listing.files))], dtype=np.int64)
+    return Task(listing, order, sizes, listing.digest(), out, options, min(workers or default_workers(), len(order)))
 
 
 def open_work(path: Path, task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFolder:
     """The folder in which the output grows. Its identity is all that the result depends on."""
-    names = (*task.listing.class_names, *task.listing.files, *map(str, task.listing.labels))
+    names = chain(task.listing.class_names, task.listing.files, map(str, task.listing.labels))
     identity = {"kind": kind, "images": len(task.listing.files), "names_and_labels": names_digest(names), **settings, **software_versions()}
     options = task.options
     return WorkFolder(path, output=task.out, identity=identity, restart=options.restart, flush_every_s=options.flush_every_s)
@@ -257,7 +265,7 @@ def touched_images(work: WorkFolder) -> list[dict[str, Any]]:
 def finish_report(task: Task, rows: NDArray[np.void], work: WorkFolder) -> Path:
     """The report, written in the work folder. UserError if too many images were dropped: what is converted stays, and so does the report."""
     path = work.path / "report.json"
-    report = make_report(task.listing, rows, touched_images(work), skipped_entries(task.listing))
+    report = make_report(task.listing, rows, touched_images(work))
     write_durably(path, report_text(report))
     require_few_dropped(task, rows, report=path)
     return path
@@ -278,6 +286,14 @@ def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> 
     lost = [name for label, name in enumerate(task.listing.class_names) if not kept[label]]
     if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
         raise UserError(f"class {lost[0]} lost all of its images; {advice} --max-dropped 1")
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """sha256 of the names in order, each ended by a zero byte."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def _share(part: int, whole: int) -> str:
@@ -301,11 +317,11 @@ def make_manifest(kind: str, task: Task, rows: NDArray[np.void], shards: list[Sh
         shards=tuple(shards),
         software=software_versions(),
         dropped=tuple(sorted(rows["index"][rows["outcome"] == Outcome.DROPPED].tolist())),
-        names_sha256=names_digest(tuple(listing.files[index] for index in kept["index"].tolist())),
+        names_sha256=names_digest(listing.files[index] for index in kept["index"].tolist()),
     )
 
 
-def _class_counts(listing: ImageFolder, rows: NDArray[np.void]) -> Counter[int]:
+def _class_counts(listing: ImageListing, rows: NDArray[np.void]) -> Counter[int]:
     return Counter(listing.labels[index] for index in rows["index"][rows["outcome"] != Outcome.DROPPED].tolist())
 
 
