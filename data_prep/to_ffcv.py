@@ -1,30 +1,48 @@
-"""Converts a folder of images to one .beton file for the FFCV backend."""
+"""Converts images to one .beton file for the FFCV backend."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fastbyol.config.errors import one_line_errors
-from fastbyol.data.command_line import conversion_parser, overwrite_mode
+from fastbyol.config.errors import require
+from fastbyol.data.command_line import conversion_command, conversion_options, conversion_parser, overwrite_mode, print_outcome
+from fastbyol.data.conversion_report import report_path
+from fastbyol.data.inputs import listing_from
 from fastbyol.data.writers_ffcv import write_beton
 
 EXAMPLES = """\
-examples:
-  python data_prep/to_ffcv.py --data imagenet/train --out train.beton     1,281,167 images: 148 GB, as large as the images themselves
+examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
+  python data_prep/to_ffcv.py --data imagenet/train --out train.beton                           148 GB: the images' own bytes
+  python data_prep/to_ffcv.py --data imagenet/train --out train.beton --max-side 512 --quality 90    about 65 GB
+  python data_prep/to_ffcv.py --data imagenet/train --out train.beton --max-side 256 --raw      about 170 GB: no decoding at all
+  python data_prep/to_ffcv.py --data ILSVRC2012_img_train.tar --out train.beton                 as downloaded, read in place
+  python data_prep/to_ffcv.py --data ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz --out val.beton    6.7 GB
   python data_prep/to_ffcv.py --data demo/train --out demo/train.beton --workers 2 --overwrite
 
-JPEG files of 1 or 3 components go in byte for byte; all else becomes RGB JPEG of quality 95. Every image is decoded once to check it.
-train.beton.json, written beside it, names the classes and describes the file.
+Beside train.beton: train.beton.json, the manifest (class names, settings, checksum), and train.beton.report.json.
 """
 
 
-@one_line_errors
+@conversion_command
 def main() -> None:
     parser = conversion_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.beton", help="the file to make")
+    parser.add_argument("--shuffle-seed", type=int, metavar="N", help="store the images in a seeded shuffle, for readers that go through "
+                        "the file in order (default: in the listing's order; our loader shuffles by itself)")  # fmt: skip
+    parser.add_argument("--raw", action="store_true", help="store pixels instead of JPEGs: 5 times the room or more, no decoding")
+    parser.add_argument("--raw-fraction", type=float, metavar="SHARE", help="store this share of the images as pixels")
     arguments = parser.parse_args()
-    manifest = write_beton(arguments.data, out=arguments.out, workers=arguments.workers, overwrite=overwrite_mode(arguments))
-    print(f"{arguments.out}: {manifest.num_samples:,} images of {len(manifest.class_names):,} classes, {manifest.shards[0].bytes:,} bytes")
+    require(not (arguments.raw and arguments.raw_fraction is not None), "raw-fraction", arguments.raw_fraction, "left out beside --raw")
+    raw_fraction = 1.0 if arguments.raw else arguments.raw_fraction or 0.0
+    manifest = write_beton(
+        listing_from(arguments),
+        out=arguments.out,
+        workers=arguments.workers,
+        overwrite=overwrite_mode(arguments),
+        shuffle_seed=arguments.shuffle_seed,
+        options=conversion_options(arguments, raw_fraction=raw_fraction),
+    )
+    print_outcome(arguments.out, manifest, report_path(arguments.out))
 
 
 if __name__ == "__main__":

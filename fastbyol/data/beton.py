@@ -118,7 +118,9 @@ def _checksums(path: Path, image_field: np.void, num_samples: int) -> NDArray[np
 
 def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: int) -> NDArray[np.int64]:
     """Bytes of each image, from the allocation table; every image must have its row and lie inside the file."""
-    cut = UserError(f"{path}: its tail is missing or damaged; copy it again, or make it again with data_prep/to_ffcv.py")
+    beyond = np.flatnonzero(pointers >= file_bytes)
+    lost = f"{len(beyond):,} images, the first of them image {beyond[0]}, lie beyond its end; " if len(beyond) else ""
+    cut = UserError(f"{path}: its tail is missing or damaged; {lost}copy it again, or make it again with data_prep/to_ffcv.py")
     if table_at >= file_bytes or (file_bytes - table_at) % ALLOCATION.itemsize:
         raise cut
     table = np.fromfile(path, dtype=ALLOCATION, offset=table_at)
@@ -127,6 +129,6 @@ def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: 
     if len(table) < len(pointers) or rows.max() >= len(table) or (table["ptr"][rows] != pointers).any():
         raise cut
     sizes = table["size"][rows]
-    if (pointers + sizes).max() > table_at:
+    if max(pointers.max(), sizes.max(), (pointers + sizes).max()) > table_at:
         raise cut
     return sizes.astype(np.int64)

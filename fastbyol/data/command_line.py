@@ -1,22 +1,114 @@
-"""The options that both converters have."""
+"""The options that both converters have, and how they end."""
 
 from __future__ import annotations
 
+import functools
+import json
+import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.errors import one_line_errors
+from fastbyol.data.conversion import BadImage, ConversionOptions
+from fastbyol.data.conversion_report import report_table
+from fastbyol.data.encode import EXIF_MODES, MAX_PIXELS, EncodeSettings
+from fastbyol.data.inputs import INPUTS, add_input_arguments
+from fastbyol.data.manifest import Manifest
+from fastbyol.data.quantities import bytes_text
+from fastbyol.data.stop_signals import Stopped
+
+BAD_IMAGE_EXIT = 1
+
+WHAT_HAPPENS = """\
+Baseline and progressive JPEGs, gray or colour, go in byte for byte under whatever name; CMYK, PNG, WebP and the like become RGB JPEG.
+Truncated, empty, foreign and unreadable files are dropped, and the report names each. Every image is read to its end to find out.
+Killed, stopped by Ctrl-C or by a full disk, the same command continues, and gives the same bytes as if nothing had happened.
+"""
 
 
 def conversion_parser(description: str, examples: str) -> OneLineParser:
-    """A parser with --data, --workers and --overwrite; the examples stand below the options in --help."""
-    parser = OneLineParser(description=description, epilog=examples)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with one sub-folder of images per class")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    """A parser with the options that decide what is stored, and how the work goes; the examples stand below them in --help."""
+    parser = OneLineParser(description=description, epilog="\n".join([examples, INPUTS, WHAT_HAPPENS]))
+    add_input_arguments(parser)
+    work = parser.add_argument_group("the work")
+    work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
+    work.add_argument("--overwrite", action="store_true", help="replace an output that exists, once the new one is complete")
+    work.add_argument("--restart", action="store_true", help="throw away an unfinished conversion to this output instead of continuing it")
+    work.add_argument("--strict", action="store_true", help="stop at the first image that cannot be kept, with exit code 1")
+    work.add_argument(
+        "--max-dropped", type=float, metavar="SHARE", help="largest share of images that may be dropped (default: 0.01, or 20 images)"
+    )
+    work.add_argument(
+        "--flush-every", type=float, default=10.0, metavar="S", help="seconds between two points from which it can continue (default: 10)"
+    )
+    images = parser.add_argument_group("the images")
+    images.add_argument(
+        "--max-side", type=int, metavar="PX", help="make the longer side no longer than this, antialiased bicubic (default: leave it)"
+    )
+    images.add_argument("--quality", type=int, default=95, metavar="Q", help="of what is transcoded or resized (default: 95)")
+    images.add_argument(
+        "--exif",
+        default="ignore",
+        metavar="MODE",
+        help=f"orientation: {' or '.join(EXIF_MODES)} (default: ignore, as the paper's code does)",
+    )
+    images.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"drop larger images undecoded (default: {MAX_PIXELS:,})"
+    )
     return parser
+
+
+def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> ConversionOptions:
+    """What the parsed arguments ask for."""
+    encode = EncodeSettings(
+        max_side_px=arguments.max_side,
+        quality=arguments.quality,
+        exif=arguments.exif,
+        max_pixels=arguments.max_pixels,
+        raw_fraction=raw_fraction,
+    )
+    return ConversionOptions(
+        encode=encode,
+        strict=arguments.strict,
+        max_dropped=arguments.max_dropped,
+        restart=arguments.restart,
+        flush_every_s=arguments.flush_every,
+    )
 
 
 def overwrite_mode(arguments: Namespace) -> str:
     """What the writers call it: 'replace' or 'refuse'."""
     return "replace" if arguments.overwrite else "refuse"
+
+
+def conversion_command(main: Callable[[], None]) -> Callable[[], None]:
+    """Wraps a converter's entry point: a stop by a signal and a bad image under --strict end in one line too, each with its exit code."""
+
+    @functools.wraps(main)
+    @one_line_errors
+    def guarded() -> None:
+        try:
+            main()
+        except BadImage as error:
+            _say(f"error: {error}")
+            sys.exit(BAD_IMAGE_EXIT)
+        except Stopped as stopped:
+            _say(str(stopped))
+            sys.exit(stopped.exit_code)
+
+    return guarded
+
+
+def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:
+    """The table of the report, and a line about the whole."""
+    print(report_table(json.loads(report.read_text(encoding="ascii"))))
+    size = sum(shard.bytes for shard in manifest.shards)
+    counts = f"{manifest.num_samples:,} images of {len(manifest.class_names):,} classes"
+    shards = f", {len(manifest.shards)} shards" if manifest.kind == "tar" else ""
+    print(f"{out}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {report}")
+
+
+def _say(message: str) -> None:
+    print(f"fastbyol: {' '.join(message.split())}", file=sys.stderr)

@@ -25,13 +25,15 @@ BATCH = 16
 
 
 class DaliSource(Source):
-    """Sample i is the i-th image of the listing that was converted. Each thread has a DALI pipeline of its own, on the CPU."""
+    """Sample i is the i-th image kept of the listing that was converted. Each thread has a DALI pipeline of its own, on the CPU."""
 
     def __init__(self, folder: Path) -> None:
         if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
             raise UserError("data.backend = 'dali': DALI is not installed; pip install 'fastbyol[dali]' (or nvidia-dali-cuda130)")
         manifest, self._table = read_tar_shards(folder)
         super().__init__(labels=self._table["label"].astype(np.int64), class_names=manifest.class_names)
+        # The members of the tars are named by their number in the listing.
+        self._listed = np.delete(np.arange(self.num_samples + len(manifest.dropped)), manifest.dropped)
         _allow_open_files(len(manifest.shards))
         self._files = [RangeReader(folder / shard.name) for shard in manifest.shards]
         self._local = threading.local()
@@ -58,7 +60,7 @@ class DaliSource(Source):
         self._files[rows["shard"][0]].read_ahead(int(rows["offset"].min()), int((rows["offset"] + rows["size"]).max()))
 
     def sample_name(self, index: int) -> str:
-        return f"image {index} ({index:08d}.jpg of {self._files[self._table['shard'][index]].path})"
+        return f"image {index} ({self._listed[index]:08d}.jpg of {self._files[self._table['shard'][index]].path})"
 
     def close(self) -> None:
         for file in self._files:

@@ -1,99 +1,320 @@
-"""One validation step for both formats: every image is really decoded, then its own JPEG bytes pass through or it is transcoded.
+"""One validation step for both formats: every image is really read to its end, then kept as it is, transcoded, or dropped with a reason.
 
-Runs in worker processes, so this module imports nothing heavy.
+What happens to each oddity:
+
+- JPEG, baseline or progressive, gray or three colours, whatever its file is called: its own bytes.
+- CMYK, YCCK and other JPEGs; PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000, AVIF: transcoded to RGB JPEG. Alpha is left out, of 16 bits the upper 8
+  are kept, of several pictures the first.
+- EXIF orientation: ignored and noted, as in the paper's code and ImageNet's loaders, or applied if asked for. ICC profiles: ignored, counted.
+- Empty, unreadable, truncated or foreign files, sides over 65,500 px, more pixels than allowed (decided from the header): dropped.
+- A JPEG that decoders complain about but render (stray bytes; ImageNet has some): kept and noted. A data segment that ends too early is not
+  such a case: part of the picture is missing.
+
+Runs in worker processes, so this module imports nothing heavy. Where libffcv is installed its TurboJPEG reads the JPEGs: every coefficient,
+rendered at an eighth of the size and in gray, which finds whatever a full decode finds. Where not, Pillow decodes them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-import os
 import zlib
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import get_context
-from pathlib import Path
+from enum import IntEnum
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from fastbyol.config.errors import UserError
-from fastbyol.data.source import PILLOW_ERRORS
+from fastbyol.config.errors import UserError, require, require_at_least, require_choice
+from fastbyol.data.beton import JPEG_MODE, RAW_MODE
+from fastbyol.data.ffcv_loader import TurboJpeg
+from fastbyol.data.jpeg_header import JpegHeader, exif_orientation, read_jpeg_header
+from fastbyol.data.source import as_rgb
 
-TRANSCODE_QUALITY = 95
 MAX_SIDE_PX = 65_500
 """libjpeg's limit (and the .beton's, at 65,535)."""
-CHUNK = 16
-_CHUNKS_AHEAD = 4  # per worker: keeps all busy while the writer waits for the oldest, and memory bounded
+MAX_PIXELS = 100_000_000
+"""ImageNet's largest image has 61 million."""
+UNREADABLE = "unreadable"
+"""The reason of files that the system would not read."""
+EXIF_MODES = ("ignore", "apply")
+# Not PostScript, for which Pillow starts Ghostscript, nor rare formats whose readers few have tried to break.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_CUT_SHORT = ("Premature end of JPEG file", "Corrupt JPEG data: premature end of data segment")
+_DETAIL_CHARACTERS = 200
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+Notes = tuple[tuple[str, str], ...]
+"""(what, detail) of oddities that were left alone."""
+
+
+class Outcome(IntEnum):
+    """What became of an image."""
+
+    DROPPED = 0
+    PASSED = 1
+    """Its own bytes."""
+    TRANSCODED = 2
+    """For an oddity."""
+    RESIZED = 3
+    """Because its longer side passed the maximum."""
+    RAW = 4
+    """Stored as pixels, because that was asked for."""
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How images are stored; the same settings give the same bytes."""
+
+    max_side_px: int | None = None
+    """The longer side is made no longer than this, antialiased bicubic; smaller images are left alone. None: any size."""
+    quality: int = 95
+    """Of the JPEGs that are made here."""
+    exif: str = "ignore"
+    """'ignore' the orientation, or 'apply' it: turn the pixels."""
+    max_pixels: int = MAX_PIXELS
+    raw_fraction: float = 0.0
+    """Share of images stored as pixels (.beton only)."""
+    max_stored_bytes: int | None = None
+    """An image that takes more does not fit into the output; raw ones are then stored as JPEG."""
+
+    def __post_init__(self) -> None:
+        if self.max_side_px is not None:
+            require(1 <= self.max_side_px <= MAX_SIDE_PX, "max-side", self.max_side_px, f"in [1, {MAX_SIDE_PX:,}]")
+        require(1 <= self.quality <= 100, "quality", self.quality, "in [1, 100]")
+        require_choice("exif", self.exif, EXIF_MODES)
+        require_at_least("max-pixels", self.max_pixels, 1)
+        require(0.0 <= self.raw_fraction <= 1.0, "raw-fraction", self.raw_fraction, "in [0, 1]")
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A JPEG that every backend decodes, with its size in pixels."""
+    """An image as it will be stored: a JPEG that every backend decodes, or its pixels."""
 
-    jpeg: bytes
+    data: bytes
     height: int
     width: int
-    transcoded: bool
+    mode: int
+    """JPEG_MODE or RAW_MODE."""
     crc32: int
-    """Of the JPEG's bytes."""
+    outcome: Outcome
+    source_bytes: int
+    reason: str = ""
+    """Why it was transcoded."""
+    notes: Notes = ()
+    has_icc: bool = False
 
 
-def encode_image(path: Path) -> EncodedImage:
-    """The file's own bytes if it is a JPEG of 1 or 3 components, else the image as RGB JPEG of quality 95. UserError if it does not decode.
+@dataclass(frozen=True)
+class DroppedImage:
+    """An image that cannot be kept."""
 
-    EXIF orientation is left alone: no loader of ours applies it, and neither does the paper's code.
-    """
+    reason: str
+    """One of a few."""
+    detail: str
+    source_bytes: int = 0
+
+
+class Location(Protocol):
+    """Where an image's bytes come from."""
+
+    @property
+    def name(self) -> str: ...
+    def read(self) -> bytes: ...
+
+
+class _About(NamedTuple):
+    """The last fields of an `EncodedImage`."""
+
+    source_bytes: int
+    reason: str
+    notes: Notes
+    has_icc: bool
+
+
+class _Drop(Exception):
+    """(reason, detail): ends the work on an image."""
+
+
+class Encoder:
+    """The validation step with its settings, for one process."""
+
+    def __init__(self, settings: EncodeSettings) -> None:
+        self._settings = settings
+        self._turbo = find_turbojpeg()
+
+    def encode_from(self, location: Location, *, index: int) -> EncodedImage | DroppedImage:
+        """Reads and encodes; index: the image's number in its listing, which decides whether it is stored raw."""
+        try:
+            data = location.read()
+        except OSError as error:
+            return DroppedImage(UNREADABLE, error.strerror or _shortened(error))
+        return self.encode(data, index=index)
+
+    def encode(self, data: bytes, *, index: int = 0) -> EncodedImage | DroppedImage:
+        """Never raises for what is in the data."""
+        try:
+            return self._encode(data, index)
+        except _Drop as drop:
+            return DroppedImage(*drop.args, source_bytes=len(data))
+        except MemoryError:
+            return DroppedImage("too large", "not enough memory to decode it", len(data))
+
+    def _encode(self, data: bytes, index: int) -> EncodedImage:
+        if not data:
+            raise _Drop("empty", "the file has no bytes")
+        header = read_jpeg_header(data)
+        if header is None or not header.is_common:
+            return self._render(data, header, index)
+        self._check_size(header.width, header.height)
+        complaint, fatal = self._complaint(data, header)
+        if fatal:
+            return self._render(data, header, index, reason=f"TurboJPEG refuses it: {complaint}")
+        notes: Notes = (("decoder warned", complaint),) if complaint else ()
+        if self._turbo is None or self._must_render(header, index):
+            return self._render(data, header, index, notes=notes)
+        return self._passed(data, header, notes)
+
+    def _complaint(self, data: bytes, header: JpegHeader) -> tuple[str, bool]:
+        """TurboJPEG's, and whether it was fatal."""
+        if self._turbo is None:
+            return "", False
+        complaint, fatal = self._turbo.check(data, height=header.height, width=header.width)
+        if complaint in _CUT_SHORT:
+            raise _Drop("truncated", complaint)
+        return complaint, fatal
+
+    def _must_render(self, header: JpegHeader, index: int) -> bool:
+        settings = self._settings
+        turned = settings.exif == "apply" and header.orientation != 1
+        too_long = settings.max_side_px is not None and max(header.width, header.height) > settings.max_side_px
+        return turned or too_long or self._goes_raw(index, header.height, header.width)
+
+    def _passed(self, data: bytes, header: JpegHeader, notes: Notes) -> EncodedImage:
+        about = _About(len(data), "", notes + _exif_note(header.orientation), header.has_icc)
+        return self._stored(data, header.height, header.width, JPEG_MODE, Outcome.PASSED, about)
+
+    def _render(self, data: bytes, header: JpegHeader | None, index: int, *, reason: str = "", notes: Notes = ()) -> EncodedImage:
+        """By Pillow: whatever is no plain JPEG, and plain ones that are to be changed."""
+        image = self._opened(data)
+        reason = reason or _oddity(image, header)
+        _load(image)
+        if header is not None and not reason and not self._must_render(header, index):  # a plain JPEG, and no TurboJPEG here
+            return self._passed(data, header, notes)
+        # Pillow's reader of TIFF turns the pixels itself, and then says that they are upright.
+        orientation = header.orientation if header else exif_orientation(image.getexif())
+        pixels = _as_rgb(image)
+        if orientation != 1 and self._settings.exif == "apply":
+            pixels, reason = pixels.transpose(_TURNS[orientation]), reason or "EXIF orientation applied"
+        else:
+            notes += _exif_note(orientation)
+        return self._made(pixels, index, _About(len(data), reason, notes, "icc_profile" in image.info))
+
+    def _made(self, image: Image.Image, index: int, about: _About) -> EncodedImage:
+        """The pixels resized if they must be, and stored raw or as JPEG."""
+        image = self._resized(image)
+        if max(image.size) > MAX_SIDE_PX:
+            raise _Drop("too large", f"{image.width}x{image.height} pixels; a side ends at {MAX_SIDE_PX:,}")
+        if self._goes_raw(index, image.height, image.width):
+            outcome = Outcome.TRANSCODED if about.reason else Outcome.RAW
+            return self._stored(image.tobytes(), image.height, image.width, RAW_MODE, outcome, about)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=self._settings.quality)
+        outcome = Outcome.TRANSCODED if about.reason else Outcome.RESIZED
+        return self._stored(buffer.getvalue(), image.height, image.width, JPEG_MODE, outcome, about)
+
+    def _stored(self, data: bytes, height: int, width: int, mode: int, outcome: Outcome, about: _About) -> EncodedImage:
+        limit = self._settings.max_stored_bytes
+        if limit is not None and len(data) > limit:
+            raise _Drop("too large", f"{len(data):,} bytes; a page of the file holds {limit:,}")
+        return EncodedImage(data, height, width, mode, zlib.crc32(data), outcome, *about)
+
+    def _opened(self, data: bytes) -> Image.Image:
+        """Its header read, and its size found bearable, nothing decoded."""
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except Image.UnidentifiedImageError:
+            raise _Drop("not an image", f"begins with {data[:12]!r}") from None
+        except Image.DecompressionBombError as error:
+            raise _Drop("too many pixels", _shortened(error)) from None
+        except Exception as error:  # Pillow's readers raise whatever they stumble upon
+            raise _Drop(_decoding_failure(error), _shortened(error)) from None
+        self._check_size(image.width, image.height)
+        return image
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self._settings.max_pixels:
+            raise _Drop("too many pixels", f"{width}x{height}; --max-pixels allows {self._settings.max_pixels:,}")
+        if max(width, height) > MAX_SIDE_PX and self._settings.max_side_px is None:
+            raise _Drop("too large", f"{width}x{height} pixels; a side ends at {MAX_SIDE_PX:,}")
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        limit, longer = self._settings.max_side_px, max(image.size)
+        if limit is None or longer <= limit:
+            return image
+        width, height = (max(1, round(side * limit / longer)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+
+    def _goes_raw(self, index: int, height: int, width: int) -> bool:
+        """The same images in every run, spread evenly; none that would not fit."""
+        settings = self._settings
+        if not settings.raw_fraction or (settings.max_stored_bytes is not None and 3 * height * width > settings.max_stored_bytes):
+            return False
+        word = hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8, person=b"raw").digest()
+        return int.from_bytes(word, "little") < settings.raw_fraction * 2**64
+
+
+def find_turbojpeg() -> TurboJpeg | None:
+    """libffcv's, None where ffcv is not installed."""
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            if max(image.size) > MAX_SIDE_PX:
-                raise UserError(f"{path}: {image.width}x{image.height} pixels; a JPEG side ends at {MAX_SIDE_PX}. Make it smaller")
-            # MPO: a JPEG with further pictures behind the first, which decoders pass over.
-            passes = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-            jpeg = data if passes else _as_jpeg(image)
-            return EncodedImage(jpeg, image.height, image.width, transcoded=not passes, crc32=zlib.crc32(jpeg))
+        return TurboJpeg()
     except UserError:
-        raise
-    except PILLOW_ERRORS as error:
-        raise UserError(f"{path}: is no image that decodes ({error}); replace or remove it, and convert again") from error
+        return None
 
 
-def _as_jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=TRANSCODE_QUALITY)
-    return buffer.getvalue()
-
-
-def encode_in_order(paths: Sequence[Path], *, workers: int) -> Iterator[EncodedImage]:
-    """Encodes all paths in worker processes and yields them in order. UserError when an image fails or a worker dies: never a hang."""
-    # A fork of a process with threads (torch, DALI) may deadlock; the fork server is a fresh process without any.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, mp_context=context)
-    chunks = (paths[first : first + CHUNK] for first in range(0, len(paths), CHUNK))
-    ahead: deque[Future[list[EncodedImage]]] = deque()
+def _load(image: Image.Image) -> None:
     try:
-        while True:
-            ahead.extend(pool.submit(_encode_chunk, chunk) for chunk in islice(chunks, workers * _CHUNKS_AHEAD - len(ahead)))
-            if not ahead:
-                return
-            yield from ahead.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process of the conversion died (out of memory, or killed); run again, with fewer --workers if need be"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        image.load()
+    except Exception as error:  # as above
+        raise _Drop(_decoding_failure(error), _shortened(error)) from None
 
 
-def _encode_chunk(paths: Sequence[Path]) -> list[EncodedImage]:
-    return [encode_image(path) for path in paths]
+def _decoding_failure(error: Exception) -> str:
+    return "truncated" if "truncated" in str(error).lower() else "does not decode"
 
 
-def default_processes() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def _as_rgb(image: Image.Image) -> Image.Image:
+    try:
+        return as_rgb(image)
+    except ValueError as error:
+        raise _Drop("does not decode", _shortened(error)) from None
+
+
+def _oddity(image: Image.Image, header: JpegHeader | None) -> str:
+    """Why an image cannot be passed through, in a few words that many images share; '' for a plain JPEG."""
+    if header is not None and header.is_common:
+        return ""
+    if header is not None:
+        if header.components == 4:
+            return "YCCK JPEG" if header.adobe_transform == 2 else "CMYK JPEG"
+        return f"JPEG of a rare kind (frame 0x{header.frame:02X}, {header.bits} bits, {header.components} components)"
+    kinds = {"1": "bilevel", "P": "palette", "L": "gray", "RGBA": "with alpha", "LA": "with alpha", "PA": "with alpha"}
+    kind = "16-bit" if image.mode.startswith("I") else kinds.get(image.mode, "")
+    return f"{image.format or 'unknown format'} {kind}".strip()
+
+
+def _exif_note(orientation: int) -> tuple[tuple[str, str], ...]:
+    return (("EXIF orientation ignored", str(orientation)),) if orientation != 1 else ()
+
+
+def _shortened(error: object) -> str:
+    return " ".join(str(error).split())[:_DETAIL_CHARACTERS] or type(error).__name__

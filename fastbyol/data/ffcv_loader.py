@@ -20,11 +20,14 @@ import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import JPEG_MODE, read_beton
+from fastbyol.data.class_counts import refuse_other_counts
 from fastbyol.data.manifest import beton_manifest_path, read_manifest
 from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
 
 # turbojpeg.h
-_TJPF_RGB, _TJFLAG_ACCURATEDCT, _TJERR_WARNING = 0, 4096, 0
+_TJPF_RGB, _TJPF_GRAY, _TJFLAG_ACCURATEDCT, _TJERR_WARNING = 0, 6, 4096, 0
+# The library calls an error a warning if a warning came before it, so its warnings are known by how they begin (jerror.h).
+_WARNINGS = ("Corrupt JPEG data", "Premature end of JPEG file", "Warning: ", "Inconsistent progression", "Unknown Adobe color transform")
 _DECOMPRESS_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5]
 
 
@@ -49,10 +52,19 @@ class TurboJpeg:
     def decode(self, jpeg: bytes, out: Pixels) -> tuple[str, bool]:
         """Fills out, (H, W, 3) RGB; gives the decoder's complaint ('' if none) and whether it was fatal."""
         height, width, _ = out.shape
+        return self._decompress(jpeg, out, width, height, _TJPF_RGB, _TJFLAG_ACCURATEDCT)
+
+    def check(self, jpeg: bytes, *, height: int, width: int) -> tuple[str, bool]:
+        """What `decode` would complain about, in 0.7 of its time: reads every coefficient but renders an eighth of the size, in gray."""
+        rows, columns = -(-height // 8), -(-width // 8)
+        return self._decompress(jpeg, np.empty(rows * columns, dtype=np.uint8), columns, rows, _TJPF_GRAY, 0)
+
+    def _decompress(self, jpeg: bytes, out: Pixels, width: int, height: int, pixel_format: int, flags: int) -> tuple[str, bool]:
         handle = self._handle()
-        if not self._library.tjDecompress2(handle, jpeg, len(jpeg), out.ctypes.data, width, 0, height, _TJPF_RGB, _TJFLAG_ACCURATEDCT):
+        if not self._library.tjDecompress2(handle, jpeg, len(jpeg), out.ctypes.data, width, 0, height, pixel_format, flags):
             return "", False
-        return self._library.tjGetErrorStr2(handle).decode(errors="replace"), self._library.tjGetErrorCode(handle) != _TJERR_WARNING
+        complaint = self._library.tjGetErrorStr2(handle).decode(errors="replace")
+        return complaint, self._library.tjGetErrorCode(handle) != _TJERR_WARNING or not complaint.startswith(_WARNINGS)
 
     def _handle(self) -> int:
         owner = getattr(self._local, "owner", None)
@@ -137,4 +149,5 @@ def _class_names(path: Path, labels: Indices) -> tuple[str, ...]:
         raise UserError(
             f"{path}: is not the file that {manifest_path.name} describes; convert again, or delete the manifest if it is left over"
         )
+    refuse_other_counts(path, labels, manifest)
     return manifest.class_names

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastbyol.config.errors import UserError
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
+_SEAL = "content_sha256"
+"""Of all the other fields."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,16 @@ class Manifest:
     class_counts: tuple[int, ...]
     images: dict[str, float]
     """Summary: smallest, mean and largest height and width in pixels, bytes, and how many images were transcoded."""
-    settings: dict[str, int | str]
+    settings: dict[str, int | float | str]
     source: dict[str, str]
     """The folder as the user gave it, and the digest of its listing."""
     shards: tuple[Shard, ...]
     software: dict[str, str]
+    dropped: tuple[int, ...] = ()
+    """Positions in the listing of the images that could not be kept, ascending: sample i is the i-th of the others, and where the settings
+    have a `shuffle_seed` the i-th of the others in that permutation of the listing."""
+    names_sha256: str = ""
+    """Of the samples' names in the listing, in the order of the samples, each ended by a zero byte: whether another listing gives the same."""
 
 
 def software_versions() -> dict[str, str]:
@@ -51,9 +60,35 @@ def beton_manifest_path(beton: Path) -> Path:
     return beton.with_name(beton.name + ".json")
 
 
+def describe_shard(path: Path, *, name: str, samples: int, sha256: str = "") -> Shard:
+    """The manifest's entry of a file that is complete; its sha256 is taken unless it is known."""
+    return Shard(name=name, samples=samples, bytes=path.stat().st_size, sha256=sha256 or sha256_of(path))
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Readable JSON, pure ASCII, sealed."""
+    fields = {"format_version": FORMAT_VERSION} | asdict(manifest)
+    return json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n"
+
+
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest as readable JSON; the caller gives the final name to it."""
-    path.write_text(json.dumps({"format_version": FORMAT_VERSION} | asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    """Writes the manifest; the caller gives the final name to it."""
+    path.write_text(manifest_text(manifest), encoding="utf-8")
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a readable manifest still says what was written: nobody has edited it. Reading does not ask; `verify` does."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return fields.pop(_SEAL, "") == _seal(fields)
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -61,9 +96,10 @@ def read_manifest(path: Path) -> Manifest:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version = fields.pop("format_version")
+        fields.pop(_SEAL, None)
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-        for name in ("class_names", "class_counts"):
-            fields[name] = tuple(fields[name])
+        for name in ("class_names", "class_counts", "dropped"):
+            fields[name] = tuple(fields.get(name, ()))
         manifest = Manifest(**fields)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; convert again with data_prep/to_dali.py or data_prep/to_ffcv.py") from None

@@ -6,23 +6,28 @@ Stock DALI (fn.readers.webdataset) and every WebDataset reader take the tars as 
 from __future__ import annotations
 
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.class_counts import refuse_other_counts
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, read_manifest
 
-SAMPLE_TABLE = "samples.npy"
+SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
 SAMPLE = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("label", "<i8"), ("height", "<u2"), ("width", "<u2")]
 )
-"""One row per sample, in the order of the ImageFolder listing: where its JPEG lies, and what it is. crc32 is of the JPEG's bytes."""
+"""One row per sample, in the order of the listing (of which the manifest's `dropped` have none): where its JPEG lies, and what it is.
+
+crc32 is of the JPEG's bytes."""
 INDEX_VERSION = "v1.2"
 
 
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.tar"
+def shard_name(number: int, *, part: str = "") -> str:
+    """Of a shard; part: of several that were made apart."""
+    return f"shard-{part}-{number:05d}.tar" if part else f"shard-{number:05d}.tar"
 
 
 def index_path(tar: Path) -> Path:
@@ -37,7 +42,7 @@ def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
         raise UserError(f"{folder / TAR_MANIFEST}: describes {manifest.kind!r}, not tar shards; convert again with data_prep/to_dali.py")
     for shard in manifest.shards:
         _check_shard(folder / shard.name, shard.bytes, shard.samples)
-    return manifest, _read_table(folder / SAMPLE_TABLE, manifest)
+    return manifest, read_sample_table(folder / SAMPLE_TABLE, manifest)
 
 
 def _check_shard(tar: Path, size: int, samples: int) -> None:
@@ -54,15 +59,17 @@ def _check_shard(tar: Path, size: int, samples: int) -> None:
         raise UserError(f"{index}: not the {INDEX_VERSION} index of {samples} samples; copy it again, or convert again")
 
 
-def _read_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
+def read_sample_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
+    """The table at `path`. UserError for one that is missing, damaged, or not of the manifest's shards."""
     again = "copy it again, or convert again with data_prep/to_dali.py"
     try:
         table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError, MemoryError) as error:  # the last three: a damaged header
         raise UserError(f"{path}: no readable sample table ({error}); {again}") from error
     if table.dtype != SAMPLE or table.shape != (manifest.num_samples,) or table["shard"].max() >= len(manifest.shards):
         raise UserError(f"{path}: not the sample table of these {manifest.num_samples} samples; {again}")
-    shard_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
-    if (table["offset"] + table["size"] > shard_bytes[table["shard"]]).any():
+    shard_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)[table["shard"]]
+    if (table["offset"] > shard_bytes).any() or (table["offset"] + table["size"] > shard_bytes).any():
         raise UserError(f"{path}: points outside its shards; {again}")
+    refuse_other_counts(path, table["label"], manifest)
     return table

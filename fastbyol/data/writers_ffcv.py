@@ -1,106 +1,167 @@
-"""Writes an ImageFolder as a .beton that any FFCV reader opens, with each JPEG's own bytes in it.
+"""Writes images as a .beton that any FFCV reader opens, with each JPEG's own bytes in it.
 
-FFCV's own writer re-encodes every JPEG (a generation loss, 2.4 times slower) and hangs for ever when one of its worker processes dies.
+FFCV's own writer re-encodes every JPEG (a generation loss, and twice the time), hangs for ever when one of its worker processes dies, and
+has to start again when it was interrupted.
+
+How many images will be kept is known at the end only, so the table of samples has room for all: its rows are the kept ones, then come
+unused bytes, then the images. Readers look no further than the header's count.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fastbyol.config.errors import UserError
-from fastbyol.data.beton import (
-    ALLOCATION,
-    FIELD,
-    HEADER,
-    JPEG_MODE,
-    MAX_PAGE_BYTES,
-    MIN_PAGE_BYTES,
-    SAMPLE,
-    VERSION,
-    field_descriptors,
+from fastbyol.config.errors import UserError, require
+from fastbyol.data.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
+from fastbyol.data.conversion import (
+    ConversionOptions,
+    Output,
+    as_listing,
+    convert_images,
+    disk_errors,
+    encode_settings_as_plain,
+    finish_report,
+    make_manifest,
+    make_task,
+    open_work,
+    put_in_place,
+    require_free_name,
+    work_path,
 )
-from fastbyol.data.conversion import ImageSummary, appears_whole, encoded_samples, finished_shard, flush_to_disk, make_manifest
-from fastbyol.data.encode import TRANSCODE_QUALITY, EncodedImage
-from fastbyol.data.image_folder import ImageFolder, list_image_folder
-from fastbyol.data.manifest import Manifest, beton_manifest_path, write_manifest
+from fastbyol.data.conversion_report import report_path
+from fastbyol.data.encode import EncodedImage, EncodeSettings, Outcome
+from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.manifest import Manifest, beton_manifest_path, describe_shard, write_manifest
+from fastbyol.data.stop_signals import stop_signals
+from fastbyol.data.traversal import seeded_permutation
+from fastbyol.data.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
+
+RAW_PAGE_BYTES = 1 << 26
+"""64 MiB: a raw image of 22 million pixels. Larger ones are stored as JPEG."""
+_DATA = "data"
 
 
-def write_beton(data: Path, *, out: Path, workers: int = 0, overwrite: str = "refuse") -> Manifest:
-    """Converts the ImageFolder `data` to the file `out` and a manifest beside it; row i is the i-th image of the listing.
+def write_beton(
+    data: Path | ImageListing,
+    *,
+    out: Path,
+    workers: int = 0,
+    overwrite: str = "refuse",
+    shuffle_seed: int | None = None,
+    options: ConversionOptions | None = None,
+) -> Manifest:
+    """Converts images to the file `out`, with a manifest and a report beside it; row i is the i-th image of the listing that was kept.
 
     Args:
-        data: folder with one sub-folder of images per class.
-        out: the .beton to make; `out`.json is the manifest.
+        data: what `inputs.list_images` takes, such as a folder of class folders or ImageNet's tar; or a listing.
+        out: the .beton to make; `out`.json is the manifest, `out`.report.json the report.
         workers: processes that read and check images; 0: one per core.
         overwrite: 'refuse' an existing `out`, or 'replace' it.
+        shuffle_seed: rows in a seeded permutation of the listing instead, for readers that go through the file in order.
+        options: everything else.
 
     Raises:
-        UserError: no such folder, an image that does not decode, an existing output, a worker that died.
+        UserError: no such folder, too many images that cannot be kept, an existing output, not enough room. If the work has begun, the same
+            call continues it.
+        Stopped: by Ctrl-C or SIGTERM; the same call continues.
     """
+    options = options or ConversionOptions()
     if out.suffix != ".beton":
         raise UserError(f"--out {out}: must end in .beton")
-    listing = list_image_folder(data)
-    summary = ImageSummary()
-    with appears_whole(out, overwrite=overwrite == "replace") as temporary:
-        with temporary.open("wb") as file:
-            pages = _BetonFile(file, num_samples=len(listing.files), page_bytes=_page_bytes(listing))
-            for index, image in encoded_samples(listing, range(len(listing.files)), workers=workers, what=out.name):
-                pages.add(index, image, label=listing.labels[index], name=listing.files[index])
-                summary.add(image)
-            pages.finish()
-        shard = finished_shard(temporary, name=out.name, samples=len(listing.files))
-        settings: dict[str, int | str] = {"page_bytes": pages.page_bytes, "transcode_quality": TRANSCODE_QUALITY}
-        manifest = make_manifest("beton", listing, summary, [shard], settings)
-        # The manifest goes first: a file without one loses its class names silently, a manifest of another file is noticed at open.
-        with appears_whole(beton_manifest_path(out), overwrite=True) as manifest_temporary:
-            write_manifest(manifest_temporary, manifest)
-            flush_to_disk(manifest_temporary)
+    if shuffle_seed is not None:
+        require(0 <= shuffle_seed < 2**63, "shuffle-seed", shuffle_seed, "an integer in [0, 2^63)")
+    with stop_signals() as stop, disk_errors(out):
+        clear_if_finished(work_path(out), data=_DATA)
+        require_free_name(out, overwrite=overwrite)
+        listing = as_listing(data)
+        num = len(listing.files)
+        order = np.arange(num, dtype=np.int64) if shuffle_seed is None else seeded_permutation(num, shuffle_seed)
+        task = make_task(listing, order=order, out=out, options=options, workers=workers)
+        page_bytes = _page_bytes(task.sizes, options.encode)
+        task = task.with_largest(page_bytes)
+        settings: dict[str, int | float | str] = {"page_bytes": page_bytes, **encode_settings_as_plain(options.encode)}
+        if shuffle_seed is not None:
+            settings["shuffle_seed"] = shuffle_seed
+        with open_work(work_path(out), task, kind="beton", settings=settings) as work:
+            rows = convert_images(task, _BetonOutput(work, images=num, page_bytes=page_bytes), work, stop=stop)
+            report = finish_report(task, rows, work)
+            _write_tables(work.path / _DATA, rows, listing, page_bytes=page_bytes)
+            shard = describe_shard(work.path / _DATA, name=out.name, samples=int((rows["outcome"] != Outcome.DROPPED).sum()))
+            manifest = make_manifest("beton", task, rows, [shard], settings)
+            new_manifest = work.path / "manifest.json"
+            write_manifest(new_manifest, manifest)
+            # The manifest goes first: a file without one loses its class names silently, a manifest of another file is noticed at open.
+            put_in_place(report, report_path(out))
+            put_in_place(new_manifest, beton_manifest_path(out))
+            put_in_place(work.path / _DATA, out)
+            work.discard()
     return manifest
 
 
-def _page_bytes(listing: ImageFolder) -> int:
-    """A power of two that holds the largest file: FFCV's page cache wants each image within one page."""
-    largest = max(listing.path(index).stat().st_size for index in range(len(listing.files)))
-    page = max(MIN_PAGE_BYTES, 1 << max(largest - 1, 0).bit_length())
-    if page > MAX_PAGE_BYTES:
-        raise UserError(f"{listing.root}: an image of {largest:,} bytes is too large for a .beton page; make it smaller")
-    return page
+def _page_bytes(sizes: NDArray[np.int64], settings: EncodeSettings) -> int:
+    """A power of two that holds the largest image: FFCV's page cache wants each within one page. A larger one will be dropped."""
+    largest = int(sizes.max())
+    if settings.raw_fraction:
+        side = settings.max_side_px
+        largest = max(largest, RAW_PAGE_BYTES if side is None else min(3 * side * side, RAW_PAGE_BYTES))
+    return min(MAX_PAGE_BYTES, max(MIN_PAGE_BYTES, 1 << max(largest - 1, 0).bit_length()))
 
 
-class _BetonFile:
-    """Writes images one after another, then the tables. Pages are counted from the start of the file, so none is lost to a first one."""
+class _BetonOutput(Output):
+    """Appends images one after another. Pages are counted from the start of the file, so none is lost to a first one."""
 
-    def __init__(self, file: BinaryIO, *, num_samples: int, page_bytes: int) -> None:
-        self.page_bytes = page_bytes
-        self._file, self._at = file, HEADER.itemsize + 2 * FIELD.itemsize + num_samples * SAMPLE.itemsize
-        self._samples = np.zeros(num_samples, dtype=SAMPLE)
-        self._allocations = np.zeros(num_samples, dtype=ALLOCATION)
-        self._checksums = np.zeros(num_samples, dtype="<u4")
+    bytes_per_image = SAMPLE.itemsize + ALLOCATION.itemsize + 4
 
-    def add(self, index: int, image: EncodedImage, *, label: int, name: str) -> None:
-        size = len(image.jpeg)
-        if size > self.page_bytes:
-            raise UserError(f"{name}: {size:,} bytes after transcoding, a page holds {self.page_bytes:,}; make the image smaller")
-        if self._at // self.page_bytes != (self._at + size - 1) // self.page_bytes:
-            self._at += -self._at % self.page_bytes
-        self._file.seek(self._at)
-        self._file.write(image.jpeg)
-        self._samples[index] = ((JPEG_MODE, image.width, image.height, self._at), label)
-        self._allocations[index] = (index, self._at, size)
-        self._checksums[index] = image.crc32
-        self._at += size
+    def __init__(self, work: WorkFolder, *, images: int, page_bytes: int) -> None:
+        self._work, self._page_bytes = work, page_bytes
+        self._images_at = _images_at(images)
 
-    def finish(self) -> None:
-        """Checksums, then the allocation table, which must end the file. The header is written last: an unfinished file has none."""
-        self._file.seek(self._at)
-        self._file.write(self._checksums.tobytes() + self._allocations.tobytes())
-        header = np.zeros(1, dtype=HEADER)
-        header[0] = (VERSION, 2, self.page_bytes, len(self._samples), self._at + self._checksums.nbytes)
-        self._file.seek(0)
-        self._file.write(header.tobytes() + field_descriptors(checksums_at=self._at).tobytes() + self._samples.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def resume(self, rows: NDArray[np.void]) -> None:
+        self._file: GrowingFile = self._work.open(_DATA, size=_end_of_images(rows, images_at=self._images_at))
+
+    def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
+        size = len(image.data)
+        if self._file.size // self._page_bytes != (self._file.size + size - 1) // self._page_bytes:
+            self._file.write(bytes(-self._file.size % self._page_bytes))
+        at = self._file.size
+        self._file.write(image.data)
+        return 0, at
+
+
+def _images_at(images: int) -> int:
+    """Where the first image begins: after the header, two descriptors and a table of all samples."""
+    return HEADER.itemsize + 2 * FIELD.itemsize + images * SAMPLE.itemsize
+
+
+def _end_of_images(rows: NDArray[np.void], *, images_at: int) -> int:
+    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    return int(kept["offset"][-1] + kept["size"][-1]) if len(kept) else images_at
+
+
+def _write_tables(path: Path, rows: NDArray[np.void], listing: ImageListing, *, page_bytes: int) -> None:
+    """Checksums, then the allocation table, which must end the file; the header comes last: an unfinished file has none."""
+    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    at = _end_of_images(rows, images_at=_images_at(len(rows)))
+    samples = np.zeros(len(kept), dtype=SAMPLE)
+    for name, column in (("mode", "mode"), ("width", "width"), ("height", "height"), ("data_ptr", "offset")):
+        samples["f0"][name] = kept[column]
+    samples["f1"] = np.array(listing.labels, dtype=np.int64)[kept["index"].astype(np.int64)]
+    allocations = np.zeros(len(kept), dtype=ALLOCATION)
+    allocations["sample_id"] = np.arange(len(kept))
+    allocations["ptr"], allocations["size"] = kept["offset"], kept["size"]
+    checksums = kept["crc32"].astype("<u4").tobytes()
+    header = np.zeros(1, dtype=HEADER)
+    header[0] = (VERSION, 2, page_bytes, len(kept), at + len(checksums))
+    with path.open("r+b") as file:
+        file.truncate(at)
+        file.seek(at)
+        file.write(checksums + allocations.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        file.write(header.tobytes() + field_descriptors(checksums_at=at).tobytes() + samples.tobytes())
+    flush_to_disk(path)

@@ -1,107 +1,213 @@
-"""Writes an ImageFolder as WebDataset tar shards with DALI indices, in one seeded shuffle, with each JPEG's own bytes in it."""
+"""Writes images as WebDataset tar shards with DALI indices, in one seeded shuffle, with each JPEG's own bytes in them.
+
+One machine makes the folder as a whole. Several make disjoint parts of the same shuffle in one folder, which `tar_parts` then completes.
+"""
 
 from __future__ import annotations
 
-import io
 import tarfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.config.errors import require, require_at_least
-from fastbyol.data.conversion import ImageSummary, appears_whole, encoded_samples, finished_shard, flush_to_disk, make_manifest
-from fastbyol.data.encode import TRANSCODE_QUALITY, EncodedImage
-from fastbyol.data.image_folder import ImageFolder, list_image_folder
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, write_manifest
-from fastbyol.data.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, index_path, shard_name
+from fastbyol.config.errors import UserError, require, require_at_least
+from fastbyol.data.conversion import (
+    ConversionOptions,
+    Output,
+    Task,
+    as_listing,
+    convert_images,
+    disk_errors,
+    encode_settings_as_plain,
+    finish_report,
+    make_manifest,
+    make_task,
+    open_work,
+    put_in_place,
+    require_free_name,
+    work_path,
+)
+from fastbyol.data.encode import EncodedImage, Outcome
+from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, describe_shard, sha256_of, write_manifest
+from fastbyol.data.stop_signals import stop_signals
+from fastbyol.data.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
 from fastbyol.data.traversal import seeded_permutation
+from fastbyol.data.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
 
 MIB = 1 << 20
+SHARDS_FOLDER = "shards"
+_BLOCK = tarfile.BLOCKSIZE
+_NUMBERS_BYTES = 4 * _BLOCK  # a header and a block for each of .cls and .idx
+_NOTE = "sha256 of "
+
+Settings = dict[str, int | float | str]
 
 
 def write_tar_shards(
-    data: Path, *, out: Path, workers: int = 0, shard_mib: int = 256, seed: int = 0, overwrite: str = "refuse"
+    data: Path | ImageListing,
+    *,
+    out: Path,
+    workers: int = 0,
+    shard_mib: int = 256,
+    seed: int = 0,
+    overwrite: str = "refuse",
+    options: ConversionOptions | None = None,
 ) -> Manifest:
-    """Converts the ImageFolder `data` to a folder `out` of tar shards, their indices, a sample table and a manifest.
+    """Converts images to a folder `out` of tar shards, their indices, a sample table, a manifest and a report.
 
-    Components of sample i of the listing: i.jpg, i.cls (int64, little-endian), i.idx (the number i, likewise).
+    Components of image i of the listing: i.jpg, i.cls (int64, little-endian), i.idx (the number i, likewise). Sample i of the table is the
+    i-th image of the listing that was kept.
 
     Args:
-        data: folder with one sub-folder of images per class.
+        data: what `inputs.list_images` takes, such as a folder of class folders or ImageNet's tar; or a listing.
         out: the folder to make.
         workers: processes that read and check images; 0: one per core.
         shard_mib: a shard ends when it has reached this size.
         seed: of the order of samples in the shards. DALI's own reader shuffles only within a buffer, so the shards are shuffled as a whole.
         overwrite: 'refuse' an existing `out`, or 'replace' it if it was made by this function.
+        options: everything else.
 
     Raises:
-        UserError: no such folder, an image that does not decode, an existing output, a worker that died.
+        UserError: no such folder, too many images that cannot be kept, an existing output, not enough room. If the work has begun, the same
+            call continues it.
+        Stopped: by Ctrl-C or SIGTERM; the same call continues.
     """
-    require_at_least("shard-mb", shard_mib, 1)
-    require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63)")
-    listing = list_image_folder(data)
-    summary = ImageSummary()
-    with appears_whole(out, overwrite=overwrite == "replace", marker=TAR_MANIFEST) as temporary:
-        temporary.mkdir()
-        order = seeded_permutation(len(listing.files), seed).tolist()
-        shards = _ShardWriter(temporary, listing, shard_bytes=shard_mib * MIB)
-        for index, image in encoded_samples(listing, order, workers=workers, what=out.name):
-            shards.add(index, image)
-            summary.add(image)
-        finished = shards.finish()
-        settings: dict[str, int | str] = {"seed": seed, "shard_mib": shard_mib, "transcode_quality": TRANSCODE_QUALITY}
-        manifest = make_manifest("tar", listing, summary, finished, settings)
-        write_manifest(temporary / TAR_MANIFEST, manifest)
-        for file in temporary.iterdir():
-            flush_to_disk(file)
-        flush_to_disk(temporary)
+    options = options or ConversionOptions()
+    settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
+    with stop_signals() as stop, disk_errors(out):
+        clear_if_finished(work_path(out), data=SHARDS_FOLDER)
+        require_free_name(out, overwrite=overwrite, marker=TAR_MANIFEST)
+        listing = as_listing(data)
+        order = shuffled(listing, seed=seed)
+        task = make_task(listing, order=order, out=out, options=options, workers=workers)
+        with open_work(work_path(out), task, kind="tar", settings=settings) as work, TarOutput(work, shard_mib=shard_mib) as output:
+            rows = convert_images(task, output, work, stop=stop)
+            report = finish_report(task, rows, work)
+            shards = output.finish(rows)
+            folder = work.path / SHARDS_FOLDER
+            rows = np.sort(rows, order="index")
+            np.save(folder / SAMPLE_TABLE, sample_table(task, rows))
+            manifest = make_manifest("tar", task, rows, shards, settings)
+            report.replace(folder / TAR_REPORT)
+            write_manifest(folder / TAR_MANIFEST, manifest)
+            for file in folder.iterdir():
+                flush_to_disk(file)
+            flush_to_disk(folder)
+            put_in_place(folder, out)
+            work.discard()
     return manifest
 
 
-class _ShardWriter:
-    """Fills one tar after another and remembers where everything lies."""
+def shuffled(listing: ImageListing, *, seed: int) -> NDArray[np.int64]:
+    """The order in which the images of a listing go into shards."""
+    return seeded_permutation(len(listing.files), seed)
 
-    def __init__(self, folder: Path, listing: ImageFolder, *, shard_bytes: int) -> None:
-        self._folder, self._listing, self._shard_bytes = folder, listing, shard_bytes
-        self._table: NDArray[np.void] = np.zeros(len(listing.files), dtype=SAMPLE)
-        self._shards: list[Shard] = []
-        self._rows: list[str] = []
-        self._tar: tarfile.TarFile | None = None
 
-    def add(self, index: int, image: EncodedImage) -> None:
-        tar = self._tar or self._open()
-        label = self._listing.labels[index]
-        components = {"jpg": image.jpeg, "cls": np.int64(label).astype("<i8").tobytes(), "idx": np.int64(index).astype("<i8").tobytes()}
-        row = []
-        for extension, data in components.items():
+def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> Settings:
+    """What the result depends on, for the manifest. UserError for what tar shards cannot have."""
+    require_at_least("shard-mb", shard_mib, 1)
+    require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63)")
+    if options.encode.raw_fraction:
+        raise UserError(f"raw-fraction = {options.encode.raw_fraction:g}: tar shards hold JPEGs; pixels go into a .beton only")
+    return {"seed": seed, "shard_mib": shard_mib, **encode_settings_as_plain(options.encode)}
+
+
+def sample_table(task: Task, rows: NDArray[np.void]) -> NDArray[np.void]:
+    """The rows of the images that were kept, as readers want them."""
+    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    table = np.zeros(len(kept), dtype=SAMPLE)
+    for name in ("shard", "offset", "size", "crc32", "height", "width"):
+        table[name] = kept[name]
+    table["label"] = np.array(task.listing.labels, dtype=np.int64)[kept["index"].astype(np.int64)]
+    return table
+
+
+class TarOutput(Output):
+    """Fills one shard after another, in the work folder. A context manager, which ends its thread."""
+
+    bytes_per_image = _BLOCK + _BLOCK // 2 + _NUMBERS_BYTES
+
+    def __init__(self, work: WorkFolder, *, shard_mib: int, part: str = "") -> None:
+        """part: goes into the shards' names, if this is one of several."""
+        self._work, self._shard_bytes, self._part = work, shard_mib * MIB, part
+        self._file: GrowingFile | None = None
+        self._number = 0
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-sha256")
+        self._hashing: list[Future[None]] = []
+
+    def resume(self, rows: NDArray[np.void]) -> None:
+        kept = rows[rows["outcome"] != Outcome.DROPPED]
+        if not len(kept):
+            return
+        self._number, end = int(kept["shard"][-1]), int(kept["offset"][-1]) + _padded(int(kept["size"][-1])) + _NUMBERS_BYTES
+        if end < self._shard_bytes:
+            self._file = self._work.open(self._path(self._number), size=end)
+        else:
+            self._number += 1
+
+    def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
+        file = self._file = self._file or self._work.open(self._path(self._number))
+        shard, offset = self._number, file.size + _BLOCK
+        for extension, data in (("jpg", image.data), ("cls", _int64(label)), ("idx", _int64(index))):
             member = tarfile.TarInfo(f"{index:08d}.{extension}")
             member.size, member.mode = len(data), 0o644
-            offset = tar.offset + tarfile.BLOCKSIZE  # a USTAR header with a short name is one block
-            tar.addfile(member, io.BytesIO(data))
-            # DALI refuses a row without the file name, whatever its documentation says.
-            row.append(f"{extension} {offset} {len(data)} {member.name}")
-            if extension == "jpg":
-                self._table[index] = (len(self._shards), offset, len(data), image.crc32, label, image.height, image.width)
-        self._rows.append(" ".join(row))
-        if tar.offset >= self._shard_bytes:
+            file.write(member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK))
+        if file.size >= self._shard_bytes:
             self._close()
+        return shard, offset
 
-    def finish(self) -> list[Shard]:
-        if self._tar:
+    def finish(self, rows: NDArray[np.void]) -> list[Shard]:
+        """Ends the last shard, and writes all indices. rows: in the order of conversion."""
+        if self._file:
             self._close()
-        np.save(self._folder / SAMPLE_TABLE, self._table)
-        return self._shards
+        for hashing in self._hashing:
+            hashing.result()
+        kept = rows[rows["outcome"] != Outcome.DROPPED]
+        return [self._finish_shard(number, kept[kept["shard"] == number]) for number in range(self._number)]
 
-    def _open(self) -> tarfile.TarFile:
-        self._tar = tarfile.open(self._folder / shard_name(len(self._shards)), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        return self._tar
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hasher.shutdown(wait=True, cancel_futures=True)
+
+    def _path(self, number: int) -> str:
+        return f"{SHARDS_FOLDER}/{shard_name(number, part=self._part)}"
 
     def _close(self) -> None:
-        assert self._tar is not None
-        self._tar.close()
-        self._tar = None
-        path = self._folder / shard_name(len(self._shards))
-        index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(self._rows)}", *self._rows, ""]), encoding="ascii")
-        self._shards.append(finished_shard(path, name=path.name, samples=len(self._rows)))
-        self._rows = []
+        """Two empty blocks end a tar, and it is filled up to whole records."""
+        assert self._file is not None
+        self._file.write(bytes(2 * _BLOCK + -(self._file.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
+        self._work.close_file(self._file)
+        self._hashing.append(self._hasher.submit(self._hash, self._path(self._number)))
+        self._file = None
+        self._number += 1
+
+    def _hash(self, path: str) -> None:
+        """While the file is still in memory."""
+        self._work.notes[_NOTE + path] = sha256_of(self._work.path / path)
+
+    def _finish_shard(self, number: int, rows: NDArray[np.void]) -> Shard:
+        path = self._work.path / self._path(number)
+        lines = [_index_line(*row) for row in zip(*(rows[name].tolist() for name in ("index", "offset", "size")), strict=True)]
+        index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]), encoding="ascii")
+        return describe_shard(path, name=path.name, samples=len(rows), sha256=self._work.notes.get(_NOTE + self._path(number), ""))
+
+
+def _index_line(index: int, offset: int, size: int) -> str:
+    """Where a sample's three components lie. DALI refuses a row without the file names, whatever its documentation says."""
+    cls = offset + _padded(size) + _BLOCK
+    places = (("jpg", offset, size), ("cls", cls, 8), ("idx", cls + 2 * _BLOCK, 8))
+    return " ".join(f"{extension} {at} {length} {index:08d}.{extension}" for extension, at, length in places)
+
+
+def _padded(size: int) -> int:
+    return size + -size % _BLOCK
+
+
+def _int64(value: int) -> bytes:
+    return value.to_bytes(8, "little", signed=True)

@@ -1,0 +1,109 @@
+"""Says what is in a data set: a .beton, a folder of tar shards, a folder of images, or a tar of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.errors import UserError, one_line_errors
+from fastbyol.data.inputs import INPUTS, add_label_arguments, listing_from
+from fastbyol.data.inventory import Inventory, is_conversion, take_inventory
+from fastbyol.data.picture_grid import write_picture_grid
+
+EXAMPLES = f"""\
+examples:
+  python data_prep/info.py train.beton
+  python data_prep/info.py train_tar --json | jq .class_counts
+  python data_prep/info.py imagenet/train --grid train.png                                  12 classes, 8 images of each
+  python data_prep/info.py ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
+
+{INPUTS}"""
+
+
+@one_line_errors
+def main() -> None:
+    arguments = _parser().parse_args()
+    given = [option for option in ("labels", "devkit", "subset") if getattr(arguments, option)]
+    converted = is_conversion(arguments.data)
+    if converted and given:
+        raise UserError(f"--{given[0]}: {arguments.data} is converted and has its labels; only folders and tars of images take it")
+    listing = None if converted else listing_from(arguments)
+    inventory = take_inventory(arguments.data, listing=listing)
+    if arguments.grid:
+        write_picture_grid(arguments.data, listing=listing, out=arguments.grid)
+    if arguments.json:
+        print(json.dumps(inventory.as_dict(), indent=1))
+    else:
+        _print_table(inventory)
+
+
+def _print_table(inventory: Inventory) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(inventory):
+        table.add_row(name, Text(value.encode(errors="replace").decode()))
+    Console().print(table)
+
+
+def _rows(inventory: Inventory) -> list[tuple[str, str]]:
+    rows = [
+        ("data", f"{inventory.path} ({inventory.kind})"),
+        ("images", f"{inventory.images:,}"),
+        ("classes", f"{inventory.classes:,}: {_shortened(inventory.class_names)}"),
+        ("per class", f"{inventory.class_min:,} to {inventory.class_max:,}, median {inventory.class_median:,g}{_empty(inventory)}"),
+        ("bytes", f"{inventory.image_bytes:,} of images, {inventory.image_bytes / inventory.images:,.0f} each"),
+    ]
+    if sides := inventory.sides:
+        sample = "" if sides.looked_at == inventory.images else f" (of {sides.looked_at:,} images)"
+        rows += [
+            ("width", f"{sides.width_min:,} to {sides.width_max:,} px, median {sides.width_median:,}{sample}"),
+            ("height", f"{sides.height_min:,} to {sides.height_max:,} px, median {sides.height_median:,}{sample}"),
+            ("density", f"{sides.bytes_per_pixel:.3f} bytes per pixel, {sides.mean_pixels:,.0f} pixels each{sample}"),
+        ]
+    if inventory.skipped:
+        first = "; ".join(f"{name!r}: {reason}" for name, reason in inventory.skipped_first[:3])
+        rows.append(("left out", f"{inventory.skipped:,} entries that are no images: {first}{' …' if inventory.skipped > 3 else ''}"))
+    return rows + (_manifest_rows(inventory.manifest) if inventory.manifest else [])
+
+
+def _manifest_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    sizes = [shard["bytes"] for shard in manifest["shards"]]
+    shards = f"{len(sizes):,} of {min(sizes):,} to {max(sizes):,} bytes" if len(sizes) > 1 else f"1 of {sizes[0]:,} bytes"
+    rows = [("shards", shards), ("source", _pairs(manifest["source"])), ("settings", _pairs(manifest["settings"]))]
+    if manifest["dropped"]:
+        rows.append(("dropped", f"{len(manifest['dropped']):,} images of the source"))
+    return [*rows, ("software", _pairs(manifest["software"]))]
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _empty(inventory: Inventory) -> str:
+    return f"; {inventory.empty_classes:,} classes have none" if inventory.empty_classes else ""
+
+
+def _shortened(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])} … {names[-1]}"
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
+    parser.add_argument(
+        "data", type=Path, metavar="PATH", help="FILE.beton, folder of tar shards, folder of class folders, or a tar of images"
+    )
+    add_label_arguments(parser)
+    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a picture: some images of some classes")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, with the count of each class")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Writes a list of images: a class-balanced part of a data set, some of its classes, or the images that a published list names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.errors import UserError, one_line_errors
+from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.image_subset import choose_classes, draw_fraction, draw_images, read_subset, write_subset
+from fastbyol.data.inputs import INPUTS, add_input_arguments, listing_from
+
+EXAMPLES = f"""\
+examples:
+  python data_prep/subset.py --data imagenet/train --fraction 0.01 --out 1percent.txt         12,811 images, 12 or 13 of each class
+  python data_prep/subset.py --data imagenet/train --subset simclr/1percent.txt --out 1percent.txt    SimCLR's own list, checked and completed
+  python data_prep/subset.py --data imagenet/train --classes 100 --out 100classes.txt         all images of 100 classes
+  python data_prep/subset.py --data imagenet/val --classes imagenet100.txt --out val100.txt   the classes that a file names, one per line
+
+then:
+  python data_prep/to_ffcv.py --data imagenet/train --subset 1percent.txt --out 1percent.beton
+
+The same seed gives the same choice on any machine; with one seed a smaller part lies within a larger one, and train and val get the same
+classes. Labels stay those of the full set, so that a classifier trained on a part can be tested on all of val; --drop-empty-classes of the
+converters numbers them anew.
+{INPUTS}"""
+
+
+@one_line_errors
+def main() -> None:
+    arguments = _parser().parse_args()
+    if arguments.drop_empty_classes:
+        raise UserError("--drop-empty-classes: a list holds names and no labels; give it to the converter")
+    listing = listing_from(arguments)
+    if arguments.classes:
+        listing = choose_classes(listing, _classes(arguments.classes), seed=arguments.seed)
+    if arguments.fraction is not None and arguments.images is not None:
+        raise UserError("--fraction and --images: both say how many; give one of them")
+    if arguments.fraction is not None:
+        listing = draw_fraction(listing, arguments.fraction, seed=arguments.seed)
+    elif arguments.images is not None:
+        listing = draw_images(listing, arguments.images, seed=arguments.seed)
+    elif not arguments.classes and not arguments.subset:
+        raise UserError("which part? give --fraction, --images, --classes or --subset")
+    _write(listing, arguments.out, overwrite="replace" if arguments.overwrite else "refuse")
+    print(f"{arguments.out}: {_described(listing)}")
+
+
+def _classes(text: str) -> int | list[str]:
+    """A number of classes, a file of names, or names with commas between."""
+    if text.isdecimal():
+        return int(text)
+    return read_subset(Path(text)) if Path(text).is_file() else [name.strip() for name in text.split(",")]
+
+
+def _write(listing: ImageListing, out: Path, *, overwrite: str) -> None:
+    if out.exists() and overwrite == "refuse":
+        raise UserError(f"--out {out}: exists already; give another name, or --overwrite to replace it")
+    try:
+        write_subset(out, listing)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
+
+
+def _described(listing: ImageListing) -> str:
+    counts = Counter(listing.labels).values()
+    each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    return f"{len(listing.files):,} images of {len(counts):,} classes ({each} of each), of {len(listing.class_names):,} in all"
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
+    add_input_arguments(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="LIST", help="the list to write: one name per line, in the order of the data"
+    )
+    parser.add_argument("--fraction", type=float, metavar="F", help="this share of the images, class-balanced, at least one of each class")
+    parser.add_argument("--images", type=int, metavar="N", help="this many images, class-balanced")
+    parser.add_argument("--classes", metavar="N|NAMES|FILE", help="only so many classes, or these (name,name or a file with one per line)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a list that exists")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Checks a .beton or a folder of tar shards to the last byte: manifest, checksums, tables, every image decoded."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.errors import UserError, one_line_errors, require_at_least
+from fastbyol.data.findings import Findings
+from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.inputs import INPUTS, add_input_arguments, listing_from
+from fastbyol.data.verification import verify
+
+EXAMPLES = f"""\
+examples:
+  python data_prep/verify.py train.beton                                all 1,281,167 images of ImageNet, 148 GB
+  python data_prep/verify.py train_tar --source imagenet/train          compares each image with its original, too
+  python data_prep/verify.py val.beton --source ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
+
+exit code: 0 all is well, 1 something is not (each fault on a line: file, image, what), 2 there was nothing to verify
+
+--source takes the options of the conversion:
+{INPUTS}"""
+
+
+@one_line_errors
+def main() -> None:
+    arguments = _parser().parse_args()
+    require_at_least("faults", arguments.faults, 1)
+    originals = _originals(arguments)
+    start = time.monotonic()
+    found = verify(arguments.path, originals=originals, threads=arguments.workers)
+    for note in found.notes:
+        print(f"{arguments.path}: note: {note}")
+    for fault in found.faults[: arguments.faults]:
+        print(fault)
+    print(f"{arguments.path}: {_summary(found, time.monotonic() - start, shown=arguments.faults)}")
+    sys.exit(1 if found.num_faults else 0)
+
+
+def _originals(arguments: Namespace) -> ImageListing | None:
+    if arguments.source:
+        return listing_from(arguments, option="--source")
+    for option in ("labels", "devkit", "subset"):
+        if getattr(arguments, option):
+            raise UserError(f"--{option}: describes what was converted; give that with --source")
+    return None
+
+
+def _summary(found: Findings, seconds: float, *, shown: int) -> str:
+    images = f"{found.num_images:,} images" + (f" of {found.num_classes:,} classes" if found.num_classes else "")
+    work = f"{images}, {found.num_bytes:,} bytes of them, {found.num_images / max(seconds, 1e-9):,.0f} images/s"
+    if not found.num_faults:
+        return f"all is well: {work}"
+    more = f", the first {shown} shown" if found.num_faults > shown else ""
+    return f"{found.num_faults:,} faults{more}: {work}"
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
+    parser.add_argument("path", type=Path, metavar="PATH", help="FILE.beton, or a folder of tar shards")
+    add_input_arguments(parser, option="--source")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that hash and decode (default: one per core)")
+    parser.add_argument("--faults", type=int, default=100, metavar="N", help="most faults to print; all are counted (default: 100)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

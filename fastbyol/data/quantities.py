@@ -1,0 +1,24 @@
+"""Amounts of bytes and time as people read them."""
+
+from __future__ import annotations
+
+
+def bytes_text(count: float) -> str:
+    """With three figures, in decimal units, as disks are sold: '147 GB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
+
+
+def duration_text(seconds: float) -> str:
+    """The two largest units: '2 h 10 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
