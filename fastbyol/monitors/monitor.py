@@ -131,10 +131,9 @@ class Monitor:
     def _read(self, last: BYOLOutput) -> dict[str, float]:
         """All that is on the device, in one message over the ranks and one read."""
         unknown = torch.full((), math.nan, device=self._device)
-        norms = [n if n is not None else unknown for n in (self._norms.gradient, self._norms.update)]
+        norms = [n if n is not None else unknown for n in self._norms.take()]
         values: list[Tensor] = [self._sums / max(self._micro_batches, 1), torch.stack(norms), collapse_signs(last.projection, last.feature)]
         read = all_reduce_mean(torch.cat([v.to(self._device, torch.float32) for v in values])).tolist()
-        self._norms = StepNorms()
         return dict(zip((*MEANS, *NORMS, *SIGNS), read, strict=True))
 
     def _speed(self) -> dict[str, float | None]:

@@ -26,15 +26,27 @@ class StepNorms:
         """Between the last backward (gradients reduced and unscaled) and the optimizer; parameters without a gradient don't count."""
         self._parameters = [p for p in parameters if p.grad is not None]
         self.gradient = global_norm([p.grad for p in self._parameters if p.grad is not None])
-        self._before = [p.detach().clone() for p in self._parameters]
+        if [b.shape for b in self._before] != [p.shape for p in self._parameters]:
+            self._before = [torch.empty_like(p) for p in self._parameters]
+        torch._foreach_copy_(self._before, self._parameters)
 
     @torch.no_grad()
     def after_update(self) -> None:
         """After the optimizer. Without `before_update` in this step it does nothing."""
-        if self._before:
-            torch._foreach_sub_(self._before, self._parameters)
-            self.update = global_norm(self._before)
-        self._parameters, self._before = [], []
+        if not self._parameters:
+            return
+        torch._foreach_sub_(self._before, self._parameters)
+        self.update = global_norm(self._before)
+        if self._parameters[0].is_cuda:
+            # A GPU's memory is for activations and quickly had again; on the CPU fresh pages cost as much as the copy itself.
+            self._before = []
+        self._parameters = []
+
+    def take(self) -> tuple[Tensor | None, Tensor | None]:
+        """The norms of the gradient and of the update since this was last called, None where there were none."""
+        taken = self.gradient, self.update
+        self.gradient = self.update = None
+        return taken
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
