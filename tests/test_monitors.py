@@ -15,13 +15,15 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, TrainConfig
 from fastbyol.monitors import Monitor
-from fastbyol.monitors.collapse import COLLAPSED_STD, SIGNS, WARN_AFTER_RECORDS, CollapseRule, collapse_signs
+from fastbyol.monitors.collapse import COLLAPSED_STD, FINAL_STD, RECORDS_IN_A_ROW, SIGNS, CollapseRule, collapse_signs
 from fastbyol.monitors.compute import ComputeMeter, flop_per_image, peak_flop_per_s, peak_memory_gib
 from fastbyol.monitors.norms import StepNorms, global_norm
 from fastbyol.monitors.stopwatch import STEPS_KEPT, Stopwatch
 
 CPU = torch.device("cpu")
-COLLAPSED = {"alignment": 0.999, "projection_std": COLLAPSED_STD / 2}
+COLLAPSED = {"alignment": 0.999, "projection_std": FINAL_STD / 2, "epoch": 50.0}
+DOUBTFUL = {**COLLAPSED, "projection_std": COLLAPSED_STD / 2}
+HEALTHY = {"alignment": 0.7, "projection_std": 0.8, "epoch": 50.0}
 
 
 def _signs(projection: torch.Tensor, feature: torch.Tensor) -> dict[str, float]:
@@ -65,16 +67,16 @@ def test_mean_cosine_equals_the_loop_over_all_pairs():
 
 def test_the_alarm_needs_patience_and_forgets_after_a_healthy_record():
     rule = CollapseRule(TrainConfig())
-    assert [rule.check(step=step, **COLLAPSED) for step in range(WARN_AFTER_RECORDS - 1)] == [None] * (WARN_AFTER_RECORDS - 1)
-    assert "collapse since step 0: alignment 0.9990" in (rule.check(step=9, **COLLAPSED) or "")
-    assert rule.check(step=10, alignment=0.7, projection_std=0.8) is None
-    assert rule.check(step=11, **COLLAPSED) is None
+    assert [rule.check(step=step, **DOUBTFUL) for step in range(RECORDS_IN_A_ROW - 1)] == [None] * (RECORDS_IN_A_ROW - 1)
+    assert "collapse since step 0: alignment 0.9990" in (rule.check(step=9, **DOUBTFUL) or "")
+    assert rule.check(step=10, **HEALTHY) is None
+    assert rule.check(step=11, **DOUBTFUL) is None
 
 
 @pytest.mark.parametrize("signs", [{"alignment": 0.999, "projection_std": 0.36}, {"alignment": 0.9, "projection_std": 0.01}])
 def test_views_that_agree_while_images_differ_and_images_that_agree_while_views_differ_are_no_alarm(signs):
     rule = CollapseRule(TrainConfig())
-    assert [rule.check(step=step, **signs) for step in range(1000)] == [None] * 1000
+    assert [rule.check(step=step, epoch=50, **signs) for step in range(1000)] == [None] * 1000
     rule.stop_when_due([])
 
 
@@ -92,11 +94,11 @@ def test_the_alarm_names_what_in_this_run_is_known_to_collapse(config, says):
     assert says in [rule.check(step=step, **COLLAPSED) for step in range(3)][-1]
 
 
-def _collapsed_rule(*, log_every: int, last_step: int, **monitors: object) -> CollapseRule:
+def _collapsed_rule(*, log_every: int, last_step: int, signs: dict[str, float] = COLLAPSED, **monitors: object) -> CollapseRule:
     rule = CollapseRule(TrainConfig(monitors=MonitorsConfig(collapse_patience=100, **monitors)))  # type: ignore[arg-type]
-    rule.check(step=49, alignment=0.5, projection_std=0.8)
+    rule.check(step=49, **HEALTHY)
     for step in range(49 + log_every, last_step + 1, log_every):
-        rule.check(step=step, **COLLAPSED)
+        rule.check(step=step, **signs)
     return rule
 
 
@@ -107,10 +109,12 @@ def test_a_collapse_that_lasts_ends_the_run_and_names_the_last_checkpoint_from_b
         _collapsed_rule(log_every=10, last_step=159).stop_when_due([60])
 
 
-def test_a_run_goes_on_while_a_collapse_is_short_or_the_rule_is_off_or_records_are_few():
+def test_a_run_goes_on_while_a_collapse_is_short_or_doubtful_or_in_the_warm_up_or_records_are_few_or_the_rule_is_off():
     _collapsed_rule(log_every=10, last_step=149).stop_when_due([])
-    _collapsed_rule(log_every=10, last_step=10_000, stop_on_collapse=False).stop_when_due([])
+    _collapsed_rule(log_every=10, last_step=10_000, signs=DOUBTFUL).stop_when_due([])
+    _collapsed_rule(log_every=10, last_step=10_000, signs={**COLLAPSED, "epoch": 9.9}).stop_when_due([])  # of ten
     _collapsed_rule(log_every=500, last_step=49 + 2 * 500).stop_when_due([])  # two records: no warning yet, so no end
+    _collapsed_rule(log_every=10, last_step=10_000, stop_on_collapse=False).stop_when_due([])
 
 
 def test_norms_are_those_of_all_numbers_together():

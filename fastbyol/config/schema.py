@@ -134,9 +134,9 @@ class MonitorsConfig:
     """What is watched beside the training; nothing here changes what is learnt."""
 
     stop_on_collapse: bool = True
-    """End a run whose projections have become one (docs/monitors.md); off: it only says so."""
+    """End a run whose projections have become one and stay so (docs/monitors.md); off: it only says so."""
     collapse_patience: int = 300
-    """Optimizer steps in a row that a collapse must last before the run is ended."""
+    """Optimizer steps that a collapse must last before the run is ended; never within the warm-up."""
     knn_every_epochs: float = 0.0
     """How often kNN on data.val is measured while training; 0: never."""
     knn_images: int = 20_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,13 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
 
 SIGNS = ("projection_std", "feature_std", "effective_rank", "mean_cosine")
-COLLAPSED_STD = 0.1
-"""projection_std under this, with an alignment over COLLAPSED_ALIGNMENT, is a collapse."""
 COLLAPSED_ALIGNMENT = 0.98
-WARN_AFTER_RECORDS = 3
-"""Collapsed records in a row before the alarm is raised."""
+COLLAPSED_STD = 0.1
+"""projection_std under this, with an alignment over COLLAPSED_ALIGNMENT, looks like a collapse and raises the alarm."""
+FINAL_STD = 0.02
+"""projection_std under this is one that no run has come back from."""
+RECORDS_IN_A_ROW = 3
+"""Before the alarm is raised or the run is ended, whatever the number of steps between records."""
 
 
 @torch.no_grad()
@@ -54,8 +57,8 @@ def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
 class CollapseRule:
     """Watches the logged steps, warns when the projections of all images have become one, and says when a run shall end for it.
 
-    How the numbers were chosen: docs/monitors.md. Runs that collapse pass both thresholds within a hundred steps by a factor of three and
-    more and never come back; runs that are healthy or merely odd stay far on the other side of `projection_std`.
+    How the numbers were chosen: docs/monitors.md. Runs that collapse fall through both thresholds within a hundred steps and stay there; a run that
+    learns may pass the first for a while in its warm-up (heads of one layer do), and came back from 0.05.
 
     Args:
         config: `monitors` holds the patience; the rest is what the advice looks at.
@@ -63,45 +66,61 @@ class CollapseRule:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._in_a_row = 0
-        self._first_step = self._last_step = 0
+        self._seen, self._final = _Spell(), _Spell()
+        self._in_warmup = True
 
-    def check(self, *, step: int, alignment: float, projection_std: float) -> str | None:
-        """The alarm's text from the third collapsed record in a row on, else None."""
-        if not (alignment > COLLAPSED_ALIGNMENT and projection_std < COLLAPSED_STD):
-            self._in_a_row = 0
-            return None
-        self._first_step = self._first_step if self._in_a_row else step
-        self._last_step = step
-        self._in_a_row += 1
-        if self._in_a_row < WARN_AFTER_RECORDS:
+    def check(self, *, step: int, epoch: float, alignment: float, projection_std: float) -> str | None:
+        """The alarm's text from the third collapsed record in a row on, else None. epoch: after that step."""
+        aligned = alignment > COLLAPSED_ALIGNMENT
+        self._seen.go_on(step, holds=aligned and projection_std < COLLAPSED_STD)
+        self._final.go_on(step, holds=aligned and projection_std < FINAL_STD)
+        self._in_warmup = epoch < self._config.optim.warmup_epochs
+        if self._seen.records < RECORDS_IN_A_ROW:
             return None
         return (
-            f"collapse since step {self._first_step}: alignment {alignment:.4f} and projection std {projection_std:.2g} say that every image "
+            f"collapse since step {self._seen.first}: alignment {alignment:.4f} and projection std {projection_std:.2g} say that every image "
             f"gets the same projection; {what_to_try(self._config)}"
         )
 
     def stop_when_due(self, checkpoint_steps: Sequence[int]) -> None:
-        """Ends a run that has been collapsed for `monitors.collapse_patience` steps, if the config says so.
+        """Ends a run that has been collapsed beyond doubt for `monitors.collapse_patience` steps and whose warm-up is over, if the config says so.
 
         Every rank comes to the same verdict, since the signs are means over all of them.
 
         Args:
-            checkpoint_steps: steps that have a checkpoint, to name the last one from before the collapse.
+            checkpoint_steps: numbers of steps after which there is a checkpoint, to name the last one from before the collapse.
 
         Raises:
             UserError: with the steps, what to try, the checkpoint, and how to go on regardless.
         """
-        monitors = self._config.monitors
-        long_enough = self._in_a_row >= WARN_AFTER_RECORDS and self._last_step - self._first_step >= monitors.collapse_patience
-        if not (monitors.stop_on_collapse and long_enough):
+        monitors, final = self._config.monitors, self._final
+        long_enough = final.records >= RECORDS_IN_A_ROW and final.last - final.first >= monitors.collapse_patience
+        if not (monitors.stop_on_collapse and long_enough) or self._in_warmup:
             return
-        good = [step for step in checkpoint_steps if step <= self._first_step]
+        good = [done for done in checkpoint_steps if done <= self._seen.last_without + 1]
         kept = f"the last checkpoint from before is step {good[-1]}'s" if good else "there is no checkpoint from before"
         raise UserError(
-            f"collapse: since step {self._first_step} every image gets the same projection, stopped at step {self._last_step}; {kept}; "
+            f"collapse: since step {self._seen.first} every image gets the same projection, stopped at step {final.last}; {kept}; "
             f"{what_to_try(self._config)}; to train on regardless: --monitors.stop_on_collapse false"
         )
+
+
+@dataclass
+class _Spell:
+    """Consecutive records for which something holds: how many, the steps of the first and the last, and of the last record before (-1: none)."""
+
+    records: int = 0
+    first: int = 0
+    last: int = 0
+    last_without: int = -1
+
+    def go_on(self, step: int, *, holds: bool) -> None:
+        if not holds:
+            self.records, self.last_without = 0, step
+            return
+        self.first = self.first if self.records else step
+        self.last = step
+        self.records += 1
 
 
 def what_to_try(config: TrainConfig) -> str:

@@ -107,7 +107,8 @@ class Monitor:
             )
         alarm = None
         if self._collapse is not None:
-            alarm = self._collapse.check(step=step, alignment=read["alignment"], projection_std=read["projection_std"])
+            signs = {name: read[name] for name in ("alignment", "projection_std")}
+            alarm = self._collapse.check(step=step, epoch=epoch, **signs)
         record = {
             "step": step,
             "epoch": round(epoch, 4),
