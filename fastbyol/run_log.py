@@ -146,12 +146,17 @@ def configure_logging(file: Path | None = None, *, quiet: bool = False, screen: 
     """Plain lines on stderr (or to `screen` instead), and in the file where one is given; quiet ranks say warnings only."""
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
-    for handler in log.handlers:
-        handler.close()
-    log.handlers.clear()
+    close_logging()
     handlers: list[logging.Handler] = [screen or logging.StreamHandler(sys.stderr)]
     if file is not None:
         handlers.append(logging.FileHandler(file))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
+
+
+def close_logging() -> None:
+    """Closes the log's files and the live line, so that what is said after it stands in lines of its own."""
+    for handler in log.handlers:
+        handler.close()
+    log.handlers.clear()

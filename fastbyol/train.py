@@ -36,7 +36,7 @@ from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.precision import autocast, build_scaler, prepare_model
 from fastbyol.process_group import Process, join_process_group, leave_process_group
-from fastbyol.run_log import RunLog, configure_logging, open_run_folder
+from fastbyol.run_log import RunLog, close_logging, configure_logging, open_run_folder
 from fastbyol.schedules import lr_at, tau_at, total_steps_at
 from fastbyol.train_state import TrainState
 
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         train(config, process)
     finally:
+        close_logging()
         leave_process_group()
 
 

@@ -23,7 +23,7 @@ HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 @pytest.fixture
 def terminal() -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=150, legacy_windows=False)
+    return Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)
 
 
 def _drawn(console: Console) -> str:
@@ -39,12 +39,12 @@ def test_a_line_says_where_the_run_is_how_it_learns_and_how_fast():
 
 
 def test_a_terminal_shows_step_loss_speed_and_accuracy_in_one_line_and_gets_its_cursor_back(terminal):
-    live = LiveLine(total_steps=100, first_step=20, console=terminal)
+    live = LiveLine(total_steps=312_784, first_step=20, console=terminal)
     live.show({**RECORD, "knn_top1": 0.612})
-    live.close()
+    live.handler().close()
     drawn = _drawn(terminal)
     last = [line for line in drawn.replace("\r", "\n").splitlines() if "step" in line][-1]
-    for part in ("step 50/100", "epoch 0.50", "loss 1.2500", "kNN 61.2%", "640 images/s", "data wait 25%"):
+    for part in ("step 50/312784", "epoch 0.50 loss 1.250 640 images/s waits 25%", "-:--:--"):
         assert part in last
     assert drawn.rindex(SHOW_CURSOR) > drawn.rindex(HIDE_CURSOR)
     live.close()
