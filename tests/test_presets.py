@@ -118,6 +118,7 @@ TABLE_18 = {
     0.5: ((70.9, 90.2), (72.0, 90.8), (72.7, 91.2), (72.7, 91.1), (72.6, 91.1), (72.5, 91.0)),
     1.0: ((53.9, 77.5), (70.9, 90.3), (72.7, 91.1), (72.7, 91.1), (72.6, 91.0), (72.6, 91.1)),
 }
+COLLAPSES = {"monitors.stop_on_collapse": False}
 ONE_CHANGE = {
     # Table 5a.
     "tau_1": ({"optim.tau_base": 1.0}, (18.8,)),
@@ -134,10 +135,13 @@ ONE_CHANGE = {
         (69.2,),
     ),
     "predictor_target_stop_gradient_beta_0": ({"objective.target": "stop_gradient"}, (5.5,)),
-    "predictor_target_online_beta_0": ({"objective.target": "online"}, (0.3,)),
-    "no_predictor_target_ema_beta_0": ({"model.predictor_layers": 0}, (0.2,)),
-    "no_predictor_target_stop_gradient_beta_0": ({"model.predictor_layers": 0, "objective.target": "stop_gradient"}, (0.1,)),
-    "no_predictor_target_online_beta_0": ({"model.predictor_layers": 0, "objective.target": "online"}, (0.1,)),
+    "predictor_target_online_beta_0": ({"objective.target": "online", **COLLAPSES}, (0.3,)),
+    "no_predictor_target_ema_beta_0": ({"model.predictor_layers": 0, **COLLAPSES}, (0.2,)),
+    "no_predictor_target_stop_gradient_beta_0": (
+        {"model.predictor_layers": 0, "objective.target": "stop_gradient", **COLLAPSES},
+        (0.1,),
+    ),
+    "no_predictor_target_online_beta_0": ({"model.predictor_layers": 0, "objective.target": "online", **COLLAPSES}, (0.1,)),
     # Appendix F.
     **{
         f"depth_{projector}_{predictor}": ({"model.projector_layers": projector, "model.predictor_layers": predictor}, figures)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fastbyol.config.preset import PAPER_RANKS, Preset
-from fastbyol.config.schema import ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from fastbyol.config.views import ABLATIONS as VIEW_ABLATIONS
 
 BASE = TrainConfig()
@@ -112,6 +112,8 @@ def _objectives() -> Iterator[_Row]:
             " (SimCLR)" if (predictor, target, beta) == SIMCLR else ""
         )
         config = replace(BASE, model=ModelConfig(predictor_layers=predictor), objective=ObjectiveConfig(target=target, beta=beta))
+        if beta == 0 and (not predictor or target == "online"):  # to collapse is what these are for
+            config = replace(config, monitors=MonitorsConfig(stop_on_collapse=False))
         yield name, what, config, figure, "tables 5b and 19"
     for beta, figures in _BETA_ALPHA.items():
         for alpha, figure in zip(_ALPHAS, figures, strict=True):

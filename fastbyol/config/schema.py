@@ -135,7 +135,7 @@ class MonitorsConfig:
 
     stop_on_collapse: bool = True
     """End a run whose projections have become one and stay so (docs/monitors.md); off: it only says so."""
-    collapse_patience: int = 300
+    collapse_patience: int = 1000
     """Optimizer steps that a collapse must last before the run is ended; never within the warm-up."""
     knn_every_epochs: float = 0.0
     """How often kNN on data.val is measured while training; 0: never."""

@@ -17,7 +17,7 @@ COLLAPSED_ALIGNMENT = 0.98
 COLLAPSED_STD = 0.1
 """projection_std under this, with an alignment over COLLAPSED_ALIGNMENT, looks like a collapse and raises the alarm."""
 FINAL_STD = 0.02
-"""projection_std under this is one that no run has come back from."""
+"""projection_std under this for `monitors.collapse_patience` steps is one that no run has come back from."""
 RECORDS_IN_A_ROW = 3
 """Before the alarm is raised or the run is ended, whatever the number of steps between records."""
 
@@ -57,8 +57,8 @@ def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
 class CollapseRule:
     """Watches the logged steps, warns when the projections of all images have become one, and says when a run shall end for it.
 
-    How the numbers were chosen: docs/monitors.md. Runs that collapse fall through both thresholds within a hundred steps and stay there; a run that
-    learns may pass the first for a while in its warm-up (heads of one layer do), and came back from 0.05.
+    How the numbers were chosen: docs/monitors.md. Runs that collapse for good fall through both thresholds within a hundred steps or two. Runs that learn
+    may pass them too, early on (heads of one linear layer do): the longest such spell was 400 steps, hence the patience.
 
     Args:
         config: `monitors` holds the patience; the rest is what the advice looks at.
@@ -83,7 +83,7 @@ class CollapseRule:
         )
 
     def stop_when_due(self, checkpoint_steps: Sequence[int]) -> None:
-        """Ends a run that has been collapsed beyond doubt for `monitors.collapse_patience` steps and whose warm-up is over, if the config says so.
+        """Ends a run that has been collapsed for `monitors.collapse_patience` steps and whose warm-up is over, if the config says so.
 
         Every rank comes to the same verdict, since the signs are means over all of them.
 
