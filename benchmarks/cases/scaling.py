@@ -79,10 +79,6 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             work[_alone(n)] = lambda n=n: groups[n].run("alone", ranks=n)
         timings = _measure(work, size)
     subjects = [Subject(name, int) for name in work]
-    first = timings[REFERENCE].ms["wall"]
-    efficiency = {
-        name: {"efficiency": median(a / b for a, b in zip(first, timings[name].ms["wall"], strict=True)) / n} for name, n in at_work.items()
-    }
     return make_result(
         "scaling",
         f"{size.model.encoder} at {size.size_px} px, {size.rank_batch} images a rank",
@@ -94,8 +90,14 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         threads=ranks,
         primary="wall",
         settings=size,
-        extra=efficiency,
+        extra={name: {"efficiency": share} for name, share in efficiency(timings, at_work, reference=REFERENCE).items()},
     )
+
+
+def efficiency(timings: dict[str, Timings], ranks: dict[str, int], *, reference: str) -> dict[str, float]:
+    """Images/s per rank over the reference's, the median of the rounds; 1 where the others cost nothing. ranks: at work, by subject."""
+    first = timings[reference].ms["wall"]
+    return {name: median(a / b for a, b in zip(first, timings[name].ms["wall"], strict=True)) / n for name, n in ranks.items()}
 
 
 def _joined(n: int) -> str:
