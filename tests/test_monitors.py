@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from dataclasses import replace
 
@@ -77,7 +78,7 @@ def test_the_alarm_needs_patience_and_forgets_after_a_healthy_record():
 def test_views_that_agree_while_images_differ_and_images_that_agree_while_views_differ_are_no_alarm(signs):
     rule = CollapseRule(TrainConfig())
     assert [rule.check(step=step, epoch=50, **signs) for step in range(1000)] == [None] * 1000
-    rule.stop_when_due([])
+    rule.stop_when_due(list)
 
 
 @pytest.mark.parametrize(
@@ -104,17 +105,17 @@ def _collapsed_rule(*, log_every: int, last_step: int, signs: dict[str, float] =
 
 def test_a_collapse_that_lasts_ends_the_run_and_names_the_last_checkpoint_from_before():
     with pytest.raises(UserError, match=r"since step 59 .* stopped at step 159; .* is step 50's; try this: .*stop_on_collapse false"):
-        _collapsed_rule(log_every=10, last_step=159).stop_when_due([40, 50, 60])
+        _collapsed_rule(log_every=10, last_step=159).stop_when_due(lambda: [40, 50, 60])
     with pytest.raises(UserError, match="there is no checkpoint from before"):
-        _collapsed_rule(log_every=10, last_step=159).stop_when_due([60])
+        _collapsed_rule(log_every=10, last_step=159).stop_when_due(lambda: [60])
 
 
 def test_a_run_goes_on_while_a_collapse_is_short_or_doubtful_or_in_the_warm_up_or_records_are_few_or_the_rule_is_off():
-    _collapsed_rule(log_every=10, last_step=149).stop_when_due([])
-    _collapsed_rule(log_every=10, last_step=10_000, signs=DOUBTFUL).stop_when_due([])
-    _collapsed_rule(log_every=10, last_step=10_000, signs={**COLLAPSED, "epoch": 9.9}).stop_when_due([])  # of ten
-    _collapsed_rule(log_every=500, last_step=49 + 2 * 500).stop_when_due([])  # two records: no warning yet, so no end
-    _collapsed_rule(log_every=10, last_step=10_000, stop_on_collapse=False).stop_when_due([])
+    _collapsed_rule(log_every=10, last_step=149).stop_when_due(list)
+    _collapsed_rule(log_every=10, last_step=10_000, signs=DOUBTFUL).stop_when_due(list)
+    _collapsed_rule(log_every=10, last_step=10_000, signs={**COLLAPSED, "epoch": 9.9}).stop_when_due(list)  # of ten
+    _collapsed_rule(log_every=500, last_step=49 + 2 * 500).stop_when_due(list)  # two records: no warning yet, so no end
+    _collapsed_rule(log_every=10, last_step=10_000, stop_on_collapse=False).stop_when_due(list)
 
 
 def test_norms_are_those_of_all_numbers_together():
@@ -243,6 +244,18 @@ def test_the_rate_of_operations_is_per_image_times_images_and_a_cpu_has_no_utili
     rates = ComputeMeter(config, device=CPU).rates(images_per_s_per_device=50.0)
     assert rates["tflop_per_s_per_device"] == pytest.approx(50.0 * flop_per_image(config.model, size_px=32) / 1e12)
     assert rates["mfu"] is None
+
+
+def test_an_encoder_whose_operations_cannot_be_counted_does_not_end_the_run(monkeypatch, caplog):
+    def fails(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("aten::odd on Meta")
+
+    monkeypatch.setattr("fastbyol.monitors.compute.build_byol", fails)
+    monkeypatch.setattr(logging.getLogger("fastbyol"), "propagate", True)
+    meter = ComputeMeter(preset_config("cpu_demo"), device=CPU)
+    for _ in range(2):
+        assert meter.rates(images_per_s_per_device=1.0) == {"tflop_per_s_per_device": None, "mfu": None}
+    assert caplog.text.count("operations per image could not be counted (NotImplementedError: aten::odd on Meta)") == 1
 
 
 def test_peak_memory_grows_by_what_is_touched():
