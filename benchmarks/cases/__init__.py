@@ -14,7 +14,19 @@ from benchmarks.record import CaseResult
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
 
-CASES = ("convert", "loader", "augment", "ema", "lars", "step", "demo_step")
+CASES = (
+    "convert",
+    "loader",
+    "augment",
+    "ema",
+    "lars",
+    "step",
+    "demo_step",
+    "end_to_end",
+    "evaluate",
+    "monitors",
+    "scaling",
+)
 
 
 class Case(Protocol):
