@@ -1,73 +1,19 @@
-"""The run folder and what is written there while it runs: config, provenance, metrics as JSONL and TensorBoard, a readable log."""
+"""What is written while a run trains: metrics as JSONL and TensorBoard, a readable log."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
-
-import yaml
-
-from fastbyol.config.errors import UserError
-from fastbyol.config.plain import from_plain, to_plain
-from fastbyol.config.schema import TrainConfig
-from fastbyol.provenance import collect_provenance
+from typing import Any, Self
 
 log = logging.getLogger("fastbyol")
-CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-PROVENANCE_FILE = "provenance.json"
-FREE_TO_CHANGE = frozenset(
-    {"out", "log_every", "checkpoint_every", "keep_checkpoints", "data.train", "data.backend", "data.workers", "data.prefetch"}
-)
-"""A run may continue with other values of these: they do not touch what it computes. The number of images is checked on its own."""
-
-
-def open_run_folder(config: TrainConfig) -> Path:
-    """Creates the run's folder, or reopens it where it holds this very config (a run continues where it stopped).
-
-    Raises:
-        UserError: no name given, a folder that cannot be made, or one that belongs to another run.
-    """
-    if not config.out:
-        raise UserError("out = '': name the run's folder, for example --out runs/r50")
-    folder = Path(config.out)
-    existing = folder / CONFIG_FILE
-    if existing.exists():
-        _refuse_other_config(config, existing)
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out = {config.out!r}: exists and is not a run of fastbyol; choose a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        existing.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
-    except OSError as error:
-        raise UserError(f"out = {config.out!r}: cannot be written ({error.strerror}); choose another folder") from error
-    (folder / PROVENANCE_FILE).write_text(json.dumps(collect_provenance(), indent=2))
-    return folder
-
-
-def _refuse_other_config(config: TrainConfig, existing: Path) -> None:
-    try:
-        recorded = from_plain(TrainConfig, yaml.safe_load(existing.read_text()))
-    except (yaml.YAMLError, UserError, AttributeError) as error:
-        raise UserError(f"{existing}: is not readable as a run's config ({error}); choose a new --out") from error
-    old, new = flatten(to_plain(recorded)), flatten(to_plain(config))
-    different = {key for key, value in new.items() if old.get(key) != value} - FREE_TO_CHANGE
-    changed = [f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in sorted(different)]
-    if changed:
-        raise UserError(f"out = {config.out!r}: holds a run with another config ({'; '.join(changed[:5])}); choose a new folder")
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+UNCOUNTED_STEPS, ESTIMATE_STEPS = 5, 50
 
 
 class RunLog:
@@ -82,33 +28,63 @@ class RunLog:
     def __init__(self, folder: Path, *, total_steps: int, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.total_steps = total_steps
+        self.total_steps, self.first_step = total_steps, first_step
         path = folder / METRICS_FILE
         kept = [r for r in read_metrics(folder) if r["step"] < first_step]
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        unfinished.replace(path)
         self._earlier_s = kept[-1]["time_s"] if kept else 0.0
-        self._start = time.perf_counter()
+        self._start = self._counted_from = time.perf_counter()
         self._alarmed = False
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         configure_logging(folder / "train.log")
 
+    def step(self, done: int) -> None:
+        """`done` steps of the run are done. Says once, after ESTIMATE_STEPS of this process, how long the rest will take.
+
+        The first ones, which compile and fill queues, do not count.
+        """
+        taken = done - self.first_step
+        if taken == UNCOUNTED_STEPS:
+            self._counted_from = time.perf_counter()
+        if taken == ESTIMATE_STEPS:
+            step_s = (time.perf_counter() - self._counted_from) / (ESTIMATE_STEPS - UNCOUNTED_STEPS)
+            left_s = step_s * (self.total_steps - done)
+            end = (datetime.now() + timedelta(seconds=left_s)).strftime("%A %d %B %H:%M")
+            log.info("%.3g s a step: the other %d take about %s, until %s", step_s, self.total_steps - done, duration(left_s), end)
+
     def write(self, record: dict[str, Any]) -> None:
         """One logged step: `step` (0-based, just taken) and numbers, texts or None."""
         record = {**record, "time_s": round(self._earlier_s + time.perf_counter() - self._start, 3)}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, record["step"])
+        try:
+            self._keep(record)
+        except OSError as error:
+            log.warning("%s: step %d could not be recorded (%s); training goes on", self._file.name, record["step"] + 1, error.strerror)
         log.info(progress_line(record, total_steps=self.total_steps))
         if record["alarm"] and not self._alarmed:
             log.warning("ALARM %s", record["alarm"])
         self._alarmed = bool(record["alarm"])
 
+    def _keep(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, record["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # said when it was written
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
 
 
 def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
@@ -122,15 +98,23 @@ def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in order; a last line cut by a kill is left out."""
+    """The records of metrics.jsonl in order; a line cut by a kill or a full disk is left out."""
     path = folder / METRICS_FILE
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return records
+
+
+def duration(seconds: float) -> str:
+    """'3 d 4 h', '2 h 5 min', '40 s': the two largest units that are not zero."""
+    rest, parts = round(seconds), []
+    for size, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2]) or "0 s"
 
 
 def configure_logging(file: Path | None = None, *, quiet: bool = False) -> None:
@@ -143,6 +127,7 @@ def configure_logging(file: Path | None = None, *, quiet: bool = False) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None:
         handlers.append(logging.FileHandler(file))
+        handlers[-1].handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: stderr still has the line
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
