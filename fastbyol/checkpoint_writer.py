@@ -45,10 +45,14 @@ class CheckpointWriter:
         The caller may change its tensors at once. Waits if the checkpoint before is still being written.
         """
         start = time.perf_counter()
-        self._wait()
+        self.wait()
         self._copy = copy_to_host(state, into=self._copy)
         self._pending = self._pool.submit(self._write, self._copy, step)
         self.stall_s = time.perf_counter() - start
+
+    def wait(self) -> Exception | None:
+        """Until nothing is on its way to the disk; returns what went wrong with the last one."""
+        return self._pending.result() if self._pending is not None else None
 
     def close(self) -> None:
         """Waits for the last checkpoint.
@@ -57,7 +61,7 @@ class CheckpointWriter:
             NotSaved: it could not be written.
             Diverged: it held a tensor that is not finite, so it was not written.
         """
-        error = self._wait()
+        error = self.wait()
         self._pool.shutdown()
         if isinstance(error, Diverged):
             raise error
@@ -71,11 +75,8 @@ class CheckpointWriter:
         if kind is None:
             self.close()
         else:  # something else is being said already
-            self._wait()
+            self.wait()
             self._pool.shutdown()
-
-    def _wait(self) -> Exception | None:
-        return self._pending.result() if self._pending is not None else None
 
     def _write(self, state: dict[str, Any], step: int) -> Exception | None:
         """In the thread. Returns what went wrong, after it is said: training goes on."""

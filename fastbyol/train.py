@@ -103,6 +103,8 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
             bad_step = state.finite.first_bad_step() if logs or saves or process.device.type == "cpu" else None
             verdict = vote.cast(stop=stop.requested, bad_step=bad_step, settle=logs or saves)
             if verdict.bad_step is not None:
+                if writer is not None:
+                    writer.wait()
                 raise diverged(verdict, state, plan, folder, first_step=first_step)
             if logs:
                 record = monitor.record(step=step, epoch=plan.epoch(done), lr=lr, tau=tau, last=output)

@@ -23,7 +23,7 @@ LOST_EXIT = 5
 """Another rank, the data or the device gave no answer: the same command continues from the last checkpoint."""
 STOPPED_EXIT = 75
 """Stopped by a signal, everything saved: the same command continues (75 is 'temporary failure' in sysexits.h)."""
-HOLD_BACK_S = 3.0
+HOLD_BACK_S = 10.0
 """Ranks other than 0 speak this much later: what all of them found is then said once, since torchrun ends the others when rank 0 leaves."""
 
 
