@@ -41,7 +41,7 @@ from fastbyol.monitors import Monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.precision import autocast, build_scaler, prepare_model
 from fastbyol.preemption import StopRequest, end_with_torchrun
-from fastbyol.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
+from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.run_folder import check_run_folder, locked_run_folder, open_run_folder
 from fastbyol.run_log import RunLog, configure_logging
 from fastbyol.run_plan import RunPlan
@@ -118,6 +118,7 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
                     writer.save(snapshot, step=done)
             if verdict.stop:
                 break
+    broadcast_from_main(None)  # who leaves earlier than the rank that saves makes launchers end that one too
     if done < plan.total_steps:
         log.info("stopped (%s): saved after step %d of %d; the same command continues", stop.name or "another rank", done, plan.total_steps)
     return done >= plan.total_steps
