@@ -10,9 +10,11 @@ import io
 import logging
 import os
 import re
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -22,7 +24,10 @@ from fastbyol.config.schema import TrainConfig
 
 log = logging.getLogger("fastbyol")
 FOLDER = "checkpoints"
+REQUIRED = ("step", "config", "byol")
+"""What every checkpoint holds, whatever else its reader needs."""
 _NAME = re.compile(r"^step-(\d{9})\.pt$")
+_PIECE_BYTES = 4 << 20
 
 
 class CheckpointError(UserError):
@@ -49,27 +54,22 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(m[1]) for f in (folder.iterdir() if folder.is_dir() else ()) if (m := _NAME.match(f.name)))
 
 
-def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes the state after `step` optimizer steps; afterwards the newest `keep` files stay.
+def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, stays: Callable[[int], bool] = lambda step: False) -> Path:
+    """Writes the state after `step` optimizer steps, durably; afterwards the newest `keep` files stay, and those whose step `stays`.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     path = checkpoint_path(run, step)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getbuffer()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Digest first: a checkpoint without its digest never exists.
-        _write_durably(_digest_path(path), hashlib.sha256(payload).hexdigest().encode() + b"\n")
-        _write_durably(path, payload)
+        _write_durably(path, state)
     except OSError as error:
-        needed = f"{len(payload) / 1e6:.0f} MB"
         raise CheckpointError(
-            f"checkpoint {path} ({needed}): {error.strerror}; make room or choose another --out. Earlier checkpoints are untouched: {checkpoint_steps(run)}"
+            f"checkpoint {path} ({_megabytes(state):.0f} MB, {_free_megabytes(run):.0f} MB free): {error.strerror}; "
+            f"make room or choose another --out. Earlier checkpoints are untouched: {checkpoint_steps(run)}"
         ) from error
-    for old in checkpoint_steps(run)[:-keep]:
+    for old in [s for s in checkpoint_steps(run)[:-keep] if not stays(s)]:
         checkpoint_path(run, old).unlink()
         _digest_path(checkpoint_path(run, old)).unlink(missing_ok=True)
     return path
@@ -79,18 +79,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state in one file, on the CPU, checked against its digest.
 
     Raises:
-        CheckpointError: missing, truncated, altered, or holding more than tensors and plain values.
+        CheckpointError: missing, truncated, altered, holding more than tensors and plain values, or of another program.
     """
     try:
         payload, digest = path.read_bytes(), _digest_path(path).read_text().strip()
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: {error.filename} cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path}: it or its .sha256 cannot be read ({error})") from error
     if hashlib.sha256(payload).hexdigest() != digest:
         raise CheckpointError(f"checkpoint {path} ({len(payload)} bytes): truncated or altered, its sha256 is not the recorded one")
     try:
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"checkpoint {path}: not a checkpoint of fastbyol ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(state, dict) or not set(REQUIRED) <= set(state):
+        raise CheckpointError(f"checkpoint {path}: not a checkpoint of fastbyol (it has no {', '.join(REQUIRED)})")
+    return state
 
 
 def load_newest(run: Path) -> dict[str, Any] | None:
@@ -129,22 +132,101 @@ def load_run(path: str | Path) -> RunState:
     return RunState(config=from_plain(TrainConfig, state["config"]), state=state, step=state["step"], folder=folder)
 
 
-def _digest_path(path: Path) -> Path:
-    return path.with_suffix(".sha256")
+def check_resume(config: TrainConfig) -> None:
+    """Holds `resume` against what the run's folder has; torchrun's own restarts continue in any case.
+
+    Raises:
+        UserError: 'must' without a checkpoint, 'never' with one.
+    """
+    steps = checkpoint_steps(Path(config.out))
+    if config.resume == "must" and not steps:
+        raise UserError(f"resume = 'must': {config.out} holds no checkpoint; leave it out to start the run")
+    restarted = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    if config.resume == "never" and steps and not restarted:
+        raise UserError(
+            f"resume = 'never': {config.out} holds a run of {steps[-1]} steps; choose another --out, or leave it out to continue"
+        )
 
 
-def _write_durably(path: Path, payload: bytes | memoryview) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+def sweep_unfinished(run: Path) -> None:
+    """Removes what a process that was killed while writing left behind. For the one process that writes here."""
+    folder = run / FOLDER
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if ".tmp-" in path.name:
+            log.info("ignoring unfinished file %s", path)
+            path.unlink()
+        elif path.suffix == ".sha256" and not path.with_suffix(".pt").exists():
+            path.unlink()
+
+
+class _DigestingFile(io.RawIOBase):
+    """Writes through to a file, with the sha256 of all that went by; keeps the error that torch's zip writer swallows."""
+
+    def __init__(self, file: io.RawIOBase | io.FileIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            # In pieces: each gives the interpreter back to the training step meanwhile.
+            for start in range(0, len(view), _PIECE_BYTES):
+                self._write_whole(view[start : start + _PIECE_BYTES])
+        except OSError as error:
+            self.error = error
+            raise
+        return len(view)
+
+    def _write_whole(self, piece: memoryview) -> None:
+        self.digest.update(piece)
+        while piece:
+            piece = piece[self._file.write(piece) or 0 :]
+
+
+def _write_durably(path: Path, state: dict[str, Any]) -> None:
+    """The state and its digest: both flushed to the disk under temporary names, then renamed, the digest first."""
+    unfinished = [p.with_name(f"{p.name}.tmp-{os.getpid()}") for p in (path, _digest_path(path))]
     try:
-        with temporary.open("wb") as file:
-            file.write(payload)
+        with unfinished[0].open("wb", buffering=0) as file:
+            through = _DigestingFile(file)
+            try:
+                torch.save(state, cast(IO[bytes], through))
+            except RuntimeError as error:
+                raise through.error or error from error
+            os.fsync(file.fileno())
+        with unfinished[1].open("w") as file:
+            file.write(through.digest.hexdigest() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        # A checkpoint without its digest never exists.
+        unfinished[1].replace(_digest_path(path))
+        unfinished[0].replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in unfinished:
+            temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _megabytes(state: Any) -> float:
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size() / 1e6
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(_megabytes(value) for value in values)
+
+
+def _free_megabytes(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(folder).free / 1e6
+    except OSError:
+        return 0.0

@@ -11,7 +11,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
-from fastbyol.run_log import flatten
+from fastbyol.run_folder import flatten
 
 
 def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainConfig:

@@ -1,17 +1,25 @@
-"""Who we are among the processes that torchrun started, and the group that joins them."""
+"""Who we are among the processes that torchrun or srun started, and the group that joins them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(minutes=10)
-"""A rank that dies or hangs ends the others after this long; torch's own default for gloo is 30 minutes."""
+from fastbyol.config.errors import Lost
+from fastbyol.slurm_environment import adopt_slurm_environment
+
+TIMEOUT_S = 600.0
+_ATTEMPT = "fastbyol/attempt"
+_COLLECTIVE_COMPLAINTS = ("gloo", "connection closed by peer", "connection reset by peer", "timed out waiting", "nccl", "broken pipe")
 
 
 @dataclass(frozen=True)
@@ -27,36 +35,86 @@ class Process:
         return self.rank == 0
 
 
-def join_process_group() -> Process:
-    """Reads torchrun's environment and joins the group; plain `python` is one process without a group.
+def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
+    """Reads torchrun's environment (or srun's) and joins the group; plain `python` is one process without a group.
 
-    The store is prefixed with torchrun's restart count: restarted workers would otherwise read the dead attempt's addresses and hang
-    (pytorch issue 135712).
+    Args:
+        timeout_s: a rank that dies or hangs ends the others after this long; torch's own default for gloo is 30 minutes.
+
+    Raises:
+        Lost: the other ranks did not come.
     """
+    adopt_slurm_environment(os.environ)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    process = Process(rank=rank, world_size=world_size, device=device)
     if "MASTER_ADDR" in os.environ and world_size > 1:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = dist.TCPStore(address, port, world_size, is_master=serves, timeout=TIMEOUT)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"attempt_{attempt}", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=TIMEOUT,
-        )
-    return Process(rank=rank, world_size=world_size, device=device)
+        timeout = timedelta(seconds=timeout_s)
+        with lost_ranks_named(process):
+            store = _meeting_point(process, timeout)
+            # gloo beside NCCL: what ranks tell each other on the host must not wait for a device.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return process
+
+
+def _meeting_point(process: Process, timeout: timedelta) -> dist.Store:
+    """A store that holds no keys of an earlier attempt."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(address, port, process.world_size, is_master=process.is_main and not agent_serves, timeout=timeout)
+    return fresh_store(store, rank=process.rank, world_size=process.world_size, timeout_s=timeout.total_seconds())
+
+
+def fresh_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """The store under a prefix that only the ranks of this attempt know.
+
+    torchrun restarts its workers with the store of the dead ones, whose addresses they would read and hang (pytorch issue 135712); its count
+    of restarts does not help, since the agents of several machines may disagree on it. So rank 0 names the attempt, the others sign, and the
+    attempt begins once rank 0 has published all signatures: a name that is left over never shows the signature of a rank that has just come.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set(_ATTEMPT, mine)
+        signatures = [store.get(f"{_ATTEMPT}/{mine}/{other}").decode() for other in range(1, world_size)]
+        store.set(f"{_ATTEMPT}/{mine}/all", " ".join(signatures))
+        return dist.PrefixStore(mine, store)
+    deadline, signed = time.monotonic() + timeout_s, ""
+    while time.monotonic() < deadline:
+        attempt = store.get(_ATTEMPT).decode()
+        if attempt != signed:
+            store.set(f"{_ATTEMPT}/{attempt}/{rank}", mine)
+            signed = attempt
+        everyone = f"{_ATTEMPT}/{attempt}/all"
+        if store.check([everyone]) and mine in store.get(everyone).decode().split():
+            return dist.PrefixStore(attempt, store)
+        time.sleep(0.1)
+    raise Lost(f"rank {rank}: the {world_size} ranks did not come together within timeout_s = {timeout_s:g} s")
 
 
 def leave_process_group() -> None:
     """Closes the group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_named(process: Process) -> Iterator[None]:
+    """Inside, a collective that fails because another rank is gone raises Lost; every other error stays what it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(words in text.lower() for words in _COLLECTIVE_COMPLAINTS):
+            raise
+        cause = text.strip().splitlines()[0][:160] if text.strip() else type(error).__name__
+        raise Lost(
+            f"rank {process.rank} got no answer from another rank: it ended, hangs, or cannot be reached ({cause}); "
+            "the same command continues from the last checkpoint"
+        ) from error
 
 
 def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
@@ -81,3 +139,21 @@ def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
+
+
+def gather_on_main(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on the main process; an empty list elsewhere. Plain values and CPU tensors, a few kilobytes."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, gathered or None, dst=0)
+    return gathered
+
+
+def broadcast_from_main(value: Any) -> Any:
+    """The main process's value on every rank."""
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+    return held[0]

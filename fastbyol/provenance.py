@@ -32,7 +32,7 @@ def collect_provenance() -> dict[str, Any]:
         "command": " ".join(sys.argv),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": package_versions(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": _cpu_name(),
@@ -41,6 +41,11 @@ def collect_provenance() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """What is installed of PACKAGES."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def _version(package: str) -> str | None:

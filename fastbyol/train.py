@@ -10,9 +10,11 @@ The same command again continues the run where it stopped. Method: Grill et al.,
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,23 +23,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastbyol
 from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.checkpoint import checkpoint_steps
+from fastbyol.checkpoint import check_resume, checkpoint_path, checkpoint_steps
+from fastbyol.checkpoint_writer import CheckpointWriter
 from fastbyol.command_line import parse_train_config
-from fastbyol.config.errors import one_line_errors, require
+from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Diverged, Lost, one_line_errors
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.evaluation.online_knn import build_online_knn
+from fastbyol.finite_check import FiniteCheck
+from fastbyol.hang_watch import HangWatch
+from fastbyol.initial_weights import load_initial_weights
 from fastbyol.models.resnet import check_image_size
 from fastbyol.models.sync_batchnorm import convert_to_cross_replica
 from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.precision import autocast, build_scaler, prepare_model
-from fastbyol.process_group import Process, join_process_group, leave_process_group
-from fastbyol.run_log import RunLog, close_logging, configure_logging, open_run_folder
-from fastbyol.schedules import lr_at, tau_at, total_steps_at
+from fastbyol.preemption import StopRequest, end_with_torchrun
+from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
+from fastbyol.run_folder import check_run_folder, locked_run_folder, open_run_folder
+from fastbyol.run_log import RunLog, close_logging, configure_logging
+from fastbyol.run_plan import RunPlan
+from fastbyol.stop_vote import StopVote, Verdict
 from fastbyol.train_state import TrainState
 
 log = logging.getLogger("fastbyol")
@@ -45,56 +54,84 @@ log = logging.getLogger("fastbyol")
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
+    end_with_torchrun()
     config = parse_train_config(arguments, usage=__doc__ or "")
-    process = join_process_group()
-    configure_logging(quiet=not process.is_main)
-    try:
-        train(config, process)
-    finally:
-        close_logging()
-        leave_process_group()
+    with StopRequest(grace_s=config.grace_s) as stop:
+        process = join_process_group(timeout_s=config.timeout_s)
+        configure_logging(quiet=not process.is_main)
+        try:
+            with lost_ranks_named(process):
+                complete = train(config, process, stop)
+        except Lost:
+            if stop.requested and not process.is_main:
+                sys.exit(LOST_EXIT)  # torchrun ends this rank because of another one, which has said why
+            raise
+        finally:
+            close_logging()
+            leave_process_group()
+    if not complete:
+        sys.exit(STOPPED_EXIT)
 
 
-def train(config: TrainConfig, process: Process) -> None:
-    """The run that the config describes, from where it stopped to its last checkpoint."""
-    state = build(config, process)
-    num_samples, optim = state.loader.num_samples, config.optim
-    total_steps = total_steps_at(config.epochs, num_samples=num_samples, global_batch=config.global_batch)
-    warmup_steps = total_steps_at(optim.warmup_epochs, num_samples=num_samples, global_batch=config.global_batch)
-    require(total_steps > 0, "epochs", config.epochs, f"enough for one step of {config.global_batch} of the {num_samples} images")
-    folder = open_run_folder(config) if process.is_main else Path(config.out)
-    first_step = state.restore(folder)
-    announce(config, process, state, first_step=first_step, total_steps=total_steps)
-
-    run_log = None
+def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
+    """The run that the config describes, from where it stopped to its last checkpoint. Returns False where it was asked to stop before that."""
     if process.is_main:
-        run_log = RunLog(folder, total_steps=total_steps, first_step=first_step, wandb_project=config.monitors.wandb_project)
-    monitor = build_monitor(config, process)
-    online_knn = build_online_knn(config, process, num_samples=num_samples, first_step=first_step, total_steps=total_steps)
-    batches = endless(state.loader)
-    for step in range(first_step, total_steps):
-        lr = lr_at(step, total_steps=total_steps, warmup_steps=warmup_steps, base_lr=optim.base_lr, global_batch=config.global_batch)
-        tau = tau_at(step, total_steps=total_steps, tau_base=optim.tau_base)
-        done = step + 1
-        logged = done % config.log_every == 0 or done == total_steps
-        monitor.start_step(logged=logged)
-        output = train_step(config, process, state, batches, monitor, lr=lr, tau=tau)
-        if logged:
-            record = monitor.record(step=step, epoch=done * config.global_batch / num_samples, lr=lr, tau=tau, last=output)
-            if online_knn is not None and online_knn.due(done):
-                with monitor.paused():
-                    record["knn_top1"] = online_knn.top1(state.byol.online.encoder)
+        check_run_folder(config)
+        check_resume(config)
+    state = build(config, process)
+    plan = RunPlan.of(config, num_samples=state.loader.num_samples)
+    with ExitStack() as leaving:
+        folder = Path(config.out)
+        if process.is_main:
+            leaving.enter_context(locked_run_folder(open_run_folder(config)))
+        first_step = done = state.restore(folder, config=config, process=process)
+        announce(config, process, state, first_step=first_step, total_steps=plan.total_steps)
+
+        hang_watch = leaving.enter_context(HangWatch(config.timeout_s))
+        writer, run_log = None, None
+        if process.is_main:
+            writer = leaving.enter_context(CheckpointWriter(folder, keep=config.keep_checkpoints, stays=plan.stays))
+            run_log = leaving.enter_context(RunLog(folder, config, total_steps=plan.total_steps, first_step=first_step))
+        monitor = build_monitor(config, process)
+        knn = build_online_knn(config, process, num_samples=plan.num_samples, first_step=first_step, total_steps=plan.total_steps)
+        if knn is not None:
+            leaving.callback(knn.close)
+        vote = StopVote(rank=process.rank, world_size=process.world_size)
+        batches = leaving.enter_context(closing(endless(leaving.enter_context(state.loader))))
+        for step in range(first_step, plan.total_steps):
+            lr, tau = plan.lr(step), plan.tau(step)
+            monitor.start_step(logged=plan.logs(step + 1))
+            output = train_step(config, process, state, batches, monitor, lr=lr, tau=tau)
+            done = step + 1
+            hang_watch.beat()
+            logs, saves = plan.logs(done), plan.saves(done)
+            # On a GPU the loss is read where the host waits for the device anyhow.
+            bad_step = state.finite.first_bad_step() if logs or saves or process.device.type == "cpu" else None
+            verdict = vote.cast(stop=stop.requested, bad_step=bad_step, settle=logs or saves)
+            if verdict.bad_step is not None:
+                if writer is not None:
+                    writer.wait()
+                raise diverged(verdict, state, plan, folder, first_step=first_step)
+            if logs:
+                record = monitor.record(step=step, epoch=plan.epoch(done), lr=lr, tau=tau, last=output)
+                if knn is not None and knn.due(done):
+                    with monitor.paused():
+                        record["knn_top1"] = knn.top1(state.byol.online.encoder)
+                if run_log is not None:
+                    run_log.write(record)
+                monitor.stop_when_collapsed(lambda: checkpoint_steps(folder))
             if run_log is not None:
-                run_log.write(record)
-            monitor.stop_when_collapsed(lambda: checkpoint_steps(folder))
-        if process.is_main and (done % config.checkpoint_every == 0 or done == total_steps):
-            state.save(folder, step=done, config=config)
-    batches.close()
-    state.loader.close()
-    if online_knn is not None:
-        online_knn.close()
-    if run_log is not None:
-        run_log.close()
+                run_log.step(done)
+            if saves or verdict.stop:
+                snapshot = state.snapshot(step=done, config=config, process=process)
+                if writer is not None:
+                    writer.save(snapshot, step=done)
+            if verdict.stop:
+                break
+    broadcast_from_main(None)  # who leaves earlier than the rank that saves makes launchers end that one too
+    if done < plan.total_steps:
+        log.info("stopped (%s): saved after step %d of %d; the same command continues", stop.name or "another rank", done, plan.total_steps)
+    return done >= plan.total_steps
 
 
 def train_step(
@@ -111,7 +148,9 @@ def train_step(
         with gradient_reduction(state.model, now=micro == accumulate - 1):
             with autocast(config.precision, device=process.device):
                 output: BYOLOutput = state.model(view1, view2, label)
-            state.scaler.scale((output.loss + output.probe_loss) / accumulate).backward()
+            loss = output.loss + output.probe_loss
+            state.scaler.scale(loss / accumulate).backward()
+        state.finite.add(loss)
         monitor.add(output)
     state.scaler.unscale_(state.optimizer)
     monitor.gradients_ready(state.byol.online)
@@ -141,6 +180,8 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     )
     torch.manual_seed(config.seed)
     byol = build_byol(config.model, num_classes=len(loader.class_names), objective=config.objective)
+    if config.init_from and process.is_main and not checkpoint_steps(Path(config.out)):
+        load_initial_weights(byol, config.init_from)  # DDP sends them to the other ranks
     model: nn.Module = byol
     if process.world_size > 1:
         if config.precision.cross_replica_bn:
@@ -155,7 +196,12 @@ def build(config: TrainConfig, process: Process) -> TrainState:
         prepare_model(byol, config.precision, device=process.device)
     optimizer = build_optimizer(config.optim, byol)
     return TrainState(
-        byol=byol, model=model, optimizer=optimizer, scaler=build_scaler(config.precision, device=process.device), loader=loader
+        byol=byol,
+        model=model,
+        optimizer=optimizer,
+        scaler=build_scaler(config.precision, device=process.device),
+        loader=loader,
+        finite=FiniteCheck(forwards_per_step=accumulation_of(config, world_size=process.world_size)),
     )
 
 
@@ -169,6 +215,18 @@ def endless(loader: TwoViewLoader) -> Generator[ViewBatch, None, None]:
 def gradient_reduction(model: nn.Module, *, now: bool) -> AbstractContextManager[object]:
     """Lets DDP average gradients in the last backward of a step only."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
+
+
+def diverged(verdict: Verdict, state: TrainState, plan: RunPlan, folder: Path, *, first_step: int) -> Diverged:
+    """The error that ends a run whose loss is not finite; nothing of that step is saved."""
+    steps = checkpoint_steps(folder)
+    last = f"the last good checkpoint is {checkpoint_path(folder, steps[-1])}" if steps else "there is no checkpoint yet"
+    scale = f", loss scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
+    step = first_step + (verdict.bad_step or 0)
+    return Diverged(
+        f"the loss is not finite in step {step + 1} on rank {verdict.bad_rank} (lr {plan.lr(step):.4g}{scale}): the run diverged; lower "
+        f"optim.base_lr, lengthen optim.warmup_epochs, or set precision.autocast to off. Nothing of that step was saved: {last}"
+    )
 
 
 def announce(config: TrainConfig, process: Process, state: TrainState, *, first_step: int, total_steps: int) -> None:
@@ -194,7 +252,8 @@ def announce(config: TrainConfig, process: Process, state: TrainState, *, first_
     if first_step >= total_steps:
         log.info("already complete at step %d", first_step)
     elif first_step:
-        log.info("continues at step %d", first_step)
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        log.info("continues after step %d%s", first_step, f" (restart {restart})" if restart != "0" else "")
 
 
 if __name__ == "__main__":

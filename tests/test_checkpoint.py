@@ -1,68 +1,145 @@
-"""Checkpoints are whole or refused, and never run code."""
+"""Checkpoints are whole or refused, never run code, and are written beside the training."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import logging
 import pickle
+import random
+import resource
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
 from fastbyol.checkpoint import (
     CheckpointError,
+    check_resume,
     checkpoint_path,
     checkpoint_steps,
     load_checkpoint,
     load_newest,
     load_run,
     save_checkpoint,
+    sweep_unfinished,
 )
-from fastbyol.config.errors import UserError
+from fastbyol.checkpoint_writer import CheckpointWriter, copy_to_host
+from fastbyol.config.errors import Diverged, NotSaved, UserError
+from fastbyol.config.schema import TrainConfig
+from fastbyol.rng_state import rng_state, set_rng_state
 
 
-def _save(run, step):
-    return save_checkpoint(run, step=step, state={"step": step, "weights": torch.full((1000,), float(step))}, keep=3)
+def _state(step: int, *, size: int = 1000) -> dict:
+    return {"step": step, "config": {}, "byol": {"weights": torch.full((size,), float(step))}}
+
+
+def _save(run, step, **options):
+    return save_checkpoint(run, step=step, state=_state(step), **{"keep": 3, **options})
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog):
+    """The product's logger, heard whatever a run before has set up."""
+    log = logging.getLogger("fastbyol")
+    before = log.propagate, log.level
+    log.propagate = True
+    caplog.set_level(logging.INFO, logger="fastbyol")
+    yield caplog
+    log.propagate, log.level = before
 
 
 def test_what_was_saved_comes_back_and_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 4, 5):
         _save(tmp_path, step)
     assert checkpoint_steps(tmp_path) == [3, 4, 5]
-    assert load_newest(tmp_path)["weights"].unique().item() == 5
+    assert load_newest(tmp_path)["byol"]["weights"].unique().item() == 5
     files = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert files == sorted(f"step-{s:09d}.{end}" for s in (3, 4, 5) for end in ("pt", "sha256"))
 
 
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[:-100])
+def test_checkpoints_that_stay_are_kept_besides_the_newest(tmp_path):
+    for step in range(1, 9):
+        _save(tmp_path, step, keep=2, stays=lambda step: step % 3 == 0)
+    assert checkpoint_steps(tmp_path) == [3, 6, 7, 8]
 
 
-def _flip_one_bit(path):
+def _cut(share):
+    def damage(path):
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+    return damage
+
+
+def _flip(share):
+    def damage(path):
+        payload = bytearray(path.read_bytes())
+        payload[int(len(payload) * share)] ^= 1
+        path.write_bytes(payload)
+
+    return damage
+
+
+def _last_byte_lost(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _hole(path):
     payload = bytearray(path.read_bytes())
-    payload[len(payload) // 2] ^= 1
+    payload[2000:3000] = bytes(1000)
     path.write_bytes(payload)
 
 
-def _empty(path):
-    path.write_bytes(b"")
-
-
-def _lose_digest(path):
+def _digest_lost(path):
     path.with_suffix(".sha256").unlink()
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip_one_bit, _empty, _lose_digest])
-def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
+def _digest_of_another(path):
+    path.with_suffix(".sha256").write_text(checkpoint_path(path.parent.parent, 1).with_suffix(".sha256").read_text())
+
+
+def _folder_in_its_place(path):
+    path.unlink()
+    path.mkdir()
+
+
+def _foreign(path):
+    """Another program's weights, copied here with a digest of their own."""
+    torch.save({"model": {"weight": torch.zeros(3)}}, path)
+    path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+DAMAGES = {
+    **{f"cut to {share:.0%}": _cut(share) for share in (0, 0.01, 0.5, 0.99)},
+    **{f"a bit flipped at {share:.0%}": _flip(share) for share in (0, 0.1, 0.37, 0.5, 0.73, 0.999)},
+    **{f.__name__[1:].replace("_", " "): f for f in (_last_byte_lost, _zeros, _hole, _digest_lost, _digest_of_another)},
+    **{f.__name__[1:].replace("_", " "): f for f in (_folder_in_its_place, _foreign)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over_for_the_one_before(tmp_path, damage, heard):
     _save(tmp_path, 1)
     damage(_save(tmp_path, 2))
     with pytest.raises(CheckpointError):
         load_checkpoint(checkpoint_path(tmp_path, 2))
     assert load_newest(tmp_path)["step"] == 1
+    assert "step-000000002.pt" in heard.text
+    assert "trying the one before" in heard.text
 
 
 def test_when_all_are_damaged_the_run_is_refused_rather_than_begun_anew(tmp_path):
-    _truncate(_save(tmp_path, 1))
+    _last_byte_lost(_save(tmp_path, 1))
     with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
         load_newest(tmp_path)
+    assert checkpoint_steps(tmp_path) == [1], "and nothing is deleted"
 
 
 class _Bomb:
@@ -73,16 +150,37 @@ class _Bomb:
         return (open, (self.marker, "w"))
 
 
-def test_a_checkpoint_with_code_inside_is_refused_and_the_code_never_runs(tmp_path):
-    import hashlib
+def _in_zip(bomb):
+    buffer = io.BytesIO()
+    torch.save(_state(1) | {"x": bomb}, buffer)
+    return buffer.getvalue()
 
+
+def _bare_pickle(bomb):
+    return pickle.dumps(bomb, protocol=2)
+
+
+def _hidden_in_a_good_file(bomb):
+    """The pickle of a real checkpoint replaced, its tensors left."""
+    good = io.BytesIO()
+    torch.save(_state(1), good)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(buffer, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, pickle.dumps(bomb, protocol=2) if name.endswith("data.pkl") else source.read(name))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("make", [_in_zip, _bare_pickle, _hidden_in_a_good_file])
+def test_a_checkpoint_with_code_inside_is_refused_and_the_code_never_runs(tmp_path, make):
     marker = tmp_path / "ran"
     path = checkpoint_path(tmp_path, 1)
     path.parent.mkdir()
-    torch.save({"step": 1, "x": _Bomb(str(marker))}, path)
+    path.write_bytes(make(_Bomb(str(marker))))
     path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(CheckpointError, match="not a checkpoint of fastbyol"):
-        load_checkpoint(path)
+    for load in (load_checkpoint, load_run):
+        with pytest.raises(CheckpointError, match="not a checkpoint of fastbyol"):
+            load(path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(_Bomb(str(marker)))).close()
     assert marker.exists(), "the bomb works, so the test above means something"
@@ -99,8 +197,124 @@ def test_a_checkpoint_that_cannot_be_written_says_why_and_leaves_the_earlier_one
     assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
 
 
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """The system refuses to write more: a full disk that root cannot pass either."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_without_room_is_said_with_what_is_needed_and_leaves_no_half_file(tmp_path):
+    _save(tmp_path, 1)
+    with files_no_larger_than(100_000), pytest.raises(CheckpointError, match=r"step-000000002.pt \(4 MB, \d+ MB free\): File too large"):
+        save_checkpoint(tmp_path, step=2, state=_state(2, size=10**6), keep=3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000000001.pt", "step-000000001.sha256"]
+    assert load_newest(tmp_path)["step"] == 1
+
+
+def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path, heard):
+    _save(tmp_path, 1)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-000000002.pt.tmp-123").write_text("half")
+    (folder / "step-000000002.sha256").write_text("renamed first")
+    (folder / "notes.txt").write_text("the user's")
+    sweep_unfinished(tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == ["notes.txt", "step-000000001.pt", "step-000000001.sha256"]
+    assert "ignoring unfinished file" in heard.text
+
+
 def test_paths_without_a_run_are_named(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         load_run(tmp_path / "none")
     with pytest.raises(UserError, match="no checkpoints"):
         load_run(tmp_path)
+
+
+def test_resume_must_and_never_are_held_against_the_folder(tmp_path, monkeypatch):
+    must, never = (TrainConfig(out=str(tmp_path), resume=mode) for mode in ("must", "never"))
+    check_resume(never)
+    with pytest.raises(UserError, match="resume = 'must': .* holds no checkpoint"):
+        check_resume(must)
+    _save(tmp_path, 7)
+    check_resume(must)
+    with pytest.raises(UserError, match="resume = 'never': .* holds a run of 7 steps"):
+        check_resume(never)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    check_resume(never)
+
+
+def test_the_writer_saves_the_tensors_as_they_were_when_it_was_called(tmp_path):
+    state = _state(1, size=10**6)
+    with CheckpointWriter(tmp_path, keep=9) as writer:
+        for step in (1, 2, 3):
+            writer.save(state | {"step": step}, step=step)
+            state["byol"]["weights"] += 1  # at once, while the thread writes
+    assert [load_checkpoint(checkpoint_path(tmp_path, s))["byol"]["weights"].unique().tolist() for s in (1, 2, 3)] == [[1], [2], [3]]
+
+
+def test_a_copy_keeps_layouts_and_types_and_fills_earlier_memory_again():
+    layouts = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    state = {"a": layouts, "b": [torch.tensor(3, dtype=torch.int64), {"c": torch.ones(2, dtype=torch.bfloat16)}], "d": "text", 4: None}
+    copy = copy_to_host(state)
+    assert copy["a"].stride() == layouts.stride()
+    assert torch.equal(copy["a"], layouts)
+    assert copy["a"].data_ptr() != layouts.data_ptr()
+    assert copy["b"][1]["c"].dtype == torch.bfloat16
+    assert (copy["d"], copy[4]) == ("text", None)
+    layouts += 1
+    again = copy_to_host(state, into=copy)
+    assert again["a"].data_ptr() == copy["a"].data_ptr()
+    assert torch.equal(again["a"], layouts)
+    grown = copy_to_host({**state, "a": torch.zeros(5)}, into=copy)
+    assert torch.equal(grown["a"], torch.zeros(5))
+
+
+def test_a_writer_that_fails_warns_and_goes_on_and_the_next_one_is_written(tmp_path, heard):
+    with CheckpointWriter(tmp_path, keep=9) as writer:
+        writer.save(_state(1), step=1)
+        writer.wait()
+        with files_no_larger_than(1000):
+            writer.save(_state(2), step=2)
+            writer.wait()
+        writer.save(_state(3), step=3)
+    assert "step-000000002.pt" in heard.text
+    assert checkpoint_steps(tmp_path) == [1, 3]
+
+
+def test_a_last_checkpoint_that_fails_is_an_error_at_the_end(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep=9)
+    with files_no_larger_than(1000):
+        writer.save(_state(2), step=2)
+        writer.wait()
+    with pytest.raises(NotSaved, match=r"step-000000002.pt.*Make room"):
+        writer.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, value):
+    writer = CheckpointWriter(tmp_path, keep=9)
+    writer.save(_state(1), step=1)
+    state = _state(2)
+    state["byol"]["weights"][17] = value
+    writer.save(state, step=2)
+    with pytest.raises(Diverged, match=r"byol.weights is not finite after step 2.*\[1\] are whole"):
+        writer.close()
+    assert checkpoint_steps(tmp_path) == [1]
+
+
+def test_random_generators_go_on_where_they_were_and_their_state_passes_the_safe_loader(tmp_path):
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    random.gauss(0, 1), np.random.randn(3), torch.randn(5)
+
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.randn(2).tolist(), torch.randn(2).tolist()
+
+    save_checkpoint(tmp_path, step=1, state=_state(1) | {"rng": rng_state()}, keep=2)
+    want = draw()
+    assert draw() != want
+    set_rng_state(load_newest(tmp_path)["rng"])
+    assert draw() == want

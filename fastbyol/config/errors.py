@@ -1,4 +1,8 @@
-"""A user's mistake ends in one line and exit code 2: the exception, the bounds that raise it, and the entry points' catch."""
+"""What ends a command in one line and an exit code of its own: the exceptions, the bounds that raise them, and the entry points' catch.
+
+Exit codes: 0 complete, 1 a fault of ours (with a traceback), and those below. torchrun itself always exits with 1 when a worker did not
+exit with 0; the worker's own code stands in its report.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,16 @@ import time
 from collections.abc import Callable
 
 USER_ERROR_EXIT = 2
-HOLD_BACK_S = 3.0
+"""Bad input: the same command fails again."""
+DIVERGED_EXIT = 3
+"""The loss or the weights are not finite any more: the same command fails again."""
+STORAGE_EXIT = 4
+"""The last checkpoint could not be written: make room, then the same command continues from the one before."""
+LOST_EXIT = 5
+"""Another rank, the data or the device gave no answer: the same command continues from the last checkpoint."""
+STOPPED_EXIT = 75
+"""Stopped by a signal, everything saved: the same command continues (75 is 'temporary failure' in sysexits.h)."""
+HOLD_BACK_S = 10.0
 """Ranks other than 0 speak this much later: what all of them found is then said once, since torchrun ends the others when rank 0 leaves."""
 
 
@@ -18,19 +31,43 @@ class UserError(ValueError):
     """Something the user can put right: the message names the thing, its value and the way out."""
 
 
+class RunError(Exception):
+    """A run that cannot go on for a reason outside its input: the message says what happened and what is left."""
+
+    exit_code = 1
+
+
+class Diverged(RunError):
+    """The loss, or what it left in the weights, is not finite."""
+
+    exit_code = DIVERGED_EXIT
+
+
+class NotSaved(RunError):
+    """The run is over and its last checkpoint is not on the disk."""
+
+    exit_code = STORAGE_EXIT
+
+
+class Lost(RunError):
+    """Another rank ended, hung or cannot be reached."""
+
+    exit_code = LOST_EXIT
+
+
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps an entry point: a UserError prints 'fastbyol: error: …' on stderr and exits with 2, anything else keeps its traceback."""
+    """Wraps an entry point: UserError and RunError print 'fastbyol: error: …' on stderr and exit with their code; the rest keeps its traceback."""
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> None:
         try:
             main(*args, **kwargs)
-        except UserError as error:
+        except (UserError, RunError) as error:
             rank = os.environ.get("RANK", "0")
             if rank != "0":
                 time.sleep(HOLD_BACK_S)
             print(f"fastbyol: error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-            sys.exit(USER_ERROR_EXIT)
+            sys.exit(error.exit_code if isinstance(error, RunError) else USER_ERROR_EXIT)
 
     return guarded
 
@@ -52,6 +89,10 @@ def require_range(name: str, value: tuple[float, float], low: float, high: float
 
 def require_at_least(name: str, value: float, low: float) -> None:
     require(math.isfinite(value) and value >= low, name, value, f"a number >= {low:g}")
+
+
+def require_between(name: str, value: float, low: float, high: float) -> None:
+    require(math.isfinite(value) and low <= value <= high, name, value, f"a number in [{low:g}, {high:g}]")
 
 
 def require_positive(name: str, value: float) -> None:

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastbyol.config.errors import UserError, require, require_at_least, require_choice, require_positive, require_probability
+from fastbyol.config.errors import (
+    UserError,
+    require,
+    require_at_least,
+    require_between,
+    require_choice,
+    require_positive,
+    require_probability,
+)
 from fastbyol.config.views import ViewPair
 
 BACKENDS = ("auto", "ffcv", "dali", "folder")
 TRAVERSALS = ("random", "local")
 DALI_OPS = ("auto", "decode", "crop", "all")
+RESUME_MODES = ("auto", "must", "never")
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,8 @@ class DataConfig:
         require_choice("data.traversal", self.traversal, TRAVERSALS)
         require_choice("data.dali_ops", self.dali_ops, DALI_OPS)
         require_at_least("data.window_mib", self.window_mib, 1)
-        require_at_least("data.workers", self.workers, 0)
-        require_at_least("data.prefetch", self.prefetch, 1)
+        require_between("data.workers", self.workers, 0, 1024)
+        require_between("data.prefetch", self.prefetch, 1, 1024)
 
 
 @dataclass(frozen=True)
@@ -71,9 +80,11 @@ class ModelConfig:
         require_choice("model.stem", self.stem, ("imagenet", "small", "small2"))
         require_choice("model.padding", self.padding, ("symmetric", "same"))
         require_choice("model.initialisation", self.initialisation, ("kaiming", "truncated_normal"))
-        for name in ("width", "projector_layers", "hidden_dim", "projection_dim"):
-            require_at_least(f"model.{name}", getattr(self, name), 1)
-        require_at_least("model.predictor_layers", self.predictor_layers, 0)
+        require_between("model.width", self.width, 1, 64)
+        require_between("model.projector_layers", self.projector_layers, 1, 16)
+        require_between("model.predictor_layers", self.predictor_layers, 0, 16)
+        for name in ("hidden_dim", "projection_dim"):
+            require_between(f"model.{name}", getattr(self, name), 1, 2**17)
 
 
 @dataclass(frozen=True)
@@ -173,6 +184,17 @@ class TrainConfig:
     checkpoint_every: int = 500
     """Optimizer steps between two checkpoints; the end of the run always writes one."""
     keep_checkpoints: int = 2
+    """The newest that stay."""
+    keep_every_epochs: float = 0.0
+    """Besides those, one checkpoint stays every so many epochs (and is made there, whatever checkpoint_every is); 0: none."""
+    resume: str = "auto"
+    """auto: continue the run that `out` holds, or start it; must: only continue; never: only start."""
+    init_from: str = ""
+    """Start with the weights of this run folder, checkpoint, or encoder state dict, under a new schedule. No effect once the run continues."""
+    timeout_s: float = 600.0
+    """A rank, a data source or a device that gives no answer for this long ends the run; compilation counts too."""
+    grace_s: float = 60.0
+    """After SIGTERM, SIGINT, SIGHUP or SIGUSR1 the step is finished and saved; a process that has not done so by then leaves."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewPair = field(default_factory=ViewPair)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -187,6 +209,10 @@ class TrainConfig:
             require_at_least(name, getattr(self, name), 1)
         require_at_least("rank_batch", self.rank_batch, 0)
         require_at_least("keep_checkpoints", self.keep_checkpoints, 2)
+        require_at_least("keep_every_epochs", self.keep_every_epochs, 0.0)
+        require_choice("resume", self.resume, RESUME_MODES)
+        for name in ("timeout_s", "grace_s"):
+            require_between(name, getattr(self, name), 1.0, 7 * 24 * 3600.0)
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
         if self.data.val and not self.monitors.knn_every_epochs:
             raise UserError(f"data.val = {self.data.val!r}: has no effect without monitors.knn_every_epochs; set that, for example to 1")

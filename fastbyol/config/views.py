@@ -7,6 +7,7 @@ under torchvision's formulas, for comparisons with code built on those.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from fastbyol.config.errors import require, require_choice, require_probability, require_range
@@ -87,7 +88,8 @@ class ViewPair:
         require(1 <= self.size_px <= MAX_SIZE_PX, "size_px", self.size_px, f"pixels in [1, {MAX_SIZE_PX}]")
         require_choice("semantics", self.semantics, SEMANTICS)
         require_choice("interpolation", self.interpolation, ("bicubic", "bilinear"))
-        require(all(s > 0 for s in self.std), "std", self.std, "three positive numbers")
+        require(all(math.isfinite(m) for m in self.mean), "mean", self.mean, "three finite numbers")
+        require(all(math.isfinite(s) and s > 0 for s in self.std), "std", self.std, "three positive numbers")
 
     @property
     def blur_taps(self) -> int:

@@ -23,7 +23,7 @@ from fastbyol.evaluation.splits import split_paths
 from fastbyol.evaluation.subjects import FeatureBank
 from fastbyol.evaluation.summary import headline, score_header, score_rows
 from fastbyol.evaluation.training_log import Record, alarms, logged_steps, read_provenance, throughput
-from fastbyol.run_log import flatten
+from fastbyol.run_folder import flatten
 
 REPORT_FILE = "report.html"
 VIEW_EPOCHS = 3

@@ -1,0 +1,122 @@
+"""Writes checkpoints in a thread: the step waits for a copy in memory, not for the disk."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fastbyol.checkpoint import CheckpointError, checkpoint_path, checkpoint_steps, save_checkpoint, sweep_unfinished
+from fastbyol.config.errors import Diverged, NotSaved
+from fastbyol.finite_check import first_not_finite
+
+log = logging.getLogger("fastbyol")
+
+
+class CheckpointWriter:
+    """One checkpoint at a time is on its way to the disk; what fails is said and leaves the earlier ones and the training alone.
+
+    Leaving it waits for the last one.
+
+    Args:
+        run: the run folder; nobody else writes there.
+        keep: the newest checkpoints that stay.
+        stays: whether the checkpoint after a step stays however old it becomes.
+    """
+
+    def __init__(self, run: Path, *, keep: int, stays: Callable[[int], bool] = lambda step: False) -> None:
+        self.run, self.keep, self.stays = run, keep, stays
+        self.stall_s = 0.0
+        """How long the last `save` held up its caller."""
+        self._copy: Any = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-checkpoint")
+        self._pending: Future[Exception | None] | None = None
+        sweep_unfinished(run)
+
+    def save(self, state: dict[str, Any], *, step: int) -> None:
+        """Copies the state and returns; the copy becomes the checkpoint after `step` optimizer steps.
+
+        The caller may change its tensors at once. Waits if the checkpoint before is still being written.
+        """
+        start = time.perf_counter()
+        self.wait()
+        self._copy = copy_to_host(state, into=self._copy)
+        self._pending = self._pool.submit(self._write, self._copy, step)
+        self.stall_s = time.perf_counter() - start
+
+    def wait(self) -> Exception | None:
+        """Until nothing is on its way to the disk; returns what went wrong with the last one."""
+        return self._pending.result() if self._pending is not None else None
+
+    def close(self) -> None:
+        """Waits for the last checkpoint.
+
+        Raises:
+            NotSaved: it could not be written.
+            Diverged: it held a tensor that is not finite, so it was not written.
+        """
+        error = self.wait()
+        self._pool.shutdown()
+        if isinstance(error, Diverged):
+            raise error
+        if error is not None:
+            raise NotSaved(f"{error}. Make room, then the same command continues from there") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # something else is being said already
+            self.wait()
+            self._pool.shutdown()
+
+    def _write(self, state: dict[str, Any], step: int) -> Exception | None:
+        """In the thread. Returns what went wrong, after it is said: training goes on."""
+        try:
+            if where := first_not_finite({name: state[name] for name in ("byol", "optimizer") if name in state}):
+                raise Diverged(
+                    f"{where} is not finite after step {step}, so it was not saved; the checkpoints after steps {checkpoint_steps(self.run)} are whole"
+                )
+            save_checkpoint(self.run, step=step, state=state, keep=self.keep, stays=self.stays)
+        except (CheckpointError, Diverged) as error:
+            log.warning("%s", error)
+            return error
+        except Exception as error:
+            log.exception("checkpoint %s was not written; training goes on", checkpoint_path(self.run, step))
+            return error
+        return None
+
+
+def copy_to_host(state: Any, *, into: Any = None) -> Any:
+    """The same nested dicts and lists, tensors copied to the host, layouts kept.
+
+    Args:
+        state: tensors on any device, and plain values.
+        into: an earlier copy, whose tensors are filled again where they fit: fresh pages cost more than the copy.
+    """
+    copied = _copied(state, into)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # pinned copies do not wait for themselves
+    return copied
+
+
+def _copied(state: Any, into: Any) -> Any:
+    if isinstance(state, Tensor):
+        tensor = state.detach()
+        fits = isinstance(into, Tensor) and (into.shape, into.dtype, into.stride()) == (tensor.shape, tensor.dtype, tensor.stride())
+        target = into if fits else torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return target.copy_(tensor, non_blocking=True)
+    if isinstance(state, dict):
+        return {key: _copied(value, into.get(key) if isinstance(into, dict) else None) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        earlier = into if isinstance(into, list | tuple) and len(into) == len(state) else [None] * len(state)
+        return type(state)(_copied(value, before) for value, before in zip(state, earlier, strict=True))
+    return state

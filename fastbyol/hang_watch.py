@@ -1,0 +1,83 @@
+"""Ends a process that makes no step any more: a dead disk, a decoder or a device that hangs would otherwise hold the job for days."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from fastbyol.config.errors import LOST_EXIT
+
+PACKAGE = Path(__file__).resolve().parent
+MARGIN_S = 5.0
+"""Collectives have the same limit and name the cause better: they may speak first."""
+
+
+class HangWatch:
+    """While entered, more than limit_s between two beats prints all threads' stacks and one line, and ends the process.
+
+    It enters with the thread to be watched.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._watched = threading.get_ident()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fastbyol-hang-watch", daemon=True)
+        self.beat()
+
+    def beat(self) -> None:
+        """A step is done."""
+        self._last = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, time does not count."""
+        self._last = float("inf")
+        try:
+            yield
+        finally:
+            self.beat()
+
+    def __enter__(self) -> Self:
+        self.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        limit_s = self.limit_s + MARGIN_S
+        while not self._closed.wait(min(limit_s / 10, 5.0)):
+            if time.monotonic() - self._last > limit_s:
+                self._end()
+
+    def _end(self) -> None:
+        place = _innermost_line(self._watched)
+        faulthandler.dump_traceback(all_threads=True)
+        print(
+            f"fastbyol: error: no step for {self.limit_s:g} s (timeout_s), the process waits in {place} (all stacks above); "
+            "the same command continues from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LOST_EXIT)
+
+
+def _innermost_line(thread: int) -> str:
+    """Where the thread is in this package: 'data/loader.py:83 in batches'."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        file = Path(frame.f_code.co_filename).resolve()
+        if file.is_relative_to(PACKAGE):
+            return f"{file.relative_to(PACKAGE)}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "code outside fastbyol"

@@ -1,0 +1,93 @@
+"""The wish to stop, however it comes: SIGTERM of a scheduler, SIGUSR1 of SLURM, Ctrl-C, the end of torchrun.
+
+A thread hears the signals. Python runs its handlers in the main thread only, between two of its own instructions, so a process that waits
+inside a collective for a rank that is gone would never hear one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Self
+
+from fastbyol.config.errors import STOPPED_EXIT
+
+log = logging.getLogger("fastbyol")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+INTERRUPTED_EXIT = 130
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """While entered, STOP_SIGNALS no longer end the process but set `requested`. A second Ctrl-C ends it at once.
+
+    Args:
+        grace_s: a process that has not left this long after the first signal is ended, saved or not.
+    """
+
+    def __init__(self, *, grace_s: float) -> None:
+        self.grace_s = grace_s
+        self.name = ""
+        """Of the first signal."""
+        self._requested = threading.Event()
+        self._closed = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        return self._requested.is_set()
+
+    def __enter__(self) -> Self:
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        # Ignored signals stay ignored: nohup relies on it.
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._write, self._earlier_descriptor = write, signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._earlier = {number: signal.signal(number, lambda *_: None) for number in heard}
+        self._thread = threading.Thread(target=self._listen, name="fastbyol-signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._earlier_descriptor)
+        self._closed.set()
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+
+    def _listen(self) -> None:
+        while byte := os.read(self._read, 1):
+            if byte[0] not in self._earlier:
+                continue
+            if not self.requested:
+                self.name = signal.Signals(byte[0]).name
+                log.info("%s: finishes this step, saves and leaves (within %g s)", self.name, self.grace_s)
+                self._requested.set()
+                threading.Thread(target=self._leave_in_time, name="fastbyol-grace", daemon=True).start()
+            elif byte[0] == signal.SIGINT:
+                _leave("second Ctrl-C: left without saving this step", INTERRUPTED_EXIT)
+
+    def _leave_in_time(self) -> None:
+        if not self._closed.wait(self.grace_s):
+            _leave(f"{self.name}: not done after grace_s = {self.grace_s:g}: left without saving this step", STOPPED_EXIT)
+
+
+def end_with_torchrun() -> None:
+    """SIGTERM to this process when torchrun dies, even by SIGKILL: its workers would otherwise train on as orphans. Linux only."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died just before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _leave(message: str, code: int) -> None:
+    """Ends the process from a thread; the checkpoints on the disk are whole whenever this happens."""
+    print(f"fastbyol: error: {message}; the checkpoints before it are whole", file=sys.stderr, flush=True)
+    os._exit(code)

@@ -1,0 +1,133 @@
+"""The run's folder: whose it is, whether it may be continued, and that only one job writes there."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastbyol.config.errors import UserError
+from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.config.schema import MonitorsConfig, TrainConfig
+from fastbyol.provenance import collect_provenance
+
+log = logging.getLogger("fastbyol")
+CONFIG_FILE = "config.yaml"
+PROVENANCE_FILE = "provenance.json"
+LOCK_FILE = "lock"
+LOCK_PATIENCE_S = 15.0
+"""A job that was told to stop may still be saving when the next one starts."""
+FREE_TO_CHANGE = frozenset(
+    {
+        *("out", "resume", "timeout_s", "grace_s", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every_epochs"),
+        *("rank_batch", "data.train", "data.val", "data.backend", "data.workers", "data.prefetch"),
+        *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
+    }
+)
+"""A run may continue with other values of these. They do not touch what it computes, but for rank_batch, whose effect on BN is said.
+The number of images is checked on its own."""
+
+
+def check_run_folder(config: TrainConfig) -> None:
+    """Refuses, before any work and without leaving a trace, what `open_run_folder` would refuse after it.
+
+    Raises:
+        UserError: no name given, a folder that cannot be made, or one that belongs to another run.
+    """
+    if not config.out:
+        raise UserError("out = '': name the run's folder, for example --out runs/r50")
+    folder = Path(config.out)
+    if (folder / CONFIG_FILE).exists():
+        _refuse_other_config(config, folder / CONFIG_FILE)
+    elif os.path.lexists(folder) and (not folder.is_dir() or any(p.name != LOCK_FILE for p in folder.iterdir())):
+        raise UserError(f"out = {config.out!r}: exists and is not a run of fastbyol; choose a new folder")
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"out = {config.out!r}: cannot be written ({existing} is not a folder that may be written); choose another folder")
+
+
+def open_run_folder(config: TrainConfig) -> Path:
+    """Creates the run's folder, or reopens it where it holds this very config (a run continues where it stopped).
+
+    Raises:
+        UserError: as `check_run_folder`.
+    """
+    check_run_folder(config)
+    folder = Path(config.out)
+    if (folder / CONFIG_FILE).exists():
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{CONFIG_FILE}.tmp"
+        unfinished.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
+        (folder / PROVENANCE_FILE).write_text(json.dumps(collect_provenance(), indent=2))
+        unfinished.replace(folder / CONFIG_FILE)
+    except OSError as error:
+        raise UserError(f"out = {config.out!r}: cannot be written ({error.strerror}); choose another folder") from error
+    return folder
+
+
+@contextmanager
+def locked_run_folder(folder: Path) -> Iterator[None]:
+    """Inside, no other job writes to the folder; the system lets go when the process ends, however it ends.
+
+    Raises:
+        UserError: another job holds it and does not let go within LOCK_PATIENCE_S.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take_lock(folder, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take_lock(folder: Path, descriptor: int) -> None:
+    deadline, waits = time.monotonic() + LOCK_PATIENCE_S, False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            if time.monotonic() > deadline:
+                raise UserError(f"out = {str(folder)!r}: is in use by {holder}; wait for it or choose another folder") from None
+            if not waits:
+                log.info("%s is in use by %s; waiting for it", folder, holder)
+            waits = True
+            time.sleep(0.2)
+        except OSError as error:  # some network file systems have no locks
+            log.warning("%s: cannot be locked (%s); see to it that only one job writes there", folder, error.strerror)
+            break
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+
+
+def _refuse_other_config(config: TrainConfig, existing: Path) -> None:
+    try:
+        recorded = from_plain(TrainConfig, yaml.safe_load(existing.read_text()))
+    except (yaml.YAMLError, UserError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"{existing}: is not readable as a run's config ({error}); choose a new --out") from error
+    old, new = flatten(to_plain(recorded)), flatten(to_plain(config))
+    different = {key for key, value in new.items() if old.get(key) != value} - FREE_TO_CHANGE
+    changed = [f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in sorted(different)]
+    if changed:
+        raise UserError(f"out = {config.out!r}: holds a run with another config ({'; '.join(changed[:5])}); choose a new folder")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Trains on several machines: the same command on each, in any order.
+#   NODES=4 HOST=node0 bash scripts/several_nodes.sh --preset r50_300ep --data.train train.beton --out runs/r50
+# HOST is one of them, reachable by all on PORT. Only its rank 0 reads and writes --out, so the folder need not be shared; the data must be on all.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${NODES:?how many machines}" "${HOST:?one of them}"
+PORT=${PORT:-29400} JOB=${JOB:-fastbyol} GPUS=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+[ "$GPUS" -gt 0 ] || GPUS=1
+
+# c10d: no server of its own; a machine that comes back joins again, and all continue from the last checkpoint.
+exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-backend c10d --rdzv-endpoint "$HOST:$PORT" --rdzv-id "$JOB" \
+  --max-restarts 10 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 120 \
+  fastbyol/train.py --grace_s 110 "$@"

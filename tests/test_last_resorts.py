@@ -1,0 +1,158 @@
+"""What ends a process that cannot end itself: each in a small process of its own, without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from fastbyol.config.errors import Lost
+from fastbyol.process_group import fresh_store
+from fastbyol.slurm_environment import adopt_slurm_environment, first_host, tasks_on_node
+
+ROOT = Path(__file__).parent.parent
+STUCK = """
+import time
+from fastbyol.preemption import StopRequest
+with StopRequest(grace_s={grace_s}):
+    print("ready", flush=True)
+    while True:
+        time.sleep(1000)
+"""
+HANGING = """
+import time
+import fastbyol.config.plain as plain
+import fastbyol.hang_watch as hang_watch
+class Sleepy(list):
+    def __iter__(self):
+        time.sleep(1000)
+hang_watch.MARGIN_S = 0.2
+with hang_watch.HangWatch(0.8) as watch:
+    with watch.paused():
+        time.sleep(1.5)
+    print("paused is not hanging", flush=True)
+    for _ in range(20):
+        time.sleep(0.1)
+        watch.beat()
+    print("slow is not hanging", flush=True)
+    plain.to_plain(Sleepy())
+"""
+
+
+def _start(code: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_second_ctrl_c_ends_a_process_at_once_that_the_first_could_not():
+    process = _start(STUCK.format(grace_s=1000))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # said twice by a scheduler: nothing more to do
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "fastbyol: error: second Ctrl-C: left without saving this step; the checkpoints before it are whole\n"
+
+
+def test_a_process_that_cannot_finish_its_step_leaves_after_grace_s():
+    process = _start(STUCK.format(grace_s=1))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGUSR1: not done after grace_s = 1: left without saving this step" in said
+
+
+def test_a_process_without_a_step_for_too_long_ends_with_its_place_and_all_stacks():
+    process = _start(HANGING)
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 5
+    assert out == "paused is not hanging\nslow is not hanging\n"
+    last = said.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"fastbyol: error: no step for 0.8 s \(timeout_s\), the process waits in config/plain.py:\d+ in \w+ \(all stacks above\); the same "
+        "command continues from the last checkpoint",
+        last,
+    ), last
+    assert "in __iter__" in said, "the stacks"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("localhost", "localhost"),
+        ("gpu[003-005,9],login1", "gpu003"),
+        ("gpu-a[12,14]", "gpu-a12"),
+        ("rack1-node[7-9]-ib,x", "rack1-node7-ib"),
+        ("a1,b2", "a1"),
+        ("node01.cluster.org", "node01.cluster.org"),
+    ],
+)
+def test_the_first_host_of_slurms_list_is_the_meeting_point(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_slurms_counts_of_tasks_are_read_per_node():
+    assert [tasks_on_node("4(x2),3", node) for node in range(3)] == [4, 4, 3]
+    assert tasks_on_node("8", 0) == 8
+
+
+def test_srun_is_understood_and_a_batch_script_or_torchrun_is_left_alone():
+    srun = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_NUM_TASKS": "11",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+        "SLURM_STEP_NODELIST": "gpu[3-5]",
+        "SLURM_NODEID": "2",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+    }
+    want = {"RANK": "9", "WORLD_SIZE": "11", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "gpu3", "MASTER_PORT": "24711"}
+    environment = dict(srun)
+    adopt_slurm_environment(environment)
+    assert environment == srun | want
+    for other in (
+        {name: value for name, value in srun.items() if "STEP" not in name} | {"SLURM_NTASKS": "11"},  # python in a batch script
+        srun | {"RANK": "0", "WORLD_SIZE": "1"},  # torchrun under srun
+        srun | {"SLURM_STEP_NUM_TASKS": "1"},
+    ):
+        environment = dict(other)
+        adopt_slurm_environment(environment)
+        assert environment == other
+
+
+def test_a_new_attempt_never_reads_what_a_dead_one_left_in_the_store():
+    store = dist.HashStore()
+
+    def join(rank):
+        return fresh_store(store, rank=rank, world_size=3, timeout_s=30)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = list(pool.map(join, range(3)))
+        first[1].set("address", "dead")
+        # The others come before rank 0 and find the old attempt, complete.
+        early = [pool.submit(join, rank) for rank in (1, 2)]
+        second = [join(0), *(future.result() for future in early)]
+    assert not second[0].check(["address"])
+    second[1].set("address", "alive")
+    assert [s.get("address") for s in second] == [b"alive"] * 3
+    assert first[0].get("address") == b"dead"
+
+
+def test_ranks_that_never_come_are_said_after_the_limit():
+    store = dist.HashStore()
+    fresh_store(store, rank=0, world_size=1, timeout_s=1)
+    with pytest.raises(Lost, match="rank 1: the 2 ranks did not come together within timeout_s = 0.5 s"):
+        fresh_store(store, rank=1, world_size=2, timeout_s=0.5)

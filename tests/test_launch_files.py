@@ -1,0 +1,131 @@
+"""scripts/: the files by which runs are started are valid, and what they pass on is known to torchrun and to us."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from fastbyol.command_line import parse_train_config
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+TYPED = ["--preset", "r50_100ep", "--data.train", "a folder/train.beton", "--out", "runs/r50"]
+# sbatch(1), Slurm 24.05
+SBATCH_OPTIONS = {
+    *("account", "array", "begin", "comment", "constraint", "cpus-per-gpu", "cpus-per-task", "dependency", "error", "exclude", "exclusive"),
+    *("export", "gpus", "gpus-per-node", "gpus-per-task", "gres", "hint", "job-name", "licenses", "mail-type", "mail-user", "mem"),
+    *("mem-per-cpu", "mem-per-gpu", "no-requeue", "nodelist", "nodes", "ntasks", "ntasks-per-gpu", "ntasks-per-node", "open-mode"),
+    *("output", "partition", "qos", "requeue", "reservation", "signal", "switches", "time", "time-min"),
+}
+
+
+@pytest.fixture
+def on_path(tmp_path):
+    """Puts a program of a few shell lines first on PATH, and returns the environment."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def put(name: str, lines: str) -> dict[str, str]:
+        (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (folder / name).chmod(0o755)
+        return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+    return put
+
+
+def _check_command(torchrun_and_ours: list[str], *, preset: str, train: str) -> None:
+    """Both parsers take it, each its own part."""
+    known = get_args_parser().parse_args(torchrun_and_ours)
+    assert known.training_script == "fastbyol/train.py"
+    config = parse_train_config(known.training_script_args, usage="")
+    assert config == parse_train_config(["--preset", preset, *known.training_script_args], usage="")
+    assert config.data.train == train
+    assert "SIGTERM" in known.signals_to_handle
+    assert config.grace_s < known.shutdown_timeout, "torchrun must not kill who may still be saving"
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in SCRIPTS.iterdir() if p.suffix in (".sh", ".sbatch")))
+def test_every_script_is_valid_bash(script):
+    assert subprocess.run(["bash", "-n", SCRIPTS / script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "torchrun"),
+    [
+        ("one_node.sh", {"GPUS": "8"}, {"nproc_per_node": "8", "standalone": True}),
+        (
+            "several_nodes.sh",
+            {"NODES": "4", "HOST": "node0", "GPUS": "8"},
+            {"nnodes": "4", "rdzv_endpoint": "node0:29400", "rdzv_backend": "c10d"},
+        ),
+    ],
+)
+def test_the_torchrun_scripts_pass_on_what_was_typed(script, environment, torchrun, on_path):
+    env = on_path("torchrun", 'printf "%s\\n" "$@"') | environment
+    done = subprocess.run(["bash", SCRIPTS / script, *TYPED], env=env, capture_output=True, text=True, check=True)
+    command = done.stdout.splitlines()
+    _check_command(command, preset="r50_100ep", train="a folder/train.beton")
+    known = vars(get_args_parser().parse_args(command))
+    assert {name: known[name] for name in torchrun} == torchrun
+    assert known["max_restarts"] > 0
+
+
+def test_several_nodes_asks_for_what_it_needs(on_path):
+    done = subprocess.run(
+        ["bash", SCRIPTS / "several_nodes.sh", *TYPED], env=on_path("torchrun", ":"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "NODES: how many machines" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "requeued", "exit_code"),
+    [(0, False, 0), (75, True, 0), (5, True, 0), (2, False, 2), (3, False, 3), (4, False, 4), (1, False, 1)],
+)
+def test_the_slurm_script_requeues_what_can_go_on_and_nothing_else(code, requeued, exit_code, on_path, tmp_path):
+    on_path("scontrol", f'echo "$@" >> {tmp_path}/scontrol.log')
+    env = on_path("srun", f'printf "%s\\n" "$@" > {tmp_path}/srun.log; exit {code}')
+    env |= {"SLURM_SUBMIT_DIR": str(SCRIPTS.parent), "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "12"}
+    done = subprocess.run(["bash", SCRIPTS / "slurm.sbatch", *TYPED], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == exit_code, done.stderr
+    asked = (tmp_path / "scontrol.log").read_text() if (tmp_path / "scontrol.log").exists() else ""
+    assert asked == ("requeue 4711\n" if requeued else "")
+    passed = (tmp_path / "srun.log").read_text().splitlines()
+    config = parse_train_config(passed[passed.index("fastbyol/train.py") + 1 :], usage="")
+    assert config.out == "runs/r50"
+
+
+def test_the_slurm_directives_exist_and_leave_time_to_save():
+    directives = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", (SCRIPTS / "slurm.sbatch").read_text(), flags=re.MULTILINE)
+    assert len(directives) == (SCRIPTS / "slurm.sbatch").read_text().count("\n#SBATCH")
+    assert {name for name, _ in directives} <= SBATCH_OPTIONS
+    options = dict(directives)
+    number, seconds = options["signal"].split("@")
+    assert number == "USR1"
+    grace_s = float(re.findall(r"--grace_s (\d+)", (SCRIPTS / "slurm.sbatch").read_text())[0])
+    assert grace_s < float(seconds)
+    assert "requeue" in options
+
+
+def test_the_kubernetes_manifest_is_a_pytorchjob_whose_command_both_parsers_know():
+    (job,) = yaml.safe_load_all((SCRIPTS / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    pod = worker["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "pytorch"
+    assert worker["replicas"] == job["spec"]["elasticPolicy"]["maxReplicas"]
+    launcher, *command = container["command"]
+    assert launcher == "torchrun"
+    assert all(isinstance(word, str) for word in command), "Kubernetes refuses numbers in a command"
+    _check_command(command, preset="r50_300ep", train="/data/train.beton")
+    known = get_args_parser().parse_args(command)
+    assert known.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    assert int(known.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert f"WORKDIR {container['workingDir']}\n" in (SCRIPTS.parent / "Dockerfile").read_text()

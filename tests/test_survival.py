@@ -1,0 +1,322 @@
+"""What happens to a run, in this process: signals, NaN, full disks, other machines, other weights to start from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launched_run import state_digest
+from test_checkpoint import files_no_larger_than
+
+from fastbyol import load_encoder, run_folder, train
+from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from fastbyol.data.batch import ViewBatch
+from fastbyol.finite_check import first_not_finite
+from fastbyol.preemption import StopRequest
+from fastbyol.run_log import ESTIMATE_STEPS, UNCOUNTED_STEPS, RunLog, duration, read_metrics
+from fastbyol.train import main
+
+SMALL = (
+    *("--preset", "cpu_demo", "--epochs", "2", "--global_batch", "8", "--log_every", "1", "--checkpoint_every", "1"),
+    *("--keep_checkpoints", "10", "--model.hidden_dim", "16", "--model.projection_dim", "8", "--data.workers", "1"),
+)
+"""25 images, batch 8: 6 optimizer steps over 2 epochs of 3 batches."""
+
+
+@pytest.fixture(scope="module")
+def arguments(data_paths) -> list[str]:
+    return [*SMALL, "--data.train", str(data_paths["folder"])]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    main([*arguments, "--out", str(out)])
+    return out
+
+
+def _ends(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and stderr of a run that is not to end well."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return int(str(caught.value.code)), capsys.readouterr().err
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> Callable[[int, Callable[..., Any]], None]:
+    """Calls strike(batches) at the start of a step, counted from 1; what it returns are the step's batches."""
+
+    def install(step: int, strike: Callable[[Iterator[ViewBatch]], Iterator[ViewBatch]]) -> None:
+        inner, taken = train.train_step, [0]
+
+        def struck(config, process, state, batches, *rest, **options):
+            taken[0] += 1
+            return inner(config, process, state, strike(batches) if taken[0] == step else batches, *rest, **options)
+
+        monkeypatch.setattr(train, "train_step", struck)
+
+    return install
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_lets_the_step_end_saves_it_and_the_same_command_continues_bitwise(
+    name, arguments, whole, at_step, tmp_path, monkeypatch, capsys
+):
+    requests = []
+
+    class Noted(StopRequest):
+        def __init__(self, **options):
+            super().__init__(**options)
+            requests.append(self)
+
+    def strike(batches):
+        os.kill(os.getpid(), signal.Signals[name])
+        while not requests[-1].requested:
+            time.sleep(0.001)
+        return batches
+
+    before = signal.getsignal(signal.Signals[name])
+    monkeypatch.setattr(train, "StopRequest", Noted)
+    at_step(3, strike)
+    out = tmp_path / "run"
+    arguments = [*arguments, "--checkpoint_every", "100", "--out", str(out)]
+    code, said = _ends(arguments, capsys)
+    assert code == 75
+    assert re.search(rf"stopped \({name}\): saved after step 3 of 6; the same command continues", said), said
+    assert checkpoint_steps(out) == [3]
+    assert signal.getsignal(signal.Signals[name]) == before
+    monkeypatch.undo()
+    main(arguments)
+    assert state_digest(out) == state_digest(whole)
+
+
+def test_an_ignored_signal_stays_ignored():
+    """nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(grace_s=5) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while not stop.requested:
+                time.sleep(0.001)
+            assert stop.name == "SIGUSR1"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
+def test_a_run_cut_off_after_any_step_ends_bitwise_the_same(step, arguments, whole, tmp_path):
+    out = tmp_path / "cut"
+    shutil.copytree(whole, out)
+    for later in range(step + 1, 7):
+        checkpoint_path(out, later).unlink()
+    main([*arguments, "--out", str(out)])
+    assert state_digest(out) == state_digest(whole)
+    assert [r["loss"] for r in read_metrics(out)] == [r["loss"] for r in read_metrics(whole)]
+
+
+def test_a_checkpoint_holds_all_that_changes_and_only_finite_numbers(whole):
+    state = load_checkpoint(checkpoint_path(whole, 4))
+    names = state["byol"].keys()
+    assert {n.split(".")[0] for n in names} == {"online", "target", "probe"}
+    assert any(n.startswith("target.") and n.endswith("running_var") for n in names)
+    trained = [n for n in names if not n.startswith("target.") and "running" not in n and "num_batches" not in n]
+    assert len(state["optimizer"]["state"]) == len(trained)
+    assert state["loader"] == {"epoch": 1, "batch": 1, "batches_per_epoch": 3}
+    assert state["step"] == 4
+    assert state["config"]["global_batch"] == 8
+    assert state["versions"]["torch"]
+    assert set(state["ranks"]["rng"][0]) == {"python", "numpy", "torch", "cuda"}
+    assert state["scaler"] == {}
+    assert first_not_finite(state) is None
+
+
+def _one_image_of_nan(batches: Iterator[ViewBatch]) -> Iterator[ViewBatch]:
+    for batch in batches:
+        view1 = batch.view1.clone()
+        view1[0] = torch.nan
+        yield batch._replace(view1=view1)
+
+
+def test_one_image_of_nan_ends_the_run_at_that_step_and_leaves_clean_checkpoints(arguments, at_step, whole, tmp_path, monkeypatch, capsys):
+    at_step(4, _one_image_of_nan)
+    out = tmp_path / "run"
+    code, said = _ends([*arguments, "--out", str(out)], capsys)
+    assert code == 3
+    error = said.strip().splitlines()[-1]
+    assert re.search(
+        r"error: the loss is not finite in step 4 on rank 0 \(lr 0.25\): the run diverged; .*checkpoint is .*step-000000003.pt", error
+    )
+    assert checkpoint_steps(out) == [1, 2, 3]
+    assert all(first_not_finite(load_checkpoint(checkpoint_path(out, s))) is None for s in (1, 2, 3))
+    monkeypatch.undo()
+    main([*arguments, "--out", str(out)])
+    assert state_digest(out) == state_digest(whole), "one NaN leaves no trace"
+
+
+def test_a_learning_rate_beyond_all_bounds_ends_with_the_divergence_named(arguments, tmp_path, capsys):
+    code, said = _ends([*arguments, "--optim.base_lr", "1e30", "--optim.name", "sgd", "--out", str(tmp_path / "run")], capsys)
+    assert code == 3, said
+    assert re.search("(not finite in step|is not finite after step)", said)
+    assert "Traceback" not in said
+
+
+def test_training_goes_on_through_a_full_disk_and_says_so_and_the_end_is_an_error(arguments, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [*arguments, "--checkpoint_every", "2", "--out", str(out)]
+    with files_no_larger_than(300_000):
+        code, said = _ends(arguments, capsys)
+    assert code == 4
+    assert len(read_metrics(out)) == 6, "all steps were taken"
+    assert said.count("File too large") == 4, "three checkpoints are warned of, the last is also the error"
+    assert re.search(r"error: checkpoint .*step-000000006.pt \(\d+ MB, \d+ MB free\): .*Make room, then the same command continues", said)
+    assert list((out / "checkpoints").iterdir()) == []
+    main(arguments)
+    assert state_digest(out) == state_digest(whole)
+
+
+def test_two_jobs_never_write_to_one_folder(arguments, whole, monkeypatch, capsys):
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.3)
+    with (whole / "lock").open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, said = _ends([*arguments, "--out", str(whole)], capsys)
+    assert code == 2
+    assert re.search(r"is in use by process \d+ on ", said)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--resume", "never"], "resume = 'never': .*holds a run of 6 steps"),
+        (["--seed", "5"], "another config.*seed was 0, is 5"),
+        (["--global_batch", "16"], "another config.*global_batch was 8, is 16"),
+        (["--init_from", "x"], "another config.*init_from was '', is 'x'"),
+        (["--out", "{whole}-new", "--resume", "must"], "resume = 'must': .*holds no checkpoint"),
+    ],
+)
+def test_what_may_not_be_continued_is_refused_with_the_reason(options, says, arguments, whole, capsys):
+    code, said = _ends([*arguments, "--out", str(whole), *[o.format(whole=whole) for o in options]], capsys)
+    assert code == 2
+    assert re.search(says, said), said
+
+
+def test_a_data_set_of_another_size_is_refused(arguments, whole, data_paths, tmp_path, capsys):
+    fewer = tmp_path / "fewer"
+    shutil.copytree(data_paths["folder"], fewer)
+    next((fewer / "ant").iterdir()).unlink()
+    code, said = _ends([*arguments, "--out", str(whole), "--data.train", str(fewer)], capsys)
+    assert code == 2
+    assert "holds 24 images, the run in" in said
+
+
+def test_another_rank_batch_sees_the_same_images_and_says_what_changes_for_batch_norm(arguments, whole, tmp_path, capsys, monkeypatch):
+    seen: dict[int, list[int]] = {}
+    inner = train.views_on_device
+
+    def noted(batch, *rest):
+        seen.setdefault(len(batch.index), []).extend(batch.index.tolist())
+        return inner(batch, *rest)
+
+    monkeypatch.setattr(train, "views_on_device", noted)
+    for rank_batch in ("8", "2"):
+        out = tmp_path / rank_batch
+        shutil.copytree(whole, out)
+        for later in (5, 6):
+            checkpoint_path(out, later).unlink()
+        main([*arguments, "--rank_batch", rank_batch, "--out", str(out)])
+    assert seen[2] == seen[8]
+    assert len(seen[8]) == 16
+    assert "BN statistics now come from 2 images, before from 8" in capsys.readouterr().err
+
+
+def test_a_checkpoint_stays_every_so_many_epochs(arguments, tmp_path):
+    out = tmp_path / "run"
+    main(
+        [*arguments, "--epochs", "4", "--checkpoint_every", "100", "--keep_checkpoints", "2", "--keep_every_epochs", "1", "--out", str(out)]
+    )
+    # Epochs 1, 2 and 3 of 25 images end within steps 4, 7 and 10 of 8; step 12 is the end.
+    assert checkpoint_steps(out) == [4, 7, 10, 12]
+
+
+def test_a_run_may_start_with_the_networks_of_another(arguments, whole, tmp_path, capsys):
+    torch.save(load_encoder(whole).state_dict(), tmp_path / "encoder.pt")
+    first = ["--epochs", "0.4", "--optim.tau_base", "1"]  # one step of learning rate 0
+    sources = {"folder": whole, "file": checkpoint_path(whole, 6), "encoder": tmp_path / "encoder.pt"}
+    want = load_checkpoint(checkpoint_path(whole, 6))["byol"]
+    for kind, source in sources.items():
+        main([*arguments, *first, "--init_from", str(source), "--out", str(tmp_path / kind)])
+        got = load_checkpoint(checkpoint_path(tmp_path / kind, 1))["byol"]
+        for network in ("online", "target"):
+            name = f"{network}.encoder.conv1.weight"
+            assert torch.equal(got[name], want["online.encoder.conv1.weight" if kind == "encoder" else name])
+        assert torch.equal(got["target.projector.0.weight"], want["target.projector.0.weight"]) == (kind != "encoder")
+    shutil.rmtree(whole.parent / "moved", ignore_errors=True)
+    (tmp_path / "encoder.pt").unlink()
+    main([*arguments, *first, "--init_from", str(tmp_path / "encoder.pt"), "--out", str(tmp_path / "encoder")])  # complete: not read again
+    assert "already complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "says"),
+    [
+        ("none", [], "init_from = '.*none': no such file or folder"),
+        ("empty", [], "no checkpoints/step-"),
+        ("text", [], "is not a file of weights"),
+        ("tensor", [], "is not a state dict"),
+        ("whole", ["--model.hidden_dim", "32"], r"holds other networks .*must be \(32,.*give the model"),
+        ("whole", ["--model.encoder", "resnet18"], "holds other networks .* and [0-9]+ more"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_in_one_line(source, options, says, arguments, whole, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text("no weights")
+    torch.save(torch.zeros(3), tmp_path / "tensor")
+    path = whole if source == "whole" else tmp_path / source
+    code, said = _ends([*arguments, *options, "--init_from", str(path), "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    assert re.search(says, said), said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_old_checkpoint_that_lacks_a_part_is_refused_by_name(arguments, whole, tmp_path, capsys):
+    from fastbyol.checkpoint import save_checkpoint
+
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    state = load_checkpoint(checkpoint_path(out, 6))
+    del state["optimizer"]
+    save_checkpoint(out, step=7, state=state, keep=2)
+    code, said = _ends([*arguments, "--out", str(out)], capsys)
+    assert code == 2
+    assert "lacks optimizer and cannot be continued" in said
+
+
+def test_the_time_left_is_said_once_after_the_first_steps(tmp_path, capsys):
+    with RunLog(tmp_path, TrainConfig(), total_steps=1000, first_step=7) as run_log:
+        for done in range(8, 200):
+            run_log.step(done)
+    said = capsys.readouterr().err
+    assert said.count("s a step: the other") == 1
+    assert f"the other {1000 - 7 - ESTIMATE_STEPS} take about" in said
+    assert UNCOUNTED_STEPS < ESTIMATE_STEPS
+
+
+def test_durations_read_as_one_says_them():
+    spoken = {0.2: "0 s", 40: "40 s", 61: "1 min 1 s", 3600: "1 h", 3725: "1 h 2 min", 86400 * 3 + 7200 + 59: "3 d 2 h"}
+    assert {s: duration(s) for s in spoken} == spoken
+
+
+def test_metrics_after_a_line_that_was_cut_are_still_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n{"st')
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 2]
