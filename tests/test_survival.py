@@ -19,6 +19,7 @@ from test_checkpoint import files_no_larger_than
 
 from fastbyol import load_encoder, run_folder, train
 from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.finite_check import first_not_finite
 from fastbyol.preemption import StopRequest
