@@ -20,9 +20,11 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.beton import FIELD, HEADER, read_beton
 from fastbyol.data.conversion import ConversionOptions
 from fastbyol.data.encode import EncodeSettings
+from fastbyol.data.ffcv_loader import FfcvSource
 from fastbyol.data.findings import KEPT_FAULTS, Findings
 from fastbyol.data.image_folder import list_image_folder
 from fastbyol.data.inputs import list_images
+from fastbyol.data.tar_shards import read_tar_shards
 from fastbyol.data.verification import verify
 from fastbyol.data.writers_ffcv import write_beton
 from fastbyol.data.writers_tar import write_tar_shards
@@ -266,6 +268,43 @@ def edited(value: object) -> object:
     return value + 1 if isinstance(value, int | float) else f"{value}x"
 
 
+# ---- what the loaders check when they open the data
+
+
+def test_a_changed_label_is_noticed_at_open(beton_copy: Path, shards: Path) -> None:
+    label_at = HEADER.itemsize + 2 * FIELD.itemsize + 16  # of image 0: behind its size and place
+    for bit, message in ((0, "other numbers of images per class"), (7, "holds the label 128, its manifest names 3 classes")):
+        flip(beton_copy, label_at, bit=bit)
+        with pytest.raises(UserError, match=message):
+            FfcvSource(beton_copy)
+        flip(beton_copy, label_at, bit=bit)
+    FfcvSource(beton_copy).close()
+    table = np.load(shards / "samples.npy")
+    table["label"][3] = 2
+    np.save(shards / "samples.npy", table)
+    with pytest.raises(UserError, match=r"samples.npy: has other numbers of images per class"):
+        read_tar_shards(shards)
+
+
+def test_any_changed_byte_of_the_tables_opens_or_is_one_line(beton_copy: Path, shards: Path) -> None:
+    rng = random.Random(6)
+    for path, end, opened in (
+        (beton_copy, HEADER.itemsize + 2 * FIELD.itemsize + 25 * 24, lambda: read_beton(beton_copy)),
+        (shards / "samples.npy", 400, lambda: read_tar_shards(shards)),
+    ):
+        whole = path.read_bytes()
+        outcomes = set()
+        for at in rng.sample(range(end), 300):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
+            try:
+                opened()
+                outcomes.add("opened")
+            except UserError:
+                outcomes.add("refused")
+        path.write_bytes(whole)
+        assert outcomes == {"opened", "refused"}
+
+
 # ---- foreign data
 
 
@@ -388,5 +427,8 @@ def test_a_tar_folder_that_holds_no_image_is_a_fault(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
     assert "no image in its 1 tars" in told(verify(tmp_path, workers=1))
+    (tmp_path / "part-00000-of-00002.json").write_text("{}")
+    with pytest.raises(UserError, match="holds parts of a conversion on many machines; merge them first"):
+        verify(tmp_path)
     with pytest.raises(UserError, match="workers = -1"):
         verify(tmp_path, workers=-1)
