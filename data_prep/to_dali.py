@@ -1,12 +1,14 @@
-"""Converts a folder of images to WebDataset tar shards with indices for the DALI backend."""
+"""Converts images to WebDataset tar shards with indices for the DALI backend."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.command_line import conversion_command, conversion_options, conversion_parser, overwrite_mode, print_outcome
+from fastbyol.data.inputs import listing_from
 from fastbyol.data.quantities import bytes_text
 from fastbyol.data.tar_parts import merge_tar_parts, parse_part, write_tar_part
 from fastbyol.data.tar_shards import TAR_REPORT
@@ -41,10 +43,10 @@ def main() -> None:
         _convert_part(arguments)
         return
     if arguments.merge:
-        manifest = merge_tar_parts(arguments.data, out=arguments.out, options=conversion_options(arguments))
+        manifest = merge_tar_parts(partial(listing_from, arguments), out=arguments.out, options=conversion_options(arguments))
     else:
         manifest = write_tar_shards(
-            arguments.data,
+            partial(listing_from, arguments),
             out=arguments.out,
             workers=arguments.workers,
             shard_mib=arguments.shard_mb,
@@ -60,7 +62,7 @@ def _convert_part(arguments: Namespace) -> None:
         raise UserError("--overwrite does not go with --shard, whose folder belongs to several machines; remove the folder yourself")
     part = parse_part(arguments.shard)
     shards = write_tar_part(
-        arguments.data,
+        partial(listing_from, arguments),
         out=arguments.out,
         part=part,
         workers=arguments.workers,

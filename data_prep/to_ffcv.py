@@ -1,12 +1,14 @@
-"""Converts a folder of images to one .beton file for the FFCV backend."""
+"""Converts images to one .beton file for the FFCV backend."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from fastbyol.config.errors import require
 from fastbyol.data.command_line import conversion_command, conversion_options, conversion_parser, overwrite_mode, print_outcome
 from fastbyol.data.conversion_report import report_path
+from fastbyol.data.inputs import listing_from
 from fastbyol.data.writers_ffcv import write_beton
 
 EXAMPLES = """\
@@ -14,7 +16,8 @@ examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
   python data_prep/to_ffcv.py --data imagenet/train --out train.beton                           148 GB: the images' own bytes
   python data_prep/to_ffcv.py --data imagenet/train --out train.beton --max-side 512 --quality 90    about 65 GB
   python data_prep/to_ffcv.py --data imagenet/train --out train.beton --max-side 256 --raw      about 170 GB: no decoding at all
-  python data_prep/to_ffcv.py --data imagenet/val --out val.beton                               6.7 GB
+  python data_prep/to_ffcv.py --data ILSVRC2012_img_train.tar --out train.beton                 as downloaded, read in place
+  python data_prep/to_ffcv.py --data ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz --out val.beton    6.7 GB
   python data_prep/to_ffcv.py --data demo/train --out demo/train.beton --workers 2 --overwrite
 
 Beside train.beton: train.beton.json, the manifest (class names, settings, checksum), and train.beton.report.json.
@@ -33,7 +36,7 @@ def main() -> None:
     require(not (arguments.raw and arguments.raw_fraction is not None), "raw-fraction", arguments.raw_fraction, "left out beside --raw")
     raw_fraction = 1.0 if arguments.raw else arguments.raw_fraction or 0.0
     manifest = write_beton(
-        arguments.data,
+        partial(listing_from, arguments),
         out=arguments.out,
         workers=arguments.workers,
         overwrite=overwrite_mode(arguments),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
 from benchmarks import run as command  # noqa: E402
-from benchmarks.cases import CASES, augment, demo_step, ema, lars, load_case, loader, step  # noqa: E402
+from benchmarks.cases import CASES, augment, convert, demo_step, ema, lars, load_case, loader, step  # noqa: E402
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report import case_table, headers, report_markdown  # noqa: E402
@@ -38,6 +38,7 @@ from fastbyol.config.schema import ModelConfig  # noqa: E402
 
 TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
 TINY_CASES = {
+    "convert": (convert, convert.Size(images=10, copies=2, rounds=1, workers=1, scale=0.1)),
     "loader": (loader, loader.Size(images=10, batch=5, rounds=1, size_px=16, scale=0.1)),
     "augment": (augment, augment.Size(images=2, rounds=1, size_px=16, scale=0.1)),
     "ema": (ema, ema.Size(rounds=2, model=TINY_MODEL)),
@@ -45,7 +46,7 @@ TINY_CASES = {
     "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
     "demo_step": (demo_step, demo_step.Size(steps=2, rounds=1, batch=8)),
 }
-EXPECTED_ROWS = {"loader": 11, "augment": 3, "ema": 4, "lars": 4, "step": 4, "demo_step": 3}
+EXPECTED_ROWS = {"convert": 4, "loader": 11, "augment": 3, "ema": 4, "lars": 4, "step": 4, "demo_step": 3}
 
 
 def test_an_estimate_is_the_median_and_the_order_statistics_that_enclose_it_with_95_percent():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -19,11 +18,12 @@ from ffcv.reader import Reader
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import encode, writers_ffcv
+from fastbyol.data import writers_ffcv
 from fastbyol.data.beton import read_beton
+from fastbyol.data.conversion import BadImage, ConversionOptions
 from fastbyol.data.ffcv_loader import FfcvSource
 from fastbyol.data.image_folder import list_image_folder
-from fastbyol.data.manifest import read_manifest
+from fastbyol.data.manifest import Manifest, read_manifest
 from fastbyol.data.writers_ffcv import write_beton
 from fastbyol.data.writers_tar import write_tar_shards
 
@@ -170,29 +170,28 @@ def test_the_seed_orders_the_shards(image_folder: Path, tar_folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("write", [write_beton, write_tar_shards])
-def test_an_image_that_does_not_decode_ends_the_conversion_with_its_name_and_leaves_nothing(
-    write: Callable[..., object], make_folder: Callable[..., Path], tmp_path: Path
+def test_an_image_that_does_not_decode_is_dropped_by_name_or_ends_a_strict_conversion(
+    write: Callable[..., Manifest], make_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     buffer = io.BytesIO()
     colour_wheel().save(buffer, "JPEG")
-    for name, content in {"cut_jpg": buffer.getvalue()[:-300], "empty_jpg": b"", "text_png": b"hello"}.items():
-        folder = make_folder(a_jpg=colour_wheel(), **{name: content})
-        with pytest.raises(UserError, match=f"{name.replace('_', '.')}: is no image that decodes"):
-            write(folder, out=tmp_path / "out.beton", workers=1)
-        (folder / "class" / name.replace("_", ".")).unlink()
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    folder = make_folder(a_jpg=colour_wheel(), cut_jpg=buffer.getvalue()[:-300])
+    out = tmp_path / "out.beton"
+    with pytest.raises(BadImage, match="class/cut.jpg: truncated"):
+        write(folder, out=out, workers=1, options=ConversionOptions(strict=True))
+    assert not out.exists()
+    manifest = write(folder, out=out, workers=1)
+    assert (manifest.num_samples, manifest.class_counts, manifest.dropped) == (1, (1,), (1,))
+    assert manifest.names_sha256 == sha256(b"class/a.jpg\0").hexdigest()
+    report = json.loads((out / "report.json" if out.is_dir() else tmp_path / "out.beton.report.json").read_text())
+    assert [(entry["name"], entry["outcome"], entry["reason"]) for entry in report["touched"]] == [
+        ("class/cut.jpg", "dropped", "truncated")
+    ]
 
 
-class _KillsItsReader:
-    """Ends the process that unpickles it, as the kernel does with one that takes too much memory."""
-
-    def __reduce__(self) -> tuple[object, tuple[int]]:
-        return os._exit, (1,)
-
-
-def test_a_worker_that_dies_is_an_error_and_not_a_hang() -> None:
-    with pytest.raises(UserError, match="a worker process of the conversion died"):
-        list(encode.encode_in_order([_KillsItsReader()], workers=1))  # type: ignore[list-item]
+def test_a_folder_without_a_single_image_that_can_be_kept_is_refused(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none of the 2 images can be kept; .*report.json says why"):
+        write_beton(make_folder(a_jpg=b"", b_png=b"hello"), out=tmp_path / "x.beton", workers=1, options=ConversionOptions(max_dropped=1.0))
 
 
 @pytest.mark.parametrize("write", [write_beton, write_tar_shards])
@@ -231,11 +230,17 @@ def test_the_commands_convert_as_written(image_folder: Path, beton: Path, tmp_pa
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("to_ffcv.py", ["--data", "missing", "--out", "x.beton"], "missing: no such folder"),
+        ("to_ffcv.py", ["--data", "missing", "--out", "x.beton"], "missing: no such file or folder"),
         ("to_ffcv.py", ["--data", ".", "--out", "x.txt"], "must end in .beton"),
         ("to_ffcv.py", ["--data", ".", "--out", "x.beton", "--workers", "many"], "invalid int value: 'many'"),
         ("to_ffcv.py", ["--data", "."], "required: --out"),
         ("to_dali.py", ["--data", ".", "--out", "x", "--shard-mb", "0"], "shard-mb = 0"),
+        ("to_ffcv.py", ["--data", ".", "--out", "x.beton", "--quality", "0"], "quality = 0: must be in [1, 100]"),
+        ("to_ffcv.py", ["--data", ".", "--out", "x.beton", "--raw", "--raw-fraction", "0.5"], "raw-fraction = 0.5: must be left out"),
+        ("to_ffcv.py", ["--data", ".", "--out", "x.beton", "--max-dropped", "2"], "max-dropped = 2.0: must be a share"),
+        ("to_dali.py", ["--data", ".", "--out", "x", "--shard", "4/4"], "shard = 4/4: must be one of 0/4 to 3/4"),
+        ("to_dali.py", ["--data", ".", "--out", "x", "--shard", "two"], "shard = 'two': must be i/n"),
+        ("to_dali.py", ["--data", ".", "--out", "x", "--shard", "0/2", "--merge"], "--merge comes after"),
         ("to_dali.py", ["--data", ".", "--out", "x", "--shuffle"], "unrecognized arguments: --shuffle"),
     ],
 )

@@ -14,6 +14,7 @@ from fastbyol.config.errors import one_line_errors
 from fastbyol.data.conversion import BadImage, ConversionOptions
 from fastbyol.data.conversion_report import report_table
 from fastbyol.data.encode import EXIF_MODES, MAX_PIXELS, EncodeSettings
+from fastbyol.data.inputs import INPUTS, add_input_arguments
 from fastbyol.data.manifest import Manifest
 from fastbyol.data.quantities import bytes_text
 from fastbyol.data.stop_signals import Stopped
@@ -29,8 +30,8 @@ Killed, stopped by Ctrl-C or by a full disk, the same command continues, and giv
 
 def conversion_parser(description: str, examples: str) -> OneLineParser:
     """A parser with the options that decide what is stored, and how the work goes; the examples stand below them in --help."""
-    parser = OneLineParser(description=description, epilog=examples + "\n" + WHAT_HAPPENS)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with one sub-folder of images per class")
+    parser = OneLineParser(description=description, epilog="\n".join([examples, INPUTS, WHAT_HAPPENS]))
+    add_input_arguments(parser)
     work = parser.add_argument_group("the work")
     work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
     work.add_argument("--overwrite", action="store_true", help="replace an output that exists, once the new one is complete")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,9 +10,10 @@ import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,13 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.data.conversion_estimate import estimate_conversion, require_space
-from fastbyol.data.conversion_input import locate, names_digest, skipped_entries, source_sizes
 from fastbyol.data.conversion_progress import ConversionProgress
 from fastbyol.data.conversion_report import make_report, report_text
 from fastbyol.data.encode import UNREADABLE, DroppedImage, EncodedImage, EncodeSettings, Outcome, find_turbojpeg
 from fastbyol.data.encoding_pool import EncodingPool, default_workers
 from fastbyol.data.encoding_worker import Encoded, Job
-from fastbyol.data.image_folder import ImageFolder
+from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.inputs import list_images
 from fastbyol.data.manifest import Manifest, Shard, software_versions
 from fastbyol.data.stop_signals import Stopped, StopRequest
 from fastbyol.data.work_folder import WorkFolder, flush_to_disk, is_full, write_durably
@@ -51,6 +53,10 @@ ROWS, TOUCHED = "rows", "touched.jsonl"
 DROPPED_ALLOWED, DROPPED_SHARE_ALLOWED = 20, 0.01
 UNREADABLE_IN_A_ROW = 20
 """So many files that cannot be read are a lost disk, not bad images."""
+
+
+Images = Path | ImageListing | Callable[[], ImageListing]
+"""What is converted: a folder or tar, its listing, or what makes the listing when all else has been found in order."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Output(ABC):
 class Task:
     """What is to be converted."""
 
-    listing: ImageFolder
+    listing: ImageListing
     order: NDArray[np.int64]
     """Positions in the listing."""
     sizes: NDArray[np.int64]
@@ -113,7 +119,7 @@ class Task:
     workers: int
 
     def job(self, index: int) -> Job:
-        return Job(index, locate(self.listing, index))
+        return Job(index, self.listing.location(index))
 
     def with_largest(self, stored_bytes: int) -> Task:
         """The task for an output that takes no larger image."""
@@ -121,15 +127,23 @@ class Task:
         return replace(self, options=replace(self.options, encode=encode))
 
 
-def make_task(listing: ImageFolder, *, order: NDArray[np.int64], out: Path, options: ConversionOptions, workers: int) -> Task:
+def as_listing(data: Images) -> ImageListing:
+    """The listing, made if it is not there yet."""
+    if isinstance(data, Path):
+        return list_images(data)
+    return data if isinstance(data, ImageListing) else data()
+
+
+def make_task(listing: ImageListing, *, order: NDArray[np.int64], out: Path, options: ConversionOptions, workers: int) -> Task:
     """workers: processes; 0: one per core."""
     require_at_least("workers", workers, 0)
-    return Task(listing, order, source_sizes(listing), listing.digest(), out, options, min(workers or default_workers(), len(order)))
+    sizes = np.array([listing.num_bytes(index) for index in range(len(listing.files))], dtype=np.int64)
+    return Task(listing, order, sizes, listing.digest(), out, options, min(workers or default_workers(), len(order)))
 
 
 def open_work(path: Path, task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFolder:
     """The folder in which the output grows. Its identity is all that the result depends on."""
-    names = (*task.listing.class_names, *task.listing.files, *map(str, task.listing.labels))
+    names = chain(task.listing.class_names, task.listing.files, map(str, task.listing.labels))
     identity = {"kind": kind, "images": len(task.listing.files), "names_and_labels": names_digest(names), **settings, **software_versions()}
     options = task.options
     return WorkFolder(path, output=task.out, identity=identity, restart=options.restart, flush_every_s=options.flush_every_s)
@@ -257,7 +271,7 @@ def touched_images(work: WorkFolder) -> list[dict[str, Any]]:
 def finish_report(task: Task, rows: NDArray[np.void], work: WorkFolder) -> Path:
     """The report, written in the work folder. UserError if too many images were dropped: what is converted stays, and so does the report."""
     path = work.path / "report.json"
-    report = make_report(task.listing, rows, touched_images(work), skipped_entries(task.listing))
+    report = make_report(task.listing, rows, touched_images(work))
     write_durably(path, report_text(report))
     require_few_dropped(task, rows, report=path)
     return path
@@ -278,6 +292,14 @@ def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> 
     lost = [name for label, name in enumerate(task.listing.class_names) if not kept[label]]
     if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
         raise UserError(f"class {lost[0]} lost all of its images; {advice} --max-dropped 1")
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """sha256 of the names in order, each ended by a zero byte."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def _share(part: int, whole: int) -> str:
@@ -301,11 +323,11 @@ def make_manifest(kind: str, task: Task, rows: NDArray[np.void], shards: list[Sh
         shards=tuple(shards),
         software=software_versions(),
         dropped=tuple(sorted(rows["index"][rows["outcome"] == Outcome.DROPPED].tolist())),
-        names_sha256=names_digest(tuple(listing.files[index] for index in kept["index"].tolist())),
+        names_sha256=names_digest(listing.files[index] for index in kept["index"].tolist()),
     )
 
 
-def _class_counts(listing: ImageFolder, rows: NDArray[np.void]) -> Counter[int]:
+def _class_counts(listing: ImageListing, rows: NDArray[np.void]) -> Counter[int]:
     return Counter(listing.labels[index] for index in rows["index"][rows["outcome"] != Outcome.DROPPED].tolist())
 
 
@@ -325,7 +347,7 @@ def disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         reason = "the disk is full" if is_full(error) else error.strerror or str(error)
         at = f" at {error.filename}" if error.filename else ""
-        raise UserError(f"{out}: cannot be written any further: {reason}{at}; when that is mended the same command continues") from error
+        raise UserError(f"{out}: not finished: {reason}{at}; when that is mended the same command continues") from error
 
 
 def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:

@@ -11,23 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.encode import Outcome
-from fastbyol.data.image_folder import ImageFolder
+from fastbyol.data.image_listing import ImageListing
 
 _FORMAT = 1
 # Asked for by the user, or as common as it is harmless: counted and not named one by one.
 _COUNTED = {Outcome.PASSED: "passed through", Outcome.RESIZED: "resized", Outcome.RAW: "stored as pixels"}
 
 
-def make_report(
-    listing: ImageFolder, rows: NDArray[np.void], touched: list[dict[str, Any]], skipped: tuple[tuple[str, str], ...]
-) -> dict[str, Any]:
+def make_report(listing: ImageListing, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> dict[str, Any]:
     """Plain values for JSON; depends on nothing but the images and the settings.
 
     Args:
         listing: of the source.
         rows: one per image, in any order (`conversion.ROW`).
         touched: as the conversion noted them, in any order.
-        skipped: what the listing itself left out.
     """
     outcomes = Counter(rows["outcome"].tolist())
     named = sorted(touched, key=lambda entry: (entry["index"], entry["outcome"], entry["reason"]))
@@ -42,7 +39,7 @@ def make_report(
         **{what.replace(" ", "_"): outcomes[outcome] for outcome, what in _COUNTED.items()},
         **by_reason,
         "icc_profiles_ignored": int((rows["has_icc"] != 0).sum()),
-        "left_out_of_the_listing": [{"name": name, "reason": reason} for name, reason in skipped],
+        "left_out_of_the_listing": [{"name": name, "reason": reason} for name, reason in listing.skipped],
         "touched": [{"name": listing.files[entry["index"]], **entry} for entry in named],
     }
 

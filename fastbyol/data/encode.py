@@ -247,7 +247,7 @@ class Encoder:
         except Image.DecompressionBombError as error:
             raise _Drop("too many pixels", _shortened(error)) from None
         except Exception as error:  # Pillow's readers raise whatever they stumble upon
-            raise _Drop("does not decode", _shortened(error)) from None
+            raise _Drop(_decoding_failure(error), _shortened(error)) from None
         self._check_size(image.width, image.height)
         return image
 
@@ -285,7 +285,11 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except Exception as error:  # as above
-        raise _Drop("truncated" if "truncated" in str(error).lower() else "does not decode", _shortened(error)) from None
+        raise _Drop(_decoding_failure(error), _shortened(error)) from None
+
+
+def _decoding_failure(error: Exception) -> str:
+    return "truncated" if "truncated" in str(error).lower() else "does not decode"
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

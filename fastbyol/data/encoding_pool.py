@@ -1,6 +1,6 @@
 """Worker processes that encode images, and one queue of results in order: nothing is lost when a worker dies, and nothing waits for ever.
 
-Each worker has a pipe of its own and answers image by image, so the one on which it died is known: that is tried once more in a fresh
+Each worker has pipes of its own and answers image by image, so the one on which it died is known: that is tried once more in a fresh
 process, then once while nothing else runs, and is dropped if it kills this one too. (The pool of concurrent.futures breaks as a whole, does
 not say on which job, and its processes outlive a parent that was killed.)
 """
@@ -20,7 +20,7 @@ from fastbyol.data.encoding_worker import READY, Encoded, Job, start_worker
 from fastbyol.data.stop_signals import StopRequest
 
 KILLS_THE_DECODER = "kills the decoder"
-SECONDS_PER_IMAGE = 600.0
+SECONDS_PER_IMAGE = SECONDS_TO_START = 600.0
 """A worker that is silent for so long is taken for dead."""
 _CHUNK = 8  # images sent to a worker in one go; it gets more when it has less than that left
 _AHEAD = 48  # images per worker between the oldest result that is awaited and the newest job
@@ -64,7 +64,7 @@ class EncodingPool:
 
     def _start(self) -> _Worker:
         worker = _Worker(self._settings)
-        self._selector.register(worker.connection, selectors.EVENT_READ, worker)
+        self._selector.register(worker.results, selectors.EVENT_READ, worker)
         return worker
 
     def _hand_out(self, run: _Run) -> None:
@@ -88,13 +88,13 @@ class EncodingPool:
         if run.held_bytes > _MAX_HELD_BYTES:
             owners = [worker for worker in self._workers if any(place == run.awaited for place, _ in worker.jobs)]
             if owners:
-                return owners if owners[0].connection.poll(_POLL_S) else _end_silent(owners)
+                return owners if owners[0].results.poll(_POLL_S) else _end_silent(owners)
         ready = [key.data for key, _ in self._selector.select(_POLL_S)]
         return ready or _end_silent(self._workers)
 
     def _replace(self, worker: _Worker, run: _Run) -> None:
         """Puts a fresh process in a dead one's place, and sees to its jobs."""
-        self._selector.unregister(worker.connection)
+        self._selector.unregister(worker.results)
         exit_code = worker.end()
         run.deaths_in_a_row += 1
         if run.deaths_in_a_row > 2 * len(self._workers) + 4:
@@ -120,7 +120,7 @@ class EncodingPool:
         try:
             while result is None:
                 self._stop.check()
-                if worker.connection.poll(_POLL_S):
+                if worker.results.poll(_POLL_S):
                     result = worker.receive()
                 else:
                     _end_silent([worker])
@@ -171,9 +171,10 @@ class _Worker:
 
     def __init__(self, settings: EncodeSettings) -> None:
         try:
-            self._process, self.connection = start_worker(settings)
+            self._process, self._pipes = start_worker(settings)
         except OSError as error:
             raise UserError(f"a worker process cannot be started ({error.strerror}); take fewer --workers") from error
+        self.results = self._pipes.results
         self.jobs: deque[_Place] = deque()
         """What it has not answered yet, in its order."""
         self.is_ready = False
@@ -186,13 +187,13 @@ class _Worker:
             self.heard_at = time.monotonic()
         self.jobs.extend(jobs)
         try:
-            self.connection.send([job for _, job in jobs])
+            self._pipes.jobs.send([job for _, job in jobs])
         except OSError:  # it has died; that is found out when its pipe is read
             return
 
     def receive(self) -> Encoded | None:
         """The result of its oldest job, None for its greeting. EOFError or OSError: it is dead."""
-        message = self.connection.recv()
+        message = self.results.recv()
         self.heard_at, self.is_ready = time.monotonic(), True
         return None if message == READY else message
 
@@ -202,7 +203,8 @@ class _Worker:
     def end(self) -> int:
         """Its exit code."""
         self._process.kill()
-        self.connection.close()
+        for pipe in self._pipes:
+            pipe.close()
         return self._process.wait()
 
 
@@ -214,7 +216,7 @@ def default_workers() -> int:
 def _end_silent(workers: list[_Worker]) -> list[_Worker]:
     """Ends those that have been silent for too long, so that the end of their pipe is read next; gives none."""
     for worker in workers:
-        if worker.jobs and time.monotonic() - worker.heard_at > SECONDS_PER_IMAGE:
+        if worker.jobs and time.monotonic() - worker.heard_at > (SECONDS_PER_IMAGE if worker.is_ready else SECONDS_TO_START):
             worker.kill()
     return []
 

@@ -1,4 +1,5 @@
-"""A worker process of a conversion: jobs come in through a pipe, every image goes out as soon as it is made, until the pipe ends.
+"""A worker process of a conversion: jobs come in through one pipe, every image goes out through another as soon as it is
+made, until the jobs end.
 
 Started as a program of its own, by `encoding_pool`: a fork of a process with threads (torch, DALI) may deadlock, and what multiprocessing
 starts instead first imports the main program again.
@@ -6,6 +7,8 @@ starts instead first imports the main program again.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -21,6 +24,7 @@ from fastbyol.data.encode import DroppedImage, EncodedImage, Encoder, EncodeSett
 Encoded = EncodedImage | DroppedImage
 READY = "ready"
 """A worker's first message."""
+_PIPE_BYTES = 1 << 20  # what Linux gives without asking anybody
 
 
 class Job(NamedTuple):
@@ -31,38 +35,51 @@ class Job(NamedTuple):
     location: Location
 
 
-def start_worker(settings: EncodeSettings) -> tuple[subprocess.Popen[bytes], Connection]:
-    """A new process, and our end of its pipe, which ends when the process does.
+class WorkerPipes(NamedTuple):
+    """Our ends."""
 
-    In a process group of its own: the Ctrl-C of a terminal reaches only us, who then end it in an orderly way. If we are killed, it sees
-    the end of the pipe.
+    jobs: Connection
+    results: Connection
+    """Ends when the process does."""
+
+
+def start_worker(settings: EncodeSettings) -> tuple[subprocess.Popen[bytes], WorkerPipes]:
+    """A new process, and how to talk to it.
+
+    It is in a process group of its own: the Ctrl-C of a terminal reaches only us, who then end it in an orderly way. If we are killed, it
+    sees the end of its jobs.
     """
-    ours, theirs = Pipe()
+    their_jobs, jobs = Pipe(duplex=False)
+    results, their_results = Pipe(duplex=False)
+    # A pipe that holds several images lets the worker begin the next one whatever we are doing.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(results.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"]
-    with theirs:
+    theirs = (their_jobs.fileno(), their_results.fileno())
+    command = [sys.executable, "-c", f"from {__name__} import serve; serve{theirs}"]
+    with their_jobs, their_results:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()], process_group=0
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, pass_fds=theirs, process_group=0
         )
-    ours.send(settings)
-    return process, ours
+    jobs.send(settings)
+    return process, WorkerPipes(jobs, results)
 
 
-def serve(descriptor: int) -> None:
+def serve(jobs_descriptor: int, results_descriptor: int) -> None:
     """The worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = None  # EncodeSettings has its own limit
-    connection = Connection(descriptor)
+    jobs, results = Connection(jobs_descriptor, writable=False), Connection(results_descriptor, readable=False)
     try:
-        encoder = Encoder(connection.recv())
-        connection.send(READY)
+        encoder = Encoder(jobs.recv())
+        results.send(READY)
         while True:
-            for index, location in connection.recv():
-                connection.send(encoder.encode_from(location, index=index))
+            for index, location in jobs.recv():
+                results.send(encoder.encode_from(location, index=index))
     except (EOFError, OSError):  # the conversion is over, or was killed
         return

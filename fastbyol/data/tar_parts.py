@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion import (
     ConversionOptions,
+    Images,
     Task,
+    as_listing,
     convert_images,
     disk_errors,
     make_manifest,
@@ -29,9 +31,7 @@ from fastbyol.data.conversion import (
     require_few_dropped,
     touched_images,
 )
-from fastbyol.data.conversion_input import as_listing, skipped_entries
 from fastbyol.data.conversion_report import make_report, report_text
-from fastbyol.data.image_folder import ImageFolder
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text
 from fastbyol.data.stop_signals import stop_signals
 from fastbyol.data.tar_shards import SAMPLE_TABLE, TAR_REPORT
@@ -74,7 +74,7 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
 
 
 def write_tar_part(
-    data: Path | ImageFolder,
+    data: Images,
     *,
     out: Path,
     part: Part,
@@ -110,7 +110,7 @@ def write_tar_part(
         return _read_part(files.description).shards
 
 
-def merge_tar_parts(data: Path | ImageFolder, *, out: Path, options: ConversionOptions | None = None) -> Manifest:
+def merge_tar_parts(data: Images, *, out: Path, options: ConversionOptions | None = None) -> Manifest:
     """Completes the folder `out` when all of its parts are there: one sample table, one manifest, one report.
 
     Raises:
@@ -123,7 +123,7 @@ def merge_tar_parts(data: Path | ImageFolder, *, out: Path, options: ConversionO
         task = make_task(listing, order=np.arange(len(listing.files)), out=out, options=options or ConversionOptions(), workers=1)
         _require_equal(parts, done, task)
         rows = np.sort(_renumbered([np.load(part.with_suffix(".npy")) for part in parts], done), order="index")
-        report = make_report(listing, rows, [entry for one in done for entry in one.touched], skipped_entries(listing))
+        report = make_report(listing, rows, [entry for one in done for entry in one.touched])
         write_durably(out / TAR_REPORT, report_text(report))
         require_few_dropped(task, rows, report=out / TAR_REPORT)
         table = out / f".{SAMPLE_TABLE}"

@@ -19,7 +19,9 @@ from fastbyol.config.errors import UserError, require
 from fastbyol.data.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
 from fastbyol.data.conversion import (
     ConversionOptions,
+    Images,
     Output,
+    as_listing,
     convert_images,
     disk_errors,
     encode_settings_as_plain,
@@ -31,10 +33,9 @@ from fastbyol.data.conversion import (
     require_free_name,
     work_path,
 )
-from fastbyol.data.conversion_input import as_listing
 from fastbyol.data.conversion_report import report_path
 from fastbyol.data.encode import EncodedImage, EncodeSettings, Outcome
-from fastbyol.data.image_folder import ImageFolder
+from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.manifest import Manifest, beton_manifest_path, describe_shard, write_manifest
 from fastbyol.data.stop_signals import stop_signals
 from fastbyol.data.traversal import seeded_permutation
@@ -46,7 +47,7 @@ _DATA = "data"
 
 
 def write_beton(
-    data: Path | ImageFolder,
+    data: Images,
     *,
     out: Path,
     workers: int = 0,
@@ -57,7 +58,7 @@ def write_beton(
     """Converts images to the file `out`, with a manifest and a report beside it; row i is the i-th image of the listing that was kept.
 
     Args:
-        data: folder with one sub-folder of images per class, or a listing.
+        data: a folder of class folders, ImageNet's tar, or a listing.
         out: the .beton to make; `out`.json is the manifest, `out`.report.json the report.
         workers: processes that read and check images; 0: one per core.
         overwrite: 'refuse' an existing `out`, or 'replace' it.
@@ -142,7 +143,7 @@ def _end_of_images(rows: NDArray[np.void], *, images_at: int) -> int:
     return int(kept["offset"][-1] + kept["size"][-1]) if len(kept) else images_at
 
 
-def _write_tables(path: Path, rows: NDArray[np.void], listing: ImageFolder, *, page_bytes: int) -> None:
+def _write_tables(path: Path, rows: NDArray[np.void], listing: ImageListing, *, page_bytes: int) -> None:
     """Checksums, then the allocation table, which must end the file; the header comes last: an unfinished file has none."""
     kept = rows[rows["outcome"] != Outcome.DROPPED]
     at = _end_of_images(rows, images_at=_images_at(len(rows)))

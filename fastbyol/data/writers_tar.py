@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.data.conversion import (
     ConversionOptions,
+    Images,
     Output,
     Task,
+    as_listing,
     convert_images,
     disk_errors,
     encode_settings_as_plain,
@@ -29,9 +31,8 @@ from fastbyol.data.conversion import (
     require_free_name,
     work_path,
 )
-from fastbyol.data.conversion_input import as_listing
 from fastbyol.data.encode import EncodedImage, Outcome
-from fastbyol.data.image_folder import ImageFolder
+from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, describe_shard, sha256_of, write_manifest
 from fastbyol.data.stop_signals import stop_signals
 from fastbyol.data.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
@@ -48,7 +49,7 @@ Settings = dict[str, int | float | str]
 
 
 def write_tar_shards(
-    data: Path | ImageFolder,
+    data: Images,
     *,
     out: Path,
     workers: int = 0,
@@ -63,7 +64,7 @@ def write_tar_shards(
     i-th image of the listing that was kept.
 
     Args:
-        data: folder with one sub-folder of images per class, or a listing.
+        data: a folder of class folders, ImageNet's tar, or a listing.
         out: the folder to make.
         workers: processes that read and check images; 0: one per core.
         shard_mib: a shard ends when it has reached this size.
@@ -102,7 +103,7 @@ def write_tar_shards(
     return manifest
 
 
-def shuffled(listing: ImageFolder, *, seed: int) -> NDArray[np.int64]:
+def shuffled(listing: ImageListing, *, seed: int) -> NDArray[np.int64]:
     """The order in which the images of a listing go into shards."""
     return seeded_permutation(len(listing.files), seed)
 

@@ -1,0 +1,108 @@
+"""What: an image folder converted to each fast format, per image, by as many worker processes as the rivals get.
+
+How: generated ImageNet-like JPEG files (`imagenet_like.py`), each under several names; whole conversions with all that belongs to them:
+processes started, an estimate from a sample, every image checked, checksums, everything forced to disk.
+Reference: FFCV's own DatasetWriter, which decodes and encodes every image anew and leaves the disk to the system.
+Ceiling: reading every file and decoding it whole, in as many processes, and writing nothing. The file cache is warm.
+
+    python -m benchmarks.run convert
+
+Why: the images' own bytes are passed on, so nothing is encoded. To check an image its JPEG is read to the last coefficient but rendered at
+an eighth of the size and in gray, which leaves more than enough time to pass the bytes to the writing process and on to the disk: the whole
+conversion costs about what decoding alone does. CPU time is that of all processes; wall time depends on the disk, and on the start of the
+processes where there are few images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.imagenet_like import write_imagenet_like
+from benchmarks.record import CaseResult, make_result
+from benchmarks.rivals.read_and_decode import read_and_decode
+from benchmarks.rivals.stock_ffcv_writer import QUALITY, write_with_stock_ffcv
+from benchmarks.timing import Subject, measure
+from fastbyol.config.errors import UserError
+from fastbyol.data.encode import find_turbojpeg
+from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.writers_tar import write_tar_shards
+
+REFERENCE, CEILING = "ffcv DatasetWriter", "read + decode only"
+BETON, TAR = "to_ffcv", "to_dali"
+
+
+@dataclass(frozen=True)
+class Size:
+    """images: different ones. copies: names of each. scale: of ImageNet's image sides."""
+
+    images: int
+    copies: int
+    rounds: int
+    workers: int = 2
+    scale: float = 1.0
+    seed: int = 0
+
+
+QUICK = Size(images=100, copies=8, rounds=6)
+FULL = Size(images=400, copies=10, rounds=9)
+
+
+def run(size: Size, *, scratch: Path) -> CaseResult:
+    if find_turbojpeg() is None:
+        raise UserError("ffcv is not installed: nothing to compare with, and Pillow decodes")
+    folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
+    _copy_names(folder, size.copies)
+    outputs = {REFERENCE: scratch / "stock.beton", BETON: scratch / "ours.beton", TAR: scratch / "ours"}
+    listing = list_image_folder(folder)
+    num = len(listing.files)
+    subjects = [
+        Subject(
+            REFERENCE,
+            lambda: write_with_stock_ffcv(listing, outputs[REFERENCE], workers=size.workers),
+            units=num,
+            note=f"encodes anew, quality {QUALITY}",
+        ),
+        Subject(BETON, _quietly(lambda: write_beton(folder, out=outputs[BETON], workers=size.workers, overwrite="replace")), units=num),
+        Subject(TAR, _quietly(lambda: write_tar_shards(folder, out=outputs[TAR], workers=size.workers, overwrite="replace")), units=num),
+        Subject(CEILING, lambda: read_and_decode(folder, workers=size.workers), units=num, note="writes nothing"),
+    ]
+    timings = measure(subjects, rounds=size.rounds)
+    source_bytes = sum(os.path.getsize(listing.path(index)) for index in range(num))
+    extra = {name: {"bytes_per_input_byte": _bytes_of(out) / source_bytes} for name, out in outputs.items()}
+    return make_result(
+        "convert",
+        f"an image folder converted by {size.workers} worker processes",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="image",
+        threads=size.workers,
+        settings=size,
+        extra=extra,
+    )
+
+
+def _copy_names(folder: Path, copies: int) -> None:
+    """Further names for each file; the file cache holds it once."""
+    for path in list(folder.rglob("*.jpg")):
+        for copy in range(1, copies):
+            os.link(path, path.with_name(f"{path.stem}_{copy}.jpg"))
+
+
+def _quietly(convert: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):
+            convert()
+
+    return run
+
+
+def _bytes_of(out: Path) -> int:
+    return sum(path.stat().st_size for path in ([out] if out.is_file() else out.iterdir()))

@@ -1,0 +1,43 @@
+"""FFCV's own DatasetWriter on an image folder, as its documentation and its ImageNet example use it: Pillow reads, JPEGs are encoded anew."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+from pathlib import Path
+
+from PIL import Image
+
+from fastbyol.data.image_folder import ImageFolder
+
+QUALITY = 90
+"""FFCV's default."""
+
+
+class PillowImages:
+    """(image, label) by index, as torchvision.datasets.ImageFolder gives them."""
+
+    def __init__(self, listing: ImageFolder) -> None:
+        self._listing = listing
+
+    def __len__(self) -> int:
+        return len(self._listing.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self._listing.path(index)) as file:
+            return file.convert("RGB"), self._listing.labels[index]
+
+
+def write_with_stock_ffcv(listing: ImageFolder, out: Path, *, workers: int) -> None:
+    """A .beton of the whole listing; returns when its processes are gone."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        writer = DatasetWriter(
+            str(out), {"image": RGBImageField(write_mode="jpg", jpeg_quality=QUALITY), "label": IntField()}, num_workers=workers
+        )
+        writer.from_indexed_dataset(PillowImages(listing))
+    for process in multiprocessing.active_children():
+        process.join()

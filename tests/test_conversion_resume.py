@@ -1,0 +1,302 @@
+"""Conversions that are killed, stopped, starved of room or given bad images: they continue, and end with the bytes that nothing would have changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.transforms import ToTensor
+from interrupted import Conversion, await_gone, kill_and_continue, limit_file_size, write_many
+
+from fastbyol.config.errors import UserError
+from fastbyol.data import conversion_estimate
+from fastbyol.data.beton import read_beton
+from fastbyol.data.conversion import BadImage, ConversionOptions
+from fastbyol.data.dali_loader import DaliSource
+from fastbyol.data.encode import EncodeSettings
+from fastbyol.data.ffcv_loader import FfcvSource
+from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.image_listing import ImageListing, ImageLocation
+from fastbyol.data.manifest import read_manifest
+from fastbyol.data.work_folder import WorkFolder
+from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.writers_tar import write_tar_shards
+
+IMAGES, BAD_EVERY = 700, 35
+FORMATS = {"beton": ("to_ffcv.py", "x.beton", ()), "tar": ("to_dali.py", "x", ("--shard-mb", "1"))}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_many(tmp_path_factory.mktemp("many") / "images", images=IMAGES, bad_every=BAD_EVERY)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What each format's command leaves when nothing happens."""
+    results = {}
+    for kind in FORMATS:
+        command = make(kind, many, tmp_path_factory.mktemp(kind))
+        done = command.run()
+        assert done.returncode == 0, done.stderr
+        results[kind] = command.result()
+    return results
+
+
+def make(kind: str, data: Path, folder: Path, *options: str) -> Conversion:
+    script, name, own_options = FORMATS[kind]
+    return Conversion(script, data, folder / name, (*own_options, "--max-dropped", "0.1", "--workers", "2", *options))
+
+
+# ---- interruptions
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_killed_at_random_moments_it_continues_and_ends_with_the_same_bytes(
+    kind: str, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    command = make(kind, many, tmp_path)
+    done = kill_and_continue(command, images=IMAGES, kills=2, seed=5)
+    assert done, "every kill came too late"
+    assert done == sorted(done)
+    assert command.result() == undisturbed[kind]
+    assert command.is_finished()
+
+
+@pytest.mark.parametrize(("kind", "number", "code"), [("beton", signal.SIGINT, 130), ("tar", signal.SIGTERM, 143)])
+def test_a_stop_is_one_line_that_says_how_far_it_is_and_the_same_command_continues(
+    kind: str, number: signal.Signals, code: int, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    command = make(kind, many, tmp_path)
+    exit_code, err, workers = command.interrupt(number, after=100)
+    assert exit_code == code
+    assert len(workers) == 2
+    await_gone(workers)
+    done = command.done()
+    assert 100 <= done < IMAGES
+    assert err.splitlines()[1:] == [f"fastbyol: {command.out}: stopped at {done:,} of {IMAGES:,} images; the same command continues"]
+    assert not command.out.exists()
+    assert command.run().returncode == 0
+    assert command.result() == undisturbed[kind]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_full_disk_is_one_line_and_the_same_command_continues_when_there_is_room(
+    kind: str, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    command = make(kind, many, tmp_path)
+    done = command.run(preexec_fn=limit_file_size(500_000))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert "the disk is full" in line
+    assert line.endswith("the same command continues")
+    assert 0 < command.done() < IMAGES
+    assert command.run().returncode == 0
+    assert command.result() == undisturbed[kind]
+
+
+def test_killed_when_its_files_have_just_taken_their_places_it_leaves_no_work_folder(many: Path, tmp_path: Path) -> None:
+    command = make("beton", many, tmp_path)
+    assert command.run().returncode == 0
+    command.work.mkdir()
+    (command.work / "journal.json").write_text("{}")
+    done = command.run()
+    assert (done.returncode, command.work.exists()) == (2, False)
+    assert "exists already" in done.stderr
+
+
+# ---- who may continue what
+
+
+def interrupted_by_a_bad_image(folder: Path, out: Path) -> None:
+    with pytest.raises(BadImage):
+        write_beton(folder, out=out, workers=1, options=ConversionOptions(strict=True))
+
+
+@pytest.fixture
+def ten(tmp_path: Path) -> Path:
+    """Ten images, the last of them cut."""
+    folder = write_many(tmp_path / "ten", images=10, classes=1)
+    last = folder / "class0" / "000009.jpg"
+    last.write_bytes(last.read_bytes()[:-150])
+    return folder
+
+
+def test_other_settings_or_images_are_refused_by_name_until_a_restart(ten: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.beton"
+    interrupted_by_a_bad_image(ten, out)
+    other = ConversionOptions(encode=EncodeSettings(quality=90))
+    with pytest.raises(UserError, match=r"unfinished conversion lies in .*transcode_quality = 95 and not 90.*--restart"):
+        write_beton(ten, out=out, workers=1, options=other)
+    first = ten / "class0" / "000000.jpg"
+    first.write_bytes(first.read_bytes() + b"x")
+    with pytest.raises(UserError, match=r"class0/000000.jpg: has changed since .*--restart"):
+        write_beton(ten, out=out, workers=1)
+    (ten / "class0" / "000010.jpg").write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=r"images = 10 and not 11.*--restart"):
+        write_beton(ten, out=out, workers=1)
+    manifest = write_beton(ten, out=out, workers=1, options=ConversionOptions(encode=EncodeSettings(quality=90), restart=True))
+    assert (manifest.num_samples, manifest.dropped) == (10, (9,))
+
+
+def test_strict_stops_at_the_first_bad_image_and_continues_with_it_once_it_is_mended(ten: Path, tmp_path: Path) -> None:
+    command = Conversion("to_ffcv.py", ten, tmp_path / "x.beton", ("--strict",))
+    done = command.run()
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("fastbyol: error: class0/000009.jpg: truncated (Premature end of JPEG file); ")
+    assert command.done() == 9
+    shutil.copy(ten / "class0" / "000000.jpg", ten / "class0" / "000009.jpg")
+    assert command.run().returncode == 0
+    assert read_manifest(tmp_path / "x.beton.json").num_samples == 10
+
+
+def test_two_conversions_to_one_output_do_not_mix(ten: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.beton"
+    with (
+        WorkFolder(tmp_path / ".x.beton.partial", output=out, identity={}),
+        pytest.raises(UserError, match="another conversion is writing it at this moment"),
+    ):
+        write_beton(ten, out=out, workers=1)
+    assert write_beton(ten, out=out, workers=1).num_samples == 9
+
+
+def test_a_damaged_work_folder_is_noticed(ten: Path, tmp_path: Path) -> None:
+    interrupted_by_a_bad_image(ten, tmp_path / "x.beton")
+    os.truncate(tmp_path / ".x.beton.partial" / "data", 100)
+    with pytest.raises(UserError, match="its journal says .*: damaged; begin anew with --restart"):
+        write_beton(ten, out=tmp_path / "x.beton", workers=1)
+
+
+def test_not_enough_room_is_said_before_anything_is_written(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(conversion_estimate.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    stored = sum(path.stat().st_size for path in many.rglob("*.jpg"))
+    with pytest.raises(UserError, match=r"needs about (\d\.\d+) MB more and 1 MB are free") as error:
+        write_tar_shards(many, out=tmp_path / "x", workers=1)
+    needed = 1e6 * float(str(error.value).split("about ")[1].split()[0])
+    assert needed == pytest.approx(stored + IMAGES * (512 + 256 + 2048), rel=0.1)  # per image: a header, half a block, two numbers
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(ten: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    write_tar_shards(ten, out=out, workers=1)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(BadImage):
+        write_tar_shards(ten, out=out, workers=1, seed=2, overwrite="replace", options=ConversionOptions(strict=True))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    write_tar_shards(ten, out=out, workers=1, seed=2, overwrite="replace")
+    assert read_manifest(out / "manifest.json").settings["seed"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ten", "x"]
+
+
+# ---- what is dropped
+
+
+def test_row_i_is_the_ith_image_kept_and_the_manifest_says_which_are_not(
+    many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    for kind, files in undisturbed.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    beton, tar = tmp_path / "beton" / "x.beton", tmp_path / "tar"
+    listing, manifest = list_image_folder(many), read_manifest(Path(f"{beton}.json"))
+    cut = [i for i, name in enumerate(listing.files) if int(name[-10:-4]) % BAD_EVERY == 3]
+    assert list(manifest.dropped) == list(read_manifest(tar / "manifest.json").dropped) == cut
+    kept = [i for i in range(IMAGES) if i not in set(cut)]
+    content, table = beton.read_bytes(), read_beton(beton)
+    stored = [content[offset : offset + size] for offset, size in zip(table.offset, table.size, strict=True)]
+    passed = [i for i in kept if int(listing.files[i][-10:-4]) % BAD_EVERY != 5]
+    rows = {index: row for row, index in enumerate(kept)}
+    assert all(stored[rows[i]] == listing.path(i).read_bytes() for i in passed)
+    assert table.label.tolist() == [listing.labels[i] for i in kept]
+    dali, ffcv = DaliSource(tar), FfcvSource(beton)
+    assert dali.labels.tolist() == ffcv.labels.tolist()
+    some = np.array([0, 1, 400, len(kept) - 1])
+    for ours, theirs in zip(ffcv.decode(some), dali.decode(some), strict=True):
+        assert np.abs(ours.astype(int) - theirs).max() <= 3
+    assert f"({kept[400]:08d}.jpg of" in dali.sample_name(400)
+
+
+def test_stock_ffcv_reads_a_beton_with_fewer_rows_than_its_table_has_room_for_and_raw_rows(ten: Path, tmp_path: Path) -> None:
+    out = tmp_path / "raw.beton"
+    manifest = write_beton(ten, out=out, workers=1, options=ConversionOptions(encode=EncodeSettings(raw_fraction=0.5)))
+    table = read_beton(out)
+    assert (manifest.num_samples, sorted(set(table.mode.tolist()))) == (9, [0, 1])
+    expected = np.stack([image.copy() for image in FfcvSource(out).decode(np.arange(9))])
+    loader = Loader(
+        str(out),
+        batch_size=9,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [CenterCropRGBImageDecoder((40, 40), ratio=1.0), ToTensor()], "label": [IntDecoder(), ToTensor()]},
+    )
+    ((image, label),) = list(loader)
+    # The middle 40x40 of 40x48 pixels. The fast DCT of stock FFCV differs by a few levels in JPEGs; in raw rows nothing does.
+    difference = np.abs(image.numpy().astype(int) - expected[:, :, 4:44])
+    assert difference[table.mode == 1].max() == 0
+    assert difference.mean() < 2
+    assert label.flatten().tolist() == [0] * 9
+
+
+def test_too_many_dropped_or_a_class_that_loses_all_is_an_error_after_which_nothing_is_lost(tmp_path: Path) -> None:
+    folder = write_many(tmp_path / "images", images=40, classes=2)
+    for path in (folder / "class1").iterdir():
+        path.write_bytes(b"gone")
+    out = tmp_path / "x.beton"
+    with pytest.raises(UserError, match=r"class class1 lost all of its images; (.*report\.json) names them\. Nothing is lost"):
+        write_beton(folder, out=out, workers=1)
+    report = json.loads((tmp_path / ".x.beton.partial" / "report.json").read_text())
+    assert (report["kept"], report["dropped"]) == (20, {"not an image": 20})
+    with pytest.raises(UserError, match=r"20 of 40 images were dropped, 18 may be; .*allow it with --max-dropped 0\.5"):
+        write_beton(folder, out=out, workers=1, options=ConversionOptions(max_dropped=0.46))
+    manifest = write_beton(folder, out=out, workers=1, options=ConversionOptions(max_dropped=1.0))
+    assert manifest.class_counts == (20, 0)
+
+
+def test_a_disk_that_is_gone_ends_the_work_and_its_images_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = write_many(tmp_path / "images", images=60, classes=1), tmp_path / "x.beton"
+    location = ImageListing.location
+
+    def unplugged(listing: ImageListing, index: int) -> ImageLocation:
+        return location(listing, index) if index < 25 else ImageLocation(listing.files[index], tmp_path / "unplugged")
+
+    monkeypatch.setattr(ImageListing, "location", unplugged)
+    with pytest.raises(
+        UserError, match=r"20 files in a row cannot be read, the last class0/000044.jpg \(No such file.*is the disk still there"
+    ):
+        write_beton(folder, out=out, workers=1, options=ConversionOptions(flush_every_s=0))
+    monkeypatch.setattr(ImageListing, "location", location)
+    assert write_beton(folder, out=out, workers=1).num_samples == 60
+
+
+def test_names_with_bytes_that_are_no_text_go_through_report_and_manifest(tmp_path: Path) -> None:
+    folder = write_many(tmp_path / "images", images=12, classes=2)
+    odd = os.fsdecode(b"caf\xe9 \x1b[31m")
+    (folder / "class0").rename(folder / odd)
+    (folder / odd / "000000.jpg").write_bytes(b"")
+    done = Conversion("to_ffcv.py", folder, tmp_path / "x.beton").run()
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(tmp_path / "x.beton.json").class_names == (odd, "class1")
+    (entry,) = json.loads((tmp_path / "x.beton.report.json").read_text())["touched"]
+    assert (entry["name"], entry["reason"]) == (f"{odd}/000000.jpg", "empty")
+
+
+def test_a_seeded_shuffle_is_the_order_of_the_rows(tmp_path: Path) -> None:
+    folder = write_many(tmp_path / "images", images=30, classes=3)
+    manifest = write_beton(folder, out=tmp_path / "x.beton", workers=1, shuffle_seed=4)
+    labels, offsets = FfcvSource(tmp_path / "x.beton").labels.tolist(), read_beton(tmp_path / "x.beton").offset
+    assert sorted(labels) == [0] * 10 + [1] * 10 + [2] * 10
+    assert labels != sorted(labels)
+    assert (np.diff(offsets) > 0).all()
+    assert manifest.settings["shuffle_seed"] == 4

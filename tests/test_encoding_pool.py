@@ -1,0 +1,175 @@
+"""Worker processes that really die: the queue stays in order, loses nothing, and never waits for ever."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastbyol.config.errors import UserError
+from fastbyol.data import encoding_pool
+from fastbyol.data.encode import DroppedImage, EncodedImage, EncodeSettings
+from fastbyol.data.encoding_pool import EncodingPool
+from fastbyol.data.encoding_worker import Encoded, Job
+from fastbyol.data.stop_signals import Stopped, StopRequest
+
+
+def jpeg(number: int) -> bytes:
+    """Each number has other bytes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (number % 256, 90, 200)).save(buffer, "JPEG", comment=str(number).encode())
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A location that holds the bytes themselves."""
+
+    name: str
+    content: bytes
+
+    def read(self) -> bytes:
+        return self.content
+
+
+@dataclass(frozen=True)
+class Deadly(Memory):
+    """Kills the process that reads it, as the kernel does with one that takes too much memory; with a marker, only while that is missing."""
+
+    marker: Path | None = None
+
+    def read(self) -> bytes:
+        if self.marker is None or not self.marker.exists():
+            if self.marker:
+                self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.content
+
+
+@dataclass(frozen=True)
+class Endless(Memory):
+    """Never comes back, as a decoder in a loop or a dead network disk."""
+
+    def read(self) -> bytes:
+        while True:
+            time.sleep(60)
+
+
+@dataclass(frozen=True)
+class Noisy(Memory):
+    """A large image that no JPEG makes small."""
+
+    def read(self) -> bytes:
+        noise = np.random.default_rng(len(self.name)).integers(0, 256, (500, 700, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noise).save(buffer, "JPEG", quality=95)
+        return buffer.getvalue()
+
+
+class KillsWhoeverLoadsIt(Memory):
+    """Ends a worker before it has anything to do with an image."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (3,)
+
+
+def memories(num: int) -> list[Memory]:
+    return [Memory(str(i), jpeg(i)) for i in range(num)]
+
+
+def encode(locations: list[Memory], *, workers: int = 2) -> list[Encoded]:
+    with EncodingPool(EncodeSettings(), workers=workers, stop=StopRequest()) as pool:
+        return list(pool.encode(Job(i, location) for i, location in enumerate(locations)))
+
+
+def contents(results: list[Encoded]) -> list[bytes | str]:
+    return [result.data if isinstance(result, EncodedImage) else result.reason for result in results]
+
+
+def test_results_come_in_order_whatever_the_workers_and_a_pool_serves_again() -> None:
+    wanted = [location.content for location in memories(120)]
+    assert contents(encode(memories(120), workers=3)) == wanted
+    with EncodingPool(EncodeSettings(), workers=1, stop=StopRequest()) as pool:
+        for num in (3, 0, 40):
+            assert contents(list(pool.encode(Job(i, location) for i, location in enumerate(memories(num))))) == wanted[:num]
+
+
+def test_the_work_of_a_worker_that_dies_once_is_done_by_another(tmp_path: Path) -> None:
+    locations = memories(60)
+    locations[20] = Deadly("20", jpeg(20), tmp_path / "once")
+    assert contents(encode(locations)) == [jpeg(i) for i in range(60)]
+    assert (tmp_path / "once").exists()
+
+
+def test_an_image_that_kills_every_process_is_dropped_alone_and_all_others_are_made() -> None:
+    locations = memories(60)
+    for i in (20, 59):
+        locations[i] = Deadly(str(i), b"")
+    results = encode(locations)
+    assert contents(results) == ["kills the decoder" if i in (20, 59) else jpeg(i) for i in range(60)]
+    assert isinstance(results[20], DroppedImage)
+    assert "signal 9" in results[20].detail
+
+
+def test_workers_that_die_of_everything_end_the_work_with_a_message() -> None:
+    with pytest.raises(UserError, match=r"worker processes die one after another .*exit code 3.*same command continues"):
+        encode([KillsWhoeverLoadsIt(str(i), b"") for i in range(200)], workers=1)
+
+
+def test_a_worker_that_is_silent_for_too_long_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding_pool, "SECONDS_PER_IMAGE", 2.0)
+    locations = memories(30)
+    locations[10] = Endless("10", b"")
+    assert contents(encode(locations)) == ["kills the decoder" if i == 10 else jpeg(i) for i in range(30)]
+
+
+def test_results_that_nobody_takes_are_held_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding_pool, "_MAX_HELD_BYTES", 1)
+    held: list[int] = []
+    take = encoding_pool._Run.take
+
+    def watched(run: encoding_pool._Run) -> Encoded:
+        held.append(run.held_bytes)
+        return take(run)
+
+    monkeypatch.setattr(encoding_pool._Run, "take", watched)
+    sizes = [len(content) for content in contents(encode([Noisy(str(i), b"") for i in range(40)]))]
+    assert min(sizes) > 300_000
+    # One result of each worker at most: beyond the limit only the awaited one is taken.
+    assert max(held) <= 3 * max(sizes)
+
+
+def test_no_process_outlives_its_pool_or_a_stop() -> None:
+    stop = StopRequest()
+    with EncodingPool(EncodeSettings(), workers=2, stop=stop) as pool:
+        processes = [worker._process.pid for worker in pool._workers]
+        results = pool.encode(Job(i, location) for i, location in enumerate(memories(200)))
+        next(results)
+        with stop.deferred():
+            stop.handle(signal.SIGTERM, None)
+            with pytest.raises(Stopped) as stopped:
+                list(results)
+    assert (stopped.value.exit_code, stopped.value.orderly) == (143, True)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
+@pytest.fixture(autouse=True)
+def within_a_minute() -> Iterator[None]:
+    """A hang is a failure and not a suite that never ends."""
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
