@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.ffcv_loader import FfcvSource
 from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.image_subset import balanced_counts, choose_classes, draw_fraction, draw_images, read_subset, restrict, write_subset
 from fastbyol.data.inputs import list_images
+from fastbyol.data.writers_ffcv import write_beton
 from tests.imagenet_archives import TRAIN, tar_bytes, write_archives
 
 SUBSET = Path(__file__).parents[1] / "data_prep" / "subset.py"
@@ -129,6 +131,16 @@ def test_labels_stay_unless_empty_classes_are_to_be_dropped(make_folder: Callabl
     assert kept.digest() != dropped.digest()
     with pytest.raises(UserError, match="--drop-empty-classes: has no effect without --subset"):
         list_images(root, empty_classes="drop")
+
+
+def test_a_converted_part_without_some_classes_has_the_labels_of_the_whole(image_folder: Path, tmp_path: Path) -> None:
+    subset = tmp_path / "list.txt"
+    subset.write_text("cat/001.jpg\nant/002.jpg\n")
+    manifest = write_beton(list_images(image_folder, subset=subset), out=tmp_path / "part.beton", workers=1)
+    assert (manifest.class_names, manifest.class_counts) == (("ant", "bee", "cat"), (1, 0, 1))
+    source = FfcvSource(tmp_path / "part.beton")
+    assert source.labels.tolist() == [0, 2]
+    source.close()
 
 
 # ---- the command

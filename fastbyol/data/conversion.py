@@ -288,8 +288,8 @@ def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> 
         raise UserError(
             f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {_share(dropped, len(rows))}"
         )
-    kept = _class_counts(task.listing, rows)
-    lost = [name for label, name in enumerate(task.listing.class_names) if not kept[label]]
+    kept, listed = _class_counts(task.listing, rows), set(task.listing.labels)  # a subset may list none of a class
+    lost = [name for label, name in enumerate(task.listing.class_names) if label in listed and not kept[label]]
     if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
         raise UserError(f"class {lost[0]} lost all of its images; {advice} --max-dropped 1")
 
