@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
@@ -42,10 +43,10 @@ def main() -> None:
         _convert_part(arguments)
         return
     if arguments.merge:
-        manifest = merge_tar_parts(listing_from(arguments), out=arguments.out, options=conversion_options(arguments))
+        manifest = merge_tar_parts(partial(listing_from, arguments), out=arguments.out, options=conversion_options(arguments))
     else:
         manifest = write_tar_shards(
-            listing_from(arguments),
+            partial(listing_from, arguments),
             out=arguments.out,
             workers=arguments.workers,
             shard_mib=arguments.shard_mb,
@@ -61,7 +62,7 @@ def _convert_part(arguments: Namespace) -> None:
         raise UserError("--overwrite does not go with --shard, whose folder belongs to several machines; remove the folder yourself")
     part = parse_part(arguments.shard)
     shards = write_tar_part(
-        listing_from(arguments),
+        partial(listing_from, arguments),
         out=arguments.out,
         part=part,
         workers=arguments.workers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from fastbyol.config.errors import require
@@ -35,7 +36,7 @@ def main() -> None:
     require(not (arguments.raw and arguments.raw_fraction is not None), "raw-fraction", arguments.raw_fraction, "left out beside --raw")
     raw_fraction = 1.0 if arguments.raw else arguments.raw_fraction or 0.0
     manifest = write_beton(
-        listing_from(arguments),
+        partial(listing_from, arguments),
         out=arguments.out,
         workers=arguments.workers,
         overwrite=overwrite_mode(arguments),

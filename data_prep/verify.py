@@ -32,7 +32,7 @@ def main() -> None:
     require_at_least("faults", arguments.faults, 1)
     originals = _originals(arguments)
     start = time.monotonic()
-    found = verify(arguments.path, originals=originals, threads=arguments.workers)
+    found = verify(arguments.path, originals=originals, workers=arguments.workers)
     for note in found.notes:
         print(f"{arguments.path}: note: {note}")
     for fault in found.faults[: arguments.faults]:

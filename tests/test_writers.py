@@ -230,7 +230,7 @@ def test_the_commands_convert_as_written(image_folder: Path, beton: Path, tmp_pa
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("to_ffcv.py", ["--data", "missing", "--out", "x.beton"], "missing: no such folder"),
+        ("to_ffcv.py", ["--data", "missing", "--out", "x.beton"], "missing: no such file or folder"),
         ("to_ffcv.py", ["--data", ".", "--out", "x.txt"], "must end in .beton"),
         ("to_ffcv.py", ["--data", ".", "--out", "x.beton", "--workers", "many"], "invalid int value: 'many'"),
         ("to_ffcv.py", ["--data", "."], "required: --out"),

@@ -10,7 +10,7 @@ import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -53,6 +53,10 @@ ROWS, TOUCHED = "rows", "touched.jsonl"
 DROPPED_ALLOWED, DROPPED_SHARE_ALLOWED = 20, 0.01
 UNREADABLE_IN_A_ROW = 20
 """So many files that cannot be read are a lost disk, not bad images."""
+
+
+Images = Path | ImageListing | Callable[[], ImageListing]
+"""What is converted: a folder or tar, its listing, or what makes the listing when all else has been found in order."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,11 @@ class Task:
         return replace(self, options=replace(self.options, encode=encode))
 
 
-def as_listing(data: Path | ImageListing) -> ImageListing:
-    """The listing, made if the path of a folder or tar is given."""
-    return list_images(data) if isinstance(data, Path) else data
+def as_listing(data: Images) -> ImageListing:
+    """The listing, made if it is not there yet."""
+    if isinstance(data, Path):
+        return list_images(data)
+    return data if isinstance(data, ImageListing) else data()
 
 
 def make_task(listing: ImageListing, *, order: NDArray[np.int64], out: Path, options: ConversionOptions, workers: int) -> Task:
@@ -282,8 +288,8 @@ def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> 
         raise UserError(
             f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {_share(dropped, len(rows))}"
         )
-    kept = _class_counts(task.listing, rows)
-    lost = [name for label, name in enumerate(task.listing.class_names) if not kept[label]]
+    kept, listed = _class_counts(task.listing, rows), set(task.listing.labels)  # a subset may list none of a class
+    lost = [name for label, name in enumerate(task.listing.class_names) if label in listed and not kept[label]]
     if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
         raise UserError(f"class {lost[0]} lost all of its images; {advice} --max-dropped 1")
 
@@ -341,7 +347,7 @@ def disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         reason = "the disk is full" if is_full(error) else error.strerror or str(error)
         at = f" at {error.filename}" if error.filename else ""
-        raise UserError(f"{out}: cannot be written any further: {reason}{at}; when that is mended the same command continues") from error
+        raise UserError(f"{out}: not finished: {reason}{at}; when that is mended the same command continues") from error
 
 
 def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion import (
     ConversionOptions,
+    Images,
     Task,
     as_listing,
     convert_images,
@@ -31,7 +32,6 @@ from fastbyol.data.conversion import (
     touched_images,
 )
 from fastbyol.data.conversion_report import make_report, report_text
-from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text
 from fastbyol.data.stop_signals import stop_signals
 from fastbyol.data.tar_shards import SAMPLE_TABLE, TAR_REPORT
@@ -74,7 +74,7 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
 
 
 def write_tar_part(
-    data: Path | ImageListing,
+    data: Images,
     *,
     out: Path,
     part: Part,
@@ -110,7 +110,7 @@ def write_tar_part(
         return _read_part(files.description).shards
 
 
-def merge_tar_parts(data: Path | ImageListing, *, out: Path, options: ConversionOptions | None = None) -> Manifest:
+def merge_tar_parts(data: Images, *, out: Path, options: ConversionOptions | None = None) -> Manifest:
     """Completes the folder `out` when all of its parts are there: one sample table, one manifest, one report.
 
     Raises:

@@ -33,19 +33,18 @@ Work = Callable[[], tuple[list[Fault], int]]
 """Gives the faults that it found, and how many images it has checked."""
 
 
-def verify(path: Path, *, originals: ImageListing | None = None, threads: int = 0) -> Findings:
+def verify(path: Path, *, originals: ImageListing | None = None, workers: int = 0) -> Findings:
     """Checks a .beton or a folder of tar shards completely.
 
     Args:
         path: what a conversion made; or a foreign .beton or folder of tars, of which less can be said.
         originals: the images that it was made from: each converted image is then compared with its original.
-        threads: that hash and decode; 0: one per core. Memory stays at a few images per thread.
+        workers: threads that hash and decode; 0: one per core. Memory stays at a few images per thread.
 
     Raises:
         UserError: there is nothing at the path that could be verified, or it may not be read.
     """
-    require_at_least("threads", threads, 0)
-    threads = threads or len(os.sched_getaffinity(0))
+    require_at_least("workers", workers, 0)
     found = Findings()
     manifest = checked_manifest(path, found)
     images = checked_tables(path, manifest, found)
@@ -53,7 +52,7 @@ def verify(path: Path, *, originals: ImageListing | None = None, threads: int = 
     if images is not None:
         found.num_images, found.num_bytes = len(images.label), int(images.size.sum())
     with Progress(f"verify {path.name}", found.num_images, unit="images") as progress:
-        for faults, done in _run(_work(path, manifest, images, check), threads=threads):
+        for faults, done in _run(_work(path, manifest, images, check), threads=workers or len(os.sched_getaffinity(0))):
             found.add(faults)
             progress.advance(done)
     found.faults.sort(key=lambda fault: (fault.file, fault.image))

@@ -19,6 +19,7 @@ from fastbyol.config.errors import UserError, require
 from fastbyol.data.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
 from fastbyol.data.conversion import (
     ConversionOptions,
+    Images,
     Output,
     as_listing,
     convert_images,
@@ -46,7 +47,7 @@ _DATA = "data"
 
 
 def write_beton(
-    data: Path | ImageListing,
+    data: Images,
     *,
     out: Path,
     workers: int = 0,
@@ -57,7 +58,7 @@ def write_beton(
     """Converts images to the file `out`, with a manifest and a report beside it; row i is the i-th image of the listing that was kept.
 
     Args:
-        data: what `inputs.list_images` takes, such as a folder of class folders or ImageNet's tar; or a listing.
+        data: a folder of class folders, ImageNet's tar, or a listing.
         out: the .beton to make; `out`.json is the manifest, `out`.report.json the report.
         workers: processes that read and check images; 0: one per core.
         overwrite: 'refuse' an existing `out`, or 'replace' it.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.data.conversion import (
     ConversionOptions,
+    Images,
     Output,
     Task,
     as_listing,
@@ -48,7 +49,7 @@ Settings = dict[str, int | float | str]
 
 
 def write_tar_shards(
-    data: Path | ImageListing,
+    data: Images,
     *,
     out: Path,
     workers: int = 0,
@@ -63,7 +64,7 @@ def write_tar_shards(
     i-th image of the listing that was kept.
 
     Args:
-        data: what `inputs.list_images` takes, such as a folder of class folders or ImageNet's tar; or a listing.
+        data: a folder of class folders, ImageNet's tar, or a listing.
         out: the folder to make.
         workers: processes that read and check images; 0: one per core.
         shard_mib: a shard ends when it has reached this size.
