@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
 from benchmarks import run as command  # noqa: E402
-from benchmarks.cases import CASES, augment, demo_step, ema, lars, load_case, loader, step  # noqa: E402
+from benchmarks.cases import CASES, augment, checkpoint, demo_step, ema, lars, load_case, loader, step  # noqa: E402
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report import case_table, headers, report_markdown  # noqa: E402
@@ -44,8 +44,9 @@ TINY_CASES = {
     "lars": (lars, lars.Size(rounds=2, model=TINY_MODEL)),
     "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
     "demo_step": (demo_step, demo_step.Size(steps=2, rounds=1, batch=8)),
+    "checkpoint": (checkpoint, checkpoint.Size(rounds=2, model=TINY_MODEL, size_px=32, steps=2)),
 }
-EXPECTED_ROWS = {"loader": 11, "augment": 3, "ema": 4, "lars": 4, "step": 4, "demo_step": 3}
+EXPECTED_ROWS = {"loader": 11, "augment": 3, "ema": 4, "lars": 4, "step": 4, "demo_step": 3, "checkpoint": 6}
 
 
 def test_an_estimate_is_the_median_and_the_order_statistics_that_enclose_it_with_95_percent():
