@@ -41,7 +41,7 @@ class RunLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         configure_logging(folder / "train.log")
 
-    def step(self, done: int) -> None:
+    def estimate(self, done: int) -> None:
         """`done` steps of the run are done. Says once, after ESTIMATE_STEPS of this process, how long the rest will take.
 
         The first ones, which compile and fill queues, do not count.

@@ -113,7 +113,7 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
                 if run_log is not None:
                     run_log.write(record)
             if run_log is not None:
-                run_log.step(done)
+                run_log.estimate(done)
             if saves or verdict.stop:
                 snapshot = state.snapshot(step=done, config=config, process=process)
                 if writer is not None:
