@@ -42,6 +42,10 @@ class TrainingStep:
         self._monitor = Monitor(global_batch=config.global_batch, world_size=1, device=self._process.device)
         self._wait_s = self._total_s = 0.0
 
+    def state(self) -> dict[str, object]:
+        """What of a checkpoint grows with the networks."""
+        return {"byol": self._state.byol.state_dict(), "optimizer": self._state.optimizer.state_dict()}
+
     def run(self, batches: Iterable[ViewBatch]) -> None:
         """One optimizer step for each batch."""
         start = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,8 +31,6 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, *, keep: int, stays: Callable[[int], bool] = lambda step: False) -> None:
         self.run, self.keep, self.stays = run, keep, stays
-        self.stall_s = 0.0
-        """How long the last `save` held up its caller."""
         self._copy: Any = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-checkpoint")
         self._pending: Future[Exception | None] | None = None
@@ -44,11 +41,9 @@ class CheckpointWriter:
 
         The caller may change its tensors at once. Waits if the checkpoint before is still being written.
         """
-        start = time.perf_counter()
         self.wait()
         self._copy = copy_to_host(state, into=self._copy)
         self._pending = self._pool.submit(self._write, self._copy, step)
-        self.stall_s = time.perf_counter() - start
 
     def wait(self) -> Exception | None:
         """Until nothing is on its way to the disk; returns what went wrong with the last one."""

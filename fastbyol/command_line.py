@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     try:
         namespace = parser.parse_args(_file_first(arguments))
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(_first_cause(str(error))) from error
+        raise UserError(_first_cause(str(error)) + _minus_hint(str(error), arguments)) from error
     values = namespace.as_dict()
     return from_plain(TrainConfig, {name: value for name, value in values.items() if name not in ("preset", "config")})
 
@@ -67,6 +68,12 @@ def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -
         name = argument.split("=", 1)[0]
         if name.startswith("--") and name not in known:
             raise UserError(f"{name}: no such option{nearest_name(name, known)}; --help lists them")
+
+
+def _minus_hint(message: str, arguments: Sequence[str]) -> str:
+    """argparse takes -1e-6 for an option: says how to give it."""
+    values = [f"{name}={value}" for name, value in itertools.pairwise(arguments) if name in message and re.match(r"-[.\d]", value)]
+    return f" (a value that begins with a minus: {values[0]})" if values else ""
 
 
 def _first_cause(message: str) -> str:

@@ -50,7 +50,7 @@ class RunLog:
         self._live = live_line(total_steps=total_steps, first_step=first_step)
         configure_logging(folder / "train.log", screen=self._live.handler() if self._live else None)
 
-    def step(self, done: int) -> None:
+    def estimate(self, done: int) -> None:
         """`done` steps of the run are done. Says once, after ESTIMATE_STEPS of this process, how long the rest will take.
 
         The first ones, which compile and fill queues, do not count.

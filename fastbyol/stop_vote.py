@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
 class StopVote:
     """One small all-reduce on the host after every step, begun there and read after the next one: nobody waits for it, no device is touched.
 
-    Measured with two gloo ranks on one machine: 0.2 ms from begin to end, hidden behind the step.
+    Two gloo ranks on a busy machine: 0.3 ms of a step, 0.8 ms where they settle.
     """
 
     def __init__(self, *, rank: int, world_size: int) -> None:

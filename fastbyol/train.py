@@ -4,7 +4,9 @@
     python fastbyol/train.py --preset cpu_demo --data.train demo/fashion/train.beton --out runs/demo
     torchrun --nproc-per-node 2 fastbyol/train.py --preset r50_100ep --data.train train.beton --out runs/r50 --rank_batch 128
 
-The same command again continues the run where it stopped. Method: Grill et al., NeurIPS 2020, algorithm 1.
+The same command again continues the run where it stopped: Ctrl-C, SIGTERM and SIGUSR1 finish the step and save it. Method: Grill et al.,
+NeurIPS 2020, algorithm 1. Exit codes: 0 complete, 75 stopped and saved, 2 bad input, 3 diverged, 4 no room for the last checkpoint, 5 a rank
+was lost, 1 a fault of ours; torchrun itself says 1 for all but 0. Launch files for one node, several, SLURM, Kubernetes: scripts/README.md.
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
                     run_log.write(record)
                 monitor.stop_when_collapsed(lambda: checkpoint_steps(folder))
             if run_log is not None:
-                run_log.step(done)
+                run_log.estimate(done)
             if saves or verdict.stop:
                 snapshot = state.snapshot(step=done, config=config, process=process)
                 if writer is not None:

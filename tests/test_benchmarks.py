@@ -21,6 +21,7 @@ from benchmarks import run as command  # noqa: E402
 from benchmarks.cases import (  # noqa: E402
     CASES,
     augment,
+    checkpoint,
     convert,
     demo_step,
     ema,
@@ -63,6 +64,7 @@ TINY_CASES = {
     "evaluate": (evaluate, evaluate.Size(images=8, batch=4, rounds=1, encoder="resnet8", size_px=32, scale=0.1)),
     "monitors": (monitors, monitors.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
     "scaling": (scaling, scaling.Size(steps=1, rounds=1, rank_batch=4, size_px=32, model=TINY_MODEL, ranks=2)),
+    "checkpoint": (checkpoint, checkpoint.Size(rounds=2, model=TINY_MODEL, size_px=32, steps=2)),
 }
 EXPECTED_ROWS = {
     "convert": 4,
@@ -76,6 +78,7 @@ EXPECTED_ROWS = {
     "evaluate": 4,
     "monitors": 3,
     "scaling": 3,
+    "checkpoint": 6,
 }
 OPTIONAL_RIVALS = {loader.LIGHTLY}
 """Not installed by `make install`."""

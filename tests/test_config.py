@@ -63,10 +63,41 @@ def test_options_win_over_a_file_and_a_file_over_the_preset(tmp_path):
         (["--model.stem", "big"], "model.stem = 'big'"),
         (["--model.hidden_dim", "0"], "model.hidden_dim = 0"),
         (["--config", "no_such.yaml"], "no_such.yaml"),
+        (["--config", "{tmp_path}"], "config.*"),
+        (["--out"], "out"),
+        (["--resume", "perhaps"], "resume = 'perhaps': must be one of auto, must, never"),
+        (["--resum", "must"], r"--resum: no such option \(did you mean --resume\?\)"),
+        (["--keep_every_epochs", "-1"], "keep_every_epochs = -1.0: must be a number >= 0"),
+        (["--keep_every_epochs", "nan"], "keep_every_epochs.*nan"),
+        (["--timeout_s", "0"], "timeout_s = 0.0: must be a number in"),
+        (["--timeout_s", ".inf"], "timeout_s = inf"),
+        (["--grace_s", "nan"], "grace_s.*nan"),
+        (["--grace_s", "1e9"], "grace_s = 1000000000.0: must be a number in"),
+        (["--epochs", ".inf"], "epochs = inf"),
+        (["--epochs", "-3"], "epochs = -3.0: must be a number > 0"),
+        (["--log_every", "0"], "log_every = 0"),
+        (["--checkpoint_every", "-1"], "checkpoint_every = -1"),
+        (["--seed", "99999999999999999999"], "seed = 9+: must be an integer in"),
+        (["--model.hidden_dim", "1000000000000"], "model.hidden_dim = 1000000000000: must be a number in"),
+        (["--model.width", "1000000"], "model.width = 1000000"),
+        (["--model.projector_layers", "0"], "model.projector_layers = 0"),
+        (["--data.workers", "100000"], "data.workers = 100000: must be a number in"),
+        (["--data.prefetch", "0"], "data.prefetch = 0"),
+        (["--optim.weight_decay=-1e-6"], "optim.weight_decay = -1e-06"),
+        (["--optim.weight_decay", "-1e-6"], "optim.weight_decay: .*begins with a minus.*--optim.weight_decay=-1e-6"),
+        (["--optim.momentum", ".nan"], "optim.momentum = nan"),
+        (["--optim.trust_coefficient", ".inf"], "optim.trust_coefficient = inf"),
+        (["--objective.beta", "-1"], "objective.beta = -1.0"),
+        (["--objective.alpha", "0"], "objective.alpha = 0.0"),
+        (["--objective.target", "momentum"], "objective.target = 'momentum': must be one of ema"),
+        (["--views.mean", "[0.5, .nan, 0.5]"], "mean = .*nan"),
+        (["--views.std", "[1, 0, 1]"], "std = .*three positive"),
+        (["--views.view1.hue", "0.6"], "hue = 0.6"),
         (["stray"], "stray"),
     ],
 )
-def test_mistakes_are_refused_in_one_line_that_names_the_option_and_the_value(arguments, says):
+def test_mistakes_are_refused_in_one_line_that_names_the_option_and_the_value(arguments, says, tmp_path):
+    arguments = [argument.format(tmp_path=tmp_path) for argument in arguments]
     preset = [] if arguments[0] == "--preset" else ["--preset", "r50_300ep"]
     with pytest.raises(UserError, match=says) as caught:
         _parse(*preset, *arguments)

@@ -306,7 +306,7 @@ def test_an_old_checkpoint_that_lacks_a_part_is_refused_by_name(arguments, whole
 def test_the_time_left_is_said_once_after_the_first_steps(tmp_path, capsys):
     with RunLog(tmp_path, TrainConfig(), total_steps=1000, first_step=7) as run_log:
         for done in range(8, 200):
-            run_log.step(done)
+            run_log.estimate(done)
     said = capsys.readouterr().err
     assert said.count("s a step: the other") == 1
     assert f"the other {1000 - 7 - ESTIMATE_STEPS} take about" in said

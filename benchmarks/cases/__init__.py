@@ -26,6 +26,7 @@ CASES = (
     "evaluate",
     "monitors",
     "scaling",
+    "checkpoint",
 )
 
 

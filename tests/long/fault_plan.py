@@ -35,7 +35,7 @@ from fastbyol.data.writers_tar import write_tar_shards
 
 
 def main() -> None:
-    cases = {"resume": resume, "kills": kills, "stops": stops, "writes": writes, "nodes": nodes}
+    cases = {"resume": resume, "kills": kills, "stops": stops, "writes": writes, "losses": losses, "nodes": nodes}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE")
     parser.add_argument("--seed", type=int, default=0)
@@ -176,6 +176,41 @@ def writes(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
         check(bool(steps) and steps[-1] > max(before, default=0), f"turn {turn}: nothing new was saved")
     check(unfinished > 0, "no kill fell into a write")
     print(f"  20 kills, {unfinished} left an unfinished file, every checkpoint whole at every turn", flush=True)
+
+
+def losses(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
+    """Every kind of loss on rank 1 of 2, and data that never come to plain python."""
+    arguments = [*TINY, "--epochs", "10", "--checkpoint_every", "5", "--data.train", str(data["ffcv"]), "--timeout_s", "8"]
+    launcher = ("--standalone", "--shutdown-timeout", "2")
+    says = {
+        "kill": "exitcode  : -9",
+        "exit": "rank 0 got no answer from another rank",
+        "raise": "KeyError: 'injected'",
+        "stop": "rank 0 got no answer from another rank",
+        "hang": "(rank 0 got no answer from another rank|rank 1 got no answer|no step for 8 s)",
+    }
+    for kind, ranks in [*((kind, 2) for kind in says), ("hang", 0)]:
+        out = scratch / f"l-{kind}{ranks}"
+        step = chance.randrange(7, 30)
+        fault = f"{kind}:{1 if ranks else 0}:{step}"
+        with LaunchedRun(scratch / "l.log", *arguments, "--out", str(out), ranks=ranks, launcher=launcher, fault=fault) as run:
+            run.wait_for("FAULT")
+            struck, workers = time.perf_counter(), run.workers()
+            code = run.finish()
+            took = time.perf_counter() - struck
+            check(code == (1 if ranks else 5), f"{fault}: exit code {code}", run.log)
+            check(
+                bool(re.search(says[kind] if ranks else "no step for 8 s .timeout_s., the process waits in", run.log)),
+                f"{fault}: the cause",
+                run.log,
+            )
+            check(not any(is_alive(pid) for pid in workers), f"{fault}: nobody is left", run.log)
+            check(took < 8 + 60, f"{fault}: took {took:.0f} s", run.log)
+        last = checkpoint_steps(out)[-1]
+        check(
+            last >= (step - 1) // 5 * 5 - 5 and load_checkpoint(checkpoint_path(out, last))["step"] == last, f"{fault}: checkpoint {last}"
+        )
+        print(f"  {fault} with {ranks or 1} ranks: all ended {took:.0f} s later, code {code}, checkpoint {last}", flush=True)
 
 
 def nodes(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:

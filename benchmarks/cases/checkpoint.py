@@ -1,0 +1,95 @@
+"""What: a checkpoint of BYOL (ResNet-50: online, target, momentum, 412 MB): how long training stands still, and what it costs altogether.
+
+How: the product's `CheckpointWriter.save`, which copies and returns, then the wait for its thread, which checks that all is finite, writes,
+hashes, flushes to the disk and renames; nothing trains meanwhile. Reference: the same file written by the training thread itself, as trainers
+do that call torch.save. Ceiling: `copy_` of the tensors. Then optimizer steps alone, and as many with a checkpoint begun among them: their
+difference is all that it costs, the writer's share of cores and memory bandwidth included.
+
+    python -m benchmarks.run checkpoint
+
+Why: the copy is one pass over memory, into memory that is used again, so the stall is a copy and some bookkeeping per tensor. The rest runs
+beside the steps: a pass that looks for NaN, torch.save's own checksum, SHA-256 and the disk. The note says how short a step may be for the stall
+to stay under 2 % of the time between two checkpoints at the default interval of 500 steps. On a GPU the copy goes into pinned memory (not
+measured yet).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import Subject, measure, torch_threads
+from benchmarks.training_step import TrainingStep, synthetic_batch
+from fastbyol.checkpoint import save_checkpoint
+from fastbyol.checkpoint_writer import CheckpointWriter, copy_to_host
+from fastbyol.config.plain import to_plain
+from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
+
+REFERENCE, CEILING, STALL = "written by the training thread", "copy_", "CheckpointWriter.save: training stands still"
+WRITTEN, ALONE, BESIDE = "then in its thread, until it is durable", "steps alone", "as many steps, a checkpoint begun before them"
+ALLOWED_SHARE = 0.02
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Size:
+    rounds: int
+    model: ModelConfig = field(default_factory=ModelConfig)
+    size_px: int = 64
+    batch: int = 4
+    steps: int = 4
+    """In one of the last two subjects: enough to outlast the writing."""
+    threads: int = 1
+
+
+QUICK = Size(rounds=6, model=ModelConfig(encoder="resnet18"), steps=8)
+FULL = Size(rounds=11)
+
+
+def run(size: Size, *, scratch: Path) -> CaseResult:
+    with torch_threads(size.threads), CheckpointWriter(scratch / "thread", keep=2) as writer:
+        config = TrainConfig(global_batch=size.batch, model=size.model, precision=PrecisionConfig(autocast="off"))
+        step = TrainingStep(config, num_classes=NUM_CLASSES)
+        batch = synthetic_batch(num=size.batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=True)
+        step.run([batch])  # there is momentum now
+
+        def state() -> dict[str, object]:
+            return {"step": 1, "config": to_plain(config), **step.state()}
+
+        def beside() -> None:
+            writer.save(state(), step=1)
+            step.run([batch] * size.steps)
+            writer.wait()
+
+        copy = copy_to_host(state())
+        subjects = [
+            Subject(CEILING, lambda: copy_to_host(state(), into=copy)),
+            Subject(STALL, lambda: writer.save(state(), step=1)),
+            Subject(WRITTEN, writer.wait),
+            Subject(REFERENCE, lambda: save_checkpoint(scratch / "here", step=1, state=state(), keep=2)),
+            Subject(ALONE, lambda: step.run([batch] * size.steps), note=f"{size.steps} steps of {size.batch} images at {size.size_px} px"),
+            Subject(BESIDE, beside),
+        ]
+        timings = measure(subjects, rounds=size.rounds)
+        megabytes = sum(file.stat().st_size for file in (scratch / "here").rglob("*.pt")) / 1e6
+    stall_ms = median(timings[STALL].ms["wall"])
+    extra_ms = [both - alone for both, alone in zip(timings[BESIDE].ms["wall"], timings[ALONE].ms["wall"], strict=True)]
+    shortest = stall_ms / (ALLOWED_SHARE * config.checkpoint_every)
+    return make_result(
+        "checkpoint",
+        f"a checkpoint of {size.model.encoder}, {megabytes:.0f} MB",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="checkpoint",
+        threads=size.threads,
+        settings=size,
+        primary="wall",
+        extra={
+            STALL: {f"stall under {ALLOWED_SHARE:.0%} where a step takes >= ms": shortest},
+            BESIDE: {"ms more than alone": median(extra_ms)},
+        },
+    )
