@@ -29,7 +29,17 @@ LOCK_PATIENCE_S = 15.0
 """A job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(
     {
-        *("out", "resume", "timeout_s", "grace_s", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every_epochs"),
+        *(
+            "out",
+            "resume",
+            "timeout_s",
+            "grace_s",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "keep_every_epochs",
+            "profile_steps",
+        ),
         *("rank_batch", "data.train", "data.val", "data.backend", "data.workers", "data.prefetch"),
         *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
     }

@@ -45,6 +45,7 @@ from fastbyol.optim.build import build_optimizer
 from fastbyol.precision import autocast, build_scaler, prepare_model
 from fastbyol.preemption import StopRequest, end_with_torchrun
 from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
+from fastbyol.profiling import StepProfiler
 from fastbyol.run_folder import check_run_folder, locked_run_folder, open_run_folder
 from fastbyol.run_log import RunLog, close_logging, configure_logging
 from fastbyol.run_plan import RunPlan
@@ -98,6 +99,7 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
         knn = build_online_knn(config, process, num_samples=plan.num_samples, first_step=first_step, total_steps=plan.total_steps)
         if knn is not None:
             leaving.callback(knn.close)
+        profiler = leaving.enter_context(build_profiler(config, process, state))
         vote = StopVote(rank=process.rank, world_size=process.world_size)
         batches = leaving.enter_context(closing(endless(leaving.enter_context(state.loader))))
         for step in range(first_step, plan.total_steps):
@@ -106,6 +108,7 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
             output = train_step(config, process, state, batches, monitor, lr=lr, tau=tau)
             done = step + 1
             hang_watch.beat()
+            profiler.step()
             logs, saves = plan.logs(done), plan.saves(done)
             # On a GPU the loss is read where the host waits for the device anyhow.
             bad_step = state.finite.first_bad_step() if logs or saves or process.device.type == "cpu" else None
@@ -119,6 +122,7 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
                 if knn is not None and knn.due(done):
                     with monitor.paused():
                         record["knn_top1"] = knn.top1(state.byol.online.encoder)
+                    hang_watch.beat()
                 if run_log is not None:
                     run_log.write(record)
                 monitor.stop_when_collapsed(lambda: checkpoint_steps(folder))
@@ -205,6 +209,12 @@ def build(config: TrainConfig, process: Process) -> TrainState:
         loader=loader,
         finite=FiniteCheck(forwards_per_step=accumulation_of(config, world_size=process.world_size)),
     )
+
+
+def build_profiler(config: TrainConfig, process: Process, state: TrainState) -> StepProfiler:
+    """Of rank 0, where the run asks for one."""
+    parts = {} if config.precision.compile else dict(state.byol.named_children())
+    return StepProfiler(Path(config.out), steps=config.profile_steps if process.is_main else 0, parts=parts, device=process.device)
 
 
 def endless(loader: TwoViewLoader) -> Generator[ViewBatch, None, None]:

@@ -195,6 +195,8 @@ class TrainConfig:
     """A rank, a data source or a device that gives no answer for this long ends the run; compilation counts too."""
     grace_s: float = 60.0
     """After SIGTERM, SIGINT, SIGHUP or SIGUSR1 the step is finished and saved; a process that has not done so by then leaves."""
+    profile_steps: int = 0
+    """Steps to profile, from the sixth on; the trace and a table come to RUN/profile. 0: none."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewPair = field(default_factory=ViewPair)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -208,6 +210,7 @@ class TrainConfig:
         for name in ("global_batch", "log_every", "checkpoint_every"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("rank_batch", self.rank_batch, 0)
+        require_between("profile_steps", self.profile_steps, 0, 1000)
         require_at_least("keep_checkpoints", self.keep_checkpoints, 2)
         require_at_least("keep_every_epochs", self.keep_every_epochs, 0.0)
         require_choice("resume", self.resume, RESUME_MODES)

@@ -1,0 +1,124 @@
+"""Where the time of a step goes: a trace of a few steps (torch.profiler) and a short table of it, in the run folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from fastbyol.config.errors import UserError
+
+log = logging.getLogger("fastbyol")
+FOLDER, TRACE, TABLE = "profile", "trace.json.gz", "table.txt"
+WAIT_STEPS, WARMUP_STEPS = 3, 2
+"""Not recorded: compilation and first touches; then steps under a running profiler, whose own start is slow."""
+TOP = 12
+SYNCS = frozenset({"aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"})
+"""The host waits for the device in these; on a CPU the first only reads a number."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One event of a trace: name, self time in microseconds on the device that works (the GPU where there is one), and the count."""
+
+    name: str
+    self_us: float
+    count: int
+
+
+class StepProfiler:
+    """Records some steps of a run from the sixth on. Slows down those, and only those.
+
+    The networks' parts are named in the trace (and as NVTX ranges on a GPU, for Nsight), unless they are compiled, where there is no such part.
+
+    Args:
+        folder: the run folder; gets profile/trace.json.gz, for Perfetto or chrome://tracing, and profile/table.txt.
+        steps: to record; 0: nothing is done.
+        parts: modules to name.
+        device: that trains.
+    """
+
+    def __init__(self, folder: Path, *, steps: int, parts: dict[str, nn.Module], device: torch.device) -> None:
+        self._folder, self._steps, self._on_gpu = folder / FOLDER, steps, device.type == "cuda"
+        self._parts = parts
+        self._profile: profile | None = None
+        self._leaving = ExitStack()
+
+    def __enter__(self) -> Self:
+        if not self._steps:
+            return self
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
+        plan = schedule(wait=WAIT_STEPS, warmup=WARMUP_STEPS, active=self._steps, repeat=1)
+        for name, module in self._parts.items():
+            for handle in _named_in_trace(module, name, nvtx=self._on_gpu):
+                self._leaving.callback(handle.remove)
+        self._profile = self._leaving.enter_context(profile(activities=activities, schedule=plan, on_trace_ready=self._write))
+        return self
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        if self._profile is not None:
+            self._profile.step()
+
+    def __exit__(self, *_: object) -> None:
+        self._leaving.close()
+
+    def _write(self, taken: profile) -> None:
+        spans = [Span(event.key, self._self_us(event), event.count) for event in taken.key_averages()]
+        table = profile_table(spans, steps=self._steps, span_us=_recorded_us(taken), device="GPU" if self._on_gpu else "CPU")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            taken.export_chrome_trace(str(self._folder / TRACE))
+            (self._folder / TABLE).write_text(table + "\n")
+        except OSError as error:
+            raise UserError(f"{self._folder}: the profile cannot be written ({error.strerror})") from error
+        log.info("profile of %d steps in %s\n%s", self._steps, self._folder, table)
+
+    def _self_us(self, event: Any) -> float:
+        return event.self_device_time_total if self._on_gpu else event.self_cpu_time_total
+
+
+def profile_table(spans: Iterable[Span], *, steps: int, span_us: float, device: str) -> str:
+    """The operations that take most, how much of the time the device works at all, and how often the host waits for it; per step."""
+    spans = sorted(spans, key=lambda span: -span.self_us)
+    working = [span for span in spans if not span.name.startswith("ProfilerStep")]
+    busy_us = sum(span.self_us for span in working)
+    lines = [f"{'operation':<44}{'ms a step':>10}{'share':>8}{'calls a step':>14}"]
+    for span in working[:TOP]:
+        share = span.self_us / busy_us if busy_us else 0.0
+        lines.append(f"{span.name[:42]:<44}{span.self_us / steps / 1e3:>10.3f}{share:>8.1%}{span.count / steps:>14.1f}")
+    syncs = sum(span.count for span in working if span.name in SYNCS)
+    lines.append(f"{span_us / steps / 1e3:.3f} ms a step under the profiler; {device} works {min(busy_us / span_us, 1.0):.0%} of the time")
+    lines.append(f"host waits for the device: {syncs / steps:.1f} times a step")
+    return "\n".join(lines)
+
+
+def _recorded_us(taken: profile) -> float:
+    """From the first recorded event to the end of the last."""
+    events = taken.events() or []
+    return max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+
+
+def _named_in_trace(module: nn.Module, name: str, *, nvtx: bool) -> list[Any]:
+    """Hooks that put each forward of the module under its name; they may nest."""
+    opened: list[record_function] = []
+
+    def begin(*_: object) -> None:
+        opened.append(record_function(name))
+        opened[-1].__enter__()
+        if nvtx:
+            torch.cuda.nvtx.range_push(name)
+
+    def end(*_: object) -> None:
+        if nvtx:
+            torch.cuda.nvtx.range_pop()
+        opened.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
