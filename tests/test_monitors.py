@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import Diverged
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, TrainConfig
 from fastbyol.monitors import Monitor
@@ -104,9 +104,9 @@ def _collapsed_rule(*, log_every: int, last_step: int, signs: dict[str, float] =
 
 
 def test_a_collapse_that_lasts_ends_the_run_and_names_the_last_checkpoint_from_before():
-    with pytest.raises(UserError, match=r"since step 59 .* stopped at step 159; .* is step 50's; try this: .*stop_on_collapse false"):
+    with pytest.raises(Diverged, match=r"since step 59 .* stopped at step 159; .* is step 50's; try this: .*stop_on_collapse false"):
         _collapsed_rule(log_every=10, last_step=159).stop_when_due(lambda: [40, 50, 60])
-    with pytest.raises(UserError, match="there is no checkpoint from before"):
+    with pytest.raises(Diverged, match="there is no checkpoint from before"):
         _collapsed_rule(log_every=10, last_step=159).stop_when_due(lambda: [60])
 
 
@@ -335,5 +335,5 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step():
     monitor = Monitor(global_batch=8, world_size=1, device=CPU)
     monitor.add(_output(float("nan")))
     monitor.step()
-    with pytest.raises(UserError, match="loss = nan at step 7"):
+    with pytest.raises(Diverged, match="loss = nan at step 7"):
         _record(monitor, step=7, last=_output(1.0)._replace(projection=torch.full((8, 4), float("nan"))))

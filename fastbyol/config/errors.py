@@ -16,7 +16,7 @@ from collections.abc import Callable
 USER_ERROR_EXIT = 2
 """Bad input: the same command fails again."""
 DIVERGED_EXIT = 3
-"""The loss or the weights are not finite any more: the same command fails again."""
+"""The loss or the weights are not finite any more, or the run has collapsed: the same command fails again."""
 STORAGE_EXIT = 4
 """The last checkpoint could not be written: make room, then the same command continues from the one before."""
 LOST_EXIT = 5
@@ -38,7 +38,7 @@ class RunError(Exception):
 
 
 class Diverged(RunError):
-    """The loss, or what it left in the weights, is not finite."""
+    """The loss, or what it left in the weights, is not finite, or every image gets the same projection."""
 
     exit_code = DIVERGED_EXIT
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import Diverged
 from fastbyol.config.schema import TrainConfig
 
 SIGNS = ("projection_std", "feature_std", "effective_rank", "mean_cosine")
@@ -92,7 +92,7 @@ class CollapseRule:
                 at the end only.
 
         Raises:
-            UserError: with the steps, what to try, the checkpoint, and how to go on regardless.
+            Diverged: with the steps, what to try, the checkpoint, and how to go on regardless.
         """
         monitors, final = self._config.monitors, self._final
         long_enough = final.records >= RECORDS_IN_A_ROW and final.last - final.first >= monitors.collapse_patience
@@ -100,7 +100,7 @@ class CollapseRule:
             return
         good = [done for done in checkpoint_steps() if done <= self._seen.last_without + 1]
         kept = f"the last checkpoint from before is step {good[-1]}'s" if good else "there is no checkpoint from before"
-        raise UserError(
+        raise Diverged(
             f"collapse: since step {self._seen.first} every image gets the same projection, stopped at step {final.last}; {kept}; "
             f"{what_to_try(self._config)}; to train on regardless: --monitors.stop_on_collapse false"
         )

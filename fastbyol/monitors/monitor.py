@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.byol import BYOLOutput
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import Diverged
 from fastbyol.config.schema import TrainConfig
 from fastbyol.monitors.collapse import SIGNS, CollapseRule, collapse_signs
 from fastbyol.monitors.compute import ComputeMeter, peak_memory_gib
@@ -98,11 +98,11 @@ class Monitor:
         """The record of the interval since the last one. Every rank calls it: means and signs of collapse are means over all ranks.
 
         Raises:
-            UserError: the loss is not finite.
+            Diverged: the loss is not finite.
         """
         read = self._read(last)
         if not math.isfinite(read["loss"]):
-            raise UserError(
+            raise Diverged(
                 f"loss = {read['loss']} at step {step} (lr {lr:.3g}): the run diverged; lower optim.base_lr or set precision.autocast to off"
             )
         alarm = None
