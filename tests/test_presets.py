@@ -13,7 +13,7 @@ from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.presets import PRESETS, preset_config
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.config.views import ABLATIONS, PAPER
-from fastbyol.run_log import flatten
+from fastbyol.run_folder import flatten
 from fastbyol.schedules import total_steps_at
 
 NUM_IMAGENET = 1_281_167
