@@ -21,16 +21,13 @@ from fastbyol.data.conversion import (
     Task,
     as_listing,
     convert_images,
-    disk_errors,
     encode_settings_as_plain,
     finish_report,
     make_manifest,
     make_task,
     open_work,
-    put_in_place,
-    require_free_name,
-    work_path,
 )
+from fastbyol.data.conversion_output import disk_errors, put_in_place, require_free_name, work_path
 from fastbyol.data.encode import EncodedImage, Outcome
 from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, describe_shard, sha256_of, write_manifest
