@@ -13,7 +13,7 @@ from fastbyol.data.inputs import INPUTS, add_input_arguments, listing_from
 
 EXAMPLES = f"""\
 examples:
-  python data_prep/subset.py --data imagenet/train --fraction 0.01 --out 1percent.txt         12,811 images, 12 or 13 of each class
+  python data_prep/subset.py --data imagenet/train --fraction 0.01 --out 1percent.txt         12,812 images, 12 or 13 of each class
   python data_prep/subset.py --data imagenet/train --subset simclr/1percent.txt --out 1percent.txt    SimCLR's own list, checked and completed
   python data_prep/subset.py --data imagenet/train --classes 100 --out 100classes.txt         all images of 100 classes
   python data_prep/subset.py --data imagenet/val --classes imagenet100.txt --out val100.txt   the classes that a file names, one per line

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import re
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +71,7 @@ def read_devkit(path: Path) -> LabelFile:
     The ground truth holds the kit's own ids, which are in no order of the WordNet ids: labels that are their positions in the sorted WordNet
     ids, as everybody's models have them, need meta.mat.
     """
-    truth, meta = (_devkit_part(path, part) for part in (_GROUND_TRUTH, _META))
+    truth, meta = _devkit_parts(path, (_GROUND_TRUTH, _META))
     wnid_of = _wnids(path, meta)
     ids = _decoded(truth).split()
     unknown = next((word for word in ids if not word.isdigit() or int(word) not in wnid_of), None)
@@ -169,21 +171,23 @@ def _unique(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
     return table
 
 
-def _devkit_part(path: Path, part: str) -> bytes:
+def _devkit_parts(path: Path, parts: Sequence[str]) -> list[bytes]:
+    """The contents of these files of the kit. An archive is read to its end first: scipy crashes on some damage, which gzip's checksum tells."""
     if path.is_dir():
-        return _limited_read(path / part)
+        return [_limited_read(path / part) for part in parts]
+    content = _limited_read(path)
     try:
-        with tarfile.open(path) as kit:
-            for member in kit:
-                if member.name.endswith(part) and member.isreg() and member.size <= _LARGEST_FILE:
-                    content = kit.extractfile(member)
-                    assert content is not None
-                    return content.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_LARGEST_FILE)
+        with tarfile.open(fileobj=io.BytesIO(content)) as kit:
+            files = {part: member for member in kit if member.isreg() for part in parts if member.name.endswith(part)}
+            if missing := [part for part in parts if part not in files]:
+                raise UserError(f"{path}: holds no {missing[0]}; give ILSVRC2012_devkit_t12.tar.gz or its folder")
+            return [file.read() for part in parts if (file := kit.extractfile(files[part]))]
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(
             f"{path}: cannot be read as the development kit ({error}); give ILSVRC2012_devkit_t12.tar.gz or its folder"
         ) from error
-    raise UserError(f"{path}: holds no {part}; give ILSVRC2012_devkit_t12.tar.gz or its folder")
 
 
 def _wnids(path: Path, meta: bytes) -> dict[int, str]:

@@ -43,7 +43,7 @@ class ImageLocation:
 
 @dataclass(frozen=True)
 class ImageListing:
-    """Sample i is file i. About 100 bytes per image in memory."""
+    """Sample i is file i. About 120 bytes per image in memory."""
 
     root: Path
     """The folder, or the tar."""

@@ -22,7 +22,7 @@ _SHOWN = 3
 
 def draw_fraction(listing: ImageListing, fraction: float, *, seed: int) -> ImageListing:
     """A class-balanced part: as many images of each class as of any other, to within one, or all of a class that has fewer; at least one
-    per class. SimCLR's 1 % of ImageNet are 12 or 13 images of each class, 12,811 in all."""
+    per class. SimCLR's list of 1 % of ImageNet has 12,811 images, this has 12,812: 12 or 13 of each class."""
     require(0 < fraction <= 1, "fraction", fraction, "a share in (0, 1]")
     classes = len(set(listing.labels))
     return draw_images(listing, max(round(fraction * len(listing.files)), classes), seed=seed)

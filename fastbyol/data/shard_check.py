@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from tarfile import TarInfo
+from tarfile import BLOCKSIZE, TarInfo
 
 import numpy as np
 
@@ -24,21 +24,17 @@ def shard_faults(tar: Path, *, images: Converted, number: int) -> list[ShardFaul
     expected = {f"{images.listed[index]:08d}": index for index in np.flatnonzero(images.file == number).tolist()}
     rows: list[str] = []
     faults: list[ShardFault] = []
-    last_byte = 0
     try:
         with open(tar, "rb", buffering=0) as file:
             for stem, members in _samples(tar_members(file)):
                 rows.append(_index_row(members))
-                last_byte = members[-1].offset_data
                 index = expected.pop(stem, None)
                 if index is None:
                     faults.append((None, f"holds {members[0].name}, which the sample table does not know"))
                 else:
                     faults += [(index, what) for what in _sample_faults(file.fileno(), index, members, images)]
     except DamagedTarError as error:
-        behind = [index for index in expected.values() if images.offset[index] > last_byte]
-        at = min(behind, key=images.offset.__getitem__, default=None)
-        return [*faults, (at, f"the tar is damaged in front of or within this image ({error})" if behind else f"damaged tar ({error})")]
+        return [*faults, (_sample_at(error.at, images, number), f"the tar is damaged within this image's components ({error})")]
     faults += [(index, f"{stem}.jpg is not in the tar") for stem, index in expected.items()]
     return faults + [(None, what) for what in _index_faults(index_path(tar), rows)]
 
@@ -55,6 +51,12 @@ def foreign_shard(tar: Path) -> tuple[list[tuple[int, int]], list[ShardFault]]:
     except (DamagedTarError, OSError) as error:
         return places, [(None, f"damaged tar ({error})")]
     return places, [(None, what) for what in _index_faults(index_path(tar), rows)] if index_path(tar).exists() else []
+
+
+def _sample_at(byte: int, images: Converted, number: int) -> int | None:
+    """The image of this file whose components begin last in front of the byte."""
+    in_front = np.flatnonzero((images.file == number) & (images.offset - BLOCKSIZE <= byte))
+    return int(in_front[np.argmax(images.offset[in_front])]) if len(in_front) else None
 
 
 def _samples(members: Iterator[TarInfo]) -> Iterator[tuple[str, list[TarInfo]]]:

@@ -15,6 +15,9 @@ from fastbyol.data.findings import Fault, Findings
 from fastbyol.data.manifest import Manifest, is_sealed, read_manifest
 from fastbyol.data.shard_check import foreign_shard
 
+_PARTS = "part-*-of-*.json"
+"""What several machines leave until `to_dali.py --merge` has been run."""
+
 
 def checked_manifest(path: Path, found: Findings) -> Manifest | None:
     """The manifest; None if there is none, or none that can be used. UserError where there is nothing that could be verified."""
@@ -27,6 +30,8 @@ def checked_manifest(path: Path, found: Findings) -> Manifest | None:
             f"{path}: is neither a .beton nor a folder of tar shards; give what data_prep/to_ffcv.py or data_prep/to_dali.py made"
         )
     if not manifest_path(path).exists():
+        if any(path.glob(_PARTS)):
+            raise UserError(f"{path}: holds parts of a conversion on many machines; merge them first (data_prep/to_dali.py --merge)")
         found.notes.append(f"no manifest {manifest_path(path).name}: whether the files are whole, and what the classes are, cannot be told")
         return None
     try:

@@ -16,7 +16,12 @@ _END_MARK = bytes(tarfile.BLOCKSIZE)
 
 
 class DamagedTarError(Exception):
-    """What is wrong, and near which byte."""
+    """What is wrong with a tar."""
+
+    def __init__(self, what: object, *, at: int, end: int) -> None:
+        """at: byte of the header behind the last member that is whole."""
+        super().__init__(f"{what} near byte {at:,} of {end:,}")
+        self.at = at
 
 
 def tar_members(file: BinaryIO, *, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
@@ -26,7 +31,7 @@ def tar_members(file: BinaryIO, *, start: int = 0, end: int | None = None) -> It
     """
     end = os.fstat(file.fileno()).st_size if end is None else end
     headers = _Headers(file, end)
-    headers.seek(start)
+    headers.seek(at := start)
     try:
         tar = tarfile.TarFile(fileobj=headers, mode="r")  # type: ignore[arg-type]
         while (member := tar.next()) is not None:
@@ -34,11 +39,12 @@ def tar_members(file: BinaryIO, *, start: int = 0, end: int | None = None) -> It
             if member.isreg() and not member.issparse() and member.offset_data + member.size > end:
                 raise tarfile.ReadError(f"{member.name} is cut")
             yield member
+            at = tar.offset
         headers.seek(tar.offset)
         if headers.read(tarfile.BLOCKSIZE) != _END_MARK:
             raise tarfile.ReadError("neither a header nor the end mark")
     except (tarfile.TarError, ValueError, RecursionError) as error:
-        raise DamagedTarError(f"{error} near byte {headers.tell():,} of {end:,}") from error
+        raise DamagedTarError(error, at=at, end=end) from error
 
 
 class _Headers:

@@ -1,0 +1,182 @@
+"""Parts of a data set: balanced, seeded, nested, the same on any machine; labels mean what they mean in the whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.ffcv_loader import FfcvSource
+from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.image_subset import balanced_counts, choose_classes, draw_fraction, draw_images, read_subset, restrict, write_subset
+from fastbyol.data.inputs import list_images
+from fastbyol.data.writers_ffcv import write_beton
+from tests.imagenet_archives import TRAIN, tar_bytes, write_archives
+
+SUBSET = Path(__file__).parents[1] / "data_prep" / "subset.py"
+
+
+def listing_of(sizes: tuple[int, ...]) -> ImageListing:
+    names = tuple(f"class{label:02d}" for label in range(len(sizes)))
+    files = tuple(f"{names[label]}/{label}_{i}.JPEG" for label, size in enumerate(sizes) for i in range(size))
+    return ImageListing(Path("data"), names, files, tuple(label for label, size in enumerate(sizes) for _ in range(size)))
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.data())
+def test_balanced_counts_differ_by_one_at_most_except_where_fewer_are_there(available: list[int], data: st.DataObject) -> None:
+    total = data.draw(st.integers(1, sum(available)))
+    counts = balanced_counts(available, total)
+    assert sum(counts) == total
+    assert all(0 <= count <= most for count, most in zip(counts, available, strict=True))
+    level = max(counts)
+    assert all(count >= min(most, level - 1) for count, most in zip(counts, available, strict=True))
+
+
+def test_one_percent_of_imagenet_is_simclrs_12_or_13_images_of_each_class() -> None:
+    sizes = [1300] * 895 + [732 + (i * 5) % 560 for i in range(105)]
+    sizes[-1] += 1_281_167 - sum(sizes)
+    counts = balanced_counts(sizes, round(0.01 * 1_281_167))
+    assert Counter(counts) == {12: 188, 13: 812}
+    assert sum(balanced_counts(sizes, round(0.1 * 1_281_167))) == 128_117
+
+
+def test_a_fraction_is_balanced_seeded_nested_and_keeps_labels_and_order() -> None:
+    whole = listing_of((40, 60, 3, 100))
+    part = draw_fraction(whole, 0.1, seed=1)
+    assert sorted(Counter(part.labels).values()) == [3, 5, 6, 6]
+    assert list(part.files) == [name for name in whole.files if name in set(part.files)]
+    assert part.class_names == whole.class_names
+    label_of = dict(zip(whole.files, whole.labels, strict=True))
+    assert list(part.labels) == [label_of[name] for name in part.files]
+    assert draw_fraction(whole, 0.1, seed=1).files == part.files
+    assert draw_fraction(whole, 0.1, seed=2).files != part.files
+    assert set(part.files) < set(draw_fraction(whole, 0.3, seed=1).files)
+    assert Counter(draw_fraction(whole, 1e-9, seed=1).labels) == {0: 1, 1: 1, 2: 1, 3: 1}
+    assert draw_fraction(whole, 1, seed=1).files == whole.files
+
+
+def test_the_choice_is_the_same_wherever_the_images_lie(tmp_path: Path) -> None:
+    """By hand, from sha256sum of '7', a zero byte and the name, of classes and of images."""
+    write_archives(tmp_path)
+    part = draw_images(list_images(tmp_path / TRAIN), 5, seed=7)
+    assert part.files == (
+        "n01440764/n01440764_10026.JPEG",
+        "n01440764/n01440764_2.JPEG",
+        "n01443537/n01443537_10.JPEG",
+        "n01443537/n01443537_10026.JPEG",
+        "n01484850/n01484850_10.JPEG",
+    )
+    flat = [location.partition("/")[2] for location in list_images(tmp_path / TRAIN).files]
+    (tmp_path / "flat.tar").write_bytes(tar_bytes({name: b"x" for name in flat}))
+    (tmp_path / "labels.txt").write_text("".join(f"{name} {name[:9]}\n" for name in flat))
+    other = draw_images(list_images(tmp_path / "flat.tar", labels=tmp_path / "labels.txt"), 5, seed=7)
+    assert [name.partition("/")[2] for name in part.files] == list(other.files)
+
+
+def test_the_same_classes_are_chosen_in_train_and_val() -> None:
+    train, val = listing_of((9, 9, 9, 9, 9)), listing_of((2, 1, 2, 2, 1))
+    assert set(choose_classes(train, 2, seed=3).labels) == set(choose_classes(val, 2, seed=3).labels)
+    assert len({tuple(sorted(set(choose_classes(val, 2, seed=seed).labels))) for seed in range(20)}) > 3
+    named = choose_classes(train, ["class04", "class01"], seed=0)
+    assert (set(named.labels), len(named.files), named.class_names) == ({1, 4}, 18, train.class_names)
+    with pytest.raises(UserError, match="has no class dog; it has class00, class01"):
+        choose_classes(train, ["class00", "dog"], seed=0)
+
+
+def test_a_published_list_names_images_without_folders_or_with_others(tmp_path: Path) -> None:
+    whole = listing_of((4, 4))
+    for names in (["0_3.JPEG", "1_0.JPEG"], ["class01/1_0.JPEG", "class00/0_3.JPEG", "class00/0_3.JPEG"], ["train/x/1_0.JPEG", "0_3"]):
+        assert restrict(whole, names, source=tmp_path).files == ("class00/0_3.JPEG", "class01/1_0.JPEG")
+    with pytest.raises(UserError, match=r"2 of its 3 names are not images of data, or of several: a.JPEG, class00/b.JPEG"):
+        restrict(whole, ["a.JPEG", "0_1.JPEG", "class00/b.JPEG"], source=tmp_path)
+    twice = ImageListing(Path("data"), ("a", "b"), ("a/1.jpg", "b/1.jpg"), (0, 1))
+    assert restrict(twice, ["b/1.jpg"], source=tmp_path).labels == (1,)
+    with pytest.raises(UserError, match="or of several: 1.jpg"):
+        restrict(twice, ["1.jpg"], source=tmp_path)
+
+
+def test_a_list_survives_odd_names_and_foreign_line_ends(tmp_path: Path) -> None:
+    names = ("a/x y .jpg", "a/\udcff.jpg", "a/\u2028\x0b.jpg", "a/z.jpg ")
+    write_subset(tmp_path / "list", ImageListing(Path("data"), ("a",), names, (0, 0, 0, 0)))
+    assert tuple(read_subset(tmp_path / "list")) == names
+    (tmp_path / "list").write_bytes(b"a\r\n\r\nb\r\n")
+    assert read_subset(tmp_path / "list") == ["a", "b"]
+    for content, message in ((b"\n\n", "names no image"), (None, "cannot be read")):
+        path = tmp_path / "other"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_subset(path)
+        path.unlink(missing_ok=True)
+
+
+def test_labels_stay_unless_empty_classes_are_to_be_dropped(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = make_folder(a_jpg=b"1")
+    for name in ("apple", "zebra"):
+        (root / name).mkdir()
+        (root / name / f"{name}.jpg").write_bytes(b"2")
+    subset = tmp_path / "list.txt"
+    subset.write_text("zebra.jpg\na.jpg\n")
+    kept = list_images(root, subset=subset)
+    assert (kept.labels, kept.class_names) == ((1, 2), ("apple", "class", "zebra"))
+    dropped = list_images(root, subset=subset, empty_classes="drop")
+    assert (dropped.labels, dropped.class_names) == ((0, 1), ("class", "zebra"))
+    assert kept.digest() != dropped.digest()
+    with pytest.raises(UserError, match="--drop-empty-classes: has no effect without --subset"):
+        list_images(root, empty_classes="drop")
+
+
+def test_a_converted_part_without_some_classes_has_the_labels_of_the_whole(image_folder: Path, tmp_path: Path) -> None:
+    subset = tmp_path / "list.txt"
+    subset.write_text("cat/001.jpg\nant/002.jpg\n")
+    manifest = write_beton(list_images(image_folder, subset=subset), out=tmp_path / "part.beton", workers=1)
+    assert (manifest.class_names, manifest.class_counts) == (("ant", "bee", "cat"), (1, 0, 1))
+    source = FfcvSource(tmp_path / "part.beton")
+    assert source.labels.tolist() == [0, 2]
+    source.close()
+
+
+# ---- the command
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SUBSET, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_command_writes_a_list_that_gives_the_part(image_folder: Path, tmp_path: Path) -> None:
+    done = run("--data", image_folder, "--images", "8", "--classes", "bee,cat", "--out", tmp_path / "list.txt")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path / 'list.txt'}: 8 images of 2 classes (4 of each), of 3 in all\n"
+    part = list_images(image_folder, subset=tmp_path / "list.txt")
+    assert Counter(part.labels) == {1: 4, 2: 4}
+    assert (tmp_path / "list.txt").read_text().splitlines() == list(part.files)
+    done = run("--data", image_folder, "--images", "8", "--out", tmp_path / "list.txt")
+    assert "exists already" in done.stderr
+    assert run("--data", image_folder, "--classes", "2", "--out", tmp_path / "list.txt", "--overwrite").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which part? give --fraction"),
+        (["--fraction", "0.1", "--images", "3"], "both say how many"),
+        (["--fraction", "1.5"], "fraction = 1.5"),
+        (["--images", "26"], "from 1 to 25"),
+        (["--classes", "4"], "classes = 4"),
+        (["--classes", "ant", "--drop-empty-classes", "--subset", "SUBSET"], "give it to the converter"),
+        (["--images", "3", "--out", "none/list"], "none/list: cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "subset").write_text("ant/000.jpg\n")
+    arguments = [str(tmp_path / "subset") if argument == "SUBSET" else argument for argument in arguments]
+    done = run("--data", image_folder, "--out", tmp_path / "list.txt", *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert message in done.stderr

@@ -1,0 +1,91 @@
+"""What is in a data set: the same numbers before and after conversion, as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastbyol.data import inventory
+from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.inventory import take_inventory
+from fastbyol.data.picture_grid import LABEL_PX, MARGIN_PX, TILE_PX, write_picture_grid
+from tests.imagenet_archives import DEVKIT, VAL, write_archives
+
+INFO = Path(__file__).parents[1] / "data_prep" / "info.py"
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, INFO, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_numbers_are_those_of_the_files_whatever_holds_them(image_folder: Path, beton: Path, tar_folder: Path) -> None:
+    sizes = [Image.open(path).size for path in image_folder.rglob("*.jpg")]
+    num_bytes = sum(path.stat().st_size for path in image_folder.rglob("*.jpg"))
+    width, height = np.array(sizes).T
+    for path, listing in ((image_folder, list_image_folder(image_folder)), (beton, None), (tar_folder, None)):
+        found = take_inventory(path, listing=listing)
+        assert (found.images, found.classes, found.class_names, found.class_counts) == (25, 3, ("ant", "bee", "cat"), (8, 9, 8))
+        assert (found.class_min, found.class_median, found.class_max, found.empty_classes) == (8, 8.0, 9, 0)
+        assert (found.image_bytes, found.skipped) == (num_bytes, 0)
+        assert found.sides is not None
+        assert (found.sides.width_min, found.sides.width_max) == (width.min(), width.max())
+        assert (found.sides.height_median, found.sides.looked_at) == (int(np.median(height)), 25)
+        assert found.sides.bytes_per_pixel == pytest.approx(num_bytes / (width * height).sum(), abs=1e-4)
+        assert (found.manifest is None) == (listing is not None)
+
+
+def test_the_sides_of_many_images_are_taken_from_a_sample(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "SAMPLED", 7)
+    found = take_inventory(image_folder, listing=list_image_folder(image_folder))
+    assert found.sides is not None
+    assert (found.images, found.sides.looked_at) == (25, 7)
+
+
+def test_the_command_prints_a_table_or_json(beton: Path, tmp_path: Path) -> None:
+    done = run(beton)
+    assert (done.returncode, done.stderr) == (0, "")
+    words = " ".join(done.stdout.split())
+    for part in ("images 25", "classes 3: ant, bee, cat", "per class 8 to 9, median 8", "shards 1 of", "settings page_bytes 8388608"):
+        assert part in words
+    numbers = json.loads(run(beton, "--json").stdout)
+    assert (numbers["class_counts"], numbers["kind"]) == ([8, 9, 8], "beton")
+    write_archives(tmp_path)
+    assert "images 8 classes 3" in " ".join(run(tmp_path / VAL, "--devkit", tmp_path / DEVKIT).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "none: no such file or folder"),
+        (["BETON", "--subset", "x"], "is converted and has its labels"),
+        (["BETON", "--grid", "x.jpg"], "must end in .png"),
+        (["BETON", "--grid", "none/x.png"], "none/x.png: cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, beton: Path) -> None:
+    done = run(*(str(beton) if argument == "BETON" else argument for argument in arguments))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+    assert message in done.stderr
+
+
+def test_the_picture_shows_each_image_at_its_place_and_says_which_does_not_decode(tmp_path: Path) -> None:
+    colours = {("a", 0): (200, 0, 0), ("a", 1): (0, 200, 0), ("b", 0): (0, 0, 200)}
+    for (name, number), colour in colours.items():
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 60), colour).save(tmp_path / "data" / name / f"{number}.png")
+    (tmp_path / "data" / "b" / "1.jpg").write_bytes(b"no image")
+    write_picture_grid(tmp_path / "data", listing=list_image_folder(tmp_path / "data"), out=tmp_path / "grid.png")
+    sheet = Image.open(tmp_path / "grid.png").convert("RGB")
+    for (name, number), colour in colours.items():
+        x = LABEL_PX + number * (TILE_PX + MARGIN_PX) + TILE_PX // 2
+        y = MARGIN_PX + "ab".index(name) * (TILE_PX + MARGIN_PX) + TILE_PX // 2
+        assert sheet.getpixel((x, y)) == colour
+    empty = sheet.crop((LABEL_PX + TILE_PX + MARGIN_PX, 2 * MARGIN_PX + TILE_PX, LABEL_PX + 2 * TILE_PX, MARGIN_PX + 2 * TILE_PX))
+    assert empty.getcolors(256) is not None
+    assert len(empty.getcolors(256) or []) > 1  # words, no picture
