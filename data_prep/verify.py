@@ -20,7 +20,7 @@ examples:
   python data_prep/verify.py train_tar --source imagenet/train          compares each image with its original, too
   python data_prep/verify.py val.beton --source ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
 
-exit code: 0 all is well, 1 something is not (each fault on a line: file, image, what), 2 there was nothing to verify
+exit code: 0 all is well, 1 something is not (each fault on a line: file, image, what), 2 there was nothing to verify, 130 stopped by Ctrl-C
 
 --source takes the options of the conversion:
 {INPUTS}"""
@@ -32,7 +32,11 @@ def main() -> None:
     require_at_least("faults", arguments.faults, 1)
     originals = _originals(arguments)
     start = time.monotonic()
-    found = verify(arguments.path, originals=originals, workers=arguments.workers)
+    try:
+        found = verify(arguments.path, originals=originals, workers=arguments.workers)
+    except KeyboardInterrupt:
+        print(f"{arguments.path}: stopped, not verified", file=sys.stderr)
+        sys.exit(130)
     for note in found.notes:
         print(f"{arguments.path}: note: {note}")
     for fault in found.faults[: arguments.faults]:

@@ -258,6 +258,16 @@ def test_an_edited_manifest_is_named_whatever_was_edited(beton_copy: Path, shard
         path.write_text(whole)
 
 
+def test_a_manifest_with_values_of_other_kinds_is_named(beton_copy: Path, shards: Path) -> None:
+    for root, path in ((beton_copy, Path(f"{beton_copy}.json")), (shards, shards / "manifest.json")):
+        whole = path.read_text()
+        for name in json.loads(whole):
+            for value in (None, [], {}, "x", 3, [3], ["x"], [{}]):
+                path.write_text(json.dumps({**json.loads(whole), name: value}))
+                assert verify(root, workers=1).num_faults or json.loads(whole)[name] == value, (name, value)
+        path.write_text(whole)
+
+
 def edited(value: object) -> object:
     """The same kind of value, another one."""
     if isinstance(value, dict):

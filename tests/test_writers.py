@@ -25,7 +25,7 @@ from fastbyol.data.ffcv_loader import FfcvSource
 from fastbyol.data.image_folder import list_image_folder
 from fastbyol.data.manifest import Manifest, read_manifest
 from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
+from fastbyol.data.writers_tar import member_header, write_tar_shards
 
 SCRIPTS = Path(__file__).parents[1] / "data_prep"
 
@@ -158,6 +158,13 @@ def test_shards_end_at_their_size_and_together_hold_every_sample_once(make_folde
         assert shard.samples == 3
         assert shard.bytes > 1 << 20
     assert sorted(members) == sorted(f"{i:08d}.{extension}" for i in range(6) for extension in ("jpg", "cls", "idx"))
+
+
+@pytest.mark.parametrize(("name", "size"), [("00000000.jpg", 0), ("00000007.cls", 8), ("01281166.jpg", 123_456_789), ("123456789.idx", 8)])
+def test_a_member_header_is_the_one_that_tarfile_writes(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o644
+    assert member_header(name, size) == member.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_the_seed_orders_the_shards(image_folder: Path, tar_folder: Path, tmp_path: Path) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -31,7 +28,7 @@ from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.inputs import list_images
 from fastbyol.data.manifest import Manifest, Shard, software_versions
 from fastbyol.data.stop_signals import Stopped, StopRequest
-from fastbyol.data.work_folder import WorkFolder, flush_to_disk, is_full, write_durably
+from fastbyol.data.work_folder import WorkFolder, write_durably
 
 ROW = np.dtype(
     [
@@ -82,7 +79,7 @@ class ConversionOptions:
         """How many of them."""
         if self.max_dropped is None:
             return max(DROPPED_ALLOWED, int(DROPPED_SHARE_ALLOWED * images))
-        return int(self.max_dropped * images)
+        return math.floor(self.max_dropped * images + 1e-6)
 
 
 class BadImage(UserError):
@@ -288,10 +285,9 @@ def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> 
         raise UserError(
             f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {_share(dropped, len(rows))}"
         )
-    kept, listed = _class_counts(task.listing, rows), set(task.listing.labels)  # a subset may list none of a class
-    lost = [name for label, name in enumerate(task.listing.class_names) if label in listed and not kept[label]]
+    lost = Counter(task.listing.labels).keys() - _class_counts(task.listing, rows).keys()
     if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
-        raise UserError(f"class {lost[0]} lost all of its images; {advice} --max-dropped 1")
+        raise UserError(f"class {task.listing.class_names[min(lost)]} lost all of its images; {advice} --max-dropped 1")
 
 
 def names_digest(names: Iterable[str]) -> str:
@@ -337,40 +333,3 @@ def _summary(kept: NDArray[np.void]) -> dict[str, float]:
         side = kept[name].astype(np.int64)
         sides |= {f"{name}_min": int(side.min()), f"{name}_mean": round(float(side.mean()), 2), f"{name}_max": int(side.max())}
     return sides | {"bytes": int(kept["size"].sum()), "transcoded": int((kept["outcome"] == Outcome.TRANSCODED).sum())}
-
-
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """What the system refuses becomes a UserError."""
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if is_full(error) else error.strerror or str(error)
-        at = f" at {error.filename}" if error.filename else ""
-        raise UserError(f"{out}: not finished: {reason}{at}; when that is mended the same command continues") from error
-
-
-def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:
-    """UserError if `out` exists and is not to be replaced, is a folder without the file `marker`, or has no parent folder."""
-    if out.exists() and overwrite != "replace":
-        raise UserError(f"{out}: exists already; give another --out, or --overwrite to replace it")
-    if out.is_dir() and not (marker and (out / marker).is_file()):
-        raise UserError(f"{out}: is a folder that no conversion made, it will not be replaced; give another --out")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder to write {out.name} in; make it first")
-
-
-def work_path(out: Path) -> Path:
-    """Where the conversion to `out` grows."""
-    return out.with_name(f".{out.name}.partial")
-
-
-def put_in_place(new: Path, out: Path) -> None:
-    """Gives a complete file or folder its name. What had it before is whole until the new one is there, and removed only then."""
-    old = out.with_name(f".{out.name}.replaced")
-    if new.is_dir() and out.exists():  # a folder cannot be renamed onto one that is not empty
-        os.replace(out, old)
-    os.replace(new, out)
-    flush_to_disk(out.parent)
-    if old.is_dir():
-        shutil.rmtree(old)

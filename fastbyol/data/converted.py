@@ -52,9 +52,9 @@ class Converted:
 
 def listed_positions(manifest: Manifest) -> Indices:
     """Of each sample, the position in the listing of what was converted. UserError if the manifest contradicts itself."""
-    total = manifest.num_samples + len(manifest.dropped)
     seed = manifest.settings.get("shuffle_seed")
     try:
+        total = manifest.num_samples + len(manifest.dropped)
         order = np.arange(total) if seed is None else seeded_permutation(total, int(seed))
         positions = order[~np.isin(order, np.array(manifest.dropped, dtype=np.int64))]
     except (ValueError, TypeError, OverflowError) as error:

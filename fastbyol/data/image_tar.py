@@ -84,21 +84,10 @@ class TarScan:
     def _safe_name(self, member: tarfile.TarInfo, name: str) -> str:
         """The member's name without './'; '' for a folder, and for a name that is skipped."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
-        plain = "/".join(parts)
-        reason = (
-            "an absolute name"
-            if member.name.startswith("/")
-            else "a name that leads out of the tar"
-            if ".." in parts
-            else "a line break in its name"
-            if "\n" in name or "\r" in name
-            else "hidden"
-            if any(part.startswith(".") for part in parts)
-            else ""
-        )
+        reason = "an absolute name" if member.name.startswith("/") else _why_not_a_place(parts)
         if reason and not member.isdir():
             self.skipped.append((name, reason))
-        return "" if reason or member.isdir() else plain
+        return "" if reason or member.isdir() else "/".join(parts)
 
     def _members(self, file: BinaryIO, start: int, end: int, *, within: str) -> Iterator[tarfile.TarInfo]:
         try:
@@ -106,6 +95,15 @@ class TarScan:
         except DamagedTarError as error:
             where = "" if within == self._path.name else f" (in {within})"
             raise UserError(f"{self._path}: is no whole tar: {error}{where}; download or copy it again") from error
+
+
+def _why_not_a_place(parts: list[str]) -> str:
+    """Why nothing by a name of these parts is taken; '' if it may be."""
+    if ".." in parts:
+        return "a name that leads out of the tar"
+    if any("\n" in part or "\r" in part for part in parts):
+        return "a line break in its name"
+    return "hidden" if any(part.startswith(".") for part in parts) else ""
 
 
 def _kind(member: tarfile.TarInfo) -> str:

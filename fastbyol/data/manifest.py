@@ -101,6 +101,7 @@ def read_manifest(path: Path) -> Manifest:
         for name in ("class_names", "class_counts", "dropped"):
             fields[name] = tuple(fields.get(name, ()))
         manifest = Manifest(**fields)
+        _refuse_other_types(manifest)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; convert again with data_prep/to_dali.py or data_prep/to_ffcv.py") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -108,3 +109,15 @@ def read_manifest(path: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: manifest version {version}, this program reads {FORMAT_VERSION}; convert again")
     return manifest
+
+
+def _refuse_other_types(manifest: Manifest) -> None:
+    """TypeError for values that nothing could be done with: somebody has edited them."""
+    numbers = [manifest.num_samples, *manifest.class_counts, *manifest.dropped]
+    numbers += [number for shard in manifest.shards for number in (shard.samples, shard.bytes)]
+    texts = [manifest.kind, *manifest.class_names, *(text for shard in manifest.shards for text in (shard.name, shard.sha256))]
+    tables = (manifest.images, manifest.settings, manifest.source, manifest.software)
+    for values, kind in ((numbers, int), (texts, str), (tables, dict)):
+        for value in values:
+            if not isinstance(value, kind):
+                raise TypeError(f"{value!r} should be a {kind.__name__}")

@@ -24,13 +24,13 @@ from fastbyol.data.conversion import (
     Task,
     as_listing,
     convert_images,
-    disk_errors,
     make_manifest,
     make_task,
     open_work,
     require_few_dropped,
     touched_images,
 )
+from fastbyol.data.conversion_output import disk_errors
 from fastbyol.data.conversion_report import make_report, report_text
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text
 from fastbyol.data.stop_signals import stop_signals

@@ -5,6 +5,7 @@ The checks at open, which a training run makes, take milliseconds; here everythi
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections import Counter
@@ -13,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 
@@ -21,11 +23,12 @@ from fastbyol.data.converted import Converted, manifest_path
 from fastbyol.data.findings import Fault, Findings
 from fastbyol.data.image_check import ImageCheck
 from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.manifest import Manifest, Shard, sha256_of
+from fastbyol.data.manifest import Manifest, Shard
 from fastbyol.data.progress import Progress
 from fastbyol.data.shard_check import shard_faults
 from fastbyol.data.table_check import checked_manifest, checked_tables
 
+_READ_BYTES = 1 << 20
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 4  # per thread: all are kept busy, and memory bounded
 
@@ -52,7 +55,8 @@ def verify(path: Path, *, originals: ImageListing | None = None, workers: int = 
     if images is not None:
         found.num_images, found.num_bytes = len(images.label), int(images.size.sum())
     with Progress(f"verify {path.name}", found.num_images, unit="images") as progress:
-        for faults, done in _run(_work(path, manifest, images, check), threads=workers or len(os.sched_getaffinity(0))):
+        work = _work(path, manifest, images, check, stop := Event())
+        for faults, done in _run(work, threads=workers or len(os.sched_getaffinity(0)), stop=stop):
             found.add(faults)
             progress.advance(done)
     found.faults.sort(key=lambda fault: (fault.file, fault.image))
@@ -94,7 +98,7 @@ def _unmatched(images: Converted, originals: ImageListing) -> Iterator[Fault]:
             yield Fault(str(images.path), index, "no image of the source has its bytes")
 
 
-def _work(path: Path, manifest: Manifest | None, images: Converted | None, check: ImageCheck | None) -> Iterator[Work]:
+def _work(path: Path, manifest: Manifest | None, images: Converted | None, check: ImageCheck | None, stop: Event) -> Iterator[Work]:
     """All checks that read the data, file by file, so that what one has read is still in memory for the next."""
     if path.is_file():
         files = {path.name: path}
@@ -102,14 +106,14 @@ def _work(path: Path, manifest: Manifest | None, images: Converted | None, check
         named = [shard.name for shard in manifest.shards] if manifest else []
         files = {name: path / name for name in [*named, *sorted(file.name for file in path.glob("*.tar"))]}
     shards = {shard.name: shard for shard in manifest.shards} if manifest else {}
-    if manifest and path.is_file():  # it may have been renamed, its manifest with it
-        shards = {path.name: manifest.shards[0]}
     for number, (name, file) in enumerate(files.items()):
         if not file.is_file():
             yield partial(_one_fault, str(file), "missing, the manifest names it")
             continue
         if manifest:
-            yield partial(_hash_faults, file, shards.get(name))
+            # A .beton may have been renamed, its manifest with it.
+            shard = shards.get(name) if path.is_dir() else next(iter(shards.values()), None)
+            yield partial(_hash_faults, file, shard, stop)
         if images is None or check is None or number >= len(images.files):
             continue
         if manifest and path.is_dir():
@@ -121,17 +125,21 @@ def _one_fault(file: str, what: str) -> tuple[list[Fault], int]:
     return [Fault(file, -1, what)], 0
 
 
-def _hash_faults(file: Path, shard: Shard | None) -> tuple[list[Fault], int]:
+def _hash_faults(file: Path, shard: Shard | None, stop: Event) -> tuple[list[Fault], int]:
     if shard is None:
         return _one_fault(str(file), "is not in the manifest")
     size = file.stat().st_size
     if size != shard.bytes:
         return _one_fault(str(file), f"has {size:,} bytes, the manifest says {shard.bytes} (cut, replaced, or the manifest was edited)")
+    digest = hashlib.sha256()
     try:
-        if sha256_of(file) == shard.sha256:
-            return [], 0
+        with file.open("rb", buffering=0) as stream:
+            while (piece := stream.read(_READ_BYTES)) and not stop.is_set():
+                digest.update(piece)
     except OSError as error:
         return _one_fault(str(file), f"cannot be read ({error.strerror})")
+    if digest.hexdigest() == shard.sha256:
+        return [], 0
     return _one_fault(str(file), "its sha256 is not the manifest's: bytes have changed, or the manifest was edited")
 
 
@@ -157,8 +165,11 @@ def _chunks(images: Converted, number: int) -> Iterator[list[int]]:
             yield part.tolist()
 
 
-def _run(work: Iterator[Work], *, threads: int) -> Iterator[tuple[list[Fault], int]]:
-    """Everything that the pieces of work find, as they end: a long one, such as hashing a whole file, holds up no other."""
+def _run(work: Iterator[Work], *, threads: int, stop: Event) -> Iterator[tuple[list[Fault], int]]:
+    """Everything that the pieces of work find, as they end: a long one, such as hashing a whole file, holds up no other.
+
+    Sets `stop` when nobody waits for results any more.
+    """
     pending: set[Future[tuple[list[Fault], int]]] = set()
     with ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-verify") as pool:
         try:
@@ -170,4 +181,5 @@ def _run(work: Iterator[Work], *, threads: int) -> Iterator[tuple[list[Fault], i
                 for future in ended:
                     yield future.result()
         finally:
+            stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

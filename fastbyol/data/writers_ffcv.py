@@ -10,6 +10,7 @@ unused bytes, then the images. Readers look no further than the header's count.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,13 @@ from fastbyol.data.conversion import (
     Output,
     as_listing,
     convert_images,
-    disk_errors,
     encode_settings_as_plain,
     finish_report,
     make_manifest,
     make_task,
     open_work,
-    put_in_place,
-    require_free_name,
-    work_path,
 )
+from fastbyol.data.conversion_output import disk_errors, put_in_place, require_free_name, work_path
 from fastbyol.data.conversion_report import report_path
 from fastbyol.data.encode import EncodedImage, EncodeSettings, Outcome
 from fastbyol.data.image_listing import ImageListing
@@ -44,6 +42,7 @@ from fastbyol.data.work_folder import GrowingFile, WorkFolder, clear_if_finished
 RAW_PAGE_BYTES = 1 << 26
 """64 MiB: a raw image of 22 million pixels. Larger ones are stored as JPEG."""
 _DATA = "data"
+_TAKES_LONG_BYTES = 5 << 30
 
 
 def write_beton(
@@ -91,6 +90,8 @@ def write_beton(
             rows = convert_images(task, _BetonOutput(work, images=num, page_bytes=page_bytes), work, stop=stop)
             report = finish_report(task, rows, work)
             _write_tables(work.path / _DATA, rows, listing, page_bytes=page_bytes)
+            if (work.path / _DATA).stat().st_size > _TAKES_LONG_BYTES:
+                print(f"{out.name}: checksum of the whole file", file=sys.stderr, flush=True)
             shard = describe_shard(work.path / _DATA, name=out.name, samples=int((rows["outcome"] != Outcome.DROPPED).sum()))
             manifest = make_manifest("beton", task, rows, [shard], settings)
             new_manifest = work.path / "manifest.json"

@@ -21,16 +21,13 @@ from fastbyol.data.conversion import (
     Task,
     as_listing,
     convert_images,
-    disk_errors,
     encode_settings_as_plain,
     finish_report,
     make_manifest,
     make_task,
     open_work,
-    put_in_place,
-    require_free_name,
-    work_path,
 )
+from fastbyol.data.conversion_output import disk_errors, put_in_place, require_free_name, work_path
 from fastbyol.data.encode import EncodedImage, Outcome
 from fastbyol.data.image_listing import ImageListing
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, describe_shard, sha256_of, write_manifest
@@ -154,9 +151,7 @@ class TarOutput(Output):
         file = self._file = self._file or self._work.open(self._path(self._number))
         shard, offset = self._number, file.size + _BLOCK
         for extension, data in (("jpg", image.data), ("cls", _int64(label)), ("idx", _int64(index))):
-            member = tarfile.TarInfo(f"{index:08d}.{extension}")
-            member.size, member.mode = len(data), 0o644
-            file.write(member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK))
+            file.write(member_header(f"{index:08d}.{extension}", len(data)) + data + bytes(-len(data) % _BLOCK))
         if file.size >= self._shard_bytes:
             self._close()
         return shard, offset
@@ -197,6 +192,34 @@ class TarOutput(Output):
         lines = [_index_line(*row) for row in zip(*(rows[name].tolist() for name in ("index", "offset", "size")), strict=True)]
         index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]), encoding="ascii")
         return describe_shard(path, name=path.name, samples=len(rows), sha256=self._work.notes.get(_NOTE + self._path(number), ""))
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The header that tarfile writes for a file of mode 644 and no owner or time, at a fifth of its cost: two fields change, and their sum."""
+    name_field, size_field = name.encode("ascii"), b"%011o" % size
+    checksum = _OTHER_FIELDS_SUM + sum(name_field) + sum(size_field)
+    return b"".join(
+        (
+            name_field,
+            _HEADER[len(name_field) : _SIZE_AT],
+            size_field,
+            _HEADER[_SIZE_AT + 11 : _SUM_AT],
+            b"%06o\0 " % checksum,
+            _HEADER[_SUM_AT + 8 :],
+        )
+    )
+
+
+def _empty_header() -> bytes:
+    member = tarfile.TarInfo("")
+    member.mode = 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+# POSIX: where the 11 octal digits of the size and the 8 characters of the checksum stand, the latter counted as blanks.
+_SIZE_AT, _SUM_AT = 124, 148
+_HEADER = _empty_header()
+_OTHER_FIELDS_SUM = sum(_HEADER) - sum(_HEADER[_SIZE_AT : _SIZE_AT + 11]) - sum(_HEADER[_SUM_AT : _SUM_AT + 8]) + 8 * ord(" ")
 
 
 def _index_line(index: int, offset: int, size: int) -> str:
