@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.field_docs import field_docs
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
@@ -34,6 +35,8 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     parser.add_argument("--preset", default="r50_300ep", help="a named run to start from (python -m fastbyol presets lists them)")
     parser.add_argument("--config", action="config", help="a YAML file of options, for example a run folder's config.yaml")
     parser.add_class_arguments(TrainConfig, as_group=False)
+    if {"-h", "--help"} & set(arguments):
+        _explain(parser)
     parser.set_defaults(flatten(to_plain(preset_config(_preset_name(arguments)))))
     _refuse_unknown(arguments, parser)
     try:
@@ -42,6 +45,14 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
         raise UserError(_first_cause(str(error)) + _minus_hint(str(error), arguments)) from error
     values = namespace.as_dict()
     return from_plain(TrainConfig, {name: value for name, value in values.items() if name not in ("preset", "config")})
+
+
+def _explain(parser: argparse.ArgumentParser) -> None:
+    """Gives each option the text that stands below its field."""
+    docs = field_docs(TrainConfig)
+    for action in parser._actions:
+        if action.dest in docs:
+            action.help = docs[action.dest].replace("%", "%%") + " (default: %(default)s)"
 
 
 def _preset_name(arguments: Sequence[str]) -> str:

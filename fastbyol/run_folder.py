@@ -25,6 +25,8 @@ log = logging.getLogger("fastbyol")
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = "lock"
+CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, f"{CONFIG_FILE}.tmp"})
+"""What a start leaves that was killed before the config was there."""
 LOCK_PATIENCE_S = 15.0
 """A job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(
@@ -59,7 +61,7 @@ def check_run_folder(config: TrainConfig) -> None:
     folder = Path(config.out)
     if (folder / CONFIG_FILE).exists():
         _refuse_other_config(config, folder / CONFIG_FILE)
-    elif os.path.lexists(folder) and (not folder.is_dir() or any(p.name != LOCK_FILE for p in folder.iterdir())):
+    elif os.path.lexists(folder) and (not folder.is_dir() or any(p.name not in CUT_OFF_START for p in folder.iterdir())):
         raise UserError(f"out = {config.out!r}: exists and is not a run of fastbyol; choose a new folder")
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
+from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.progress import PROGRESS, live_line, progress_line
@@ -38,7 +39,10 @@ class RunLog:
         path = folder / METRICS_FILE
         kept = [r for r in read_metrics(folder) if r["step"] < first_step]
         unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        try:
+            unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        except OSError as error:
+            raise UserError(f"{unfinished}: cannot be written ({error.strerror}); make room, nothing is lost") from error
         unfinished.replace(path)
         self._earlier_s = kept[-1]["time_s"] if kept else 0.0
         self._start = self._counted_from = time.perf_counter()

@@ -7,14 +7,12 @@ import io
 import logging
 import pickle
 import random
-import resource
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from file_limit import files_no_larger_than
 
 from fastbyol.checkpoint import (
     CheckpointError,
@@ -195,17 +193,6 @@ def test_a_checkpoint_that_cannot_be_written_says_why_and_leaves_the_earlier_one
         _save(tmp_path, 2)
     assert load_checkpoint(checkpoint_path(tmp_path, 1))["step"] == 1
     assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """The system refuses to write more: a full disk that root cannot pass either."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_without_room_is_said_with_what_is_needed_and_leaves_no_half_file(tmp_path):

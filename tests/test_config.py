@@ -9,10 +9,12 @@ import yaml
 
 from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.config.plain import from_plain
+from fastbyol.config.field_docs import field_docs
+from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.config.views import ABLATIONS, PAPER, ViewSpec, blur_taps
+from fastbyol.run_folder import flatten
 
 
 def _parse(*arguments: str) -> TrainConfig:
@@ -131,6 +133,21 @@ def test_accumulation_follows_from_the_global_batch(global_batch, rank_batch, ra
 def test_a_global_batch_that_does_not_split_is_refused(global_batch, rank_batch, ranks):
     with pytest.raises(UserError, match=f"global_batch = {global_batch}: not divisible"):
         accumulation_of(TrainConfig(global_batch=global_batch, rank_batch=rank_batch), world_size=ranks)
+
+
+def test_help_says_what_each_option_means_and_its_value_in_the_preset(capsys):
+    with pytest.raises(SystemExit) as caught:
+        _parse("--preset", "cpu_demo", "--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "--resume RESUME auto: continue the run that `out` holds, or start it; must: only continue; never: only start. (default: auto)"
+        in text
+    )
+    assert "Per 256 images: the peak is base_lr * global_batch / 256. (default: 8.0)" in text
+    docs = field_docs(TrainConfig)
+    assert docs["views.view1.hue"] == "HSV hue plus d turns, d in [-hue, hue]."
+    assert docs.keys() <= flatten(to_plain(TrainConfig())).keys()
 
 
 def test_no_option_can_be_taken_for_one_of_torchruns():

@@ -9,21 +9,25 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from file_limit import files_no_larger_than
 from launched_run import state_digest
-from test_checkpoint import files_no_larger_than
 
 from fastbyol import load_encoder, run_folder, train
 from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
-from fastbyol.finite_check import first_not_finite
+from fastbyol.finite_check import FiniteCheck, first_not_finite
 from fastbyol.preemption import StopRequest
 from fastbyol.run_log import ESTIMATE_STEPS, UNCOUNTED_STEPS, RunLog, duration, read_metrics
+from fastbyol.run_plan import RunPlan
+from fastbyol.stop_vote import StopVote, Verdict
 from fastbyol.train import main
 
 SMALL = (
@@ -321,3 +325,55 @@ def test_durations_read_as_one_says_them():
 def test_metrics_after_a_line_that_was_cut_are_still_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n{"st')
     assert [r["step"] for r in read_metrics(tmp_path)] == [0, 2]
+
+
+def test_the_first_step_that_is_not_finite_is_counted_over_its_micro_batches():
+    check = FiniteCheck(forwards_per_step=3)
+    assert check.first_bad_step() is None
+    for forward in range(12):
+        check.add(torch.tensor(torch.nan if forward in (7, 9) else 1.0))
+        assert check.first_bad_step() == (2 if forward >= 7 else None)
+
+
+def test_a_tensor_that_is_not_finite_is_named_wherever_it_is():
+    state = {"a": [torch.zeros(2), {"b": torch.tensor([0.0, -torch.inf])}], "c": torch.empty(0), "d": torch.tensor([3]), "e": "text"}
+    assert first_not_finite(state) == "a.1.b"
+    state["a"][1]["b"] = torch.ones(2, dtype=torch.bfloat16)
+    assert first_not_finite(state) is None
+    state["f"] = torch.tensor([torch.nan, 1.0], dtype=torch.bfloat16)
+    assert first_not_finite(state) == "f"
+
+
+def test_one_process_needs_no_vote():
+    vote = StopVote(rank=0, world_size=1)
+    assert vote.cast(stop=False, bad_step=None, settle=False) == Verdict(stop=False, bad_step=None, bad_rank=None)
+    assert vote.cast(stop=True, bad_step=12, settle=False) == Verdict(stop=True, bad_step=12, bad_rank=0)
+
+
+def test_the_plan_of_a_run_is_read_off_the_step():
+    """1000 epochs of ImageNet at 4096: 312.7 steps an epoch, 312784 in all (the official README's count)."""
+    config = replace(preset_config("r50_1000ep"), keep_every_epochs=100.0, checkpoint_every=5000)
+    plan = RunPlan.of(config, num_samples=1_281_167)
+    assert plan.total_steps == 312_784
+    assert [done for done in range(1, 100_000) if plan.stays(done)] == [31_279, 62_557, 93_836]
+    assert plan.saves(5000)
+    assert plan.saves(31_279)
+    assert plan.saves(312_784)
+    assert not plan.saves(31_278)
+    assert plan.logs(312_784)
+    assert not plan.logs(312_783)
+    assert plan.epoch(31_279) == pytest.approx(100.0, abs=1e-2)
+
+
+def test_a_start_that_was_cut_off_before_its_config_was_written_leaves_the_folder_usable(arguments, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("lock", "provenance.json", "config.yaml.tmp"):
+        (out / name).write_text("")
+    main([*arguments, "--epochs", "0.4", "--out", str(out)])
+    assert checkpoint_steps(out) == [1]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    code, said = _ends([*arguments, "--out", str(tmp_path / "other")], capsys)
+    assert code == 2
+    assert "exists and is not a run of fastbyol" in said

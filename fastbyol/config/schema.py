@@ -179,6 +179,7 @@ class TrainConfig:
     rank_batch: int = 0
     """Images per device in one forward; 0: global_batch / devices. A smaller one accumulates gradients (and BN sees that fewer images)."""
     seed: int = 0
+    """Of the first weights, the order of the images, and their views."""
     log_every: int = 10
     """Optimizer steps between two progress lines."""
     checkpoint_every: int = 500

@@ -1,0 +1,36 @@
+"""What the options mean: the texts that stand below a dataclass's fields, for --help."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import typing
+
+
+def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
+    """The documented fields of a dataclass and of the dataclasses inside it, by dotted name."""
+    hints, texts = typing.get_type_hints(cls), _texts_below_fields(cls)
+    docs: dict[str, str] = {}
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            docs |= field_docs(typing.cast(type, hints[field.name]), f"{name}.")
+        elif field.name in texts:
+            docs[name] = texts[field.name]
+    return docs
+
+
+def _texts_below_fields(cls: type) -> dict[str, str]:
+    """{field: docstring}, lines joined. Python keeps no such docstrings, so they are read from the source."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for statement, below in itertools.pairwise(definition.body):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+            found[statement.target.id] = " ".join(below.value.value.split())
+    return found
