@@ -193,6 +193,8 @@ def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(ten: Path, 
     with pytest.raises(BadImage):
         write_tar_shards(ten, out=out, workers=1, seed=2, overwrite="replace", options=ConversionOptions(strict=True))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (tmp_path / ".x.replaced").mkdir()  # of a run that was killed just before its end
+    (tmp_path / ".x.replaced" / "shard-00000.tar").touch()
     write_tar_shards(ten, out=out, workers=1, seed=2, overwrite="replace")
     assert read_manifest(out / "manifest.json").settings["seed"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ten", "x"]

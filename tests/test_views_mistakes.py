@@ -16,6 +16,7 @@ from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair, ViewSpec
 from fastbyol.data import beton as beton_format
 from fastbyol.data import build_loader
+from fastbyol.data.conversion import ConversionOptions
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer
 from fastbyol.data.source import Indices, Pixels, Source
@@ -38,13 +39,15 @@ def test_a_foreign_file_in_a_folder_is_named_by_the_loader_and_by_both_converter
     folder = make_folder(good_png=Image.new("RGB", (9, 9)), bad_jpg=content)
     with pytest.raises(UserError, match=r"bad\.jpg.* does not decode"):
         first_batch(folder)
+    strict = ConversionOptions(strict=True)
     for convert in (
-        lambda: write_beton(folder, out=tmp_path / "x.beton", workers=1),
-        lambda: write_tar_shards(folder, out=tmp_path / "tar", workers=1),
+        lambda: write_beton(folder, out=tmp_path / "x.beton", workers=1, options=strict),
+        lambda: write_tar_shards(folder, out=tmp_path / "tar", workers=1, options=strict),
     ):
         with pytest.raises(UserError, match=r"bad\.jpg"):
             convert()
-    assert not list(tmp_path.glob("*x.beton*")) + list(tmp_path.glob("*tar*"))
+    assert not (tmp_path / "x.beton").exists()
+    assert not (tmp_path / "tar").exists()
 
 
 def test_a_beton_cut_anywhere_is_refused_at_once(beton: Path, tmp_path: Path) -> None:

@@ -202,15 +202,19 @@ class _Pass:
                 if not self._unreadable:  # what a lost disk did is not for keeps
                     self._work.flush_due(self._done)
         except Stopped as stopped:
-            if stopped.orderly and not self._unreadable:
-                self._work.flush(self._done)
+            if stopped.orderly:
+                self._keep()
             message = f"{self._task.out}: stopped at {self._done:,} of {total:,} images; the same command continues"
             raise Stopped(stopped.signal_number, message) from None
         except UserError:
-            if not self._unreadable:
-                self._work.flush(self._done)
+            self._keep()
             raise
         self._work.flush(self._done)
+
+    def _keep(self) -> None:
+        """Puts on disk what was done, if anything was."""
+        if self._done > self._work.done and not self._unreadable:
+            self._work.flush(self._done)
 
     def _take(self, index: int, encoded: Encoded) -> None:
         if isinstance(encoded, DroppedImage):

@@ -42,6 +42,7 @@ def put_in_place(new: Path, out: Path) -> None:
     """Gives a complete file or folder its name. What had it before is whole until the new one is there, and removed only then."""
     old = out.with_name(f".{out.name}.replaced")
     if new.is_dir() and out.exists():  # a folder cannot be renamed onto one that is not empty
+        shutil.rmtree(old, ignore_errors=True)  # of a former run that was killed just before it had removed this
         os.replace(out, old)
     os.replace(new, out)
     flush_to_disk(out.parent)

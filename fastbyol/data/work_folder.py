@@ -122,20 +122,22 @@ class WorkFolder:
 
     def discard(self) -> None:
         """Removes the folder: the output is complete."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.close()
+        self._let_go(keep=False)
 
     def close(self) -> None:
         """Lets go of the files and the lock. What the journal knows of stays for the next run; without any entry nothing does."""
+        self._let_go(keep=(self.path / _JOURNAL).exists())
+
+    def _let_go(self, *, keep: bool) -> None:
         if not self._is_open:
             return
         self._is_open = False
         for file in self._files.values():
             file.abandon()
         self._flusher.shutdown(wait=True)
-        if not (self.path / _JOURNAL).exists():
+        if not keep:
             shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        os.close(self._lock)  # last: from here on the path may be another's
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +163,7 @@ class WorkFolder:
 
     def _check_identity(self, identity: Mapping[str, Any]) -> None:
         path = self.path / _SETTINGS
-        if not path.exists():
+        if not (path.exists() and (self.path / _JOURNAL).exists()):  # nothing in it is worth a complaint
             _empty(self.path)
             write_durably(path, json.dumps(identity, indent=1))
             return
@@ -197,10 +199,12 @@ class WorkFolder:
             raise UserError(f"{self.path / name}: not readable ({error}); begin anew with --restart") from error
 
 
-def clear_if_finished(folder: Path, *, data: str) -> None:
+def clear_if_finished(folder: Path, *, data: str, output: Path) -> None:
     """Removes the work folder of a conversion that was killed when its `data` had just taken its final place."""
-    if (folder / _JOURNAL).exists() and not (folder / data).exists():
+    if output.exists() and (folder / _JOURNAL).exists() and not (folder / data).exists():
+        lock = _locked(folder, output)
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -75,7 +75,7 @@ def write_beton(
     if shuffle_seed is not None:
         require(0 <= shuffle_seed < 2**63, "shuffle-seed", shuffle_seed, "an integer in [0, 2^63)")
     with stop_signals() as stop, disk_errors(out):
-        clear_if_finished(work_path(out), data=_DATA)
+        clear_if_finished(work_path(out), data=_DATA, output=out)
         require_free_name(out, overwrite=overwrite)
         listing = as_listing(data)
         num = len(listing.files)

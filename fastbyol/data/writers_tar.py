@@ -77,7 +77,7 @@ def write_tar_shards(
     options = options or ConversionOptions()
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
     with stop_signals() as stop, disk_errors(out):
-        clear_if_finished(work_path(out), data=SHARDS_FOLDER)
+        clear_if_finished(work_path(out), data=SHARDS_FOLDER, output=out)
         require_free_name(out, overwrite=overwrite, marker=TAR_MANIFEST)
         listing = as_listing(data)
         order = shuffled(listing, seed=seed)
