@@ -29,6 +29,7 @@ from fastbyol.checkpoint import check_resume, checkpoint_path, checkpoint_steps
 from fastbyol.checkpoint_writer import CheckpointWriter
 from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Diverged, Lost, one_line_errors
+from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
@@ -46,7 +47,7 @@ from fastbyol.precision import autocast, build_scaler, prepare_model
 from fastbyol.preemption import StopRequest, end_with_torchrun
 from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.profiling import StepProfiler
-from fastbyol.run_folder import check_run_folder, locked_run_folder, open_run_folder
+from fastbyol.run_folder import CONFIG_FILE, check_run_folder, flatten, locked_run_folder, open_run_folder
 from fastbyol.run_log import RunLog, close_logging, configure_logging
 from fastbyol.run_plan import RunPlan
 from fastbyol.stop_vote import StopVote, Verdict
@@ -244,6 +245,9 @@ def diverged(verdict: Verdict, state: TrainState, plan: RunPlan, folder: Path, *
 def announce(config: TrainConfig, process: Process, state: TrainState, *, first_step: int, total_steps: int) -> None:
     """What runs, in the first lines of the log: an old installed copy, a wrong data set or batch is seen here."""
     log.info("fastbyol %s from %s", fastbyol.__version__, Path(fastbyol.__file__).parent)
+    defaults = flatten(to_plain(TrainConfig()))
+    chosen = [f"{name}={value}" for name, value in flatten(to_plain(config)).items() if value != defaults[name]]
+    log.info("config, all of it in %s: %s", Path(config.out) / CONFIG_FILE, " ".join(chosen))
     loader = state.loader
     log.info("%s: %d images of %d classes, backend %s", config.data.train, loader.num_samples, len(loader.class_names), loader.backend)
     accumulate = accumulation_of(config, world_size=process.world_size)

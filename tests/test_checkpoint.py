@@ -203,6 +203,18 @@ def test_a_disk_without_room_is_said_with_what_is_needed_and_leaves_no_half_file
     assert load_newest(tmp_path)["step"] == 1
 
 
+def test_a_folder_that_cannot_be_made_is_said_and_training_goes_on(tmp_path, heard):
+    (tmp_path / "checkpoints").write_text("a file in the folder's place")
+    writer = CheckpointWriter(tmp_path, keep=9)
+    writer.save(_state(1), step=1)
+    writer.wait()
+    assert "checkpoints/step-000000001.pt" in heard.text
+    (tmp_path / "checkpoints").unlink()
+    writer.save(_state(2), step=2)
+    writer.close()
+    assert checkpoint_steps(tmp_path) == [2]
+
+
 def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path, heard):
     _save(tmp_path, 1)
     folder = tmp_path / "checkpoints"

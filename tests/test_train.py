@@ -71,19 +71,6 @@ def test_each_backend_trains_the_very_same_network(backend, data_paths, folder_r
     assert _same_state(*(load_checkpoint(checkpoint_path(run, 6)) for run in (out, folder_run)))
 
 
-@pytest.mark.parametrize("stopped_at", [2, 4])
-def test_a_stopped_run_continues_to_bitwise_the_same_end(stopped_at, data_paths, folder_run, tmp_path):
-    """Step 2 lies in the middle of the first epoch, step 4 in the middle of the second."""
-    out = tmp_path / "stopped"
-    arguments = [*SMALL, "--data.train", str(data_paths["folder"]), "--out", str(out)]
-    main(arguments)
-    for step in (s for s in checkpoint_steps(out) if s > stopped_at):
-        checkpoint_path(out, step).unlink()
-    main(arguments)
-    assert _losses(out) == _losses(folder_run)
-    assert _same_state(*(load_checkpoint(checkpoint_path(run, 6)) for run in (out, folder_run)))
-
-
 def test_a_complete_run_is_left_alone(data_paths, folder_run):
     before = checkpoint_path(folder_run, 6).stat().st_mtime_ns
     free = ["--data.workers", "2", "--log_every", "3"]
