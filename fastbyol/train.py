@@ -29,7 +29,7 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.models.resnet import check_image_size
-from fastbyol.models.sync_batchnorm import convert_to_cross_replica
+from fastbyol.models.view_batchnorm import use_all_ranks
 from fastbyol.monitors import Monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.precision import autocast, build_scaler, prepare_model
@@ -128,7 +128,7 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     model: nn.Module = byol
     if process.world_size > 1:
         if config.precision.cross_replica_bn:
-            convert_to_cross_replica(byol)
+            use_all_ranks(byol)
         prepare_model(byol, config.precision, device=process.device)
         # BN buffers are equal on all ranks by construction (or each rank's own), so no broadcast before each forward. torch 2.14 has a new name
         # for the option, which 2.11 does not know, and warns.

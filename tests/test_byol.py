@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from fastbyol.byol import BYOL, build_byol
 from fastbyol.config.schema import ModelConfig, ObjectiveConfig
 from fastbyol.models import build_encoder
+from fastbyol.models.view_batchnorm import convert_to_batchnorm
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
 from fastbyol.schedules import lr_at, tau_at
@@ -131,15 +133,23 @@ def test_five_optimizer_steps_agree_with_a_straightforward_implementation_to_1e_
     assert moved > 1e-2, "the comparison says nothing unless the weights moved"
 
 
-def test_each_view_is_normalised_with_its_own_statistics():
+def test_each_view_is_normalised_with_its_own_statistics_as_if_it_had_come_alone():
+    """Against torch's own batch norm, one view after the other: outputs, gradients and running statistics."""
     byol = _small_byol().train()
+    alone = convert_to_batchnorm(copy.deepcopy(byol.online))
+    assert isinstance(alone.encoder.bn1, nn.BatchNorm2d)
+    assert isinstance(alone.projector[1], nn.BatchNorm1d)
     view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
-    label = torch.zeros(6, dtype=torch.long)
-    together = byol(view1, view2, label)
-    alone = byol.online(view1)
-    torch.testing.assert_close(together.projection, alone.projection)
-    joined = byol.online(torch.cat([view1, 3 * view2]))
-    assert not torch.allclose(joined.projection[:6], alone.projection, rtol=1e-3)
+    joint = byol.online(view1, 3 * view2)
+    for output, view in zip(joint, (view1, 3 * view2), strict=True):
+        expected = alone.predictor(alone.projector(alone.encoder(view)))
+        torch.testing.assert_close(output.prediction, expected, rtol=1e-12, atol=1e-12)
+        output.prediction.pow(3).sum().backward(retain_graph=True)
+        expected.pow(3).sum().backward()
+    for (name, ours), theirs in zip(byol.online.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9, msg=name)
+    for (name, ours), theirs in zip(byol.online.state_dict().items(), alone.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=name)
 
 
 def test_the_target_has_no_gradient_trains_its_own_statistics_and_moves_only_when_told():
@@ -171,8 +181,8 @@ def test_the_probe_never_reaches_the_encoder():
 
 def test_without_a_predictor_the_prediction_is_the_projection():
     byol = _small_byol(predictor_layers=0)
-    out = byol.online(torch.randn(4, 3, 16, 16, dtype=torch.float64))
-    assert torch.equal(out.prediction, out.projection)
+    for out in byol.online(*torch.randn(2, 4, 3, 16, 16, dtype=torch.float64)):
+        assert torch.equal(out.prediction, out.projection)
 
 
 def test_the_target_starts_as_a_copy_of_the_online_network_whatever_the_initialisation():
@@ -220,10 +230,10 @@ def test_every_row_of_the_papers_infonce_grid_runs_and_sends_gradients_where_it_
     assert torch.isfinite(output.loss)
     assert byol.online.encoder.conv1.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in byol.target.parameters())
-    keys = {"ema": byol.target(view1), "online": byol.online(view1).projection, "stop_gradient": byol.online(view1).projection}[target]
-    cosine = torch.nn.functional.cosine_similarity(byol.online(view2).prediction, keys).mean()
-    back = {"ema": byol.target(view2), "online": byol.online(view2).projection, "stop_gradient": byol.online(view2).projection}[target]
-    cosine = (cosine + torch.nn.functional.cosine_similarity(byol.online(view1).prediction, back).mean()) / 2
+    online1, online2 = byol.online(view1, view2)
+    key1, key2 = byol.target(view1, view2) if target == "ema" else (online1.projection, online2.projection)
+    directions = ((online2.prediction, key1), (online1.prediction, key2))
+    cosine = sum(torch.nn.functional.cosine_similarity(q, k).mean() for q, k in directions) / 2
     assert output.alignment.item() == pytest.approx(cosine.item(), abs=1e-9)
 
 
@@ -234,7 +244,7 @@ def test_simclr_is_the_row_without_predictor_and_target_at_beta_one():
     byol = build_byol(config, num_classes=5, objective=ObjectiveConfig(beta=1.0, alpha=0.5, target="online")).double().train()
     view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
     loss = byol(view1, view2, torch.zeros(6, dtype=torch.long)).loss.item()
-    z = torch.cat([byol.online(view1).projection, byol.online(view2).projection]).detach()
+    z = torch.cat([output.projection for output in byol.online(view1, view2)]).detach()
     z = z / z.norm(dim=1, keepdim=True)
     nt_xent = 0.0
     for i in range(12):

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastbyol.byol import BYOL_OBJECTIVE, build_byol
 from fastbyol.config.schema import ModelConfig, ObjectiveConfig
-from fastbyol.models.sync_batchnorm import CrossReplicaBatchNorm, convert_to_cross_replica
+from fastbyol.models.view_batchnorm import ViewBatchNorm, convert_to_batchnorm, convert_to_view_batchnorm, use_all_ranks
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
 
@@ -65,7 +65,8 @@ def _rank(rank: int, folder: str, split: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     share = slice(0, split) if rank == 0 else slice(split, 16)
-    module = convert_to_cross_replica(_network())
+    module = convert_to_view_batchnorm(_network(), views=1)
+    use_all_ranks(module)
     x = _images(16)[share].clone().requires_grad_()
     y = module(x)
     (y**3).sum().backward()
@@ -74,10 +75,12 @@ def _rank(rank: int, folder: str, split: int) -> None:
         dist.all_reduce(gradient)
     half = slice(4 * rank, 4 * rank + 4)
     contrastive, views, label = _byol_and_batch(SIMCLR_WITH_PREDICTOR)
-    ddp = DistributedDataParallel(convert_to_cross_replica(contrastive), broadcast_buffers=False)
+    use_all_ranks(contrastive)
+    ddp = DistributedDataParallel(contrastive, broadcast_buffers=False)
     _byol_steps(ddp, contrastive, views[:, half], label[half], steps=2)
     byol, views, label = _byol_and_batch()
-    ddp = DistributedDataParallel(convert_to_cross_replica(byol), broadcast_buffers=False, gradient_as_bucket_view=True)
+    use_all_ranks(byol)
+    ddp = DistributedDataParallel(byol, broadcast_buffers=False, gradient_as_bucket_view=True)
     losses = torch.tensor(_byol_steps(ddp, byol, views[:, half], label[half], steps=3), dtype=torch.float64)
     dist.all_reduce(losses)
     torch.save(
@@ -135,20 +138,46 @@ def test_negatives_come_from_all_ranks_with_their_gradients(ranks):
 
 
 def test_conversion_moves_the_very_tensors_keeps_names_and_leaves_the_target_frozen():
-    byol, _, _ = _byol_and_batch()
-    names = list(byol.state_dict())
-    weight = byol.online.encoder.bn1.weight
-    convert_to_cross_replica(byol)
-    assert list(byol.state_dict()) == names
-    assert byol.online.encoder.bn1.weight is weight
-    assert isinstance(byol.online.encoder.bn1, CrossReplicaBatchNorm)
-    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in byol.modules())
-    assert not any(p.requires_grad for p in byol.target.parameters())
+    network = _network()
+    names, weight, mean = list(network.state_dict()), network[1].weight, network[1].running_mean
+    network[1].weight.requires_grad_(False)
+    convert_to_view_batchnorm(network, views=2)
+    assert list(network.state_dict()) == names
+    assert isinstance(network[1], ViewBatchNorm)
+    assert network[1].weight is weight
+    assert network[1].running_mean is mean
+    assert not network[1].weight.requires_grad
+    convert_to_batchnorm(network)
+    assert [type(network[i]) for i in (1, 4, 7)] == [nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm1d]
+    assert network[1].weight is weight
 
 
-def test_on_one_process_it_is_plain_batch_norm():
-    plain = _network()
-    converted = convert_to_cross_replica(_network())
-    x = _images(6)
-    assert torch.equal(plain(x), converted(x))
-    assert torch.equal(plain.eval()(x), converted.eval()(x))
+def test_torchs_sync_batch_norm_is_converted_and_its_state_loads_both_ways():
+    plain, synced = _network(), nn.SyncBatchNorm.convert_sync_batchnorm(_network())
+    plain(_images(6))
+    converted = convert_to_view_batchnorm(synced, views=2)
+    converted.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(converted.eval()(_images(5)), plain.eval()(_images(5)))
+    assert isinstance(convert_to_batchnorm(converted)[4], nn.SyncBatchNorm)
+    _network().load_state_dict(converted.state_dict())
+
+
+def test_on_one_process_each_view_is_normalised_alone_whatever_the_momentum():
+    for momentum in (0.1, None):
+        plain = nn.BatchNorm2d(6, momentum=momentum)
+        converted = convert_to_view_batchnorm(nn.BatchNorm2d(6, momentum=momentum), views=2)
+        use_all_ranks(converted)
+        x = torch.randn(8, 6, 5, 5).to(memory_format=torch.channels_last)
+        joint = converted(x)
+        assert joint.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(joint, torch.cat([plain(x[:4]), plain(x[4:])]))
+        for ours, theirs in zip(converted.buffers(), plain.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(plain.eval()(x), converted.eval()(x))
+
+
+def test_a_batch_that_does_not_hold_the_views_and_a_norm_that_does_more_are_refused():
+    with pytest.raises(ValueError, match="batch of 7 does not hold 2 views"):
+        convert_to_view_batchnorm(nn.BatchNorm1d(3), views=2)(torch.zeros(7, 3))
+    with pytest.raises(ValueError, match="InstanceStyleNorm: a batch norm of this class"):
+        convert_to_view_batchnorm(type("InstanceStyleNorm", (nn.BatchNorm2d,), {})(3), views=2)
