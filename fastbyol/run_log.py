@@ -22,6 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 PROVENANCE_FILE = "provenance.json"
 FREE_TO_CHANGE = frozenset(
     {"out", "log_every", "checkpoint_every", "keep_checkpoints", "data.train", "data.backend", "data.workers", "data.prefetch"}
+    | {"precision.compile_cache"}
 )
 """A run may continue with other values of these: they do not touch what it computes. The number of images is checked on its own."""
 

@@ -10,7 +10,6 @@ The same command again continues the run where it stopped. Method: Grill et al.,
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -28,6 +27,7 @@ from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 from fastbyol.data.loader import TwoViewLoader
+from fastbyol.data_parallel import replicate
 from fastbyol.models.resnet import check_image_size
 from fastbyol.models.view_batchnorm import use_all_ranks
 from fastbyol.monitors import Monitor
@@ -125,18 +125,10 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     )
     torch.manual_seed(config.seed)
     byol = build_byol(config.model, num_classes=len(loader.class_names), objective=config.objective)
-    model: nn.Module = byol
-    if process.world_size > 1:
-        if config.precision.cross_replica_bn:
-            use_all_ranks(byol)
-        prepare_model(byol, config.precision, device=process.device)
-        # BN buffers are equal on all ranks by construction (or each rank's own), so no broadcast before each forward. torch 2.14 has a new name
-        # for the option, which 2.11 does not know, and warns.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            model = DistributedDataParallel(byol, broadcast_buffers=False, gradient_as_bucket_view=True)
-    else:
-        prepare_model(byol, config.precision, device=process.device)
+    if config.precision.cross_replica_bn:
+        use_all_ranks(byol)
+    prepare_model(byol, config.precision, device=process.device)
+    model = replicate(byol, config.precision, accumulate=accumulation_of(config, world_size=process.world_size))
     optimizer = build_optimizer(config.optim, byol)
     return TrainState(
         byol=byol, model=model, optimizer=optimizer, scaler=build_scaler(config.precision, device=process.device), loader=loader
