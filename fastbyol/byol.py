@@ -16,6 +16,7 @@ from fastbyol.models.resnet import truncated_normal_
 from fastbyol.models.view_batchnorm import convert_to_view_batchnorm
 from fastbyol.objectives import byol_loss, infonce_beta_loss
 from fastbyol.optim.ema import ema_update
+from fastbyol.optim.multi_tensor import TargetUpdate
 
 BYOL_OBJECTIVE = ObjectiveConfig()
 NUM_VIEWS = 2
@@ -154,6 +155,10 @@ class BYOL(nn.Module):
     def update_target(self, tau: float | Tensor) -> None:
         """Moves the target's parameters towards the online ones; call it once after each optimizer step. BN statistics stay each network's own."""
         ema_update(self._target_parameters(), self._online_parameters(), tau)
+
+    def target_update(self, tau: float | Tensor) -> TargetUpdate:
+        """The same for `LARS.step(target_update=...)`, which moves each target while its parameter is in cache."""
+        return TargetUpdate.of(self._target_parameters(), self._online_parameters(), tau)
 
     def _target_parameters(self) -> list[Tensor]:
         return [*self.target.encoder.parameters(), *self.target.projector.parameters()]

@@ -28,10 +28,11 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data_parallel import replicate
-from fastbyol.models.resnet import check_image_size
+from fastbyol.models.encoder import check_image_size
 from fastbyol.models.view_batchnorm import use_all_ranks
 from fastbyol.monitors import Monitor
 from fastbyol.optim.build import build_optimizer
+from fastbyol.optim.lars import LARS
 from fastbyol.precision import autocast, build_scaler, prepare_model
 from fastbyol.process_group import Process, join_process_group, leave_process_group
 from fastbyol.run_log import RunLog, configure_logging, open_run_folder
@@ -100,10 +101,13 @@ def train_step(
             state.scaler.scale((output.loss + output.probe_loss) / accumulate).backward()
         monitor.add(output)
     state.scaler.unscale_(state.optimizer)
-    state.scaler.step(state.optimizer)
+    if isinstance(state.optimizer, LARS):  # moves the target in the same pass over memory
+        state.scaler.step(state.optimizer, target_update=state.byol.target_update(tau))
+    else:
+        state.scaler.step(state.optimizer)
+        state.byol.update_target(tau)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.byol.update_target(tau)
     monitor.step()
     return output
 

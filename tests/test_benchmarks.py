@@ -18,7 +18,19 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
 from benchmarks import run as command  # noqa: E402
-from benchmarks.cases import CASES, augment, demo_step, ema, lars, load_case, loader, step  # noqa: E402
+from benchmarks.cases import (  # noqa: E402
+    CASES,
+    augment,
+    batchnorm,
+    demo_step,
+    ema,
+    fused_update,
+    lars,
+    load_case,
+    loader,
+    step,
+    step_resnet18,
+)
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report import case_table, headers, report_markdown  # noqa: E402
@@ -42,10 +54,16 @@ TINY_CASES = {
     "augment": (augment, augment.Size(images=2, rounds=1, size_px=16, scale=0.1)),
     "ema": (ema, ema.Size(rounds=2, model=TINY_MODEL)),
     "lars": (lars, lars.Size(rounds=2, model=TINY_MODEL)),
+    "fused_update": (fused_update, fused_update.Size(rounds=2, model=TINY_MODEL)),
+    "batchnorm": (batchnorm, batchnorm.Size(rounds=2, batch=2, shapes=((8, 6), (16, 3)))),
     "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
+    "step_resnet18": (step_resnet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
     "demo_step": (demo_step, demo_step.Size(steps=2, rounds=1, batch=8)),
 }
-EXPECTED_ROWS = {"loader": 11, "augment": 3, "ema": 4, "lars": 4, "step": 4, "demo_step": 3}
+EXPECTED_ROWS = {
+    **{"loader": 11, "augment": 3, "ema": 4, "lars": 4, "fused_update": 5, "batchnorm": 5},
+    **{"step": 4, "step_resnet18": 4, "demo_step": 3},
+}
 
 
 def test_an_estimate_is_the_median_and_the_order_statistics_that_enclose_it_with_95_percent():

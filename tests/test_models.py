@@ -10,9 +10,10 @@ from golden_weights import DebiasedStatistics, encoder_name, load_parameters, re
 
 from fastbyol.config.errors import UserError
 from fastbyol.models import build_encoder
+from fastbyol.models.encoder import check_image_size
 from fastbyol.models.heads import mlp_head
 from fastbyol.models.padding import SameConv2d, SameMaxPool2d
-from fastbyol.models.resnet import Bottleneck, ResNet, check_image_size, truncated_normal_
+from fastbyol.models.resnet import Bottleneck, ResNet, truncated_normal_
 
 GOLDEN = Path(__file__).parent / "golden"
 

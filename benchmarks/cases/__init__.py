@@ -14,7 +14,7 @@ from benchmarks.record import CaseResult
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
 
-CASES = ("loader", "augment", "ema", "lars", "step", "demo_step")
+CASES = ("loader", "augment", "ema", "lars", "fused_update", "batchnorm", "step", "step_resnet18", "demo_step")
 
 
 class Case(Protocol):
