@@ -63,9 +63,7 @@ def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device
     if config.compile_cache:
         _use_cache(config.compile_cache)
     if reason := _cannot_compile(device):
-        log.warning(
-            "precision.compile: this machine cannot compile (%s); the run goes on without, slower or not as the case may be", reason
-        )
+        log.warning("precision.compile: nothing compiles on this machine (%s); the run goes on in eager mode", reason)
         return
     module.compile(fullgraph=True, dynamic=False, mode=config.compile_mode)
 
