@@ -16,6 +16,7 @@ beside that arithmetic, and beyond some 16 GPUs is what limits the step.
 
 from __future__ import annotations
 
+import multiprocessing as mp
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from benchmarks.record import CaseResult, make_result
@@ -106,17 +106,18 @@ def _activations(size: Size) -> list[Tensor]:
 def _second_rank(size: Size, scratch: Path) -> Iterator[None]:
     """This process is rank 0 of two inside; the other one does what `measure` will do here."""
     store = str(scratch / "store")
-    context = mp.spawn(_follow, args=(size, store), nprocs=1, join=False)
-    _join_group(0, store)
+    other = mp.get_context("spawn").Process(target=_follow, args=(size, store))
+    other.start()
     try:
+        _join_group(0, store)
         yield
-        while not context.join():
-            pass
+        other.join()
     finally:
+        other.kill()  # it is alive only where something went wrong here
         dist.destroy_process_group()
 
 
-def _follow(_: int, size: Size, store: str) -> None:
+def _follow(size: Size, store: str) -> None:
     torch.set_num_threads(1)
     _join_group(1, store)
     work = _across_ranks(size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -55,10 +57,11 @@ def _timm_optimizer(config: OptimConfig, groups: list[dict[str, object]]) -> Opt
         import timm.optim
     except ImportError as error:
         raise UserError(f"optim.name = {config.name!r}: timm is not installed; pip install 'fastbyol[timm]'") from error
-    if name not in timm.optim.list_optimizers():
-        near = nearest_name(config.name, [TIMM_PREFIX + known for known in timm.optim.list_optimizers()])
+    known = [str(each) for each in timm.optim.list_optimizers()]
+    if name not in known:
+        near = nearest_name(config.name, [TIMM_PREFIX + each for each in known])
         raise UserError(f"optim.name = {config.name!r}: timm {timm.__version__} has no such optimizer{near}")
-    trust = {"trust_coeff": config.trust_coefficient} if name in ("lars", "larc", "nlars", "nlarc") else {}
+    trust: dict[str, Any] = {"trust_coeff": config.trust_coefficient} if name in ("lars", "larc", "nlars", "nlarc") else {}
     try:
         return timm.optim.create_optimizer_v2(groups, opt=name, lr=0.0, weight_decay=config.weight_decay, momentum=config.momentum, **trust)
     except (ValueError, AssertionError, RuntimeError, ImportError) as error:  # CUDA or another package is missing, or it takes no schedule
