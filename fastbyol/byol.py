@@ -13,10 +13,13 @@ from fastbyol.config.schema import ModelConfig, ObjectiveConfig
 from fastbyol.models import encoder_from
 from fastbyol.models.heads import mlp_head
 from fastbyol.models.resnet import truncated_normal_
+from fastbyol.models.view_batchnorm import convert_to_view_batchnorm
 from fastbyol.objectives import byol_loss, infonce_beta_loss
 from fastbyol.optim.ema import ema_update
+from fastbyol.optim.multi_tensor import TargetUpdate
 
 BYOL_OBJECTIVE = ObjectiveConfig()
+NUM_VIEWS = 2
 
 
 class OnlineOutput(NamedTuple):
@@ -47,7 +50,7 @@ class BYOLOutput(NamedTuple):
 
 
 class Online(nn.Module):
-    """encoder, projector, predictor."""
+    """encoder, projector, predictor; in training each view has batch statistics of its own."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> None:
         super().__init__()
@@ -55,10 +58,13 @@ class Online(nn.Module):
         self.projector = projector
         self.predictor = predictor
 
-    def forward(self, view: Tensor) -> OnlineOutput:
-        feature = self.encoder(view)
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[OnlineOutput, OnlineOutput]:
+        """What each view (N, 3, H, W) becomes; both travel as one batch."""
+        feature = self.encoder(torch.cat([view1, view2]))
         projection = self.projector(feature)
-        return OnlineOutput(feature, projection, self.predictor(projection))
+        halves = (x.chunk(NUM_VIEWS) for x in (feature, projection, self.predictor(projection)))
+        output1, output2 = (OnlineOutput(*half) for half in zip(*halves, strict=True))
+        return output1, output2
 
 
 class Target(nn.Module):
@@ -71,9 +77,10 @@ class Target(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, view: Tensor) -> Tensor:
-        """The projection (N, D), without gradient."""
-        return self.projector(self.encoder(view))
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
+        """The projection (N, D) of each view, without gradient."""
+        projection1, projection2 = self.projector(self.encoder(torch.cat([view1, view2]))).chunk(NUM_VIEWS)
+        return projection1, projection2
 
 
 class BYOL(nn.Module):
@@ -109,17 +116,18 @@ class BYOL(nn.Module):
         if predictor_layers:
             predictor = mlp_head(projection_dim, hidden_dim=hidden_dim, out_dim=projection_dim, layers=predictor_layers)
         self.online = Online(encoder, projector, predictor)
+        convert_to_view_batchnorm(self.online, views=NUM_VIEWS)
         self.target = Target(self.online)
         self.probe = nn.Linear(feature_dim, num_classes)
 
     def forward(self, view1: Tensor, view2: Tensor, label: Tensor) -> BYOLOutput:
-        """Both views through both networks, each view a forward of its own, so that BN statistics are per view.
+        """Both views through both networks as one batch of 2N images, in which BN statistics are per view.
 
         Args:
             view1, view2: (N, 3, H, W), normalised.
             label: (N,) int64, seen by the probe only.
         """
-        online1, online2 = self.online(view1), self.online(view2)
+        online1, online2 = self.online(view1, view2)
         predicted = self._predicted(view1, view2, online1, online2)
         regression = byol_loss(online1.prediction, online2.prediction, *predicted)
         loss = regression
@@ -139,7 +147,7 @@ class BYOL(nn.Module):
     def _predicted(self, view1: Tensor, view2: Tensor, online1: OnlineOutput, online2: OnlineOutput) -> tuple[Tensor, Tensor]:
         """The projections (N, D) of both views that the predictions are held to."""
         if self.objective.target == "ema":
-            return self.target(view1), self.target(view2)
+            return self.target(view1, view2)
         if self.objective.target == "online":
             return online1.projection, online2.projection
         return online1.projection.detach(), online2.projection.detach()
@@ -147,6 +155,10 @@ class BYOL(nn.Module):
     def update_target(self, tau: float | Tensor) -> None:
         """Moves the target's parameters towards the online ones; call it once after each optimizer step. BN statistics stay each network's own."""
         ema_update(self._target_parameters(), self._online_parameters(), tau)
+
+    def target_update(self, tau: float | Tensor) -> TargetUpdate:
+        """The same for `LARS.step(target_update=...)`, which moves each target while its parameter is in cache."""
+        return TargetUpdate.of(self._target_parameters(), self._online_parameters(), tau)
 
     def _target_parameters(self) -> list[Tensor]:
         return [*self.target.encoder.parameters(), *self.target.projector.parameters()]

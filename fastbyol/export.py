@@ -8,6 +8,7 @@ from torch import nn
 
 from fastbyol.byol import build_byol
 from fastbyol.checkpoint import load_run
+from fastbyol.models.view_batchnorm import convert_to_batchnorm
 
 
 def load_encoder(path_or_run: str | Path) -> nn.Module:
@@ -18,4 +19,4 @@ def load_encoder(path_or_run: str | Path) -> nn.Module:
     run = load_run(path_or_run)
     byol = build_byol(run.config.model, num_classes=len(run.state["byol"]["probe.bias"]))
     byol.load_state_dict(run.state["byol"])
-    return byol.online.encoder.eval()
+    return convert_to_batchnorm(byol.online.encoder).eval()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def autocast(config: PrecisionConfig, *, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """The context of the forward; parameters and the target stay float32."""
-    if config.autocast == "off":
+    if config.autocast not in _DTYPES:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[config.autocast])
 
@@ -30,10 +32,58 @@ def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.
 
 
 def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> nn.Module:
-    """The module on its device, in the chosen memory layout, compiled in place where asked (before DDP wraps it: then the graph is one)."""
+    """The module on its device, in the chosen memory layout, compiled in place where asked (before DDP wraps it: then the graph is one).
+
+    Sets torch's float32 products of this process to TF32 for 'tf32' and to float32 else.
+
+    Raises:
+        UserError: tf32 or CUDA graphs without a GPU; a cache folder that cannot be written.
+    """
+    _set_float32_products(config, device=device)
     module = module.to(device)
     if config.channels_last:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
-        module.compile(dynamic=False)
+        _compile(module, config, device=device)
     return module
+
+
+def _set_float32_products(config: PrecisionConfig, *, device: torch.device) -> None:
+    tf32 = config.autocast == "tf32"
+    if tf32 and device.type != "cuda":
+        raise UserError(f"precision.autocast = 'tf32': a number format of CUDA's tensor cores, and the device is {device}; use bf16 or off")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> None:
+    """One graph of the whole forward and loss, shapes fixed; eager where this machine cannot compile."""
+    if config.compile_mode == "reduce-overhead" and device.type != "cuda":
+        raise UserError(f"precision.compile_mode = 'reduce-overhead': means CUDA graphs, and the device is {device}; use default")
+    if config.compile_cache:
+        _use_cache(config.compile_cache)
+    if reason := _cannot_compile(device):
+        log.warning("precision.compile: nothing compiles on this machine (%s); the run goes on in eager mode", reason)
+        return
+    module.compile(fullgraph=True, dynamic=False, mode=config.compile_mode)
+
+
+def _use_cache(folder: str) -> None:
+    """Compiled code is kept in, and taken from, this folder."""
+    path = Path(folder).resolve()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"precision.compile_cache = {folder!r}: cannot be made ({error.strerror}); choose another folder") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"precision.compile_cache = {folder!r}: cannot be written; choose another folder")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
+
+
+def _cannot_compile(device: torch.device) -> str | None:
+    """Why nothing compiles on this device (no C++ compiler, no Triton), tried on a sum of two numbers; None where it does."""
+    try:
+        torch.compile(torch.add, dynamic=False)(torch.ones(2, device=device), 1.0)
+    except Exception as error:  # torch raises a class of its own for each thing that may be missing
+        return str(error).strip().splitlines()[0]
+    return None

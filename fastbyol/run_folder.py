@@ -42,7 +42,7 @@ FREE_TO_CHANGE = frozenset(
             "keep_every_epochs",
             "profile_steps",
         ),
-        *("rank_batch", "data.train", "data.val", "data.backend", "data.workers", "data.prefetch"),
+        *("rank_batch", "data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "precision.compile_cache"),
         *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
     }
 )

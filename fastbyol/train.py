@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
@@ -35,14 +34,16 @@ from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 from fastbyol.data.loader import TwoViewLoader
+from fastbyol.data_parallel import replicate
 from fastbyol.evaluation.online_knn import build_online_knn
 from fastbyol.finite_check import FiniteCheck
 from fastbyol.hang_watch import HangWatch
 from fastbyol.initial_weights import load_initial_weights
-from fastbyol.models.resnet import check_image_size
-from fastbyol.models.sync_batchnorm import convert_to_cross_replica
+from fastbyol.models.encoder import check_image_size
+from fastbyol.models.view_batchnorm import use_all_ranks
 from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim.build import build_optimizer
+from fastbyol.optim.lars import LARS
 from fastbyol.precision import autocast, build_scaler, prepare_model
 from fastbyol.preemption import StopRequest, end_with_torchrun
 from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
@@ -161,10 +162,13 @@ def train_step(
         monitor.add(output)
     state.scaler.unscale_(state.optimizer)
     monitor.gradients_ready(state.byol.online)
-    state.scaler.step(state.optimizer)
+    if isinstance(state.optimizer, LARS):  # moves the target in the same pass over memory
+        state.scaler.step(state.optimizer, target_update=state.byol.target_update(tau))
+    else:
+        state.scaler.step(state.optimizer)
+        state.byol.update_target(tau)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.byol.update_target(tau)
     monitor.step()
     return output
 
@@ -189,18 +193,10 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     byol = build_byol(config.model, num_classes=len(loader.class_names), objective=config.objective)
     if config.init_from and process.is_main and not checkpoint_steps(Path(config.out)):
         load_initial_weights(byol, config.init_from)  # DDP sends them to the other ranks
-    model: nn.Module = byol
-    if process.world_size > 1:
-        if config.precision.cross_replica_bn:
-            convert_to_cross_replica(byol)
-        prepare_model(byol, config.precision, device=process.device)
-        # BN buffers are equal on all ranks by construction (or each rank's own), so no broadcast before each forward. torch 2.14 has a new name
-        # for the option, which 2.11 does not know, and warns.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            model = DistributedDataParallel(byol, broadcast_buffers=False, gradient_as_bucket_view=True)
-    else:
-        prepare_model(byol, config.precision, device=process.device)
+    if config.precision.cross_replica_bn:
+        use_all_ranks(byol)
+    prepare_model(byol, config.precision, device=process.device)
+    model = replicate(byol, config.precision, accumulate=accumulation_of(config, world_size=process.world_size))
     optimizer = build_optimizer(config.optim, byol)
     return TrainState(
         byol=byol,

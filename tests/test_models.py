@@ -1,18 +1,25 @@
 """Encoders and heads against the official networks, torchvision and the paper's table of sizes."""
 
+import copy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from golden_weights import DebiasedStatistics, encoder_name, load_parameters, regenerated, torch_layout
 
+from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
+from fastbyol.config.schema import ModelConfig
 from fastbyol.models import build_encoder
+from fastbyol.models.encoder import check_image_size, encoder_from
 from fastbyol.models.heads import mlp_head
 from fastbyol.models.padding import SameConv2d, SameMaxPool2d
-from fastbyol.models.resnet import Bottleneck, ResNet, check_image_size, truncated_normal_
+from fastbyol.models.resnet import Bottleneck, ResNet, truncated_normal_
+from fastbyol.models.view_batchnorm import convert_to_batchnorm, convert_to_view_batchnorm
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -78,11 +85,12 @@ def test_resnet50_equals_the_official_one():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101"])
-def test_torchvisions_state_dict_loads_and_gives_the_same_features(name):
+def test_torchvisions_state_dict_loads_and_back_and_gives_the_same_features(name):
     theirs = getattr(torchvision.models, name)()
     theirs.fc = torch.nn.Identity()
     ours = build_encoder(name)
     ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
 
@@ -182,3 +190,56 @@ def test_unknown_encoders_and_images_too_small_for_the_strides_are_refused():
     with pytest.raises(UserError, match="views.size_px = 16: must be >= 32"):
         check_image_size(16, encoder="resnet50", stem="imagenet")
     check_image_size(32, encoder="resnet50", stem="imagenet")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "convnext_atto"])
+def test_a_timm_model_trains_as_encoder_with_statistics_of_each_view_and_keeps_timms_names(name):
+    torch.manual_seed(0)
+    byol = build_byol(ModelConfig(encoder=f"timm/{name}", hidden_dim=8, projection_dim=4), num_classes=2)
+    assert list(byol.online.encoder.state_dict()) == list(timm.create_model(name, num_classes=0).state_dict())
+    alone = convert_to_batchnorm(copy.deepcopy(byol.online)).eval()
+    views = torch.randn(2, 3, 3, 64, 64)
+    output = byol(*views, torch.tensor([0, 1, 0]))
+    output.loss.backward()
+    assert output.feature.shape == (3, byol.online.encoder.feature_dim)
+    assert byol.online.encoder.get_parameter(next(n for n, _ in byol.online.encoder.named_parameters())).grad.abs().sum() > 0
+    torch.testing.assert_close(byol.online.eval()(*views)[1].feature, _with_statistics_of(byol.online.encoder, alone.encoder)(views[1]))
+
+
+def _with_statistics_of(source: torch.nn.Module, module: torch.nn.Module) -> torch.nn.Module:
+    module.load_state_dict(source.state_dict())
+    return module
+
+
+def test_norms_of_timm_that_activate_still_do_so_view_by_view_and_after_conversion_back():
+    layer = timm.layers.BatchNormAct2d(4)
+    expected = copy.deepcopy(layer)
+    x = torch.randn(6, 4, 5, 5)
+    converted = convert_to_view_batchnorm(layer, views=2)
+    assert torch.equal(converted(x), torch.cat([expected(x[:3]), expected(x[3:])]))
+    back = convert_to_batchnorm(converted)
+    assert type(back) is timm.layers.BatchNormAct2d
+    assert torch.equal(back.eval()(x), expected.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"encoder": "timm/resnet5O"}, r"no such model \(did you mean resnet50\?\)"),
+        ({"encoder": "timm/resnet18", "width": 2}, "model.width = 2: must be 1 with encoder timm/resnet18"),
+        ({"encoder": "timm/resnet18", "stem": "small"}, "model.stem = 'small': must be 'imagenet' with encoder timm/resnet18"),
+    ],
+)
+def test_a_timm_model_that_does_not_exist_or_an_option_that_it_lacks_is_named(options, says):
+    with pytest.raises(UserError, match=says):
+        encoder_from(ModelConfig(**options))
+
+
+def test_a_transformer_takes_its_own_image_size_only_and_a_missing_timm_is_named(monkeypatch):
+    check_image_size(224, encoder="timm/vit_tiny_patch16_224", stem="imagenet")
+    check_image_size(96, encoder="timm/resnet18", stem="imagenet")
+    with pytest.raises(UserError, match="views.size_px = 96: must be 224, the size that timm/vit_tiny_patch16_224 takes"):
+        check_image_size(96, encoder="timm/vit_tiny_patch16_224", stem="imagenet")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"timm is not installed; pip install 'fastbyol\[timm\]'"):
+        check_image_size(96, encoder="timm/resnet18", stem="imagenet")

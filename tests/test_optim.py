@@ -175,7 +175,7 @@ def test_nesterov_sgd_of_the_linear_evaluation_equals_the_official_code():
             np.testing.assert_allclose(p.numpy(), golden[name][step], rtol=4e-14, atol=4e-14)
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "torch_optimizer_lars"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "torch_optimizer_lars", "timm_lars", "timm_lamb"])
 def test_every_optimizer_on_offer_lowers_a_loss(name):
     torch.manual_seed(0)
     module = nn.Linear(6, 3)
@@ -205,6 +205,36 @@ def test_torch_optimizers_lars_agrees_with_ours_where_the_decay_is_small():
             p.grad = gradient.clone()
             optimizer.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_timms_lars_agrees_with_ours_where_the_decay_is_small_and_leaves_biases_alone():
+    results = []
+    for name in ("lars", "timm_lars"):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double()
+        optimizer = build_optimizer(OptimConfig(name=name, weight_decay=1e-6), module)
+        for _ in range(5):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05
+            optimizer.zero_grad()
+            module(torch.linspace(-1, 1, 42, dtype=torch.float64).reshape(7, 6)).square().mean().backward()
+            optimizer.step()
+        results.append(module.state_dict())
+    for ours, theirs in zip(results[0].values(), results[1].values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_an_optimizer_of_timm_that_is_unknown_or_cannot_run_here_or_without_timm_is_named(monkeypatch):
+    module = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"'timm_lamp'.*did you mean timm_lamb"):
+        build_optimizer(OptimConfig(name="timm_lamp"), module)
+    with pytest.raises(UserError, match="'timm_fusedlamb': timm .* cannot make it"):
+        build_optimizer(OptimConfig(name="timm_fusedlamb"), module)
+    with pytest.raises(UserError, match="optim.name = 'larz': must be one of"):
+        OptimConfig(name="larz")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"pip install 'fastbyol\[timm\]'"):
+        build_optimizer(OptimConfig(name="timm_lamb"), module)
 
 
 SHAPES = [(6, 5, 3, 3), (7, 11, 1, 1), (40, 30), (9,), (30,)]

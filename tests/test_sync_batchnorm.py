@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbyol.byol import BYOL_OBJECTIVE, build_byol
-from fastbyol.config.schema import ModelConfig, ObjectiveConfig
-from fastbyol.models.sync_batchnorm import CrossReplicaBatchNorm, convert_to_cross_replica
+from fastbyol.config.schema import ModelConfig, ObjectiveConfig, PrecisionConfig
+from fastbyol.data_parallel import replicate
+from fastbyol.models.view_batchnorm import ViewBatchNorm, convert_to_batchnorm, convert_to_view_batchnorm, use_all_ranks
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
+from fastbyol.train import gradient_reduction
 
 pytestmark = pytest.mark.distributed
 
@@ -36,16 +42,20 @@ def _images(count: int) -> torch.Tensor:
     return 3 * torch.randn(count, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 5
 
 
-def _byol_steps(model: nn.Module, byol, views, label, *, steps: int) -> list[float]:
+def _byol_steps(model: nn.Module, byol, micro_batches, *, steps: int) -> list[float]:
+    """Optimizer steps over the same micro-batches (views, label, weight); returns the sum of weighted losses of each step."""
     optimizer = LARS(byol_param_groups(byol), lr=5.0, weight_decay=1e-6)
     losses = []
     for _ in range(steps):
-        output = model(*views, label)
-        (output.loss + output.probe_loss).backward()
-        optimizer.step()
+        total = 0.0
+        for i, (views, label, weight) in enumerate(micro_batches):
+            with gradient_reduction(model, now=i == len(micro_batches) - 1):
+                output = model(*views, label)
+                (weight * (output.loss + output.probe_loss)).backward()
+            total += weight * output.loss.item()
+        optimizer.step(target_update=byol.target_update(0.9))
         optimizer.zero_grad()
-        byol.update_target(0.9)
-        losses.append(output.loss.item())
+        losses.append(total)
     return losses
 
 
@@ -61,46 +71,108 @@ def _byol_and_batch(objective: ObjectiveConfig = BYOL_OBJECTIVE):
 SIMCLR_WITH_PREDICTOR = ObjectiveConfig(beta=1.0, alpha=0.1, target="online")
 
 
-def _rank(rank: int, folder: str, split: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    share = slice(0, split) if rank == 0 else slice(split, 16)
-    module = convert_to_cross_replica(_network())
+class NoHostSync(TorchDispatchMode):
+    """Raises where an operation needs a value on the host, or a shape that depends on values: on a GPU the host would wait for it."""
+
+    WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim", "equal", "_assert_async")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if name in self.WAITING or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
+            raise AssertionError(f"host sync: {name}")
+        return func(*args, **(kwargs or {}))
+
+
+def _share(rank: int, split: int, count: int) -> slice:
+    """This rank's rows of `count`, of which the first rank has `split` in 16."""
+    cut = count * split // 16
+    return slice(0, cut) if rank == 0 else slice(cut, count)
+
+
+def _replicated(byol, *, accumulate: int) -> nn.Module:
+    use_all_ranks(byol)
+    return replicate(byol, PrecisionConfig(), accumulate=accumulate)
+
+
+def _micro_batches(views, label, *, accumulate: int, rows) -> list:
+    """The rows of each micro-batch, weighted so that the sum over ranks, averaged by DDP, is the mean over the whole micro-batch."""
+    size = len(label) // accumulate
+    parts = []
+    for i in range(accumulate):
+        part, part_label = views[:, i * size : (i + 1) * size][:, rows(size)], label[i * size : (i + 1) * size][rows(size)]
+        parts.append((part, part_label, len(part_label) / size / accumulate))
+    return parts
+
+
+def _layer_alone(share: slice) -> dict:
+    module = convert_to_view_batchnorm(_network(), views=1)
+    use_all_ranks(module)
     x = _images(16)[share].clone().requires_grad_()
-    y = module(x)
-    (y**3).sum().backward()
+    with NoHostSync():
+        y = module(x)
+        (y**3).sum().backward()
     gradients = [p.grad.clone() for p in module.parameters()]
     for gradient in gradients:
         dist.all_reduce(gradient)
-    half = slice(4 * rank, 4 * rank + 4)
-    contrastive, views, label = _byol_and_batch(SIMCLR_WITH_PREDICTOR)
-    ddp = DistributedDataParallel(convert_to_cross_replica(contrastive), broadcast_buffers=False)
-    _byol_steps(ddp, contrastive, views[:, half], label[half], steps=2)
-    byol, views, label = _byol_and_batch()
-    ddp = DistributedDataParallel(convert_to_cross_replica(byol), broadcast_buffers=False, gradient_as_bucket_view=True)
-    losses = torch.tensor(_byol_steps(ddp, byol, views[:, half], label[half], steps=3), dtype=torch.float64)
-    dist.all_reduce(losses)
-    torch.save(
-        {
-            "y": y.detach(),
-            "dx": x.grad,
-            "gradients": gradients,
-            "buffers": module.state_dict(),
-            "losses": losses / 2,
-            "byol": byol.state_dict(),
-            "contrastive": contrastive.state_dict(),
-        },
-        f"{folder}/rank{rank}.pt",
-    )
+    return {"y": y.detach(), "dx": x.grad, "gradients": gradients, "buffers": module.state_dict()}
+
+
+def _in_one_graph(share: slice) -> dict:
+    """The whole network in one traced graph, forward and backward, with its collectives; float32, where compiled sums are reordered least."""
+    module = convert_to_view_batchnorm(_network(), views=2).float()
+    use_all_ranks(module)
+    x = torch.cat([_images(16)[share], _images(16)[share] / 2]).float()
+    results = {}
+    for name, call in (
+        ("eager", copy.deepcopy(module)),
+        ("traced", torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")),
+    ):
+        leaf = x.clone().to(memory_format=torch.channels_last).requires_grad_()
+        call(leaf).pow(3).sum().backward()
+        results[name] = [leaf.grad, *(b.clone() for b in call.buffers())]
+    return results
+
+
+def _rank(rank: int, folder: str, split: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    result = _layer_alone(_share(rank, split, 16))
+    if split == 8:
+        contrastive, views, label = _byol_and_batch(SIMCLR_WITH_PREDICTOR)
+        half = _share(rank, split, 8)
+        _byol_steps(_replicated(contrastive, accumulate=1), contrastive, [(views[:, half], label[half], 1.0)], steps=2)
+        result |= {"contrastive": contrastive.state_dict(), "graph": _in_one_graph(_share(rank, split, 16))}
+    for accumulate in (1, 2):
+        byol, views, label = _byol_and_batch()
+        rows = functools.partial(_share, rank, split)
+        parts = [(v, y, 2 * w) for v, y, w in _micro_batches(views, label, accumulate=accumulate, rows=rows)]
+        losses = _byol_steps(_replicated(byol, accumulate=accumulate), byol, parts, steps=3)
+        result[f"byol{accumulate}"] = byol.state_dict()
+        result[f"losses{accumulate}"] = torch.tensor(losses, dtype=torch.float64) / 2
+    torch.save(result, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[8, 13])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What two ranks computed; of the 16 images, the first rank had 8 or 13."""
-    folder = tmp_path_factory.mktemp(f"split{request.param}")
-    mp.spawn(_rank, args=(str(folder), request.param), nprocs=2)
+def _two_ranks(folder: Path, split: int) -> list[dict]:
+    mp.spawn(_rank, args=(str(folder), split), nprocs=2)
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(2)]
+
+
+@pytest.fixture(scope="module")
+def equal_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What two ranks computed, each with 8 of 16 images."""
+    return _two_ranks(tmp_path_factory.mktemp("equal"), 8)
+
+
+@pytest.fixture(scope="module")
+def unequal_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The first rank had 12 of 16 images."""
+    return _two_ranks(tmp_path_factory.mktemp("unequal"), 12)
+
+
+@pytest.fixture(params=["equal_ranks", "unequal_ranks"])
+def ranks(request: pytest.FixtureRequest) -> list[dict]:
+    return request.getfixturevalue(request.param)
 
 
 def test_two_ranks_equal_one_process_also_with_shares_of_unequal_size(ranks):
@@ -118,37 +190,79 @@ def test_two_ranks_equal_one_process_also_with_shares_of_unequal_size(ranks):
             torch.testing.assert_close(rank["buffers"][name], value, **exact)
 
 
-def test_three_byol_steps_on_two_ranks_equal_one_rank_with_the_whole_batch(ranks):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_three_byol_steps_on_two_ranks_equal_one_rank_with_the_whole_batch(ranks, accumulate):
+    """Also where a step accumulates two micro-batches, and where the ranks' shares of them differ."""
     byol, views, label = _byol_and_batch()
-    losses = _byol_steps(byol, byol, views, label, steps=3)
-    torch.testing.assert_close(ranks[0]["losses"], torch.tensor(losses, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    losses = _byol_steps(byol, byol, _micro_batches(views, label, accumulate=accumulate, rows=lambda n: slice(0, n)), steps=3)
+    ours = ranks[0][f"losses{accumulate}"] + ranks[1][f"losses{accumulate}"]
+    torch.testing.assert_close(ours, torch.tensor(losses, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    first, second = (rank[f"byol{accumulate}"] for rank in ranks)
     for name, value in byol.state_dict().items():
-        torch.testing.assert_close(ranks[0]["byol"][name], value, rtol=1e-10, atol=1e-10, msg=name)
-        assert torch.equal(ranks[0]["byol"][name], ranks[1]["byol"][name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-10, atol=1e-10, msg=name)
+        assert torch.equal(first[name], second[name]), name
 
 
-def test_negatives_come_from_all_ranks_with_their_gradients(ranks):
+def test_negatives_come_from_all_ranks_with_their_gradients(equal_ranks):
     byol, views, label = _byol_and_batch(SIMCLR_WITH_PREDICTOR)
-    _byol_steps(byol, byol, views, label, steps=2)
+    _byol_steps(byol, byol, [(views, label, 1.0)], steps=2)
     for name, value in byol.state_dict().items():
-        torch.testing.assert_close(ranks[1]["contrastive"][name], value, rtol=1e-9, atol=1e-9, msg=name)
+        torch.testing.assert_close(equal_ranks[1]["contrastive"][name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_a_network_with_it_is_one_graph_for_torch_compile_forward_and_backward(equal_ranks):
+    for rank in equal_ranks:
+        for traced, eager in zip(rank["graph"]["traced"], rank["graph"]["eager"], strict=True):
+            torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_what_looks_for_host_syncs_finds_them():
+    for wait in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.sum() > 0), lambda x: x.nonzero()):
+        with pytest.raises(AssertionError, match="host sync"), NoHostSync():
+            wait(torch.ones(3))
 
 
 def test_conversion_moves_the_very_tensors_keeps_names_and_leaves_the_target_frozen():
-    byol, _, _ = _byol_and_batch()
-    names = list(byol.state_dict())
-    weight = byol.online.encoder.bn1.weight
-    convert_to_cross_replica(byol)
-    assert list(byol.state_dict()) == names
-    assert byol.online.encoder.bn1.weight is weight
-    assert isinstance(byol.online.encoder.bn1, CrossReplicaBatchNorm)
-    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in byol.modules())
-    assert not any(p.requires_grad for p in byol.target.parameters())
+    network = _network()
+    names, weight, mean = list(network.state_dict()), network[1].weight, network[1].running_mean
+    network[1].weight.requires_grad_(False)
+    convert_to_view_batchnorm(network, views=2)
+    assert list(network.state_dict()) == names
+    assert isinstance(network[1], ViewBatchNorm)
+    assert network[1].weight is weight
+    assert network[1].running_mean is mean
+    assert not network[1].weight.requires_grad
+    convert_to_batchnorm(network)
+    assert [type(network[i]) for i in (1, 4, 7)] == [nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm1d]
+    assert network[1].weight is weight
 
 
-def test_on_one_process_it_is_plain_batch_norm():
-    plain = _network()
-    converted = convert_to_cross_replica(_network())
-    x = _images(6)
-    assert torch.equal(plain(x), converted(x))
-    assert torch.equal(plain.eval()(x), converted.eval()(x))
+def test_torchs_sync_batch_norm_is_converted_and_its_state_loads_both_ways():
+    plain, synced = _network(), nn.SyncBatchNorm.convert_sync_batchnorm(_network())
+    plain(_images(6))
+    converted = convert_to_view_batchnorm(synced, views=2)
+    converted.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(converted.eval()(_images(5)), plain.eval()(_images(5)))
+    assert isinstance(convert_to_batchnorm(converted)[4], nn.SyncBatchNorm)
+    _network().load_state_dict(converted.state_dict())
+
+
+def test_on_one_process_each_view_is_normalised_alone_whatever_the_momentum():
+    for momentum in (0.1, None):
+        plain = nn.BatchNorm2d(6, momentum=momentum)
+        converted = convert_to_view_batchnorm(nn.BatchNorm2d(6, momentum=momentum), views=2)
+        use_all_ranks(converted)
+        x = torch.randn(8, 6, 5, 5).to(memory_format=torch.channels_last)
+        joint = converted(x)
+        assert joint.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(joint, torch.cat([plain(x[:4]), plain(x[4:])]))
+        for ours, theirs in zip(converted.buffers(), plain.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(plain.eval()(x), converted.eval()(x))
+
+
+def test_a_batch_that_does_not_hold_the_views_and_a_norm_that_does_more_are_refused():
+    with pytest.raises(ValueError, match="batch of 7 does not hold 2 views"):
+        convert_to_view_batchnorm(nn.BatchNorm1d(3), views=2)(torch.zeros(7, 3))
+    with pytest.raises(ValueError, match="InstanceStyleNorm: a batch norm of this class"):
+        convert_to_view_batchnorm(type("InstanceStyleNorm", (nn.BatchNorm2d,), {})(3), views=2)

@@ -1,14 +1,21 @@
-"""What: a whole optimizer step of BYOL on the CPU, views given: four forwards, backward, LARS, the target's update.
+"""What: a whole optimizer step of BYOL on the CPU, views given: both views through both networks, backward, LARS, the target's update.
 
-How: the product's `train_step` on noise, one thread. Reference: float32, NCHW. Then channels-last, then bf16 autocast with it (the
-product's default). Ceiling: the step's floating-point operations, counted by torch, at the rate of a single bf16 channels-last 3x3
-convolution measured in the same rounds.
+How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as the usual library has it
+(`rivals/plain_step.py`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's loop over
+the target. Ours then in float32, and in bf16 autocast (the product's default), both channels-last. Ceiling: the step's floating-point
+operations, counted by torch, at the rate of a single bf16 channels-last 3x3 convolution measured in the same rounds; 'of peak' is the share of
+that rate. MB: bytes of all operands and results of torch's operations (`traffic.py`), what moves where no cache helps; the updates' own kernel
+is not in it.
 
     python -m benchmarks.run step
 
 Why: channels-last spares oneDNN the reordering of activations; bf16 halves the bytes and uses the CPU's bf16 instructions where it has
-them. Batch norm, ReLU and the residual sums run no faster than memory, and small images leave little work in each call: the gap to the
-convolution's rate. It says nothing about a GPU, where memory bounds the step (not measured yet).
+them; both views in one batch halve the weights' casts and reorderings and give each convolution twice the work (1.08 x). Convolutions are
+three quarters of what is left and run at 70 to 95 % of the ceiling's rate; batch norm, ReLU and the residual sums run no faster than memory.
+torch.compile gains nothing here: with one thread and batch 4 the compiled step took 1.08 x the eager one's time, as Inductor's batch norm is
+slower on a CPU than torch's own. The batch matters to the reference: below 16 images, torch hands 1x1 convolutions on one thread to MKL,
+which is faster than what it does with 16 and more; at batch 4 the ratio is therefore smaller. It says nothing about a GPU, where memory bounds
+the step (not measured yet).
 """
 
 from __future__ import annotations
@@ -23,13 +30,14 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import CaseResult, make_result
-from benchmarks.timing import Subject, measure, torch_threads
-from benchmarks.training_step import TrainingStep, synthetic_batch
+from benchmarks.rivals.plain_step import PlainStep
+from benchmarks.timing import Subject, measure, same_round_ratios, torch_threads
+from benchmarks.traffic import bytes_moved
+from benchmarks.training_step import LR, TAU, TrainingStep, synthetic_batch
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 
-REFERENCE, CEILING = "float32, NCHW", "bf16 3x3 convolution, same operations"
+REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", "bf16 3x3 convolution, same operations"
 VARIANTS = {
-    REFERENCE: PrecisionConfig(autocast="off", channels_last=False),
     "float32, channels-last": PrecisionConfig(autocast="off", channels_last=True),
     "bf16, channels-last": PrecisionConfig(autocast="bf16", channels_last=True),
 }
@@ -48,21 +56,24 @@ class Size:
 
 
 QUICK = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=16, rounds=6)
-FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=4, rounds=9)
+FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=16, rounds=6)
 
 
-def run(size: Size, *, scratch: Path) -> CaseResult:
+def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
     del scratch  # nothing is written
     with torch_threads(size.threads):
-        steps = {name: _make_step(size, precision) for name, precision in VARIANTS.items()}
+        steps = {REFERENCE: _plain_step(size)} | {name: _make_step(size, precision) for name, precision in VARIANTS.items()}
         flop_per_image = _count_flop(steps[REFERENCE]) / size.batch
+        mb = {name: bytes_moved(step) / size.batch / 1e6 for name, step in steps.items()}
         subjects = [Subject(name, step, units=size.batch) for name, step in steps.items()]
         subjects.append(_convolution(flop_per_image))
         timings = measure(subjects, rounds=size.rounds)
-    model = f"{size.model.encoder}, {size.size_px} px, batch {size.batch}"
+    rate = {name: flop_per_image / median(timing.ms["cpu"]) / 1e6 for name, timing in timings.items()}
+    peak = {name: same_round_ratios(timings[CEILING].ms["cpu"], timings[name].ms["cpu"]).median for name in steps}
+    extra = {name: {"GFLOP/CPU-s": rate[name], "% of peak": 100 * peak[name], "MB an image": mb[name]} for name in steps}
     return make_result(
-        "step",
-        f"one BYOL step, {model}, {flop_per_image / 1e9:.1f} GFLOP an image",
+        case,
+        f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {size.batch}, {flop_per_image / 1e9:.1f} GFLOP an image",
         subjects,
         timings,
         reference=REFERENCE,
@@ -70,8 +81,14 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         unit="image",
         threads=size.threads,
         settings=size,
-        extra={name: {"GFLOP/CPU-s": flop_per_image / median(timing.ms["cpu"]) / 1e6} for name, timing in timings.items()},
+        extra={**extra, CEILING: {"GFLOP/CPU-s": rate[CEILING]}},
     )
+
+
+def _plain_step(size: Size) -> Callable[[], None]:
+    step = PlainStep(TrainConfig(global_batch=size.batch, model=size.model), num_classes=NUM_CLASSES, lr=LR, tau=TAU)
+    batch = synthetic_batch(num=size.batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=False)
+    return lambda: step.run(batch)
 
 
 def _make_step(size: Size, precision: PrecisionConfig) -> Callable[[], None]:

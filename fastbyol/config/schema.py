@@ -60,6 +60,7 @@ class ModelConfig:
     """Encoder and heads (section 3.3)."""
 
     encoder: str = "resnet50"
+    """resnet8 to resnet200, or any of timm's: timm/convnext_tiny, ..."""
     width: int = 1
     """Multiplies every convolution, unlike torchvision's wide_resnet."""
     stem: str = "imagenet"
@@ -112,6 +113,7 @@ class OptimConfig:
     """The update of the online network and of the target."""
 
     name: str = "lars"
+    """lars (the paper's), sgd, adamw, torch_optimizer_lars, or any of timm's: timm_lamb, timm_lars, ..."""
     base_lr: float = 0.3
     """Per 256 images: the peak is base_lr * global_batch / 256."""
     warmup_epochs: float = 10.0
@@ -122,7 +124,8 @@ class OptimConfig:
     """Target decay rate at step 0; rises to 1 along a cosine."""
 
     def __post_init__(self) -> None:
-        require_choice("optim.name", self.name, ("lars", "sgd", "adamw", "torch_optimizer_lars"))
+        if not self.name.startswith("timm_"):
+            require_choice("optim.name", self.name, ("lars", "sgd", "adamw", "torch_optimizer_lars", "timm_NAME (any of timm's)"))
         require_positive("optim.base_lr", self.base_lr)
         for name in ("warmup_epochs", "weight_decay", "trust_coefficient"):
             require_at_least(f"optim.{name}", getattr(self, name), 0.0)
@@ -135,14 +138,26 @@ class PrecisionConfig:
     """Numbers and memory layout of the step."""
 
     autocast: str = "bf16"
+    """bf16, fp16 (GPU, with a gradient scaler), tf32 (GPU: float32 with products on tensor cores), off: float32."""
     channels_last: bool = True
     compile: bool = False
     """torch.compile of the whole forward and loss; the first step then takes a minute or more."""
+    compile_mode: str = "default"
+    """default; reduce-overhead: CUDA graphs (GPU); max-autotune: tries kernels, a longer first step."""
+    compile_cache: str = ""
+    """Folder of compiled code that later runs start from; empty: torch's own, which the next reboot may clear."""
     cross_replica_bn: bool = True
     """BN statistics over all devices, as the official code. No effect on one device."""
+    gradient_messages: str = "float32"
+    """What ranks send each other when they average gradients; bf16 halves the bytes. No effect on one device."""
 
     def __post_init__(self) -> None:
-        require_choice("precision.autocast", self.autocast, ("bf16", "fp16", "off"))
+        require_choice("precision.autocast", self.autocast, ("bf16", "fp16", "tf32", "off"))
+        require_choice("precision.compile_mode", self.compile_mode, ("default", "reduce-overhead", "max-autotune"))
+        require_choice("precision.gradient_messages", self.gradient_messages, ("float32", "bf16"))
+        for name, unset in (("compile_mode", "default"), ("compile_cache", "")):
+            value = getattr(self, name)
+            require(self.compile or value == unset, f"precision.{name}", value, f"{unset!r} where precision.compile is off")
 
 
 @dataclass(frozen=True)

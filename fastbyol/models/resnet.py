@@ -15,8 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastbyol.config.errors import UserError, require, require_at_least, require_choice
-from fastbyol.config.schema import ModelConfig
+from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.models.padding import SameConv2d, SameMaxPool2d
 
 BN_EPS = 1e-5
@@ -201,7 +200,7 @@ def build_encoder(
         UserError: unknown name or option.
     """
     if name not in DEPTHS:
-        raise UserError(f"model.encoder = {name!r}: unknown; choose one of {', '.join(DEPTHS)}")
+        raise UserError(f"model.encoder = {name!r}: unknown; choose one of {', '.join(DEPTHS)}, or timm/NAME")
     require_at_least("model.width", width, 1)
     require_choice("model.stem", stem, tuple(STEM_STRIDES))
     require_choice("model.padding", padding, ("symmetric", "same"))
@@ -215,30 +214,6 @@ def build_encoder(
             if isinstance(module, BasicBlock | Bottleneck):
                 nn.init.zeros_(module.last_bn.weight)  # type: ignore[arg-type]
     return encoder
-
-
-def encoder_from(config: ModelConfig) -> ResNet:
-    """The encoder of a config."""
-    return build_encoder(
-        config.encoder,
-        width=config.width,
-        stem=config.stem,
-        padding=config.padding,
-        zero_init_last_gamma=config.zero_init_last_gamma,
-        initialisation=config.initialisation,
-    )
-
-
-def check_image_size(size_px: int, *, encoder: str, stem: str) -> None:
-    """Refuses images that the encoder's strides would shrink below one position.
-
-    Raises:
-        UserError: size_px is smaller than the product of all strides.
-    """
-    if encoder not in DEPTHS:
-        raise UserError(f"model.encoder = {encoder!r}: unknown; choose one of {', '.join(DEPTHS)}")
-    strides = STEM_STRIDES[stem] * 2 ** (len(DEPTHS[encoder][1]) - 1)
-    require(size_px >= strides, "views.size_px", size_px, f">= {strides}, the product of the strides of {encoder} with stem {stem}")
 
 
 def _initialise(module: nn.Module, *, how: str) -> None:

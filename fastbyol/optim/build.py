@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.plain import nearest_name
 from fastbyol.config.schema import OptimConfig
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
 
+TIMM_PREFIX = "timm_"
+
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
-    """An optimizer over the module's trainable parameters, learning rate 0 until the schedule sets it."""
+    """An optimizer over the module's trainable parameters, learning rate 0 until the schedule sets it.
+
+    Raises:
+        UserError: the library that the name needs is not installed, or has no such optimizer.
+    """
     groups = byol_param_groups(module)
     if config.name == "lars":
         return LARS(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay, trust_coefficient=config.trust_coefficient)
@@ -21,6 +30,8 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay)
+    if config.name.startswith(TIMM_PREFIX):
+        return _timm_optimizer(config, groups)
     return _torch_optimizer_lars(config, groups)
 
 
@@ -36,3 +47,22 @@ def _torch_optimizer_lars(config: OptimConfig, groups: list[dict[str, object]]) 
     return TorchOptimizerLARS(
         groups, lr=1.0, momentum=config.momentum, weight_decay=config.weight_decay, trust_coefficient=config.trust_coefficient
     )
+
+
+def _timm_optimizer(config: OptimConfig, groups: list[dict[str, object]]) -> Optimizer:
+    """timm's by name. Biases and BN get no decay; its LARS (timm_lars) then adapts weights only, but divides by |g| + wd |w|, as torch-optimizer's."""
+    name = config.name.removeprefix(TIMM_PREFIX)
+    try:
+        import timm
+        import timm.optim
+    except ImportError as error:
+        raise UserError(f"optim.name = {config.name!r}: timm is not installed; pip install 'fastbyol[timm]'") from error
+    known = [str(each) for each in timm.optim.list_optimizers()]
+    if name not in known:
+        near = nearest_name(config.name, [TIMM_PREFIX + each for each in known])
+        raise UserError(f"optim.name = {config.name!r}: timm {timm.__version__} has no such optimizer{near}")
+    trust: dict[str, Any] = {"trust_coeff": config.trust_coefficient} if name in ("lars", "larc", "nlars", "nlarc") else {}
+    try:
+        return timm.optim.create_optimizer_v2(groups, opt=name, lr=0.0, weight_decay=config.weight_decay, momentum=config.momentum, **trust)
+    except (ValueError, AssertionError, RuntimeError, ImportError) as error:  # CUDA or another package is missing, or it takes no schedule
+        raise UserError(f"optim.name = {config.name!r}: timm {timm.__version__} cannot make it ({error}); choose another") from error

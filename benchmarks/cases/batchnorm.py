@@ -1,0 +1,131 @@
+"""What: batch norm of both views, forward and backward, over every shape that ResNet-50 normalises at 224 px (one layer of each).
+
+How: bf16 activations, channels-last, float32 scale and offset, one thread, batch 4 a view. Reference: torch's nn.BatchNorm2d, a view at a time,
+as in the official code. Ours takes both views as one batch, on one process and then over two ranks on this machine (gloo), with one message for
+both views and with one for each. Ceiling: two copies of the activations forward, three backward, about what the least number of passes moves.
+Across ranks the wall clock counts (the CPU column sees this rank only); nn.SyncBatchNorm itself refuses the CPU, and what it does there, a
+message a view, is the last row.
+
+    python -m benchmarks.run batchnorm
+
+Why: on one process both views in one batch cost a copy, as each view's output is written once more into the batch's; the step gains more elsewhere
+(`step`). Across ranks our operations are plain tensor operations in float32, several passes each, for Inductor to fuse on a GPU (not measured
+yet): on a CPU they cost a multiple of torch's kernel, and are there to be right. Half the messages save their latency, which on gloo is small
+beside that arithmetic, and beyond some 16 GPUs is what limits the step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import Subject, measure, torch_threads
+from fastbyol.models.view_batchnorm import ViewBatchNorm
+
+REFERENCE, CEILING, OURS = "nn.BatchNorm2d, a view at a time", "five copies of the activations", "fastbyol, both views"
+TWO_RANKS = "fastbyol, both views, two ranks"
+TWO_RANKS_BY_VIEW = "fastbyol, a view at a time, two ranks"
+_WARMUP = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    rounds: int
+    batch: int = 4
+    shapes: tuple[tuple[int, int], ...] = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
+    """(channels, px) of each layer."""
+
+
+QUICK = Size(rounds=6)
+FULL = Size(rounds=15)
+
+
+def run(size: Size, *, scratch: Path) -> CaseResult:
+    copies = [(torch.empty_like(x), x.detach()) for x in _activations(size)]
+    with torch_threads(1), _second_rank(size, scratch):
+        subjects = [
+            Subject(CEILING, lambda: [out.copy_(x) for out, x in copies for _ in range(5)]),
+            Subject(REFERENCE, _by_view(size, lambda channels: nn.BatchNorm2d(channels))),
+            Subject(OURS, _both_views(size, across_ranks=False)),
+            *(Subject(name, work) for name, work in _across_ranks(size).items()),
+        ]
+        timings = measure(subjects, rounds=size.rounds, warmup=_WARMUP)
+    return make_result(
+        "batchnorm",
+        f"batch norm of two views, forward and backward, {len(size.shapes)} layers, batch {size.batch} a view",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="step",
+        threads=1,
+        settings=size,
+        primary="wall",
+    )
+
+
+def _across_ranks(size: Size) -> dict[str, Callable[[], object]]:
+    """What both ranks call, in the same order."""
+    by_view = _by_view(size, lambda channels: ViewBatchNorm(channels, views=1, across_ranks=True))
+    return {TWO_RANKS: _both_views(size, across_ranks=True), TWO_RANKS_BY_VIEW: by_view}
+
+
+def _both_views(size: Size, *, across_ranks: bool) -> Callable[[], object]:
+    layers = [ViewBatchNorm(channels, views=2, across_ranks=across_ranks) for channels, _ in size.shapes]
+    work = list(zip(layers, _activations(size), strict=True))
+    return lambda: [torch.autograd.backward(layer(x), x.detach()) for layer, x in work]
+
+
+def _by_view(size: Size, make: Callable[[int], nn.Module]) -> Callable[[], object]:
+    layers = [make(channels) for channels, _ in size.shapes]
+    work = [(layer, view) for layer, x in zip(layers, _activations(size), strict=True) for view in x.detach().chunk(2)]
+    for _, view in work:
+        view.requires_grad_()
+    return lambda: [torch.autograd.backward(layer(x), x.detach()) for layer, x in work]
+
+
+def _activations(size: Size) -> list[Tensor]:
+    """One batch of both views for each layer; gradients reach it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2 * size.batch, channels, px, px) for channels, px in size.shapes]
+    return [
+        torch.randn(s, generator=generator).to(torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+        for s in shapes
+    ]
+
+
+@contextmanager
+def _second_rank(size: Size, scratch: Path) -> Iterator[None]:
+    """This process is rank 0 of two inside; the other one does what `measure` will do here."""
+    store = str(scratch / "store")
+    other = mp.get_context("spawn").Process(target=_follow, args=(size, store))
+    other.start()
+    try:
+        _join_group(0, store)
+        yield
+        other.join()
+    finally:
+        other.kill()  # it is alive only where something went wrong here
+        dist.destroy_process_group()
+
+
+def _follow(size: Size, store: str) -> None:
+    torch.set_num_threads(1)
+    _join_group(1, store)
+    work = _across_ranks(size)
+    for _round in range(_WARMUP + size.rounds):
+        for step in work.values():
+            step()
+    dist.destroy_process_group()
+
+
+def _join_group(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)

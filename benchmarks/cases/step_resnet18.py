@@ -1,0 +1,24 @@
+"""What: the case `step` for ResNet-18 at 224 px, whose convolutions are 3x3 and wide: less of its time is batch norm.
+
+How: as `step`: one thread, batch 16. Reference: float32, NCHW, a view at a time, updates a tensor at a time. Ceiling: the step's operations
+at the rate of one bf16 convolution.
+
+    python -m benchmarks.run step_resnet18
+
+Why: as in `step`. Its reference is nearer to the peak, for 3x3 convolutions reorder their weights once for nine times the work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.cases import step
+from benchmarks.record import CaseResult
+from fastbyol.config.schema import ModelConfig
+
+QUICK = step.Size(model=ModelConfig(encoder="resnet18"), size_px=96, batch=8, rounds=6)
+FULL = step.Size(model=ModelConfig(encoder="resnet18"), size_px=224, batch=16, rounds=6)
+
+
+def run(size: step.Size, *, scratch: Path) -> CaseResult:
+    return step.run(size, scratch=scratch, case="step_resnet18")

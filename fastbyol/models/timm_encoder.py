@@ -1,0 +1,60 @@
+"""Any timm model as encoder: (N, 3, H, W) -> (N, feature_dim), freshly initialised, without its classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastbyol.config.errors import UserError, require
+from fastbyol.config.plain import nearest_name
+from fastbyol.config.schema import ModelConfig
+
+PREFIX = "timm/"
+_FOR_RESNETS_ONLY = ("width", "stem", "padding", "zero_init_last_gamma", "initialisation")
+
+
+def timm_encoder(config: ModelConfig) -> nn.Module:
+    """The model that `config.encoder` names after 'timm/', with `feature_dim`; parameter names are timm's.
+
+    Raises:
+        UserError: timm is not installed, knows no such model, or the config sets what only our ResNets have.
+    """
+    timm, name = _library(config.encoder), config.encoder.removeprefix(PREFIX)
+    default = ModelConfig()
+    for option in _FOR_RESNETS_ONLY:
+        value, unset = getattr(config, option), getattr(default, option)
+        require(value == unset, f"model.{option}", value, f"{unset!r} with encoder {config.encoder}: timm's models have no such option")
+    _check_name(timm, name)
+    model = timm.create_model(name, pretrained=False, num_classes=0)
+    model.feature_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)
+    return model
+
+
+def check_timm_image_size(size_px: int, *, encoder: str) -> None:
+    """Refuses images of another size than the model takes, where it takes one only (a vision transformer, say).
+
+    Raises:
+        UserError: that, or timm or the model is missing.
+    """
+    timm, name = _library(encoder), encoder.removeprefix(PREFIX)
+    _check_name(timm, name)
+    settings = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if settings is not None and settings.fixed_input_size:
+        require(size_px == settings.input_size[-1], "views.size_px", size_px, f"{settings.input_size[-1]}, the size that {encoder} takes")
+
+
+def _library(encoder: str) -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"model.encoder = {encoder!r}: timm is not installed; pip install 'fastbyol[timm]'") from error
+    return timm
+
+
+def _check_name(timm: Any, name: str) -> None:
+    if not timm.is_model(name):
+        near = nearest_name(name, timm.list_models())
+        raise UserError(
+            f"model.encoder = {PREFIX + name!r}: timm {timm.__version__} has no such model{near}; timm.list_models() lists them"
+        )

@@ -1,0 +1,131 @@
+"""Batch norm for a batch that holds both views: each view has its own statistics, as if it had come alone.
+
+The official code runs each view through the network by itself. Both in one batch halve the number of calls, weight casts and messages, and give the
+convolutions more work at a time; nothing else changes as long as no statistic sees more than one view.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastbyol.models.sync_batchnorm import Normalised, cross_replica_normalise
+
+Norm = TypeVar("Norm", bound=_BatchNorm)
+
+
+class ViewBatchNorm(_BatchNorm):
+    """nn.BatchNorm1d/2d with the statistics of each view, over all ranks where asked; same parameters, buffers and state dict.
+
+    In training the input is (views * N, C, ...), one view after the other, and the running statistics take the views in that order. In evaluation
+    it is plain batch norm. It may not subclass nn.SyncBatchNorm: DDP refuses that class on the CPU.
+
+    Attributes:
+        views: how many a training batch holds.
+        across_ranks: statistics over all ranks of the process group, if there is one.
+        activation: what a layer that normalises and activates (timm's BatchNormAct2d) does after the norm; else None.
+        plain_class: what `convert_to_batchnorm` makes of it.
+    """
+
+    def __init__(self, num_features: int, *, views: int = 1, across_ranks: bool = False, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.views, self.across_ranks = views, across_ranks
+        self.activation: nn.Sequential | None = None
+        self.plain_class: type[_BatchNorm] = nn.BatchNorm2d
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected (N, C, ...), got {input.dim()} dimensions")
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self._normalise(input)
+        return output if self.activation is None else self.activation(output)
+
+    def _normalise(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        if len(input) % self.views:
+            raise ValueError(f"a training batch of {len(input)} does not hold {self.views} views of equal size")
+        if self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+            normalised = cross_replica_normalise(input, self.weight, self.bias, eps=self.eps, views=self.views)
+            self._update_running(normalised)
+            return normalised.output
+        if self.views == 1:
+            return super().forward(input)
+        # torch's own kernels, view by view: on the CPU they are faster than any composition of smaller operations, compiled or not.
+        plain = super().forward
+        return torch.cat([plain(view) for view in input.chunk(self.views)])
+
+    @torch.no_grad()
+    def _update_running(self, normalised: Normalised) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        unbiased = normalised.variance * (normalised.count / (normalised.count - 1))
+        for mean, variance in zip(normalised.mean, unbiased, strict=True):
+            self.num_batches_tracked.add_(1)
+            # momentum None is a cumulative average, as in torch: the weight of the new batch is 1 / batches so far.
+            weight = self.momentum if self.momentum is not None else self.num_batches_tracked.to(mean).reciprocal()
+            self.running_mean.lerp_(mean.to(self.running_mean), weight)
+            self.running_var.lerp_(variance.to(self.running_var), weight)
+
+
+def convert_to_view_batchnorm(module: nn.Module, *, views: int) -> nn.Module:
+    """The same module with each batch norm replaced, in place where it has children.
+
+    The very Parameter and buffer objects move over: new ones would unfreeze the target, and DDP would fail at the second step. nn.SyncBatchNorm and
+    timm's norms with an activation are converted too.
+
+    Raises:
+        ValueError: a batch norm of a class that does more than normalise.
+    """
+    if isinstance(module, _BatchNorm) and not isinstance(module, ViewBatchNorm):
+        return _converted(module, views=views)
+    for name, child in module.named_children():
+        setattr(module, name, convert_to_view_batchnorm(child, views=views))
+    return module
+
+
+def use_all_ranks(module: nn.Module) -> None:
+    """Lets every `ViewBatchNorm` in the module take its training statistics over all ranks (no effect on one process)."""
+    for layer in module.modules():
+        if isinstance(layer, ViewBatchNorm):
+            layer.across_ranks = True
+
+
+def convert_to_batchnorm(module: nn.Module) -> nn.Module:
+    """The same module with the class that each `ViewBatchNorm` had before in its place; the very tensors, under the same names."""
+    if isinstance(module, ViewBatchNorm):
+        plain = module.plain_class(module.num_features, **_options(module))
+        for name, child in () if module.activation is None else module.activation.named_children():
+            setattr(plain, name, child)
+        return _with_tensors_of(module, plain)
+    for name, child in module.named_children():
+        setattr(module, name, convert_to_batchnorm(child))
+    return module
+
+
+def _converted(module: _BatchNorm, *, views: int) -> ViewBatchNorm:
+    replacement = ViewBatchNorm(module.num_features, views=views, **_options(module))
+    replacement.plain_class = type(module)
+    if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        after = OrderedDict(module.named_children())
+        if list(after) != ["drop", "act"]:
+            raise ValueError(f"{type(module).__name__}: a batch norm of this class cannot be given statistics per view")
+        replacement.activation = nn.Sequential(after)
+    return _with_tensors_of(module, replacement)
+
+
+def _options(module: _BatchNorm) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in ("eps", "momentum", "affine", "track_running_stats")}
+
+
+def _with_tensors_of(source: _BatchNorm, module: Norm) -> Norm:
+    module.weight, module.bias = source.weight, source.bias
+    module.running_mean, module.running_var = source.running_mean, source.running_var
+    module.num_batches_tracked = source.num_batches_tracked
+    return module.train(source.training)
