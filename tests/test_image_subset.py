@@ -19,6 +19,7 @@ from fastbyol.data.image_subset import balanced_counts, choose_classes, draw_fra
 from fastbyol.data.inputs import list_images
 from fastbyol.data.writers_ffcv import write_beton
 from tests.imagenet_archives import TRAIN, tar_bytes, write_archives
+from tests.script_run import run_here
 
 SUBSET = Path(__file__).parents[1] / "data_prep" / "subset.py"
 
@@ -146,20 +147,22 @@ def test_a_converted_part_without_some_classes_has_the_labels_of_the_whole(image
 # ---- the command
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SUBSET, *arguments], capture_output=True, text=True, timeout=60, check=False)
-
-
 def test_the_command_writes_a_list_that_gives_the_part(image_folder: Path, tmp_path: Path) -> None:
-    done = run("--data", image_folder, "--images", "8", "--classes", "bee,cat", "--out", tmp_path / "list.txt")
+    done = subprocess.run(
+        [sys.executable, SUBSET, "--data", image_folder, "--images", "8", "--classes", "bee,cat", "--out", tmp_path / "list.txt"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path / 'list.txt'}: 8 images of 2 classes (4 of each), of 3 in all\n"
     part = list_images(image_folder, subset=tmp_path / "list.txt")
     assert Counter(part.labels) == {1: 4, 2: 4}
     assert (tmp_path / "list.txt").read_text().splitlines() == list(part.files)
-    done = run("--data", image_folder, "--images", "8", "--out", tmp_path / "list.txt")
+    done = run_here(SUBSET, "--data", image_folder, "--images", "8", "--out", tmp_path / "list.txt")
     assert "exists already" in done.stderr
-    assert run("--data", image_folder, "--classes", "2", "--out", tmp_path / "list.txt", "--overwrite").returncode == 0
+    assert run_here(SUBSET, "--data", image_folder, "--classes", "2", "--out", tmp_path / "list.txt", "--overwrite").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,6 @@ def test_the_command_writes_a_list_that_gives_the_part(image_folder: Path, tmp_p
 def test_a_mistake_is_one_line(arguments: list[str], message: str, image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "subset").write_text("ant/000.jpg\n")
     arguments = [str(tmp_path / "subset") if argument == "SUBSET" else argument for argument in arguments]
-    done = run("--data", image_folder, "--out", tmp_path / "list.txt", *arguments)
+    done = run_here(SUBSET, "--data", image_folder, "--out", tmp_path / "list.txt", *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr

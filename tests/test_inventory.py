@@ -16,12 +16,9 @@ from fastbyol.data.image_folder import list_image_folder
 from fastbyol.data.inventory import take_inventory
 from fastbyol.data.picture_grid import LABEL_PX, MARGIN_PX, TILE_PX, write_picture_grid
 from tests.imagenet_archives import DEVKIT, VAL, write_archives
+from tests.script_run import run_here
 
 INFO = Path(__file__).parents[1] / "data_prep" / "info.py"
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, INFO, *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_the_numbers_are_those_of_the_files_whatever_holds_them(image_folder: Path, beton: Path, tar_folder: Path) -> None:
@@ -48,15 +45,15 @@ def test_the_sides_of_many_images_are_taken_from_a_sample(image_folder: Path, mo
 
 
 def test_the_command_prints_a_table_or_json(beton: Path, tmp_path: Path) -> None:
-    done = run(beton)
+    done = subprocess.run([sys.executable, INFO, beton], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     words = " ".join(done.stdout.split())
     for part in ("images 25", "classes 3: ant, bee, cat", "per class 8 to 9, median 8", "shards 1 of", "settings page_bytes 8388608"):
         assert part in words
-    numbers = json.loads(run(beton, "--json").stdout)
+    numbers = json.loads(run_here(INFO, beton, "--json").stdout)
     assert (numbers["class_counts"], numbers["kind"]) == ([8, 9, 8], "beton")
     write_archives(tmp_path)
-    assert "images 8 classes 3" in " ".join(run(tmp_path / VAL, "--devkit", tmp_path / DEVKIT).stdout.split())
+    assert "images 8 classes 3" in " ".join(run_here(INFO, tmp_path / VAL, "--devkit", tmp_path / DEVKIT).stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -69,7 +66,7 @@ def test_the_command_prints_a_table_or_json(beton: Path, tmp_path: Path) -> None
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str, beton: Path) -> None:
-    done = run(*(str(beton) if argument == "BETON" else argument for argument in arguments))
+    done = run_here(INFO, *(str(beton) if argument == "BETON" else argument for argument in arguments))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
     assert message in done.stderr
 

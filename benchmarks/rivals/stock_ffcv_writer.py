@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastbyol.data.image_folder import ImageFolder
+from fastbyol.data.image_listing import ImageListing
 
 QUALITY = 90
 """FFCV's default."""
@@ -18,7 +18,7 @@ QUALITY = 90
 class PillowImages:
     """(image, label) by index, as torchvision.datasets.ImageFolder gives them."""
 
-    def __init__(self, listing: ImageFolder) -> None:
+    def __init__(self, listing: ImageListing) -> None:
         self._listing = listing
 
     def __len__(self) -> int:
@@ -29,7 +29,7 @@ class PillowImages:
             return file.convert("RGB"), self._listing.labels[index]
 
 
-def write_with_stock_ffcv(listing: ImageFolder, out: Path, *, workers: int) -> None:
+def write_with_stock_ffcv(listing: ImageListing, out: Path, *, workers: int) -> None:
     """A .beton of the whole listing; returns when its processes are gone."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter

@@ -15,7 +15,6 @@ from pathlib import Path
 from fastbyol.config.errors import UserError
 from fastbyol.data.image_listing import EXTENSIONS, ImageListing, in_sample_order, why_not_an_image
 
-ImageFolder = ImageListing
 _SPLITS = ({"train", "val"}, {"train", "test"})
 _LINE_BREAKS = ("\n", "\r")
 Identity = tuple[int, int]
