@@ -82,7 +82,8 @@ def _build_parser() -> OneLineParser:
     views.set_defaults(command=draw_views)
 
     presets = commands.add_parser("presets", help="the named runs, with their commands and expected figures")
-    presets.set_defaults(command=lambda _: print_presets())
+    presets.add_argument("word", nargs="?", default="", help="only those whose name holds this, for example ablation_tau")
+    presets.set_defaults(command=lambda options: print_presets(options.word))
     return parser
 
 
@@ -148,11 +149,15 @@ def draw_views(options: argparse.Namespace) -> None:
     print(f"views: {options.out}")
 
 
-def print_presets() -> None:
-    """Each preset with what it is, the published figure and its source, what was measured here, and its command."""
+def print_presets(word: str = "") -> None:
+    """Each preset whose name holds the word, with what it is, the published figure and its source, what was measured here, and its command."""
+    from fastbyol.config.plain import nearest_name
     from fastbyol.config.presets import PRESETS
 
-    for name, preset in PRESETS.items():
+    chosen = {name: preset for name, preset in PRESETS.items() if word in name}
+    if not chosen:
+        raise UserError(f"presets {word}: no preset's name holds that{nearest_name(word, PRESETS)}")
+    for name, preset in chosen.items():
         print(f"{name}\n    what      {preset.what}\n    expected  {preset.expected} ({preset.source})")
         print(f"    here      {preset.run_here}\n    command   {preset.command(name)}\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -64,3 +65,19 @@ def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+def all_gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks below one another, in rank order, on every rank; each must bring as many. The tensor itself on one process."""
+    if not dist.is_initialized():
+        return values
+    rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, values.contiguous())
+    return torch.cat(rows)
+
+
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrites each tensor with rank 0's."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)

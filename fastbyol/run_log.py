@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -13,15 +14,18 @@ import yaml
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import from_plain, to_plain
-from fastbyol.config.schema import TrainConfig
+from fastbyol.config.schema import MonitorsConfig, TrainConfig
+from fastbyol.progress import PROGRESS, live_line, progress_line
 from fastbyol.provenance import collect_provenance
+from fastbyol.wandb_log import WandbLog
 
 log = logging.getLogger("fastbyol")
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 PROVENANCE_FILE = "provenance.json"
 FREE_TO_CHANGE = frozenset(
-    {"out", "log_every", "checkpoint_every", "keep_checkpoints", "data.train", "data.backend", "data.workers", "data.prefetch"}
+    {"out", "log_every", "checkpoint_every", "keep_checkpoints", "data.train", "data.backend", "data.workers", "data.prefetch", "data.val"}
+    | {f"monitors.{f.name}" for f in dataclasses.fields(MonitorsConfig)}
 )
 """A run may continue with other values of these: they do not touch what it computes. The number of images is checked on its own."""
 
@@ -77,9 +81,10 @@ class RunLog:
         folder: the run folder.
         total_steps: shown in the progress line.
         first_step: where this process starts; records of later steps, left by a run that was cut off, are dropped.
+        wandb_project: Weights & Biases gets the records too; empty: it does not.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, first_step: int) -> None:
+    def __init__(self, folder: Path, *, total_steps: int, first_step: int, wandb_project: str = "") -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.total_steps = total_steps
@@ -91,7 +96,9 @@ class RunLog:
         self._alarmed = False
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        configure_logging(folder / "train.log")
+        self._wandb = WandbLog(folder, project=wandb_project, config=_recorded_config(folder)) if wandb_project else None
+        self._live = live_line(total_steps=total_steps, first_step=first_step)
+        configure_logging(folder / "train.log", screen=self._live.handler() if self._live else None)
 
     def write(self, record: dict[str, Any]) -> None:
         """One logged step: `step` (0-based, just taken) and numbers, texts or None."""
@@ -101,7 +108,11 @@ class RunLog:
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._board.add_scalar(name, value, record["step"])
-        log.info(progress_line(record, total_steps=self.total_steps))
+        if self._wandb is not None:
+            self._wandb.write(record)
+        if self._live is not None:
+            self._live.show(record)
+        log.info(progress_line(record, total_steps=self.total_steps), extra=PROGRESS)
         if record["alarm"] and not self._alarmed:
             log.warning("ALARM %s", record["alarm"])
         self._alarmed = bool(record["alarm"])
@@ -109,16 +120,14 @@ class RunLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
+        if self._live is not None:
+            self._live.close()
 
 
-def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
-    """What a person wants to see of a step, in one line."""
-    return (
-        f"step {record['step'] + 1}/{total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  "
-        f"tau {record['tau']:.4f}  {record['images_per_s_per_device']:.0f} images/s per device  data wait {record['data_wait_share']:.0%}  "
-        f"probe {record['probe_top1']:.1%}  proj-std {record['projection_std']:.2f}  rank {record['effective_rank']:.1f}  "
-        f"cos {record['mean_cosine']:.2f}"
-    )
+def _recorded_config(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / CONFIG_FILE).read_text())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -133,16 +142,21 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def configure_logging(file: Path | None = None, *, quiet: bool = False) -> None:
-    """Plain lines on stderr, and in the file where one is given; quiet ranks say warnings only."""
+def configure_logging(file: Path | None = None, *, quiet: bool = False, screen: logging.Handler | None = None) -> None:
+    """Plain lines on stderr (or to `screen` instead), and in the file where one is given; quiet ranks say warnings only."""
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
-    for handler in log.handlers:
-        handler.close()
-    log.handlers.clear()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    close_logging()
+    handlers: list[logging.Handler] = [screen or logging.StreamHandler(sys.stderr)]
     if file is not None:
         handlers.append(logging.FileHandler(file))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
+
+
+def close_logging() -> None:
+    """Closes the log's files and the live line, so that what is said after it stands in lines of its own."""
+    for handler in log.handlers:
+        handler.close()
+    log.handlers.clear()

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastbyol
 from fastbyol.byol import BYOLOutput, build_byol
+from fastbyol.checkpoint import checkpoint_steps
 from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import one_line_errors, require
 from fastbyol.config.schema import TrainConfig, accumulation_of
@@ -28,13 +29,14 @@ from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 from fastbyol.data.loader import TwoViewLoader
+from fastbyol.evaluation.online_knn import build_online_knn
 from fastbyol.models.resnet import check_image_size
 from fastbyol.models.sync_batchnorm import convert_to_cross_replica
-from fastbyol.monitors import Monitor
+from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.precision import autocast, build_scaler, prepare_model
 from fastbyol.process_group import Process, join_process_group, leave_process_group
-from fastbyol.run_log import RunLog, configure_logging, open_run_folder
+from fastbyol.run_log import RunLog, close_logging, configure_logging, open_run_folder
 from fastbyol.schedules import lr_at, tau_at, total_steps_at
 from fastbyol.train_state import TrainState
 
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         train(config, process)
     finally:
+        close_logging()
         leave_process_group()
 
 
@@ -63,22 +66,33 @@ def train(config: TrainConfig, process: Process) -> None:
     first_step = state.restore(folder)
     announce(config, process, state, first_step=first_step, total_steps=total_steps)
 
-    run_log = RunLog(folder, total_steps=total_steps, first_step=first_step) if process.is_main else None
-    monitor = Monitor(global_batch=config.global_batch, world_size=process.world_size, device=process.device)
+    run_log = None
+    if process.is_main:
+        run_log = RunLog(folder, total_steps=total_steps, first_step=first_step, wandb_project=config.monitors.wandb_project)
+    monitor = build_monitor(config, process)
+    online_knn = build_online_knn(config, process, num_samples=num_samples, first_step=first_step, total_steps=total_steps)
     batches = endless(state.loader)
     for step in range(first_step, total_steps):
         lr = lr_at(step, total_steps=total_steps, warmup_steps=warmup_steps, base_lr=optim.base_lr, global_batch=config.global_batch)
         tau = tau_at(step, total_steps=total_steps, tau_base=optim.tau_base)
-        output = train_step(config, process, state, batches, monitor, lr=lr, tau=tau)
         done = step + 1
-        if done % config.log_every == 0 or done == total_steps:
+        logged = done % config.log_every == 0 or done == total_steps
+        monitor.start_step(logged=logged)
+        output = train_step(config, process, state, batches, monitor, lr=lr, tau=tau)
+        if logged:
             record = monitor.record(step=step, epoch=done * config.global_batch / num_samples, lr=lr, tau=tau, last=output)
+            if online_knn is not None and online_knn.due(done):
+                with monitor.paused():
+                    record["knn_top1"] = online_knn.top1(state.byol.online.encoder)
             if run_log is not None:
                 run_log.write(record)
+            monitor.stop_when_collapsed(checkpoint_steps(folder))
         if process.is_main and (done % config.checkpoint_every == 0 or done == total_steps):
             state.save(folder, step=done, config=config)
     batches.close()
     state.loader.close()
+    if online_knn is not None:
+        online_knn.close()
     if run_log is not None:
         run_log.close()
 
@@ -100,6 +114,7 @@ def train_step(
             state.scaler.scale((output.loss + output.probe_loss) / accumulate).backward()
         monitor.add(output)
     state.scaler.unscale_(state.optimizer)
+    monitor.gradients_ready(state.byol.online)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)

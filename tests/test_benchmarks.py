@@ -18,7 +18,20 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
 from benchmarks import run as command  # noqa: E402
-from benchmarks.cases import CASES, augment, demo_step, ema, lars, load_case, loader, step  # noqa: E402
+from benchmarks.cases import (  # noqa: E402
+    CASES,
+    augment,
+    demo_step,
+    ema,
+    end_to_end,
+    evaluate,
+    lars,
+    load_case,
+    loader,
+    monitors,
+    scaling,
+    step,
+)
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report import case_table, headers, report_markdown  # noqa: E402
@@ -44,10 +57,25 @@ TINY_CASES = {
     "lars": (lars, lars.Size(rounds=2, model=TINY_MODEL)),
     "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
     "demo_step": (demo_step, demo_step.Size(steps=2, rounds=1, batch=8)),
+    "end_to_end": (end_to_end, end_to_end.Size(steps=2, rounds=1, model=TINY_MODEL, size_px=32, batch=4, scale=0.1)),
+    "evaluate": (evaluate, evaluate.Size(images=8, batch=4, rounds=1, encoder="resnet8", size_px=32, scale=0.1)),
+    "monitors": (monitors, monitors.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
+    "scaling": (scaling, scaling.Size(steps=1, rounds=1, rank_batch=4, size_px=32, model=TINY_MODEL, ranks=2)),
+}
+EXPECTED_ROWS = {
+    "loader": 13,
+    "augment": 3,
+    "ema": 4,
+    "lars": 4,
+    "step": 4,
+    "demo_step": 3,
+    "end_to_end": 8,
+    "evaluate": 4,
+    "monitors": 3,
+    "scaling": 3,
 }
 OPTIONAL_RIVALS = {loader.LIGHTLY}
 """Not installed by `make install`."""
-EXPECTED_ROWS = {"loader": 13, "augment": 3, "ema": 4, "lars": 4, "step": 4, "demo_step": 3}
 
 
 def test_an_estimate_is_the_median_and_the_order_statistics_that_enclose_it_with_95_percent():
@@ -230,6 +258,26 @@ def test_the_convolution_of_the_step_case_counts_its_own_operations():
     with FlopCounterMode(display=False) as counter:
         subject.run()
     assert counter.get_total_flops() == pytest.approx(subject.units * 1e9)
+
+
+def test_a_case_from_files_says_whether_data_or_computing_holds_it_up():
+    assert end_to_end.verdict({"ffcv: end to end": 0.04}).startswith("compute-bound")
+    assert "data-bound (dali: end to end 30% of the time waiting)" in end_to_end.verdict(
+        {"ffcv: end to end": 0.04, "dali: end to end": 0.3}
+    )
+
+
+def test_efficiency_is_that_of_a_rank_against_one_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The clock says 8 s for one rank, 10 s for two that do twice the work, 8 s for two that do not speak."""
+    clock = iter([0.0, 8.0, 8.0, 18.0, 18.0, 26.0] * 2)
+    size = scaling.Size(steps=1, rounds=1, rank_batch=4, size_px=32, model=TINY_MODEL, ranks=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "perf_counter", lambda: next(clock))
+        work = [scaling.Work(cpu_s=2.0, images=4)]
+        timings = scaling._measure({"1": lambda: work, "2": lambda: work * 2, "2, alone": lambda: work * 2}, size)
+    assert [timings[name].ms["wall"] for name in timings] == [(2000.0,), (1250.0,), (1000.0,)]
+    assert [timings[name].ms["cpu"] for name in timings] == [(500.0,), (500.0,), (500.0,)]
+    assert scaling.efficiency(timings, {"1": 1, "2": 2, "2, alone": 2}, reference="1") == {"1": 1.0, "2": 0.8, "2, alone": 1.0}
 
 
 def test_executors_of_the_augment_case_render_the_same_views():

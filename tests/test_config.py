@@ -9,19 +9,14 @@ import yaml
 
 from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.config.plain import from_plain, to_plain
-from fastbyol.config.presets import PRESETS, preset_config
+from fastbyol.config.plain import from_plain
+from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.config.views import ABLATIONS, PAPER, ViewSpec, blur_taps
 
 
 def _parse(*arguments: str) -> TrainConfig:
     return parse_train_config(arguments, usage="")
-
-
-def test_a_preset_without_options_is_the_preset_itself():
-    for name in PRESETS:
-        assert _parse("--preset", name) == preset_config(name)
 
 
 def test_options_win_over_a_file_and_a_file_over_the_preset(tmp_path):
@@ -36,11 +31,6 @@ def test_options_win_over_a_file_and_a_file_over_the_preset(tmp_path):
     assert config.optim.weight_decay == preset_config("r50_100ep").optim.weight_decay
     assert config.views.view2.crop_area == (0.2, 0.9)
     assert config.views.view1.crop_area == (0.08, 1.0)
-
-
-def test_a_config_survives_yaml():
-    for preset in PRESETS.values():
-        assert from_plain(TrainConfig, yaml.safe_load(yaml.safe_dump(to_plain(preset.config)))) == preset.config
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from benchmarks.record import CaseResult
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
 
-CASES = ("loader", "augment", "ema", "lars", "step", "demo_step")
+CASES = ("loader", "augment", "ema", "lars", "step", "demo_step", "end_to_end", "evaluate", "monitors", "scaling")
 
 
 class Case(Protocol):

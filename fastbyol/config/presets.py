@@ -1,33 +1,18 @@
 """Named runs, each with its command, the figure to expect and where that figure comes from.
 
-Numbers of the paper's runs: Grill et al., section 3.3 and appendix F and G; official configs/byol.py and README.
+Numbers of the paper's runs: Grill et al., section 3.3 and appendix F and G; official configs/byol.py and README. Its ablations: `ablations.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from fastbyol.config.ablations import BASE_FIGURE, ablation_presets
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
+from fastbyol.config.preset import Preset
 from fastbyol.config.schema import ModelConfig, OptimConfig, TrainConfig
 from fastbyol.config.views import PAPER, ViewPair, ViewSpec
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A named run: `expected` is a published figure with its `source`; `run_here` what we measured ourselves, or 'not yet run'."""
-
-    what: str
-    config: TrainConfig
-    expected: str
-    source: str
-    run_here: str = "not yet run"
-
-    def command(self, name: str) -> str:
-        if name.startswith("cpu_demo"):
-            kind = "scenes" if name.endswith("scenes") else "fashion"
-            return f"python fastbyol/train.py --preset {name} --data.train demo/{kind}/train.beton --out runs/demo"
-        return f"torchrun --nproc-per-node 8 fastbyol/train.py --preset {name} --data.train train.beton --out runs/{name}"
 
 
 def _paper(
@@ -35,6 +20,36 @@ def _paper(
 ) -> TrainConfig:
     optim = OptimConfig(base_lr=base_lr, tau_base=tau_base, weight_decay=weight_decay)
     return TrainConfig(epochs=epochs, global_batch=global_batch, optim=optim, model=encoder or ModelConfig())
+
+
+# Table 1 and 9: encoder -> (depth, width, top-1, top-5).
+_ENCODERS = {
+    "r50x2": (50, 2, "77.4", "93.6"),
+    "r50x3": (50, 3, "78.2", "93.9"),
+    "r50x4": (50, 4, "78.6", "94.2"),
+    "r101": (101, 1, "76.4", "93.0"),
+    "r101x2": (101, 2, "78.7", "94.3"),
+    "r101x3": (101, 3, "78.4", "94.2"),
+    "r152": (152, 1, "77.3", "93.7"),
+    "r152x2": (152, 2, "79.0", "94.6"),
+    "r152x3": (152, 3, "79.5", "94.6"),
+    "r200": (200, 1, "77.8", "93.9"),
+    "r200x2": (200, 2, "79.6", "94.8"),
+}
+
+
+def _larger_encoders() -> dict[str, Preset]:
+    return {
+        f"{name}_1000ep": Preset(
+            what=f"ResNet-{depth}{f' of width {width}' if width > 1 else ''}, 1000 epochs, batch 4096",
+            config=_paper(
+                1000, base_lr=0.2, tau_base=0.996, weight_decay=1.5e-6, encoder=ModelConfig(encoder=f"resnet{depth}", width=width)
+            ),
+            expected=f"{top1} top-1 linear, {top5} top-5",
+            source="paper, tables 1 and 9",
+        )
+        for name, (depth, width, top1, top5) in _ENCODERS.items()
+    }
 
 
 _IMAGENETTE = TrainConfig(
@@ -77,21 +92,16 @@ PRESETS: dict[str, Preset] = {
     "r50_300ep": Preset(
         what="ResNet-50, 300 epochs, batch 4096",
         config=_paper(300, base_lr=0.3, tau_base=0.99, weight_decay=1e-6),
-        expected="72.5 top-1 linear",
+        expected=BASE_FIGURE,
         source="paper, section 5",
     ),
     "r50_1000ep": Preset(
         what="ResNet-50, 1000 epochs, batch 4096",
         config=_paper(1000, base_lr=0.2, tau_base=0.996, weight_decay=1.5e-6),
-        expected="74.3 top-1 linear",
+        expected="74.3 top-1 linear, 91.6 top-5",
         source="paper, table 1",
     ),
-    "r200x2_1000ep": Preset(
-        what="ResNet-200 of width 2, 1000 epochs, batch 4096",
-        config=_paper(1000, base_lr=0.2, tau_base=0.996, weight_decay=1.5e-6, encoder=ModelConfig(encoder="resnet200", width=2)),
-        expected="79.6 top-1 linear",
-        source="paper, table 1",
-    ),
+    **_larger_encoders(),
     "r50_1000ep_batch512": Preset(
         what="ResNet-50, 1000 epochs, batch 512",
         config=_paper(1000, base_lr=0.4, tau_base=0.9995, weight_decay=1.5e-6, global_batch=512),
@@ -118,6 +128,7 @@ PRESETS: dict[str, Preset] = {
         source="ours",
         run_here="68.0 to 73.5 top-1 linear, 59.3 to 61.9 kNN, three seeds",
     ),
+    **ablation_presets(),
 }
 
 
@@ -128,5 +139,5 @@ def preset_config(name: str) -> TrainConfig:
         UserError: no such preset, with the nearest one.
     """
     if name not in PRESETS:
-        raise UserError(f"preset = {name!r}: no such preset{nearest_name(name, PRESETS)}; one of {', '.join(PRESETS)}")
+        raise UserError(f"preset = {name!r}: no such preset{nearest_name(name, PRESETS)}; python -m fastbyol presets lists them")
     return PRESETS[name].config

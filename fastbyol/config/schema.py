@@ -34,6 +34,8 @@ class DataConfig:
     dali_ops: str = "auto"
     """What the dali backend leaves to DALI: decode (on the CPU); crop, on the GPU where there is one; all, for comparison: it is not the
     paper's augmentation. auto: crop on a GPU (not run by us yet), else decode."""
+    val: str = ""
+    """Labelled images for monitors.knn_every_epochs, of the same classes; training does not see them."""
 
     def __post_init__(self) -> None:
         require_choice("data.backend", self.backend, BACKENDS)
@@ -133,6 +135,27 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class MonitorsConfig:
+    """What is watched beside the training; nothing here changes what is learnt."""
+
+    stop_on_collapse: bool = True
+    """End a run whose projections have become one and stay so (docs/monitors.md); off: it only says so."""
+    collapse_patience: int = 1000
+    """Optimizer steps that a collapse must last before the run is ended; never within the warm-up."""
+    knn_every_epochs: float = 0.0
+    """How often kNN on data.val is measured while training; 0: never."""
+    knn_images: int = 20_000
+    """Most images of each split that take part in it: a random choice, always the same."""
+    wandb_project: str = ""
+    """Where Weights & Biases is to show the run too; empty: nowhere. Needs pip install 'fastbyol[wandb]'."""
+
+    def __post_init__(self) -> None:
+        require_at_least("monitors.collapse_patience", self.collapse_patience, 1)
+        require_at_least("monitors.knn_every_epochs", self.knn_every_epochs, 0.0)
+        require_at_least("monitors.knn_images", self.knn_images, 1)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One pre-training run, whole."""
 
@@ -156,6 +179,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
 
     def __post_init__(self) -> None:
         require_positive("epochs", self.epochs)
@@ -164,6 +188,10 @@ class TrainConfig:
         require_at_least("rank_batch", self.rank_batch, 0)
         require_at_least("keep_checkpoints", self.keep_checkpoints, 2)
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
+        if self.data.val and not self.monitors.knn_every_epochs:
+            raise UserError(f"data.val = {self.data.val!r}: has no effect without monitors.knn_every_epochs; set that, for example to 1")
+        if self.monitors.knn_every_epochs and not self.data.val:
+            raise UserError(f"monitors.knn_every_epochs = {self.monitors.knn_every_epochs:g}: needs data.val, the labelled images to score")
 
 
 def accumulation_of(config: TrainConfig, *, world_size: int) -> int:

@@ -90,9 +90,11 @@ def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int
     return KernelRenderer(source, views, output=output, workers=workers, prefetch=config.prefetch)
 
 
-def build_image_loader(path: str | Path, *, views: ViewPair, batch: int, backend: str = "auto", workers: int = 0) -> ImageLoader:
-    """Every labelled image of `path` once, centre-cropped: what evaluation reads. Raises UserError as `build_loader`."""
-    source = _open_source(str(path), backend, option="data")
+def build_image_loader(
+    path: str | Path, *, views: ViewPair, batch: int, backend: str = "auto", workers: int = 0, option: str = "data"
+) -> ImageLoader:
+    """Every labelled image of `path` once, centre-cropped: what evaluation reads. Raises UserError as `build_loader`, naming `option`."""
+    source = _open_source(str(path), backend, option=option)
     try:
         return ImageLoader(source, views=views, batch=batch, workers=workers or default_workers())
     except BaseException:

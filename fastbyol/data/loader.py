@@ -128,8 +128,11 @@ class ImageLoader:
         return -(-self.num_samples // self._batch)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        everything = np.arange(self.num_samples, dtype=np.int64)
-        plan = (everything[first : first + self._batch] for first in range(0, self.num_samples, self._batch))
+        return self.batches_of(np.arange(self.num_samples, dtype=np.int64))
+
+    def batches_of(self, index: Indices) -> Iterator[ImageBatch]:
+        """These images in this order, in batches."""
+        plan = (index[first : first + self._batch] for first in range(0, len(index), self._batch))
         for rendered in self._renderer.batches(plan, _centre_crop):
             yield _image_batch(rendered, self._labels)
 

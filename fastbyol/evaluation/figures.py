@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_POINTS = 2000
+FEW_POINTS = 12
 COLUMNS = 3
 LINE_COLOUR, REFERENCE_COLOUR = "#1f5fa8", "#b03a2e"
 
@@ -33,6 +34,9 @@ TRAINING_PANELS = (
     Panel("lr", "learning rate"),
     Panel("tau", "tau, target decay rate"),
     Panel("probe_top1", "linear probe on the fly, top-1"),
+    Panel("knn_top1", "kNN on the fly, top-1"),
+    Panel("gradient_norm", "norm of the gradient"),
+    Panel("update_norm", "norm of the update"),
     Panel("images_per_s", "images/s, all processes"),
     Panel("data_wait_share", "share of time waiting for data"),
 )
@@ -63,8 +67,10 @@ def curves(records: list[Record], panels: tuple[Panel, ...]) -> bytes:
 
 
 def _draw(axes: Axes, records: list[Record], panel: Panel) -> None:
-    step = [record["step"] for record in records]
-    axes.plot(step, series(records, panel.key), color=LINE_COLOUR, linewidth=1.4, marker="o" if len(step) == 1 else None)
+    points = [(r["step"], value) for r, value in zip(records, series(records, panel.key), strict=True) if not math.isnan(value)]
+    # kNN is measured now and then: few points are shown as such.
+    marker = "o" if len(points) <= FEW_POINTS else None
+    axes.plot(*zip(*points, strict=True), color=LINE_COLOUR, linewidth=1.4, marker=marker, markersize=3)
     for value, meaning in panel.references:
         axes.axhline(value, color=REFERENCE_COLOUR, linewidth=0.8, linestyle="--")
         axes.annotate(meaning, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color=REFERENCE_COLOUR)

@@ -1,0 +1,114 @@
+"""What: features of labelled images with a frozen encoder, from their files: what kNN and linear evaluation wait for.
+
+How: the product's `build_image_loader` and `extract_features`, float32, one thread of each. Reference: torchvision's resize and centre crop on
+Pillow images in the same thread, float32, NCHW. Ceiling: the encoder's forward alone, on images in memory. The wall clock is the one to read:
+the loader works beside the encoder.
+
+    python -m benchmarks.run evaluate
+
+Why: one forward without gradient is an eighth of a training step, and a centre crop most of two views' cost, so evaluation is data-bound
+sooner than training. The centre crop costs less than torchvision's because it crops first and resizes once. A set whose images fit in a
+GiB is decoded once for all protocols (`Split`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from benchmarks.imagenet_like import write_imagenet_like
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import Subject, measure, torch_threads
+from fastbyol.config.views import PAPER, ViewPair
+from fastbyol.data import build_image_loader
+from fastbyol.data.batch import ImageBatch
+from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.evaluation.features import extract_features
+from fastbyol.models import build_encoder
+
+REFERENCE, CEILING, OURS, LOADER = "torchvision on Pillow, NCHW", "forward alone", "extract_features, .beton", "decode and crop alone"
+SHORT_SIDE = 256 / 224
+"""torchvision's usual resize before a centre crop, over the crop's side."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """images: divisible by batch. scale: of ImageNet's image sides."""
+
+    images: int
+    batch: int
+    rounds: int
+    encoder: str
+    size_px: int
+    torch_threads: int = 1
+    workers: int = 1
+    scale: float = 1.0
+    seed: int = 0
+
+
+QUICK = Size(images=32, batch=16, rounds=6, encoder="resnet18", size_px=64)
+FULL = Size(images=64, batch=16, rounds=9, encoder="resnet50", size_px=224)
+
+
+def run(size: Size, *, scratch: Path) -> CaseResult:
+    folder = write_imagenet_like(scratch / "images", images=size.images, classes=2, scale=size.scale, seed=size.seed)
+    write_beton(folder, out=scratch / "images.beton", workers=1)
+    views = replace(PAPER, size_px=size.size_px)
+    torch.manual_seed(size.seed)
+    encoder, theirs = build_encoder(size.encoder), build_encoder(size.encoder).eval()
+    held = [torch.randn(size.batch, 3, size.size_px, size.size_px) for _ in range(size.images // size.batch)]
+    batches = [ImageBatch(image, torch.zeros(size.batch, dtype=torch.int64), torch.arange(size.batch)) for image in held]
+    with (
+        build_image_loader(scratch / "images.beton", views=views, batch=size.batch, workers=size.workers) as loader,
+        torch_threads(size.torch_threads),
+    ):
+        subjects = [
+            Subject(CEILING, lambda: extract_features(encoder, batches, every_image=False), units=size.images),
+            Subject(OURS, lambda: extract_features(encoder, loader), units=size.images),
+            Subject(LOADER, lambda: deque(loader, maxlen=0), units=size.images),
+            Subject(REFERENCE, _torchvision_features(folder, theirs, views, size.batch), units=size.images, note="not beside the encoder"),
+        ]
+        timings = measure(subjects, rounds=size.rounds)
+    return make_result(
+        "evaluate",
+        f"features of {size.encoder} at {size.size_px} px from JPEG files, batch {size.batch}",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="image",
+        threads=size.torch_threads + size.workers,
+        primary="wall",
+        settings=size,
+    )
+
+
+def _torchvision_features(folder: Path, encoder: torch.nn.Module, views: ViewPair, batch: int) -> Callable[[], torch.Tensor]:
+    listing = list_image_folder(folder)
+    transform = transforms.Compose(
+        [
+            transforms.Resize(round(SHORT_SIDE * views.size_px), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(views.size_px),
+            transforms.ToTensor(),
+            transforms.Normalize(views.mean, views.std),
+        ]
+    )
+
+    def images() -> Iterator[torch.Tensor]:
+        for index in range(len(listing.files)):
+            with Image.open(listing.path(index)) as file:
+                yield transform(file.convert("RGB"))  # type: ignore[misc]
+
+    @torch.no_grad()
+    def features() -> torch.Tensor:
+        source = images()
+        return torch.cat([encoder(torch.stack([next(source) for _ in range(batch)])) for _ in range(len(listing.files) // batch)])
+
+    return features

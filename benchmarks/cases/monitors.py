@@ -1,0 +1,108 @@
+"""What: what watching a run costs: the share of a step that goes into `Monitor`.
+
+How: the calls that the loop makes for `LOG_EVERY` steps, one of them logged (norms, signs of collapse, one read), on the outputs and
+gradients of a real step. Reference: the same with every step logged. Ceiling: a step itself, of which ours is to take less than 1 %.
+
+    python -m benchmarks.run monitors
+
+Why: most of it is the two norms, three passes over the weights and one over the gradients, on logged steps only; sums over micro-batches are
+a few additions. The step's time grows with the batch and the norms' does not: this small batch is the hard case. On a GPU all of it is
+queued behind the step and read once per record (not measured yet).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import Subject, measure, same_round_ratios, torch_threads
+from benchmarks.training_step import synthetic_batch
+from fastbyol.byol import BYOL, BYOLOutput, build_byol
+from fastbyol.config.schema import ModelConfig, TrainConfig
+from fastbyol.config.views import PAPER
+from fastbyol.monitors import build_monitor
+from fastbyol.precision import autocast, prepare_model
+from fastbyol.process_group import Process
+
+OURS, REFERENCE, CEILING = "one step in ten logged", "every step logged", "the step: four forwards, backward"
+LOG_EVERY = 10
+NUM_CLASSES = 10
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Size:
+    model: ModelConfig
+    size_px: int
+    batch: int
+    rounds: int
+    threads: int = 1
+
+
+QUICK = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=16, rounds=6)
+FULL = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=16, rounds=15)
+
+
+def run(size: Size, *, scratch: Path) -> CaseResult:
+    del scratch  # nothing is written
+    config = TrainConfig(global_batch=size.batch, model=size.model, views=replace(PAPER, size_px=size.size_px))
+    with torch_threads(size.threads):
+        byol = build_byol(config.model, num_classes=NUM_CLASSES)
+        prepare_model(byol, config.precision, device=CPU)
+        watched = Watched(config, byol)
+        subjects = [
+            Subject(CEILING, watched.compute, note="without the optimizer's update"),
+            Subject(OURS, lambda: watched.watch(log_every=LOG_EVERY), units=LOG_EVERY),
+            Subject(REFERENCE, lambda: watched.watch(log_every=1), units=LOG_EVERY),
+        ]
+        timings = measure(subjects, rounds=size.rounds)
+    shares = {name: same_round_ratios(timings[name].ms["cpu"], timings[CEILING].ms["cpu"]).median for name in (OURS, REFERENCE)}
+    return make_result(
+        "monitors",
+        f"watching a step of {size.model.encoder}, {size.size_px} px, batch {size.batch}",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="step",
+        threads=size.threads,
+        settings=size,
+        extra={name: {"% of a step": 100 * share} for name, share in shares.items()},
+    )
+
+
+class Watched:
+    """A step's forward and backward, and the monitor's part of it by itself."""
+
+    def __init__(self, config: TrainConfig, byol: BYOL) -> None:
+        self._config, self._byol = config, byol
+        self._monitor = build_monitor(config, Process(rank=0, world_size=1, device=CPU))
+        self._batch = synthetic_batch(
+            num=config.global_batch, size_px=config.views.size_px, num_classes=NUM_CLASSES, channels_last=config.precision.channels_last
+        )
+        self._output = self.compute()
+
+    def compute(self) -> BYOLOutput:
+        """Four forwards and the backward; the gradients stay."""
+        self._byol.zero_grad(set_to_none=True)
+        with autocast(self._config.precision, device=CPU):
+            output: BYOLOutput = self._byol(self._batch.view1, self._batch.view2, self._batch.label)
+        (output.loss + output.probe_loss).backward()
+        self._output = output
+        return output
+
+    def watch(self, *, log_every: int) -> None:
+        """All calls of `LOG_EVERY` steps to the monitor, without the steps."""
+        for step in range(LOG_EVERY):
+            logged = (step + 1) % log_every == 0
+            self._monitor.start_step(logged=logged)
+            with self._monitor.waiting():
+                pass
+            self._monitor.add(self._output)
+            self._monitor.gradients_ready(self._byol.online)
+            self._monitor.step()
+            if logged:
+                self._monitor.record(step=step, epoch=0.0, lr=0.1, tau=0.99, last=self._output)

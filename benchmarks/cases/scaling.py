@@ -1,0 +1,217 @@
+"""What: training on several ranks: does the work of a rank take longer when there are others, and is it the machine or the messages.
+
+How: processes joined by gloo as torchrun joins them, the product's `build` and `train_step` (DDP, cross-replica BN), views given, one thread and
+the same images for each rank: n ranks have n times the global batch. Reference: one rank, the others idle. `n, nobody speaks`: n
+processes that train at once, each for itself: what cores and memory allow. Ceiling: that row for the largest n. Figures are per image of all ranks,
+CPU time is summed over ranks; `efficiency` is images/s per rank over the reference's.
+
+    python -m benchmarks.run scaling
+
+Why: what `n, nobody speaks` lacks to n times the reference is the machine's: shared memory bandwidth, and other users of the cores. What n
+ranks lack to that is ours: the gradient's average and two messages for each BN layer and view, on a small net with little work between
+them; on a CPU gloo copies through the loopback. It says nothing about NVLink or InfiniBand (not measured yet).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.multiprocessing as mp
+
+from benchmarks.imagenet_like import write_imagenet_like
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import Subject, Timings
+from benchmarks.training_step import LR, TAU, synthetic_batch
+from fastbyol.config.presets import preset_config
+from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
+from fastbyol.config.views import PAPER
+from fastbyol.monitors import Monitor
+from fastbyol.process_group import Process, join_process_group, leave_process_group
+from fastbyol.train import build, train_step
+
+REFERENCE = "1 rank"
+ANSWER_S = 300.0
+"""A rank that says nothing for so long has failed."""
+TINY_IMAGES = 0.05
+"""Scale of the images that `build` wants to see and nobody reads."""
+NUM_CLASSES = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """rank_batch: images of a rank in a step. steps: in a round. ranks: 0 takes a core each, 8 at most."""
+
+    steps: int
+    rounds: int
+    rank_batch: int
+    size_px: int
+    model: ModelConfig
+    ranks: int = 0
+    seed: int = 0
+
+
+QUICK = Size(steps=4, rounds=6, rank_batch=16, size_px=32, model=preset_config("cpu_demo").model, ranks=2)
+FULL = Size(steps=4, rounds=9, rank_batch=16, size_px=64, model=ModelConfig(encoder="resnet18"))
+
+
+def run(size: Size, *, scratch: Path) -> CaseResult:
+    ranks = size.ranks or min(8, len(os.sched_getaffinity(0)))
+    data = write_imagenet_like(
+        scratch / "images", images=max(NUM_CLASSES, ranks * size.rank_batch), classes=NUM_CLASSES, scale=TINY_IMAGES, seed=size.seed
+    )
+    counts = [n for n in (2, 4, 8) if n < ranks] + ([ranks] if ranks > 1 else [])
+    with ExitStack() as stack:
+        groups = {n: stack.enter_context(RankGroup(n, size, data)) for n in counts or [1]}
+        smallest = groups[min(groups)]
+        work: dict[str, Callable[[], Sequence[Work]]] = {REFERENCE: lambda: smallest.run("alone", ranks=1)}
+        at_work = {REFERENCE: 1} | {name: n for n in counts for name in (_joined(n), _alone(n))}
+        for n in counts:
+            work[_joined(n)] = lambda n=n: groups[n].run("joined", ranks=n)
+            work[_alone(n)] = lambda n=n: groups[n].run("alone", ranks=n)
+        timings = _measure(work, size)
+    subjects = [Subject(name, int) for name in work]
+    return make_result(
+        "scaling",
+        f"{size.model.encoder} at {size.size_px} px, {size.rank_batch} images a rank",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=_alone(counts[-1]) if counts else REFERENCE,
+        unit="image",
+        threads=ranks,
+        primary="wall",
+        settings=size,
+        extra={name: {"efficiency": share} for name, share in efficiency(timings, at_work, reference=REFERENCE).items()},
+    )
+
+
+def efficiency(timings: dict[str, Timings], ranks: dict[str, int], *, reference: str) -> dict[str, float]:
+    """Images/s per rank over the reference's, the median of the rounds; 1 where the others cost nothing. ranks: at work, by subject."""
+    first = timings[reference].ms["wall"]
+    return {name: median(a / b for a, b in zip(first, timings[name].ms["wall"], strict=True)) / n for name, n in ranks.items()}
+
+
+def _joined(n: int) -> str:
+    return f"{n} ranks"
+
+
+def _alone(n: int) -> str:
+    return f"{n}, nobody speaks"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank did in a round. cpu_s: of its process."""
+
+    cpu_s: float
+    images: int
+
+
+def _measure(work: dict[str, Callable[[], Sequence[Work]]], size: Size) -> dict[str, Timings]:
+    """As `timing.measure`, for work that other processes do: their CPU time, our wall time."""
+    ms: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in work}
+    for number in range(1 + size.rounds):
+        for name, do in work.items():
+            start = time.perf_counter()
+            done = do()
+            wall_s, images = time.perf_counter() - start, sum(one.images for one in done)
+            if number:  # the first is warm-up
+                ms[name]["cpu"].append(1000 * sum(one.cpu_s for one in done) / images)
+                ms[name]["wall"].append(1000 * wall_s / images)
+    return {name: Timings({clock: tuple(values) for clock, values in clocks.items()}) for name, clocks in ms.items()}
+
+
+class RankGroup:
+    """n processes in one group, which wait for work."""
+
+    def __init__(self, n: int, size: Size, data: Path) -> None:
+        context = mp.get_context("spawn")
+        port = _free_port()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(n):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, n, port, size, str(data)), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        for pipe in self._pipes:
+            _answer(pipe)
+
+    def run(self, how: str, *, ranks: int) -> list[Work]:
+        """A round on the first `ranks` of them: 'joined' (only with all), or 'alone'."""
+        for pipe in self._pipes[:ranks]:
+            pipe.send(how)
+        return [_answer(pipe) for pipe in self._pipes[:ranks]]
+
+    def __enter__(self) -> RankGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # the end of their work
+        for process in self._processes:
+            process.join(timeout=30)
+            process.kill()
+
+
+def _answer(pipe: Connection) -> Work:
+    if not pipe.poll(ANSWER_S):
+        raise RuntimeError(f"a rank of the scaling case said nothing for {ANSWER_S:.0f} s")
+    return pipe.recv()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int, size: Size, data: str) -> None:
+    """A rank: joins as under torchrun, then works whenever it is told to, until the pipe is closed."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    joined = join_process_group()
+    do = {"joined": _make_steps(size, data, joined), "alone": _make_steps(size, data, replace(joined, rank=0, world_size=1))}
+    pipe.send(Work(0.0, 0))
+    try:
+        while True:
+            how = pipe.recv()
+            start = time.process_time()
+            do[how]()
+            pipe.send(Work(time.process_time() - start, size.steps * size.rank_batch))
+    except EOFError:
+        leave_process_group()
+
+
+def _make_steps(size: Size, data: str, process: Process) -> Callable[[], None]:
+    """The product's steps on one batch of noise again and again."""
+    config = TrainConfig(
+        global_batch=size.rank_batch * process.world_size,
+        seed=size.seed,
+        data=DataConfig(train=data, workers=1, prefetch=1),
+        model=size.model,
+        views=replace(PAPER, size_px=size.size_px),
+    )
+    state = build(config, process)
+    monitor = Monitor(global_batch=config.global_batch, world_size=process.world_size, device=process.device)
+    batch = synthetic_batch(
+        num=size.rank_batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=config.precision.channels_last
+    )
+
+    def steps() -> None:
+        for _ in range(size.steps):
+            train_step(config, process, state, iter([batch]), monitor, lr=LR, tau=TAU)
+
+    return steps

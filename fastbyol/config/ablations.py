@@ -1,0 +1,139 @@
+"""The paper's ablations as presets: a table row each, with the figure that the paper gives for it.
+
+All change one thing in the 300-epoch ResNet-50 run (72.5 top-1 / 90.8 top-5): Grill et al., section 5 and appendix F. Left out: rows that other code
+would be needed for (normalisation of the loss other than l2, learning rates of the heads times a factor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from fastbyol.config.preset import PAPER_RANKS, Preset
+from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from fastbyol.config.views import ABLATIONS as VIEW_ABLATIONS
+
+BASE = TrainConfig()
+BASE_FIGURE = "72.5 top-1 linear, 90.8 top-5"
+
+# BN sees that many images: each rank's micro-batch is a share of it, and the gradient is averaged over 4096 / that many micro-batches.
+_BATCH = {2048: "72.4 / 90.7", 1024: "72.2 / 90.7", 512: "72.2 / 90.8", 256: "71.8 / 90.7", 128: "69.6 / 89.6", 64: "59.7 / 83.2"}
+_VIEWS = {
+    "no_flip": "71.9 / 90.6",
+    "no_blur": "71.2 / 90.3",
+    "no_colour": "63.4 / 85.3",
+    "no_jitter": "71.8 / 90.7",
+    "no_grayscale": "70.3 / 89.8",
+    "no_blur_in_view2": "72.4 / 90.8",
+    "no_solarize_in_view2": "72.3 / 90.8",
+    "neither_in_view2": "72.2 / 90.8",
+    "symmetric": "72.5 / 90.8",
+    "crop_only": "59.4 / 82.4",
+    "crop_flip": "60.1 / 83.0",
+    "crop_colour": "70.7 / 90.0",
+    "crop_blur": "61.1 / 83.9",
+}
+_TAU = {1.0: "18.8", 0.999: "69.8", 0.9: "68.4"}
+# (predictor, target, beta) with alpha 0.1; the row (yes, ema, 1) is beta_1_alpha_0.1 below.
+_INFONCE = {
+    (0, "ema", 1.0): "70.7",
+    (0, "online", 1.0): "69.4",
+    (2, "online", 1.0): "69.1",
+    (2, "stop_gradient", 1.0): "70.2",
+    (0, "stop_gradient", 1.0): "69.2",
+    (2, "stop_gradient", 0.0): "5.5",
+    (2, "online", 0.0): "0.3",
+    (0, "ema", 0.0): "0.2",
+    (0, "stop_gradient", 0.0): "0.1",
+    (0, "online", 0.0): "0.1",
+}
+SIMCLR = (0, "online", 1.0)
+_ALPHAS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
+_BETA_ALPHA = {
+    0.1: ("72.2 / 90.7", "72.4 / 90.9", "72.7 / 91.0", "72.6 / 90.9", "72.5 / 90.9", "72.5 / 90.9"),
+    0.5: ("70.9 / 90.2", "72.0 / 90.8", "72.7 / 91.2", "72.7 / 91.1", "72.6 / 91.1", "72.5 / 91.0"),
+    1.0: ("53.9 / 77.5", "70.9 / 90.3", "72.7 / 91.1", "72.7 / 91.1", "72.6 / 91.0", "72.6 / 91.1"),
+}
+_DEPTH = {
+    (1, 1): "61.9 / 86.0",
+    (1, 2): "65.0 / 86.8",
+    (1, 3): "65.7 / 86.8",
+    (2, 1): "71.5 / 90.7",
+    (2, 3): "71.4 / 90.4",
+    (3, 1): "71.4 / 90.4",
+    (3, 2): "72.1 / 90.5",
+    (3, 3): "72.1 / 90.5",
+}
+_PROJECTION_DIM = {16: "69.9 / 89.9", 32: "71.3 / 90.6", 64: "72.2 / 90.9", 128: "72.5 / 91.0", 512: "72.6 / 91.0"}
+_BASE_LR = {0.01: "34.8 / 60.8", 0.1: "65.0 / 87.0", 0.2: "71.7 / 90.6", 0.4: "72.3 / 90.6", 0.5: "71.5 / 90.1", 1.0: "69.4 / 89.2"}
+_WEIGHT_DECAY = {0.0: "diverges", 1e-7: "72.1 / 90.4", 5e-7: "72.6 / 91.0", 5e-6: "71.0 / 90.0", 1e-5: "69.6 / 89.3"}
+
+
+def ablation_presets() -> dict[str, Preset]:
+    """Every ablation by name, 'ablation_' and what it changes."""
+    rows = [*_runs(), *_objectives(), *_networks(), *_optimizers()]
+    return {
+        f"ablation_{name}": Preset(
+            what=f"the 300-epoch run with {what}", config=config, expected=_figure(figure), source=f"paper, {source}"
+        )
+        for name, what, config, figure, source in rows
+    }
+
+
+_Row = tuple[str, str, TrainConfig, str, str]
+"""name, what, config, 'top-1' or 'top-1 / top-5', where it stands."""
+
+
+def _figure(text: str) -> str:
+    if text == "diverges":
+        return text
+    top1, _, top5 = text.partition(" / ")
+    return f"{top1} top-1 linear" + (f", {top5} top-5" if top5 else "")
+
+
+def _runs() -> Iterator[_Row]:
+    for batch, figure in _BATCH.items():
+        what = f"BN over {batch} images and {4096 // batch} micro-batches a step (rank_batch is for {PAPER_RANKS} ranks)"
+        yield f"batch_{batch}", what, replace(BASE, rank_batch=batch // PAPER_RANKS), figure, "section 5, batch size"
+    for name, figure in _VIEWS.items():
+        yield f"views_{name}", f"views {name.replace('_', ' ')}", replace(BASE, views=VIEW_ABLATIONS[name]), figure, "table 17"
+
+
+def _objectives() -> Iterator[_Row]:
+    for tau, figure in _TAU.items():
+        what = f"tau_base {tau:g}" + (", a constant random target" if tau == 1 else "")
+        yield f"tau_{tau:g}", what, replace(BASE, optim=OptimConfig(tau_base=tau)), figure, "table 5a"
+    # The paper holds tau at 0 in this row, where tau_base 0 would rise along the cosine: that is the online network without gradient.
+    constant_zero = replace(BASE, objective=ObjectiveConfig(target="stop_gradient"))
+    yield "tau_0", "tau 0 throughout (what table 19 gives 5.5 for)", constant_zero, "0.3", "table 5a"
+    for (predictor, target, beta), figure in _INFONCE.items():
+        name = f"{'predictor' if predictor else 'no_predictor'}_target_{target}_beta_{beta:g}"
+        what = f"{'a' if predictor else 'no'} predictor, target {target}, beta {beta:g}" + (
+            " (SimCLR)" if (predictor, target, beta) == SIMCLR else ""
+        )
+        config = replace(BASE, model=ModelConfig(predictor_layers=predictor), objective=ObjectiveConfig(target=target, beta=beta))
+        if beta == 0 and (not predictor or target == "online"):  # to collapse is what these are for
+            config = replace(config, monitors=MonitorsConfig(stop_on_collapse=False))
+        yield name, what, config, figure, "tables 5b and 19"
+    for beta, figures in _BETA_ALPHA.items():
+        for alpha, figure in zip(_ALPHAS, figures, strict=True):
+            config = replace(BASE, objective=ObjectiveConfig(beta=beta, alpha=alpha))
+            yield f"beta_{beta:g}_alpha_{alpha:g}", f"InfoNCE's negative term, beta {beta:g}, alpha {alpha:g}", config, figure, "table 18"
+
+
+def _networks() -> Iterator[_Row]:
+    for (projector, predictor), figure in _DEPTH.items():
+        config = replace(BASE, model=ModelConfig(projector_layers=projector, predictor_layers=predictor))
+        what = f"a projector of {projector} and a predictor of {predictor} layers"
+        yield f"depth_{projector}_{predictor}", what, config, figure, "appendix F, depth of the heads"
+    for dim, figure in _PROJECTION_DIM.items():
+        config = replace(BASE, model=ModelConfig(projection_dim=dim))
+        yield f"projection_dim_{dim}", f"projections of {dim} dimensions", config, figure, "appendix F, projection dimension"
+
+
+def _optimizers() -> Iterator[_Row]:
+    for lr, figure in _BASE_LR.items():
+        yield f"lr_{lr:g}", f"base_lr {lr:g}", replace(BASE, optim=OptimConfig(base_lr=lr)), figure, "appendix F, learning rate"
+    for decay, figure in _WEIGHT_DECAY.items():
+        config = replace(BASE, optim=OptimConfig(weight_decay=decay))
+        yield f"wd_{decay:g}", f"weight decay {decay:g}", config, figure, "appendix F, weight decay"

@@ -1,0 +1,27 @@
+"""What a preset is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastbyol.config.schema import TrainConfig
+
+PAPER_RANKS = 8
+"""Ranks in the commands of the paper's presets."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named run: `expected` is a published figure with its `source`; `run_here` what we measured ourselves, or 'not yet run'."""
+
+    what: str
+    config: TrainConfig
+    expected: str
+    source: str
+    run_here: str = "not yet run"
+
+    def command(self, name: str) -> str:
+        if name.startswith("cpu_demo"):
+            kind = "scenes" if name.endswith("scenes") else "fashion"
+            return f"python fastbyol/train.py --preset {name} --data.train demo/{kind}/train.beton --out runs/demo"
+        return f"torchrun --nproc-per-node {PAPER_RANKS} fastbyol/train.py --preset {name} --data.train train.beton --out runs/{name}"

@@ -1,0 +1,100 @@
+"""kNN accuracy of the encoder while it trains, on the same few thousand images each time: is it learning what the labels are about."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import TrainConfig
+from fastbyol.data import build_image_loader
+from fastbyol.data.loader import ImageLoader
+from fastbyol.evaluation.features import Features, extract_features
+from fastbyol.evaluation.knn import DEFAULT_K, knn_predict
+from fastbyol.process_group import Process, all_gather_rows, all_reduce_mean, copy_from_main
+
+BATCH = 256
+
+
+class OnlineKnn:
+    """Weighted kNN (`knn_predict`) of val images among train images, both a fixed random choice of at most `monitors.knn_images`.
+
+    The figure of a whole evaluation is higher: it has all of train to find neighbours in. All ranks share the work. Training does not notice:
+    the features are those of a copy of the encoder in evaluation mode.
+
+    Args:
+        config: data, views and monitors are read.
+        process: this rank.
+        num_samples: training images.
+        first_step, total_steps: where this process starts and the run ends.
+
+    Raises:
+        UserError: data.val cannot be read, or has other classes than data.train.
+    """
+
+    def __init__(self, config: TrainConfig, process: Process, *, num_samples: int, first_step: int, total_steps: int) -> None:
+        self._process, self._total_steps = process, total_steps
+        self._periods_per_step = config.global_batch / (num_samples * config.monitors.knn_every_epochs)
+        self._period = int(first_step * self._periods_per_step)
+        self._train, self._val = (
+            build_image_loader(path, views=config.views, batch=BATCH, workers=config.data.workers, option=option)
+            for path, option in ((config.data.train, "data.train"), (config.data.val, "data.val"))
+        )
+        if self._train.class_names != self._val.class_names:
+            differing = sorted(set(self._train.class_names) ^ set(self._val.class_names))
+            raise UserError(f"data.val = {config.data.val!r}: its classes differ from data.train's in {differing[:5]}")
+        self._train_index, self._val_index = (
+            choose_images(loader.num_samples, at_most=config.monitors.knn_images) for loader in (self._train, self._val)
+        )
+
+    def due(self, done: int) -> bool:
+        """Whether a multiple of `knn_every_epochs`, or the run's end, was passed since this was last asked. done: steps taken."""
+        period, self._period = self._period, int(done * self._periods_per_step)
+        return self._period > period or done == self._total_steps
+
+    def top1(self, encoder: nn.Module) -> float:
+        """Share of the val images whose neighbours name their class, in [0, 1]. Every rank calls it and gets the same."""
+        encoder = copy.deepcopy(encoder).eval()
+        copy_from_main(encoder.buffers())  # without cross-replica BN each rank has statistics of its own
+        train = self._all_features(encoder)
+        val = self._features(encoder, self._val, self._val_index[self._process.rank :: self._process.world_size])
+        num_classes = len(self._val.class_names)
+        scores = knn_predict(train, val.feature, num_classes=num_classes, k=min(DEFAULT_K, len(train.label)), device=self._process.device)
+        right = (scores.argmax(dim=1) == val.label).sum()
+        counts = torch.tensor([float(right), float(len(val.label))], device=self._process.device)
+        right_share, num = all_reduce_mean(counts).tolist()
+        return right_share / num
+
+    def close(self) -> None:
+        self._train.close()
+        self._val.close()
+
+    def _all_features(self, encoder: nn.Module) -> Features:
+        """Of the chosen train images, on the CPU: each rank computes its share, and gets the others'."""
+        index, world_size = self._train_index, self._process.world_size
+        share = -(-len(index) // world_size)
+        padded = np.resize(index, share * world_size)  # repeats from the front, so that shares are equal
+        own = self._features(encoder, self._train, padded[self._process.rank * share :][:share])
+        rows = [all_gather_rows(part.to(self._process.device)).cpu()[: len(index)] for part in own]
+        return Features(*rows)
+
+    def _features(self, encoder: nn.Module, loader: ImageLoader, index: NDArray[np.int64]) -> Features:
+        return extract_features(encoder, loader.batches_of(index), device=self._process.device, every_image=False)
+
+
+def build_online_knn(config: TrainConfig, process: Process, *, num_samples: int, first_step: int, total_steps: int) -> OnlineKnn | None:
+    """The run's kNN monitor, or None where `monitors.knn_every_epochs` is 0."""
+    if not config.monitors.knn_every_epochs:
+        return None
+    return OnlineKnn(config, process, num_samples=num_samples, first_step=first_step, total_steps=total_steps)
+
+
+def choose_images(num: int, *, at_most: int) -> NDArray[np.int64]:
+    """Positions of a random but always equal choice among `num` images, ascending: files are read from front to back."""
+    if num <= at_most:
+        return np.arange(num)
+    return np.sort(np.random.default_rng(0).choice(num, size=at_most, replace=False))

@@ -1,0 +1,138 @@
+"""Signs of collapse, and the rule that warns of one and ends the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import TrainConfig
+
+SIGNS = ("projection_std", "feature_std", "effective_rank", "mean_cosine")
+COLLAPSED_ALIGNMENT = 0.98
+COLLAPSED_STD = 0.1
+"""projection_std under this, with an alignment over COLLAPSED_ALIGNMENT, looks like a collapse and raises the alarm."""
+FINAL_STD = 0.02
+"""projection_std under this for `monitors.collapse_patience` steps is one that no run has come back from."""
+RECORDS_IN_A_ROW = 3
+"""Before the alarm is raised or the run is ended, whatever the number of steps between records."""
+
+
+@torch.no_grad()
+def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
+    """`SIGNS` as a tensor (4,) float64 on the inputs' device: numbers that fall to an end when every image gets the same answer.
+
+    projection_std: mean over dimensions of the batch's std of unit projections, times sqrt(D): 1 spread evenly, 0 collapsed.
+    feature_std: mean std of the encoder's features (the trunk keeps it while the projections collapse).
+    effective_rank: exp of the entropy of the centred projections' singular values, 1 to min(N, D) (Roy and Vetterli, 2007).
+    mean_cosine: between projections of different images, -1 to 1; 1 collapsed.
+
+    Args:
+        projection: (N, D). feature: (N, F). N >= 2, else all are 0.
+    """
+    if len(projection) < 2:
+        return torch.zeros(len(SIGNS), dtype=torch.float64, device=projection.device)
+    unit = F.normalize(projection.double(), dim=1).nan_to_num()
+    num, dim = unit.shape
+    centred = unit - unit.mean(dim=0)
+    # Singular values from the smaller Gram matrix: a tenth of the time of an SVD. Squares lose half of the digits, hence float64.
+    gram = centred.T @ centred if dim <= num else centred @ centred.T
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    share = singular / singular.sum().clamp_min(1e-12)
+    cosine_sum = unit.sum(dim=0).square().sum() - unit.square().sum()
+    return torch.stack(
+        [
+            unit.std(dim=0).mean() * dim**0.5,
+            feature.double().std(dim=0).mean(),
+            torch.exp(-(share * share.clamp_min(1e-12).log()).sum()),
+            cosine_sum / (num * (num - 1)),
+        ]
+    )
+
+
+class CollapseRule:
+    """Watches the logged steps, warns when the projections of all images have become one, and says when a run shall end for it.
+
+    How the numbers were chosen: docs/monitors.md. Runs that collapse for good fall through both thresholds within a hundred steps or two. Runs that learn
+    may pass them too, early on (heads of one linear layer do): the longest such spell was 400 steps, hence the patience.
+
+    Args:
+        config: `monitors` holds the patience; the rest is what the advice looks at.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._seen, self._final = _Spell(), _Spell()
+        self._in_warmup = True
+
+    def check(self, *, step: int, epoch: float, alignment: float, projection_std: float) -> str | None:
+        """The alarm's text from the third collapsed record in a row on, else None. epoch: after that step."""
+        aligned = alignment > COLLAPSED_ALIGNMENT
+        self._seen.go_on(step, holds=aligned and projection_std < COLLAPSED_STD)
+        self._final.go_on(step, holds=aligned and projection_std < FINAL_STD)
+        self._in_warmup = epoch < self._config.optim.warmup_epochs
+        if self._seen.records < RECORDS_IN_A_ROW:
+            return None
+        return (
+            f"collapse since step {self._seen.first}: alignment {alignment:.4f} and projection std {projection_std:.2g} say that every image "
+            f"gets the same projection; {what_to_try(self._config)}"
+        )
+
+    def stop_when_due(self, checkpoint_steps: Sequence[int]) -> None:
+        """Ends a run that has been collapsed for `monitors.collapse_patience` steps and whose warm-up is over, if the config says so.
+
+        Every rank comes to the same verdict, since the signs are means over all of them.
+
+        Args:
+            checkpoint_steps: numbers of steps after which there is a checkpoint, to name the last one from before the collapse.
+
+        Raises:
+            UserError: with the steps, what to try, the checkpoint, and how to go on regardless.
+        """
+        monitors, final = self._config.monitors, self._final
+        long_enough = final.records >= RECORDS_IN_A_ROW and final.last - final.first >= monitors.collapse_patience
+        if not (monitors.stop_on_collapse and long_enough) or self._in_warmup:
+            return
+        good = [done for done in checkpoint_steps if done <= self._seen.last_without + 1]
+        kept = f"the last checkpoint from before is step {good[-1]}'s" if good else "there is no checkpoint from before"
+        raise UserError(
+            f"collapse: since step {self._seen.first} every image gets the same projection, stopped at step {final.last}; {kept}; "
+            f"{what_to_try(self._config)}; to train on regardless: --monitors.stop_on_collapse false"
+        )
+
+
+@dataclass
+class _Spell:
+    """Consecutive records for which something holds: how many, the steps of the first and the last, and of the last record before (-1: none)."""
+
+    records: int = 0
+    first: int = 0
+    last: int = 0
+    last_without: int = -1
+
+    def go_on(self, step: int, *, holds: bool) -> None:
+        if not holds:
+            self.records, self.last_without = 0, step
+            return
+        self.first = self.first if self.records else step
+        self.last = step
+        self.records += 1
+
+
+def what_to_try(config: TrainConfig) -> str:
+    """Advice for a collapsed run: first what in its own config is known to collapse, else what usually helps."""
+    reasons = []
+    if config.objective.beta == 0 and config.model.predictor_layers == 0:
+        reasons.append("give it a predictor (model.predictor_layers 2) or a negative term (objective.beta 1)")
+    if config.objective.beta == 0 and config.objective.target == "online":
+        reasons.append("stop the gradient through the target (objective.target ema)")
+    if reasons:
+        return "try this: " + "; ".join(reasons)
+    return (
+        f"try this: a smaller optim.base_lr (it is {config.optim.base_lr:g}), a longer warm-up, optim.tau_base nearer to 1 (it is "
+        f"{config.optim.tau_base:g}), and look at the views (python -m fastbyol views): they may leave nothing that tells images apart"
+    )

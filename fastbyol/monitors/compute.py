@@ -1,0 +1,94 @@
+"""How much of the machine's arithmetic a run uses: operations per image, the card's peak, memory."""
+
+from __future__ import annotations
+
+import logging
+import re
+import resource
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastbyol.byol import build_byol
+from fastbyol.config.schema import ModelConfig, ObjectiveConfig, TrainConfig
+
+log = logging.getLogger("fastbyol")
+PEAK_TFLOP_PER_S = (
+    ("GH200", 989.0),
+    ("B200", 2250.0),
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 149.7),
+    ("A30", 165.0),
+    ("A10", 125.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("RTX A6000", 154.8),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+    ("V100", 125.0),
+    ("T4", 65.0),
+)
+"""Dense 16-bit tensor-core peaks with float32 accumulation, from NVIDIA's data sheets (half of the figure 'with sparsity'), by what the device's
+name holds, the first that fits. bf16 and fp16 are equal; V100 and T4 have fp16 only."""
+COUNTED_BATCH = 2
+
+
+def peak_flop_per_s(device_name: str, *, autocast: str) -> float | None:
+    """The card's peak for the run's precision; None for a card that is not in the table, and for float32, whose peak depends on TF32."""
+    if autocast == "off":
+        return None
+    for name, tflop in PEAK_TFLOP_PER_S:
+        if re.search(rf"\b{name}\b", device_name):
+            return 1e12 * tflop
+    return None
+
+
+def flop_per_image(model: ModelConfig, *, size_px: int, target: str = "ema") -> float:
+    """Operations of convolutions and matrix products for both views of an image: all forwards and the backward, two for each multiply-add.
+
+    Counted by torch on the meta device, so nothing is computed. The probe and the negative term of InfoNCE are left out (below 0.1 %).
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        byol = build_byol(model, num_classes=1, objective=ObjectiveConfig(target=target))
+        view = torch.empty(COUNTED_BATCH, 3, size_px, size_px)
+        with FlopCounterMode(display=False) as counter:
+            byol(view, view, torch.zeros(COUNTED_BATCH, dtype=torch.int64)).loss.backward()
+    return counter.get_total_flops() / COUNTED_BATCH
+
+
+class ComputeMeter:
+    """Achieved operations per second, and their share of the card's peak where that is known.
+
+    Args:
+        config: model, image size and precision are read.
+        device: this rank's.
+    """
+
+    def __init__(self, config: TrainConfig, *, device: torch.device) -> None:
+        self._config = config
+        self._flop_per_image: float | None = None
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self._peak = peak_flop_per_s(name, autocast=config.precision.autocast)
+
+    def rates(self, *, images_per_s_per_device: float) -> dict[str, float | None]:
+        """tflop_per_s_per_device; mfu (model FLOP utilisation, in [0, 1]), None where the peak is unknown: a CPU's always."""
+        if self._flop_per_image is None:  # about a second for a ResNet-50, so not before the first step
+            config = self._config
+            self._flop_per_image = flop_per_image(config.model, size_px=config.views.size_px, target=config.objective.target)
+        achieved = self._flop_per_image * images_per_s_per_device
+        return {"tflop_per_s_per_device": achieved / 1e12, "mfu": achieved / self._peak if self._peak else None}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory so far: of PyTorch's tensors on a GPU, of this process (resident) on the CPU. No synchronisation."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

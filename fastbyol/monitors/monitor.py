@@ -1,0 +1,165 @@
+"""Is the run learning, and how fast: averages over the logging interval, throughput, norms, and the signs of collapse.
+
+Nothing here reads from the device before `Monitor.record`, which the loop calls on logged steps only, and which reads once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbyol.byol import BYOLOutput
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import TrainConfig
+from fastbyol.monitors.collapse import SIGNS, CollapseRule, collapse_signs
+from fastbyol.monitors.compute import ComputeMeter, peak_memory_gib
+from fastbyol.monitors.norms import StepNorms
+from fastbyol.monitors.stopwatch import Stopwatch
+from fastbyol.process_group import Process, all_reduce_mean
+
+MEANS = ("loss", "alignment", "probe_loss", "probe_top1")
+NORMS = ("gradient_norm", "update_norm")
+
+
+class Monitor:
+    """Collects what each step gives and turns it into one record per logged step.
+
+    Args:
+        global_batch: images per optimizer step.
+        world_size: devices.
+        device: where the sums live.
+        compute: operations per second; None leaves them out.
+        collapse: the rule that warns and stops; None leaves it out.
+    """
+
+    def __init__(
+        self,
+        *,
+        global_batch: int,
+        world_size: int,
+        device: torch.device,
+        compute: ComputeMeter | None = None,
+        collapse: CollapseRule | None = None,
+    ) -> None:
+        self.global_batch, self.world_size = global_batch, world_size
+        self._device, self._compute, self._collapse = device, compute, collapse
+        self._sums = torch.zeros(len(MEANS), device=device)
+        self._norms = StepNorms()
+        self._stopwatch = Stopwatch(device)
+        self._logged = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums.zero_()
+        self._stopwatch.reset()
+        self._micro_batches, self._steps = 0, 0
+        self._start = time.perf_counter()
+
+    def start_step(self, *, logged: bool) -> None:
+        """A step begins; whether a record follows it, for norms are taken then only."""
+        self._logged = logged
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Time inside counts as waiting for data."""
+        return self._stopwatch.waiting()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside counts for nothing: it is neither training nor waiting."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def add(self, output: BYOLOutput) -> None:
+        """One micro-batch."""
+        values = (output.loss, output.alignment, output.probe_loss, output.probe_correct.float().mean())
+        self._sums += torch.stack([v.detach().float() for v in values])
+        self._micro_batches += 1
+
+    def gradients_ready(self, online: nn.Module) -> None:
+        """The step's gradients are whole: reduced over ranks, unscaled, not yet used. `online` is the network whose norms are taken."""
+        self._stopwatch.gradients_ready()
+        if self._logged:
+            self._norms.before_update(online.parameters())
+
+    def step(self) -> None:
+        """One optimizer step is complete."""
+        self._norms.after_update()
+        self._stopwatch.step_done()
+        self._steps += 1
+
+    def record(self, *, step: int, epoch: float, lr: float, tau: float, last: BYOLOutput) -> dict[str, Any]:
+        """The record of the interval since the last one. Every rank calls it: means and signs of collapse are means over all ranks.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        read = self._read(last)
+        if not math.isfinite(read["loss"]):
+            raise UserError(
+                f"loss = {read['loss']} at step {step} (lr {lr:.3g}): the run diverged; lower optim.base_lr or set precision.autocast to off"
+            )
+        alarm = None
+        if self._collapse is not None:
+            signs = {name: read[name] for name in ("alignment", "projection_std")}
+            alarm = self._collapse.check(step=step, epoch=epoch, **signs)
+        record = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            **{name: read[name] for name in ("loss", "probe_loss", "probe_top1")},
+            "lr": lr,
+            "tau": tau,
+            # Infinite where fp16's gradient scaler skips the step; JSON has no such number.
+            **{name: read[name] if math.isfinite(read[name]) else None for name in NORMS},
+            **self._speed(),
+            **{name: read[name] for name in ("alignment", *SIGNS)},
+            "alarm": alarm,
+        }
+        self._reset()
+        return record
+
+    def stop_when_collapsed(self, checkpoint_steps: Sequence[int]) -> None:
+        """Ends the run as `CollapseRule.stop_when_due` does; every rank calls it, after the record is written."""
+        if self._collapse is not None:
+            self._collapse.stop_when_due(checkpoint_steps)
+
+    def _read(self, last: BYOLOutput) -> dict[str, float]:
+        """All that is on the device, in one message over the ranks and one read."""
+        unknown = torch.full((), math.nan, device=self._device)
+        norms = [n if n is not None else unknown for n in self._norms.take()]
+        values: list[Tensor] = [self._sums / max(self._micro_batches, 1), torch.stack(norms), collapse_signs(last.projection, last.feature)]
+        read = all_reduce_mean(torch.cat([v.to(self._device, torch.float32) for v in values])).tolist()
+        return dict(zip((*MEANS, *NORMS, *SIGNS), read, strict=True))
+
+    def _speed(self) -> dict[str, float | None]:
+        elapsed_s = max(time.perf_counter() - self._start, 1e-9)
+        images_per_s = self._steps * self.global_batch / elapsed_s
+        per_device = images_per_s / self.world_size
+        forward_backward_ms, update_ms = self._stopwatch.split_ms()
+        return {
+            "images_per_s": images_per_s,
+            "images_per_s_per_device": per_device,
+            "data_wait_share": min(self._stopwatch.wait_s / elapsed_s, 1.0),
+            "data_wait_ms": 1000 * self._stopwatch.wait_s / max(self._steps, 1),
+            "forward_backward_ms": forward_backward_ms,
+            "update_ms": update_ms,
+            **(self._compute.rates(images_per_s_per_device=per_device) if self._compute else {}),
+            "memory_gib": peak_memory_gib(self._device),
+        }
+
+
+def build_monitor(config: TrainConfig, process: Process) -> Monitor:
+    """The monitor of a run, with all that it can watch."""
+    return Monitor(
+        global_batch=config.global_batch,
+        world_size=process.world_size,
+        device=process.device,
+        compute=ComputeMeter(config, device=process.device) if process.is_main else None,
+        collapse=CollapseRule(config),
+    )

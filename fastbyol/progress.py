@@ -1,0 +1,100 @@
+"""What a person sees of a run while it trains: one live line on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REFRESH_PER_S = 2
+WIDTH_WITHOUT_BAR = 96
+"""What step, time and text take in a long run; a wider terminal has room for a long bar."""
+WAIT_SHOWN = 0.05
+"""Share of the time spent waiting for data above which the live line shows it."""
+PROGRESS = {"progress": True}
+"""`extra` of a log record that repeats what the live line shows."""
+
+
+def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
+    """What a person wants to see of a step, in one line."""
+    knn = f"kNN {record['knn_top1']:.1%}  " if record.get("knn_top1") is not None else ""
+    return (
+        f"step {record['step'] + 1}/{total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  "
+        f"tau {record['tau']:.4f}  {record['images_per_s_per_device']:.0f} images/s per device  data wait {record['data_wait_share']:.0%}  "
+        f"probe {record['probe_top1']:.1%}  {knn}proj-std {record['projection_std']:.2f}  rank {record['effective_rank']:.1f}  "
+        f"cos {record['mean_cosine']:.2f}"
+    )
+
+
+class LiveLine:
+    """A bar with step, epoch, loss, accuracy, images/s and the time that remains; messages of the log pass above it.
+
+    Args:
+        total_steps: of the run.
+        first_step: where this process starts.
+        console: where to draw; 80 columns are enough.
+    """
+
+    def __init__(self, *, total_steps: int, first_step: int, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = console
+        bar_width = max(4, console.width - WIDTH_WITHOUT_BAR)
+        # Too narrow a terminal cuts the text on the right: rich itself would cut the step and the time first.
+        self._text_width = max(0, console.width - len(f"step {total_steps}/{total_steps}  00:00:00  ") - bar_width)
+        columns = [
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            BarColumn(bar_width=bar_width),
+            TextColumn("{task.description}"),
+        ]
+        self._bar = Progress(*columns, console=console, refresh_per_second=REFRESH_PER_S)
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step)
+        self._bar.start()
+        atexit.register(self.close)  # however the process ends, the terminal gets its cursor back
+
+    def show(self, record: dict[str, Any]) -> None:
+        """One logged step. What waits for data is said where it is worth a look."""
+        knn = f" kNN {record['knn_top1']:.0%}" if record.get("knn_top1") is not None else ""
+        wait = f" waits {record['data_wait_share']:.0%}" if record["data_wait_share"] > WAIT_SHOWN else ""
+        speed = f"{record['images_per_s']:.0f} images/s"
+        text = f"epoch {record['epoch']:.2f} loss {record['loss']:.3f} {speed}{wait} probe {record['probe_top1']:.0%}{knn}"
+        self._bar.update(self._task, completed=record["step"] + 1, description=text[: self._text_width])
+
+    def handler(self) -> logging.Handler:
+        """For the log: its lines are printed above the bar, except those that repeat it; closing it closes the bar."""
+        handler = _AboveTheBar(self._console, self.close)
+        handler.addFilter(lambda record: not getattr(record, "progress", False))
+        return handler
+
+    def close(self) -> None:
+        """Leaves the bar as it is; twice does no harm."""
+        self._bar.stop()
+        atexit.unregister(self.close)
+
+
+class _AboveTheBar(logging.Handler):
+    def __init__(self, console: Console, close_bar: Callable[[], None]) -> None:
+        super().__init__()
+        self._console, self._close_bar = console, close_bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._close_bar()
+        super().close()
+
+
+def live_line(*, total_steps: int, first_step: int) -> LiveLine | None:
+    """A live line on stderr where that is a terminal that can draw one, else None."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
+        return None
+    return LiveLine(total_steps=total_steps, first_step=first_step, console=console)
