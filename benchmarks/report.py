@@ -91,6 +91,9 @@ def report_markdown(record: dict[str, Any], results: list[CaseResult]) -> str:
     """report.md: where and when, then each case with its table and its docstring."""
     parts = ["# fastbyol benchmarks", "\n".join(f"- {line}" for line in circumstances(record)), HOW_TO_READ]
     parts += [_case_markdown(result) for result in results]
+    for finding in record.get("findings", {}).values():
+        lines = [_line([what, found]) for what, found in finding["found"].items()]
+        parts.append("\n".join([f"## {finding['title']}", "", _line(["what", "found"]), _line(["---", "---"]), *lines]))
     if record["skipped"]:
         parts.append("## Skipped\n" + "\n".join(f"- {name}: {why}" for name, why in record["skipped"].items()))
     return "\n\n".join(parts) + "\n"
