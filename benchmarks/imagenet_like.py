@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import io
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ STRONGEST_TEXTURE = 160.0
 SEARCH_STEPS = 6
 
 
-def write_imagenet_like(out: Path, *, images: int, classes: int = 10, scale: float = 1.0, seed: int = 0) -> Path:
+def write_imagenet_like(out: Path, *, images: int, classes: int = 10, scale: float = 1.0, seed: int = 0, workers: int = 1) -> Path:
     """Fills `out` with `images` files in `classes` folders, the same for the same arguments, and returns it.
 
     Args:
@@ -39,17 +41,27 @@ def write_imagenet_like(out: Path, *, images: int, classes: int = 10, scale: flo
         classes: each has a hue and a direction of texture of its own.
         scale: of both sides; 0.1 gives thumbnails of about 47 x 40 px.
         seed: of everything.
+        workers: processes; the files do not depend on it.
     """
     require_at_least("classes", classes, 1)
     require_at_least("images", images, classes)
     require_positive("scale", scale)
-    for index in range(images):
-        label = index % classes
-        folder = out / f"class{label:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        jpeg = draw_jpeg(np.random.default_rng([seed, index]), direction=np.pi * label / classes, hue=label / classes, scale=scale)
-        (folder / f"{index:06d}.jpg").write_bytes(jpeg)
+    write = functools.partial(_write_image, out, classes=classes, scale=scale, seed=seed)
+    if workers == 1:
+        for index in range(images):
+            write(index)
+        return out
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(write, range(images), chunksize=8))
     return out
+
+
+def _write_image(out: Path, index: int, *, classes: int, scale: float, seed: int) -> None:
+    label = index % classes
+    folder = out / f"class{label:03d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    jpeg = draw_jpeg(np.random.default_rng([seed, index]), direction=np.pi * label / classes, hue=label / classes, scale=scale)
+    (folder / f"{index:06d}.jpg").write_bytes(jpeg)
 
 
 def draw_jpeg(rng: np.random.Generator, *, direction: float, hue: float, scale: float) -> bytes:

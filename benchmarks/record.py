@@ -47,12 +47,30 @@ class CaseResult:
     rows: tuple[Row, ...]
     skipped: dict[str, str] = field(default_factory=dict)
     """What could not be measured here, and why."""
+    device: str = "cpu"
+    """'cpu' or 'cuda': whose images per second a rate is."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CaseResult:
+        """What `as_dict` gave, read back from JSON."""
+        rows = tuple(
+            Row(**{**row, **{name: _estimates(row[name]) for name in ("ms", "speedup", "over_ceiling")}}) for row in values["rows"]
+        )
+        return cls(**{**values, "rows": rows})
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
+
+    def find(self, name: str) -> Row | None:
+        """The row of that name, None where it was not measured."""
+        return next((row for row in self.rows if row.name == name), None)
+
+
+def _estimates(by_clock: dict[str, dict[str, float]]) -> dict[str, Estimate]:
+    return {clock: Estimate(**value) for clock, value in by_clock.items()}
 
 
 def make_result(
@@ -69,6 +87,7 @@ def make_result(
     primary: str = "cpu",
     extra: dict[str, dict[str, float]] | None = None,
     skipped: dict[str, str] | None = None,
+    device: str = "cpu",
 ) -> CaseResult:
     """The rows of all subjects in order, each against the subjects named as reference and ceiling.
 
@@ -85,6 +104,7 @@ def make_result(
         primary: 'cpu' or 'wall'.
         extra: further figures by subject.
         skipped: what was left out, with the reason.
+        device: 'cpu' or 'cuda', where the subjects ran.
     """
     require_choice("primary", primary, tuple(CLOCKS))
     roles = {reference: "reference", ceiling: "ceiling"}
@@ -112,6 +132,7 @@ def make_result(
         settings=to_plain(settings),
         rows=rows,
         skipped=skipped or {},
+        device=device,
     )
 
 

@@ -1,18 +1,47 @@
-"""Records as tables: Markdown for report.md, rich for the terminal, from the same cells."""
+"""Records as tables: Markdown for report.md, rich for the terminal, from the same cells.
+
+python -m benchmarks.report DIR             writes DIR/report.md and DIR/report.html anew from DIR/records.json
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from benchmarks.cases import load_case
+from benchmarks.cases import case_docstring
 from benchmarks.record import CaseResult, Row
+from benchmarks.record_file import read_record, results_of
 from benchmarks.timing import Estimate
+from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.errors import one_line_errors
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = OneLineParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="of a records.json")
+    folder = parser.parse_args(arguments).folder
+    write_reports(folder, read_record(folder))
+
+
+def write_reports(out: Path, record: dict[str, Any]) -> None:
+    """report.md and report.html of the record."""
+    from benchmarks.report_page import report_page  # matplotlib takes a second, which a case should not wait for
+
+    results = results_of(record)
+    (out / "report.md").write_text(report_markdown(record, results))
+    (out / "report.html").write_text(report_page(record, results))
+
+
+HOW_TO_READ = """CPU-ms: user and system time of all threads. Figures are medians over interleaved rounds with the interval of order statistics;
+speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios."""
 
 
 def headers(result: CaseResult) -> list[str]:
-    """Column titles. A rate says whose it is: a CPU process with so many threads, never a GPU."""
+    """Column titles. A rate says whose it is: a CPU process's with so many threads, or a GPU's."""
     titles = [
         "subject",
         f"CPU-ms / {result.unit}",
@@ -22,8 +51,13 @@ def headers(result: CaseResult) -> list[str]:
         f"x ceiling ({result.primary})",
     ]
     if result.unit == "image":
-        titles.append(f"images/s per CPU process ({_threads(result)})")
+        titles.append(f"images/s per {rate_owner(result)}")
     return [*titles, "note"]
+
+
+def rate_owner(result: CaseResult) -> str:
+    """Whose a rate of the case is: 'GPU', or 'CPU process (2 threads)'; never mixed."""
+    return "GPU" if result.device == "cuda" else f"CPU process ({_threads(result)})"
 
 
 def cells(result: CaseResult, row: Row) -> list[str]:
@@ -31,15 +65,15 @@ def cells(result: CaseResult, row: Row) -> list[str]:
     cpu = row.ms["cpu"]
     values = [
         f"{row.name} ({row.role})" if row.role else row.name,
-        _number(cpu.median),
-        _interval(cpu),
-        _number(row.ms["wall"].median),
+        number(cpu.median),
+        interval(cpu),
+        number(row.ms["wall"].median),
         f"{row.speedup[result.primary].median:.2f}",
         f"{row.over_ceiling[result.primary].median:.2f}",
     ]
     if result.unit == "image":
-        values.append(_number(1000 / row.ms["wall"].median))
-    extra = [f"{name} {_number(value)}" for name, value in row.extra.items()]
+        values.append(number(1000 / row.ms["wall"].median))
+    extra = [f"{name} {number(value)}" for name, value in row.extra.items()]
     return [*values, "; ".join(filter(None, [row.note, *extra]))]
 
 
@@ -55,28 +89,42 @@ def case_table(result: CaseResult) -> Table:
 
 def report_markdown(record: dict[str, Any], results: list[CaseResult]) -> str:
     """report.md: where and when, then each case with its table and its docstring."""
-    parts = ["# fastbyol benchmarks", _where(record)]
+    parts = ["# fastbyol benchmarks", "\n".join(f"- {line}" for line in circumstances(record)), HOW_TO_READ]
     parts += [_case_markdown(result) for result in results]
+    for finding in record.get("findings", {}).values():
+        lines = [_line([what, found]) for what, found in finding["found"].items()]
+        parts.append("\n".join([f"## {finding['title']}", "", _line(["what", "found"]), _line(["---", "---"]), *lines]))
     if record["skipped"]:
         parts.append("## Skipped\n" + "\n".join(f"- {name}: {why}" for name, why in record["skipped"].items()))
     return "\n\n".join(parts) + "\n"
 
 
-def _where(record: dict[str, Any]) -> str:
+def circumstances(record: dict[str, Any]) -> list[str]:
+    """Command, time, commit, machine, load, versions: a line each."""
     provenance, load = record["provenance"], record["load_average"]
     commit = f"{provenance['commit'] or 'unknown'}{' with uncommitted changes' if provenance['uncommitted_changes'] else ''}"
-    lines = [
-        f"- `{provenance['command']}`",
-        f"- {record['started']}, {record['seconds']:.0f} s, {'quick' if record['quick'] else 'full'} settings, commit {commit}",
-        f"- {provenance['cpu']}, {provenance['cores']} cores, GPU: {provenance['gpu'] or 'none'}; {provenance['system']}",
-        f"- load average at the start {_loads(load['start'])}, at the end {_loads(load['end'])} (1, 5, 15 min; ours included)",
-        "- " + ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
-        f"- measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us a sample",
-        "",
-        "CPU-ms: user and system time of all threads. Figures are medians over interleaved rounds with the interval of order statistics;",
-        "speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios.",
+    return [
+        f"`{provenance['command']}`",
+        f"{record['started']}, {record['seconds']:.0f} s, {'quick' if record['quick'] else 'full'} settings, commit {commit}",
+        f"{provenance['cpu']}, {provenance['cores']} cores, GPU: {provenance['gpu'] or 'none'}; {provenance['system']}",
+        *_clocks(record.get("machine")),
+        f"load average at the start {_loads(load['start'])}, at the end {_loads(load['end'])} (1, 5, 15 min; ours included)",
+        ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
+        f"measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us a sample",
     ]
-    return "\n".join(lines)
+
+
+def _clocks(machine: dict[str, Any] | None) -> list[str]:
+    """Of a record that has them: those before November 2026 do not."""
+    if machine is None:
+        return []
+    known = [
+        f"{machine['memory_gib']} GiB memory",
+        f"CPU at {machine['cpu_mhz']} MHz",
+        f"governor {machine['cpu_governor'] or 'not visible'}",
+    ]
+    cards = [", ".join(f"{name} {value}" for name, value in card.items()) for card in machine["gpus"]]
+    return [", ".join(known), *cards]
 
 
 def _case_markdown(result: CaseResult) -> str:
@@ -86,7 +134,7 @@ def _case_markdown(result: CaseResult) -> str:
     lines += [_line(cells(result, row)) for row in result.rows]
     if result.skipped:
         lines += ["", *(f"Skipped: {name}: {why}" for name, why in result.skipped.items())]
-    return "\n".join([*lines, "", (load_case(result.case).__doc__ or "").strip()])
+    return "\n".join([*lines, "", case_docstring(result.case)])
 
 
 def _threads(result: CaseResult) -> str:
@@ -97,14 +145,18 @@ def _line(texts: list[str]) -> str:
     return "| " + " | ".join(texts) + " |"
 
 
-def _interval(value: Estimate) -> str:
-    return f"{_number(value.low)} .. {_number(value.high)}"
+def interval(value: Estimate) -> str:
+    return f"{number(value.low)} .. {number(value.high)}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, no exponent for what a table holds."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def _loads(values: list[float]) -> str:
     return " ".join(f"{value:.1f}" for value in values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Runs benchmark cases; writes OUT/records.json and OUT/report.md and prints the tables.
+"""Runs benchmark cases; writes OUT/records.json, OUT/report.md and OUT/report.html and prints the tables.
 
 python -m benchmarks.run --quick
 python -m benchmarks.run loader ema --out benchmarks/out
@@ -6,29 +6,21 @@ python -m benchmarks.run loader ema --out benchmarks/out
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from benchmarks.cases import CASES, check_names, load_case
 from benchmarks.record import CaseResult
-from benchmarks.report import case_table, report_markdown
-from benchmarks.timing import measuring_overhead_ms
+from benchmarks.record_file import FILE, new_record, read_record, write_record
+from benchmarks.report import case_table, write_reports
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.provenance import collect_provenance
 
-FORMAT = 1
-"""Of records.json; a later one that cannot be compared with it gets another number."""
 LOG_COLUMNS = 180
 
 
@@ -37,11 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     names = list(dict.fromkeys(options.cases)) or list(CASES)
     check_names(names)
-    _make_folder(options.out)
-    console = _console()
+    make_folder(options.out)
+    console = log_console()
     typed = sys.argv[1:] if arguments is None else arguments
-    record = _new_record(quick=options.quick, command=shlex.join(["python", "-m", "benchmarks.run", *typed]))
-    results: list[CaseResult] = []
+    record = new_record(quick=options.quick, command=shlex.join(["python", "-m", "benchmarks.run", *typed]))
     for name in names:
         console.print(f"[bold]{name}[/bold] ...")
         try:
@@ -50,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record["skipped"][name] = str(error)
             console.print(f"{name} skipped: {error}", markup=False)
         else:
-            results.append(result)
             record["cases"][name] = result.as_dict()
             console.print(case_table(result))
-        _write(options.out, record, results)  # after every case: what is measured is kept, whatever comes next
-    console.print(f"wrote {options.out / 'records.json'} and report.md", markup=False)
+        write_record(options.out, record)  # after every case: what is measured is kept, whatever comes next
+    write_reports(options.out, read_record(options.out))
+    console.print(f"wrote {options.out / FILE}, report.md and report.html", markup=False)
 
 
 def _parser() -> OneLineParser:
@@ -65,13 +56,14 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _console() -> Console:
+def log_console() -> Console:
     """As wide as the terminal; a log, which has no width, gets whole lines."""
     console = Console()
     return console if console.is_terminal else Console(width=LOG_COLUMNS)
 
 
-def _make_folder(out: Path) -> None:
+def make_folder(out: Path) -> None:
+    """UserError where it cannot be made."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,29 +74,6 @@ def _run_case(name: str, *, quick: bool) -> CaseResult:
     case = load_case(name)
     with tempfile.TemporaryDirectory(prefix=f"fastbyol-{name}-") as scratch:
         return case.run(case.QUICK if quick else case.FULL, scratch=Path(scratch))
-
-
-def _new_record(*, quick: bool, command: str) -> dict[str, Any]:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {
-        "format": FORMAT,
-        "quick": quick,
-        "started": now,
-        "start_s": time.perf_counter(),
-        "measuring_overhead_ms": measuring_overhead_ms(),
-        "load_average": {"start": os.getloadavg()},
-        "provenance": collect_provenance() | {"command": command},
-        "cases": {},
-        "skipped": {},
-    }
-
-
-def _write(out: Path, record: dict[str, Any], results: list[CaseResult]) -> None:
-    written = {name: value for name, value in record.items() if name != "start_s"}
-    written["seconds"] = round(time.perf_counter() - record["start_s"], 1)
-    written["load_average"] = {**record["load_average"], "end": os.getloadavg()}
-    (out / "records.json").write_text(json.dumps(written, indent=1) + "\n")
-    (out / "report.md").write_text(report_markdown(written, results))
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ LR, TAU = 0.01, 0.99
 
 
 class TrainingStep:
-    """Networks and optimizer of a config on the CPU, and how long they worked and waited."""
+    """Networks and optimizer of a config on one device, and how long they worked and waited (the host's time: a GPU may lag behind)."""
 
-    def __init__(self, config: TrainConfig, *, num_classes: int) -> None:
+    def __init__(self, config: TrainConfig, *, num_classes: int, device: torch.device | None = None) -> None:
         self.config = config
-        self._process = Process(rank=0, world_size=1, device=torch.device("cpu"))
+        self._process = Process(rank=0, world_size=1, device=device or torch.device("cpu"))
         torch.manual_seed(config.seed)
         byol = build_byol(config.model, num_classes=num_classes)
         prepare_model(byol, config.precision, device=self._process.device)

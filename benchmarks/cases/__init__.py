@@ -55,3 +55,9 @@ def check_names(names: list[str]) -> None:
 def load_case(name: str) -> Case:
     """The case's module. Imported when it is run: some need seconds, or packages that another does without."""
     return cast(Case, importlib.import_module(f"benchmarks.cases.{name}"))
+
+
+def case_docstring(name: str) -> str:
+    """What, how and why of a case, or of a part of the GPU plan ('gpu.NAME')."""
+    module = name if name.startswith("gpu.") else f"cases.{name}"
+    return (importlib.import_module(f"benchmarks.{module}").__doc__ or "").strip()

@@ -1,0 +1,159 @@
+"""What a record's rows say together: where the time of an image goes, what each change saved, how fast the whole is, what to change next.
+
+Rows are found by their names; what a record lacks is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.record import CaseResult, Row
+
+WATERFALLS: dict[str, tuple[tuple[str, str], ...]] = {
+    "loader": (("folder: views", "one decode, fused kernel"), ("ffcv: views", "TurboJPEG from a .beton")),
+    "step": (("float32, channels-last", "channels-last"), ("bf16, channels-last", "bf16"), ("bf16, channels-last, compiled", "compiled")),
+    "gpu.step": (("bf16, NCHW", "bf16"), ("bf16, channels-last", "channels-last")),
+    "gpu.step_compiled": (("bf16, channels-last, compiled", "compiled"),),
+    "fused_update": (("fastbyol LARS.step, then ema_update", "all tensors at once"), ("fastbyol lars_ema", "one pass")),
+}
+"""By case, from the reference to ours: the row, and what is new in it."""
+STAGES = (("decode", "decode only"), ("crop", "crops"), ("augment", "views"))
+"""Rows of a backend in the loader case, each with all that the ones before it do."""
+BACKENDS = ("ffcv", "dali", "folder")
+HEADLINES = {
+    "gpu.end_to_end": ("trained end to end", ": end to end"),
+    "gpu.step": ("training step", "^bf16, "),
+    "gpu.step_compiled": ("training step, compiled", "compiled"),
+    "end_to_end": ("trained end to end", ": end to end"),
+    "step": ("training step", "bf16, channels-last"),
+    "loader": ("two views loaded", f"^({'|'.join(BACKENDS)}): views$"),
+}
+"""By case: what its rate is of, and which rows are ours (a pattern)."""
+DATA_BOUND = 1.05
+"""End to end over the steps alone; above it the step waits for data."""
+STEPS_ALONE = "steps alone"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One figure with whose it is."""
+
+    value: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """ranks; images_per_s of all together."""
+
+    ranks: int
+    images_per_s: float
+    efficiency: float
+
+
+def waterfall(result: CaseResult) -> list[tuple[str, float]]:
+    """(what is new, ms a unit) from the reference to ours on the case's first clock; empty where none of our rows was measured."""
+    reference = next((row for row in result.rows if row.role == "reference"), None)
+    known = [(result.find(name), new) for name, new in WATERFALLS.get(result.case, ())]
+    steps = [(new, row.ms[result.primary].median) for row, new in known if row is not None]
+    return [(reference.name, reference.ms[result.primary].median), *steps] if reference and steps else []
+
+
+def loader_shares(result: CaseResult) -> dict[str, dict[str, float]]:
+    """CPU-ms an image of each backend by stage: what a stage's row needs beyond the row before it."""
+    shares: dict[str, dict[str, float]] = {}
+    for backend in BACKENDS:
+        rows = [result.find(f"{backend}: {name}") for _, name in STAGES]
+        if any(row is None for row in rows):
+            continue
+        totals = [0.0, *(row.ms["cpu"].median for row in rows if row is not None)]
+        shares[backend] = {stage: max(0.0, after - before) for (stage, _), before, after in zip(STAGES, totals, totals[1:], strict=False)}
+    return shares
+
+
+def time_shares(result: CaseResult) -> dict[str, dict[str, float]]:
+    """ms a unit by part for each row with figures named '*_share'; the rest of the row's wall time is the step's."""
+    shares: dict[str, dict[str, float]] = {}
+    for row in result.rows:
+        given = {name.removesuffix("_share").replace("_", " "): value for name, value in row.extra.items() if name.endswith("_share")}
+        if given:
+            total = row.ms["wall"].median
+            shares[row.name] = {part: value * total for part, value in given.items()} | {
+                "the step": max(0.0, 1 - sum(given.values())) * total
+            }
+    return shares
+
+
+def scaling_points(result: CaseResult) -> list[ScalingPoint]:
+    """The rows 'n ranks', by n."""
+    named = [(re.fullmatch(r"(\d+) ranks?", row.name), row) for row in result.rows]
+    points = [ScalingPoint(int(match[1]), 1000 / row.ms["wall"].median, row.extra.get("efficiency", 1.0)) for match, row in named if match]
+    return sorted(points, key=lambda point: point.ranks)
+
+
+def headlines(results: Sequence[CaseResult], *, owner_of: dict[str, str]) -> list[Headline]:
+    """The fastest of our rows in each case of `HEADLINES`, as images/s with its owner; MFU where the row has it.
+
+    Args:
+        results: of one record.
+        owner_of: by case, whose its rates are.
+    """
+    by_case = {result.case: result for result in results}
+    found: list[Headline] = []
+    for case, (what, ours) in HEADLINES.items():
+        rows = [row for row in by_case[case].rows if re.search(ours, row.name)] if case in by_case else []
+        if rows:
+            best = min(rows, key=lambda row: row.ms["wall"].median)
+            found.append(Headline(_rate(best), f"images/s per {owner_of[case]}, {what}: {best.name}; {by_case[case].title}"))
+            found += [Headline(f"{best.extra['mfu']:.1%}", f"MFU, {what}: {best.name}")] if "mfu" in best.extra else []
+    return found
+
+
+def _rate(row: Row) -> str:
+    rate = 1000 / row.ms["wall"].median
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:#.3g}".rstrip(".")
+
+
+def verdict(results: Sequence[CaseResult]) -> list[str]:
+    """Data-bound or not for each row that trains from files, and the next thing to change; says so where nothing was measured."""
+    sentences = [text for case in ("gpu.end_to_end", "end_to_end", "demo_step") for text in _verdicts(results, case)]
+    return sentences or [
+        "Nothing in this record trains from files, so it does not say whether data or the step is the limit: run end_to_end."
+    ]
+
+
+def _verdicts(results: Sequence[CaseResult], case: str) -> list[str]:
+    result = next((one for one in results if one.case == case), None)
+    if result is None or result.find(STEPS_ALONE) is None:
+        return []
+    return [
+        f"{case}, {row.name}: {_judge(result, row)}"
+        for row in result.rows
+        if row.name.endswith("end to end") or row.name == "end to end, .beton"
+    ]
+
+
+def _judge(result: CaseResult, row: Row) -> str:
+    over = row.over_ceiling["wall"]
+    waits = f", {row.extra['data_wait_share']:.0%} of it waiting for data" if "data_wait_share" in row.extra else ""
+    figure = f"{over.median:.2f} x the steps alone ({over.low:.2f} to {over.high:.2f}){waits}"
+    if over.low <= DATA_BOUND:
+        sure = "compute-bound" if over.high <= DATA_BOUND else "compute-bound within the noise"
+        return f"{sure}: {figure}. Next: the step (precision, compile, batch)."
+    return f"data-bound: {figure}. Next: {_next_change(result, row)}."
+
+
+def _next_change(result: CaseResult, row: Row) -> str:
+    backend = row.name.split(":")[0]
+    alone, steps = result.find(f"{backend}: loader alone"), result.find(STEPS_ALONE)
+    if alone is None or steps is None:
+        return "more data.workers, or data.prefetch"
+    need = alone.ms["wall"].median / steps.ms["wall"].median
+    if need > 1:
+        others = {other: result.find(f"{other}: loader alone") for other in BACKENDS}
+        faster = min((name for name, one in others.items() if one), key=lambda name: others[name].ms["wall"].median)  # type: ignore[union-attr]
+        more = f"{need:.1f} times the data.workers"
+        return more if faster == backend else f"backend {faster}, or {more}"
+    return "a core for each loader thread (alone it is fast enough), then data.prefetch"

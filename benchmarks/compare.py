@@ -1,0 +1,184 @@
+"""Compares two records row by row: did something get slower?
+
+python -m benchmarks.compare BEFORE AFTER           each a records.json or its folder
+python -m benchmarks.compare BEFORE AFTER --slower_than 0.05
+
+Exit code: 0 nothing slower, 1 something slower, 2 the two cannot be compared.
+
+What is compared is each row's time over the ceiling's and over the reference's of its own run, on the case's first clock, because a busier
+machine slows all of them; milliseconds of two runs are not compared. A row counts as slower when by every yardstick that it has the medians
+differ by more than the threshold and the intervals do not overlap: a yardstick that moved by itself moves one ratio only. The reference
+has one yardstick, the ceiling: it shows what slows reference and subject alike. Extra figures (memory, shares of time) are not compared.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.record import CaseResult, Row
+from benchmarks.record_file import read_record, results_of
+from benchmarks.timing import Estimate
+from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.errors import UserError, one_line_errors, require_positive
+
+THRESHOLD = 0.1
+SLOWER_EXIT = 1
+SLOWER, FASTER, NOISE, SAME = "slower", "faster", "within noise", "same"
+MACHINE = ("cpu", "cores", "gpu")
+MEANING = ("unit", "threads", "primary", "device", "settings")
+"""Fields of a case that its figures depend on."""
+ONLY_PRECISION = {"rounds"}
+"""Settings that change how sure a figure is, not what it is."""
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """A row's time over another row's time of the same run, before and after."""
+
+    name: str
+    before: Estimate
+    after: Estimate
+
+    @property
+    def factor(self) -> float:
+        """Over 1 where the row got slower."""
+        return self.after.median / self.before.median
+
+    def verdict(self, threshold: float) -> str:
+        if max(self.factor, 1 / self.factor) <= 1 + threshold:
+            return SAME
+        if self.factor > 1:
+            return SLOWER if self.after.low > self.before.high else NOISE
+        return FASTER if self.after.high < self.before.low else NOISE
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row of both records."""
+
+    case: str
+    subject: str
+    yardsticks: tuple[Yardstick, ...]
+
+    def verdict(self, threshold: float) -> str:
+        """'slower' or 'faster' where all yardsticks agree, 'within noise' where all moved but not all beyond doubt, else 'same'."""
+        verdicts = {yardstick.verdict(threshold) for yardstick in self.yardsticks}
+        directions = {yardstick.factor > 1 for yardstick in self.yardsticks}
+        if len(verdicts) == 1:
+            return verdicts.pop()
+        return NOISE if SAME not in verdicts and len(directions) == 1 else SAME
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = OneLineParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("before", type=Path, help="records.json, or its folder")
+    parser.add_argument("after", type=Path, help="the same of the later run")
+    parser.add_argument("--slower_than", type=float, default=THRESHOLD, metavar="SHARE", help="share that counts as a change (%(default)s)")
+    options = parser.parse_args(arguments)
+    require_positive("--slower_than", options.slower_than)
+    before, after = read_record(options.before), read_record(options.after)
+    require_comparable(before, after)
+    changes = compare(before, after)
+    _print(before, after, changes, threshold=options.slower_than)
+    if any(change.verdict(options.slower_than) == SLOWER for change in changes):
+        sys.exit(SLOWER_EXIT)
+
+
+def require_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """UserError that names the first difference which makes the figures say nothing about the code."""
+    for name in MACHINE:
+        _require_equal(f"the machine's {name}", before["provenance"][name], after["provenance"][name])
+    if before["quick"] != after["quick"]:
+        raise UserError("the records cannot be compared: one has quick settings, the other full ones; measure both alike")
+    ours, theirs = ({result.case: result for result in results_of(record)} for record in (before, after))
+    common = [name for name in ours if name in theirs]
+    if not common:
+        raise UserError(f"the records cannot be compared: no case in both (before: {', '.join(ours)}; after: {', '.join(theirs)})")
+    for name in common:
+        for field in MEANING:
+            _require_equal(f"{field} of {name}", getattr(ours[name], field), getattr(theirs[name], field))
+
+
+def _require_equal(what: str, before: object, after: object) -> None:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after} - ONLY_PRECISION):
+            _require_equal(f"{what}, {key}", before.get(key), after.get(key))
+    elif before != after:
+        raise UserError(f"the records cannot be compared: {what} is {before} before and {after} after; measure both alike")
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """Every row that is in both records and has a yardstick; call `require_comparable` first."""
+    later = {result.case: result for result in results_of(after)}
+    return [change for result in results_of(before) if result.case in later for change in _changes(result, later[result.case])]
+
+
+def _changes(before: CaseResult, after: CaseResult) -> Iterator[Change]:
+    for row in before.rows:
+        now = after.find(row.name)
+        if now is not None and row.role != "ceiling":
+            yield Change(before.case, row.name, tuple(_yardsticks(row, now, before.primary)))
+
+
+def _yardsticks(before: Row, after: Row, clock: str) -> Iterator[Yardstick]:
+    yield Yardstick("ceiling", before.over_ceiling[clock], after.over_ceiling[clock])
+    if before.role != "reference":
+        yield Yardstick("reference", _inverse(before.speedup[clock]), _inverse(after.speedup[clock]))
+
+
+def _inverse(value: Estimate) -> Estimate:
+    return Estimate(1 / value.median, 1 / value.high, 1 / value.low)
+
+
+def only_in_one(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Cases and rows that have no partner, as texts."""
+    named = [{result.case: {row.name for row in result.rows} for result in results_of(record)} for record in (before, after)]
+    texts = []
+    for when, mine, other in (("before", *named), ("after", *reversed(named))):
+        texts += [f"{case}: {when} only" for case in mine if case not in other]
+        texts += [f"{case}, {row}: {when} only" for case in mine if case in other for row in sorted(mine[case] - other[case])]
+    return texts
+
+
+def _print(before: dict[str, Any], after: dict[str, Any], changes: list[Change], *, threshold: float) -> None:
+    console = Console() if sys.stdout.isatty() else Console(width=180)
+    console.print(_table(changes, threshold), markup=False)
+    for name, version in before["provenance"]["versions"].items():
+        now = after["provenance"]["versions"].get(name)
+        if now != version:
+            console.print(f"note: {name} {version} before, {now or 'missing'} after", markup=False)
+    for text in only_in_one(before, after):
+        console.print(f"note: not compared: {text}", markup=False)
+    verdicts = [change.verdict(threshold) for change in changes]
+    console.print(
+        f"{len(changes)} rows: {verdicts.count(SLOWER)} slower, {verdicts.count(FASTER)} faster by more than {threshold:.0%}, "
+        f"{verdicts.count(NOISE)} moved within the noise, {verdicts.count(SAME)} the same"
+    )
+
+
+def _table(changes: list[Change], threshold: float) -> Table:
+    table = Table(title="time over the ceiling's and the reference's of the same run", title_justify="left")
+    for title in ("case", "subject", "over ceiling", "change", "over reference", "change", "verdict"):
+        table.add_column(title, justify="left" if title in ("case", "subject", "verdict") else "right")
+    for change in changes:
+        cells = [text for yardstick in change.yardsticks for text in _cells(yardstick)]
+        cells += [""] * (4 - len(cells))
+        table.add_row(change.case, change.subject, *cells, change.verdict(threshold))
+    return table
+
+
+def _cells(yardstick: Yardstick) -> tuple[str, str]:
+    before, after = yardstick.before.median, yardstick.after.median
+    return f"{before:.3g} -> {after:.3g}", f"{yardstick.factor - 1:+.0%}"
+
+
+if __name__ == "__main__":
+    main()

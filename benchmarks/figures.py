@@ -1,0 +1,189 @@
+"""The tables of README.md and docs/performance.md that hold figures, from the newest kept record and from the roofline on paper.
+
+python -m benchmarks.figures            says which tables are not what they should be (exit code 1)
+python -m benchmarks.figures --write    writes them
+
+A table stands between two comments, `<!-- figures: NAME ... -->` and `<!-- figures end -->`; what is between is not for editing by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import roofline
+from benchmarks.record import CaseResult, Row
+from benchmarks.record_file import KEPT, newest_kept, read_record, results_of
+from benchmarks.report import number
+from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.errors import UserError, one_line_errors
+
+ROOT = Path(__file__).parent.parent
+FILES = ("README.md", "docs/performance.md")
+BLOCK = re.compile(r"(?P<head><!-- figures: (?P<name>\w+)[^>]*-->\n)(?P<body>.*?)(?P<foot><!-- figures end -->)", re.DOTALL)
+LOADER_ROW = "ffcv: views"
+
+
+@dataclass(frozen=True)
+class Quote:
+    """One line of the table of measured figures.
+
+    ours: label -> row. value: 'ms' a unit or 'x', times the ceiling's; on the case's first clock. what: with {unit} and {clock} filled in.
+    """
+
+    case: str
+    what: str
+    ours: dict[str, str]
+    value: str = "ms"
+
+
+QUOTES = (
+    Quote("convert", "converting an ImageNet-like image, {clock}-ms an image", {".beton": "to_ffcv", "tar": "to_dali"}),
+    Quote(
+        "loader",
+        "two 224 px views of an ImageNet-like JPEG, {clock}-ms an image",
+        {"FFCV": "ffcv: views", "DALI": "dali: views", "folder": "folder: views"},
+    ),
+    Quote("ema", "target's update, ResNet-50, times a copy", {"": "fastbyol ema_update"}, value="x"),
+    Quote("lars", "LARS, ResNet-50, times a copy (2.33 without cache)", {"": "fastbyol LARS.step"}, value="x"),
+    Quote("fused_update", "LARS and the target's update in one pass, times a copy", {"": "fastbyol lars_ema"}, value="x"),
+    Quote("batchnorm", "batch norm of a step, times the ceiling", {"": "fastbyol, both views"}, value="x"),
+    Quote("step", "BYOL step, ResNet-50 at 224 px, {clock}-ms an image", {"bf16, channels-last": "bf16, channels-last"}),
+    Quote(
+        "end_to_end",
+        "training from files, times the steps alone",
+        {"FFCV": "ffcv: end to end", "DALI": "dali: end to end", "folder": "folder: end to end"},
+        value="x",
+    ),
+    Quote("evaluate", "features for evaluation, times the forward alone", {"": "extract_features, .beton"}, value="x"),
+)
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = OneLineParser(prog="python -m benchmarks.figures", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the figures in")
+    options = parser.parse_args(arguments)
+    stale = []
+    for name in FILES:
+        path = ROOT / name
+        text = path.read_text()
+        new = with_figures(text, BLOCKS)
+        if new != text:
+            stale.append(name)
+            if options.write:
+                path.write_text(new)
+    print(f"{'wrote' if options.write else 'out of date:'} {', '.join(stale)}" if stale else "all figures are those of the kept records")
+    if stale and not options.write:
+        sys.exit(1)
+
+
+def with_figures(text: str, blocks: dict[str, Callable[[], str]]) -> str:
+    """The text with every block's table as it should be.
+
+    Raises:
+        UserError: a block of a name that is not known.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        if match["name"] not in blocks:
+            raise UserError(f"figures: {match['name']}: no such table; one of {', '.join(blocks)}")
+        return f"{match['head']}{blocks[match['name']]().strip()}\n{match['foot']}"
+
+    return BLOCK.sub(filled, text)
+
+
+def measured_table(kept: Path = KEPT) -> str:
+    """The quotes whose case has a kept record, each from the newest that has it, with where from."""
+    lines = ["| | ours | reference | ceiling |", "|---|---|---|---|"]
+    sources: dict[Path, dict[str, Any]] = {}
+    for quote in QUOTES:
+        folder = newest_kept(quote.case, folder=kept)
+        if folder is None:
+            continue
+        sources[folder] = read_record(folder)
+        lines.append(_line(quote, next(result for result in results_of(sources[folder]) if result.case == quote.case)))
+    return "\n".join([*lines, "", *(_source(folder, record) for folder, record in sources.items())])
+
+
+def _line(quote: Quote, result: CaseResult) -> str:
+    ours = ", ".join(
+        f"{label} {_figure(quote, result, result.row(name))}".strip() for label, name in quote.ours.items() if _measured(result, name)
+    )
+    others = [next(row for row in result.rows if row.role == role) for role in ("reference", "ceiling")]
+    what = quote.what.format(clock="CPU" if result.primary == "cpu" else "wall")
+    return f"| {what} | {ours} | " + " | ".join(f"{row.name} {_figure(quote, result, row)}" for row in others) + " |"
+
+
+def _measured(result: CaseResult, name: str) -> bool:
+    """False for a row that was skipped, for which the record gives a reason; a row that nobody knows is a mistake here."""
+    if result.find(name) is not None:
+        return True
+    if not any(name.startswith(skipped) for skipped in result.skipped):
+        raise UserError(f"figures: case {result.case} has no row {name!r} (it has {', '.join(row.name for row in result.rows)})")
+    return False
+
+
+def _figure(quote: Quote, result: CaseResult, row: Row) -> str:
+    values = row.ms if quote.value == "ms" else row.over_ceiling
+    return number(values[result.primary].median)
+
+
+def _source(folder: Path, record: dict[str, Any]) -> str:
+    provenance = record["provenance"]
+    cases = ", ".join(quote.case for quote in QUOTES if quote.case in record["cases"])
+    link = f"[{folder.name}](benchmarks/results/{folder.name}/report.md)"
+    return f"Medians of {cases}: {link}, {provenance['cpu']}, {provenance['cores']} cores, GPU: {provenance['gpu'] or 'none'}."
+
+
+def gpu_rates_table(kept: Path = KEPT) -> str:
+    """images/s per GPU of the newest kept record of each part, or that there is none."""
+    lines = ["| part of the GPU plan | subject | images/s per GPU |", "|---|---|---:|"]
+    for case in ("gpu.step", "gpu.step_compiled", "gpu.end_to_end", "gpu.decode"):
+        result = _newest(case, kept)
+        if result is None:
+            lines.append(f"| `{case.removeprefix('gpu.')}` | | not measured yet |")
+        else:
+            lines += [f"| {result.title} | {row.name} | {number(1000 / row.ms['wall'].median)} |" for row in result.rows]
+    return "\n".join(lines)
+
+
+def cpu_rates_table(kept: Path = KEPT) -> str:
+    """images per second of CPU time of the newest kept record of each case that has any."""
+    lines = ["| case | subject | images per CPU-second |", "|---|---|---:|"]
+    for case in ("loader", "step", "end_to_end"):
+        if (result := _newest(case, kept)) is not None:
+            lines += [f"| {result.title} | {row.name} | {number(1000 / row.ms['cpu'].median)} |" for row in result.rows if not row.role]
+    return "\n".join(lines)
+
+
+def _newest(case: str, kept: Path = KEPT) -> CaseResult | None:
+    folder = newest_kept(case, folder=kept)
+    return None if folder is None else next(result for result in results_of(read_record(folder)) if result.case == case)
+
+
+def input_table() -> str:
+    """The roofline's, with a core's images/s as measured."""
+    loader = _newest("loader")
+    if loader is None:
+        raise UserError(f"figures: no kept record of the loader in {KEPT}; python -m benchmarks.run loader --out {KEPT}/DATE_MACHINE")
+    return roofline.input_table(core_images_per_s=1000 / loader.row(LOADER_ROW).ms["cpu"].median)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "measured": measured_table,
+    "gpu_rates": gpu_rates_table,
+    "cpu_rates": cpu_rates_table,
+    "work": roofline.work_table,
+    "limits": roofline.limits_table,
+    "input": input_table,
+    "messages": roofline.messages_table,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What: two uint8 crops of each image from its JPEG bytes, left on the device: nvJPEG through DALI beside our kernel on the CPU.
+
+How: generated ImageNet-like files in tar shards, all of the machine's cores as threads. Reference: decode and crop on the CPU, copied to the
+device. Ceiling: DALI's decoder alone ('mixed': Huffman on the CPU or the card's JPEG engine, the rest on the GPU). `all`: DALI's own operations
+up to the normalised view, which are not the paper's.
+
+    python -m benchmarks.gpu_plan decode
+
+Why: a step wants 2,000 to 3,500 images/s per H100; the CPU gives 300 to 700 a core. Where cores are few, the card's decoder feeds it, at the
+price of some of its own time. A whole run has the decoder beside the step: see `end_to_end`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu import Place
+from benchmarks.gpu.subjects import synchronize
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import Subject, measure
+from fastbyol.config.schema import DataConfig
+from fastbyol.config.views import ViewPair
+from fastbyol.data import build_loader
+from fastbyol.data.dali_loader import DaliSource
+from fastbyol.data.writers_tar import write_tar_shards
+
+CEILING, REFERENCE = "DALI: decode only", "CPU: decode, kernel's crops"
+OURS = {"DALI: decode, crops": "crop", "DALI: everything, its own operations": "all"}
+
+
+@dataclass(frozen=True)
+class Size:
+    batch: int
+    rounds: int
+    size_px: int = 224
+    seed: int = 0
+
+
+FULL = Size(batch=256, rounds=6)
+TINY = Size(batch=4, rounds=1, size_px=16)
+
+
+def run(size: Size, *, place: Place) -> CaseResult:
+    shards = place.scratch / "shards"
+    write_tar_shards(place.images, out=shards, workers=place.workers)
+    with ExitStack() as opened:
+        source = DaliSource(shards)  # UserError without DALI: the part is skipped
+        opened.callback(source.close)
+        images = source.num_samples // size.batch * size.batch
+        subjects = [Subject(CEILING, _decode_only(source, images, size, place), units=images)]
+        for name, ops in {REFERENCE: "decode", **OURS}.items():
+            data = DataConfig(train=str(shards), backend="dali", workers=place.workers, dali_ops=ops)
+            loader = opened.enter_context(
+                build_loader(
+                    data,
+                    views=ViewPair(size_px=size.size_px),
+                    seed=size.seed,
+                    global_batch=size.batch,
+                    device=place.device,
+                    output="uint8",
+                )
+            )
+            subjects.append(Subject(name, _epoch_of(loader, place.device), units=images))
+        timings = measure(subjects, rounds=size.rounds)
+    return make_result(
+        "gpu.decode",
+        f"two {size.size_px} px crops of an image from its JPEG bytes, batch {size.batch}",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="image",
+        threads=place.workers,
+        primary="wall",
+        settings=size,
+        device=place.device.type,
+    )
+
+
+def _epoch_of(loader: Iterable[Any], device: torch.device) -> Callable[[], None]:
+    """Each call is an epoch whose views end on the device."""
+
+    def epoch() -> None:
+        deque(((batch.view1.to(device), batch.view2.to(device)) for batch in loader), maxlen=0)
+        synchronize(device)
+
+    return epoch
+
+
+def _decode_only(source: DaliSource, images: int, size: Size, place: Place) -> Callable[[], None]:
+    """All images, a batch at a time, from bytes in memory."""
+    from nvidia.dali import Pipeline, fn, types
+
+    on_gpu = place.device.type == "cuda"
+    names: Any = types
+    device_id: Any = (place.device.index or 0) if on_gpu else None
+    pipeline = Pipeline(batch_size=size.batch, num_threads=place.workers, device_id=device_id, prefetch_queue_depth=1)
+    with pipeline:
+        jpeg = fn.external_source(name="jpeg", dtype=names.UINT8, ndim=1)
+        pipeline.set_outputs(fn.decoders.image(jpeg, device="mixed" if on_gpu else "cpu", output_type=names.RGB, adjust_orientation=False))
+    pipeline.build()
+    jpegs = [np.array(source.jpeg(index)) for index in range(images)]
+
+    def decode() -> None:
+        for first in range(0, images, size.batch):
+            pipeline.feed_input("jpeg", jpegs[first : first + size.batch])
+            pipeline.run()
+        synchronize(place.device)
+
+    return decode

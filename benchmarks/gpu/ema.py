@@ -1,0 +1,94 @@
+"""What: the target's update on the device, over all parameters of encoder and projector (ResNet-50: 33.0 M in 164 tensors).
+
+How: float32. Reference: the equation a tensor at a time, as most write it. Ceiling: `copy_` of the same tensors, which moves two thirds of
+the bytes that the update has to (GB/s: the update's three streams over its time). Then ours by each back end, and as a CUDA graph.
+
+    python -m benchmarks.gpu_plan ema
+
+Why: memory again, but 164 tensors are also 164 to 656 launches where each tensor has its own; the fused forms have a few, a graph one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import Place
+from benchmarks.gpu.subjects import ENOUGH_S, captured, device_subject
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import measure
+from fastbyol.byol import build_byol
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import ModelConfig
+from fastbyol.optim.ema import EMA_BACKENDS, ema_update, ema_update_reference
+
+REFERENCE, CEILING = "the equation, a tensor at a time", "copy_"
+TAU = 0.99
+STREAMS = 3
+"""Read the target and the online tensor, write the target."""
+
+
+@dataclass(frozen=True)
+class Size:
+    rounds: int
+    model: ModelConfig = field(default_factory=ModelConfig)
+    enough_s: float = ENOUGH_S
+
+
+FULL = Size(rounds=15)
+TINY = Size(rounds=1, model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8), enough_s=0)
+
+
+@torch.no_grad()
+def run(size: Size, *, place: Place) -> CaseResult:
+    byol = build_byol(size.model, num_classes=2).to(place.device)
+    target = [parameter.detach() for parameter in byol.target.parameters()]
+    online = [p.detach() + 0.01 for module in (byol.online.encoder, byol.online.projector) for p in module.parameters()]
+    skipped: dict[str, str] = {}
+    work: dict[str, Callable[[], object]] = {
+        CEILING: lambda: torch._foreach_copy_(target, online),
+        REFERENCE: lambda: ema_update_reference(target, online, TAU),
+    }
+    for backend in EMA_BACKENDS:
+        try:
+            ema_update(target, online, TAU, backend=backend)
+        except UserError as error:
+            skipped[backend] = str(error)
+        else:
+            work[f"ema_update, {backend}"] = lambda backend=backend: ema_update(target, online, TAU, backend=backend)
+    work |= _graphs(target, online, place, skipped)
+    subjects = [device_subject(name, do, device=place.device, enough_s=size.enough_s) for name, do in work.items()]
+    timings = measure(subjects, rounds=size.rounds)
+    gigabytes = STREAMS * sum(t.numel() * t.element_size() for t in target) / 1e9
+    rate = {name: {"GB/s": 1000 * gigabytes / median(timings[name].ms["wall"])} for name in work if name != CEILING}
+    return make_result(
+        "gpu.ema",
+        f"the target's update, {sum(t.numel() for t in target) / 1e6:.1f} M parameters in {len(target)} tensors",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="update",
+        threads=torch.get_num_threads(),
+        primary="wall",
+        settings=size,
+        extra=rate,
+        skipped=skipped,
+        device=place.device.type,
+    )
+
+
+def _graphs(target: list[Tensor], online: list[Tensor], place: Place, skipped: dict[str, str]) -> dict[str, Callable[[], object]]:
+    """Replayed graphs; tau is a tensor in the second, which a graph follows as it changes."""
+    if place.device.type != "cuda":
+        skipped["CUDA graphs"] = "need CUDA"
+        return {}
+    tau = torch.full((), TAU, device=place.device)
+    return {
+        "ema_update, foreach, CUDA graph": captured(lambda: ema_update(target, online, TAU), place.device),
+        "ema_update, foreach, tau a tensor, CUDA graph": captured(lambda: ema_update(target, online, tau), place.device),
+    }

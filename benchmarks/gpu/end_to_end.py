@@ -1,0 +1,118 @@
+"""What: training from JPEG files on the device: images/s per GPU, and whether data or the step is the limit.
+
+How: the product's loader (all cores as threads, uint8 crops, augmentation on the device) and `train_step` on generated ImageNet-like files; an
+epoch a round. Reference: views made whole on the CPU, from the image folder. Ceiling: the steps alone, on one batch again and again. Backends
+that are not installed are left out. `loader alone` is a backend with nobody computing. The files are in the page cache: no disk is measured.
+
+    python -m benchmarks.gpu_plan end_to_end
+
+Why: the loader works beside the step, so the sum is the slower of the two, plus the first batch of each epoch, which nothing hides (a real
+epoch has a hundred times as many).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import Place
+from benchmarks.gpu.subjects import synchronize
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import Subject, measure
+from benchmarks.training_step import TrainingStep, synthetic_batch
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
+from fastbyol.config.views import ViewPair
+from fastbyol.data import build_loader
+from fastbyol.data.batch import ViewBatch
+from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.writers_tar import write_tar_shards
+
+CEILING, REFERENCE = "steps alone", "folder, views on the CPU"
+BACKENDS = ("ffcv", "dali", "folder")
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Size:
+    model: ModelConfig
+    size_px: int
+    batch: int
+    rounds: int
+    seed: int = 0
+
+
+FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=128, rounds=6)
+TINY = Size(model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8), size_px=32, batch=4, rounds=1)
+
+
+def run(size: Size, *, place: Place) -> CaseResult:
+    config = TrainConfig(global_batch=size.batch, model=size.model, views=ViewPair(size_px=size.size_px))
+    skipped: dict[str, str] = {}
+    with ExitStack() as opened:
+        loaders = {}
+        for name, (backend, output) in {
+            REFERENCE: ("folder", "float32"),
+            **{f"{one}: end to end": (one, "uint8") for one in BACKENDS},
+        }.items():
+            try:
+                path = _convert(place, backend)
+                data = DataConfig(train=str(path), backend=backend, workers=place.workers)
+                made = build_loader(data, views=config.views, seed=size.seed, global_batch=size.batch, device=place.device, output=output)
+            except UserError as error:
+                skipped[name] = str(error)
+            else:
+                loaders[name] = opened.enter_context(made)
+        steps = len(loaders[REFERENCE])
+        subjects = _subjects(config, loaders, steps=steps, device=place.device)
+        timings = measure(subjects, rounds=size.rounds)
+    return make_result(
+        "gpu.end_to_end",
+        f"{size.model.encoder} from JPEG files, {size.size_px} px, batch {size.batch}, {place.workers} loader threads",
+        subjects,
+        timings,
+        reference=REFERENCE,
+        ceiling=CEILING,
+        unit="image",
+        threads=place.workers,
+        primary="wall",
+        settings=size,
+        skipped=skipped,
+        device=place.device.type,
+    )
+
+
+def _subjects(config: TrainConfig, loaders: dict, *, steps: int, device: torch.device) -> list[Subject]:
+    noise = synthetic_batch(num=config.global_batch, size_px=config.views.size_px, num_classes=NUM_CLASSES, channels_last=True)
+    held = ViewBatch(*(tensor.to(device) for tensor in noise))
+    step, images = TrainingStep(config, num_classes=NUM_CLASSES, device=device), steps * config.global_batch
+
+    def train(batches: Iterable[ViewBatch]) -> None:
+        step.run(batches)
+        synchronize(device)
+
+    subjects = [Subject(CEILING, lambda: train(itertools.repeat(held, steps)), units=images)]
+    for name, loader in loaders.items():
+        subjects.append(Subject(name, lambda loader=loader: train(loader), units=images))
+        if name != REFERENCE:
+            subjects.append(Subject(f"{name.split(':')[0]}: loader alone", lambda loader=loader: deque(loader, maxlen=0), units=images))
+    return subjects
+
+
+def _convert(place: Place, backend: str) -> Path:
+    """The images as the backend reads them."""
+    if backend == "ffcv":
+        path = place.scratch / "images.beton"
+        write_beton(place.images, out=path, workers=place.workers)
+        return path
+    if backend == "dali":
+        path = place.scratch / "shards"
+        write_tar_shards(place.images, out=path, workers=place.workers)
+        return path
+    return place.images

@@ -1,0 +1,53 @@
+"""The largest batch whose step fits the device's memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from fastbyol.config.errors import UserError
+
+PROBES = (16, 48)
+"""Batches whose memory tells what an image needs."""
+SHARE = 0.85
+"""Of the free memory that a step may take: blocks are not packed without gaps, and a part holds several networks at once."""
+MULTIPLE = 32
+LARGEST = 2048
+
+
+def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
+    """The largest multiple of 32 whose step runs, found by prediction from two small ones and then tried; less after each failure.
+
+    Args:
+        step: runs a step, or a few, of a batch, and keeps nothing.
+        device: CUDA.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    batch = fitting_batch({n: _peak_bytes(step, n, device) for n in PROBES}, limit=SHARE * (free + torch.cuda.memory_reserved(device)))
+    while batch >= MULTIPLE:
+        try:
+            _peak_bytes(step, batch, device)
+        except torch.cuda.OutOfMemoryError:
+            batch = int(0.9 * batch) // MULTIPLE * MULTIPLE
+        else:
+            return batch
+    raise UserError(f"{MULTIPLE} images do not fit the memory of {device}")
+
+
+def fitting_batch(peaks: dict[int, int], *, limit: float) -> int:
+    """The largest multiple of 32, at most 2048, that a straight line through the two measured peaks (bytes, by batch) puts under the limit."""
+    (small, low), (large, high) = sorted(peaks.items())
+    per_image = (high - low) / (large - small)
+    fixed = low - small * per_image
+    return min(LARGEST, int((limit - fixed) / per_image) // MULTIPLE * MULTIPLE)
+
+
+def _peak_bytes(step: Callable[[int], object], batch: int, device: torch.device) -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    step(batch)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_reserved(device)

@@ -1,0 +1,53 @@
+"""What: the step of the part `step`, compiled (precision.compile), beside eager, bf16 channels-last, at the same batch.
+
+How: as `step`; the batch is the largest that fits eager. Reference: eager. Ceiling: the matrix product's rate.
+
+    python -m benchmarks.gpu_plan step_compiled
+
+Why: Inductor fuses batch norm's second pass with the ReLU and the residual sum around it: 1.3 to 1.5 x fewer bytes by docs/performance.md.
+Compiling takes a minute or more, outside of what is timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from benchmarks.gpu import Place
+from benchmarks.gpu.memory import largest_batch
+from benchmarks.gpu.step import CEILING, FULL, OURS, TINY, VARIANTS, Size, compute_rates, make_step, matrix_product, one_step
+from benchmarks.gpu.subjects import device_subject
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import measure
+from fastbyol.monitors.compute import flop_per_image
+
+__all__ = ["FULL", "TINY", "Size", "run"]
+COMPILED = f"{OURS}, compiled"
+
+
+def run(size: Size, *, place: Place) -> CaseResult:
+    eager, device = VARIANTS[OURS], place.device
+    batch = size.batch or largest_batch(lambda n: one_step(size, eager, n, device), device)
+    variants = {OURS: eager, COMPILED: replace(eager, compile=True)}
+    flop = flop_per_image(size.model, size_px=size.size_px)
+    subjects = [
+        device_subject(name, make_step(size, precision, batch, device), device=device, units=batch, enough_s=0)
+        for name, precision in variants.items()
+    ]
+    subjects.append(matrix_product(size.matrix, flop, device))
+    timings = measure(subjects, rounds=size.rounds)
+    return make_result(
+        "gpu.step_compiled",
+        f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}",
+        subjects,
+        timings,
+        reference=OURS,
+        ceiling=CEILING,
+        unit="image",
+        threads=torch.get_num_threads(),
+        primary="wall",
+        settings=size,
+        extra=compute_rates(timings, flop, device),
+        device=device.type,
+    )

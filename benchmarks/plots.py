@@ -1,0 +1,136 @@
+"""The report's plots as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from benchmarks.breakdown import ScalingPoint
+from benchmarks.record import CaseResult
+from benchmarks.report import number
+from benchmarks.timing import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OURS, REFERENCE, CEILING = "#1f5fa8", "#b03a2e", "#8a94a3"
+ROLE_COLOURS = {"": OURS, "reference": REFERENCE, "ceiling": CEILING}
+PART_COLOURS = ("#1f5fa8", "#e0a030", "#3a9d78", "#b03a2e", "#8a94a3")
+WIDTH = 8.6
+LONGEST_LABEL = 46
+
+
+def waterfall(steps: Sequence[tuple[str, float]], *, unit: str, clock: str, ceiling: Estimate | None) -> bytes:
+    """Time from the naive way to ours, each change with what it saved; the ceiling as a line."""
+    figure, axes = _canvas(rows=len(steps) + 1)
+    labels, previous = [], steps[0][1]
+    for place, (new, ms) in enumerate(steps):
+        if place:
+            axes.barh(place, previous - ms, left=ms, color="#3a9d78" if ms <= previous else REFERENCE, height=0.6)
+            axes.text(max(ms, previous), place, f" {'-' if ms <= previous else '+'}{number(abs(ms - previous))}", va="center", fontsize=8)
+        else:
+            axes.barh(place, ms, color=REFERENCE, height=0.6)
+            axes.text(ms, place, f" {number(ms)}", va="center", fontsize=8)
+        labels.append(new if place == 0 else f"+ {new}")
+        previous = ms
+    axes.barh(len(steps), previous, color=OURS, height=0.6)
+    axes.text(previous, len(steps), f" {number(previous)}  ({steps[0][1] / previous:.1f} x less)", va="center", fontsize=8)
+    if ceiling is not None:
+        axes.axvline(ceiling.median, color=CEILING, linestyle="--", linewidth=1)
+        axes.text(ceiling.median, -0.75, " ceiling", fontsize=7, color=CEILING, va="center")
+    _label(axes, [*labels, "ours"], f"{clock}-ms / {unit}")
+    axes.set_xlim(0, 1.18 * max(ms for _, ms in steps))
+    return _png(figure)
+
+
+def stacked(bars: dict[str, dict[str, float]], *, axis: str) -> bytes:
+    """A bar for each name, cut into its parts, with each part's share."""
+    figure, axes = _canvas(rows=len(bars))
+    parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
+    colours = dict(zip(parts, PART_COLOURS, strict=False))
+    for place, bar in enumerate(bars.values()):
+        left, total = 0.0, sum(bar.values())
+        for part, value in bar.items():
+            axes.barh(place, value, left=left, color=colours.get(part, CEILING), height=0.6, label=part)
+            if value > 0.08 * max(sum(one.values()) for one in bars.values()):
+                axes.text(left + value / 2, place, f"{value / total:.0%}", ha="center", va="center", fontsize=8, color="white")
+            left += value
+        axes.text(left, place, f" {number(total)}", va="center", fontsize=8)
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=7, ncols=len(unique), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    _label(axes, list(bars), axis)
+    axes.margins(x=0.12)
+    return _png(figure)
+
+
+def over_ceiling(result: CaseResult) -> bytes:
+    """Every row's time over the ceiling's on a logarithmic axis, with its interval."""
+    figure, axes = _canvas(rows=len(result.rows))
+    for place, row in enumerate(result.rows):
+        value = row.over_ceiling[result.primary]
+        axes.barh(place, value.median, color=ROLE_COLOURS[row.role], height=0.6)
+        axes.plot([value.low, value.high], [place, place], color="#1d2430", linewidth=1.2)
+        axes.text(max(value.high, value.median), place, f" {value.median:.2f}", va="center", fontsize=8)
+    axes.axvline(1, color=CEILING, linestyle="--", linewidth=1)
+    medians = [row.over_ceiling[result.primary].median for row in result.rows]
+    if max(medians) > 8 * min(medians):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.set_xlim(min(0.7, 0.8 * min(medians)), 2.2 * max(row.over_ceiling[result.primary].high for row in result.rows))
+    else:
+        axes.set_xlim(0, 1.15 * max(row.over_ceiling[result.primary].high for row in result.rows))
+    _label(
+        axes,
+        [f"{row.name} ({row.role})" if row.role else row.name for row in result.rows],
+        f"time over the ceiling's ({result.primary} clock)",
+    )
+    return _png(figure)
+
+
+def scaling(points: Sequence[ScalingPoint], *, owner: str) -> bytes:
+    """Images/s of all ranks together beside what no loss would give."""
+    figure, axes = _canvas(rows=6)
+    ranks, first = [point.ranks for point in points], points[0]
+    axes.plot(ranks, [first.images_per_s * n / first.ranks for n in ranks], color=CEILING, linestyle="--", label="no loss")
+    axes.plot(ranks, [point.images_per_s for point in points], color=OURS, marker="o", label="measured")
+    for point in points:
+        axes.annotate(f"{point.efficiency:.0%}", (point.ranks, point.images_per_s), xytext=(6, -12), textcoords="offset points", fontsize=8)
+    axes.set_xticks(ranks)
+    axes.set_ylim(0)
+    axes.set_xlabel(f"ranks ({owner}s)", fontsize=8)
+    axes.set_ylabel("images/s, all ranks", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def _canvas(*, rows: int) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 0.75 + 0.27 * rows), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _label(axes: Axes, labels: Sequence[str], axis: str) -> None:
+    """One bar a line, the first at the top."""
+    short = [text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…" for text in labels]
+    axes.set_yticks(range(len(labels)), short, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(axis, fontsize=8)
+    axes.tick_params(axis="x", which="both", labelsize=7)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

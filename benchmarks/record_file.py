@@ -1,0 +1,82 @@
+"""Records as they are kept: records.json in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from benchmarks.record import CaseResult
+from benchmarks.timing import measuring_overhead_ms
+from fastbyol.config.errors import UserError
+from fastbyol.provenance import collect_provenance
+
+FORMAT = 1
+"""Of records.json; a later one that cannot be compared with it gets another number."""
+FILE = "records.json"
+KEPT = Path(__file__).parent / "results"
+
+
+def new_record(*, quick: bool, command: str) -> dict[str, Any]:
+    """A record without cases, with where and when it begins."""
+    return {
+        "format": FORMAT,
+        "quick": quick,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "start_s": time.perf_counter(),
+        "measuring_overhead_ms": measuring_overhead_ms(),
+        "load_average": {"start": os.getloadavg()},
+        "provenance": collect_provenance() | {"command": command},
+        "machine": describe_machine(),
+        "cases": {},
+        "skipped": {},
+    }
+
+
+def write_record(out: Path, record: dict[str, Any]) -> None:
+    """records.json in the folder, as far as the run has come."""
+    written = {name: value for name, value in record.items() if name != "start_s"}
+    written["seconds"] = round(time.perf_counter() - record["start_s"], 1)
+    written["load_average"] = {**record["load_average"], "end": os.getloadavg()}
+    (out / FILE).write_text(json.dumps(written, indent=1) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record in a file, or in `records.json` of a folder.
+
+    Raises:
+        UserError: nothing there, not a record, or of another format.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        record = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); give a records.json, or its folder") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); give a records.json that benchmarks.run wrote") from error
+    if not isinstance(record, dict) or not {"format", "cases", "provenance"} <= set(record):
+        raise UserError(f"{file}: not a record of benchmarks.run; give a records.json that it wrote")
+    if record["format"] != FORMAT:
+        raise UserError(
+            f"{file}: format {record['format']}, and this checkout knows {FORMAT}; measure again, or use the commit that wrote it"
+        )
+    return record
+
+
+def results_of(record: dict[str, Any]) -> list[CaseResult]:
+    """The cases in the order in which they ran."""
+    return [CaseResult.from_dict(values) for values in record["cases"].values()]
+
+
+def newest_kept(case: str, *, folder: Path = KEPT) -> Path | None:
+    """The folder of the newest kept record, with full settings, that holds the case; None where there is none."""
+    found = []
+    for path in folder.glob(f"*/{FILE}"):
+        record = read_record(path)
+        if case in record["cases"] and not record["quick"]:
+            found.append((record["started"], path.parent))
+    return max(found)[1] if found else None

@@ -1,0 +1,93 @@
+"""report.html: one file with headline, verdict, plots and tables of a record; no network, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+from benchmarks import breakdown, plots
+from benchmarks.cases import case_docstring
+from benchmarks.record import CaseResult
+from benchmarks.report import HOW_TO_READ, cells, circumstances, headers, rate_owner
+from fastbyol.evaluation.page import cards, command, image, page, paragraph, section, table
+
+NO_GPU = "No GPU in this record: rates are a CPU process's, and say nothing about images/s per GPU."
+
+NOT_BROKEN = "\u00a0..\u00a0"
+
+
+def report_page(record: dict[str, Any], results: list[CaseResult]) -> str:
+    """The whole page as HTML."""
+    started, quick = record["started"][:10], "quick" if record["quick"] else "full"
+    lead = f"{record['provenance']['gpu'] or record['provenance']['cpu']}, {started}, {quick} settings"
+    sections = [_summary(record, results), *(_case(result) for result in results), _checks(record), _skipped(record), _record(record)]
+    return page("fastbyol benchmarks", lead=lead, sections=[text for text in sections if text])
+
+
+def _summary(record: dict[str, Any], results: list[CaseResult]) -> str:
+    owners = {result.case: rate_owner(result) for result in results}
+    found = breakdown.headlines(results, owner_of=owners)
+    parts = [cards((headline.value, headline.meaning) for headline in found)]
+    if not record["provenance"]["gpu"]:
+        parts.append(paragraph(NO_GPU, kind="note"))
+    parts += ["<h3>Data-bound?</h3>", *(paragraph(sentence) for sentence in breakdown.verdict(results))]
+    return section("summary", title="How fast, and what is the limit", parts=parts)
+
+
+def _case(result: CaseResult) -> str:
+    titles = headers(result)
+    rows = [[cell.replace(" .. ", NOT_BROKEN) for cell in cells(result, row)] for row in result.rows]
+    numbers = frozenset(range(1, len(titles) - 1))
+    parts = [*_plots(result), table(titles, rows=rows, numbers=numbers)]
+    parts += [paragraph(f"Skipped: {name}: {why}", kind="note") for name, why in result.skipped.items()]
+    threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    parts += [paragraph(f"{result.rounds} rounds, {threads}, intervals of {result.coverage:.0%}.", kind="note"), _about(result)]
+    return section(result.case, title=f"{result.case}: {result.title}", parts=parts)
+
+
+def _about(result: CaseResult) -> str:
+    """The case's docstring; its paragraphs are prose, but for the command."""
+    blocks = case_docstring(result.case).split("\n\n")
+    return "".join(
+        command(block.strip()) if block.startswith("    ") else f'<p class="note">{escape(" ".join(block.split()))}</p>' for block in blocks
+    )
+
+
+def _plots(result: CaseResult) -> Iterator[str]:
+    clock = "CPU" if result.primary == "cpu" else "wall"
+    ceiling = next((row for row in result.rows if row.role == "ceiling"), None)
+    if steps := breakdown.waterfall(result):
+        limit = ceiling.ms[result.primary] if ceiling else None
+        yield from _figure("From naive to ours", plots.waterfall(steps, unit=result.unit, clock=clock, ceiling=limit))
+    if result.case == "loader" and (shares := breakdown.loader_shares(result)):
+        yield from _figure("Where the time of an image goes", plots.stacked(shares, axis="CPU-ms / image"))
+    if shares := breakdown.time_shares(result):
+        yield from _figure("Where the time goes", plots.stacked(shares, axis=f"wall-ms / {result.unit}"))
+    if len(points := breakdown.scaling_points(result)) > 1:
+        yield from _figure("Scaling", plots.scaling(points, owner="GPU" if result.device == "cuda" else "CPU process"))
+    yield from _figure("How far from the ceiling", plots.over_ceiling(result))
+
+
+def _figure(title: str, png: bytes) -> Iterator[str]:
+    yield f"<h3>{escape(title)}</h3>"
+    yield image(png, alt=title, kind="figure")
+
+
+def _checks(record: dict[str, Any]) -> str:
+    """Findings that are no times: the GPU plan's."""
+    parts: list[str] = []
+    for values in record.get("findings", {}).values():
+        parts += [f"<h3>{escape(values['title'])}</h3>", table(("what", "found"), rows=list(values["found"].items()))]
+    return section("findings", title="Findings", parts=parts) if parts else ""
+
+
+def _skipped(record: dict[str, Any]) -> str:
+    if not record["skipped"]:
+        return ""
+    return section("skipped", title="Skipped", parts=[table(("case", "why"), rows=list(record["skipped"].items()))])
+
+
+def _record(record: dict[str, Any]) -> str:
+    lines = [paragraph(line.strip("`") if line.startswith("`") else line, kind="note") for line in circumstances(record)]
+    return section("record", title="Where, when, how", parts=[*lines, paragraph(HOW_TO_READ, kind="note")])

@@ -1,0 +1,257 @@
+"""The roofline on paper: what a BYOL step must compute, move and send per image, and what that allows on given hardware.
+
+python -m benchmarks.roofline           prints its tables; docs/performance.md has them with what they mean
+
+Nothing is measured here. Operations and tensor sizes are counted on torch's meta device; cards and links are data sheets' figures.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastbyol.byol import build_byol
+from fastbyol.config.schema import ModelConfig
+from fastbyol.models import encoder_from
+from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
+
+VIEWS = 2
+HALF, SINGLE = 2, 4
+"""Bytes of a bf16 and of a float32 number."""
+JPEG_BYTES = 115e3
+"""Mean of ImageNet-1k's training files: about 148 GB over 1,281,167."""
+CONV_SHARE, MEMORY_SHARE = 0.55, 0.85
+"""Of the peaks, what convolutions and long passes over memory reach in practice. With them the model's range for supervised ResNet-50 training
+holds what is published: see docs/performance.md."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU (SXM) and its links. memory, nvlink: bytes/s, the latter in one direction; network: bytes/s of one adapter for each GPU."""
+
+    name: str
+    memory: float
+    nvlink: float
+    network: float
+
+    @property
+    def flop_per_s(self) -> float:
+        """Dense, 16-bit."""
+        peak = peak_flop_per_s(self.name, autocast="bf16")
+        assert peak is not None
+        return peak
+
+
+CARDS = (Card("A100", 2.04e12, 300e9, 25e9), Card("H100", 3.35e12, 450e9, 50e9), Card("H200", 4.8e12, 450e9, 50e9))
+"""NVIDIA's data sheets: A100 80 GB, H100, H200, all SXM; 200 and 400 Gbit/s InfiniBand."""
+ENCODERS = (ModelConfig(encoder="resnet50"), ModelConfig(encoder="resnet50", width=2), ModelConfig(encoder="resnet200", width=2))
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Numbers in the activations of one forward of one view, by what reads or writes them."""
+
+    conv_in: int
+    conv_out: int
+    norm: int
+    relu: int
+    add: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one image (two views): operations, and bytes of activations in 16 bits."""
+
+    flop: float
+    separate_bytes: float
+    """Each operation a kernel of its own: eager."""
+    fused_bytes: float
+    """Batch norm's second pass does the ReLU and the residual sum too: compiled."""
+
+
+def count_elements(module: nn.Module, view: Tensor) -> Elements:
+    """Of one forward of `view` (N, 3, H, W), per image of it; meta tensors are enough."""
+    with _ElementCounter() as counter:
+        module(view)
+    per_image = {name: count // len(view) for name, count in counter.counts.items()}
+    return Elements(*(per_image.get(name, 0) for name in ("conv_in", "conv_out", "norm", "relu", "add")))
+
+
+class _ElementCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name == "convolution":
+            self.counts["conv_in"] += args[0].numel()
+            self.counts["conv_out"] += result.numel()
+        elif name == "native_batch_norm" and args[0].dim() == 4:
+            self.counts["norm"] += args[0].numel()
+        elif name in ("relu", "add") and args[0].dim() == 4:
+            self.counts[name] += args[0].numel()
+        return result
+
+
+def separate_passes(n: Elements) -> tuple[int, int]:
+    """(forward, backward) numbers read and written by one view, each operation a kernel of its own.
+
+    Forward: a convolution reads its input and writes its output; batch norm reads twice (statistics, then values) and writes; ReLU reads and
+    writes; a sum reads two and writes one. Backward: a convolution reads the output's gradient and writes the input's, then reads both
+    the input and the output's gradient for the weights'; batch norm reads input and gradient twice and writes; ReLU reads two and writes;
+    where a residual splits, two gradients are read and their sum is written.
+    """
+    conv = n.conv_in + n.conv_out
+    return conv + 3 * n.norm + 2 * n.relu + 3 * n.add, 2 * conv + 5 * n.norm + 3 * n.relu + 3 * n.add
+
+
+def fused_passes(n: Elements) -> tuple[int, int]:
+    """The same with ReLU and residual sum inside batch norm's second pass, forward and backward; the sum's other operand is still read."""
+    conv = n.conv_in + n.conv_out
+    return conv + 3 * n.norm + n.add, 2 * conv + 5 * n.norm + 3 * n.add
+
+
+@functools.cache
+def work_of(model: ModelConfig, *, size_px: int = 224) -> Work:
+    """An image of a BYOL step: for each view online forward and backward, and the target's forward. The heads' activations are left out."""
+    with torch.device("meta"):
+        elements = count_elements(encoder_from(model), torch.empty(2, 3, size_px, size_px))
+    moved = [HALF * VIEWS * (2 * forward + backward) for forward, backward in (separate_passes(elements), fused_passes(elements))]
+    return Work(flop_per_image(model, size_px=size_px), *moved)
+
+
+def limits(work: Work, card: Card) -> dict[str, float]:
+    """images/s that one card cannot pass: by operations, by memory with separate and with fused kernels."""
+    return {
+        "operations": card.flop_per_s / work.flop,
+        "separate": card.memory / work.separate_bytes,
+        "fused": card.memory / work.fused_bytes,
+    }
+
+
+def attainable(flop: float, num_bytes: float, card: Card) -> tuple[float, float]:
+    """images/s to expect: convolutions and memory passes one after the other, and wholly overlapped, at the shares of the peaks above."""
+    compute_s, memory_s = flop / (CONV_SHARE * card.flop_per_s), num_bytes / (MEMORY_SHARE * card.memory)
+    return 1 / (compute_s + memory_s), 1 / max(compute_s, memory_s)
+
+
+@dataclass(frozen=True)
+class Messages:
+    """What one rank sends in a step. gradient_bytes: all gradients. norm_layers: batch norms, online and target. norm_bytes: one rank's
+    statistics of all layers, forward; norm_backward_bytes: what is summed in the backward."""
+
+    gradient_bytes: float
+    norm_layers: tuple[int, int]
+    norm_bytes: float
+    norm_backward_bytes: float
+
+    @property
+    def norm_messages(self) -> int:
+        """Forwards of both networks, and the online one's backward; both views in one message."""
+        online, target = self.norm_layers
+        return 2 * online + target
+
+
+def messages_of(model: ModelConfig, *, num_classes: int = 1000) -> Messages:
+    """In float32, the linear probe's gradients included."""
+    with torch.device("meta"):
+        byol = build_byol(model, num_classes=num_classes)
+    channels = [
+        [m.num_features for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] for net in (byol.online, byol.target)
+    ]
+    trained = sum(p.numel() for p in byol.parameters() if p.requires_grad)
+    statistics = sum(2 * VIEWS * c + 1 for net in channels for c in net)
+    return Messages(
+        gradient_bytes=SINGLE * trained,
+        norm_layers=(len(channels[0]), len(channels[1])),
+        norm_bytes=SINGLE * statistics,
+        norm_backward_bytes=SINGLE * sum(2 * VIEWS * c for c in channels[0]),
+    )
+
+
+def all_reduce_s(num_bytes: float, *, ranks: int, bytes_per_s: float) -> float:
+    """A ring: each rank sends 2 (n - 1) / n of the message."""
+    return 2 * (ranks - 1) / ranks * num_bytes / bytes_per_s
+
+
+def all_gather_s(num_bytes: float, *, ranks: int, bytes_per_s: float) -> float:
+    """Each rank receives the message of every other."""
+    return (ranks - 1) * num_bytes / bytes_per_s
+
+
+def work_table(models: Sequence[ModelConfig] = ENCODERS) -> str:
+    lines = ["| encoder | GFLOP an image | MB an image, separate kernels | MB an image, fused |", "|---|---:|---:|---:|"]
+    for model in models:
+        work = work_of(model)
+        lines.append(f"| {_name(model)} | {work.flop / 1e9:.1f} | {work.separate_bytes / 1e6:,.0f} | {work.fused_bytes / 1e6:,.0f} |")
+    return "\n".join(lines)
+
+
+def limits_table(models: Sequence[ModelConfig] = ENCODERS, cards: Sequence[Card] = CARDS) -> str:
+    lines = [
+        "| encoder, card | operations | memory, separate | memory, fused | to expect, separate | to expect, fused |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for model in models:
+        work = work_of(model)
+        for card in cards:
+            bounds = " | ".join(f"{value:,.0f}" for value in limits(work, card).values())
+            expected = (attainable(work.flop, moved, card) for moved in (work.separate_bytes, work.fused_bytes))
+            lines.append(
+                f"| {_name(model)}, {card.name} | {bounds} | " + " | ".join(f"{low:,.0f} to {high:,.0f}" for low, high in expected) + " |"
+            )
+    return "\n".join(lines)
+
+
+def input_table(rates: Sequence[int] = (1000, 2000, 3000, 4000), *, size_px: int = 224, core_images_per_s: float) -> str:
+    """What a GPU that trains so many images/s has to be given. core_images_per_s: of a CPU core that makes both views."""
+    lines = [
+        "| images/s per GPU | JPEG files, MB/s | uint8 crops to the GPU, MB/s | float32 views instead, MB/s | CPU cores for whole views |"
+    ]
+    lines.append("|---:|---:|---:|---:|---:|")
+    numbers = VIEWS * 3 * size_px**2
+    for rate in rates:
+        crops, views = rate * numbers / 1e6, SINGLE * rate * numbers / 1e6
+        lines.append(f"| {rate:,} | {rate * JPEG_BYTES / 1e6:,.0f} | {crops:,.0f} | {views:,.0f} | {rate / core_images_per_s:.1f} |")
+    return "\n".join(lines)
+
+
+def messages_table(model: ModelConfig = ENCODERS[0], card: Card = CARDS[1], *, global_batch: int = 4096, images_per_s: float = 2000) -> str:
+    """Milliseconds of a step's messages by bandwidth alone, beside the step's own at the given rate per GPU."""
+    sent = messages_of(model)
+    lines = [
+        "| GPUs | images a GPU | step alone, ms | gradients, ms | BN statistics, ms | BN backward, ms | messages of BN |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for ranks in (8, 64, 512):
+        link = card.nvlink if ranks <= 8 else card.network
+        step_ms = 1000 * global_batch / ranks / images_per_s
+        gradients = 1000 * all_reduce_s(sent.gradient_bytes, ranks=ranks, bytes_per_s=link)
+        forward = 1000 * all_gather_s(sent.norm_bytes, ranks=ranks, bytes_per_s=link)
+        backward = 1000 * all_reduce_s(sent.norm_backward_bytes, ranks=ranks, bytes_per_s=link)
+        lines.append(
+            f"| {ranks} | {global_batch // ranks} | {step_ms:.1f} | {gradients:.2f} | {forward:.2f} | {backward:.2f} | {sent.norm_messages} |"
+        )
+    return "\n".join(lines)
+
+
+def _name(model: ModelConfig) -> str:
+    return f"ResNet-{model.encoder.removeprefix('resnet')}" + (f" ({model.width}x)" if model.width > 1 else "")
+
+
+def main() -> None:
+    for text in (work_table(), limits_table(), messages_table()):
+        print(text, end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

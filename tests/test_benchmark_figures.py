@@ -1,0 +1,106 @@
+"""Figures in README and docs are those of kept records and of the roofline; the roofline's arithmetic."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
+
+from benchmarks import figures, roofline  # noqa: E402
+from benchmarks.record_file import newest_kept, read_record  # noqa: E402
+from fastbyol.config.errors import UserError  # noqa: E402
+from fastbyol.config.schema import ModelConfig  # noqa: E402
+
+RESNET50 = ModelConfig(encoder="resnet50")
+A100, H100, _ = roofline.CARDS
+
+
+@pytest.mark.parametrize("name", figures.FILES)
+def test_every_figure_in_the_pages_tables_is_that_of_a_kept_record_or_of_the_roofline(name: str):
+    text = (ROOT / name).read_text()
+    assert "<!-- figures: " in text
+    assert figures.with_figures(text, figures.BLOCKS) == text, "python -m benchmarks.figures --write"
+
+
+def test_the_readme_quotes_the_newest_record_digit_by_digit():
+    """Read from the record by hand, not through the code that writes the table."""
+    folder = newest_kept("loader")
+    assert folder is not None
+    rows = {row["name"]: row for row in read_record(folder)["cases"]["loader"]["rows"]}
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| two 224 px views"))
+    for label, row in (("FFCV", "ffcv: views"), ("DALI", "dali: views"), ("folder", "folder: views"), ("", "torchvision on Pillow: views")):
+        assert f"{label or row} {rows[row]['ms']['cpu']['median']:#.3g}" in line
+
+
+def test_a_changed_figure_is_found_and_put_right():
+    text = "before\n<!-- figures: x (a command) -->\n| 1.5 |\n<!-- figures end -->\nafter 1.5\n"
+    assert figures.with_figures(text, {"x": lambda: "| 2.5 |\n"}) == text.replace("| 1.5 |", "| 2.5 |")
+    with pytest.raises(UserError, match="x: no such table; one of y"):
+        figures.with_figures(text, {"y": lambda: ""})
+
+
+def test_elements_are_counted_by_what_reads_and_writes_them():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.conv(x))
+            return torch.relu_(x + x)
+
+    found = roofline.count_elements(Block(), torch.empty(2, 3, 16, 16))
+    out = 8 * 8 * 8
+    assert found == roofline.Elements(conv_in=3 * 16 * 16, conv_out=out, norm=out, relu=out, add=out)
+    # By hand: conv in + out, norm 3, relu 2, add 3; backward conv twice that, norm 5, relu 3, add 3.
+    assert roofline.separate_passes(found) == (768 + 9 * out, 2 * 768 + 13 * out)
+    assert roofline.fused_passes(found) == (768 + 5 * out, 2 * 768 + 10 * out)
+
+
+def test_resnet50_has_its_published_activations_and_operations():
+    """Operations: 4.09 G multiply-adds forward (torchvision's model card); activations of all convolutions 11.1 M (Radosavovic et al., 2020, table 7)."""
+    with torch.device("meta"):
+        elements = roofline.count_elements(roofline.encoder_from(RESNET50), torch.empty(1, 3, 224, 224))
+    assert elements.conv_out == pytest.approx(11.1e6, rel=0.01)
+    # Online forward and backward is three forwards less the stem's input gradient, the target one more; two views; two operations each.
+    stem = 64 * 112**2 * 3 * 7**2
+    heads = (2048 * 4096 + 4096 * 256, 256 * 4096 + 4096 * 256)
+    multiply_adds = 2 * (4 * 4.0871e9 - stem + 4 * heads[0] + 3 * heads[1])
+    assert roofline.work_of(RESNET50).flop == pytest.approx(2 * multiply_adds, rel=0.002)
+
+
+def test_the_model_holds_what_is_published_for_supervised_resnet50_training():
+    """NVIDIA DeepLearningExamples: A100 2,470 (PyTorch) and 3,410 (MXNet) images/s; MLPerf Training v3.0: H100 7,010."""
+    with torch.device("meta"):
+        elements = roofline.count_elements(roofline.encoder_from(RESNET50), torch.empty(1, 3, 224, 224))
+    flop = 2 * 3 * 4.09e9
+    low, high = roofline.attainable(flop, roofline.HALF * sum(roofline.separate_passes(elements)), A100)
+    assert low < 2470 < 3410 < high
+    assert (round(low, -2), round(high, -2)) == (2400, 3700)  # as docs/performance.md says
+    low, high = roofline.attainable(flop, roofline.HALF * sum(roofline.fused_passes(elements)), H100)
+    assert low < 7010 < high
+    assert (round(low, -2), round(high, -2)) == (5900, 8100)
+
+
+def test_limits_are_peaks_over_work():
+    work = roofline.Work(flop=1e9, separate_bytes=2e9, fused_bytes=1e9)
+    assert roofline.limits(work, A100) == {"operations": 312e12 / 1e9, "separate": 2.04e12 / 2e9, "fused": 2.04e12 / 1e9}
+
+
+def test_messages_of_resnet50():
+    """53 batch norms in the encoder and one in each head; channels 26,560 in the encoder, 4096 in each head."""
+    sent = roofline.messages_of(RESNET50)
+    assert sent.norm_layers == (55, 54)
+    assert sent.norm_messages == 164
+    online, target = 26560 + 2 * 4096, 26560 + 4096
+    assert sent.norm_bytes == 4 * (4 * (online + target) + 109)
+    assert sent.norm_backward_bytes == 4 * 4 * online
+    assert sent.gradient_bytes == pytest.approx(4 * (35.07e6 + 2048 * 1000), rel=0.001)
+    assert roofline.all_reduce_s(8e9, ranks=4, bytes_per_s=1e9) == 12.0
+    assert roofline.all_gather_s(1e9, ranks=4, bytes_per_s=1e9) == 3.0

@@ -1,0 +1,160 @@
+"""The GPU plan: each part run on the CPU at toy size, its processes, its budget. What needs CUDA is not reached here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
+
+from benchmarks import gpu_plan  # noqa: E402
+from benchmarks.gpu import PARTS, Findings, Place, load_part, syncs  # noqa: E402
+from benchmarks.gpu.memory import fitting_batch  # noqa: E402
+from benchmarks.gpu.subjects import calls_for  # noqa: E402
+from benchmarks.imagenet_like import write_imagenet_like  # noqa: E402
+from benchmarks.isolation import PartFailed, run_isolated  # noqa: E402
+from benchmarks.record import CaseResult  # noqa: E402
+from fastbyol.config.errors import UserError  # noqa: E402
+
+ROWS = {"step": 4, "augment": 3, "ema": 3, "lars": 6, "decode": 4, "end_to_end": 8, "launches": 4}
+COMPILES_FOR_A_MINUTE = "step_compiled"
+"""Its dry run is for `gpu_plan --device cpu --tiny`; all but its second variant is the part `step`."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    scratch = tmp_path_factory.mktemp("plan")
+    images = write_imagenet_like(scratch / "images", images=8, classes=2, scale=0.1)
+    return Place(device=torch.device("cpu"), images=images, scratch=scratch, workers=1)
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in ("syncs", COMPILES_FOR_A_MINUTE)])
+def test_a_part_measures_each_subject_against_its_reference_and_ceiling(part: str, place: Place):
+    result = gpu_plan.measure_part(part, place, True)
+    assert isinstance(result, CaseResult)
+    assert result.case == f"gpu.{part}"
+    assert len(result.rows) == ROWS[part]
+    assert sorted(row.role for row in result.rows if row.role) == ["ceiling", "reference"]
+    assert all(row.ms["wall"].median > 0 for row in result.rows)
+    assert all("CUDA" in why for why in result.skipped.values())
+    assert not any("mfu" in row.extra for row in result.rows)  # a CPU's peak is not known
+
+
+def test_every_piece_of_a_step_runs_and_says_that_it_was_not_checked_without_cuda(place: Place):
+    result = gpu_plan.measure_part("syncs", place, True)
+    assert isinstance(result, Findings)
+    assert set(result.found.values()) == {syncs.UNCHECKED}
+    assert {"backward", "LARS", "the whole train_step", "control, must wait: .item()"} <= set(result.found)
+
+
+def test_every_part_says_what_how_by_which_command_and_why():
+    for name in PARTS:
+        text = load_part(name).__doc__ or ""
+        for words in ("What: ", "\nHow: ", f"python -m benchmarks.gpu_plan {name}", "\nWhy: "):
+            assert words in text, (name, words)
+
+
+def test_the_plan_writes_a_record_and_reports_with_each_part_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    gpu_plan.main(["ema", "--out", str(tmp_path), "--device", "cpu", "--tiny"])
+    record = json.loads((tmp_path / "records.json").read_text())
+    assert list(record["cases"]) == ["gpu.ema"]
+    assert record["cases"]["gpu.ema"]["device"] == "cpu"
+    assert record["quick"] is True  # so that no page quotes it
+    assert (tmp_path / "ema.log").exists()
+    assert "gpu.ema: the target's update" in (tmp_path / "report.md").read_text()
+    assert "gpu.ema" in (tmp_path / "report.html").read_text()
+    assert "ema_update, foreach" in capsys.readouterr().out
+
+
+def test_parts_that_the_time_does_not_suffice_for_are_named(tmp_path: Path):
+    gpu_plan.main(["ema", "lars", "--out", str(tmp_path), "--device", "cpu", "--tiny", "--seconds", "1"])
+    record = json.loads((tmp_path / "records.json").read_text())
+    assert record["cases"] == {}
+    assert set(record["skipped"]) == {"gpu.ema", "gpu.lars"}
+    assert "were left of --seconds 1" in record["skipped"]["gpu.ema"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu"], "add --tiny for a dry run"),
+        (["emma", "--device", "cpu", "--tiny"], "PART = 'emma': no such part (did you mean ema?)"),
+        (["--seconds", "0", "--device", "cpu", "--tiny"], "--seconds = 0.0: must be a number > 0"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_plan.main([*arguments, "--out", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert (stopped.value.code, err.count("\n")) == (2, 1)
+    assert message in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_without_cuda_the_plan_ends_in_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_plan.main(["--out", str(tmp_path / "not made")])
+    err = capsys.readouterr().err
+    assert (stopped.value.code, err.count("\n")) == (2, 1)
+    assert "no CUDA device here" in err
+    assert not (tmp_path / "not made").exists()
+
+
+def test_a_process_of_its_own_returns_a_value_or_raises_in_one_line_what_happened_there(tmp_path: Path):
+    log = tmp_path / "part.log"
+    assert run_isolated(divmod, 7, 2, limit_s=60, log=log) == (3, 1)
+    with pytest.raises(PartFailed, match=r"ZeroDivisionError: .*; see part\.log"):
+        run_isolated(divmod, 7, 0, limit_s=60, log=log)
+    assert "Traceback" in log.read_text()
+    with pytest.raises(PartFailed, match=r"its process died \(exit code 3\)"):
+        run_isolated(os._exit, 3, limit_s=60, log=log)
+    with pytest.raises(UserError, match="no such part"):
+        run_isolated(UserErrorFrom("no such part"), limit_s=60, log=log)
+
+
+def test_a_process_that_takes_too_long_is_killed(tmp_path: Path):
+    start = time.monotonic()
+    with pytest.raises(PartFailed, match="stopped after its 1 s"):
+        run_isolated(time.sleep, 600, limit_s=1, log=tmp_path / "log")
+    assert time.monotonic() - start < 60
+
+
+class UserErrorFrom:
+    """A function by its instance, which a new process can be given."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __call__(self) -> None:
+        raise UserError(self.message)
+
+
+def test_the_largest_batch_is_where_the_line_through_two_peaks_meets_the_limit():
+    gib = 2**30
+    # 2 GiB fixed and 1/16 GiB an image: 40 GiB hold 608.
+    assert fitting_batch({16: 3 * gib, 48: 5 * gib}, limit=40 * gib) == 608
+    assert fitting_batch({16: 3 * gib, 48: 5 * gib}, limit=3 * gib) == 0
+    assert fitting_batch({16: 3 * gib, 48: 5 * gib}, limit=1e15) == 2048
+
+
+def test_short_work_is_repeated_until_a_sample_lasts_and_long_work_is_not():
+    assert calls_for(0.001, enough_s=0.05) == 50
+    assert calls_for(0.5, enough_s=0.05) == 1
+    assert calls_for(1e-9, enough_s=0.05) == 200
+    assert calls_for(0.001, enough_s=0) == 1
+
+
+def test_images_made_by_several_processes_are_the_same_bytes(tmp_path: Path):
+    one, two = (write_imagenet_like(tmp_path / str(n), images=4, classes=2, scale=0.1, workers=n) for n in (1, 2))
+    files = sorted(path.relative_to(one) for path in one.rglob("*.jpg"))
+    assert len(files) == 4
+    assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
