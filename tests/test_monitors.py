@@ -191,7 +191,7 @@ def test_operations_are_those_of_each_layer_in_each_forward_and_backward(target)
     for name, module in byol.online.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count(name))
-    byol.online(torch.randn(2, 3, 32, 32))
+    byol.online(*torch.randn(2, 2, 3, 32, 32))
     online = sum(macs.values())
     target_only = sum(value for name, value in macs.items() if not name.startswith("predictor"))
     # Backward: gradients of weights and inputs, but nobody asks for the images'. Both of two views.

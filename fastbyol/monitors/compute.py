@@ -42,8 +42,8 @@ COUNTED_BATCH = 2
 
 
 def peak_flop_per_s(device_name: str, *, autocast: str) -> float | None:
-    """The card's peak for the run's precision; None for a card that is not in the table, and for float32, whose peak depends on TF32."""
-    if autocast == "off":
+    """The card's peak for the run's precision; None for a card that is not in the table, and for float32, TF32 or not."""
+    if autocast not in ("bf16", "fp16"):
         return None
     for name, tflop in PEAK_TFLOP_PER_S:
         if re.search(rf"\b{name}\b", device_name):
