@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 
+# torch 2.14 renamed it and warns; 2.11 has the old name only.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 NORM_FLOOR = 1e-6
 """The official code divides by sqrt(max(sum of squares, 1e-12)); F.normalize's own default floor is 1e-12 on the norm."""
 
@@ -65,7 +68,23 @@ def all_ranks(x: Tensor) -> Tensor:
     """(N * ranks, D): the rows of all ranks in rank order, each rank's with its gradient; x itself on one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    return torch.cat(all_gather_with_gradient(x.contiguous()))
+    return _GatherRanks.apply(x.contiguous())  # type: ignore[return-value]
+
+
+class _GatherRanks(torch.autograd.Function):
+    """torch.distributed.nn.functional.all_gather does the same, but torch.compile cannot trace it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gathered = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        _all_gather(gathered, x)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def _first_row_of_rank(num_rows: int) -> int:

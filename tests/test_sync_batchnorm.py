@@ -17,6 +17,7 @@ from fastbyol.byol import BYOL_OBJECTIVE, build_byol
 from fastbyol.config.schema import ModelConfig, ObjectiveConfig, PrecisionConfig
 from fastbyol.data_parallel import replicate
 from fastbyol.models.view_batchnorm import ViewBatchNorm, convert_to_batchnorm, convert_to_view_batchnorm, use_all_ranks
+from fastbyol.objectives import infonce_beta_loss
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
 from fastbyol.train import gradient_reduction
@@ -133,6 +134,26 @@ def _in_one_graph(share: slice) -> dict:
     return results
 
 
+def _contrastive_in_one_graph(share: slice) -> dict:
+    """The gradient of the projections, eager and traced, where negatives come from both ranks."""
+    loss = functools.partial(infonce_beta_loss, beta=1.0, alpha=0.1)
+    rows = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[:, share]
+    gradients = {}
+    for name, call in (("eager", loss), ("traced", torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager"))):
+        leaf = rows.clone().requires_grad_()
+        call(*leaf).backward()
+        gradients[name] = leaf.grad
+    return gradients
+
+
+def _with_bf16_messages(share: slice) -> dict:
+    byol, views, label = _byol_and_batch()
+    use_all_ranks(byol)
+    model = replicate(byol, PrecisionConfig(gradient_messages="bf16"), accumulate=1)
+    model(*views[:, share], label[share]).loss.backward()
+    return {name: p.grad for name, p in byol.online.named_parameters()}
+
+
 def _rank(rank: int, folder: str, split: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
@@ -142,6 +163,7 @@ def _rank(rank: int, folder: str, split: int) -> None:
         half = _share(rank, split, 8)
         _byol_steps(_replicated(contrastive, accumulate=1), contrastive, [(views[:, half], label[half], 1.0)], steps=2)
         result |= {"contrastive": contrastive.state_dict(), "graph": _in_one_graph(_share(rank, split, 16))}
+        result |= {"contrastive_graph": _contrastive_in_one_graph(half), "bf16_messages": _with_bf16_messages(half)}
     for accumulate in (1, 2):
         byol, views, label = _byol_and_batch()
         rows = functools.partial(_share, rank, split)
@@ -214,6 +236,23 @@ def test_a_network_with_it_is_one_graph_for_torch_compile_forward_and_backward(e
     for rank in equal_ranks:
         for traced, eager in zip(rank["graph"]["traced"], rank["graph"]["eager"], strict=True):
             torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_negatives_of_all_ranks_are_part_of_the_one_graph(equal_ranks):
+    for rank in equal_ranks:
+        torch.testing.assert_close(rank["contrastive_graph"]["traced"], rank["contrastive_graph"]["eager"], rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_sent_in_bf16_are_the_exact_ones_but_for_its_rounding(equal_ranks):
+    byol, views, label = _byol_and_batch()
+    byol(*views, label).loss.backward()
+    errors = []
+    for name, exact in byol.online.named_parameters():
+        first, second = (rank["bf16_messages"][name] for rank in equal_ranks)
+        assert torch.equal(first, second)
+        if exact.grad.norm() > 1e-9:  # the bias before a batch norm has none
+            errors.append(((first - exact.grad).norm() / exact.grad.norm()).item())
+    assert 1e-4 < max(errors) < 2**-6
 
 
 def test_what_looks_for_host_syncs_finds_them():
