@@ -34,6 +34,8 @@ HEADLINES = {
 DATA_BOUND = 1.05
 """End to end over the steps alone; above it the step waits for data."""
 STEPS_ALONE = "steps alone"
+LEAST_SHARE = 1e-3
+"""Below it a part is not drawn."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,13 @@ def loader_shares(result: CaseResult) -> dict[str, dict[str, float]]:
 
 
 def time_shares(result: CaseResult) -> dict[str, dict[str, float]]:
-    """ms a unit by part for each row with figures named '*_share'; the rest of the row's wall time is the step's."""
+    """ms a unit by part for each row with figures named '*_share'; what they leave of the row's wall time is 'the step'."""
     shares: dict[str, dict[str, float]] = {}
     for row in result.rows:
         given = {name.removesuffix("_share").replace("_", " "): value for name, value in row.extra.items() if name.endswith("_share")}
         if given:
-            total = row.ms["wall"].median
-            shares[row.name] = {part: value * total for part, value in given.items()} | {
-                "the step": max(0.0, 1 - sum(given.values())) * total
-            }
+            parts = given | {"the step": 1 - sum(given.values())}
+            shares[row.name] = {part: share * row.ms["wall"].median for part, share in parts.items() if share > LEAST_SHARE}
     return shares
 
 

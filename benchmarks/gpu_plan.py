@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = new_record(quick=options.tiny, command=shlex.join(["python", "-m", "benchmarks.gpu_plan", *typed]))
     record["findings"] = {}
     deadline = time.monotonic() + options.seconds
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # for the parts: the largest batch leaves no room for gaps
     with tempfile.TemporaryDirectory(prefix="fastbyol-gpu-plan-") as scratch:
         scale = TINY if options.tiny else FULL
         parts = options.parts or list(PARTS)
@@ -128,7 +129,6 @@ def _run_part(part: str, place: Place, record: dict[str, Any], options: Namespac
 
 def measure_part(part: str, place: Place, tiny: bool) -> CaseResult | Findings:
     """One part, in this process; its scratch folder is its own."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # the largest batch leaves no room for gaps
     module = load_part(part)
     with tempfile.TemporaryDirectory(dir=place.scratch, prefix=part) as scratch:
         own = Place(device=place.device, images=place.images, scratch=Path(scratch), workers=place.workers)

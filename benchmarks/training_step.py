@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from fastbyol.byol import build_byol
+from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
@@ -41,6 +41,7 @@ class TrainingStep:
         )
         self._monitor = Monitor(global_batch=config.global_batch, world_size=1, device=self._process.device)
         self._wait_s = self._total_s = 0.0
+        self._last: BYOLOutput
 
     def state(self) -> dict[str, object]:
         """What of a checkpoint grows with the networks."""
@@ -50,13 +51,24 @@ class TrainingStep:
         """One optimizer step for each batch."""
         start = time.perf_counter()
         for batch in self._timed(batches):
-            train_step(self.config, self._process, self._state, iter([batch]), self._monitor, lr=LR, tau=TAU)
+            self._last = train_step(self.config, self._process, self._state, iter([batch]), self._monitor, lr=LR, tau=TAU)
         self._total_s += time.perf_counter() - start
 
     @property
     def data_wait_share(self) -> float:
         """Share of the time in `run` that was spent waiting for a batch."""
         return self._wait_s / self._total_s
+
+    def time_shares(self) -> dict[str, float]:
+        """Where the time of the steps since the last call went: data_wait_share, forward_backward_share, update_share; their sum is 1.
+
+        Waits for the device. On a GPU the last two are its time, the first the host's.
+        """
+        record = self._monitor.record(step=0, epoch=0.0, lr=LR, tau=TAU, last=self._last)
+        computing_ms = record["forward_backward_ms"] + record["update_ms"]
+        wait = self.data_wait_share
+        parts = {name: (1 - wait) * record[f"{name}_ms"] / computing_ms for name in ("forward_backward", "update")}
+        return {"data_wait_share": wait, **{f"{name}_share": share for name, share in parts.items()}}
 
     def _timed(self, batches: Iterable[ViewBatch]) -> Iterator[ViewBatch]:
         iterator = iter(batches)

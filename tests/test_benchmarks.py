@@ -218,6 +218,8 @@ def test_a_run_writes_a_record_with_provenance_and_a_report(tmp_path: Path, monk
     assert record["provenance"]["command"] == f"python -m benchmarks.run ema --quick --out {tmp_path / 'new'}"
     assert record["provenance"]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert set(record["load_average"]) == {"start", "end"}
+    assert record["machine"]["memory_gib"] > 0
+    assert (tmp_path / "new" / "report.html").read_text().count("data:image/png") == 1
     rows = {row["name"]: row for row in record["cases"]["ema"]["rows"]}
     assert rows[ema.OURS]["ms"]["cpu"]["median"] > 0
     assert record["cases"]["ema"]["settings"]["model"]["encoder"] == "resnet8"

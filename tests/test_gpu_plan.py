@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from benchmarks.gpu.subjects import calls_for  # noqa: E402
 from benchmarks.imagenet_like import write_imagenet_like  # noqa: E402
 from benchmarks.isolation import PartFailed, run_isolated  # noqa: E402
 from benchmarks.record import CaseResult  # noqa: E402
-from fastbyol.config.errors import UserError  # noqa: E402
+from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
+from fastbyol.config.errors import UserError, require  # noqa: E402
+from fastbyol.config.schema import ModelConfig, TrainConfig  # noqa: E402
+from fastbyol.data.batch import ViewBatch  # noqa: E402
 
 ROWS = {"step": 4, "augment": 3, "ema": 3, "lars": 6, "decode": 4, "end_to_end": 8, "launches": 4}
 COMPILES_FOR_A_MINUTE = "step_compiled"
@@ -45,6 +49,23 @@ def test_a_part_measures_each_subject_against_its_reference_and_ceiling(part: st
     assert all(row.ms["wall"].median > 0 for row in result.rows)
     assert all("CUDA" in why for why in result.skipped.values())
     assert not any("mfu" in row.extra for row in result.rows)  # a CPU's peak is not known
+
+
+def test_the_shares_of_a_step_are_of_its_parts_and_sum_to_one():
+    model = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
+    taken = TrainingStep(TrainConfig(global_batch=4, model=model), num_classes=2)
+
+    def slow(batches: int) -> Iterator[ViewBatch]:
+        for _ in range(batches):
+            time.sleep(0.2)
+            yield synthetic_batch(num=4, size_px=32, num_classes=2, channels_last=True)
+
+    taken.run(slow(2))
+    shares = taken.time_shares()
+    assert set(shares) == {"data_wait_share", "forward_backward_share", "update_share"}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert all(0 < share < 1 for share in shares.values())
+    assert shares["data_wait_share"] == taken.data_wait_share
 
 
 def test_every_piece_of_a_step_runs_and_says_that_it_was_not_checked_without_cuda(place: Place):
@@ -117,8 +138,8 @@ def test_a_process_of_its_own_returns_a_value_or_raises_in_one_line_what_happene
     assert "Traceback" in log.read_text()
     with pytest.raises(PartFailed, match=r"its process died \(exit code 3\)"):
         run_isolated(os._exit, 3, limit_s=60, log=log)
-    with pytest.raises(UserError, match="no such part"):
-        run_isolated(UserErrorFrom("no such part"), limit_s=60, log=log)
+    with pytest.raises(UserError, match="x = 1: must be 2"):
+        run_isolated(require, False, "x", 1, "2", limit_s=60, log=log)
 
 
 def test_a_process_that_takes_too_long_is_killed(tmp_path: Path):
@@ -126,16 +147,6 @@ def test_a_process_that_takes_too_long_is_killed(tmp_path: Path):
     with pytest.raises(PartFailed, match="stopped after its 1 s"):
         run_isolated(time.sleep, 600, limit_s=1, log=tmp_path / "log")
     assert time.monotonic() - start < 60
-
-
-class UserErrorFrom:
-    """A function by its instance, which a new process can be given."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-    def __call__(self) -> None:
-        raise UserError(self.message)
 
 
 def test_the_largest_batch_is_where_the_line_through_two_peaks_meets_the_limit():

@@ -31,11 +31,13 @@ from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
+from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.writers_ffcv import write_beton
 from fastbyol.data.writers_tar import write_tar_shards
 
 CEILING, REFERENCE = "steps alone", "folder, views on the CPU"
-BACKENDS = ("ffcv", "dali", "folder")
+WAYS = {REFERENCE: ("folder", "float32"), **{f"{backend}: end to end": (backend, "uint8") for backend in ("ffcv", "dali", "folder")}}
+"""By name: the backend, and what its loader makes."""
 NUM_CLASSES = 10
 
 
@@ -56,19 +58,16 @@ def run(size: Size, *, place: Place) -> CaseResult:
     config = TrainConfig(global_batch=size.batch, model=size.model, views=ViewPair(size_px=size.size_px))
     skipped: dict[str, str] = {}
     with ExitStack() as opened:
-        loaders = {}
-        for name, (backend, output) in {
-            REFERENCE: ("folder", "float32"),
-            **{f"{one}: end to end": (one, "uint8") for one in BACKENDS},
-        }.items():
+        loaders: dict[str, TwoViewLoader] = {}
+        for name, (backend, output) in WAYS.items():
             try:
-                path = _convert(place, backend)
-                data = DataConfig(train=str(path), backend=backend, workers=place.workers)
-                made = build_loader(data, views=config.views, seed=size.seed, global_batch=size.batch, device=place.device, output=output)
+                loaders[name] = opened.enter_context(_open(config, backend, output, size, place))
+                _load(loaders[name], place.device)  # what a backend cannot do here it says at the first batch
             except UserError as error:
                 skipped[name] = str(error)
-            else:
-                loaders[name] = opened.enter_context(made)
+                loaders.pop(name, None)
+        if REFERENCE in skipped:
+            raise UserError(f"{REFERENCE}: {skipped[REFERENCE]}")
         steps = len(loaders[REFERENCE])
         subjects = _subjects(config, loaders, steps=steps, device=place.device)
         timings = measure(subjects, rounds=size.rounds)
@@ -88,7 +87,18 @@ def run(size: Size, *, place: Place) -> CaseResult:
     )
 
 
-def _subjects(config: TrainConfig, loaders: dict, *, steps: int, device: torch.device) -> list[Subject]:
+def _open(config: TrainConfig, backend: str, output: str, size: Size, place: Place) -> TwoViewLoader:
+    data = DataConfig(train=str(_convert(place, backend)), backend=backend, workers=place.workers)
+    return build_loader(data, views=config.views, seed=size.seed, global_batch=size.batch, device=place.device, output=output)
+
+
+def _load(loader: TwoViewLoader, device: torch.device) -> None:
+    """An epoch, with nobody computing."""
+    deque(loader, maxlen=0)
+    synchronize(device)
+
+
+def _subjects(config: TrainConfig, loaders: dict[str, TwoViewLoader], *, steps: int, device: torch.device) -> list[Subject]:
     noise = synthetic_batch(num=config.global_batch, size_px=config.views.size_px, num_classes=NUM_CLASSES, channels_last=True)
     held = ViewBatch(*(tensor.to(device) for tensor in noise))
     step, images = TrainingStep(config, num_classes=NUM_CLASSES, device=device), steps * config.global_batch
@@ -101,7 +111,7 @@ def _subjects(config: TrainConfig, loaders: dict, *, steps: int, device: torch.d
     for name, loader in loaders.items():
         subjects.append(Subject(name, lambda loader=loader: train(loader), units=images))
         if name != REFERENCE:
-            subjects.append(Subject(f"{name.split(':')[0]}: loader alone", lambda loader=loader: deque(loader, maxlen=0), units=images))
+            subjects.append(Subject(f"{name.split(':')[0]}: loader alone", lambda loader=loader: _load(loader, device), units=images))
     return subjects
 
 

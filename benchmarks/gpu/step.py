@@ -2,7 +2,8 @@
 
 How: the product's `train_step` on noise, eager. The largest batch is found from the memory of two small ones. Reference: float32, NCHW, at half
 that batch, which is what fits. Ceiling: the step's operations, counted by torch, at the rate of a large bf16 matrix product in the same rounds.
-MFU: those operations over the card's peak by its data sheet (`fastbyol/monitors/compute.py`), where the card is known.
+MFU: those operations over the card's peak by its data sheet (`fastbyol/monitors/compute.py`), where the card is known. The shares of forward and
+backward and of the update are the monitor's, by CUDA events.
 
     python -m benchmarks.gpu_plan step
 
@@ -12,7 +13,6 @@ docs/performance.md for the limit by memory, several times below the ceiling her
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -55,10 +55,11 @@ TINY = Size(model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, p
 def run(size: Size, *, place: Place) -> CaseResult:
     batch = size.batch or largest_batch(lambda n: one_step(size, VARIANTS[OURS], n, place.device), place.device)
     batches = {name: max(1, batch // 2) if name == REFERENCE else batch for name in VARIANTS}
-    subjects, skipped = _variants(size, batches, place.device)
+    steps, subjects, skipped = _variants(size, batches, place.device)
     flop = flop_per_image(size.model, size_px=size.size_px)
     subjects.append(matrix_product(size.matrix, flop, place.device))
     timings = measure(subjects, rounds=size.rounds)
+    rates = compute_rates(timings, flop, place.device)
     return make_result(
         "gpu.step",
         f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}, {flop / 1e9:.1f} GFLOP an image",
@@ -70,39 +71,47 @@ def run(size: Size, *, place: Place) -> CaseResult:
         threads=torch.get_num_threads(),
         primary="wall",
         settings=size,
-        extra=compute_rates(timings, flop, place.device),
+        extra={name: rates[name] | (steps[name].time_shares() if name in steps else {}) for name in rates},
         skipped=skipped,
         device=place.device.type,
     )
 
 
-def _variants(size: Size, batches: dict[str, int], device: torch.device) -> tuple[list[Subject], dict[str, str]]:
-    """What fits of the variants, and what does not."""
-    subjects, skipped = [], {}
+def _variants(size: Size, batches: dict[str, int], device: torch.device) -> tuple[dict[str, NoiseStep], list[Subject], dict[str, str]]:
+    """What fits of the variants, as steps and as subjects, and what does not."""
+    steps, subjects, skipped = {}, [], {}
     for name, precision in VARIANTS.items():
         note = f"batch {batches[name]}"
         try:
-            work = make_step(size, precision, batches[name], device)
-            subjects.append(device_subject(name, work, device=device, units=batches[name], enough_s=0, note=note))
+            step = NoiseStep(size, precision, batches[name], device)
+            subjects.append(device_subject(name, step, device=device, units=batches[name], enough_s=0, note=note))
+            steps[name] = step
         except torch.cuda.OutOfMemoryError:
             if name in (REFERENCE, OURS):
                 raise
             skipped[name] = f"out of memory at {note}"
-    return subjects, skipped
+    return steps, subjects, skipped
 
 
-def make_step(size: Size, precision: PrecisionConfig, batch: int, device: torch.device) -> Callable[[], None]:
+class NoiseStep:
     """A call is one optimizer step on a batch of noise that lies on the device."""
-    config = TrainConfig(global_batch=batch, model=size.model, precision=precision)
-    step = TrainingStep(config, num_classes=NUM_CLASSES, device=device)
-    noise = synthetic_batch(num=batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=precision.channels_last)
-    views = ViewBatch(*(tensor.to(device) for tensor in noise))
-    return lambda: step.run([views])
+
+    def __init__(self, size: Size, precision: PrecisionConfig, batch: int, device: torch.device) -> None:
+        config = TrainConfig(global_batch=batch, model=size.model, precision=precision)
+        self._step = TrainingStep(config, num_classes=NUM_CLASSES, device=device)
+        noise = synthetic_batch(num=batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=precision.channels_last)
+        self._views = ViewBatch(*(tensor.to(device) for tensor in noise))
+
+    def __call__(self) -> None:
+        self._step.run([self._views])
+
+    def time_shares(self) -> dict[str, float]:
+        return self._step.time_shares()
 
 
 def one_step(size: Size, precision: PrecisionConfig, batch: int, device: torch.device) -> None:
     """Two steps and their memory: the momenta are made in the first."""
-    step = make_step(size, precision, batch, device)
+    step = NoiseStep(size, precision, batch, device)
     step()
     step()
 

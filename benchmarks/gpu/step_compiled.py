@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu import Place
 from benchmarks.gpu.memory import largest_batch
-from benchmarks.gpu.step import CEILING, FULL, OURS, TINY, VARIANTS, Size, compute_rates, make_step, matrix_product, one_step
+from benchmarks.gpu.step import CEILING, FULL, OURS, TINY, VARIANTS, NoiseStep, Size, compute_rates, matrix_product, one_step
 from benchmarks.gpu.subjects import device_subject
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import measure
@@ -32,7 +32,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
     variants = {OURS: eager, COMPILED: replace(eager, compile=True)}
     flop = flop_per_image(size.model, size_px=size.size_px)
     subjects = [
-        device_subject(name, make_step(size, precision, batch, device), device=device, units=batch, enough_s=0)
+        device_subject(name, NoiseStep(size, precision, batch, device), device=device, units=batch, enough_s=0)
         for name, precision in variants.items()
     ]
     subjects.append(matrix_product(size.matrix, flop, device))
