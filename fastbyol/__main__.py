@@ -170,8 +170,6 @@ def tune_run(options: argparse.Namespace) -> None:
 
     from fastbyol.command_line import parse_train_config
     from fastbyol.preemption import INTERRUPTED_EXIT
-    from fastbyol.tuning.bench import Request
-    from fastbyol.tuning.procedure import tune
     from fastbyol.tuning.report import check_output, comparison_table, config_yaml, write_config
 
     typed = frozenset(argument.split("=")[0].removeprefix("--") for argument in options.run_options if argument.startswith("--"))
@@ -179,6 +177,9 @@ def tune_run(options: argparse.Namespace) -> None:
         raise UserError("--data.train: give --data, once for each way the images are stored")
     check_output(options.out, overwrite=options.overwrite)
     config = parse_train_config([*options.run_options, f"--data.train={options.data[0]}"], usage="")
+    from fastbyol.tuning.bench import Request  # torch, after what can be said without it
+    from fastbyol.tuning.procedure import tune
+
     try:
         found = tune(Request(config, options.data, ranks=options.ranks, seconds=options.seconds, kept=typed), announce=_announce)
     except KeyboardInterrupt:

@@ -54,11 +54,11 @@ class Findings:
     lines: list[str] = field(default_factory=list)
 
     def add(self, comparison: Comparison, *names: str) -> str:
-        """Keeps the comparison, as the reason for these settings too; the chosen candidate."""
+        """Keeps the comparison, as the reason for these settings too; its best candidate."""
         self.comparisons.append(comparison)
         for name in names:
             self.notes[name] = "; ".join([self.notes.get(name, f"images/s per {self.per}"), comparison.summary])
-        return comparison.chosen
+        return comparison.best
 
     def choose(self, *, precision: PrecisionConfig | None = None, data: DataConfig | None = None, rank_batch: int | None = None) -> None:
         """Takes over what is given."""

@@ -14,7 +14,7 @@ from fastbyol.config.errors import UserError
 
 ROUNDS, MIN_ROUNDS = 5, 3
 MARGIN = 0.03
-"""A candidate that comes this close to the fastest is as fast: the difference is noise, or not worth a change."""
+"""A candidate this close to the fastest is as fast: such a difference is not worth a change."""
 WARMUPS = 2
 """Compilation and allocation take the first call, and some of them the second."""
 
@@ -40,13 +40,10 @@ class Comparison:
     failed: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def chosen(self) -> str:
-        """The first of the candidates that are as fast as the fastest (`MARGIN`, median of the ratios within each round)."""
-        fastest = max(self.rates, key=self.rate)
-        for name, rates in self.rates.items():
-            if median(a / b for a, b in zip(rates, self.rates[fastest], strict=True)) >= 1 - MARGIN:
-                return name
-        return fastest
+    def best(self) -> str:
+        """The first of the candidates that the fastest does not beat, by more than `MARGIN`, in every round (by chance: 1 of 32 times in 5)."""
+        fastest = self.rates[max(self.rates, key=self.rate)]
+        return next(name for name, rates in self.rates.items() if any(a >= (1 - MARGIN) * b for a, b in zip(rates, fastest, strict=True)))
 
     def rate(self, name: str) -> float:
         """Median images per second of a candidate."""
@@ -64,7 +61,7 @@ def compare(title: str, trials: Sequence[Trial], *, seconds: float, clock: Calla
 
     Args:
         title: what is compared.
-        trials: in order of preference: of those that are equally fast the first is taken.
+        trials: in order of preference: of those that are equally fast the first is the best.
         seconds: for all rounds together. Warming up comes on top, and so does what `MIN_ROUNDS` rounds of slow work take longer.
         clock: in seconds.
 

@@ -59,7 +59,7 @@ def tune_workers(bench: Bench, *, step_rate: float) -> dict[int, float]:
     """Images per second of the loader alone, by threads; chooses the fewest that feed the step, or else the fastest."""
     data = bench.found.config.data
     counts = [data.workers or bench.cores] if bench.keeps("data.workers") else candidates.worker_counts(bench.cores)
-    comparison = _loaders_alone(bench, "loader alone, threads", {str(count): replace(data, workers=count) for count in counts})
+    comparison = _loaders_alone(bench, "loader alone, by threads", {str(count): replace(data, workers=count) for count in counts})
     fastest = int(bench.found.add(comparison, "data.workers"))
     rates = {count: comparison.rate(str(count)) for count in counts}
     needed = candidates.workers_to_feed(rates, step_rate=step_rate)

@@ -33,7 +33,7 @@ def tune(request: Request, *, announce: Callable[[str], None]) -> Findings:
     """
     bench = _set_up(request, announce)
     ways = readings(request.paths, request.config.data, device=bench.process.device.type, kept=request.kept)
-    _check_images(bench, ways)
+    check_images(bench, ways)
     announce(_plan(bench, ways))
     stepper, step_rate = tune_step(bench)
     tune_reading(bench, ways)
@@ -63,13 +63,12 @@ def _set_up(request: Request, announce: Callable[[str], None]) -> Bench:
     )
 
 
-def _check_images(bench: Bench, ways: Sequence[Reading]) -> None:
+def check_images(bench: Bench, ways: Sequence[Reading]) -> None:
     """Opens all that a run would, so that whatever it would refuse is refused here; keeps a batch of real images."""
     data = bench.found.config.data
-    batch = min(bench.micro_batch, SAMPLE_IMAGES)
     num_images: dict[str, int] = {}
     for way in ways:
-        with open_loader(bench.trial_config(batch, data=way.applied(data)), bench.process) as loader:
+        with open_loader(bench.trial_config(1, data=way.applied(data)), bench.process) as loader:
             num_images[way.path] = loader.num_samples
     if len(set(num_images.values())) > 1:
         counts = ", ".join(f"{path}: {num:,}" for path, num in num_images.items())
@@ -78,7 +77,7 @@ def _check_images(bench: Bench, ways: Sequence[Reading]) -> None:
     if bench.found.config.global_batch > num:
         raise UserError(f"global_batch = {bench.found.config.global_batch}: the data has {num:,} images; take a smaller batch or more data")
     bench.found.choose(data=ways[0].applied(data))
-    with build(bench.trial_config(batch), bench.process).loader as loader:
+    with build(bench.trial_config(min(bench.micro_batch, SAMPLE_IMAGES)), bench.process).loader as loader:
         bench.sample.append(next(iter(loader)))
 
 

@@ -39,7 +39,9 @@ def verdict(speeds: Speeds) -> str:
         return f"compute-bound: the step waits {speeds.wait_share:.0%} of the time for data. {_faster_step(speeds)}"
     waits = f"data-bound: the step waits {speeds.wait_share:.0%} of the time"
     if speeds.loader >= speeds.step:
-        return f"{waits}, though the loader alone is faster than the step: they share the cores or the disk. {_cheaper_data(speeds)}"
+        return (
+            f"{waits}, though the loader alone is faster than the step: other work takes their cores. Next: more cores, or fewer processes"
+        )
     return f"{waits}. {_cheaper_data(speeds)}"
 
 
