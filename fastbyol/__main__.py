@@ -163,8 +163,9 @@ def draw_views(options: argparse.Namespace) -> None:
 def tune_run(options: argparse.Namespace) -> None:
     """Measures loaders, steps and both together on this machine, and writes the config of a run with the fastest settings.
 
-    The run is described as for training: --preset, --config, and any of its options. An option that is typed is kept, not tuned.
-    Then: python fastbyol/train.py --config tuned.yaml --out runs/NAME
+    The run is described as for training: --preset, --config, and any of its options. An option that is typed is kept, not tuned. On a CPU
+    the step is timed on as many images as it does quickly; on a GPU the largest rank_batch that fits is searched (not run by us on a GPU yet).
+    Other ranks are not started, so their messages are not in the figures. Then: python fastbyol/train.py --config tuned.yaml --out runs/NAME
     """
     from rich.console import Console
 

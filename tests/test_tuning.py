@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,7 +152,11 @@ def test_larger_batches_are_not_tried_after_the_first_that_does_not_fit() -> Non
 
 
 def test_running_out_of_memory_means_that_it_does_not_fit_and_other_errors_stay_errors() -> None:
+    taken: list[weakref.ref] = []
+
     def run_out() -> None:
+        tensor = torch.zeros(3)
+        taken.append(weakref.ref(tensor))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     def broken() -> None:
@@ -159,6 +164,7 @@ def test_running_out_of_memory_means_that_it_does_not_fit_and_other_errors_stay_
 
     assert fits_memory(lambda: None, CPU)
     assert not fits_memory(run_out, CPU)
+    assert taken[0]() is None
     with pytest.raises(RuntimeError, match="cuDNN"):
         fits_memory(broken, CPU)
 

@@ -33,14 +33,21 @@ def release_memory() -> None:
 
 def fits_memory(run: Callable[[], object], device: torch.device) -> bool:
     """Whether the work runs, and leaves a part of the device free (`MEMORY_SHARE`). The memory is empty again afterwards."""
+    fits = _runs(run) and (
+        device.type != "cuda"
+        or torch.cuda.max_memory_allocated(device) <= MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory
+    )
+    release_memory()  # the failure is forgotten by now, whose frames held what had been taken
+    return fits
+
+
+def _runs(run: Callable[[], object]) -> bool:
     try:
         with memory_as_failure():
             run()
-        return device.type != "cuda" or torch.cuda.max_memory_allocated(device) <= MEMORY_SHARE * torch.cuda.mem_get_info(device)[1]
     except TrialFailed:
         return False
-    finally:
-        release_memory()
+    return True
 
 
 def those_that_fit(candidates: Sequence[int], fits: Callable[[int], bool]) -> list[int]:

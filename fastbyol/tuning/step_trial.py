@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
@@ -31,25 +32,36 @@ class Pace(NamedTuple):
     wait_share: float
 
 
+class _Networks:
+    """What a run builds, built when it is first needed: where memory is short, that is a failure of the trial that needs it."""
+
+    def __init__(self, config: TrainConfig, process: Process) -> None:
+        self._config, self._process = config, process
+
+    @cached_property
+    def state(self) -> TrainState:
+        state = build(self._config, self._process)
+        state.loader.close()
+        return state
+
+
 class Stepper:
-    """Networks and optimizer of a config, as a run builds them, and steps with them. Writes nothing.
+    """Steps with the networks and the optimizer of a config. Writes nothing.
 
     Args:
         config: of one process: its global batch is this process's share.
         process: without other ranks: their messages are not in the figures.
+        networks: of another stepper, whose config differs in the batch only; None: its own.
     """
 
-    def __init__(self, config: TrainConfig, process: Process, *, state: TrainState | None = None) -> None:
+    def __init__(self, config: TrainConfig, process: Process, *, networks: _Networks | None = None) -> None:
         self.config, self._process = config, process
-        if state is None:
-            state = build(config, process)
-            state.loader.close()
-        self._state = state
+        self._networks = networks or _Networks(config, process)
         self._monitor = build_monitor(config, process)
 
     def with_batch(self, global_batch: int, *, rank_batch: int = 0) -> Self:
         """Steps of the same networks, beside which no second copy must fit in memory, on another batch."""
-        return type(self)(replace(self.config, global_batch=global_batch, rank_batch=rank_batch), self._process, state=self._state)
+        return type(self)(replace(self.config, global_batch=global_batch, rank_batch=rank_batch), self._process, networks=self._networks)
 
     def alone(self, sample: ViewBatch) -> Callable[[float], float]:
         """A trial's `run`: steps on the sample's images, repeated up to a whole batch."""
@@ -73,12 +85,12 @@ class Stepper:
         return run
 
     def _steps(self, batches: Iterator[ViewBatch], seconds: float) -> Pace:
-        timed = _Timed(batches)
+        state, timed = self._networks.state, _Timed(batches)
         images = 0
         self._synchronize()
         start = time.perf_counter()
         while not images or time.perf_counter() - start < seconds:
-            train_step(self.config, self._process, self._state, timed, self._monitor, lr=LR, tau=TAU)
+            train_step(self.config, self._process, state, timed, self._monitor, lr=LR, tau=TAU)
             images += self.config.global_batch
         self._synchronize()
         elapsed_s = time.perf_counter() - start
