@@ -1,9 +1,10 @@
-"""The command line: `python -m fastbyol evaluate | report | views | presets`. Training is `fastbyol/train.py`.
+"""The command line: `python -m fastbyol evaluate | report | views | tune | presets`. Training is `fastbyol/train.py`.
 
 python -m fastbyol evaluate linear --checkpoint runs/demo --data demo
 python -m fastbyol evaluate all --checkpoint runs/demo --data demo
 python -m fastbyol report --run runs/demo --data demo
 python -m fastbyol views --data demo/train.beton --preset cpu_demo --out views.png
+python -m fastbyol tune --data demo/train.beton --preset cpu_demo --out tuned.yaml
 python -m fastbyol presets
 """
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastbyol presets | head` ends quietly
     parser = _build_parser()
     options, options.run_options = parser.parse_known_args(arguments)
-    if options.run_options and options.command is not draw_views:
+    if options.run_options and options.command not in (draw_views, tune_run):
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
     if options.command is None:
         parser.print_help()
@@ -80,6 +81,16 @@ def _build_parser() -> OneLineParser:
     views.add_argument("--rows", type=int, default=6, help="images (%(default)s)")
     views.add_argument("--epochs", type=int, default=2, help="pairs of views of each (%(default)s)")
     views.set_defaults(command=draw_views)
+
+    tune = commands.add_parser("tune", help="measures which settings are fastest here, and writes them", description=tune_run.__doc__)
+    tune.add_argument(
+        "--data", required=True, action="append", help="a .beton, tar shards or an image folder; once for each way the images are stored"
+    )
+    tune.add_argument("--out", type=Path, default=Path("tuned.yaml"), help="the YAML to write (%(default)s)")
+    tune.add_argument("--overwrite", action="store_true", help="replace it where it exists")
+    tune.add_argument("--seconds", type=float, default=10.0, help="for each comparison (%(default)g)")
+    tune.add_argument("--ranks", type=int, help="processes of the run to come (one for each GPU here, or one on a CPU)")
+    tune.set_defaults(command=tune_run)
 
     presets = commands.add_parser("presets", help="the named runs, with their commands and expected figures")
     presets.add_argument("word", nargs="?", default="", help="only those whose name holds this, for example ablation_tau")
@@ -147,6 +158,40 @@ def draw_views(options: argparse.Namespace) -> None:
         seed=config.seed,
     )
     print(f"views: {options.out}")
+
+
+def tune_run(options: argparse.Namespace) -> None:
+    """Measures loaders, steps and both together on this machine, and writes the config of a run with the fastest settings.
+
+    The run is described as for training: --preset, --config, and any of its options. An option that is typed is kept, not tuned. On a CPU
+    the step is timed on as many images as it does quickly; on a GPU the largest rank_batch that fits is searched (not run by us on a GPU yet).
+    Other ranks are not started, so their messages are not in the figures. Then: python fastbyol/train.py --config tuned.yaml --out runs/NAME
+    """
+    from rich.console import Console
+
+    from fastbyol.command_line import parse_train_config
+    from fastbyol.preemption import INTERRUPTED_EXIT
+    from fastbyol.tuning.report import check_output, comparison_table, config_yaml, write_config
+
+    typed = frozenset(argument.split("=")[0].removeprefix("--") for argument in options.run_options if argument.startswith("--"))
+    if "data.train" in typed:
+        raise UserError("--data.train: give --data, once for each way the images are stored")
+    check_output(options.out, overwrite=options.overwrite)
+    config = parse_train_config([*options.run_options, f"--data.train={options.data[0]}"], usage="")
+    from fastbyol.tuning.bench import Request  # torch, after what can be said without it
+    from fastbyol.tuning.procedure import tune
+
+    try:
+        found = tune(Request(config, options.data, ranks=options.ranks, seconds=options.seconds, kept=typed), announce=_announce)
+    except KeyboardInterrupt:
+        print("fastbyol: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT)
+    write_config(options.out, config_yaml(found.config, found.notes, head=[options.typed, *found.lines]))
+    console = Console()
+    console.print(comparison_table(found.comparisons, per=found.per))
+    for line in found.lines:
+        console.print(line, soft_wrap=True, highlight=False)
+    print(f"tuned: {options.out}\nnext: {found.command(options.out)}")
 
 
 def print_presets(word: str = "") -> None:

@@ -1,0 +1,1 @@
+"""What runs fastest on this machine, measured: the settings to start a run from."""

@@ -1,0 +1,91 @@
+"""What is worth trying: threads, batches, precisions, queues. Pure functions of the machine's numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from fastbyol.config.schema import PrecisionConfig
+
+Value = TypeVar("Value")
+AUTOCAST = {"cuda": ("bf16", "fp16", "off"), "cpu": ("bf16", "off")}
+"""fp16 needs a gradient scaler, which there is on a GPU only."""
+SMALLEST_RANK_BATCH = 16
+PREFETCH = (2, 4, 8)
+COMPILE_NEEDS_S = 30.0
+"""torch.compile of the networks takes a minute or more: not worth it for a quick look."""
+FEED_MARGIN = 1.25
+"""How much faster than the step a loader should be: decoding times vary, and the step is what must never wait."""
+
+
+def worker_counts(cores: int) -> list[int]:
+    """1, 2, 4, ... and the number of cores."""
+    return sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {max(1, cores)})
+
+
+def rank_batches(share: int) -> list[int]:
+    """Images of one forward that divide a rank's share of the global batch: powers of two from `SMALLEST_RANK_BATCH` on, and the share itself."""
+    powers = [2**power for power in range(share.bit_length()) if 2**power >= SMALLEST_RANK_BATCH and share % 2**power == 0]
+    return sorted({*powers, share})
+
+
+def precisions(own: PrecisionConfig, *, device: str, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
+    """By name, the config's own first: each number format in both memory layouts, but for what is `kept` as it is."""
+    formats = [own.autocast] if "precision.autocast" in kept else _own_first(own.autocast, AUTOCAST[device])
+    layouts = [own.channels_last] if "precision.channels_last" in kept else _own_first(own.channels_last, (True, False))
+    variants = [replace(own, autocast=autocast, channels_last=layout) for autocast in formats for layout in layouts]
+    return {precision_name(variant): variant for variant in variants}
+
+
+def precision_name(precision: PrecisionConfig) -> str:
+    return f"{precision.autocast} {'channels_last' if precision.channels_last else 'channels_first'}"
+
+
+def prefetches(own: int) -> list[int]:
+    """Batches made ahead, the config's own first, then the fewest: they cost memory."""
+    return _own_first(own, PREFETCH)
+
+
+def reason_not_to_compile(device: torch.device, *, seconds: float) -> str | None:
+    """Why torch.compile is not worth a try; None where it is. Compiles one small function to know that a compiler works."""
+    if seconds < COMPILE_NEEDS_S:
+        return f"not tried, it takes minutes (--seconds {COMPILE_NEEDS_S:g} or more)"
+    try:
+        torch.compile(torch.add, dynamic=False)(torch.ones(2, device=device), 1.0)
+    except Exception as error:  # torch raises a class of its own for each thing that may be missing
+        return f"no compiler works here ({first_line(error)})"
+    return None
+
+
+def workers_to_feed(rates: Mapping[int, float], *, step_rate: float) -> int:
+    """The fewest loader threads that feed a step of `step_rate` images per second, with `FEED_MARGIN` to spare.
+
+    Args:
+        rates: images per second of the loader alone, by threads. Beyond the most threads measured, each further one is taken to bring as much
+            as those did on average.
+        step_rate: of the step alone, in images per second.
+    """
+    wanted = FEED_MARGIN * step_rate
+    enough = [workers for workers, rate in sorted(rates.items()) if rate >= wanted]
+    if enough:
+        return enough[0]
+    most = max(rates)
+    return math.ceil(wanted / (rates[most] / most))
+
+
+def doubled_batches(first: int, *, most: int) -> list[int]:
+    """first, twice that, ... up to `most`, which is the last."""
+    return sorted({*(first * 2**power for power in range(most.bit_length()) if first * 2**power < most), most})
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def _own_first(own: Value, values: tuple[Value, ...]) -> list[Value]:
+    return [own, *(value for value in values if value != own)]

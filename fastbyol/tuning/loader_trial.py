@@ -1,0 +1,56 @@
+"""The loader alone, as a run opens it, timed: nobody waits for its batches but the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+from fastbyol.config.schema import DataConfig, TrainConfig, accumulation_of
+from fastbyol.data import build_loader
+from fastbyol.data.loader import TwoViewLoader
+from fastbyol.process_group import Process
+from fastbyol.train import endless
+
+IMAGES_PER_WORKER = 32
+"""In a batch of a trial: a loader's threads take 16 images at a time, and one thread shall not need long for a batch."""
+MIN_BATCHES = 3
+
+
+def open_loader(config: TrainConfig, process: Process) -> TwoViewLoader:
+    """The loader that `fastbyol.train.build` makes for this process."""
+    return build_loader(
+        config.data,
+        views=config.views,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        accumulate=accumulation_of(config, world_size=process.world_size),
+        device=process.device,
+        output="uint8" if process.device.type == "cuda" else "float32",
+        option="--data",
+        traversal=config.data.traversal,
+        window_mib=config.data.window_mib,
+    )
+
+
+def trial_batch(whole: int, data: DataConfig, process: Process) -> int:
+    """Images of a batch while the loader is timed alone: few, for it costs the same per image; `whole` where a GPU decodes them together."""
+    on_gpu = process.device.type == "cuda" and data.backend == "dali" and data.dali_ops != "decode"
+    return whole if on_gpu else min(whole, IMAGES_PER_WORKER * data.workers)
+
+
+def loader_alone(loader: TwoViewLoader, *, epoch: int) -> Callable[[float], float]:
+    """A trial's `run`. Each trial has an epoch of its own to begin with: none reads what another has just brought into the file cache."""
+    loader.set_epoch(epoch)
+
+    def run(seconds: float) -> float:
+        with closing(endless(loader)) as batches:
+            next(batches)  # from here on the threads are always as far ahead
+            images = taken = 0
+            start = time.perf_counter()
+            while taken < (MIN_BATCHES if seconds else 1) or time.perf_counter() - start < seconds:
+                images += len(next(batches).index)
+                taken += 1
+            return images / (time.perf_counter() - start)
+
+    return run

@@ -1,0 +1,77 @@
+"""The loader alone: which of the stored forms, who decodes, how many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastbyol.config.schema import DataConfig
+from fastbyol.data.build import backend_of
+from fastbyol.tuning import candidates
+from fastbyol.tuning.bench import Bench
+from fastbyol.tuning.comparison import Comparison, Trial
+from fastbyol.tuning.loader_trial import loader_alone, open_loader, trial_batch
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read the images: where they lie, by which backend, and what DALI does of it."""
+
+    path: str
+    backend: str
+    dali_ops: str
+
+    @property
+    def name(self) -> str:
+        ops = f", {self.dali_ops}" if self.backend == "dali" and self.dali_ops != "auto" else ""
+        return f"{Path(self.path).name} ({self.backend}{ops})"
+
+    def applied(self, data: DataConfig) -> DataConfig:
+        """The settings, but reading this."""
+        return replace(data, train=self.path, backend=self.backend, dali_ops=self.dali_ops)
+
+
+def readings(paths: Sequence[str], data: DataConfig, *, device: str, kept: frozenset[str]) -> list[Reading]:
+    """Every way to read the paths on this device ('cpu', 'cuda'), in the order of the paths. UserError for a path that is not there."""
+    found = []
+    for path in paths:
+        fitting = backend_of(path, option="--data")
+        backend = data.backend if "data.backend" in kept else fitting
+        both = fitting == "dali" and device == "cuda" and "data.dali_ops" not in kept
+        found += [Reading(path, backend, ops) for ops in (("crop", "decode") if both else (data.dali_ops,))]
+    return found
+
+
+def tune_reading(bench: Bench, ways: Sequence[Reading]) -> None:
+    """Chooses where to read from and who decodes, where there is a choice."""
+    if len(ways) == 1:
+        return
+    data = replace(bench.found.config.data, workers=bench.found.config.data.workers or bench.cores)
+    by_name = {way.name if len({w.name for w in ways}) == len(ways) else f"{way.path} {way.name}": way for way in ways}
+    comparison = _loaders_alone(bench, f"loader alone, {data.workers} threads", {name: way.applied(data) for name, way in by_name.items()})
+    chosen = by_name[bench.found.add(comparison, "data.train", "data.backend", "data.dali_ops")]
+    bench.found.choose(data=chosen.applied(bench.found.config.data))
+
+
+def tune_workers(bench: Bench, *, step_rate: float) -> dict[int, float]:
+    """Images per second of the loader alone, by threads; chooses the fewest that feed the step, or else the fastest."""
+    data = bench.found.config.data
+    counts = [data.workers or bench.cores] if bench.keeps("data.workers") else candidates.worker_counts(bench.cores)
+    comparison = _loaders_alone(bench, "loader alone, by threads", {str(count): replace(data, workers=count) for count in counts})
+    fastest = int(bench.found.add(comparison, "data.workers"))
+    rates = {count: comparison.rate(str(count)) for count in counts}
+    needed = candidates.workers_to_feed(rates, step_rate=step_rate)
+    bench.found.choose(data=replace(data, workers=needed if needed in rates else fastest))
+    return rates
+
+
+def _loaders_alone(bench: Bench, title: str, variants: Mapping[str, DataConfig]) -> Comparison:
+    with ExitStack() as leaving:
+        trials = []
+        for number, (name, data) in enumerate(variants.items()):
+            config = bench.trial_config(trial_batch(bench.micro_batch, data, bench.process), data=data)
+            loader = leaving.enter_context(open_loader(config, bench.process))
+            trials.append(Trial(name, loader_alone(loader, epoch=number)))
+        return bench.compare(title, trials)

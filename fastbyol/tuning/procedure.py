@@ -1,0 +1,91 @@
+"""The order of the measurements: the step first, then the loader that has to feed it, then both together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fastbyol.config.errors import UserError, require_at_least, require_between
+from fastbyol.config.schema import accumulation_of
+from fastbyol.process_group import Process
+from fastbyol.train import build
+from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank
+from fastbyol.tuning.candidates import COMPILE_NEEDS_S
+from fastbyol.tuning.loader_trial import open_loader
+from fastbyol.tuning.loader_tuning import Reading, readings, tune_reading, tune_workers
+from fastbyol.tuning.step_tuning import tune_step
+from fastbyol.tuning.whole_tuning import tune_whole
+
+SAMPLE_IMAGES = 32
+
+
+def tune(request: Request, *, announce: Callable[[str], None]) -> Findings:
+    """The fastest settings that were found, with what was measured.
+
+    Args:
+        request: what is asked for.
+        announce: takes a line about what happens next; the first one says how long everything takes.
+
+    Raises:
+        UserError: before any measurement: whatever a run with this config would refuse, or paths that hold different images.
+    """
+    bench = _set_up(request, announce)
+    ways = readings(request.paths, request.config.data, device=bench.process.device.type, kept=request.kept)
+    check_images(bench, ways)
+    announce(_plan(bench, ways))
+    stepper, step_rate = tune_step(bench)
+    tune_reading(bench, ways)
+    loader_rates = tune_workers(bench, step_rate=step_rate)
+    tune_whole(bench, stepper, step_rate=step_rate, loader_rates=loader_rates)
+    return bench.found
+
+
+def _set_up(request: Request, announce: Callable[[str], None]) -> Bench:
+    require_between("--seconds", request.seconds, 0.01, 3600.0)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("tune: measures with one process; start it with plain python, and say --ranks for the run to come")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    ranks = (torch.cuda.device_count() or 1) if request.ranks is None else request.ranks
+    require_at_least("--ranks", ranks, 1)
+    config = request.config
+    if config.global_batch % ranks:
+        raise UserError(f"global_batch = {config.global_batch}: not divisible by {ranks} ranks; give --ranks or another batch")
+    accumulation_of(config, world_size=ranks)
+    return Bench(
+        request=request,
+        process=Process(rank=0, world_size=1, device=device),
+        share=config.global_batch // ranks,
+        cores=cores_per_rank(ranks, device=device),
+        found=Findings(config, per="GPU" if device.type == "cuda" else "CPU process", ranks=ranks),
+        announce=announce,
+    )
+
+
+def check_images(bench: Bench, ways: Sequence[Reading]) -> None:
+    """Opens all that a run would, so that whatever it would refuse is refused here; keeps a batch of real images."""
+    data = bench.found.config.data
+    num_images: dict[str, int] = {}
+    for way in ways:
+        with open_loader(bench.trial_config(1, data=way.applied(data)), bench.process) as loader:
+            num_images[way.path] = loader.num_samples
+    if len(set(num_images.values())) > 1:
+        counts = ", ".join(f"{path}: {num:,}" for path, num in num_images.items())
+        raise UserError(f"--data: not the same images ({counts}); convert all of them from one folder")
+    num = num_images[ways[0].path]
+    if bench.found.config.global_batch > num:
+        raise UserError(f"global_batch = {bench.found.config.global_batch}: the data has {num:,} images; take a smaller batch or more data")
+    bench.found.choose(data=ways[0].applied(data))
+    with build(bench.trial_config(min(bench.micro_batch, SAMPLE_IMAGES)), bench.process).loader as loader:
+        bench.sample.append(next(iter(loader)))
+
+
+def _plan(bench: Bench, ways: Sequence[Reading]) -> str:
+    seconds = bench.request.seconds
+    most = 4 + (len(ways) > 1) + bench.on_gpu + (seconds >= COMPILE_NEEDS_S)
+    compiling = ", compilation" if seconds >= COMPILE_NEEDS_S else ""
+    return (
+        f"at most {most} comparisons of {seconds:g} s, {most * seconds:.0f} s, and building and warming up between them{compiling}; "
+        f"{bench.process.device}, {bench.cores} cores, {torch.get_num_threads()} torch threads. Ctrl-C ends it; nothing is written then"
+    )

@@ -1,0 +1,75 @@
+"""What was found, as tables for the terminal and as a YAML file that `fastbyol/train.py --config` reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from fastbyol.config.errors import UserError
+from fastbyol.config.plain import to_plain
+from fastbyol.config.schema import TrainConfig
+from fastbyol.tuning.comparison import Comparison
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """UserError, before any work, where `write_config` could not write, or would replace a file unasked."""
+    if path.is_dir() or path.suffix.lower() not in (".yaml", ".yml"):
+        raise UserError(f"--out {path}: must be a file that ends in .yaml")
+    if path.exists() and not overwrite:
+        raise UserError(f"--out {path}: exists; give another name, or --overwrite to replace it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out {path}: {path.parent} is not a folder that may be written; choose another one")
+
+
+def write_config(path: Path, text: str) -> None:
+    """Replaces the file as a whole. UserError where it cannot be written."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another one") from error
+
+
+def config_yaml(config: TrainConfig, notes: Mapping[str, str], *, head: list[str]) -> str:
+    """The whole config but `out`, which a run names itself; behind each setting that has a note, the note as a comment.
+
+    Args:
+        config: the run to start.
+        notes: by dotted name.
+        head: lines of comment above.
+    """
+    values = {name: value for name, value in to_plain(config).items() if name != "out"}
+    lines = [f"# {' '.join(line.split())}" for line in head]
+    section = ""
+    for line in yaml.safe_dump(values, sort_keys=False, width=10**6, allow_unicode=True).splitlines():
+        key = line.strip().partition(":")[0]
+        if not line.startswith((" ", "-")):
+            section = key
+        name = key if section == key else f"{section}.{key}"
+        lines.append(f"{line}  # {' '.join(notes[name].split())}" if name in notes else line)
+    return "\n".join(lines) + "\n"
+
+
+def comparison_table(comparisons: list[Comparison], *, per: str) -> Table:
+    """Each candidate's median and extremes over the rounds; the best are marked."""
+    from rich.table import Column, Table
+
+    table = Table("", Column(f"images/s per {per}", no_wrap=True), "slowest to fastest", "", box=None, pad_edge=False)
+    for comparison in comparisons:
+        table.add_row(comparison.title)
+        for name, rates in comparison.rates.items():
+            spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
+            mark = "best" if name == comparison.best and len(comparison.rates) > 1 else ""
+            table.add_row(f"  {name}", f"{comparison.rate(name):,.0f}", spread, mark)
+        for name, reason in comparison.failed.items():
+            table.add_row(f"  {name}", "-", reason, "")
+    return table

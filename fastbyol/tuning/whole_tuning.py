@@ -1,0 +1,94 @@
+"""Steps on real batches: what the loader takes from the step where they share cores, how long a queue helps, and what the whole gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from statistics import median
+
+import torch
+
+from fastbyol.config.schema import DataConfig
+from fastbyol.monitors.compute import ComputeMeter
+from fastbyol.tuning import candidates
+from fastbyol.tuning.bench import Bench
+from fastbyol.tuning.comparison import Comparison, Trial
+from fastbyol.tuning.loader_trial import open_loader
+from fastbyol.tuning.step_trial import Pace, Stepper
+from fastbyol.tuning.verdict import WAIT_SHARE, Speeds, verdict
+
+
+def tune_whole(bench: Bench, stepper: Stepper, *, step_rate: float, loader_rates: Mapping[int, float]) -> None:
+    """Chooses between the fewest threads that feed the step and the fastest loader, then the queue; and concludes.
+
+    Args:
+        bench: with everything else chosen.
+        stepper: the networks as chosen.
+        step_rate: images per second of the step alone.
+        loader_rates: images per second of the loader alone, by threads.
+    """
+    data = bench.found.config.data
+    fastest = max(loader_rates, key=lambda count: loader_rates[count])
+    comparison, waits = _fed(bench, stepper, "threads", {str(n): replace(data, workers=n) for n in sorted({data.workers, fastest})})
+    chosen = bench.found.add(comparison, "data.workers")
+    workers = int(chosen)
+    data = replace(data, workers=workers)
+    reason = _reason_not_to_queue(bench, waits=waits[chosen], loader_rate=loader_rates[workers], step_rate=step_rate)
+    if reason:
+        bench.found.notes["data.prefetch"] = reason
+    else:
+        queues = {str(n): replace(data, prefetch=n) for n in candidates.prefetches(data.prefetch)}
+        comparison, waits = _fed(bench, stepper, "prefetch", queues)
+        chosen = bench.found.add(comparison, "data.prefetch")
+        data = queues[chosen]
+    bench.found.choose(data=data)
+    bench.found.speeds = Speeds(
+        loader=loader_rates[workers],
+        step=step_rate,
+        whole=comparison.rate(chosen),
+        wait_share=waits[chosen],
+        workers=workers,
+        workers_needed=candidates.workers_to_feed(loader_rates, step_rate=step_rate),
+        cores=bench.cores,
+        torch_threads=torch.get_num_threads(),
+        on_gpu=bench.on_gpu,
+    )
+    bench.found.lines = _conclusion(bench, bench.found.speeds)
+
+
+def _reason_not_to_queue(bench: Bench, *, waits: float, loader_rate: float, step_rate: float) -> str | None:
+    """Why other lengths of the queue are not tried; None where they may help: the step waits for a loader that is faster."""
+    if bench.keeps("data.prefetch"):
+        return "kept as given"
+    if waits <= WAIT_SHARE:
+        return f"not tuned: the step waits {waits:.0%} of the time"
+    return None if loader_rate >= step_rate else "not tuned: the loader is slower than the step, which no queue helps"
+
+
+def _fed(bench: Bench, stepper: Stepper, what: str, variants: Mapping[str, DataConfig]) -> tuple[Comparison, dict[str, float]]:
+    """Steps on each variant's batches, and the median share of the time that each waits for them."""
+    paces: dict[str, list[Pace]] = {name: [] for name in variants}
+    with ExitStack() as leaving:
+        trials = []
+        for name, data in variants.items():
+            loader = leaving.enter_context(open_loader(replace(stepper.config, data=data), bench.process))
+            trials.append(Trial(name, stepper.fed_by(loader, paces[name])))
+        comparison = bench.compare(f"end to end, {what}", trials)
+    measured = {name: paces[name][-len(rates) :] for name, rates in comparison.rates.items()}  # the first ones warmed up
+    return comparison, {name: median(pace.wait_share for pace in taken) for name, taken in measured.items()}
+
+
+def _conclusion(bench: Bench, speeds: Speeds) -> list[str]:
+    """Figures and verdict, a line each."""
+    per = bench.found.per
+    short = f", more than the {speeds.cores} cores there are for it" if speeds.workers_needed > speeds.cores else ""
+    lines = [
+        f"end to end {speeds.whole:,.0f} images/s per {per}; loader alone {speeds.loader:,.0f}, step alone {speeds.step:,.0f}",
+        verdict(speeds),
+        f"loader threads per {per} that feed the step with {candidates.FEED_MARGIN - 1:.0%} to spare: {speeds.workers_needed}{short}",
+    ]
+    compute = ComputeMeter(bench.found.config, device=bench.process.device).rates(images_per_s_per_device=speeds.whole)
+    if compute["mfu"] is not None:
+        lines.append(f"{compute['tflop_per_s_per_device']:.1f} TFLOP/s per GPU, {compute['mfu']:.1%} of its peak")
+    return lines
