@@ -116,18 +116,15 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
             bad_step = state.finite.first_bad_step() if logs or saves or process.device.type == "cpu" else None
             verdict = vote.cast(stop=stop.requested, bad_step=bad_step, settle=logs or saves)
             if verdict.bad_step is not None:
-                if writer is not None:
-                    writer.wait()
-                raise diverged(verdict, state, plan, folder, first_step=first_step)
+                raise diverged(verdict, state, plan, saved_steps(folder, writer), first_step=first_step)
             if logs:
                 record = monitor.record(step=step, epoch=plan.epoch(done), lr=lr, tau=tau, last=output)
                 if knn is not None and knn.due(done):
-                    with monitor.paused():
+                    with monitor.paused(), hang_watch.paused():
                         record["knn_top1"] = knn.top1(state.byol.online.encoder)
-                    hang_watch.beat()
                 if run_log is not None:
                     run_log.write(record)
-                monitor.stop_when_collapsed(lambda: checkpoint_steps(folder))
+                monitor.stop_when_collapsed(lambda: saved_steps(folder, writer))
             if run_log is not None:
                 run_log.estimate(done)
             if saves or verdict.stop:
@@ -226,10 +223,16 @@ def gradient_reduction(model: nn.Module, *, now: bool) -> AbstractContextManager
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 
-def diverged(verdict: Verdict, state: TrainState, plan: RunPlan, folder: Path, *, first_step: int) -> Diverged:
-    """The error that ends a run whose loss is not finite; nothing of that step is saved."""
-    steps = checkpoint_steps(folder)
-    last = f"the last good checkpoint is {checkpoint_path(folder, steps[-1])}" if steps else "there is no checkpoint yet"
+def saved_steps(folder: Path, writer: CheckpointWriter | None) -> list[int]:
+    """Steps of the run's checkpoints, one that is being written included."""
+    if writer is not None:
+        writer.wait()
+    return checkpoint_steps(folder)
+
+
+def diverged(verdict: Verdict, state: TrainState, plan: RunPlan, steps: list[int], *, first_step: int) -> Diverged:
+    """The error that ends a run whose loss is not finite; nothing of that step is saved. steps: of its checkpoints."""
+    last = f"the last good checkpoint is {checkpoint_path(Path(plan.config.out), steps[-1])}" if steps else "there is no checkpoint yet"
     scale = f", loss scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
     step = first_step + (verdict.bad_step or 0)
     return Diverged(
