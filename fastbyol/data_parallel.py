@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -13,14 +12,12 @@ from fastbyol.config.schema import PrecisionConfig
 
 
 def replicate(module: nn.Module, config: PrecisionConfig, *, accumulate: int) -> nn.Module:
-    """The module in DistributedDataParallel where there are several ranks, else itself. Frozen parameters, so the target's, are not sent.
+    """The module in DistributedDataParallel, over all ranks. Frozen parameters, so the target's, are not sent.
 
     Args:
         accumulate: micro-batches per optimizer step. With one, the graph is declared static, which lets DDP skip its search for unused
             parameters; with more, torch's no_sync stops at that declaration ('INTERNAL ASSERT FAILED', torch 2.14).
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return module
     # BN buffers are equal on all ranks by construction (or each rank's own), so no broadcast before each forward. torch 2.14 has a new name
     # for the option, which 2.11 does not know, and warns.
     with warnings.catch_warnings():

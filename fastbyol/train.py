@@ -190,10 +190,12 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     byol = build_byol(config.model, num_classes=len(loader.class_names), objective=config.objective)
     if config.init_from and process.is_main and not checkpoint_steps(Path(config.out)):
         load_initial_weights(byol, config.init_from)  # DDP sends them to the other ranks
-    if config.precision.cross_replica_bn:
+    if config.precision.cross_replica_bn and process.world_size > 1:
         use_all_ranks(byol)
     prepare_model(byol, config.precision, device=process.device)
-    model = replicate(byol, config.precision, accumulate=accumulation_of(config, world_size=process.world_size))
+    model: nn.Module = byol
+    if process.world_size > 1:
+        model = replicate(byol, config.precision, accumulate=accumulation_of(config, world_size=process.world_size))
     optimizer = build_optimizer(config.optim, byol)
     return TrainState(
         byol=byol,
