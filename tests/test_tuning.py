@@ -59,6 +59,10 @@ def test_of_equal_candidates_the_first_one_is_taken_and_not_the_fastest() -> Non
     assert threads.best == "2"
 
 
+def test_a_reference_is_never_chosen() -> None:
+    assert Comparison("x", {"step alone": (300.0, 300.0), "1": (100.0, 100.0), "2": (200.0, 200.0)}, reference="step alone").best == "2"
+
+
 def test_candidates_take_turns_after_warming_up_and_slow_ones_get_the_fewest_rounds() -> None:
     calls: list[tuple[str, float]] = []
 
