@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
-import subprocess
-import sys
-import time
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,6 @@ from fastbyol.tuning.step_trial import repeated
 from fastbyol.tuning.step_tuning import fitting_batches, tune_rank_batch
 from fastbyol.tuning.verdict import Speeds, verdict
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SMALL = ("--preset", "cpu_demo", "--global_batch", "8", "--model.hidden_dim", "16", "--model.projection_dim", "8")
 QUICK = ("--seconds", "0.05")
@@ -57,6 +55,10 @@ def test_a_slow_neighbour_that_hits_whole_rounds_changes_nothing() -> None:
 def test_of_equal_candidates_the_first_one_is_taken_and_not_the_fastest() -> None:
     threads = Comparison("x", {"1": (50.0, 50.0, 50.0), "2": (99.0, 98.0, 99.0), "4": (100.0, 100.0, 100.0)})
     assert threads.best == "2"
+
+
+def test_a_reference_is_never_chosen() -> None:
+    assert Comparison("x", {"step alone": (300.0, 300.0), "1": (100.0, 100.0), "2": (200.0, 200.0)}, reference="step alone").best == "2"
 
 
 def test_candidates_take_turns_after_warming_up_and_slow_ones_get_the_fewest_rounds() -> None:
@@ -312,26 +314,22 @@ def test_under_torchrun_it_says_to_start_without(beton: Path, monkeypatch: pytes
     assert "with one process" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_it_in_one_line_and_nothing_is_left(beton: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fastbyol",
-        "tune",
-        "--data",
-        str(beton),
-        *SMALL,
-        "--seconds",
-        "600",
-        "--out",
-        str(tmp_path / "x.yaml"),
-    ]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        lines = [process.stderr.readline() for _ in range(2)]  # the plan, and the first comparison
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=60)[1]
-    assert "step alone" in lines[1]
-    assert (process.returncode, rest) == (130, "fastbyol: interrupted; nothing was written\n")
+@pytest.mark.parametrize(("during", "seconds"), [("step alone", "600"), ("end to end", "0.05")])
+def test_ctrl_c_ends_it_in_one_line_and_nothing_is_left(
+    during: str, seconds: str, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def announce(text: str) -> None:
+        if text.startswith(during):  # in the middle of a measurement that would go on for ten minutes; or at once, with loaders open
+            if during == "step alone":
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            else:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("fastbyol.__main__._announce", announce)
+    kept = ("--precision.autocast", "off", "--precision.channels_last", "false", "--data.workers", "1")
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", "--data", str(beton), *SMALL, *kept, "--seconds", seconds, "--out", str(tmp_path / "x.yaml")])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "fastbyol: interrupted; nothing was written\n"
     assert not list(tmp_path.iterdir())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastbyol-data")]

@@ -33,17 +33,22 @@ class Trial:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured: images per second of each candidate, one value a round; `failed` holds why the others have none."""
+    """What was measured: images per second of each candidate, one value a round; `failed` holds why the others have none.
+
+    reference: the one among them that is no candidate, but what the others could reach at most.
+    """
 
     title: str
     rates: Mapping[str, tuple[float, ...]]
     failed: Mapping[str, str] = field(default_factory=dict)
+    reference: str = ""
 
     @property
     def best(self) -> str:
         """The first of the candidates that the fastest does not beat, by more than `MARGIN`, in every round (by chance: 1 of 32 times in 5)."""
-        fastest = self.rates[max(self.rates, key=self.rate)]
-        return next(name for name, rates in self.rates.items() if any(a >= (1 - MARGIN) * b for a, b in zip(rates, fastest, strict=True)))
+        candidates = {name: rates for name, rates in self.rates.items() if name != self.reference}
+        fastest = candidates[max(candidates, key=self.rate)]
+        return next(name for name, rates in candidates.items() if any(a >= (1 - MARGIN) * b for a, b in zip(rates, fastest, strict=True)))
 
     def rate(self, name: str) -> float:
         """Median images per second of a candidate."""

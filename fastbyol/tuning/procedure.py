@@ -38,7 +38,7 @@ def tune(request: Request, *, announce: Callable[[str], None]) -> Findings:
     stepper, step_rate = tune_step(bench)
     tune_reading(bench, ways)
     loader_rates = tune_workers(bench, step_rate=step_rate)
-    tune_whole(bench, stepper, step_rate=step_rate, loader_rates=loader_rates)
+    tune_whole(bench, stepper, loader_rates=loader_rates)
     return bench.found
 
 

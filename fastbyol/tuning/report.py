@@ -63,12 +63,12 @@ def comparison_table(comparisons: list[Comparison], *, per: str) -> Table:
     """Each candidate's median and extremes over the rounds; the best are marked."""
     from rich.table import Column, Table
 
-    table = Table("", Column(f"images/s per {per}", no_wrap=True), "slowest to fastest", "", box=None, pad_edge=False)
+    table = Table(Column("", no_wrap=True), Column(f"images/s per {per}", no_wrap=True), "slowest to fastest", "", box=None, pad_edge=False)
     for comparison in comparisons:
         table.add_row(comparison.title)
         for name, rates in comparison.rates.items():
             spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
-            mark = "best" if name == comparison.best and len(comparison.rates) > 1 else ""
+            mark = "reference" if name == comparison.reference else "best" if name == comparison.best else ""
             table.add_row(f"  {name}", f"{comparison.rate(name):,.0f}", spread, mark)
         for name, reason in comparison.failed.items():
             table.add_row(f"  {name}", "-", reason, "")

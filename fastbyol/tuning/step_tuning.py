@@ -101,7 +101,7 @@ def _tune_compile(bench: Bench, stepper: Stepper, *, eager_rate: float) -> tuple
     batch, precision = stepper.config.global_batch, replace(bench.found.config.precision, compile=True)
     compiled = Stepper(bench.trial_config(batch, precision=precision), bench.process)
     trials = [Trial("eager", stepper.alone(bench.sample[0])), Trial("compiled", _compiling(compiled.alone(bench.sample[0])))]
-    comparison = bench.compare(f"step alone, compile, batch {batch}", trials)
+    comparison = bench.compare(f"step compiled, batch {batch}", trials)
     chosen = bench.found.add(comparison, "precision.compile")
     if chosen == "compiled":
         bench.found.choose(precision=precision)

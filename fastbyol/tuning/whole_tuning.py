@@ -18,14 +18,16 @@ from fastbyol.tuning.loader_trial import open_loader
 from fastbyol.tuning.step_trial import Pace, Stepper
 from fastbyol.tuning.verdict import WAIT_SHARE, Speeds, verdict
 
+REFERENCE = "step alone"
+"""In the rounds of the whole again: the two are compared."""
 
-def tune_whole(bench: Bench, stepper: Stepper, *, step_rate: float, loader_rates: Mapping[int, float]) -> None:
+
+def tune_whole(bench: Bench, stepper: Stepper, *, loader_rates: Mapping[int, float]) -> None:
     """Chooses between the fewest threads that feed the step and the fastest loader, then the queue; and concludes.
 
     Args:
         bench: with everything else chosen.
         stepper: the networks as chosen.
-        step_rate: images per second of the step alone.
         loader_rates: images per second of the loader alone, by threads.
     """
     data = bench.found.config.data
@@ -34,7 +36,7 @@ def tune_whole(bench: Bench, stepper: Stepper, *, step_rate: float, loader_rates
     chosen = bench.found.add(comparison, "data.workers")
     workers = int(chosen)
     data = replace(data, workers=workers)
-    reason = _reason_not_to_queue(bench, waits=waits[chosen], loader_rate=loader_rates[workers], step_rate=step_rate)
+    reason = _reason_not_to_queue(bench, waits=waits[chosen], loader_rate=loader_rates[workers], step_rate=comparison.rate(REFERENCE))
     if reason:
         bench.found.notes["data.prefetch"] = reason
     else:
@@ -43,6 +45,7 @@ def tune_whole(bench: Bench, stepper: Stepper, *, step_rate: float, loader_rates
         chosen = bench.found.add(comparison, "data.prefetch")
         data = queues[chosen]
     bench.found.choose(data=data)
+    step_rate = comparison.rate(REFERENCE)
     bench.found.speeds = Speeds(
         loader=loader_rates[workers],
         step=step_rate,
@@ -67,15 +70,16 @@ def _reason_not_to_queue(bench: Bench, *, waits: float, loader_rate: float, step
 
 
 def _fed(bench: Bench, stepper: Stepper, what: str, variants: Mapping[str, DataConfig]) -> tuple[Comparison, dict[str, float]]:
-    """Steps on each variant's batches, and the median share of the time that each waits for them."""
+    """Steps on each variant's batches, beside the step alone; and the median share of the time that each waits for them."""
     paces: dict[str, list[Pace]] = {name: [] for name in variants}
     with ExitStack() as leaving:
-        trials = []
+        trials = [Trial(REFERENCE, stepper.alone(bench.sample[0]))]
         for name, data in variants.items():
             loader = leaving.enter_context(open_loader(replace(stepper.config, data=data), bench.process))
             trials.append(Trial(name, stepper.fed_by(loader, paces[name])))
-        comparison = bench.compare(f"end to end, {what}", trials)
-    measured = {name: paces[name][-len(rates) :] for name, rates in comparison.rates.items()}  # the first ones warmed up
+        comparison = replace(bench.compare(f"end to end, {what}", trials), reference=REFERENCE)
+    num_rounds = len(comparison.rates[REFERENCE])
+    measured = {name: taken[-num_rounds:] for name, taken in paces.items()}  # the first ones warmed up
     return comparison, {name: median(pace.wait_share for pace in taken) for name, taken in measured.items()}
 
 
