@@ -22,9 +22,10 @@ PROGRESS = {"progress": True}
 def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
     """What a person wants to see of a step, in one line."""
     knn = f"kNN {record['knn_top1']:.1%}  " if record.get("knn_top1") is not None else ""
+    mfu = f"mfu {record['mfu']:.0%}  " if record.get("mfu") is not None else ""
     return (
         f"step {record['step'] + 1}/{total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  "
-        f"tau {record['tau']:.4f}  {record['images_per_s_per_device']:.0f} images/s per device  data wait {record['data_wait_share']:.0%}  "
+        f"tau {record['tau']:.4f}  {record['images_per_s_per_device']:.0f} images/s per device  {mfu}data wait {record['data_wait_share']:.0%}  "
         f"probe {record['probe_top1']:.1%}  {knn}proj-std {record['projection_std']:.2f}  rank {record['effective_rank']:.1f}  "
         f"cos {record['mean_cosine']:.2f}"
     )

@@ -86,7 +86,7 @@ def train(config: TrainConfig, process: Process) -> None:
                     record["knn_top1"] = online_knn.top1(state.byol.online.encoder)
             if run_log is not None:
                 run_log.write(record)
-            monitor.stop_when_collapsed(checkpoint_steps(folder))
+            monitor.stop_when_collapsed(lambda: checkpoint_steps(folder))
         if process.is_main and (done % config.checkpoint_every == 0 or done == total_steps):
             state.save(folder, step=done, config=config)
     batches.close()

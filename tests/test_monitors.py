@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 
 from fastbyol.byol import BYOLOutput, build_byol
+from fastbyol.checkpoint import checkpoint_path
 from fastbyol.config.errors import UserError
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, TrainConfig
@@ -19,6 +23,8 @@ from fastbyol.monitors.collapse import COLLAPSED_STD, FINAL_STD, RECORDS_IN_A_RO
 from fastbyol.monitors.compute import ComputeMeter, flop_per_image, peak_flop_per_s, peak_memory_gib
 from fastbyol.monitors.norms import StepNorms, global_norm
 from fastbyol.monitors.stopwatch import STEPS_KEPT, Stopwatch
+from fastbyol.run_log import read_metrics
+from fastbyol.train import main
 
 CPU = torch.device("cpu")
 COLLAPSED = {"alignment": 0.999, "projection_std": FINAL_STD / 2, "epoch": 50.0}
@@ -77,7 +83,7 @@ def test_the_alarm_needs_patience_and_forgets_after_a_healthy_record():
 def test_views_that_agree_while_images_differ_and_images_that_agree_while_views_differ_are_no_alarm(signs):
     rule = CollapseRule(TrainConfig())
     assert [rule.check(step=step, epoch=50, **signs) for step in range(1000)] == [None] * 1000
-    rule.stop_when_due([])
+    rule.stop_when_due(list)
 
 
 @pytest.mark.parametrize(
@@ -104,17 +110,17 @@ def _collapsed_rule(*, log_every: int, last_step: int, signs: dict[str, float] =
 
 def test_a_collapse_that_lasts_ends_the_run_and_names_the_last_checkpoint_from_before():
     with pytest.raises(UserError, match=r"since step 59 .* stopped at step 159; .* is step 50's; try this: .*stop_on_collapse false"):
-        _collapsed_rule(log_every=10, last_step=159).stop_when_due([40, 50, 60])
+        _collapsed_rule(log_every=10, last_step=159).stop_when_due(lambda: [40, 50, 60])
     with pytest.raises(UserError, match="there is no checkpoint from before"):
-        _collapsed_rule(log_every=10, last_step=159).stop_when_due([60])
+        _collapsed_rule(log_every=10, last_step=159).stop_when_due(lambda: [60])
 
 
 def test_a_run_goes_on_while_a_collapse_is_short_or_doubtful_or_in_the_warm_up_or_records_are_few_or_the_rule_is_off():
-    _collapsed_rule(log_every=10, last_step=149).stop_when_due([])
-    _collapsed_rule(log_every=10, last_step=10_000, signs=DOUBTFUL).stop_when_due([])
-    _collapsed_rule(log_every=10, last_step=10_000, signs={**COLLAPSED, "epoch": 9.9}).stop_when_due([])  # of ten
-    _collapsed_rule(log_every=500, last_step=49 + 2 * 500).stop_when_due([])  # two records: no warning yet, so no end
-    _collapsed_rule(log_every=10, last_step=10_000, stop_on_collapse=False).stop_when_due([])
+    _collapsed_rule(log_every=10, last_step=149).stop_when_due(list)
+    _collapsed_rule(log_every=10, last_step=10_000, signs=DOUBTFUL).stop_when_due(list)
+    _collapsed_rule(log_every=10, last_step=10_000, signs={**COLLAPSED, "epoch": 9.9}).stop_when_due(list)  # of ten
+    _collapsed_rule(log_every=500, last_step=49 + 2 * 500).stop_when_due(list)  # two records: no warning yet, so no end
+    _collapsed_rule(log_every=10, last_step=10_000, stop_on_collapse=False).stop_when_due(list)
 
 
 def test_norms_are_those_of_all_numbers_together():
@@ -245,6 +251,18 @@ def test_the_rate_of_operations_is_per_image_times_images_and_a_cpu_has_no_utili
     assert rates["mfu"] is None
 
 
+def test_an_encoder_whose_operations_cannot_be_counted_does_not_end_the_run(monkeypatch, caplog):
+    def fails(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("aten::odd on Meta")
+
+    monkeypatch.setattr("fastbyol.monitors.compute.build_byol", fails)
+    monkeypatch.setattr(logging.getLogger("fastbyol"), "propagate", True)
+    meter = ComputeMeter(preset_config("cpu_demo"), device=CPU)
+    for _ in range(2):
+        assert meter.rates(images_per_s_per_device=1.0) == {"tflop_per_s_per_device": None, "mfu": None}
+    assert caplog.text.count("operations per image could not be counted (NotImplementedError: aten::odd on Meta)") == 1
+
+
 def test_peak_memory_grows_by_what_is_touched():
     before = peak_memory_gib(CPU)
     held = torch.ones(2**28)  # 1 GiB
@@ -324,3 +342,54 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step():
     monitor.step()
     with pytest.raises(UserError, match="loss = nan at step 7"):
         _record(monitor, step=7, last=_output(1.0)._replace(projection=torch.full((8, 4), float("nan"))))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """So small a net gains nothing from two, and on a busy machine their barriers take a hundred times as long as the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_that_really_collapses_is_ended_and_the_way_out_that_it_names_works(data_paths, tmp_path, capsys):
+    """No predictor and a large learning rate: with each of three seeds tried it was over before step 60."""
+    options = [
+        *(
+            "--preset",
+            "cpu_demo",
+            "--epochs",
+            "20",
+            "--global_batch",
+            "8",
+            "--log_every",
+            "2",
+            "--checkpoint_every",
+            "4",
+            "--data.workers",
+            "1",
+        ),
+        *("--keep_checkpoints", "30", "--model.hidden_dim", "16", "--model.projection_dim", "8", "--optim.base_lr", "64"),
+        *("--model.predictor_layers", "0", "--monitors.collapse_patience", "10"),
+        *("--data.train", str(data_paths["folder"]), "--out", str(tmp_path / "run")),
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    found = re.fullmatch(
+        r"fastbyol: error: collapse: since step (\d+) .* stopped at step (\d+); the last checkpoint from before is step (\d+)'s; .* "
+        r"give it a predictor .* (--monitors.stop_on_collapse false)",
+        said,
+    )
+    assert found, said
+    first, last, good = (int(found[i]) for i in (1, 2, 3))
+    assert good <= first < last
+    assert checkpoint_path(tmp_path / "run", good).exists()
+    records = read_metrics(tmp_path / "run")
+    assert records[-1]["step"] == last
+    assert "model.predictor_layers 2" in records[-1]["alarm"]
+    main([*options, *found[4].split()])
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 61  # int(20 * 25) // 8 steps in all

@@ -64,10 +64,14 @@ def _online_knn(config: TrainConfig, *, first_step: int = 0, total_steps: int = 
 def runs(data_paths, tmp_path_factory) -> tuple[Path, Path]:
     """The same run without and with kNN on every step."""
     without, with_knn = (tmp_path_factory.mktemp("runs") / name for name in ("without", "with"))
-    data = ("--data.train", str(data_paths["ffcv"]))
-    main([*SMALL, *data, "--out", str(without)])
-    main([*SMALL, *data, "--data.val", str(data_paths["folder"]), "--monitors.knn_every_epochs", "0.01", "--out", str(with_knn)])
+    main([*SMALL, "--data.train", str(data_paths["ffcv"]), "--out", str(without)])
+    main([*SMALL, *_with_knn(data_paths), "--out", str(with_knn)])
     return without, with_knn
+
+
+def _with_knn(data_paths: dict[str, Path], every_epochs: str = "0.01") -> tuple[str, ...]:
+    data = ("--data.train", str(data_paths["ffcv"]), "--data.val", str(data_paths["folder"]))
+    return (*data, "--monitors.knn_every_epochs", every_epochs)
 
 
 def test_training_is_bitwise_the_same_with_and_without_it(runs):
@@ -89,11 +93,16 @@ def test_the_last_record_holds_what_an_evaluation_of_the_last_checkpoint_says(ru
     assert records[-1]["knn_top1"] == pytest.approx(float((scores.argmax(dim=1) == val.label).double().mean()))
 
 
+def test_a_run_may_be_continued_with_it(runs, data_paths):
+    main([*SMALL, *_with_knn(data_paths), "--monitors.stop_on_collapse", "false", "--out", str(runs[0])])
+    assert len(read_metrics(runs[0])) == 6
+
+
 @pytest.mark.distributed
 def test_two_ranks_share_the_work_and_find_the_same(data_paths, tmp_path):
     """25 images do not split evenly over two ranks; and without cross-replica BN each rank has statistics of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "fastbyol/train.py"]
-    options = ["--data.train", str(data_paths["ffcv"]), "--data.val", str(data_paths["folder"]), "--monitors.knn_every_epochs", "1"]
+    options = _with_knn(data_paths, "1")
     out = tmp_path / "two"
     done = subprocess.run(
         [*command, *SMALL, *options, "--precision.cross_replica_bn", "false", "--out", str(out)],

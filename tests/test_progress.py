@@ -35,6 +35,8 @@ def test_a_line_says_where_the_run_is_how_it_learns_and_how_fast():
     line = progress_line(RECORD, total_steps=100)
     assert line.startswith("step 50/100  epoch 0.50  loss 1.2500  lr 0.1  tau 0.9900  320 images/s per device  data wait 25%")
     assert "kNN" not in line
+    assert "mfu" not in line
+    assert "320 images/s per device  mfu 41%  data wait" in progress_line({**RECORD, "mfu": 0.412}, total_steps=100)
     assert "probe 50.0%  kNN 61.2%  proj-std 0.80" in progress_line({**RECORD, "knn_top1": 0.612}, total_steps=100)
 
 

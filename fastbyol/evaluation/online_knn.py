@@ -44,7 +44,7 @@ class OnlineKnn:
             build_image_loader(path, views=config.views, batch=BATCH, workers=config.data.workers, option=option)
             for path, option in ((config.data.train, "data.train"), (config.data.val, "data.val"))
         )
-        if self._train.class_names != self._val.class_names:
+        if tuple(self._train.class_names) != tuple(self._val.class_names):
             differing = sorted(set(self._train.class_names) ^ set(self._val.class_names))
             raise UserError(f"data.val = {config.data.val!r}: its classes differ from data.train's in {differing[:5]}")
         self._train_index, self._val_index = (

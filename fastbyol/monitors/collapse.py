@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,13 +82,14 @@ class CollapseRule:
             f"gets the same projection; {what_to_try(self._config)}"
         )
 
-    def stop_when_due(self, checkpoint_steps: Sequence[int]) -> None:
+    def stop_when_due(self, checkpoint_steps: Callable[[], Sequence[int]]) -> None:
         """Ends a run that has been collapsed for `monitors.collapse_patience` steps and whose warm-up is over, if the config says so.
 
         Every rank comes to the same verdict, since the signs are means over all of them.
 
         Args:
-            checkpoint_steps: numbers of steps after which there is a checkpoint, to name the last one from before the collapse.
+            checkpoint_steps: tells the numbers of steps after which there is a checkpoint, to name the last one from before the collapse; asked
+                at the end only.
 
         Raises:
             UserError: with the steps, what to try, the checkpoint, and how to go on regardless.
@@ -97,7 +98,7 @@ class CollapseRule:
         long_enough = final.records >= RECORDS_IN_A_ROW and final.last - final.first >= monitors.collapse_patience
         if not (monitors.stop_on_collapse and long_enough) or self._in_warmup:
             return
-        good = [done for done in checkpoint_steps if done <= self._seen.last_without + 1]
+        good = [done for done in checkpoint_steps() if done <= self._seen.last_without + 1]
         kept = f"the last checkpoint from before is step {good[-1]}'s" if good else "there is no checkpoint from before"
         raise UserError(
             f"collapse: since step {self._seen.first} every image gets the same projection, stopped at step {final.last}; {kept}; "

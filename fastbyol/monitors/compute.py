@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import resource
 import sys
@@ -78,12 +79,22 @@ class ComputeMeter:
         self._peak = peak_flop_per_s(name, autocast=config.precision.autocast)
 
     def rates(self, *, images_per_s_per_device: float) -> dict[str, float | None]:
-        """tflop_per_s_per_device; mfu (model FLOP utilisation, in [0, 1]), None where the peak is unknown: a CPU's always."""
+        """tflop_per_s_per_device; mfu (model FLOP utilisation, in [0, 1]). None where unknown: the peak of a CPU always is."""
         if self._flop_per_image is None:  # about a second for a ResNet-50, so not before the first step
-            config = self._config
-            self._flop_per_image = flop_per_image(config.model, size_px=config.views.size_px, target=config.objective.target)
+            self._flop_per_image = self._count()
         achieved = self._flop_per_image * images_per_s_per_device
+        if math.isnan(achieved):
+            return {"tflop_per_s_per_device": None, "mfu": None}
         return {"tflop_per_s_per_device": achieved / 1e12, "mfu": achieved / self._peak if self._peak else None}
+
+    def _count(self) -> float:
+        """`flop_per_image`, or NaN and a line in the log: whatever an encoder from elsewhere does on the meta device, it shall not end the run."""
+        config = self._config
+        try:
+            return flop_per_image(config.model, size_px=config.views.size_px, target=config.objective.target)
+        except Exception as error:
+            log.warning("operations per image could not be counted (%s: %s); mfu stays unknown", type(error).__name__, error)
+            return math.nan
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -124,7 +124,7 @@ class Monitor:
         self._reset()
         return record
 
-    def stop_when_collapsed(self, checkpoint_steps: Sequence[int]) -> None:
+    def stop_when_collapsed(self, checkpoint_steps: Callable[[], Sequence[int]]) -> None:
         """Ends the run as `CollapseRule.stop_when_due` does; every rank calls it, after the record is written."""
         if self._collapse is not None:
             self._collapse.stop_when_due(checkpoint_steps)
