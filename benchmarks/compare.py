@@ -8,7 +8,8 @@ Exit code: 0 nothing slower, 1 something slower, 2 the two cannot be compared.
 What is compared is each row's time over the ceiling's and over the reference's of its own run, on the case's first clock, because a busier
 machine slows all of them; milliseconds of two runs are not compared. A row counts as slower when by every yardstick that it has the medians
 differ by more than the threshold and the intervals do not overlap: a yardstick that moved by itself moves one ratio only. The reference
-has one yardstick, the ceiling: it shows what slows reference and subject alike. Extra figures (memory, shares of time) are not compared.
+has one yardstick, the ceiling: it shows what slows reference and subject alike. A machine much busier in one of the two runs is noted: what
+lives in the caches suffers more from neighbours than what does not. Extra figures (memory, shares of time) are not compared.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from fastbyol.config.errors import UserError, one_line_errors, require_positive
 THRESHOLD = 0.1
 SLOWER_EXIT = 1
 SLOWER, FASTER, NOISE, SAME = "slower", "faster", "within noise", "same"
+LOAD_FACTOR = 2.0
+LOAD_NOTE = "neighbours in the caches move even ratios by 10 % and more; measure both again, one after the other"
 MACHINE = ("cpu", "cores", "gpu")
 MEANING = ("unit", "threads", "primary", "device", "settings")
 """Fields of a case that its figures depend on."""
@@ -155,6 +158,9 @@ def _print(before: dict[str, Any], after: dict[str, Any], changes: list[Change],
         now = after["provenance"]["versions"].get(name)
         if now != version:
             console.print(f"note: {name} {version} before, {now or 'missing'} after", markup=False)
+    loads = [max(load[0] for load in record["load_average"].values()) for record in (before, after)]
+    if max(loads) > LOAD_FACTOR * max(min(loads), 1.0):
+        console.print(f"note: load average {loads[0]:.1f} before, {loads[1]:.1f} after: {LOAD_NOTE}", markup=False)
     for text in only_in_one(before, after):
         console.print(f"note: not compared: {text}", markup=False)
     verdicts = [change.verdict(threshold) for change in changes]

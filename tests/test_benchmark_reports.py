@@ -168,6 +168,13 @@ def test_more_rounds_are_comparable_and_rows_or_cases_of_one_side_are_named(comp
     assert "not compared: ema: after only" in text
 
 
+def test_a_machine_that_was_much_busier_in_one_of_the_runs_is_noted(compared, monkeypatch: pytest.MonkeyPatch):
+    before, after = (record_of(case(ours=2.0)) | {"load_average": {"start": [load, 1.0, 1.0]}} for load in (12.0, 3.0))
+    monkeypatch.setattr("os.getloadavg", lambda: (2.0, 1.0, 1.0))  # at the end of both
+    assert "note: load average 12.0 before, 3.0 after" in compared(before, after)[1]
+    assert "load average" not in compared(before, before)[1]
+
+
 def test_a_file_that_is_no_record_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "text.json").write_text("not json")
     for path, message in ((tmp_path / "text.json", "not JSON"), (tmp_path / "none", "cannot be read")):

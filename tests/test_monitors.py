@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,12 @@ import torch
 from torch import nn
 
 from fastbyol.byol import BYOLOutput, build_byol
+<<<<<<< HEAD
 from fastbyol.config.errors import Diverged
+=======
+from fastbyol.checkpoint import checkpoint_path
+from fastbyol.config.errors import UserError
+>>>>>>> report
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, TrainConfig
 from fastbyol.monitors import Monitor
@@ -20,6 +27,8 @@ from fastbyol.monitors.collapse import COLLAPSED_STD, FINAL_STD, RECORDS_IN_A_RO
 from fastbyol.monitors.compute import ComputeMeter, flop_per_image, peak_flop_per_s, peak_memory_gib
 from fastbyol.monitors.norms import StepNorms, global_norm
 from fastbyol.monitors.stopwatch import STEPS_KEPT, Stopwatch
+from fastbyol.run_log import read_metrics
+from fastbyol.train import main
 
 CPU = torch.device("cpu")
 COLLAPSED = {"alignment": 0.999, "projection_std": FINAL_STD / 2, "epoch": 50.0}
@@ -337,3 +346,54 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step():
     monitor.step()
     with pytest.raises(Diverged, match="loss = nan at step 7"):
         _record(monitor, step=7, last=_output(1.0)._replace(projection=torch.full((8, 4), float("nan"))))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """So small a net gains nothing from two, and on a busy machine their barriers take a hundred times as long as the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_that_really_collapses_is_ended_and_the_way_out_that_it_names_works(data_paths, tmp_path, capsys):
+    """No predictor and a large learning rate: with each of three seeds tried it was over before step 60."""
+    options = [
+        *(
+            "--preset",
+            "cpu_demo",
+            "--epochs",
+            "20",
+            "--global_batch",
+            "8",
+            "--log_every",
+            "2",
+            "--checkpoint_every",
+            "4",
+            "--data.workers",
+            "1",
+        ),
+        *("--keep_checkpoints", "30", "--model.hidden_dim", "16", "--model.projection_dim", "8", "--optim.base_lr", "64"),
+        *("--model.predictor_layers", "0", "--monitors.collapse_patience", "10"),
+        *("--data.train", str(data_paths["folder"]), "--out", str(tmp_path / "run")),
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    found = re.fullmatch(
+        r"fastbyol: error: collapse: since step (\d+) .* stopped at step (\d+); the last checkpoint from before is step (\d+)'s; .* "
+        r"give it a predictor .* (--monitors.stop_on_collapse false)",
+        said,
+    )
+    assert found, said
+    first, last, good = (int(found[i]) for i in (1, 2, 3))
+    assert good <= first < last
+    assert checkpoint_path(tmp_path / "run", good).exists()
+    records = read_metrics(tmp_path / "run")
+    assert records[-1]["step"] == last
+    assert "model.predictor_layers 2" in records[-1]["alarm"]
+    main([*options, *found[4].split()])
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 61  # int(20 * 25) // 8 steps in all
