@@ -14,12 +14,8 @@ import torch
 from torch import nn
 
 from fastbyol.byol import BYOLOutput, build_byol
-<<<<<<< HEAD
-from fastbyol.config.errors import Diverged
-=======
 from fastbyol.checkpoint import checkpoint_path
-from fastbyol.config.errors import UserError
->>>>>>> report
+from fastbyol.config.errors import Diverged
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, TrainConfig
 from fastbyol.monitors import Monitor
