@@ -15,7 +15,7 @@ from torch import nn
 
 from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.checkpoint import checkpoint_path
-from fastbyol.config.errors import Diverged
+from fastbyol.config.errors import DIVERGED_EXIT, Diverged
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, TrainConfig
 from fastbyol.monitors import Monitor
@@ -357,27 +357,15 @@ def one_thread() -> Iterator[None]:
 def test_a_run_that_really_collapses_is_ended_and_the_way_out_that_it_names_works(data_paths, tmp_path, capsys):
     """No predictor and a large learning rate: with each of three seeds tried it was over before step 60."""
     options = [
-        *(
-            "--preset",
-            "cpu_demo",
-            "--epochs",
-            "20",
-            "--global_batch",
-            "8",
-            "--log_every",
-            "2",
-            "--checkpoint_every",
-            "4",
-            "--data.workers",
-            "1",
-        ),
+        *("--preset", "cpu_demo", "--epochs", "20", "--global_batch", "8", "--log_every", "2", "--checkpoint_every", "4"),
+        *("--data.workers", "1"),
         *("--keep_checkpoints", "30", "--model.hidden_dim", "16", "--model.projection_dim", "8", "--optim.base_lr", "64"),
         *("--model.predictor_layers", "0", "--monitors.collapse_patience", "10"),
         *("--data.train", str(data_paths["folder"]), "--out", str(tmp_path / "run")),
     ]
     with pytest.raises(SystemExit) as stopped:
         main(options)
-    assert stopped.value.code == 2
+    assert stopped.value.code == DIVERGED_EXIT
     said = capsys.readouterr().err.splitlines()[-1]
     found = re.fullmatch(
         r"fastbyol: error: collapse: since step (\d+) .* stopped at step (\d+); the last checkpoint from before is step (\d+)'s; .* "

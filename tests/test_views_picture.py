@@ -154,8 +154,8 @@ def test_mistakes_end_in_one_line(
 
 def test_other_commands_still_refuse_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["presets", "--views.size_px", "8"])
-    assert "unrecognized arguments: --views.size_px 8" in capsys.readouterr().err
+        main(["presets", "--views.size_px=8"])
+    assert "unrecognized arguments: --views.size_px=8" in capsys.readouterr().err
 
 
 def test_sets_in_another_order_are_not_compared(image_folder: Path, tmp_path: Path) -> None:
