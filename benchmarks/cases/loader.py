@@ -63,7 +63,7 @@ class Size:
 
 
 QUICK = Size(images=100, batch=50, rounds=6)
-FULL = Size(images=700, batch=50, rounds=9)
+FULL = Size(images=350, batch=50, rounds=9)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:

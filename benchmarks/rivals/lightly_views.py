@@ -21,7 +21,11 @@ class LightlyLoader:
 
     def __init__(self, folder: Path, *, size_px: int, batch: int) -> None:
         try:
-            from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+            from lightly.transforms.byol_transform import (  # type: ignore[import-not-found]  # an extra
+                BYOLTransform,
+                BYOLView1Transform,
+                BYOLView2Transform,
+            )
         except ImportError as error:
             raise UserError("lightly is not installed; pip install 'fastbyol[rivals]'") from error
         transform = BYOLTransform(BYOLView1Transform(input_size=size_px), BYOLView2Transform(input_size=size_px))
