@@ -96,9 +96,9 @@ def kill_and_continue(conversion: Conversion, *, images: int, kills: int, seed: 
     moments = random.Random(seed)
     done_at_kill = []
     for kill in range(kills):
-        after = round(0.85 * images * (kill + moments.random()) / kills)
+        after = round(0.7 * images * (kill + moments.random()) / kills)
         code, _, workers = conversion.interrupt(signal.SIGKILL, after=after, pause_s=moments.random() * 0.03)
-        if code != -signal.SIGKILL:  # it was done before the moment came
+        if code != -signal.SIGKILL or not conversion.work.exists():  # it was done before the moment came
             break
         done_at_kill.append(conversion.done())
         await_gone(workers)
