@@ -137,7 +137,7 @@ def _source(folder: Path, record: dict[str, Any]) -> str:
     provenance = record["provenance"]
     cases = ", ".join(quote.case for quote in QUOTES if quote.case in record["cases"])
     link = f"[{folder.name}](benchmarks/results/{folder.name}/report.md)"
-    return f"Medians of {cases}: {link}, {provenance['cpu']}, {provenance['cores']} cores, GPU: {provenance['gpu'] or 'none'}."
+    return f"Medians of {cases}: {link}, {provenance['cpu']}, cores used: {provenance['cores']}, GPU: {provenance['gpu'] or 'none'}."
 
 
 def gpu_rates_table(kept: Path = KEPT) -> str:
