@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from PIL import Image
 
 from fastbyol.data.writers_ffcv import write_beton
 from fastbyol.data.writers_tar import write_tar_shards
+
+# For stock ffcv, which tests compare with: numba's TBB layer once waited for ever at the end of the process.
+numba.config.THREADING_LAYER = "omp"
 
 CLASS_SIZES = {"ant": 8, "bee": 9, "cat": 8}
 
