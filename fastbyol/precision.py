@@ -12,6 +12,7 @@ from torch import nn
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import PrecisionConfig
+from fastbyol.host_memory import keep_freed_memory
 
 log = logging.getLogger("fastbyol")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,12 +35,14 @@ def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.
 def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> nn.Module:
     """The module on its device, in the chosen memory layout, compiled in place where asked (before DDP wraps it: then the graph is one).
 
-    Sets torch's float32 products of this process to TF32 for 'tf32' and to float32 else.
+    Sets torch's float32 products of this process to TF32 for 'tf32' and to float32 else; on a CPU, lets the process keep what it frees.
 
     Raises:
         UserError: tf32 or CUDA graphs without a GPU; a cache folder that cannot be written.
     """
     _set_float32_products(config, device=device)
+    if device.type == "cpu":
+        keep_freed_memory()
     module = module.to(device)
     if config.channels_last:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

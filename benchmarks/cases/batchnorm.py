@@ -1,15 +1,15 @@
-"""What: batch norm of both views, forward and backward, over every shape that ResNet-50 normalises at 224 px (one layer of each).
+"""What: batch norm and ReLU of both views, forward and backward, over every shape that ResNet-50 normalises at 224 px (one layer of each).
 
-How: bf16 activations, channels-last, float32 scale and offset, one thread, batch 4 a view. Reference: torch's nn.BatchNorm2d, a view at a time,
-as in the official code. Ours takes both views as one batch, on one process and then over two ranks on this machine (gloo), with one message for
-both views and with one for each. Ceiling: two copies of the activations forward, three backward, about what the least number of passes moves.
-Across ranks the wall clock counts (the CPU column sees this rank only); nn.SyncBatchNorm itself refuses the CPU, and what it does there, a
+How: bf16 activations, channels-last, float32 scale and offset, one thread, batch 16 a view. Reference: torch's nn.BatchNorm2d and ReLU in place, a
+view at a time, as in the official code. Ours (`norm_relu`) takes both views as one batch, on one process and then over two ranks on this machine
+(gloo), with one message for both views and with one for each. Ceiling: five copies of the activations, about what the least number of passes
+moves. Across ranks the wall clock counts (the CPU column sees this rank only); nn.SyncBatchNorm itself refuses the CPU, and what it does there, a
 message a view, is the last row.
 
     python -m benchmarks.run batchnorm
 
-Why: on one process both views in one batch cost a copy, as each view's output is written once more into the batch's; the step gains more elsewhere
-(`step`). Across ranks our operations are plain tensor operations in float32, several passes each, for Inductor to fuse on a GPU (not measured
+Why: on one process norm and ReLU are one kernel, which reads the activations as often as the statistics ask for and not once more for each
+operation. Across ranks our operations are plain tensor operations in float32, several passes each, for Inductor to fuse on a GPU (not measured
 yet): on a CPU they cost a multiple of torch's kernel, and are there to be right. Half the messages save their latency, which on gloo is small
 beside that arithmetic, and beyond some 16 GPUs is what limits the step.
 """
@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import Subject, measure, torch_threads
+from fastbyol.host_memory import keep_freed_memory
+from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.view_batchnorm import ViewBatchNorm
 
-REFERENCE, CEILING, OURS = "nn.BatchNorm2d, a view at a time", "five copies of the activations", "fastbyol, both views"
+REFERENCE, CEILING, OURS = "nn.BatchNorm2d and ReLU, a view at a time", "five copies of the activations", "fastbyol, both views"
 TWO_RANKS = "fastbyol, both views, two ranks"
 TWO_RANKS_BY_VIEW = "fastbyol, a view at a time, two ranks"
 _WARMUP = 1
@@ -39,16 +41,17 @@ _WARMUP = 1
 @dataclass(frozen=True)
 class Size:
     rounds: int
-    batch: int = 4
+    batch: int = 16
     shapes: tuple[tuple[int, int], ...] = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
     """(channels, px) of each layer."""
 
 
-QUICK = Size(rounds=6)
+QUICK = Size(rounds=6, batch=4)
 FULL = Size(rounds=15)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
+    keep_freed_memory()  # as a run does
     copies = [(torch.empty_like(x), x.detach()) for x in _activations(size)]
     with torch_threads(1), _second_rank(size, scratch):
         subjects = [
@@ -60,7 +63,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         timings = measure(subjects, rounds=size.rounds, warmup=_WARMUP)
     return make_result(
         "batchnorm",
-        f"batch norm of two views, forward and backward, {len(size.shapes)} layers, batch {size.batch} a view",
+        f"batch norm and ReLU of two views, forward and backward, {len(size.shapes)} layers, batch {size.batch} a view",
         subjects,
         timings,
         reference=REFERENCE,
@@ -81,7 +84,7 @@ def _across_ranks(size: Size) -> dict[str, Callable[[], object]]:
 def _both_views(size: Size, *, across_ranks: bool) -> Callable[[], object]:
     layers = [ViewBatchNorm(channels, views=2, across_ranks=across_ranks) for channels, _ in size.shapes]
     work = list(zip(layers, _activations(size), strict=True))
-    return lambda: [torch.autograd.backward(layer(x), x.detach()) for layer, x in work]
+    return lambda: [torch.autograd.backward(norm_relu(layer, x), x.detach()) for layer, x in work]
 
 
 def _by_view(size: Size, make: Callable[[int], nn.Module]) -> Callable[[], object]:
@@ -89,7 +92,7 @@ def _by_view(size: Size, make: Callable[[int], nn.Module]) -> Callable[[], objec
     work = [(layer, view) for layer, x in zip(layers, _activations(size), strict=True) for view in x.detach().chunk(2)]
     for _, view in work:
         view.requires_grad_()
-    return lambda: [torch.autograd.backward(layer(x), x.detach()) for layer, x in work]
+    return lambda: [torch.autograd.backward(norm_relu(layer, x), x.detach()) for layer, x in work]
 
 
 def _activations(size: Size) -> list[Tensor]:

@@ -2,16 +2,18 @@
 
 How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as the usual library has it
 (`rivals/plain_step.py`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's loop over
-the target. Ours then in float32, and in bf16 autocast (the product's default), both channels-last. Ceiling: the step's floating-point
-operations, counted by torch, at the rate of a single bf16 channels-last 3x3 convolution measured in the same rounds; 'of peak' is the share of
-that rate. MB: bytes of all operands and results of torch's operations (`traffic.py`), what moves where no cache helps; the updates' own kernel
-is not in it.
+the target; in a process of its own, as the product's step changes how memory is managed. Ours then in float32, and in bf16 autocast (the
+product's default), both channels-last. Ceiling: the step's floating-point operations, counted by torch, at the rate of a single bf16 channels-last
+3x3 convolution measured in the same rounds; 'of peak' is the share of that rate. MB: bytes of all operands and results of torch's operations and
+our norm's (`traffic.py`), what moves where no cache helps; the updates' own kernel is not in it.
 
     python -m benchmarks.run step
 
 Why: channels-last spares oneDNN the reordering of activations; bf16 halves the bytes and uses the CPU's bf16 instructions where it has
-them; both views in one batch halve the weights' casts and reorderings and give each convolution twice the work (1.08 x). Convolutions are
-three quarters of what is left and run at 70 to 95 % of the ceiling's rate; batch norm, ReLU and the residual sums run no faster than memory.
+them; both views in one batch halve the weights' casts and reorderings and give each convolution twice the work (1.08 x). Norm, sum and ReLU are
+one operation (`models/norm_relu.py`), two thirds of the time of torch's one after another. The process keeps the memory that a step frees
+(`host_memory.py`): given back and taken again, every activation is mapped and zeroed anew, a fifth of the reference's time. Convolutions are more
+than four fifths of what is left and run at 70 to 95 % of the ceiling's rate.
 torch.compile gains nothing here: with one thread and batch 4 the compiled step took 1.08 x the eager one's time, as Inductor's batch norm is
 slower on a CPU than torch's own. The batch matters to the reference: below 16 images, torch hands 1x1 convolutions on one thread to MKL,
 which is faster than what it does with 16 and more; at batch 4 the ratio is therefore smaller. It says nothing about a GPU, where memory bounds
@@ -29,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.own_process import in_own_process
 from benchmarks.record import CaseResult, make_result
 from benchmarks.rivals.plain_step import PlainStep
 from benchmarks.timing import Subject, measure, same_round_ratios, torch_threads
@@ -61,10 +64,11 @@ FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=16, rounds
 
 def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
     del scratch  # nothing is written
-    with torch_threads(size.threads):
-        steps = {REFERENCE: _plain_step(size)} | {name: _make_step(size, precision) for name, precision in VARIANTS.items()}
-        flop_per_image = _count_flop(steps[REFERENCE]) / size.batch
-        mb = {name: bytes_moved(step) / size.batch / 1e6 for name, step in steps.items()}
+    with torch_threads(size.threads), in_own_process(_plain_step, size) as plain_step:
+        ours = {name: _make_step(size, precision) for name, precision in VARIANTS.items()}
+        flop_per_image = _count_flop(next(iter(ours.values()))) / size.batch
+        mb = {name: bytes_moved(step) / size.batch / 1e6 for name, step in {REFERENCE: _plain_step(size), **ours}.items()}
+        steps = {REFERENCE: plain_step, **ours}
         subjects = [Subject(name, step, units=size.batch) for name, step in steps.items()]
         subjects.append(_convolution(flop_per_image))
         timings = measure(subjects, rounds=size.rounds)
@@ -86,9 +90,10 @@ def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
 
 
 def _plain_step(size: Size) -> Callable[[], None]:
-    step = PlainStep(TrainConfig(global_batch=size.batch, model=size.model), num_classes=NUM_CLASSES, lr=LR, tau=TAU)
+    torch.set_num_threads(size.threads)
+    plain = PlainStep(TrainConfig(global_batch=size.batch, model=size.model), num_classes=NUM_CLASSES, lr=LR, tau=TAU)
     batch = synthetic_batch(num=size.batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=False)
-    return lambda: step.run(batch)
+    return lambda: plain.run(batch)
 
 
 def _make_step(size: Size, precision: PrecisionConfig) -> Callable[[], None]:

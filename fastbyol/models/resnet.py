@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.config.errors import UserError, require_at_least, require_choice
+from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.padding import SameConv2d, SameMaxPool2d
 
 BN_EPS = 1e-5
@@ -47,7 +48,6 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.conv2 = conv(channels, channels, 3)
         self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
     @property
@@ -56,9 +56,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
-        return self.relu(x + shortcut)
+        x = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(x), shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -76,7 +75,6 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
         self.conv3 = conv(channels, channels * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(channels * self.expansion, eps=BN_EPS, momentum=BN_MOMENTUM)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
     @property
@@ -85,10 +83,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(x))
-        return self.relu(x + shortcut)
+        x = norm_relu(self.bn1, self.conv1(x))
+        x = norm_relu(self.bn2, self.conv2(x))
+        return norm_relu(self.bn3, self.conv3(x), shortcut)
 
 
 DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
@@ -134,7 +131,6 @@ class ResNet(nn.Module):
         kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small2": (3, 2)}[stem]
         self.conv1 = conv(3, stem_channels, kernel, stride=stride)
         self.bn1 = nn.BatchNorm2d(stem_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool: nn.Module = nn.Identity()
         if stem == "imagenet":
             self.maxpool = SameMaxPool2d(3, 2) if padding == "same" else nn.MaxPool2d(3, 2, padding=1)
@@ -150,7 +146,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The representation (N, feature_dim) of normalised images (N, 3, H, W)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
         for g in range(self.num_groups):
             x = self.get_submodule(f"layer{g + 1}")(x)
         return x.mean(dim=(2, 3))

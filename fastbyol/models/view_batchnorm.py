@@ -51,9 +51,9 @@ class ViewBatchNorm(_BatchNorm):
             return super().forward(input)
         if len(input) % self.views:
             raise ValueError(f"a training batch of {len(input)} does not hold {self.views} views of equal size")
-        if self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+        if self.sees_other_ranks:
             normalised = cross_replica_normalise(input, self.weight, self.bias, eps=self.eps, views=self.views)
-            self._update_running(normalised)
+            self.update_running(normalised)
             return normalised.output
         if self.views == 1:
             return super().forward(input)
@@ -61,8 +61,14 @@ class ViewBatchNorm(_BatchNorm):
         plain = super().forward
         return torch.cat([plain(view) for view in input.chunk(self.views)])
 
+    @property
+    def sees_other_ranks(self) -> bool:
+        """Whether training statistics come from more than this process."""
+        return self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1
+
     @torch.no_grad()
-    def _update_running(self, normalised: Normalised) -> None:
+    def update_running(self, normalised: Normalised) -> None:
+        """Moves the running statistics by those of each view in turn."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         unbiased = normalised.variance * (normalised.count / (normalised.count - 1))

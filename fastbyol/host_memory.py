@@ -1,0 +1,29 @@
+"""Whether memory that a step frees stays with this process (Linux, glibc).
+
+By default glibc hands every freed block of more than 32 MiB back to the system. A step on the CPU takes the same activations again and again, and
+each time the system maps and zeroes them anew, page by page: a fifth of the time of a float32 step of ResNet-50, a tenth of one in bf16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
+_LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """From now on it stays, for the next step to use: the process stays as large as it once was. No effect where the C library is another one."""
+    _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _LARGEST})
+
+
+def return_freed_memory() -> None:
+    """As it is without `keep_freed_memory`: glibc's own limits, at the values to which it raises them itself."""
+    _set({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20})
+
+
+def _set(limits: dict[int, int]) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for name, value in limits.items():
+            mallopt(name, value)

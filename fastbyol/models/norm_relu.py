@@ -1,0 +1,159 @@
+"""relu(norm(x) + shortcut), the end of every convolution in a ResNet, in as few passes over memory as it takes.
+
+What is between two convolutions does little arithmetic: memory is its limit. In training on a CPU it is one operation here, with a backward of its
+own, for statistics of each view, channels-last, in bfloat16 or float32. Elsewhere it is torch's operations one after another, which Inductor fuses
+where the step is compiled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbyol.models import norm_kernel
+from fastbyol.models.norm_kernel import F32, F64, Rows
+from fastbyol.models.sync_batchnorm import Normalised
+from fastbyol.models.view_batchnorm import ViewBatchNorm
+
+# Elements that a thread takes at once. Sums go by pieces too, so a result does not depend on the number of threads.
+_PIECE = 1 << 20
+_WIDTH = 512
+
+
+def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + shortcut); the norm's running statistics move as they do when it is called.
+
+    Args:
+        norm: a batch norm of any kind.
+        x: (N, C, H, W); in training of a `ViewBatchNorm` (views * N, C, H, W), one view after the other.
+        shortcut: as x, or nothing to add.
+    """
+    if isinstance(norm, ViewBatchNorm) and not torch.compiler.is_compiling() and _fits_kernel(norm, x, shortcut):
+        output, mean, variance, _ = _norm_relu(x, norm.weight, norm.bias, shortcut, norm.eps, norm.views)
+        norm.update_running(Normalised(output, mean, variance, count=mean.new_full((1,), _rows_per_view(x, norm.views))))
+        return output
+    output = norm(x)
+    return F.relu(output if shortcut is None else output + shortcut, inplace=True)
+
+
+def _fits_kernel(norm: ViewBatchNorm, x: Tensor, shortcut: Tensor | None) -> bool:
+    alone = norm.training and norm.affine and not norm.sees_other_ranks and len(x) % norm.views == 0
+    right_kind = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
+    same = shortcut is None or (shortcut.dtype == x.dtype and shortcut.shape == x.shape and _is_in_rows(shortcut))
+    return alone and right_kind and same and _is_in_rows(x) and _rows_per_view(x, norm.views) > 1
+
+
+def _is_in_rows(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _rows_per_view(x: Tensor, views: int) -> int:
+    return x.numel() // (x.shape[1] * views)
+
+
+@torch.library.custom_op("fastbyol::norm_relu", mutates_args=())
+def _norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, views: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output; mean, biased variance and 1 / std, (views, C) float32."""
+    output = torch.empty_like(x)
+    mean, variance = (np.stack(v) for v in zip(*map(_moments, _by_view(x, views)), strict=True))
+    inverse_std = 1 / np.sqrt(variance + eps)
+    scale = weight.detach().numpy() * inverse_std
+    lines = zip(scale, bias.detach().numpy() - scale * mean, strict=True)
+    if shortcut is None:
+        for line, *rows in zip(lines, _by_view(x, views), _by_view(output, views), strict=True):
+            _in_pieces(norm_kernel.normalise, *rows, channels=line)
+    else:
+        for line, *rows in zip(lines, _by_view(x, views), _by_view(shortcut, views), _by_view(output, views), strict=True):
+            _in_pieces(norm_kernel.normalise_add, *rows, channels=line)
+    mean, variance, inverse_std = (torch.from_numpy(v).to(weight.dtype) for v in (mean, variance, inverse_std))
+    return output, mean, variance, inverse_std
+
+
+@torch.library.custom_op("fastbyol::norm_relu_backward", mutates_args=())
+def _norm_relu_backward(
+    gradient: Tensor, x: Tensor, output: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, has_shortcut: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of x, weight, bias, shortcut (empty where there is none)."""
+    masked, of_x = torch.empty_like(x), torch.empty_like(x)
+    views = len(mean)
+    arrays = [_by_view(t, views) for t in (gradient.contiguous(memory_format=torch.channels_last), output, x, masked)]
+    sums = [_sums(norm_kernel.mask_gradient, *rows, channels=mu) for *rows, mu in zip(*arrays, mean.numpy(), strict=True)]
+    total, product = np.stack(sums, axis=1)
+    product *= inverse_std.numpy()
+    a = weight.detach().numpy() * inverse_std.numpy().astype(np.float64)
+    count = _rows_per_view(x, views)
+    b = -a * inverse_std.numpy() * product / count
+    c = -a * total / count - b * mean.numpy()
+    for *rows, line in zip(arrays[3], arrays[2], _by_view(of_x, views), zip(a, b, c, strict=True), strict=True):
+        _in_pieces(norm_kernel.input_gradient, *rows, channels=line)
+    of_weight, of_bias = (torch.from_numpy(v.sum(0)).to(weight.dtype) for v in (product, total))
+    return of_x, of_weight, of_bias, masked if has_shortcut else masked.new_empty(0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, shortcut, _, _ = inputs
+    result, mean, variance, inverse_std = output
+    ctx.mark_non_differentiable(mean, variance, inverse_std)
+    ctx.save_for_backward(x, result, weight, mean, inverse_std)
+    ctx.has_shortcut = shortcut is not None
+
+
+def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    x, result, weight, mean, inverse_std = ctx.saved_tensors
+    of_x, of_weight, of_bias, of_shortcut = _norm_relu_backward(gradients[0], x, result, weight, mean, inverse_std, ctx.has_shortcut)
+    return of_x, of_weight, of_bias, of_shortcut if ctx.has_shortcut else None, None, None
+
+
+_norm_relu.register_autograd(_backward, setup_context=_save)
+
+
+def _by_view(x: Tensor, views: int) -> Sequence[Rows]:
+    """Each view's pixels as rows of channels; bfloat16 as its bits."""
+    rows = x.detach().permute(0, 2, 3, 1).view(views, -1, x.shape[1])
+    return list((rows.view(torch.uint16) if x.dtype == torch.bfloat16 else rows).numpy())
+
+
+def _moments(x: Rows) -> tuple[F64, F64]:
+    """Mean and biased variance of each channel. Sums are of what differs from the first row, so that a large mean takes no digits."""
+    shift = ((x[0].astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x[0]).astype(np.float64)
+    mean, square = _sums(norm_kernel.moments, x, channels=shift) / len(x)
+    return mean + shift, square - mean**2
+
+
+def _sums(kernel: Callable[..., F64], *rows: Rows, channels: F64 | F32) -> F64:
+    """(2, channels): of what the kernel gives for each piece."""
+    return np.sum(_in_pieces(kernel, *rows, channels=[channels]), axis=0).reshape(2, -1, len(channels)).sum(1)
+
+
+def _in_pieces(kernel: Callable[..., Any], *rows: Rows, channels: Iterable[F64 | F32]) -> list[Any]:
+    """What the kernel returns for each piece of the rows, on as many threads as torch has (it lets go of the interpreter's lock).
+
+    Several pixels of few channels go as one row, so that the kernel's inner loop is long enough.
+    """
+    num_rows, width = rows[0].shape
+    fold = math.gcd(num_rows, _WIDTH // width) if width < _WIDTH else 1
+    values = [np.tile(v.astype(np.float32), fold) for v in channels]
+    wide = [array.reshape(-1, fold * width) for array in rows]
+    step = max(1, _PIECE // (fold * width))
+
+    def work(start: int) -> Any:
+        return kernel(*(array[start : start + step] for array in wide), *values)
+
+    starts = range(0, num_rows // fold, step)
+    threads = min(torch.get_num_threads(), len(starts))
+    return list(map(work, starts) if threads == 1 else _pool(threads).map(work, starts))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="norm_relu")

@@ -1,0 +1,154 @@
+"""Norm, sum and ReLU as one operation, against the same in float64 by torch; and memory that a step keeps."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastbyol.models import build_encoder
+from fastbyol.models.norm_relu import norm_relu
+from fastbyol.models.view_batchnorm import ViewBatchNorm, convert_to_view_batchnorm
+
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+"""Of a result, relative to the largest: a few float32 roundings, or the last one to bfloat16."""
+
+
+class _Operations(TorchDispatchMode):
+    """Names of all that is called inside."""
+
+    def __enter__(self):
+        self.names: list[str] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _norm(channels: int, *, views: int = 2) -> ViewBatchNorm:
+    norm = ViewBatchNorm(channels, views=views)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+def _images(num: int, channels: int, px: int, dtype: torch.dtype, *, mean: float = 0.0) -> Tensor:
+    return (mean + torch.randn(num, channels, px, px)).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def _used_kernel(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> bool:
+    with _Operations() as operations:
+        norm_relu(norm, x, shortcut)
+    return "fastbyol.norm_relu.default" in operations.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize(("num", "channels", "px"), [(6, 24, 5), (4, 7, 9), (4, 64, 16), (2, 1024, 3)])
+def test_output_gradients_and_statistics_are_torchs_in_float64_but_for_rounding(dtype, with_shortcut, num, channels, px):
+    torch.manual_seed(0)
+    norm = _norm(channels)
+    exact = copy.deepcopy(norm).double()
+    inputs = [_images(num, channels, px, dtype, mean=2.0)] + ([_images(num, channels, px, dtype)] if with_shortcut else [])
+    ours, theirs = ([x.to(kind).clone().requires_grad_() for x in inputs] for kind in (dtype, torch.float64))
+    output, expected = norm_relu(norm, *ours), F.relu(sum([exact(theirs[0]), *theirs[1:]]))
+    gradient = _images(num, channels, px, dtype)
+    # Where rounding moves a value over zero, the gradient passes in one of the two: such places say nothing.
+    gradient[(expected < 0.02) & ((expected > 0) | (output > 0))] = 0
+    output.backward(gradient)
+    expected.backward(gradient.double())
+    pairs = [(output, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
+    assert all(_error(got, right) < ROUNDING[dtype] for got, right in pairs)
+    in_float32 = [(norm.weight.grad, exact.weight.grad), (norm.bias.grad, exact.bias.grad)]
+    in_float32 += [(norm.running_mean, exact.running_mean), (norm.running_var, exact.running_var)]
+    assert all(_error(got, right) < 1e-5 for got, right in in_float32)
+    assert int(norm.num_batches_tracked) == 2
+
+
+def test_a_mean_a_thousand_times_the_deviation_takes_no_digits_from_the_variance():
+    norm, x = _norm(3), _images(8, 3, 12, torch.float32, mean=1000.0)
+    norm_relu(norm, x)
+    views = x.double().chunk(2)
+    expected = 0.9 * (0.9 + 0.1 * views[0].var((0, 2, 3))) + 0.1 * views[1].var((0, 2, 3))
+    torch.testing.assert_close(norm.running_var.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        torch.manual_seed(1)
+        norm, x = _norm(64), _images(32, 64, 48, torch.bfloat16).requires_grad_()
+        output = norm_relu(norm, x, _images(32, 64, 48, torch.bfloat16))
+        output.backward(output.detach())
+        return [output, x.grad, norm.weight.grad, norm.bias.grad, norm.running_var]
+
+    before = torch.get_num_threads()
+    try:
+        assert all(map(torch.equal, run(1), run(3)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_comes_out_as_such(bad, dtype):
+    x = _images(4, 5, 4, dtype)
+    x[1, 2, 3, 3] = bad
+    output = norm_relu(_norm(5), x)
+    assert not output[:2, 2].isfinite().any()  # all of that view's channel
+    assert output[2:].isfinite().all()
+    assert output[:, [0, 1, 3, 4]].isfinite().all()
+    shortcut = _images(4, 5, 4, dtype)
+    shortcut[3, 0, 0, 0] = float("nan")
+    assert norm_relu(_norm(5), _images(4, 5, 4, dtype), shortcut).isnan().sum() == 1
+
+
+def test_it_is_one_operation_where_it_can_be_and_torchs_elsewhere():
+    x = _images(4, 8, 5, torch.float32)
+    assert _used_kernel(_norm(8), x, x.clone())
+    assert not _used_kernel(_norm(8).eval(), x)
+    assert not _used_kernel(nn.BatchNorm2d(8), x)
+    assert not _used_kernel(_norm(8), x.contiguous())
+    assert not _used_kernel(_norm(8).double(), x.double())
+    assert not _used_kernel(_norm(8), x, x.contiguous())
+    encoder = convert_to_view_batchnorm(build_encoder("resnet50"), views=2).to(memory_format=torch.channels_last)
+    with _Operations() as operations, torch.no_grad():
+        encoder(_images(2, 3, 64, torch.float32))
+    assert operations.names.count("fastbyol.norm_relu.default") == 49  # all norms but the four of the shortcuts
+
+
+def test_torchs_operations_take_its_place_in_a_compiled_graph_and_agree():
+    torch.manual_seed(0)
+    norm, x, shortcut = _norm(8), _images(4, 8, 5, torch.float32), _images(4, 8, 5, torch.float32)
+    compiled = torch.compile(lambda x, z: norm_relu(norm, x, z), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, shortcut), norm_relu(norm, x, shortcut), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("call", "keeps"), [("keep_freed_memory", True), ("return_freed_memory", False)])
+def test_large_blocks_come_back_without_page_faults_where_they_are_kept(call, keeps):
+    """In a process of its own: eight blocks of 64 MiB are 131,072 pages of 4 KiB, faulted in one by one, or hardly any."""
+    code = f"""
+import resource, torch
+from fastbyol.host_memory import {call}
+{call}()
+def faults_of_eight():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults_of_eight()
+print(faults_of_eight())
+"""
+    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert (faults < 40_000) if keeps else (faults > 120_000)
