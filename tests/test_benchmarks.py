@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +40,14 @@ from benchmarks.cases import (  # noqa: E402
     step_resnet18,
 )
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
+from benchmarks.own_process import in_own_process  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report import case_table, headers, report_markdown  # noqa: E402
 from benchmarks.timing import (  # noqa: E402
     Estimate,
     Subject,
     Timings,
+    cpu_seconds,
     dropped_extremes,
     estimate,
     interval_coverage,
@@ -113,6 +117,27 @@ def test_a_ratio_is_taken_within_each_round_so_that_a_slow_round_does_not_count(
     # Medians of the times alone would give 30 / 10 = 3; in four of five rounds the ratio is 2.
     ours, theirs = [2.0, 20.0, 60.0, 30.0, 40.0], [1.0, 10.0, 30.0, 15.0, 10.0]
     assert same_round_ratios(ours, theirs).median == 2.0
+
+
+def _burn(seconds: float) -> Callable[[], None]:
+    def work() -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    return work
+
+
+def _dying() -> Callable[[], None]:
+    return lambda: os._exit(3)
+
+
+def test_work_in_a_process_of_its_own_counts_as_cpu_time_each_time_and_its_death_is_named():
+    with in_own_process(_burn, 0.2) as work:
+        spent = [-cpu_seconds() + (work(), cpu_seconds())[1] for _ in range(2)]
+    assert all(0.2 <= seconds < 0.4 for seconds in spent)  # without the start of the process
+    with in_own_process(_dying) as work, pytest.raises(UserError, match=r"_dying: its process died \(exit code 3\)"):
+        work()
 
 
 def test_rounds_interleave_the_subjects_and_warm_up_is_not_counted():
