@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# torch 2.14 renamed it and warns; 2.11 has the old name only.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+from fastbyol.collectives import gathered, summed
+
 NORM_FLOOR = 1e-6
 """The official code divides by sqrt(max(sum of squares, 1e-12)); F.normalize's own default floor is 1e-12 on the norm."""
 
@@ -68,7 +68,7 @@ def all_ranks(x: Tensor) -> Tensor:
     """(N * ranks, D): the rows of all ranks in rank order, each rank's with its gradient; x itself on one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    return _GatherRanks.apply(x.contiguous())  # type: ignore[return-value]
+    return _GatherRanks.apply(x)  # type: ignore[return-value]
 
 
 class _GatherRanks(torch.autograd.Function):
@@ -76,15 +76,11 @@ class _GatherRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        gathered = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        _all_gather(gathered, x)
-        return gathered
+        return gathered(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+        return summed(gradients[0]).chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def _first_row_of_rank(num_rows: int) -> int:

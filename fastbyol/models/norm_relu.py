@@ -126,8 +126,9 @@ def _by_view(x: Tensor, views: int) -> Sequence[Rows]:
 def _moments(x: Rows) -> tuple[F64, F64]:
     """Mean and biased variance of each channel. Sums are of what differs from the first row, so that a large mean takes no digits."""
     shift = ((x[0].astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x[0]).astype(np.float64)
-    mean, square = _sums(norm_kernel.moments, x, channels=shift) / len(x)
-    return mean + shift, square - mean**2
+    with np.errstate(invalid="ignore"):  # what is not finite goes on as such
+        mean, square = _sums(norm_kernel.moments, x, channels=shift) / len(x)
+        return mean + shift, square - mean**2
 
 
 def _sums(kernel: Callable[..., F64], *rows: Rows, channels: F64 | F32) -> F64:

@@ -10,11 +10,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.14 renamed it and warns; 2.11 has the old name only. torch.compile traces either, and all_reduce, into its graph.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+from fastbyol.collectives import gathered, summed
 
 
 class Normalised(NamedTuple):
@@ -49,9 +47,7 @@ class _CrossReplicaNormalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = _by_view(input, views)
         local = _local_statistics(x)
-        gathered = local.new_empty(dist.get_world_size() * len(local))
-        _all_gather(gathered, local)
-        mean, variance, count = _combine(gathered.view(-1, len(local)), views=views)
+        mean, variance, count = _combine(gathered(local).view(-1, len(local)), views=views)
         inverse_std = torch.rsqrt(variance + eps)
         output = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)
         if weight is not None and bias is not None:
@@ -59,7 +55,9 @@ class _CrossReplicaNormalise(torch.autograd.Function):
         ctx.save_for_backward(input, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
         ctx.views = views
-        return output.to(input.dtype), mean, variance, count
+        if output.dtype != input.dtype:  # torch 2.11, compiling, loses the gradient of what a cast without effect returns
+            output = output.to(input.dtype)
+        return output, mean, variance, count
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,9 +68,7 @@ class _CrossReplicaNormalise(torch.autograd.Function):
         sums = torch.stack([gradient.sum(_within_view(x)), (gradient * normalised).sum(_within_view(x))])
         # Parameter gradients stay local: DDP averages them like all others.
         bias_gradient, weight_gradient = sums.sum(1).to(weight.dtype) if weight is not None else (None, None)
-        totals = sums.clone()
-        dist.all_reduce(totals)
-        mean_g, mean_gx = totals / count
+        mean_g, mean_gx = summed(sums) / count
         input_gradient = gradient - _per_channel(mean_g, x) - normalised * _per_channel(mean_gx, x)
         scale = inverse_std if weight is None else inverse_std * weight.to(x.dtype)
         return (input_gradient * _per_channel(scale, x)).flatten(0, 1).to(input.dtype), weight_gradient, bias_gradient, None, None
