@@ -37,7 +37,7 @@ LOAD_NOTE = "neighbours in the caches move even ratios by 10 % and more; measure
 MACHINE = ("cpu", "cores", "gpu")
 MEANING = ("unit", "threads", "primary", "device", "settings")
 """Fields of a case that its figures depend on."""
-ONLY_PRECISION = {"rounds"}
+ONLY_PRECISION = {"rounds", "more_rounds"}
 """Settings that change how sure a figure is, not what it is."""
 
 

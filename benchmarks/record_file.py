@@ -33,6 +33,7 @@ def new_record(*, quick: bool, command: str) -> dict[str, Any]:
         "provenance": collect_provenance() | {"command": command},
         "machine": describe_machine(),
         "cases": {},
+        "case_seconds": {},
         "skipped": {},
     }
 

@@ -110,8 +110,15 @@ def circumstances(record: dict[str, Any]) -> list[str]:
         *_clocks(record.get("machine")),
         f"load average at the start {_loads(load['start'])}, at the end {_loads(load['end'])} (1, 5, 15 min; ours included)",
         ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
-        f"measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us a sample",
+        f"measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us a sample, which lasts milliseconds",
+        *_case_seconds(record),
     ]
+
+
+def _case_seconds(record: dict[str, Any]) -> list[str]:
+    """How long each case took, set-up included; records before December 2026 do not say."""
+    seconds = record.get("case_seconds")
+    return [f"seconds by case: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}"] if seconds else []
 
 
 def _clocks(machine: dict[str, Any] | None) -> list[str]:

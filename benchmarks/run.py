@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = new_record(quick=options.quick, command=shlex.join(["python", "-m", "benchmarks.run", *typed]))
     for name in names:
         console.print(f"[bold]{name}[/bold] ...")
+        start = time.perf_counter()
         try:
             result = _run_case(name, quick=options.quick)
         except UserError as error:  # an optional package is missing: the other cases are none the worse
@@ -42,10 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(f"{name} skipped: {error}", markup=False)
         else:
             record["cases"][name] = result.as_dict()
+            record["case_seconds"][name] = round(time.perf_counter() - start, 1)
             console.print(case_table(result))
+            _print_skipped(console, result)
+            console.print(f"{name}: {record['case_seconds'][name]} s, set-up and warm-up included", markup=False)
         write_record(options.out, record)  # after every case: what is measured is kept, whatever comes next
-    write_reports(options.out, read_record(options.out))
-    console.print(f"wrote {options.out / FILE}, report.md and report.html", markup=False)
+    written = read_record(options.out)
+    write_reports(options.out, written)
+    console.print(f"wrote {options.out / FILE}, report.md and report.html; {written['seconds']:.0f} s in all", markup=False)
 
 
 def _parser() -> OneLineParser:
@@ -60,6 +66,11 @@ def log_console() -> Console:
     """As wide as the terminal; a log, which has no width, gets whole lines."""
     console = Console()
     return console if console.is_terminal else Console(width=LOG_COLUMNS)
+
+
+def _print_skipped(console: Console, result: CaseResult) -> None:
+    for row, why in result.skipped.items():
+        console.print(f"{row} skipped: {why}", markup=False)
 
 
 def make_folder(out: Path) -> None:

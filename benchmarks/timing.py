@@ -66,13 +66,16 @@ class Timings:
     ms: dict[str, tuple[float, ...]]
 
 
-def measure(subjects: Sequence[Subject], *, rounds: int, warmup: int = 1) -> dict[str, Timings]:
+def measure(
+    subjects: Sequence[Subject], *, rounds: int, warmup: int = 1, warmed_up: Callable[[], object] = lambda: None
+) -> dict[str, Timings]:
     """Times every subject once a round, in order; by name.
 
     Args:
         subjects: at least one, each with a name of its own.
         rounds: that count; 6 or more give a 95 % interval.
         warmup: rounds before them that do not: compilation, first touch of memory, file cache.
+        warmed_up: called between the two: what a subject counts by itself begins here.
     """
     require_at_least("rounds", rounds, 1)
     names = [subject.name for subject in subjects]
@@ -80,6 +83,8 @@ def measure(subjects: Sequence[Subject], *, rounds: int, warmup: int = 1) -> dic
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         gc.collect()  # once a round: it takes 0.1 s where torch is loaded
+        if number == warmup:
+            warmed_up()
         for subject in subjects:
             sample = _time_once(subject)
             if number >= warmup:

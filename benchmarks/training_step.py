@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from typing import cast
@@ -9,7 +10,7 @@ from typing import cast
 import torch
 
 from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.config.schema import TrainConfig
+from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import Monitor
@@ -39,20 +40,26 @@ class TrainingStep:
             scaler=build_scaler(config.precision, device=self._process.device),
             loader=cast(TwoViewLoader, None),  # train_step takes its batches from an iterator
         )
-        self._monitor = Monitor(global_batch=config.global_batch, world_size=1, device=self._process.device)
-        self._wait_s = self._total_s = 0.0
         self._last: BYOLOutput
+        self.forget_times()
 
     def state(self) -> dict[str, object]:
         """What of a checkpoint grows with the networks."""
         return {"byol": self._state.byol.state_dict(), "optimizer": self._state.optimizer.state_dict()}
 
     def run(self, batches: Iterable[ViewBatch]) -> None:
-        """One optimizer step for each batch."""
+        """One optimizer step for each batch; a config that accumulates takes the batch for each of its forwards."""
+        forwards = accumulation_of(self.config, world_size=1)
         start = time.perf_counter()
         for batch in self._timed(batches):
-            self._last = train_step(self.config, self._process, self._state, iter([batch]), self._monitor, lr=LR, tau=TAU)
+            micro = itertools.repeat(batch, forwards)
+            self._last = train_step(self.config, self._process, self._state, micro, self._monitor, lr=LR, tau=TAU)
         self._total_s += time.perf_counter() - start
+
+    def forget_times(self) -> None:
+        """The shares of time are of the steps from here on: those before compiled, and touched their memory first."""
+        self._wait_s = self._total_s = 0.0
+        self._monitor = Monitor(global_batch=self.config.global_batch, world_size=1, device=self._process.device)
 
     @property
     def data_wait_share(self) -> float:

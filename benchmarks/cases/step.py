@@ -2,10 +2,11 @@
 
 How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as the usual library has it
 (`rivals/plain_step.py`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's loop over
-the target. Ours then in float32, and in bf16 autocast (the product's default), both channels-last. Ceiling: the step's floating-point
+the target. Ours then in float32, and in bf16 autocast (the product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of
+half the size (rank_batch); and bf16 compiled (not with --quick). fp16 needs a GPU. Ceiling: the step's floating-point
 operations, counted by torch, at the rate of a single bf16 channels-last 3x3 convolution measured in the same rounds; 'of peak' is the share of
 that rate. MB: bytes of all operands and results of torch's operations (`traffic.py`), what moves where no cache helps; the updates' own kernel
-is not in it.
+is not in it, nor is what Inductor compiled.
 
     python -m benchmarks.run step
 
@@ -20,8 +21,9 @@ the step (not measured yet).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -30,18 +32,25 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import CaseResult, make_result
+from benchmarks.rivals.packages import those_installed
 from benchmarks.rivals.plain_step import PlainStep
 from benchmarks.timing import Subject, measure, same_round_ratios, torch_threads
 from benchmarks.traffic import bytes_moved
 from benchmarks.training_step import LR, TAU, TrainingStep, synthetic_batch
+from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
+from fastbyol.tuning.candidates import reason_not_to_compile
 
 REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", "bf16 3x3 convolution, same operations"
+OURS, ACCUMULATED, COMPILED = "bf16, channels-last", "bf16, channels-last, 2 micro-batches", "bf16, channels-last, compiled"
 VARIANTS = {
     "float32, channels-last": PrecisionConfig(autocast="off", channels_last=True),
-    "bf16, channels-last": PrecisionConfig(autocast="bf16", channels_last=True),
+    OURS: PrecisionConfig(autocast="bf16", channels_last=True),
+    "bf16, NCHW": PrecisionConfig(autocast="bf16", channels_last=False),
+    "fp16, channels-last": PrecisionConfig(autocast="fp16", channels_last=True),
 }
 NUM_CLASSES = 10
+CPU = torch.device("cpu")
 CONV_BATCH, CONV_CHANNELS, CONV_PX, CONV_CALLS = 16, 512, 7, 8
 """Of eight shapes tried from 64 channels at 56 px to these, the one with the highest rate; they differ by 10 %."""
 
@@ -53,24 +62,28 @@ class Size:
     batch: int
     rounds: int
     threads: int = 1
+    compile: bool = True
 
 
-QUICK = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=16, rounds=6)
+QUICK = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=8, rounds=6, compile=False)
 FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=16, rounds=6)
 
 
 def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
     del scratch  # nothing is written
     with torch_threads(size.threads):
-        steps = {REFERENCE: _plain_step(size)} | {name: _make_step(size, precision) for name, precision in VARIANTS.items()}
+        skipped: dict[str, str] = {}
+        steps = {REFERENCE: _plain_step(size)} | those_installed(_variants(size), skipped)
         flop_per_image = _count_flop(steps[REFERENCE]) / size.batch
-        mb = {name: bytes_moved(step) / size.batch / 1e6 for name, step in steps.items()}
+        mb = {name: bytes_moved(step) / size.batch / 1e6 for name, step in steps.items() if name != COMPILED}
         subjects = [Subject(name, step, units=size.batch) for name, step in steps.items()]
         subjects.append(_convolution(flop_per_image))
         timings = measure(subjects, rounds=size.rounds)
     rate = {name: flop_per_image / median(timing.ms["cpu"]) / 1e6 for name, timing in timings.items()}
     peak = {name: same_round_ratios(timings[CEILING].ms["cpu"], timings[name].ms["cpu"]).median for name in steps}
-    extra = {name: {"GFLOP/CPU-s": rate[name], "% of peak": 100 * peak[name], "MB an image": mb[name]} for name in steps}
+    extra = {name: {"GFLOP/CPU-s": rate[name], "% of peak": 100 * peak[name]} for name in steps}
+    for name, megabytes in mb.items():
+        extra[name]["MB an image"] = megabytes
     return make_result(
         case,
         f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {size.batch}, {flop_per_image / 1e9:.1f} GFLOP an image",
@@ -82,7 +95,24 @@ def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
         threads=size.threads,
         settings=size,
         extra={**extra, CEILING: {"GFLOP/CPU-s": rate[CEILING]}},
+        skipped=skipped,
     )
+
+
+def _variants(size: Size) -> dict[str, Callable[[], Callable[[], None]]]:
+    """How to make each; UserError where this machine cannot."""
+
+    def compiled() -> Callable[[], None]:
+        if not size.compile:
+            raise UserError("takes a minute to compile: only without --quick")
+        if reason := reason_not_to_compile(CPU, seconds=math.inf):
+            raise UserError(reason)
+        return _make_step(size, replace(VARIANTS[OURS], compile=True))
+
+    variants: dict[str, Callable[[], Callable[[], None]]] = {
+        name: lambda precision=precision: _make_step(size, precision) for name, precision in VARIANTS.items()
+    }
+    return variants | {ACCUMULATED: lambda: _make_step(size, VARIANTS[OURS], micro_batches=2), COMPILED: compiled}
 
 
 def _plain_step(size: Size) -> Callable[[], None]:
@@ -91,10 +121,12 @@ def _plain_step(size: Size) -> Callable[[], None]:
     return lambda: step.run(batch)
 
 
-def _make_step(size: Size, precision: PrecisionConfig) -> Callable[[], None]:
-    config = TrainConfig(global_batch=size.batch, model=size.model, precision=precision)
+def _make_step(size: Size, precision: PrecisionConfig, *, micro_batches: int = 1) -> Callable[[], None]:
+    images = size.batch // micro_batches
+    rank_batch = images if micro_batches > 1 else 0
+    config = TrainConfig(global_batch=size.batch, rank_batch=rank_batch, model=size.model, precision=precision)
     step = TrainingStep(config, num_classes=NUM_CLASSES)
-    batch = synthetic_batch(num=size.batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=precision.channels_last)
+    batch = synthetic_batch(num=images, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=precision.channels_last)
     return lambda: step.run([batch])
 
 

@@ -58,7 +58,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
     steps, subjects, skipped = _variants(size, batches, place.device)
     flop = flop_per_image(size.model, size_px=size.size_px)
     subjects.append(matrix_product(size.matrix, flop, place.device))
-    timings = measure(subjects, rounds=size.rounds)
+    timings = measure(subjects, rounds=size.rounds, warmed_up=lambda: [step.forget_times() for step in steps.values()])
     rates = compute_rates(timings, flop, place.device)
     return make_result(
         "gpu.step",
@@ -104,6 +104,9 @@ class NoiseStep:
 
     def __call__(self) -> None:
         self._step.run([self._views])
+
+    def forget_times(self) -> None:
+        self._step.forget_times()
 
     def time_shares(self) -> dict[str, float]:
         return self._step.time_shares()
