@@ -108,6 +108,8 @@ def require_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
     for name in common:
         for field in MEANING:
             _require_equal(f"{field} of {name}", getattr(ours[name], field), getattr(theirs[name], field))
+        for role in ("reference", "ceiling"):  # another one where a package is missing
+            _require_equal(f"the {role} of {name}", ours[name].named(role), theirs[name].named(role))
 
 
 def _require_equal(what: str, before: object, after: object) -> None:

@@ -64,6 +64,10 @@ class CaseResult:
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 
+    def named(self, role: str) -> str:
+        """Name of the row with that role."""
+        return next((row.name for row in self.rows if row.role == role), "")
+
     def find(self, name: str) -> Row | None:
         """The row of that name, None where it was not measured."""
         return next((row for row in self.rows if row.name == name), None)

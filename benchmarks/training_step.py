@@ -88,10 +88,13 @@ class TrainingStep:
             yield batch
 
 
-def synthetic_batch(*, num: int, size_px: int, num_classes: int, channels_last: bool, seed: int = 0) -> ViewBatch:
-    """Normal noise in both views, already in the memory layout of the step."""
-    generator = torch.Generator().manual_seed(seed)
+def synthetic_batch(
+    *, num: int, size_px: int, num_classes: int, channels_last: bool, seed: int = 0, device: torch.device | None = None
+) -> ViewBatch:
+    """Normal noise in both views, already on the device (None: the CPU) and in the memory layout of the step."""
+    generator = torch.Generator(device or "cpu").manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    view1, view2 = (torch.randn(num, 3, size_px, size_px, generator=generator).contiguous(memory_format=layout) for _ in range(2))
-    label = torch.arange(num) % num_classes
-    return ViewBatch(view1, view2, label, torch.arange(num), torch.empty(num, 2, 0))
+    shape = (num, 3, size_px, size_px)
+    view1, view2 = (torch.randn(shape, generator=generator, device=device).contiguous(memory_format=layout) for _ in range(2))
+    index = torch.arange(num, device=device)
+    return ViewBatch(view1, view2, index % num_classes, index, torch.empty(num, 2, 0, device=device))

@@ -16,6 +16,7 @@ import numpy as np
 from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair, ViewSpec
 
+MISSING = "ffcv is not installed; run 'make install', or pip install ffcv==1.0.2 (README.md: what it needs)"
 DIFFERENCES = "decodes twice; without hue, gray, blur, solarize"
 
 
@@ -27,7 +28,7 @@ class StockFfcvLoader:
             from ffcv.loader import Loader, OrderOption
             from ffcv.pipeline.pipeline_spec import PipelineSpec
         except ImportError as error:
-            raise UserError("ffcv is not installed; run 'make install', or pip install ffcv==1.0.2 (README.md: what it needs)") from error
+            raise UserError(MISSING) from error
         _choose_numba_threads()
         pipelines: dict[str, Any] = {"image": None} | {
             name: PipelineSpec("image", decoder=_decoder(spec, pair), transforms=_transforms(spec, pair))
