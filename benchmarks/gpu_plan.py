@@ -30,7 +30,7 @@ from benchmarks.isolation import PartFailed, run_isolated
 from benchmarks.record import CaseResult
 from benchmarks.record_file import FILE, new_record, read_record, write_record
 from benchmarks.report import case_table, write_reports
-from benchmarks.run import log_console, make_folder
+from benchmarks.run import log_console, make_folder, print_skipped
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_positive
 from fastbyol.config.plain import nearest_name
@@ -145,6 +145,7 @@ def _keep(result: CaseResult | Findings, record: dict[str, Any], console: Consol
     else:
         record["cases"][result.case] = result.as_dict()
         console.print(case_table(result))
+        print_skipped(console, result)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ def write_reports(out: Path, record: dict[str, Any]) -> None:
 
 
 HOW_TO_READ = """CPU-ms: user and system time of all threads. Figures are medians over interleaved rounds with the interval of order statistics;
-speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios."""
+speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios. Every subject runs
+at least one whole round untimed before: set-up, compilation and the first touch of memory and files are in no figure."""
+QUICK = "Quick settings: small and few, to see that everything runs and what is grossly wrong. Figures to quote come from full settings."
 
 
 def headers(result: CaseResult) -> list[str]:
@@ -90,6 +92,7 @@ def case_table(result: CaseResult) -> Table:
 def report_markdown(record: dict[str, Any], results: list[CaseResult]) -> str:
     """report.md: where and when, then each case with its table and its docstring."""
     parts = ["# fastbyol benchmarks", "\n".join(f"- {line}" for line in circumstances(record)), HOW_TO_READ]
+    parts += [QUICK] if record["quick"] else []
     parts += [_case_markdown(result) for result in results]
     for finding in record.get("findings", {}).values():
         lines = [_line([what, found]) for what, found in finding["found"].items()]

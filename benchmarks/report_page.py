@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import breakdown, plots
 from benchmarks.cases import case_docstring
 from benchmarks.record import CaseResult
-from benchmarks.report import HOW_TO_READ, cells, circumstances, headers, rate_owner
+from benchmarks.report import HOW_TO_READ, QUICK, cells, circumstances, headers, rate_owner
 from fastbyol.evaluation.page import cards, command, image, page, paragraph, section, table
 
 NO_GPU = "No GPU in this record: rates are a CPU process's, and say nothing about images/s per GPU."
@@ -31,6 +31,8 @@ def _summary(record: dict[str, Any], results: list[CaseResult]) -> str:
     parts = [cards((headline.value, headline.meaning) for headline in found)]
     if not record["provenance"]["gpu"]:
         parts.append(paragraph(NO_GPU, kind="note"))
+    if record["quick"]:
+        parts.append(paragraph(QUICK, kind="note"))
     parts += ["<h3>Data-bound?</h3>", *(paragraph(sentence) for sentence in breakdown.verdict(results))]
     return section("summary", title="How fast, and what is the limit", parts=parts)
 

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record["cases"][name] = result.as_dict()
             record["case_seconds"][name] = round(time.perf_counter() - start, 1)
             console.print(case_table(result))
-            _print_skipped(console, result)
+            print_skipped(console, result)
             console.print(f"{name}: {record['case_seconds'][name]} s, set-up and warm-up included", markup=False)
         write_record(options.out, record)  # after every case: what is measured is kept, whatever comes next
     written = read_record(options.out)
@@ -68,7 +68,8 @@ def log_console() -> Console:
     return console if console.is_terminal else Console(width=LOG_COLUMNS)
 
 
-def _print_skipped(console: Console, result: CaseResult) -> None:
+def print_skipped(console: Console, result: CaseResult) -> None:
+    """The rows that are not there, each with the reason."""
     for row, why in result.skipped.items():
         console.print(f"{row} skipped: {why}", markup=False)
 
