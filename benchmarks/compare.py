@@ -129,7 +129,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 def _changes(before: CaseResult, after: CaseResult) -> Iterator[Change]:
     for row in before.rows:
         now = after.find(row.name)
-        if now is not None and row.role != "ceiling":
+        if now is not None and not row.role.endswith("ceiling"):
             yield Change(before.case, row.name, tuple(_yardsticks(row, now, before.primary)))
 
 

@@ -17,7 +17,7 @@ class Row:
 
     name: str
     role: str
-    """'reference', 'ceiling', or '' for what is compared with them."""
+    """'reference', 'ceiling', 'memory ceiling' beside it, 'rival' for others' ways beside the reference, or '' for ours."""
     ms: dict[str, Estimate]
     """Milliseconds per unit."""
     speedup: dict[str, Estimate]
@@ -115,7 +115,7 @@ def make_result(
     rows = tuple(
         Row(
             name=subject.name,
-            role=roles.get(subject.name, ""),
+            role=roles.get(subject.name, subject.role),
             ms={clock: estimate(values) for clock, values in timings[subject.name].ms.items()},
             speedup=_ratios(timings[reference], timings[subject.name]),
             over_ceiling=_ratios(timings[subject.name], timings[ceiling]),

@@ -75,8 +75,15 @@ def cells(result: CaseResult, row: Row) -> list[str]:
     ]
     if result.unit == "image":
         values.append(number(1000 / row.ms["wall"].median))
-    extra = [f"{name} {number(value)}" for name, value in row.extra.items()]
+    extra = [_named_figure(name, value) for name, value in row.extra.items()]
     return [*values, "; ".join(filter(None, [row.note, *extra]))]
+
+
+def _named_figure(name: str, value: float) -> str:
+    """'% of peak 12.3', or 'data wait 4.5%' for what is named '..._share'."""
+    if name == "mfu":
+        return f"MFU {value:.1%}"
+    return f"{name.removesuffix('_share').replace('_', ' ')} {value:.1%}" if name.endswith("_share") else f"{name} {number(value)}"
 
 
 def case_table(result: CaseResult) -> Table:

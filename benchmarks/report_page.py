@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from html import escape
 from typing import Any
@@ -51,9 +52,11 @@ def _case(result: CaseResult) -> str:
 def _about(result: CaseResult) -> str:
     """The case's docstring; its paragraphs are prose, but for the command."""
     blocks = case_docstring(result.case).split("\n\n")
-    return "".join(
-        command(block.strip()) if block.startswith("    ") else f'<p class="note">{escape(" ".join(block.split()))}</p>' for block in blocks
-    )
+    return "".join(command(block.strip()) if block.startswith("    ") else f'<p class="note">{_prose(block)}</p>' for block in blocks)
+
+
+def _prose(block: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(" ".join(block.split())))
 
 
 def _plots(result: CaseResult) -> Iterator[str]:
@@ -66,6 +69,8 @@ def _plots(result: CaseResult) -> Iterator[str]:
         yield from _figure("Where the time of an image goes", plots.stacked(shares, axis="CPU-ms / image"))
     if shares := breakdown.time_shares(result):
         yield from _figure("Where the time goes", plots.stacked(shares, axis=f"wall-ms / {result.unit}"))
+    if found := breakdown.roofline(result):
+        yield from _figure("Roofline", plots.roofline(found))
     if len(points := breakdown.scaling_points(result)) > 1:
         yield from _figure("Scaling", plots.scaling(points, owner="GPU" if result.device == "cuda" else "CPU process"))
     yield from _figure("How far from the ceiling", plots.over_ceiling(result))

@@ -41,6 +41,7 @@ class Subject:
         units: images, updates, ... that one call does.
         calls: calls in one round: enough for several milliseconds.
         note: what differs from the other subjects.
+        role: 'rival' for others' way to do the work, 'memory ceiling' for a second ceiling; the reference and the ceiling are named by the case.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Subject:
     units: float = 1.0
     calls: int = 1
     note: str = ""
+    role: str = ""
 
 
 @dataclass(frozen=True)

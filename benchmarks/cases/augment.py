@@ -68,7 +68,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     ]
     skipped: dict[str, str] = {}
     for name, kornia in those_installed({KORNIA: lambda: KorniaViews(views)}, skipped).items():
-        subjects.append(Subject(name, lambda kornia=kornia: executors.crop_and(kornia), units=size.images, note=DIFFERENCES))
+        subjects.append(Subject(name, lambda kornia=kornia: executors.crop_and(kornia), units=size.images, note=DIFFERENCES, role="rival"))
     with torch_threads(1):
         timings = measure(subjects, rounds=size.rounds)
     return make_result(

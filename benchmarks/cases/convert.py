@@ -50,7 +50,7 @@ class Size:
     seed: int = 0
 
 
-QUICK = Size(images=50, copies=8, rounds=6)
+QUICK = Size(images=40, copies=8, rounds=6)
 FULL = Size(images=400, copies=10, rounds=9)
 
 
@@ -75,7 +75,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     ]
     timings = measure(subjects, rounds=size.rounds)
     source_bytes = sum(os.path.getsize(listing.path(index)) for index in range(num))
-    extra = {name: {"bytes_per_input_byte": _bytes_of(out) / source_bytes} for name, out in outputs.items()}
+    extra = {name: {"bytes for a byte of input": _bytes_of(out) / source_bytes} for name, out in outputs.items()}
     return make_result(
         "convert",
         f"an image folder converted by {size.workers} worker processes",

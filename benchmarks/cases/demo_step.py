@@ -47,7 +47,7 @@ class Size:
     seed: int = 0
 
 
-QUICK = Size(steps=2, rounds=6)
+QUICK = Size(steps=2, rounds=6, batch=32)
 FULL = Size(steps=40, rounds=9)
 
 

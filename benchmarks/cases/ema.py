@@ -57,7 +57,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     ]
     skipped: dict[str, str] = {}
     rivals = those_installed(_rivals(follower, followed), skipped)
-    subjects += [Subject(name, update, calls=size.calls, note=NOTES.get(name, "")) for name, update in rivals.items()]
+    subjects += [Subject(name, update, calls=size.calls, note=NOTES.get(name, ""), role="rival") for name, update in rivals.items()]
     with torch_threads(1), torch.no_grad():
         timings = measure(subjects, rounds=size.rounds, warmup=2)
     numbers = sum(t.numel() for t in target)

@@ -54,7 +54,7 @@ class Size:
     seed: int = 0
 
 
-QUICK = Size(steps=2, rounds=6, model=ModelConfig(encoder="resnet18"), size_px=64, batch=8, backends=("ffcv",))
+QUICK = Size(steps=2, rounds=6, model=ModelConfig(encoder="resnet18", hidden_dim=512), size_px=64, batch=4, backends=("ffcv",))
 FULL = Size(steps=8, rounds=9, model=ModelConfig(encoder="resnet18"), size_px=224, batch=8)
 
 

@@ -110,7 +110,10 @@ def _subjects(size: Size, skipped: dict[str, str]) -> list[Subject]:
         Subject(OURS, lambda: lars_ema(ours, target=target, online=online, tau=TAU), calls=size.calls),
         Subject("fastbyol LARS.step, then ema_update", _both(ours.step, lambda: ema_update(target, detached, TAU)), calls=size.calls),
         Subject("fastbyol LARS.step alone", ours.step, calls=size.calls, note="no target"),
-        *(Subject(name, work, calls=size.calls, note="" if name == BY_TENSOR else ANOTHER_RULE) for name, work in rivals.items()),
+        *(
+            Subject(name, work, calls=size.calls, note="" if name == BY_TENSOR else ANOTHER_RULE, role="rival")
+            for name, work in rivals.items()
+        ),
     ]
 
 

@@ -62,11 +62,11 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     subjects = [
         Subject(CEILING, lambda: torch._foreach_copy_(copies, detached), calls=size.calls),
         Subject(OURS, ours.step, calls=size.calls),
-        Subject(BY_TENSOR, lars_by_tensor(params, lr=LR), calls=size.calls, note="two host syncs a tensor"),
+        Subject(BY_TENSOR, lars_by_tensor(params, lr=LR), calls=size.calls, note="two host syncs a tensor", role="rival"),
     ]
     skipped: dict[str, str] = {}
     rivals = those_installed(_rivals(online), skipped)
-    subjects += [Subject(name, step, calls=size.calls, note=ANOTHER_RULE) for name, step in rivals.items()]
+    subjects += [Subject(name, step, calls=size.calls, note=ANOTHER_RULE, role="rival") for name, step in rivals.items()]
     with torch_threads(1):
         timings = measure(subjects, rounds=size.rounds, warmup=2)
     return make_result(

@@ -101,7 +101,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
                 extra = _rates_by_threads({name: path for name, path in paths.items() if name not in skipped}, size, views)
             for one in subjects:
                 if one.name in OURS:
-                    extra[one.name] = extra.get(one.name, {}) | {"MiB in 3 epochs": _growth_mib(one.run)}
+                    extra[one.name] = extra.get(one.name, {}) | {"MiB of growth in 3 epochs": _growth_mib(one.run)}
     finally:
         for one in opened:
             one.close()
@@ -130,7 +130,10 @@ def _rivals(paths: dict[str, Path], size: Size, views: ViewPair, skipped: dict[s
     else:
         skipped[STOCK_FFCV] = "compiles for 20 s: only without --quick"
     rivals = those_installed(makers, skipped)
-    return [Subject(name, lambda loader=loader: _consume(loader), units=size.images, note=notes[name]) for name, loader in rivals.items()]
+    return [
+        Subject(name, lambda loader=loader: _consume(loader), units=size.images, note=notes[name], role="rival")
+        for name, loader in rivals.items()
+    ]
 
 
 def _rates_by_threads(paths: dict[str, Path], size: Size, views: ViewPair) -> dict[str, dict[str, float]]:
@@ -162,7 +165,7 @@ def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, ope
         config = DataConfig(train=str(path), backend=backend, workers=1, dali_ops="all")
         native = build_loader(config, views=views, seed=size.seed, global_batch=size.batch)
         opened.append(native)
-        subjects.append(Subject(DALI_NATIVE, _epoch_of(native), units=size.images, note=NATIVE_DIFFERENCES))
+        subjects.append(Subject(DALI_NATIVE, _epoch_of(native), units=size.images, note=NATIVE_DIFFERENCES, role="rival"))
     return subjects
 
 

@@ -2,7 +2,8 @@
 
 How: the product's `train_step` on noise, eager. The largest batch is found from the memory of two small ones. Reference: float32, NCHW, at half
 that batch, or less where that does not fit. bf16 also in NCHW, and with cuDNN's search for algorithms, which the
-product leaves off. Ceiling: the step's operations, counted by torch, at the rate of a large bf16 matrix product in the same rounds.
+product leaves off. Ceiling: the step's operations, counted by torch, at the rate of a large bf16 matrix product in the same rounds;
+of memory, a copy of the bytes that our step's operations read and write (`traffic.py`).
 MFU: those operations over the card's peak by its data sheet (`fastbyol/monitors/compute.py`), where the card is known. The shares of forward and
 backward and of the update are the monitor's, by CUDA events.
 
@@ -14,23 +15,27 @@ docs/performance.md for the limit by memory, several times below the ceiling her
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
+from benchmarks.breakdown import COPIED, MEGABYTES
 from benchmarks.gpu import Place
 from benchmarks.gpu.memory import is_out_of_memory, largest_batch
 from benchmarks.gpu.subjects import device_subject
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import Subject, Timings, measure
+from benchmarks.traffic import bytes_moved
 from benchmarks.training_step import TrainingStep, synthetic_batch
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
 from fastbyol.tuning.memory import release_memory
 
 REFERENCE, OURS, CEILING = "float32, NCHW", "bf16, channels-last", "bf16 matrix product, same operations"
+MEMORY = "copy of as many bytes"
 SEARCHED = "bf16, channels-last, cudnn.benchmark"
 VARIANTS = {
     REFERENCE: PrecisionConfig(autocast="off", channels_last=False),
@@ -51,6 +56,7 @@ class Size:
     rounds: int
     batch: int = 0
     matrix: int = 8192
+    copy_mib: int = 1024
     enough_s: float = ENOUGH_S
 
 
@@ -61,6 +67,7 @@ TINY = Size(
     rounds=1,
     batch=4,
     matrix=64,
+    copy_mib=1,
     enough_s=0,
 )
 
@@ -69,9 +76,12 @@ def run(size: Size, *, place: Place) -> CaseResult:
     batch = size.batch or largest_batch(lambda n: one_step(size, VARIANTS[OURS], n, place.device), place.device)
     steps, subjects, skipped = _variants(size, batch, place.device)
     flop = flop_per_image(size.model, size_px=size.size_px)
-    subjects.append(matrix_product(size.matrix, flop, place.device))
+    megabytes = steps[OURS].megabytes
+    subjects += [matrix_product(size.matrix, flop, place.device), copy_subject(size.copy_mib, megabytes, place.device)]
     timings = measure(subjects, rounds=size.rounds, warmed_up=lambda: [step.forget_times() for step in steps.values()])
-    rates = compute_rates(timings, flop, place.device)
+    rates = compute_rates({name: timing for name, timing in timings.items() if name != MEMORY}, flop, place.device)
+    extra = {name: rates[name] | (steps[name].figures() if name in steps else {}) for name in rates}
+    extra[MEMORY] = {COPIED: megabytes / median(timings[MEMORY].ms["wall"])}
     return make_result(
         "gpu.step",
         f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}, {flop / 1e9:.1f} GFLOP an image",
@@ -83,7 +93,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
         threads=torch.get_num_threads(),
         primary="wall",
         settings=size,
-        extra={name: rates[name] | (steps[name].time_shares() if name in steps else {}) for name in rates},
+        extra=extra,
         skipped=skipped,
         device=place.device.type,
     )
@@ -129,8 +139,14 @@ class NoiseStep:
     def forget_times(self) -> None:
         self._step.forget_times()
 
-    def time_shares(self) -> dict[str, float]:
-        return self._step.time_shares()
+    @functools.cached_property
+    def megabytes(self) -> float:
+        """That a step moves for an image where no cache helps."""
+        return bytes_moved(self) / len(self._views.index) / 1e6
+
+    def figures(self) -> dict[str, float]:
+        """Bytes an image, and where the time went; the shares first, for counting the bytes takes a step more."""
+        return self._step.time_shares() | {MEGABYTES: self.megabytes}
 
 
 def one_step(size: Size, precision: PrecisionConfig, batch: int, device: torch.device) -> None:
@@ -150,6 +166,14 @@ def compute_rates(
         achieved = 1000 * flop / median(timing.ms["wall"])
         rates[name] = {"TFLOP/s": achieved / 1e12} | ({"mfu": achieved / peak} if peak and uses_16_bits(name) else {})
     return rates
+
+
+def copy_subject(mebibytes: int, megabytes_per_image: float, device: torch.device) -> Subject:
+    """A copy on the device, counted in images that move so many bytes; what it reads and what it writes counts."""
+    source = torch.zeros(mebibytes << 20, dtype=torch.uint8, device=device)
+    out = torch.empty_like(source)
+    units = 2 * len(source) / (1e6 * megabytes_per_image)
+    return device_subject(MEMORY, lambda: out.copy_(source), device=device, units=units, role="memory ceiling")
 
 
 def matrix_product(side: int, flop: float, device: torch.device) -> Subject:

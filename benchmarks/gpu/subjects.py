@@ -17,7 +17,14 @@ MOST_CALLS = 200
 
 
 def device_subject(
-    name: str, work: Callable[[], object], *, device: torch.device, units: float = 1.0, enough_s: float = ENOUGH_S, note: str = ""
+    name: str,
+    work: Callable[[], object],
+    *,
+    device: torch.device,
+    units: float = 1.0,
+    enough_s: float = ENOUGH_S,
+    note: str = "",
+    role: str = "",
 ) -> Subject:
     """The work, repeated, then one wait for the device. It runs two times here already: compilation, first touch, then to see how long it takes.
 
@@ -28,6 +35,7 @@ def device_subject(
         units: that one call does.
         enough_s: how long a sample lasts at least; 0 for one call.
         note: as in the table.
+        role: of the subject.
     """
     calls = calls_for(_seconds(work, device), enough_s=enough_s)
 
@@ -36,7 +44,7 @@ def device_subject(
             work()
         synchronize(device)
 
-    return Subject(name, repeated, units=units * calls, note=note)
+    return Subject(name, repeated, units=units * calls, note=note, role=role)
 
 
 def calls_for(seconds: float, *, enough_s: float) -> int:
