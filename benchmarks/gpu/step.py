@@ -111,7 +111,7 @@ def _variants(size: Size, batch: int, device: torch.device) -> tuple[dict[str, N
                 subjects.append(device_subject(name, step, device=device, units=num, enough_s=size.enough_s, note=note))
                 steps[name] = step
             except RuntimeError as error:
-                if not is_out_of_memory(error) or name == OURS or num == 1:
+                if not is_out_of_memory(error) or name == OURS or num <= 2:
                     raise
                 if name != REFERENCE:
                     skipped[name] = f"out of memory at {note}"
