@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = log_console()
     typed = sys.argv[1:] if arguments is None else arguments
     record = new_record(quick=options.quick, command=shlex.join(["python", "-m", "benchmarks.run", *typed]))
+    failed: list[str] = []
     for name in names:
         console.print(f"[bold]{name}[/bold] ...")
         start = time.perf_counter()
@@ -42,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except UserError as error:  # an optional package is missing: the other cases are none the worse
             record["skipped"][name] = str(error)
             console.print(f"{name} skipped: {error}", markup=False)
+        except Exception as error:  # a mistake in one case shall not cost what the others take minutes to measure
+            traceback.print_exc()
+            record["skipped"][name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            failed.append(name)
         else:
             record["cases"][name] = result.as_dict()
             record["case_seconds"][name] = round(time.perf_counter() - start, 1)
@@ -52,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     written = read_record(options.out)
     write_reports(options.out, written)
     console.print(f"wrote {options.out / FILE}, report.md and report.html; {written['seconds']:.0f} s in all", markup=False)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; see above")
 
 
 def _parser() -> OneLineParser:

@@ -393,6 +393,24 @@ def test_a_case_that_lacks_a_package_is_skipped_by_name_and_the_others_run(tmp_p
     assert "- lars: torch-optimizer is not installed" in report_markdown(record, [])
 
 
+def test_a_case_that_breaks_costs_neither_the_others_nor_the_reports_and_the_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def broken(size: object, *, scratch: Path) -> CaseResult:
+        raise ZeroDivisionError("no rows")
+
+    monkeypatch.setattr(lars, "run", broken)
+    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["lars", "ema", "--quick", "--out", str(tmp_path)])
+    assert stopped.value.code == "failed: lars; see above"
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    record = json.loads((tmp_path / "records.json").read_text())
+    assert list(record["cases"]) == ["ema"]
+    assert record["skipped"] == {"lars": "failed: ZeroDivisionError: no rows"}
+    assert "- lars: failed: ZeroDivisionError: no rows" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -70,7 +70,7 @@ class Size:
     slow: bool = True
 
 
-QUICK = Size(images=40, batch=20, rounds=6, slow=False)
+QUICK = Size(images=30, batch=15, rounds=9, slow=False)
 FULL = Size(images=350, batch=50, rounds=9)
 
 

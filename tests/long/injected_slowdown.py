@@ -4,7 +4,7 @@ python tests/long/injected_slowdown.py [--slower 0.2] [--full] [--keep DIR]     
 
 Each measurement is `python -m benchmarks.run loader` in a process of its own. The slow-down is real: after each view that the kernel has rendered,
 the loader's thread spins for that share of the CPU time that it took since the view before, decoding included. Only the CPU clock counts, so a busy
-machine may widen the intervals and does not change the verdict.
+machine widens the intervals and changes no figure: there some of the slowed rows may come out as 'within noise', which --full (ten minutes) mends.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ def measure(out: Path, *, slower: float, full: bool) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def compared(before: Path, after: Path) -> tuple[set[str], int]:
-    """(rows that are flagged as slower, the command's exit code); what the command prints is shown."""
-    records = read_record(before), read_record(after)
-    flagged = {change.subject for change in compare.compare(*records) if change.verdict(compare.THRESHOLD) == compare.SLOWER}
+def compared(before: Path, after: Path) -> tuple[dict[str, set[str]], int]:
+    """(rows by verdict, the command's exit code); what the command prints is shown."""
+    verdicts: dict[str, set[str]] = {compare.SLOWER: set(), compare.NOISE: set()}
+    for change in compare.compare(read_record(before), read_record(after)):
+        verdicts.setdefault(change.verdict(compare.THRESHOLD), set()).add(change.subject)
     command = [sys.executable, "-m", "benchmarks.compare", str(before), str(after)]
-    return flagged, subprocess.run(command, cwd=ROOT).returncode
+    return verdicts, subprocess.run(command, cwd=ROOT).returncode
 
 
 def main() -> None:
@@ -68,10 +69,11 @@ def main() -> None:
         for name, slower in (("first", 0.0), ("again", 0.0), ("slowed", options.slower)):
             measure(out / name, slower=slower, full=options.full)
         same, same_exit = compared(out / "first", out / "again")
-        flagged, flagged_exit = compared(out / "first", out / "slowed")
-    right = not same and same_exit == 0 and flagged == SLOWED and flagged_exit == compare.SLOWER_EXIT
-    print(f"the same twice: {sorted(same) or 'nothing'} flagged; {options.slower:.0%} slower: {sorted(flagged) or 'nothing'} flagged: "
-          f"{'as it must be' if right else 'WRONG'}")  # fmt: skip
+        slowed, slowed_exit = compared(out / "first", out / "slowed")
+    flagged, moved = slowed[compare.SLOWER], slowed[compare.NOISE]
+    right = not same[compare.SLOWER] and same_exit == 0 and flagged <= SLOWED <= flagged | moved and slowed_exit == compare.SLOWER_EXIT
+    print(f"the same twice: {len(same[compare.SLOWER])} rows flagged; {options.slower:.0%} slower: of {len(SLOWED)} slowed rows {len(flagged)} "
+          f"flagged, {len(SLOWED & moved)} within the noise: {'as it must be' if right else 'WRONG'}")  # fmt: skip
     sys.exit(not right)
 
 
