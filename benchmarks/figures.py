@@ -148,7 +148,8 @@ def gpu_rates_table(kept: Path = KEPT) -> str:
         if result is None:
             lines.append(f"| `{case.removeprefix('gpu.')}` | | not measured yet |")
         else:
-            lines += [f"| {result.title} | {row.name} | {number(1000 / row.ms['wall'].median)} |" for row in result.rows]
+            rows = [row for row in result.rows if row.role != "memory ceiling"]
+            lines += [f"| {result.title} | {row.name} | {number(1000 / row.ms['wall'].median)} |" for row in rows]
     return "\n".join(lines)
 
 

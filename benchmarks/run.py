@@ -22,6 +22,7 @@ from benchmarks.record_file import FILE, new_record, read_record, write_record
 from benchmarks.report import case_table, write_reports
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
+from fastbyol.preemption import INTERRUPTED_EXIT
 
 LOG_COLUMNS = 180
 
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except UserError as error:  # an optional package is missing: the other cases are none the worse
             record["skipped"][name] = str(error)
             console.print(f"{name} skipped: {error}", markup=False)
+        except KeyboardInterrupt:
+            console.print(f"interrupted in {name}; the record in {options.out} holds the cases before it", markup=False)
+            sys.exit(INTERRUPTED_EXIT)
         except Exception as error:  # a mistake in one case shall not cost what the others take minutes to measure
             traceback.print_exc()
             record["skipped"][name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
-from benchmarks import breakdown, compare, plots, report  # noqa: E402
+from benchmarks import breakdown, compare, figures, plots, report  # noqa: E402
 from benchmarks.cases import ema  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.record_file import new_record, newest_kept, read_record, results_of, write_record  # noqa: E402
@@ -178,7 +178,16 @@ def test_a_machine_that_was_much_busier_in_one_of_the_runs_is_noted(compared, mo
 
 def test_a_file_that_is_no_record_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "text.json").write_text("not json")
-    for path, message in ((tmp_path / "text.json", "not JSON"), (tmp_path / "none", "cannot be read")):
+    write_record(tmp_path, record_of(case(ours=2.0)))
+    whole = json.loads((tmp_path / "records.json").read_text())
+    (tmp_path / "cut.json").write_text(json.dumps({**whole, "provenance": {"cpu": "x"}}))
+    (tmp_path / "edited.json").write_text(json.dumps({**whole, "cases": {"loader": {"rows": [{"name": "ours"}]}}}))
+    for path, message in (
+        (tmp_path / "text.json", "not JSON"),
+        (tmp_path / "none", "cannot be read"),
+        (tmp_path / "cut.json", "a damaged record, without command, commit, versions, cores, gpu"),
+        (tmp_path / "edited.json", "a damaged record"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             compare.main([str(path), str(path)])
         err = capsys.readouterr().err
@@ -331,6 +340,16 @@ def test_reports_are_made_anew_from_a_kept_record(tmp_path: Path):
     report.main([str(tmp_path)])
     assert "| TurboJPEG: decode only, bytes in memory (ceiling) |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_memory_ceilings_images_per_s_are_quoted_nowhere(tmp_path: Path):
+    result = case("gpu.step", device="cuda", primary="wall", ours=2.0, copy=0.5)
+    rows = tuple(replace(row, role="memory ceiling" if row.name == "copy" else row.role) for row in result.rows)
+    (tmp_path / "a").mkdir()
+    write_record(tmp_path / "a", record_of(replace(result, rows=rows)))
+    table = figures.gpu_rates_table(tmp_path)
+    assert "| a title | ours | 385 |" in table
+    assert "copy" not in table
 
 
 def test_the_newest_full_record_that_has_the_case_is_taken(tmp_path: Path):

@@ -393,6 +393,21 @@ def test_a_case_that_lacks_a_package_is_skipped_by_name_and_the_others_run(tmp_p
     assert "- lars: torch-optimizer is not installed" in report_markdown(record, [])
 
 
+def test_ctrl_c_ends_a_run_in_one_line_and_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(size: object, *, scratch: Path) -> CaseResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lars, "run", interrupted)
+    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["ema", "lars", "--quick", "--out", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert "interrupted in lars" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "records.json").read_text())["cases"]) == ["ema"]
+
+
 def test_a_case_that_breaks_costs_neither_the_others_nor_the_reports_and_the_run_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
