@@ -105,19 +105,22 @@ def _variants(size: Size, batch: int, device: torch.device) -> tuple[dict[str, N
     for name, precision in VARIANTS.items():
         num = max(1, batch // 2) if name == REFERENCE else batch
         while name not in steps and name not in skipped:
-            note = f"batch {num}"
             try:
-                step = NoiseStep(size, precision, num, device, search=name == SEARCHED)
-                subjects.append(device_subject(name, step, device=device, units=num, enough_s=size.enough_s, note=note))
-                steps[name] = step
+                steps[name], subject = _variant(name, size, precision, num, device)
+                subjects.append(subject)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or name == OURS or num <= 2:
                     raise
                 if name != REFERENCE:
-                    skipped[name] = f"out of memory at {note}"
+                    skipped[name] = f"out of memory at batch {num}"
                 num //= 2
-            release_memory()  # the failure's frames are gone by now
+            release_memory()  # the failure's frames, which held what it had taken, are gone by now
     return steps, subjects, skipped
+
+
+def _variant(name: str, size: Size, precision: PrecisionConfig, batch: int, device: torch.device) -> tuple[NoiseStep, Subject]:
+    step = NoiseStep(size, precision, batch, device, search=name == SEARCHED)
+    return step, device_subject(name, step, device=device, units=batch, enough_s=size.enough_s, note=f"batch {batch}")
 
 
 class NoiseStep:

@@ -109,7 +109,7 @@ def _tune_compile(bench: Bench, stepper: Stepper, *, rate: float, own: Precision
     if bench.keeps("precision.compile") and not own.compile:
         return stepper, rate
     if reason := candidates.reason_not_to_compile(bench.process.device, seconds=bench.request.seconds):
-        bench.found.notes["precision.compile"] = reason
+        bench.found.notes["precision.compile_mode" if own.compile and bench.keeps("precision.compile") else "precision.compile"] = reason
         return stepper, rate
     for variant in _ways_to_compile(bench, own):
         stepper, rate = _try_compiled(bench, stepper, variant, rate=rate)
