@@ -50,7 +50,7 @@ class Size:
     seed: int = 0
 
 
-QUICK = Size(images=40, copies=8, rounds=6)
+QUICK = Size(images=40, copies=6, rounds=6)
 FULL = Size(images=400, copies=10, rounds=9)
 
 
