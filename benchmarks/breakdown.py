@@ -34,6 +34,10 @@ HEADLINES = {
 DATA_BOUND = 1.05
 """End to end over the steps alone; above it the step waits for data."""
 STEPS_ALONE = "steps alone"
+RATES = {"GFLOP/CPU-s": ("cpu", 1.0), "TFLOP/s": ("wall", 1e3)}
+"""Extra figures that are a rate of operations: the clock that they are by, and in how many GFLOP/s."""
+OF_PEAK = "% of peak"
+MEGABYTES, COPIED = "MB an image", "GB/s copied"
 LEAST_SHARE = 1e-3
 """Below it a part is not drawn."""
 
@@ -53,6 +57,44 @@ class ScalingPoint:
     ranks: int
     images_per_s: float
     efficiency: float
+
+
+@dataclass(frozen=True)
+class RooflinePoint:
+    """A row: rate in the roofline's unit; intensity in operations per byte."""
+
+    name: str
+    role: str
+    intensity: float
+    rate: float
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """peak in `unit`; bandwidth in that per operation per byte. The names say what was measured."""
+
+    points: tuple[RooflinePoint, ...]
+    peak: float
+    peak_name: str
+    bandwidth: float
+    bandwidth_name: str
+    unit: str
+
+
+def roofline(result: CaseResult) -> Roofline | None:
+    """The rows whose operations and bytes are known, and both roofs as measured in the same rounds; None where the case does not have them."""
+    ceiling = next((row for row in result.rows if row.role == "ceiling"), None)
+    copy = next((row for row in result.rows if COPIED in row.extra), None)
+    unit = next((name for name in RATES if ceiling is not None and name in ceiling.extra), None)
+    if ceiling is None or copy is None or unit is None:
+        return None
+    clock, giga = RATES[unit]
+    points = [
+        RooflinePoint(row.name, row.role, row.extra[unit] * giga * row.ms[clock].median / row.extra[MEGABYTES], row.extra[unit])
+        for row in result.rows
+        if MEGABYTES in row.extra and unit in row.extra
+    ]
+    return Roofline(tuple(points), ceiling.extra[unit], ceiling.name, copy.extra[COPIED] / giga, copy.name, unit) if points else None
 
 
 def waterfall(result: CaseResult) -> list[tuple[str, float]]:
@@ -105,9 +147,12 @@ def headlines(results: Sequence[CaseResult], *, owner_of: dict[str, str]) -> lis
     for case, (what, ours) in HEADLINES.items():
         rows = [row for row in by_case[case].rows if re.search(ours, row.name)] if case in by_case else []
         if rows:
-            best = min(rows, key=lambda row: row.ms["wall"].median)
+            best = min(rows, key=lambda row: row.ms[by_case[case].primary].median)
             found.append(Headline(_rate(best), f"images/s per {owner_of[case]}, {what}: {best.name}; {by_case[case].title}"))
             found += [Headline(f"{best.extra['mfu']:.1%}", f"MFU, {what}: {best.name}")] if "mfu" in best.extra else []
+            if OF_PEAK in best.extra:
+                meaning = f"of the bf16 rate that this CPU reached in the same rounds, {what}: {best.name}"
+                found.append(Headline(f"{best.extra[OF_PEAK]:.1f}%", meaning))
     return found
 
 

@@ -37,7 +37,7 @@ LOAD_NOTE = "neighbours in the caches move even ratios by 10 % and more; measure
 MACHINE = ("cpu", "cores", "gpu")
 MEANING = ("unit", "threads", "primary", "device", "settings")
 """Fields of a case that its figures depend on."""
-ONLY_PRECISION = {"rounds"}
+ONLY_PRECISION = {"rounds", "more_rounds"}
 """Settings that change how sure a figure is, not what it is."""
 
 
@@ -108,6 +108,8 @@ def require_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
     for name in common:
         for field in MEANING:
             _require_equal(f"{field} of {name}", getattr(ours[name], field), getattr(theirs[name], field))
+        for role in ("reference", "ceiling"):  # another one where a package is missing
+            _require_equal(f"the {role} of {name}", ours[name].named(role), theirs[name].named(role))
 
 
 def _require_equal(what: str, before: object, after: object) -> None:
@@ -127,7 +129,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
 def _changes(before: CaseResult, after: CaseResult) -> Iterator[Change]:
     for row in before.rows:
         now = after.find(row.name)
-        if now is not None and row.role != "ceiling":
+        if now is not None and not row.role.endswith("ceiling"):
             yield Change(before.case, row.name, tuple(_yardsticks(row, now, before.primary)))
 
 

@@ -148,7 +148,8 @@ def gpu_rates_table(kept: Path = KEPT) -> str:
         if result is None:
             lines.append(f"| `{case.removeprefix('gpu.')}` | | not measured yet |")
         else:
-            lines += [f"| {result.title} | {row.name} | {number(1000 / row.ms['wall'].median)} |" for row in result.rows]
+            rows = [row for row in result.rows if row.role != "memory ceiling"]
+            lines += [f"| {result.title} | {row.name} | {number(1000 / row.ms['wall'].median)} |" for row in rows]
     return "\n".join(lines)
 
 
@@ -157,7 +158,11 @@ def cpu_rates_table(kept: Path = KEPT) -> str:
     lines = ["| case | subject | images per CPU-second |", "|---|---|---:|"]
     for case in ("loader", "step", "end_to_end"):
         if (result := _newest(case, kept)) is not None:
-            lines += [f"| {result.title} | {row.name} | {number(1000 / row.ms['cpu'].median)} |" for row in result.rows if not row.role]
+            lines += [
+                f"| {result.title} | {row.name} | {number(1000 / row.ms['cpu'].median)} |"
+                for row in result.rows
+                if row.role in ("", "rival")
+            ]
     return "\n".join(lines)
 
 

@@ -6,17 +6,18 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.breakdown import ScalingPoint
+from benchmarks.breakdown import Roofline, ScalingPoint
 from benchmarks.record import CaseResult
 from benchmarks.report import number
 from benchmarks.timing import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 OURS, REFERENCE, CEILING = "#1f5fa8", "#b03a2e", "#8a94a3"
-ROLE_COLOURS = {"": OURS, "reference": REFERENCE, "ceiling": CEILING}
+ROLE_COLOURS = {"": OURS, "reference": REFERENCE, "ceiling": CEILING, "memory ceiling": CEILING, "rival": "#d98b6a"}
 PART_COLOURS = ("#1f5fa8", "#e0a030", "#3a9d78", "#b03a2e", "#8a94a3")
 WIDTH = 8.6
 LONGEST_LABEL = 46
@@ -78,8 +79,7 @@ def over_ceiling(result: CaseResult) -> bytes:
     medians = [row.over_ceiling[result.primary].median for row in result.rows]
     if max(medians) > 8 * min(medians):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        _label_decades(axes.xaxis)
         axes.set_xlim(min(0.7, 0.8 * min(medians)), 2.2 * max(row.over_ceiling[result.primary].high for row in result.rows))
     else:
         axes.set_xlim(0, 1.15 * max(row.over_ceiling[result.primary].high for row in result.rows))
@@ -88,6 +88,33 @@ def over_ceiling(result: CaseResult) -> bytes:
         [f"{row.name} ({row.role})" if row.role else row.name for row in result.rows],
         f"time over the ceiling's ({result.primary} clock)",
     )
+    return _png(figure)
+
+
+def roofline(found: Roofline) -> bytes:
+    """Each row's rate over how many operations it does for a byte, under the two roofs: the machine's arithmetic and its memory."""
+    figure, axes = _canvas(rows=9)
+    xs = [point.intensity for point in found.points]
+    left, right = 0.4 * min(*xs, found.peak / found.bandwidth), 2.5 * max(*xs, found.peak / found.bandwidth)
+    ridge = found.peak / found.bandwidth
+    axes.plot([left, ridge, right], [left * found.bandwidth, found.peak, found.peak], color=CEILING, linewidth=1.5)
+    axes.text(right, found.peak, f"{found.peak_name} ", ha="right", va="bottom", fontsize=8, color=CEILING)
+    axes.text(left, left * found.bandwidth, f"  {found.bandwidth_name}", va="top", fontsize=8, color=CEILING)
+    for place, point in enumerate(found.points):
+        axes.plot(point.intensity, point.rate, "o", color=ROLE_COLOURS[point.role], markersize=7)
+        axes.annotate(str(place + 1), (point.intensity, point.rate), ha="center", va="center", fontsize=6, color="white")
+    names = [f"{place + 1}  {point.name}" for place, point in enumerate(found.points)]
+    axes.text(1.02, 0.5, "\n".join(names), transform=axes.transAxes, va="center", fontsize=7, linespacing=1.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(0.7 * min(found.bandwidth * left, *(point.rate for point in found.points)), 1.6 * found.peak)
+    for axis in (axes.xaxis, axes.yaxis):
+        _label_decades(axis)
+    axes.set_xlabel("operations per byte moved (no cache)", fontsize=8)
+    axes.set_ylabel(found.unit, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
@@ -128,6 +155,15 @@ def _label(axes: Axes, labels: Sequence[str], axis: str) -> None:
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label_decades(axis: XAxis | YAxis) -> None:
+    """1, 2, 5, 10, ...: on a logarithmic axis all other labels overlap."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _png(figure: Figure) -> bytes:

@@ -17,7 +17,7 @@ class Row:
 
     name: str
     role: str
-    """'reference', 'ceiling', or '' for what is compared with them."""
+    """'reference', 'ceiling', 'memory ceiling' beside it, 'rival' for others' ways beside the reference, or '' for ours."""
     ms: dict[str, Estimate]
     """Milliseconds per unit."""
     speedup: dict[str, Estimate]
@@ -63,6 +63,10 @@ class CaseResult:
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
+
+    def named(self, role: str) -> str:
+        """Name of the row with that role."""
+        return next((row.name for row in self.rows if row.role == role), "")
 
     def find(self, name: str) -> Row | None:
         """The row of that name, None where it was not measured."""
@@ -111,7 +115,7 @@ def make_result(
     rows = tuple(
         Row(
             name=subject.name,
-            role=roles.get(subject.name, ""),
+            role=roles.get(subject.name, subject.role),
             ms={clock: estimate(values) for clock, values in timings[subject.name].ms.items()},
             speedup=_ratios(timings[reference], timings[subject.name]),
             over_ceiling=_ratios(timings[subject.name], timings[ceiling]),

@@ -18,6 +18,9 @@ from fastbyol.provenance import collect_provenance
 FORMAT = 1
 """Of records.json; a later one that cannot be compared with it gets another number."""
 FILE = "records.json"
+EVERY = ("quick", "started", "seconds", "measuring_overhead_ms", "load_average", "skipped")
+MACHINE = ("command", "commit", "versions", "cpu", "cores", "gpu")
+"""What every record holds, and its provenance."""
 KEPT = Path(__file__).parent / "results"
 
 
@@ -33,6 +36,7 @@ def new_record(*, quick: bool, command: str) -> dict[str, Any]:
         "provenance": collect_provenance() | {"command": command},
         "machine": describe_machine(),
         "cases": {},
+        "case_seconds": {},
         "skipped": {},
     }
 
@@ -64,7 +68,19 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: format {record['format']}, and this checkout knows {FORMAT}; measure again, or use the commit that wrote it"
         )
+    _require_whole(record, file)
     return record
+
+
+def _require_whole(record: dict[str, Any], file: Path) -> None:
+    """UserError where something is missing that every record of this format has: it was cut or edited."""
+    try:
+        missing = [name for name in EVERY if name not in record] + [name for name in MACHINE if name not in record["provenance"]]
+        results_of(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        missing = [str(error)]
+    if missing:
+        raise UserError(f"{file}: a damaged record, without {', '.join(missing)}; measure again, or take it from git")
 
 
 def results_of(record: dict[str, Any]) -> list[CaseResult]:

@@ -37,7 +37,9 @@ def write_reports(out: Path, record: dict[str, Any]) -> None:
 
 
 HOW_TO_READ = """CPU-ms: user and system time of all threads. Figures are medians over interleaved rounds with the interval of order statistics;
-speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios."""
+speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios. Every subject runs
+at least one whole round untimed before: set-up, compilation and the first touch of memory and files are in no figure."""
+QUICK = "Quick settings: small and few, to see that everything runs and what is grossly wrong. Figures to quote come from full settings."
 
 
 def headers(result: CaseResult) -> list[str]:
@@ -73,8 +75,15 @@ def cells(result: CaseResult, row: Row) -> list[str]:
     ]
     if result.unit == "image":
         values.append(number(1000 / row.ms["wall"].median))
-    extra = [f"{name} {number(value)}" for name, value in row.extra.items()]
+    extra = [_named_figure(name, value) for name, value in row.extra.items()]
     return [*values, "; ".join(filter(None, [row.note, *extra]))]
+
+
+def _named_figure(name: str, value: float) -> str:
+    """'% of peak 12.3', or 'data wait 4.5%' for what is named '..._share'."""
+    if name == "mfu":
+        return f"MFU {value:.1%}"
+    return f"{name.removesuffix('_share').replace('_', ' ')} {value:.1%}" if name.endswith("_share") else f"{name} {number(value)}"
 
 
 def case_table(result: CaseResult) -> Table:
@@ -90,6 +99,7 @@ def case_table(result: CaseResult) -> Table:
 def report_markdown(record: dict[str, Any], results: list[CaseResult]) -> str:
     """report.md: where and when, then each case with its table and its docstring."""
     parts = ["# fastbyol benchmarks", "\n".join(f"- {line}" for line in circumstances(record)), HOW_TO_READ]
+    parts += [QUICK] if record["quick"] else []
     parts += [_case_markdown(result) for result in results]
     for finding in record.get("findings", {}).values():
         lines = [_line([what, found]) for what, found in finding["found"].items()]
@@ -110,8 +120,15 @@ def circumstances(record: dict[str, Any]) -> list[str]:
         *_clocks(record.get("machine")),
         f"load average at the start {_loads(load['start'])}, at the end {_loads(load['end'])} (1, 5, 15 min; ours included)",
         ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
-        f"measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us a sample",
+        f"measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us a sample, which lasts milliseconds",
+        *_case_seconds(record),
     ]
+
+
+def _case_seconds(record: dict[str, Any]) -> list[str]:
+    """How long each case took, set-up included; records before December 2026 do not say."""
+    seconds = record.get("case_seconds")
+    return [f"seconds by case: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}"] if seconds else []
 
 
 def _clocks(machine: dict[str, Any] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from html import escape
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from benchmarks import breakdown, plots
 from benchmarks.cases import case_docstring
 from benchmarks.record import CaseResult
-from benchmarks.report import HOW_TO_READ, cells, circumstances, headers, rate_owner
+from benchmarks.report import HOW_TO_READ, QUICK, cells, circumstances, headers, rate_owner
 from fastbyol.evaluation.page import cards, command, image, page, paragraph, section, table
 
 NO_GPU = "No GPU in this record: rates are a CPU process's, and say nothing about images/s per GPU."
@@ -31,6 +32,8 @@ def _summary(record: dict[str, Any], results: list[CaseResult]) -> str:
     parts = [cards((headline.value, headline.meaning) for headline in found)]
     if not record["provenance"]["gpu"]:
         parts.append(paragraph(NO_GPU, kind="note"))
+    if record["quick"]:
+        parts.append(paragraph(QUICK, kind="note"))
     parts += ["<h3>Data-bound?</h3>", *(paragraph(sentence) for sentence in breakdown.verdict(results))]
     return section("summary", title="How fast, and what is the limit", parts=parts)
 
@@ -49,9 +52,11 @@ def _case(result: CaseResult) -> str:
 def _about(result: CaseResult) -> str:
     """The case's docstring; its paragraphs are prose, but for the command."""
     blocks = case_docstring(result.case).split("\n\n")
-    return "".join(
-        command(block.strip()) if block.startswith("    ") else f'<p class="note">{escape(" ".join(block.split()))}</p>' for block in blocks
-    )
+    return "".join(command(block.strip()) if block.startswith("    ") else f'<p class="note">{_prose(block)}</p>' for block in blocks)
+
+
+def _prose(block: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(" ".join(block.split())))
 
 
 def _plots(result: CaseResult) -> Iterator[str]:
@@ -64,6 +69,8 @@ def _plots(result: CaseResult) -> Iterator[str]:
         yield from _figure("Where the time of an image goes", plots.stacked(shares, axis="CPU-ms / image"))
     if shares := breakdown.time_shares(result):
         yield from _figure("Where the time goes", plots.stacked(shares, axis=f"wall-ms / {result.unit}"))
+    if found := breakdown.roofline(result):
+        yield from _figure("Roofline", plots.roofline(found))
     if len(points := breakdown.scaling_points(result)) > 1:
         yield from _figure("Scaling", plots.scaling(points, owner="GPU" if result.device == "cuda" else "CPU process"))
     yield from _figure("How far from the ceiling", plots.over_ceiling(result))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from benchmarks.record_file import FILE, new_record, read_record, write_record
 from benchmarks.report import case_table, write_reports
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
+from fastbyol.preemption import INTERRUPTED_EXIT
 
 LOG_COLUMNS = 180
 
@@ -33,19 +36,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = log_console()
     typed = sys.argv[1:] if arguments is None else arguments
     record = new_record(quick=options.quick, command=shlex.join(["python", "-m", "benchmarks.run", *typed]))
+    failed: list[str] = []
     for name in names:
         console.print(f"[bold]{name}[/bold] ...")
+        start = time.perf_counter()
         try:
             result = _run_case(name, quick=options.quick)
         except UserError as error:  # an optional package is missing: the other cases are none the worse
             record["skipped"][name] = str(error)
             console.print(f"{name} skipped: {error}", markup=False)
+        except KeyboardInterrupt:
+            console.print(f"interrupted in {name}; the record in {options.out} holds the cases before it", markup=False)
+            sys.exit(INTERRUPTED_EXIT)
+        except Exception as error:  # a mistake in one case shall not cost what the others take minutes to measure
+            traceback.print_exc()
+            record["skipped"][name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            failed.append(name)
         else:
             record["cases"][name] = result.as_dict()
+            record["case_seconds"][name] = round(time.perf_counter() - start, 1)
             console.print(case_table(result))
+            print_skipped(console, result)
+            console.print(f"{name}: {record['case_seconds'][name]} s, set-up and warm-up included", markup=False)
         write_record(options.out, record)  # after every case: what is measured is kept, whatever comes next
-    write_reports(options.out, read_record(options.out))
-    console.print(f"wrote {options.out / FILE}, report.md and report.html", markup=False)
+    written = read_record(options.out)
+    write_reports(options.out, written)
+    console.print(f"wrote {options.out / FILE}, report.md and report.html; {written['seconds']:.0f} s in all", markup=False)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; see above")
 
 
 def _parser() -> OneLineParser:
@@ -60,6 +78,12 @@ def log_console() -> Console:
     """As wide as the terminal; a log, which has no width, gets whole lines."""
     console = Console()
     return console if console.is_terminal else Console(width=LOG_COLUMNS)
+
+
+def print_skipped(console: Console, result: CaseResult) -> None:
+    """The rows that are not there, each with the reason."""
+    for row, why in result.skipped.items():
+        console.print(f"{row} skipped: {why}", markup=False)
 
 
 def make_folder(out: Path) -> None:

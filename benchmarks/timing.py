@@ -48,6 +48,7 @@ class Subject:
         units: images, updates, ... that one call does.
         calls: calls in one round: enough for several milliseconds.
         note: what differs from the other subjects.
+        role: 'rival' for others' way to do the work, 'memory ceiling' for a second ceiling; the reference and the ceiling are named by the case.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Subject:
     units: float = 1.0
     calls: int = 1
     note: str = ""
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,16 @@ class Timings:
     ms: dict[str, tuple[float, ...]]
 
 
-def measure(subjects: Sequence[Subject], *, rounds: int, warmup: int = 1) -> dict[str, Timings]:
+def measure(
+    subjects: Sequence[Subject], *, rounds: int, warmup: int = 1, warmed_up: Callable[[], object] = lambda: None
+) -> dict[str, Timings]:
     """Times every subject once a round, in order; by name.
 
     Args:
         subjects: at least one, each with a name of its own.
         rounds: that count; 6 or more give a 95 % interval.
         warmup: rounds before them that do not: compilation, first touch of memory, file cache.
+        warmed_up: called between the two: what a subject counts by itself begins here.
     """
     require_at_least("rounds", rounds, 1)
     names = [subject.name for subject in subjects]
@@ -87,6 +92,8 @@ def measure(subjects: Sequence[Subject], *, rounds: int, warmup: int = 1) -> dic
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         gc.collect()  # once a round: it takes 0.1 s where torch is loaded
+        if number == warmup:
+            warmed_up()
         for subject in subjects:
             sample = _time_once(subject)
             if number >= warmup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from typing import cast
@@ -9,7 +10,7 @@ from typing import cast
 import torch
 
 from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.config.schema import TrainConfig
+from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import Monitor
@@ -39,20 +40,26 @@ class TrainingStep:
             scaler=build_scaler(config.precision, device=self._process.device),
             loader=cast(TwoViewLoader, None),  # train_step takes its batches from an iterator
         )
-        self._monitor = Monitor(global_batch=config.global_batch, world_size=1, device=self._process.device)
-        self._wait_s = self._total_s = 0.0
         self._last: BYOLOutput
+        self.forget_times()
 
     def state(self) -> dict[str, object]:
         """What of a checkpoint grows with the networks."""
         return {"byol": self._state.byol.state_dict(), "optimizer": self._state.optimizer.state_dict()}
 
     def run(self, batches: Iterable[ViewBatch]) -> None:
-        """One optimizer step for each batch."""
+        """One optimizer step for each batch; a config that accumulates takes the batch for each of its forwards."""
+        forwards = accumulation_of(self.config, world_size=1)
         start = time.perf_counter()
         for batch in self._timed(batches):
-            self._last = train_step(self.config, self._process, self._state, iter([batch]), self._monitor, lr=LR, tau=TAU)
+            micro = itertools.repeat(batch, forwards)
+            self._last = train_step(self.config, self._process, self._state, micro, self._monitor, lr=LR, tau=TAU)
         self._total_s += time.perf_counter() - start
+
+    def forget_times(self) -> None:
+        """The shares of time are of the steps from here on: those before compiled, and touched their memory first."""
+        self._wait_s = self._total_s = 0.0
+        self._monitor = Monitor(global_batch=self.config.global_batch, world_size=1, device=self._process.device)
 
     @property
     def data_wait_share(self) -> float:
@@ -81,10 +88,13 @@ class TrainingStep:
             yield batch
 
 
-def synthetic_batch(*, num: int, size_px: int, num_classes: int, channels_last: bool, seed: int = 0) -> ViewBatch:
-    """Normal noise in both views, already in the memory layout of the step."""
-    generator = torch.Generator().manual_seed(seed)
+def synthetic_batch(
+    *, num: int, size_px: int, num_classes: int, channels_last: bool, seed: int = 0, device: torch.device | None = None
+) -> ViewBatch:
+    """Normal noise in both views, already on the device (None: the CPU) and in the memory layout of the step."""
+    generator = torch.Generator(device or "cpu").manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    view1, view2 = (torch.randn(num, 3, size_px, size_px, generator=generator).contiguous(memory_format=layout) for _ in range(2))
-    label = torch.arange(num) % num_classes
-    return ViewBatch(view1, view2, label, torch.arange(num), torch.empty(num, 2, 0))
+    shape = (num, 3, size_px, size_px)
+    view1, view2 = (torch.randn(shape, generator=generator, device=device).contiguous(memory_format=layout) for _ in range(2))
+    index = torch.arange(num, device=device)
+    return ViewBatch(view1, view2, index % num_classes, index, torch.empty(num, 2, 0, device=device))

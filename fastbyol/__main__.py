@@ -165,6 +165,7 @@ def tune_run(options: argparse.Namespace) -> None:
 
     The run is described as for training: --preset, --config, and any of its options. An option that is typed is kept, not tuned. On a CPU
     the step is timed on as many images as it does quickly; on a GPU the largest rank_batch that fits is searched (not run by us on a GPU yet).
+    torch.compile in its modes is tried with --seconds 30 or more, the mode max-autotune with 120 or more: compiling takes minutes on top.
     Other ranks are not started, so their messages are not in the figures. Then: python fastbyol/train.py --config tuned.yaml --out runs/NAME
     """
     from rich.console import Console

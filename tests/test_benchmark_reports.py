@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
-from benchmarks import breakdown, compare, report  # noqa: E402
+from benchmarks import breakdown, compare, figures, plots, report  # noqa: E402
 from benchmarks.cases import ema  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.record_file import new_record, newest_kept, read_record, results_of, write_record  # noqa: E402
@@ -144,6 +144,7 @@ def test_a_difference_that_is_large_but_within_the_intervals_does_not_count(comp
         (lambda r: r.pop("provenance"), "not a record"),
         (lambda r: r["cases"]["loader"].update(case="ema"), "no case in both (before: loader; after: ema)"),
         (lambda r: r["cases"]["loader"].update(threads=4), "threads of loader is 1 before and 4 after"),
+        (lambda r: r["cases"]["loader"]["rows"][1].update(name="another"), "the reference of loader is reference before and another after"),
         (
             lambda r: r["cases"]["loader"]["settings"]["model"].update(encoder="resnet18"),
             "settings of loader, model, encoder is resnet50 before",
@@ -177,7 +178,16 @@ def test_a_machine_that_was_much_busier_in_one_of_the_runs_is_noted(compared, mo
 
 def test_a_file_that_is_no_record_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "text.json").write_text("not json")
-    for path, message in ((tmp_path / "text.json", "not JSON"), (tmp_path / "none", "cannot be read")):
+    write_record(tmp_path, record_of(case(ours=2.0)))
+    whole = json.loads((tmp_path / "records.json").read_text())
+    (tmp_path / "cut.json").write_text(json.dumps({**whole, "provenance": {"cpu": "x"}}))
+    (tmp_path / "edited.json").write_text(json.dumps({**whole, "cases": {"loader": {"rows": [{"name": "ours"}]}}}))
+    for path, message in (
+        (tmp_path / "text.json", "not JSON"),
+        (tmp_path / "none", "cannot be read"),
+        (tmp_path / "cut.json", "a damaged record, without command, commit, versions, cores, gpu"),
+        (tmp_path / "edited.json", "a damaged record"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             compare.main([str(path), str(path)])
         err = capsys.readouterr().err
@@ -230,6 +240,58 @@ def test_a_record_without_training_from_files_gives_no_verdict():
     assert "does not say whether data or the step is the limit" in sentence
 
 
+def with_extra(result: CaseResult, **extra: dict[str, float]) -> CaseResult:
+    return replace(result, rows=tuple(replace(row, extra=extra.get(row.name, {})) for row in result.rows))
+
+
+def test_the_roofline_has_each_rows_operations_per_byte_under_both_measured_roofs():
+    """A step of 2 CPU-ms an image at 50 GFLOP/s does 0.1 GFLOP; with 4 MB moved that is 25 operations a byte."""
+    result = with_extra(
+        case("step", ours=2.0, copy=0.5),
+        ours={"GFLOP/CPU-s": 50.0, breakdown.MEGABYTES: 4.0},
+        ceiling={"GFLOP/CPU-s": 100.0},
+        copy={breakdown.COPIED: 8.0},
+    )
+    found = breakdown.roofline(result)
+    assert found is not None
+    (point,) = found.points
+    assert (point.name, point.rate) == ("ours", 50.0)
+    assert point.intensity == pytest.approx(25.0, rel=0.02)
+    assert (found.peak, found.bandwidth, found.unit) == (100.0, 8.0, "GFLOP/CPU-s")
+    assert plots.roofline(found).startswith(b"\x89PNG")
+    assert breakdown.roofline(loader_case()) is None
+
+
+def test_on_a_gpu_the_roofline_is_by_the_wall_clock_and_in_tflop():
+    """2.6 wall-ms at 50 TFLOP/s are 130 GFLOP; over 1,300 MB that is 100 operations a byte. A roof of 3,000 GB/s is 3 TFLOP/s for each."""
+    result = with_extra(
+        case("gpu.step", device="cuda", primary="wall", ours=2.0, copy=0.5),
+        ours={"TFLOP/s": 50.0, breakdown.MEGABYTES: 1300.0},
+        ceiling={"TFLOP/s": 700.0},
+        copy={breakdown.COPIED: 3000.0},
+    )
+    found = breakdown.roofline(result)
+    assert found is not None
+    assert found.points[0].intensity == pytest.approx(100.0, rel=0.02)
+    assert found.bandwidth == 3.0
+
+
+def test_a_headline_is_of_the_row_that_is_fastest_by_the_cases_own_clock_and_says_how_near_the_peak_it_is():
+    result = named(case("step", ours=2.0), ours="bf16, channels-last")
+    rows = tuple(replace(row, extra={"% of peak": 43.3} if row.name == "bf16, channels-last" else {}) for row in result.rows)
+    found = breakdown.headlines([replace(result, rows=rows)], owner_of={"step": "CPU process (1 thread)"})
+    assert [headline.value for headline in found] == ["385", "43.3%"]
+    quick, slow = (named(case(ours=factor), ours=name) for factor, name in ((2.0, "ffcv: views"), (3.0, "dali: views")))
+    wall = {"cpu": slow.row("dali: views").ms["cpu"], "wall": quick.row("ffcv: views").ms["cpu"]}  # a lull by the wall clock
+    both = replace(quick, rows=(*quick.rows, replace(slow.row("dali: views"), ms=wall)))
+    assert "ffcv: views" in breakdown.headlines([both], owner_of={"loader": "CPU process (1 thread)"})[0].meaning
+
+
+def test_figures_beside_a_row_are_in_words():
+    result = with_extra(case(ours=2.0), ours={"data_wait_share": 0.0271, "mfu": 0.165, "GB/s": 12.0})
+    assert report.cells(result, result.row("ours"))[-1] == "data wait 2.7%; MFU 16.5%; GB/s 12.0"
+
+
 def test_scaling_points_are_the_ranks_in_order_with_images_per_s_of_all():
     result = named(case("scaling", primary="wall", two=0.5, quiet=0.45), reference="1 rank", two="2 ranks", quiet="2, nobody speaks")
     points = breakdown.scaling_points(result)
@@ -278,6 +340,16 @@ def test_reports_are_made_anew_from_a_kept_record(tmp_path: Path):
     report.main([str(tmp_path)])
     assert "| TurboJPEG: decode only, bytes in memory (ceiling) |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_memory_ceilings_images_per_s_are_quoted_nowhere(tmp_path: Path):
+    result = case("gpu.step", device="cuda", primary="wall", ours=2.0, copy=0.5)
+    rows = tuple(replace(row, role="memory ceiling" if row.name == "copy" else row.role) for row in result.rows)
+    (tmp_path / "a").mkdir()
+    write_record(tmp_path / "a", record_of(replace(result, rows=rows)))
+    table = figures.gpu_rates_table(tmp_path)
+    assert "| a title | ours | 385 |" in table
+    assert "copy" not in table
 
 
 def test_the_newest_full_record_that_has_the_case_is_taken(tmp_path: Path):

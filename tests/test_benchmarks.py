@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +45,9 @@ from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noq
 from benchmarks.own_process import in_own_process  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report import case_table, headers, report_markdown  # noqa: E402
+from benchmarks.rivals.kornia_views import KorniaViews  # noqa: E402
+from benchmarks.rivals.packages import INSTALL, those_installed  # noqa: E402
+from benchmarks.rivals.updates import ema_pytorch_update, lightly_lars, lightly_update  # noqa: E402
 from benchmarks.timing import (  # noqa: E402
     Estimate,
     Subject,
@@ -55,8 +60,10 @@ from benchmarks.timing import (  # noqa: E402
     same_round_ratios,
     torch_threads,
 )
+from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
 from fastbyol.config.errors import UserError  # noqa: E402
-from fastbyol.config.schema import ModelConfig  # noqa: E402
+from fastbyol.config.schema import ModelConfig, OptimConfig, TrainConfig  # noqa: E402
+from fastbyol.data.batch import ViewBatch  # noqa: E402
 
 TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
 TINY_CASES = {
@@ -65,10 +72,10 @@ TINY_CASES = {
     "augment": (augment, augment.Size(images=2, rounds=1, size_px=16, scale=0.1)),
     "ema": (ema, ema.Size(rounds=2, model=TINY_MODEL)),
     "lars": (lars, lars.Size(rounds=2, model=TINY_MODEL)),
-    "fused_update": (fused_update, fused_update.Size(rounds=2, model=TINY_MODEL)),
+    "fused_update": (fused_update, fused_update.Size(rounds=2, more_rounds=1, model=TINY_MODEL)),
     "batchnorm": (batchnorm, batchnorm.Size(rounds=2, batch=2, shapes=((8, 6), (16, 3)))),
-    "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
-    "step_resnet18": (step_resnet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
+    "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
+    "step_resnet18": (step_resnet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
     "demo_step": (demo_step, demo_step.Size(steps=2, rounds=1, batch=8)),
     "end_to_end": (end_to_end, end_to_end.Size(steps=2, rounds=1, model=TINY_MODEL, size_px=32, batch=4, scale=0.1)),
     "evaluate": (evaluate, evaluate.Size(images=8, batch=4, rounds=1, encoder="resnet8", size_px=32, scale=0.1)),
@@ -78,14 +85,14 @@ TINY_CASES = {
 }
 EXPECTED_ROWS = {
     "convert": 4,
-    "loader": 13,
-    "augment": 3,
-    "ema": 4,
-    "lars": 4,
-    "fused_update": 5,
+    "loader": 14,
+    "augment": 4,
+    "ema": 6,
+    "lars": 5,
+    "fused_update": 6,
     "batchnorm": 5,
-    "step": 4,
-    "step_resnet18": 4,
+    "step": 9,
+    "step_resnet18": 9,
     "demo_step": 3,
     "end_to_end": 8,
     "evaluate": 4,
@@ -93,8 +100,18 @@ EXPECTED_ROWS = {
     "scaling": 3,
     "checkpoint": 6,
 }
-OPTIONAL_RIVALS = {loader.LIGHTLY}
+OPTIONAL_RIVALS = {
+    loader.LIGHTLY,
+    augment.KORNIA,
+    ema.LIGHTLY,
+    ema.EMA_PYTORCH,
+    ema.EMA_PYTORCH_FOREACH,
+    lars.LIGHTLY,
+    fused_update.LIGHTLY,
+}
 """Not installed by `make install`."""
+NEVER_HERE = {"fp16, channels-last", step.COMPILED}
+"""Needs a GPU; is left out of the tiny settings, for it takes a minute to compile."""
 
 
 def test_an_estimate_is_the_median_and_the_order_statistics_that_enclose_it_with_95_percent():
@@ -216,9 +233,11 @@ def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_every_case_measures_each_subject_against_one_reference_and_one_ceiling(result: CaseResult):
-    assert set(result.skipped) <= OPTIONAL_RIVALS
+    assert set(result.skipped) <= OPTIONAL_RIVALS | NEVER_HERE
+    assert all(INSTALL in why for name, why in result.skipped.items() if name in OPTIONAL_RIVALS)
     assert len(result.rows) + len(result.skipped) == EXPECTED_ROWS[result.case]
-    assert sorted(row.role for row in result.rows if row.role) == ["ceiling", "reference"]
+    assert [sum(row.role == role for row in result.rows) for role in ("ceiling", "reference")] == [1, 1]
+    assert all(row.role in ("", "ceiling", "reference", "memory ceiling", "rival") for row in result.rows)
     for row in result.rows:
         for estimates in (row.ms, row.speedup, row.over_ceiling):
             assert set(estimates) == {"cpu", "wall"}
@@ -226,6 +245,130 @@ def test_every_case_measures_each_subject_against_one_reference_and_one_ceiling(
     reference = next(row for row in result.rows if row.role == "reference")
     assert reference.speedup["wall"] == Estimate(1.0, 1.0, 1.0)
     case_table(result)
+
+
+@pytest.mark.parametrize(
+    ("case", "packages", "skipped"),
+    [
+        (ema, ("lightly", "ema_pytorch"), {ema.LIGHTLY, ema.EMA_PYTORCH, ema.EMA_PYTORCH_FOREACH}),
+        (augment, ("kornia",), {augment.KORNIA}),
+        (lars, ("torch_optimizer", "lightly"), {lars.RIVAL, lars.LIGHTLY}),
+        (fused_update, ("torch_optimizer", "lightly"), {fused_update.RIVAL, fused_update.LIGHTLY}),
+    ],
+)
+def test_a_row_whose_package_is_missing_is_skipped_by_name_with_what_installs_it(
+    case: Any, packages: tuple[str, ...], skipped: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    for module in (*packages, *(name for name in sys.modules if name.partition(".")[0] in packages)):
+        monkeypatch.setitem(sys.modules, module, None)
+    size = next(size for module, size in TINY_CASES.values() if module is case)
+    found = case.run(size, scratch=tmp_path)
+    assert set(found.skipped) == skipped
+    assert all("pip install" in why for why in found.skipped.values())
+    assert [sum(row.role == role for row in found.rows) for role in ("ceiling", "reference")] == [1, 1]
+    assert (augment.KERNEL if case is augment else case.OURS) in {row.name for row in found.rows}
+
+
+def installed(make: Callable[[], Any]) -> Any:
+    """What it makes; None where the package is missing, which has to be said with what installs it."""
+    skipped: dict[str, str] = {}
+    made = those_installed({"rival": make}, skipped)
+    assert all(INSTALL in why for why in skipped.values())
+    return made.get("rival")
+
+
+@pytest.mark.parametrize("use_foreach", [False, True])
+def test_ema_pytorch_is_held_at_tau_from_its_second_call_on(use_foreach: bool):
+    target, online = ema.networks(TINY_MODEL)
+    update = installed(lambda: ema_pytorch_update(target, online, 0.9, use_foreach=use_foreach))
+    if update is None:
+        return
+    update()  # copies
+    assert all(torch.equal(t, o) for t, o in zip(target.parameters(), online.parameters(), strict=True))
+    before = [t.double() for t in target.parameters()]
+    with torch.no_grad():
+        for parameter in online.parameters():
+            parameter.add_(1.0)
+    for _ in range(2):
+        update()
+    for t, b in zip(target.parameters(), before, strict=True):
+        torch.testing.assert_close(t.double(), b + 1 - 0.9**2, rtol=0, atol=1e-6)
+
+
+def test_lightlys_update_moves_the_target_by_one_minus_tau():
+    target, online = ema.networks(TINY_MODEL)
+    before = [t.double() for t in target.parameters()]
+    update = installed(lambda: lightly_update(target, online, 0.75))
+    if update is None:
+        return
+    update()
+    for t, o, b in zip(target.parameters(), online.parameters(), before, strict=True):
+        torch.testing.assert_close(t.double(), 0.75 * b + 0.25 * o.double(), rtol=0, atol=1e-6)
+
+
+def test_lightlys_lars_scales_weights_by_layer_and_leaves_biases_alone():
+    """Its rule: lr c |w| / (|g| + wd |w|) times g + wd w for weights, lr g for vectors; the first step has no momentum yet."""
+    layer = torch.nn.Linear(4, 3)
+    layer.weight.grad, layer.bias.grad = torch.full((3, 4), 0.5), torch.full((3,), 0.25)
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    step = installed(lambda: lightly_lars(layer, lr=0.1))
+    if step is None:
+        return
+    step()
+    config = OptimConfig()
+    trust = config.trust_coefficient * weight.norm() / (0.5 * math.sqrt(12) + config.weight_decay * weight.norm())
+    torch.testing.assert_close(layer.weight.double(), weight - 0.1 * trust * (0.5 + config.weight_decay * weight), rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer.bias.double(), bias - 0.1 * 0.25, rtol=0, atol=1e-6)
+
+
+def test_kornias_views_are_normalised_and_draw_for_each_image():
+    from fastbyol.config.views import ViewPair
+
+    views = installed(lambda: KorniaViews(ViewPair(size_px=32)))
+    if views is None:
+        return
+    crop = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).expand(8, -1, -1, -1)
+    for view in views(crop, crop):
+        assert (view.shape, view.dtype) == ((8, 3, 32, 32), torch.float32)
+        assert -2.2 < view.min() < 0 < view.max() < 2.7
+        assert len({image.sum().item() for image in view}) > 1  # the same crop, eight different views
+
+
+def test_what_only_the_first_call_costs_is_in_no_figure():
+    waits = iter([0.2])
+    timing = measure([Subject("compiles at first", lambda: time.sleep(next(waits, 0.0)))], rounds=3)["compiles at first"]
+    assert max(timing.ms["wall"]) < 200
+
+
+def test_what_a_subject_counts_by_itself_begins_after_the_warm_up():
+    seen: list[str] = []
+    measure([Subject("a", lambda: seen.append("run"))], rounds=2, warmup=2, warmed_up=lambda: seen.append("warm"))
+    assert seen == ["run", "run", "warm", "run", "run"]
+
+
+def test_shares_of_a_steps_time_are_of_the_steps_since_they_were_forgotten():
+    taken = TrainingStep(TrainConfig(global_batch=4, model=TINY_MODEL), num_classes=2)
+    batch = synthetic_batch(num=4, size_px=32, num_classes=2, channels_last=True)
+
+    def slow() -> Iterator[ViewBatch]:
+        time.sleep(1.0)
+        yield batch
+
+    taken.run(slow())
+    assert taken.data_wait_share > 0.1
+    taken.forget_times()
+    taken.run([batch])
+    assert taken.data_wait_share < 0.1
+    assert taken.time_shares()["data_wait_share"] == taken.data_wait_share
+
+
+def test_a_step_that_accumulates_takes_its_batch_for_each_forward():
+    config = TrainConfig(global_batch=8, rank_batch=4, model=TINY_MODEL)
+    taken = TrainingStep(config, num_classes=2)
+    forwards: list[int] = []
+    taken._state.byol.register_forward_hook(lambda _, views, __: forwards.append(len(views[0])))
+    taken.run([synthetic_batch(num=4, size_px=32, num_classes=2, channels_last=True)] * 3)
+    assert forwards == [4] * 6
 
 
 def test_every_case_says_what_how_by_which_command_and_why():
@@ -247,11 +390,18 @@ def test_a_run_writes_a_record_with_provenance_and_a_report(tmp_path: Path, monk
     assert (tmp_path / "new" / "report.html").read_text().count("data:image/png") == 1
     rows = {row["name"]: row for row in record["cases"]["ema"]["rows"]}
     assert rows[ema.OURS]["ms"]["cpu"]["median"] > 0
+    assert record["case_seconds"]["ema"] > 0
     assert record["cases"]["ema"]["settings"]["model"]["encoder"] == "resnet8"
     report = (tmp_path / "new" / "report.md").read_text()
     assert f"| {ema.OURS} |" in report
     assert "python -m benchmarks.run ema" in report
-    assert ema.OURS in capsys.readouterr().out
+    for words in ("measuring itself costs", "compilation and the first touch", "Quick settings:", "seconds by case: ema "):
+        assert words in report
+        assert words in (tmp_path / "new" / "report.html").read_text()
+    out = capsys.readouterr().out
+    assert ema.OURS in out
+    assert re.search(r"^ema: \d+\.\d s, set-up and warm-up included$", out, re.MULTILINE)
+    assert re.search(r"report.html; \d+ s in all", out.replace("\n", " "))
 
 
 def test_a_case_that_lacks_a_package_is_skipped_by_name_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -265,6 +415,39 @@ def test_a_case_that_lacks_a_package_is_skipped_by_name_and_the_others_run(tmp_p
     assert record["skipped"] == {"lars": "torch-optimizer is not installed"}
     assert list(record["cases"]) == ["ema"]
     assert "- lars: torch-optimizer is not installed" in report_markdown(record, [])
+
+
+def test_ctrl_c_ends_a_run_in_one_line_and_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(size: object, *, scratch: Path) -> CaseResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lars, "run", interrupted)
+    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["ema", "lars", "--quick", "--out", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert "interrupted in lars" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "records.json").read_text())["cases"]) == ["ema"]
+
+
+def test_a_case_that_breaks_costs_neither_the_others_nor_the_reports_and_the_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def broken(size: object, *, scratch: Path) -> CaseResult:
+        raise ZeroDivisionError("no rows")
+
+    monkeypatch.setattr(lars, "run", broken)
+    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["lars", "ema", "--quick", "--out", str(tmp_path)])
+    assert stopped.value.code == "failed: lars; see above"
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    record = json.loads((tmp_path / "records.json").read_text())
+    assert list(record["cases"]) == ["ema"]
+    assert record["skipped"] == {"lars": "failed: ZeroDivisionError: no rows"}
+    assert "- lars: failed: ZeroDivisionError: no rows" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,18 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
 from benchmarks import gpu_plan  # noqa: E402
-from benchmarks.gpu import PARTS, Findings, Place, load_part, syncs  # noqa: E402
-from benchmarks.gpu.memory import fitting_batch  # noqa: E402
-from benchmarks.gpu.subjects import calls_for  # noqa: E402
+from benchmarks.gpu import PARTS, Findings, Place, load_part, step, syncs  # noqa: E402
+from benchmarks.gpu.memory import fitting_batch, is_out_of_memory, largest_batch  # noqa: E402
+from benchmarks.gpu.subjects import calls_for, captures, why_it_fails  # noqa: E402
 from benchmarks.imagenet_like import write_imagenet_like  # noqa: E402
 from benchmarks.isolation import PartFailed, run_isolated  # noqa: E402
 from benchmarks.record import CaseResult  # noqa: E402
 from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
 from fastbyol.config.errors import UserError, require  # noqa: E402
-from fastbyol.config.schema import ModelConfig, TrainConfig  # noqa: E402
+from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
 
-ROWS = {"step": 4, "augment": 3, "ema": 3, "lars": 6, "decode": 4, "end_to_end": 8, "launches": 4}
+ROWS = {"step": 6, "augment": 3, "ema": 3, "lars": 6, "decode": 4, "end_to_end": 8, "launches": 4}
 COMPILES_FOR_A_MINUTE = "step_compiled"
 """Its dry run is for `gpu_plan --device cpu --tiny`; all but its second variant is the part `step`."""
 
@@ -45,7 +45,7 @@ def test_a_part_measures_each_subject_against_its_reference_and_ceiling(part: st
     assert isinstance(result, CaseResult)
     assert result.case == f"gpu.{part}"
     assert len(result.rows) == ROWS[part]
-    assert sorted(row.role for row in result.rows if row.role) == ["ceiling", "reference"]
+    assert [sum(row.role == role for row in result.rows) for role in ("ceiling", "reference")] == [1, 1]
     assert all(row.ms["wall"].median > 0 for row in result.rows)
     assert all("CUDA" in why for why in result.skipped.values())
     assert not any("mfu" in row.extra for row in result.rows)  # a CPU's peak is not known
@@ -147,6 +147,71 @@ def test_a_process_that_takes_too_long_is_killed(tmp_path: Path):
     with pytest.raises(PartFailed, match="stopped after its 1 s"):
         run_isolated(time.sleep, 600, limit_s=1, log=tmp_path / "log")
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+    ],
+)
+def test_used_up_memory_is_known_in_whoevers_words(error: RuntimeError, is_memory: bool):
+    assert is_out_of_memory(error) == is_memory
+
+
+def test_the_largest_batch_shrinks_while_memory_runs_out_and_other_errors_stay_errors(monkeypatch: pytest.MonkeyPatch):
+    tried: list[int] = []
+
+    def peak(step: object, batch: int, device: torch.device) -> int:
+        tried.append(batch)
+        if batch > 448:
+            raise RuntimeError("CUDA error: out of memory")
+        return 2**30 * (2 + batch / 16)  # type: ignore[return-value]
+
+    monkeypatch.setattr("benchmarks.gpu.memory._peak_bytes", peak)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2**30 * 40, 0))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 0)
+    assert largest_batch(lambda _: None, torch.device("cuda")) == 448
+    assert tried == [16, 48, 512, 448]  # 85 % of 40 GiB hold 512 by the line; then nine tenths of that, as a multiple of 32
+
+    def broken(step: object, batch: int, device: torch.device) -> int:
+        if batch > 48:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+        return 2**30 * (2 + batch / 16)  # type: ignore[return-value]
+
+    monkeypatch.setattr("benchmarks.gpu.memory._peak_bytes", broken)
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
+        largest_batch(lambda _: None, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("most", [4, 2])
+def test_a_variant_that_does_not_fit_is_skipped_and_the_reference_takes_a_smaller_batch(most: int, monkeypatch: pytest.MonkeyPatch):
+    class Limited(step.NoiseStep):
+        def __init__(self, size: step.Size, precision: PrecisionConfig, batch: int, device: torch.device, *, search: bool = False) -> None:
+            if (precision.autocast == "off" and batch > most) or (precision.autocast == "bf16" and not precision.channels_last):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(size, precision, batch, device, search=search)
+
+    monkeypatch.setattr(step, "NoiseStep", Limited)
+    steps, subjects, skipped = step._variants(step.TINY, 8, torch.device("cpu"))
+    assert list(steps) == [step.REFERENCE, step.OURS, step.SEARCHED]
+    assert [subject.note for subject in subjects] == [f"batch {most}", "batch 8", "batch 8"]
+    assert skipped == {"bf16, NCHW": "out of memory at batch 8"}
+
+
+def test_a_back_end_that_breaks_is_named_with_what_it_said():
+    def broken() -> None:
+        raise TypeError("tl.load()\ngot an unexpected argument")
+
+    assert why_it_fails(lambda: None) == ""
+    assert why_it_fails(broken) == "failed: TypeError: tl.load() got an unexpected argument"
+    assert why_it_fails(lambda: require(False, "x", 1, "2")) == "x = 1: must be 2"
+    skipped: dict[str, str] = {}
+    assert list(captures({"good": lambda: 1, "bad": lambda: 1}, torch.device("cpu"), skipped)) == ["good", "bad"]
+    assert skipped == {}
 
 
 def test_the_largest_batch_is_where_the_line_through_two_peaks_meets_the_limit():

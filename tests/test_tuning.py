@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from fastbyol.config.schema import DataConfig, PrecisionConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.process_group import Process
 from fastbyol.train import main as train
-from fastbyol.tuning import candidates
+from fastbyol.tuning import candidates, step_tuning
 from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank
 from fastbyol.tuning.comparison import MIN_ROUNDS, ROUNDS, WARMUPS, Comparison, Trial, TrialFailed, compare
 from fastbyol.tuning.loader_tuning import readings
@@ -30,7 +31,7 @@ from fastbyol.tuning.memory import fits_memory, those_that_fit
 from fastbyol.tuning.procedure import check_images
 from fastbyol.tuning.report import config_yaml
 from fastbyol.tuning.step_trial import repeated
-from fastbyol.tuning.step_tuning import fitting_batches, tune_rank_batch
+from fastbyol.tuning.step_tuning import fitting_batches, num_ways_to_compile, tune_rank_batch
 from fastbyol.tuning.verdict import Speeds, verdict
 
 CPU = torch.device("cpu")
@@ -83,6 +84,22 @@ def test_a_candidate_that_fails_is_named_with_its_reason_and_only_all_of_them_ar
     assert (comparison.best, comparison.failed) == ("small", {"large": "out of memory"})
     with pytest.raises(UserError, match="x: nothing works here: large: out of memory"):
         compare("x", [Trial("large", fail)], seconds=0.0)
+
+
+def test_a_candidate_that_fails_in_a_later_round_is_left_out_and_the_others_go_on() -> None:
+    calls = iter(range(100))
+
+    def run_out(_: float) -> float:
+        if next(calls) > WARMUPS:
+            raise TrialFailed("out of memory")
+        return 9.0
+
+    comparison = compare("x", [Trial("large", run_out), Trial("small", lambda _: 5.0)], seconds=0.0)
+    assert comparison.rates == {"small": (5.0,) * len(comparison.rates["small"])}
+    assert comparison.failed == {"large": "out of memory"}
+    calls = iter(range(100))
+    with pytest.raises(UserError, match="x: nothing works here: large: out of memory"):
+        compare("x", [Trial("large", run_out)], seconds=0.0)
 
 
 # Which candidates.
@@ -142,6 +159,125 @@ def test_the_ranks_of_one_machine_share_its_cores() -> None:
     cores = cores_per_rank(1, device=CPU)
     assert cores_per_rank(2, device=CPU) == max(1, cores // 2)
     assert cores_per_rank(10_000, device=CPU) == 1
+
+
+# Compilation.
+
+
+def test_ways_to_compile_are_the_own_mode_and_those_of_the_device_that_the_time_allows() -> None:
+    own = PrecisionConfig()
+
+    def modes(device: str, seconds: float, *kept: str, own: PrecisionConfig = own) -> list[str]:
+        found = candidates.compiled(own, device=device, seconds=seconds, kept=frozenset(kept))
+        assert list(found) == [f"compiled, {variant.compile_mode}" for variant in found.values()]
+        assert all(variant.compile for variant in found.values())
+        return [variant.compile_mode for variant in found.values()]
+
+    assert modes("cpu", 30) == ["default"]
+    assert modes("cpu", 120) == ["default", "max-autotune"]
+    assert modes("cuda", 30) == ["default", "reduce-overhead"]
+    assert modes("cuda", 120) == ["default", "reduce-overhead", "max-autotune"]
+    graphs = PrecisionConfig(compile=True, compile_mode="reduce-overhead", compile_cache="c")
+    assert modes("cuda", 30, own=graphs) == ["reduce-overhead", "default"]
+    assert modes("cuda", 300, "precision.compile_mode", own=graphs) == ["reduce-overhead"]
+    assert candidates.eager(graphs) == PrecisionConfig()
+    assert (candidates.step_name(own), candidates.step_name(graphs)) == ("eager", "compiled, reduce-overhead")
+
+
+class FakeStepper:
+    """Steps at the speed given for its precision; `out_of_memory` names what fails, in warming up or, with 'late', in the rounds."""
+
+    speeds: dict[str, float]
+    failing: dict[str, str]
+
+    def __init__(self, config: TrainConfig, process: Process) -> None:
+        self.config = config
+
+    def alone(self, sample: ViewBatch) -> Callable[[float], float]:
+        name, calls = candidates.step_name(self.config.precision), iter(range(100))
+
+        def run(seconds: float) -> float:
+            when = self.failing.get(name)
+            if when == "at once" or (when == "late" and next(calls) >= WARMUPS):
+                raise TrialFailed("out of memory")
+            return self.speeds[name]
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("own", "kept", "speeds", "failing", "chosen"),
+    [
+        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 151}, {}, (True, "default")),
+        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 170}, {}, (True, "max-autotune")),
+        ({}, (), {"eager": 100, "compiled, default": 90, "compiled, max-autotune": 170}, {}, (True, "max-autotune")),
+        ({}, (), {"eager": 100, "compiled, default": 90, "compiled, max-autotune": 95}, {}, (False, "default")),
+        ({}, ("precision.compile",), {"eager": 100, "compiled, default": 900}, {}, (False, "default")),
+        (
+            {"compile": True},
+            ("precision.compile",),
+            {"compiled, default": 100, "compiled, max-autotune": 120},
+            {},
+            (True, "max-autotune"),
+        ),
+        (
+            {"compile": True, "compile_mode": "max-autotune"},
+            (),
+            {"eager": 100, "compiled, default": 102, "compiled, max-autotune": 120},
+            {},
+            (True, "max-autotune"),
+        ),
+        (
+            {},
+            (),
+            {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 170},
+            {"compiled, default": "at once"},
+            (True, "max-autotune"),
+        ),
+        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 95}, {"compiled, default": "late"}, (False, "default")),
+        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 95}, {"eager": "late"}, (False, "default")),
+    ],
+)
+def test_the_way_to_compile_is_chosen_by_measurement_and_the_config_holds_it(
+    own: dict, kept: tuple[str, ...], speeds: dict, failing: dict, chosen: tuple[bool, str], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one: what leaves eager no memory in the rounds has not been compared with it."""
+    monkeypatch.setattr(FakeStepper, "speeds", speeds, raising=False)
+    monkeypatch.setattr(FakeStepper, "failing", failing, raising=False)
+    monkeypatch.setattr(step_tuning, "Stepper", FakeStepper)
+    monkeypatch.setattr(candidates, "reason_not_to_compile", lambda device, seconds: None)
+    precision = PrecisionConfig(autocast="off", **own)
+    request = replace(bench.request, seconds=candidates.AUTOTUNE_NEEDS_S, kept=frozenset(kept))
+    tried = replace(bench, request=request, found=replace(bench.found, config=replace(bench.found.config, precision=precision)))
+    expected = num_ways_to_compile(tried)
+    if "precision.compile" not in kept:
+        tried.found.choose(precision=candidates.eager(precision))
+    first = FakeStepper(tried.trial_config(8), tried.process)
+    with monkeypatch.context() as without_clock:
+        without_clock.setattr("fastbyol.tuning.bench.compare", lambda title, trials, seconds: compare(title, trials, seconds=0.0))
+        stepper, rate = step_tuning._tune_compile(tried, first, rate=float(speeds.get("eager", 0)), own=precision)  # type: ignore[arg-type]
+    found = tried.found.config.precision
+    assert (found.compile, found.compile_mode) == chosen
+    assert stepper.config.precision == found
+    assert len(tried.found.comparisons) == expected
+    if expected and not failing:
+        assert rate == speeds[candidates.step_name(found)]
+        assert all(name in tried.found.notes["precision.compile_mode"] for name in speeds)
+
+
+@pytest.mark.compile
+def test_compiled_networks_are_really_measured_and_the_written_config_trains(
+    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(candidates, "COMPILE_NEEDS_S", 0.0)
+    monkeypatch.chdir(tmp_path)
+    kept = ("--precision.autocast", "off", "--precision.channels_last", "true", "--data.workers", "1", "--epochs", "1")
+    main(["tune", "--data", str(beton), *SMALL, *QUICK, *kept])
+    assert re.search(r"compiled, default +[\d,]+ ", capsys.readouterr().out)
+    text = Path("tuned.yaml").read_text()
+    assert re.search(r"^  compile_mode: \S+  # .*step compiled, batch 8: eager [\d,]+, compiled, default [\d,]+$", text, re.MULTILINE)
+    train(["--config", "tuned.yaml", "--out", "run", "--precision.compile", "false"])
+    assert checkpoint_steps(tmp_path / "run") == [25 // 8]
 
 
 # Memory.

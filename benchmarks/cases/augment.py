@@ -1,19 +1,22 @@
 """What: two whole views of an image that is already decoded, on one thread.
 
 How: the same images and the same drawn parameters for every subject, one after another, as in a loader's thread. Reference: the kernel's
-crops, then `augment/torch_graph.py` run eagerly on the batch (the graph that a GPU compiles). Ceiling: the kernel's crops alone, as if all
-that follows the resize were free.
+crops, then `augment/torch_graph.py` run eagerly on the batch (the graph that a GPU compiles). Rival, where it is installed: the kernel's crops,
+then kornia's batch augmentation, whose draws are its own and whose colour formulas are torchvision's (`rivals/kornia_views.py`). Ceiling: the
+kernel's crops alone, as if all that follows the resize were free.
 
     python -m benchmarks.run augment
 
 Why: a crop reads a part of a 470 x 400 image once; the colour operations and the blur then work on a view of 600 kB that stays in the
 second-level cache, and only those run that the view drew. The graph computes every operation for every image, because a GPU's batch cannot
-branch by image, and each eager operation passes over the batch in main memory: it is a check of the kernel here, not a rival.
+branch by image, and each eager operation passes over the batch in main memory: it is a check of the kernel here, not a rival. kornia picks out
+the images that drew an operation, and still passes over all of them once an operation.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +24,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from benchmarks.imagenet_like import draw_jpeg
 from benchmarks.record import CaseResult, make_result
+from benchmarks.rivals.kornia_views import DIFFERENCES, KorniaViews
+from benchmarks.rivals.packages import those_installed
 from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.augment.parameters import draw_parameters
 from fastbyol.augment.view_kernel import ViewKernel
@@ -32,6 +38,7 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 
 REFERENCE, CEILING, KERNEL = "kernel's crops + eager torch graph", "kernel: two crops (uint8)", "kernel: two views"
+KORNIA = "kernel's crops + kornia"
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,9 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         Subject(KERNEL, executors.render, units=size.images, calls=size.calls),
         Subject(REFERENCE, executors.crop_and_augment, units=size.images, note="all operations for all images"),
     ]
+    skipped: dict[str, str] = {}
+    for name, kornia in those_installed({KORNIA: lambda: KorniaViews(views)}, skipped).items():
+        subjects.append(Subject(name, lambda kornia=kornia: executors.crop_and(kornia), units=size.images, note=DIFFERENCES, role="rival"))
     with torch_threads(1):
         timings = measure(subjects, rounds=size.rounds)
     return make_result(
@@ -71,6 +81,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         unit="image",
         threads=1,
         settings=size,
+        skipped=skipped,
     )
 
 
@@ -94,11 +105,14 @@ class Executors:
             self.kernel.render(image, row, out)
 
     def crop_and_augment(self) -> None:
-        self.crop()
-        view1, view2 = (torch.from_numpy(np.ascontiguousarray(self.crops[:, view])).permute(0, 3, 1, 2) for view in range(2))
         nobody = torch.zeros(len(self.images), dtype=torch.int64)
-        batch = ViewBatch(view1, view2, nobody, nobody, torch.from_numpy(self.parameters))
-        views_on_device(batch, self.pair, torch.device("cpu"))
+        drawn = torch.from_numpy(self.parameters)
+        self.crop_and(lambda crop1, crop2: views_on_device(ViewBatch(crop1, crop2, nobody, nobody, drawn), self.pair, torch.device("cpu")))
+
+    def crop_and(self, augment: Callable[[Tensor, Tensor], object]) -> None:
+        """Cuts the crops, then augments both views' batches of them, (N, 3, S, S) uint8 in channels-last memory."""
+        self.crop()
+        augment(*(torch.from_numpy(np.ascontiguousarray(self.crops[:, view])).permute(0, 3, 1, 2) for view in range(2)))
 
 
 def _draw_images(size: Size) -> list[NDArray[np.uint8]]:

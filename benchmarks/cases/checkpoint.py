@@ -44,7 +44,7 @@ class Size:
     threads: int = 1
 
 
-QUICK = Size(rounds=6, model=ModelConfig(encoder="resnet18"), steps=8)
+QUICK = Size(rounds=6, model=ModelConfig(encoder="resnet8"), batch=2)
 FULL = Size(rounds=11)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.record import CaseResult, make_result
 from benchmarks.rivals.read_and_decode import read_and_decode
+from benchmarks.rivals.stock_ffcv_views import MISSING
 from benchmarks.rivals.stock_ffcv_writer import QUALITY, write_with_stock_ffcv
 from benchmarks.timing import Subject, measure
 from fastbyol.config.errors import UserError
@@ -49,13 +50,13 @@ class Size:
     seed: int = 0
 
 
-QUICK = Size(images=100, copies=8, rounds=6)
+QUICK = Size(images=40, copies=6, rounds=6)
 FULL = Size(images=400, copies=10, rounds=9)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     if find_turbojpeg() is None:
-        raise UserError("ffcv is not installed: nothing to compare with, and Pillow decodes")
+        raise UserError(f"nothing to compare with, and Pillow would decode: {MISSING}")
     folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
     _copy_names(folder, size.copies)
     outputs = {REFERENCE: scratch / "stock.beton", BETON: scratch / "ours.beton", TAR: scratch / "ours"}
@@ -74,7 +75,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     ]
     timings = measure(subjects, rounds=size.rounds)
     source_bytes = sum(os.path.getsize(listing.path(index)) for index in range(num))
-    extra = {name: {"bytes_per_input_byte": _bytes_of(out) / source_bytes} for name, out in outputs.items()}
+    extra = {name: {"bytes for a byte of input": _bytes_of(out) / source_bytes} for name, out in outputs.items()}
     return make_result(
         "convert",
         f"an image folder converted by {size.workers} worker processes",

@@ -2,29 +2,35 @@
 
 How: float32 on one thread, tau 0.99. Reference: the equation as solo-learn writes it, a tensor at a time: a new tensor tau t + (1 - tau) o.
 Ceiling: `copy_` of the same tensors, the customary unit; it moves as many bytes as the update has to (a write first reads its cache line).
+lightly's update_momentum and ema-pytorch (its default loop, and its option use_foreach) where they are installed; the latter's rate is held at tau.
 
     python -m benchmarks.run ema
 
 Why: nothing is computed to speak of, so passes over memory are all that counts. The reference makes three temporaries of each tensor, fresh
-memory that the system has to clear first; mul_ and add_ (lightly's) pass twice; a lerp passes once, as a copy does. It may even come out below the
-copy: it loads the lines that the copy only stores to, and loads are what a CPU prefetches best (one flat array shows the same).
+memory that the system has to clear first; mul_ and add_ (lightly's) pass twice; a lerp passes once, as a copy does (ema-pytorch's too). It may even
+come out below the copy: it loads the lines that the copy only stores to, and loads are what a CPU prefetches best (one flat array shows the same).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.updates import lightly_update, solo_learn_update
+from benchmarks.rivals.packages import those_installed
+from benchmarks.rivals.updates import ema_pytorch_update, lightly_update, solo_learn_update
 from benchmarks.timing import Subject, measure, torch_threads
-from fastbyol.byol import build_byol
+from fastbyol.byol import Target, build_byol
 from fastbyol.config.schema import ModelConfig
 from fastbyol.optim.ema import ema_update
 
 REFERENCE, CEILING, OURS = "solo-learn's loop", "copy_", "fastbyol ema_update"
+LIGHTLY, EMA_PYTORCH, EMA_PYTORCH_FOREACH = "lightly update_momentum", "ema-pytorch", "ema-pytorch, use_foreach"
+NOTES = {name: "buffers of batch norm too" for name in (EMA_PYTORCH, EMA_PYTORCH_FOREACH)}
 TAU = 0.99
 
 
@@ -42,15 +48,16 @@ FULL = Size(rounds=21, calls=3)
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     del scratch  # nothing is written
-    byol = build_byol(size.model, num_classes=2)
-    target = [parameter.detach() for parameter in byol.target.parameters()]
-    online = [p.detach() + 0.01 for module in (byol.online.encoder, byol.online.projector) for p in module.parameters()]
+    follower, followed = networks(size.model)
+    target, online = ([parameter.detach() for parameter in network.parameters()] for network in (follower, followed))
     subjects = [
         Subject(CEILING, lambda: torch._foreach_copy_(target, online), calls=size.calls),
         Subject(OURS, lambda: ema_update(target, online, TAU), calls=size.calls),
-        Subject("lightly's two passes", lambda: lightly_update(target, online, TAU), calls=size.calls),
         Subject(REFERENCE, lambda: solo_learn_update(target, online, TAU), calls=size.calls),
     ]
+    skipped: dict[str, str] = {}
+    rivals = those_installed(_rivals(follower, followed), skipped)
+    subjects += [Subject(name, update, calls=size.calls, note=NOTES.get(name, ""), role="rival") for name, update in rivals.items()]
     with torch_threads(1), torch.no_grad():
         timings = measure(subjects, rounds=size.rounds, warmup=2)
     numbers = sum(t.numel() for t in target)
@@ -64,4 +71,23 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         unit="update",
         threads=1,
         settings=size,
+        skipped=skipped,
     )
+
+
+def networks(model: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """The target, and encoder and projector of the online network, whose parameters are 0.01 larger."""
+    byol = build_byol(model, num_classes=2)
+    followed = Target(byol.online)  # the same two parts, as one module
+    with torch.no_grad():
+        for parameter in followed.parameters():
+            parameter.add_(0.01)
+    return byol.target, followed
+
+
+def _rivals(target: nn.Module, online: nn.Module) -> dict[str, Callable[[], Callable[[], None]]]:
+    return {
+        LIGHTLY: lambda: lightly_update(target, online, TAU),
+        EMA_PYTORCH: lambda: ema_pytorch_update(target, online, TAU, use_foreach=False),
+        EMA_PYTORCH_FOREACH: lambda: ema_pytorch_update(target, online, TAU, use_foreach=True),
+    }

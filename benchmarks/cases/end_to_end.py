@@ -54,7 +54,7 @@ class Size:
     seed: int = 0
 
 
-QUICK = Size(steps=3, rounds=6, model=ModelConfig(encoder="resnet18"), size_px=64, batch=8, backends=("ffcv",))
+QUICK = Size(steps=2, rounds=6, model=ModelConfig(encoder="resnet18", hidden_dim=512), size_px=64, batch=4, backends=("ffcv",))
 FULL = Size(steps=8, rounds=9, model=ModelConfig(encoder="resnet18"), size_px=224, batch=8)
 
 
@@ -81,7 +81,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             step = steps[_name(backend)]
             subjects.append(Subject(_name(backend), lambda step=step, loader=loader: step.run(loader), units=images))
             subjects.append(Subject(f"{backend}: loader alone", lambda loader=loader: _consume(loader), units=images))
-        timings = measure(subjects, rounds=size.rounds)
+        timings = measure(subjects, rounds=size.rounds, warmed_up=lambda: [step.forget_times() for step in steps.values()])
     waits = {name: step.data_wait_share for name, step in steps.items() if name in timings and name != CEILING}
     ours = {name: share for name, share in waits.items() if name != REFERENCE}
     return make_result(

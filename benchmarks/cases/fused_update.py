@@ -1,7 +1,8 @@
 """What: all that follows a backward: LARS over the online network (ResNet-50: 35.1 M in 169 tensors), then the target's update (33.0 M in 164).
 
 How: float32, gradients given, channels-last. Ours in one pass (`lars_ema`, what `train_step` does), ours one after the other, and LARS alone.
-Reference: torch-optimizer's LARS, then solo-learn's loop over the target. Ceiling: `copy_` of the 35.1 M. The figures are of one thread;
+Reference: torch-optimizer's LARS (where that is not installed, the rule a tensor at a time), then solo-learn's loop over the target. Beside it
+lightly's LARS and update_momentum. Ceiling: `copy_` of the 35.1 M. The figures are of one thread;
 the last column repeats 'x ceiling' with two threads, and with one while a process of ours copies memory on another core, each against a copy
 under the same conditions ('x copy', medians of same-round ratios, wall clock).
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,46 +25,53 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.updates import solo_learn_update
+from benchmarks.rivals.packages import those_installed
+from benchmarks.rivals.updates import lars_by_tensor, lightly_lars, lightly_update, solo_learn_update, torch_optimizer_lars
 from benchmarks.timing import Subject, Timings, measure, same_round_ratios, torch_threads
-from fastbyol.byol import build_byol
+from fastbyol.byol import BYOL, build_byol
 from fastbyol.config.schema import ModelConfig, OptimConfig
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.ema import ema_update
 from fastbyol.optim.lars import LARS, lars_ema
 
-REFERENCE, CEILING, OURS = "torch-optimizer LARS, solo-learn loop", "copy_", "fastbyol lars_ema"
+RIVAL, LIGHTLY = "torch-optimizer LARS, solo-learn loop", "lightly LARS, update_momentum"
+BY_TENSOR = "the rule and the equation, a tensor at a time"
+CEILING, OURS = "copy_", "fastbyol lars_ema"
 LR, TAU = 1e-3, 0.99
+ANOTHER_RULE = "another rule: |g| + wd |w|"
 _COPY_FOR_EVER = "import numpy; a = numpy.zeros(1 << 24); b = a.copy()\nwhile True: b[:] = a"
 
 
 @dataclass(frozen=True)
 class Size:
     rounds: int
+    more_rounds: int = 6
+    """With the other core busy, and with two threads."""
     calls: int = 1
     """In a round."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
-QUICK = Size(rounds=6)
-FULL = Size(rounds=15, calls=2)
+QUICK = Size(rounds=6, more_rounds=3)
+FULL = Size(rounds=15, more_rounds=15, calls=2)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     del scratch  # nothing is written
-    subjects = _subjects(size)
+    skipped: dict[str, str] = {}
+    subjects = _subjects(size, skipped)
     with torch_threads(1):
         timings = measure(subjects, rounds=size.rounds, warmup=2)
         with _other_core_busy():
-            busy = measure(subjects, rounds=size.rounds)
+            busy = measure(subjects, rounds=size.more_rounds)
     with torch_threads(2):
-        two = measure(subjects, rounds=size.rounds)
+        two = measure(subjects, rounds=size.more_rounds)
     return make_result(
         "fused_update",
         "LARS and the target's update of one step",
         subjects,
         timings,
-        reference=REFERENCE,
+        reference=BY_TENSOR if RIVAL in skipped else RIVAL,
         ceiling=CEILING,
         unit="step",
         threads=1,
@@ -75,10 +83,11 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             }
             for subject in subjects
         },
+        skipped=skipped,
     )
 
 
-def _subjects(size: Size) -> Sequence[Subject]:
+def _subjects(size: Size, skipped: dict[str, str]) -> list[Subject]:
     byol = build_byol(size.model, num_classes=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(0)
     for param in byol.online.parameters():
@@ -88,27 +97,45 @@ def _subjects(size: Size) -> Sequence[Subject]:
     target = [p.detach() for p in byol.target.parameters()]
     online = [p for module in (byol.online.encoder, byol.online.projector) for p in module.parameters()]
     detached = [p.detach() for p in online]
-    ours, rival = (build_optimizer(OptimConfig(name=name), byol.online) for name in ("lars", "torch_optimizer_lars"))
-    for optimizer in (ours, rival):
-        for group in optimizer.param_groups:
-            group["lr"] = LR
+    ours = build_optimizer(OptimConfig(), byol.online)
+    for group in ours.param_groups:
+        group["lr"] = LR
     assert isinstance(ours, LARS)
 
-    def one_after_the_other() -> None:
-        ours.step()
-        ema_update(target, detached, TAU)
-
-    def as_rivals_do() -> None:
-        rival.step()
-        solo_learn_update(target, detached, TAU)
-
+    rivals = those_installed(_rivals(byol, target, detached), skipped)
+    if RIVAL in skipped:
+        rivals[BY_TENSOR] = _both(lars_by_tensor(list(byol.online.parameters()), lr=LR), lambda: solo_learn_update(target, detached, TAU))
     return [
         Subject(CEILING, lambda: torch._foreach_copy_(copies, source), calls=size.calls),
         Subject(OURS, lambda: lars_ema(ours, target=target, online=online, tau=TAU), calls=size.calls),
-        Subject("fastbyol LARS.step, then ema_update", one_after_the_other, calls=size.calls),
+        Subject("fastbyol LARS.step, then ema_update", _both(ours.step, lambda: ema_update(target, detached, TAU)), calls=size.calls),
         Subject("fastbyol LARS.step alone", ours.step, calls=size.calls, note="no target"),
-        Subject(REFERENCE, as_rivals_do, calls=size.calls, note="another rule: see optim/lars.py"),
+        *(
+            Subject(name, work, calls=size.calls, note="" if name == BY_TENSOR else ANOTHER_RULE, role="rival")
+            for name, work in rivals.items()
+        ),
     ]
+
+
+def _rivals(byol: BYOL, target: list[torch.Tensor], online: list[torch.Tensor]) -> dict[str, Callable[[], Callable[[], None]]]:
+    def lightly() -> Callable[[], None]:
+        pairs = (byol.target.encoder, byol.online.encoder), (byol.target.projector, byol.online.projector)
+        return _both(lightly_lars(byol.online, lr=LR), *(lightly_update(*pair, TAU) for pair in pairs))
+
+    return {
+        RIVAL: lambda: _both(torch_optimizer_lars(byol.online, lr=LR), lambda: solo_learn_update(target, online, TAU)),
+        LIGHTLY: lightly,
+    }
+
+
+def _both(*steps: Callable[[], object]) -> Callable[[], None]:
+    """All of them, one after another."""
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
 
 
 def _order_of(param: torch.Tensor) -> torch.memory_format:

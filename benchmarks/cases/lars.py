@@ -1,7 +1,8 @@
 """What: one LARS step over the online network with its predictor (ResNet-50: 35.1 M in 169 tensors), gradients given.
 
 How: float32 on one thread; all subjects update the same parameters from the same gradients, each with a momentum buffer of its own.
-Reference: torch-optimizer's LARS (lightly's and solo-learn's do the same operations). Ceiling: `copy_` of the parameters' bytes.
+Reference: torch-optimizer's LARS, or the rule a tensor at a time where that is not installed; beside it lightly's. Ceiling: `copy_` of the
+parameters' bytes. Theirs divide by |g| + wd |w| where the official code has |g + wd w|: another rule, of as many passes (`optim/build.py`).
 
     python -m benchmarks.run lars
 
@@ -13,22 +14,24 @@ reference's `if norm != 0` costs two synchronisations for each of 57 weights bes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import nn
 
 from benchmarks.record import CaseResult, make_result
+from benchmarks.rivals.packages import those_installed
+from benchmarks.rivals.updates import lars_by_tensor, lightly_lars, torch_optimizer_lars
 from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.byol import build_byol
 from fastbyol.config.schema import ModelConfig, OptimConfig
 from fastbyol.optim.build import build_optimizer
-from fastbyol.optim.lars import lars_step_reference
 
-REFERENCE, CEILING, OURS = "torch-optimizer LARS", "copy_", "fastbyol LARS.step"
+RIVAL, LIGHTLY, BY_TENSOR = "torch-optimizer LARS", "lightly LARS", "the rule, a tensor at a time"
+CEILING, OURS = "copy_", "fastbyol LARS.step"
+ANOTHER_RULE = "another rule: |g| + wd |w|"
 LR = 1e-3
 
 
@@ -51,16 +54,19 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     generator = torch.Generator().manual_seed(0)
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator) * 1e-3
-    ours, rival = (_optimizer(online, name) for name in ("lars", "torch_optimizer_lars"))
+    ours = build_optimizer(OptimConfig(), online)
+    for group in ours.param_groups:
+        group["lr"] = LR
     copies = [torch.zeros_like(p) for p in params]
-    momenta = [torch.zeros_like(p) for p in params]
     detached = [p.detach() for p in params]
     subjects = [
         Subject(CEILING, lambda: torch._foreach_copy_(copies, detached), calls=size.calls),
         Subject(OURS, ours.step, calls=size.calls),
-        Subject("the rule, a tensor at a time", lambda: _step_by_tensor(params, momenta), calls=size.calls, note="two host syncs a tensor"),
-        Subject(REFERENCE, rival.step, calls=size.calls, note="another rule: see optim/lars.py"),
+        Subject(BY_TENSOR, lars_by_tensor(params, lr=LR), calls=size.calls, note="two host syncs a tensor", role="rival"),
     ]
+    skipped: dict[str, str] = {}
+    rivals = those_installed(_rivals(online), skipped)
+    subjects += [Subject(name, step, calls=size.calls, note=ANOTHER_RULE, role="rival") for name, step in rivals.items()]
     with torch_threads(1):
         timings = measure(subjects, rounds=size.rounds, warmup=2)
     return make_result(
@@ -68,34 +74,14 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         f"one LARS step, {sum(p.numel() for p in params) / 1e6:.1f} M parameters in {len(params)} tensors",
         subjects,
         timings,
-        reference=REFERENCE,
+        reference=RIVAL if RIVAL in rivals else BY_TENSOR,
         ceiling=CEILING,
         unit="step",
         threads=1,
         settings=size,
+        skipped=skipped,
     )
 
 
-def _optimizer(online: torch.nn.Module, name: str) -> Optimizer:
-    """The product's, with a learning rate at which nothing moves far in a few hundred steps."""
-    optimizer = build_optimizer(OptimConfig(name=name), online)
-    for group in optimizer.param_groups:
-        group["lr"] = LR
-    return optimizer
-
-
-def _step_by_tensor(params: Sequence[Tensor], momenta: Sequence[Tensor]) -> None:
-    config = OptimConfig()
-    for param, buffer in zip(params, momenta, strict=True):
-        grad = param.grad
-        assert grad is not None
-        lars_step_reference(
-            param,
-            grad,
-            buffer,
-            lr=LR,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            trust_coefficient=config.trust_coefficient,
-            adapt=param.ndim > 1,
-        )
+def _rivals(online: nn.Module) -> dict[str, Callable[[], Callable[[], object]]]:
+    return {RIVAL: lambda: torch_optimizer_lars(online, lr=LR), LIGHTLY: lambda: lightly_lars(online, lr=LR)}

@@ -2,16 +2,17 @@
 
 How: generated ImageNet-like JPEG files (`imagenet_like.py`), converted to a .beton and to tar shards. Each backend walks them three times:
 decode only (read, check the CRC where there is one, decode), crops (two uint8 crops at the output size), views (all of the augmentation).
-Reference: torchvision.transforms on Pillow images; beside it lightly's BYOLTransform where that is installed, and DALI doing all of it by its
-own operations. Ceiling: TurboJPEG alone on bytes in memory. The file cache is warm: a disk is not measured. Then each backend's views run for
-six epochs more: what the process grows by in the last three (MiB) is printed beside them; a batch of 50 is 57 MiB.
+Reference: torchvision.transforms on Pillow images; beside it lightly's BYOLTransform where that is installed, DALI doing all of it by its own
+operations, and FFCV's own Loader with a pipeline for each view, as FFCV-SSL has it (`rivals/stock_ffcv_views.py`; not with --quick, for it compiles
+for 20 s). Ceiling: TurboJPEG alone on bytes in memory. The file cache is warm: a disk is not measured. Then each of our backends' views with more
+threads, as images/s of the wall clock, and for six epochs more: what the process grows by in the last three (MiB); a batch of 50 is 57 MiB.
 
     python -m benchmarks.run loader
 
 Why: in the reference nearly all of the time is augmentation: each operation passes over the whole view and makes a new image of it. The
 kernel keeps a view in cache and does only what the view drew, so decoding is a third and more of our time. Backends differ by their
-decoder alone; crops and all that follows are one kernel for all of them. Threads, not processes, do the work, so the process's CPU clock
-sees all of it.
+decoder alone; crops and all that follows are one kernel for all of them. FFCV's own way decodes twice, and its colour operations make a float64
+image each, so it takes several times our time for less work. Threads, not processes, do the work, so the process's CPU clock sees all of it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
 from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.record import CaseResult, make_result
 from benchmarks.rivals.lightly_views import LightlyLoader
+from benchmarks.rivals.packages import those_installed
+from benchmarks.rivals.stock_ffcv_views import DIFFERENCES, StockFfcvLoader
 from benchmarks.rivals.torchvision_views import TorchvisionLoader
 from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.config.errors import UserError
@@ -43,16 +48,18 @@ from fastbyol.data.renderer import MAX_CHUNK
 from fastbyol.data.source import Source, decode_with_pillow
 from fastbyol.data.writers_ffcv import write_beton
 from fastbyol.data.writers_tar import write_tar_shards
+from fastbyol.tuning.candidates import worker_counts
 
 REFERENCE, CEILING = "torchvision on Pillow: views", "TurboJPEG: decode only, bytes in memory"
 SOURCES: dict[str, Callable[[Path], Source]] = {"ffcv": FfcvSource, "dali": DaliSource, "folder": FolderSource}
+OURS = tuple(f"{backend}: views" for backend in SOURCES)
 OUTPUTS = {"crops": "uint8", "views": "float32"}
-LIGHTLY, DALI_NATIVE = "lightly: views", "dali, its own operations: views"
+LIGHTLY, DALI_NATIVE, STOCK_FFCV = "lightly: views", "dali, its own operations: views", "ffcv's own Loader: views"
 
 
 @dataclass(frozen=True)
 class Size:
-    """images: divisible by batch. scale: of ImageNet's image sides."""
+    """images: divisible by batch. scale: of ImageNet's image sides. slow: rows and columns that take long too."""
 
     images: int
     batch: int
@@ -60,9 +67,10 @@ class Size:
     size_px: int = 224
     scale: float = 1.0
     seed: int = 0
+    slow: bool = True
 
 
-QUICK = Size(images=100, batch=50, rounds=6)
+QUICK = Size(images=30, batch=15, rounds=9, slow=False)
 FULL = Size(images=350, batch=50, rounds=9)
 
 
@@ -78,13 +86,9 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         Subject(CEILING, _turbojpeg_pass(folder), units=size.images, note="no file read, no CRC"),
         Subject(REFERENCE, lambda: _consume(torchvision), units=size.images, note="antialiased, other colour operations"),
     ]
-    try:
-        lightly = LightlyLoader(folder, size_px=size.size_px, batch=size.batch)
-        subjects.append(Subject(LIGHTLY, lambda: _consume(lightly), units=size.images, note="bilinear, other colour operations"))
-    except UserError as error:
-        skipped[LIGHTLY] = str(error)
+    subjects += _rivals(paths, size, views, skipped)
     opened: list[Source | TwoViewLoader] = []
-    growth: dict[str, dict[str, float]] = {}
+    extra: dict[str, dict[str, float]] = {}
     try:
         for backend, path in paths.items():
             try:
@@ -93,7 +97,11 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
                 skipped[backend] = str(error)
         with torch_threads(1):
             timings = measure(subjects, rounds=size.rounds)
-            growth = {one.name: {"MiB in 3 epochs": _growth_mib(one.run)} for one in subjects if one.name.endswith(": views")}
+            if size.slow:
+                extra = _rates_by_threads({name: path for name, path in paths.items() if name not in skipped}, size, views)
+            for one in subjects:
+                if one.name in OURS:
+                    extra[one.name] = extra.get(one.name, {}) | {"MiB of growth in 3 epochs": _growth_mib(one.run)}
     finally:
         for one in opened:
             one.close()
@@ -107,9 +115,40 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         unit="image",
         threads=1,
         settings=size,
-        extra=growth,
+        extra=extra,
         skipped=skipped,
     )
+
+
+def _rivals(paths: dict[str, Path], size: Size, views: ViewPair, skipped: dict[str, str]) -> list[Subject]:
+    makers: dict[str, Callable[[], Iterable[object]]] = {
+        LIGHTLY: lambda: LightlyLoader(paths["folder"], size_px=size.size_px, batch=size.batch)
+    }
+    notes = {LIGHTLY: "bilinear, other colour operations", STOCK_FFCV: DIFFERENCES}
+    if size.slow:
+        makers[STOCK_FFCV] = lambda: StockFfcvLoader(paths["ffcv"], views, batch=size.batch, seed=size.seed)
+    else:
+        skipped[STOCK_FFCV] = "compiles for 20 s: only without --quick"
+    rivals = those_installed(makers, skipped)
+    return [
+        Subject(name, lambda loader=loader: _consume(loader), units=size.images, note=notes[name], role="rival")
+        for name, loader in rivals.items()
+    ]
+
+
+def _rates_by_threads(paths: dict[str, Path], size: Size, views: ViewPair) -> dict[str, dict[str, float]]:
+    """images/s of each backend's views by the wall clock, with 2, 4, ... threads up to the cores that this process may use."""
+    rates: dict[str, dict[str, float]] = {f"{backend}: views": {} for backend in paths}
+    for threads in worker_counts(len(os.sched_getaffinity(0)))[1:]:
+        with ExitStack() as opened:
+            subjects = []
+            for backend, path in paths.items():
+                config = DataConfig(train=str(path), backend=backend, workers=threads)
+                loader = opened.enter_context(build_loader(config, views=views, seed=size.seed, global_batch=size.batch))
+                subjects.append(Subject(f"{backend}: views", _epoch_of(loader), units=size.images))
+            for name, timing in measure(subjects, rounds=size.rounds).items():
+                rates[name][f"images/s with {threads} threads"] = 1000 / median(timing.ms["wall"])
+    return rates
 
 
 def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, opened: list[Source | TwoViewLoader]) -> list[Subject]:
@@ -126,7 +165,7 @@ def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, ope
         config = DataConfig(train=str(path), backend=backend, workers=1, dali_ops="all")
         native = build_loader(config, views=views, seed=size.seed, global_batch=size.batch)
         opened.append(native)
-        subjects.append(Subject(DALI_NATIVE, _epoch_of(native), units=size.images, note=NATIVE_DIFFERENCES))
+        subjects.append(Subject(DALI_NATIVE, _epoch_of(native), units=size.images, note=NATIVE_DIFFERENCES, role="rival"))
     return subjects
 
 

@@ -59,7 +59,7 @@ class Size:
     seed: int = 0
 
 
-QUICK = Size(steps=4, rounds=6, rank_batch=16, size_px=32, model=preset_config("cpu_demo").model, ranks=2)
+QUICK = Size(steps=2, rounds=6, rank_batch=16, size_px=32, model=preset_config("cpu_demo").model, ranks=2)
 FULL = Size(steps=4, rounds=9, rank_batch=16, size_px=64, model=ModelConfig(encoder="resnet18"))
 
 

@@ -3,9 +3,11 @@
 How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as the usual library has it
 (`rivals/plain_step.py`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's loop over
 the target; in a process of its own, as the product's step changes how memory is managed. Ours then in float32, and in bf16 autocast (the
-product's default), both channels-last. Ceiling: the step's floating-point operations, counted by torch, at the rate of a single bf16 channels-last
-3x3 convolution measured in the same rounds; 'of peak' is the share of that rate. MB: bytes of all operands and results of torch's operations and
-our norm's (`traffic.py`), what moves where no cache helps; the updates' own kernel is not in it.
+product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of half the size (rank_batch); and bf16 compiled (not with
+--quick). fp16 needs a GPU. Ceiling: the step's floating-point operations, counted by torch, at the rate of a single bf16 channels-last 3x3
+convolution measured in the same rounds; 'of peak' is the share of that rate. A second ceiling, of memory: a copy of 64 MiB, counted in images whose
+bytes are our bf16 step's. MB: bytes of all operands and results of torch's operations and our norm's (`traffic.py`), what moves where no cache
+helps; the updates' own kernel is not in it, nor is what Inductor compiled.
 
     python -m benchmarks.run step
 
@@ -22,8 +24,9 @@ the step (not measured yet).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -31,20 +34,29 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.breakdown import COPIED, MEGABYTES, OF_PEAK
 from benchmarks.own_process import in_own_process
 from benchmarks.record import CaseResult, make_result
+from benchmarks.rivals.packages import those_installed
 from benchmarks.rivals.plain_step import PlainStep
 from benchmarks.timing import Subject, measure, same_round_ratios, torch_threads
 from benchmarks.traffic import bytes_moved
 from benchmarks.training_step import LR, TAU, TrainingStep, synthetic_batch
+from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
+from fastbyol.tuning.candidates import reason_not_to_compile
 
 REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", "bf16 3x3 convolution, same operations"
+OURS, ACCUMULATED, COMPILED = "bf16, channels-last", "bf16, channels-last, 2 micro-batches", "bf16, channels-last, compiled"
 VARIANTS = {
     "float32, channels-last": PrecisionConfig(autocast="off", channels_last=True),
-    "bf16, channels-last": PrecisionConfig(autocast="bf16", channels_last=True),
+    OURS: PrecisionConfig(autocast="bf16", channels_last=True),
+    "bf16, NCHW": PrecisionConfig(autocast="bf16", channels_last=False),
+    "fp16, channels-last": PrecisionConfig(autocast="fp16", channels_last=True),
 }
 NUM_CLASSES = 10
+CPU = torch.device("cpu")
+MEMORY, COPY_BYTES = "copy of as many bytes", 64 << 20
 CONV_BATCH, CONV_CHANNELS, CONV_PX, CONV_CALLS = 16, 512, 7, 8
 """Of eight shapes tried from 64 channels at 56 px to these, the one with the highest rate; they differ by 10 %."""
 
@@ -56,25 +68,35 @@ class Size:
     batch: int
     rounds: int
     threads: int = 1
+    compile: bool = True
 
 
-QUICK = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=16, rounds=6)
+QUICK = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=8, rounds=6, compile=False)
 FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=16, rounds=6)
 
 
 def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
     del scratch  # nothing is written
     with torch_threads(size.threads), in_own_process(_plain_step, size) as plain_step:
-        ours = {name: _make_step(size, precision) for name, precision in VARIANTS.items()}
-        flop_per_image = _count_flop(next(iter(ours.values()))) / size.batch
-        mb = {name: bytes_moved(step) / size.batch / 1e6 for name, step in {REFERENCE: _plain_step(size), **ours}.items()}
+        skipped: dict[str, str] = {}
+        training = those_installed(_variants(size), skipped)
+        ours = {name: _on_noise(step, size) for name, step in training.items()}
+        flop_per_image = _count_flop(ours[OURS]) / size.batch
+        moved = {REFERENCE: _plain_step(size), **ours}
+        mb = {name: bytes_moved(step) / size.batch / 1e6 for name, step in moved.items() if name != COMPILED}
         steps = {REFERENCE: plain_step, **ours}
         subjects = [Subject(name, step, units=size.batch) for name, step in steps.items()]
-        subjects.append(_convolution(flop_per_image))
-        timings = measure(subjects, rounds=size.rounds)
+        subjects += [_convolution(flop_per_image), _copy(mb[OURS])]
+        timings = measure(subjects, rounds=size.rounds, warmed_up=lambda: [step.forget_times() for step in training.values()])
     rate = {name: flop_per_image / median(timing.ms["cpu"]) / 1e6 for name, timing in timings.items()}
     peak = {name: same_round_ratios(timings[CEILING].ms["cpu"], timings[name].ms["cpu"]).median for name in steps}
-    extra = {name: {"GFLOP/CPU-s": rate[name], "% of peak": 100 * peak[name], "MB an image": mb[name]} for name in steps}
+    extra = {name: {"GFLOP/CPU-s": rate[name], OF_PEAK: 100 * peak[name]} for name in steps}
+    for name, megabytes in mb.items():
+        extra[name][MEGABYTES] = megabytes
+    for name, step in training.items():
+        extra[name] |= step.time_shares()
+    extra[CEILING] = {"GFLOP/CPU-s": rate[CEILING]}
+    extra[MEMORY] = {COPIED: mb[OURS] / median(timings[MEMORY].ms["cpu"])}
     return make_result(
         case,
         f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {size.batch}, {flop_per_image / 1e9:.1f} GFLOP an image",
@@ -85,8 +107,25 @@ def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
         unit="image",
         threads=size.threads,
         settings=size,
-        extra={**extra, CEILING: {"GFLOP/CPU-s": rate[CEILING]}},
+        extra=extra,
+        skipped=skipped,
     )
+
+
+def _variants(size: Size) -> dict[str, Callable[[], TrainingStep]]:
+    """How to make each; UserError where this machine cannot."""
+
+    def compiled() -> TrainingStep:
+        if not size.compile:
+            raise UserError("takes a minute to compile: only without --quick")
+        if reason := reason_not_to_compile(CPU, seconds=math.inf):
+            raise UserError(reason)
+        return _make_step(size, replace(VARIANTS[OURS], compile=True))
+
+    variants: dict[str, Callable[[], TrainingStep]] = {
+        name: lambda precision=precision: _make_step(size, precision) for name, precision in VARIANTS.items()
+    }
+    return variants | {ACCUMULATED: lambda: _make_step(size, VARIANTS[OURS], micro_batches=2), COMPILED: compiled}
 
 
 def _plain_step(size: Size) -> Callable[[], None]:
@@ -96,10 +135,19 @@ def _plain_step(size: Size) -> Callable[[], None]:
     return lambda: plain.run(batch)
 
 
-def _make_step(size: Size, precision: PrecisionConfig) -> Callable[[], None]:
-    config = TrainConfig(global_batch=size.batch, model=size.model, precision=precision)
-    step = TrainingStep(config, num_classes=NUM_CLASSES)
-    batch = synthetic_batch(num=size.batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=precision.channels_last)
+def _make_step(size: Size, precision: PrecisionConfig, *, micro_batches: int = 1) -> TrainingStep:
+    rank_batch = size.batch // micro_batches if micro_batches > 1 else 0
+    config = TrainConfig(global_batch=size.batch, rank_batch=rank_batch, model=size.model, precision=precision)
+    return TrainingStep(config, num_classes=NUM_CLASSES)
+
+
+def _on_noise(step: TrainingStep, size: Size) -> Callable[[], None]:
+    batch = synthetic_batch(
+        num=step.config.rank_batch or step.config.global_batch,
+        size_px=size.size_px,
+        num_classes=NUM_CLASSES,
+        channels_last=step.config.precision.channels_last,
+    )
     return lambda: step.run([batch])
 
 
@@ -117,3 +165,10 @@ def _convolution(flop_per_image: float) -> Subject:
     flop = 2 * 9 * CONV_CHANNELS**2 * CONV_PX**2 * CONV_BATCH
     run = torch.no_grad()(lambda: F.conv2d(x, weight, padding=1))
     return Subject(CEILING, run, units=flop / flop_per_image, calls=CONV_CALLS)
+
+
+def _copy(megabytes_per_image: float) -> Subject:
+    """Its GB/s count what it reads and what it writes, as the bytes of a step do."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8)
+    out = torch.empty_like(source)
+    return Subject(MEMORY, lambda: out.copy_(source), units=2 * COPY_BYTES / (1e6 * megabytes_per_image), calls=2, role="memory ceiling")

@@ -16,7 +16,7 @@ from benchmarks.cases import step
 from benchmarks.record import CaseResult
 from fastbyol.config.schema import ModelConfig
 
-QUICK = step.Size(model=ModelConfig(encoder="resnet18"), size_px=96, batch=8, rounds=6)
+QUICK = step.Size(model=ModelConfig(encoder="resnet18", hidden_dim=512), size_px=64, batch=4, rounds=6, compile=False)
 FULL = step.Size(model=ModelConfig(encoder="resnet18"), size_px=224, batch=16, rounds=6)
 
 

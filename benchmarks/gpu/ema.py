@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import Place
-from benchmarks.gpu.subjects import ENOUGH_S, captured, device_subject
+from benchmarks.gpu.subjects import ENOUGH_S, captures, device_subject, why_it_fails
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import measure
 from fastbyol.byol import build_byol
-from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig
 from fastbyol.optim.ema import EMA_BACKENDS, ema_update, ema_update_reference
 
@@ -54,10 +53,8 @@ def run(size: Size, *, place: Place) -> CaseResult:
         REFERENCE: lambda: ema_update_reference(target, online, TAU),
     }
     for backend in EMA_BACKENDS:
-        try:
-            ema_update(target, online, TAU, backend=backend)
-        except UserError as error:
-            skipped[backend] = str(error)
+        if why := why_it_fails(lambda backend=backend: ema_update(target, online, TAU, backend=backend)):
+            skipped[backend] = why
         else:
             work[f"ema_update, {backend}"] = lambda backend=backend: ema_update(target, online, TAU, backend=backend)
     work |= _graphs(target, online, place, skipped)
@@ -88,7 +85,8 @@ def _graphs(target: list[Tensor], online: list[Tensor], place: Place, skipped: d
         skipped["CUDA graphs"] = "need CUDA"
         return {}
     tau = torch.full((), TAU, device=place.device)
-    return {
-        "ema_update, foreach, CUDA graph": captured(lambda: ema_update(target, online, TAU), place.device),
-        "ema_update, foreach, tau a tensor, CUDA graph": captured(lambda: ema_update(target, online, tau), place.device),
+    work: dict[str, Callable[[], object]] = {
+        "ema_update, foreach, CUDA graph": lambda: ema_update(target, online, TAU),
+        "ema_update, foreach, tau a tensor, CUDA graph": lambda: ema_update(target, online, tau),
     }
+    return captures(work, place.device, skipped)

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import Place
+from benchmarks.gpu.step import compute_rates
 from benchmarks.gpu.subjects import synchronize
 from benchmarks.record import CaseResult, make_result
-from benchmarks.timing import Subject, measure
+from benchmarks.timing import Subject, Timings, measure
 from benchmarks.training_step import TrainingStep, synthetic_batch
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
@@ -34,10 +35,12 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.writers_ffcv import write_beton
 from fastbyol.data.writers_tar import write_tar_shards
+from fastbyol.monitors.compute import flop_per_image
 
 CEILING, REFERENCE = "steps alone", "folder, views on the CPU"
 WAYS = {REFERENCE: ("folder", "float32"), **{f"{backend}: end to end": (backend, "uint8") for backend in ("ffcv", "dali", "folder")}}
 """By name: the backend, and what its loader makes."""
+LOADER_ALONE = "loader alone"
 NUM_CLASSES = 10
 
 
@@ -82,9 +85,17 @@ def run(size: Size, *, place: Place) -> CaseResult:
         threads=place.workers,
         primary="wall",
         settings=size,
+        extra=_rates(timings, config, place.device),
         skipped=skipped,
         device=place.device.type,
     )
+
+
+def _rates(timings: dict[str, Timings], config: TrainConfig, device: torch.device) -> dict[str, dict[str, float]]:
+    """Of the rows that compute."""
+    flop = flop_per_image(config.model, size_px=config.views.size_px)
+    steps = {name: timing for name, timing in timings.items() if not name.endswith(LOADER_ALONE)}
+    return compute_rates(steps, flop, device, uses_16_bits=lambda _: config.precision.autocast == "bf16")
 
 
 def _open(config: TrainConfig, backend: str, output: str, size: Size, place: Place) -> TwoViewLoader:
@@ -99,8 +110,9 @@ def _load(loader: TwoViewLoader, device: torch.device) -> None:
 
 
 def _subjects(config: TrainConfig, loaders: dict[str, TwoViewLoader], *, steps: int, device: torch.device) -> list[Subject]:
-    noise = synthetic_batch(num=config.global_batch, size_px=config.views.size_px, num_classes=NUM_CLASSES, channels_last=True)
-    held = ViewBatch(*(tensor.to(device) for tensor in noise))
+    held = synthetic_batch(
+        num=config.global_batch, size_px=config.views.size_px, num_classes=NUM_CLASSES, channels_last=True, device=device
+    )
     step, images = TrainingStep(config, num_classes=NUM_CLASSES, device=device), steps * config.global_batch
 
     def train(batches: Iterable[ViewBatch]) -> None:
@@ -111,7 +123,7 @@ def _subjects(config: TrainConfig, loaders: dict[str, TwoViewLoader], *, steps: 
     for name, loader in loaders.items():
         subjects.append(Subject(name, lambda loader=loader: train(loader), units=images))
         if name != REFERENCE:
-            subjects.append(Subject(f"{name.split(':')[0]}: loader alone", lambda loader=loader: _load(loader, device), units=images))
+            subjects.append(Subject(f"{name.split(':')[0]}: {LOADER_ALONE}", lambda loader=loader: _load(loader, device), units=images))
     return subjects
 
 

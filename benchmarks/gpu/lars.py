@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import Place
-from benchmarks.gpu.subjects import ENOUGH_S, captured, device_subject
+from benchmarks.gpu.subjects import ENOUGH_S, captures, device_subject
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import measure
 from fastbyol.byol import BYOL, build_byol
@@ -105,7 +105,7 @@ def _graph(byol: BYOL, place: Place, skipped: dict[str, str]) -> dict[str, Calla
     optimizer = _optimizer(byol, "lars")
     for group in optimizer.param_groups:
         group["lr"] = torch.full((), LR, device=place.device)  # a number would be frozen into the graph
-    return {f"{OURS}, CUDA graph": captured(optimizer.step, place.device)}
+    return captures({f"{OURS}, CUDA graph": optimizer.step}, place.device, skipped)
 
 
 def _optimizer(byol: BYOL, name: str) -> torch.optim.Optimizer:

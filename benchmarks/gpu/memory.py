@@ -15,6 +15,13 @@ SHARE = 0.85
 """Of the free memory that a step may take: blocks are not packed without gaps, and a part holds several networks at once."""
 MULTIPLE = 32
 LARGEST = 2048
+_SIGNS = ("out of memory", "ALLOC_FAILED")
+"""In the words of errors that are not torch's OutOfMemoryError: the driver's, cuBLAS's and cuDNN's own."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that the device's memory is used up, in whoever's words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
@@ -29,7 +36,9 @@ def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
     while batch >= MULTIPLE:
         try:
             _peak_bytes(step, batch, device)
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             batch = int(0.9 * batch) // MULTIPLE * MULTIPLE
         else:
             return batch

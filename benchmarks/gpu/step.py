@@ -1,7 +1,9 @@
 """What: a whole BYOL step on the device, views given, at the largest batch that fits: images/s per GPU, and MFU.
 
 How: the product's `train_step` on noise, eager. The largest batch is found from the memory of two small ones. Reference: float32, NCHW, at half
-that batch, which is what fits. Ceiling: the step's operations, counted by torch, at the rate of a large bf16 matrix product in the same rounds.
+that batch, or less where that does not fit. bf16 also in NCHW, and with cuDNN's search for algorithms, which the
+product leaves off. Ceiling: the step's operations, counted by torch, at the rate of a large bf16 matrix product in the same rounds;
+of memory, a copy of the bytes that our step's operations read and write (`traffic.py`).
 MFU: those operations over the card's peak by its data sheet (`fastbyol/monitors/compute.py`), where the card is known. The shares of forward and
 backward and of the update are the monitor's, by CUDA events.
 
@@ -13,28 +15,36 @@ docs/performance.md for the limit by memory, several times below the ceiling her
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
+from benchmarks.breakdown import COPIED, MEGABYTES
 from benchmarks.gpu import Place
-from benchmarks.gpu.memory import largest_batch
+from benchmarks.gpu.memory import is_out_of_memory, largest_batch
 from benchmarks.gpu.subjects import device_subject
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import Subject, Timings, measure
+from benchmarks.traffic import bytes_moved
 from benchmarks.training_step import TrainingStep, synthetic_batch
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
-from fastbyol.data.batch import ViewBatch
 from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
+from fastbyol.tuning.memory import release_memory
 
 REFERENCE, OURS, CEILING = "float32, NCHW", "bf16, channels-last", "bf16 matrix product, same operations"
+MEMORY = "copy of as many bytes"
+SEARCHED = "bf16, channels-last, cudnn.benchmark"
 VARIANTS = {
     REFERENCE: PrecisionConfig(autocast="off", channels_last=False),
     "bf16, NCHW": PrecisionConfig(autocast="bf16", channels_last=False),
     OURS: PrecisionConfig(autocast="bf16", channels_last=True),
+    SEARCHED: PrecisionConfig(autocast="bf16", channels_last=True),
 }
 NUM_CLASSES = 1000
+ENOUGH_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,20 +56,32 @@ class Size:
     rounds: int
     batch: int = 0
     matrix: int = 8192
+    copy_mib: int = 1024
+    enough_s: float = ENOUGH_S
 
 
 FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, rounds=6)
-TINY = Size(model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8), size_px=32, rounds=1, batch=4, matrix=64)
+TINY = Size(
+    model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8),
+    size_px=32,
+    rounds=1,
+    batch=4,
+    matrix=64,
+    copy_mib=1,
+    enough_s=0,
+)
 
 
 def run(size: Size, *, place: Place) -> CaseResult:
     batch = size.batch or largest_batch(lambda n: one_step(size, VARIANTS[OURS], n, place.device), place.device)
-    batches = {name: max(1, batch // 2) if name == REFERENCE else batch for name in VARIANTS}
-    steps, subjects, skipped = _variants(size, batches, place.device)
+    steps, subjects, skipped = _variants(size, batch, place.device)
     flop = flop_per_image(size.model, size_px=size.size_px)
-    subjects.append(matrix_product(size.matrix, flop, place.device))
-    timings = measure(subjects, rounds=size.rounds)
-    rates = compute_rates(timings, flop, place.device)
+    megabytes = steps[OURS].megabytes
+    subjects += [matrix_product(size.matrix, flop, place.device), copy_subject(size.copy_mib, megabytes, place.device)]
+    timings = measure(subjects, rounds=size.rounds, warmed_up=lambda: [step.forget_times() for step in steps.values()])
+    rates = compute_rates({name: timing for name, timing in timings.items() if name != MEMORY}, flop, place.device)
+    extra = {name: rates[name] | (steps[name].figures() if name in steps else {}) for name in rates}
+    extra[MEMORY] = {COPIED: megabytes / median(timings[MEMORY].ms["wall"])}
     return make_result(
         "gpu.step",
         f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}, {flop / 1e9:.1f} GFLOP an image",
@@ -71,42 +93,63 @@ def run(size: Size, *, place: Place) -> CaseResult:
         threads=torch.get_num_threads(),
         primary="wall",
         settings=size,
-        extra={name: rates[name] | (steps[name].time_shares() if name in steps else {}) for name in rates},
+        extra=extra,
         skipped=skipped,
         device=place.device.type,
     )
 
 
-def _variants(size: Size, batches: dict[str, int], device: torch.device) -> tuple[dict[str, NoiseStep], list[Subject], dict[str, str]]:
-    """What fits of the variants, as steps and as subjects, and what does not."""
+def _variants(size: Size, batch: int, device: torch.device) -> tuple[dict[str, NoiseStep], list[Subject], dict[str, str]]:
+    """What fits of the variants, as steps and as subjects, and what does not. float32 takes half the batch, or what of it fits."""
     steps, subjects, skipped = {}, [], {}
     for name, precision in VARIANTS.items():
-        note = f"batch {batches[name]}"
-        try:
-            step = NoiseStep(size, precision, batches[name], device)
-            subjects.append(device_subject(name, step, device=device, units=batches[name], enough_s=0, note=note))
-            steps[name] = step
-        except torch.cuda.OutOfMemoryError:
-            if name in (REFERENCE, OURS):
-                raise
-            skipped[name] = f"out of memory at {note}"
+        num = max(1, batch // 2) if name == REFERENCE else batch
+        while name not in steps and name not in skipped:
+            try:
+                steps[name], subject = _variant(name, size, precision, num, device)
+                subjects.append(subject)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or name == OURS or num <= 2:
+                    raise
+                if name != REFERENCE:
+                    skipped[name] = f"out of memory at batch {num}"
+                num //= 2
+            release_memory()  # the failure's frames, which held what it had taken, are gone by now
     return steps, subjects, skipped
 
 
-class NoiseStep:
-    """A call is one optimizer step on a batch of noise that lies on the device."""
+def _variant(name: str, size: Size, precision: PrecisionConfig, batch: int, device: torch.device) -> tuple[NoiseStep, Subject]:
+    step = NoiseStep(size, precision, batch, device, search=name == SEARCHED)
+    return step, device_subject(name, step, device=device, units=batch, enough_s=size.enough_s, note=f"batch {batch}")
 
-    def __init__(self, size: Size, precision: PrecisionConfig, batch: int, device: torch.device) -> None:
+
+class NoiseStep:
+    """A call is one optimizer step on a batch of noise that lies on the device. search: cuDNN tries its algorithms once for each shape."""
+
+    def __init__(self, size: Size, precision: PrecisionConfig, batch: int, device: torch.device, *, search: bool = False) -> None:
         config = TrainConfig(global_batch=batch, model=size.model, precision=precision)
         self._step = TrainingStep(config, num_classes=NUM_CLASSES, device=device)
-        noise = synthetic_batch(num=batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=precision.channels_last)
-        self._views = ViewBatch(*(tensor.to(device) for tensor in noise))
+        self._views = synthetic_batch(
+            num=batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=precision.channels_last, device=device
+        )
+        self._search = search
 
     def __call__(self) -> None:
+        torch.backends.cudnn.benchmark = self._search
         self._step.run([self._views])
+        torch.backends.cudnn.benchmark = False
 
-    def time_shares(self) -> dict[str, float]:
-        return self._step.time_shares()
+    def forget_times(self) -> None:
+        self._step.forget_times()
+
+    @functools.cached_property
+    def megabytes(self) -> float:
+        """That a step moves for an image where no cache helps."""
+        return bytes_moved(self) / len(self._views.index) / 1e6
+
+    def figures(self) -> dict[str, float]:
+        """Bytes an image, and where the time went; the shares first, for counting the bytes takes a step more."""
+        return self._step.time_shares() | {MEGABYTES: self.megabytes}
 
 
 def one_step(size: Size, precision: PrecisionConfig, batch: int, device: torch.device) -> None:
@@ -116,14 +159,24 @@ def one_step(size: Size, precision: PrecisionConfig, batch: int, device: torch.d
     step()
 
 
-def compute_rates(timings: dict[str, Timings], flop: float, device: torch.device) -> dict[str, dict[str, float]]:
-    """TFLOP/s of each subject, and the share of the card's 16-bit peak where the card is known and the subject uses it."""
+def compute_rates(
+    timings: dict[str, Timings], flop: float, device: torch.device, *, uses_16_bits: Callable[[str], bool] = lambda name: "bf16" in name
+) -> dict[str, dict[str, float]]:
+    """TFLOP/s of each subject, and the share of the card's 16-bit peak where the card is known and the subject of that name uses it."""
     peak = peak_flop_per_s(torch.cuda.get_device_name(device), autocast="bf16") if device.type == "cuda" else None
     rates: dict[str, dict[str, float]] = {}
     for name, timing in timings.items():
         achieved = 1000 * flop / median(timing.ms["wall"])
-        rates[name] = {"TFLOP/s": achieved / 1e12} | ({"mfu": achieved / peak} if peak and name.startswith("bf16") else {})
+        rates[name] = {"TFLOP/s": achieved / 1e12} | ({"mfu": achieved / peak} if peak and uses_16_bits(name) else {})
     return rates
+
+
+def copy_subject(mebibytes: int, megabytes_per_image: float, device: torch.device) -> Subject:
+    """A copy on the device, counted in images that move so many bytes; what it reads and what it writes counts."""
+    source = torch.zeros(mebibytes << 20, dtype=torch.uint8, device=device)
+    out = torch.empty_like(source)
+    units = 2 * len(source) / (1e6 * megabytes_per_image)
+    return device_subject(MEMORY, lambda: out.copy_(source), device=device, units=units, role="memory ceiling")
 
 
 def matrix_product(side: int, flop: float, device: torch.device) -> Subject:

@@ -10,6 +10,7 @@ Compiling takes a minute or more, outside of what is timed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,9 @@ from benchmarks.gpu.step import CEILING, FULL, OURS, TINY, VARIANTS, NoiseStep, 
 from benchmarks.gpu.subjects import device_subject
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import measure
+from fastbyol.config.errors import UserError
 from fastbyol.monitors.compute import flop_per_image
+from fastbyol.tuning.candidates import reason_not_to_compile
 
 __all__ = ["FULL", "TINY", "Size", "run"]
 COMPILED = f"{OURS}, compiled"
@@ -28,11 +31,13 @@ COMPILED = f"{OURS}, compiled"
 
 def run(size: Size, *, place: Place) -> CaseResult:
     eager, device = VARIANTS[OURS], place.device
+    if reason := reason_not_to_compile(device, seconds=math.inf):
+        raise UserError(reason)  # the product would go on in eager mode
     batch = size.batch or largest_batch(lambda n: one_step(size, eager, n, device), device)
     variants = {OURS: eager, COMPILED: replace(eager, compile=True)}
     flop = flop_per_image(size.model, size_px=size.size_px)
     subjects = [
-        device_subject(name, NoiseStep(size, precision, batch, device), device=device, units=batch, enough_s=0)
+        device_subject(name, NoiseStep(size, precision, batch, device), device=device, units=batch, enough_s=size.enough_s)
         for name, precision in variants.items()
     ]
     subjects.append(matrix_product(size.matrix, flop, device))

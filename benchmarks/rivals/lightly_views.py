@@ -13,22 +13,15 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from fastbyol.config.errors import UserError
+from benchmarks.rivals.packages import import_rival
 
 
 class LightlyLoader:
     """Batches of an ImageFolder in listing order, made in the calling thread: an iterable of ([view1, view2], label)."""
 
     def __init__(self, folder: Path, *, size_px: int, batch: int) -> None:
-        try:
-            from lightly.transforms.byol_transform import (  # type: ignore[import-not-found]  # an extra
-                BYOLTransform,
-                BYOLView1Transform,
-                BYOLView2Transform,
-            )
-        except ImportError as error:
-            raise UserError("lightly is not installed; pip install 'fastbyol[rivals]'") from error
-        transform = BYOLTransform(BYOLView1Transform(input_size=size_px), BYOLView2Transform(input_size=size_px))
+        byol = import_rival("lightly.transforms.byol_transform")
+        transform = byol.BYOLTransform(byol.BYOLView1Transform(input_size=size_px), byol.BYOLView2Transform(input_size=size_px))
         self._loader: DataLoader[Any] = DataLoader(ImageFolder(str(folder), transform), batch_size=batch, drop_last=True)
 
     def __iter__(self) -> Iterator[Any]:

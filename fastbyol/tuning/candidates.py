@@ -18,6 +18,10 @@ SMALLEST_RANK_BATCH = 16
 PREFETCH = (2, 4, 8)
 COMPILE_NEEDS_S = 30.0
 """torch.compile of the networks takes a minute or more: not worth it for a quick look."""
+AUTOTUNE_NEEDS_S = 120.0
+"""max-autotune times kernels while it compiles, for several minutes."""
+COMPILE_MODES = {"cuda": ("default", "reduce-overhead", "max-autotune"), "cpu": ("default", "max-autotune")}
+"""In order of preference; reduce-overhead means CUDA graphs."""
 FEED_MARGIN = 1.25
 """How much faster than the step a loader should be: decoding times vary, and the step is what must never wait."""
 
@@ -43,6 +47,26 @@ def precisions(own: PrecisionConfig, *, device: str, kept: frozenset[str]) -> di
 
 def precision_name(precision: PrecisionConfig) -> str:
     return f"{precision.autocast} {'channels_last' if precision.channels_last else 'channels_first'}"
+
+
+def eager(own: PrecisionConfig) -> PrecisionConfig:
+    """The same without torch.compile and what belongs to it."""
+    return replace(own, compile=False, compile_mode="default", compile_cache="")
+
+
+def compiled(own: PrecisionConfig, *, device: str, seconds: float, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
+    """Ways to compile by name, the config's own mode first; those that take too long for `seconds` are left out unless it is the own one."""
+    modes = _own_first(own.compile_mode, COMPILE_MODES[device])
+    if "precision.compile_mode" in kept:
+        modes = [own.compile_mode]
+    elif seconds < AUTOTUNE_NEEDS_S:
+        modes = [own.compile_mode, *(mode for mode in modes[1:] if mode != "max-autotune")]
+    return {step_name(variant): variant for variant in (replace(own, compile=True, compile_mode=mode) for mode in modes)}
+
+
+def step_name(precision: PrecisionConfig) -> str:
+    """'eager', or how it is compiled."""
+    return f"compiled, {precision.compile_mode}" if precision.compile else "eager"
 
 
 def prefetches(own: int) -> list[int]:

@@ -74,16 +74,20 @@ def compare(title: str, trials: Sequence[Trial], *, seconds: float, clock: Calla
         UserError: every candidate failed.
     """
     usable, failed = _warmed_up(trials)
-    if not usable:
-        raise UserError(f"{title}: nothing works here: " + "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     rates: dict[str, list[float]] = {trial.name: [] for trial in usable}
-    start = clock()
+    each_s, start = seconds / (ROUNDS * max(1, len(usable))), clock()
     for number in range(ROUNDS):
         if number >= MIN_ROUNDS and clock() - start >= seconds:
             break
-        for trial in usable:
-            rates[trial.name].append(trial.run(seconds / (ROUNDS * len(usable))))
-    return Comparison(title, {name: tuple(values) for name, values in rates.items()}, failed)
+        for trial in [trial for trial in usable if trial.name not in failed]:
+            try:
+                rates[trial.name].append(trial.run(each_s))
+            except TrialFailed as reason:  # one that has warmed up may find the memory taken by the next one
+                failed[trial.name] = str(reason)
+    measured = {name: tuple(values) for name, values in rates.items() if name not in failed}
+    if not measured:
+        raise UserError(f"{title}: nothing works here: " + "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    return Comparison(title, measured, failed)
 
 
 def _warmed_up(trials: Sequence[Trial]) -> tuple[list[Trial], dict[str, str]]:

@@ -12,10 +12,9 @@ from fastbyol.config.schema import accumulation_of
 from fastbyol.process_group import Process
 from fastbyol.train import build
 from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank
-from fastbyol.tuning.candidates import COMPILE_NEEDS_S
 from fastbyol.tuning.loader_trial import open_loader
 from fastbyol.tuning.loader_tuning import Reading, readings, tune_reading, tune_workers
-from fastbyol.tuning.step_tuning import tune_step
+from fastbyol.tuning.step_tuning import num_ways_to_compile, tune_step
 from fastbyol.tuning.whole_tuning import tune_whole
 
 SAMPLE_IMAGES = 32
@@ -83,8 +82,9 @@ def check_images(bench: Bench, ways: Sequence[Reading]) -> None:
 
 def _plan(bench: Bench, ways: Sequence[Reading]) -> str:
     seconds = bench.request.seconds
-    most = 4 + (len(ways) > 1) + bench.on_gpu + (seconds >= COMPILE_NEEDS_S)
-    compiling = ", compilation" if seconds >= COMPILE_NEEDS_S else ""
+    compiled = num_ways_to_compile(bench)
+    most = 4 + (len(ways) > 1) + bench.on_gpu + compiled
+    compiling = ", compilation" if compiled else ""
     return (
         f"at most {most} comparisons of {seconds:g} s, {most * seconds:.0f} s, and building and warming up between them{compiling}; "
         f"{bench.process.device}, {bench.cores} cores, {torch.get_num_threads()} torch threads. Ctrl-C ends it; nothing is written then"

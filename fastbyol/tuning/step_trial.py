@@ -77,7 +77,7 @@ class Stepper:
         """A trial's `run`: steps on what the loader brings. Each pace is also added to `paces`."""
 
         def run(seconds: float) -> float:
-            with closing(endless(loader)) as batches:
+            with closing(endless(loader)) as batches, memory_as_failure():
                 self._steps(batches, 0.0)  # the first batch has to be made, and the queue is filled
                 paces.append(self._steps(batches, seconds))
             return paces[-1].images_per_s

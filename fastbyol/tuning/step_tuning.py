@@ -1,4 +1,4 @@
-"""The step alone: number format and memory layout, the batch that fits memory, compilation.
+"""The step alone: number format and memory layout, the batch that fits memory, and whether and how it is compiled.
 
 Never run by us on a GPU yet: there the search for the batch and fp16 join in.
 """
@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from fastbyol.config.errors import UserError
+from fastbyol.config.schema import PrecisionConfig
 from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench
 from fastbyol.tuning.comparison import MIN_ROUNDS, Trial, TrialFailed
@@ -20,8 +23,9 @@ SMALLEST_CPU_BATCH = 8
 
 def tune_step(bench: Bench) -> tuple[Stepper, float]:
     """The networks in the best precision and batch, and images per second of the step alone."""
+    own = bench.found.config.precision
     if not bench.keeps("precision.compile"):
-        bench.found.choose(precision=replace(bench.found.config.precision, compile=False))
+        bench.found.choose(precision=candidates.eager(own))
     # Half of what fits: float32 takes twice the memory of bf16, and the networks of several candidates are there at once.
     batch = fitting_batches(bench)[-2:][0] if bench.on_gpu else quick_batch(bench)
     rate = _tune_precision(bench, batch)
@@ -29,7 +33,7 @@ def tune_step(bench: Bench) -> tuple[Stepper, float]:
         stepper, rate = tune_rank_batch(bench)
     else:
         stepper = Stepper(bench.trial_config(batch), bench.process)
-    return _tune_compile(bench, stepper, eager_rate=rate)
+    return _tune_compile(bench, stepper, rate=rate, own=own)
 
 
 def _tune_precision(bench: Bench, batch: int) -> float:
@@ -66,7 +70,7 @@ def fitting_batches(bench: Bench) -> list[int]:
     wanted = [bench.micro_batch] if bench.keeps("rank_batch") else candidates.rank_batches(bench.share)
     precision = bench.found.config.precision
     bench.announce(f"rank_batch that fits {bench.process.device} in {precision.autocast}: {', '.join(map(str, wanted))}")
-    stepper = Stepper(bench.trial_config(wanted[0], precision=replace(precision, compile=False)), bench.process)
+    stepper = Stepper(bench.trial_config(wanted[0], precision=candidates.eager(precision)), bench.process)
 
     def fits(batch: int) -> bool:
         run = stepper.with_batch(batch).alone(bench.sample[0])
@@ -91,22 +95,57 @@ def tune_rank_batch(bench: Bench) -> tuple[Stepper, float]:
     return stepper.with_batch(int(chosen)), comparison.rate(chosen)
 
 
-def _tune_compile(bench: Bench, stepper: Stepper, *, eager_rate: float) -> tuple[Stepper, float]:
-    """The same networks, compiled where that can be tried and is faster; and images per second."""
-    if bench.keeps("precision.compile"):
-        return stepper, eager_rate
+def _tune_compile(bench: Bench, stepper: Stepper, *, rate: float, own: PrecisionConfig) -> tuple[Stepper, float]:
+    """The same networks, compiled in the mode that is fastest where any is faster; and images per second.
+
+    Each way to compile is compared with the best so far, so that no more than two are in memory at once.
+
+    Args:
+        bench: with number format, layout and batch chosen.
+        stepper: the networks with them.
+        rate: images per second of it.
+        own: the config's precision before anything was chosen: its way to compile is the first that is tried.
+    """
+    if bench.keeps("precision.compile") and not own.compile:
+        return stepper, rate
     if reason := candidates.reason_not_to_compile(bench.process.device, seconds=bench.request.seconds):
-        bench.found.notes["precision.compile"] = reason
-        return stepper, eager_rate
-    batch, precision = stepper.config.global_batch, replace(bench.found.config.precision, compile=True)
-    compiled = Stepper(bench.trial_config(batch, precision=precision), bench.process)
-    trials = [Trial("eager", stepper.alone(bench.sample[0])), Trial("compiled", _compiling(compiled.alone(bench.sample[0])))]
+        bench.found.notes["precision.compile_mode" if own.compile and bench.keeps("precision.compile") else "precision.compile"] = reason
+        return stepper, rate
+    for variant in _ways_to_compile(bench, own):
+        stepper, rate = _try_compiled(bench, stepper, variant, rate=rate)
+    return stepper, rate
+
+
+def num_ways_to_compile(bench: Bench) -> int:
+    """How many comparisons with compiled networks there will be at most."""
+    own = bench.found.config.precision
+    if bench.request.seconds < candidates.COMPILE_NEEDS_S or (bench.keeps("precision.compile") and not own.compile):
+        return 0
+    kept = bench.keeps("precision.compile")  # then the first way is what the others are compared with
+    return len(candidates.compiled(own, device=bench.process.device.type, seconds=bench.request.seconds, kept=bench.request.kept)) - kept
+
+
+def _ways_to_compile(bench: Bench, own: PrecisionConfig) -> list[PrecisionConfig]:
+    """What is worth trying beside the best so far, in that order."""
+    best = bench.found.config.precision
+    wanted = replace(best, compile=True, compile_mode=own.compile_mode, compile_cache=own.compile_cache)
+    ways = candidates.compiled(wanted, device=bench.process.device.type, seconds=bench.request.seconds, kept=bench.request.kept)
+    return [variant for variant in ways.values() if variant != best]
+
+
+def _try_compiled(bench: Bench, best: Stepper, variant: PrecisionConfig, *, rate: float) -> tuple[Stepper, float]:
+    """The faster one of the best so far and the same networks compiled like this; and images per second."""
+    batch = best.config.global_batch
+    name, new = candidates.step_name(best.config.precision), candidates.step_name(variant)
+    challenger = Stepper(bench.trial_config(batch, precision=variant), bench.process)
+    trials = [Trial(name, best.alone(bench.sample[0])), Trial(new, _compiling(challenger.alone(bench.sample[0])))]
     comparison = bench.compare(f"step compiled, batch {batch}", trials)
-    chosen = bench.found.add(comparison, "precision.compile")
-    if chosen == "compiled":
-        bench.found.choose(precision=precision)
-        return compiled, comparison.rate(chosen)
-    return stepper, comparison.rate(chosen)
+    chosen = bench.found.add(comparison, "precision.compile", "precision.compile_mode")
+    if chosen == new and name not in comparison.failed:  # what leaves the other one no memory has not shown that it is faster
+        bench.found.choose(precision=variant)
+        return challenger, comparison.rate(new)
+    torch.compiler.reset()  # the memory of its CUDA graphs; what is kept is taken from the compiler's cache when it is next needed
+    return best, comparison.rate(name) if name in comparison.rates else rate
 
 
 def _compiling(run: Callable[[float], float]) -> Callable[[float], float]:

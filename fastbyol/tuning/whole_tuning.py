@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 
+from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.monitors.compute import ComputeMeter
 from fastbyol.tuning import candidates
@@ -78,8 +79,11 @@ def _fed(bench: Bench, stepper: Stepper, what: str, variants: Mapping[str, DataC
             loader = leaving.enter_context(open_loader(replace(stepper.config, data=data), bench.process))
             trials.append(Trial(name, stepper.fed_by(loader, paces[name])))
         comparison = replace(bench.compare(f"end to end, {what}", trials), reference=REFERENCE)
+    if REFERENCE in comparison.failed or len(comparison.rates) < 2:
+        reasons = ", ".join(f"{name}: {reason}" for name, reason in comparison.failed.items())
+        raise UserError(f"end to end: {reasons}; give a smaller --rank_batch, which is kept then")
     num_rounds = len(comparison.rates[REFERENCE])
-    measured = {name: taken[-num_rounds:] for name, taken in paces.items()}  # the first ones warmed up
+    measured = {name: paces[name][-num_rounds:] for name in variants if name in comparison.rates}  # the first ones warmed up
     return comparison, {name: median(pace.wait_share for pace in taken) for name, taken in measured.items()}
 
 
