@@ -6,9 +6,9 @@ from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import one_line_errors, require_choice
-from fastbyol.data.demo_fashion import write_fashion
-from fastbyol.data.demo_folder import DemoSettings
-from fastbyol.data.demo_scenes import write_scenes
+from fastbyol.data.demo.fashion import write_fashion
+from fastbyol.data.demo.folder import DemoSettings
+from fastbyol.data.demo.scenes import write_scenes
 
 EXAMPLES = """\
 examples:

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.data.inputs import INPUTS, add_label_arguments, listing_from
-from fastbyol.data.inventory import Inventory, is_conversion, take_inventory
-from fastbyol.data.picture_grid import write_picture_grid
+from fastbyol.data.inputs.images import INPUTS, add_label_arguments, listing_from
+from fastbyol.data.inspection.inventory import Inventory, is_conversion, take_inventory
+from fastbyol.data.inspection.picture_grid import write_picture_grid
 
 EXAMPLES = f"""\
 examples:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.image_subset import choose_classes, draw_fraction, draw_images, read_subset, write_subset
-from fastbyol.data.inputs import INPUTS, add_input_arguments, listing_from
+from fastbyol.data.inputs.images import INPUTS, add_input_arguments, listing_from
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.subset import choose_classes, draw_fraction, draw_images, read_subset, write_subset
 
 EXAMPLES = f"""\
 examples:

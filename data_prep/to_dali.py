@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.command_line import conversion_command, conversion_options, conversion_parser, overwrite_mode, print_outcome
-from fastbyol.data.inputs import listing_from
+from fastbyol.data.conversion.command_line import conversion_command, conversion_options, conversion_parser, overwrite_mode, print_outcome
+from fastbyol.data.conversion.tar_parts import merge_tar_parts, parse_part, write_tar_part
+from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.data.inputs.images import listing_from
 from fastbyol.data.quantities import bytes_text
-from fastbyol.data.tar_parts import merge_tar_parts, parse_part, write_tar_part
 from fastbyol.data.tar_shards import TAR_REPORT
-from fastbyol.data.writers_tar import write_tar_shards
 
 EXAMPLES = """\
 examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):

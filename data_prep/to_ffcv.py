@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from fastbyol.config.errors import require
-from fastbyol.data.command_line import conversion_command, conversion_options, conversion_parser, overwrite_mode, print_outcome
-from fastbyol.data.conversion_report import report_path
-from fastbyol.data.inputs import listing_from
-from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.command_line import conversion_command, conversion_options, conversion_parser, overwrite_mode, print_outcome
+from fastbyol.data.conversion.report import report_path
+from fastbyol.data.inputs.images import listing_from
 
 EXAMPLES = """\
 examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_at_least
-from fastbyol.data.findings import Findings
-from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.inputs import INPUTS, add_input_arguments, listing_from
-from fastbyol.data.verification import verify
+from fastbyol.data.inputs.images import INPUTS, add_input_arguments, listing_from
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inspection.findings import Findings
+from fastbyol.data.inspection.verification import verify
 
 EXAMPLES = f"""\
 examples:

@@ -16,18 +16,18 @@ from ffcv.transforms import ToTensor
 from interrupted import Conversion, await_gone, kill_and_continue, limit_file_size, write_many
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import conversion_estimate
 from fastbyol.data.beton import read_beton
-from fastbyol.data.conversion import BadImage, ConversionOptions
+from fastbyol.data.conversion import estimate
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.encode import EncodeSettings
+from fastbyol.data.conversion.image_pass import BadImage, ConversionOptions
+from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.data.conversion.work_folder import WorkFolder
 from fastbyol.data.dali_loader import DaliSource
-from fastbyol.data.encode import EncodeSettings
 from fastbyol.data.ffcv_loader import FfcvSource
-from fastbyol.data.image_folder import list_image_folder
-from fastbyol.data.image_listing import ImageListing, ImageLocation
+from fastbyol.data.inputs.folder import list_image_folder
+from fastbyol.data.inputs.listing import ImageListing, ImageLocation
 from fastbyol.data.manifest import read_manifest
-from fastbyol.data.work_folder import WorkFolder
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
 
 IMAGES, BAD_EVERY = 700, 35
 FORMATS = {"beton": ("to_ffcv.py", "x.beton", ()), "tar": ("to_dali.py", "x", ("--shard-mb", "1"))}
@@ -177,7 +177,7 @@ def test_a_damaged_work_folder_is_noticed(ten: Path, tmp_path: Path) -> None:
 
 def test_not_enough_room_is_said_before_anything_is_written(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(conversion_estimate.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     stored = sum(path.stat().st_size for path in many.rglob("*.jpg"))
     with pytest.raises(UserError, match=r"needs about (\d\.\d+) MB more and 1 MB are free") as error:
         write_tar_shards(many, out=tmp_path / "x", workers=1)

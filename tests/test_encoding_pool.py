@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import encoding_pool
-from fastbyol.data.encode import DroppedImage, EncodedImage, EncodeSettings
-from fastbyol.data.encoding_pool import EncodingPool
-from fastbyol.data.encoding_worker import Encoded, Job
-from fastbyol.data.stop_signals import Stopped, StopRequest
+from fastbyol.data.conversion import encoding_pool
+from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
+from fastbyol.data.conversion.encoding_pool import EncodingPool
+from fastbyol.data.conversion.encoding_worker import Encoded, Job
+from fastbyol.data.conversion.stop_signals import Stopped, StopRequest
 
 
 def jpeg(number: int) -> bytes:

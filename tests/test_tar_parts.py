@@ -12,13 +12,13 @@ import pytest
 from interrupted import write_many
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import tar_parts
-from fastbyol.data.conversion import ConversionOptions
+from fastbyol.data.conversion import tar_parts
+from fastbyol.data.conversion.encode import EncodeSettings
+from fastbyol.data.conversion.image_pass import ConversionOptions
+from fastbyol.data.conversion.tar_parts import Part, merge_tar_parts, parse_part, write_tar_part
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.dali_loader import DaliSource
-from fastbyol.data.encode import EncodeSettings
 from fastbyol.data.manifest import read_manifest
-from fastbyol.data.tar_parts import Part, merge_tar_parts, parse_part, write_tar_part
-from fastbyol.data.writers_tar import write_tar_shards
 
 NUM, SEED = 50, 3
 

@@ -16,13 +16,13 @@ from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair, ViewSpec
 from fastbyol.data import beton as beton_format
 from fastbyol.data import build_loader
-from fastbyol.data.conversion import ConversionOptions
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.image_pass import ConversionOptions
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer
 from fastbyol.data.source import Indices, Pixels, Source
 from fastbyol.data.traversal import Traversal
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
 
 SMALL = ViewPair(size_px=8)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.image_listing import EXTENSIONS, ImageListing, in_sample_order
-from fastbyol.data.name_matching import NameIndex
+from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, in_sample_order
+from fastbyol.data.inputs.name_matching import NameIndex
 
 _VALIDATION_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.\w+", re.DOTALL)
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"

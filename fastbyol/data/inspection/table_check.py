@@ -10,10 +10,10 @@ import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.class_counts import refuse_other_counts
-from fastbyol.data.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
-from fastbyol.data.findings import Fault, Findings
+from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
+from fastbyol.data.inspection.findings import Fault, Findings
+from fastbyol.data.inspection.shard_check import foreign_shard
 from fastbyol.data.manifest import Manifest, is_sealed, read_manifest
-from fastbyol.data.shard_check import foreign_shard
 
 _PARTS = "part-*-of-*.json"
 """What several machines leave until `to_dali.py --merge` has been run."""

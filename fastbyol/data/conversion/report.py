@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.encode import Outcome
-from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.conversion.encode import Outcome
+from fastbyol.data.inputs.listing import ImageListing
 
 _FORMAT = 1
 # Asked for by the user, or as common as it is harmless: counted and not named one by one.
@@ -23,7 +23,7 @@ def make_report(listing: ImageListing, rows: NDArray[np.void], touched: list[dic
 
     Args:
         listing: of the source.
-        rows: one per image, in any order (`conversion.ROW`).
+        rows: one per image, in any order (`image_pass.ROW`).
         touched: as the conversion noted them, in any order.
     """
     outcomes = Counter(rows["outcome"].tolist())

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError, require
-from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.name_matching import NameIndex
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.name_matching import NameIndex
 
 _SHOWN = 3
 

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.converted import is_converted, open_converted
-from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inspection.converted import is_converted, open_converted
 from fastbyol.data.manifest import Manifest
 from fastbyol.data.source import PILLOW_ERRORS, Indices, Pixels, decode_with_pillow
 

@@ -9,8 +9,8 @@ from tarfile import BLOCKSIZE, TarInfo
 
 import numpy as np
 
-from fastbyol.data.converted import Converted
-from fastbyol.data.image_listing import EXTENSIONS
+from fastbyol.data.inputs.listing import EXTENSIONS
+from fastbyol.data.inspection.converted import Converted
 from fastbyol.data.tar_members import DamagedTarError, tar_members
 from fastbyol.data.tar_shards import INDEX_VERSION, index_path
 

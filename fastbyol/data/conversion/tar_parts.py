@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.conversion import (
+from fastbyol.data.conversion.image_pass import (
     ConversionOptions,
     Images,
     Task,
@@ -30,13 +30,13 @@ from fastbyol.data.conversion import (
     require_few_dropped,
     touched_images,
 )
-from fastbyol.data.conversion_output import disk_errors
-from fastbyol.data.conversion_report import make_report, report_text
+from fastbyol.data.conversion.output import disk_errors
+from fastbyol.data.conversion.report import make_report, report_text
+from fastbyol.data.conversion.stop_signals import stop_signals
+from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
+from fastbyol.data.conversion.work_folder import flush_to_disk, write_durably
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text
-from fastbyol.data.stop_signals import stop_signals
 from fastbyol.data.tar_shards import SAMPLE_TABLE, TAR_REPORT
-from fastbyol.data.work_folder import flush_to_disk, write_durably
-from fastbyol.data.writers_tar import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
 
 _PARTS = "part-*-of-*.json"
 
@@ -85,7 +85,7 @@ def write_tar_part(
 ) -> list[Shard]:
     """Adds one part's shards to the folder `out`, which all parts share; nothing to do if they are there already.
 
-    Arguments, beside `part`, and errors: those of `writers_tar.write_tar_shards`.
+    Arguments, beside `part`, and errors: those of `tar_writer.write_tar_shards`.
     """
     options = options or ConversionOptions()
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)

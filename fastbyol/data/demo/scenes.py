@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastbyol.data.demo_folder import SPLITS, DemoSettings, image_name, image_rng, save_jpeg, write_image_folder
+from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_name, image_rng, save_jpeg, write_image_folder
 
 CANVAS_PX = 48
 SHAPES = ("cross", "disc", "star", "triangle")
@@ -61,7 +61,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneClass:
-    """The scenes of one class in one split, to be drawn and written; see `demo_folder.ClassWriter`."""
+    """The scenes of one class in one split, to be drawn and written; see `folder.ClassWriter`."""
 
     split: str
     label: int

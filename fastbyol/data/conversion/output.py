@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.work_folder import flush_to_disk, is_full
+from fastbyol.data.conversion.work_folder import flush_to_disk, is_full
 
 
 @contextmanager

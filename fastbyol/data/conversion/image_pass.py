@@ -18,17 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, require, require_at_least
-from fastbyol.data.conversion_estimate import estimate_conversion, require_space
-from fastbyol.data.conversion_progress import ConversionProgress
-from fastbyol.data.conversion_report import make_report, report_text
-from fastbyol.data.encode import UNREADABLE, DroppedImage, EncodedImage, EncodeSettings, Outcome, find_turbojpeg
-from fastbyol.data.encoding_pool import EncodingPool, default_workers
-from fastbyol.data.encoding_worker import Encoded, Job
-from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.inputs import list_images
+from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, EncodeSettings, Outcome, find_turbojpeg
+from fastbyol.data.conversion.encoding_pool import EncodingPool, default_workers
+from fastbyol.data.conversion.encoding_worker import Encoded, Job
+from fastbyol.data.conversion.estimate import estimate_conversion, require_space
+from fastbyol.data.conversion.progress import ConversionProgress
+from fastbyol.data.conversion.report import make_report, report_text
+from fastbyol.data.conversion.stop_signals import Stopped, StopRequest
+from fastbyol.data.conversion.work_folder import WorkFolder, write_durably
+from fastbyol.data.inputs.images import list_images
+from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.manifest import Manifest, Shard, software_versions
-from fastbyol.data.stop_signals import Stopped, StopRequest
-from fastbyol.data.work_folder import WorkFolder, write_durably
 
 ROW = np.dtype(
     [

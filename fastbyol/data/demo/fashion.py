@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.demo_folder import SPLITS, DemoSettings, image_name, image_rng, save_jpeg, write_image_folder
+from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_name, image_rng, save_jpeg, write_image_folder
 
 CLASS_NAMES = ("t_shirt_top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle_boot")
 """In the order of Fashion-MNIST's labels (Xiao et al., 2017, table 1)."""
@@ -39,7 +39,7 @@ _SUPERSAMPLING = 2
 
 @dataclass(frozen=True)
 class FashionClass:
-    """The photographs of one class in one split, to be placed and written; see `demo_folder.ClassWriter`."""
+    """The photographs of one class in one split, to be placed and written; see `folder.ClassWriter`."""
 
     split: str
     label: int

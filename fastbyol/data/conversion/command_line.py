@@ -11,13 +11,13 @@ from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import one_line_errors
-from fastbyol.data.conversion import BadImage, ConversionOptions
-from fastbyol.data.conversion_report import report_table
-from fastbyol.data.encode import EXIF_MODES, MAX_PIXELS, EncodeSettings
-from fastbyol.data.inputs import INPUTS, add_input_arguments
+from fastbyol.data.conversion.encode import EXIF_MODES, MAX_PIXELS, EncodeSettings
+from fastbyol.data.conversion.image_pass import BadImage, ConversionOptions
+from fastbyol.data.conversion.report import report_table
+from fastbyol.data.conversion.stop_signals import Stopped
+from fastbyol.data.inputs.images import INPUTS, add_input_arguments
 from fastbyol.data.manifest import Manifest
 from fastbyol.data.quantities import bytes_text
-from fastbyol.data.stop_signals import Stopped
 
 BAD_IMAGE_EXIT = 1
 

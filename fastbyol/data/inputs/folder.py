@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.image_listing import EXTENSIONS, ImageListing, in_sample_order, why_not_an_image
+from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, in_sample_order, why_not_an_image
 
 _SPLITS = ({"train", "val"}, {"train", "test"})
 _LINE_BREAKS = ("\n", "\r")

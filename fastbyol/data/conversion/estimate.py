@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.encode import EncodedImage
-from fastbyol.data.encoding_pool import EncodingPool
-from fastbyol.data.encoding_worker import Job
+from fastbyol.data.conversion.encode import EncodedImage
+from fastbyol.data.conversion.encoding_pool import EncodingPool
+from fastbyol.data.conversion.encoding_worker import Job
 from fastbyol.data.quantities import bytes_text, duration_text
 
 _SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SHARE = 16, 256, 50

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from fastbyol.data.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings, Location
+from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings, Location
 
 Encoded = EncodedImage | DroppedImage
 READY = "ready"

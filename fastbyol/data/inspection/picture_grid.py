@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.inventory import ImageSet
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inspection.inventory import ImageSet
 from fastbyol.data.source import PILLOW_ERRORS
 
 ROWS, COLUMNS = 12, 8

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.image_folder import by_class_folder, list_image_folder, refuse_splits, scan_folder
-from fastbyol.data.image_labels import LabelFile, label_images, read_devkit, read_label_file
-from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.image_subset import drop_empty_classes, read_subset, restrict
-from fastbyol.data.image_tar import TarScan
+from fastbyol.data.inputs.folder import by_class_folder, list_image_folder, refuse_splits, scan_folder
+from fastbyol.data.inputs.labels import LabelFile, label_images, read_devkit, read_label_file
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.subset import drop_empty_classes, read_subset, restrict
+from fastbyol.data.inputs.tar import TarScan
 
 INPUTS = """\
 inputs:

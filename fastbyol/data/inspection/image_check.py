@@ -9,9 +9,9 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastbyol.data.converted import Converted
-from fastbyol.data.encode import find_turbojpeg
-from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.conversion.encode import find_turbojpeg
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inspection.converted import Converted
 from fastbyol.data.jpeg_header import exif_orientation, read_jpeg_header
 from fastbyol.data.source import PILLOW_ERRORS, Pixels, decode_with_pillow
 

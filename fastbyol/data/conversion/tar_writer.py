@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, require, require_at_least
-from fastbyol.data.conversion import (
+from fastbyol.data.conversion.encode import EncodedImage, Outcome
+from fastbyol.data.conversion.image_pass import (
     ConversionOptions,
     Images,
     Output,
@@ -27,14 +28,13 @@ from fastbyol.data.conversion import (
     make_task,
     open_work,
 )
-from fastbyol.data.conversion_output import disk_errors, put_in_place, require_free_name, work_path
-from fastbyol.data.encode import EncodedImage, Outcome
-from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
+from fastbyol.data.conversion.stop_signals import stop_signals
+from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
+from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, describe_shard, sha256_of, write_manifest
-from fastbyol.data.stop_signals import stop_signals
 from fastbyol.data.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
 from fastbyol.data.traversal import seeded_permutation
-from fastbyol.data.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
 
 MIB = 1 << 20
 SHARDS_FOLDER = "shards"

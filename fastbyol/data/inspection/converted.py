@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import RAW_MODE, read_beton
-from fastbyol.data.image_listing import ImageLocation
+from fastbyol.data.inputs.listing import ImageLocation
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
 from fastbyol.data.source import Indices, Pixels, decode_with_pillow
 from fastbyol.data.tar_shards import SAMPLE_TABLE, read_sample_table

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.image_listing import why_not_an_image
+from fastbyol.data.inputs.listing import why_not_an_image
 from fastbyol.data.progress import Progress
 from fastbyol.data.tar_members import DamagedTarError, tar_members
 

@@ -19,14 +19,14 @@ from threading import Event
 import numpy as np
 
 from fastbyol.config.errors import require_at_least
-from fastbyol.data.converted import Converted, manifest_path
-from fastbyol.data.findings import Fault, Findings
-from fastbyol.data.image_check import ImageCheck
-from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inspection.converted import Converted, manifest_path
+from fastbyol.data.inspection.findings import Fault, Findings
+from fastbyol.data.inspection.image_check import ImageCheck
+from fastbyol.data.inspection.shard_check import shard_faults
+from fastbyol.data.inspection.table_check import checked_manifest, checked_tables
 from fastbyol.data.manifest import Manifest, Shard
 from fastbyol.data.progress import Progress
-from fastbyol.data.shard_check import shard_faults
-from fastbyol.data.table_check import checked_manifest, checked_tables
 
 _READ_BYTES = 1 << 20
 _CHUNK_BYTES = 8 << 20

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, require
 from fastbyol.data.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
-from fastbyol.data.conversion import (
+from fastbyol.data.conversion.encode import EncodedImage, EncodeSettings, Outcome
+from fastbyol.data.conversion.image_pass import (
     ConversionOptions,
     Images,
     Output,
@@ -30,14 +31,13 @@ from fastbyol.data.conversion import (
     make_task,
     open_work,
 )
-from fastbyol.data.conversion_output import disk_errors, put_in_place, require_free_name, work_path
-from fastbyol.data.conversion_report import report_path
-from fastbyol.data.encode import EncodedImage, EncodeSettings, Outcome
-from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
+from fastbyol.data.conversion.report import report_path
+from fastbyol.data.conversion.stop_signals import stop_signals
+from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
+from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.manifest import Manifest, beton_manifest_path, describe_shard, write_manifest
-from fastbyol.data.stop_signals import stop_signals
 from fastbyol.data.traversal import seeded_permutation
-from fastbyol.data.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
 
 RAW_PAGE_BYTES = 1 << 26
 """64 MiB: a raw image of 22 million pixels. Larger ones are stored as JPEG."""
