@@ -22,13 +22,13 @@ from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedIma
 from fastbyol.data.conversion.encoding_pool import EncodingPool, default_workers
 from fastbyol.data.conversion.encoding_worker import Encoded, Job
 from fastbyol.data.conversion.estimate import estimate_conversion, require_space
-from fastbyol.data.conversion.progress import ConversionProgress
 from fastbyol.data.conversion.report import make_report, report_text
 from fastbyol.data.conversion.stop_signals import Stopped, StopRequest
 from fastbyol.data.conversion.work_folder import WorkFolder, write_durably
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.manifest import Manifest, Shard, software_versions
+from fastbyol.data.progress import Progress
 
 ROW = np.dtype(
     [
@@ -178,7 +178,7 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: StopRe
             estimate = estimate_conversion(pool, remaining, task.sizes, job=task.job, bytes_per_image=output.bytes_per_image)
             free = require_space(work.path.parent, estimate)
             print(f"{task.out.name}: {estimate.text(workers=task.workers, free_bytes=free)}", file=sys.stderr, flush=True)
-            with stop.deferred(), ConversionProgress(task.out.name, done=work.done, total=total) as progress:
+            with stop.deferred(), Progress(task.out.name, total, unit="images", done=work.done) as progress:
                 _Pass(task, output, work, progress).run(pool)
     return np.fromfile(work.path / ROWS, dtype=ROW)
 
@@ -186,7 +186,7 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: StopRe
 class _Pass:
     """The loop over the images, with what it writes down about each."""
 
-    def __init__(self, task: Task, output: Output, work: WorkFolder, progress: ConversionProgress) -> None:
+    def __init__(self, task: Task, output: Output, work: WorkFolder, progress: Progress) -> None:
         self._task, self._output, self._work, self._progress = task, output, work, progress
         self._rows = work.open(ROWS, size=work.done * ROW.itemsize)
         self._touched = work.open(TOUCHED, size=work.size_of(TOUCHED))
@@ -234,7 +234,7 @@ class _Pass:
                 self._note(index, "noted", what, detail)
         self._rows.write(np.array([row], dtype=ROW).tobytes())
         self._done += 1
-        self._progress.advance(size, dropped=isinstance(encoded, DroppedImage))
+        self._progress.advance(stored_bytes=size, dropped=int(isinstance(encoded, DroppedImage)))
 
     def _refuse_drop(self, index: int, dropped: DroppedImage) -> None:
         name = self._task.listing.files[index]
