@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+
+if __name__ == "__main__":
+    end_at_once_when_stopped()  # the imports take a moment
+
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ examples:
 {INPUTS}"""
 
 
+@stoppable
 @one_line_errors
 def main() -> None:
     arguments = _parser().parse_args()

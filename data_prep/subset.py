@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+
+if __name__ == "__main__":
+    end_at_once_when_stopped()  # the imports take a moment
+
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +32,7 @@ converters numbers them anew.
 {INPUTS}"""
 
 
+@stoppable
 @one_line_errors
 def main() -> None:
     arguments = _parser().parse_args()

@@ -19,7 +19,7 @@ from fastbyol.data.conversion import encoding_pool
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Encoded, Job
-from fastbyol.data.conversion.stop_signals import Stopped, StopRequest
+from fastbyol.data.conversion.stop_signals import OrderlyStop, StopRequest
 
 
 def jpeg(number: int) -> bytes:
@@ -155,9 +155,9 @@ def test_no_process_outlives_its_pool_or_a_stop() -> None:
         next(results)
         with stop.deferred():
             stop.handle(signal.SIGTERM, None)
-            with pytest.raises(Stopped) as stopped:
+            with pytest.raises(OrderlyStop) as stopped:
                 list(results)
-    assert (stopped.value.exit_code, stopped.value.orderly) == (143, True)
+    assert stopped.value.exit_code == 143
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
-from fastbyol.config.errors import one_line_errors
 from fastbyol.data.conversion.encode import EXIF_MODES, MAX_PIXELS, EncodeSettings
-from fastbyol.data.conversion.image_pass import BadImage, ConversionOptions
+from fastbyol.data.conversion.image_pass import ConversionOptions
 from fastbyol.data.conversion.report import report_table
-from fastbyol.data.conversion.stop_signals import Stopped
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments
 from fastbyol.data.manifest import Manifest
 from fastbyol.data.quantities import bytes_text
-
-BAD_IMAGE_EXIT = 1
 
 WHAT_HAPPENS = """\
 Baseline and progressive JPEGs, gray or colour, go in byte for byte under whatever name; CMYK, PNG, WebP and the like become RGB JPEG.
@@ -28,10 +21,13 @@ Killed, stopped by Ctrl-C or by a full disk, the same command continues, and giv
 """
 
 
-def conversion_parser(description: str, examples: str) -> OneLineParser:
-    """A parser with the options that decide what is stored, and how the work goes; the examples stand below them in --help."""
+def conversion_parser(description: str, examples: str, *, data: str = "required") -> OneLineParser:
+    """A parser with the options that decide what is stored, and how the work goes; the examples stand below them in --help.
+
+    data: whether --data is 'required' or 'optional'.
+    """
     parser = OneLineParser(description=description, epilog="\n".join([examples, INPUTS, WHAT_HAPPENS]))
-    add_input_arguments(parser)
+    add_input_arguments(parser, required=data == "required")
     work = parser.add_argument_group("the work")
     work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
     work.add_argument("--overwrite", action="store_true", help="replace an output that exists, once the new one is complete")
@@ -83,24 +79,6 @@ def overwrite_mode(arguments: Namespace) -> str:
     return "replace" if arguments.overwrite else "refuse"
 
 
-def conversion_command(main: Callable[[], None]) -> Callable[[], None]:
-    """Wraps a converter's entry point: a stop by a signal and a bad image under --strict end in one line too, each with its exit code."""
-
-    @functools.wraps(main)
-    @one_line_errors
-    def guarded() -> None:
-        try:
-            main()
-        except BadImage as error:
-            _say(f"error: {error}")
-            sys.exit(BAD_IMAGE_EXIT)
-        except Stopped as stopped:
-            _say(str(stopped))
-            sys.exit(stopped.exit_code)
-
-    return guarded
-
-
 def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:
     """The table of the report, and a line about the whole."""
     print(report_table(json.loads(report.read_text(encoding="ascii"))))
@@ -108,7 +86,3 @@ def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:
     counts = f"{manifest.num_samples:,} images of {len(manifest.class_names):,} classes"
     shards = f", {len(manifest.shards)} shards" if manifest.kind == "tar" else ""
     print(f"{out}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {report}")
-
-
-def _say(message: str) -> None:
-    print(f"fastbyol: {' '.join(message.split())}", file=sys.stderr)

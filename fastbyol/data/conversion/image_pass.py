@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.config.errors import UserError, require, require_at_least
+from fastbyol.config.errors import RunError, UserError, require, require_at_least
+from fastbyol.config.interrupts import Stopped
 from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, EncodeSettings, Outcome, find_turbojpeg
 from fastbyol.data.conversion.encoding_pool import EncodingPool, default_workers
 from fastbyol.data.conversion.encoding_worker import Encoded, Job
 from fastbyol.data.conversion.estimate import estimate_conversion, require_space
 from fastbyol.data.conversion.report import make_report, report_text
-from fastbyol.data.conversion.stop_signals import Stopped, StopRequest
+from fastbyol.data.conversion.stop_signals import OrderlyStop, StopRequest
 from fastbyol.data.conversion.work_folder import WorkFolder, write_durably
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
@@ -82,8 +83,10 @@ class ConversionOptions:
         return math.floor(self.max_dropped * images + 1e-6)
 
 
-class BadImage(UserError):
+class BadImage(RunError):
     """An image cannot be kept, and the user wants none dropped."""
+
+    exit_code = 1
 
 
 class Output(ABC):
@@ -202,11 +205,11 @@ class _Pass:
                 if not self._unreadable:  # what a lost disk did is not for keeps
                     self._work.flush_due(self._done)
         except Stopped as stopped:
-            if stopped.orderly:
+            if isinstance(stopped, OrderlyStop):
                 self._keep()
             message = f"{self._task.out}: stopped at {self._done:,} of {total:,} images; the same command continues"
             raise Stopped(stopped.signal_number, message) from None
-        except UserError:
+        except (UserError, BadImage):
             self._keep()
             raise
         self._work.flush(self._done)

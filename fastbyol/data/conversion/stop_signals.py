@@ -8,22 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from fastbyol.config.interrupts import STOP_SIGNALS, Stopped
 
 
-class Stopped(KeyboardInterrupt):
-    """The user or the scheduler wants an end; the message says how far the work is."""
-
-    def __init__(self, signal_number: int, message: str, *, orderly: bool = False) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-        self.orderly = orderly
-        """Raised where the work waited for it, so that all is consistent."""
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell reports a process that the signal ended."""
-        return 128 + self.signal_number
+class OrderlyStop(Stopped):
+    """Raised where the work waited for it, so that all is consistent."""
 
 
 class StopRequest:
@@ -34,9 +23,9 @@ class StopRequest:
         self._deferred = False
 
     def check(self) -> None:
-        """Raises Stopped if a signal has come."""
+        """Raises OrderlyStop if a signal has come."""
         if self._requested is not None:
-            raise Stopped(self._requested, "stopped", orderly=True)
+            raise OrderlyStop(self._requested)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -60,7 +49,7 @@ def stop_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.handle) for number in _SIGNALS}
+    before = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}
     try:
         yield request
     finally:

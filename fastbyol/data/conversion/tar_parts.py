@@ -12,13 +12,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.image_pass import (
+    ROW,
     ConversionOptions,
     Images,
     Task,
@@ -35,10 +37,11 @@ from fastbyol.data.conversion.report import make_report, report_text
 from fastbyol.data.conversion.stop_signals import stop_signals
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
 from fastbyol.data.conversion.work_folder import flush_to_disk, write_durably
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest
 from fastbyol.data.tar_shards import SAMPLE_TABLE, TAR_REPORT
 
-_PARTS = "part-*-of-*.json"
+_PARTS, _TABLES = "part-*-of-*.json", "part-*-of-*.npz"
 
 
 @dataclass(frozen=True)
@@ -103,27 +106,39 @@ def write_tar_part(
                 TarOutput(work, shard_mib=shard_mib, part=part.name) as output,
             ):
                 rows = convert_images(task, output, work, stop=stop)
-                done = _Done(settings, task.listing_sha256, output.finish(rows), touched_images(work))
-                np.save(files.work / files.rows.name, rows)
+                _write_table(files.work / files.table.name, listing, rows)
+                done = _describe(task, settings, output.finish(rows), touched_images(work))
                 write_durably(files.work / files.description.name, json.dumps(asdict(done)))
         files.publish()
         return _read_part(files.description).shards
 
 
-def merge_tar_parts(data: Images, *, out: Path, options: ConversionOptions | None = None) -> Manifest:
+def merge_tar_parts(out: Path, *, data: Images | None = None, options: ConversionOptions | None = None) -> Manifest:
     """Completes the folder `out` when all of its parts are there: one sample table, one manifest, one report.
 
+    Args:
+        out: the folder.
+        data: what the parts must have been made from; None: what they say themselves.
+        options: `max_dropped` counts.
+
     Raises:
-        UserError: parts are missing, differ in their settings, or were made from other images than `data`; too many images were dropped.
+        UserError: parts are missing, damaged, differ in their settings, or were made from other images than `data`; too many images were
+            dropped.
     """
     with stop_signals(), disk_errors(out):
+        if (out / TAR_MANIFEST).exists():
+            return _finish_merge(out)
         parts = _all_parts(out)
-        listing = as_listing(data)
         done = [_read_part(part) for part in parts]
-        task = make_task(listing, order=np.arange(len(listing.files)), out=out, options=options or ConversionOptions(), workers=1)
-        _require_equal(parts, done, task)
-        rows = np.sort(_renumbered([np.load(part.with_suffix(".npy")) for part in parts], done), order="index")
-        report = make_report(listing, rows, [entry for one in done for entry in one.touched])
+        _require_equal(parts, done)
+        if data is not None and (listing := as_listing(data)).digest() != done[0].listing_sha256:
+            raise UserError(
+                f"{out}: its parts were made from other images than {listing.root} holds; give what they were made from, or nothing"
+            )
+        tables = [_read_table(part) for part in parts]
+        rows = np.sort(_renumbered([table.rows for table in tables], done), order="index")
+        task = _whole_task(out, done[0], tables, rows, options or ConversionOptions())
+        report = make_report(task.listing, rows, [entry for one in done for entry in one.touched])
         write_durably(out / TAR_REPORT, report_text(report))
         require_few_dropped(task, rows, report=out / TAR_REPORT)
         table = out / f".{SAMPLE_TABLE}"
@@ -132,10 +147,23 @@ def merge_tar_parts(data: Images, *, out: Path, options: ConversionOptions | Non
         shards = [shard for one in done for shard in one.shards]
         manifest = make_manifest("tar", task, rows, shards, {**done[0].settings, "parts": len(parts)})
         write_durably(out / TAR_MANIFEST, manifest_text(manifest))
-        for part in parts:
-            part.with_suffix(".npy").unlink()
-            part.unlink()
+        _remove_parts(out)
     return manifest
+
+
+def _finish_merge(out: Path) -> Manifest:
+    """The manifest of a merge that was killed when only the parts' descriptions were left to remove. UserError if nothing is."""
+    if not _remove_parts(out):
+        raise UserError(f"{out}: is merged already")
+    return read_manifest(out / TAR_MANIFEST)
+
+
+def _remove_parts(out: Path) -> int:
+    """How many files described the parts; they are gone then."""
+    files = [file for pattern in (_PARTS, _TABLES) for file in out.glob(pattern)]
+    for file in files:
+        file.unlink()
+    return len(files)
 
 
 @dataclass(frozen=True)
@@ -143,9 +171,37 @@ class _Done:
     """What a complete part says about itself."""
 
     settings: dict[str, Any]
+    source: str
+    """The folder or tar that it was made from, as the user gave it."""
     listing_sha256: str
+    """Of the images of all parts."""
+    num_images: int
+    """Of all parts."""
+    class_names: list[str]
+    skipped: list[tuple[str, str]]
     shards: list[Shard]
     touched: list[dict[str, Any]]
+
+
+def _describe(task: Task, settings: Mapping[str, Any], shards: list[Shard], touched: list[dict[str, Any]]) -> _Done:
+    listing = task.listing
+    names, skipped = list(listing.class_names), list(listing.skipped)
+    return _Done(dict(settings), str(listing.root), task.listing_sha256, len(listing.files), names, skipped, shards, touched)
+
+
+class _Table(NamedTuple):
+    """What a complete part says about each of its images, in the order of conversion."""
+
+    rows: NDArray[np.void]
+    labels: NDArray[np.int64]
+    names: list[str]
+
+
+def _write_table(path: Path, listing: ImageListing, rows: NDArray[np.void]) -> None:
+    indices = rows["index"].tolist()
+    names = "\0".join(listing.files[index] for index in indices).encode(errors="surrogateescape")
+    labels = np.array([listing.labels[index] for index in indices], dtype=np.int64)
+    np.savez(path, rows=rows, labels=labels, names=np.frombuffer(names, dtype=np.uint8))
 
 
 class _PartFiles:
@@ -155,7 +211,7 @@ class _PartFiles:
         self._out = out
         self.work = out / f".part-{name}.partial"
         self.description = out / f"part-{name}.json"
-        self.rows = out / f"part-{name}.npy"
+        self.table = out / f"part-{name}.npz"
 
     @property
     def is_complete(self) -> bool:
@@ -164,7 +220,7 @@ class _PartFiles:
     def publish(self) -> None:
         """Also takes up where an interrupted one stopped."""
         shards = sorted((self.work / SHARDS_FOLDER).glob("*"))
-        for file in (*shards, self.work / self.rows.name, self.work / self.description.name):
+        for file in (*shards, self.work / self.table.name, self.work / self.description.name):
             if file.exists():
                 flush_to_disk(file)
                 os.replace(file, self._out / file.name)
@@ -183,8 +239,6 @@ def _make_folder(out: Path) -> None:
 def _all_parts(out: Path) -> list[Path]:
     """The descriptions, in order. UserError if they are not all there."""
     found = sorted(out.glob(_PARTS))
-    if (out / TAR_MANIFEST).exists() and not found:
-        raise UserError(f"{out}: is merged already")
     counts = {int(path.stem.rpartition("-")[2]) for path in found}
     if len(counts) != 1:
         raise UserError(
@@ -205,14 +259,43 @@ def _read_part(path: Path) -> _Done:
         raise UserError(f"{path}: not the description of a part ({error}); remove it and convert that part again") from error
 
 
-def _require_equal(parts: list[Path], done: list[_Done], task: Task) -> None:
+def _read_table(description: Path) -> _Table:
+    path = description.with_suffix(".npz")
+    try:
+        with np.load(path) as arrays:
+            rows, labels, names = (arrays[name] for name in _Table._fields)
+            table = _Table(rows, labels, names.tobytes().decode(errors="surrogateescape").split("\0"))
+        if not (rows.dtype == ROW and len(rows) == len(labels) == len(table.names)):
+            raise ValueError("its columns do not fit together")
+    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+        raise UserError(f"{path}: not the table of a part ({error}); remove {description} and convert that part again") from error
+    return table
+
+
+def _require_equal(parts: list[Path], done: list[_Done]) -> None:
+    first = done[0]
     for path, one in zip(parts, done, strict=True):
-        names = [name for name in {**done[0].settings, **one.settings} if done[0].settings.get(name) != one.settings.get(name)]
+        names = [name for name in {**first.settings, **one.settings} if first.settings.get(name) != one.settings.get(name)]
         if names:
-            values = f"{one.settings.get(names[0])} and not {done[0].settings.get(names[0])}"
+            values = f"{one.settings.get(names[0])} and not {first.settings.get(names[0])}"
             raise UserError(f"{path}: made with {names[0]} = {values} as the first part was; remove it and convert that part again")
-        if one.listing_sha256 != task.listing_sha256:
-            raise UserError(f"{path}: made from other images than {task.listing.root} holds; give the --data that all parts were made from")
+        if (one.listing_sha256, one.class_names) != (first.listing_sha256, first.class_names):
+            raise UserError(
+                f"{path}: made from other images ({one.source}) than the first part ({first.source}); remove one of them and convert it again"
+            )
+
+
+def _whole_task(out: Path, done: _Done, tables: list[_Table], rows: NDArray[np.void], options: ConversionOptions) -> Task:
+    """What one machine would have had to convert, as far as anyone asks when all is converted. rows: in the order of the listing."""
+    if not np.array_equal(rows["index"], np.arange(done.num_images)):
+        raise UserError(f"{out}: the parts hold {len(rows):,} images and should hold each of {done.num_images:,} once; convert them again")
+    order = np.argsort(np.concatenate([table.rows["index"] for table in tables]))
+    names = [name for table in tables for name in table.names]
+    labels = np.concatenate([table.labels for table in tables])[order]
+    skipped = tuple((name, reason) for name, reason in done.skipped)
+    files = tuple(names[place] for place in order.tolist())
+    listing = ImageListing(Path(done.source), tuple(done.class_names), files, tuple(labels.tolist()), skipped)
+    return Task(listing, np.arange(len(files)), rows["source_bytes"].astype(np.int64), done.listing_sha256, out, options, workers=1)
 
 
 def _renumbered(rows: list[NDArray[np.void]], done: list[_Done]) -> NDArray[np.void]:

@@ -6,8 +6,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.config.errors import UserError, require_at_least
+from fastbyol.data.progress import Progress
 
 MANIFEST = "demo_data.json"
 SPLITS = ("train", "val")
@@ -75,8 +76,8 @@ def write_image_folder(out: Path, *, kind: str, class_writers: Sequence[ClassWri
     Raises:
         UserError: `out` exists and may not be replaced, or can't be written.
     """
-    progress = _progress_line(kind, sum(writer.num_images for writer in class_writers))
-    with _renamed_when_complete(out.resolve(), overwrite=overwrite) as folder:
+    total = sum(writer.num_images for writer in class_writers)
+    with _renamed_when_complete(out.resolve(), overwrite=overwrite) as folder, Progress(kind, total, unit="images") as progress:
         _run_in_pool(class_writers, folder, progress=progress)
         (folder / MANIFEST).write_text(json.dumps({"kind": kind, **asdict(settings)}, indent=2) + "\n")
 
@@ -107,33 +108,28 @@ def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _run_in_pool(class_writers: Sequence[ClassWriter], folder: Path, *, progress: Callable[[int], None]) -> None:
+def _run_in_pool(class_writers: Sequence[ClassWriter], folder: Path, *, progress: Progress) -> None:
     usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(usable_cores, len(class_writers))
     # spawn: a fork of a process that already runs torch or BLAS threads may deadlock.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         # The large ones first, so that no core is left alone with one at the end.
         ordered = sorted(class_writers, key=lambda writer: writer.num_images, reverse=True)
-        pending = {pool.submit(writer.write, folder): writer.num_images for writer in ordered}
+        with _interrupts_held_back():  # the workers start here, and inherit it: Ctrl-C reaches this process only, which then ends them
+            pending = {pool.submit(writer.write, folder): writer.num_images for writer in ordered}
         try:
             for done in as_completed(pending):
                 done.result()
-                progress(pending[done])
+                progress.advance(pending[done])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _progress_line(kind: str, total: int) -> Callable[[int], None]:
-    """Counts up in place on a terminal; a log gets the last line only."""
-    written = 0
-
-    def advance(num_images: int) -> None:
-        nonlocal written
-        written += num_images
-        finished = written == total
-        if finished or sys.stderr.isatty():
-            start, end = "\r" if sys.stderr.isatty() else "", "\n" if finished else ""
-            print(f"{start}{kind}: {written:,} of {total:,} images", end=end, file=sys.stderr, flush=True)
-
-    return advance
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

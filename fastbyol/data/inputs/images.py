@@ -24,10 +24,10 @@ Order and labels are those of torchvision's ImageFolder for all of them: by clas
 """
 
 
-def add_input_arguments(parser: ArgumentParser, *, option: str = "--data") -> None:
-    """Adds --data (or, not required, '--source'), and what `add_label_arguments` adds; `listing_from` reads them."""
+def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", required: bool = True) -> None:
+    """Adds --data or '--source', and what `add_label_arguments` adds; `listing_from` reads them."""
     where = "folder of class folders, or a tar" if option == "--data" else "where the images came from: what the conversion had as --data"
-    parser.add_argument(option, type=Path, required=option == "--data", metavar="PATH", help=where)
+    parser.add_argument(option, type=Path, required=required, metavar="PATH", help=where)
     add_label_arguments(parser)
 
 
@@ -52,6 +52,16 @@ def listing_from(arguments: Namespace, *, option: str = "--data") -> ImageListin
         subset=arguments.subset,
         empty_classes="drop" if arguments.drop_empty_classes else "keep",
     )
+
+
+def optional_listing_from(arguments: Namespace, *, option: str) -> ImageListing | None:
+    """The same where the option may be left out. UserError if only what goes with it is given."""
+    if getattr(arguments, option.lstrip("-")):
+        return listing_from(arguments, option=option)
+    for name in ("labels", "devkit", "subset", "drop_empty_classes"):
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')}: describes what was converted; give that with {option}")
+    return None
 
 
 def list_images(
