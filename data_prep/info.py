@@ -8,6 +8,7 @@ if __name__ == "__main__":
     end_at_once_when_stopped()  # the imports take a moment
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ examples:
 @one_line_errors
 def main() -> None:
     arguments = _parser().parse_args()
+    warnings.filterwarnings("ignore", module="PIL")  # images that are odd are the converters' business
     given = [option for option in ("labels", "devkit", "subset") if getattr(arguments, option)]
     converted = is_conversion(arguments.data)
     if converted and given:

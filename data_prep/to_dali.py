@@ -17,7 +17,7 @@ from fastbyol.data.conversion.command_line import conversion_options, conversion
 from fastbyol.data.conversion.tar_parts import merge_tar_parts, parse_part, write_tar_part
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.inputs.images import listing_from, optional_listing_from
-from fastbyol.data.quantities import bytes_text
+from fastbyol.data.quantities import bytes_text, count_text
 from fastbyol.data.tar_shards import TAR_REPORT
 
 EXAMPLES = """\
@@ -90,7 +90,9 @@ def _convert_part(arguments: Namespace) -> None:
         options=conversion_options(arguments),
     )
     size, images = sum(shard.bytes for shard in shards), sum(shard.samples for shard in shards)
-    print(f"{arguments.out}: part {part.number}/{part.count}: {images:,} images, {len(shards)} shards, {size:,} bytes ({bytes_text(size)})")
+    print(
+        f"{arguments.out}: part {part.number}/{part.count}: {images:,} images, {count_text(len(shards), 'shard')}, {size:,} bytes ({bytes_text(size)})"
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
@@ -16,6 +17,7 @@ from fastbyol.config.errors import one_line_errors, require_at_least
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments, optional_listing_from
 from fastbyol.data.inspection.findings import Findings
 from fastbyol.data.inspection.verification import verify
+from fastbyol.data.quantities import count_text
 
 EXAMPLES = f"""\
 examples:
@@ -34,6 +36,7 @@ exit code: 0 all is well, 1 something is not (each fault on a line: file, image,
 def main() -> None:
     arguments = _parser().parse_args()
     require_at_least("faults", arguments.faults, 1)
+    warnings.filterwarnings("ignore", module="PIL")  # what it warns of in originals, the conversion's report says
     originals = optional_listing_from(arguments, option="--source")
     start = time.monotonic()
     found = verify(arguments.path, originals=originals, workers=arguments.workers)
@@ -51,7 +54,7 @@ def _summary(found: Findings, seconds: float, *, shown: int) -> str:
     if not found.num_faults:
         return f"all is well: {work}"
     more = f", the first {shown} shown" if found.num_faults > shown else ""
-    return f"{found.num_faults:,} faults{more}: {work}"
+    return f"{count_text(found.num_faults, 'fault')}{more}: {work}"
 
 
 def _parser() -> OneLineParser:

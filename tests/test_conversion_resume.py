@@ -186,6 +186,18 @@ def test_not_enough_room_is_said_before_anything_is_written(many: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_images_of_which_most_cannot_be_kept_are_refused_before_the_work_unless_that_is_allowed(many: Path, tmp_path: Path) -> None:
+    tiny = EncodeSettings(max_pixels=48 * 40 - 1)  # of all images only some PNGs are smaller
+    with pytest.raises(
+        UserError, match=r"16 of a sample of 16 images cannot be kept, the first class\d/\d+.jpg: too many pixels"
+    ) as refused:
+        write_tar_shards(many, out=tmp_path / "x", workers=1, options=ConversionOptions(encode=tiny))
+    assert str(refused.value).endswith("--max-dropped 1 converts the others")
+    assert list(tmp_path.iterdir()) == []
+    allowed = ConversionOptions(encode=tiny, max_dropped=1.0)
+    assert write_tar_shards(many, out=tmp_path / "x", workers=1, options=allowed).num_samples == IMAGES // BAD_EVERY
+
+
 def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(ten: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
     write_tar_shards(ten, out=out, workers=1)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.conversion import encoding_pool
+from fastbyol.data.conversion import encoding_pool, encoding_worker
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Encoded, Job
@@ -122,6 +122,12 @@ def test_an_image_that_kills_every_process_is_dropped_alone_and_all_others_are_m
 def test_workers_that_die_of_everything_end_the_work_with_a_message() -> None:
     with pytest.raises(UserError, match=r"worker processes die one after another .*exit code 3.*same command continues"):
         encode([KillsWhoeverLoadsIt(str(i), b"") for i in range(200)], workers=1)
+
+
+def test_workers_that_die_at_birth_end_the_work_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding_worker.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match=r"worker processes die one after another \(the last with exit code 1\)"):
+        encode(memories(10), workers=2)
 
 
 def test_a_worker_that_is_silent_for_too_long_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:

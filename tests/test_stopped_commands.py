@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a command of data_prep/: one line and the signal's exit code, at whatever moment."""
+"""Ctrl-C and SIGTERM in a command of data_prep/: one line and the signal's exit code, at whatever moment; nothing where the reader leaves."""
 
 from __future__ import annotations
 
@@ -84,3 +84,24 @@ def test_a_stop_with_a_message_of_its_own_says_that(capsys: pytest.CaptureFixtur
             signal.signal(number, handler)
     assert ended.value.code == 143
     assert capsys.readouterr().err == "fastbyol: x: stopped at 3 of 5 images\n"
+
+
+@pytest.mark.parametrize("ends", ["", "raise SystemExit(1)"])
+def test_a_reader_that_leaves_ends_a_command_silently(ends: str) -> None:
+    code = f"""
+import sys
+from fastbyol.config.interrupts import stoppable
+@stoppable
+def main():
+    for number in range(100_000):
+        print(number)
+    {ends}
+main()
+"""
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    assert command.stdout.readline() == "0\n"
+    command.stdout.close()
+    assert command.stderr is not None
+    assert (command.stderr.read(), command.wait(timeout=60)) == ("", 141)
+    command.stderr.close()

@@ -217,8 +217,10 @@ def test_swapped_shards_are_named_both_with_their_images(many_shards: Path, tmp_
         second.rename(first)
         (folder / "x").rename(second)
     findings = verify(folder, workers=2)
-    for name in ("shard-00000.tar", "shard-00001.tar"):
-        assert any(name in fault.file and fault.image == -1 for fault in findings.faults)
+    for name, other in (("shard-00000.tar", "shard-00001.tar"), ("shard-00001.tar", "shard-00000.tar")):
+        about = [fault.what for fault in findings.faults if name in fault.file and fault.image == -1]
+        assert f"is what the manifest calls {other}: renamed, or swapped with it" in about
+        assert len(about) == 2
     assert images_named(findings) == set(range(6))
 
 

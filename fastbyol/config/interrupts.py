@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command in one line, with the exit code that a shell gives the signal, at whatever moment they come."""
+"""Ctrl-C, SIGTERM, a reader that has left ('| head'): how a command ends early, without a traceback and with the exit code that a shell expects."""
 
 from __future__ import annotations
 
@@ -44,11 +44,17 @@ def stoppable(main: Callable[..., None]) -> Callable[..., None]:
         for number in STOP_SIGNALS:
             signal.signal(number, _raise)
         try:
-            main(*args, **kwargs)
+            try:
+                main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
         except Stopped as stopped:
             end_at_once_when_stopped()
             print(f"fastbyol: {' '.join(str(stopped).split())}", file=sys.stderr)
             sys.exit(stopped.exit_code)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has nowhere to go
+            sys.exit(128 + signal.SIGPIPE)
         finally:
             end_at_once_when_stopped()
 

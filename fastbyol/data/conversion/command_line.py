@@ -12,7 +12,7 @@ from fastbyol.data.conversion.image_pass import ConversionOptions
 from fastbyol.data.conversion.report import report_table
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments
 from fastbyol.data.manifest import Manifest
-from fastbyol.data.quantities import bytes_text
+from fastbyol.data.quantities import bytes_text, count_text
 
 WHAT_HAPPENS = """\
 Baseline and progressive JPEGs, gray or colour, go in byte for byte under whatever name; CMYK, PNG, WebP and the like become RGB JPEG.
@@ -84,5 +84,5 @@ def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:
     print(report_table(json.loads(report.read_text(encoding="ascii"))))
     size = sum(shard.bytes for shard in manifest.shards)
     counts = f"{manifest.num_samples:,} images of {len(manifest.class_names):,} classes"
-    shards = f", {len(manifest.shards)} shards" if manifest.kind == "tar" else ""
+    shards = f", {count_text(len(manifest.shards), 'shard')}" if manifest.kind == "tar" else ""
     print(f"{out}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {report}")

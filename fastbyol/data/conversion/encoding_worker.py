@@ -65,7 +65,8 @@ def start_worker(settings: EncodeSettings) -> tuple[subprocess.Popen[bytes], Wor
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, pass_fds=theirs, process_group=0
         )
-    jobs.send(settings)
+    with contextlib.suppress(BrokenPipeError):  # it has died already, which is found out when its results are read
+        jobs.send(settings)
     return process, WorkerPipes(jobs, results)
 
 

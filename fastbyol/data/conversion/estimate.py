@@ -27,6 +27,10 @@ class Estimate:
     images: int
     bytes: float
     seconds: float
+    sampled: int
+    """Images that were tried."""
+    dropped: tuple[str, ...] = ()
+    """Of those, the ones that cannot be kept: name and reason."""
 
     def text(self, *, workers: int, free_bytes: int) -> str:
         many = "worker process" if workers == 1 else "worker processes"
@@ -50,17 +54,21 @@ def estimate_conversion(
     """
     picked = order[np.unique(np.linspace(0, len(order) - 1, _sample_size(len(order))).astype(int))]
     stored = read = 0
+    dropped = []
     started = time.monotonic()
     first = None
     for number, image in enumerate(pool.encode(job(index) for index in picked.tolist()), start=1):
         first = first or time.monotonic()
         read += int(sizes[picked[number - 1]])
-        stored += len(image.data) if isinstance(image, EncodedImage) else 0
+        if isinstance(image, EncodedImage):
+            stored += len(image.data)
+        else:
+            dropped.append(f"{job(int(picked[number - 1])).location.name}: {image.reason} ({image.detail})")
     # The first result waits for the processes to start.
     now = time.monotonic()
     seconds_per_image = (now - first) / (len(picked) - 1) if first and len(picked) > 1 else now - started
     total = float(sizes[order].sum()) * (stored / read if read else 0.0) + len(order) * bytes_per_image
-    return Estimate(len(order), total, len(order) * seconds_per_image)
+    return Estimate(len(order), total, len(order) * seconds_per_image, len(picked), tuple(dropped))
 
 
 def require_space(folder: Path, estimate: Estimate) -> int:

@@ -22,7 +22,7 @@ from fastbyol.config.interrupts import Stopped
 from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, EncodeSettings, Outcome, find_turbojpeg
 from fastbyol.data.conversion.encoding_pool import EncodingPool, default_workers
 from fastbyol.data.conversion.encoding_worker import Encoded, Job
-from fastbyol.data.conversion.estimate import estimate_conversion, require_space
+from fastbyol.data.conversion.estimate import Estimate, estimate_conversion, require_space
 from fastbyol.data.conversion.report import make_report, report_text
 from fastbyol.data.conversion.stop_signals import OrderlyStop, StopRequest
 from fastbyol.data.conversion.work_folder import WorkFolder, write_durably
@@ -179,11 +179,23 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: StopRe
         with EncodingPool(task.options.encode, workers=task.workers, stop=stop) as pool:
             remaining = task.order[work.done :]
             estimate = estimate_conversion(pool, remaining, task.sizes, job=task.job, bytes_per_image=output.bytes_per_image)
+            _refuse_lost_cause(task, estimate)
             free = require_space(work.path.parent, estimate)
             print(f"{task.out.name}: {estimate.text(workers=task.workers, free_bytes=free)}", file=sys.stderr, flush=True)
             with stop.deferred(), Progress(task.out.name, total, unit="images", done=work.done) as progress:
                 _Pass(task, output, work, progress).run(pool)
     return np.fromfile(work.path / ROWS, dtype=ROW)
+
+
+def _refuse_lost_cause(task: Task, estimate: Estimate) -> None:
+    """UserError if most of the sample cannot be kept, where not so many may be dropped: better now than after hours."""
+    share = len(estimate.dropped) / estimate.sampled
+    if task.options.strict or share <= 0.5 or share * estimate.images <= task.options.dropped_allowed(len(task.order)):
+        return
+    raise UserError(
+        f"{task.listing.root}: {len(estimate.dropped)} of a sample of {estimate.sampled} images cannot be kept, the first {estimate.dropped[0]}; "
+        "are these the images and settings that you want? --max-dropped 1 converts the others"
+    )
 
 
 class _Pass:

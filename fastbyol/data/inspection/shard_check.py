@@ -24,17 +24,20 @@ def shard_faults(tar: Path, *, images: Converted, number: int) -> list[ShardFaul
     expected = {f"{images.listed[index]:08d}": index for index in np.flatnonzero(images.file == number).tolist()}
     rows: list[str] = []
     faults: list[ShardFault] = []
+    unknown: list[str] = []
     try:
         with open(tar, "rb", buffering=0) as file:
             for stem, members in _samples(tar_members(file)):
                 rows.append(_index_row(members))
                 index = expected.pop(stem, None)
                 if index is None:
-                    faults.append((None, f"holds {members[0].name}, which the sample table does not know"))
+                    unknown.append(members[0].name)
                 else:
                     faults += [(index, what) for what in _sample_faults(file.fileno(), index, members, images)]
     except DamagedTarError as error:
         return [*faults, (_sample_at(error.at, images, number), f"the tar is damaged within this image's components ({error})")]
+    if unknown:
+        faults.append((None, f"holds {len(unknown):,} images that the sample table does not know here, the first {unknown[0]}"))
     faults += [(index, f"{stem}.jpg is not in the tar") for stem, index in expected.items()]
     return faults + [(None, what) for what in _index_faults(index_path(tar), rows)]
 

@@ -9,7 +9,7 @@ import hashlib
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import islice
@@ -106,6 +106,7 @@ def _work(path: Path, manifest: Manifest | None, images: Converted | None, check
         named = [shard.name for shard in manifest.shards] if manifest else []
         files = {name: path / name for name in [*named, *sorted(file.name for file in path.glob("*.tar"))]}
     shards = {shard.name: shard for shard in manifest.shards} if manifest else {}
+    by_digest = {shard.sha256: name for name, shard in shards.items()}
     for number, (name, file) in enumerate(files.items()):
         if not file.is_file():
             yield partial(_one_fault, str(file), "missing, the manifest names it")
@@ -113,7 +114,7 @@ def _work(path: Path, manifest: Manifest | None, images: Converted | None, check
         if manifest:
             # A .beton may have been renamed, its manifest with it.
             shard = shards.get(name) if path.is_dir() else next(iter(shards.values()), None)
-            yield partial(_hash_faults, file, shard, stop)
+            yield partial(_hash_faults, file, shard, by_digest, stop)
         if images is None or check is None or number >= len(images.files):
             continue
         if manifest and path.is_dir():
@@ -125,12 +126,11 @@ def _one_fault(file: str, what: str) -> tuple[list[Fault], int]:
     return [Fault(file, -1, what)], 0
 
 
-def _hash_faults(file: Path, shard: Shard | None, stop: Event) -> tuple[list[Fault], int]:
+def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], stop: Event) -> tuple[list[Fault], int]:
+    """by_digest: the names of all shards by their sha256 in the manifest."""
     if shard is None:
         return _one_fault(str(file), "is not in the manifest")
     size = file.stat().st_size
-    if size != shard.bytes:
-        return _one_fault(str(file), f"has {size:,} bytes, the manifest says {shard.bytes} (cut, replaced, or the manifest was edited)")
     digest = hashlib.sha256()
     try:
         with file.open("rb", buffering=0) as stream:
@@ -138,8 +138,13 @@ def _hash_faults(file: Path, shard: Shard | None, stop: Event) -> tuple[list[Fau
                 digest.update(piece)
     except OSError as error:
         return _one_fault(str(file), f"cannot be read ({error.strerror})")
-    if digest.hexdigest() == shard.sha256:
+    found = digest.hexdigest()
+    if found == shard.sha256 and size == shard.bytes:
         return [], 0
+    if found != shard.sha256 and found in by_digest:
+        return _one_fault(str(file), f"is what the manifest calls {by_digest[found]}: renamed, or swapped with it")
+    if size != shard.bytes:
+        return _one_fault(str(file), f"has {size:,} bytes, the manifest says {shard.bytes} (cut, replaced, or the manifest was edited)")
     return _one_fault(str(file), "its sha256 is not the manifest's: bytes have changed, or the manifest was edited")
 
 
