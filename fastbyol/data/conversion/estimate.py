@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.conversion.encode import EncodedImage
+from fastbyol.data.conversion.encode import UNREADABLE, EncodedImage
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Job
 from fastbyol.data.quantities import bytes_text, duration_text
@@ -30,7 +30,7 @@ class Estimate:
     sampled: int
     """Images that were tried."""
     dropped: tuple[str, ...] = ()
-    """Of those, the ones that cannot be kept: name and reason."""
+    """Of those, the ones that were read and cannot be kept: name and reason."""
 
     def text(self, *, workers: int, free_bytes: int) -> str:
         many = "worker process" if workers == 1 else "worker processes"
@@ -62,7 +62,7 @@ def estimate_conversion(
         read += int(sizes[picked[number - 1]])
         if isinstance(image, EncodedImage):
             stored += len(image.data)
-        else:
+        elif image.reason != UNREADABLE:  # the disk's fault: the work itself finds out whether it is gone
             dropped.append(f"{job(int(picked[number - 1])).location.name}: {image.reason} ({image.detail})")
     # The first result waits for the processes to start.
     now = time.monotonic()
