@@ -148,7 +148,7 @@ def test_other_settings_or_images_are_refused_by_name_until_a_restart(ten: Path,
     (ten / "class0" / "000010.jpg").write_bytes(first.read_bytes())
     with pytest.raises(UserError, match=r"images = 10 and not 11.*--restart"):
         write_beton(ten, out=out, workers=1)
-    manifest = write_beton(ten, out=out, workers=1, options=ConversionOptions(encode=EncodeSettings(quality=90), restart=True))
+    manifest = write_beton(ten, out=out, workers=1, options=ConversionOptions(encode=EncodeSettings(quality=90), unfinished="restart"))
     assert (manifest.num_samples, manifest.dropped) == (10, (9,))
 
 
@@ -171,6 +171,16 @@ def test_two_conversions_to_one_output_do_not_mix(ten: Path, tmp_path: Path) -> 
     ):
         write_beton(ten, out=out, workers=1)
     assert write_beton(ten, out=out, workers=1).num_samples == 9
+
+
+def test_resume_continues_what_is_unfinished_and_refuses_to_begin(ten: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.beton"
+    resume = ConversionOptions(unfinished="require")
+    with pytest.raises(UserError, match=r"x.beton: no unfinished conversion of it is there to be resumed; leave out --resume"):
+        write_beton(ten, out=out, workers=1, options=resume)
+    assert not out.with_name(".x.beton.partial").exists()
+    interrupted_by_a_bad_image(ten, out)
+    assert write_beton(ten, out=out, workers=1, options=resume).num_samples == 9
 
 
 def test_a_damaged_work_folder_is_noticed(ten: Path, tmp_path: Path) -> None:

@@ -97,10 +97,10 @@ def test_parts_that_do_not_belong_together_are_refused(images: Path, parts: Path
     other = write_many(tmp_path / "other", images=NUM)
     with pytest.raises(UserError, match=f"made from other images than {other} holds"):
         merge_tar_parts(parts, data=other)
-    write_tar_part(other, out=parts, part=Part(2, 3), workers=1, seed=SEED, options=ConversionOptions(restart=True))
+    write_tar_part(other, out=parts, part=Part(2, 3), workers=1, seed=SEED, options=ConversionOptions(unfinished="restart"))
     with pytest.raises(UserError, match=rf"part-00002-of-00003.json: made from other images \({other}\) than the first part \({images}\)"):
         merge_tar_parts(parts)
-    options = ConversionOptions(encode=EncodeSettings(quality=80), restart=True)
+    options = ConversionOptions(encode=EncodeSettings(quality=80), unfinished="restart")
     write_tar_part(images, out=parts, part=Part(2, 3), workers=1, seed=SEED, options=options)
     with pytest.raises(UserError, match=r"part-00002-of-00003.json: made with transcode_quality = 80 and not 95"):
         merge_tar_parts(parts)

@@ -31,7 +31,13 @@ def conversion_parser(description: str, examples: str, *, data: str = "required"
     work = parser.add_argument_group("the work")
     work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
     work.add_argument("--overwrite", action="store_true", help="replace an output that exists, once the new one is complete")
-    work.add_argument("--restart", action="store_true", help="throw away an unfinished conversion to this output instead of continuing it")
+    unfinished = work.add_mutually_exclusive_group()
+    unfinished.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an unfinished conversion to this output, or fail (default: continue if there is one)",
+    )
+    unfinished.add_argument("--restart", action="store_true", help="throw away an unfinished conversion to this output and begin anew")
     work.add_argument("--strict", action="store_true", help="stop at the first image that cannot be kept, with exit code 1")
     work.add_argument(
         "--max-dropped", type=float, metavar="SHARE", help="largest share of images that may be dropped (default: 0.01, or 20 images)"
@@ -69,7 +75,7 @@ def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> Co
         encode=encode,
         strict=arguments.strict,
         max_dropped=arguments.max_dropped,
-        restart=arguments.restart,
+        unfinished="restart" if arguments.restart else "require" if arguments.resume else "continue",
         flush_every_s=arguments.flush_every,
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.config.errors import RunError, UserError, require, require_at_least
+from fastbyol.config.errors import RunError, UserError, require, require_at_least, require_choice
 from fastbyol.config.interrupts import Stopped
 from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, EncodeSettings, Outcome, find_turbojpeg
 from fastbyol.data.conversion.encoding_pool import EncodingPool, default_workers
@@ -25,7 +25,7 @@ from fastbyol.data.conversion.encoding_worker import Encoded, Job
 from fastbyol.data.conversion.estimate import Estimate, estimate_conversion, require_space
 from fastbyol.data.conversion.report import make_report, report_text
 from fastbyol.data.conversion.stop_signals import OrderlyStop, StopRequest
-from fastbyol.data.conversion.work_folder import WorkFolder, write_durably
+from fastbyol.data.conversion.work_folder import UNFINISHED, WorkFolder, write_durably
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.manifest import Manifest, Shard, software_versions
@@ -66,14 +66,15 @@ class ConversionOptions:
     """Stop at the first image that cannot be kept."""
     max_dropped: float | None = None
     """Largest share of images that may be dropped; 1: any, and classes may lose all of theirs. None: 1 %, or 20 images if that is more."""
-    restart: bool = False
-    """Throw away an unfinished conversion instead of continuing it."""
+    unfinished: str = "continue"
+    """What to do about an unfinished conversion to the same output: 'continue' if there is one, 'require' one, or 'restart' without it."""
     flush_every_s: float = 10.0
     """What is converted is put on disk so often: a crash costs at most as much work."""
 
     def __post_init__(self) -> None:
         if self.max_dropped is not None:
             require(0.0 <= self.max_dropped <= 1.0, "max-dropped", self.max_dropped, "a share in [0, 1]")
+        require_choice("unfinished", self.unfinished, UNFINISHED)
         require_at_least("flush-every", self.flush_every_s, 0.0)
 
     def dropped_allowed(self, images: int) -> int:
@@ -146,7 +147,7 @@ def open_work(path: Path, task: Task, *, kind: str, settings: Mapping[str, Any])
     names = chain(task.listing.class_names, task.listing.files, map(str, task.listing.labels))
     identity = {"kind": kind, "images": len(task.listing.files), "names_and_labels": names_digest(names), **settings, **software_versions()}
     options = task.options
-    return WorkFolder(path, output=task.out, identity=identity, restart=options.restart, flush_every_s=options.flush_every_s)
+    return WorkFolder(path, output=task.out, identity=identity, unfinished=options.unfinished, flush_every_s=options.flush_every_s)
 
 
 def encode_settings_as_plain(settings: EncodeSettings) -> dict[str, int | str | float]:

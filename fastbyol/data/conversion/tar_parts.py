@@ -95,7 +95,7 @@ def write_tar_part(
     with stop_signals() as stop, disk_errors(out):
         _make_folder(out)
         files = _PartFiles(out, part.name)
-        if not (files.is_complete and not options.restart):
+        if not (files.is_complete and options.unfinished != "restart"):
             listing = as_listing(data)
             order = part.share(shuffled(listing, seed=seed))
             if not len(order):

@@ -22,6 +22,7 @@ from typing import Any, Self
 from fastbyol.config.errors import UserError
 
 _SETTINGS, _JOURNAL, _LOCK = "settings.json", "journal.json", "lock"
+UNFINISHED = ("continue", "require", "restart")
 _BUFFER_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -59,7 +60,7 @@ class WorkFolder:
     """Locked for one process. `done` is how many images a former run left finished here; 0: this is a new beginning."""
 
     def __init__(
-        self, path: Path, *, output: Path, identity: Mapping[str, Any], restart: bool = False, flush_every_s: float = 10.0
+        self, path: Path, *, output: Path, identity: Mapping[str, Any], unfinished: str = "continue", flush_every_s: float = 10.0
     ) -> None:
         """Takes up what is at `path`, or makes it.
 
@@ -67,11 +68,12 @@ class WorkFolder:
             path: of the folder; the same for every run of the same conversion.
             output: what is being made, for messages.
             identity: everything that the result depends on, as plain values.
-            restart: throw away what a former run left.
+            unfinished: what to do about what a former run left: 'continue' it, 'require' it, or 'restart' without it.
             flush_every_s: time between journal entries.
 
         Raises:
-            UserError: another process is at work here; what is there was made with another identity, or is damaged.
+            UserError: another process is at work here; what is there was made with another identity, or is damaged; nothing is there that
+                could be continued, and it is required.
         """
         self.path, self._output, self._flush_every_s = path, output, flush_every_s
         self._lock = _locked(path, output)
@@ -82,8 +84,10 @@ class WorkFolder:
         self._is_open = True
         self._flushed_at = time.monotonic()
         try:
-            if restart:
+            if unfinished == "restart":
                 _empty(path)
+            elif unfinished == "require" and not (path / _JOURNAL).exists():
+                raise UserError(f"{output}: no unfinished conversion of it is there to be resumed; leave out --resume to begin one")
             self._check_identity(identity)
             self.done, self.notes = self._load_journal()
         except BaseException:
