@@ -20,7 +20,8 @@ from fastbyol.data.beton import read_beton
 from fastbyol.data.conversion import estimate
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.encode import EncodeSettings
-from fastbyol.data.conversion.image_pass import BadImage, ConversionOptions
+from fastbyol.data.conversion.image_pass import BadImage
+from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.conversion.work_folder import WorkFolder
 from fastbyol.data.dali_loader import DaliSource

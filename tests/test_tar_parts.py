@@ -15,7 +15,7 @@ from script_run import run_here
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion import tar_parts
 from fastbyol.data.conversion.encode import EncodeSettings
-from fastbyol.data.conversion.image_pass import ConversionOptions
+from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_parts import Part, merge_tar_parts, parse_part, write_tar_part
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.dali_loader import DaliSource

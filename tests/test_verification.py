@@ -20,7 +20,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.beton import FIELD, HEADER, read_beton
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.encode import EncodeSettings
-from fastbyol.data.conversion.image_pass import ConversionOptions
+from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.ffcv_loader import FfcvSource
 from fastbyol.data.inputs.folder import list_image_folder

@@ -21,7 +21,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.beton import read_beton
 from fastbyol.data.conversion import beton_writer
 from fastbyol.data.conversion.beton_writer import write_beton
-from fastbyol.data.conversion.image_pass import BadImage, ConversionOptions
+from fastbyol.data.conversion.image_pass import BadImage
+from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_writer import member_header, write_tar_shards
 from fastbyol.data.ffcv_loader import FfcvSource
 from fastbyol.data.inputs.folder import list_image_folder

@@ -19,21 +19,13 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError, require
 from fastbyol.data.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
 from fastbyol.data.conversion.encode import EncodedImage, EncodeSettings, Outcome
-from fastbyol.data.conversion.image_pass import (
-    ConversionOptions,
-    Images,
-    Output,
-    as_listing,
-    convert_images,
-    encode_settings_as_plain,
-    finish_report,
-    make_manifest,
-    make_task,
-    open_work,
-)
+from fastbyol.data.conversion.image_pass import Output, convert_images
+from fastbyol.data.conversion.options import ConversionOptions, encode_settings_as_plain
+from fastbyol.data.conversion.outcome import finish_report, make_manifest
 from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
 from fastbyol.data.conversion.report import report_path
 from fastbyol.data.conversion.stop_signals import stop_signals
+from fastbyol.data.conversion.task import Images, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.manifest import Manifest, beton_manifest_path, describe_shard, write_manifest

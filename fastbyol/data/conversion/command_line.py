@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.data.conversion.encode import EXIF_MODES, MAX_PIXELS, EncodeSettings
-from fastbyol.data.conversion.image_pass import ConversionOptions
+from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.report import report_table
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments
 from fastbyol.data.manifest import Manifest

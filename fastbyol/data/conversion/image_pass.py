@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import sys
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.config.errors import RunError, UserError, require, require_at_least, require_choice
+from fastbyol.config.errors import RunError, UserError
 from fastbyol.config.interrupts import Stopped
-from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, EncodeSettings, Outcome, find_turbojpeg
-from fastbyol.data.conversion.encoding_pool import EncodingPool, default_workers
-from fastbyol.data.conversion.encoding_worker import Encoded, Job
+from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, Outcome
+from fastbyol.data.conversion.encoding_pool import EncodingPool
+from fastbyol.data.conversion.encoding_worker import Encoded
 from fastbyol.data.conversion.estimate import Estimate, estimate_conversion, require_space
-from fastbyol.data.conversion.report import make_report, report_text
 from fastbyol.data.conversion.stop_signals import OrderlyStop, StopRequest
-from fastbyol.data.conversion.work_folder import UNFINISHED, WorkFolder, write_durably
-from fastbyol.data.inputs.images import list_images
-from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.manifest import Manifest, Shard, software_versions
+from fastbyol.data.conversion.task import Task
+from fastbyol.data.conversion.work_folder import WorkFolder
 from fastbyol.data.progress import Progress
 
 ROW = np.dtype(
@@ -48,40 +38,8 @@ ROW = np.dtype(
 )
 """One per image of the listing, in the order of conversion, dropped ones too: what became of it, and where it lies."""
 ROWS, TOUCHED = "rows", "touched.jsonl"
-DROPPED_ALLOWED, DROPPED_SHARE_ALLOWED = 20, 0.01
 UNREADABLE_IN_A_ROW = 20
 """So many files that cannot be read are a lost disk, not bad images."""
-
-
-Images = Path | ImageListing | Callable[[], ImageListing]
-"""What is converted: a folder or tar, its listing, or what makes the listing when all else has been found in order."""
-
-
-@dataclass(frozen=True)
-class ConversionOptions:
-    """How to convert. Only `encode` has an influence on the result."""
-
-    encode: EncodeSettings = field(default_factory=EncodeSettings)
-    strict: bool = False
-    """Stop at the first image that cannot be kept."""
-    max_dropped: float | None = None
-    """Largest share of images that may be dropped; 1: any, and classes may lose all of theirs. None: 1 %, or 20 images if that is more."""
-    unfinished: str = "continue"
-    """What to do about an unfinished conversion to the same output: 'continue' if there is one, 'require' one, or 'restart' without it."""
-    flush_every_s: float = 10.0
-    """What is converted is put on disk so often: a crash costs at most as much work."""
-
-    def __post_init__(self) -> None:
-        if self.max_dropped is not None:
-            require(0.0 <= self.max_dropped <= 1.0, "max-dropped", self.max_dropped, "a share in [0, 1]")
-        require_choice("unfinished", self.unfinished, UNFINISHED)
-        require_at_least("flush-every", self.flush_every_s, 0.0)
-
-    def dropped_allowed(self, images: int) -> int:
-        """How many of them."""
-        if self.max_dropped is None:
-            return max(DROPPED_ALLOWED, int(DROPPED_SHARE_ALLOWED * images))
-        return math.floor(self.max_dropped * images + 1e-6)
 
 
 class BadImage(RunError):
@@ -103,66 +61,6 @@ class Output(ABC):
     @abstractmethod
     def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
         """Stores an image; gives its shard and its first byte there."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be converted."""
-
-    listing: ImageListing
-    order: NDArray[np.int64]
-    """Positions in the listing."""
-    sizes: NDArray[np.int64]
-    """Bytes of every file of the listing."""
-    listing_sha256: str
-    out: Path
-    options: ConversionOptions
-    workers: int
-
-    def job(self, index: int) -> Job:
-        return Job(index, self.listing.location(index))
-
-    def with_largest(self, stored_bytes: int) -> Task:
-        """The task for an output that takes no larger image."""
-        encode = replace(self.options.encode, max_stored_bytes=stored_bytes)
-        return replace(self, options=replace(self.options, encode=encode))
-
-
-def as_listing(data: Images) -> ImageListing:
-    """The listing, made if it is not there yet."""
-    if isinstance(data, Path):
-        return list_images(data)
-    return data if isinstance(data, ImageListing) else data()
-
-
-def make_task(listing: ImageListing, *, order: NDArray[np.int64], out: Path, options: ConversionOptions, workers: int) -> Task:
-    """workers: processes; 0: one per core."""
-    require_at_least("workers", workers, 0)
-    sizes = np.array([listing.num_bytes(index) for index in range(len(listing.files))], dtype=np.int64)
-    return Task(listing, order, sizes, listing.digest(), out, options, min(workers or default_workers(), len(order)))
-
-
-def open_work(path: Path, task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFolder:
-    """The folder in which the output grows. Its identity is all that the result depends on."""
-    names = chain(task.listing.class_names, task.listing.files, map(str, task.listing.labels))
-    identity = {"kind": kind, "images": len(task.listing.files), "names_and_labels": names_digest(names), **settings, **software_versions()}
-    options = task.options
-    return WorkFolder(path, output=task.out, identity=identity, unfinished=options.unfinished, flush_every_s=options.flush_every_s)
-
-
-def encode_settings_as_plain(settings: EncodeSettings) -> dict[str, int | str | float]:
-    """For the manifest: what differs from plain pass-through, and always the quality of what is transcoded."""
-    plain: dict[str, int | str | float] = {
-        "transcode_quality": settings.quality,
-        "exif": settings.exif,
-        "max_pixels": settings.max_pixels,
-        "checked_by": "TurboJPEG" if find_turbojpeg() else "Pillow",
-    }
-    if settings.max_side_px is not None:
-        plain["max_side_px"] = settings.max_side_px
-    if settings.raw_fraction:
-        plain["raw_fraction"] = settings.raw_fraction
-    return plain
 
 
 def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: StopRequest) -> NDArray[np.void]:
@@ -283,73 +181,3 @@ def _rows_before(task: Task, work: WorkFolder) -> NDArray[np.void]:
 def touched_images(work: WorkFolder) -> list[dict[str, Any]]:
     """What was noted of each image that was not simply passed through, in the order of conversion."""
     return [json.loads(line) for line in (work.path / TOUCHED).read_text(encoding="ascii").splitlines()]
-
-
-def finish_report(task: Task, rows: NDArray[np.void], work: WorkFolder) -> Path:
-    """The report, written in the work folder. UserError if too many images were dropped: what is converted stays, and so does the report."""
-    path = work.path / "report.json"
-    report = make_report(task.listing, rows, touched_images(work))
-    write_durably(path, report_text(report))
-    require_few_dropped(task, rows, report=path)
-    return path
-
-
-def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> None:
-    """UserError if too many images were dropped, or all of a class. What is converted is left for a run that allows it."""
-    allowed = task.options.dropped_allowed(len(rows))
-    dropped = int((rows["outcome"] == Outcome.DROPPED).sum())
-    advice = f"{report} names them. Nothing is lost: mend the images and begin anew with --restart, or allow it with"
-    if dropped == len(rows):
-        raise UserError(f"{task.listing.root}: none of the {len(rows):,} images can be kept; {report} says why")
-    if dropped > allowed:
-        raise UserError(
-            f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {_share(dropped, len(rows))}"
-        )
-    lost = Counter(task.listing.labels).keys() - _class_counts(task.listing, rows).keys()
-    if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
-        raise UserError(f"class {task.listing.class_names[min(lost)]} lost all of its images; {advice} --max-dropped 1")
-
-
-def names_digest(names: Iterable[str]) -> str:
-    """sha256 of the names in order, each ended by a zero byte."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode(errors="surrogateescape") + b"\0")
-    return digest.hexdigest()
-
-
-def _share(part: int, whole: int) -> str:
-    """As a decimal that is not below the exact share."""
-    return f"{math.ceil(1e4 * part / whole) / 1e4:g}"
-
-
-def make_manifest(kind: str, task: Task, rows: NDArray[np.void], shards: list[Shard], settings: Mapping[str, Any]) -> Manifest:
-    """The manifest of a finished conversion; rows: in the order of the samples."""
-    listing = task.listing
-    kept = rows[rows["outcome"] != Outcome.DROPPED]
-    counts = _class_counts(listing, rows)
-    return Manifest(
-        kind=kind,
-        num_samples=len(kept),
-        class_names=listing.class_names,
-        class_counts=tuple(counts[label] for label in range(len(listing.class_names))),
-        images=_summary(kept),
-        settings=dict(settings),
-        source={"folder": str(listing.root), "listing_sha256": task.listing_sha256},
-        shards=tuple(shards),
-        software=software_versions(),
-        dropped=tuple(sorted(rows["index"][rows["outcome"] == Outcome.DROPPED].tolist())),
-        names_sha256=names_digest(listing.files[index] for index in kept["index"].tolist()),
-    )
-
-
-def _class_counts(listing: ImageListing, rows: NDArray[np.void]) -> Counter[int]:
-    return Counter(listing.labels[index] for index in rows["index"][rows["outcome"] != Outcome.DROPPED].tolist())
-
-
-def _summary(kept: NDArray[np.void]) -> dict[str, float]:
-    sides: dict[str, float] = {}
-    for name in ("height", "width"):
-        side = kept[name].astype(np.int64)
-        sides |= {f"{name}_min": int(side.min()), f"{name}_mean": round(float(side.mean()), 2), f"{name}_max": int(side.max())}
-    return sides | {"bytes": int(kept["size"].sum()), "transcoded": int((kept["outcome"] == Outcome.TRANSCODED).sum())}

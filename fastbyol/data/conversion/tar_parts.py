@@ -19,23 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.conversion.image_pass import (
-    ROW,
-    ConversionOptions,
-    Images,
-    Task,
-    as_listing,
-    convert_images,
-    make_manifest,
-    make_task,
-    open_work,
-    require_few_dropped,
-    touched_images,
-)
+from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
+from fastbyol.data.conversion.options import ConversionOptions
+from fastbyol.data.conversion.outcome import make_manifest, require_few_dropped
 from fastbyol.data.conversion.output import disk_errors
 from fastbyol.data.conversion.report import make_report, report_text
 from fastbyol.data.conversion.stop_signals import stop_signals
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
+from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import flush_to_disk, write_durably
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest

@@ -15,21 +15,12 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.data.conversion.encode import EncodedImage, Outcome
-from fastbyol.data.conversion.image_pass import (
-    ConversionOptions,
-    Images,
-    Output,
-    Task,
-    as_listing,
-    convert_images,
-    encode_settings_as_plain,
-    finish_report,
-    make_manifest,
-    make_task,
-    open_work,
-)
+from fastbyol.data.conversion.image_pass import Output, convert_images
+from fastbyol.data.conversion.options import ConversionOptions, encode_settings_as_plain
+from fastbyol.data.conversion.outcome import finish_report, make_manifest
 from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
 from fastbyol.data.conversion.stop_signals import stop_signals
+from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, describe_shard, sha256_of, write_manifest

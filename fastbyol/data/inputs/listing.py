@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -95,6 +95,14 @@ class ImageListing:
             offsets=None if self.offsets is None else array("q", (self.offsets[i] for i in indices)),
             sizes=() if self.offsets is None else array("q", (self.sizes[i] for i in indices)),
         )
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """sha256 of the names in order, each ended by a zero byte."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def in_sample_order(found: ImageListing, labels: Sequence[int | None]) -> ImageListing:
