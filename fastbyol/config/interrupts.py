@@ -41,9 +41,9 @@ def stoppable(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, _raise)
         try:
+            for number in STOP_SIGNALS:
+                signal.signal(number, _raise)
             try:
                 main(*args, **kwargs)
             finally:

@@ -134,6 +134,7 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
         require_few_dropped(task, rows, report=out / TAR_REPORT)
         table = out / f".{SAMPLE_TABLE}"
         np.save(table, sample_table(task, rows))
+        flush_to_disk(table)
         os.replace(table, out / SAMPLE_TABLE)
         shards = [shard for one in done for shard in one.shards]
         manifest = make_manifest("tar", task, rows, shards, {**done[0].settings, "parts": len(parts)})

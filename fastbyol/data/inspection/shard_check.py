@@ -35,11 +35,17 @@ def shard_faults(tar: Path, *, images: Converted, number: int) -> list[ShardFaul
                 else:
                     faults += [(index, what) for what in _sample_faults(file.fileno(), index, members, images)]
     except DamagedTarError as error:
-        return [*faults, (_sample_at(error.at, images, number), f"the tar is damaged within this image's components ({error})")]
-    if unknown:
-        faults.append((None, f"holds {len(unknown):,} images that the sample table does not know here, the first {unknown[0]}"))
-    faults += [(index, f"{stem}.jpg is not in the tar") for stem, index in expected.items()]
+        return [
+            *faults,
+            *_unknown(unknown),
+            (_sample_at(error.at, images, number), f"the tar is damaged within this image's components ({error})"),
+        ]
+    faults += [*_unknown(unknown), *((index, f"{stem}.jpg is not in the tar") for stem, index in expected.items())]
     return faults + [(None, what) for what in _index_faults(index_path(tar), rows)]
+
+
+def _unknown(names: list[str]) -> list[ShardFault]:
+    return [(None, f"holds {len(names):,} images that the sample table does not know here, the first {names[0]}")] if names else []
 
 
 def foreign_shard(tar: Path) -> tuple[list[tuple[int, int]], list[ShardFault]]:
