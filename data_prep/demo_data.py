@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+
+if __name__ == "__main__":
+    end_at_once_when_stopped()  # the imports take a moment
+
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import one_line_errors, require_choice
-from fastbyol.data.demo_fashion import write_fashion
-from fastbyol.data.demo_folder import DemoSettings
-from fastbyol.data.demo_scenes import write_scenes
+from fastbyol.data.demo.fashion import write_fashion
+from fastbyol.data.demo.folder import DemoSettings
+from fastbyol.data.demo.scenes import write_scenes
 
 EXAMPLES = """\
 examples:
@@ -18,6 +23,7 @@ examples:
 WRITERS = {"fashion": write_fashion, "scenes": write_scenes}
 
 
+@stoppable
 @one_line_errors
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+
+if __name__ == "__main__":
+    end_at_once_when_stopped()  # the imports take a moment
+
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.data.inputs import INPUTS, add_label_arguments, listing_from
-from fastbyol.data.inventory import Inventory, is_conversion, take_inventory
-from fastbyol.data.picture_grid import write_picture_grid
+from fastbyol.data.inputs.images import INPUTS, add_label_arguments, listing_from
+from fastbyol.data.inspection.inventory import Inventory, is_conversion, take_inventory
+from fastbyol.data.inspection.picture_grid import write_picture_grid
 
 EXAMPLES = f"""\
 examples:
@@ -22,9 +28,11 @@ examples:
 {INPUTS}"""
 
 
+@stoppable
 @one_line_errors
 def main() -> None:
     arguments = _parser().parse_args()
+    warnings.filterwarnings("ignore", module="PIL")  # images that are odd are the converters' business
     given = [option for option in ("labels", "devkit", "subset") if getattr(arguments, option)]
     converted = is_conversion(arguments.data)
     if converted and given:

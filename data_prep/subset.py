@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+
+if __name__ == "__main__":
+    end_at_once_when_stopped()  # the imports take a moment
+
 from collections import Counter
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.image_subset import choose_classes, draw_fraction, draw_images, read_subset, write_subset
-from fastbyol.data.inputs import INPUTS, add_input_arguments, listing_from
+from fastbyol.data.inputs.images import INPUTS, add_input_arguments, listing_from
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.subset import choose_classes, draw_fraction, draw_images, read_subset, write_subset
 
 EXAMPLES = f"""\
 examples:
@@ -27,6 +32,7 @@ converters numbers them anew.
 {INPUTS}"""
 
 
+@stoppable
 @one_line_errors
 def main() -> None:
     arguments = _parser().parse_args()

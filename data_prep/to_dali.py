@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+
+if __name__ == "__main__":
+    end_at_once_when_stopped()  # the imports take a moment
+
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from fastbyol.config.errors import UserError
-from fastbyol.data.command_line import conversion_command, conversion_options, conversion_parser, overwrite_mode, print_outcome
-from fastbyol.data.inputs import listing_from
-from fastbyol.data.quantities import bytes_text
-from fastbyol.data.tar_parts import merge_tar_parts, parse_part, write_tar_part
+from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.errors import UserError, one_line_errors
+from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, overwrite_mode, print_outcome
+from fastbyol.data.conversion.tar_parts import merge_tar_parts, parse_part, write_tar_part
+from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.data.inputs.images import listing_from, optional_listing_from
+from fastbyol.data.quantities import bytes_text, count_text
 from fastbyol.data.tar_shards import TAR_REPORT
-from fastbyol.data.writers_tar import write_tar_shards
 
 EXAMPLES = """\
 examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
@@ -22,15 +28,18 @@ examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
 
 on four machines with one file system, then on one of them (--shard auto: by torchrun's or SLURM's numbers):
   python data_prep/to_dali.py --data imagenet/train --out train_tar --shard 0/4                 and 1/4, 2/4, 3/4
-  python data_prep/to_dali.py --data imagenet/train --out train_tar --merge
+  python data_prep/to_dali.py --out train_tar --merge                                           --data DIR as well: checked against it
 
 Beside the shards: a DALI index each, samples.npy (where each image lies), manifest.json (class names, settings, checksums), report.json.
 """
 
+OPTIONS_OF_MERGE = {"merge", "out", "max_dropped", "data", "labels", "devkit", "subset", "drop_empty_classes"}
 
-@conversion_command
+
+@stoppable
+@one_line_errors
 def main() -> None:
-    parser = conversion_parser(__doc__ or "", EXAMPLES)
+    parser = conversion_parser(__doc__ or "", EXAMPLES, data="optional")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     parser.add_argument("--shard-mb", type=int, default=256, metavar="N", help="size of a shard in MiB (default: 256)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order in which images go into the shards (default: 0)")
@@ -39,11 +48,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.merge and arguments.shard:
         raise UserError("--merge comes after all --shard runs, in a command of its own")
+    if not (arguments.merge or arguments.data):
+        raise UserError("--data: missing; give the images to convert (only --merge can do without)")
     if arguments.shard:
         _convert_part(arguments)
         return
     if arguments.merge:
-        manifest = merge_tar_parts(partial(listing_from, arguments), out=arguments.out, options=conversion_options(arguments))
+        _refuse_settings(arguments, parser)
+        originals = optional_listing_from(arguments, option="--data")
+        manifest = merge_tar_parts(arguments.out, data=originals, options=conversion_options(arguments))
     else:
         manifest = write_tar_shards(
             partial(listing_from, arguments),
@@ -55,6 +68,12 @@ def main() -> None:
             options=conversion_options(arguments),
         )
     print_outcome(arguments.out, manifest, arguments.out / TAR_REPORT)
+
+
+def _refuse_settings(arguments: Namespace, parser: OneLineParser) -> None:
+    for name, value in vars(arguments).items():
+        if name not in OPTIONS_OF_MERGE and value != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}: has no effect with --merge; the parts are as they were converted")
 
 
 def _convert_part(arguments: Namespace) -> None:
@@ -71,7 +90,9 @@ def _convert_part(arguments: Namespace) -> None:
         options=conversion_options(arguments),
     )
     size, images = sum(shard.bytes for shard in shards), sum(shard.samples for shard in shards)
-    print(f"{arguments.out}: part {part.number}/{part.count}: {images:,} images, {len(shards)} shards, {size:,} bytes ({bytes_text(size)})")
+    print(
+        f"{arguments.out}: part {part.number}/{part.count}: {images:,} images, {count_text(len(shards), 'shard')}, {size:,} bytes ({bytes_text(size)})"
+    )
 
 
 if __name__ == "__main__":

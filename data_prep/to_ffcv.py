@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+
+if __name__ == "__main__":
+    end_at_once_when_stopped()  # the imports take a moment
+
 from functools import partial
 from pathlib import Path
 
-from fastbyol.config.errors import require
-from fastbyol.data.command_line import conversion_command, conversion_options, conversion_parser, overwrite_mode, print_outcome
-from fastbyol.data.conversion_report import report_path
-from fastbyol.data.inputs import listing_from
-from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.config.errors import one_line_errors, require
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, overwrite_mode, print_outcome
+from fastbyol.data.conversion.report import report_path
+from fastbyol.data.inputs.images import listing_from
 
 EXAMPLES = """\
 examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
@@ -24,7 +29,8 @@ Beside train.beton: train.beton.json, the manifest (class names, settings, check
 """
 
 
-@conversion_command
+@stoppable
+@one_line_errors
 def main() -> None:
     parser = conversion_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.beton", help="the file to make")

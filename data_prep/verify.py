@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+
+if __name__ == "__main__":
+    end_at_once_when_stopped()  # the imports take a moment
+
 import sys
 import time
-from argparse import Namespace
+import warnings
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
-from fastbyol.config.errors import UserError, one_line_errors, require_at_least
-from fastbyol.data.findings import Findings
-from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.inputs import INPUTS, add_input_arguments, listing_from
-from fastbyol.data.verification import verify
+from fastbyol.config.errors import one_line_errors, require_at_least
+from fastbyol.data.inputs.images import INPUTS, add_input_arguments, optional_listing_from
+from fastbyol.data.inspection.findings import Findings
+from fastbyol.data.inspection.verification import verify
+from fastbyol.data.quantities import count_text
 
 EXAMPLES = f"""\
 examples:
@@ -26,17 +31,15 @@ exit code: 0 all is well, 1 something is not (each fault on a line: file, image,
 {INPUTS}"""
 
 
+@stoppable
 @one_line_errors
 def main() -> None:
     arguments = _parser().parse_args()
     require_at_least("faults", arguments.faults, 1)
-    originals = _originals(arguments)
+    warnings.filterwarnings("ignore", module="PIL")  # what it warns of in originals, the conversion's report says
+    originals = optional_listing_from(arguments, option="--source")
     start = time.monotonic()
-    try:
-        found = verify(arguments.path, originals=originals, workers=arguments.workers)
-    except KeyboardInterrupt:
-        print(f"{arguments.path}: stopped, not verified", file=sys.stderr)
-        sys.exit(130)
+    found = verify(arguments.path, originals=originals, workers=arguments.workers)
     for note in found.notes:
         print(f"{arguments.path}: note: {note}")
     for fault in found.faults[: arguments.faults]:
@@ -45,28 +48,19 @@ def main() -> None:
     sys.exit(1 if found.num_faults else 0)
 
 
-def _originals(arguments: Namespace) -> ImageListing | None:
-    if arguments.source:
-        return listing_from(arguments, option="--source")
-    for option in ("labels", "devkit", "subset"):
-        if getattr(arguments, option):
-            raise UserError(f"--{option}: describes what was converted; give that with --source")
-    return None
-
-
 def _summary(found: Findings, seconds: float, *, shown: int) -> str:
     images = f"{found.num_images:,} images" + (f" of {found.num_classes:,} classes" if found.num_classes else "")
     work = f"{images}, {found.num_bytes:,} bytes of them, {found.num_images / max(seconds, 1e-9):,.0f} images/s"
     if not found.num_faults:
         return f"all is well: {work}"
     more = f", the first {shown} shown" if found.num_faults > shown else ""
-    return f"{found.num_faults:,} faults{more}: {work}"
+    return f"{count_text(found.num_faults, 'fault')}{more}: {work}"
 
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("path", type=Path, metavar="PATH", help="FILE.beton, or a folder of tar shards")
-    add_input_arguments(parser, option="--source")
+    add_input_arguments(parser, option="--source", required=False)
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that hash and decode (default: one per core)")
     parser.add_argument("--faults", type=int, default=100, metavar="N", help="most faults to print; all are counted (default: 100)")
     return parser

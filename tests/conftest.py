@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 
 # For stock ffcv, which tests compare with: numba's TBB layer once waited for ever at the end of the process.
 numba.config.THREADING_LAYER = "omp"

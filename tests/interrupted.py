@@ -1,4 +1,4 @@
-"""Conversions that are killed at random moments and continued: for the suite on a few images, for `scripts/kill_conversions.py` on many."""
+"""Conversions that are killed at random moments and continued: for the suite on a few images, for `tests/long/kill_conversions.py` on many."""
 
 from __future__ import annotations
 

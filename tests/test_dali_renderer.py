@@ -12,10 +12,10 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair, both
 from fastbyol.data import ViewBatch, build_loader
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.device import views_on_device
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.tar_shards import shard_name
-from fastbyol.data.writers_tar import write_tar_shards
 
 VIEWS = ViewPair(size_px=32)
 CROPS = both(VIEWS, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)

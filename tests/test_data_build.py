@@ -23,7 +23,7 @@ from fastbyol.config.views import ViewPair
 from fastbyol.data import beton as beton_format
 from fastbyol.data import build_image_loader, build_loader
 from fastbyol.data.build import default_workers
-from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.inputs.folder import list_image_folder
 
 VIEWS = ViewPair(size_px=8)
 
@@ -69,7 +69,9 @@ def test_a_backend_that_is_not_installed_names_the_command(data_paths: dict[str,
 
 
 def test_importing_the_package_imports_neither_ffcv_nor_dali_nor_torch() -> None:
-    code = "import sys, fastbyol.data, fastbyol.data.encode; print(*{'ffcv', 'nvidia.dali', 'torch', 'numba'} & sys.modules.keys())"
+    code = (
+        "import sys, fastbyol.data, fastbyol.data.conversion.encode; print(*{'ffcv', 'nvidia.dali', 'torch', 'numba'} & sys.modules.keys())"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == ""
 
 

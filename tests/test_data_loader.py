@@ -20,13 +20,13 @@ from fastbyol.config.views import ViewPair, both
 from fastbyol.data import ViewBatch, build_image_loader, build_loader
 from fastbyol.data.batch_memory import BatchMemory
 from fastbyol.data.beton import read_beton
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.readahead import Readahead
 from fastbyol.data.renderer import KernelRenderer
 from fastbyol.data.source import Indices, Pixels, RangeReader, Source
 from fastbyol.data.traversal import Traversal, group_into_blocks, local_order
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
 
 BACKENDS = ("folder", "ffcv", "dali")
 VIEWS = ViewPair(size_px=16)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import encode
 from fastbyol.data.beton import JPEG_MODE, RAW_MODE
-from fastbyol.data.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings, Outcome
+from fastbyol.data.conversion import encode
+from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings, Outcome
 from fastbyol.data.ffcv_loader import TurboJpeg
 from fastbyol.data.jpeg_header import read_jpeg_header
 

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import encoding_pool
-from fastbyol.data.encode import DroppedImage, EncodedImage, EncodeSettings
-from fastbyol.data.encoding_pool import EncodingPool
-from fastbyol.data.encoding_worker import Encoded, Job
-from fastbyol.data.stop_signals import Stopped, StopRequest
+from fastbyol.data.conversion import encoding_pool, encoding_worker
+from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
+from fastbyol.data.conversion.encoding_pool import EncodingPool
+from fastbyol.data.conversion.encoding_worker import Encoded, Job
+from fastbyol.data.conversion.stop_signals import OrderlyStop, StopRequest
 
 
 def jpeg(number: int) -> bytes:
@@ -124,6 +124,12 @@ def test_workers_that_die_of_everything_end_the_work_with_a_message() -> None:
         encode([KillsWhoeverLoadsIt(str(i), b"") for i in range(200)], workers=1)
 
 
+def test_workers_that_die_at_birth_end_the_work_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding_worker.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match=r"worker processes die one after another \(the last with exit code 1\)"):
+        encode(memories(10), workers=2)
+
+
 def test_a_worker_that_is_silent_for_too_long_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding_pool, "SECONDS_PER_IMAGE", 2.0)
     locations = memories(30)
@@ -155,9 +161,9 @@ def test_no_process_outlives_its_pool_or_a_stop() -> None:
         next(results)
         with stop.deferred():
             stop.handle(signal.SIGTERM, None)
-            with pytest.raises(Stopped) as stopped:
+            with pytest.raises(OrderlyStop) as stopped:
                 list(results)
-    assert (stopped.value.exit_code, stopped.value.orderly) == (143, True)
+    assert stopped.value.exit_code == 143
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 

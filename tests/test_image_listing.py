@@ -15,9 +15,9 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.datasets import imagenet
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.image_folder import list_image_folder
-from fastbyol.data.image_listing import ImageListing, ImageLocation
-from fastbyol.data.inputs import list_images
+from fastbyol.data.inputs.folder import list_image_folder
+from fastbyol.data.inputs.images import list_images
+from fastbyol.data.inputs.listing import ImageListing, ImageLocation
 from tests.imagenet_archives import DEVKIT, TRAIN, VAL, WNIDS, add_file, tar_bytes, write_archives
 
 
@@ -276,7 +276,7 @@ def test_folders_that_may_not_be_read_are_told_or_an_error(tmp_path: Path) -> No
         if folder.stat().st_uid == os.getuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o555)
     code = (
-        "import os, sys; from pathlib import Path; from fastbyol.data.inputs import list_images\n"
+        "import os, sys; from pathlib import Path; from fastbyol.data.inputs.images import list_images\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         "print(list_images(Path(sys.argv[1])).skipped)"
     )
@@ -429,5 +429,5 @@ def test_the_digest_tells_names_sizes_and_labels_apart(make_folder: Callable[...
 
 
 def test_a_worker_process_needs_no_library_to_read_an_image() -> None:
-    code = "import sys, fastbyol.data.image_listing; print(*{'numpy', 'torch', 'PIL', 'tarfile'} & sys.modules.keys())"
+    code = "import sys, fastbyol.data.inputs.listing; print(*{'numpy', 'torch', 'PIL', 'tarfile'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == ""

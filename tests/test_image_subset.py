@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.ffcv_loader import FfcvSource
-from fastbyol.data.image_listing import ImageListing
-from fastbyol.data.image_subset import balanced_counts, choose_classes, draw_fraction, draw_images, read_subset, restrict, write_subset
-from fastbyol.data.inputs import list_images
-from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.inputs.images import list_images
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.subset import balanced_counts, choose_classes, draw_fraction, draw_images, read_subset, restrict, write_subset
 from tests.imagenet_archives import TRAIN, tar_bytes, write_archives
 from tests.script_run import run_here
 

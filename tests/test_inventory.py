@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastbyol.data import inventory
-from fastbyol.data.image_folder import list_image_folder
-from fastbyol.data.inventory import take_inventory
-from fastbyol.data.picture_grid import LABEL_PX, MARGIN_PX, TILE_PX, write_picture_grid
+from fastbyol.data.inputs.folder import list_image_folder
+from fastbyol.data.inspection import inventory
+from fastbyol.data.inspection.inventory import take_inventory
+from fastbyol.data.inspection.picture_grid import LABEL_PX, MARGIN_PX, TILE_PX, write_picture_grid
 from tests.imagenet_archives import DEVKIT, VAL, write_archives
 from tests.script_run import run_here
 

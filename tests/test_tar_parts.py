@@ -9,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from interrupted import write_many
+from interrupted import SCRIPTS, write_many
+from script_run import run_here
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import tar_parts
-from fastbyol.data.conversion import ConversionOptions
+from fastbyol.data.conversion import tar_parts
+from fastbyol.data.conversion.encode import EncodeSettings
+from fastbyol.data.conversion.options import ConversionOptions
+from fastbyol.data.conversion.tar_parts import Part, merge_tar_parts, parse_part, write_tar_part
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.dali_loader import DaliSource
-from fastbyol.data.encode import EncodeSettings
 from fastbyol.data.manifest import read_manifest
-from fastbyol.data.tar_parts import Part, merge_tar_parts, parse_part, write_tar_part
-from fastbyol.data.writers_tar import write_tar_shards
 
 NUM, SEED = 50, 3
 
@@ -47,7 +48,7 @@ def members(folder: Path) -> list[tuple[str, bytes]]:
 
 
 def test_the_merged_parts_hold_the_samples_of_one_machine_in_its_order(images: Path, parts: Path, tmp_path: Path) -> None:
-    merged = merge_tar_parts(images, out=parts)
+    merged = merge_tar_parts(parts)
     alone = write_tar_shards(images, out=tmp_path / "alone", workers=1, seed=SEED)
     assert members(parts) == members(tmp_path / "alone")
     for name in ("num_samples", "class_names", "class_counts", "images", "source", "dropped", "names_sha256"):
@@ -65,7 +66,7 @@ def test_the_merged_parts_hold_the_samples_of_one_machine_in_its_order(images: P
 
 
 def test_our_dali_backend_reads_the_merged_parts(images: Path, parts: Path, tmp_path: Path) -> None:
-    merge_tar_parts(images, out=parts)
+    merge_tar_parts(parts)
     write_tar_shards(images, out=tmp_path / "alone", workers=1, seed=SEED)
     both = [DaliSource(folder) for folder in (parts, tmp_path / "alone")]
     every = np.arange(both[0].num_samples)
@@ -83,35 +84,90 @@ def test_a_part_killed_while_its_files_were_moved_is_completed(
 ) -> None:
     work = parts / ".part-00001-of-00003.partial"
     (work / "shards").mkdir(parents=True)
-    for name in ("shard-00001-of-00003-00000.tar", "part-00001-of-00003.json", "part-00001-of-00003.npy"):
+    for name in ("shard-00001-of-00003-00000.tar", "part-00001-of-00003.json", "part-00001-of-00003.npz"):
         shutil.move(parts / name, work / "shards" / name if name.startswith("shard") else work / name)
     with pytest.raises(UserError, match="1 of 3 parts are missing, the first --shard 1/3"):
-        merge_tar_parts(images, out=parts)
+        merge_tar_parts(parts)
     monkeypatch.setattr(tar_parts, "convert_images", None)
     write_tar_part(images, out=parts, part=Part(1, 3), workers=1, seed=SEED)
-    assert merge_tar_parts(images, out=parts).num_samples == NUM - 3
+    assert merge_tar_parts(parts).num_samples == NUM - 3
 
 
 def test_parts_that_do_not_belong_together_are_refused(images: Path, parts: Path, tmp_path: Path) -> None:
     other = write_many(tmp_path / "other", images=NUM)
-    with pytest.raises(UserError, match="made from other images than"):
-        merge_tar_parts(other, out=parts)
-    options = ConversionOptions(encode=EncodeSettings(quality=80), restart=True)
+    with pytest.raises(UserError, match=f"made from other images than {other} holds"):
+        merge_tar_parts(parts, data=other)
+    write_tar_part(other, out=parts, part=Part(2, 3), workers=1, seed=SEED, options=ConversionOptions(unfinished="restart"))
+    with pytest.raises(UserError, match=rf"part-00002-of-00003.json: made from other images \({other}\) than the first part \({images}\)"):
+        merge_tar_parts(parts)
+    options = ConversionOptions(encode=EncodeSettings(quality=80), unfinished="restart")
     write_tar_part(images, out=parts, part=Part(2, 3), workers=1, seed=SEED, options=options)
     with pytest.raises(UserError, match=r"part-00002-of-00003.json: made with transcode_quality = 80 and not 95"):
-        merge_tar_parts(images, out=parts)
+        merge_tar_parts(parts)
     (parts / "part-00002-of-00003.json").unlink()
     write_tar_part(images, out=parts, part=Part(2, 4), workers=1, seed=SEED)
     with pytest.raises(UserError, match=r"holds parts of \[3, 4\] machines"):
-        merge_tar_parts(images, out=parts)
+        merge_tar_parts(parts)
+
+
+def test_a_merge_needs_no_source_and_takes_it_as_a_check(images: Path, parts: Path, tmp_path: Path) -> None:
+    gone = images.rename(tmp_path / "gone")
+    copies = [shutil.copytree(parts, tmp_path / name) for name in ("without", "with")]
+    try:
+        without = merge_tar_parts(copies[0])
+    finally:
+        gone.rename(images)
+    assert merge_tar_parts(copies[1], data=images) == without
+    assert all(
+        (copies[1] / name).read_bytes() == (copies[0] / name).read_bytes() for name in ("manifest.json", "samples.npy", "report.json")
+    )
+
+
+def test_a_damaged_table_of_a_part_is_named(parts: Path) -> None:
+    table = parts / "part-00001-of-00003.npz"
+    whole = table.read_bytes()
+    other = (parts / "part-00000-of-00003.npz").read_bytes()
+    for damaged, says in ((whole[:-100], "not the table of a part"), (b"", "not the table of a part"), (other, "each of 50 once")):
+        table.write_bytes(damaged)
+        with pytest.raises(UserError, match=says):
+            merge_tar_parts(parts)
+    table.unlink()
+    with pytest.raises(UserError, match=r"part-00001-of-00003.npz: not the table of a part .*convert that part again"):
+        merge_tar_parts(parts)
+    assert not (parts / "manifest.json").exists()
+
+
+def test_a_merge_killed_while_it_removed_the_parts_descriptions_ends_when_it_is_repeated(parts: Path, tmp_path: Path) -> None:
+    before = shutil.copytree(parts, tmp_path / "before")
+    merged = merge_tar_parts(parts)
+    names = sorted(path.name for path in parts.iterdir())
+    for left in ("part-00001-of-00003.json", "part-00002-of-00003.json", "part-00002-of-00003.npz"):
+        shutil.copy(before / left, parts)
+    assert merge_tar_parts(parts) == merged
+    assert sorted(path.name for path in parts.iterdir()) == names
+
+
+def test_the_merge_command_says_what_has_no_effect_and_what_is_missing(parts: Path) -> None:
+    for options, says in (
+        (["--merge", "--quality", "80"], "--quality: has no effect with --merge"),
+        (["--merge", "--devkit", "x.tar.gz"], "--devkit: describes what was converted; give that with --data"),
+        (["--merge", "--shard", "0/3"], "--merge comes after all --shard runs"),
+        ([], "--data: missing"),
+    ):
+        ended = run_here(SCRIPTS / "to_dali.py", "--out", parts, *options)
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr.startswith(f"fastbyol: error: {says}")
+    merged = run_here(SCRIPTS / "to_dali.py", "--out", parts, "--merge")
+    assert (merged.returncode, merged.stderr) == (0, "")
+    assert f"{parts}: 47 images of 3 classes, 3 shards" in merged.stdout
 
 
 def test_a_complete_folder_takes_no_further_part(images: Path, parts: Path) -> None:
-    merge_tar_parts(images, out=parts)
+    merge_tar_parts(parts)
     with pytest.raises(UserError, match="holds a complete data set already"):
         write_tar_part(images, out=parts, part=Part(0, 3), workers=1)
     with pytest.raises(UserError, match="is merged already"):
-        merge_tar_parts(images, out=parts)
+        merge_tar_parts(parts)
 
 
 def test_the_number_of_the_machine_is_given_or_taken_from_torchrun_or_slurm() -> None:

@@ -18,16 +18,16 @@ from PIL import Image
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import FIELD, HEADER, read_beton
-from fastbyol.data.conversion import ConversionOptions
-from fastbyol.data.encode import EncodeSettings
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.encode import EncodeSettings
+from fastbyol.data.conversion.options import ConversionOptions
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.ffcv_loader import FfcvSource
-from fastbyol.data.findings import KEPT_FAULTS, Findings
-from fastbyol.data.image_folder import list_image_folder
-from fastbyol.data.inputs import list_images
+from fastbyol.data.inputs.folder import list_image_folder
+from fastbyol.data.inputs.images import list_images
+from fastbyol.data.inspection.findings import KEPT_FAULTS, Findings
+from fastbyol.data.inspection.verification import verify
 from fastbyol.data.tar_shards import read_tar_shards
-from fastbyol.data.verification import verify
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
 from tests.conftest import smooth_image
 from tests.script_run import run_here
 
@@ -217,8 +217,10 @@ def test_swapped_shards_are_named_both_with_their_images(many_shards: Path, tmp_
         second.rename(first)
         (folder / "x").rename(second)
     findings = verify(folder, workers=2)
-    for name in ("shard-00000.tar", "shard-00001.tar"):
-        assert any(name in fault.file and fault.image == -1 for fault in findings.faults)
+    for name, other in (("shard-00000.tar", "shard-00001.tar"), ("shard-00001.tar", "shard-00000.tar")):
+        about = [fault.what for fault in findings.faults if name in fault.file and fault.image == -1]
+        assert f"is what the manifest calls {other}: renamed, or swapped with it" in about
+        assert len(about) == 2
     assert images_named(findings) == set(range(6))
 
 

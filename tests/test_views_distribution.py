@@ -16,8 +16,8 @@ from fastbyol.augment import parameters as p
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import PAPER, ViewPair
 from fastbyol.data import build_loader
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 
 IMAGES, EPOCHS = 50, 200
 DRAWS = 2 * IMAGES * EPOCHS

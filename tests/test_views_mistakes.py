@@ -16,13 +16,14 @@ from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair, ViewSpec
 from fastbyol.data import beton as beton_format
 from fastbyol.data import build_loader
-from fastbyol.data.conversion import ConversionOptions
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.image_pass import BadImage
+from fastbyol.data.conversion.options import ConversionOptions
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer
 from fastbyol.data.source import Indices, Pixels, Source
 from fastbyol.data.traversal import Traversal
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
 
 SMALL = ViewPair(size_px=8)
 
@@ -44,7 +45,7 @@ def test_a_foreign_file_in_a_folder_is_named_by_the_loader_and_by_both_converter
         lambda: write_beton(folder, out=tmp_path / "x.beton", workers=1, options=strict),
         lambda: write_tar_shards(folder, out=tmp_path / "tar", workers=1, options=strict),
     ):
-        with pytest.raises(UserError, match=r"bad\.jpg"):
+        with pytest.raises(BadImage, match=r"bad\.jpg"):
             convert()
     assert not (tmp_path / "x.beton").exists()
     assert not (tmp_path / "tar").exists()

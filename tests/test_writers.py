@@ -18,14 +18,15 @@ from ffcv.reader import Reader
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import writers_ffcv
 from fastbyol.data.beton import read_beton
-from fastbyol.data.conversion import BadImage, ConversionOptions
+from fastbyol.data.conversion import beton_writer
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.image_pass import BadImage
+from fastbyol.data.conversion.options import ConversionOptions
+from fastbyol.data.conversion.tar_writer import member_header, write_tar_shards
 from fastbyol.data.ffcv_loader import FfcvSource
-from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.manifest import Manifest, read_manifest
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import member_header, write_tar_shards
 
 SCRIPTS = Path(__file__).parents[1] / "data_prep"
 
@@ -64,7 +65,7 @@ def test_stock_ffcv_reads_our_beton_through_both_of_its_page_managers(
     noise = np.random.default_rng(1).integers(0, 256, (9, 24, 24, 3), dtype=np.uint8)
     images: dict[str, Image.Image] = {f"{i}_png": Image.fromarray(pixels) for i, pixels in enumerate(noise)}
     folder = make_folder(**images, gray_png=colour_wheel(24).convert("L"))
-    monkeypatch.setattr(writers_ffcv, "MIN_PAGE_BYTES", 4096)  # a few images to a page
+    monkeypatch.setattr(beton_writer, "MIN_PAGE_BYTES", 4096)  # a few images to a page
     out = tmp_path / "pages.beton"
     write_beton(folder, out=out, workers=1)
     pages = {(int(first), int(last)) for first, last in _pages(out)}

@@ -29,10 +29,10 @@ from benchmarks.rivals.stock_ffcv_views import MISSING
 from benchmarks.rivals.stock_ffcv_writer import QUALITY, write_with_stock_ffcv
 from benchmarks.timing import Subject, measure
 from fastbyol.config.errors import UserError
-from fastbyol.data.encode import find_turbojpeg
-from fastbyol.data.image_folder import list_image_folder
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.encode import find_turbojpeg
+from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.data.inputs.folder import list_image_folder
 
 REFERENCE, CEILING = "ffcv DatasetWriter", "read + decode only"
 BETON, TAR = "to_ffcv", "to_dali"

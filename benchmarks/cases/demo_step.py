@@ -26,7 +26,7 @@ from benchmarks.training_step import TrainingStep, synthetic_batch
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import DataConfig
 from fastbyol.data import build_loader
-from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.conversion.beton_writer import write_beton
 
 REFERENCE, CEILING, OURS = "end to end, torchvision on Pillow", "steps alone", "end to end, .beton"
 PRESET = "cpu_demo"

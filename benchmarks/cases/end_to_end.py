@@ -30,8 +30,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import PAPER
 from fastbyol.data import build_loader
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 
 REFERENCE, CEILING = "end to end, torchvision on Pillow", "steps alone"
 DATA_BOUND_SHARE = 0.05

@@ -28,8 +28,8 @@ from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.config.views import PAPER, ViewPair
 from fastbyol.data import build_image_loader
 from fastbyol.data.batch import ImageBatch
-from fastbyol.data.image_folder import list_image_folder
-from fastbyol.data.writers_ffcv import write_beton
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.evaluation.features import extract_features
 from fastbyol.models import build_encoder
 

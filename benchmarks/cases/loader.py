@@ -38,16 +38,16 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.dali_loader import DaliSource
 from fastbyol.data.dali_renderer import NATIVE_DIFFERENCES
 from fastbyol.data.ffcv_loader import FfcvSource, TurboJpeg
 from fastbyol.data.folder_loader import FolderSource
-from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.renderer import MAX_CHUNK
 from fastbyol.data.source import Source, decode_with_pillow
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
 from fastbyol.tuning.candidates import worker_counts
 
 REFERENCE, CEILING = "torchvision on Pillow: views", "TurboJPEG: decode only, bytes in memory"

@@ -30,9 +30,9 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.dali_loader import DaliSource
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.data.writers_tar import write_tar_shards
 
 CEILING, REFERENCE = "DALI: decode only", "CPU: decode, kernel's crops"
 OURS = {"DALI: decode, crops": "crop", "DALI: everything, its own operations": "all"}

@@ -32,9 +32,9 @@ from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.data.writers_ffcv import write_beton
-from fastbyol.data.writers_tar import write_tar_shards
 from fastbyol.monitors.compute import flop_per_image
 
 CEILING, REFERENCE = "steps alone", "folder, views on the CPU"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.data.ffcv_loader import TurboJpeg
-from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.jpeg_header import read_jpeg_header
 
 

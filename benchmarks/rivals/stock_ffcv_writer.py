@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastbyol.data.image_listing import ImageListing
+from fastbyol.data.inputs.listing import ImageListing
 
 QUALITY = 90
 """FFCV's default."""

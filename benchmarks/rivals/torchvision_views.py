@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from fastbyol.config.views import ViewPair, ViewSpec
 from fastbyol.data.batch import ViewBatch
-from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.inputs.folder import list_image_folder
 
 
 class PillowBlur:

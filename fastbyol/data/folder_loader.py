@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastbyol.data.image_folder import list_image_folder
+from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.source import PILLOW_ERRORS, Indices, Pixels, Source, damaged, decode_with_pillow
 
 

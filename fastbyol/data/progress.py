@@ -6,48 +6,87 @@ import sys
 import time
 from typing import Any, Self
 
+from fastbyol.data.quantities import bytes_text, duration_text
+
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_BARS = 0.1
+_BAR_WIDTH = 10
 
 
 class Progress:
-    """Shows on stderr how much of `total` is done. Work that ends within seconds shows nothing in a log."""
+    """Shows on stderr how much is done, how fast, and how long the rest will take. A context manager.
 
-    def __init__(self, what: str, total: int, *, unit: str = "bytes") -> None:
+    Work that ends within seconds leaves nothing on a terminal, and shows nothing in a log.
+    """
+
+    def __init__(self, what: str, total: int, *, unit: str = "bytes", done: int = 0) -> None:
+        """total: of units; done: of them before this process."""
         self._what, self._total, self._unit = what, total, unit
-        self._done = 0
+        self._done = self._first = done
+        self._stored = self._dropped = 0
         self._start = self._shown = time.monotonic()
         self._bar: Any = None
-        self._task: Any = None
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self._bar = _bar(self._what, done=self._done, total=self._total)
             self._bar.start()
-            self._task = self._bar.add_task(self._what, total=self._total)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar:
+            self._bar.live.transient = time.monotonic() - self._start < _SECONDS_BETWEEN_LINES
             self._bar.stop()
 
     def reach(self, done: int) -> None:
         """This much is done in all."""
         self._done = done
         now = time.monotonic()
-        if self._bar and now - self._shown >= 0.1:
-            self._bar.update(self._task, completed=done)
+        is_last = done == self._total
+        if self._bar and (now - self._shown >= _SECONDS_BETWEEN_BARS or is_last):
+            self._bar.update(self._bar.task_ids[0], completed=done, text=self._text(now))
             self._shown = now
-        elif not self._bar and now - self._shown >= _SECONDS_BETWEEN_LINES:
+        elif not self._bar and now - (self._start if is_last else self._shown) >= _SECONDS_BETWEEN_LINES:
+            print(f"{self._what}: {self._text(now)}", file=sys.stderr, flush=True)
             self._shown = now
-            rate = done / (now - self._start)
-            left = f", {(self._total - done) / rate:,.0f} s left" if rate else ""
-            print(f"{self._what}: {done:,} of {self._total:,} {self._unit}, {rate:,.0f} {self._unit}/s{left}", file=sys.stderr)
 
-    def advance(self, more: int) -> None:
-        """So much more is done."""
+    def advance(self, more: int = 1, *, stored_bytes: int = 0, dropped: int = 0) -> None:
+        """So much more is done; it gave so many bytes, and so many of its units nothing."""
+        self._stored += stored_bytes
+        self._dropped += dropped
         self.reach(self._done + more)
+
+    def _text(self, now: float) -> str:
+        seconds = max(now - self._start, 1e-9)
+        rate = (self._done - self._first) / seconds
+        # The most wanted first: a narrow terminal cuts the line on its right.
+        parts = [f"{self._number(self._done)} of {self._amount(self._total)}"]
+        if self._dropped:
+            parts.append(f"{self._dropped:,} dropped")
+        if self._done == self._total:
+            parts.append(f"in {duration_text(seconds)}")
+        elif rate:
+            parts.append(f"{duration_text((self._total - self._done) / rate)} left")
+        parts.append(f"{self._amount(rate)}/s")
+        if self._stored:
+            parts += [bytes_text(self._stored), f"{bytes_text(self._stored / seconds)}/s"]
+        return ", ".join(parts)
+
+    def _number(self, count: float) -> str:
+        return bytes_text(count) if self._unit == "bytes" else f"{count:,.0f}"
+
+    def _amount(self, count: float) -> str:
+        return self._number(count) if self._unit == "bytes" else f"{self._number(count)} {self._unit}"
+
+
+def _bar(what: str, *, done: int, total: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    bar_column = BarColumn(bar_width=_BAR_WIDTH, table_column=Column(min_width=_BAR_WIDTH))
+    text = TextColumn("{task.description} {task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    bar = Bar(bar_column, text, console=Console(stderr=True))
+    bar.add_task(f"{what}:", completed=done, total=total, text="")
+    return bar

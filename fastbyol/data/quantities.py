@@ -22,3 +22,8 @@ def duration_text(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
+
+
+def count_text(count: int, what: str) -> str:
+    """'1 shard', '1,200 shards'."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")

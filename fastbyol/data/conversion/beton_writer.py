@@ -1,0 +1,161 @@
+"""Writes images as a .beton that any FFCV reader opens, with each JPEG's own bytes in it.
+
+FFCV's own writer re-encodes every JPEG (a generation loss, and twice the time), hangs for ever when one of its worker processes dies, and
+has to start again when it was interrupted.
+
+How many images will be kept is known at the end only, so the table of samples has room for all: its rows are the kept ones, then come
+unused bytes, then the images. Readers look no further than the header's count.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import UserError, require
+from fastbyol.data.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
+from fastbyol.data.conversion.encode import EncodedImage, EncodeSettings, Outcome
+from fastbyol.data.conversion.image_pass import Output, convert_images
+from fastbyol.data.conversion.options import ConversionOptions, encode_settings_as_plain
+from fastbyol.data.conversion.outcome import finish_report, make_manifest
+from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
+from fastbyol.data.conversion.report import report_path
+from fastbyol.data.conversion.stop_signals import stop_signals
+from fastbyol.data.conversion.task import Images, as_listing, make_task, open_work
+from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.manifest import Manifest, beton_manifest_path, describe_shard, write_manifest
+from fastbyol.data.traversal import seeded_permutation
+
+RAW_PAGE_BYTES = 1 << 26
+"""64 MiB: a raw image of 22 million pixels. Larger ones are stored as JPEG."""
+_DATA = "data"
+_TAKES_LONG_BYTES = 5 << 30
+
+
+def write_beton(
+    data: Images,
+    *,
+    out: Path,
+    workers: int = 0,
+    overwrite: str = "refuse",
+    shuffle_seed: int | None = None,
+    options: ConversionOptions | None = None,
+) -> Manifest:
+    """Converts images to the file `out`, with a manifest and a report beside it; row i is the i-th image of the listing that was kept.
+
+    Args:
+        data: a folder of class folders, ImageNet's tar, or a listing.
+        out: the .beton to make; `out`.json is the manifest, `out`.report.json the report.
+        workers: processes that read and check images; 0: one per core.
+        overwrite: 'refuse' an existing `out`, or 'replace' it.
+        shuffle_seed: rows in a seeded permutation of the listing instead, for readers that go through the file in order.
+        options: everything else.
+
+    Raises:
+        UserError: no such folder, too many images that cannot be kept, an existing output, not enough room. If the work has begun, the same
+            call continues it.
+        Stopped: by Ctrl-C or SIGTERM; the same call continues.
+    """
+    options = options or ConversionOptions()
+    if out.suffix != ".beton":
+        raise UserError(f"--out {out}: must end in .beton")
+    if shuffle_seed is not None:
+        require(0 <= shuffle_seed < 2**63, "shuffle-seed", shuffle_seed, "an integer in [0, 2^63)")
+    with stop_signals() as stop, disk_errors(out):
+        clear_if_finished(work_path(out), data=_DATA, output=out)
+        require_free_name(out, overwrite=overwrite)
+        listing = as_listing(data)
+        num = len(listing.files)
+        order = np.arange(num, dtype=np.int64) if shuffle_seed is None else seeded_permutation(num, shuffle_seed)
+        task = make_task(listing, order=order, out=out, options=options, workers=workers)
+        page_bytes = _page_bytes(task.sizes, options.encode)
+        task = task.with_largest(page_bytes)
+        settings: dict[str, int | float | str] = {"page_bytes": page_bytes, **encode_settings_as_plain(options.encode)}
+        if shuffle_seed is not None:
+            settings["shuffle_seed"] = shuffle_seed
+        with open_work(work_path(out), task, kind="beton", settings=settings) as work:
+            rows = convert_images(task, _BetonOutput(work, images=num, page_bytes=page_bytes), work, stop=stop)
+            report = finish_report(task, rows, work)
+            _write_tables(work.path / _DATA, rows, listing, page_bytes=page_bytes)
+            if (work.path / _DATA).stat().st_size > _TAKES_LONG_BYTES:
+                print(f"{out.name}: checksum of the whole file", file=sys.stderr, flush=True)
+            shard = describe_shard(work.path / _DATA, name=out.name, samples=int((rows["outcome"] != Outcome.DROPPED).sum()))
+            manifest = make_manifest("beton", task, rows, [shard], settings)
+            new_manifest = work.path / "manifest.json"
+            write_manifest(new_manifest, manifest)
+            # The manifest goes first: a file without one loses its class names silently, a manifest of another file is noticed at open.
+            put_in_place(report, report_path(out))
+            put_in_place(new_manifest, beton_manifest_path(out))
+            put_in_place(work.path / _DATA, out)
+            work.discard()
+    return manifest
+
+
+def _page_bytes(sizes: NDArray[np.int64], settings: EncodeSettings) -> int:
+    """A power of two that holds the largest image: FFCV's page cache wants each within one page. A larger one will be dropped."""
+    largest = int(sizes.max())
+    if settings.raw_fraction:
+        side = settings.max_side_px
+        largest = max(largest, RAW_PAGE_BYTES if side is None else min(3 * side * side, RAW_PAGE_BYTES))
+    return min(MAX_PAGE_BYTES, max(MIN_PAGE_BYTES, 1 << max(largest - 1, 0).bit_length()))
+
+
+class _BetonOutput(Output):
+    """Appends images one after another. Pages are counted from the start of the file, so none is lost to a first one."""
+
+    bytes_per_image = SAMPLE.itemsize + ALLOCATION.itemsize + 4
+
+    def __init__(self, work: WorkFolder, *, images: int, page_bytes: int) -> None:
+        self._work, self._page_bytes = work, page_bytes
+        self._images_at = _images_at(images)
+
+    def resume(self, rows: NDArray[np.void]) -> None:
+        self._file: GrowingFile = self._work.open(_DATA, size=_end_of_images(rows, images_at=self._images_at))
+
+    def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
+        size = len(image.data)
+        if self._file.size // self._page_bytes != (self._file.size + size - 1) // self._page_bytes:
+            self._file.write(bytes(-self._file.size % self._page_bytes))
+        at = self._file.size
+        self._file.write(image.data)
+        return 0, at
+
+
+def _images_at(images: int) -> int:
+    """Where the first image begins: after the header, two descriptors and a table of all samples."""
+    return HEADER.itemsize + 2 * FIELD.itemsize + images * SAMPLE.itemsize
+
+
+def _end_of_images(rows: NDArray[np.void], *, images_at: int) -> int:
+    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    return int(kept["offset"][-1] + kept["size"][-1]) if len(kept) else images_at
+
+
+def _write_tables(path: Path, rows: NDArray[np.void], listing: ImageListing, *, page_bytes: int) -> None:
+    """Checksums, then the allocation table, which must end the file; the header comes last: an unfinished file has none."""
+    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    at = _end_of_images(rows, images_at=_images_at(len(rows)))
+    samples = np.zeros(len(kept), dtype=SAMPLE)
+    for name, column in (("mode", "mode"), ("width", "width"), ("height", "height"), ("data_ptr", "offset")):
+        samples["f0"][name] = kept[column]
+    samples["f1"] = np.array(listing.labels, dtype=np.int64)[kept["index"].astype(np.int64)]
+    allocations = np.zeros(len(kept), dtype=ALLOCATION)
+    allocations["sample_id"] = np.arange(len(kept))
+    allocations["ptr"], allocations["size"] = kept["offset"], kept["size"]
+    checksums = kept["crc32"].astype("<u4").tobytes()
+    header = np.zeros(1, dtype=HEADER)
+    header[0] = (VERSION, 2, page_bytes, len(kept), at + len(checksums))
+    with path.open("r+b") as file:
+        file.truncate(at)
+        file.seek(at)
+        file.write(checksums + allocations.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        file.write(header.tobytes() + field_descriptors(checksums_at=at).tobytes() + samples.tobytes())
+    flush_to_disk(path)

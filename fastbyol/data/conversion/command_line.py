@@ -1,0 +1,94 @@
+"""The options that both converters have, and how they end."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from fastbyol.config.arguments import OneLineParser
+from fastbyol.data.conversion.encode import EXIF_MODES, MAX_PIXELS, EncodeSettings
+from fastbyol.data.conversion.options import ConversionOptions
+from fastbyol.data.conversion.report import report_table
+from fastbyol.data.inputs.images import INPUTS, add_input_arguments
+from fastbyol.data.manifest import Manifest
+from fastbyol.data.quantities import bytes_text, count_text
+
+WHAT_HAPPENS = """\
+Baseline and progressive JPEGs, gray or colour, go in byte for byte under whatever name; CMYK, PNG, WebP and the like become RGB JPEG.
+Truncated, empty, foreign and unreadable files are dropped, and the report names each. Every image is read to its end to find out.
+Killed, stopped by Ctrl-C or by a full disk, the same command continues, and gives the same bytes as if nothing had happened.
+"""
+
+
+def conversion_parser(description: str, examples: str, *, data: str = "required") -> OneLineParser:
+    """A parser with the options that decide what is stored, and how the work goes; the examples stand below them in --help.
+
+    data: whether --data is 'required' or 'optional'.
+    """
+    parser = OneLineParser(description=description, epilog="\n".join([examples, INPUTS, WHAT_HAPPENS]))
+    add_input_arguments(parser, required=data == "required")
+    work = parser.add_argument_group("the work")
+    work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
+    work.add_argument("--overwrite", action="store_true", help="replace an output that exists, once the new one is complete")
+    unfinished = work.add_mutually_exclusive_group()
+    unfinished.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an unfinished conversion to this output, or fail (default: continue if there is one)",
+    )
+    unfinished.add_argument("--restart", action="store_true", help="throw away an unfinished conversion to this output and begin anew")
+    work.add_argument("--strict", action="store_true", help="stop at the first image that cannot be kept, with exit code 1")
+    work.add_argument(
+        "--max-dropped", type=float, metavar="SHARE", help="largest share of images that may be dropped (default: 0.01, or 20 images)"
+    )
+    work.add_argument(
+        "--flush-every", type=float, default=10.0, metavar="S", help="seconds between two points from which it can continue (default: 10)"
+    )
+    images = parser.add_argument_group("the images")
+    images.add_argument(
+        "--max-side", type=int, metavar="PX", help="make the longer side no longer than this, antialiased bicubic (default: leave it)"
+    )
+    images.add_argument("--quality", type=int, default=95, metavar="Q", help="of what is transcoded or resized (default: 95)")
+    images.add_argument(
+        "--exif",
+        default="ignore",
+        metavar="MODE",
+        help=f"orientation: {' or '.join(EXIF_MODES)} (default: ignore, as the paper's code does)",
+    )
+    images.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"drop larger images undecoded (default: {MAX_PIXELS:,})"
+    )
+    return parser
+
+
+def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> ConversionOptions:
+    """What the parsed arguments ask for."""
+    encode = EncodeSettings(
+        max_side_px=arguments.max_side,
+        quality=arguments.quality,
+        exif=arguments.exif,
+        max_pixels=arguments.max_pixels,
+        raw_fraction=raw_fraction,
+    )
+    return ConversionOptions(
+        encode=encode,
+        strict=arguments.strict,
+        max_dropped=arguments.max_dropped,
+        unfinished="restart" if arguments.restart else "require" if arguments.resume else "continue",
+        flush_every_s=arguments.flush_every,
+    )
+
+
+def overwrite_mode(arguments: Namespace) -> str:
+    """What the writers call it: 'replace' or 'refuse'."""
+    return "replace" if arguments.overwrite else "refuse"
+
+
+def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:
+    """The table of the report, and a line about the whole."""
+    print(report_table(json.loads(report.read_text(encoding="ascii"))))
+    size = sum(shard.bytes for shard in manifest.shards)
+    counts = f"{manifest.num_samples:,} images of {len(manifest.class_names):,} classes"
+    shards = f", {count_text(len(manifest.shards), 'shard')}" if manifest.kind == "tar" else ""
+    print(f"{out}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {report}")

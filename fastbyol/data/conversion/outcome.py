@@ -1,0 +1,83 @@
+"""What a finished pass amounts to: whether too much was dropped, the report, the manifest."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.conversion.encode import Outcome
+from fastbyol.data.conversion.image_pass import touched_images
+from fastbyol.data.conversion.report import make_report, report_text
+from fastbyol.data.conversion.task import Task
+from fastbyol.data.conversion.work_folder import WorkFolder, write_durably
+from fastbyol.data.inputs.listing import ImageListing, names_digest
+from fastbyol.data.manifest import Manifest, Shard, software_versions
+
+
+def finish_report(task: Task, rows: NDArray[np.void], work: WorkFolder) -> Path:
+    """The report, written in the work folder. UserError if too many images were dropped: what is converted stays, and so does the report."""
+    path = work.path / "report.json"
+    report = make_report(task.listing, rows, touched_images(work))
+    write_durably(path, report_text(report))
+    require_few_dropped(task, rows, report=path)
+    return path
+
+
+def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> None:
+    """UserError if too many images were dropped, or all of a class. What is converted is left for a run that allows it."""
+    allowed = task.options.dropped_allowed(len(rows))
+    dropped = int((rows["outcome"] == Outcome.DROPPED).sum())
+    advice = f"{report} names them. Nothing is lost: mend the images and begin anew with --restart, or allow it with"
+    if dropped == len(rows):
+        raise UserError(f"{task.listing.root}: none of the {len(rows):,} images can be kept; {report} says why")
+    if dropped > allowed:
+        raise UserError(
+            f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {_share(dropped, len(rows))}"
+        )
+    lost = Counter(task.listing.labels).keys() - _class_counts(task.listing, rows).keys()
+    if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
+        raise UserError(f"class {task.listing.class_names[min(lost)]} lost all of its images; {advice} --max-dropped 1")
+
+
+def _share(part: int, whole: int) -> str:
+    """As a decimal that is not below the exact share."""
+    return f"{math.ceil(1e4 * part / whole) / 1e4:g}"
+
+
+def make_manifest(kind: str, task: Task, rows: NDArray[np.void], shards: list[Shard], settings: Mapping[str, Any]) -> Manifest:
+    """The manifest of a finished conversion; rows: in the order of the samples."""
+    listing = task.listing
+    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    counts = _class_counts(listing, rows)
+    return Manifest(
+        kind=kind,
+        num_samples=len(kept),
+        class_names=listing.class_names,
+        class_counts=tuple(counts[label] for label in range(len(listing.class_names))),
+        images=_summary(kept),
+        settings=dict(settings),
+        source={"folder": str(listing.root), "listing_sha256": task.listing_sha256},
+        shards=tuple(shards),
+        software=software_versions(),
+        dropped=tuple(sorted(rows["index"][rows["outcome"] == Outcome.DROPPED].tolist())),
+        names_sha256=names_digest(listing.files[index] for index in kept["index"].tolist()),
+    )
+
+
+def _class_counts(listing: ImageListing, rows: NDArray[np.void]) -> Counter[int]:
+    return Counter(listing.labels[index] for index in rows["index"][rows["outcome"] != Outcome.DROPPED].tolist())
+
+
+def _summary(kept: NDArray[np.void]) -> dict[str, float]:
+    sides: dict[str, float] = {}
+    for name in ("height", "width"):
+        side = kept[name].astype(np.int64)
+        sides |= {f"{name}_min": int(side.min()), f"{name}_mean": round(float(side.mean()), 2), f"{name}_max": int(side.max())}
+    return sides | {"bytes": int(kept["size"].sum()), "transcoded": int((kept["outcome"] == Outcome.TRANSCODED).sum())}

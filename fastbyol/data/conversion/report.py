@@ -1,0 +1,69 @@
+"""What a conversion did to which image: a JSON file that names every image it changed, dropped or wondered at, and a short table of counts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.data.conversion.encode import Outcome
+from fastbyol.data.inputs.listing import ImageListing
+
+_FORMAT = 1
+# Asked for by the user, or as common as it is harmless: counted and not named one by one.
+_COUNTED = {Outcome.PASSED: "passed through", Outcome.RESIZED: "resized", Outcome.RAW: "stored as pixels"}
+
+
+def make_report(listing: ImageListing, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> dict[str, Any]:
+    """Plain values for JSON; depends on nothing but the images and the settings.
+
+    Args:
+        listing: of the source.
+        rows: one per image, in any order (`image_pass.ROW`).
+        touched: as the conversion noted them, in any order.
+    """
+    outcomes = Counter(rows["outcome"].tolist())
+    named = sorted(touched, key=lambda entry: (entry["index"], entry["outcome"], entry["reason"]))
+    by_reason = {
+        outcome: dict(sorted(Counter(entry["reason"] for entry in named if entry["outcome"] == outcome).items()))
+        for outcome in ("transcoded", "dropped", "noted")
+    }
+    return {
+        "format_version": _FORMAT,
+        "images": len(rows),
+        "kept": len(rows) - outcomes[Outcome.DROPPED],
+        **{what.replace(" ", "_"): outcomes[outcome] for outcome, what in _COUNTED.items()},
+        **by_reason,
+        "icc_profiles_ignored": int((rows["has_icc"] != 0).sum()),
+        "left_out_of_the_listing": [{"name": name, "reason": reason} for name, reason in listing.skipped],
+        "touched": [{"name": listing.files[entry["index"]], **entry} for entry in named],
+    }
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """The JSON. Pure ASCII: names with bytes that are no UTF-8 survive, and nothing in a name can upset a reader."""
+    return json.dumps(report, indent=1) + "\n"
+
+
+def report_path(out: Path) -> Path:
+    """Of a single file; a folder of shards has its report inside."""
+    return out.with_name(out.name + ".report.json")
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """A line for each thing that happened, the counts in one column."""
+    lines = [("kept", report["kept"])]
+    lines += [(f"  {what}", count) for what in _COUNTED.values() if (count := report[what.replace(" ", "_")])]
+    lines += [(f"  transcoded: {reason}", count) for reason, count in report["transcoded"].items()]
+    lines += [(f"  noted: {reason}", count) for reason, count in report["noted"].items()]
+    if report["icc_profiles_ignored"]:
+        lines.append(("  noted: ICC profile ignored", report["icc_profiles_ignored"]))
+    lines += [(f"dropped: {reason}", count) for reason, count in report["dropped"].items()]
+    if report["left_out_of_the_listing"]:
+        lines.append(("not listed", len(report["left_out_of_the_listing"])))
+    width = max(len(what) for what, _ in lines)
+    return "\n".join(f"{what:<{width}}  {count:>9,}" for what, count in lines)

@@ -1,0 +1,299 @@
+"""Tar shards made by several machines: each writes a part of the one seeded shuffle, and a merge makes a data set of the parts.
+
+Equal to what one machine writes: the samples (their bytes, labels and numbers), and their order over the shards one after another.
+Different: where shards end and what they are called, since each part begins a shard of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
+from fastbyol.data.conversion.options import ConversionOptions
+from fastbyol.data.conversion.outcome import make_manifest, require_few_dropped
+from fastbyol.data.conversion.output import disk_errors
+from fastbyol.data.conversion.report import make_report, report_text
+from fastbyol.data.conversion.stop_signals import stop_signals
+from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
+from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
+from fastbyol.data.conversion.work_folder import flush_to_disk, write_durably
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest
+from fastbyol.data.tar_shards import SAMPLE_TABLE, TAR_REPORT
+
+_PARTS, _TABLES = "part-*-of-*.json", "part-*-of-*.npz"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` equal shares of the shuffle, numbered from 0."""
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count:
+            raise UserError(f"shard = {self.number}/{self.count}: must be one of 0/{self.count} to {self.count - 1}/{self.count}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:05d}-of-{self.count:05d}"
+
+    def share(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        return order[self.number * len(order) // self.count : (self.number + 1) * len(order) // self.count]
+
+
+def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
+    """'i/n', or 'auto': from the environment that torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS) gives each process."""
+    if text == "auto":
+        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if number in environment and count in environment:
+                return Part(int(environment[number]), int(environment[count]))
+        raise UserError("shard = 'auto': neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give it as i/n")
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise UserError(f"shard = {text!r}: must be i/n, such as 0/4 for the first of four machines, or auto")
+    return Part(int(number), int(count))
+
+
+def write_tar_part(
+    data: Images,
+    *,
+    out: Path,
+    part: Part,
+    workers: int = 0,
+    shard_mib: int = 256,
+    seed: int = 0,
+    options: ConversionOptions | None = None,
+) -> list[Shard]:
+    """Adds one part's shards to the folder `out`, which all parts share; nothing to do if they are there already.
+
+    Arguments, beside `part`, and errors: those of `tar_writer.write_tar_shards`.
+    """
+    options = options or ConversionOptions()
+    settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
+    with stop_signals() as stop, disk_errors(out):
+        _make_folder(out)
+        files = _PartFiles(out, part.name)
+        if not (files.is_complete and options.unfinished != "restart"):
+            listing = as_listing(data)
+            order = part.share(shuffled(listing, seed=seed))
+            if not len(order):
+                raise UserError(f"shard = {part.number}/{part.count}: {len(listing.files)} images are too few for {part.count} machines")
+            task = make_task(listing, order=order, out=out / f"part-{part.name}", options=options, workers=workers)
+            with (
+                open_work(files.work, task, kind="tar part", settings={**settings, "part": part.name}) as work,
+                TarOutput(work, shard_mib=shard_mib, part=part.name) as output,
+            ):
+                rows = convert_images(task, output, work, stop=stop)
+                _write_table(files.work / files.table.name, listing, rows)
+                done = _describe(task, settings, output.finish(rows), touched_images(work))
+                write_durably(files.work / files.description.name, json.dumps(asdict(done)))
+        files.publish()
+        return _read_part(files.description).shards
+
+
+def merge_tar_parts(out: Path, *, data: Images | None = None, options: ConversionOptions | None = None) -> Manifest:
+    """Completes the folder `out` when all of its parts are there: one sample table, one manifest, one report.
+
+    Args:
+        out: the folder.
+        data: what the parts must have been made from; None: what they say themselves.
+        options: `max_dropped` counts.
+
+    Raises:
+        UserError: parts are missing, damaged, differ in their settings, or were made from other images than `data`; too many images were
+            dropped.
+    """
+    with stop_signals(), disk_errors(out):
+        if (out / TAR_MANIFEST).exists():
+            return _finish_merge(out)
+        parts = _all_parts(out)
+        done = [_read_part(part) for part in parts]
+        _require_equal(parts, done)
+        if data is not None and (listing := as_listing(data)).digest() != done[0].listing_sha256:
+            raise UserError(
+                f"{out}: its parts were made from other images than {listing.root} holds; give what they were made from, or nothing"
+            )
+        tables = [_read_table(part) for part in parts]
+        rows = np.sort(_renumbered([table.rows for table in tables], done), order="index")
+        task = _whole_task(out, done[0], tables, rows, options or ConversionOptions())
+        report = make_report(task.listing, rows, [entry for one in done for entry in one.touched])
+        write_durably(out / TAR_REPORT, report_text(report))
+        require_few_dropped(task, rows, report=out / TAR_REPORT)
+        table = out / f".{SAMPLE_TABLE}"
+        np.save(table, sample_table(task, rows))
+        flush_to_disk(table)
+        os.replace(table, out / SAMPLE_TABLE)
+        shards = [shard for one in done for shard in one.shards]
+        manifest = make_manifest("tar", task, rows, shards, {**done[0].settings, "parts": len(parts)})
+        write_durably(out / TAR_MANIFEST, manifest_text(manifest))
+        _remove_parts(out)
+    return manifest
+
+
+def _finish_merge(out: Path) -> Manifest:
+    """The manifest of a merge that was killed when only the parts' descriptions were left to remove. UserError if nothing is."""
+    if not _remove_parts(out):
+        raise UserError(f"{out}: is merged already")
+    return read_manifest(out / TAR_MANIFEST)
+
+
+def _remove_parts(out: Path) -> int:
+    """How many files described the parts; they are gone then."""
+    files = [file for pattern in (_PARTS, _TABLES) for file in out.glob(pattern)]
+    for file in files:
+        file.unlink()
+    return len(files)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a complete part says about itself."""
+
+    settings: dict[str, Any]
+    source: str
+    """The folder or tar that it was made from, as the user gave it."""
+    listing_sha256: str
+    """Of the images of all parts."""
+    num_images: int
+    """Of all parts."""
+    class_names: list[str]
+    skipped: list[tuple[str, str]]
+    shards: list[Shard]
+    touched: list[dict[str, Any]]
+
+
+def _describe(task: Task, settings: Mapping[str, Any], shards: list[Shard], touched: list[dict[str, Any]]) -> _Done:
+    listing = task.listing
+    names, skipped = list(listing.class_names), list(listing.skipped)
+    return _Done(dict(settings), str(listing.root), task.listing_sha256, len(listing.files), names, skipped, shards, touched)
+
+
+class _Table(NamedTuple):
+    """What a complete part says about each of its images, in the order of conversion."""
+
+    rows: NDArray[np.void]
+    labels: NDArray[np.int64]
+    names: list[str]
+
+
+def _write_table(path: Path, listing: ImageListing, rows: NDArray[np.void]) -> None:
+    indices = rows["index"].tolist()
+    names = "\0".join(listing.files[index] for index in indices).encode(errors="surrogateescape")
+    labels = np.array([listing.labels[index] for index in indices], dtype=np.int64)
+    np.savez(path, rows=rows, labels=labels, names=np.frombuffer(names, dtype=np.uint8))
+
+
+class _PartFiles:
+    """Where a part's files are: first in its work folder, then, one by one, in the folder of all parts, the description last."""
+
+    def __init__(self, out: Path, name: str) -> None:
+        self._out = out
+        self.work = out / f".part-{name}.partial"
+        self.description = out / f"part-{name}.json"
+        self.table = out / f"part-{name}.npz"
+
+    @property
+    def is_complete(self) -> bool:
+        return self.description.exists() or (self.work / self.description.name).exists()
+
+    def publish(self) -> None:
+        """Also takes up where an interrupted one stopped."""
+        shards = sorted((self.work / SHARDS_FOLDER).glob("*"))
+        for file in (*shards, self.work / self.table.name, self.work / self.description.name):
+            if file.exists():
+                flush_to_disk(file)
+                os.replace(file, self._out / file.name)
+        flush_to_disk(self._out)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _make_folder(out: Path) -> None:
+    if (out / TAR_MANIFEST).exists():
+        raise UserError(f"{out}: holds a complete data set already; give another --out, or remove it first")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder to write {out.name} in; make it first")
+    out.mkdir(exist_ok=True)
+
+
+def _all_parts(out: Path) -> list[Path]:
+    """The descriptions, in order. UserError if they are not all there."""
+    found = sorted(out.glob(_PARTS))
+    counts = {int(path.stem.rpartition("-")[2]) for path in found}
+    if len(counts) != 1:
+        raise UserError(
+            f"{out}: holds parts of {sorted(counts) or 'no'} machines; convert with --shard i/n for every i of one n, then merge"
+        )
+    (count,) = counts
+    missing = [f"{number}/{count}" for number in range(count) if out / f"part-{Part(number, count).name}.json" not in found]
+    if missing:
+        raise UserError(f"{out}: {len(missing)} of {count} parts are missing, the first --shard {missing[0]}; convert them, then merge")
+    return found
+
+
+def _read_part(path: Path) -> _Done:
+    try:
+        fields = json.loads(path.read_text(encoding="ascii"))
+        return _Done(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the description of a part ({error}); remove it and convert that part again") from error
+
+
+def _read_table(description: Path) -> _Table:
+    path = description.with_suffix(".npz")
+    try:
+        with np.load(path) as arrays:
+            rows, labels, names = (arrays[name] for name in _Table._fields)
+            table = _Table(rows, labels, names.tobytes().decode(errors="surrogateescape").split("\0"))
+        if not (rows.dtype == ROW and len(rows) == len(labels) == len(table.names)):
+            raise ValueError("its columns do not fit together")
+    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+        raise UserError(f"{path}: not the table of a part ({error}); remove {description} and convert that part again") from error
+    return table
+
+
+def _require_equal(parts: list[Path], done: list[_Done]) -> None:
+    first = done[0]
+    for path, one in zip(parts, done, strict=True):
+        names = [name for name in {**first.settings, **one.settings} if first.settings.get(name) != one.settings.get(name)]
+        if names:
+            values = f"{one.settings.get(names[0])} and not {first.settings.get(names[0])}"
+            raise UserError(f"{path}: made with {names[0]} = {values} as the first part was; remove it and convert that part again")
+        if (one.listing_sha256, one.class_names) != (first.listing_sha256, first.class_names):
+            raise UserError(
+                f"{path}: made from other images ({one.source}) than the first part ({first.source}); remove one of them and convert it again"
+            )
+
+
+def _whole_task(out: Path, done: _Done, tables: list[_Table], rows: NDArray[np.void], options: ConversionOptions) -> Task:
+    """What one machine would have had to convert, as far as anyone asks when all is converted. rows: in the order of the listing."""
+    if not np.array_equal(rows["index"], np.arange(done.num_images)):
+        raise UserError(f"{out}: the parts hold {len(rows):,} images and should hold each of {done.num_images:,} once; convert them again")
+    order = np.argsort(np.concatenate([table.rows["index"] for table in tables]))
+    names = [name for table in tables for name in table.names]
+    labels = np.concatenate([table.labels for table in tables])[order]
+    skipped = tuple((name, reason) for name, reason in done.skipped)
+    files = tuple(names[place] for place in order.tolist())
+    listing = ImageListing(Path(done.source), tuple(done.class_names), files, tuple(labels.tolist()), skipped)
+    return Task(listing, np.arange(len(files)), rows["source_bytes"].astype(np.int64), done.listing_sha256, out, options, workers=1)
+
+
+def _renumbered(rows: list[NDArray[np.void]], done: list[_Done]) -> NDArray[np.void]:
+    """All rows, with the shards counted through."""
+    first = 0
+    for part, one in zip(rows, done, strict=True):
+        part["shard"] += np.uint32(first)
+        first += len(one.shards)
+    return np.concatenate(rows)

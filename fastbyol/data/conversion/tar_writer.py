@@ -1,0 +1,228 @@
+"""Writes images as WebDataset tar shards with DALI indices, in one seeded shuffle, with each JPEG's own bytes in them.
+
+One machine makes the folder as a whole. Several make disjoint parts of the same shuffle in one folder, which `tar_parts` then completes.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import UserError, require, require_at_least
+from fastbyol.data.conversion.encode import EncodedImage, Outcome
+from fastbyol.data.conversion.image_pass import Output, convert_images
+from fastbyol.data.conversion.options import ConversionOptions, encode_settings_as_plain
+from fastbyol.data.conversion.outcome import finish_report, make_manifest
+from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
+from fastbyol.data.conversion.stop_signals import stop_signals
+from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
+from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, describe_shard, sha256_of, write_manifest
+from fastbyol.data.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
+from fastbyol.data.traversal import seeded_permutation
+
+MIB = 1 << 20
+SHARDS_FOLDER = "shards"
+_BLOCK = tarfile.BLOCKSIZE
+_NUMBERS_BYTES = 4 * _BLOCK  # a header and a block for each of .cls and .idx
+_NOTE = "sha256 of "
+
+Settings = dict[str, int | float | str]
+
+
+def write_tar_shards(
+    data: Images,
+    *,
+    out: Path,
+    workers: int = 0,
+    shard_mib: int = 256,
+    seed: int = 0,
+    overwrite: str = "refuse",
+    options: ConversionOptions | None = None,
+) -> Manifest:
+    """Converts images to a folder `out` of tar shards, their indices, a sample table, a manifest and a report.
+
+    Components of image i of the listing: i.jpg, i.cls (int64, little-endian), i.idx (the number i, likewise). Sample i of the table is the
+    i-th image of the listing that was kept.
+
+    Args:
+        data: a folder of class folders, ImageNet's tar, or a listing.
+        out: the folder to make.
+        workers: processes that read and check images; 0: one per core.
+        shard_mib: a shard ends when it has reached this size.
+        seed: of the order of samples in the shards. DALI's own reader shuffles only within a buffer, so the shards are shuffled as a whole.
+        overwrite: 'refuse' an existing `out`, or 'replace' it if it was made by this function.
+        options: everything else.
+
+    Raises:
+        UserError: no such folder, too many images that cannot be kept, an existing output, not enough room. If the work has begun, the same
+            call continues it.
+        Stopped: by Ctrl-C or SIGTERM; the same call continues.
+    """
+    options = options or ConversionOptions()
+    settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
+    with stop_signals() as stop, disk_errors(out):
+        clear_if_finished(work_path(out), data=SHARDS_FOLDER, output=out)
+        require_free_name(out, overwrite=overwrite, marker=TAR_MANIFEST)
+        listing = as_listing(data)
+        order = shuffled(listing, seed=seed)
+        task = make_task(listing, order=order, out=out, options=options, workers=workers)
+        with open_work(work_path(out), task, kind="tar", settings=settings) as work, TarOutput(work, shard_mib=shard_mib) as output:
+            rows = convert_images(task, output, work, stop=stop)
+            report = finish_report(task, rows, work)
+            shards = output.finish(rows)
+            folder = work.path / SHARDS_FOLDER
+            rows = np.sort(rows, order="index")
+            np.save(folder / SAMPLE_TABLE, sample_table(task, rows))
+            manifest = make_manifest("tar", task, rows, shards, settings)
+            report.replace(folder / TAR_REPORT)
+            write_manifest(folder / TAR_MANIFEST, manifest)
+            for file in folder.iterdir():
+                flush_to_disk(file)
+            flush_to_disk(folder)
+            put_in_place(folder, out)
+            work.discard()
+    return manifest
+
+
+def shuffled(listing: ImageListing, *, seed: int) -> NDArray[np.int64]:
+    """The order in which the images of a listing go into shards."""
+    return seeded_permutation(len(listing.files), seed)
+
+
+def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> Settings:
+    """What the result depends on, for the manifest. UserError for what tar shards cannot have."""
+    require_at_least("shard-mb", shard_mib, 1)
+    require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63)")
+    if options.encode.raw_fraction:
+        raise UserError(f"raw-fraction = {options.encode.raw_fraction:g}: tar shards hold JPEGs; pixels go into a .beton only")
+    return {"seed": seed, "shard_mib": shard_mib, **encode_settings_as_plain(options.encode)}
+
+
+def sample_table(task: Task, rows: NDArray[np.void]) -> NDArray[np.void]:
+    """The rows of the images that were kept, as readers want them."""
+    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    table = np.zeros(len(kept), dtype=SAMPLE)
+    for name in ("shard", "offset", "size", "crc32", "height", "width"):
+        table[name] = kept[name]
+    table["label"] = np.array(task.listing.labels, dtype=np.int64)[kept["index"].astype(np.int64)]
+    return table
+
+
+class TarOutput(Output):
+    """Fills one shard after another, in the work folder. A context manager, which ends its thread."""
+
+    bytes_per_image = _BLOCK + _BLOCK // 2 + _NUMBERS_BYTES
+
+    def __init__(self, work: WorkFolder, *, shard_mib: int, part: str = "") -> None:
+        """part: goes into the shards' names, if this is one of several."""
+        self._work, self._shard_bytes, self._part = work, shard_mib * MIB, part
+        self._file: GrowingFile | None = None
+        self._number = 0
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-sha256")
+        self._hashing: list[Future[None]] = []
+
+    def resume(self, rows: NDArray[np.void]) -> None:
+        kept = rows[rows["outcome"] != Outcome.DROPPED]
+        if not len(kept):
+            return
+        self._number, end = int(kept["shard"][-1]), int(kept["offset"][-1]) + _padded(int(kept["size"][-1])) + _NUMBERS_BYTES
+        if end < self._shard_bytes:
+            self._file = self._work.open(self._path(self._number), size=end)
+        else:
+            self._number += 1
+
+    def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
+        file = self._file = self._file or self._work.open(self._path(self._number))
+        shard, offset = self._number, file.size + _BLOCK
+        for extension, data in (("jpg", image.data), ("cls", _int64(label)), ("idx", _int64(index))):
+            file.write(member_header(f"{index:08d}.{extension}", len(data)) + data + bytes(-len(data) % _BLOCK))
+        if file.size >= self._shard_bytes:
+            self._close()
+        return shard, offset
+
+    def finish(self, rows: NDArray[np.void]) -> list[Shard]:
+        """Ends the last shard, and writes all indices. rows: in the order of conversion."""
+        if self._file:
+            self._close()
+        for hashing in self._hashing:
+            hashing.result()
+        kept = rows[rows["outcome"] != Outcome.DROPPED]
+        return [self._finish_shard(number, kept[kept["shard"] == number]) for number in range(self._number)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hasher.shutdown(wait=True, cancel_futures=True)
+
+    def _path(self, number: int) -> str:
+        return f"{SHARDS_FOLDER}/{shard_name(number, part=self._part)}"
+
+    def _close(self) -> None:
+        """Two empty blocks end a tar, and it is filled up to whole records."""
+        assert self._file is not None
+        self._file.write(bytes(2 * _BLOCK + -(self._file.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
+        self._work.close_file(self._file)
+        self._hashing.append(self._hasher.submit(self._hash, self._path(self._number)))
+        self._file = None
+        self._number += 1
+
+    def _hash(self, path: str) -> None:
+        """While the file is still in memory."""
+        self._work.notes[_NOTE + path] = sha256_of(self._work.path / path)
+
+    def _finish_shard(self, number: int, rows: NDArray[np.void]) -> Shard:
+        path = self._work.path / self._path(number)
+        lines = [_index_line(*row) for row in zip(*(rows[name].tolist() for name in ("index", "offset", "size")), strict=True)]
+        index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]), encoding="ascii")
+        return describe_shard(path, name=path.name, samples=len(rows), sha256=self._work.notes.get(_NOTE + self._path(number), ""))
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The header that tarfile writes for a file of mode 644 and no owner or time, at a fifth of its cost: two fields change, and their sum."""
+    name_field, size_field = name.encode("ascii"), b"%011o" % size
+    checksum = _OTHER_FIELDS_SUM + sum(name_field) + sum(size_field)
+    return b"".join(
+        (
+            name_field,
+            _HEADER[len(name_field) : _SIZE_AT],
+            size_field,
+            _HEADER[_SIZE_AT + 11 : _SUM_AT],
+            b"%06o\0 " % checksum,
+            _HEADER[_SUM_AT + 8 :],
+        )
+    )
+
+
+def _empty_header() -> bytes:
+    member = tarfile.TarInfo("")
+    member.mode = 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+# POSIX: where the 11 octal digits of the size and the 8 characters of the checksum stand, the latter counted as blanks.
+_SIZE_AT, _SUM_AT = 124, 148
+_HEADER = _empty_header()
+_OTHER_FIELDS_SUM = sum(_HEADER) - sum(_HEADER[_SIZE_AT : _SIZE_AT + 11]) - sum(_HEADER[_SUM_AT : _SUM_AT + 8]) + 8 * ord(" ")
+
+
+def _index_line(index: int, offset: int, size: int) -> str:
+    """Where a sample's three components lie. DALI refuses a row without the file names, whatever its documentation says."""
+    cls = offset + _padded(size) + _BLOCK
+    places = (("jpg", offset, size), ("cls", cls, 8), ("idx", cls + 2 * _BLOCK, 8))
+    return " ".join(f"{extension} {at} {length} {index:08d}.{extension}" for extension, at, length in places)
+
+
+def _padded(size: int) -> int:
+    return size + -size % _BLOCK
+
+
+def _int64(value: int) -> bytes:
+    return value.to_bytes(8, "little", signed=True)

@@ -1,0 +1,135 @@
+"""The demo ImageFolder on disk: train/ and val/ of JPEG files, made by a process pool under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from fastbyol.config.errors import UserError, require_at_least
+from fastbyol.data.progress import Progress
+
+MANIFEST = "demo_data.json"
+SPLITS = ("train", "val")
+JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How many images of each class, and from which seed."""
+
+    train_per_class: int = 1000
+    val_per_class: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least("train-per-class", self.train_per_class, 1)
+        require_at_least("val-per-class", self.val_per_class, 1)
+        require_at_least("seed", self.seed, 0)
+
+    def per_class(self, split: str) -> int:
+        return self.train_per_class if split == "train" else self.val_per_class
+
+
+class ClassWriter(Protocol):
+    """One class of one split: a picklable piece of work for the pool."""
+
+    @property
+    def num_images(self) -> int: ...
+
+    def write(self, root: Path) -> None:
+        """Writes the images to `root`/<split>/<class>/, and nothing outside `root`."""
+        ...
+
+
+def image_rng(seed: int, split: str, label: int, index: int) -> np.random.Generator:
+    """The generator of one image: the same picture whatever the counts asked for, and never the same in train and val."""
+    return np.random.default_rng([seed, SPLITS.index(split), label, index])
+
+
+def image_name(index: int) -> str:
+    """'00017' for 17: the stem that an image and its annotations share."""
+    return f"{index:05d}"
+
+
+def save_jpeg(image: np.ndarray, path: Path) -> None:
+    """Writes a uint8 (H, W, 3) image; without chroma subsampling, which blurs colour at these sizes."""
+    Image.fromarray(image).save(path, quality=JPEG_QUALITY, subsampling=0)
+
+
+def write_image_folder(out: Path, *, kind: str, class_writers: Sequence[ClassWriter], settings: DemoSettings, overwrite: bool) -> None:
+    """Runs every class writer and puts the finished folder at `out`, with a manifest of its settings.
+
+    Nothing appears at `out` before all of it is written.
+
+    Raises:
+        UserError: `out` exists and may not be replaced, or can't be written.
+    """
+    total = sum(writer.num_images for writer in class_writers)
+    with _renamed_when_complete(out.resolve(), overwrite=overwrite) as folder, Progress(kind, total, unit="images") as progress:
+        _run_in_pool(class_writers, folder, progress=progress)
+        (folder / MANIFEST).write_text(json.dumps({"kind": kind, **asdict(settings)}, indent=2) + "\n")
+
+
+def _check_output(out: Path, *, overwrite: bool) -> None:
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return
+    # A folder without our manifest is somebody's own: no option of ours may delete it.
+    if not (out / MANIFEST).is_file():
+        raise UserError(f"--out {out}: exists and was not made by demo_data.py; choose another folder")
+    if not overwrite:
+        raise UserError(f"--out {out}: exists already; add --overwrite to replace it, or choose another folder")
+
+
+@contextmanager
+def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        _check_output(out, overwrite=overwrite)
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be written ({error.strerror or error}); choose a folder on a disk with room") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _run_in_pool(class_writers: Sequence[ClassWriter], folder: Path, *, progress: Progress) -> None:
+    usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(usable_cores, len(class_writers))
+    # spawn: a fork of a process that already runs torch or BLAS threads may deadlock.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # The large ones first, so that no core is left alone with one at the end.
+        ordered = sorted(class_writers, key=lambda writer: writer.num_images, reverse=True)
+        with _interrupts_held_back():  # the workers start here, and inherit it: Ctrl-C reaches this process only, which then ends them
+            pending = {pool.submit(writer.write, folder): writer.num_images for writer in ordered}
+        try:
+            for done in as_completed(pending):
+                done.result()
+                progress.advance(pending[done])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

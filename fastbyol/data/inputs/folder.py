@@ -1,0 +1,182 @@
+"""Images as files in a folder: one sub-folder per class, as torchvision.datasets.ImageFolder lists them, or all together.
+
+Our own walk, because torch takes seconds to import, because os.walk follows a loop of links until the path is too long, and because what is
+left out should be told. A test holds it to torchvision's listing.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, in_sample_order, why_not_an_image
+
+_SPLITS = ({"train", "val"}, {"train", "test"})
+_LINE_BREAKS = ("\n", "\r")
+Identity = tuple[int, int]
+"""Device and inode: what is the same file or folder under two names."""
+
+
+def list_image_folder(root: Path) -> ImageListing:
+    """The images below `root`, classes and files in torchvision's order. UserError: a missing or empty folder, a class without images, splits.
+
+    Left out, and told in `skipped`: files that are no images by extension, hidden files and folders, what is not a file, broken links,
+    folders that cannot be read, links to what is listed already (a loop is one), names with a line break.
+    """
+    class_names = _class_names(root)
+    scan = scan_folder(root)
+    return by_class_folder(ImageListing(root, class_names, tuple(scan.names), (), tuple(scan.skipped)))
+
+
+def by_class_folder(found: ImageListing) -> ImageListing:
+    """The images in order, labelled by the class that starts their names. UserError for a class without any."""
+    label_of = {name: label for label, name in enumerate(found.class_names)}
+    classes = [name.partition("/")[0] if "/" in name else "" for name in found.files]
+    outside = tuple((name, "in no class folder") for name in found.files if "/" not in name)
+    found = replace(found, skipped=found.skipped + outside)
+    empty = sorted(label_of.keys() - set(classes))
+    if empty:
+        raise UserError(_empty_class(found.root / empty[0], found.skipped))
+    return in_sample_order(found, [label_of.get(name) for name in classes])
+
+
+def refuse_splits(root: Path, class_names: Sequence[str]) -> None:
+    """UserError where the folders are splits."""
+    if any(split <= set(class_names) for split in _SPLITS):
+        raise UserError(f"{root}: holds splits ({', '.join(class_names)}), not classes; give one of them, such as {root / 'train'}")
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give a folder with one sub-folder of images per class")
+    try:
+        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
+    if not names and any(root.glob("*.tar")):
+        raise UserError(f"{root}: holds tars; give one, such as ILSVRC2012_img_train.tar as downloaded: it is read in place")
+    if not names:
+        raise UserError(
+            f"{root}: has no sub-folders; an ImageFolder has one folder of images per class. For images that lie together, give their labels"
+            " (--labels or --devkit)"
+        )
+    refuse_splits(root, names)
+    for name in names:
+        if any(character in name for character in _LINE_BREAKS):
+            raise UserError(f"{str(root / name)!r}: a class name may not hold a line break; rename the folder")
+    return tuple(names)
+
+
+def _empty_class(folder: Path, skipped: tuple[tuple[str, str], ...]) -> str:
+    looked_for = f"looked for {' '.join(EXTENSIONS)}"
+    told = next((f"; skipped {name}: {reason}" for name, reason in sorted(skipped) if name.split("/")[0] == folder.name), "")
+    return f"{folder}: no image in this class folder ({looked_for}{told}); fill or remove it"
+
+
+def scan_folder(root: Path) -> FolderScan:
+    """All images below `root`, in no particular order."""
+    scan = FolderScan(root)
+    scan.walk()
+    scan.drop_links_to_listed_files()
+    return scan
+
+
+class FolderScan:
+    """A walk that visits every folder once: real folders first, then links to folders, so that a link never takes a real folder's place."""
+
+    def __init__(self, root: Path) -> None:
+        self.names: list[str] = []
+        self.skipped: list[tuple[str, str]] = []
+        self._root = root
+        self._visited: dict[Identity, str] = {}
+        self._linked_folders: list[str] = []
+        self._linked_files: dict[str, Identity] = {}
+        # Of each name, for finding links to it. The inode comes with the folder's entries, without a system call per file.
+        self._inodes, self._devices = array("Q"), array("Q")
+
+    def walk(self) -> None:
+        self._visit_below("")
+        while self._linked_folders:
+            links, self._linked_folders = sorted(self._linked_folders), []
+            for link in links:
+                self._visit_below(link)
+
+    def _visit_below(self, top: str) -> None:
+        pending = [top]
+        while pending:
+            pending += self._visit(pending.pop())
+
+    def _visit(self, folder: str) -> list[str]:
+        """Takes the folder's files; gives its real sub-folders."""
+        try:
+            status = os.stat(self._root / folder)
+            entries = list(os.scandir(self._root / folder))
+        except OSError as error:
+            if "/" not in folder:  # a class: without it every image of the class would be missing
+                raise UserError(f"{self._root / folder}: cannot be read ({error.strerror}); check its permissions") from error
+            self.skipped.append((folder, f"cannot be read ({error.strerror})"))
+            return []
+        first = self._visited.setdefault((status.st_dev, status.st_ino), folder)
+        if first != folder:
+            self.skipped.append((folder, f"the same folder as {first or self._root}"))
+            return []
+        return list(self._take(folder, entries, status.st_dev))
+
+    def _take(self, folder: str, entries: list[os.DirEntry[str]], device: int) -> Iterator[str]:
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if reason := _why_not_a_folder(entry.name):
+                    self.skipped.append((name, reason))
+                else:
+                    yield name
+            elif entry.is_symlink():
+                self._take_link(name, entry)
+            elif reason := why_not_an_image(entry.name) or ("" if entry.is_file(follow_symlinks=False) else "not a regular file"):
+                self.skipped.append((name, reason))
+            else:
+                self._add(name, device, entry.inode())
+
+    def _take_link(self, name: str, entry: os.DirEntry[str]) -> None:
+        try:
+            target = entry.stat()
+        except OSError as error:  # ELOOP: it points to itself
+            self.skipped.append((name, f"a link that leads nowhere ({error.strerror})"))
+            return
+        folder = entry.is_dir()
+        if reason := _why_not_a_folder(entry.name) if folder else why_not_an_image(entry.name):
+            self.skipped.append((name, reason))
+        elif folder:
+            self._linked_folders.append(name)
+        elif not entry.is_file():
+            self.skipped.append((name, "not a regular file"))
+        else:
+            self._linked_files[name] = (target.st_dev, target.st_ino)
+            self._add(name, target.st_dev, target.st_ino)
+
+    def _add(self, name: str, device: int, inode: int) -> None:
+        self.names.append(name)
+        self._devices.append(device)
+        self._inodes.append(inode)
+
+    def drop_links_to_listed_files(self) -> None:
+        """Of a file and links to it, keeps the file; of links to one file, the first. Hard links are kept: those are how ImageNet's exact
+        duplicates look after a tool has saved their space."""
+        if not self._linked_files:
+            return
+        targets, owner = set(self._linked_files.values()), dict[Identity, str]()
+        rows = zip(self.names, self._devices, self._inodes, strict=True)
+        for name, device, inode in sorted(rows, key=lambda row: (row[0] in self._linked_files, row[0])):
+            if (device, inode) in targets:
+                owner.setdefault((device, inode), name)
+        repeated = {name: owner[identity] for name, identity in self._linked_files.items() if owner[identity] != name}
+        self.names = [name for name in self.names if name not in repeated]
+        self.skipped += [(name, f"a link to {first}, which is listed") for name, first in repeated.items()]
+
+
+def _why_not_a_folder(name: str) -> str:
+    return "hidden" if name.startswith(".") else "a line break in its name" if any(character in name for character in _LINE_BREAKS) else ""

@@ -1,0 +1,116 @@
+"""Parts of a listing, as lists of names: class-balanced and seeded, or from a file such as SimCLR's 1 % and 10 % lists.
+
+The choice depends on the seed and on names alone, not on a generator, an order or a machine: an image's rank in its class is the hash of seed
+and name. So a larger part with the same seed contains the smaller one, and train and val choose the same classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fastbyol.config.errors import UserError, require
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.name_matching import NameIndex
+
+_SHOWN = 3
+
+
+def draw_fraction(listing: ImageListing, fraction: float, *, seed: int) -> ImageListing:
+    """A class-balanced part: as many images of each class as of any other, to within one, or all of a class that has fewer; at least one
+    per class. SimCLR's list of 1 % of ImageNet has 12,811 images, this has 12,812: 12 or 13 of each class."""
+    require(0 < fraction <= 1, "fraction", fraction, "a share in (0, 1]")
+    classes = len(set(listing.labels))
+    return draw_images(listing, max(round(fraction * len(listing.files)), classes), seed=seed)
+
+
+def draw_images(listing: ImageListing, num_images: int, *, seed: int) -> ImageListing:
+    """`num_images` images, class-balanced as in `draw_fraction`; fewer than there are classes: of some classes none."""
+    require(1 <= num_images <= len(listing.files), "images", num_images, f"from 1 to {len(listing.files):,}, which is how many there are")
+    members = _members(listing)
+    order = sorted(members, key=lambda label: _rank(seed, listing.class_names[label]))
+    takes = balanced_counts([len(members[label]) for label in order], num_images)
+    chosen: list[int] = []
+    for label, take in zip(order, takes, strict=True):
+        chosen += sorted(members[label], key=lambda index: _rank(seed, listing.files[index].rpartition("/")[2]))[:take]
+    return listing.restricted(sorted(chosen))
+
+
+def balanced_counts(available: Sequence[int], total: int) -> list[int]:
+    """How many to take of each, `total` in all: equal numbers, to within one, except where fewer are there. Earlier ones get the odd ones."""
+    counts = [0] * len(available)
+    level = 0
+    while (left := total - sum(counts)) > 0:
+        open_places = [place for place, count in enumerate(available) if count > level]
+        step = max(1, min(left // len(open_places), min(available[place] for place in open_places) - level))
+        for place in open_places if left >= len(open_places) else open_places[:left]:
+            counts[place] += step
+        level += step
+    return counts
+
+
+def choose_classes(listing: ImageListing, wanted: int | Sequence[str], *, seed: int) -> ImageListing:
+    """All images of `wanted` classes: a number of them, chosen by the seed, or their names. Labels stay the full set's."""
+    names = listing.class_names
+    if isinstance(wanted, int):
+        require(1 <= wanted <= len(names), "classes", wanted, f"from 1 to {len(names):,}, or class names")
+        chosen = set(sorted(names, key=lambda name: _rank(seed, name))[:wanted])
+    else:
+        chosen = set(wanted)
+        if unknown := sorted(chosen - set(names)):
+            raise UserError(f"classes: {listing.root} has no class {', '.join(unknown[:_SHOWN])}; it has {', '.join(names[:_SHOWN])} …")
+    kept = [label for label, name in enumerate(names) if name in chosen]
+    return listing.restricted(np.flatnonzero(np.isin(listing.labels, kept)).tolist())
+
+
+def restrict(listing: ImageListing, names: Iterable[str], *, source: Path) -> ImageListing:
+    """The images of these names, in the listing's order. UserError, which names the source of the names, if one is not there."""
+    index = NameIndex(listing.files)
+    places = {name: index.find(name) for name in names}
+    missing = [name for name, place in places.items() if place is None]
+    if missing:
+        shown = ", ".join(missing[:_SHOWN])
+        raise UserError(
+            f"{source}: {len(missing):,} of its {len(places):,} names are not images of {listing.root}, or of several: {shown} …"
+        )
+    return listing.restricted(sorted({place for place in places.values() if place is not None}))
+
+
+def drop_empty_classes(listing: ImageListing) -> ImageListing:
+    """The same images with only the classes that have one, numbered anew in their order."""
+    used = sorted(set(listing.labels))
+    label_of = {old: new for new, old in enumerate(used)}
+    class_names = tuple(listing.class_names[label] for label in used)
+    return replace(listing, class_names=class_names, labels=tuple(label_of[label] for label in listing.labels))
+
+
+def read_subset(path: Path) -> list[str]:
+    """The names of a list, one per line. UserError for an empty or unreadable one."""
+    try:
+        lines = path.read_bytes().decode(errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file with one name per line") from error
+    names = [name for line in lines if (name := line.rstrip("\r")).strip()]
+    if not names:
+        raise UserError(f"{path}: names no image; give a file with one name per line")
+    return names
+
+
+def write_subset(path: Path, listing: ImageListing) -> None:
+    """One name per line, in the listing's order."""
+    path.write_bytes("".join(f"{name}\n" for name in listing.files).encode(errors="surrogateescape"))
+
+
+def _members(listing: ImageListing) -> dict[int, list[int]]:
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(listing.labels):
+        members.setdefault(label, []).append(index)
+    return members
+
+
+def _rank(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{name}".encode(errors="surrogateescape")).digest()

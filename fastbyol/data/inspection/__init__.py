@@ -1,0 +1,1 @@
+"""Looks at data afterwards and changes nothing: what `data_prep/verify.py` and `info.py` do."""

@@ -1,0 +1,174 @@
+"""What is in a data set, before or after conversion: counts, sides, bytes, settings; plain values for a table or for JSON."""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inspection.converted import is_converted, open_converted
+from fastbyol.data.manifest import Manifest
+from fastbyol.data.source import PILLOW_ERRORS, Indices, Pixels, decode_with_pillow
+
+SAMPLED = 2000
+"""Images of a folder or tar whose headers are read for their sides: a million would take an hour on a network disk."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Of the images that were looked at."""
+
+    looked_at: int
+    height_min: int
+    height_median: int
+    height_max: int
+    width_min: int
+    width_median: int
+    width_max: int
+    mean_pixels: float
+    bytes_per_pixel: float
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A data set in numbers."""
+
+    path: str
+    kind: str
+    """beton, tar shards, folder or tar."""
+    images: int
+    classes: int
+    empty_classes: int
+    class_min: int
+    """Fewest images in a class that has any; median and most likewise."""
+    class_median: float
+    class_max: int
+    image_bytes: int
+    sides: Sides | None
+    """None where no image could be read."""
+    skipped: int
+    """What lies in the source and is no image of it; the first ones are in `skipped_first`."""
+    skipped_first: tuple[tuple[str, str], ...]
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    manifest: dict[str, Any] | None
+    """settings, source, software, shards, dropped: of what a conversion of ours made."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ImageSet:
+    """Any data set as numbered images that can be looked at; for pictures and statistics, not for speed."""
+
+    def __init__(self, path: Path, listing: ImageListing | None) -> None:
+        """listing: the images of a folder or tar; None: `path` is what a conversion made. UserError as `open_converted`."""
+        self.path, self.manifest = path, None
+        self.listing = listing
+        if listing is None:
+            self._converted, self.manifest = open_converted(path)
+            self.labels = self._converted.label
+            self.class_names = self.manifest.class_names if self.manifest else tuple(map(str, range(int(self.labels.max()) + 1)))
+        else:
+            self._converted = None
+            self.labels = np.array(listing.labels, dtype=np.int64)
+            self.class_names = listing.class_names
+
+    def pixels(self, index: int) -> Pixels:
+        """(H, W, 3) RGB. Raises one of PILLOW_ERRORS."""
+        if self._converted is not None:
+            return self._converted.pixels(index)
+        assert self.listing is not None
+        return decode_with_pillow(self.listing.location(index).read())
+
+    def sides(self) -> Sides | None:
+        """Of all images of a conversion, whose tables know them; of a seeded sample of others."""
+        if self._converted is not None:
+            return _sides(self._converted.height, self._converted.width, self._converted.size)
+        assert self.listing is not None
+        num = len(self.listing.files)
+        chosen = range(num) if num <= SAMPLED else sorted(random.Random(0).sample(range(num), SAMPLED))
+        rows = [row for index in chosen if (row := _header(self.listing, index))]
+        return _sides(*np.array(rows, dtype=np.int64).T) if rows else None
+
+    def num_bytes(self) -> int:
+        if self._converted is not None:
+            return int(self._converted.size.sum())
+        assert self.listing is not None
+        return sum(map(self.listing.num_bytes, range(len(self.listing.files))))
+
+
+def is_conversion(path: Path) -> bool:
+    """Whether `path` is a conversion's, not a source of one. UserError if there is nothing."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a .beton, a folder of tar shards, a folder of images, or a tar of images")
+    return is_converted(path)
+
+
+def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
+    """The numbers of a conversion (listing None) or of a folder or tar of images. UserError as `open_converted`."""
+    images = ImageSet(path, listing)
+    counts = np.bincount(images.labels, minlength=len(images.class_names))
+    skipped = listing.skipped if listing else ()
+    return Inventory(
+        path=str(path),
+        kind=_kind(path, images.manifest, listing),
+        images=len(images.labels),
+        classes=len(counts),
+        empty_classes=int((counts == 0).sum()),
+        class_min=int(counts[counts > 0].min()),
+        class_median=float(np.median(counts[counts > 0])),
+        class_max=int(counts.max()),
+        image_bytes=images.num_bytes(),
+        sides=images.sides(),
+        skipped=len(skipped),
+        skipped_first=skipped[:10],
+        class_names=images.class_names,
+        class_counts=tuple(counts.tolist()),
+        manifest=_of_manifest(images.manifest),
+    )
+
+
+def _kind(path: Path, manifest: Manifest | None, listing: ImageListing | None) -> str:
+    if listing is not None:
+        return "folder" if path.is_dir() else "tar"
+    return ("tar shards" if path.is_dir() else "beton") + ("" if manifest else " without manifest")
+
+
+def _of_manifest(manifest: Manifest | None) -> dict[str, Any] | None:
+    if manifest is None:
+        return None
+    fields = asdict(manifest)
+    return {name: fields[name] for name in ("settings", "source", "software", "shards", "dropped")}
+
+
+def _header(listing: ImageListing, index: int) -> tuple[int, int, int] | None:
+    """(height, width, bytes), or None for what is no image."""
+    try:
+        data = listing.location(index).read()
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width, len(data)
+    except PILLOW_ERRORS:
+        return None
+
+
+def _sides(height: Indices, width: Indices, size: Indices) -> Sides:
+    pixels = height * width
+    return Sides(
+        looked_at=len(height),
+        height_min=int(height.min()),
+        height_median=int(np.median(height)),
+        height_max=int(height.max()),
+        width_min=int(width.min()),
+        width_median=int(np.median(width)),
+        width_max=int(width.max()),
+        mean_pixels=round(float(pixels.mean()), 1),
+        bytes_per_pixel=round(float(size.sum() / max(pixels.sum(), 1)), 4),
+    )

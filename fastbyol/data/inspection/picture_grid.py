@@ -1,0 +1,74 @@
+"""A picture of a data set: a row of images for each of some classes, with the classes' names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inspection.inventory import ImageSet
+from fastbyol.data.source import PILLOW_ERRORS
+
+ROWS, COLUMNS = 12, 8
+TILE_PX, MARGIN_PX, LABEL_PX = 112, 6, 150
+_NAME_CHARACTERS = 22
+_PAPER, _INK, _PALE = "white", "black", "#888888"
+
+
+def write_picture_grid(path: Path, *, listing: ImageListing | None, out: Path) -> None:
+    """Writes a PNG: classes spread evenly over all of them, images spread evenly over each class, whole and in proportion.
+
+    Args:
+        path: the data set.
+        listing: its images, if it is a folder or a tar; None: it is what a conversion made.
+        out: the .png to write, or replace.
+
+    Raises:
+        UserError: as `open_converted`, or `out` cannot be written.
+    """
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--grid {out}: must end in .png")
+    images = ImageSet(path, listing)
+    used = np.unique(images.labels)
+    rows = used[_spread(len(used), ROWS)]
+    sheet = Image.new(
+        "RGB", (LABEL_PX + COLUMNS * (TILE_PX + MARGIN_PX) + MARGIN_PX, len(rows) * (TILE_PX + MARGIN_PX) + MARGIN_PX), _PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(rows.tolist()):
+        y = MARGIN_PX + row * (TILE_PX + MARGIN_PX)
+        members = np.flatnonzero(images.labels == label)
+        _caption(draw, (MARGIN_PX, y + TILE_PX // 3), [images.class_names[label], f"label {label}", f"{len(members):,} images"])
+        for column, index in enumerate(members[_spread(len(members), COLUMNS)].tolist()):
+            _paste(sheet, (LABEL_PX + column * (TILE_PX + MARGIN_PX), y), images, index)
+    try:
+        sheet.save(out)
+    except OSError as error:
+        raise UserError(f"--grid {out}: cannot be written ({error.strerror or error}); choose another file") from error
+
+
+def _spread(total: int, wanted: int) -> np.ndarray:
+    """Up to `wanted` places in range(total), evenly apart."""
+    return np.unique(np.linspace(0, total - 1, min(total, wanted)).round().astype(np.int64))
+
+
+def _paste(sheet: Image.Image, at: tuple[int, int], images: ImageSet, index: int) -> None:
+    try:
+        tile = Image.fromarray(images.pixels(index))
+    except PILLOW_ERRORS:
+        ImageDraw.Draw(sheet).text(at, "does not decode", fill=_PALE, font=ImageFont.load_default())
+        return
+    scale = TILE_PX / max(tile.size)
+    width, height = (max(1, round(side * scale)) for side in tile.size)
+    tile = tile.resize((width, height), Image.Resampling.LANCZOS)
+    sheet.paste(tile, (at[0] + (TILE_PX - width) // 2, at[1] + (TILE_PX - height) // 2))
+
+
+def _caption(draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str]) -> None:
+    for number, line in enumerate(lines):
+        printable = line.encode("ascii", errors="replace").decode()
+        text = printable if len(printable) <= _NAME_CHARACTERS else printable[: _NAME_CHARACTERS - 1] + "~"
+        draw.text((at[0], at[1] + 13 * number), text, fill=_INK if number == 0 else _PALE, font=ImageFont.load_default())

@@ -1,0 +1,122 @@
+"""A tar shard against its index and the sample table: every member, label and sample number."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tarfile import BLOCKSIZE, TarInfo
+
+import numpy as np
+
+from fastbyol.data.inputs.listing import EXTENSIONS
+from fastbyol.data.inspection.converted import Converted
+from fastbyol.data.tar_members import DamagedTarError, tar_members
+from fastbyol.data.tar_shards import INDEX_VERSION, index_path
+
+COMPONENTS = ("jpg", "cls", "idx")
+ShardFault = tuple[int | None, str]
+"""Image number, or None where it is about the file; what is wrong."""
+
+
+def shard_faults(tar: Path, *, images: Converted, number: int) -> list[ShardFault]:
+    """What disagrees between the tar, its index and the table of `images`, of which it is file `number`."""
+    expected = {f"{images.listed[index]:08d}": index for index in np.flatnonzero(images.file == number).tolist()}
+    rows: list[str] = []
+    faults: list[ShardFault] = []
+    unknown: list[str] = []
+    try:
+        with open(tar, "rb", buffering=0) as file:
+            for stem, members in _samples(tar_members(file)):
+                rows.append(_index_row(members))
+                index = expected.pop(stem, None)
+                if index is None:
+                    unknown.append(members[0].name)
+                else:
+                    faults += [(index, what) for what in _sample_faults(file.fileno(), index, members, images)]
+    except DamagedTarError as error:
+        return [
+            *faults,
+            *_unknown(unknown),
+            (_sample_at(error.at, images, number), f"the tar is damaged within this image's components ({error})"),
+        ]
+    faults += [*_unknown(unknown), *((index, f"{stem}.jpg is not in the tar") for stem, index in expected.items())]
+    return faults + [(None, what) for what in _index_faults(index_path(tar), rows)]
+
+
+def _unknown(names: list[str]) -> list[ShardFault]:
+    return [(None, f"holds {len(names):,} images that the sample table does not know here, the first {names[0]}")] if names else []
+
+
+def foreign_shard(tar: Path) -> tuple[list[tuple[int, int]], list[ShardFault]]:
+    """(first byte, bytes) of every image in a tar of unknown origin, and what is wrong with the tar and its index, if it has one."""
+    places: list[tuple[int, int]] = []
+    rows: list[str] = []
+    try:
+        with open(tar, "rb", buffering=0) as file:
+            for _, members in _samples(tar_members(file)):
+                rows.append(_index_row(members))
+                places += [(member.offset_data, member.size) for member in members if member.name.lower().endswith(EXTENSIONS)]
+    except (DamagedTarError, OSError) as error:
+        return places, [(None, f"damaged tar ({error})")]
+    return places, [(None, what) for what in _index_faults(index_path(tar), rows)] if index_path(tar).exists() else []
+
+
+def _sample_at(byte: int, images: Converted, number: int) -> int | None:
+    """The image of this file whose components begin last in front of the byte."""
+    in_front = np.flatnonzero((images.file == number) & (images.offset - BLOCKSIZE <= byte))
+    return int(in_front[np.argmax(images.offset[in_front])]) if len(in_front) else None
+
+
+def _samples(members: Iterator[TarInfo]) -> Iterator[tuple[str, list[TarInfo]]]:
+    """Neighbouring files of one stem, as WebDataset groups them."""
+    group: list[TarInfo] = []
+    for member in members:
+        if not member.isreg():
+            continue
+        if group and _stem(member) != _stem(group[0]):
+            yield _stem(group[0]), group
+            group = []
+        group.append(member)
+    if group:
+        yield _stem(group[0]), group
+
+
+def _stem(member: TarInfo) -> str:
+    """Up to the first dot of the file's name: WebDataset takes the rest for the component."""
+    folder, slash, name = member.name.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _index_row(members: list[TarInfo]) -> str:
+    return " ".join(f"{member.name[len(_stem(member)) + 1 :]} {member.offset_data} {member.size} {member.name}" for member in members)
+
+
+def _sample_faults(descriptor: int, index: int, members: list[TarInfo], images: Converted) -> Iterator[str]:
+    found = {member.name.partition(".")[2]: member for member in members}
+    if tuple(found) != COMPONENTS:
+        yield f"has the components {' '.join(found)}, should have {' '.join(COMPONENTS)}"
+        return
+    place, told = (found["jpg"].offset_data, found["jpg"].size), (int(images.offset[index]), int(images.size[index]))
+    if place != told:
+        yield f"lies at byte {place[0]:,} with {place[1]:,} bytes, the sample table says {told[0]:,} and {told[1]:,}"
+    for component, wanted in (("cls", int(images.label[index])), ("idx", int(images.listed[index]))):
+        member = found[component]
+        value = int.from_bytes(os.pread(descriptor, 8, member.offset_data), "little", signed=True)
+        if member.size != 8 or value != wanted:
+            yield f"its component .{component} says {value} in {member.size} bytes, should say {wanted}"
+
+
+def _index_faults(path: Path, rows: list[str]) -> Iterator[str]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        yield f"its index {path.name} cannot be read ({error.strerror})"
+        return
+    wanted = [line.encode(errors="surrogateescape") for line in (f"{INDEX_VERSION} {len(rows)}", *rows, "")]
+    differing = [number for number, (line, want) in enumerate(zip(lines, wanted, strict=False), start=1) if line != want]
+    for number in differing:
+        sample = f" ({wanted[number - 1].decode(errors='replace').rsplit(' ', 1)[-1]})" if 1 < number <= len(rows) + 1 else ""
+        yield f"its index {path.name} disagrees with it in line {number}{sample}"
+    if not differing and len(lines) != len(wanted):
+        yield f"its index {path.name} has {len(lines) - 1} lines, should have {len(wanted) - 1}"

@@ -1,0 +1,118 @@
+"""A conversion's manifest and tables against one another, before any image is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.class_counts import refuse_other_counts
+from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
+from fastbyol.data.inspection.findings import Fault, Findings
+from fastbyol.data.inspection.shard_check import foreign_shard
+from fastbyol.data.manifest import Manifest, is_sealed, read_manifest
+
+_PARTS = "part-*-of-*.json"
+"""What several machines leave until `to_dali.py --merge` has been run."""
+
+
+def checked_manifest(path: Path, found: Findings) -> Manifest | None:
+    """The manifest; None if there is none, or none that can be used. UserError where there is nothing that could be verified."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give what data_prep/to_ffcv.py or data_prep/to_dali.py made")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: may not be read; check its permissions")
+    if not is_converted(path):
+        raise UserError(
+            f"{path}: is neither a .beton nor a folder of tar shards; give what data_prep/to_ffcv.py or data_prep/to_dali.py made"
+        )
+    if not manifest_path(path).exists():
+        if any(path.glob(_PARTS)):
+            raise UserError(f"{path}: holds parts of a conversion on many machines; merge them first (data_prep/to_dali.py --merge)")
+        found.notes.append(f"no manifest {manifest_path(path).name}: whether the files are whole, and what the classes are, cannot be told")
+        return None
+    try:
+        manifest = read_manifest(manifest_path(path))
+    except UserError as error:
+        found.add([Fault(str(manifest_path(path)), -1, _without(error, manifest_path(path)))])
+        return None
+    if not is_sealed(manifest_path(path)):
+        found.add([Fault(str(manifest_path(path)), -1, "has been edited: it is not what the conversion wrote")])
+    found.num_classes = len(manifest.class_names)
+    return manifest
+
+
+def checked_tables(path: Path, manifest: Manifest | None, found: Findings) -> Converted | None:
+    """Where the images lie; None if that cannot be read. Notes every disagreement with the manifest."""
+    try:
+        if path.is_file():
+            images = converted_beton(path, manifest)
+        elif manifest is not None:
+            images = converted_shards(path, manifest)
+        else:
+            images = _foreign_shards(path, found)
+    except UserError as error:
+        found.add([Fault(str(path), -1, _without(error, path))])
+        return None
+    if images.crc32 is None:
+        found.notes.append("it has no checksums of its images: a change that still decodes cannot be noticed")
+    if manifest is not None:
+        found.add(Fault(str(manifest_path(path)), -1, what) for what in _disagreements(path, images, manifest))
+    return images
+
+
+def _foreign_shards(folder: Path, found: Findings) -> Converted:
+    files = sorted(folder.glob("*.tar"))
+    places: list[tuple[int, int, int]] = []
+    for number, tar in enumerate(files):
+        in_tar, faults = foreign_shard(tar)
+        places += [(number, *place) for place in in_tar]
+        found.add(Fault(str(tar), -1, what) for _, what in faults)
+    if not places:
+        raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that data_prep/to_dali.py made")
+    file, offset, size = np.array(places, dtype=np.int64).T
+    unknown = np.zeros_like(file)
+    return Converted(
+        folder, tuple(files), file, offset, size, unknown, unknown, unknown, unknown.astype(np.bool_), None, np.arange(len(file))
+    )
+
+
+def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterator[str]:
+    """What the manifest says that the tables and files do not."""
+    if manifest.kind != (kind := "beton" if path.is_file() else "tar"):
+        yield f"is of the kind {manifest.kind!r}, this is a {kind}"
+    try:
+        listed_positions(manifest)
+    except UserError as error:
+        yield str(error)
+    if manifest.num_samples != len(images.label):
+        yield f"says {manifest.num_samples} images, there are {len(images.label)}"
+    try:
+        refuse_other_counts(path, images.label, manifest)
+    except UserError as error:
+        yield str(error)
+    samples = np.bincount(images.file, minlength=len(images.files)).tolist()
+    for shard, count in zip(manifest.shards, samples, strict=False):
+        if shard.samples != count:
+            yield f"says {shard.samples} images in {shard.name}, the sample table has {count}"
+    measured = _summary(images)
+    for name in measured.keys() & manifest.images.keys():
+        if manifest.images[name] != measured[name]:
+            yield f"says {name} = {manifest.images[name]}, the images have {measured[name]}"
+
+
+def _summary(images: Converted) -> dict[str, float]:
+    sides = {
+        f"{name}_{which}": value
+        for name, side in (("height", images.height), ("width", images.width))
+        for which, value in (("min", int(side.min())), ("mean", round(int(side.sum()) / len(side), 2)), ("max", int(side.max())))
+    }
+    return sides | {"bytes": int(images.size.sum())}
+
+
+def _without(error: UserError, path: Path) -> str:
+    """The message without the path at its start."""
+    return str(error).removeprefix(f"{path}: ")

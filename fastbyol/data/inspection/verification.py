@@ -1,0 +1,190 @@
+"""Checks every byte that a conversion wrote, and every image, and tells all that is wrong: which file, which image, what.
+
+The checks at open, which a training run makes, take milliseconds; here everything is read, hashed and decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+
+from fastbyol.config.errors import require_at_least
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inspection.converted import Converted, manifest_path
+from fastbyol.data.inspection.findings import Fault, Findings
+from fastbyol.data.inspection.image_check import ImageCheck
+from fastbyol.data.inspection.shard_check import shard_faults
+from fastbyol.data.inspection.table_check import checked_manifest, checked_tables
+from fastbyol.data.manifest import Manifest, Shard
+from fastbyol.data.progress import Progress
+
+_READ_BYTES = 1 << 20
+_CHUNK_BYTES = 8 << 20
+_CHUNKS_AHEAD = 4  # per thread: all are kept busy, and memory bounded
+
+Work = Callable[[], tuple[list[Fault], int]]
+"""Gives the faults that it found, and how many images it has checked."""
+
+
+def verify(path: Path, *, originals: ImageListing | None = None, workers: int = 0) -> Findings:
+    """Checks a .beton or a folder of tar shards completely.
+
+    Args:
+        path: what a conversion made; or a foreign .beton or folder of tars, of which less can be said.
+        originals: the images that it was made from: each converted image is then compared with its original.
+        workers: threads that hash and decode; 0: one per core. Memory stays at a few images per thread.
+
+    Raises:
+        UserError: there is nothing at the path that could be verified, or it may not be read.
+    """
+    require_at_least("workers", workers, 0)
+    found = Findings()
+    manifest = checked_manifest(path, found)
+    images = checked_tables(path, manifest, found)
+    check = None if images is None else _image_check(images, manifest, originals, found)
+    if images is not None:
+        found.num_images, found.num_bytes = len(images.label), int(images.size.sum())
+    with Progress(f"verify {path.name}", found.num_images, unit="images") as progress:
+        work = _work(path, manifest, images, check, stop := Event())
+        for faults, done in _run(work, threads=workers or len(os.sched_getaffinity(0)), stop=stop):
+            found.add(faults)
+            progress.advance(done)
+    found.faults.sort(key=lambda fault: (fault.file, fault.image))
+    return found
+
+
+def _image_check(images: Converted, manifest: Manifest | None, originals: ImageListing | None, found: Findings) -> ImageCheck:
+    if originals is None:
+        return ImageCheck(images)
+    dropped = len(manifest.dropped) if manifest else 0
+    if len(originals.files) != len(images.label) + dropped:
+        told = f"{len(images.label):,} images and {dropped:,} that were dropped"
+        found.add([Fault(str(images.path), -1, f"has {told}, the source {originals.root} has {len(originals.files):,}")])
+        found.add(_unmatched(images, originals))
+        return ImageCheck(images)
+    if manifest is not None and manifest.class_names != originals.class_names:
+        found.add([Fault(str(manifest_path(images.path)), -1, f"names other classes than the source {originals.root} has")])
+    if manifest is not None and manifest.source.get("listing_sha256") != originals.digest():
+        found.notes.append(f"the source {originals.root} is not as it was: names, sizes or labels differ; images are compared by position")
+    return ImageCheck(images, originals=originals)
+
+
+def _unmatched(images: Converted, originals: ImageListing) -> Iterator[Fault]:
+    """Images and originals whose very bytes the other side has not, where positions cannot tell which belongs to which."""
+    if images.crc32 is None:
+        return
+    left = Counter(images.crc32.tolist())
+    for index, name in enumerate(originals.files):
+        try:
+            checksum = zlib.crc32(originals.location(index).read())
+        except OSError:
+            checksum = -1
+        left[checksum] -= 1
+        if left[checksum] < 0:
+            yield Fault(str(images.path), -1, f"the source's {name} is not in it, or not with these bytes")
+    for index, checksum in enumerate(images.crc32.tolist()):
+        if left[checksum] > 0:
+            left[checksum] -= 1
+            yield Fault(str(images.path), index, "no image of the source has its bytes")
+
+
+def _work(path: Path, manifest: Manifest | None, images: Converted | None, check: ImageCheck | None, stop: Event) -> Iterator[Work]:
+    """All checks that read the data, file by file, so that what one has read is still in memory for the next."""
+    if path.is_file():
+        files = {path.name: path}
+    else:
+        named = [shard.name for shard in manifest.shards] if manifest else []
+        files = {name: path / name for name in [*named, *sorted(file.name for file in path.glob("*.tar"))]}
+    shards = {shard.name: shard for shard in manifest.shards} if manifest else {}
+    by_digest = {shard.sha256: name for name, shard in shards.items()}
+    for number, (name, file) in enumerate(files.items()):
+        if not file.is_file():
+            yield partial(_one_fault, str(file), "missing, the manifest names it")
+            continue
+        if manifest:
+            # A .beton may have been renamed, its manifest with it.
+            shard = shards.get(name) if path.is_dir() else next(iter(shards.values()), None)
+            yield partial(_hash_faults, file, shard, by_digest, stop)
+        if images is None or check is None or number >= len(images.files):
+            continue
+        if manifest and path.is_dir():
+            yield partial(_shard_faults, file, images, number)
+        yield from (partial(_image_faults, file, check, chunk) for chunk in _chunks(images, number))
+
+
+def _one_fault(file: str, what: str) -> tuple[list[Fault], int]:
+    return [Fault(file, -1, what)], 0
+
+
+def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], stop: Event) -> tuple[list[Fault], int]:
+    """by_digest: the names of all shards by their sha256 in the manifest."""
+    if shard is None:
+        return _one_fault(str(file), "is not in the manifest")
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while (piece := stream.read(_READ_BYTES)) and not stop.is_set():
+                digest.update(piece)
+    except OSError as error:
+        return _one_fault(str(file), f"cannot be read ({error.strerror})")
+    found = digest.hexdigest()
+    if found == shard.sha256 and size == shard.bytes:
+        return [], 0
+    if found != shard.sha256 and found in by_digest:
+        return _one_fault(str(file), f"is what the manifest calls {by_digest[found]}: renamed, or swapped with it")
+    if size != shard.bytes:
+        return _one_fault(str(file), f"has {size:,} bytes, the manifest says {shard.bytes} (cut, replaced, or the manifest was edited)")
+    return _one_fault(str(file), "its sha256 is not the manifest's: bytes have changed, or the manifest was edited")
+
+
+def _shard_faults(file: Path, images: Converted, number: int) -> tuple[list[Fault], int]:
+    try:
+        faults = shard_faults(file, images=images, number=number)
+    except OSError as error:
+        return _one_fault(str(file), f"cannot be read ({error.strerror})")
+    return [Fault(str(file), -1 if image is None else image, what) for image, what in faults], 0
+
+
+def _image_faults(file: Path, check: ImageCheck, chunk: list[int]) -> tuple[list[Fault], int]:
+    return [Fault(str(file), index, what) for index in chunk for what in check.faults(index)], len(chunk)
+
+
+def _chunks(images: Converted, number: int) -> Iterator[list[int]]:
+    """Images of a file that lie together, a few MiB at a time."""
+    members = np.flatnonzero(images.file == number)
+    members = members[np.argsort(images.offset[members], kind="stable")]
+    chunk = np.cumsum(images.size[members]) // _CHUNK_BYTES
+    for part in np.split(members, np.flatnonzero(np.diff(chunk)) + 1):
+        if len(part):
+            yield part.tolist()
+
+
+def _run(work: Iterator[Work], *, threads: int, stop: Event) -> Iterator[tuple[list[Fault], int]]:
+    """Everything that the pieces of work find, as they end: a long one, such as hashing a whole file, holds up no other.
+
+    Sets `stop` when nobody waits for results any more.
+    """
+    pending: set[Future[tuple[list[Fault], int]]] = set()
+    with ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-verify") as pool:
+        try:
+            while True:
+                pending |= {pool.submit(piece) for piece in islice(work, threads * _CHUNKS_AHEAD - len(pending))}
+                if not pending:
+                    return
+                ended, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    yield future.result()
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
