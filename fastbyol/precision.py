@@ -71,6 +71,11 @@ def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device
     module.compile(fullgraph=True, dynamic=False, mode=config.compile_mode)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `prepare_model` compiled it: it was asked to, and could."""
+    return module._compiled_call_impl is not None
+
+
 def _use_cache(folder: str) -> None:
     """Compiled code is kept in, and taken from, this folder."""
     path = Path(folder).resolve()

@@ -44,7 +44,7 @@ from fastbyol.models.view_batchnorm import use_all_ranks
 from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.lars import LARS
-from fastbyol.precision import autocast, build_scaler, prepare_model
+from fastbyol.precision import autocast, build_scaler, is_compiled, prepare_model
 from fastbyol.preemption import StopRequest, end_with_torchrun
 from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.profiling import StepProfiler
@@ -149,7 +149,7 @@ def train_step(
     for micro in range(accumulate):
         with monitor.waiting():
             batch = next(batches)
-        view1, view2, label = views_on_device(batch, config.views, process.device)
+        view1, view2, label = views_on_device(batch, config.views, process.device, compiled=is_compiled(state.byol))
         with gradient_reduction(state.model, now=micro == accumulate - 1):
             with autocast(config.precision, device=process.device):
                 output: BYOLOutput = state.model(view1, view2, label)

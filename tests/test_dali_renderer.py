@@ -48,11 +48,13 @@ def test_dalis_crops_are_the_kernels_to_one_level(tar_folder: Path, interpolatio
                 assert (difference > 0).float().mean() < 0.02
 
 
-def test_dalis_crops_become_the_kernels_views_on_the_device(tar_folder: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_dalis_crops_become_the_kernels_views_on_the_device(tar_folder: Path, compiled: bool) -> None:
     views = both(VIEWS, solarize_p=0.0)  # a level more or less decides at its threshold
     with loader_at(tar_folder, "crop", views=views) as dali, loader_at(tar_folder, "decode", views=views) as kernel:
         for ours, theirs in zip(dali, kernel, strict=True):
-            for made, wanted in zip(views_on_device(ours, views, torch.device("cpu"))[:2], (theirs.view1, theirs.view2), strict=True):
+            on_device = views_on_device(ours, views, torch.device("cpu"), compiled=compiled)
+            for made, wanted in zip(on_device[:2], (theirs.view1, theirs.view2), strict=True):
                 difference = (levels(made) - levels(wanted)).abs()
                 assert difference.mean() < 0.5
                 assert difference.quantile(0.99) < 3

@@ -230,9 +230,9 @@ def test_another_rank_batch_sees_the_same_images_and_says_what_changes_for_batch
     seen: dict[int, list[int]] = {}
     inner = train.views_on_device
 
-    def noted(batch, *rest):
+    def noted(batch, *rest, **options):
         seen.setdefault(len(batch.index), []).extend(batch.index.tolist())
-        return inner(batch, *rest)
+        return inner(batch, *rest, **options)
 
     monkeypatch.setattr(train, "views_on_device", noted)
     for rank_batch in ("8", "2"):

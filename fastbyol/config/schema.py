@@ -141,7 +141,7 @@ class PrecisionConfig:
     """bf16, fp16 (GPU, with a gradient scaler), tf32 (GPU: float32 with products on tensor cores), off: float32."""
     channels_last: bool = True
     compile: bool = False
-    """torch.compile of the whole forward and loss; the first step then takes a minute or more."""
+    """torch.compile of the whole forward and loss, and of the augmentation on a GPU; the first step then takes a minute or more."""
     compile_mode: str = "default"
     """default; reduce-overhead: CUDA graphs (GPU); max-autotune: tries kernels, a longer first step."""
     compile_cache: str = ""
