@@ -100,6 +100,18 @@ def test_the_number_of_threads_changes_no_bit():
         torch.set_num_threads(before)
 
 
+def test_a_pixel_far_from_all_others_leaves_the_variance_right_and_a_constant_channel_none():
+    norm, x = _norm(2), _images(8, 2, 12, torch.float32)
+    x[:, 1] = 700.0
+    x[0, :, 0, 0] += 1000.0
+    norm_relu(norm, x)
+    views = x.double().chunk(2)
+    expected = 0.9 * (0.9 + 0.1 * views[0].var((0, 2, 3))) + 0.1 * views[1].var((0, 2, 3))
+    torch.testing.assert_close(norm.running_var.double(), expected, rtol=1e-5, atol=1e-9)
+    assert views[1][:, 1].var() == 0
+    assert norm_relu(_norm(2), x).isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_comes_out_as_such(bad, dtype):

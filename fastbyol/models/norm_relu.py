@@ -25,7 +25,8 @@ from fastbyol.models.view_batchnorm import ViewBatchNorm
 
 # Elements that a thread takes at once. Sums go by pieces too, so a result does not depend on the number of threads.
 _PIECE = 1 << 20
-_WIDTH = 512
+_WIDTH = 512  # channels that the kernel's inner loop should have at least
+_SAMPLE = 16
 
 
 def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -45,7 +46,7 @@ def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Ten
 
 
 def _fits_kernel(norm: ViewBatchNorm, x: Tensor, shortcut: Tensor | None) -> bool:
-    alone = norm.training and norm.affine and not norm.sees_other_ranks and len(x) % norm.views == 0
+    alone = norm.training and norm.affine and norm.weight.dtype == torch.float32 and not norm.sees_other_ranks and len(x) % norm.views == 0
     right_kind = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
     same = shortcut is None or (shortcut.dtype == x.dtype and shortcut.shape == x.shape and _is_in_rows(shortcut))
     return alone and right_kind and same and _is_in_rows(x) and _rows_per_view(x, norm.views) > 1
@@ -124,11 +125,13 @@ def _by_view(x: Tensor, views: int) -> Sequence[Rows]:
 
 
 def _moments(x: Rows) -> tuple[F64, F64]:
-    """Mean and biased variance of each channel. Sums are of what differs from the first row, so that a large mean takes no digits."""
-    shift = ((x[0].astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x[0]).astype(np.float64)
+    """Mean and biased variance of each channel. Sums are of what differs from the mean of a few rows, so that a large mean takes no digits."""
+    few = x[:: -(-len(x) // _SAMPLE)]
+    shift = ((few.astype(np.uint32) << 16).view(np.float32) if few.dtype == np.uint16 else few).mean(0, dtype=np.float64)
+    shift = shift.astype(np.float32).astype(np.float64)
     with np.errstate(invalid="ignore"):  # what is not finite goes on as such
         mean, square = _sums(norm_kernel.moments, x, channels=shift) / len(x)
-        return mean + shift, square - mean**2
+        return mean + shift, np.maximum(square - mean**2, 0)
 
 
 def _sums(kernel: Callable[..., F64], *rows: Rows, channels: F64 | F32) -> F64:
