@@ -144,7 +144,7 @@ def train_step(
 ) -> BYOLOutput:
     """One optimizer step: the gradient over one global batch, the online network's update, then the target's. Returns the last forward."""
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
     accumulate = accumulation_of(config, world_size=process.world_size)
     for micro in range(accumulate):
         with monitor.waiting():
