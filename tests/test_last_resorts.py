@@ -26,6 +26,22 @@ with StopRequest(grace_s={grace_s}):
     while True:
         time.sleep(1000)
 """
+OVER = """
+import os, signal
+from fastbyol.preemption import STOP_SIGNALS, StopRequest, leave_at_once_on_signals
+leave_at_once_on_signals()
+try:
+    with StopRequest(grace_s=1):
+        raise KeyError
+except KeyError:
+    print([signal.getsignal(number) is signal.SIG_DFL for number in STOP_SIGNALS])
+leave_at_once_on_signals()
+with StopRequest(grace_s=1):
+    pass
+for number in STOP_SIGNALS:
+    os.kill(os.getpid(), number)
+print("over")
+"""
 HANGING = """
 import time
 import fastbyol.config.plain as plain
@@ -51,6 +67,31 @@ def _start(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def _hears(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for the signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = re.search(r"SigCgt:\s*(\w+)", status)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_during_the_imports_ends_the_start_in_one_line_with_the_code_of_a_stopped_run(name):
+    command = ["env", "--default-signal=HUP,INT,TERM,USR1", sys.executable, "fastbyol/train.py", "--preset", "cpu_demo"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not _hears(process, signal.SIGUSR1):
+        assert process.poll() is None
+    process.send_signal(signal.Signals[name])
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said) == (75, "", f"stopped ({name}) before the first step; the same command goes on\n")
+
+
+def test_once_a_run_is_over_no_signal_changes_its_exit_code():
+    process = _start(OVER)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said) == (0, "[True, True, True, True]\nover\n", "")
 
 
 def test_a_second_ctrl_c_ends_a_process_at_once_that_the_first_could_not():

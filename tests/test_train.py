@@ -133,12 +133,16 @@ def test_a_compiled_run_follows_the_eager_one(data_paths, folder_run, tmp_path):
         (["--global_batch", "64"], "25 images"),
         (["--epochs", "0.01"], "epochs = 0.01: must be enough for one step"),
         (["--rank_batch", "3"], "global_batch = 8: not divisible"),
+        (["--rank_batch", "1"], "global_batch = 8, rank_batch = 1: a batch norm would see one image at a time"),
+        (["--monitors.knn_every_epochs", "1", "--data.val", "none"], "data.val = none: no such file or folder"),
         (["--views.size_px", "4"], "views.size_px = 4: must be >= 8"),
         (["--model.encoder", "resnet9"], "model.encoder = 'resnet9'"),
         (["--precision.autocast", "fp16"], "precision.autocast = 'fp16': needs a GPU"),
         (["--out", ""], "out = ''"),
         (["--out", "{file}"], "exists and is not a run"),
         (["--out", "{file}/below"], "cannot be written"),
+        (["--out", "/proc/run"], "out = '/proc/run': cannot be written"),
+        (["--out", "x" * 300], "cannot be used .File name too long"),
         (["--out", "{run}", "--seed", "1"], "another config.*seed was 0, is 1"),
     ],
 )
@@ -153,6 +157,7 @@ def test_mistakes_end_before_any_work_in_one_line_with_exit_code_2(changes, says
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fastbyol: error: ")
     assert re.search(says, error), error
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_script_works_as_typed_from_a_checkout(data_paths, tmp_path):
