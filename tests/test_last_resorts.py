@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,24 @@ with hang_watch.HangWatch(0.8) as watch:
         watch.beat()
     print("slow is not hanging", flush=True)
     plain.to_plain(Sleepy())
+"""
+
+
+JOINED = """
+import os
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from fastbyol.process_group import broadcast_from_main, join_process_group, leave_process_group
+def work():
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    broadcast_from_main(None)
+join_process_group(timeout_s=60)
+work()
+threads = lambda: [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+print(sum("gloo" in name for name in threads()) > 0)
+leave_process_group()
+print([name for name in threads() if "gloo" in name])
 """
 
 
@@ -190,6 +209,21 @@ def test_a_new_attempt_never_reads_what_a_dead_one_left_in_the_store():
     second[1].set("address", "alive")
     assert [s.get("address") for s in second] == [b"alive"] * 3
     assert first[0].get("address") == b"dead"
+
+
+def test_no_thread_of_the_group_is_left_to_abort_a_process_that_is_done(monkeypatch):
+    """One that lets go of a tensor while Python ends takes the process with it: seen in 5 of some 60 starts of two ranks that did nothing wrong."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(2):
+        for name, value in (where | {"RANK": str(rank)}).items():
+            monkeypatch.setenv(name, value)
+        ranks.append(_start(JOINED))
+    for process in ranks:
+        out, said = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, "True\n[]\n"), said
 
 
 def test_ranks_that_never_come_are_said_after_the_limit():
