@@ -59,6 +59,12 @@ QUOTES = (
         {"FFCV": "ffcv: end to end", "DALI": "dali: end to end", "folder": "folder: end to end"},
         value="x",
     ),
+    Quote(
+        "checkpoint",
+        "training stands still for a checkpoint of ResNet-50, {clock}-ms",
+        {"": "CheckpointWriter.save: training stands still"},
+    ),
+    Quote("monitors", "watching and logging ResNet-50, {clock}-ms a step", {"": "one step in ten logged"}),
     Quote("evaluate", "features for evaluation, times the forward alone", {"": "extract_features, .beton"}, value="x"),
 )
 

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 
 from fastbyol.byol import BYOLOutput, build_byol
+from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
@@ -17,8 +18,10 @@ from fastbyol.monitors import Monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.precision import build_scaler, prepare_model
 from fastbyol.process_group import Process
+from fastbyol.provenance import package_versions
+from fastbyol.rng_state import rng_state
 from fastbyol.train import train_step
-from fastbyol.train_state import TrainState
+from fastbyol.train_state import TrainState, bn_images
 
 LR, TAU = 0.01, 0.99
 """Small enough that a batch seen a hundred times keeps the loss finite; the cost of a step does not depend on them."""
@@ -44,8 +47,15 @@ class TrainingStep:
         self.forget_times()
 
     def state(self) -> dict[str, object]:
-        """What of a checkpoint grows with the networks."""
-        return {"byol": self._state.byol.state_dict(), "optimizer": self._state.optimizer.state_dict()}
+        """All that `TrainState.snapshot` gathers for a checkpoint, but for the loader's position."""
+        return {
+            "config": to_plain(self.config),
+            "byol": self._state.byol.state_dict(),
+            "optimizer": self._state.optimizer.state_dict(),
+            "scaler": self._state.scaler.state_dict(),
+            "ranks": {"rng": [rng_state()], "bn_images": bn_images(self.config, self._process)},
+            "versions": package_versions(),
+        }
 
     def run(self, batches: Iterable[ViewBatch]) -> None:
         """One optimizer step for each batch; a config that accumulates takes the batch for each of its forwards."""

@@ -14,7 +14,7 @@ from fastbyol.models import encoder_from
 from fastbyol.models.heads import mlp_head
 from fastbyol.models.resnet import truncated_normal_
 from fastbyol.models.view_batchnorm import convert_to_view_batchnorm
-from fastbyol.objectives import byol_loss, infonce_beta_loss
+from fastbyol.objectives import byol_loss, infonce_beta_loss, least_squares_prediction
 from fastbyol.optim.ema import ema_update
 from fastbyol.optim.multi_tensor import TargetUpdate
 
@@ -128,21 +128,29 @@ class BYOL(nn.Module):
             label: (N,) int64, seen by the probe only.
         """
         online1, online2 = self.online(view1, view2)
-        predicted = self._predicted(view1, view2, online1, online2)
-        regression = byol_loss(online1.prediction, online2.prediction, *predicted)
-        loss = regression
-        if self.objective.beta > 0:
-            beta, alpha = self.objective.beta, self.objective.alpha
-            loss = infonce_beta_loss(online1.prediction, online2.prediction, *predicted, beta=beta, alpha=alpha)
+        projections = self._predicted(view1, view2, online1, online2)
+        predictions = online1.prediction, online2.prediction
+        if self.objective.predictor == "least_squares":
+            pairs = (online1.projection, projections[1]), (online2.projection, projections[0])
+            predictions = least_squares_prediction(*pairs[0]), least_squares_prediction(*pairs[1])
+        regression = byol_loss(*predictions, *projections)
         logits = self.probe(online1.feature.detach())
         return BYOLOutput(
-            loss=loss,
+            loss=self._loss(predictions, projections, regression),
             alignment=1 - regression.detach() / 4,
             probe_loss=F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), label),
             probe_correct=(logits.detach().argmax(dim=1) == label),
             projection=online1.projection.detach(),
             feature=online1.feature.detach(),
         )
+
+    def _loss(self, predictions: tuple[Tensor, Tensor], projections: tuple[Tensor, Tensor], regression: Tensor) -> Tensor:
+        """What the run minimises: BYOL's regression of unit vectors, unless the objective says otherwise."""
+        if self.objective.beta > 0:
+            return infonce_beta_loss(*predictions, *projections, beta=self.objective.beta, alpha=self.objective.alpha)
+        if self.objective.normalization != "l2":
+            return byol_loss(*predictions, *projections, normalization=self.objective.normalization)
+        return regression
 
     def _predicted(self, view1: Tensor, view2: Tensor, online1: OnlineOutput, online2: OnlineOutput) -> tuple[Tensor, Tensor]:
         """The projections (N, D) of both views that the predictions are held to."""

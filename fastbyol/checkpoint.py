@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any, cast
 
 import torch
@@ -90,10 +91,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"checkpoint {path}: not a checkpoint of fastbyol ({str(error).splitlines()[0][:120]})") from error
+        raise CheckpointError(f"checkpoint {path}: not a checkpoint of fastbyol ({why_not_loaded(error)})") from error
     if not isinstance(state, dict) or not set(REQUIRED) <= set(state):
         raise CheckpointError(f"checkpoint {path}: not a checkpoint of fastbyol (it has no {', '.join(REQUIRED)})")
     return state
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What torch.load means, in a few words: its own text advises to load the file all the same."""
+    if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it asks for {wanted[1]}, and only tensors and plain values are read"
+    if isinstance(error, UnpicklingError | EOFError):
+        return "torch.save did not write it"
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def load_newest(run: Path) -> dict[str, Any] | None:

@@ -7,6 +7,10 @@ import itertools
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.field_docs import field_docs
@@ -14,6 +18,9 @@ from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
 from fastbyol.run_folder import flatten
+
+DEFAULT_PRESET = "r50_300ep"
+PRINT_CONFIG = "--print_config"
 
 
 def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainConfig:
@@ -29,18 +36,22 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     import jsonargparse
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if PRINT_CONFIG in {argument.split("=", 1)[0] for argument in arguments}:  # it prints before anything is checked
+        parse_train_config([argument for argument in arguments if argument.split("=", 1)[0] != PRINT_CONFIG], usage=usage)
     parser = jsonargparse.ArgumentParser(
         prog="fastbyol/train.py", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
     )
-    parser.add_argument("--preset", default="r50_300ep", help="a named run to start from (python -m fastbyol presets lists them)")
+    parser.add_argument("--preset", default=DEFAULT_PRESET, help="a named run to start from (python -m fastbyol presets lists them)")
     parser.add_argument("--config", action="config", help="a YAML file of options, for example a run folder's config.yaml")
     parser.add_class_arguments(TrainConfig, as_group=False)
     if {"-h", "--help"} & set(arguments):
         _explain(parser)
-    parser.set_defaults(flatten(to_plain(preset_config(_preset_name(arguments)))))
     _refuse_unknown(arguments, parser)
+    files = [_read_file(path) for path in _files_first(arguments)[0]]
+    preset = _preset_name(arguments, files)
+    parser.set_defaults({"preset": preset, **flatten(to_plain(preset_config(preset)))})
     try:
-        namespace = parser.parse_args(_file_first(arguments))
+        namespace = parser.parse_args(_files_first(arguments)[1])
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(_first_cause(str(error)) + _minus_hint(str(error), arguments)) from error
     values = namespace.as_dict()
@@ -55,21 +66,44 @@ def _explain(parser: argparse.ArgumentParser) -> None:
             action.help = docs[action.dest].replace("%", "%%") + " (default: %(default)s)"
 
 
-def _preset_name(arguments: Sequence[str]) -> str:
+def _preset_name(arguments: Sequence[str], files: list[dict[str, Any]]) -> str:
+    """As typed, else as the last file that names one has it."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset", default="r50_300ep")
+    early.add_argument("--preset", default=next((file["preset"] for file in reversed(files) if "preset" in file), DEFAULT_PRESET))
     try:
-        return early.parse_known_args(arguments)[0].preset
+        name = early.parse_known_args(arguments)[0].preset
     except argparse.ArgumentError as error:
-        raise UserError("preset: needs a name, for example --preset r50_300ep") from error
+        raise UserError(f"preset: needs a name, for example --preset {DEFAULT_PRESET}") from error
+    return str(name)
 
 
-def _file_first(arguments: Sequence[str]) -> list[str]:
-    """--config and its value moved to the front: jsonargparse lets the later one win, and what is typed must win over a file."""
+def _files_first(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of --config, and all arguments with these in front: jsonargparse lets the later one win, and what is typed must win over a file."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--config", action="append", default=[])
-    known, rest = early.parse_known_args(list(arguments))
-    return [*(f"--config={file}" for file in known.config), *rest]
+    try:
+        known, rest = early.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UserError("config: needs a YAML file of options") from error
+    return known.config, [*(f"--config={file}" for file in known.config), *rest]
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    """The options in a YAML file. jsonargparse reads it again; its complaints name neither the file nor a nearer option."""
+    where = f"config = {path!r}"
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: is not YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: must hold options, for example epochs: 100")
+    known = flatten(to_plain(TrainConfig()))
+    for name in flatten(values):
+        if name != "preset" and name not in known and not any(option.startswith(f"{name}.") for option in known):
+            raise UserError(f"{where}: {name}: no such option{nearest_name(name, known)}")
+    return values
 
 
 def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.byol import BYOL
-from fastbyol.checkpoint import CheckpointError, load_checkpoint, load_newest
+from fastbyol.checkpoint import CheckpointError, load_checkpoint, load_newest, why_not_loaded
 from fastbyol.config.errors import UserError
 
 log = logging.getLogger("fastbyol")
@@ -82,8 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(f"{OPTION} = {str(path)!r}: is not a file of weights ({reason})") from error
+        raise CheckpointError(f"{OPTION} = {str(path)!r}: is not a file of weights ({why_not_loaded(error)})") from error
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{OPTION} = {str(path)!r}: is not a state dict (names to tensors)")
     return state

@@ -1,7 +1,11 @@
-"""What the online network minimises: BYOL's regression and the InfoNCE-beta family around it (Grill et al., equations 2 and 6 to 9)."""
+"""What the online network minimises: BYOL's regression and the InfoNCE-beta family around it (Grill et al., equations 2 and 6 to 9).
+
+Beside them what the paper tries in their place: other normalisations of the loss (appendix F.6), a predictor in closed form (appendix I.2).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,28 +17,61 @@ from fastbyol.collectives import gathered, summed
 
 NORM_FLOOR = 1e-6
 """The official code divides by sqrt(max(sum of squares, 1e-12)); F.normalize's own default floor is 1e-12 on the norm."""
+NORMALIZATION_EPS = 1e-5
+"""Added to the variances that the loss' layer and batch normalisation divide by, as everywhere in the official networks."""
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x itself in float64, else in float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def l2_normalize(x: Tensor) -> Tensor:
     """Rows of unit length, (N, D); in float32 at least, since bf16 squares lose the small loss near its end."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=NORM_FLOOR)
+    return F.normalize(at_least_float32(x), dim=-1, eps=NORM_FLOOR)
 
 
-def regression_loss(prediction: Tensor, projection: Tensor) -> Tensor:
-    """Squared distance of the unit vectors per row, 2 - 2 cos, (N,) in [0, 4] (equation 2)."""
-    return (l2_normalize(prediction) - l2_normalize(projection)).square().sum(dim=-1)
+def layer_normalize(x: Tensor) -> Tensor:
+    """Each row (N, D) less its mean, over its standard deviation and sqrt(D): unit length (appendix F.6)."""
+    x = at_least_float32(x)
+    return F.layer_norm(x, x.shape[-1:], eps=NORMALIZATION_EPS) / x.shape[-1] ** 0.5
 
 
-def byol_loss(prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor) -> Tensor:
-    """Mean over the batch of the sum of both directions, scalar in [0, 8].
+def batch_normalize(x: Tensor) -> Tensor:
+    """Each column (N, D) less its mean over the rows of all ranks, over their standard deviation and sqrt(D); nothing is learnt (appendix F.6)."""
+    x = at_least_float32(x)
+    variance, mean = torch.var_mean(all_ranks(x), dim=0, correction=0)
+    return (x - mean) * torch.rsqrt(variance + NORMALIZATION_EPS) / x.shape[-1] ** 0.5
+
+
+NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "l2": l2_normalize,
+    "layer_norm": layer_normalize,
+    "batch_norm": batch_normalize,
+    "none": at_least_float32,
+}
+"""By the names of `ObjectiveConfig.normalization`."""
+
+
+def regression_loss(prediction: Tensor, projection: Tensor, *, normalization: str = "l2") -> Tensor:
+    """Squared distance of the normalised vectors per row, (N,); of unit vectors it is 2 - 2 cos, in [0, 4] (equation 2)."""
+    normalize = NORMALIZATIONS[normalization]
+    return (normalize(prediction) - normalize(projection)).square().sum(dim=-1)
+
+
+def byol_loss(prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor, *, normalization: str = "l2") -> Tensor:
+    """Mean over the batch of the sum of both directions, scalar, in [0, 8] for unit vectors.
 
     Args:
         prediction1, prediction2: online predictions of each view, (N, D).
         projection1, projection2: *target* projections of each view, (N, D), without gradient.
+        normalization: one of NORMALIZATIONS.
 
     The sum is not halved: halving once cost another library 11 points of accuracy (lightly, pull request 1286).
     """
-    return (regression_loss(prediction1, projection2) + regression_loss(prediction2, projection1)).mean()
+    forward = regression_loss(prediction1, projection2, normalization=normalization)
+    backward = regression_loss(prediction2, projection1, normalization=normalization)
+    return (forward + backward).mean()
 
 
 def infonce_beta_loss(
@@ -62,6 +99,28 @@ def _one_direction(query: Tensor, *, same_view: Tensor, other_view: Tensor, beta
     among = (query @ same_view.T).scatter(1, own[:, None], float("-inf"))
     negative = torch.logsumexp(torch.cat([among, across], dim=1) / alpha, dim=1)
     return (positive - beta * alpha * negative).mean()
+
+
+def least_squares_prediction(projection: Tensor, predicted: Tensor) -> Tensor:
+    """(N, D): projection times the map Q that brings the projections of all ranks closest to what is predicted (appendix I.2).
+
+    Args:
+        projection: (N, D) online projections; the gradient reaches them, not Q.
+        predicted: (N, D) what stands in the same rows for the other view.
+
+    Of the maps that are equally close where there are fewer rows than D, Q is the smallest. It is solved in float64: the products' condition is the
+    square of the projections'.
+    """
+    linear_map = _least_squares_map(projection.detach().double(), predicted.detach().double())
+    return (projection.double() @ linear_map).to(at_least_float32(projection).dtype)
+
+
+def _least_squares_map(projection: Tensor, predicted: Tensor) -> Tensor:
+    products = torch.cat([projection.T @ projection, projection.T @ predicted], dim=1)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        products = summed(products)
+    own, across = products.chunk(2, dim=1)
+    return torch.linalg.pinv(own, hermitian=True) @ across
 
 
 def all_ranks(x: Tensor) -> Tensor:

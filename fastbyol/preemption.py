@@ -1,4 +1,4 @@
-"""The wish to stop, however it comes: SIGTERM of a scheduler, SIGUSR1 of SLURM, Ctrl-C, the end of torchrun.
+"""The wish to stop, however and whenever it comes: SIGTERM of a scheduler, SIGUSR1 of SLURM, Ctrl-C, the end of torchrun.
 
 A thread hears the signals. Python runs its handlers in the main thread only, between two of its own instructions, so a process that waits
 inside a collective for a rank that is gone would never hear one.
@@ -51,9 +51,11 @@ class StopRequest:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        # A script's run is over here: a signal may no longer change its exit code, unless it waits to say what failed (`HOLD_BACK_S`).
+        over = signal.SIG_IGN if kind is None else signal.SIG_DFL
         for number, handler in self._earlier.items():
-            signal.signal(number, handler)
+            signal.signal(number, over if handler is _leave_at_once else handler)
         signal.set_wakeup_fd(self._earlier_descriptor)
         self._closed.set()
         os.close(self._write)
@@ -75,6 +77,22 @@ class StopRequest:
     def _leave_in_time(self) -> None:
         if not self._closed.wait(self.grace_s):
             _leave(f"{self.name}: not done after grace_s = {self.grace_s:g}: left without saving this step", STOPPED_EXIT)
+
+
+def leave_at_once_on_signals() -> None:
+    """Until `StopRequest` is entered, STOP_SIGNALS end this process with the code of a stopped run: there is nothing to save yet.
+
+    For a script that calls it before the imports that take seconds.
+    """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _leave_at_once)
+
+
+def _leave_at_once(number: int, _frame: object) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"stopped ({signal.Signals(number).name}) before the first step; the same command goes on\n".encode())
+    os._exit(STOPPED_EXIT)
 
 
 def end_with_torchrun() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import time
 import uuid
@@ -52,6 +54,9 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
         torch.cuda.set_device(device)
     process = Process(rank=rank, world_size=world_size, device=device)
     if "MASTER_ADDR" in os.environ and world_size > 1:
+        # Before there is a group: its functions take the group of the moment as a default and would hold it, so that `leave_process_group`
+        # could not end gloo's threads. One of them may want Python's lock when the interpreter is gone: abort, exit code 134, of a whole run.
+        importlib.import_module("torch.distributed.nn.functional")
         timeout = timedelta(seconds=timeout_s)
         with lost_ranks_named(process):
             store = _meeting_point(process, timeout)
@@ -96,8 +101,9 @@ def fresh_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: flo
 
 
 def leave_process_group() -> None:
-    """Closes the group, if there is one."""
+    """Closes the group, if there is one, and ends its threads."""
     if dist.is_initialized():
+        gc.collect()  # DDP, whose parts refer to one another, first: the last to let go of the group must be Python, which frees its lock meanwhile
         dist.destroy_process_group()
 
 

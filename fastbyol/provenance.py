@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -48,6 +49,7 @@ def package_versions() -> dict[str, str]:
     return {name: version for name in PACKAGES if (version := _version(name))}
 
 
+@functools.cache  # every checkpoint asks, while training stands still
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -8,9 +8,10 @@ import json
 import logging
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,23 @@ def check_run_folder(config: TrainConfig) -> None:
     if not config.out:
         raise UserError("out = '': name the run's folder, for example --out runs/r50")
     folder = Path(config.out)
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder.stat()
+    except (OSError, ValueError) as error:  # a name too long or with a zero byte, a folder that may not be entered, a loop of links
+        raise UserError(
+            f"out = {config.out!r}: cannot be used ({getattr(error, 'strerror', None) or error}); choose another folder"
+        ) from error
     if (folder / CONFIG_FILE).exists():
         _refuse_other_config(config, folder / CONFIG_FILE)
     elif os.path.lexists(folder) and (not folder.is_dir() or any(p.name not in CUT_OFF_START for p in folder.iterdir())):
         raise UserError(f"out = {config.out!r}: exists and is not a run of fastbyol; choose a new folder")
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"out = {config.out!r}: cannot be written ({existing} is not a folder that may be written); choose another folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # not os.access: root may write, it says, where the file system cannot
+            pass
+    except OSError as error:
+        raise UserError(f"out = {config.out!r}: cannot be written ({existing}: {error.strerror}); choose another folder") from error
 
 
 def open_run_folder(config: TrainConfig) -> Path:

@@ -11,6 +11,11 @@ was lost, 1 a fault of ours; torchrun itself says 1 for all but 0. Launch files 
 
 from __future__ import annotations
 
+from fastbyol.preemption import StopRequest, end_with_torchrun, leave_at_once_on_signals
+
+if __name__ == "__main__":
+    leave_at_once_on_signals()  # the imports below take seconds
+
 import logging
 import os
 import sys
@@ -35,7 +40,7 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data_parallel import replicate
-from fastbyol.evaluation.online_knn import build_online_knn
+from fastbyol.evaluation.online_knn import build_online_knn, check_online_knn
 from fastbyol.finite_check import FiniteCheck
 from fastbyol.hang_watch import HangWatch
 from fastbyol.initial_weights import load_initial_weights
@@ -45,14 +50,14 @@ from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.lars import LARS
 from fastbyol.precision import autocast, build_scaler, is_compiled, prepare_model
-from fastbyol.preemption import StopRequest, end_with_torchrun
 from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.profiling import StepProfiler
 from fastbyol.run_folder import CONFIG_FILE, check_run_folder, flatten, locked_run_folder, open_run_folder
 from fastbyol.run_log import RunLog, close_logging, configure_logging
 from fastbyol.run_plan import RunPlan
 from fastbyol.stop_vote import StopVote, Verdict
-from fastbyol.train_state import TrainState
+from fastbyol.train_state import TrainState, check_bn_images
+from fastbyol.wandb_log import check_wandb
 
 log = logging.getLogger("fastbyol")
 
@@ -83,6 +88,8 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
     if process.is_main:
         check_run_folder(config)
         check_resume(config)
+        check_online_knn(config)
+        check_wandb(config)
     state = build(config, process)
     plan = RunPlan.of(config, num_samples=state.loader.num_samples)
     with ExitStack() as leaving:
@@ -144,7 +151,7 @@ def train_step(
 ) -> BYOLOutput:
     """One optimizer step: the gradient over one global batch, the online network's update, then the target's. Returns the last forward."""
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
     accumulate = accumulation_of(config, world_size=process.world_size)
     for micro in range(accumulate):
         with monitor.waiting():
@@ -173,6 +180,7 @@ def train_step(
 def build(config: TrainConfig, process: Process) -> TrainState:
     """Loader, networks and optimizer; the same weights on every rank."""
     check_image_size(config.views.size_px, encoder=config.model.encoder, stem=config.model.stem)
+    check_bn_images(config, process)
     loader = build_loader(
         config.data,
         views=config.views,

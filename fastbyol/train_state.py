@@ -95,6 +95,14 @@ def bn_images(config: TrainConfig, process: Process) -> int:
     return per_rank * (process.world_size if config.precision.cross_replica_bn else 1)
 
 
+def check_bn_images(config: TrainConfig, process: Process) -> None:
+    """Raises UserError where a batch norm would see one image only: its projection would be the same whatever the image."""
+    if bn_images(config, process) == 1:
+        raise UserError(
+            f"global_batch = {config.global_batch}, rank_batch = {config.rank_batch}: a batch norm would see one image at a time; it needs two or more"
+        )
+
+
 def _announce_differences(state: dict[str, Any], *, config: TrainConfig, process: Process) -> None:
     """What of the machine is not as it was, and what follows from it."""
     ranks, before = process.world_size, len(state["ranks"]["rng"])

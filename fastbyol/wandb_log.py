@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import uuid
 from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.schema import TrainConfig
 
 ID_FILE = "wandb.json"
+
+
+def check_wandb(config: TrainConfig) -> None:
+    """Raises UserError where a run wants to be shown there and wandb is not installed; before any work."""
+    project = config.monitors.wandb_project
+    spec = importlib.util.find_spec("wandb") if project else None
+    if project and (spec is None or spec.origin is None):  # without origin: the folder that wandb leaves where it ran
+        raise UserError(f"monitors.wandb_project = {project!r}: wandb is not installed; pip install 'fastbyol[wandb]'")
 
 
 class WandbLog:
@@ -21,14 +31,12 @@ class WandbLog:
         config: shown as the run's.
 
     Raises:
-        UserError: wandb is not installed, or does not start (no key, no network).
+        UserError: wandb does not start (no key, no network).
     """
 
     def __init__(self, folder: Path, *, project: str, config: dict[str, Any]) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found]  # an extra
-        except ImportError as error:
-            raise UserError(f"monitors.wandb_project = {project!r}: wandb is not installed; pip install 'fastbyol[wandb]'") from error
+        import wandb  # type: ignore[import-not-found]  # an extra
+
         try:
             self._run = wandb.init(
                 project=project, name=folder.name, id=_run_id(folder), resume="allow", dir=str(folder), config=config, job_type="pretrain"

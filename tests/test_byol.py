@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -333,6 +334,46 @@ def test_every_row_of_the_papers_infonce_grid_runs_and_sends_gradients_where_it_
     directions = ((online2.prediction, key1), (online1.prediction, key2))
     cosine = sum(torch.nn.functional.cosine_similarity(q, k).mean() for q, k in directions) / 2
     assert output.alignment.item() == pytest.approx(cosine.item(), abs=1e-9)
+
+
+OBJECTIVES = {
+    "layer_norm": (2, ObjectiveConfig(normalization="layer_norm")),
+    "batch_norm": (2, ObjectiveConfig(normalization="batch_norm")),
+    "none": (2, ObjectiveConfig(normalization="none")),
+    "least_squares": (0, ObjectiveConfig(target="stop_gradient", predictor="least_squares")),
+}
+
+
+@pytest.mark.parametrize("row", OBJECTIVES)
+def test_the_papers_other_objectives_minimise_what_they_name_and_still_report_a_cosine(row):
+    """Appendices F.6 and I.2, by numpy's means and least squares; views crossed, both directions summed."""
+    torch.manual_seed(0)
+    predictor_layers, objective = OBJECTIVES[row]
+    config = ModelConfig(**{**TINY.__dict__, "predictor_layers": predictor_layers})
+    byol = build_byol(config, num_classes=5, objective=objective).double().train()
+    view1, view2 = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64)
+    output = byol(view1, view2, torch.zeros(8, dtype=torch.long))
+    output.loss.backward()
+    assert byol.online.encoder.conv1.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in byol.target.parameters())
+    predictions = [o.prediction.detach().numpy() for o in byol.online(view1, view2)]
+    if row == "least_squares":
+        keys = predictions  # there is no predictor network: these are the online projections
+        predictions = [x @ np.linalg.lstsq(x, key, rcond=None)[0] for x, key in zip(predictions, keys[::-1], strict=True)]
+    else:
+        keys = [key.numpy() for key in byol.target(view1, view2)]
+    pairs = list(zip(predictions, keys[::-1], strict=True))
+    cosines = [(q * k).sum(1) / np.linalg.norm(q, axis=1) / np.linalg.norm(k, axis=1) for q, k in pairs]
+    assert output.alignment.item() == pytest.approx(np.mean(cosines), abs=1e-7)
+
+    def normalized(x):
+        axis = {"layer_norm": 1, "batch_norm": 0}.get(row)
+        if axis is None:
+            return x if row == "none" else x / np.linalg.norm(x, axis=1, keepdims=True)
+        return (x - x.mean(axis, keepdims=True)) / np.sqrt(x.var(axis, keepdims=True) + 1e-5) / np.sqrt(x.shape[1])
+
+    expected = sum(((normalized(q) - normalized(k)) ** 2).sum(1).mean() for q, k in pairs)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-7)
 
 
 def test_simclr_is_the_row_without_predictor_and_target_at_beta_one():

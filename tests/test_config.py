@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -65,7 +66,8 @@ def test_options_win_over_a_file_and_a_file_over_the_preset(tmp_path):
         (["--model.stem", "big"], "model.stem = 'big'"),
         (["--model.hidden_dim", "0"], "model.hidden_dim = 0"),
         (["--config", "no_such.yaml"], "no_such.yaml"),
-        (["--config", "{tmp_path}"], "config.*"),
+        (["--config", "{tmp_path}"], "config = .*cannot be read .Is a directory"),
+        (["--config"], "config: needs a YAML file"),
         (["--out"], "out"),
         (["--resume", "perhaps"], "resume = 'perhaps': must be one of auto, must, never"),
         (["--resum", "must"], r"--resum: no such option \(did you mean --resume\?\)"),
@@ -92,6 +94,19 @@ def test_options_win_over_a_file_and_a_file_over_the_preset(tmp_path):
         (["--objective.beta", "-1"], "objective.beta = -1.0"),
         (["--objective.alpha", "0"], "objective.alpha = 0.0"),
         (["--objective.target", "momentum"], "objective.target = 'momentum': must be one of ema"),
+        (["--objective.normalization", "l1"], "objective.normalization = 'l1': must be one of l2, layer_norm, batch_norm, none"),
+        (
+            ["--objective.normalization", "none", "--objective.beta", "1"],
+            "normalization = 'none': must be 'l2' where objective.beta is above 0",
+        ),
+        (["--objective.predictor", "best"], "objective.predictor = 'best': must be one of network, least_squares"),
+        (["--objective.predictor", "least_squares"], "model.predictor_layers = 2: must be 0 where objective.predictor is"),
+        (["--optim.predictor_lr_factor=-1"], "optim.predictor_lr_factor = -1.0: must be a number in"),
+        (["--optim.projector_lr_factor", ".nan"], "optim.projector_lr_factor = nan"),
+        (
+            ["--optim.predictor_lr_factor", "2", "--model.predictor_layers", "0"],
+            "optim.predictor_lr_factor = 2.0: must be 1 where model.predictor_layers is 0",
+        ),
         (["--views.mean", "[0.5, .nan, 0.5]"], "mean = .*nan"),
         (["--views.std", "[1, 0, 1]"], "std = .*three positive"),
         (["--views.view1.hue", "0.6"], "hue = 0.6"),
@@ -106,11 +121,48 @@ def test_mistakes_are_refused_in_one_line_that_names_the_option_and_the_value(ar
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_with_an_unknown_key_names_it(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"optim: {base_lrr: 3}\n", r"optim.base_lrr: no such option \(did you mean optim.base_lr\?\)"),
+        (b"epoch: 3\n", r"epoch: no such option \(did you mean epochs\?\)"),
+        (b"optim: 3\n", "optim = 3: must be a group of options"),
+        (b"epochs: -3\n", "epochs = -3.0: must be a number > 0"),
+        (b"preset: r50_30ep\n", r"preset = 'r50_30ep': no such preset \(did you mean r50_300ep\?\)"),
+        (b"epochs: [3\n", "run.yaml': is not YAML"),
+        (b"\xff\xfe\x00", "run.yaml': is not YAML"),
+        (b"- epochs\n", "run.yaml': must hold options"),
+        (b"epochs\n", "run.yaml': must hold options"),
+        (b"", "run.yaml': must hold options"),
+    ],
+)
+def test_mistakes_in_a_file_are_refused_in_one_line_that_names_what_is_wrong(content, says, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("optim: {base_lrr: 3}\n")
-    with pytest.raises(UserError, match="base_lrr"):
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=says):
         _parse("--config", str(file))
+
+
+def test_a_file_may_name_its_preset_and_what_is_typed_wins(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: r50_100ep\noptim: {base_lr: 0.5}\n")
+    base = preset_config("r50_100ep")
+    assert _parse("--config", str(file)) == replace(base, optim=replace(base.optim, base_lr=0.5))
+    other = preset_config("r50_40ep")
+    assert _parse("--config", str(file), "--preset", "r50_40ep") == replace(other, optim=replace(other.optim, base_lr=0.5))
+
+
+def test_print_config_shows_a_config_that_can_be_read_back_and_refuses_what_a_run_would(tmp_path, capsys):
+    options = ("--preset", "cpu_demo", "--optim.base_lr", "0.125", "--views.view2.blur_p", "0.5")
+    with pytest.raises(SystemExit) as ended:
+        _parse(*options, "--print_config")
+    assert ended.value.code == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert _parse("--config", str(file)) == _parse(*options)
+    with pytest.raises(UserError, match="epochs = -1.0"):
+        _parse("--print_config", "--epochs=-1")
+    assert not capsys.readouterr().out
 
 
 def test_plain_values_of_a_wrong_type_or_name_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,22 @@ with StopRequest(grace_s={grace_s}):
     while True:
         time.sleep(1000)
 """
+OVER = """
+import os, signal
+from fastbyol.preemption import STOP_SIGNALS, StopRequest, leave_at_once_on_signals
+leave_at_once_on_signals()
+try:
+    with StopRequest(grace_s=1):
+        raise KeyError
+except KeyError:
+    print([signal.getsignal(number) is signal.SIG_DFL for number in STOP_SIGNALS])
+leave_at_once_on_signals()
+with StopRequest(grace_s=1):
+    pass
+for number in STOP_SIGNALS:
+    os.kill(os.getpid(), number)
+print("over")
+"""
 HANGING = """
 import time
 import fastbyol.config.plain as plain
@@ -46,11 +63,54 @@ with hang_watch.HangWatch(0.8) as watch:
 """
 
 
+JOINED = """
+import os
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from fastbyol.process_group import broadcast_from_main, join_process_group, leave_process_group
+def work():
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    broadcast_from_main(None)
+join_process_group(timeout_s=60)
+work()
+threads = lambda: [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+print(sum("gloo" in name for name in threads()) > 0)
+leave_process_group()
+print([name for name in threads() if "gloo" in name])
+"""
+
+
 def _start(code: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def _hears(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for the signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = re.search(r"SigCgt:\s*(\w+)", status)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_during_the_imports_ends_the_start_in_one_line_with_the_code_of_a_stopped_run(name):
+    command = ["env", "--default-signal=HUP,INT,TERM,USR1", sys.executable, "fastbyol/train.py", "--preset", "cpu_demo"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not _hears(process, signal.SIGUSR1):
+        assert process.poll() is None
+    process.send_signal(signal.Signals[name])
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said) == (75, "", f"stopped ({name}) before the first step; the same command goes on\n")
+
+
+def test_once_a_run_is_over_no_signal_changes_its_exit_code():
+    process = _start(OVER)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said) == (0, "[True, True, True, True]\nover\n", "")
 
 
 def test_a_second_ctrl_c_ends_a_process_at_once_that_the_first_could_not():
@@ -149,6 +209,21 @@ def test_a_new_attempt_never_reads_what_a_dead_one_left_in_the_store():
     second[1].set("address", "alive")
     assert [s.get("address") for s in second] == [b"alive"] * 3
     assert first[0].get("address") == b"dead"
+
+
+def test_no_thread_of_the_group_is_left_to_abort_a_process_that_is_done(monkeypatch):
+    """One that lets go of a tensor while Python ends takes the process with it: seen in 5 of some 60 starts of two ranks that did nothing wrong."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(2):
+        for name, value in (where | {"RANK": str(rank)}).items():
+            monkeypatch.setenv(name, value)
+        ranks.append(_start(JOINED))
+    for process in ranks:
+        out, said = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, "True\n[]\n"), said
 
 
 def test_ranks_that_never_come_are_said_after_the_limit():

@@ -17,7 +17,7 @@ from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.checkpoint import checkpoint_path
 from fastbyol.config.errors import DIVERGED_EXIT, Diverged
 from fastbyol.config.presets import preset_config
-from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, TrainConfig
+from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from fastbyol.monitors import Monitor
 from fastbyol.monitors.collapse import COLLAPSED_STD, FINAL_STD, RECORDS_IN_A_ROW, SIGNS, CollapseRule, collapse_signs
 from fastbyol.monitors.compute import ComputeMeter, flop_per_image, peak_flop_per_s, peak_memory_gib
@@ -92,6 +92,11 @@ def test_views_that_agree_while_images_differ_and_images_that_agree_while_views_
         (TrainConfig(model=ModelConfig(predictor_layers=0)), "model.predictor_layers 2"),
         (TrainConfig(objective=ObjectiveConfig(target="online")), "objective.target ema"),
         (TrainConfig(model=ModelConfig(predictor_layers=0), objective=ObjectiveConfig(beta=1)), "a smaller optim.base_lr"),
+        (TrainConfig(optim=OptimConfig(predictor_lr_factor=0)), "optim.predictor_lr_factor"),
+        (
+            TrainConfig(model=ModelConfig(predictor_layers=0), objective=ObjectiveConfig(predictor="least_squares")),
+            "a smaller optim.base_lr",
+        ),
         (TrainConfig(), "a smaller optim.base_lr"),
     ],
 )

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastbyol.objectives import byol_loss, infonce_beta_loss, l2_normalize, regression_loss
+from fastbyol.objectives import (
+    NORMALIZATIONS,
+    batch_normalize,
+    byol_loss,
+    infonce_beta_loss,
+    l2_normalize,
+    layer_normalize,
+    least_squares_prediction,
+    regression_loss,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("pred_view1", "pred_view2", "proj_target_view1", "proj_target_view2")
@@ -60,3 +69,68 @@ def test_infonce_beta_equals_the_papers_equations(beta, alpha):
 def test_infonce_with_beta_zero_is_byols_loss_up_to_a_constant():
     q1, q2, z1, z2 = torch.randn(4, 6, 5, dtype=torch.float64)
     assert infonce_beta_loss(q1, q2, z1, z2, beta=0.0, alpha=0.1).item() == pytest.approx(byol_loss(q1, q2, z1, z2).item() - 4, abs=1e-12)
+
+
+def _rows(num: int, dim: int, seed: int = 0) -> torch.Tensor:
+    return 3 * torch.randn(num, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+def _normalised_by_loops(values: list[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / len(values)
+    return [(v - mean) / math.sqrt(variance + 1e-5) for v in values]
+
+
+def test_layer_and_batch_normalisation_of_the_loss_are_the_papers_formulas():
+    """Appendix F.6: n_LN over the features of a row, n_BN over the batch for each feature, both over sqrt(d)."""
+    x = _rows(6, 5)
+    by_row = torch.tensor([_normalised_by_loops(row) for row in x.tolist()], dtype=torch.float64) / math.sqrt(5)
+    by_column = torch.tensor([_normalised_by_loops(column) for column in x.T.tolist()], dtype=torch.float64).T / math.sqrt(5)
+    torch.testing.assert_close(layer_normalize(x), by_row, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(batch_normalize(x), by_column, rtol=1e-12, atol=1e-12)
+
+
+def test_each_normalisation_gives_the_squared_distance_of_what_it_makes_summed_over_both_directions():
+    q1, q2, z1, z2 = (_rows(6, 5, seed) for seed in range(4))
+    for name, normalize in NORMALIZATIONS.items():
+        pairs = [(normalize(q1), normalize(z2)), (normalize(q2), normalize(z1))]
+        expected = sum(float((a[i] - b[i]) @ (a[i] - b[i])) for a, b in pairs for i in range(6)) / 6
+        assert byol_loss(q1, q2, z1, z2, normalization=name).item() == pytest.approx(expected, rel=1e-12)
+    assert byol_loss(q1, q2, z1, z2, normalization="none").item() == pytest.approx(
+        sum(((a - b) ** 2).sum().item() for a, b in ((q1, z2), (q2, z1))) / 6, rel=1e-12
+    )
+    # Rows less their mean: the layer's normalisation is then the unit vector, but for the variance's epsilon.
+    centred = [x - x.mean(dim=1, keepdim=True) for x in (q1, q2, z1, z2)]
+    assert byol_loss(*centred, normalization="layer_norm").item() == pytest.approx(byol_loss(*centred).item(), rel=1e-4)
+
+
+def test_bf16_projections_are_normalised_in_float32():
+    for normalize in NORMALIZATIONS.values():
+        assert normalize(_rows(6, 5).bfloat16()).dtype == torch.float32
+
+
+def test_the_predictor_in_closed_form_is_the_least_squares_solution():
+    projection, predicted = _rows(20, 5), _rows(20, 5, seed=1)
+    solution = np.linalg.lstsq(projection.numpy(), predicted.numpy(), rcond=None)[0]
+    prediction = least_squares_prediction(projection, predicted)
+    np.testing.assert_allclose(prediction.numpy(), projection.numpy() @ solution, rtol=1e-10, atol=1e-10)
+    mixing = _rows(5, 5, seed=2)
+    torch.testing.assert_close(least_squares_prediction(projection, projection @ mixing), projection @ mixing, rtol=1e-9, atol=1e-9)
+
+
+def test_the_predictor_in_closed_form_also_exists_where_there_are_fewer_rows_than_dimensions():
+    projection, predicted = _rows(4, 9), _rows(4, 9, seed=1)
+    torch.testing.assert_close(least_squares_prediction(projection, predicted), predicted, rtol=1e-6, atol=1e-6)
+    constant = torch.ones(6, 3)  # collapsed: rank 1
+    prediction = least_squares_prediction(constant, _rows(6, 3).float())
+    torch.testing.assert_close(prediction, _rows(6, 3).float().mean(dim=0).expand(6, 3))
+    assert prediction.dtype == torch.float32
+
+
+def test_the_gradient_reaches_the_projections_through_the_closed_form_predictor_but_not_its_solution():
+    projection, predicted = _rows(20, 5).requires_grad_(), _rows(20, 5, seed=1).requires_grad_()
+    solution = np.linalg.lstsq(projection.detach().numpy(), predicted.detach().numpy(), rcond=None)[0]
+    outward = _rows(20, 5, seed=2)
+    (least_squares_prediction(projection, predicted) * outward).sum().backward()
+    np.testing.assert_allclose(projection.grad.numpy(), outward.numpy() @ solution.T, rtol=1e-9, atol=1e-9)
+    assert predicted.grad is None

@@ -130,6 +130,20 @@ def test_biases_and_batch_norm_skip_decay_and_adaptation_and_frozen_parameters_a
     assert plain["weight_decay"] == 0
 
 
+def test_a_submodule_with_a_learning_rate_factor_gets_groups_of_its_own():
+    def shapes(group):
+        return [tuple(p.shape) for p in group["params"]]
+
+    module = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Linear(4, 2, bias=False))
+    weights, own_weights, own_rest = byol_param_groups(module, lr_factors={"1": 2.5, "2": 1.0})
+    assert shapes(weights) == [(3, 4)[::-1], (2, 4)]
+    assert "lr_factor" not in weights
+    assert shapes(own_weights) == [(4, 4)]
+    assert (own_weights["lr_factor"], own_weights["adapt"]) == (2.5, True)
+    assert shapes(own_rest) == [(4,), (4,), (4,)]
+    assert (own_rest["lr_factor"], own_rest["adapt"], own_rest["weight_decay"]) == (2.5, False, 0.0)
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("f64", 2.3e-16), ("f32", 1.2e-7)])
 def test_target_update_equals_the_official_code(precision, tolerance):
     golden = np.load(GOLDEN / f"ema_{precision}.npz")

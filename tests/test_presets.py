@@ -175,6 +175,14 @@ ONE_CHANGE = {
         f"wd_{decay:g}": ({"optim.weight_decay": decay}, figures)
         for decay, figures in ((0.0, ()), (1e-7, (72.1, 90.4)), (5e-7, (72.6, 91.0)), (5e-6, (71.0, 90.0)), (1e-5, (69.6, 89.3)))
     },
+    # Table 20, and the closed form of appendix I.2.
+    "loss_layer_norm": ({"objective.normalization": "layer_norm"}, (72.5, 90.1)),
+    "loss_none": ({"objective.normalization": "none"}, (67.4, 87.1)),
+    "loss_batch_norm": ({"objective.normalization": "batch_norm"}, (65.3, 85.3)),
+    "predictor_least_squares": (
+        {"model.predictor_layers": 0, "objective.target": "stop_gradient", "objective.predictor": "least_squares"},
+        (52.5,),
+    ),
     # Table 18.
     **{
         f"beta_{beta:g}_alpha_{alpha:g}": ({"objective.beta": beta, "objective.alpha": alpha}, figures)
@@ -193,8 +201,47 @@ def test_an_ablation_changes_what_its_row_says_and_names_its_figure(row):
     assert "paper, " in PRESETS[f"ablation_{row}"].source
 
 
+TABLE_21 = {"0": "0.01", "1": "5.5", "2": "62.8", "10": "66.6", "20": "66.3"}
+TABLE_22 = """
+    mu   1    1.5   2     5     10
+    1    3.2  25.7  60.8  66.7  66.9
+    1.5  1.4  9.2   55.2  61.5  66.0
+    2    2.0  5.3   15.8  60.9  66.3
+    5    1.5  2.5   2.5   20.5  60.5
+    10   0.1  2.1   1.9   2.8   8.3
+"""
+
+
+def _table_22() -> dict[tuple[str, str], str]:
+    """By the projector's factor and the predictor's."""
+    (_, *predictors), *rows = (line.split() for line in TABLE_22.strip().splitlines())
+    return {(mu, lambda_): figure for mu, *figures in rows for lambda_, figure in zip(predictors, figures, strict=True)}
+
+
+def _head_lr_name(projector: str, predictor: str) -> str:
+    return f"predictor_lr_{predictor}" + ("" if projector == "1" else f"_projector_lr_{projector}")
+
+
+HEAD_LRS = {_head_lr_name(*factors): factors for factors in [*_table_22(), *(("1", predictor) for predictor in TABLE_21)]}
+
+
+@pytest.mark.parametrize("row", HEAD_LRS)
+def test_every_cell_of_tables_21_and_22_is_a_preset_of_the_heads_learning_rates(row):
+    projector, predictor = HEAD_LRS[row]
+    preset = PRESETS[f"ablation_{row}"]
+    changes = {"optim.projector_lr_factor": float(projector), "optim.predictor_lr_factor": float(predictor)}
+    expected = {key: value for key, value in changes.items() if value != 1} | {"objective.target": "stop_gradient"}
+    assert _changes(f"ablation_{row}") == expected | (COLLAPSES if float(predictor) <= float(projector) else {})
+    in_22 = _table_22().get((projector, predictor))
+    if projector == "1" and predictor in TABLE_21:
+        assert preset.expected == f"{TABLE_21[predictor]} top-1 linear"
+        assert preset.source == "paper, table 21" + (f"; {in_22} in table 22" if in_22 else "")
+    else:
+        assert (preset.expected, preset.source) == (f"{in_22} top-1 linear", "paper, table 22")
+
+
 def test_there_is_no_ablation_that_no_table_has():
-    known = {f"batch_{b}" for b in BATCH_TABLE} | {f"views_{v}" for v in TABLE_17} | set(ONE_CHANGE)
+    known = {f"batch_{b}" for b in BATCH_TABLE} | {f"views_{v}" for v in TABLE_17} | set(ONE_CHANGE) | set(HEAD_LRS)
     assert {name.removeprefix("ablation_") for name in PRESETS if name.startswith("ablation_")} == known
 
 

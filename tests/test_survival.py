@@ -273,12 +273,18 @@ def test_a_run_may_start_with_the_networks_of_another(arguments, whole, tmp_path
     assert "already complete" in capsys.readouterr().err
 
 
+class _Code:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of the file ran')",)
+
+
 @pytest.mark.parametrize(
     ("source", "options", "says"),
     [
         ("none", [], "init_from = '.*none': no such file or folder"),
         ("empty", [], "no checkpoints/step-"),
-        ("text", [], "is not a file of weights"),
+        ("text", [], "is not a file of weights .torch.save did not write it"),
+        ("code", [], "is not a file of weights .it asks for exec, and only tensors and plain values are read"),
         ("tensor", [], "is not a state dict"),
         ("whole", ["--model.hidden_dim", "32"], r"holds other networks .*must be \(32,.*give the model"),
         ("whole", ["--model.encoder", "resnet18"], "holds other networks .* and [0-9]+ more"),
@@ -288,6 +294,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(source, options, says, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("no weights")
     torch.save(torch.zeros(3), tmp_path / "tensor")
+    torch.save({"x": _Code()}, tmp_path / "code")
     path = whole if source == "whole" else tmp_path / source
     code, said = _ends([*arguments, *options, "--init_from", str(path), "--out", str(tmp_path / "run")], capsys)
     assert code == 2

@@ -17,7 +17,7 @@ from fastbyol.byol import BYOL_OBJECTIVE, build_byol
 from fastbyol.config.schema import ModelConfig, ObjectiveConfig, PrecisionConfig
 from fastbyol.data_parallel import replicate
 from fastbyol.models.view_batchnorm import ViewBatchNorm, convert_to_batchnorm, convert_to_view_batchnorm, use_all_ranks
-from fastbyol.objectives import infonce_beta_loss
+from fastbyol.objectives import byol_loss, infonce_beta_loss, least_squares_prediction
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
 from fastbyol.train import gradient_reduction
@@ -62,14 +62,20 @@ def _byol_steps(model: nn.Module, byol, micro_batches, *, steps: int) -> list[fl
 
 def _byol_and_batch(objective: ObjectiveConfig = BYOL_OBJECTIVE):
     torch.manual_seed(0)
-    config = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
+    solved = {"predictor_layers": 0, "projection_dim": 4} if objective.predictor == "least_squares" else {"projection_dim": 8}
+    config = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, **solved)
     byol = build_byol(config, num_classes=3, objective=objective).double()
     generator = torch.Generator().manual_seed(2)
     views = torch.randn(2, 8, 3, 16, 16, generator=generator, dtype=torch.float64)
     return byol, views, torch.arange(8) % 3
 
 
-SIMCLR_WITH_PREDICTOR = ObjectiveConfig(beta=1.0, alpha=0.1, target="online")
+OVER_ALL_RANKS = {
+    "negatives": ObjectiveConfig(beta=1.0, alpha=0.1, target="online"),
+    "batch_norm": ObjectiveConfig(normalization="batch_norm"),
+    "least_squares": ObjectiveConfig(predictor="least_squares"),
+}
+"""Objectives in which an image's loss depends on the images of other ranks."""
 
 
 class NoHostSync(TorchDispatchMode):
@@ -134,15 +140,26 @@ def _in_one_graph(share: slice) -> dict:
     return results
 
 
-def _contrastive_in_one_graph(share: slice) -> dict:
-    """The gradient of the projections, eager and traced, where negatives come from both ranks."""
-    loss = functools.partial(infonce_beta_loss, beta=1.0, alpha=0.1)
-    rows = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[:, share]
+def _loss_over_all_ranks(name: str, *rows: torch.Tensor) -> torch.Tensor:
+    """Each of those objectives on predictions 1 and 2, then projections 1 and 2."""
+    if name == "negatives":
+        return infonce_beta_loss(*rows, beta=1.0, alpha=0.1)
+    if name == "batch_norm":
+        return byol_loss(*rows, normalization="batch_norm")
+    online1, online2, key1, key2 = rows
+    return byol_loss(least_squares_prediction(online1, key2), least_squares_prediction(online2, key1), key1, key2)
+
+
+def _in_one_graph_each(share: slice) -> dict:
+    """The gradient of the projections, eager and traced, by objective."""
+    rows = torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[:, share]
     gradients = {}
-    for name, call in (("eager", loss), ("traced", torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager"))):
-        leaf = rows.clone().requires_grad_()
-        call(*leaf).backward()
-        gradients[name] = leaf.grad
+    for name in OVER_ALL_RANKS:
+        loss = functools.partial(_loss_over_all_ranks, name)
+        for how, call in (("eager", loss), ("traced", torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager"))):
+            leaf = rows.clone().requires_grad_()
+            call(*leaf).backward()
+            gradients[f"{name} {how}"] = leaf.grad
     return gradients
 
 
@@ -159,11 +176,13 @@ def _rank(rank: int, folder: str, split: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     result = _layer_alone(_share(rank, split, 16))
     if split == 8:
-        contrastive, views, label = _byol_and_batch(SIMCLR_WITH_PREDICTOR)
         half = _share(rank, split, 8)
-        _byol_steps(_replicated(contrastive, accumulate=1), contrastive, [(views[:, half], label[half], 1.0)], steps=2)
-        result |= {"contrastive": contrastive.state_dict(), "graph": _in_one_graph(_share(rank, split, 16))}
-        result |= {"contrastive_graph": _contrastive_in_one_graph(half), "bf16_messages": _with_bf16_messages(half)}
+        for name, objective in OVER_ALL_RANKS.items():
+            byol, views, label = _byol_and_batch(objective)
+            _byol_steps(_replicated(byol, accumulate=1), byol, [(views[:, half], label[half], 1.0)], steps=2)
+            result[name] = byol.state_dict()
+        result |= {"graph": _in_one_graph(_share(rank, split, 16)), "graphs": _in_one_graph_each(half)}
+        result |= {"bf16_messages": _with_bf16_messages(half)}
     for accumulate in (1, 2):
         byol, views, label = _byol_and_batch()
         rows = functools.partial(_share, rank, split)
@@ -225,11 +244,12 @@ def test_three_byol_steps_on_two_ranks_equal_one_rank_with_the_whole_batch(ranks
         assert torch.equal(first[name], second[name]), name
 
 
-def test_negatives_come_from_all_ranks_with_their_gradients(equal_ranks):
-    byol, views, label = _byol_and_batch(SIMCLR_WITH_PREDICTOR)
+@pytest.mark.parametrize("objective", OVER_ALL_RANKS)
+def test_what_an_objective_takes_from_other_images_comes_from_all_ranks_with_its_gradients(objective, equal_ranks):
+    byol, views, label = _byol_and_batch(OVER_ALL_RANKS[objective])
     _byol_steps(byol, byol, [(views, label, 1.0)], steps=2)
     for name, value in byol.state_dict().items():
-        torch.testing.assert_close(equal_ranks[1]["contrastive"][name], value, rtol=1e-9, atol=1e-9, msg=name)
+        torch.testing.assert_close(equal_ranks[1][objective][name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_a_network_with_it_is_one_graph_for_torch_compile_forward_and_backward(equal_ranks):
@@ -238,9 +258,11 @@ def test_a_network_with_it_is_one_graph_for_torch_compile_forward_and_backward(e
             torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
 
 
-def test_negatives_of_all_ranks_are_part_of_the_one_graph(equal_ranks):
+@pytest.mark.parametrize("objective", OVER_ALL_RANKS)
+def test_what_comes_from_all_ranks_is_part_of_the_one_graph(objective, equal_ranks):
     for rank in equal_ranks:
-        torch.testing.assert_close(rank["contrastive_graph"]["traced"], rank["contrastive_graph"]["eager"], rtol=1e-9, atol=1e-12)
+        traced, eager = (rank["graphs"][f"{objective} {how}"] for how in ("traced", "eager"))
+        torch.testing.assert_close(traced, eager, rtol=1e-9, atol=1e-12)
 
 
 def test_gradients_sent_in_bf16_are_the_exact_ones_but_for_its_rounding(equal_ranks):

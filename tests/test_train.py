@@ -103,6 +103,22 @@ def test_a_run_without_cross_replica_statistics_on_one_rank_is_the_same_run(data
     assert _losses(tmp_path / "run") == _losses(folder_run)
 
 
+def test_the_heads_learn_at_their_rates_and_closed_form_predictors_and_other_normalisations_train(data_paths, folder_run, tmp_path):
+    common = [*SMALL, "--checkpoint_every", "1", "--data.train", str(data_paths["ffcv"])]
+    main([*common, "--optim.predictor_lr_factor", "0", "--optim.projector_lr_factor", "3", "--out", str(tmp_path / "rates")])
+    first, last = (load_checkpoint(checkpoint_path(tmp_path / "rates", step))["byol"] for step in (1, 6))
+    moved = {name for name in first if not torch.equal(first[name], last[name]) and name.endswith(("weight", "bias"))}
+    assert not any(name.startswith("online.predictor") for name in moved)
+    assert {"online.projector.0.weight", "online.projector.1.bias", "online.encoder.conv1.weight", "probe.weight"} <= moved
+    groups = load_checkpoint(checkpoint_path(tmp_path / "rates", 6))["optimizer"]["param_groups"]
+    assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1, 1, 3, 3, 0, 0])
+    solved = ("--objective.predictor", "least_squares", "--model.predictor_layers", "0")
+    for number, options in enumerate((solved, ("--objective.normalization", "batch_norm"), ("--objective.normalization", "none"))):
+        main([*common, *options, "--out", str(tmp_path / str(number))])
+        assert len(_losses(tmp_path / str(number))) == 6
+        assert _losses(tmp_path / str(number)) != _losses(folder_run)
+
+
 @pytest.mark.compile
 def test_a_compiled_run_follows_the_eager_one(data_paths, folder_run, tmp_path):
     main([*SMALL, "--precision.compile", "true", "--data.train", str(data_paths["folder"]), "--out", str(tmp_path / "run")])
@@ -117,12 +133,16 @@ def test_a_compiled_run_follows_the_eager_one(data_paths, folder_run, tmp_path):
         (["--global_batch", "64"], "25 images"),
         (["--epochs", "0.01"], "epochs = 0.01: must be enough for one step"),
         (["--rank_batch", "3"], "global_batch = 8: not divisible"),
+        (["--rank_batch", "1"], "global_batch = 8, rank_batch = 1: a batch norm would see one image at a time"),
+        (["--monitors.knn_every_epochs", "1", "--data.val", "none"], "data.val = none: no such file or folder"),
         (["--views.size_px", "4"], "views.size_px = 4: must be >= 8"),
         (["--model.encoder", "resnet9"], "model.encoder = 'resnet9'"),
         (["--precision.autocast", "fp16"], "precision.autocast = 'fp16': needs a GPU"),
         (["--out", ""], "out = ''"),
         (["--out", "{file}"], "exists and is not a run"),
         (["--out", "{file}/below"], "cannot be written"),
+        (["--out", "/proc/run"], "out = '/proc/run': cannot be written"),
+        (["--out", "x" * 300], "cannot be used .File name too long"),
         (["--out", "{run}", "--seed", "1"], "another config.*seed was 0, is 1"),
     ],
 )
@@ -137,6 +157,7 @@ def test_mistakes_end_before_any_work_in_one_line_with_exit_code_2(changes, says
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fastbyol: error: ")
     assert re.search(says, error), error
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_script_works_as_typed_from_a_checkout(data_paths, tmp_path):

@@ -1,7 +1,8 @@
-"""What: what watching a run costs: the share of a step that goes into `Monitor`.
+"""What: what watching a run costs: the share of a step that goes into `Monitor` and `RunLog`.
 
-How: the calls that the loop makes for `LOG_EVERY` steps, one of them logged (norms, signs of collapse, one read), on the outputs and
-gradients of a real step. Reference: the same with every step logged. Ceiling: a step itself, of which ours is to take less than 1 %.
+How: the calls that the loop makes for as many steps as lie between two records by default, one of them logged (norms, signs of collapse, one
+read, a line each to metrics.jsonl, TensorBoard and train.log), on the outputs and gradients of a real step of ResNet-50. Reference: the same
+with every step logged. Ceiling: a step itself, of which ours is to take less than 1 %.
 
     python -m benchmarks.run monitors
 
@@ -12,8 +13,11 @@ queued behind the step and read once per record (not measured yet).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -26,10 +30,11 @@ from fastbyol.config.views import PAPER
 from fastbyol.monitors import build_monitor
 from fastbyol.precision import autocast, prepare_model
 from fastbyol.process_group import Process
+from fastbyol.run_log import RunLog, close_logging
 
 OURS, REFERENCE, CEILING = "one step in ten logged", "every step logged", "the step: four forwards, backward"
-LOG_EVERY = 10
-NUM_CLASSES = 10
+LOG_EVERY = TrainConfig().log_every
+NUM_CLASSES, TOTAL_STEPS = 10, 1000
 CPU = torch.device("cpu")
 
 
@@ -43,16 +48,15 @@ class Size:
 
 
 QUICK = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=16, rounds=6)
-FULL = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=16, rounds=15)
+FULL = Size(model=ModelConfig(), size_px=64, batch=16, rounds=15)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
-    del scratch  # nothing is written
     config = TrainConfig(global_batch=size.batch, model=size.model, views=replace(PAPER, size_px=size.size_px))
-    with torch_threads(size.threads):
+    with torch_threads(size.threads), log_to_files(scratch, config) as run_log:
         byol = build_byol(config.model, num_classes=NUM_CLASSES)
         prepare_model(byol, config.precision, device=CPU)
-        watched = Watched(config, byol)
+        watched = Watched(config, byol, run_log)
         subjects = [
             Subject(CEILING, watched.compute, note="without the optimizer's update"),
             Subject(OURS, lambda: watched.watch(log_every=LOG_EVERY), units=LOG_EVERY),
@@ -60,6 +64,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         ]
         timings = measure(subjects, rounds=size.rounds)
     shares = {name: same_round_ratios(timings[name].ms["cpu"], timings[CEILING].ms["cpu"]).median for name in (OURS, REFERENCE)}
+    step_ms = median(timings[CEILING].ms["cpu"])
     return make_result(
         "monitors",
         f"watching a step of {size.model.encoder}, {size.size_px} px, batch {size.batch}",
@@ -70,15 +75,28 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         unit="step",
         threads=size.threads,
         settings=size,
-        extra={name: {"% of a step": 100 * share} for name, share in shares.items()},
+        extra={name: {"% of a step": 100 * share, "of CPU-ms": step_ms} for name, share in shares.items()},
     )
+
+
+@contextmanager
+def log_to_files(folder: Path, config: TrainConfig) -> Iterator[RunLog]:
+    """A run's log whose lines for the screen go to a file too, as a batch job's do."""
+    with (folder / "stderr").open("w") as screen:
+        with redirect_stderr(screen):
+            run_log = RunLog(folder, config, total_steps=TOTAL_STEPS, first_step=0)
+        try:
+            yield run_log
+        finally:
+            run_log.close()
+            close_logging()
 
 
 class Watched:
     """A step's forward and backward, and the monitor's part of it by itself."""
 
-    def __init__(self, config: TrainConfig, byol: BYOL) -> None:
-        self._config, self._byol = config, byol
+    def __init__(self, config: TrainConfig, byol: BYOL, run_log: RunLog) -> None:
+        self._config, self._byol, self._run_log = config, byol, run_log
         self._monitor = build_monitor(config, Process(rank=0, world_size=1, device=CPU))
         self._batch = synthetic_batch(
             num=config.global_batch, size_px=config.views.size_px, num_classes=NUM_CLASSES, channels_last=config.precision.channels_last
@@ -105,4 +123,4 @@ class Watched:
             self._monitor.gradients_ready(self._byol.online)
             self._monitor.step()
             if logged:
-                self._monitor.record(step=step, epoch=0.0, lr=0.1, tau=0.99, last=self._output)
+                self._run_log.write(self._monitor.record(step=step, epoch=0.0, lr=0.1, tau=0.99, last=self._output))

@@ -1,7 +1,8 @@
 """The paper's ablations as presets: a table row each, with the figure that the paper gives for it.
 
-All change one thing in the 300-epoch ResNet-50 run (72.5 top-1 / 90.8 top-5): Grill et al., section 5 and appendix F. Left out: rows that other code
-would be needed for (normalisation of the loss other than l2, learning rates of the heads times a factor).
+All change one thing in the 300-epoch ResNet-50 run (72.5 top-1 / 90.8 top-5): Grill et al., section 5, appendices F and I. Left out: the columns of
+their SimCLR reproduction (tables 16 and 17), another method whose head and loss differ (appendix F.5); its like with BYOL's head is
+no_predictor_target_online_beta_1.
 """
 
 from __future__ import annotations
@@ -48,6 +49,17 @@ _INFONCE = {
     (0, "online", 0.0): "0.1",
 }
 SIMCLR = (0, "online", 1.0)
+_NORMALIZATION = {"layer_norm": "72.5 / 90.1", "none": "67.4 / 87.1", "batch_norm": "65.3 / 85.3"}
+# Without a slowly moving target. Learning rate factors of the predictor: table 21; by the projector's and the predictor's: table 22.
+_PREDICTOR_LR = {0.0: "0.01", 1.0: "5.5", 2.0: "62.8", 10.0: "66.6", 20.0: "66.3"}
+_PREDICTOR_LRS = (1.0, 1.5, 2.0, 5.0, 10.0)
+_HEAD_LR = {
+    1.0: ("3.2", "25.7", "60.8", "66.7", "66.9"),
+    1.5: ("1.4", "9.2", "55.2", "61.5", "66.0"),
+    2.0: ("2.0", "5.3", "15.8", "60.9", "66.3"),
+    5.0: ("1.5", "2.5", "2.5", "20.5", "60.5"),
+    10.0: ("0.1", "2.1", "1.9", "2.8", "8.3"),
+}
 _ALPHAS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
 _BETA_ALPHA = {
     0.1: ("72.2 / 90.7", "72.4 / 90.9", "72.7 / 91.0", "72.6 / 90.9", "72.5 / 90.9", "72.5 / 90.9"),
@@ -71,7 +83,7 @@ _WEIGHT_DECAY = {0.0: "diverges", 1e-7: "72.1 / 90.4", 5e-7: "72.6 / 91.0", 5e-6
 
 def ablation_presets() -> dict[str, Preset]:
     """Every ablation by name, 'ablation_' and what it changes."""
-    rows = [*_runs(), *_objectives(), *_networks(), *_optimizers()]
+    rows = [*_runs(), *_objectives(), *_networks(), *_optimizers(), *_near_optimal_predictors()]
     return {
         f"ablation_{name}": Preset(
             what=f"the 300-epoch run with {what}", config=config, expected=_figure(figure), source=f"paper, {source}"
@@ -94,7 +106,7 @@ def _figure(text: str) -> str:
 def _runs() -> Iterator[_Row]:
     for batch, figure in _BATCH.items():
         what = f"BN over {batch} images and {4096 // batch} micro-batches a step (rank_batch is for {PAPER_RANKS} ranks)"
-        yield f"batch_{batch}", what, replace(BASE, rank_batch=batch // PAPER_RANKS), figure, "section 5, batch size"
+        yield f"batch_{batch}", what, replace(BASE, rank_batch=batch // PAPER_RANKS), figure, "table 16"
     for name, figure in _VIEWS.items():
         yield f"views_{name}", f"views {name.replace('_', ' ')}", replace(BASE, views=VIEW_ABLATIONS[name]), figure, "table 17"
 
@@ -119,21 +131,52 @@ def _objectives() -> Iterator[_Row]:
         for alpha, figure in zip(_ALPHAS, figures, strict=True):
             config = replace(BASE, objective=ObjectiveConfig(beta=beta, alpha=alpha))
             yield f"beta_{beta:g}_alpha_{alpha:g}", f"InfoNCE's negative term, beta {beta:g}, alpha {alpha:g}", config, figure, "table 18"
+    for normalization, figure in _NORMALIZATION.items():
+        what = f"normalisation {normalization} in the loss"
+        yield f"loss_{normalization}", what, replace(BASE, objective=ObjectiveConfig(normalization=normalization)), figure, "table 20"
 
 
 def _networks() -> Iterator[_Row]:
     for (projector, predictor), figure in _DEPTH.items():
         config = replace(BASE, model=ModelConfig(projector_layers=projector, predictor_layers=predictor))
         what = f"a projector of {projector} and a predictor of {predictor} layers"
-        yield f"depth_{projector}_{predictor}", what, config, figure, "appendix F, depth of the heads"
+        yield f"depth_{projector}_{predictor}", what, config, figure, "table 14a"
     for dim, figure in _PROJECTION_DIM.items():
         config = replace(BASE, model=ModelConfig(projection_dim=dim))
-        yield f"projection_dim_{dim}", f"projections of {dim} dimensions", config, figure, "appendix F, projection dimension"
+        yield f"projection_dim_{dim}", f"projections of {dim} dimensions", config, figure, "table 14b"
 
 
 def _optimizers() -> Iterator[_Row]:
     for lr, figure in _BASE_LR.items():
-        yield f"lr_{lr:g}", f"base_lr {lr:g}", replace(BASE, optim=OptimConfig(base_lr=lr)), figure, "appendix F, learning rate"
+        yield f"lr_{lr:g}", f"base_lr {lr:g}", replace(BASE, optim=OptimConfig(base_lr=lr)), figure, "table 15a"
     for decay, figure in _WEIGHT_DECAY.items():
         config = replace(BASE, optim=OptimConfig(weight_decay=decay))
-        yield f"wd_{decay:g}", f"weight decay {decay:g}", config, figure, "appendix F, weight decay"
+        yield f"wd_{decay:g}", f"weight decay {decay:g}", config, figure, "table 15b"
+
+
+def _near_optimal_predictors() -> Iterator[_Row]:
+    no_average = replace(BASE, objective=ObjectiveConfig(target="stop_gradient"))
+    for factor, figure in _PREDICTOR_LR.items():
+        also = dict(zip(_PREDICTOR_LRS, _HEAD_LR[1.0], strict=True)).get(factor)
+        yield _head_lr_row(
+            no_average, projector=1.0, predictor=factor, figure=figure, source="table 21" + (f"; {also} in table 22" if also else "")
+        )
+    for projector, figures in _HEAD_LR.items():
+        for predictor, figure in zip(_PREDICTOR_LRS, figures, strict=True):
+            if projector != 1 or predictor not in _PREDICTOR_LR:
+                yield _head_lr_row(no_average, projector=projector, predictor=predictor, figure=figure, source="table 22")
+    solved = ObjectiveConfig(target="stop_gradient", predictor="least_squares")
+    config = replace(BASE, model=ModelConfig(predictor_layers=0), objective=solved)
+    what = "tau 0 throughout and the best linear predictor of each batch in closed form"
+    yield "predictor_least_squares", what, config, "52.5", "section 5 and appendix I.2"
+
+
+def _head_lr_row(base: TrainConfig, *, projector: float, predictor: float, figure: str, source: str) -> _Row:
+    config = replace(base, optim=OptimConfig(projector_lr_factor=projector, predictor_lr_factor=predictor))
+    if predictor <= projector:  # "typically collapses or performs poorly" (appendix I.1)
+        config = replace(config, monitors=MonitorsConfig(stop_on_collapse=False))
+    name = f"predictor_lr_{predictor:g}" + (f"_projector_lr_{projector:g}" if projector != 1 else "")
+    what = f"tau 0 throughout and the learning rate of the predictor x {predictor:g}" + (
+        f", of the projector x {projector:g}" if projector != 1 else ""
+    )
+    return name, what, config, figure, source

@@ -101,8 +101,16 @@ class ObjectiveConfig:
     """Temperature of the negative term; no effect where beta is 0."""
     target: str = "ema"
     """Whose projections are predicted: ema, the target network's; online, with gradient; stop_gradient, online without."""
+    normalization: str = "l2"
+    """Of predictions and targets before their distance is taken: l2; layer_norm; batch_norm, over all ranks; none (appendix F.6)."""
+    predictor: str = "network"
+    """network: model.predictor_layers; least_squares: none, each batch gets the best linear map, solved for (appendix I.2)."""
 
     def __post_init__(self) -> None:
+        require_choice("objective.normalization", self.normalization, ("l2", "layer_norm", "batch_norm", "none"))
+        require_choice("objective.predictor", self.predictor, ("network", "least_squares"))
+        contrasts = self.beta > 0 and self.normalization != "l2"
+        require(not contrasts, "objective.normalization", self.normalization, "'l2' where objective.beta is above 0")
         require_at_least("objective.beta", self.beta, 0.0)
         require_positive("objective.alpha", self.alpha)
         require_choice("objective.target", self.target, ("ema", "online", "stop_gradient"))
@@ -122,6 +130,10 @@ class OptimConfig:
     trust_coefficient: float = 1e-3
     tau_base: float = 0.99
     """Target decay rate at step 0; rises to 1 along a cosine."""
+    projector_lr_factor: float = 1.0
+    """Multiplies the projector's learning rate (appendix I.1)."""
+    predictor_lr_factor: float = 1.0
+    """Multiplies the predictor's learning rate; 0 leaves it as it starts."""
 
     def __post_init__(self) -> None:
         if not self.name.startswith("timm_"):
@@ -131,6 +143,8 @@ class OptimConfig:
             require_at_least(f"optim.{name}", getattr(self, name), 0.0)
         require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
         require_probability("optim.tau_base", self.tau_base)
+        for name in ("projector_lr_factor", "predictor_lr_factor"):
+            require_between(f"optim.{name}", getattr(self, name), 0.0, 1e4)
 
 
 @dataclass(frozen=True)
@@ -233,10 +247,18 @@ class TrainConfig:
         for name in ("timeout_s", "grace_s"):
             require_between(name, getattr(self, name), 1.0, 7 * 24 * 3600.0)
         require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
+        self._check_predictor()
         if self.data.val and not self.monitors.knn_every_epochs:
             raise UserError(f"data.val = {self.data.val!r}: has no effect without monitors.knn_every_epochs; set that, for example to 1")
         if self.monitors.knn_every_epochs and not self.data.val:
             raise UserError(f"monitors.knn_every_epochs = {self.monitors.knn_every_epochs:g}: needs data.val, the labelled images to score")
+
+    def _check_predictor(self) -> None:
+        layers, factor = self.model.predictor_layers, self.optim.predictor_lr_factor
+        if self.objective.predictor == "least_squares":
+            require(layers == 0, "model.predictor_layers", layers, "0 where objective.predictor is 'least_squares'")
+        if layers == 0:
+            require(factor == 1, "optim.predictor_lr_factor", factor, "1 where model.predictor_layers is 0")
 
 
 def accumulation_of(config: TrainConfig, *, world_size: int) -> int:

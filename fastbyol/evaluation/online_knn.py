@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,12 @@ from fastbyol.evaluation.knn import DEFAULT_K, knn_predict
 from fastbyol.process_group import Process, all_gather_rows, all_reduce_mean, copy_from_main
 
 BATCH = 256
+
+
+def check_online_knn(config: TrainConfig) -> None:
+    """Raises UserError where data.val does not exist; before any work. What it holds is checked once the training data are open."""
+    if config.data.val and not Path(config.data.val).exists():
+        raise UserError(f"data.val = {config.data.val}: no such file or folder")
 
 
 class OnlineKnn:

@@ -127,10 +127,13 @@ class _Spell:
 def what_to_try(config: TrainConfig) -> str:
     """Advice for a collapsed run: first what in its own config is known to collapse, else what usually helps."""
     reasons = []
-    if config.objective.beta == 0 and config.model.predictor_layers == 0:
+    layers, optim = config.model.predictor_layers, config.optim
+    if config.objective.beta == 0 and layers == 0 and config.objective.predictor == "network":
         reasons.append("give it a predictor (model.predictor_layers 2) or a negative term (objective.beta 1)")
     if config.objective.beta == 0 and config.objective.target == "online":
         reasons.append("stop the gradient through the target (objective.target ema)")
+    if layers and optim.predictor_lr_factor < max(optim.projector_lr_factor, 1.0):
+        reasons.append("let the predictor learn as fast as the rest or faster (optim.predictor_lr_factor)")
     if reasons:
         return "try this: " + "; ".join(reasons)
     return (

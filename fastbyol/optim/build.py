@@ -18,12 +18,13 @@ TIMM_PREFIX = "timm_"
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
-    """An optimizer over the module's trainable parameters, learning rate 0 until the schedule sets it.
+    """An optimizer over the module's trainable parameters, learning rate 0 until the schedule sets it, times a group's `lr_factor`.
 
     Raises:
         UserError: the library that the name needs is not installed, or has no such optimizer.
     """
-    groups = byol_param_groups(module)
+    factors = {"online.projector": config.projector_lr_factor, "online.predictor": config.predictor_lr_factor}
+    groups = byol_param_groups(module, lr_factors=factors)
     if config.name == "lars":
         return LARS(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay, trust_coefficient=config.trust_coefficient)
     if config.name == "sgd":

@@ -1,19 +1,37 @@
-"""What skips weight decay and trust scaling."""
+"""What skips weight decay and trust scaling, and what learns at a rate of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 
-def byol_param_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of the module's trainable parameters: weights, and biases with BN scales and offsets (`adapt=False`: no decay, no trust scaling).
+
+def byol_param_groups(module: nn.Module, *, lr_factors: Mapping[str, float] = NO_FACTORS) -> list[dict[str, Any]]:
+    """Groups of the module's trainable parameters: weights, and biases with BN scales and offsets (`adapt=False`: no decay, no trust scaling).
+
+    Args:
+        module: whose parameters.
+        lr_factors: by submodule, what its learning rate is to be multiplied by. Each gets two groups of its own with that `lr_factor`, which
+            whoever sets the groups' `lr` applies; a factor of 1 makes none.
 
     Source: the official utils/optimizers.py excludes leaves named `b` and parents named `*norm*`; in PyTorch these are the tensors with one
     dimension or none.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    apart = {name: factor for name, factor in lr_factors.items() if factor != 1}
+    owners = {id(p): name for name in apart for p in module.get_submodule(name).parameters()}
+    groups = _two_groups(p for p in module.parameters() if id(p) not in owners)
+    for name, factor in apart.items():
+        groups += [{**group, "lr_factor": factor} for group in _two_groups(module.get_submodule(name).parameters())]
+    return groups
+
+
+def _two_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    trainable = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "adapt": True},
         {"params": [p for p in trainable if p.ndim <= 1], "adapt": False, "weight_decay": 0.0},

@@ -135,7 +135,7 @@ def kills(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
 
 
 def stops(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
-    """Each signal to torchrun at 3 random moments, to plain python at 3."""
+    """Each signal to torchrun at 3 random moments of the run, to plain python at 3 and at 3 of its start or end."""
     arguments = [*TINY, "--epochs", "10", "--checkpoint_every", "1000", "--data.train", str(data["ffcv"])]
     launcher = ("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
     wanted = {}
@@ -147,8 +147,8 @@ def stops(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
     for ranks, number, turn in itertools.product((0, 2), (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), range(3)):
         out = scratch / f"s{ranks}{number.name}{turn}"
         with LaunchedRun(scratch / "s.log", *arguments, "--out", str(out), ranks=ranks, launcher=launcher) as run:
-            run.wait_for("step 1/")
-            time.sleep(chance.uniform(0, 2))
+            run.wait_for(f"step {chance.randrange(1, 40)}/")
+            time.sleep(chance.uniform(0, 0.1))
             sent_at = int(re.findall(r"step (\d+)/63", run.log)[-1])
             run.send(number)
             code = run.finish()
@@ -158,6 +158,26 @@ def stops(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
         with LaunchedRun(scratch / "s.log", *arguments, "--out", str(out), ranks=ranks) as run:
             check(run.finish() == 0 and state_digest(out) == wanted[ranks], f"{number.name}: other weights", run.log)
         print(f"  {number.name} to {'torchrun' if ranks else 'python'}: sent after step {sent_at}, saved {saved}, same weights", flush=True)
+    for number, turn in itertools.product((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), range(3)):
+        out = scratch / f"s-edge{number.name}{turn}"
+        with LaunchedRun(scratch / "s.log", *arguments, "--out", str(out)) as run:
+            wait_until_heard(run)
+            if turn == 2:
+                run.wait_for("step 62/")
+            time.sleep(chance.uniform(0, (2, 6, 0.5)[turn]))
+            run.send(number)
+            code = run.finish()
+            check(code in (0, 75) and "Traceback" not in run.log, f"{number.name}: exit code {code}", run.log)
+            done = checkpoint_steps(out)
+        with LaunchedRun(scratch / "s.log", *arguments, "--out", str(out)) as run:
+            check(run.finish() == 0 and state_digest(out) == wanted[0], f"{number.name}: other weights", run.log)
+        print(f"  {number.name} to python near its start or end: code {code}, saved {done}, same weights", flush=True)
+
+
+def wait_until_heard(run: LaunchedRun) -> None:
+    """Until the process has handlers of its own: before that it is not Python's."""
+    while not int(re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{run.process.pid}/status").read_text())[0], 16) >> (signal.SIGUSR1 - 1) & 1:
+        check(run.process.poll() is None, "the run starts", run.log)
 
 
 def writes(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
