@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numba
@@ -15,6 +16,19 @@ from fastbyol.data.conversion.tar_writer import write_tar_shards
 
 # For stock ffcv, which tests compare with: numba's TBB layer once waited for ever at the end of the process.
 numba.config.THREADING_LAYER = "omp"
+
+SIGNALS = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
+"""How a process in the foreground of a terminal takes them; one in a shell's background, or under nohup, ignores some."""
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_the_foreground() -> Iterator[None]:
+    """Also after a test that ran a command in this process, which from then on would end at once at a signal."""
+    before = {number: signal.signal(number, handler) for number, handler in SIGNALS.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 CLASS_SIZES = {"ant": 8, "bee": 9, "cat": 8}
 

@@ -90,8 +90,6 @@ def test_a_signal_lets_the_step_end_saves_it_and_the_same_command_continues_bitw
             time.sleep(0.001)
         return batches
 
-    if signal.getsignal(signal.Signals[name]) == signal.SIG_IGN:  # this suite itself runs under nohup
-        signal.signal(signal.Signals[name], signal.SIG_DFL)
     before = signal.getsignal(signal.Signals[name])
     monkeypatch.setattr(train, "StopRequest", Noted)
     at_step(3, strike)
