@@ -51,7 +51,7 @@ QUOTES = (
     Quote("ema", "target's update, ResNet-50, times a copy", {"": "fastbyol ema_update"}, value="x"),
     Quote("lars", "LARS, ResNet-50, times a copy (2.33 without cache)", {"": "fastbyol LARS.step"}, value="x"),
     Quote("fused_update", "LARS and the target's update in one pass, times a copy", {"": "fastbyol lars_ema"}, value="x"),
-    Quote("batchnorm", "batch norm of a step, times the ceiling", {"": "fastbyol, both views"}, value="x"),
+    Quote("batchnorm", "batch norm and ReLU of ResNet-50's shapes, times five copies", {"": "fastbyol, both views"}, value="x"),
     Quote("step", "BYOL step, ResNet-50 at 224 px, {clock}-ms an image", {"bf16, channels-last": "bf16, channels-last"}),
     Quote(
         "end_to_end",
