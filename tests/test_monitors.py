@@ -364,9 +364,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_that_really_collapses_is_ended_and_the_way_out_that_it_names_works(data_paths, tmp_path, capsys):
-    """No predictor and a large learning rate: with each of three seeds tried it was over before step 60."""
+    """No predictor and a large learning rate: of ten runs tried (five seeds, with and without the norm's kernel) the last was over at step 79."""
     options = [
-        *("--preset", "cpu_demo", "--epochs", "20", "--global_batch", "8", "--log_every", "2", "--checkpoint_every", "4"),
+        *("--preset", "cpu_demo", "--epochs", "40", "--global_batch", "8", "--log_every", "2", "--checkpoint_every", "4"),
         *("--data.workers", "1"),
         *("--keep_checkpoints", "30", "--model.hidden_dim", "16", "--model.projection_dim", "8", "--optim.base_lr", "64"),
         *("--model.predictor_layers", "0", "--monitors.collapse_patience", "10"),
@@ -389,4 +389,4 @@ def test_a_run_that_really_collapses_is_ended_and_the_way_out_that_it_names_work
     assert records[-1]["step"] == last
     assert "model.predictor_layers 2" in records[-1]["alarm"]
     main([*options, *found[4].split()])
-    assert read_metrics(tmp_path / "run")[-1]["step"] == 61  # int(20 * 25) // 8 steps in all
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 40 * 25 // 8 - 1  # the last, counted from 0
