@@ -14,12 +14,12 @@ helps; the updates' own kernel is not in it, nor is what Inductor compiled.
 Why: channels-last spares oneDNN the reordering of activations; bf16 halves the bytes and uses the CPU's bf16 instructions where it has
 them; both views in one batch halve the weights' casts and reorderings and give each convolution twice the work (1.08 x). Norm, sum and ReLU are
 one operation (`models/norm_relu.py`), two thirds of the time of torch's one after another. The process keeps the memory that a step frees
-(`host_memory.py`): given back and taken again, every activation is mapped and zeroed anew, a fifth of the reference's time. Convolutions are more
+(`host_memory.py`): given back and taken again, every activation is mapped and zeroed anew, a fifth of the reference's time (with
+our setting it would be 2.35 x ours, not 2.9 x). Convolutions are more
 than four fifths of what is left and run at 70 to 95 % of the ceiling's rate.
-torch.compile gains nothing here: with one thread and batch 4 the compiled step took 1.08 x the eager one's time, as Inductor's batch norm is
-slower on a CPU than torch's own. The batch matters to the reference: below 16 images, torch hands 1x1 convolutions on one thread to MKL,
-which is faster than what it does with 16 and more; at batch 4 the ratio is therefore smaller. It says nothing about a GPU, where memory bounds
-the step (not measured yet).
+torch.compile gains nothing here (the last row): Inductor's batch norm is slower on a CPU than torch's own and than ours. The batch matters to the
+reference: below 16 images, torch hands 1x1 convolutions on one thread to MKL, which is faster than what it does with 16 and more; at batch 4 the
+ratio is therefore smaller. It says nothing about a GPU, where memory bounds the step (not measured yet).
 """
 
 from __future__ import annotations
