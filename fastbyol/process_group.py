@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastbyol.collectives import gathered
 from fastbyol.config.errors import Lost
 from fastbyol.slurm_environment import adopt_slurm_environment
 
@@ -133,11 +134,7 @@ def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
 
 def all_gather_rows(values: torch.Tensor) -> torch.Tensor:
     """The rows of all ranks below one another, in rank order, on every rank; each must bring as many. The tensor itself on one process."""
-    if not dist.is_initialized():
-        return values
-    rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, values.contiguous())
-    return torch.cat(rows)
+    return gathered(values) if dist.is_initialized() else values
 
 
 def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
@@ -151,9 +148,9 @@ def gather_on_main(value: Any) -> list[Any]:
     """Every rank's value, by rank, on the main process; an empty list elsewhere. Plain values and CPU tensors, a few kilobytes."""
     if not dist.is_initialized():
         return [value]
-    gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-    dist.gather_object(value, gathered or None, dst=0)
-    return gathered
+    values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values or None, dst=0)
+    return values
 
 
 def broadcast_from_main(value: Any) -> Any:

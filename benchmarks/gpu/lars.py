@@ -22,13 +22,14 @@ from torch import Tensor
 from benchmarks.gpu import Place
 from benchmarks.gpu.subjects import ENOUGH_S, captures, device_subject
 from benchmarks.record import CaseResult, make_result
+from benchmarks.rivals.updates import lars_by_tensor
 from benchmarks.timing import measure
 from fastbyol.byol import BYOL, build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, OptimConfig
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.ema import ema_update
-from fastbyol.optim.lars import LARS, lars_ema, lars_step_reference
+from fastbyol.optim.lars import LARS, lars_ema
 
 CEILING, BY_TENSOR, RIVAL, OURS = "copy_", "the rule, a tensor at a time", "torch-optimizer LARS", "fastbyol LARS.step"
 LR, TAU = 1e-3, 0.99
@@ -71,7 +72,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
 
 
 def _updates(byol: BYOL, params: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
-    copies, momenta = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    copies = [torch.zeros_like(p) for p in params]
     source = [p.detach() for p in params]
     ours, before_target, with_target = (cast(LARS, _optimizer(byol, "lars")) for _ in range(3))
     target = [*byol.target.encoder.parameters(), *byol.target.projector.parameters()]
@@ -83,7 +84,7 @@ def _updates(byol: BYOL, params: Sequence[Tensor]) -> dict[str, Callable[[], obj
 
     return {
         CEILING: lambda: torch._foreach_copy_(copies, source),
-        BY_TENSOR: lambda: _step_by_tensor(params, momenta),
+        BY_TENSOR: lars_by_tensor(params, lr=LR),
         OURS: ours.step,
         "LARS.step, then ema_update": one_after_the_other,
         "lars_ema": lambda: lars_ema(with_target, target=target, online=online, tau=TAU),
@@ -114,19 +115,3 @@ def _optimizer(byol: BYOL, name: str) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group["lr"] = LR
     return optimizer
-
-
-def _step_by_tensor(params: Sequence[Tensor], momenta: Sequence[Tensor]) -> None:
-    config = OptimConfig()
-    for param, buffer in zip(params, momenta, strict=True):
-        assert param.grad is not None
-        lars_step_reference(
-            param,
-            param.grad,
-            buffer,
-            lr=LR,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            trust_coefficient=config.trust_coefficient,
-            adapt=param.ndim > 1,
-        )

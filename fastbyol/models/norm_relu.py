@@ -69,13 +69,11 @@ def _norm_relu(
     mean, variance = (np.stack(v) for v in zip(*map(_moments, _by_view(x, views)), strict=True))
     inverse_std = 1 / np.sqrt(variance + eps)
     scale = weight.detach().numpy() * inverse_std
-    lines = zip(scale, bias.detach().numpy() - scale * mean, strict=True)
-    if shortcut is None:
-        for line, *rows in zip(lines, _by_view(x, views), _by_view(output, views), strict=True):
-            _in_pieces(norm_kernel.normalise, *rows, channels=line)
-    else:
-        for line, *rows in zip(lines, _by_view(x, views), _by_view(shortcut, views), _by_view(output, views), strict=True):
-            _in_pieces(norm_kernel.normalise_add, *rows, channels=line)
+    offset = bias.detach().numpy() - scale * mean
+    kernel = norm_kernel.normalise if shortcut is None else norm_kernel.normalise_add
+    tensors = (x, output) if shortcut is None else (x, shortcut, output)
+    for *channels, rows in zip(scale, offset, _rows_of(tensors, views), strict=True):
+        _in_pieces(kernel, *rows, channels=channels)
     mean, variance, inverse_std = (torch.from_numpy(v).to(weight.dtype) for v in (mean, variance, inverse_std))
     return output, mean, variance, inverse_std
 
@@ -86,17 +84,17 @@ def _norm_relu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of x, weight, bias, shortcut (empty where there is none)."""
     masked, of_x = torch.empty_like(x), torch.empty_like(x)
-    views = len(mean)
-    arrays = [_by_view(t, views) for t in (gradient.contiguous(memory_format=torch.channels_last), output, x, masked)]
-    sums = [_sums(norm_kernel.mask_gradient, *rows, channels=mu) for *rows, mu in zip(*arrays, mean.numpy(), strict=True)]
+    views, count = len(mean), _rows_per_view(x, len(mean))
+    incoming = gradient.contiguous(memory_format=torch.channels_last)
+    views_rows = _rows_of((incoming, output, x, masked), views)
+    sums = [_sums(norm_kernel.mask_gradient, *rows, channels=mu) for rows, mu in zip(views_rows, mean.numpy(), strict=True)]
     total, product = np.stack(sums, axis=1)
     product *= inverse_std.numpy()
     a = weight.detach().numpy() * inverse_std.numpy().astype(np.float64)
-    count = _rows_per_view(x, views)
     b = -a * inverse_std.numpy() * product / count
     c = -a * total / count - b * mean.numpy()
-    for *rows, line in zip(arrays[3], arrays[2], _by_view(of_x, views), zip(a, b, c, strict=True), strict=True):
-        _in_pieces(norm_kernel.input_gradient, *rows, channels=line)
+    for *channels, rows in zip(a, b, c, _rows_of((masked, x, of_x), views), strict=True):
+        _in_pieces(norm_kernel.input_gradient, *rows, channels=channels)
     of_weight, of_bias = (torch.from_numpy(v.sum(0)).to(weight.dtype) for v in (product, total))
     return of_x, of_weight, of_bias, masked if has_shortcut else masked.new_empty(0)
 
@@ -122,6 +120,11 @@ def _by_view(x: Tensor, views: int) -> Sequence[Rows]:
     """Each view's pixels as rows of channels; bfloat16 as its bits."""
     rows = x.detach().permute(0, 2, 3, 1).view(views, -1, x.shape[1])
     return list((rows.view(torch.uint16) if x.dtype == torch.bfloat16 else rows).numpy())
+
+
+def _rows_of(tensors: Iterable[Tensor], views: int) -> list[tuple[Rows, ...]]:
+    """For each view, its rows in every tensor."""
+    return list(zip(*(_by_view(tensor, views) for tensor in tensors), strict=True))
 
 
 def _moments(x: Rows) -> tuple[F64, F64]:
