@@ -214,6 +214,13 @@ def test_a_waterfall_goes_from_the_reference_to_ours_by_the_rows_that_there_are(
     assert breakdown.waterfall(case("ema", unit="update", ours=2.0)) == []
 
 
+def test_a_last_change_that_made_it_slower_is_not_part_of_the_waterfall():
+    fast, slow = "bf16, channels-last", "bf16, channels-last, compiled"
+    for ours, other, ends_with in ((2.0, 3.0, "bf16"), (3.0, 2.0, "compiled")):
+        result = named(case("step", ours=ours, other=other), ours=fast, other=slow)
+        assert breakdown.waterfall(result)[-1][0] == ends_with
+
+
 def end_to_end(ours: float, *, alone: float = 1.0, folder_alone: float = 1.0) -> CaseResult:
     result = case("end_to_end", primary="wall", ours=ours, alone=alone, other=folder_alone)
     names = {"ours": "ffcv: end to end", "alone": "ffcv: loader alone", "other": "folder: loader alone", "ceiling": "steps alone"}
