@@ -101,7 +101,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues_when_there_is_ro
     kind: str, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     command = make(kind, many, tmp_path)
-    done = command.run(preexec_fn=limit_file_size(500_000))
+    done = command.run(preexec_fn=limit_file_size(900_000))  # not before its first journal entry, which waits for the disk
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
