@@ -378,6 +378,26 @@ def test_updates_leave_the_number_of_threads_as_it_was():
         torch.set_num_threads(before)
 
 
+def test_the_number_of_threads_changes_no_bit_of_an_update():
+    def run(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(4)
+        params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+        target = [torch.randn(shape, generator=generator) for shape in SHAPES]
+        optimizer = LARS(_groups(params), lr=0.1, weight_decay=1e-4)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            lars_ema(optimizer, target=target, online=params, tau=0.9)
+        return [*(p.detach() for p in params), *target]
+
+    before = torch.get_num_threads()
+    try:
+        assert all(map(torch.equal, run(1), run(3)))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_update_reads_a_value_back_from_the_device(monkeypatch):
     # A meta tensor has no values: reading one on the host raises, as a sync would wait on a GPU. torch's fused SGD has no meta kernel.
     calls = []

@@ -9,8 +9,10 @@ under the same conditions ('x copy', medians of same-round ratios, wall clock).
     python -m benchmarks.run fused_update
 
 Why: memory. In two steps w is read once more than in one: 10 streams where a copy has 3, so 3.33 x a copy without a cache, and 9 or 3.0 x in one
-pass. A part of w and g is still in cache after the norms, which brings the pass below that. Two threads help a copy, and hurt what is made of
-many small parallel regions; our updates keep to one thread (`one_thread_on_cpu`). On a GPU the two run one after the other (not measured yet).
+pass. A part of w and g is still in cache after the norms, which brings the pass below that. With two threads each takes the next tensor when
+it is done with its own (`kernel_threads.py`): no barrier waits for a core that is busy, and no bit changes. torch's own operations, the target's
+update alone among them, keep to one thread (`one_thread_on_cpu`), as their many small parallel regions hurt on a busy machine. On a GPU the two
+run one after the other (not measured yet).
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbyol.kernel_threads import in_threads
 from fastbyol.models import norm_kernel
 from fastbyol.models.norm_kernel import F32, F64, Rows
 from fastbyol.models.sync_batchnorm import Normalised
@@ -143,7 +142,7 @@ def _sums(kernel: Callable[..., F64], *rows: Rows, channels: F64 | F32) -> F64:
 
 
 def _in_pieces(kernel: Callable[..., Any], *rows: Rows, channels: Iterable[F64 | F32]) -> list[Any]:
-    """What the kernel returns for each piece of the rows, on as many threads as torch has (it lets go of the interpreter's lock).
+    """What the kernel returns for each piece of the rows.
 
     Several pixels of few channels go as one row, so that the kernel's inner loop is long enough.
     """
@@ -156,11 +155,4 @@ def _in_pieces(kernel: Callable[..., Any], *rows: Rows, channels: Iterable[F64 |
     def work(start: int) -> Any:
         return kernel(*(array[start : start + step] for array in wide), *values)
 
-    starts = range(0, num_rows // fold, step)
-    threads = min(torch.get_num_threads(), len(starts))
-    return list(map(work, starts) if threads == 1 else _pool(threads).map(work, starts))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="norm_relu")
+    return in_threads(work, range(0, num_rows // fold, step))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastbyol.kernel_threads import in_threads
 from fastbyol.optim import cpu_kernel
 from fastbyol.optim.memory_order import laid_out_like, same_order
 
@@ -56,11 +57,11 @@ def apply_update(update: Update, target_update: TargetUpdate | None) -> None:
     if target_update:
         targets = [target_update.targets.get(id(p)) for p in update.params]
         weight = target_update.weight
+    if update.adapt and all(_fits_blocks(*pair) for pair in zip(update.params, targets, strict=True)):
+        _apply_in_blocks(update, targets, float(weight))
+        return
     with one_thread_on_cpu(update.params[0].device):
-        if update.adapt and all(_fits_blocks(*pair) for pair in zip(update.params, targets, strict=True)):
-            _apply_in_blocks(update, targets, float(weight))
-        else:
-            _apply_at_once(update, targets, weight)
+        _apply_at_once(update, targets, weight)
 
 
 @contextmanager
@@ -107,10 +108,12 @@ def lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weight: float | Te
 
 
 def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float) -> None:
-    """A tensor at a time: its norms, then at once its update (and its target's), while what fits of w and g is still in cache."""
+    """A tensor at a time on each thread: its norms, then at once its update (and its target's), while what fits of w and g is still in cache."""
     lr, momentum, decay = (np.float32(x) for x in (float(update.lr), update.momentum, update.weight_decay))
-    for p, g, m, t in zip(update.params, update.grads, update.momenta, targets, strict=True):
-        w, x, buffer = _flat(p), _flat(g), _flat(m)
+
+    def apply(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+        *ours, t = tensors
+        w, x, buffer = map(_flat, ours)
         scale = np.float32(cpu_kernel.trust_ratio(w, x, decay, update.trust_coefficient))
         for start in reversed(range(0, w.size, BLOCK)):  # backwards: the last elements read are the likeliest in cache
             part = slice(start, start + BLOCK)
@@ -119,6 +122,9 @@ def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float
             else:
                 follower = _flat(t)[part]
                 cpu_kernel.update_with_target(w[part], x[part], buffer[part], follower, scale, decay, momentum, lr, np.float32(weight))
+
+    largest_first = sorted(zip(update.params, update.grads, update.momenta, targets, strict=True), key=lambda tensors: -tensors[0].numel())
+    in_threads(apply, largest_first)
 
 
 def _scaled(update: Update) -> list[Tensor]:
@@ -160,7 +166,7 @@ def _sgd_(
 
 def _flat(tensor: Tensor) -> NDArray[np.float32]:
     """The dense tensor's memory as an array of one dimension."""
-    return tensor.as_strided((tensor.numel(),), (1,)).numpy()
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).numpy()
 
 
 def _fits_blocks(param: Tensor, target: Tensor | None) -> bool:
