@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import wait
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +19,20 @@ from interrupted import Conversion, await_gone, kill_and_continue, limit_file_si
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import read_beton
-from fastbyol.data.conversion import estimate
+from fastbyol.data.conversion import beton_writer, estimate
+from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.encode import EncodeSettings
 from fastbyol.data.conversion.image_pass import BadImage
 from fastbyol.data.conversion.options import ConversionOptions
+from fastbyol.data.conversion.output import work_path
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.conversion.work_folder import WorkFolder
 from fastbyol.data.dali_loader import DaliSource
 from fastbyol.data.ffcv_loader import FfcvSource
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.listing import ImageListing, ImageLocation
+from fastbyol.data.inspection.verification import verify
 from fastbyol.data.manifest import read_manifest
 
 IMAGES, BAD_EVERY = 700, 35
@@ -165,6 +170,31 @@ def test_strict_stops_at_the_first_bad_image_and_continues_with_it_once_it_is_me
     shutil.copy(ten / "class0" / "000000.jpg", ten / "class0" / "000009.jpg")
     assert command.run().returncode == 0
     assert read_manifest(tmp_path / "x.beton.json").num_samples == 10
+
+
+def test_chunks_are_hashed_as_the_file_grows_and_give_its_sha256_after_an_interruption_too(
+    ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beton_writer, "_CHUNK_BYTES", 500)
+    begin = BackgroundDigests.begin
+
+    def begin_and_wait(self: BackgroundDigests, name: str, *, start: int = 0, size: int | None = None) -> None:
+        """So that none is too late for the journal: ten images are done in a moment."""
+        begin(self, name, start=start, size=size)
+        wait(self._pending.values())
+
+    monkeypatch.setattr(BackgroundDigests, "begin", begin_and_wait)
+    out = tmp_path / "x.beton"
+    interrupted_by_a_bad_image(ten, out)
+    notes = json.loads((work_path(out) / "journal.json").read_text())["notes"]
+    (shard,) = write_beton(ten, out=out, workers=1).shards
+    content = out.read_bytes()
+    digests = [sha256(content[at : at + 500]).digest() for at in range(0, len(content), 500)]
+    assert (shard.chunk_bytes, shard.sha256) == (500, sha256(b"".join(digests)).hexdigest())
+    known = {int(note.partition("@")[2]) // 500: digest for note, digest in notes.items()}
+    assert known
+    assert known == {number: digests[number].hex() for number in known}
+    assert not verify(out, workers=1).faults
 
 
 def test_two_conversions_to_one_output_do_not_mix(ten: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ _DECOMPRESS_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_
 
 
 class TurboJpeg:
-    """libffcv's TurboJPEG; one decoder handle per thread. UserError if ffcv isn't installed."""
+    """libffcv's TurboJPEG, for any number of threads. UserError if ffcv isn't installed."""
 
     def __init__(self) -> None:
         spec = importlib.util.find_spec("ffcv")
@@ -47,7 +47,6 @@ class TurboJpeg:
         self._library.tjDecompress2.argtypes = _DECOMPRESS_TYPES
         self._library.tjGetErrorCode.argtypes = self._library.tjGetErrorStr2.argtypes = self._library.tjDestroy.argtypes = [ctypes.c_void_p]
         self._library.tjGetErrorStr2.restype = ctypes.c_char_p
-        self._local = threading.local()
 
     def decode(self, jpeg: bytes, out: Pixels) -> tuple[str, bool]:
         """Fills out, (H, W, 3) RGB; gives the decoder's complaint ('' if none) and whether it was fatal."""
@@ -60,27 +59,14 @@ class TurboJpeg:
         return self._decompress(jpeg, np.empty(rows * columns, dtype=np.uint8), columns, rows, _TJPF_GRAY, 0)
 
     def _decompress(self, jpeg: bytes, out: Pixels, width: int, height: int, pixel_format: int, flags: int) -> tuple[str, bool]:
-        handle = self._handle()
-        if not self._library.tjDecompress2(handle, jpeg, len(jpeg), out.ctypes.data, width, 0, height, pixel_format, flags):
-            return "", False
-        complaint = self._library.tjGetErrorStr2(handle).decode(errors="replace")
-        return complaint, self._library.tjGetErrorCode(handle) != _TJERR_WARNING or not complaint.startswith(_WARNINGS)
-
-    def _handle(self) -> int:
-        owner = getattr(self._local, "owner", None)
-        if owner is None:
-            owner = self._local.owner = _Handle(self._library)
-        return owner.address
-
-
-class _Handle:
-    """Freed with its thread."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library, self.address = library, library.tjInitDecompress()
-
-    def __del__(self) -> None:
-        self._library.tjDestroy(self.address)
+        handle = self._library.tjInitDecompress()  # 2 us; one that is used again takes tables that a damaged JPEG lacks from the one before
+        try:
+            if not self._library.tjDecompress2(handle, jpeg, len(jpeg), out.ctypes.data, width, 0, height, pixel_format, flags):
+                return "", False
+            complaint = self._library.tjGetErrorStr2(handle).decode(errors="replace")
+            return complaint, self._library.tjGetErrorCode(handle) != _TJERR_WARNING or not complaint.startswith(_WARNINGS)
+        finally:
+            self._library.tjDestroy(handle)
 
 
 class FfcvSource(Source):

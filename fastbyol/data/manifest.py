@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from fastbyol.config.errors import UserError
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
+_READ_BYTES = 1 << 20
 _SEAL = "content_sha256"
 """Of all the other fields."""
 
@@ -26,6 +30,9 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+    """Of the file; where `chunk_bytes` is given, of the digests of its chunks of so many bytes, one after another (32 bytes each)."""
+    chunk_bytes: int = 0
+    """A .beton's beginning is written last, so its sha256 could only be taken in another reading; its chunks' are taken as it grows."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,21 @@ def beton_manifest_path(beton: Path) -> Path:
     return beton.with_name(beton.name + ".json")
 
 
-def describe_shard(path: Path, *, name: str, samples: int, sha256: str = "") -> Shard:
-    """The manifest's entry of a file that is complete; its sha256 is taken unless it is known."""
-    return Shard(name=name, samples=samples, bytes=path.stat().st_size, sha256=sha256 or sha256_of(path))
+def sha256_of(path: Path, *, start: int = 0, size: int | None = None, stop: Event | None = None) -> str:
+    """Hexadecimal, of `size` bytes from `start`, or of all that are there; of nothing much once `stop` is set."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        left = os.fstat(file.fileno()).st_size - start if size is None else size
+        file.seek(start)
+        while left > 0 and not (stop and stop.is_set()) and (piece := file.read(min(left, _READ_BYTES))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def chunks_sha256(digests: Iterable[str]) -> str:
+    """A shard's sha256 from those of its chunks."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -114,7 +128,7 @@ def read_manifest(path: Path) -> Manifest:
 def _refuse_other_types(manifest: Manifest) -> None:
     """TypeError for values that nothing could be done with: somebody has edited them."""
     numbers = [manifest.num_samples, *manifest.class_counts, *manifest.dropped]
-    numbers += [number for shard in manifest.shards for number in (shard.samples, shard.bytes)]
+    numbers += [number for shard in manifest.shards for number in (shard.samples, shard.bytes, shard.chunk_bytes)]
     texts = [manifest.kind, *manifest.class_names, *(text for shard in manifest.shards for text in (shard.name, shard.sha256))]
     tables = (manifest.images, manifest.settings, manifest.source, manifest.software)
     for values, kind in ((numbers, int), (texts, str), (tables, dict)):

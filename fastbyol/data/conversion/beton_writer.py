@@ -10,14 +10,15 @@ unused bytes, then the images. Readers look no further than the header's count.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, require
 from fastbyol.data.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
+from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.encode import EncodedImage, EncodeSettings, Outcome
 from fastbyol.data.conversion.image_pass import Output, convert_images
 from fastbyol.data.conversion.options import ConversionOptions, encode_settings_as_plain
@@ -28,13 +29,13 @@ from fastbyol.data.conversion.stop_signals import stop_signals
 from fastbyol.data.conversion.task import Images, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.manifest import Manifest, beton_manifest_path, describe_shard, write_manifest
+from fastbyol.data.manifest import Manifest, Shard, beton_manifest_path, chunks_sha256, write_manifest
 from fastbyol.data.traversal import seeded_permutation
 
 RAW_PAGE_BYTES = 1 << 26
 """64 MiB: a raw image of 22 million pixels. Larger ones are stored as JPEG."""
 _DATA = "data"
-_TAKES_LONG_BYTES = 5 << 30
+_CHUNK_BYTES = 1 << 26  # of the sha256
 
 
 def write_beton(
@@ -78,13 +79,16 @@ def write_beton(
         settings: dict[str, int | float | str] = {"page_bytes": page_bytes, **encode_settings_as_plain(options.encode)}
         if shuffle_seed is not None:
             settings["shuffle_seed"] = shuffle_seed
-        with open_work(work_path(out), task, kind="beton", settings=settings) as work:
-            rows = convert_images(task, _BetonOutput(work, images=num, page_bytes=page_bytes), work, stop=stop)
+        with (
+            open_work(work_path(out), task, kind="beton", settings=settings) as work,
+            _BetonOutput(work, images=num, page_bytes=page_bytes) as output,
+        ):
+            rows = convert_images(task, output, work, stop=stop)
             report = finish_report(task, rows, work)
             _write_tables(work.path / _DATA, rows, listing, page_bytes=page_bytes)
-            if (work.path / _DATA).stat().st_size > _TAKES_LONG_BYTES:
-                print(f"{out.name}: checksum of the whole file", file=sys.stderr, flush=True)
-            shard = describe_shard(work.path / _DATA, name=out.name, samples=int((rows["outcome"] != Outcome.DROPPED).sum()))
+            size = (work.path / _DATA).stat().st_size
+            kept = int((rows["outcome"] != Outcome.DROPPED).sum())
+            shard = Shard(out.name, kept, size, output.sha256(size), chunk_bytes=_CHUNK_BYTES)
             manifest = make_manifest("beton", task, rows, [shard], settings)
             new_manifest = work.path / "manifest.json"
             write_manifest(new_manifest, manifest)
@@ -106,16 +110,23 @@ def _page_bytes(sizes: NDArray[np.int64], settings: EncodeSettings) -> int:
 
 
 class _BetonOutput(Output):
-    """Appends images one after another. Pages are counted from the start of the file, so none is lost to a first one."""
+    """Appends images one after another. Pages are counted from the start of the file, so none is lost to a first one.
+
+    A context manager, which ends its thread.
+    """
 
     bytes_per_image = SAMPLE.itemsize + ALLOCATION.itemsize + 4
 
     def __init__(self, work: WorkFolder, *, images: int, page_bytes: int) -> None:
         self._work, self._page_bytes = work, page_bytes
         self._images_at = _images_at(images)
+        self._digests = BackgroundDigests(work)
+        self._digested = -(-self._images_at // _CHUNK_BYTES) * _CHUNK_BYTES
+        """Up to here the chunks are being seen to, but for those of the tables in front."""
 
     def resume(self, rows: NDArray[np.void]) -> None:
         self._file: GrowingFile = self._work.open(_DATA, size=_end_of_images(rows, images_at=self._images_at))
+        self._begin_digests()
 
     def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
         size = len(image.data)
@@ -123,7 +134,26 @@ class _BetonOutput(Output):
             self._file.write(bytes(-self._file.size % self._page_bytes))
         at = self._file.size
         self._file.write(image.data)
+        self._begin_digests()
         return 0, at
+
+    def sha256(self, size: int) -> str:
+        """Of the finished file, by its chunks."""
+        starts = range(0, size, _CHUNK_BYTES)
+        return chunks_sha256([self._digests.result(_DATA, start=at, size=_CHUNK_BYTES) for at in starts])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._digests.__exit__()
+
+    def _begin_digests(self) -> None:
+        """Of the chunks that are full."""
+        while self._file.size >= self._digested + _CHUNK_BYTES:
+            self._file.hand_over()
+            self._digests.begin(_DATA, start=self._digested, size=_CHUNK_BYTES)
+            self._digested += _CHUNK_BYTES
 
 
 def _images_at(images: int) -> int:

@@ -6,7 +6,6 @@ One machine makes the folder as a whole. Several make disjoint parts of the same
 from __future__ import annotations
 
 import tarfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, require, require_at_least
+from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.encode import EncodedImage, Outcome
 from fastbyol.data.conversion.image_pass import Output, convert_images
 from fastbyol.data.conversion.options import ConversionOptions, encode_settings_as_plain
@@ -23,7 +23,7 @@ from fastbyol.data.conversion.stop_signals import stop_signals
 from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, describe_shard, sha256_of, write_manifest
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, write_manifest
 from fastbyol.data.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
 from fastbyol.data.traversal import seeded_permutation
 
@@ -31,7 +31,6 @@ MIB = 1 << 20
 SHARDS_FOLDER = "shards"
 _BLOCK = tarfile.BLOCKSIZE
 _NUMBERS_BYTES = 4 * _BLOCK  # a header and a block for each of .cls and .idx
-_NOTE = "sha256 of "
 
 Settings = dict[str, int | float | str]
 
@@ -125,8 +124,7 @@ class TarOutput(Output):
         self._work, self._shard_bytes, self._part = work, shard_mib * MIB, part
         self._file: GrowingFile | None = None
         self._number = 0
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-sha256")
-        self._hashing: list[Future[None]] = []
+        self._digests = BackgroundDigests(work)
 
     def resume(self, rows: NDArray[np.void]) -> None:
         kept = rows[rows["outcome"] != Outcome.DROPPED]
@@ -151,8 +149,6 @@ class TarOutput(Output):
         """Ends the last shard, and writes all indices. rows: in the order of conversion."""
         if self._file:
             self._close()
-        for hashing in self._hashing:
-            hashing.result()
         kept = rows[rows["outcome"] != Outcome.DROPPED]
         return [self._finish_shard(number, kept[kept["shard"] == number]) for number in range(self._number)]
 
@@ -160,7 +156,7 @@ class TarOutput(Output):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hasher.shutdown(wait=True, cancel_futures=True)
+        self._digests.__exit__()
 
     def _path(self, number: int) -> str:
         return f"{SHARDS_FOLDER}/{shard_name(number, part=self._part)}"
@@ -170,19 +166,15 @@ class TarOutput(Output):
         assert self._file is not None
         self._file.write(bytes(2 * _BLOCK + -(self._file.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
         self._work.close_file(self._file)
-        self._hashing.append(self._hasher.submit(self._hash, self._path(self._number)))
+        self._digests.begin(self._path(self._number))
         self._file = None
         self._number += 1
-
-    def _hash(self, path: str) -> None:
-        """While the file is still in memory."""
-        self._work.notes[_NOTE + path] = sha256_of(self._work.path / path)
 
     def _finish_shard(self, number: int, rows: NDArray[np.void]) -> Shard:
         path = self._work.path / self._path(number)
         lines = [_index_line(*row) for row in zip(*(rows[name].tolist() for name in ("index", "offset", "size")), strict=True)]
         index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]), encoding="ascii")
-        return describe_shard(path, name=path.name, samples=len(rows), sha256=self._work.notes.get(_NOTE + self._path(number), ""))
+        return Shard(path.name, len(rows), path.stat().st_size, self._digests.result(self._path(number)))
 
 
 def member_header(name: str, size: int) -> bytes:

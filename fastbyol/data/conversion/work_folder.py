@@ -40,9 +40,13 @@ class GrowingFile:
         self._file.write(data)
         self.size += len(data)
 
+    def hand_over(self) -> None:
+        """Hands everything to the system: who reads the file finds it."""
+        self._file.flush()
+
     def flush(self) -> int:
         """Hands everything to the system; gives a descriptor of its own to whoever puts it on disk."""
-        self._file.flush()
+        self.hand_over()
         return os.dup(self._file.fileno())
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ The checks at open, which a training run makes, take milliseconds; here everythi
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zlib
 from collections import Counter
@@ -25,10 +24,9 @@ from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.image_check import ImageCheck
 from fastbyol.data.inspection.shard_check import shard_faults
 from fastbyol.data.inspection.table_check import checked_manifest, checked_tables
-from fastbyol.data.manifest import Manifest, Shard
+from fastbyol.data.manifest import Manifest, Shard, chunks_sha256, sha256_of
 from fastbyol.data.progress import Progress
 
-_READ_BYTES = 1 << 20
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 4  # per thread: all are kept busy, and memory bounded
 
@@ -131,14 +129,10 @@ def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], 
     if shard is None:
         return _one_fault(str(file), "is not in the manifest")
     size = file.stat().st_size
-    digest = hashlib.sha256()
     try:
-        with file.open("rb", buffering=0) as stream:
-            while (piece := stream.read(_READ_BYTES)) and not stop.is_set():
-                digest.update(piece)
+        found = _sha256_of(file, shard, stop)
     except OSError as error:
         return _one_fault(str(file), f"cannot be read ({error.strerror})")
-    found = digest.hexdigest()
     if found == shard.sha256 and size == shard.bytes:
         return [], 0
     if found != shard.sha256 and found in by_digest:
@@ -146,6 +140,13 @@ def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], 
     if size != shard.bytes:
         return _one_fault(str(file), f"has {size:,} bytes, the manifest says {shard.bytes} (cut, replaced, or the manifest was edited)")
     return _one_fault(str(file), "its sha256 is not the manifest's: bytes have changed, or the manifest was edited")
+
+
+def _sha256_of(file: Path, shard: Shard, stop: Event) -> str:
+    if not shard.chunk_bytes:
+        return sha256_of(file, stop=stop)
+    starts = range(0, file.stat().st_size, shard.chunk_bytes)
+    return chunks_sha256([sha256_of(file, start=at, size=shard.chunk_bytes, stop=stop) for at in starts])
 
 
 def _shard_faults(file: Path, images: Converted, number: int) -> tuple[list[Fault], int]:

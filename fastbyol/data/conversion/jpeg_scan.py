@@ -1,0 +1,151 @@
+"""A quick way to know that a JPEG is whole: its Huffman codes are read to the last one, and nothing is made of them.
+
+A coefficient's own bits need not be looked at to find the next code, and one look into a table skips several short codes. Takes 0.6 of the
+time of TurboJPEG's check, which remains the judge of every image that this one has any doubt about: it knows baseline JPEGs without restart
+markers, and wants all things in order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbyol.data.conversion.jpeg_scan_kernel import LONGEST_CODE, walk
+
+_BASELINE, _TABLES, _QUANTIZATION, _RESTARTS, _SCAN, _COMMENT = 0xC0, 0xC4, 0xDB, 0xDD, 0xDA, 0xFE
+_JFIF, _ADOBE, _APPLICATION = 0xE0, 0xEE, range(0xE0, 0xF0)
+_MAX_SIDE_PX = 65_500  # libjpeg's
+_BLOCKS_IN_UNIT = 10  # at most, in an interleaved scan
+
+
+class _Table(NamedTuple):
+    """A Huffman table as JPEGs store it."""
+
+    counts: bytes
+    """Codes of each length, 1 to 16 bits."""
+    symbols: bytes
+
+
+class _Layout(NamedTuple):
+    """What a scan is made of."""
+
+    units: int
+    """How often the blocks come one after another ("MCU")."""
+    blocks: NDArray[np.uint64]
+    """(blocks, 2): which tables the DC and AC codes of each are from."""
+    tables: dict[int, _Table]
+    """By class << 4 | number, class 0 for DC and 1 for AC; the blocks count them in this order."""
+
+
+class _Doubt(Exception):
+    """Not the kind of JPEG that is known here, or damaged."""
+
+
+def is_whole(jpeg: bytes) -> bool:
+    """Whether a decoder will read the file to its end without complaint. False: perhaps it will; ask the decoder."""
+    try:
+        begin, layout = _read_header(jpeg)
+    except (_Doubt, IndexError, KeyError):
+        return False
+    if jpeg[-2:] != b"\xff\xd9":
+        return False
+    data = np.frombuffer(jpeg, dtype=np.uint8)
+    return bool(walk(data, begin, len(data) - 2, layout.units, layout.blocks, *_as_arrays(layout.tables)))
+
+
+def _read_header(jpeg: bytes) -> tuple[int, _Layout]:
+    """Where the scan begins, and what it is made of."""
+    quantization: set[int] = set()
+    tables: dict[int, _Table] = {}
+    frame = b""
+    at = 2
+    while True:
+        mark, marker = jpeg[at], jpeg[at + 1]
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+        content = jpeg[at + 4 : end]
+        if mark != 0xFF or end > len(jpeg):
+            raise _Doubt
+        at = end
+        if marker == _SCAN:
+            return at, _read_scan(content, frame, quantization, tables)
+        if marker == _QUANTIZATION:
+            quantization.update(_read_quantization(content))
+        elif marker == _TABLES:
+            tables.update(_read_tables(content))
+        elif marker == _BASELINE and not frame:
+            frame = content
+        elif not _is_harmless(marker, content):
+            raise _Doubt
+
+
+def _is_harmless(marker: int, content: bytes) -> bool:
+    """Whether no decoder warns of it."""
+    if marker == _RESTARTS:
+        return content == b"\0\0"
+    if marker == _JFIF and content[:5] == b"JFIF\0":
+        return len(content) >= 14 and content[5] == 1
+    if marker == _ADOBE and content[:5] == b"Adobe":
+        return len(content) >= 12 and content[11] in (0, 1)
+    return marker == _COMMENT or marker in _APPLICATION
+
+
+def _read_quantization(content: bytes) -> set[int]:
+    if not content or len(content) % 65 or any(head > 3 for head in content[::65]):  # a byte each, tables 0 to 3
+        raise _Doubt
+    return set(content[::65])
+
+
+def _read_tables(content: bytes) -> dict[int, _Table]:
+    """By class << 4 | number, class 0 for DC and 1 for AC, as they are stored."""
+    found: dict[int, _Table] = {}
+    while content:
+        counts = content[1 : LONGEST_CODE + 1]
+        end = LONGEST_CODE + 1 + sum(counts)
+        if len(counts) < LONGEST_CODE or end > min(len(content), LONGEST_CODE + 1 + 256) or content[0] & 0xEC:
+            raise _Doubt
+        found[content[0]] = _Table(counts, content[LONGEST_CODE + 1 : end])
+        content = content[end:]
+    return found
+
+
+def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: dict[int, _Table]) -> _Layout:
+    """KeyError: a table is missing."""
+    components = [frame[at : at + 3] for at in range(6, len(frame), 3)]
+    chosen = [content[at : at + 2] for at in range(1, len(content) - 3, 2)]
+    orderly = frame[:1] == b"\x08" and frame[5] == len(components) and content[0] == len(chosen) and content[-3:] == b"\0\x3f\0"
+    names = [component[0] for component in components]
+    if not orderly or len(components) not in (1, 3) or len(set(names)) < len(names) or names != [name for name, _ in chosen]:
+        raise _Doubt
+    if any(number not in quantization for _, _, number in components):
+        raise _Doubt
+    factors = [(factor >> 4, factor & 15) for _, factor, _ in components]
+    if any(not (1 <= x <= 4 and 1 <= y <= 4) for x, y in factors):
+        raise _Doubt
+    if len(factors) == 1:  # a lone component's blocks come one by one, whatever its factors
+        factors = [(1, 1)]
+    wide, high = max(x for x, _ in factors), max(y for _, y in factors)
+    if any(wide % x or high % y for x, y in factors):
+        raise _Doubt
+    height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
+    if not (0 < height <= _MAX_SIDE_PX and 0 < width <= _MAX_SIDE_PX):
+        raise _Doubt
+    pairs = [(number >> 4, 0x10 | number & 15) for _, number in chosen]
+    used = {kind: tables[kind] for pair in pairs for kind in pair}
+    places = {kind: place for place, kind in enumerate(used)}
+    blocks = [(places[dc], places[ac]) for (x, y), (dc, ac) in zip(factors, pairs, strict=True) for _ in range(x * y)]
+    if len(blocks) > _BLOCKS_IN_UNIT:
+        raise _Doubt
+    return _Layout(-(-width // (8 * wide)) * -(-height // (8 * high)), np.array(blocks, dtype=np.uint64), used)
+
+
+def _as_arrays(tables: dict[int, _Table]) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
+    """Which are for DC; (tables, 17) codes of each length; (tables, 256) symbols."""
+    is_dc = np.array([kind < 0x10 for kind in tables])
+    counts = np.zeros((len(tables), LONGEST_CODE + 1), dtype=np.int64)
+    symbols = np.zeros((len(tables), 256), dtype=np.int64)
+    for number, table in enumerate(tables.values()):
+        counts[number, 1:] = list(table.counts)
+        symbols[number, : len(table.symbols)] = list(table.symbols)
+    return is_dc, counts, symbols
