@@ -87,7 +87,7 @@ def _read(jpeg, at, end, bits, have):
             word = np.uint64(word)
             return at + 4, bits | word << np.uint64(32 - have), have + 32
     for _ in range(4):
-        if at == end or (jpeg[at] == 0xFF and (at + 1 == end or jpeg[at + 1] != 0)):
+        if at >= end or (jpeg[at] == 0xFF and (at + 1 == end or jpeg[at + 1] != 0)):
             break
         bits, have = bits | np.uint64(jpeg[at]) << np.uint64(56 - have), have + 8
         at += 2 if jpeg[at] == 0xFF else 1
