@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks import roofline
 from benchmarks.record import CaseResult, Row
@@ -106,14 +105,14 @@ def with_figures(text: str, blocks: dict[str, Callable[[], str]]) -> str:
 def measured_table(kept: Path = KEPT) -> str:
     """The quotes whose case has a kept record, each from the newest that has it, with where from."""
     lines = ["| | ours | reference | ceiling |", "|---|---|---|---|"]
-    sources: dict[Path, dict[str, Any]] = {}
+    cases: dict[Path, list[str]] = {}
     for quote in QUOTES:
         folder = newest_kept(quote.case, folder=kept)
         if folder is None:
             continue
-        sources[folder] = read_record(folder)
-        lines.append(_line(quote, next(result for result in results_of(sources[folder]) if result.case == quote.case)))
-    return "\n".join([*lines, "", *(_source(folder, record) for folder, record in sources.items())])
+        cases.setdefault(folder, []).append(quote.case)
+        lines.append(_line(quote, next(result for result in results_of(read_record(folder)) if result.case == quote.case)))
+    return "\n".join([*lines, "", *(_source(*source) for source in cases.items())])
 
 
 def _line(quote: Quote, result: CaseResult) -> str:
@@ -139,11 +138,10 @@ def _figure(quote: Quote, result: CaseResult, row: Row) -> str:
     return number(values[result.primary].median)
 
 
-def _source(folder: Path, record: dict[str, Any]) -> str:
-    provenance = record["provenance"]
-    cases = ", ".join(quote.case for quote in QUOTES if quote.case in record["cases"])
+def _source(folder: Path, cases: list[str]) -> str:
+    provenance = read_record(folder)["provenance"]
     link = f"[{folder.name}](benchmarks/results/{folder.name}/report.md)"
-    return f"Medians of {cases}: {link}, {provenance['cpu']}, cores used: {provenance['cores']}, GPU: {provenance['gpu'] or 'none'}."
+    return f"Medians of {', '.join(cases)}: {link}, {provenance['cpu']}, cores used: {provenance['cores']}, GPU: {provenance['gpu'] or 'none'}."
 
 
 def gpu_rates_table(kept: Path = KEPT) -> str:

@@ -121,6 +121,7 @@ def _second_rank(size: Size, scratch: Path) -> Iterator[None]:
 
 
 def _follow(size: Size, store: str) -> None:
+    keep_freed_memory()
     torch.set_num_threads(1)
     _join_group(1, store)
     work = _across_ranks(size)
