@@ -112,11 +112,15 @@ def _read_tables(content: bytes) -> dict[int, _Table]:
 
 def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: dict[int, _Table]) -> _Layout:
     """KeyError: a table is missing."""
+    count = frame[5]
+    if count not in (1, 3) or frame[0] != 8 or len(frame) != 6 + 3 * count:
+        raise _Doubt
+    if content[0] != count or len(content) != 4 + 2 * count or content[-3:] != b"\0\x3f\0":
+        raise _Doubt
     components = [frame[at : at + 3] for at in range(6, len(frame), 3)]
     chosen = [content[at : at + 2] for at in range(1, len(content) - 3, 2)]
-    orderly = frame[:1] == b"\x08" and frame[5] == len(components) and content[0] == len(chosen) and content[-3:] == b"\0\x3f\0"
-    names = [component[0] for component in components]
-    if not orderly or len(components) not in (1, 3) or len(set(names)) < len(names) or names != [name for name, _ in chosen]:
+    names = [name for name, _, _ in components]
+    if len(set(names)) < count or names != [name for name, _ in chosen]:
         raise _Doubt
     if any(number not in quantization for _, _, number in components):
         raise _Doubt
