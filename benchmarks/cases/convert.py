@@ -10,7 +10,7 @@ Ceiling: reading every file and decoding it whole, in as many processes, and wri
 Why: the images' own bytes are passed on, so nothing is encoded. To check an image its Huffman codes are read to the last one, and nothing is
 made of them; TurboJPEG is asked only in doubt, and for a process's first 1,000 images (all of --quick), which would not pay for loading the
 compiled check. That leaves more than enough time to pass the bytes to the writing process and on to the disk, and to hash them: the whole
-conversion takes less than decoding alone does. CPU time is that of all processes; wall time depends on the disk, and on the start of the
+conversion costs less CPU time than decoding alone does. CPU time is that of all processes; wall time depends on the disk, and on the start of the
 processes where there are few images.
 """
 

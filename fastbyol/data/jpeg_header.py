@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+MAX_SIDE_PX = 65_500
+"""libjpeg's limit (and the .beton's, at 65,535)."""
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9

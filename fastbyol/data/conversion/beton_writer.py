@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,8 +80,9 @@ def write_beton(
             settings["shuffle_seed"] = shuffle_seed
         with (
             open_work(work_path(out), task, kind="beton", settings=settings) as work,
-            _BetonOutput(work, images=num, page_bytes=page_bytes) as output,
+            BackgroundDigests(work) as digests,
         ):
+            output = _BetonOutput(work, digests, images=num, page_bytes=page_bytes)
             rows = convert_images(task, output, work, stop=stop)
             report = finish_report(task, rows, work)
             _write_tables(work.path / _DATA, rows, listing, page_bytes=page_bytes)
@@ -110,17 +110,13 @@ def _page_bytes(sizes: NDArray[np.int64], settings: EncodeSettings) -> int:
 
 
 class _BetonOutput(Output):
-    """Appends images one after another. Pages are counted from the start of the file, so none is lost to a first one.
-
-    A context manager, which ends its thread.
-    """
+    """Appends images one after another. Pages are counted from the start of the file, so none is lost to a first one."""
 
     bytes_per_image = SAMPLE.itemsize + ALLOCATION.itemsize + 4
 
-    def __init__(self, work: WorkFolder, *, images: int, page_bytes: int) -> None:
-        self._work, self._page_bytes = work, page_bytes
+    def __init__(self, work: WorkFolder, digests: BackgroundDigests, *, images: int, page_bytes: int) -> None:
+        self._work, self._digests, self._page_bytes = work, digests, page_bytes
         self._images_at = _images_at(images)
-        self._digests = BackgroundDigests(work)
         self._digested = -(-self._images_at // _CHUNK_BYTES) * _CHUNK_BYTES
         """Up to here the chunks are being seen to, but for those of the tables in front."""
 
@@ -141,12 +137,6 @@ class _BetonOutput(Output):
         """Of the finished file, by its chunks."""
         starts = range(0, size, _CHUNK_BYTES)
         return chunks_sha256([self._digests.result(_DATA, start=at, size=_CHUNK_BYTES) for at in starts])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._digests.__exit__()
 
     def _begin_digests(self) -> None:
         """Of the chunks that are full."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import io
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -30,11 +29,9 @@ from PIL import Image
 from fastbyol.config.errors import UserError, require, require_at_least, require_choice
 from fastbyol.data.beton import JPEG_MODE, RAW_MODE
 from fastbyol.data.ffcv_loader import TurboJpeg
-from fastbyol.data.jpeg_header import JpegHeader, exif_orientation, read_jpeg_header
+from fastbyol.data.jpeg_header import MAX_SIDE_PX, JpegHeader, exif_orientation, read_jpeg_header
 from fastbyol.data.source import as_rgb
 
-MAX_SIDE_PX = 65_500
-"""libjpeg's limit (and the .beton's, at 65,535)."""
 MAX_PIXELS = 100_000_000
 """ImageNet's largest image has 61 million."""
 UNREADABLE = "unreadable"
@@ -45,7 +42,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVI
 _CUT_SHORT = ("Premature end of JPEG file", "Corrupt JPEG data: premature end of data segment")
 _DETAIL_CHARACTERS = 200
 _MANY_IMAGES = 1_000
-"""After so many a process loads `jpeg_scan`: it takes half a second, and saves 0.3 ms an image."""
+"""So many JPEGs later a process loads `jpeg_scan`: it takes half a second, and saves 0.3 ms an image."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -155,8 +152,7 @@ class Encoder:
     def __init__(self, settings: EncodeSettings) -> None:
         self._settings = settings
         self._turbo = find_turbojpeg()
-        self._images = 0
-        self._is_whole: Callable[[bytes], bool] = lambda _: False
+        self._checked = 0
 
     def encode_from(self, location: Location, *, index: int) -> EncodedImage | DroppedImage:
         """Reads and encodes; index: the image's number in its listing, which decides whether it is stored raw."""
@@ -168,11 +164,6 @@ class Encoder:
 
     def encode(self, data: bytes, *, index: int = 0) -> EncodedImage | DroppedImage:
         """Never raises for what is in the data."""
-        self._images += 1
-        if self._images == _MANY_IMAGES:
-            from fastbyol.data.conversion.jpeg_scan import is_whole
-
-            self._is_whole = is_whole
         try:
             return self._encode(data, index)
         except _Drop as drop:
@@ -197,12 +188,21 @@ class Encoder:
 
     def _complaint(self, data: bytes, header: JpegHeader) -> tuple[str, bool]:
         """TurboJPEG's, and whether it was fatal."""
-        if self._turbo is None or self._is_whole(data):
+        if self._turbo is None or self._is_beyond_doubt(data):
             return "", False
         complaint, fatal = self._turbo.check(data, height=header.height, width=header.width)
         if complaint in _CUT_SHORT:
             raise _Drop("truncated", complaint)
         return complaint, fatal
+
+    def _is_beyond_doubt(self, data: bytes) -> bool:
+        """Whether TurboJPEG need not be asked."""
+        self._checked += 1
+        if self._checked <= _MANY_IMAGES:
+            return False
+        from fastbyol.data.conversion.jpeg_scan import is_whole
+
+        return is_whole(data)
 
     def _must_render(self, header: JpegHeader, index: int) -> bool:
         settings = self._settings

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.conversion.jpeg_scan_kernel import LONGEST_CODE, walk
+from fastbyol.data.jpeg_header import MAX_SIDE_PX
 
 _BASELINE, _TABLES, _QUANTIZATION, _RESTARTS, _SCAN, _COMMENT = 0xC0, 0xC4, 0xDB, 0xDD, 0xDA, 0xFE
 _JFIF, _ADOBE, _APPLICATION = 0xE0, 0xEE, range(0xE0, 0xF0)
-_MAX_SIDE_PX = 65_500  # libjpeg's
 _BLOCKS_IN_UNIT = 10  # at most, in an interleaved scan
 
 
@@ -133,7 +133,7 @@ def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: dic
     if any(wide % x or high % y for x, y in factors):
         raise _Doubt
     height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
-    if not (0 < height <= _MAX_SIDE_PX and 0 < width <= _MAX_SIDE_PX):
+    if not (0 < height <= MAX_SIDE_PX and 0 < width <= MAX_SIDE_PX):
         raise _Doubt
     pairs = [(number >> 4, 0x10 | number & 15) for _, number in chosen]
     used = {kind: tables[kind] for pair in pairs for kind in pair}

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
 from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.outcome import make_manifest, require_few_dropped
@@ -94,8 +95,9 @@ def write_tar_part(
             task = make_task(listing, order=order, out=out / f"part-{part.name}", options=options, workers=workers)
             with (
                 open_work(files.work, task, kind="tar part", settings={**settings, "part": part.name}) as work,
-                TarOutput(work, shard_mib=shard_mib, part=part.name) as output,
+                BackgroundDigests(work) as digests,
             ):
+                output = TarOutput(work, digests, shard_mib=shard_mib, part=part.name)
                 rows = convert_images(task, output, work, stop=stop)
                 _write_table(files.work / files.table.name, listing, rows)
                 done = _describe(task, settings, output.finish(rows), touched_images(work))

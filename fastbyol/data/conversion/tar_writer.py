@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +71,8 @@ def write_tar_shards(
         listing = as_listing(data)
         order = shuffled(listing, seed=seed)
         task = make_task(listing, order=order, out=out, options=options, workers=workers)
-        with open_work(work_path(out), task, kind="tar", settings=settings) as work, TarOutput(work, shard_mib=shard_mib) as output:
+        with open_work(work_path(out), task, kind="tar", settings=settings) as work, BackgroundDigests(work) as digests:
+            output = TarOutput(work, digests, shard_mib=shard_mib)
             rows = convert_images(task, output, work, stop=stop)
             report = finish_report(task, rows, work)
             shards = output.finish(rows)
@@ -115,16 +115,15 @@ def sample_table(task: Task, rows: NDArray[np.void]) -> NDArray[np.void]:
 
 
 class TarOutput(Output):
-    """Fills one shard after another, in the work folder. A context manager, which ends its thread."""
+    """Fills one shard after another, in the work folder."""
 
     bytes_per_image = _BLOCK + _BLOCK // 2 + _NUMBERS_BYTES
 
-    def __init__(self, work: WorkFolder, *, shard_mib: int, part: str = "") -> None:
+    def __init__(self, work: WorkFolder, digests: BackgroundDigests, *, shard_mib: int, part: str = "") -> None:
         """part: goes into the shards' names, if this is one of several."""
-        self._work, self._shard_bytes, self._part = work, shard_mib * MIB, part
+        self._work, self._digests, self._shard_bytes, self._part = work, digests, shard_mib * MIB, part
         self._file: GrowingFile | None = None
         self._number = 0
-        self._digests = BackgroundDigests(work)
 
     def resume(self, rows: NDArray[np.void]) -> None:
         kept = rows[rows["outcome"] != Outcome.DROPPED]
@@ -151,12 +150,6 @@ class TarOutput(Output):
             self._close()
         kept = rows[rows["outcome"] != Outcome.DROPPED]
         return [self._finish_shard(number, kept[kept["shard"] == number]) for number in range(self._number)]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._digests.__exit__()
 
     def _path(self, number: int) -> str:
         return f"{SHARDS_FOLDER}/{shard_name(number, part=self._part)}"
