@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.pillow_decoding import MAX_DECODED_PIXELS
 
 VERSION = 2
 INT_FIELD, IMAGE_FIELD = 1, 2
@@ -66,7 +67,11 @@ class Beton:
 
 
 def read_beton(path: Path) -> Beton:
-    """Reads and checks everything but the images. UserError for a file that is empty, foreign, cut, or has no image and integer label."""
+    """Reads and checks everything but the images.
+
+    Raises:
+        UserError: the file is empty, foreign or cut, has no image and integer label, or its table holds what no image can have.
+    """
     file_bytes = path.stat().st_size
     header = _read(path, HEADER, 1, 0)[0]
     if header["version"] != VERSION or not 0 < header["num_fields"] < 64:
@@ -76,7 +81,7 @@ def read_beton(path: Path) -> Beton:
     fields = _read(path, FIELD, int(header["num_fields"]), HEADER.itemsize)
     samples = _read(path, _sample_type(path, fields), int(header["num_samples"]), HEADER.itemsize + fields.nbytes)
     image, label = samples[_column(path, fields, IMAGE_FIELD, "image")], samples[_column(path, fields, INT_FIELD, "integer label")]
-    return Beton(
+    beton = Beton(
         mode=image["mode"],
         height=image["height"].astype(np.int64),
         width=image["width"].astype(np.int64),
@@ -85,6 +90,32 @@ def read_beton(path: Path) -> Beton:
         label=label.astype(np.int64),
         crc32=_checksums(path, fields[fields["type_id"] == IMAGE_FIELD][0], int(header["num_samples"])),
     )
+    _refuse_impossible_rows(path, beton)
+    return beton
+
+
+def _refuse_impossible_rows(path: Path, beton: Beton) -> None:
+    """Raises UserError, which names the first such image: decoders trust these numbers."""
+    refuse_impossible_sizes(path, beton.height, beton.width)
+    for wrong, what in (
+        (~np.isin(beton.mode, (JPEG_MODE, RAW_MODE)), "is neither a JPEG nor raw pixels"),
+        ((beton.mode == RAW_MODE) & (beton.size != 3 * beton.height * beton.width), "has not as many bytes as its raw pixels need"),
+        (beton.label < -1, "has a label below -1, which stands for none"),
+    ):
+        if wrong.any():
+            raise UserError(f"{path}: image {int(wrong.argmax())} {what} (damaged, or another format); make it again with data_prep/to_ffcv.py")
+
+
+def refuse_impossible_sizes(path: Path, height: NDArray[np.int64], width: NDArray[np.int64]) -> None:
+    """Raises UserError for an image without pixels, or of more than are ever decoded."""
+    pixels = height * width
+    wrong = (pixels < 1) | (pixels > MAX_DECODED_PIXELS)
+    if wrong.any():
+        image = int(wrong.argmax())
+        raise UserError(
+            f"{path}: image {image} has {width[image]}x{height[image]} pixels by its table, must have 1 to {MAX_DECODED_PIXELS:,} (damaged?); "
+            "copy or convert it again, with --max-side where images are larger"
+        )
 
 
 def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[Any]:
@@ -129,6 +160,6 @@ def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: 
     if len(table) < len(pointers) or rows.max() >= len(table) or (table["ptr"][rows] != pointers).any():
         raise cut
     sizes = table["size"][rows]
-    if max(pointers.max(), sizes.max(), (pointers + sizes).max()) > table_at:
+    if max(pointers.max(), sizes.max(), (pointers + sizes).max()) > table_at or sizes.sum(dtype=np.float64) > file_bytes:
         raise cut
     return sizes.astype(np.int64)

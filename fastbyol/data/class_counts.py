@@ -1,4 +1,4 @@
-"""Whether labels are those that a manifest counts: the cheapest check that notices a label that has changed."""
+"""What labels say of the classes: whether they are those that a manifest counts, and names for classes without any."""
 
 from __future__ import annotations
 
@@ -10,13 +10,28 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError
 from fastbyol.data.manifest import Manifest
 
+MAX_CLASSES = 1 << 20
+"""Labels beyond this are no class numbers: each class takes memory for its name and a row of every classifier."""
+
 
 def refuse_other_counts(path: Path, labels: NDArray[np.int64], manifest: Manifest) -> None:
-    """UserError unless the labels, (N,) int64, number as many of each class as the manifest says."""
+    """Raises UserError unless the labels, (N,) int64, number as many of each class as the manifest says. A label of -1 stands for none."""
     classes = len(manifest.class_names)
-    outside = labels[(labels < 0) | (labels >= classes)]
+    outside = labels[(labels < -1) | (labels >= classes)]
     if len(outside):
         raise UserError(f"{path}: holds the label {int(outside[0])}, its manifest names {classes} classes; copy it again, or convert again")
-    counts = np.bincount(labels, minlength=classes).tolist()
+    counts = np.bincount(labels[labels >= 0], minlength=classes).tolist()
     if counts != list(manifest.class_counts):
         raise UserError(f"{path}: has other numbers of images per class than its manifest says (damaged, or edited); convert again")
+
+
+def numbered_class_names(path: Path, labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """Returns '0', '1', … up to the highest label. Labels of -1 stand for none. Raises UserError for one that is no class number."""
+    highest = int(labels.max())
+    if highest >= MAX_CLASSES:
+        image = int(labels.argmax())
+        raise UserError(
+            f"{path}: image {image} has the label {highest}; labels are class numbers from 0 up to {MAX_CLASSES - 1:,}, or -1 for none. "
+            "Write the file with such labels"
+        )
+    return tuple(map(str, range(highest + 1)))

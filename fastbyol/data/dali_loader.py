@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.jpeg_header import jpeg_complaint
 from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
 from fastbyol.data.tar_shards import read_tar_shards
 
@@ -50,7 +51,10 @@ class DaliSource(Source):
                 images = self._run(jpegs)
             except RuntimeError as error:
                 images = self._decode_one_by_one(batch, jpegs, error)
-            yield from images
+            for index, image, height, width in zip(batch.tolist(), images, *self.sizes(batch), strict=True):
+                if image.shape != (height, width, 3):
+                    raise damaged(self.sample_name(index), f"it decodes to {image.shape[1]}x{image.shape[0]} pixels, its table says {width}x{height}")
+                yield image
 
     def storage(self) -> Storage:
         return Storage(self._table["shard"].astype(np.int64), self._table["offset"].astype(np.int64))
@@ -68,9 +72,13 @@ class DaliSource(Source):
         self._local = threading.local()
 
     def jpeg(self, index: int) -> Pixels:
+        """Returns the bytes of an image, of the size that the table says. Raises UserError for others, before any decoder sees them."""
         row = self._table[index]
         data = self._files[row["shard"]].read(int(row["offset"]), int(row["size"]))
-        return np.frombuffer(self.checked(index, data, int(row["crc32"])), dtype=np.uint8)
+        data = self.checked(index, data, int(row["crc32"]))
+        if complaint := jpeg_complaint(data, height=int(row["height"]), width=int(row["width"])):
+            raise damaged(self.sample_name(index), complaint)
+        return np.frombuffer(data, dtype=np.uint8)
 
     def _run(self, jpegs: list[Pixels]) -> list[Pixels]:
         pipeline = getattr(self._local, "pipeline", None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.beton import JPEG_MODE, read_beton
-from fastbyol.data.class_counts import refuse_other_counts
+from fastbyol.data.beton import JPEG_MODE, Beton, read_beton
+from fastbyol.data.class_counts import numbered_class_names, refuse_other_counts
 from fastbyol.data.manifest import beton_manifest_path, read_manifest
 from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
 
-# turbojpeg.h
-_TJPF_RGB, _TJPF_GRAY, _TJFLAG_ACCURATEDCT, _TJERR_WARNING = 0, 6, 4096, 0
+log = logging.getLogger("fastbyol")
+# turbojpeg.h. LIMITSCANS ends the decoding of a progressive JPEG of more than 500 scans with an error.
+_TJPF_RGB, _TJPF_GRAY, _TJFLAG_ACCURATEDCT, _TJFLAG_LIMITSCANS, _TJERR_WARNING = 0, 6, 4096, 32768, 0
 # The library calls an error a warning if a warning came before it, so its warnings are known by how they begin (jerror.h).
 _WARNINGS = ("Corrupt JPEG data", "Premature end of JPEG file", "Warning: ", "Inconsistent progression", "Unknown Adobe color transform")
 _DECOMPRESS_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5]
+_HEADER_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, *[ctypes.POINTER(ctypes.c_int)] * 4]
 
 
 class TurboJpeg:
@@ -45,28 +48,48 @@ class TurboJpeg:
         self._library = ctypes.CDLL(str(libraries[0]))
         self._library.tjInitDecompress.restype = ctypes.c_void_p
         self._library.tjDecompress2.argtypes = _DECOMPRESS_TYPES
+        self._library.tjDecompressHeader3.argtypes = _HEADER_TYPES
         self._library.tjGetErrorCode.argtypes = self._library.tjGetErrorStr2.argtypes = self._library.tjDestroy.argtypes = [ctypes.c_void_p]
         self._library.tjGetErrorStr2.restype = ctypes.c_char_p
 
     def decode(self, jpeg: bytes, out: Pixels) -> tuple[str, bool]:
-        """Fills out, (H, W, 3) RGB; gives the decoder's complaint ('' if none) and whether it was fatal."""
+        """Fills out, (H, W, 3) RGB; returns the decoder's complaint ('' if none) and whether it was fatal. Another size than out's is."""
         height, width, _ = out.shape
-        return self._decompress(jpeg, out, width, height, _TJPF_RGB, _TJFLAG_ACCURATEDCT)
+        return self._decompress(jpeg, out, (height, width), (height, width), _TJPF_RGB, _TJFLAG_ACCURATEDCT)
 
     def check(self, jpeg: bytes, *, height: int, width: int) -> tuple[str, bool]:
         """What `decode` would complain about, in 0.7 of its time: reads every coefficient but renders an eighth of the size, in gray."""
         rows, columns = -(-height // 8), -(-width // 8)
-        return self._decompress(jpeg, np.empty(rows * columns, dtype=np.uint8), columns, rows, _TJPF_GRAY, 0)
+        return self._decompress(jpeg, np.empty(rows * columns, dtype=np.uint8), (height, width), (rows, columns), _TJPF_GRAY, 0)
 
-    def _decompress(self, jpeg: bytes, out: Pixels, width: int, height: int, pixel_format: int, flags: int) -> tuple[str, bool]:
+    def _decompress(
+        self, jpeg: bytes, out: Pixels, size: tuple[int, int], rendered: tuple[int, int], pixel_format: int, flags: int
+    ) -> tuple[str, bool]:
+        """size: (height, width) that the JPEG must have; rendered: as which it is written to out."""
         handle = self._library.tjInitDecompress()  # 2 us; one that is used again takes tables that a damaged JPEG lacks from the one before
         try:
+            # tjDecompress2 takes a height or width of 0 for the JPEG's own, and renders another size smaller or larger than it was asked.
+            complaint = self._size_complaint(handle, jpeg, size)
+            height, width = rendered
+            flags |= _TJFLAG_LIMITSCANS
+            if complaint:
+                return complaint, True
             if not self._library.tjDecompress2(handle, jpeg, len(jpeg), out.ctypes.data, width, 0, height, pixel_format, flags):
                 return "", False
             complaint = self._library.tjGetErrorStr2(handle).decode(errors="replace")
             return complaint, self._library.tjGetErrorCode(handle) != _TJERR_WARNING or not complaint.startswith(_WARNINGS)
         finally:
             self._library.tjDestroy(handle)
+
+    def _size_complaint(self, handle: int, jpeg: bytes, size: tuple[int, int]) -> str:
+        """Returns what is wrong with the size in the JPEG's header as the decoder itself reads it, 5 us, or ''."""
+        width, height, subsampling, colorspace = (ctypes.c_int(0) for _ in range(4))
+        self._library.tjDecompressHeader3(handle, jpeg, len(jpeg), width, height, subsampling, colorspace)
+        if (height.value, width.value) == size and min(size) > 0:
+            return ""
+        if not height.value or not width.value:
+            return self._library.tjGetErrorStr2(handle).decode(errors="replace")
+        return f"it is {width.value}x{height.value} pixels, its table says {size[1]}x{size[0]}"
 
 
 class FfcvSource(Source):
@@ -75,7 +98,7 @@ class FfcvSource(Source):
     def __init__(self, path: Path) -> None:
         self._decoder = TurboJpeg()
         self._beton = read_beton(path)
-        super().__init__(labels=self._beton.label, class_names=_class_names(path, self._beton.label))
+        super().__init__(labels=self._beton.label, class_names=_class_names(path, self._beton))
         self._file = RangeReader(path)
         self._scratch = threading.local()
 
@@ -126,10 +149,13 @@ class FfcvSource(Source):
         return buffer[:size]
 
 
-def _class_names(path: Path, labels: Indices) -> tuple[str, ...]:
-    manifest_path = beton_manifest_path(path)
+def _class_names(path: Path, beton: Beton) -> tuple[str, ...]:
+    """Returns the manifest's class names, or numbers where there is no manifest."""
+    labels, manifest_path = beton.label, beton_manifest_path(path)
     if not manifest_path.exists():
-        return tuple(str(label) for label in range(int(labels.max()) + 1))
+        if beton.crc32 is not None:  # it is a file of ours
+            log.warning("%s: is missing, so classes have numbers for names and labels cannot be checked; copy it too", manifest_path)
+        return numbered_class_names(path, labels)
     manifest = read_manifest(manifest_path)
     if manifest.shards[0].bytes != path.stat().st_size or manifest.num_samples != len(labels):
         raise UserError(

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastbyol.data.inputs.folder import list_image_folder
-from fastbyol.data.source import PILLOW_ERRORS, Indices, Pixels, Source, damaged, decode_with_pillow
+from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
+from fastbyol.data.source import Indices, Pixels, Source, damaged
 
 
 class FolderSource(Source):
@@ -36,13 +36,16 @@ class FolderSource(Source):
 
     def _decode_one(self, index: int) -> Pixels:
         try:
-            return decode_with_pillow(self._listing.path(index).read_bytes())
-        except PILLOW_ERRORS as error:
+            image = decode_with_pillow(self._listing.path(index).read_bytes())
+        except (UndecodableImage, OSError) as error:
             raise damaged(self.sample_name(index), error) from error
+        height, width = self._sizes[index].tolist()
+        if height and image.shape != (height, width, 3):  # the views were drawn for the size that the header gave
+            raise damaged(self.sample_name(index), f"it has {image.shape[1]}x{image.shape[0]} pixels, its header said {width}x{height}")
+        return image
 
     def _header_size(self, index: int) -> tuple[int, int]:
         try:
-            with Image.open(self._listing.path(index)) as image:
-                return image.height, image.width
-        except PILLOW_ERRORS as error:
+            return image_size(self._listing.path(index))
+        except (UndecodableImage, OSError) as error:
             raise damaged(self.sample_name(index), error) from error

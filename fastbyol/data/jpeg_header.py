@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image
 
 MAX_SIDE_PX = 65_500
 """libjpeg's limit (and the .beton's, at 65,535)."""
+MAX_SCANS = 100
+"""A progressive JPEG has about ten scans, each a pass over all of its pixels: thousands of them make hours of work out of half a megabyte."""
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _APP1, _APP2, _APP14 = 0xE1, 0xE2, 0xEE
+_APPLICATION, _COMMENT = range(0xE0, 0xF0), 0xFE
 _BASELINE_OR_PROGRESSIVE = {0xC0, 0xC1, 0xC2}
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _ORIENTATION_TAG = 0x0112
 
 
@@ -37,13 +43,18 @@ class JpegHeader:
         """Every JPEG decoder takes it: baseline or progressive, 8 bits, gray or three colours."""
         return self.frame in _BASELINE_OR_PROGRESSIVE and self.bits == 8 and self.components in (1, 3)
 
+    @property
+    def is_progressive(self) -> bool:
+        """Several scans refine the picture."""
+        return self.frame in _PROGRESSIVE
+
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
     """The header; None if the data do not begin as a JPEG or end before its frame is described."""
     if data[:2] != b"\xff\xd8":
         return None
     orientation, has_icc, adobe = 1, False, None
-    frame: tuple[int, ...] | None = None
+    frame: _Frame | None = None
     for marker, at, end in _segments(data):
         if marker == _APP1 and data[at : at + 6] == b"Exif\0\0":
             orientation = exif_orientation(data[at:end])
@@ -51,29 +62,73 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
             has_icc = True
         elif marker == _APP14 and data[at : at + 5] == b"Adobe" and end - at >= 12:
             adobe = data[at + 11]
-        elif marker in _FRAMES and frame is None and end - at >= 6:
-            frame = (int.from_bytes(data[at + 1 : at + 3]), int.from_bytes(data[at + 3 : at + 5]), data[at + 5], data[at], marker)
+        elif frame is None:
+            frame = _frame(data, marker, at, end)
     if frame is None or 0 in frame[:3]:
         return None
     return JpegHeader(*frame, orientation=orientation, has_icc=has_icc, adobe_transform=adobe)
 
 
-def exif_orientation(exif: bytes | Image.Exif) -> int:
-    """The orientation tag, 1 (upright) where there is none that means anything."""
-    if isinstance(exif, bytes):
-        parsed = Image.Exif()
-        try:
+def jpeg_complaint(data: bytes, *, height: int, width: int) -> str:
+    """Returns what speaks against decoding a JPEG whose table says it has this size, or '': another size, or endless work."""
+    frame = next((found for segment in _segments(data) if (found := _frame(data, *segment))), None)
+    if data[:2] != b"\xff\xd8" or frame is None:
+        return "it is not a JPEG, or is cut off in its header"
+    if frame.height != height or frame.width != width:
+        return f"it is {frame.width}x{frame.height} pixels, its table says {width}x{height}"
+    return scans_complaint(data) if frame.marker in _PROGRESSIVE else ""
+
+
+def scans_complaint(data: bytes) -> str:
+    """Returns 'it has N scans …' for a JPEG of more than MAX_SCANS, else ''. Scans of an embedded preview count too."""
+    scans = data.count(b"\xff\xda")  # within the coded pixels 0xFF is always followed by a zero or a restart marker
+    return f"it has {scans:,} scans, more than the {MAX_SCANS} that are decoded" if scans > MAX_SCANS else ""
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Returns the JPEG without comments, EXIF, colour profiles and other application segments; of these only Adobe's says how to decode."""
+    kept, at = [data[:2]], 2
+    for marker, start, end in _segments(data):
+        tells_colours = marker == _APP14 and data[start : start + 5] == b"Adobe" and end - start >= 12
+        if tells_colours or not (marker in _APPLICATION or marker == _COMMENT):
+            kept.append(data[start - 4 : end])
+        at = end
+    return b"".join([*kept, data[at:]])
+
+
+def exif_orientation(exif: bytes | Image.Image) -> int:
+    """Returns the orientation tag of EXIF data or of an opened image; 1 (upright) where there is none that means anything."""
+    try:
+        if isinstance(exif, bytes):
+            parsed = Image.Exif()
             parsed.load(exif)
-        except Exception:  # Pillow raises whatever its reader of TIFF stumbles upon
-            return 1
-        exif = parsed
-    value = exif.get(_ORIENTATION_TAG, 1)
+        else:
+            parsed = exif.getexif()
+        value = parsed.get(_ORIENTATION_TAG, 1)
+    except Exception:  # Pillow's reader of EXIF raises whatever it stumbles upon
+        return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _segments(data: bytes) -> list[tuple[int, int, int]]:
-    """(marker, first byte, end) of every segment's content up to the first scan."""
-    found: list[tuple[int, int, int]] = []
+class _Frame(NamedTuple):
+    """What a frame header (SOF) says."""
+
+    height: int
+    width: int
+    components: int
+    bits: int
+    marker: int
+
+
+def _frame(data: bytes, marker: int, at: int, end: int) -> _Frame | None:
+    """Returns the frame that a segment describes, or None for another kind of segment or one that is cut off."""
+    if marker not in _FRAMES or end - at < 6:
+        return None
+    return _Frame(int.from_bytes(data[at + 1 : at + 3]), int.from_bytes(data[at + 3 : at + 5]), data[at + 5], data[at], marker)
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yields (marker, first byte, end) of every segment's content up to the first scan; no end lies beyond the data."""
     at = 2
     while at + 4 <= len(data):
         at = data.find(b"\xff", at)
@@ -88,6 +143,5 @@ def _segments(data: bytes) -> list[tuple[int, int, int]]:
             break
         else:
             end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
-            found.append((marker, at + 4, end))
+            yield marker, at + 4, min(end, len(data))
             at = end
-    return found

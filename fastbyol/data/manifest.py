@@ -17,6 +17,9 @@ from fastbyol.config.errors import UserError
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 << 20
+"""ImageNet's has 100 kB; of a larger one the JSON alone would fill the memory."""
+_MAX_NUMBER = 1 << 48
 _READ_BYTES = 1 << 20
 _SEAL = "content_sha256"
 """Of all the other fields."""
@@ -64,7 +67,12 @@ def software_versions() -> dict[str, str]:
 
 
 def beton_manifest_path(beton: Path) -> Path:
-    return beton.with_name(beton.name + ".json")
+    """Returns where the manifest of a .beton lies: beside it, or, where it is a symbolic link without one, beside the file itself."""
+    beside = beton.with_name(beton.name + ".json")
+    if beside.exists() or not beton.is_symlink():
+        return beside
+    file = beton.resolve()
+    return file.with_name(file.name + ".json")
 
 
 def sha256_of(path: Path, *, start: int = 0, size: int | None = None, stop: Event | None = None) -> str:
@@ -97,7 +105,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 def is_sealed(path: Path) -> bool:
     """Whether a readable manifest still says what was written: nobody has edited it. Reading does not ask; `verify` does."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = _read_json(path)
     return fields.pop(_SEAL, "") == _seal(fields)
 
 
@@ -106,9 +114,9 @@ def _seal(fields: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads a manifest. UserError if it is missing, not ours, or of a later version."""
+    """Returns the manifest at the path, found to be one that the data can have. Raises UserError if it is missing, not ours, or contradicts itself."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = _read_json(path)
         version = fields.pop("format_version")
         fields.pop(_SEAL, None)
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
@@ -116,22 +124,60 @@ def read_manifest(path: Path) -> Manifest:
             fields[name] = tuple(fields.get(name, ()))
         manifest = Manifest(**fields)
         _refuse_other_types(manifest)
+        _refuse_contradictions(manifest)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; convert again with data_prep/to_dali.py or data_prep/to_ffcv.py") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a manifest of this program ({error}); convert again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        raise UserError(f"{path}: not a manifest of this program ({shortened(error)}); convert again") from error
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: manifest version {version}, this program reads {FORMAT_VERSION}; convert again")
+        raise UserError(f"{path}: manifest version {shortened(version)}, this program reads {FORMAT_VERSION}; convert again")
     return manifest
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError, RecursionError or MemoryError for what is no JSON object of a manifest's size."""
+    with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"{size:,} bytes, a manifest has at most {MAX_MANIFEST_BYTES:,}")
+        fields = json.loads(file.read(MAX_MANIFEST_BYTES).decode("utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError("no JSON object")
+    return fields
+
+
+def shortened(value: object, *, limit: int = 200) -> str:
+    """Returns the value's text, cut where it is long: what an error quotes from a file may be of any length."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def _refuse_other_types(manifest: Manifest) -> None:
-    """TypeError for values that nothing could be done with: somebody has edited them."""
+    """Raises TypeError for values that nothing could be done with: somebody has edited them."""
     numbers = [manifest.num_samples, *manifest.class_counts, *manifest.dropped]
     numbers += [number for shard in manifest.shards for number in (shard.samples, shard.bytes, shard.chunk_bytes)]
-    texts = [manifest.kind, *manifest.class_names, *(text for shard in manifest.shards for text in (shard.name, shard.sha256))]
+    texts = [manifest.kind, manifest.names_sha256, *manifest.class_names]
+    texts += [text for shard in manifest.shards for text in (shard.name, shard.sha256)]
     tables = (manifest.images, manifest.settings, manifest.source, manifest.software)
     for values, kind in ((numbers, int), (texts, str), (tables, dict)):
         for value in values:
-            if not isinstance(value, kind):
-                raise TypeError(f"{value!r} should be a {kind.__name__}")
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{shortened(repr(value))} should be a {kind.__name__}")
+    for number in numbers:
+        if not 0 <= number < _MAX_NUMBER:
+            raise ValueError(f"{shortened(number)} should be a number from 0 on that a file can have")
+
+
+def _refuse_contradictions(manifest: Manifest) -> None:
+    """Raises ValueError where parts of the manifest cannot all be true."""
+    if not manifest.num_samples or not manifest.shards:
+        raise ValueError("no images, or no data files")
+    if len(manifest.class_counts) != len(manifest.class_names):
+        raise ValueError(f"{len(manifest.class_counts)} class_counts for {len(manifest.class_names)} class_names")
+    for name in (shard.name for shard in manifest.shards):
+        if not name or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
+            raise ValueError(f"{shortened(repr(name))} should be the name of a file beside it")
+    listed = manifest.num_samples + len(manifest.dropped)
+    if any(position >= listed for position in manifest.dropped) or list(manifest.dropped) != sorted(set(manifest.dropped)):
+        raise ValueError(f"its dropped images should be ascending positions below {listed:,}")

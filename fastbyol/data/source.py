@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import zlib
 from abc import ABC, abstractmethod
@@ -12,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops
 
 from fastbyol.config.errors import UserError
 
@@ -102,31 +100,6 @@ class RangeReader:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def decode_with_pillow(data: bytes) -> Pixels:
-    """(H, W, 3) RGB of any image file's bytes; EXIF orientation is not applied. Raises one of PILLOW_ERRORS if it is damaged."""
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(as_rgb(image))
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The RGB image that an opened one stands for: alpha left out, of 16 bits the upper 8. ValueError for floating-point pixels.
-
-    Pillow alone clips 16-bit values to 255, and takes every CMYK JPEG for an inverted one, as Adobe's are.
-    """
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((wide >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose range is unknown")
-    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        image = ImageChops.invert(image)
-    return image.convert("RGB")
-
-
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""All that Pillow raises for a damaged or foreign file."""
 
 
 def damaged(name: str, error: object) -> UserError:

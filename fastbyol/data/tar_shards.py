@@ -5,13 +5,14 @@ Stock DALI (fn.readers.webdataset) and every WebDataset reader take the tars as 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.beton import refuse_impossible_sizes
 from fastbyol.data.class_counts import refuse_other_counts
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, read_manifest
 
@@ -23,6 +24,7 @@ SAMPLE = np.dtype(
 
 crc32 is of the JPEG's bytes."""
 INDEX_VERSION = "v1.2"
+_MAX_HEADER_BYTES = 1 << 16
 
 
 def shard_name(number: int, *, part: str = "") -> str:
@@ -62,14 +64,24 @@ def _check_shard(tar: Path, size: int, samples: int) -> None:
 def read_sample_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
     """The table at `path`. UserError for one that is missing, damaged, or not of the manifest's shards."""
     again = "copy it again, or convert again with data_prep/to_dali.py"
+    foreign = UserError(f"{path}: not the sample table of these {manifest.num_samples} samples; {again}")
     try:
-        table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError, TokenError, MemoryError) as error:  # the last three: a damaged header
+        with path.open("rb") as file:  # not np.load, which also takes a zip file and then returns no array
+            if os.fstat(file.fileno()).st_size > manifest.num_samples * SAMPLE.itemsize + _MAX_HEADER_BYTES:
+                raise foreign
+            table = np.lib.format.read_array(file, allow_pickle=False)
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged header, anything from SyntaxError to MemoryError
         raise UserError(f"{path}: no readable sample table ({error}); {again}") from error
     if table.dtype != SAMPLE or table.shape != (manifest.num_samples,) or table["shard"].max() >= len(manifest.shards):
-        raise UserError(f"{path}: not the sample table of these {manifest.num_samples} samples; {again}")
-    shard_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)[table["shard"]]
+        raise foreign
+    all_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
+    shard_bytes = all_bytes[table["shard"]]
     if (table["offset"] > shard_bytes).any() or (table["offset"] + table["size"] > shard_bytes).any():
         raise UserError(f"{path}: points outside its shards; {again}")
+    if table["size"].sum(dtype=np.uint64) > all_bytes.sum():
+        raise UserError(f"{path}: its images overlap, or have more bytes than its shards; {again}")
+    refuse_impossible_sizes(path, table["height"].astype(np.int64), table["width"].astype(np.int64))
     refuse_other_counts(path, table["label"], manifest)
     return table

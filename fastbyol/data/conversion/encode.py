@@ -3,10 +3,10 @@
 What happens to each oddity:
 
 - JPEG, baseline or progressive, gray or three colours, whatever its file is called: its own bytes.
-- CMYK, YCCK and other JPEGs; PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000, AVIF: transcoded to RGB JPEG. Alpha is left out, of 16 bits the upper 8
-  are kept, of several pictures the first.
+- CMYK, YCCK and other JPEGs; PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000, AVIF: transcoded to RGB JPEG. Alpha is left out, more than 8 bits are
+  scaled to 8 (`pillow_decoding.pixel_range`), of several pictures the first is kept.
 - EXIF orientation: ignored and noted, as in the paper's code and ImageNet's loaders, or applied if asked for. ICC profiles: ignored, counted.
-- Empty, unreadable, truncated or foreign files, sides over 65,500 px, more pixels than allowed (decided from the header): dropped.
+- Empty, unreadable, truncated or foreign files, sides over 65,500 px, more pixels or scans than allowed (decided from the header): dropped.
 - A JPEG that decoders complain about but render (stray bytes; ImageNet has some): kept and noted. A data segment that ends too early is not
   such a case: part of the picture is missing.
 
@@ -29,16 +29,14 @@ from PIL import Image
 from fastbyol.config.errors import UserError, require, require_at_least, require_choice
 from fastbyol.data.beton import JPEG_MODE, RAW_MODE
 from fastbyol.data.ffcv_loader import TurboJpeg
-from fastbyol.data.jpeg_header import MAX_SIDE_PX, JpegHeader, exif_orientation, read_jpeg_header
-from fastbyol.data.source import as_rgb
+from fastbyol.data.jpeg_header import MAX_SIDE_PX, JpegHeader, exif_orientation, read_jpeg_header, scans_complaint
+from fastbyol.data.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, has_wide_pixels, load_image, pixel_range
 
 MAX_PIXELS = 100_000_000
 """ImageNet's largest image has 61 million."""
 UNREADABLE = "unreadable"
 """The reason of files that the system would not read."""
 EXIF_MODES = ("ignore", "apply")
-# Not PostScript, for which Pillow starts Ghostscript, nor rare formats whose readers few have tried to break.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _CUT_SHORT = ("Premature end of JPEG file", "Corrupt JPEG data: premature end of data segment")
 _DETAIL_CHARACTERS = 200
 _MANY_IMAGES = 1_000
@@ -142,10 +140,6 @@ class _About(NamedTuple):
     has_icc: bool
 
 
-class _Drop(Exception):
-    """(reason, detail): ends the work on an image."""
-
-
 class Encoder:
     """The validation step with its settings, for one process."""
 
@@ -166,18 +160,22 @@ class Encoder:
         """Never raises for what is in the data."""
         try:
             return self._encode(data, index)
-        except _Drop as drop:
-            return DroppedImage(*drop.args, source_bytes=len(data))
+        except UndecodableImage as error:
+            return DroppedImage(error.reason, _shortened(error), len(data))
         except MemoryError:
             return DroppedImage("too large", "not enough memory to decode it", len(data))
+        except Exception as error:  # whatever a reader of images stumbles over
+            return DroppedImage("does not decode", _shortened(f"{type(error).__name__}: {error}"), len(data))
 
     def _encode(self, data: bytes, index: int) -> EncodedImage:
         if not data:
-            raise _Drop("empty", "the file has no bytes")
+            raise UndecodableImage("empty", "the file has no bytes")
         header = read_jpeg_header(data)
         if header is None or not header.is_common:
             return self._render(data, header, index)
         self._check_size(header.width, header.height)
+        if too_many := scans_complaint(data) if header.is_progressive else "":
+            raise UndecodableImage("too many scans", too_many)
         complaint, fatal = self._complaint(data, header)
         if fatal:
             return self._render(data, header, index, reason=f"TurboJPEG refuses it: {complaint}")
@@ -192,7 +190,7 @@ class Encoder:
             return "", False
         complaint, fatal = self._turbo.check(data, height=header.height, width=header.width)
         if complaint in _CUT_SHORT:
-            raise _Drop("truncated", complaint)
+            raise UndecodableImage("truncated", complaint)
         return complaint, fatal
 
     def _is_beyond_doubt(self, data: bytes) -> bool:
@@ -216,14 +214,15 @@ class Encoder:
 
     def _render(self, data: bytes, header: JpegHeader | None, index: int, *, reason: str = "", notes: Notes = ()) -> EncodedImage:
         """By Pillow: whatever is no plain JPEG, and plain ones that are to be changed."""
-        image = self._opened(data)
+        image = load_image(data, check_size=self._check_size)
         reason = reason or _oddity(image, header)
-        _load(image)
         if header is not None and not reason and not self._must_render(header, index):  # a plain JPEG, and no TurboJPEG here
             return self._passed(data, header, notes)
         # Pillow's reader of TIFF turns the pixels itself, and then says that they are upright.
-        orientation = header.orientation if header else exif_orientation(image.getexif())
-        pixels = _as_rgb(image)
+        orientation = header.orientation if header else exif_orientation(image)
+        if has_wide_pixels(image) and not (limits := pixel_range(image)).stated:
+            notes += (("range of its pixel values guessed", f"{limits.black:g} to {limits.white:g}"),)
+        pixels = as_rgb(image)
         if orientation != 1 and self._settings.exif == "apply":
             pixels, reason = pixels.transpose(_TURNS[orientation]), reason or "EXIF orientation applied"
         else:
@@ -234,10 +233,12 @@ class Encoder:
         """The pixels resized if they must be, and stored raw or as JPEG."""
         image = self._resized(image)
         if max(image.size) > MAX_SIDE_PX:
-            raise _Drop("too large", f"{image.width}x{image.height} pixels; a side ends at {MAX_SIDE_PX:,}")
+            raise UndecodableImage("too large", f"{image.width}x{image.height} pixels; a side ends at {MAX_SIDE_PX:,}")
         if self._goes_raw(index, image.height, image.width):
             outcome = Outcome.TRANSCODED if about.reason else Outcome.RAW
             return self._stored(image.tobytes(), image.height, image.width, RAW_MODE, outcome, about)
+        if len(image.info.get("comment", b"")) > MAX_SIDE_PX:  # Pillow writes it into the JPEG, whose segments hold no more
+            del image.info["comment"]
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=self._settings.quality)
         outcome = Outcome.TRANSCODED if about.reason else Outcome.RESIZED
@@ -246,27 +247,18 @@ class Encoder:
     def _stored(self, data: bytes, height: int, width: int, mode: int, outcome: Outcome, about: _About) -> EncodedImage:
         limit = self._settings.max_stored_bytes
         if limit is not None and len(data) > limit:
-            raise _Drop("too large", f"{len(data):,} bytes; a page of the file holds {limit:,}")
+            raise UndecodableImage("too large", f"{len(data):,} bytes; a page of the file holds {limit:,}")
+        if height * width > MAX_DECODED_PIXELS:
+            raise UndecodableImage(
+                "too many pixels", f"{width}x{height}; training decodes {MAX_DECODED_PIXELS:,} at most, --max-side makes it smaller"
+            )
         return EncodedImage(data, height, width, mode, zlib.crc32(data), outcome, *about)
-
-    def _opened(self, data: bytes) -> Image.Image:
-        """Its header read, and its size found bearable, nothing decoded."""
-        try:
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        except Image.UnidentifiedImageError:
-            raise _Drop("not an image", f"begins with {data[:12]!r}") from None
-        except Image.DecompressionBombError as error:
-            raise _Drop("too many pixels", _shortened(error)) from None
-        except Exception as error:  # Pillow's readers raise whatever they stumble upon
-            raise _Drop(_decoding_failure(error), _shortened(error)) from None
-        self._check_size(image.width, image.height)
-        return image
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self._settings.max_pixels:
-            raise _Drop("too many pixels", f"{width}x{height}; --max-pixels allows {self._settings.max_pixels:,}")
+            raise UndecodableImage("too many pixels", f"{width}x{height}; --max-pixels allows {self._settings.max_pixels:,}")
         if max(width, height) > MAX_SIDE_PX and self._settings.max_side_px is None:
-            raise _Drop("too large", f"{width}x{height} pixels; a side ends at {MAX_SIDE_PX:,}")
+            raise UndecodableImage("too large", f"{width}x{height} pixels; a side ends at {MAX_SIDE_PX:,}")
 
     def _resized(self, image: Image.Image) -> Image.Image:
         limit, longer = self._settings.max_side_px, max(image.size)
@@ -292,24 +284,6 @@ def find_turbojpeg() -> TurboJpeg | None:
         return None
 
 
-def _load(image: Image.Image) -> None:
-    try:
-        image.load()
-    except Exception as error:  # as above
-        raise _Drop(_decoding_failure(error), _shortened(error)) from None
-
-
-def _decoding_failure(error: Exception) -> str:
-    return "truncated" if "truncated" in str(error).lower() else "does not decode"
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    try:
-        return as_rgb(image)
-    except ValueError as error:
-        raise _Drop("does not decode", _shortened(error)) from None
-
-
 def _oddity(image: Image.Image, header: JpegHeader | None) -> str:
     """Why an image cannot be passed through, in a few words that many images share; '' for a plain JPEG."""
     if header is not None and header.is_common:
@@ -319,7 +293,8 @@ def _oddity(image: Image.Image, header: JpegHeader | None) -> str:
             return "YCCK JPEG" if header.adobe_transform == 2 else "CMYK JPEG"
         return f"JPEG of a rare kind (frame 0x{header.frame:02X}, {header.bits} bits, {header.components} components)"
     kinds = {"1": "bilevel", "P": "palette", "L": "gray", "RGBA": "with alpha", "LA": "with alpha", "PA": "with alpha"}
-    kind = "16-bit" if image.mode.startswith("I") else kinds.get(image.mode, "")
+    kinds |= {"I": "16-bit" if image.format in ("PNG", "PPM") else "of integers", "F": "of floats"}
+    kind = "16-bit" if image.mode.startswith("I;16") else kinds.get(image.mode, "")
     return f"{image.format or 'unknown format'} {kind}".strip()
 
 

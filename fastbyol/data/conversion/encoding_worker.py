@@ -24,6 +24,8 @@ from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder,
 Encoded = EncodedImage | DroppedImage
 READY = "ready"
 """A worker's first message."""
+CPU_SECONDS_PER_IMAGE = 60.0
+"""An image on which a worker computes for longer ends it, by SIGPROF. Waiting for a disk does not count. The largest that is allowed takes 3 s."""
 _PIPE_BYTES = 1 << 20  # what Linux gives without asking anybody
 
 
@@ -81,6 +83,9 @@ def serve(jobs_descriptor: int, results_descriptor: int) -> None:
         results.send(READY)
         while True:
             for index, location in jobs.recv():
-                results.send(encoder.encode_from(location, index=index))
+                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_PER_IMAGE)
+                encoded = encoder.encode_from(location, index=index)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                results.send(encoded)
     except (EOFError, OSError):  # the conversion is over, or was killed
         return

@@ -12,7 +12,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.beton import RAW_MODE, read_beton
 from fastbyol.data.inputs.listing import ImageLocation
 from fastbyol.data.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
-from fastbyol.data.source import Indices, Pixels, decode_with_pillow
+from fastbyol.data.pillow_decoding import decode_with_pillow
+from fastbyol.data.source import Indices, Pixels
 from fastbyol.data.tar_shards import SAMPLE_TABLE, read_sample_table
 from fastbyol.data.traversal import seeded_permutation
 
@@ -43,7 +44,7 @@ class Converted:
         return ImageLocation(file.name, file, int(self.offset[index]), int(self.size[index])).read()
 
     def pixels(self, index: int) -> Pixels:
-        """(H, W, 3) RGB. Raises one of PILLOW_ERRORS where they do not decode."""
+        """(H, W, 3) RGB. Raises UndecodableImage, or OSError where they cannot be read."""
         data = self.read(index)
         if not self.raw[index]:
             return decode_with_pillow(data)
@@ -105,9 +106,10 @@ def converted_shards(folder: Path, manifest: Manifest) -> Converted:
 
 
 def _listed(manifest: Manifest | None, num_images: int) -> Indices:
-    """By the manifest, or by the images' own numbers where it is of no use (which `listed_positions` tells)."""
+    """Returns the manifest's positions, or the images' own numbers where it is of no use (which `listed_positions` tells)."""
+    if manifest is None or manifest.num_samples != num_images:
+        return np.arange(num_images)
     try:
-        positions = listed_positions(manifest) if manifest else np.arange(num_images)
+        return listed_positions(manifest)
     except UserError:
-        positions = np.arange(0)
-    return positions if len(positions) == num_images else np.arange(num_images)
+        return np.arange(num_images)

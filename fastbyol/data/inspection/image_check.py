@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import zlib
 
@@ -12,8 +11,9 @@ from PIL import Image, ImageOps
 from fastbyol.data.conversion.encode import find_turbojpeg
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.converted import Converted
-from fastbyol.data.jpeg_header import exif_orientation, read_jpeg_header
-from fastbyol.data.source import PILLOW_ERRORS, Pixels, decode_with_pillow
+from fastbyol.data.jpeg_header import exif_orientation, read_jpeg_header, scans_complaint
+from fastbyol.data.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, decode_with_pillow, load_image
+from fastbyol.data.source import Pixels
 
 TOLERATED_LEVELS = 12.0
 """Mean distance, of 255 levels, between the means of 8x8 pixels of an original and of its transcoded image: JPEG keeps those to within 6
@@ -52,8 +52,10 @@ class ImageCheck:
         header = read_jpeg_header(data)
         if self._decoder is None or header is None or not header.is_common:
             return self._pillow_complaint(index, data)
-        if complaint := self._size_complaint(index, header.height, header.width):
+        if complaint := self._size_complaint(index, header.height, header.width) or scans_complaint(data):
             return complaint
+        if header.height * header.width > MAX_DECODED_PIXELS:
+            return f"has {header.width}x{header.height} pixels, more than the {MAX_DECODED_PIXELS:,} that are decoded"
         complaint, fatal = self._decoder.decode(data, self._scratch(header.height, header.width))
         # With a checksum these are the bytes that were accepted, and a warning is an oddity that the conversion has noted.
         return f"does not decode ({complaint})" if complaint and (fatal or self._images.crc32 is None) else ""
@@ -61,7 +63,7 @@ class ImageCheck:
     def _pillow_complaint(self, index: int, data: bytes) -> str:
         try:
             height, width, _ = decode_with_pillow(data).shape
-        except PILLOW_ERRORS as error:
+        except UndecodableImage as error:
             return f"does not decode ({error})"
         return self._size_complaint(index, height, width)
 
@@ -80,7 +82,7 @@ class ImageCheck:
             original = location.read()
             if original != data and (distance := self._distance(index, data, original)) > TOLERATED_LEVELS:
                 faults.append(f"is not the picture of its original {location.name} ({distance:.0f} of 255 levels apart on average)")
-        except PILLOW_ERRORS as error:
+        except (UndecodableImage, OSError) as error:
             faults.append(f"cannot be compared: its original {location.name} does not decode ({error})")
         return faults
 
@@ -88,9 +90,8 @@ class ImageCheck:
         """Mean difference of the pixels, the original turned and resized as a conversion may have done; of another shape: 255."""
         shape = int(self._images.height[index]), int(self._images.width[index]), 3
         stored = np.frombuffer(data, dtype=np.uint8).reshape(shape) if self._images.raw[index] else decode_with_pillow(data)
-        picture = Image.fromarray(decode_with_pillow(original))
-        with Image.open(io.BytesIO(original)) as opened:
-            orientation = exif_orientation(opened.getexif())
+        opened = load_image(original)
+        picture, orientation = as_rgb(opened), exif_orientation(opened)
         candidates = [picture] if orientation == 1 else [picture, _turned(picture, orientation)]
         return min(_mean_distance(stored, candidate) for candidate in candidates)
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.class_counts import numbered_class_names
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.converted import is_converted, open_converted
 from fastbyol.data.manifest import Manifest
-from fastbyol.data.source import PILLOW_ERRORS, Indices, Pixels, decode_with_pillow
+from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
+from fastbyol.data.source import Indices, Pixels
 
 SAMPLED = 2000
 """Images of a folder or tar whose headers are read for their sides: a million would take an hour on a network disk."""
@@ -50,6 +50,8 @@ class Inventory:
     """Fewest images in a class that has any; median and most likewise."""
     class_median: float
     class_max: int
+    unlabelled: int
+    """Images with the label -1, which stands for none."""
     image_bytes: int
     sides: Sides | None
     """None where no image could be read."""
@@ -75,14 +77,14 @@ class ImageSet:
         if listing is None:
             self._converted, self.manifest = open_converted(path)
             self.labels = self._converted.label
-            self.class_names = self.manifest.class_names if self.manifest else tuple(map(str, range(int(self.labels.max()) + 1)))
+            self.class_names = self.manifest.class_names if self.manifest else numbered_class_names(path, self.labels)
         else:
             self._converted = None
             self.labels = np.array(listing.labels, dtype=np.int64)
             self.class_names = listing.class_names
 
     def pixels(self, index: int) -> Pixels:
-        """(H, W, 3) RGB. Raises one of PILLOW_ERRORS."""
+        """(H, W, 3) RGB. Raises UndecodableImage, or OSError where it cannot be read."""
         if self._converted is not None:
             return self._converted.pixels(index)
         assert self.listing is not None
@@ -115,7 +117,8 @@ def is_conversion(path: Path) -> bool:
 def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
     """The numbers of a conversion (listing None) or of a folder or tar of images. UserError as `open_converted`."""
     images = ImageSet(path, listing)
-    counts = np.bincount(images.labels, minlength=len(images.class_names))
+    counts = np.bincount(images.labels[images.labels >= 0], minlength=len(images.class_names))
+    counts_of_used = counts[counts > 0] if counts.any() else np.zeros(1, dtype=np.int64)
     skipped = listing.skipped if listing else ()
     return Inventory(
         path=str(path),
@@ -123,9 +126,10 @@ def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
         images=len(images.labels),
         classes=len(counts),
         empty_classes=int((counts == 0).sum()),
-        class_min=int(counts[counts > 0].min()),
-        class_median=float(np.median(counts[counts > 0])),
-        class_max=int(counts.max()),
+        class_min=int(counts_of_used.min()),
+        class_median=float(np.median(counts_of_used)),
+        class_max=int(counts_of_used.max()),
+        unlabelled=int((images.labels < 0).sum()),
         image_bytes=images.num_bytes(),
         sides=images.sides(),
         skipped=len(skipped),
@@ -153,9 +157,8 @@ def _header(listing: ImageListing, index: int) -> tuple[int, int, int] | None:
     """(height, width, bytes), or None for what is no image."""
     try:
         data = listing.location(index).read()
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width, len(data)
-    except PILLOW_ERRORS:
+        return *image_size(data), len(data)
+    except (UndecodableImage, OSError):
         return None
 
 

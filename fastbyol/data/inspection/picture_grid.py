@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.inventory import ImageSet
-from fastbyol.data.source import PILLOW_ERRORS
+from fastbyol.data.pillow_decoding import UndecodableImage
 
 ROWS, COLUMNS = 12, 8
 TILE_PX, MARGIN_PX, LABEL_PX = 112, 6, 150
@@ -41,7 +41,7 @@ def write_picture_grid(path: Path, *, listing: ImageListing | None, out: Path) -
     for row, label in enumerate(rows.tolist()):
         y = MARGIN_PX + row * (TILE_PX + MARGIN_PX)
         members = np.flatnonzero(images.labels == label)
-        _caption(draw, (MARGIN_PX, y + TILE_PX // 3), [images.class_names[label], f"label {label}", f"{len(members):,} images"])
+        _caption(draw, (MARGIN_PX, y + TILE_PX // 3), [images.class_names[label] if label >= 0 else "no label", f"label {label}", f"{len(members):,} images"])
         for column, index in enumerate(members[_spread(len(members), COLUMNS)].tolist()):
             _paste(sheet, (LABEL_PX + column * (TILE_PX + MARGIN_PX), y), images, index)
     try:
@@ -58,7 +58,7 @@ def _spread(total: int, wanted: int) -> np.ndarray:
 def _paste(sheet: Image.Image, at: tuple[int, int], images: ImageSet, index: int) -> None:
     try:
         tile = Image.fromarray(images.pixels(index))
-    except PILLOW_ERRORS:
+    except (UndecodableImage, OSError):
         ImageDraw.Draw(sheet).text(at, "does not decode", fill=_PALE, font=ImageFont.load_default())
         return
     scale = TILE_PX / max(tile.size)

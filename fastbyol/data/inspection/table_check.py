@@ -13,7 +13,7 @@ from fastbyol.data.class_counts import refuse_other_counts
 from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.shard_check import foreign_shard
-from fastbyol.data.manifest import Manifest, is_sealed, read_manifest
+from fastbyol.data.manifest import Manifest, is_sealed, read_manifest, shortened
 
 _PARTS = "part-*-of-*.json"
 """What several machines leave until `to_dali.py --merge` has been run."""
@@ -84,12 +84,13 @@ def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterato
     """What the manifest says that the tables and files do not."""
     if manifest.kind != (kind := "beton" if path.is_file() else "tar"):
         yield f"is of the kind {manifest.kind!r}, this is a {kind}"
-    try:
-        listed_positions(manifest)
-    except UserError as error:
-        yield str(error)
     if manifest.num_samples != len(images.label):
         yield f"says {manifest.num_samples} images, there are {len(images.label)}"
+    else:
+        try:
+            listed_positions(manifest)
+        except UserError as error:
+            yield str(error)
     try:
         refuse_other_counts(path, images.label, manifest)
     except UserError as error:
@@ -101,7 +102,7 @@ def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterato
     measured = _summary(images)
     for name in measured.keys() & manifest.images.keys():
         if manifest.images[name] != measured[name]:
-            yield f"says {name} = {manifest.images[name]}, the images have {measured[name]}"
+            yield f"says {name} = {shortened(manifest.images[name])}, the images have {measured[name]}"
 
 
 def _summary(images: Converted) -> dict[str, float]:

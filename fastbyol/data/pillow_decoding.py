@@ -1,0 +1,185 @@
+"""Any image file as RGB pixels, by Pillow: what can be seen is kept, whatever its metadata; what cannot be decoded has one kind of error.
+
+Pillow's readers raise whatever they stumble over (struct.error, KeyError, zlib.error …), also in comments, colour profiles and EXIF that
+have no part in the pixels. Here every failure becomes an UndecodableImage, and metadata never costs an image.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, UnidentifiedImageError
+
+from fastbyol.data.jpeg_header import scans_complaint, without_metadata
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Not PostScript, for which Pillow starts Ghostscript, nor rare formats whose readers few have tried to break."""
+MAX_DECODED_PIXELS = 178_956_970
+"""No larger image is decoded while training, whatever a table or header says: Pillow's own limit, half a gigabyte of RGB."""
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_TIFF_BITS, _TIFF_RANGES = 258, ((340, 341), (280, 281))  # BitsPerSample; S{Min,Max}SampleValue, {Min,Max}SampleValue
+_COMMON_MAXIMA = (255, 4095, 65535)
+# Pillow warns of damaged EXIF and of many pixels, for each image anew; what matters is raised.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class UndecodableImage(ValueError):
+    """An image that cannot be decoded; `reason` is one of a few phrases, the message has the details."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class PixelRange(NamedTuple):
+    """The values that mean black and white in an image of integers beyond 8 bits or of floats."""
+
+    black: float
+    white: float
+    stated: bool
+    """By the file; otherwise it was guessed from the pixels."""
+
+
+def decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
+    """Returns the (H, W, 3) RGB pixels of any image file's bytes; EXIF orientation is not applied. Raises UndecodableImage."""
+    return np.asarray(as_rgb(load_image(data)))
+
+
+def load_image(data: bytes, *, check_size: Callable[[int, int], None] | None = None) -> Image.Image:
+    """Returns the decoded image, its first picture where it has several.
+
+    Args:
+        data: the file's bytes.
+        check_size: called with (width, height) from the header before anything is decoded; may raise UndecodableImage.
+
+    Raises:
+        UndecodableImage: it is no image, or is damaged. MemoryError passes.
+    """
+    try:
+        return _load(data, check_size)
+    except UndecodableImage:
+        plain = _without_metadata(data)
+        if plain is None:
+            raise
+        return _load(plain, check_size)
+
+
+def image_size(source: Path | bytes) -> tuple[int, int]:
+    """Returns (height, width) from the header of an image file or its bytes. Raises UndecodableImage, or OSError if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            return image.height, image.width
+    except Exception:  # decoding says what is wrong, if anything is
+        image = load_image(source if isinstance(source, bytes) else source.read_bytes())
+        return image.height, image.width
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Returns the RGB image that a decoded one stands for: alpha left out, other ranges than 8 bits brought to 8 (`pixel_range`).
+
+    Pillow alone clips 16-bit values to 255, and takes every CMYK JPEG for an inverted one, as Adobe's are.
+    """
+    if has_wide_pixels(image):
+        return Image.fromarray(_as_8_bits(np.asarray(image), pixel_range(image))).convert("RGB")
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        image = ImageChops.invert(image)
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise UndecodableImage("does not decode", str(error)) from error
+
+
+def has_wide_pixels(image: Image.Image) -> bool:
+    """Whether the pixels are gray integers of more than 8 bits, or floats."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def pixel_range(image: Image.Image) -> PixelRange:
+    """Returns what black and white are in an image of wide pixels.
+
+    A TIFF may state it. Else a whole number of 8, 12 or 16 bits that holds all values is taken, for floats also 1, and otherwise, as with
+    negative values, the range that the image has. So a 12-bit picture in a 16-bit file is not black, nor are floats from 0 to 1.
+    """
+    if stated := _stated_range(image):
+        return stated
+    if image.format == "PPM":  # Pillow has scaled it from its own maximum to 16 bits
+        return PixelRange(0.0, 65535.0, True)
+    values = np.asarray(image)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        raise UndecodableImage("does not decode", "no pixel is a number")
+    low, high = float(values.min()), float(values.max())
+    for white in (*((1.0,) if image.mode == "F" else ()), *_COMMON_MAXIMA):
+        if 0 <= low and high <= white:
+            return PixelRange(0.0, float(white), image.mode != "F" and white == _COMMON_MAXIMA[-1])
+    return PixelRange(low, high, False)
+
+
+def _stated_range(image: Image.Image) -> PixelRange | None:
+    tags: Any = getattr(image, "tag_v2", {})
+    try:
+        for black, white in _TIFF_RANGES:
+            if black in tags and white in tags:
+                low, high = (float(np.atleast_1d(tags[tag])[0]) for tag in (black, white))
+                if math.isfinite(low) and math.isfinite(high) and low < high:
+                    return PixelRange(low, high, True)
+        bits = int(np.atleast_1d(tags.get(_TIFF_BITS, 16))[0])
+    except Exception:  # tags of another type, or unreadable: as if there were none
+        return None
+    return PixelRange(0.0, float(2**bits - 1), True) if image.mode != "F" and 8 < bits < 16 else None
+
+
+def _as_8_bits(values: NDArray[Any], limits: PixelRange) -> NDArray[np.uint8]:
+    """Brings black to white to 0 to 255. Integers keep their upper bits: 16 bits give value >> 8."""
+    black, white = limits.black, limits.white
+    if values.dtype.kind in "iu":
+        levels = (values.astype(np.int64) - int(black)) * 256 // max(int(white) - int(black) + 1, 1)
+    else:
+        scaled = (values.astype(np.float64) - black) / (white - black or 1.0)
+        levels = np.rint(255 * np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1))
+    return levels.clip(0, 255).astype(np.uint8)
+
+
+def _load(data: bytes, check_size: Callable[[int, int], None] | None) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if check_size is not None:
+            check_size(image.width, image.height)
+        if image.info.get("progressive") and (complaint := scans_complaint(data)):
+            raise UndecodableImage("too many scans", complaint)
+        image.load()
+        return image
+    except (UndecodableImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise UndecodableImage("not an image", f"begins with {data[:12]!r}") from None
+    except Image.DecompressionBombError as error:
+        raise UndecodableImage("too many pixels", str(error)) from error
+    except Exception as error:  # see above
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UndecodableImage("truncated" if "truncated" in text.lower() else "does not decode", text) from error
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """Returns a JPEG or PNG with only what makes its pixels, or None for another format or where nothing would be left out."""
+    if data.startswith(b"\xff\xd8"):
+        plain = without_metadata(data)
+    elif data.startswith(_PNG_MAGIC):
+        kept, at = [_PNG_MAGIC], len(_PNG_MAGIC)
+        while at + 12 <= len(data):
+            end = at + 12 + int.from_bytes(data[at : at + 4])
+            if data[at + 4 : at + 8] in _PNG_PIXEL_CHUNKS:
+                kept.append(data[at:end])
+            at = end
+        plain = b"".join(kept)
+    else:
+        return None
+    return plain if len(plain) < len(data) else None
