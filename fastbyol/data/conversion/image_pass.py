@@ -180,4 +180,7 @@ def _rows_before(task: Task, work: WorkFolder) -> NDArray[np.void]:
 
 def touched_images(work: WorkFolder) -> list[dict[str, Any]]:
     """What was noted of each image that was not simply passed through, in the order of conversion."""
-    return [json.loads(line) for line in (work.path / TOUCHED).read_text(encoding="ascii").splitlines()]
+    try:
+        return [json.loads(line) for line in (work.path / TOUCHED).read_text(encoding="ascii").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{work.path / TOUCHED}: damaged ({error}); begin anew with --restart") from error

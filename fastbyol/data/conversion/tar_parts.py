@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.background_digests import BackgroundDigests
+from fastbyol.data.conversion.encode import Outcome
 from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
 from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.outcome import make_manifest, require_few_dropped
@@ -30,10 +32,11 @@ from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample
 from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import flush_to_disk, write_durably
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest, shortened
 from fastbyol.data.tar_shards import SAMPLE_TABLE, TAR_REPORT
 
 _PARTS, _TABLES = "part-*-of-*.json", "part-*-of-*.npz"
+_PART_NAME = re.compile(r"part-\d{5,9}-of-\d{5,9}\.json")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     """'i/n', or 'auto': from the environment that torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS) gives each process."""
     if text == "auto":
         for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if number in environment and count in environment:
+            if environment.get(number, "").isdecimal() and environment.get(count, "").isdecimal():
                 return Part(int(environment[number]), int(environment[count]))
         raise UserError("shard = 'auto': neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give it as i/n")
     number, slash, count = text.partition("/")
@@ -129,6 +132,8 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
                 f"{out}: its parts were made from other images than {listing.root} holds; give what they were made from, or nothing"
             )
         tables = [_read_table(part) for part in parts]
+        for path, one, table in zip(parts, done, tables, strict=True):
+            _refuse_other_rows(path, one, table)
         rows = np.sort(_renumbered([table.rows for table in tables], done), order="index")
         task = _whole_task(out, done[0], tables, rows, options or ConversionOptions())
         report = make_report(task.listing, rows, [entry for one in done for entry in one.touched])
@@ -232,38 +237,78 @@ def _make_folder(out: Path) -> None:
 
 def _all_parts(out: Path) -> list[Path]:
     """The descriptions, in order. UserError if they are not all there."""
-    found = sorted(out.glob(_PARTS))
+    found = sorted(path for path in out.glob(_PARTS) if _PART_NAME.fullmatch(path.name))
     counts = {int(path.stem.rpartition("-")[2]) for path in found}
     if len(counts) != 1:
         raise UserError(
             f"{out}: holds parts of {sorted(counts) or 'no'} machines; convert with --shard i/n for every i of one n, then merge"
         )
     (count,) = counts
-    missing = [f"{number}/{count}" for number in range(count) if out / f"part-{Part(number, count).name}.json" not in found]
-    if missing:
-        raise UserError(f"{out}: {len(missing)} of {count} parts are missing, the first --shard {missing[0]}; convert them, then merge")
+    if len(found) != count:
+        names = {path.name for path in found}
+        first = next(number for number in range(count) if f"part-{Part(number, count).name}.json" not in names)
+        raise UserError(
+            f"{out}: {count - len(found)} of {count} parts are missing, the first --shard {first}/{count}; convert them, then merge"
+        )
     return found
 
 
 def _read_part(path: Path) -> _Done:
     try:
         fields = json.loads(path.read_text(encoding="ascii"))
-        return _Done(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the description of a part ({error}); remove it and convert that part again") from error
+        done = _Done(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
+        _refuse_other_description(done)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not the description of a part ({shortened(error)}); remove it and convert that part again") from error
+    return done
+
+
+def _refuse_other_description(done: _Done) -> None:
+    """Raises TypeError or ValueError for what no part says of itself."""
+    texts = [done.source, done.listing_sha256, *done.class_names, *(text for pair in done.skipped for text in pair)]
+    texts += [text for shard in done.shards for text in (shard.name, shard.sha256)]
+    numbers = [done.num_images, *(number for shard in done.shards for number in (shard.samples, shard.bytes))]
+    positions = [entry["index"] for entry in done.touched]
+    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in (*numbers, *positions)):
+        raise TypeError("a text or a number is of another type")
+    if min(numbers) < 0 or any(not 0 <= position < done.num_images for position in positions):
+        raise ValueError("a number out of range")
+    if any(len(pair) != 2 for pair in done.skipped) or any(Path(shard.name).name != shard.name for shard in done.shards):
+        raise ValueError("a shard in another folder, or a left-out file without a reason")
+    if any(not isinstance(entry[field], str) for entry in done.touched for field in ("outcome", "reason", "detail")):
+        raise TypeError("an image without a reason")
 
 
 def _read_table(description: Path) -> _Table:
     path = description.with_suffix(".npz")
     try:
+        with ZipFile(path) as archive:  # as it was written: an entry that unpacks to more than the file could fill the memory
+            if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
         with np.load(path) as arrays:
             rows, labels, names = (arrays[name] for name in _Table._fields)
             table = _Table(rows, labels, names.tobytes().decode(errors="surrogateescape").split("\0"))
         if not (rows.dtype == ROW and len(rows) == len(labels) == len(table.names)):
             raise ValueError("its columns do not fit together")
-    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+    except Exception as error:  # a damaged zip file or array header raises anything
         raise UserError(f"{path}: not the table of a part ({error}); remove {description} and convert that part again") from error
     return table
+
+
+def _refuse_other_rows(description: Path, done: _Done, table: _Table) -> None:
+    """Raises UserError where a part's table points beyond its shards or classes."""
+    kept = table.rows[table.rows["outcome"] != Outcome.DROPPED]
+    ends = np.array([shard.bytes for shard in done.shards] or [0], dtype=np.uint64)
+    fits = not len(kept) or (
+        int(kept["shard"].max()) < len(done.shards)
+        and bool((kept["offset"] <= ends[kept["shard"]]).all())
+        and bool((kept["offset"] + kept["size"] <= ends[kept["shard"]]).all())
+    )
+    labels_fit = not len(table.labels) or -1 <= table.labels.min() <= table.labels.max() < max(len(done.class_names), 1)
+    if not (fits and labels_fit):
+        raise UserError(
+            f"{description.with_suffix('.npz')}: points beyond its shards or classes (damaged); remove {description} and convert that part again"
+        )
 
 
 def _require_equal(parts: list[Path], done: list[_Done]) -> None:

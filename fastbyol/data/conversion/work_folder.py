@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self
 
 from fastbyol.config.errors import UserError
@@ -187,6 +187,8 @@ class WorkFolder:
     def _load_journal(self) -> tuple[int, dict[str, Any]]:
         """Cuts every file to its length in the journal, and removes what is not in it."""
         entry = self._read(_JOURNAL) if (self.path / _JOURNAL).exists() else {"done": 0, "sizes": {}, "notes": {}}
+        if not _is_journal_entry(entry):
+            raise UserError(f"{self.path / _JOURNAL}: damaged, or not a journal of this program; begin anew with --restart")
         known = {_SETTINGS, _JOURNAL, _LOCK, *entry["sizes"]}
         for file in self.path.rglob("*"):
             if not file.is_dir() and str(file.relative_to(self.path)) not in known:
@@ -202,9 +204,21 @@ class WorkFolder:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except ValueError as error:
+            values = json.loads((self.path / name).read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("no JSON object")
+            return values
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path / name}: not readable ({error}); begin anew with --restart") from error
+
+
+def _is_journal_entry(entry: dict[str, Any]) -> bool:
+    """Whether these are counts, lengths of files of this folder alone, and notes: files are cut to what it says."""
+    done, sizes, notes = (entry.get(name) for name in ("done", "sizes", "notes"))
+    if not (type(done) is int and done >= 0 and isinstance(sizes, dict) and isinstance(notes, dict)):
+        return False
+    inside = all(".." not in PurePath(name).parts and not PurePath(name).is_absolute() for name in sizes)
+    return inside and all(type(size) is int and size >= 0 for size in sizes.values())
 
 
 def clear_if_finished(folder: Path, *, data: str, output: Path) -> None:
