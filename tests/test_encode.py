@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import JPEG_MODE, RAW_MODE
@@ -16,6 +16,7 @@ from fastbyol.data.conversion import encode
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings, Outcome
 from fastbyol.data.ffcv_loader import TurboJpeg
 from fastbyol.data.jpeg_header import read_jpeg_header
+from fastbyol.data.pillow_decoding import decode_with_pillow
 
 
 def photo(height: int = 48, width: int = 64) -> Image.Image:
@@ -285,8 +286,103 @@ def test_an_image_too_large_for_its_output_is_kept_as_jpeg_instead_of_raw_or_dro
     assert dropped(PLAIN["baseline"], max_stored_bytes=len(PLAIN["baseline"]) - 1).reason == "too large"
 
 
-def test_floating_point_pixels_have_no_known_range_and_are_dropped() -> None:
-    assert "floating-point" in dropped(saved(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF")).detail
+RAMP = np.linspace(0, 1, 40 * 48).reshape(40, 48)
+"""From black to white."""
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "guessed"),
+    [
+        ((255 * RAMP).astype(np.int32), "TIFF of integers", "0 to 255"),
+        ((4095 * RAMP).astype(np.int32), "TIFF of integers", "0 to 4095"),
+        ((65535 * RAMP).astype(np.int32), "TIFF of integers", ""),
+        ((-1024 + 4096 * RAMP).astype(np.int32), "TIFF of integers", "-1024 to 3072"),
+        ((70_000 + 10**6 * RAMP).astype(np.int32), "TIFF of integers", "70000 to 1.07e+06"),
+        ((4095 * RAMP).astype(np.uint16), "TIFF 16-bit", "0 to 4095"),
+        ((255 * RAMP).astype(np.uint16), "TIFF 16-bit", "0 to 255"),
+        ((65535 * RAMP).astype(np.uint16), "TIFF 16-bit", ""),
+        (RAMP.astype(np.float32), "TIFF of floats", "0 to 1"),
+        ((255 * RAMP).astype(np.float32), "TIFF of floats", "0 to 255"),
+        ((-3 + 6 * RAMP).astype(np.float32), "TIFF of floats", "-3 to 3"),
+    ],
+)
+def test_integers_and_floats_are_scaled_by_the_range_that_holds_them_and_are_never_black(
+    values: np.ndarray, kind: str, guessed: str
+) -> None:
+    image = encoded(saved(Image.fromarray(values), "TIFF"))
+    assert (image.reason, image.notes) == (kind, (("range of its pixel values guessed", guessed),) if guessed else ())
+    assert np.abs(pixels(image)[:, :, 1] - 255 * RAMP).max() <= 6
+
+
+def test_a_range_that_a_tiff_states_is_the_one_that_counts() -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[340], tags[341] = -10.0, 10.0
+    dark = (-10 + 2 * RAMP).astype(np.float32)
+    image = encoded(saved(Image.fromarray(dark), "TIFF", tiffinfo=tags))
+    assert image.notes == ()
+    assert pixels(image).max() < 32
+
+
+def test_pixels_that_are_no_numbers_are_black_and_an_image_of_nothing_else_is_dropped() -> None:
+    values = RAMP.astype(np.float32)
+    values[:20] = np.nan
+    assert pixels(encoded(saved(Image.fromarray(values), "TIFF")))[:18].max() < 12
+    assert dropped(saved(Image.fromarray(np.full((4, 4), np.inf, dtype=np.float32)), "TIFF")).detail == "no pixel is a number"
+
+
+def png_with(kind: bytes, content: bytes, *, checksum: int | None = None) -> bytes:
+    """A PNG with another chunk in front of its pixels."""
+    png = saved(photo(), "PNG")
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return png[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum) + png[33:]
+
+
+def jpeg_with(marker: int, content: bytes) -> bytes:
+    jpeg = saved(photo(), quality=95)
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
+
+
+METADATA = {
+    "EXIF that is no TIFF": png_with(b"eXIf", b"\0\0\x11\0\0\x01\x04\0rubbish"),
+    "EXIF as hexadecimal text that is none": png_with(b"tEXt", b"Raw profile type exif\0\nexif\n 10\nzz not hex"),
+    "text of 3 MB": png_with(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 3_000_000)),
+    "a colour profile of 3 MB": png_with(b"iCCP", b"p\0\0" + zlib.compress(bytes(3_000_000))),
+    "a colour profile that is not compressed": png_with(b"iCCP", b"p\0\0nothing"),
+    "a chunk of private rubbish with a wrong checksum": png_with(b"prVt", b"abc", checksum=5),
+    "a physical size cut short": png_with(b"pHYs", b"\0\0"),
+    "a JPEG's Photoshop segment cut short": jpeg_with(0xED, b"Photoshop 3.0\0" + b"8BIM\x03\xed\0\0\0"),
+    "a JPEG's colour profile cut short": jpeg_with(0xE2, b"ICC_PROFILE\0"),
+    "a JPEG's EXIF of rubbish": jpeg_with(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff"),
+    "a JPEG's JFIF header cut short": jpeg_with(0xE0, b"JFIF\0\1"),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+@pytest.mark.parametrize("turbo", [True, False], ids=["TurboJPEG", "Pillow"])
+def test_metadata_never_costs_an_image(turbo: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not turbo:
+        monkeypatch.setattr(encode, "find_turbojpeg", lambda: None)
+    image = encoded(METADATA[name])
+    assert np.abs(decode_with_pillow(image.data).astype(int) - np.asarray(photo()).astype(int)).mean() < 4
+    assert np.abs(decode_with_pillow(METADATA[name]).astype(int) - np.asarray(photo()).astype(int)).mean() < 4
+
+
+def test_a_gifs_comment_longer_than_a_jpegs_can_be_is_left_out() -> None:
+    assert encoded(saved(photo(), "GIF", comment=b"x" * 70_000)).reason == "GIF palette"
+
+
+@pytest.mark.parametrize("cut", [b"\xff\xd8\xff\xee\0\x0eAdobe\0d", b"\xff\xd8\xff\xc0\0\x11\x08\0"])
+def test_a_jpeg_cut_inside_a_segment_is_dropped(cut: bytes) -> None:
+    assert read_jpeg_header(cut) is None
+    assert dropped(cut).reason in ("truncated", "not an image", "does not decode")
+
+
+def test_an_image_larger_than_training_decodes_must_be_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as in a worker
+    huge = saved(Image.new("L", (16_000, 12_000)))
+    result = dropped(huge, max_pixels=10**9)
+    assert (result.reason, "--max-side makes it smaller" in result.detail) == ("too many pixels", True)
+    assert encoded(huge, max_pixels=10**9, max_side_px=100).width == 100
 
 
 @pytest.mark.parametrize(

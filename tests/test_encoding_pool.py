@@ -64,6 +64,15 @@ class Endless(Memory):
 
 
 @dataclass(frozen=True)
+class Busy(Memory):
+    """Computes for ever, as a decoder does on a crafted file."""
+
+    def read(self) -> bytes:
+        while True:
+            sum(range(10_000))
+
+
+@dataclass(frozen=True)
 class Noisy(Memory):
     """A large image that no JPEG makes small."""
 
@@ -135,6 +144,15 @@ def test_a_worker_that_is_silent_for_too_long_is_taken_for_dead(monkeypatch: pyt
     locations = memories(30)
     locations[10] = Endless("10", b"")
     assert contents(encode(locations)) == ["kills the decoder" if i == 10 else jpeg(i) for i in range(30)]
+
+
+def test_an_image_that_takes_too_much_processor_time_is_dropped_at_once_and_by_its_reason() -> None:
+    locations = memories(12)
+    locations[5] = Busy("5", b"")
+    with EncodingPool(EncodeSettings(max_cpu_s=0.5), workers=2, stop=StopRequest()) as pool:
+        results = list(pool.encode(Job(index, location) for index, location in enumerate(locations)))
+    assert [type(result) is DroppedImage for result in results] == [index == 5 for index in range(12)]
+    assert results[5] == DroppedImage("takes too long", "over 0.5 s of processor time; --max-seconds allows more")
 
 
 def test_results_that_nobody_takes_are_held_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,8 @@ from fastbyol.data.folder_loader import FolderSource
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.renderer import MAX_CHUNK
-from fastbyol.data.source import Source, decode_with_pillow
+from fastbyol.data.pillow_decoding import decode_with_pillow
+from fastbyol.data.source import Source
 from fastbyol.tuning.candidates import worker_counts
 
 REFERENCE, CEILING = "torchvision on Pillow: views", "TurboJPEG: decode only, bytes in memory"

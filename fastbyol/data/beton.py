@@ -103,7 +103,9 @@ def _refuse_impossible_rows(path: Path, beton: Beton) -> None:
         (beton.label < -1, "has a label below -1, which stands for none"),
     ):
         if wrong.any():
-            raise UserError(f"{path}: image {int(wrong.argmax())} {what} (damaged, or another format); make it again with data_prep/to_ffcv.py")
+            raise UserError(
+                f"{path}: image {int(wrong.argmax())} {what} (damaged, or another format); make it again with data_prep/to_ffcv.py"
+            )
 
 
 def refuse_impossible_sizes(path: Path, height: NDArray[np.int64], width: NDArray[np.int64]) -> None:

@@ -53,7 +53,9 @@ class DaliSource(Source):
                 images = self._decode_one_by_one(batch, jpegs, error)
             for index, image, height, width in zip(batch.tolist(), images, *self.sizes(batch), strict=True):
                 if image.shape != (height, width, 3):
-                    raise damaged(self.sample_name(index), f"it decodes to {image.shape[1]}x{image.shape[0]} pixels, its table says {width}x{height}")
+                    raise damaged(
+                        self.sample_name(index), f"it decodes to {image.shape[1]}x{image.shape[0]} pixels, its table says {width}x{height}"
+                    )
                 yield image
 
     def storage(self) -> Storage:

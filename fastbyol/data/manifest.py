@@ -163,10 +163,10 @@ def _refuse_other_types(manifest: Manifest) -> None:
     for values, kind in ((numbers, int), (texts, str), (tables, dict)):
         for value in values:
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise TypeError(f"{shortened(repr(value))} should be a {kind.__name__}")
+                raise TypeError(f"{shortened(repr(value), limit=60)} should be a {kind.__name__}")
     for number in numbers:
         if not 0 <= number < _MAX_NUMBER:
-            raise ValueError(f"{shortened(number)} should be a number from 0 on that a file can have")
+            raise ValueError(f"{shortened(number, limit=60)} should be a number from 0 on that a file can have")
 
 
 def _refuse_contradictions(manifest: Manifest) -> None:
@@ -177,7 +177,7 @@ def _refuse_contradictions(manifest: Manifest) -> None:
         raise ValueError(f"{len(manifest.class_counts)} class_counts for {len(manifest.class_names)} class_names")
     for name in (shard.name for shard in manifest.shards):
         if not name or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
-            raise ValueError(f"{shortened(repr(name))} should be the name of a file beside it")
+            raise ValueError(f"{shortened(repr(name), limit=60)} should be the name of a file beside it")
     listed = manifest.num_samples + len(manifest.dropped)
     if any(position >= listed for position in manifest.dropped) or list(manifest.dropped) != sorted(set(manifest.dropped)):
         raise ValueError(f"its dropped images should be ascending positions below {listed:,}")

@@ -118,7 +118,7 @@ def pixel_range(image: Image.Image) -> PixelRange:
         raise UndecodableImage("does not decode", "no pixel is a number")
     low, high = float(values.min()), float(values.max())
     for white in (*((1.0,) if image.mode == "F" else ()), *_COMMON_MAXIMA):
-        if 0 <= low and high <= white:
+        if low >= 0 and high <= white:
             return PixelRange(0.0, float(white), image.mode != "F" and white == _COMMON_MAXIMA[-1])
     return PixelRange(low, high, False)
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
-from fastbyol.data.conversion.encode import EXIF_MODES, MAX_PIXELS, EncodeSettings
+from fastbyol.data.conversion.encode import EXIF_MODES, MAX_CPU_S, MAX_PIXELS, EncodeSettings
 from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.report import report_table
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments
@@ -59,6 +59,13 @@ def conversion_parser(description: str, examples: str, *, data: str = "required"
     images.add_argument(
         "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"drop larger images undecoded (default: {MAX_PIXELS:,})"
     )
+    images.add_argument(
+        "--max-seconds",
+        type=float,
+        default=MAX_CPU_S,
+        metavar="S",
+        help=f"drop an image that takes more processor time to check (default: {MAX_CPU_S:g})",
+    )
     return parser
 
 
@@ -69,6 +76,7 @@ def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> Co
         quality=arguments.quality,
         exif=arguments.exif,
         max_pixels=arguments.max_pixels,
+        max_cpu_s=arguments.max_seconds,
         raw_fraction=raw_fraction,
     )
     return ConversionOptions(

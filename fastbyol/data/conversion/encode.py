@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 
 from PIL import Image
 
-from fastbyol.config.errors import UserError, require, require_at_least, require_choice
+from fastbyol.config.errors import UserError, require, require_at_least, require_choice, require_positive
 from fastbyol.data.beton import JPEG_MODE, RAW_MODE
 from fastbyol.data.ffcv_loader import TurboJpeg
 from fastbyol.data.jpeg_header import MAX_SIDE_PX, JpegHeader, exif_orientation, read_jpeg_header, scans_complaint
@@ -34,6 +34,8 @@ from fastbyol.data.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, 
 
 MAX_PIXELS = 100_000_000
 """ImageNet's largest image has 61 million."""
+MAX_CPU_S = 60.0
+"""The largest image that is allowed takes about 3 s."""
 UNREADABLE = "unreadable"
 """The reason of files that the system would not read."""
 EXIF_MODES = ("ignore", "apply")
@@ -81,6 +83,8 @@ class EncodeSettings:
     exif: str = "ignore"
     """'ignore' the orientation, or 'apply' it: turn the pixels."""
     max_pixels: int = MAX_PIXELS
+    max_cpu_s: float = MAX_CPU_S
+    """An image on which a worker computes for longer is dropped. Waiting for a disk does not count."""
     raw_fraction: float = 0.0
     """Share of images stored as pixels (.beton only)."""
     max_stored_bytes: int | None = None
@@ -92,6 +96,7 @@ class EncodeSettings:
         require(1 <= self.quality <= 100, "quality", self.quality, "in [1, 100]")
         require_choice("exif", self.exif, EXIF_MODES)
         require_at_least("max-pixels", self.max_pixels, 1)
+        require_positive("max-seconds", self.max_cpu_s)
         require(0.0 <= self.raw_fraction <= 1.0, "raw-fraction", self.raw_fraction, "in [0, 1]")
 
 

@@ -17,7 +17,7 @@ from itertools import islice
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
-from fastbyol.data.conversion.encoding_worker import CPU_SECONDS_PER_IMAGE, READY, Encoded, Job, start_worker
+from fastbyol.data.conversion.encoding_worker import READY, Encoded, Job, start_worker
 from fastbyol.data.conversion.stop_signals import StopRequest
 
 KILLS_THE_DECODER = "kills the decoder"
@@ -27,8 +27,6 @@ _CHUNK = 8  # images sent to a worker in one go; it gets more when it has less t
 _AHEAD = 48  # images per worker between the oldest result that is awaited and the newest job
 _MAX_HELD_BYTES = 256 << 20
 _POLL_S = 0.2
-
-_TOO_LONG = DroppedImage("takes too long", f"more than {CPU_SECONDS_PER_IMAGE:.0f} s of processor time")
 
 _Place = tuple[int, Job]  # (position in the order, job)
 
@@ -107,7 +105,10 @@ class EncodingPool:
             )
         jobs = worker.jobs
         if jobs and exit_code == -signal.SIGPROF:
-            run.add(jobs.popleft()[0], _TOO_LONG)
+            place, _ = jobs.popleft()
+            run.add(
+                place, DroppedImage("takes too long", f"over {self._settings.max_cpu_s:g} s of processor time; --max-seconds allows more")
+            )
         elif jobs and worker.is_ready:
             place, job = jobs[0]
             run.deaths[place] += 1

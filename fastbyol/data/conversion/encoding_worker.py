@@ -24,8 +24,6 @@ from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder,
 Encoded = EncodedImage | DroppedImage
 READY = "ready"
 """A worker's first message."""
-CPU_SECONDS_PER_IMAGE = 60.0
-"""An image on which a worker computes for longer ends it, by SIGPROF. Waiting for a disk does not count. The largest that is allowed takes 3 s."""
 _PIPE_BYTES = 1 << 20  # what Linux gives without asking anybody
 
 
@@ -79,11 +77,12 @@ def serve(jobs_descriptor: int, results_descriptor: int) -> None:
     Image.MAX_IMAGE_PIXELS = None  # EncodeSettings has its own limit
     jobs, results = Connection(jobs_descriptor, writable=False), Connection(results_descriptor, readable=False)
     try:
-        encoder = Encoder(jobs.recv())
+        settings: EncodeSettings = jobs.recv()
+        encoder = Encoder(settings)
         results.send(READY)
         while True:
             for index, location in jobs.recv():
-                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_PER_IMAGE)
+                signal.setitimer(signal.ITIMER_PROF, settings.max_cpu_s)  # then SIGPROF ends this process, whatever code is running
                 encoded = encoder.encode_from(location, index=index)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 results.send(encoded)

@@ -41,7 +41,11 @@ def write_picture_grid(path: Path, *, listing: ImageListing | None, out: Path) -
     for row, label in enumerate(rows.tolist()):
         y = MARGIN_PX + row * (TILE_PX + MARGIN_PX)
         members = np.flatnonzero(images.labels == label)
-        _caption(draw, (MARGIN_PX, y + TILE_PX // 3), [images.class_names[label] if label >= 0 else "no label", f"label {label}", f"{len(members):,} images"])
+        _caption(
+            draw,
+            (MARGIN_PX, y + TILE_PX // 3),
+            [images.class_names[label] if label >= 0 else "no label", f"label {label}", f"{len(members):,} images"],
+        )
         for column, index in enumerate(members[_spread(len(members), COLUMNS)].tolist()):
             _paste(sheet, (LABEL_PX + column * (TILE_PX + MARGIN_PX), y), images, index)
     try:

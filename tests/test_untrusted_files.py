@@ -1,0 +1,351 @@
+"""Files that lie: whatever a table, an index, a manifest or a header says is held against the bytes before native code sees it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fastbyol.config.errors import UserError
+from fastbyol.data import beton as beton_format
+from fastbyol.data.class_counts import MAX_CLASSES
+from fastbyol.data.dali_loader import DaliSource
+from fastbyol.data.ffcv_loader import FfcvSource
+from fastbyol.data.folder_loader import FolderSource
+from fastbyol.data.inspection.inventory import take_inventory
+from fastbyol.data.inspection.verification import verify
+from fastbyol.data.manifest import read_manifest
+from fastbyol.data.tar_shards import SAMPLE_TABLE, read_tar_shards
+from tests.conftest import smooth_image
+
+Rows = NDArray[Any]
+
+
+@pytest.fixture
+def beton_copy(beton: Path, tmp_path: Path) -> Path:
+    """Without its manifest, as a stranger's file comes."""
+    return Path(shutil.copy(beton, tmp_path / "x.beton"))
+
+
+@pytest.fixture
+def shards(tar_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tar_folder, tmp_path / "shards"))
+
+
+def edit_rows(path: Path, change: Callable[[Rows], object]) -> None:
+    """Changes the table of samples of a .beton in place: f0 image, f1 label."""
+    content = bytearray(path.read_bytes())
+    count = int(np.frombuffer(content, beton_format.HEADER, 1)[0]["num_samples"])
+    at = beton_format.HEADER.itemsize + 2 * beton_format.FIELD.itemsize
+    change(np.frombuffer(content, beton_format.SAMPLE, count, at))
+    path.write_bytes(content)
+
+
+def edit_manifest(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def put_jpeg(path: Path, index: int, jpeg: bytes) -> None:
+    """Writes another JPEG over that of an image of a .beton, with its checksum, as who makes such a file would."""
+    table = beton_format.read_beton(path)
+    assert len(jpeg) <= table.size[index]
+    jpeg += bytes(int(table.size[index]) - len(jpeg))
+    content = bytearray(path.read_bytes())
+    content[int(table.offset[index]) : int(table.offset[index]) + len(jpeg)] = jpeg
+    field = np.frombuffer(content, beton_format.FIELD, 1, beton_format.HEADER.itemsize)[0]
+    checksums_at = int.from_bytes(field["arguments"][8:16].tobytes(), "little")
+    content[checksums_at + 4 * index : checksums_at + 4 * index + 4] = zlib.crc32(jpeg).to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+def decode_all(source: FfcvSource | DaliSource | FolderSource) -> None:
+    try:
+        for _ in source.decode(np.arange(source.num_samples)):
+            pass
+    finally:
+        source.close()
+
+
+def with_frame(jpeg: bytes, *, height: int, width: int) -> bytes:
+    """The JPEG with another size in its frame header."""
+    at = jpeg.index(b"\xff\xc0")
+    return jpeg[: at + 5] + height.to_bytes(2) + width.to_bytes(2) + jpeg[at + 9 :]
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (("width",), 0, "image 4 has 0x"),
+        (("height",), 0, "x0 pixels by its table"),
+        (("width", "height"), 65_535, "image 4 has 65535x65535 pixels by its table, must have 1 to 178,956,970"),
+        (("mode",), 7, "image 4 is neither a JPEG nor raw pixels"),
+        (("mode",), beton_format.RAW_MODE, "image 4 has not as many bytes as its raw pixels need"),
+    ],
+)
+def test_a_row_of_a_beton_that_no_image_can_have_is_named(field: tuple[str, ...], value: int, message: str, beton_copy: Path) -> None:
+    def change(rows: Rows) -> None:
+        for name in field:
+            rows["f0"][name][4] = value
+
+    edit_rows(beton_copy, change)
+    with pytest.raises(UserError, match=re.escape(message)):
+        FfcvSource(beton_copy)
+    assert message in "\n".join(map(str, verify(beton_copy, workers=1).faults))
+
+
+@pytest.mark.parametrize("factor", [0.5, 5])
+def test_a_size_that_is_not_the_jpegs_own_is_named_at_decode_instead_of_leaving_old_memory_in_the_image(
+    factor: float, beton_copy: Path
+) -> None:
+    def change(rows: Rows) -> None:
+        rows["f0"]["width"][2] *= factor
+        rows["f0"]["height"][2] *= factor
+
+    edit_rows(beton_copy, change)
+    with pytest.raises(UserError, match=r"image 2 of .*its table says"):
+        decode_all(FfcvSource(beton_copy))
+    assert any(fault.image == 2 and "its table says" in fault.what for fault in verify(beton_copy, workers=1).faults)
+
+
+def test_a_jpeg_that_claims_gigabytes_or_another_size_than_its_table_is_never_decoded(beton_copy: Path) -> None:
+    small = smooth_image(1, 16, 16)
+    path = beton_copy.with_name("small.jpg")
+    small.save(path, quality=40)
+    put_jpeg(beton_copy, 6, with_frame(path.read_bytes(), height=65_500, width=65_500))
+    with pytest.raises(UserError, match=r"image 6 of .*it is 65500x65500 pixels, its table says"):
+        decode_all(FfcvSource(beton_copy))
+
+
+def test_images_that_overlap_to_more_than_the_file_are_refused(beton_copy: Path) -> None:
+    """A table of a million rows that all lead to one image of a gigabyte would be endless work."""
+    content = bytearray(beton_copy.read_bytes())
+    header = np.frombuffer(content, beton_format.HEADER, 1)[0]
+    allocations = np.frombuffer(content, beton_format.ALLOCATION, -1, int(header["alloc_table_ptr"]))
+    allocations["size"] = int(header["alloc_table_ptr"]) - allocations["ptr"]
+    beton_copy.write_bytes(content)
+    with pytest.raises(UserError, match="its tail is missing or damaged"):
+        FfcvSource(beton_copy)
+
+
+@pytest.mark.parametrize("label", [2**40, MAX_CLASSES])
+def test_a_label_that_is_no_class_number_is_refused_before_a_name_is_made_for_each_class(label: int, beton_copy: Path) -> None:
+    edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(3, label))
+    for use in (FfcvSource, lambda path: take_inventory(path, listing=None)):
+        with pytest.raises(UserError, match=rf"image 3 has the label {label}; .*up to 1,048,575, or -1 for none"):
+            use(beton_copy)
+
+
+def test_a_label_of_minus_one_stands_for_none_and_a_lower_one_for_nothing(beton_copy: Path) -> None:
+    edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(slice(0, 20), -1))
+    source = FfcvSource(beton_copy)
+    assert source.labels[:20].tolist() == [-1] * 20
+    assert source.class_names == ("0", "1", "2")
+    inventory = take_inventory(beton_copy, listing=None)
+    assert (inventory.unlabelled, sum(inventory.class_counts)) == (20, 5)
+    edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(slice(None), -1))
+    assert FfcvSource(beton_copy).class_names == ()
+    assert take_inventory(beton_copy, listing=None).unlabelled == 25
+    edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(7, -2))
+    with pytest.raises(UserError, match="image 7 has a label below -1"):
+        FfcvSource(beton_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 0}, "image 5 has"),
+        ({"height": 60_000, "width": 60_000}, "image 5 has 60000x60000 pixels by its table"),
+        ({"size": 2**31}, "points outside its shards"),
+        ({"label": -2}, "holds the label -2"),
+    ],
+)
+def test_a_row_of_a_sample_table_that_no_image_can_have_is_named(change: dict[str, int], message: str, shards: Path) -> None:
+    table = np.load(shards / SAMPLE_TABLE)
+    for name, value in change.items():
+        table[name][5] = value
+    np.save(shards / SAMPLE_TABLE, table)
+    with pytest.raises(UserError, match=re.escape(message)):
+        DaliSource(shards)
+    assert message in "\n".join(map(str, verify(shards, workers=1).faults))
+
+
+def test_dali_is_given_no_jpeg_whose_size_is_not_its_tables(shards: Path) -> None:
+    table = np.load(shards / SAMPLE_TABLE)
+    table["width"][5] += 1
+    np.save(shards / SAMPLE_TABLE, table)
+    with pytest.raises(UserError, match=r"image 5 .*its table says"):
+        decode_all(DaliSource(shards))
+
+
+def test_a_sample_table_that_is_a_zip_file_or_larger_than_its_samples_is_one_line(shards: Path) -> None:
+    table = np.load(shards / SAMPLE_TABLE)
+    for write in (lambda path: np.savez(path, table), lambda path: np.save(path, np.resize(table, 10_000))):
+        with open(shards / SAMPLE_TABLE, "wb") as file:
+            write(file)
+        with pytest.raises(UserError, match="sample table"):
+            read_tar_shards(shards)
+
+
+# ---- manifests
+
+
+def nested(manifest: dict[str, Any]) -> str:
+    return "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (nested, "recursion"),
+        ({"shards": []}, "no data files"),
+        ({"num_samples": 0}, "no images"),
+        ({"num_samples": True}, "True should be a int"),
+        ({"num_samples": -3}, "-3 should be a number"),
+        ({"num_samples": 10**30}, "should be a number"),
+        ({"dropped": [10**12]}, "ascending positions below 26"),
+        ({"dropped": [4, 4]}, "ascending positions"),
+        ({"class_names": ["a"]}, "3 class_counts for 1 class_names"),
+        ({"class_names": [["x" * 10_000]]}, "should be a str"),
+        ({"settings": []}, "should be a dict"),
+        ({"format_version": [1] * 100_000}, "manifest version"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["beton", "shards"])
+def test_a_manifest_that_lies_is_refused_in_one_short_line(
+    kind: str, changes: Any, message: str, beton: Path, tar_folder: Path, tmp_path: Path
+) -> None:
+    original = Path(f"{beton}.json") if kind == "beton" else tar_folder / "manifest.json"
+    fields = json.loads(original.read_text())
+    path = tmp_path / "manifest.json"
+    path.write_text(changes(fields) if callable(changes) else json.dumps(fields | changes))
+    with pytest.raises(UserError, match=message) as refused:
+        read_manifest(path)
+    assert len(str(refused.value)) < 600 + len(str(path))
+
+
+def test_a_manifest_may_only_name_files_beside_it_of_sizes_that_files_have(tar_folder: Path, tmp_path: Path) -> None:
+    fields = json.loads((tar_folder / "manifest.json").read_text())
+    for changes, message in (
+        ({"name": "../secret.tar"}, "should be the name of a file beside it"),
+        ({"name": "/etc/passwd"}, "should be the name of a file beside it"),
+        ({"bytes": 10**30}, "should be a number"),
+    ):
+        shards = [{**fields["shards"][0], **changes}, *fields["shards"][1:]]
+        (tmp_path / "manifest.json").write_text(json.dumps(fields | {"shards": shards}))
+        with pytest.raises(UserError, match=message):
+            read_manifest(tmp_path / "manifest.json")
+
+
+def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.touch()
+    os.truncate(path, 1 << 34)
+    with pytest.raises(UserError, match="17,179,869,184 bytes, a manifest has at most 67,108,864"):
+        read_manifest(path)
+
+
+def test_info_and_verify_of_a_manifest_that_claims_two_milliards_of_images_take_no_memory_for_them(beton: Path, beton_copy: Path) -> None:
+    manifest = Path(f"{beton_copy}.json")
+    shutil.copy(f"{beton}.json", manifest)
+    edit_manifest(manifest, num_samples=2**31)
+    assert take_inventory(beton_copy, listing=None).images == 25
+    assert "says 2147483648 images, there are 25" in "\n".join(map(str, verify(beton_copy, workers=1).faults))
+    with pytest.raises(UserError, match="not the file that"):
+        FfcvSource(beton_copy)
+
+
+def test_a_link_to_a_beton_finds_the_manifest_beside_the_file_and_a_copy_without_one_is_told(
+    beton: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    link, copy = tmp_path / "other.beton", tmp_path / "copy.beton"
+    link.symlink_to(beton)
+    assert FfcvSource(link).class_names == ("ant", "bee", "cat")
+    shutil.copy(beton, copy)
+    with caplog.at_level(logging.WARNING, logger="fastbyol"):
+        assert FfcvSource(copy).class_names == ("0", "1", "2")
+    assert "copy.beton.json: is missing, so classes have numbers for names" in caplog.text
+
+
+# ---- pictures
+
+
+def many_scans(scans: int, *, side: int = 64) -> bytes:
+    """A progressive gray JPEG whose every further scan, of a few bytes, passes over all blocks again."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2) + content
+
+    frame = bytes([8]) + side.to_bytes(2) + side.to_bytes(2) + bytes([1, 1, 0x11, 0])
+    tables = segment(0xC4, b"\0" + bytes([1] + [0] * 15) + b"\0") + segment(0xC4, b"\x10" + bytes([1, 1] + [0] * 14) + b"\xe0\0")
+    blocks = (side // 8) ** 2
+    bits = "0" * blocks
+    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + int(bits, 2).to_bytes(-(-blocks // 8))
+    run = "10" * blocks  # each block ends at once
+    refining = segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + int(run, 2).to_bytes(-(-2 * blocks // 8))
+    return b"\xff\xd8" + segment(0xDB, b"\0" + b"\1" * 64) + segment(0xC2, frame) + tables + first + refining * scans + b"\xff\xd9"
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_by_every_reader(tmp_path: Path, beton_copy: Path) -> None:
+    from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings
+    from fastbyol.data.ffcv_loader import TurboJpeg
+    from fastbyol.data.jpeg_header import jpeg_complaint
+    from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow
+
+    encoder = Encoder(EncodeSettings())
+    assert isinstance(encoder.encode(many_scans(20)), EncodedImage)
+    bomb = many_scans(1500)
+    result = encoder.encode(bomb)
+    assert isinstance(result, DroppedImage)
+    assert (result.reason, result.detail) == ("too many scans", "it has 1,501 scans, more than the 100 that are decoded")
+    with pytest.raises(UndecodableImage, match="it has 1,501 scans"):
+        decode_with_pillow(bomb)
+    assert jpeg_complaint(bomb, height=64, width=64) == result.detail
+    complaint, fatal = TurboJpeg().decode(bomb, np.zeros((64, 64, 3), dtype=np.uint8))
+    assert fatal
+    assert "500 scans" in complaint
+
+
+def test_a_tiff_that_is_turned_has_the_size_of_its_pixels(make_folder: Callable[..., Path]) -> None:
+    """Pillow turns a TIFF when it decodes it, whereas its header may have the sides exchanged; the crops are drawn by the latter."""
+    folder = make_folder()
+    image = smooth_image(3, 30, 50)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(folder / "class" / "turned.tif", exif=exif)
+    source = FolderSource(folder)
+    height, width = source.sizes(np.array([0]))
+    (pixels,) = source.decode(np.array([0]))
+    assert pixels.shape == (int(height[0]), int(width[0]), 3)
+
+
+def failing_images() -> Iterator[tuple[str, bytes]]:
+    yield "jpg", b"\xff\xd8\xff\xe0 cut"
+    yield "png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(13)
+    yield "tif", b"II*\0\xff\xff\xff\xff"
+    yield "webp", b"RIFF\x10\0\0\0WEBPVP8 \xff\xff\xff\xff"
+    yield "bmp", b"BM" + bytes(60)
+    yield "ppm", b"P6 -3 5 255 "
+
+
+@pytest.mark.parametrize(("extension", "data"), list(failing_images()))
+def test_an_image_that_pillow_stumbles_over_ends_in_one_line_that_names_it(
+    extension: str, data: bytes, make_folder: Callable[..., Path]
+) -> None:
+    folder = make_folder(**{f"bad_{extension}": data})
+    with pytest.raises(UserError, match=rf"image 0 \(.*bad\.{extension}\) does not decode"):
+        FolderSource(folder).sizes(np.array([0]))
+    with pytest.raises(UserError, match=rf"image 0 \(.*bad\.{extension}\) does not decode"):
+        decode_all(FolderSource(folder))
