@@ -143,7 +143,8 @@ def _as_8_bits(values: NDArray[Any], limits: PixelRange) -> NDArray[np.uint8]:
     if values.dtype.kind in "iu":
         levels = (values.astype(np.int64) - int(black)) * 256 // max(int(white) - int(black) + 1, 1)
     else:
-        scaled = (values.astype(np.float64) - black) / (white - black or 1.0)
+        with np.errstate(all="ignore"):  # of what is no number
+            scaled = (values.astype(np.float64) - black) / (white - black or 1.0)
         levels = np.rint(255 * np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1))
     return levels.clip(0, 255).astype(np.uint8)
 
