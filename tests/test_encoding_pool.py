@@ -90,6 +90,13 @@ class KillsWhoeverLoadsIt(Memory):
         return os._exit, (3,)
 
 
+class RaisesWhenLoaded(Memory):
+    """Gives a worker an exception that is not an image's fault, as a broken installation does."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return int, ("no number",)
+
+
 def memories(num: int) -> list[Memory]:
     return [Memory(str(i), jpeg(i)) for i in range(num)]
 
@@ -131,6 +138,12 @@ def test_an_image_that_kills_every_process_is_dropped_alone_and_all_others_are_m
 def test_workers_that_die_of_everything_end_the_work_with_a_message() -> None:
     with pytest.raises(UserError, match=r"worker processes die one after another .*exit code 3.*same command continues"):
         encode([KillsWhoeverLoadsIt(str(i), b"") for i in range(200)], workers=1)
+
+
+def test_a_fault_that_all_workers_share_is_told_once_without_their_tracebacks(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"worker processes die one after another .*: ValueError: invalid literal for int\(\)"):
+        encode([RaisesWhenLoaded(str(i), b"") for i in range(200)], workers=2)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_workers_that_die_at_birth_end_the_work_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:

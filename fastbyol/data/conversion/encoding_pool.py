@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import selectors
 import signal
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ _CHUNK = 8  # images sent to a worker in one go; it gets more when it has less t
 _AHEAD = 48  # images per worker between the oldest result that is awaited and the newest job
 _MAX_HELD_BYTES = 256 << 20
 _POLL_S = 0.2
+_LAST_WORDS_BYTES = 2000
 
 _Place = tuple[int, Job]  # (position in the order, job)
 
@@ -100,8 +102,8 @@ class EncodingPool:
         run.deaths_in_a_row += 1
         if run.deaths_in_a_row > 2 * len(self._workers) + 4:
             raise UserError(
-                f"worker processes die one after another (the last with {_exit_text(exit_code)}); if memory is short take fewer --workers; "
-                "the same command continues"
+                f"worker processes die one after another (the last with {_exit_text(exit_code)}{worker.last_words()}); if memory is short take "
+                "fewer --workers; the same command continues"
             )
         jobs = worker.jobs
         if jobs and exit_code == -signal.SIGPROF:
@@ -132,7 +134,8 @@ class EncodingPool:
                     _end_silent([worker])
             return result
         except (EOFError, OSError):
-            return DroppedImage(KILLS_THE_DECODER, f"three processes died of it, the last with {_exit_text(worker.end())}")
+            exit_text = _exit_text(worker.end())
+            return DroppedImage(KILLS_THE_DECODER, f"three processes died of it, the last with {exit_text}{worker.last_words()}")
         finally:
             worker.end()
 
@@ -176,8 +179,9 @@ class _Worker:
     """One process, seen from here."""
 
     def __init__(self, settings: EncodeSettings) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         try:
-            self._process, self._pipes = start_worker(settings)
+            self._process, self._pipes = start_worker(settings, stderr=self._said)
         except OSError as error:
             raise UserError(f"a worker process cannot be started ({error.strerror}); take fewer --workers") from error
         self.results = self._pipes.results
@@ -207,11 +211,17 @@ class _Worker:
         self._process.kill()
 
     def end(self) -> int:
-        """Its exit code."""
+        """Ends the process, if it has not ended, and returns its exit code."""
         self._process.kill()
         for pipe in self._pipes:
             pipe.close()
         return self._process.wait()
+
+    def last_words(self) -> str:
+        """Returns the last line that a dead process wrote to stderr, such as an exception's, after a colon; '' if it said nothing."""
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1].strip()}" if lines else ""
 
 
 def default_workers() -> int:

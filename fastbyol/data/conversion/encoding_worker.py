@@ -15,7 +15,7 @@ import subprocess
 import sys
 import warnings
 from multiprocessing.connection import Connection, Pipe
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from PIL import Image
 
@@ -43,8 +43,8 @@ class WorkerPipes(NamedTuple):
     """Ends when the process does."""
 
 
-def start_worker(settings: EncodeSettings) -> tuple[subprocess.Popen[bytes], WorkerPipes]:
-    """A new process, and how to talk to it.
+def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subprocess.Popen[bytes], WorkerPipes]:
+    """Starts a process and returns it with our ends of its pipes. What it says goes to `stderr`: many workers would say the same.
 
     It is in a process group of its own: the Ctrl-C of a terminal reaches only us, who then end it in an orderly way. If we are killed, it
     sees the end of its jobs.
@@ -63,7 +63,7 @@ def start_worker(settings: EncodeSettings) -> tuple[subprocess.Popen[bytes], Wor
     command = [sys.executable, "-c", f"from {__name__} import serve; serve{theirs}"]
     with their_jobs, their_results:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment, pass_fds=theirs, process_group=0
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=environment, pass_fds=theirs, process_group=0
         )
     with contextlib.suppress(BrokenPipeError):  # it has died already, which is found out when its results are read
         jobs.send(settings)
