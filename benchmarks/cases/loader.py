@@ -46,8 +46,8 @@ from fastbyol.data.ffcv_loader import FfcvSource, TurboJpeg
 from fastbyol.data.folder_loader import FolderSource
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.data.renderer import MAX_CHUNK
 from fastbyol.data.pillow_decoding import decode_with_pillow
+from fastbyol.data.renderer import MAX_CHUNK
 from fastbyol.data.source import Source
 from fastbyol.tuning.candidates import worker_counts
 
