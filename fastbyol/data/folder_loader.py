@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.data.inputs.folder import list_image_folder
+from fastbyol.data.inputs.listing import left_out_text
 from fastbyol.data.source import PILLOW_ERRORS, Indices, Pixels, Source, damaged, decode_with_pillow
+
+log = logging.getLogger("fastbyol")
 
 
 class FolderSource(Source):
@@ -18,6 +22,10 @@ class FolderSource(Source):
     def __init__(self, path: Path) -> None:
         self._listing = list_image_folder(path)
         super().__init__(labels=np.array(self._listing.labels, dtype=np.int64), class_names=self._listing.class_names)
+        for note in self._listing.notes:
+            log.warning("%s", note)
+        if text := left_out_text(self._listing.skipped):
+            log.warning("%s: left out: %s", path, text)
         # Filled as the headers are read: the sizes of a million files are not worth a pass of their own.
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int64)
 
