@@ -55,7 +55,7 @@ def by_class_folder(found: ImageListing) -> ImageListing:
 
 def _one_level_too_high(found: ImageListing) -> tuple[str, ...]:
     """A note where a single class holds nothing but folders: they may be the classes."""
-    if len(found.class_names) > 1:
+    if len(found.class_names) != 1:
         return ()
     folders = {name.split("/", 2)[1] if name.count("/") > 1 else "" for name in found.files if "/" in name}
     if "" in folders or len(folders) < 2:

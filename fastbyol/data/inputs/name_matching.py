@@ -56,26 +56,29 @@ class NameIndex:
         for root in self._roots:
             if name.startswith(root):
                 name = name[len(root) :]
-        parts = posixpath.normpath(name).lstrip("/").split("/")
-        place = self._among(parts, self._full, self._ends)
-        return place if place != MISSING or _has_extension(parts[-1]) else self._among(parts, *self._stems)
+        if name.startswith((".", "/")) or "//" in name or "/." in name:
+            name = posixpath.normpath(name).lstrip("/")
+        if name in self._full:
+            return self._full[name]
+        place = self._among(name, self._full, self._ends)
+        return place if place != MISSING or _has_extension(name) else self._among(name, *self._stems)
 
-    def _among(self, parts: list[str], full: dict[str, int], ends: dict[str, int]) -> int:
-        tails = ["/".join(parts[start:]) for start in range(len(parts))]
-        if tails[0] in full:
-            return full[tails[0]]
-        ends_with = next((full[tail] for tail in tails[1:] if tail in full), MISSING)
-        is_end_of = ends.get(tails[0], MISSING)
+    def _among(self, name: str, full: dict[str, int], ends: dict[str, int]) -> int:
+        if name in full:
+            return full[name]
+        tails = tuple(_ends_of(name))
+        ends_with = next((full[tail] for tail in tails if tail in full), MISSING)
+        is_end_of = ends.get(name, MISSING)
         if MISSING not in (ends_with, is_end_of):
             return AMBIGUOUS
         if (place := is_end_of if ends_with == MISSING else ends_with) != MISSING:
             return place
-        start = next((start for start in range(1, len(parts)) if tails[start] in ends), 0)
-        if not start or parts[start - 1] in self._folders:
+        tail = next((tail for tail in tails if tail in ends), "")
+        if not tail or name[: -len(tail) - 1].rpartition("/")[2] in self._folders:
             return MISSING
-        place = ends[tails[start]]
+        place = ends[tail]
         # Two names with different folders for one image: one of them means another image, which is not here.
-        return AMBIGUOUS if place != AMBIGUOUS and self._loose.setdefault(place, tails[0]) != tails[0] else place
+        return AMBIGUOUS if place != AMBIGUOUS and self._loose.setdefault(place, name) != name else place
 
     # Made when a name needs them: each takes 150 MB for ImageNet.
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,14 +17,14 @@ _AROUND = re.compile(r"^(?:images?|imgs?|data)[\W_]+|[\W_]*(?:set|data|images?|i
 def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) -> None:
     """UserError where folders of images are splits, at the top or deeper.
 
-    One folder alone called 'train' beside others may well be a class, of railway trains: it is a split where all of its images lie deeper.
+    A single folder called 'train' may well be a class, of railway trains: it is a split where most of its images lie in folders of their own.
 
     Args:
         root: the folder, or the tar.
         class_names: the folders at the top.
         names: of the images; () if they are not known yet.
     """
-    direct = {name.rpartition("/")[0] for name in names}
+    direct = Counter(name.rpartition("/")[0] for name in names)
     below: dict[str, set[str]] = {"": set(class_names)}
     for folder in direct:
         while folder:
@@ -31,8 +32,12 @@ def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) 
             below.setdefault(folder, set()).add(last)
     for folder, found in sorted(below.items()):
         splits = sorted(name for name in found if _is_split(name))
-        if len(splits) > 1 or (not folder and splits and (len(found) == 1 or (direct and splits[0] not in direct))):
+        if len(splits) > 1 or (not folder and splits and direct[splits[0]] < _deeper(direct, splits[0])):
             raise UserError(_refusal(root, folder, splits))
+
+
+def _deeper(direct: Counter[str], top: str) -> int:
+    return sum(count for folder, count in direct.items() if folder.startswith(f"{top}/"))
 
 
 def _is_split(name: str) -> bool:
