@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,35 +137,42 @@ def _cells(path: Path, text: str, delimiter: str) -> Iterator[Row]:
         raise UserError(f"{path}: is no CSV: line {reader.line_num}: {error}; is a quotation mark left open?") from error
 
 
-def _split_at_name(line: str, index: NameIndex) -> tuple[str, str] | None:
-    """(name, class) of a line with blanks between and perhaps within: the longest beginning that names an image, or the longest end."""
-    blanks = list(re.finditer(r"\s+", line.strip()))[:20]
+def _split_at_name(line: str, index: NameIndex, sides: tuple[str, ...] = ("first", "last")) -> tuple[str, str, str] | None:
+    """(side, left, right) of a line with blanks between name and class and perhaps within: the side is where the longest name of an image is.
+
+    sides: where the name may be, the likelier first.
+    """
     line = line.strip()
-    for blank in reversed(blanks):
-        if index.find(line[: blank.start()]) != MISSING:
-            return line[: blank.start()], line[blank.end() :]
-    for blank in blanks:
-        if index.find(line[blank.end() :]) != MISSING:
-            return line[blank.end() :], line[: blank.start()]
+    blanks = list(re.finditer(r"\s+", line))[:20]
+    for side in sides:
+        for blank in reversed(blanks) if side == "first" else blanks:
+            left, right = line[: blank.start()], line[blank.end() :]
+            if index.find(left if side == "first" else right) != MISSING:
+                return side, left, right
     return None
 
 
 def _words(path: Path, lines: list[tuple[int, str]], index: NameIndex, *, named: bool) -> list[Row]:
     """Rows of a table with blanks between its columns. Two columns, of which either may hold blanks, unless it has a header of more."""
-    first = lines[0][1].split()
-    plain = [_plain(word) for word in first]
-    known = len(first) > 2 and _split_at_name(lines[0][1], index) is None and any(word in (*_FILE, *_CLASS) for word in plain)
-    numbers = len(first) > 2 and all(len(line.split()) == len(first) for _, line in lines) and _a_column_of_numbers(lines, index)
-    if named or known or numbers:
+    if _split_at_name(lines[0][1], index) is None:
+        lines = [(lines[0][0], lines[0][1].lstrip("# ")), *lines[1:]]  # numpy's savetxt writes '# filename label'
+        first = lines[0][1].split()
+        known = len(first) > 2 and any(_plain(word) in (*_FILE, *_CLASS) for word in first)
+    else:
+        first, known = lines[0][1].split(), False
+    even = len(first) > 2 and all(len(line.split()) == len(first) for _, line in lines)
+    if named or known or (even and _a_column_of_numbers(lines, index)):
         return [(number, line.split()) for number, line in lines]
+    sides = Counter(split[0] for _, line in lines[:_SAMPLED] if (split := _split_at_name(line, index)))
+    side = "last" if sides["last"] > sides["first"] else "first"
     rows: list[Row] = []
     for number, line in lines:
-        split = _split_at_name(line, index) or tuple(line.rsplit(None, 1))
-        if len(split) != 2:
+        cells = (_split_at_name(line, index, (side,)) or (side, *(line.rsplit(None, 1) if side == "first" else line.split(None, 1))))[1:]
+        if len(cells) != 2:
             raise UserError(
                 f"{path}: line {number} has not the columns of the first one; give 'name label' in each line, or a label in each"
             )
-        rows.append((number, [split[0].strip(), split[1].strip()]))
+        rows.append((number, [cells[0].strip(), cells[1].strip()]))
     return rows
 
 
@@ -173,7 +181,8 @@ def _a_column_of_numbers(lines: list[tuple[int, str]], index: NameIndex) -> bool
     lines = lines[1:] or lines
     split = _split_at_name(lines[0][1], index)
     columns = zip(*(line.split() for _, line in lines), strict=True)
-    return split is not None and " " not in split[0] and any(all(re.fullmatch(r"-?[0-9.]+", word) for word in column) for column in columns)
+    name = "" if split is None else split[1 if split[0] == "first" else 2]
+    return bool(name) and " " not in name and any(all(re.fullmatch(r"-?[0-9.]+", word) for word in column) for column in columns)
 
 
 class _Columns:
