@@ -76,6 +76,7 @@ def test_a_class_of_trains_and_a_class_of_tests_of_nothing_are_classes(tmp_path:
     listing = of_both(in_folder_and_tar(tmp_path, "car/1.jpg", "train/2.jpg", "train/3.jpg", "train/night/4.jpg", "testimony/5.jpg"))
     assert listing.class_names == ("car", "testimony", "train")
     assert (listing.notes, listing.skipped) == ((), ())
+    assert of_both(in_folder_and_tar(tmp_path / "numbered", "test 1/1.jpg", "test 2/2.jpg")).class_names == ("test 1", "test 2")
 
 
 def test_a_tar_of_one_split_is_that_split(tmp_path: Path) -> None:

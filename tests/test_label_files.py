@@ -41,6 +41,7 @@ CAT_DOG = {"x.jpg": "cat", "y.jpg": "dog", "z.jpg": "cat"}
         ("image,width,label\nx.jpg,40,cat\ny.jpg,41,dog\nz.jpg,40,cat\n", "labels.csv"),
         (",filename,split,category\n0,x.jpg,val,cat\n1,y.jpg,val,dog\n2,z.jpg,val,cat\n", "labels.csv"),
         ("Unnamed: 0,Image Path,Class\n0,x.jpg,cat\n1,y.jpg,dog\n2,z.jpg,cat\n", "labels.csv"),
+        ("sep=;\r\nImage Index;Label\r\nx.jpg;cat\r\ny.jpg;dog\r\nz.jpg;cat\r\n", "labels.csv"),
         ("id,breed\nx,cat\ny,dog\nz,cat\n", "labels.csv"),
         ("imgs,what\nx,cat\ny,dog\nz,cat\n", "labels.csv"),  # words of no known header
         ("x,cat\ny,dog\nz,cat\n", "labels.csv"),  # no header, no extensions
@@ -121,6 +122,7 @@ def test_numbers_are_classes_in_the_order_of_numbers(tmp_path: Path) -> None:
         ("filename,label\n".encode("utf-16-le") + b"x\0", "labels.csv", "holds zero bytes.*UTF-16"),
         (b"\xff\xfex", "labels.csv", "is no whole UTF-16"),
         ("filename,label\nu.jpg,cat\nv.jpg,dog\n", "labels.csv", "labels none of the 3 images"),
+        ("x.jpg cat " * 110_000, "labels.txt", "line 1 has more than 1,048,576 characters"),
     ],
 )
 def test_what_leaves_doubt_is_refused_with_what_was_seen(content: str | bytes, file: str, message: str, tmp_path: Path) -> None:

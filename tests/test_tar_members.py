@@ -122,7 +122,7 @@ def test_what_follows_the_end_and_is_no_archive_is_an_error(junk: bytes) -> None
 def test_a_hole_behind_the_end_takes_no_time(tmp_path: Path) -> None:
     with (tmp_path / "x.tar").open("wb") as file:
         file.write(tar_bytes({"a/1.jpg": b"x"}))
-        file.truncate(1 << 42)
+        file.truncate(1 << 40)
     start = time.monotonic()
     assert list_images(tmp_path / "x.tar").files == ("a/1.jpg",)
     assert time.monotonic() - start < 5

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
@@ -19,7 +20,7 @@ from fastbyol.data.inputs.listing import EXTENSIONS
 from fastbyol.data.inputs.name_matching import MISSING, NameIndex, lines_of
 
 _FILE = ("filename", "file_name", "file", "filepath", "file_path", "path", "image", "images", "img", "image_path", "img_path", "imagepath",
-         "image_name", "image_file", "image_filename", "imagename", "image_id", "imageid", "img_id", "img_name", "fname", "relpath",
+         "image_name", "image_index", "image_file", "image_filename", "imagename", "image_id", "imageid", "img_id", "img_name", "fname", "relpath",
          "relative_path", "photo", "picture")  # fmt: skip
 _PERHAPS_FILE = ("id", "name", "key")
 _CLASS = ("label", "labels", "target", "class", "category", "predictionstring")
@@ -31,6 +32,10 @@ _WHITESPACE = " "
 _DELIMITERS = (",", ";", "\t", "|", _WHITESPACE)
 _SAMPLED = 1000
 """Lines that are looked at to choose the delimiter and the columns."""
+_MOST_BLANKS = 20
+"""Of a line, where it may be split in two."""
+_LONGEST_LINE = 1 << 20
+"""Characters."""
 Row = tuple[int, list[str]]
 """Line number, cells."""
 
@@ -60,10 +65,13 @@ def read_label_rows(
     Raises:
         UserError: a damaged or uneven table; columns that leave doubt.
     """
+    text = re.sub(r"\Asep=.\r?\n", "", text)  # as Excel names the delimiter
     lines = [(number, line) for number, line in enumerate(lines_of(text), start=1) if line.strip()]
     is_table = path.suffix.lower() in (".csv", ".tsv") or path_column is not None or label_column is not None
     if not lines:
         raise UserError(f"{path}: holds no rows: is empty; it should hold a name and a class for each image, or a class for each in order")
+    if long := [number for number, line in lines if len(line) > _LONGEST_LINE]:
+        raise UserError(f"{path}: line {long[0]} has more than {_LONGEST_LINE:,} characters; give a row for each image")
     sample = lines[:: max(1, len(lines) // _SAMPLED)]
     delimiter, matches = _delimiter(sample, index)
     if not matches and not is_table and _may_be_classes_alone([line for _, line in lines]):
@@ -143,7 +151,7 @@ def _split_at_name(line: str, index: NameIndex, sides: tuple[str, ...] = ("first
     sides: where the name may be, the likelier first.
     """
     line = line.strip()
-    blanks = list(re.finditer(r"\s+", line))[:20]
+    blanks = list(islice(re.finditer(r"\s+", line), _MOST_BLANKS))
     for side in sides:
         for blank in reversed(blanks) if side == "first" else blanks:
             left, right = line[: blank.start()], line[blank.end() :]

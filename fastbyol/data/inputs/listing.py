@@ -20,7 +20,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 """What torchvision takes for an image, in any case of letters."""
 _FOREIGN_FOLDERS = frozenset(
     ("lost+found", "@eadir", "__macosx", "$recycle.bin", "recycler", "system volume information", "#recycle", "#snapshot", "@recycle",
-     "@recently-snapshot", "network trash folder", "temporary items", "__pycache__")
+     "@recently-snapshot", "@__thumb", "network trash folder", "temporary items", "__pycache__")
 )  # fmt: skip
 """What file systems, Synology, QNAP, macOS, Windows and Python keep beside people's files, in lower case."""
 _THUMBNAILS = ("SYNOFILE_THUMB", "SYNOPHOTO_THUMB")

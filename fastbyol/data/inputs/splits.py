@@ -31,8 +31,9 @@ def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) 
             folder, _, last = folder.rpartition("/")
             below.setdefault(folder, set()).add(last)
     for folder, found in sorted(below.items()):
-        splits = sorted(name for name in found if _is_split(name))
-        if len(splits) > 1 or (not folder and splits and direct[splits[0]] < _deeper(direct, splits[0])):
+        splits = sorted(name for name in found if _word(name) in _WORDS)
+        several = len(set(map(_word, splits))) > 1  # 'test1' and 'test2' may be classes
+        if several or (not folder and sum(direct[name] for name in splits) < sum(_deeper(direct, name) for name in splits)):
             raise UserError(_refusal(root, folder, splits))
 
 
@@ -40,8 +41,8 @@ def _deeper(direct: Counter[str], top: str) -> int:
     return sum(count for folder, count in direct.items() if folder.startswith(f"{top}/"))
 
 
-def _is_split(name: str) -> bool:
-    return _AROUND.sub("", name.lower()) in _WORDS
+def _word(name: str) -> str:
+    return _AROUND.sub("", name.lower())
 
 
 def _refusal(root: Path, folder: str, splits: list[str]) -> str:
