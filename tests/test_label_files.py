@@ -94,6 +94,8 @@ def test_numbers_are_classes_in_the_order_of_numbers(tmp_path: Path) -> None:
         listing = labelled(tmp_path, content, *names, file=file)
         assert listing.class_names == tuple(map(str, range(12)))
         assert dict(zip(listing.files, listing.labels, strict=True)) == rows
+    endless = labelled(tmp_path, "00.jpg,8\n01.jpg,7\n02.jpg," + "9" * 5000, *names)  # more digits than int() takes: a name
+    assert endless.class_names == ("7", "8", "9" * 5000)
     below = labelled(tmp_path, "filename,label\n" + "".join(f"{name},{i - 1}\n" for name, i in rows.items()), *names)
     assert below.class_names == tuple(map(str, range(-1, 11)))
 

@@ -22,10 +22,12 @@ from fastbyol.data.inputs.name_matching import MISSING, NameIndex, lines_of
 _FILE = ("filename", "file_name", "file", "filepath", "file_path", "path", "image", "images", "img", "image_path", "img_path", "imagepath",
          "image_name", "image_index", "image_file", "image_filename", "imagename", "image_id", "imageid", "img_id", "img_name", "fname", "relpath",
          "relative_path", "photo", "picture")  # fmt: skip
+"""Words of headers, as `_plain` writes them, for the column of names, and for that of classes; the second rank counts where the first is not."""
 _PERHAPS_FILE = ("id", "name", "key")
 _CLASS = ("label", "labels", "target", "class", "category", "predictionstring")
 _PERHAPS_CLASS = ("class_name", "classname", "class_label", "label_name", "category_name", "classes", "targets", "y")
 _NO_CLASS = ("", "index", "idx", "id", "row", "width", "height", "size", "bytes", "split", "fold", "md5", "sha256", "x")
+"""Words of headers for what is beside names and not the class."""
 _KAGGLE = "predictionstring"
 """In ImageNet's file at Kaggle: the class, then boxes."""
 _WHITESPACE = " "
@@ -272,7 +274,7 @@ class _Columns:
         ]
         if len(wanted) == 1:
             return wanted[0]
-        if not wanted and column.isdecimal() and 1 <= int(column) <= len(self.first):
+        if not wanted and re.fullmatch("[0-9]{1,9}", column) and 1 <= int(column) <= len(self.first):
             return int(column) - 1
         raise UserError(f"{option} {column}: {self.path} has {'several columns' if wanted else 'no column'} of this name; {self._seen()}")
 
@@ -320,7 +322,7 @@ class _Columns:
         assert self.label_at is not None
         at = self.label_at
         values = [row[at].strip() for _, row in self.rows[self.header :] if len(row) > at]
-        if len(values) > 2 and all(value.isdecimal() for value in values):
+        if len(values) > 2 and all(re.fullmatch("[0-9]{1,9}", value) for value in values):
             numbers = list(map(int, values))
             if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
                 raise self._doubt(f"column {at + 1} counts the rows: which column is the class", "--label-column")
