@@ -31,7 +31,7 @@ def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) 
             folder, _, last = folder.rpartition("/")
             below.setdefault(folder, set()).add(last)
     for folder, found in sorted(below.items()):
-        splits = sorted(name for name in found if _word(name) in _WORDS)
+        splits = sorted(name for name in found if is_split(name))
         several = len(set(map(_word, splits))) > 1  # 'test1' and 'test2' may be classes
         if several or (not folder and sum(direct[name] for name in splits) < sum(_deeper(direct, name) for name in splits)):
             raise UserError(_refusal(root, folder, splits))
@@ -39,6 +39,11 @@ def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) 
 
 def _deeper(direct: Counter[str], top: str) -> int:
     return sum(count for folder, count in direct.items() if folder.startswith(f"{top}/"))
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder of this name is called as splits are."""
+    return _word(name) in _WORDS
 
 
 def _word(name: str) -> str:
