@@ -91,6 +91,12 @@ def test_a_folder_one_level_too_high_is_told(tmp_path: Path) -> None:
     )
 
 
+def test_a_split_without_classes_is_one_class_and_told(tmp_path: Path) -> None:
+    folder, _ = in_folder_and_tar(tmp_path, "train/1.jpg", "train/2.jpg")
+    (note,) = list_images(folder).notes
+    assert note == f"{folder}: one class, 'train', which is called as a split is: all images have one label, which means nothing"
+
+
 def test_folders_of_the_system_and_thumbnails_are_neither_classes_nor_images(tmp_path: Path) -> None:
     good = ("cat/1.jpg", "dog/2.jpg")
     foreign = (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, in_sample_order, why_not_a_folder, why_not_an_image
-from fastbyol.data.inputs.splits import refuse_splits
+from fastbyol.data.inputs.splits import is_split, refuse_splits
 
 _LINE_BREAKS = ("\n", "\r")
 Identity = tuple[int, int]
@@ -54,16 +54,17 @@ def by_class_folder(found: ImageListing) -> ImageListing:
 
 
 def _one_level_too_high(found: ImageListing) -> tuple[str, ...]:
-    """A note where a single class holds nothing but folders: they may be the classes."""
+    """A note where a single class holds nothing but folders, which may be the classes, or has the name of a split."""
     if len(found.class_names) != 1:
         return ()
+    (only,) = found.class_names
+    if is_split(only):
+        return (f"{found.root}: one class, {only!r}, which is called as a split is: all images have one label, which means nothing",)
     folders = {name.split("/", 2)[1] if name.count("/") > 1 else "" for name in found.files if "/" in name}
     if "" in folders or len(folders) < 2:
         return ()
-    inner = f"{found.root}/{found.class_names[0]}"
-    return (
-        f"{found.root}: one class, {found.class_names[0]!r}, with {len(folders):,} folders in it; if they are the classes, give {inner}",
-    )
+    inner = f"{found.root}/{only}"
+    return (f"{found.root}: one class, {only!r}, with {len(folders):,} folders in it; if they are the classes, give {inner}",)
 
 
 def _class_names(root: Path) -> tuple[str, ...]:
