@@ -14,7 +14,7 @@ from typing import Any
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.data.inputs.images import INPUTS, add_label_arguments, listing_from
+from fastbyol.data.inputs.images import INPUTS, add_label_arguments, label_options, listing_from
 from fastbyol.data.inspection.inventory import Inventory, is_conversion, take_inventory
 from fastbyol.data.inspection.picture_grid import write_picture_grid
 
@@ -33,21 +33,22 @@ examples:
 def main() -> None:
     arguments = _parser().parse_args()
     warnings.filterwarnings("ignore", module="PIL")  # images that are odd are the converters' business
-    given = [option for option in ("labels", "devkit", "subset") if getattr(arguments, option)]
+    given = label_options(arguments)
+    notes: list[str] = []
     converted = is_conversion(arguments.data)
     if converted and given:
         raise UserError(f"--{given[0]}: {arguments.data} is converted and has its labels; only folders and tars of images take it")
-    listing = None if converted else listing_from(arguments)
+    listing = None if converted else listing_from(arguments, tell=notes.append)
     inventory = take_inventory(arguments.data, listing=listing)
     if arguments.grid:
         write_picture_grid(arguments.data, listing=listing, out=arguments.grid)
     if arguments.json:
-        print(json.dumps(inventory.as_dict(), indent=1))
+        print(json.dumps(inventory.as_dict() | {"notes": notes}, indent=1))
     else:
-        _print_table(inventory)
+        _print_table(inventory, notes)
 
 
-def _print_table(inventory: Inventory) -> None:
+def _print_table(inventory: Inventory, notes: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -55,12 +56,12 @@ def _print_table(inventory: Inventory) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(inventory):
+    for name, value in _rows(inventory, notes):
         table.add_row(name, Text(value.encode(errors="replace").decode()))
     Console().print(table)
 
 
-def _rows(inventory: Inventory) -> list[tuple[str, str]]:
+def _rows(inventory: Inventory, notes: list[str]) -> list[tuple[str, str]]:
     rows = [
         ("data", f"{inventory.path} ({inventory.kind})"),
         ("images", f"{inventory.images:,}"),
@@ -75,9 +76,7 @@ def _rows(inventory: Inventory) -> list[tuple[str, str]]:
             ("height", f"{sides.height_min:,} to {sides.height_max:,} px, median {sides.height_median:,}{sample}"),
             ("density", f"{sides.bytes_per_pixel:.3f} bytes per pixel, {sides.mean_pixels:,.0f} pixels each{sample}"),
         ]
-    if inventory.skipped:
-        first = "; ".join(f"{name!r}: {reason}" for name, reason in inventory.skipped_first[:3])
-        rows.append(("left out", f"{inventory.skipped:,} entries that are no images: {first}{' …' if inventory.skipped > 3 else ''}"))
+    rows += [("note", note) for note in notes]
     return rows + (_manifest_rows(inventory.manifest) if inventory.manifest else [])
 
 

@@ -57,7 +57,8 @@ def _classes(text: str) -> int | list[str]:
     """A number of classes, a file of names, or names with commas between."""
     if text.isdecimal():
         return int(text)
-    return read_subset(Path(text)) if Path(text).is_file() else [name.strip() for name in text.split(",")]
+    names = read_subset(Path(text)) if Path(text).is_file() else text.split(",")
+    return [name.strip().removeprefix("./").rstrip("/") for name in names]  # as 'ls -d */' and 'find' write folders
 
 
 def _write(listing: ImageListing, out: Path, *, overwrite: str) -> None:

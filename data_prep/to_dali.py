@@ -33,7 +33,8 @@ on four machines with one file system, then on one of them (--shard auto: by tor
 Beside the shards: a DALI index each, samples.npy (where each image lies), manifest.json (class names, settings, checksums), report.json.
 """
 
-OPTIONS_OF_MERGE = {"merge", "out", "max_dropped", "data", "labels", "devkit", "subset", "drop_empty_classes"}
+OPTIONS_OF_MERGE = {"merge", "out", "max_dropped", "data", "labels", "path_column", "label_column", "devkit", "subset",
+                    "drop_empty_classes", "splits_are_classes"}  # fmt: skip
 
 
 @stoppable

@@ -359,20 +359,15 @@ def test_images_without_a_label_and_labels_without_an_image_are_told(tmp_path: P
         ("x.jpg,dog\n,cat\n", "csv", "row 2 has no file name"),
         ("x.jpg,dog\nx.jpg,cat\n", "csv", "line 2 gives x.jpg the label 'cat', an earlier one 'dog'"),
         ("x.jpg,dog\na/x.jpg,cat\n", "csv", "gives x.jpg two labels, 'dog' and 'cat'"),
-        ("../x.jpg,dog\n", "csv", "names ../x.jpg; names are relative"),
-        ("/x.jpg,dog\n", "csv", "names /x.jpg; names are relative"),
         ("u.jpg,dog\n", "csv", "labels none of the 3 images"),
         ("x.jpg,99999999\n", "csv", "label 99999999: a number is taken for the class's place"),
-        ('x.jpg,"dog\n', "csv", "labels none|is no CSV|dog"),
+        ('x.jpg,"dog\ny.jpg,cat\n', "csv", "is no CSV: line 2: .*a quotation mark left open"),
         ("", "txt", "is empty"),
         ("dog\ncat\n", "txt", r"2 labels in order for 3 images .* \(the first: x.jpg\)"),
         ("x.jpg dog\ncat\n", "txt", "line 2 has not the columns of the first one"),
     ],
 )
 def test_a_mistake_in_a_file_of_labels_is_one_line(labels: str, suffix: str, message: str, tmp_path: Path) -> None:
-    if message.startswith("labels none|"):
-        assert listed(tmp_path, labels, suffix=suffix).files == ("x.jpg",)  # an open quotation mark ends with the file
-        return
     with pytest.raises(UserError, match=f"labels.{suffix}: .*{message}"):
         listed(tmp_path, labels, suffix=suffix)
 

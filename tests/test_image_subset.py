@@ -95,11 +95,11 @@ def test_a_published_list_names_images_without_folders_or_with_others(tmp_path: 
     whole = listing_of((4, 4))
     for names in (["0_3.JPEG", "1_0.JPEG"], ["class01/1_0.JPEG", "class00/0_3.JPEG", "class00/0_3.JPEG"], ["train/x/1_0.JPEG", "0_3"]):
         assert restrict(whole, names, source=tmp_path).files == ("class00/0_3.JPEG", "class01/1_0.JPEG")
-    with pytest.raises(UserError, match=r"2 of its 3 names are not images of data, or of several: a.JPEG, class00/b.JPEG"):
+    with pytest.raises(UserError, match=r"2 of its 3 names are not images of data: a.JPEG, class00/b.JPEG"):
         restrict(whole, ["a.JPEG", "0_1.JPEG", "class00/b.JPEG"], source=tmp_path)
     twice = ImageListing(Path("data"), ("a", "b"), ("a/1.jpg", "b/1.jpg"), (0, 1))
     assert restrict(twice, ["b/1.jpg"], source=tmp_path).labels == (1,)
-    with pytest.raises(UserError, match="or of several: 1.jpg"):
+    with pytest.raises(UserError, match="1 of its 1 names could each be several of its images: 1.jpg"):
         restrict(twice, ["1.jpg"], source=tmp_path)
 
 
@@ -183,3 +183,42 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, image_folder:
     done = run_here(SUBSET, "--data", image_folder, "--out", tmp_path / "list.txt", *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"./c0/1.jpg\n./c1/1.jpg\n",  # find . -name '*.jpg'
+        b"/mnt/old/train/c0/1.jpg\n/mnt/old/train/c1/1.jpg\n",
+        b"\xef\xbb\xbfc0/1.jpg\r\nc1/1.jpg\r\n",  # Notepad
+        "\ufeffc0/1.jpg\r\nc1/1.jpg\r\n".encode("utf-16"),
+        b"c0\\1.jpg\r\nE:\\data\\c1\\1.jpg\r\n",
+        b"c0/1\nc1/1\n",
+        b"data//c0/./1.jpg \n../c1/1.jpg\t\n",
+        b"c1/1.jpg\nc0/1.jpg\n./c0/1.jpg\n",
+    ],
+)
+def test_a_list_names_images_by_their_ends_where_classes_share_file_names(content: bytes, tmp_path: Path) -> None:
+    for name in ("c0/1.jpg", "c0/2.jpg", "c1/1.jpg", "c1/2.jpg"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(b"x")
+    (tmp_path / "list").write_bytes(content)
+    listing = list_images(tmp_path / "data", subset=tmp_path / "list")
+    assert listing.files == ("c0/1.jpg", "c1/1.jpg")
+    names = content.count(b"\n") - content.count(b"\n\0\n")
+    assert listing.notes == (f"{tmp_path / 'list'}: {names} names of 2 images, of the 4 in {tmp_path / 'data'}",)
+
+
+def test_names_that_could_be_several_images_and_names_of_none_are_counted_apart(tmp_path: Path) -> None:
+    whole = ImageListing(Path("data"), ("a", "b"), ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/3.png"), (0, 0, 1, 1))
+    message = "2 of its 5 names are not images of data: b/2.jpg, 4; 1 of its 5 names could each be several of its images: 1.jpg"
+    with pytest.raises(UserError, match=message):
+        restrict(whole, ["a/1.jpg", "b/2.jpg", "4", "1.jpg", "x/3.png"], source=tmp_path)
+    with pytest.raises(UserError, match="could each be several of its images: y/3"):
+        restrict(whole, ["x/3.png", "y/3"], source=tmp_path)
+
+
+def test_classes_may_be_written_as_folders_are_listed(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes").write_bytes(b"\xef\xbb\xbfant/\r\n./cat/\r\n")
+    done = run_here(SUBSET, "--data", image_folder, "--classes", tmp_path / "classes", "--out", tmp_path / "list.txt")
+    assert "16 images of 2 classes" in done.stdout

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fastbyol.data.inputs.folder import list_image_folder
+from fastbyol.data.inputs.listing import left_out_text
 from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.source import Indices, Pixels, Source, damaged
+
+log = logging.getLogger("fastbyol")
 
 
 class FolderSource(Source):
@@ -18,6 +22,10 @@ class FolderSource(Source):
     def __init__(self, path: Path) -> None:
         self._listing = list_image_folder(path)
         super().__init__(labels=np.array(self._listing.labels, dtype=np.int64), class_names=self._listing.class_names)
+        for note in self._listing.notes:
+            log.warning("%s", note)
+        if text := left_out_text(self._listing.skipped):
+            log.warning("%s: left out: %s", path, text)
         # Filled as the headers are read: the sizes of a million files are not worth a pass of their own.
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int64)
 

@@ -1,18 +1,26 @@
 """The members of a tar, by their headers alone: from one header to the next, with nothing taken on trust.
 
-The standard library's tarfile parses; what it lets pass is caught here: a damaged header, which it takes for the end, and a long name or
-extended attributes that would fill the memory.
+Our own walk around the standard library's parser of a single header: tarfile's takes a damaged header for the end, goes round for ever at a
+negative size, reads no archive behind the first, and spends hours or gigabytes on extended headers that are made for it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-_LARGEST_HEADER = 1 << 20
-_END_MARK = bytes(tarfile.BLOCKSIZE)
+LARGEST_HEADER = 1 << 20
+"""Bytes of all headers of one member: its long name, its extended attributes, its map of holes."""
+_BLOCK = tarfile.BLOCKSIZE
+_END_MARK = bytes(_BLOCK)
+_READ_BYTES = 1 << 20
+_LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_RECORDS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_SPARSE_IS_EXTENDED, _EXTENSION_IS_EXTENDED = 482, 504
+"""Where GNU's header of a sparse file, and each block of its map, says that another block of the map follows."""
 
 
 class DamagedTarError(Exception):
@@ -27,35 +35,130 @@ class DamagedTarError(Exception):
 def tar_members(file: BinaryIO, *, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
     """The members of the tar that lies at the bytes [start, end) of an unbuffered file; offset_data counts from the start of the file.
 
-    Raises DamagedTarError where the tar is cut or a header is not one. Other code may move the file's position between two members.
+    Archives that follow the first one (cat a.tar b.tar) are read on. Sparse files have `issparse()`, and no map. Other code may move the
+    file's position between two members. Raises DamagedTarError where the tar is cut, a header is not one, a size is impossible, or what
+    follows the end mark is no archive.
     """
     end = os.fstat(file.fileno()).st_size if end is None else end
-    headers = _Headers(file, end)
-    headers.seek(at := start)
+    at = start
     try:
-        tar = tarfile.TarFile(fileobj=headers, mode="r")  # type: ignore[arg-type]
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined] # a million of them would fill a gigabyte
-            if member.isreg() and not member.issparse() and member.offset_data + member.size > end:
-                raise tarfile.ReadError(f"{member.name} is cut")
-            yield member
-            at = tar.offset
-        headers.seek(tar.offset)
-        if headers.read(tarfile.BLOCKSIZE) != _END_MARK:
-            raise tarfile.ReadError("neither a header nor the end mark")
-    except (tarfile.TarError, ValueError, RecursionError) as error:
+        while True:
+            member, following = _member_at(file, at, end)
+            if member is not None:
+                yield member
+            elif (following := _skip_zeros(file, at, end)) >= end:
+                return
+            at = following
+    except (tarfile.TarError, ValueError) as error:
         raise DamagedTarError(error, at=at, end=end) from error
 
 
-class _Headers:
-    """The file as tarfile reads headers from it: never past the end of this tar, never much at once."""
+def _member_at(file: BinaryIO, first: int, end: int) -> tuple[tarfile.TarInfo | None, int]:
+    """The member whose headers begin at byte `first`, and where the next begins; (None, first) at an end mark."""
+    at, told = first, dict[str, str]()
+    while True:
+        block = _read(file, at, _BLOCK, end)
+        if block == _END_MARK and at == first:
+            return None, first
+        try:
+            member = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+        except tarfile.TarError:
+            raise tarfile.ReadError("neither a header nor the end mark") from None
+        at += _BLOCK
+        if member.size < 0:
+            raise tarfile.ReadError(f"{member.name!r} has a size of {member.size:,} bytes")
+        if member.type not in (*_LONG_NAMES, *_RECORDS, tarfile.XGLTYPE):
+            break
+        if at + member.size - first > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
+        content = _read(file, at, member.size, end)
+        at += _whole_blocks(member.size)
+        if member.type in _LONG_NAMES:
+            key = "path" if member.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
+            told[key] = _text(content.partition(b"\0")[0])
+        elif member.type in _RECORDS:  # records for all members, XGLTYPE, say nothing about a member
+            told |= _records(content)
+    if member.type == tarfile.GNUTYPE_SPARSE:
+        at = _behind_sparse_map(file, block, at, first, end)
+    _apply(member, told)
+    member.offset, member.offset_data = first, at
+    if not member.isreg() and member.type in tarfile.SUPPORTED_TYPES:
+        return member, at
+    if at + member.size > end:
+        raise tarfile.ReadError(f"{member.name!r} is cut")
+    return member, at + _whole_blocks(member.size)
 
-    def __init__(self, file: BinaryIO, end: int) -> None:
-        self._file, self._end = file, end
-        self.tell = file.tell
-        self.seek = file.seek
 
-    def read(self, size: int) -> bytes:
-        if size > _LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {size:,} bytes")
-        return self._file.read(max(0, min(size, self._end - self._file.tell())))
+def _apply(member: tarfile.TarInfo, told: dict[str, str]) -> None:
+    """Gives the member what its extended headers say of it."""
+    name = told.get("GNU.sparse.name", told.get("path", member.name))
+    member.name = name.rstrip("/") if member.isdir() else name
+    member.linkname = told.get("linkpath", member.linkname)
+    if (size := told.get("size")) is not None:
+        if not size.isdecimal():
+            raise tarfile.ReadError(f"{member.name!r} has a size of {size[:40]!r} bytes")
+        member.size = int(size)
+    if member.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in told):
+        member.sparse = []  # type: ignore[attr-defined] # what issparse() asks for
+
+
+def _behind_sparse_map(file: BinaryIO, block: bytes, at: int, first: int, end: int) -> int:
+    goes_on = block[_SPARSE_IS_EXTENDED]
+    while goes_on:
+        if at + _BLOCK - first > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of more than {LARGEST_HEADER:,} bytes")
+        goes_on = _read(file, at, _BLOCK, end)[_EXTENSION_IS_EXTENDED]
+        at += _BLOCK
+    return at
+
+
+def _records(content: bytes) -> dict[str, str]:
+    """The records 'length key=value\\n' of an extended header."""
+    told, at = dict[str, str](), 0
+    while at < len(content) and content[at]:
+        digits, space, _ = content[at : at + 20].partition(b" ")
+        length = int(digits) if space and digits.isdigit() else 0
+        record = content[at + len(digits) + 1 : at + length]
+        key, equals, value = record.partition(b"=")
+        if not equals or not record.endswith(b"\n") or at + length > len(content):
+            raise tarfile.ReadError("an extended header that is damaged")
+        told[_text(key)] = _text(value[:-1])
+        at += length
+    return told
+
+
+def _skip_zeros(file: BinaryIO, at: int, end: int) -> int:
+    """The first block from `at` on that is not all zeros, or `end`: tars are padded, and another archive may follow."""
+    start = at
+    while at < end:
+        at = max(at, min(end, start + (_next_data(file, at, end) - start) // _BLOCK * _BLOCK))
+        piece = _read(file, at, min(_READ_BYTES, end - at), end)
+        if zeros := len(piece) - len(piece.lstrip(b"\0")):
+            at += zeros if zeros == len(piece) else zeros // _BLOCK * _BLOCK
+        if zeros < len(piece):
+            return at
+    return end
+
+
+def _next_data(file: BinaryIO, at: int, end: int) -> int:
+    """Where a hole in the file at `at` ends, so that nobody waits for terabytes of nothing; `at` itself where there is none."""
+    try:
+        return os.lseek(file.fileno(), at, os.SEEK_DATA)
+    except OSError as error:  # ENXIO: nothing but a hole; others: no file of a disk, or a system that knows no holes
+        return end if error.errno == errno.ENXIO else at
+
+
+def _read(file: BinaryIO, at: int, size: int, end: int) -> bytes:
+    file.seek(at)
+    content = file.read(max(0, min(size, end - at)))
+    if len(content) != size:
+        raise tarfile.ReadError("the end of the file instead of a header or the end mark")
+    return content
+
+
+def _whole_blocks(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _text(content: bytes) -> str:
+    return content.decode(tarfile.ENCODING, "surrogateescape")

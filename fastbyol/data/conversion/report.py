@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.conversion.encode import Outcome
-from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.listing import ImageListing, left_out
 
 _FORMAT = 1
 # Asked for by the user, or as common as it is harmless: counted and not named one by one.
@@ -63,7 +63,7 @@ def report_table(report: dict[str, Any]) -> str:
     if report["icc_profiles_ignored"]:
         lines.append(("  noted: ICC profile ignored", report["icc_profiles_ignored"]))
     lines += [(f"dropped: {reason}", count) for reason, count in report["dropped"].items()]
-    if report["left_out_of_the_listing"]:
-        lines.append(("not listed", len(report["left_out_of_the_listing"])))
+    reasons = left_out((entry["name"], entry["reason"]) for entry in report["left_out_of_the_listing"])
+    lines += [(f"left out: {kind}", count) for kind, (count, _) in reasons.items()]
     width = max(len(what) for what, _ in lines)
     return "\n".join(f"{what:<{width}}  {count:>9,}" for what, count in lines)

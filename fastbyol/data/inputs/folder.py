@@ -8,27 +8,36 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, in_sample_order, why_not_an_image
+from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, in_sample_order, why_not_a_folder, why_not_an_image
+from fastbyol.data.inputs.splits import is_split, refuse_splits
 
-_SPLITS = ({"train", "val"}, {"train", "test"})
 _LINE_BREAKS = ("\n", "\r")
 Identity = tuple[int, int]
 """Device and inode: what is the same file or folder under two names."""
 
 
-def list_image_folder(root: Path) -> ImageListing:
+def list_image_folder(root: Path, *, splits: str = "refuse") -> ImageListing:
     """The images below `root`, classes and files in torchvision's order. UserError: a missing or empty folder, a class without images, splits.
 
-    Left out, and told in `skipped`: files that are no images by extension, hidden files and folders, what is not a file, broken links,
-    folders that cannot be read, links to what is listed already (a loop is one), names with a line break.
+    Left out, and told in `skipped`: files that are no images by extension, hidden files and folders and those of the system, thumbnails,
+    images in no class folder, what is not a file, broken links, folders that cannot be read, links to what is listed already (a loop is
+    one), names with a line break.
+
+    Args:
+        root: the folder of class folders.
+        splits: 'refuse' folders such as train/ and val/, or take them for 'classes'.
     """
     class_names = _class_names(root)
+    if splits == "refuse":
+        refuse_splits(root, class_names, ())  # at once: to walk a large folder takes minutes
     scan = scan_folder(root)
+    if splits == "refuse":
+        refuse_splits(root, class_names, scan.names)
     return by_class_folder(ImageListing(root, class_names, tuple(scan.names), (), tuple(scan.skipped)))
 
 
@@ -37,24 +46,32 @@ def by_class_folder(found: ImageListing) -> ImageListing:
     label_of = {name: label for label, name in enumerate(found.class_names)}
     classes = [name.partition("/")[0] if "/" in name else "" for name in found.files]
     outside = tuple((name, "in no class folder") for name in found.files if "/" not in name)
-    found = replace(found, skipped=found.skipped + outside)
+    found = replace(found, skipped=found.skipped + outside, notes=found.notes + _one_level_too_high(found))
     empty = sorted(label_of.keys() - set(classes))
     if empty:
         raise UserError(_empty_class(found.root / empty[0], found.skipped))
     return in_sample_order(found, [label_of.get(name) for name in classes])
 
 
-def refuse_splits(root: Path, class_names: Sequence[str]) -> None:
-    """UserError where the folders are splits."""
-    if any(split <= set(class_names) for split in _SPLITS):
-        raise UserError(f"{root}: holds splits ({', '.join(class_names)}), not classes; give one of them, such as {root / 'train'}")
+def _one_level_too_high(found: ImageListing) -> tuple[str, ...]:
+    """A note where a single class holds nothing but folders, which may be the classes, or has the name of a split."""
+    if len(found.class_names) != 1:
+        return ()
+    (only,) = found.class_names
+    if is_split(only):
+        return (f"{found.root}: one class, {only!r}, which is called as a split is: all images have one label, which means nothing",)
+    folders = {name.split("/", 2)[1] if name.count("/") > 1 else "" for name in found.files if "/" in name}
+    if "" in folders or len(folders) < 2:
+        return ()
+    inner = f"{found.root}/{only}"
+    return (f"{found.root}: one class, {only!r}, with {len(folders):,} folders in it; if they are the classes, give {inner}",)
 
 
 def _class_names(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder with one sub-folder of images per class")
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in os.scandir(root) if not _is_left_out(entry.name) and entry.is_dir())
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
     if not names and any(root.glob("*.tar")):
@@ -64,11 +81,15 @@ def _class_names(root: Path) -> tuple[str, ...]:
             f"{root}: has no sub-folders; an ImageFolder has one folder of images per class. For images that lie together, give their labels"
             " (--labels or --devkit)"
         )
-    refuse_splits(root, names)
     for name in names:
         if any(character in name for character in _LINE_BREAKS):
             raise UserError(f"{str(root / name)!r}: a class name may not hold a line break; rename the folder")
     return tuple(names)
+
+
+def _is_left_out(name: str) -> bool:
+    """Whether a folder of this name is left out without being an error: one whose name has a line break would be a class."""
+    return bool(why_not_a_folder(name)) and not any(character in name for character in _LINE_BREAKS)
 
 
 def _empty_class(folder: Path, skipped: tuple[tuple[str, str], ...]) -> str:
@@ -130,7 +151,7 @@ class FolderScan:
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir(follow_symlinks=False):
-                if reason := _why_not_a_folder(entry.name):
+                if reason := why_not_a_folder(entry.name):
                     self.skipped.append((name, reason))
                 else:
                     yield name
@@ -148,7 +169,7 @@ class FolderScan:
             self.skipped.append((name, f"a link that leads nowhere ({error.strerror})"))
             return
         folder = entry.is_dir()
-        if reason := _why_not_a_folder(entry.name) if folder else why_not_an_image(entry.name):
+        if reason := why_not_a_folder(entry.name) if folder else why_not_an_image(entry.name):
             self.skipped.append((name, reason))
         elif folder:
             self._linked_folders.append(name)
@@ -176,7 +197,3 @@ class FolderScan:
         repeated = {name: owner[identity] for name, identity in self._linked_files.items() if owner[identity] != name}
         self.names = [name for name in self.names if name not in repeated]
         self.skipped += [(name, f"a link to {first}, which is listed") for name, first in repeated.items()]
-
-
-def _why_not_a_folder(name: str) -> str:
-    return "hidden" if name.startswith(".") else "a line break in its name" if any(character in name for character in _LINE_BREAKS) else ""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.folder import by_class_folder, list_image_folder, refuse_splits, scan_folder
+from fastbyol.config.errors import UserError, require_choice
+from fastbyol.data.inputs.folder import by_class_folder, list_image_folder, scan_folder
 from fastbyol.data.inputs.labels import LabelFile, label_images, read_devkit, read_label_file
-from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.listing import ImageListing, left_out_text
+from fastbyol.data.inputs.splits import refuse_splits
 from fastbyol.data.inputs.subset import drop_empty_classes, read_subset, restrict
 from fastbyol.data.inputs.tar import TarScan
 
@@ -18,8 +21,10 @@ inputs:
   a folder          one sub-folder of images per class, as torchvision.datasets.ImageFolder reads it
   a tar             ILSVRC2012_img_train.tar as downloaded (138 GB, read in place, nothing is unpacked), or any tar of class folders
   with --devkit     ILSVRC2012_img_val.tar, or its images in one folder, with ILSVRC2012_devkit_t12.tar.gz
-  with --labels     images in one folder or tar, with a FILE.csv (columns filename,label) or a text file (lines 'name class', or a class per
-                    line in the order of the names); a label is a class name, or the number of the class from 0
+  with --labels     images in one folder or tar, with a table of names and classes (comma, semicolon, tab or blanks between; the header
+                    names the columns, as 'filename,label' does) or a class per line in the order of the names; a label is a class name,
+                    or the number of the class from 0. How it was read is printed before the work starts
+Names in tables and lists may have other folders in front than the data, or none.
 Order and labels are those of torchvision's ImageFolder for all of them: by class, then by name.
 """
 
@@ -32,8 +37,15 @@ def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", requi
 
 
 def add_label_arguments(parser: ArgumentParser) -> None:
-    """Adds --labels, --devkit, --subset and --drop-empty-classes."""
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of images that lie together: FILE.csv or a text file")
+    """Adds --labels, --path-column, --label-column, --devkit, --subset, --drop-empty-classes and --splits-are-classes."""
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of images that lie together: a table, or a class per line")
+    for option, what in (("path", "names of the images"), ("label", "classes")):
+        parser.add_argument(
+            f"--{option}-column",
+            f"--{option}_column",
+            metavar="NAME",
+            help=f"the column of --labels that has the {what}, by name or by number from 1 (default: by its header)",
+        )
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
     parser.add_argument(
         "--subset", type=Path, metavar="LIST", help="only the images that this file names, one per line (data_prep/subset.py)"
@@ -41,46 +53,78 @@ def add_label_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--drop-empty-classes", action="store_true", help="number the classes anew where the subset leaves some out (default: labels stay)"
     )
+    parser.add_argument(
+        "--splits-are-classes", action="store_true", help="take folders such as train/ and val/ for classes (default: refuse them)"
+    )
 
 
-def listing_from(arguments: Namespace, *, option: str = "--data") -> ImageListing:
-    """The images that the options of `add_input_arguments` describe."""
-    return list_images(
+def tell_on_stderr(note: str) -> None:
+    print(f"fastbyol: note: {note}", file=sys.stderr, flush=True)
+
+
+def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] = tell_on_stderr) -> ImageListing:
+    """The images that the options of `add_input_arguments` describe. How they were understood, and what is left out, is told."""
+    listing = list_images(
         getattr(arguments, option.lstrip("-")),
         labels=arguments.labels,
+        path_column=arguments.path_column,
+        label_column=arguments.label_column,
         devkit=arguments.devkit,
         subset=arguments.subset,
         empty_classes="drop" if arguments.drop_empty_classes else "keep",
+        splits="classes" if arguments.splits_are_classes else "refuse",
     )
+    for note in (*listing.notes, *([f"{listing.root}: left out: {text}"] if (text := left_out_text(listing.skipped)) else [])):
+        tell(note)
+    return listing
 
 
 def optional_listing_from(arguments: Namespace, *, option: str) -> ImageListing | None:
     """The same where the option may be left out. UserError if only what goes with it is given."""
     if getattr(arguments, option.lstrip("-")):
         return listing_from(arguments, option=option)
-    for name in ("labels", "devkit", "subset", "drop_empty_classes"):
-        if getattr(arguments, name):
-            raise UserError(f"--{name.replace('_', '-')}: describes what was converted; give that with {option}")
+    for name in label_options(arguments):
+        raise UserError(f"--{name}: describes what was converted; give that with {option}")
     return None
 
 
+def label_options(arguments: Namespace) -> list[str]:
+    """Which of the options of `add_label_arguments` are given, without their dashes."""
+    names = ("labels", "path_column", "label_column", "devkit", "subset", "drop_empty_classes", "splits_are_classes")
+    return [name.replace("_", "-") for name in names if getattr(arguments, name)]
+
+
 def list_images(
-    data: Path, *, labels: Path | None = None, devkit: Path | None = None, subset: Path | None = None, empty_classes: str = "keep"
+    data: Path,
+    *,
+    labels: Path | None = None,
+    path_column: str | None = None,
+    label_column: str | None = None,
+    devkit: Path | None = None,
+    subset: Path | None = None,
+    empty_classes: str = "keep",
+    splits: str = "refuse",
 ) -> ImageListing:
     """The images of a folder or tar, in order, with labels.
 
     Args:
         data: a folder or a tar.
         labels: file of labels, where the images are not sorted into classes.
+        path_column: its column of names, by name or by number from 1; None: found out, or refused.
+        label_column: its column of classes, likewise.
         devkit: ImageNet's development kit, instead of `labels`.
         subset: a file of names: only those images.
         empty_classes: 'keep' the full set's labels and class names, so that they mean the same in a part of it, or 'drop' the classes
             without an image and number the others anew.
+        splits: 'refuse' folders such as train/ and val/, or take them for 'classes'.
 
     Raises:
         UserError: anything that is missing, damaged, ambiguous or does not fit together.
     """
-    listing = _list_all(data, _label_file(labels, devkit))
+    require_choice("splits", splits, ("refuse", "classes"))
+    if (path_column or label_column) and not labels:
+        raise UserError(f"--{'path' if path_column else 'label'}-column: has no effect without --labels")
+    listing = _list_all(data, _label_file(labels, devkit, path_column, label_column), splits)
     if subset:
         listing = restrict(listing, read_subset(subset), source=subset)
     if empty_classes == "drop":
@@ -90,24 +134,26 @@ def list_images(
     return listing
 
 
-def _label_file(labels: Path | None, devkit: Path | None) -> LabelFile | None:
+def _label_file(labels: Path | None, devkit: Path | None, path_column: str | None, label_column: str | None) -> LabelFile | None:
     if labels and devkit:
         raise UserError("--labels and --devkit: both give labels; give one of them")
-    return read_label_file(labels) if labels else read_devkit(devkit) if devkit else None
+    if labels:
+        return read_label_file(labels, path_column=path_column, label_column=label_column)
+    return read_devkit(devkit) if devkit else None
 
 
-def _list_all(data: Path, labels: LabelFile | None) -> ImageListing:
+def _list_all(data: Path, labels: LabelFile | None, splits: str) -> ImageListing:
     if not data.exists():
         raise UserError(f"{data}: no such file or folder; give a folder with one sub-folder of images per class, or a tar")
     if data.is_file():
-        return _list_tar(data, labels)
+        return _list_tar(data, labels, splits)
     if labels is None:
-        return list_image_folder(data)
+        return list_image_folder(data, splits=splits)
     scan = scan_folder(data)
     return label_images(ImageListing(data, (), tuple(scan.names), (), tuple(scan.skipped)), labels)
 
 
-def _list_tar(path: Path, labels: LabelFile | None) -> ImageListing:
+def _list_tar(path: Path, labels: LabelFile | None, splits: str) -> ImageListing:
     scan = TarScan(path)
     scan.read()
     found = ImageListing(path, (), tuple(scan.names), (), tuple(scan.skipped), scan.offsets, scan.sizes)
@@ -119,7 +165,8 @@ def _list_tar(path: Path, labels: LabelFile | None) -> ImageListing:
     class_names = tuple(sorted({name.partition("/")[0] for name in found.files if "/" in name} | scan.class_tars))
     if not class_names:
         raise UserError(f"{path}: its images lie in no class folders (the first: {min(found.files)}); give --labels or --devkit")
-    refuse_splits(path, class_names)
+    if splits == "refuse":
+        refuse_splits(path, class_names, found.files)
     return by_class_folder(replace(found, class_names=class_names))
 
 

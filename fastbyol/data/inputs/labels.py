@@ -1,12 +1,10 @@
-"""Labels of images that lie together, from a file beside them: a CSV, a map or list of WordNet ids, or ImageNet's development kit."""
+"""Labels of images that lie together, from a file beside them: a table, a list of classes in order, or ImageNet's development kit."""
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import re
-import tarfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,55 +12,85 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, in_sample_order
-from fastbyol.data.inputs.name_matching import NameIndex
+from fastbyol.data.inputs.label_table import LabelRows, is_class_header, read_label_rows
+from fastbyol.data.inputs.listing import ImageListing, in_sample_order
+from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, limited_read, lines_of, read_text
+from fastbyol.data.tar_members import DamagedTarError, tar_members
 
 _VALIDATION_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.\w+", re.DOTALL)
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 _META = "data/meta.mat"
 _LARGEST_LABEL = 1_000_000
-_LARGEST_FILE = 1 << 28
-"""Bytes of a label file; ImageNet's largest has 8 MB."""
+_LARGEST_KIT = 1 << 28
+"""Bytes of an unpacked development kit; the real one has 10 MB."""
+_WHOLE_NUMBER = re.compile(r"([0-9]{1,9})(?:\.0*)?")
+"""A class's place from 0, also as pandas writes it where a value is missing: '3.0'."""
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class LabelFile:
-    """What a file says: a label per name, or a label per image in the order of the images' names."""
+    """A file of labels before it is known which images there are, or the labels of the development kit."""
 
     path: Path
-    by_name: dict[str, str] | None
+    text: str = ""
+    path_column: str | None = None
+    label_column: str | None = None
     in_order: Sequence[str] = ()
+    """Of the development kit, a label per image in the order of the images' names; else the text has them."""
     class_names: tuple[str, ...] | None = None
     """Known beside the labels in use; None: the labels in use, sorted."""
 
 
+def read_label_file(path: Path, *, path_column: str | None = None, label_column: str | None = None) -> LabelFile:
+    """A table of names and classes with any usual delimiter (`label_table`), or one class per line in the order of the images' names."""
+    return LabelFile(path, read_text(path), path_column, label_column)
+
+
 def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
-    """The images in order, labelled by the file; what is in only one of both lands in `skipped`. UserError where nothing fits."""
-    values, unmatched = _by_name(found, labels) if labels.by_name is not None else (_by_number(found, labels), ())
-    class_names, label_of = _classes(labels)
+    """The images in order, labelled by the file; what is in only one of both lands in `skipped`, how it was read in `notes`.
+
+    UserError where nothing fits, or where more than one reading does.
+    """
+    index = NameIndex(found.files, found.root)
+    table = None
+    if not labels.in_order:
+        table = read_label_rows(labels.path, labels.text, index, path_column=labels.path_column, label_column=labels.label_column)
+    if table is not None:
+        values, unmatched = _by_name(found, labels.path, table, index)
+    else:
+        labels = labels if labels.in_order else replace(labels, in_order=_classes_alone(labels.text))
+        values, unmatched = _by_number(found, labels), ()
     if not any(values):
         raise UserError(f"{labels.path}: labels none of the {len(found.files):,} images of {found.root} (the first: {_first(found)})")
-    unlabelled = tuple((name, f"no label in {labels.path.name}") for name, value in zip(found.files, values, strict=True) if value is None)
-    found = replace(found, class_names=class_names, skipped=(*found.skipped, *unlabelled, *unmatched))
-    return in_sample_order(found, [None if value is None else label_of[value] for value in values])
+    values, class_names = _classes(labels, values if table is None else [*values, *(label for _, _, label in table.rows)])
+    unlabelled = tuple((name, f"no label in {labels.path.name}") for name, value in zip(found.files, values, strict=False) if value is None)
+    reading = table.reading if table else "one class for each image, in the order of their names"
+    label_of = {name: label for label, name in enumerate(class_names)}
+    by_image = [None if value is None else label_of[value] for value in values[: len(found.files)]]
+    labelled = in_sample_order(
+        replace(found, class_names=class_names, skipped=(*found.skipped, *unlabelled, *((name, why) for name, why in unmatched))), by_image
+    )
+    return replace(labelled, notes=(*found.notes, _understood(labelled, labels.path, reading, len(unlabelled), unmatched)))
 
 
-def read_label_file(path: Path) -> LabelFile:
-    """A CSV (.csv: columns filename and label), or text: lines 'name label', or one label per line in the order of the images' names."""
-    text = _decoded(_limited_read(path))
-    if path.suffix.lower() == ".csv":
-        return LabelFile(path, _unique(path, _csv_rows(path, text)))
-    lines = [line.rstrip("\r") for line in text.split("\n")]
-    words = [(number, line.rsplit(None, 1)) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not words:
-        raise UserError(f"{path}: is empty; it should hold a line 'name label' for each image, or a label for each in order")
-    widths = {len(row) for _, row in words}
-    if widths == {1}:
-        return LabelFile(path, None, [row[0] for _, row in words])
-    if widths != {2}:
-        number = next(number for number, row in words if len(row) != len(words[0][1]))
-        raise UserError(f"{path}: line {number} has not the columns of the first one; give 'name label' in each line, or a label in each")
-    return LabelFile(path, _unique(path, [(number, name, label) for number, (name, label) in words]))
+def _understood(labelled: ImageListing, path: Path, reading: str, unlabelled: int, unmatched: Sequence[tuple[str, str]]) -> str:
+    """How the file was read, three images with their classes, and what does not fit together."""
+    places = sorted({0, len(labelled.files) // 2, len(labelled.files) - 1})[:_SHOWN]
+    shown = ", ".join(f"{labelled.files[at]!r} is {labelled.class_names[labelled.labels[at]]!r}" for at in places)
+    entries = f"{len(unmatched):,} entries without an image" + (f" (the first: {unmatched[0][0]!r})" if unmatched else "")
+    classes = len(set(labelled.labels))
+    empty = f" of {len(labelled.class_names):,}" if classes != len(labelled.class_names) else ""
+    return (
+        f"{path}: {reading}: {len(labelled.files):,} images labelled, {unlabelled:,} images without an entry, {entries},"
+        f" {classes:,}{empty} classes; {shown}"
+    )
+
+
+def _classes_alone(text: str) -> list[str]:
+    """One class per line; a first line that is the word 'label' or the like, and no class of another line, is a header."""
+    classes = [line.strip() for line in lines_of(text) if line.strip()]
+    return classes[1:] if is_class_header(classes[0]) and classes[0] not in classes[1:] else classes
 
 
 def read_devkit(path: Path) -> LabelFile:
@@ -73,27 +101,31 @@ def read_devkit(path: Path) -> LabelFile:
     """
     truth, meta = _devkit_parts(path, (_GROUND_TRUTH, _META))
     wnid_of = _wnids(path, meta)
-    ids = _decoded(truth).split()
+    ids = truth.decode(errors="replace").split()
     unknown = next((word for word in ids if not word.isdigit() or int(word) not in wnid_of), None)
     if unknown is not None or not ids:
         raise UserError(f"{path}: {_GROUND_TRUTH} holds {unknown!r}, which is no class of {_META}; download the kit again")
-    return LabelFile(path, None, [wnid_of[int(word)] for word in ids], tuple(sorted(wnid_of.values())))
+    return LabelFile(path, in_order=[wnid_of[int(word)] for word in ids], class_names=tuple(sorted(wnid_of.values())))
 
 
-def _by_name(found: ImageListing, labels: LabelFile) -> tuple[list[str | None], tuple[tuple[str, str], ...]]:
-    assert labels.by_name is not None
-    index = NameIndex(found.files)
+def _by_name(found: ImageListing, path: Path, table: LabelRows, index: NameIndex) -> tuple[list[str | None], tuple[tuple[str, str], ...]]:
+    """The label of each image, and (name, reason) of the rows without one."""
     values: list[str | None] = [None] * len(found.files)
+    earlier: dict[str, str] = {}
     unmatched = []
-    for name, label in labels.by_name.items():
+    for line, name, label in table.rows:
+        if (known := earlier.setdefault(name, label)) != label:
+            raise UserError(f"{path}: line {line} gives {name} the label {label!r}, an earlier one {known!r}; correct it")
         place = index.find(name)
-        if place is None:
-            unmatched.append((name, f"in {labels.path.name}, but there is no such image"))
+        if place == AMBIGUOUS:
+            raise UserError(f"{path}: line {line} names {name}, which could be several images of {found.root}; give names with folders")
+        if place == MISSING:
+            unmatched.append((name, f"in {path.name}, but there is no such image"))
         elif values[place] not in (None, label):
-            raise UserError(f"{labels.path}: gives {found.files[place]} two labels, {values[place]!r} and {label!r}; correct it")
+            raise UserError(f"{path}: gives {found.files[place]} two labels, {values[place]!r} and {label!r}; correct it")
         else:
             values[place] = label
-    return values, tuple(unmatched)
+    return values, tuple(dict.fromkeys(unmatched))
 
 
 def _by_number(found: ImageListing, labels: LabelFile) -> list[str | None]:
@@ -116,78 +148,42 @@ def _by_number(found: ImageListing, labels: LabelFile) -> list[str | None]:
     return values
 
 
-def _classes(labels: LabelFile) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names in order, and the label of each value. Whole numbers are labels already; names count in sorted order."""
-    used = set(labels.in_order if labels.by_name is None else labels.by_name.values())
-    if labels.class_names is None and all(re.fullmatch(r"[0-9]{1,9}", value) for value in used):
-        largest = max(map(int, used))
-        if largest > _LARGEST_LABEL:
+def _classes(labels: LabelFile, values: Sequence[str | None]) -> tuple[list[str | None], tuple[str, ...]]:
+    """The values as names of classes, and all names in order. Whole numbers are labels already; names count in sorted order.
+
+    Negative numbers among them make all of them names, which are sorted as numbers.
+    """
+    used = {value for value in values if value is not None}
+    if labels.class_names is None and all(map(_WHOLE_NUMBER.fullmatch, used)):
+        numbers = {value: int(value.partition(".")[0]) for value in used}
+        if (largest := max(numbers.values())) > _LARGEST_LABEL:
             raise UserError(
                 f"{labels.path}: label {largest}: a number is taken for the class's place from 0; write names to number them anew"
             )
-        return tuple(map(str, range(largest + 1))), {value: int(value) for value in used}
-    names = labels.class_names or tuple(sorted(used))
-    return names, {name: label for label, name in enumerate(names)}
-
-
-def _csv_rows(path: Path, text: str) -> list[tuple[int, str, str]]:
-    """(line, name, label) of each row."""
-    first_line = text.split("\n", 1)[0]
-    delimiter = next((mark for mark in ",;\t" if mark in first_line), ",")
-    try:
-        rows = [(number, row) for number, row in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), start=1) if row]
-    except csv.Error as error:
-        raise UserError(f"{path}: is no CSV ({error}); give columns filename,label") from error
-    name_at, label_at, header = _columns(rows[0][1]) if rows else (0, 1, 0)
-    short = next((number for number, row in rows if len(row) <= max(name_at, label_at)), None)
-    if short is not None or len(rows) == header:
-        where = f"row {short} has no label" if short else "holds no rows"
-        raise UserError(f"{path}: {where}; give columns filename,label")
-    cells = [(number, row[name_at].strip(), row[label_at].strip()) for number, row in rows[header:]]
-    if header and rows[0][1][label_at] == "PredictionString":  # Kaggle's file: the class, then boxes
-        cells = [(number, name, label.split(None, 1)[0] if label else "") for number, name, label in cells]
-    for number, name, label in cells:
-        if not name or not label:
-            raise UserError(f"{path}: row {number} has no {'label' if name else 'file name'}; correct it, or remove the row")
-    return cells
-
-
-def _columns(first: list[str]) -> tuple[int, int, int]:
-    """Column of the name, of the label, and whether the first row is a header (1) or not (0)."""
-    words = [cell.strip().lower() for cell in first]
-    if "filename" in words and "label" in words:
-        return words.index("filename"), words.index("label"), 1
-    is_header = len(words) > 1 and not words[0].endswith(EXTENSIONS)
-    return 0, 1, int(is_header)
-
-
-def _unique(path: Path, rows: list[tuple[int, str, str]]) -> dict[str, str]:
-    table: dict[str, str] = {}
-    for number, name, label in rows:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise UserError(f"{path}: line {number} names {name}; names are relative to the images' folder and stay in it")
-        if table.setdefault(name, label) != label:
-            raise UserError(f"{path}: line {number} gives {name} the label {label!r}, an earlier one {table[name]!r}; correct it")
-    return table
+        return [None if value is None else str(numbers[value]) for value in values], tuple(map(str, range(largest + 1)))
+    if labels.class_names is not None:
+        return list(values), labels.class_names
+    is_number = all(re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]{0,9})?", value) for value in used)
+    return list(values), tuple(sorted(used, key=lambda value: (float(value) if is_number else 0.0, value)))
 
 
 def _devkit_parts(path: Path, parts: Sequence[str]) -> list[bytes]:
     """The contents of these files of the kit. An archive is read to its end first: scipy crashes on some damage, which gzip's checksum tells."""
     if path.is_dir():
-        return [_limited_read(path / part) for part in parts]
-    content = _limited_read(path)
+        return [limited_read(path / part) for part in parts]
+    content = limited_read(path)
     try:
         if content.startswith(b"\x1f\x8b"):
-            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_LARGEST_FILE)
-        with tarfile.open(fileobj=io.BytesIO(content)) as kit:
-            files = {part: member for member in kit if member.isreg() for part in parts if member.name.endswith(part)}
-            if missing := [part for part in parts if part not in files]:
-                raise UserError(f"{path}: holds no {missing[0]}; give ILSVRC2012_devkit_t12.tar.gz or its folder")
-            return [file.read() for part in parts if (file := kit.extractfile(files[part]))]
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_LARGEST_KIT)
+        members = [member for member in tar_members(io.BytesIO(content), end=len(content)) if member.isreg() and not member.issparse()]
+    except (OSError, EOFError, zlib.error, DamagedTarError) as error:
         raise UserError(
             f"{path}: cannot be read as the development kit ({error}); give ILSVRC2012_devkit_t12.tar.gz or its folder"
         ) from error
+    files = {part: member for member in members for part in parts if member.name.endswith(part)}
+    if missing := [part for part in parts if part not in files]:
+        raise UserError(f"{path}: holds no {missing[0]}; give ILSVRC2012_devkit_t12.tar.gz or its folder")
+    return [content[files[part].offset_data :][: files[part].size] for part in parts]
 
 
 def _wnids(path: Path, meta: bytes) -> dict[int, str]:
@@ -199,21 +195,6 @@ def _wnids(path: Path, meta: bytes) -> dict[int, str]:
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
     except Exception as error:  # scipy raises whatever its parser stumbles over
         raise UserError(f"{path}: {_META} is not the kit's ({error}); download the kit again") from error
-
-
-def _limited_read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of labels") from error
-    if len(content) > _LARGEST_FILE:
-        raise UserError(f"{path}: is too large for a file of labels (more than {_LARGEST_FILE >> 20} MiB)")
-    return content
-
-
-def _decoded(content: bytes) -> str:
-    return content.decode("utf-8-sig", errors="surrogateescape")
 
 
 def _first(found: ImageListing) -> str:

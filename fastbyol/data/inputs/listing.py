@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,12 @@ from fastbyol.config.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """What torchvision takes for an image, in any case of letters."""
+_FOREIGN_FOLDERS = frozenset(
+    ("lost+found", "@eadir", "__macosx", "$recycle.bin", "recycler", "system volume information", "#recycle", "#snapshot", "@recycle",
+     "@recently-snapshot", "@__thumb", "network trash folder", "temporary items", "__pycache__")
+)  # fmt: skip
+"""What file systems, Synology, QNAP, macOS, Windows and Python keep beside people's files, in lower case."""
+_THUMBNAILS = ("SYNOFILE_THUMB", "SYNOPHOTO_THUMB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,8 @@ class ImageListing:
     """In a tar, the first byte of each image; None: each image is a file of its own."""
     sizes: Sequence[int] = field(default=(), repr=False)
     """In a tar, the bytes of each image."""
+    notes: tuple[str, ...] = ()
+    """What was understood of the input that the user should see before work starts."""
 
     def location(self, index: int) -> ImageLocation:
         name = self.files[index]
@@ -126,6 +135,32 @@ def why_not_an_image(file_name: str) -> str:
     """Why a file of this name is no sample; '' if it may be one."""
     if file_name.startswith("."):
         return "hidden"  # '._x.jpg', which macOS writes beside x.jpg, is no image
+    if file_name.startswith(_THUMBNAILS):
+        return "a thumbnail"
     if "\n" in file_name or "\r" in file_name:
         return "a line break in its name: it could stand in no list of names"
     return "" if file_name.lower().endswith(EXTENSIONS) else "not an image by its extension"
+
+
+def why_not_a_folder(name: str) -> str:
+    """Why nothing within a folder of this name is a sample; '' if it may be."""
+    if name.startswith("."):
+        return "hidden"
+    if name.lower() in _FOREIGN_FOLDERS:
+        return "a folder of the system's"
+    return "a line break in its name" if "\n" in name or "\r" in name else ""
+
+
+def left_out(skipped: Iterable[tuple[str, str]]) -> dict[str, tuple[int, str]]:
+    """How many entries were left out for which kind of reason, and the first of each, most frequent first."""
+    found: dict[str, tuple[int, str]] = {}
+    for name, reason in skipped:
+        kind = re.split(r" \(| to |: | as ", reason)[0]
+        count, first = found.get(kind, (0, name))
+        found[kind] = count + 1, first
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def left_out_text(skipped: Iterable[tuple[str, str]]) -> str:
+    """'3 in no class folder (the first: 'x.jpg'), 1 hidden (the first: '.git')'; '' where nothing is left out."""
+    return ", ".join(f"{count:,} {kind} (the first: {first!r})" for kind, (count, first) in left_out(skipped).items())

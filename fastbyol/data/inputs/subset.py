@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbyol.config.errors import UserError, require
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.inputs.name_matching import NameIndex
+from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, lines_of, read_text
 
 _SHOWN = 3
 
@@ -68,16 +68,22 @@ def choose_classes(listing: ImageListing, wanted: int | Sequence[str], *, seed: 
 
 
 def restrict(listing: ImageListing, names: Iterable[str], *, source: Path) -> ImageListing:
-    """The images of these names, in the listing's order. UserError, which names the source of the names, if one is not there."""
-    index = NameIndex(listing.files)
+    """The images of these names, in the listing's order. UserError, which names the source of the names, if one is not there, or is several."""
+    index = NameIndex(listing.files, listing.root)
     places = {name: index.find(name) for name in names}
-    missing = [name for name, place in places.items() if place is None]
-    if missing:
-        shown = ", ".join(missing[:_SHOWN])
+    problems = []
+    for fault, what in ((MISSING, f"are not images of {listing.root}"), (AMBIGUOUS, "could each be several of its images")):
+        if found := [name for name, place in places.items() if place == fault]:
+            problems.append(
+                f"{len(found):,} of its {len(places):,} names {what}: {', '.join(found[:_SHOWN])}{' …' * (len(found) > _SHOWN)}"
+            )
+    if problems:
         raise UserError(
-            f"{source}: {len(missing):,} of its {len(places):,} names are not images of {listing.root}, or of several: {shown} …"
+            f"{source}: {'; '.join(problems)} (the first image is {listing.files[0]}); correct the list, or give the data it belongs to"
         )
-    return listing.restricted(sorted({place for place in places.values() if place is not None}))
+    chosen = sorted(set(places.values()))
+    note = f"{source}: {len(places):,} names of {len(chosen):,} images, of the {len(listing.files):,} in {listing.root}"
+    return replace(listing.restricted(chosen), notes=(*listing.notes, note))
 
 
 def drop_empty_classes(listing: ImageListing) -> ImageListing:
@@ -90,11 +96,7 @@ def drop_empty_classes(listing: ImageListing) -> ImageListing:
 
 def read_subset(path: Path) -> list[str]:
     """The names of a list, one per line. UserError for an empty or unreadable one."""
-    try:
-        lines = path.read_bytes().decode(errors="surrogateescape").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file with one name per line") from error
-    names = [name for line in lines if (name := line.rstrip("\r")).strip()]
+    names = [line for line in lines_of(read_text(path)) if line.strip()]
     if not names:
         raise UserError(f"{path}: names no image; give a file with one name per line")
     return names

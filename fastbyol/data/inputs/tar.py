@@ -6,24 +6,28 @@ Three layouts: ImageNet's ILSVRC2012_img_train.tar (a tar of one tar per class),
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
 from array import array
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.listing import why_not_an_image
+from fastbyol.data.inputs.listing import why_not_a_folder, why_not_an_image
 from fastbyol.data.progress import Progress
 from fastbyol.data.tar_members import DamagedTarError, tar_members
 
+_MOST_LINKS = 40
+"""One leading to the next, as many as Linux follows."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class TarScan:
     """The images of a tar: name, first byte and size of each, in the order of the tar. UserError for a tar that is cut, damaged or compressed.
 
-    An image of a class tar `n01440764.tar` gets the name 'n01440764/…', as if the class tar had been unpacked to a folder.
+    An image of a class tar `n01440764.tar` gets the name 'n01440764/…', as if the class tar had been unpacked to a folder. Links are followed
+    within the tar, with the result of the unpacked folder: a hard link is an image of its own, a symbolic one only where its target is none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,7 +37,12 @@ class TarScan:
         self.class_tars: set[str] = set()
         """Classes that have a tar of their own."""
         self._path = path
-        self._seen: set[str] = set()
+        self._rows: dict[str, int] = {}
+        """Of each image by name, its row in `offsets` and `sizes`."""
+        self._others: dict[str, tuple[int, int]] = {}
+        """First byte and size of each file that is no image by its name or place: a link may lead there."""
+        self._links: dict[str, tuple[bool, str, str]] = {}
+        """Of each link by name: whether it is a symbolic one, the name within the tar that it leads to, and its target as the tar has it."""
 
     def read(self) -> None:
         """Reads every header once, from one to the next."""
@@ -46,12 +55,13 @@ class TarScan:
                 for member in self._members(file, 0, self._path.stat().st_size, within=self._path.name):
                     progress.reach(member.offset_data)
                     name = self._safe_name(member, member.name)
-                    if name.endswith(".tar") and "/" not in name:
+                    if name.endswith(".tar") and "/" not in name and not why_not_a_folder(name):
                         self._take_class_tar(file, member, name, progress)
                     elif name:
-                        self._take(member, name)
+                        self._take(member, name, top="")
         except OSError as error:
             raise UserError(f"{self._path}: cannot be read ({error.strerror or error}); check the file") from error
+        self._follow_links()
 
     def _refuse_compressed(self, start: bytes) -> None:
         for magic, kind in _COMPRESSED.items():
@@ -68,23 +78,62 @@ class TarScan:
             progress.reach(member.offset_data)
             inner = self._safe_name(member, f"{class_name}/{member.name}")
             if inner:
-                self._take(member, inner)
+                self._take(member, inner, top=f"{class_name}/")
 
-    def _take(self, member: tarfile.TarInfo, name: str) -> None:
-        reason = "" if member.isreg() and not member.issparse() else _kind(member)
-        reason = reason or ("the same name again" if name in self._seen else why_not_an_image(PurePosixPath(name).name))
-        if reason:
+    def _take(self, member: tarfile.TarInfo, name: str, *, top: str) -> None:
+        """top: what the tar's own names have in front of them."""
+        reason = _why_no_sample(name)
+        if name in self._rows or name in self._links:
+            self.skipped.append((name, "the same name again"))
+        elif member.issym() or member.islnk():
+            start = posixpath.dirname(name) if member.issym() else top
+            target = posixpath.normpath(posixpath.join(start, member.linkname))  # an absolute one stays so, and is no name in the tar
+            self._links[name] = member.issym(), target, member.linkname
+        elif not member.isreg() or member.issparse():
+            self.skipped.append((name, reason or _kind(member)))
+        elif reason:
             self.skipped.append((name, reason))
-            return
-        self._seen.add(name)
+            self._others[name] = (member.offset_data, member.size)
+        else:
+            self._add(name, (member.offset_data, member.size))
+
+    def _add(self, name: str, place: tuple[int, int]) -> None:
+        self._rows[name] = len(self.names)
         self.names.append(name)
-        self.offsets.append(member.offset_data)
-        self.sizes.append(member.size)
+        self.offsets.append(place[0])
+        self.sizes.append(place[1])
+
+    def _follow_links(self) -> None:
+        """Hard links first: what is an image under any real name is not taken again under a symbolic one."""
+        owner: dict[tuple[int, int], str] = {}
+        for name in sorted(self._links, key=lambda name: (self._links[name][0], name)):
+            target, symbolic = self._end_of(name)
+            place = self._others.get(target)
+            if target in self._rows:
+                place = self.offsets[self._rows[target]], self.sizes[self._rows[target]]
+            if reason := _why_no_sample(name):
+                self.skipped.append((name, reason))
+            elif place is None:
+                self.skipped.append((name, f"a link in a tar (to {self._links[name][2]})"))
+            elif symbolic and (first := target if target in self._rows else owner.get(place)):
+                self.skipped.append((name, f"a link to {first}, which is listed"))
+            else:
+                owner.setdefault(place, name)
+                self._add(name, place)
+
+    def _end_of(self, name: str) -> tuple[str, bool]:
+        """Where a chain of links that begins with this one ends, and whether a symbolic one is among them."""
+        symbolic = False
+        for _ in range(_MOST_LINKS):
+            if name not in self._links:
+                break
+            symbolic, name = symbolic or self._links[name][0], self._links[name][1]
+        return name, symbolic
 
     def _safe_name(self, member: tarfile.TarInfo, name: str) -> str:
         """The member's name without './'; '' for a folder, and for a name that is skipped."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
-        reason = "an absolute name" if member.name.startswith("/") else _why_not_a_place(parts)
+        reason = "an absolute name" if member.name.startswith("/") else "a name that leads out of the tar" if ".." in parts else ""
         if reason and not member.isdir():
             self.skipped.append((name, reason))
         return "" if reason or member.isdir() else "/".join(parts)
@@ -97,16 +146,11 @@ class TarScan:
             raise UserError(f"{self._path}: is no whole tar: {error}{where}; download or copy it again") from error
 
 
-def _why_not_a_place(parts: list[str]) -> str:
-    """Why nothing by a name of these parts is taken; '' if it may be."""
-    if ".." in parts:
-        return "a name that leads out of the tar"
-    if any("\n" in part or "\r" in part for part in parts):
-        return "a line break in its name"
-    return "hidden" if any(part.startswith(".") for part in parts) else ""
+def _why_no_sample(name: str) -> str:
+    """Why nothing by this name is a sample; '' if it may be one."""
+    parts = name.split("/")
+    return next(filter(None, map(why_not_a_folder, parts)), "") or why_not_an_image(parts[-1])
 
 
 def _kind(member: tarfile.TarInfo) -> str:
-    if member.issym() or member.islnk():
-        return f"a link in a tar (to {member.linkname})"
     return "a sparse file" if member.issparse() else "not a regular file"

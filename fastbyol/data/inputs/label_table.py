@@ -1,0 +1,336 @@
+"""A file of labels as rows of image name and class: which character separates the columns, which column is which, whether there is a header.
+
+Nothing is taken on faith: the column of names is the one that names images, the column of classes is named by the header, is the only other
+one, or is chosen by the user. Where more than one reading is left, the error shows what was seen.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.inputs.listing import EXTENSIONS
+from fastbyol.data.inputs.name_matching import MISSING, NameIndex, lines_of
+
+_FILE = ("filename", "file_name", "file", "filepath", "file_path", "path", "image", "images", "img", "image_path", "img_path", "imagepath",
+         "image_name", "image_index", "image_file", "image_filename", "imagename", "image_id", "imageid", "img_id", "img_name", "fname", "relpath",
+         "relative_path", "photo", "picture")  # fmt: skip
+"""Words of headers, as `_plain` writes them, for the column of names, and for that of classes; the second rank counts where the first is not."""
+_PERHAPS_FILE = ("id", "name", "key")
+_CLASS = ("label", "labels", "target", "class", "category", "predictionstring")
+_PERHAPS_CLASS = ("class_name", "classname", "class_label", "label_name", "category_name", "classes", "targets", "y")
+_NO_CLASS = ("", "index", "idx", "id", "row", "width", "height", "size", "bytes", "split", "fold", "md5", "sha256", "x")
+"""Words of headers for what is beside names and not the class."""
+_KAGGLE = "predictionstring"
+"""In ImageNet's file at Kaggle: the class, then boxes."""
+_WHITESPACE = " "
+_DELIMITERS = (",", ";", "\t", "|", _WHITESPACE)
+_SAMPLED = 1000
+"""Lines that are looked at to choose the delimiter and the columns."""
+_MOST_BLANKS = 20
+"""Of a line, where it may be split in two."""
+_LONGEST_LINE = 1 << 20
+"""Characters."""
+Row = tuple[int, list[str]]
+"""Line number, cells."""
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """What a file says of images by name."""
+
+    rows: list[tuple[int, str, str]]
+    """Line number, name, class."""
+    reading: str
+    """How it was read, for the user to see."""
+
+
+def read_label_rows(
+    path: Path, text: str, index: NameIndex, *, path_column: str | None = None, label_column: str | None = None
+) -> LabelRows | None:
+    """The rows of the file, or None where its lines name no images and may be the classes alone, in the order of the images' names.
+
+    Args:
+        path: of the file, for errors.
+        text: of the file.
+        index: finds the images.
+        path_column: the column of the images' names, by name or by number from 1; None: found out.
+        label_column: the column of the classes, likewise.
+
+    Raises:
+        UserError: a damaged or uneven table; columns that leave doubt.
+    """
+    text = re.sub(r"\Asep=.\r?\n", "", text)  # as Excel names the delimiter
+    lines = [(number, line) for number, line in enumerate(lines_of(text), start=1) if line.strip()]
+    is_table = path.suffix.lower() in (".csv", ".tsv") or path_column is not None or label_column is not None
+    if not lines:
+        raise UserError(f"{path}: holds no rows: is empty; it should hold a name and a class for each image, or a class for each in order")
+    if long := [number for number, line in lines if len(line) > _LONGEST_LINE]:
+        raise UserError(f"{path}: line {long[0]} has more than {_LONGEST_LINE:,} characters; give a row for each image")
+    sample = lines[:: max(1, len(lines) // _SAMPLED)]
+    delimiter, matches = _delimiter(sample, index)
+    if not matches and not is_table and _may_be_classes_alone([line for _, line in lines]):
+        if len({line for _, line in lines}) == len(lines) > 1 and all(index.find(line.strip()) != MISSING for _, line in sample):
+            raise UserError(
+                f"{path}: names images and gives no classes (the first line is {lines[0][1]!r}); give 'name label' in each line"
+            )
+        return None
+    if delimiter == _WHITESPACE:
+        rows = _words(path, lines, index, named=path_column is not None or label_column is not None)
+    else:
+        rows = list(_cells(path, text, delimiter))
+    columns = _Columns(path, rows, index, path_column=path_column, label_column=label_column)
+    return LabelRows(list(columns.read()), columns.reading)
+
+
+def is_class_header(word: str) -> bool:
+    """Whether the first line of a file of classes alone is its header."""
+    return _plain(word) in (*_CLASS, *_PERHAPS_CLASS)
+
+
+def _plain(cell: str) -> str:
+    return re.sub(r"[\s-]+", "_", cell.strip().lstrip("#").strip().lower())
+
+
+def _looks_like_file(cell: str) -> bool:
+    return cell.strip().lower().endswith(EXTENSIONS)
+
+
+def _delimiter(sample: list[tuple[int, str]], index: NameIndex) -> tuple[str, int]:
+    """The delimiter by which most lines name an image, and how many do; of equally good ones, one that gives all lines as many columns."""
+    best, most = None, (0, False)
+    for delimiter in _DELIMITERS:
+        cells = [_split_alone(line, delimiter) for _, line in sample]
+        width = len(cells[0])
+        if width < 2:
+            continue
+        if delimiter == _WHITESPACE:
+            matches, even = sum(_split_at_name(line, index) is not None for _, line in sample), False
+        else:
+            matches = max(sum(at < len(row) and index.find(row[at].strip()) != MISSING for row in cells) for at in range(width))
+            even = all(len(row) == width for row in cells)
+        if best is None or (matches, even) > most:
+            best, most = delimiter, (matches, even)
+    return best or ",", most[0]
+
+
+def _split_alone(line: str, delimiter: str) -> list[str]:
+    if delimiter == _WHITESPACE:
+        return line.split()
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [""])
+    except csv.Error:
+        return [""]
+
+
+def _may_be_classes_alone(lines: list[str]) -> bool:
+    """Whether the lines can be nothing but classes: no file names, and where there are several words in a line, lines that come again."""
+    if any(_looks_like_file(word) for line in lines for word in re.split(r"[\s,;|]+", line)):
+        return False
+    return all(len(line.split()) == 1 and not re.search(r"[,;|]", line) for line in lines) or len(set(lines)) < len(lines)
+
+
+def _cells(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}: is no CSV: line {reader.line_num}: {error}; is a quotation mark left open?") from error
+
+
+def _split_at_name(line: str, index: NameIndex, sides: tuple[str, ...] = ("first", "last")) -> tuple[str, str, str] | None:
+    """(side, left, right) of a line with blanks between name and class and perhaps within: the side is where the longest name of an image is.
+
+    sides: where the name may be, the likelier first.
+    """
+    line = line.strip()
+    blanks = list(islice(re.finditer(r"\s+", line), _MOST_BLANKS))
+    for side in sides:
+        for blank in reversed(blanks) if side == "first" else blanks:
+            left, right = line[: blank.start()], line[blank.end() :]
+            if index.find(left if side == "first" else right) != MISSING:
+                return side, left, right
+    return None
+
+
+def _words(path: Path, lines: list[tuple[int, str]], index: NameIndex, *, named: bool) -> list[Row]:
+    """Rows of a table with blanks between its columns. Two columns, of which either may hold blanks, unless it has a header of more."""
+    if _split_at_name(lines[0][1], index) is None:
+        lines = [(lines[0][0], lines[0][1].lstrip("# ")), *lines[1:]]  # numpy's savetxt writes '# filename label'
+        first = lines[0][1].split()
+        known = len(first) > 2 and any(_plain(word) in (*_FILE, *_CLASS) for word in first)
+    else:
+        first, known = lines[0][1].split(), False
+    even = len(first) > 2 and all(len(line.split()) == len(first) for _, line in lines)
+    if named or known or (even and _a_column_of_numbers(lines, index)):
+        return [(number, line.split()) for number, line in lines]
+    sides = Counter(split[0] for _, line in lines[:_SAMPLED] if (split := _split_at_name(line, index)))
+    side = "last" if sides["last"] > sides["first"] else "first"
+    rows: list[Row] = []
+    for number, line in lines:
+        cells = (_split_at_name(line, index, (side,)) or (side, *(line.rsplit(None, 1) if side == "first" else line.split(None, 1))))[1:]
+        if len(cells) != 2:
+            raise UserError(
+                f"{path}: line {number} has not the columns of the first one; give 'name label' in each line, or a label in each"
+            )
+        rows.append((number, [cells[0].strip(), cells[1].strip()]))
+    return rows
+
+
+def _a_column_of_numbers(lines: list[tuple[int, str]], index: NameIndex) -> bool:
+    """Whether a column beside names without blanks is of numbers, except perhaps in a header: then it is no word of a class of several."""
+    lines = lines[1:] or lines
+    split = _split_at_name(lines[0][1], index)
+    columns = zip(*(line.split() for _, line in lines), strict=True)
+    name = "" if split is None else split[1 if split[0] == "first" else 2]
+    return bool(name) and " " not in name and any(all(re.fullmatch(r"-?[0-9.]+", word) for word in column) for column in columns)
+
+
+class _Columns:
+    """Which column is which."""
+
+    def __init__(self, path: Path, rows: list[Row], index: NameIndex, *, path_column: str | None, label_column: str | None) -> None:
+        self.path, self.rows, self.index = path, rows, index
+        self.first = rows[0][1]
+        self.words = [_plain(cell) for cell in self.first]
+        self.sample = [row for _, row in rows[:: max(1, len(rows) // _SAMPLED)]]
+        if len(self.first) < 2:
+            raise UserError(f"{path}: row {rows[0][0]} has no label: there is one column, {self._seen()}; give columns filename,label")
+        self.name_at = self._place(path_column, "--path-column") if path_column else None
+        self.label_at = self._place(label_column, "--label-column") if label_column else None
+        by_name = any(column and not column.isdecimal() for column in (path_column, label_column))
+        header = by_name or self._known_header()
+        if self.name_at is None:
+            self.name_at = self._find_names(header)
+        if self.label_at is None:
+            self.label_at = self._find_labels(header)
+        if self.name_at == self.label_at:
+            raise UserError(f"{path}: {self._seen()}: names and classes cannot be the same column; give --path-column and --label-column")
+        self.header = header if header is not None else self._unknown_header()
+        if self.header and len(rows) == 1:
+            raise UserError(f"{path}: holds no rows; give columns filename,label")
+        if not (label_column or header):
+            self._refuse_counting()
+
+    @property
+    def reading(self) -> str:
+        """The columns by name or number."""
+        assert self.name_at is not None
+        assert self.label_at is not None
+        called = [repr(self.first[at].strip()) if self.header else f"{at + 1}" for at in (self.name_at, self.label_at)]
+        return f"column {called[0]} names the image, column {called[1]} the class ({self._seen() if self.header else 'no header'})"
+
+    def read(self) -> Iterator[tuple[int, str, str]]:
+        """(line, name, class) of each row."""
+        assert self.name_at is not None
+        assert self.label_at is not None
+        kaggle = self.header and self.words[self.label_at] == _KAGGLE
+        for number, row in self.rows[self.header :]:
+            if len(row) <= max(self.name_at, self.label_at):
+                raise UserError(f"{self.path}: row {number} has no label; give columns filename,label")
+            if any(cell.strip() for cell in row[len(self.first) :]):
+                raise UserError(
+                    f"{self.path}: row {number} has {len(row)} columns, the first has {len(self.first)}: {', '.join(map(repr, row[:6]))};"
+                    " put what holds the delimiter in quotation marks"
+                )
+            name, label = row[self.name_at].strip(), row[self.label_at].strip()
+            if kaggle:
+                label = label.partition(" ")[0]
+            if not name or not label:
+                raise UserError(f"{self.path}: row {number} has no {'label' if name else 'file name'}; correct it, or remove the row")
+            if re.search(r"[\r\n]", name + label):
+                raise UserError(
+                    f"{self.path}: row {number} holds a line break in {name[:40]!r}, {label[:40]!r}: is a quotation mark left open?"
+                )
+            yield number, name, label
+
+    def _known_header(self) -> bool | None:
+        """Whether the first row is a header; None: it names no image, and holds no word that headers have."""
+        known = [any(word in words for word in self.words) for words in ((*_FILE, *_PERHAPS_FILE), (*_CLASS, *_PERHAPS_CLASS))]
+        if all(known):
+            return True
+        if any(_looks_like_file(cell) or self.index.find(cell.strip()) != MISSING for cell in self.first):
+            return False
+        return True if any(known) else None
+
+    def _unknown_header(self) -> bool:
+        """Of a first row of unknown words: it is one of the others where its class is one of theirs, and the header otherwise."""
+        assert self.label_at is not None
+        at = self.label_at
+        return not any(len(row) > at and row[at].strip() == self.first[at].strip() for _, row in self.rows[1:])
+
+    def _place(self, column: str, option: str) -> int:
+        wanted = [at for at, cell in enumerate(self.first) if cell.strip() == column] or [
+            at for at, word in enumerate(self.words) if word == _plain(column)
+        ]
+        if len(wanted) == 1:
+            return wanted[0]
+        if not wanted and re.fullmatch("[0-9]{1,9}", column) and 1 <= int(column) <= len(self.first):
+            return int(column) - 1
+        raise UserError(f"{option} {column}: {self.path} has {'several columns' if wanted else 'no column'} of this name; {self._seen()}")
+
+    def _find_names(self, header: bool | None) -> int:
+        free = [at for at in range(len(self.first)) if at != self.label_at]
+        candidates = free
+        if header:
+            for words in (_FILE, _PERHAPS_FILE):
+                if named := [at for at in free if self.words[at] in words]:
+                    candidates = named
+                    break
+        if len(candidates) == 1:
+            return candidates[0]
+        files = [at for at in candidates if any(len(row) > at and _looks_like_file(row[at]) for row in self.sample)]
+        matching = self._naming(files) or self._naming(candidates)
+        if matching and all(self._same_images(matching[0], at) for at in matching[1:]):
+            return matching[0]
+        if not matching and (len(files) == 1 or candidates is not free or len(free) == 2):
+            return (files or candidates)[0]  # it names no image, which the caller tells
+        raise self._doubt("which column names the images", "--path-column")
+
+    def _naming(self, columns: Iterable[int]) -> list[int]:
+        return [at for at in columns if any(len(row) > at and self.index.find(row[at].strip()) != MISSING for row in self.sample)]
+
+    def _same_images(self, one: int, other: int) -> bool:
+        pairs = [(row[one].strip(), row[other].strip()) for row in self.sample if len(row) > max(one, other)]
+        return all(self.index.find(name) == self.index.find(second) for name, second in pairs)
+
+    def _find_labels(self, header: bool | None) -> int:
+        free = [at for at in range(len(self.first)) if at != self.name_at]
+        if header:
+            for words in (_CLASS, _PERHAPS_CLASS):
+                named = [at for at in free if self.words[at] in words]
+                if len(named) == 1:
+                    return named[0]
+                if named:
+                    break
+            free = [at for at in free if self.words[at] not in _NO_CLASS and not self.words[at].startswith("unnamed")]
+        if len(free) == 1 and len(self.first) == 2:
+            return free[0]
+        raise self._doubt("which column is the class", "--label-column")
+
+    def _refuse_counting(self) -> None:
+        """Without a header's word for it, numbers that count the rows are an index and no classes."""
+        assert self.label_at is not None
+        at = self.label_at
+        values = [row[at].strip() for _, row in self.rows[self.header :] if len(row) > at]
+        if len(values) > 2 and all(re.fullmatch("[0-9]{1,9}", value) for value in values):
+            numbers = list(map(int, values))
+            if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+                raise self._doubt(f"column {at + 1} counts the rows: which column is the class", "--label-column")
+
+    def _doubt(self, question: str, option: str) -> UserError:
+        return UserError(f"{self.path}: {question}? {self._seen()}; choose with {option} NAME, or its number from 1")
+
+    def _seen(self) -> str:
+        shown = ", ".join(repr(cell.strip()[:40]) for cell in self.first[:12])
+        second = ", ".join(repr(cell.strip()[:40]) for cell in self.rows[1][1][:12]) if len(self.rows) > 1 else ""
+        return f"its first row has {shown}" + (f", its second {second}" if second else "")

@@ -1,0 +1,57 @@
+"""Folders of train, val and test images, which are no classes: taken for some, they would put images of val into pre-training."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastbyol.config.errors import UserError
+
+_WORDS = frozenset(("train", "training", "val", "valid", "validation", "dev", "devel", "test", "testing", "eval", "evaluation"))
+_AROUND = re.compile(r"^(?:images?|imgs?|data)[\W_]+|[\W_]*(?:set|data|images?|imgs?|split)?[\W_\d]*$")
+"""What may stand in front of or behind the word: 'train2017', 'test_set', 'images-val'."""
+
+
+def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) -> None:
+    """UserError where folders of images are splits, at the top or deeper.
+
+    A single folder called 'train' may well be a class, of railway trains: it is a split where most of its images lie in folders of their own.
+
+    Args:
+        root: the folder, or the tar.
+        class_names: the folders at the top.
+        names: of the images; () if they are not known yet.
+    """
+    direct = Counter(name.rpartition("/")[0] for name in names)
+    below: dict[str, set[str]] = {"": set(class_names)}
+    for folder in direct:
+        while folder:
+            folder, _, last = folder.rpartition("/")
+            below.setdefault(folder, set()).add(last)
+    for folder, found in sorted(below.items()):
+        splits = sorted(name for name in found if is_split(name))
+        several = len(set(map(_word, splits))) > 1  # 'test1' and 'test2' may be classes
+        if several or (not folder and sum(direct[name] for name in splits) < sum(_deeper(direct, name) for name in splits)):
+            raise UserError(_refusal(root, folder, splits))
+
+
+def _deeper(direct: Counter[str], top: str) -> int:
+    return sum(count for folder, count in direct.items() if folder.startswith(f"{top}/"))
+
+
+def is_split(name: str) -> bool:
+    """Whether a folder of this name is called as splits are."""
+    return _word(name) in _WORDS
+
+
+def _word(name: str) -> str:
+    return _AROUND.sub("", name.lower())
+
+
+def _refusal(root: Path, folder: str, splits: list[str]) -> str:
+    place = root / folder if folder else root
+    chosen = next((name for name in splits if "train" in name.lower()), splits[0])
+    way_out = f"give one of them, such as {place / chosen}" if root.is_dir() else "unpack it and give one of its folders"
+    return f"{place}: holds splits ({', '.join(splits)}), not classes; {way_out}. If they are classes, convert with --splits-are-classes"
