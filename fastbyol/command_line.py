@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from fastbyol.config.arguments import expand_home, refuse_repeated
 from fastbyol.config.errors import UserError
 from fastbyol.config.field_docs import field_docs
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
@@ -47,6 +48,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     if {"-h", "--help"} & set(arguments):
         _explain(parser)
     _refuse_unknown(arguments, parser)
+    _refuse_repeated(arguments)
     files = [_read_file(path) for path in _files_first(arguments)[0]]
     preset = _preset_name(arguments, files)
     parser.set_defaults({"preset": preset, **flatten(to_plain(preset_config(preset)))})
@@ -85,14 +87,15 @@ def _files_first(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         known, rest = early.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise UserError("config: needs a YAML file of options") from error
-    return known.config, [*(f"--config={file}" for file in known.config), *rest]
+    files = [expand_home(file, name="config") for file in known.config]
+    return files, [*(f"--config={file}" for file in files), *rest]
 
 
 def _read_file(path: str) -> dict[str, Any]:
     """The options in a YAML file. jsonargparse reads it again; its complaints name neither the file nor a nearer option."""
     where = f"config = {path!r}"
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -113,6 +116,13 @@ def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -
         name = argument.split("=", 1)[0]
         if name.startswith("--") and name not in known:
             raise UserError(f"{name}: no such option{nearest_name(name, known)}; --help lists them")
+
+
+def _refuse_repeated(arguments: Sequence[str]) -> None:
+    given = [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")]
+    for place, name in enumerate(given):
+        if name in given[:place]:
+            refuse_repeated(name)
 
 
 def _minus_hint(message: str, arguments: Sequence[str]) -> str:

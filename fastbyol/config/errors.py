@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from fastbyol.config.console import accept_any_text, say
+
 USER_ERROR_EXIT = 2
 """Bad input: the same command fails again."""
 DIVERGED_EXIT = 3
@@ -60,13 +62,14 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> None:
+        accept_any_text()
         try:
             main(*args, **kwargs)
         except (UserError, RunError) as error:
-            rank = os.environ.get("RANK", "0")
+            rank = os.environ.get("RANK") or "0"
             if rank != "0":
                 time.sleep(HOLD_BACK_S)
-            print(f"fastbyol: error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+            say(f"fastbyol: error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
             sys.exit(error.exit_code if isinstance(error, RunError) else USER_ERROR_EXIT)
 
     return guarded
