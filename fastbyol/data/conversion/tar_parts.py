@@ -18,7 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, environment_integer
 from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
 from fastbyol.data.conversion.options import ConversionOptions
@@ -59,8 +59,8 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     """'i/n', or 'auto': from the environment that torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS) gives each process."""
     if text == "auto":
         for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if number in environment and count in environment:
-                return Part(int(environment[number]), int(environment[count]))
+            if environment.get(number) and environment.get(count):
+                return Part(environment_integer(number, 0, environment), environment_integer(count, 1, environment))
         raise UserError("shard = 'auto': neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give it as i/n")
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal()):
