@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
-from fastbyol.config.console import PrintableFormatter
+from fastbyol.config.console import PrintableFormatter, in_utf8
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
@@ -49,7 +49,7 @@ class RunLog:
         self._start = self._counted_from = time.perf_counter()
         self._alarmed = False
         self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._board = SummaryWriter(f"{in_utf8(folder)}/tensorboard", purge_step=first_step)
         project = config.monitors.wandb_project
         self._wandb = WandbLog(folder, project=project, config=to_plain(config)) if project else None
         self._live = live_line(total_steps=total_steps, first_step=first_step)

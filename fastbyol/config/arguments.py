@@ -70,6 +70,16 @@ def _path(text: str) -> Path:
     return Path(path_text(text))
 
 
+def through_links(out: Path) -> Path:
+    """Returns where a link points, so that a new file goes there and does not take the link's place; any other path as it is."""
+    if not out.is_symlink():
+        return out
+    target = Path(os.path.realpath(out))
+    if target.is_symlink():
+        raise UserError(f"{out}: is a link that leads back to itself; remove it, or give another path")
+    return target
+
+
 def expand_home(path: str, *, name: str = "") -> str:
     """The path with a leading '~' or '~user' replaced by that home folder; a file that really has such a name stays what it is.
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import unicodedata
+from pathlib import Path
 from typing import Any, TextIO
 
 _ESCAPED = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -43,6 +45,15 @@ def accept_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
     if logging.lastResort is not None:  # what prints a warning of a command that keeps no log
         logging.lastResort.setFormatter(PrintableFormatter())
+
+
+def in_utf8(folder: Path) -> str:
+    """Returns a path to an existing folder for libraries that take UTF-8 only; for a name that is none, a way through the open folder (Linux)."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"  # open as long as the process: who writes there does not say when it ends
+    return str(folder)
 
 
 class PrintableFormatter(logging.Formatter):

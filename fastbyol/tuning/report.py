@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from fastbyol.config.arguments import through_links
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """UserError, before any work, where `write_config` could not write, or would replace a file unasked."""
+    path = through_links(path)
     if path.is_dir() or path.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(f"--out {path}: must be a file that ends in .yaml")
     if path.exists() and not overwrite:
@@ -31,6 +33,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 def write_config(path: Path, text: str) -> None:
     """Replaces the file as a whole. UserError where it cannot be written."""
+    path = through_links(path)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         unfinished.write_text(text, encoding="utf-8")

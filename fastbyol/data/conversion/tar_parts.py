@@ -18,6 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, environment_integer
 from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
@@ -82,7 +83,7 @@ def write_tar_part(
 
     Arguments, beside `part`, and errors: those of `tar_writer.write_tar_shards`.
     """
-    options = options or ConversionOptions()
+    options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
     with stop_signals() as stop, disk_errors(out):
         _make_folder(out)
