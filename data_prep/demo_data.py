@@ -10,6 +10,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.console import say
 from fastbyol.config.errors import one_line_errors, require_choice
 from fastbyol.data.demo.fashion import write_fashion
 from fastbyol.data.demo.folder import DemoSettings
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     require_choice("kind", options.kind, tuple(WRITERS))
     settings = DemoSettings(train_per_class=options.train_per_class, val_per_class=options.val_per_class, seed=options.seed)
     WRITERS[options.kind](options.out, settings=settings, overwrite=options.overwrite)
-    print(f"{options.out}: {options.kind}, {settings.train_per_class} + {settings.val_per_class} images a class")
+    say(f"{options.out}: {options.kind}, {settings.train_per_class} + {settings.val_per_class} images a class")
 
 
 def _parser() -> OneLineParser:

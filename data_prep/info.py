@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.data.inputs.images import INPUTS, add_label_arguments, label_options, listing_from
 from fastbyol.data.inspection.inventory import Inventory, is_conversion, take_inventory
@@ -43,7 +44,7 @@ def main() -> None:
     if arguments.grid:
         write_picture_grid(arguments.data, listing=listing, out=arguments.grid)
     if arguments.json:
-        print(json.dumps(inventory.as_dict() | {"notes": notes}, indent=1))
+        say(*json.dumps(inventory.as_dict() | {"notes": notes}, indent=1).split("\n"))
     else:
         _print_table(inventory, notes)
 
@@ -57,7 +58,7 @@ def _print_table(inventory: Inventory, notes: list[str]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _rows(inventory, notes):
-        table.add_row(name, Text(value.encode(errors="replace").decode()))
+        table.add_row(name, Text(printable(value)))
     Console().print(table)
 
 

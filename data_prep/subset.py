@@ -10,7 +10,8 @@ if __name__ == "__main__":
 from collections import Counter
 from pathlib import Path
 
-from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.arguments import OneLineParser, expand_home
+from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments, listing_from
 from fastbyol.data.inputs.listing import ImageListing
@@ -50,14 +51,15 @@ def main() -> None:
     elif not arguments.classes and not arguments.subset:
         raise UserError("which part? give --fraction, --images, --classes or --subset")
     _write(listing, arguments.out, overwrite="replace" if arguments.overwrite else "refuse")
-    print(f"{arguments.out}: {_described(listing)}")
+    say(f"{arguments.out}: {_described(listing)}")
 
 
 def _classes(text: str) -> int | list[str]:
     """A number of classes, a file of names, or names with commas between."""
     if text.isdecimal():
         return int(text)
-    names = read_subset(Path(text)) if Path(text).is_file() else text.split(",")
+    file = Path(expand_home(text))
+    names = read_subset(file) if file.is_file() else text.split(",")
     return [name.strip().removeprefix("./").rstrip("/") for name in names]  # as 'ls -d */' and 'find' write folders
 
 

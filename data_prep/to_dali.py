@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, overwrite_mode, print_outcome
 from fastbyol.data.conversion.tar_parts import merge_tar_parts, parse_part, write_tar_part
@@ -91,7 +92,7 @@ def _convert_part(arguments: Namespace) -> None:
         options=conversion_options(arguments),
     )
     size, images = sum(shard.bytes for shard in shards), sum(shard.samples for shard in shards)
-    print(
+    say(
         f"{arguments.out}: part {part.number}/{part.count}: {images:,} images, {count_text(len(shards), 'shard')}, {size:,} bytes ({bytes_text(size)})"
     )
 

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 from functools import partial
 from pathlib import Path
 
+from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import one_line_errors, require
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, overwrite_mode, print_outcome
@@ -40,16 +41,17 @@ def main() -> None:
     parser.add_argument("--raw-fraction", type=float, metavar="SHARE", help="store this share of the images as pixels")
     arguments = parser.parse_args()
     require(not (arguments.raw and arguments.raw_fraction is not None), "raw-fraction", arguments.raw_fraction, "left out beside --raw")
+    out = through_links(arguments.out)
     raw_fraction = 1.0 if arguments.raw else arguments.raw_fraction or 0.0
     manifest = write_beton(
         partial(listing_from, arguments),
-        out=arguments.out,
+        out=out,
         workers=arguments.workers,
         overwrite=overwrite_mode(arguments),
         shuffle_seed=arguments.shuffle_seed,
         options=conversion_options(arguments, raw_fraction=raw_fraction),
     )
-    print_outcome(arguments.out, manifest, report_path(arguments.out))
+    print_outcome(out, manifest, report_path(out))
 
 
 if __name__ == "__main__":

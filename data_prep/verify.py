@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.console import say
 from fastbyol.config.errors import one_line_errors, require_at_least
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments, optional_listing_from
 from fastbyol.data.inspection.findings import Findings
@@ -41,10 +42,10 @@ def main() -> None:
     start = time.monotonic()
     found = verify(arguments.path, originals=originals, workers=arguments.workers)
     for note in found.notes:
-        print(f"{arguments.path}: note: {note}")
+        say(f"{arguments.path}: note: {note}")
     for fault in found.faults[: arguments.faults]:
-        print(fault)
-    print(f"{arguments.path}: {_summary(found, time.monotonic() - start, shown=arguments.faults)}")
+        say(str(fault))
+    say(f"{arguments.path}: {_summary(found, time.monotonic() - start, shown=arguments.faults)}")
     sys.exit(1 if found.num_faults else 0)
 
 

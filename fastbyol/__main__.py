@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastbyol import __version__
-from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.arguments import OneLineParser, path_text
+from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors, require_at_least
 from fastbyol.config.schema import BACKENDS
 
@@ -57,24 +58,28 @@ def _build_parser() -> OneLineParser:
         "evaluate", help="linear or kNN accuracy of a run, against two baselines", description=evaluate_run.__doc__
     )
     evaluate.add_argument("protocol", choices=("linear", "knn", "all"))
-    evaluate.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint) or one checkpoint file")
+    evaluate.add_argument("--checkpoint", required=True, type=path_text, help="run folder (its newest checkpoint) or one checkpoint file")
     evaluate.add_argument("--k", type=int, help="neighbours that vote in kNN (20)")
     evaluate.add_argument("--temperature", type=float, help="of kNN's votes (0.07)")
     evaluate.set_defaults(command=evaluate_run)
 
     report = commands.add_parser("report", help="RUN/report.html and a summary", description=report_run.__doc__, allow_abbrev=False)
-    report.add_argument("--run", required=True, dest="checkpoint", help="run folder")
+    report.add_argument("--run", required=True, type=path_text, dest="checkpoint", help="run folder")
     report.set_defaults(command=report_run)
 
     for command in (evaluate, report):
-        command.add_argument("--data", required=True, help=DATA_HELP)
+        command.add_argument("--data", required=True, type=path_text, help=DATA_HELP)
         command.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
         command.add_argument("--workers", type=int, default=0, help="threads that decode; 0: all cores")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
     views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)
     views.add_argument(
-        "--data", required=True, nargs="+", help="a .beton, tar shards or an image folder; several: the same images side by side"
+        "--data",
+        required=True,
+        type=path_text,
+        nargs="+",
+        help="a .beton, tar shards or an image folder; several: the same images side by side",
     )
     views.add_argument("--out", required=True, type=Path, help="the PNG to write")
     views.add_argument("--backend", choices=BACKENDS, default="auto", help="what reads --data (%(default)s)")
@@ -84,7 +89,11 @@ def _build_parser() -> OneLineParser:
 
     tune = commands.add_parser("tune", help="measures which settings are fastest here, and writes them", description=tune_run.__doc__)
     tune.add_argument(
-        "--data", required=True, action="append", help="a .beton, tar shards or an image folder; once for each way the images are stored"
+        "--data",
+        required=True,
+        type=path_text,
+        action="append",
+        help="a .beton, tar shards or an image folder; once for each way the images are stored",
     )
     tune.add_argument("--out", type=Path, default=Path("tuned.yaml"), help="the YAML to write (%(default)s)")
     tune.add_argument("--overwrite", action="store_true", help="replace it where it exists")
@@ -115,7 +124,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
         for protocol in PROTOCOLS if options.protocol == "all" else (options.protocol,):
             result = PROTOCOLS[protocol](bank, **(knn_options if protocol == "knn" else {}))
             path = result.write(run.folder / EVALUATION_FOLDER, step=run.step, data=options.data, command=options.typed)
-            print(f"wrote {path}", file=sys.stderr)
+            say(f"wrote {path}", file=sys.stderr)
             results.append(result)
     Console().print(score_table(results))
 
@@ -133,7 +142,7 @@ def report_run(options: argparse.Namespace) -> None:
     console = Console()
     console.print(score_table(report.results))
     console.print(headline_table(report.headline()))
-    print(f"report: {path}")
+    say(f"report: {path}")
 
 
 def draw_views(options: argparse.Namespace) -> None:
@@ -157,7 +166,7 @@ def draw_views(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         seed=config.seed,
     )
-    print(f"views: {options.out}")
+    say(f"views: {options.out}")
 
 
 def tune_run(options: argparse.Namespace) -> None:
@@ -185,14 +194,11 @@ def tune_run(options: argparse.Namespace) -> None:
     try:
         found = tune(Request(config, options.data, ranks=options.ranks, seconds=options.seconds, kept=typed), announce=_announce)
     except KeyboardInterrupt:
-        print("fastbyol: interrupted; nothing was written", file=sys.stderr)
+        say("fastbyol: interrupted; nothing was written", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT)
     write_config(options.out, config_yaml(found.config, found.notes, head=[options.typed, *found.lines]))
-    console = Console()
-    console.print(comparison_table(found.comparisons, per=found.per))
-    for line in found.lines:
-        console.print(line, soft_wrap=True, highlight=False)
-    print(f"tuned: {options.out}\nnext: {found.command(options.out)}")
+    Console().print(comparison_table(found.comparisons, per=found.per))
+    say(*found.lines, f"tuned: {options.out}", f"next: {found.command(options.out)}")
 
 
 def print_presets(word: str = "") -> None:
@@ -204,8 +210,8 @@ def print_presets(word: str = "") -> None:
     if not chosen:
         raise UserError(f"presets {word}: no preset's name holds that{nearest_name(word, PRESETS)}")
     for name, preset in chosen.items():
-        print(f"{name}\n    what      {preset.what}\n    expected  {preset.expected} ({preset.source})")
-        print(f"    here      {preset.run_here}\n    command   {preset.command(name)}\n")
+        say(name, f"    what      {preset.what}", f"    expected  {preset.expected} ({preset.source})")
+        say(f"    here      {preset.run_here}", f"    command   {preset.command(name)}", "")
 
 
 @contextmanager
@@ -233,7 +239,7 @@ def _device(name: str) -> str:
 
 
 def _announce(text: str) -> None:
-    print(f"... {text}", file=sys.stderr, flush=True)
+    say(f"... {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def check_resume(config: TrainConfig) -> None:
     steps = checkpoint_steps(Path(config.out))
     if config.resume == "must" and not steps:
         raise UserError(f"resume = 'must': {config.out} holds no checkpoint; leave it out to start the run")
-    restarted = any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    restarted = any((os.environ.get(name) or "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if config.resume == "never" and steps and not restarted:
         raise UserError(
             f"resume = 'never': {config.out} holds a run of {steps[-1]} steps; choose another --out, or leave it out to continue"

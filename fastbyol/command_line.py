@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from fastbyol.config.arguments import expand_home, refuse_repeated
 from fastbyol.config.errors import UserError
 from fastbyol.config.field_docs import field_docs
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
@@ -19,6 +23,7 @@ from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
 from fastbyol.run_folder import flatten
 
+log = logging.getLogger("fastbyol")
 DEFAULT_PRESET = "r50_300ep"
 PRINT_CONFIG = "--print_config"
 
@@ -47,11 +52,14 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     if {"-h", "--help"} & set(arguments):
         _explain(parser)
     _refuse_unknown(arguments, parser)
-    files = [_read_file(path) for path in _files_first(arguments)[0]]
+    _say_repeated(arguments)
+    paths, typed = _files_apart(arguments)
+    files = [_read_file(path) for path in paths]
     preset = _preset_name(arguments, files)
     parser.set_defaults({"preset": preset, **flatten(to_plain(preset_config(preset)))})
     try:
-        namespace = parser.parse_args(_files_first(arguments)[1])
+        # In front: jsonargparse lets the later one win, and what is typed must win over a file.
+        namespace = parser.parse_args([*_as_typed(files), *typed])
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(_first_cause(str(error)) + _minus_hint(str(error), arguments)) from error
     values = namespace.as_dict()
@@ -77,33 +85,63 @@ def _preset_name(arguments: Sequence[str], files: list[dict[str, Any]]) -> str:
     return str(name)
 
 
-def _files_first(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of --config, and all arguments with these in front: jsonargparse lets the later one win, and what is typed must win over a file."""
+def _files_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of --config, and all other arguments."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--config", action="append", default=[])
     try:
         known, rest = early.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise UserError("config: needs a YAML file of options") from error
-    return known.config, [*(f"--config={file}" for file in known.config), *rest]
+    return [expand_home(file, name="config") for file in known.config], rest
+
+
+def _as_typed(files: list[dict[str, Any]]) -> list[str]:
+    """What the files say as options: jsonargparse, reading a file, takes no text that is not UTF-8, as a path may be.
+
+    Raises:
+        UserError: a value where there is a group of options.
+    """
+    values = [item for file in files for item in flatten(file).items() if item[0] != "preset"]
+    for name, value in values:
+        if name not in flatten(to_plain(TrainConfig())):
+            raise UserError(f"{name} = {value!r}: must be a group of options")
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values]
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    """The options in a YAML file. jsonargparse reads it again; its complaints name neither the file nor a nearer option."""
+    """The options in a YAML file, whose names are checked here: jsonargparse's complaints name neither the file nor a nearer option."""
     where = f"config = {path!r}"
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+        repeated = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: is not YAML ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{where}: must hold options, for example epochs: 100")
+    if repeated:
+        raise UserError(f"{where}: {repeated}: is given twice, and only one of them could count; leave one out")
     known = flatten(to_plain(TrainConfig()))
     for name in flatten(values):
         if name != "preset" and name not in known and not any(option.startswith(f"{name}.") for option in known):
             raise UserError(f"{where}: {name}: no such option{nearest_name(name, known)}")
     return values
+
+
+def _repeated_key(node: yaml.Node | None, prefix: str = "") -> str:
+    """The first key that stands twice in one mapping, with its dots, or ''."""
+    names: set[str] = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = f"{prefix}{key.value}"
+        if name in names:
+            return name
+        names.add(name)
+        if deeper := _repeated_key(value, f"{name}."):
+            return deeper
+    return ""
 
 
 def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
@@ -113,6 +151,18 @@ def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -
         name = argument.split("=", 1)[0]
         if name.startswith("--") and name not in known:
             raise UserError(f"{name}: no such option{nearest_name(name, known)}; --help lists them")
+
+
+def _say_repeated(arguments: Sequence[str]) -> None:
+    """Refuses a second --preset or --config, each of which is a whole set of options. Of any other the last one counts, as after a script's own
+    options in front of what is typed, and that is said."""
+    given = [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")]
+    repeated = [name for name in dict.fromkeys(given) if given.count(name) > 1]
+    for name in repeated:
+        if name in ("--preset", "--config"):
+            refuse_repeated(name)
+    if repeated and (os.environ.get("RANK") or "0") == "0":
+        log.warning("%s: given more than once, the last one counts", ", ".join(repeated))
 
 
 def _minus_hint(message: str, arguments: Sequence[str]) -> str:

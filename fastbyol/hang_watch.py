@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+from fastbyol.config.console import say
 from fastbyol.config.errors import LOST_EXIT
 
 PACKAGE = Path(__file__).resolve().parent
@@ -63,11 +64,10 @@ class HangWatch:
     def _end(self) -> None:
         place = _innermost_line(self._watched)
         faulthandler.dump_traceback(all_threads=True)
-        print(
+        say(
             f"fastbyol: error: no step for {self.limit_s:g} s (timeout_s), the process waits in {place} (all stacks above); "
             "the same command continues from the last checkpoint",
             file=sys.stderr,
-            flush=True,
         )
         os._exit(LOST_EXIT)
 

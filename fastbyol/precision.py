@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastbyol.compile_cache import can_write, give_inductor_a_cache
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.host_memory import keep_freed_memory
@@ -65,6 +66,8 @@ def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device
         raise UserError(f"precision.compile_mode = 'reduce-overhead': means CUDA graphs, and the device is {device}; use default")
     if config.compile_cache:
         _use_cache(config.compile_cache)
+    else:
+        give_inductor_a_cache()
     if reason := _cannot_compile(device):
         log.warning("precision.compile: nothing compiles on this machine (%s); the run goes on in eager mode", reason)
         return
@@ -83,7 +86,7 @@ def _use_cache(folder: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"precision.compile_cache = {folder!r}: cannot be made ({error.strerror}); choose another folder") from error
-    if not os.access(path, os.W_OK):
+    if not can_write(path):  # not os.access: root may write, it says, where the file system cannot
         raise UserError(f"precision.compile_cache = {folder!r}: cannot be written; choose another folder")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
 

@@ -14,6 +14,7 @@ import sys
 import threading
 from typing import Self
 
+from fastbyol.config.console import say
 from fastbyol.config.errors import STOPPED_EXIT
 
 log = logging.getLogger("fastbyol")
@@ -90,7 +91,7 @@ def leave_at_once_on_signals() -> None:
 
 
 def _leave_at_once(number: int, _frame: object) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK") or "0") == "0":
         os.write(2, f"stopped ({signal.Signals(number).name}) before the first step; the same command goes on\n".encode())
     os._exit(STOPPED_EXIT)
 
@@ -107,5 +108,5 @@ def end_with_torchrun() -> None:
 
 def _leave(message: str, code: int) -> None:
     """Ends the process from a thread; the checkpoints on the disk are whole whenever this happens."""
-    print(f"fastbyol: error: {message}; the checkpoints before it are whole", file=sys.stderr, flush=True)
+    say(f"fastbyol: error: {message}; the checkpoints before it are whole", file=sys.stderr)
     os._exit(code)

@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fastbyol.collectives import gathered
-from fastbyol.config.errors import Lost
+from fastbyol.config.errors import Lost, UserError, environment_integer, require, require_between
 from fastbyol.slurm_environment import adopt_slurm_environment
 
 TIMEOUT_S = 600.0
@@ -45,21 +45,21 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
         timeout_s: a rank that dies or hangs ends the others after this long; torch's own default for gloo is 30 minutes.
 
     Raises:
+        UserError: the environment is not a launcher's, or only half of it.
         Lost: the other ranks did not come.
     """
-    adopt_slurm_environment(os.environ)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    from_slurm = adopt_slurm_environment(os.environ)
+    rank, world_size, local_rank = _place_in_environment()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     process = Process(rank=rank, world_size=world_size, device=device)
-    if "MASTER_ADDR" in os.environ and world_size > 1:
+    if world_size > 1:
         # Before there is a group: its functions take the group of the moment as a default and would hold it, so that `leave_process_group`
         # could not end gloo's threads. One of them may want Python's lock when the interpreter is gone: abort, exit code 134, of a whole run.
         importlib.import_module("torch.distributed.nn.functional")
         timeout = timedelta(seconds=timeout_s)
-        with lost_ranks_named(process):
+        with _slurm_named(world_size) if from_slurm else nullcontext(), lost_ranks_named(process):
             store = _meeting_point(process, timeout)
             # gloo beside NCCL: what ranks tell each other on the host must not wait for a device.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -67,9 +67,37 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
     return process
 
 
+def _place_in_environment() -> tuple[int, int, int]:
+    """Rank, world size and local rank, as a launcher has set them. Raises UserError where they cannot be."""
+    alone = "start with torchrun or srun, or, for one process, unset RANK WORLD_SIZE LOCAL_RANK"
+    rank, world_size, local_rank = (environment_integer(name, int(name == "WORLD_SIZE")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    require(world_size >= 1, "WORLD_SIZE", world_size, f"a number >= 1; {alone}")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size > 1 and missing:
+        raise UserError(f"WORLD_SIZE = {world_size}: is in the environment, and {', '.join(missing)} is not; {alone}")
+    require(0 <= rank < world_size, "RANK", rank, f"in [0, WORLD_SIZE), and WORLD_SIZE is {world_size}; {alone}")
+    if world_size > 1:
+        require_between("MASTER_PORT", environment_integer("MASTER_PORT", 0), 1, 65535)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else local_rank + 1
+    require(0 <= local_rank < gpus, "LOCAL_RANK", local_rank, f"in [0, {gpus}), the GPUs that PyTorch sees here; {alone}")
+    return rank, world_size, local_rank
+
+
+@contextmanager
+def _slurm_named(tasks: int) -> Iterator[None]:
+    """Adds to the error of ranks that did not come who had said that they would."""
+    try:
+        yield
+    except Lost as error:
+        raise Lost(
+            f"{error}. SLURM_STEP_NUM_TASKS = {tasks} is why others were waited for: start them all with `srun python fastbyol/train.py …`, "
+            "or one process alone with `env -u SLURM_STEP_NUM_TASKS python fastbyol/train.py …`"
+        ) from error
+
+
 def _meeting_point(process: Process, timeout: timedelta) -> dist.Store:
     """A store that holds no keys of an earlier attempt."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = os.environ["MASTER_ADDR"], environment_integer("MASTER_PORT", 0)
     agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(address, port, process.world_size, is_master=process.is_main and not agent_serves, timeout=timeout)
     return fresh_store(store, rank=process.rank, world_size=process.world_size, timeout_s=timeout.total_seconds())

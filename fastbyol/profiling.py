@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from fastbyol.config.console import in_utf8
 from fastbyol.config.errors import UserError
 
 log = logging.getLogger("fastbyol")
@@ -75,11 +76,13 @@ class StepProfiler:
         table = profile_table(spans, steps=self._steps, span_us=_recorded_us(taken), device="GPU" if self._on_gpu else "CPU")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            taken.export_chrome_trace(str(self._folder / TRACE))
-            (self._folder / TABLE).write_text(table + "\n")
+            taken.export_chrome_trace(f"{in_utf8(self._folder)}/{TRACE}")
+            (self._folder / TABLE).write_text(table + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self._folder}: the profile cannot be written ({error.strerror})") from error
-        log.info("profile of %d steps in %s\n%s", self._steps, self._folder, table)
+        log.info("profile of %d steps in %s", self._steps, self._folder)
+        for line in table.split("\n"):
+            log.info("%s", line)
 
     def _self_us(self, event: Any) -> float:
         return event.self_device_time_total if self._on_gpu else event.self_cpu_time_total

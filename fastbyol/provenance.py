@@ -40,7 +40,7 @@ def collect_provenance() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
     }
 
 

@@ -26,8 +26,8 @@ log = logging.getLogger("fastbyol")
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = "lock"
-CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, f"{CONFIG_FILE}.tmp"})
-"""What a start leaves that was killed before the config was there."""
+CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, f"{CONFIG_FILE}.tmp", "lost+found"})
+"""What a start leaves that was killed before the config was there, and what a new volume holds."""
 LOCK_PATIENCE_S = 15.0
 """A job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(
@@ -69,9 +69,10 @@ def check_run_folder(config: TrainConfig) -> None:
         ) from error
     if (folder / CONFIG_FILE).exists():
         _refuse_other_config(config, folder / CONFIG_FILE)
-    elif os.path.lexists(folder) and (not folder.is_dir() or any(p.name not in CUT_OFF_START for p in folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(p.name not in CUT_OFF_START for p in folder.iterdir())):
         raise UserError(f"out = {config.out!r}: exists and is not a run of fastbyol; choose a new folder")
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    target = Path(os.path.realpath(folder))  # of a link that points nowhere yet: the folder is made there
+    existing = next(p for p in (target, *target.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):  # not os.access: root may write, it says, where the file system cannot
             pass
@@ -90,7 +91,7 @@ def open_run_folder(config: TrainConfig) -> Path:
     if (folder / CONFIG_FILE).exists():
         return folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"{CONFIG_FILE}.tmp"
         unfinished.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
         (folder / PROVENANCE_FILE).write_text(json.dumps(collect_provenance(), indent=2))

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
+from fastbyol.config.console import PrintableFormatter, in_utf8
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
@@ -48,7 +49,7 @@ class RunLog:
         self._start = self._counted_from = time.perf_counter()
         self._alarmed = False
         self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._board = SummaryWriter(f"{in_utf8(folder)}/tensorboard", purge_step=first_step)
         project = config.monitors.wandb_project
         self._wandb = WandbLog(folder, project=project, config=to_plain(config)) if project else None
         self._live = live_line(total_steps=total_steps, first_step=first_step)
@@ -135,10 +136,10 @@ def configure_logging(file: Path | None = None, *, quiet: bool = False, screen: 
     close_logging()
     handlers: list[logging.Handler] = [screen or logging.StreamHandler(sys.stderr)]
     if file is not None:
-        handlers.append(logging.FileHandler(file))
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
         handlers[-1].handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: stderr still has the line
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
 
 

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
 
@@ -20,6 +21,8 @@ def check_wandb(config: TrainConfig) -> None:
     spec = importlib.util.find_spec("wandb") if project else None
     if project and (spec is None or spec.origin is None):  # without origin: the folder that wandb leaves where it ran
         raise UserError(f"monitors.wandb_project = {project!r}: wandb is not installed; pip install 'fastbyol[wandb]'")
+    if project and printable(config.out) != config.out:
+        raise UserError(f"monitors.wandb_project = {project!r}: Weights & Biases cannot show the name {config.out!r}; choose another --out")
 
 
 class WandbLog:
@@ -39,7 +42,13 @@ class WandbLog:
 
         try:
             self._run = wandb.init(
-                project=project, name=folder.name, id=_run_id(folder), resume="allow", dir=str(folder), config=config, job_type="pretrain"
+                project=project,
+                name=folder.name,
+                id=_run_id(folder),
+                resume="allow",
+                dir=str(folder),
+                config=_in_text(config),
+                job_type="pretrain",
             )
         except wandb.Error as error:
             raise UserError(
@@ -53,6 +62,14 @@ class WandbLog:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _in_text(values: dict[str, Any]) -> dict[str, Any]:
+    """The config with every text as Weights & Biases can store it: a path need not be UTF-8."""
+    return {
+        name: _in_text(value) if isinstance(value, dict) else printable(value) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
 
 
 def _run_id(folder: Path) -> str:

@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 PORT=${PORT:-29400} JOB=${JOB:-fastbyol} GPUS=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 [ "$GPUS" -gt 0 ] || GPUS=1
 
+[[ " $* " == *" --grace_s"[\ =]* ]] || set -- --grace_s 110 "$@" # as long as torchrun waits; typed, it is yours: no option may come twice
 # c10d: no server of its own; a machine that comes back joins again, and all continue from the last checkpoint.
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-backend c10d --rdzv-endpoint "$HOST:$PORT" --rdzv-id "$JOB" \
   --max-restarts 10 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 120 \
-  fastbyol/train.py --grace_s 110 "$@"
+  fastbyol/train.py "$@"

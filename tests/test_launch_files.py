@@ -42,8 +42,9 @@ def _check_command(torchrun_and_ours: list[str], *, preset: str, train: str) -> 
     """Both parsers take it, each its own part."""
     known = get_args_parser().parse_args(torchrun_and_ours)
     assert known.training_script == "fastbyol/train.py"
-    config = parse_train_config(known.training_script_args, usage="")
-    assert config == parse_train_config(["--preset", preset, *known.training_script_args], usage="")
+    ours = known.training_script_args
+    config = parse_train_config(ours, usage="")
+    assert ours[ours.index("--preset") + 1] == preset
     assert config.data.train == train
     assert "SIGTERM" in known.signals_to_handle
     assert config.grace_s < known.shutdown_timeout, "torchrun must not kill who may still be saving"
@@ -73,6 +74,14 @@ def test_the_torchrun_scripts_pass_on_what_was_typed(script, environment, torchr
     known = vars(get_args_parser().parse_args(command))
     assert {name: known[name] for name in torchrun} == torchrun
     assert known["max_restarts"] > 0
+
+
+@pytest.mark.parametrize("typed", [["--grace_s", "60"], ["--grace_s=60"]])
+def test_a_grace_time_that_is_typed_takes_the_place_of_the_scripts_own(typed, on_path):
+    env = on_path("torchrun", 'printf "%s\\n" "$@"') | {"GPUS": "8"}
+    done = subprocess.run(["bash", SCRIPTS / "one_node.sh", *TYPED, *typed], env=env, capture_output=True, text=True, check=True)
+    ours = get_args_parser().parse_args(done.stdout.splitlines()).training_script_args
+    assert parse_train_config(ours, usage="").grace_s == 60
 
 
 def test_several_nodes_asks_for_what_it_needs(on_path):

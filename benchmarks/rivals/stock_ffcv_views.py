@@ -16,7 +16,7 @@ import numpy as np
 from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair, ViewSpec
 
-MISSING = "ffcv is not installed; run 'make install', or pip install ffcv==1.0.2 (README.md: what it needs)"
+MISSING = "ffcv is not installed; 'make install' builds it"
 DIFFERENCES = "decodes twice; without hue, gray, blur, solarize"
 
 

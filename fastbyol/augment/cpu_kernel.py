@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
-from numba import extending, float32, int64, njit, types, uint8, void
+from numba import extending, float32, int64, types, uint8, void
 
 from fastbyol.augment.parameters import (
     BRIGHTNESS,
@@ -32,6 +32,7 @@ from fastbyol.augment.parameters import (
     SIGMA,
     SOLARIZE,
 )
+from fastbyol.compile_cache import njit
 
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 LANES = 32

@@ -11,7 +11,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from fastbyol.config.console import accept_any_text, say
 
 USER_ERROR_EXIT = 2
 """Bad input: the same command fails again."""
@@ -60,16 +62,28 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> None:
+        accept_any_text()
         try:
             main(*args, **kwargs)
         except (UserError, RunError) as error:
-            rank = os.environ.get("RANK", "0")
-            if rank != "0":
+            rank = os.environ.get("RANK") or "0"
+            if rank != "0" and "MASTER_ADDR" in os.environ:  # a launcher started it
                 time.sleep(HOLD_BACK_S)
-            print(f"fastbyol: error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+            say(f"fastbyol: error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
             sys.exit(error.exit_code if isinstance(error, RunError) else USER_ERROR_EXIT)
 
     return guarded
+
+
+def environment_integer(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Returns an integer that a launcher has put into the environment; an empty variable is one that is not set."""
+    text = environment.get(name) or str(default)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(
+            f"{name} = {text!r}: in the environment, must be an integer; torchrun and srun set it, otherwise unset it"
+        ) from error
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from fastbyol.config.console import say
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -47,13 +49,14 @@ def stoppable(main: Callable[..., None]) -> Callable[..., None]:
             try:
                 main(*args, **kwargs)
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:  # closed by who started this
+                    sys.stdout.flush()
         except Stopped as stopped:
             end_at_once_when_stopped()
-            print(f"fastbyol: {' '.join(str(stopped).split())}", file=sys.stderr)
+            say(f"fastbyol: {' '.join(str(stopped).split())}", file=sys.stderr)
             sys.exit(stopped.exit_code)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print has nowhere to go
             sys.exit(128 + signal.SIGPIPE)
         finally:
             end_at_once_when_stopped()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastbyol.config.arguments import expand_home
 from fastbyol.config.errors import (
     UserError,
     require,
@@ -47,6 +48,7 @@ class DataConfig:
     """Labelled images for monitors.knn_every_epochs, of the same classes; training does not see them."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "data.train", "data.val")
         require_choice("data.backend", self.backend, BACKENDS)
         require_choice("data.traversal", self.traversal, TRAVERSALS)
         require_choice("data.dali_ops", self.dali_ops, DALI_OPS)
@@ -166,6 +168,7 @@ class PrecisionConfig:
     """What ranks send each other when they average gradients; bf16 halves the bytes. No effect on one device."""
 
     def __post_init__(self) -> None:
+        _expand_home(self, "precision.compile_cache")
         require_choice("precision.autocast", self.autocast, ("bf16", "fp16", "tf32", "off"))
         require_choice("precision.compile_mode", self.compile_mode, ("default", "reduce-overhead", "max-autotune"))
         require_choice("precision.gradient_messages", self.gradient_messages, ("float32", "bf16"))
@@ -236,6 +239,7 @@ class TrainConfig:
     monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
 
     def __post_init__(self) -> None:
+        _expand_home(self, "out", "init_from")
         require_positive("epochs", self.epochs)
         for name in ("global_batch", "log_every", "checkpoint_every"):
             require_at_least(name, getattr(self, name), 1)
@@ -259,6 +263,13 @@ class TrainConfig:
             require(layers == 0, "model.predictor_layers", layers, "0 where objective.predictor is 'least_squares'")
         if layers == 0:
             require(factor == 1, "optim.predictor_lr_factor", factor, "1 where model.predictor_layers is 0")
+
+
+def _expand_home(config: object, *paths: str) -> None:
+    """Replaces the '~' that begins one of these fields, given by their dotted names, which no shell does in --out=~/runs or in a YAML file."""
+    for path in paths:
+        name = path.rpartition(".")[2]
+        object.__setattr__(config, name, expand_home(getattr(config, name), name=path))  # frozen from here on
 
 
 def accumulation_of(config: TrainConfig, *, world_size: int) -> int:

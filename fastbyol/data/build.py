@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastbyol.config.errors import UserError, require_at_least, require_choice
+from fastbyol.config.errors import UserError, environment_integer, require_at_least, require_choice
 from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data.beton import MIN_PAGE_BYTES
@@ -109,7 +109,7 @@ def default_workers() -> int:
 
 def _place_on_machine() -> dict[str, int]:
     """This process among those that torchrun started on this machine."""
-    return {"reader": int(os.environ.get("LOCAL_RANK", "0")), "num_readers": int(os.environ.get("LOCAL_WORLD_SIZE", "1"))}
+    return {"reader": environment_integer("LOCAL_RANK", 0), "num_readers": max(1, environment_integer("LOCAL_WORLD_SIZE", 1))}
 
 
 def _blocks(source: Source, traversal: str, window_mib: int) -> Blocks | None:

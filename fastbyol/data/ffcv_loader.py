@@ -43,7 +43,8 @@ class TurboJpeg:
         libraries = [library for folder in folders for library in sorted(Path(folder).glob("_libffcv*.so"))]
         if not libraries:
             raise UserError(
-                "data.backend = 'ffcv': ffcv is not installed; run 'make install', or pip install ffcv==1.0.2 (README.md: what it needs)"
+                "data.backend = 'ffcv': ffcv is not installed; 'make install' builds it, or install g++, pkg-config, TurboJPEG's and OpenCV's headers "
+                "(libturbojpeg0-dev, libopencv-dev) and pip install ffcv==1.0.2"
             )
         self._library = ctypes.CDLL(str(libraries[0]))
         self._library.tjInitDecompress.restype = ctypes.c_void_p

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any, Self
 
+from fastbyol.config.console import printable, say
 from fastbyol.data.quantities import bytes_text, duration_text
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -47,7 +48,7 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], completed=done, text=self._text(now))
             self._shown = now
         elif not self._bar and now - (self._start if is_last else self._shown) >= _SECONDS_BETWEEN_LINES:
-            print(f"{self._what}: {self._text(now)}", file=sys.stderr, flush=True)
+            say(f"{self._what}: {self._text(now)}", file=sys.stderr)
             self._shown = now
 
     def advance(self, more: int = 1, *, stored_bytes: int = 0, dropped: int = 0) -> None:
@@ -88,5 +89,5 @@ def _bar(what: str, *, done: int, total: int) -> Any:
     bar_column = BarColumn(bar_width=_BAR_WIDTH, table_column=Column(min_width=_BAR_WIDTH))
     text = TextColumn("{task.description} {task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
     bar = Bar(bar_column, text, console=Console(stderr=True))
-    bar.add_task(f"{what}:", completed=done, total=total, text="")
+    bar.add_task(f"{printable(what)}:", completed=done, total=total, text="")
     return bar

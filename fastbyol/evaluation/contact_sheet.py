@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastbyol.augment import parameters as p
 from fastbyol.augment.reference import jitter_order
+from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
@@ -130,7 +131,7 @@ def _sheet(strips: Sequence[Strip], *, header: Sequence[str], title: str) -> Ima
     top = 2 * (LINE_PX + MARGIN_PX)
     sheet = Image.new("RGB", (LABEL_PX + len(header) * column + MARGIN_PX, top + len(strips) * row), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    draw.text((MARGIN_PX, MARGIN_PX // 2), title, fill=INK, font=font)
+    draw.text((MARGIN_PX, MARGIN_PX // 2), printable(title), fill=INK, font=font)
     for place, text in enumerate(header):
         draw.text((LABEL_PX + place * column, LINE_PX + MARGIN_PX), text, fill=INK, font=font)
     for number, strip in enumerate(strips):
@@ -145,4 +146,4 @@ def _sheet(strips: Sequence[Strip], *, header: Sequence[str], title: str) -> Ima
 
 def _text(draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: Sequence[str], font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> None:
     for number, line in enumerate(lines):
-        draw.text((at[0], at[1] + number * LINE_PX), line, fill=INK, font=font)
+        draw.text((at[0], at[1] + number * LINE_PX), printable(line), fill=INK, font=font)

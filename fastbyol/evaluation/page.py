@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as escape_markup
+
+from fastbyol.config.console import printable
 
 STYLE = """
 :root { color-scheme: light; }
@@ -35,6 +37,11 @@ td.number, th.number { text-align: right; }
 img.figure { width: 100%; height: auto; }
 pre { margin: 6px 0; padding: 10px 14px; background: #f6f8fb; border: 1px solid #e1e5ea; border-radius: 6px; overflow-x: auto; }
 """
+
+
+def escape(text: str) -> str:
+    """Plain text as HTML that shows it: markup, control characters and bytes that are not UTF-8 stand as characters."""
+    return escape_markup(printable(text))
 
 
 def page(title: str, *, lead: str, sections: Iterable[str]) -> str:
@@ -88,4 +95,5 @@ def image_grid(header: Sequence[str], *, rows: Iterable[Sequence[str]], gaps: fr
 
 
 def command(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
+    lines = "\n".join(map(escape, text.split("\n")))
+    return f"<pre>{lines}</pre>"

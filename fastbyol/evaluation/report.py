@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from fastbyol.checkpoint import RunState
+from fastbyol.config.arguments import through_links
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.data.build import build_loader
@@ -53,7 +53,7 @@ class Report:
 
     def write(self) -> Path:
         """Writes RUN/report.html, whole or not at all, and returns its path."""
-        path = self.run.folder / REPORT_FILE
+        path = through_links(self.run.folder / REPORT_FILE)
         unfinished = path.with_suffix(".html.tmp")
         unfinished.write_text(report_page(self), encoding="utf-8")
         unfinished.replace(path)
@@ -171,7 +171,7 @@ def _neighbours_section(bank: FeatureBank) -> str:
 def _neighbour_cells(bank: FeatureBank, found: Neighbours, row: int, query: np.ndarray, neighbours: np.ndarray) -> list[str]:
     features, names = bank.of("byol"), bank.splits.class_names
     label = int(features.val.label[found.query[row]])
-    cells = [escape(names[label]), page.image(picture(query), alt=f"val image {int(found.query[row])}")]
+    cells = [page.escape(names[label]), page.image(picture(query), alt=f"val image {int(found.query[row])}")]
     for pixels, position, similarity in zip(neighbours, found.neighbour[row], found.similarity[row].tolist(), strict=True):
         other = int(features.train.label[position])
         alt = f"train image {int(position)}: {names[other]}, cosine {similarity:.3f}"

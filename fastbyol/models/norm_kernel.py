@@ -11,8 +11,10 @@ from typing import Any, cast
 
 import numpy as np
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import extending, types
 from numpy.typing import NDArray
+
+from fastbyol.compile_cache import njit
 
 Rows = NDArray[np.uint16] | NDArray[np.float32]
 """(rows, channels), C-contiguous."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from fastbyol.compile_cache import njit
 
 F32 = NDArray[np.float32]
 _RUN = 8192  # elements summed in float32 before they join a float64 sum

@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbyol.compile_cache import give_triton_a_cache
 from fastbyol.config.errors import UserError
 from fastbyol.optim.memory_order import is_dense, same_order
 
 CHUNK = 4096
 _TABLES_KEPT = 4
+give_triton_a_cache()
 _tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
 

@@ -43,7 +43,7 @@ def tune(request: Request, *, announce: Callable[[str], None]) -> Findings:
 
 def _set_up(request: Request, announce: Callable[[str], None]) -> Bench:
     require_between("--seconds", request.seconds, 0.01, 3600.0)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
         raise UserError("tune: measures with one process; start it with plain python, and say --ranks for the run to come")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     ranks = (torch.cuda.device_count() or 1) if request.ranks is None else request.ranks

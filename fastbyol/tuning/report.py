@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from fastbyol.config.arguments import through_links
+from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 def check_output(path: Path, *, overwrite: bool) -> None:
     """UserError, before any work, where `write_config` could not write, or would replace a file unasked."""
+    path = through_links(path)
     if path.is_dir() or path.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(f"--out {path}: must be a file that ends in .yaml")
     if path.exists() and not overwrite:
@@ -30,9 +33,10 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 def write_config(path: Path, text: str) -> None:
     """Replaces the file as a whole. UserError where it cannot be written."""
+    path = through_links(path)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
@@ -48,14 +52,14 @@ def config_yaml(config: TrainConfig, notes: Mapping[str, str], *, head: list[str
         head: lines of comment above.
     """
     values = {name: value for name, value in to_plain(config).items() if name != "out"}
-    lines = [f"# {' '.join(line.split())}" for line in head]
+    lines = [f"# {printable(' '.join(line.split()))}" for line in head]
     section = ""
     for line in yaml.safe_dump(values, sort_keys=False, width=10**6, allow_unicode=True).splitlines():
         key = line.strip().partition(":")[0]
         if not line.startswith((" ", "-")):
             section = key
         name = key if section == key else f"{section}.{key}"
-        lines.append(f"{line}  # {' '.join(notes[name].split())}" if name in notes else line)
+        lines.append(f"{line}  # {printable(' '.join(notes[name].split()))}" if name in notes else line)
     return "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, require
 from fastbyol.data.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
 from fastbyol.data.conversion.background_digests import BackgroundDigests
@@ -61,7 +62,7 @@ def write_beton(
             call continues it.
         Stopped: by Ctrl-C or SIGTERM; the same call continues.
     """
-    options = options or ConversionOptions()
+    options, out = options or ConversionOptions(), through_links(out)
     if out.suffix != ".beton":
         raise UserError(f"--out {out}: must end in .beton")
     if shuffle_seed is not None:

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.console import say
 from fastbyol.data.conversion.encode import EXIF_MODES, MAX_CPU_S, MAX_PIXELS, EncodeSettings
 from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.report import report_table
@@ -95,8 +96,8 @@ def overwrite_mode(arguments: Namespace) -> str:
 
 def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:
     """The table of the report, and a line about the whole."""
-    print(report_table(json.loads(report.read_text(encoding="ascii"))))
+    say(*report_table(json.loads(report.read_text(encoding="ascii"))).split("\n"))
     size = sum(shard.bytes for shard in manifest.shards)
     counts = f"{manifest.num_samples:,} images of {len(manifest.class_names):,} classes"
     shards = f", {count_text(len(manifest.shards), 'shard')}" if manifest.kind == "tar" else ""
-    print(f"{out}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {report}")
+    say(f"{out}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {report}")

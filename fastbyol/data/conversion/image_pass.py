@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbyol.config.console import say
 from fastbyol.config.errors import RunError, UserError
 from fastbyol.config.interrupts import Stopped
 from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, Outcome
@@ -80,7 +81,7 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: StopRe
             estimate = estimate_conversion(pool, remaining, task.sizes, job=task.job, bytes_per_image=output.bytes_per_image)
             _refuse_lost_cause(task, estimate)
             free = require_space(work.path.parent, estimate)
-            print(f"{task.out.name}: {estimate.text(workers=task.workers, free_bytes=free)}", file=sys.stderr, flush=True)
+            say(f"{task.out.name}: {estimate.text(workers=task.workers, free_bytes=free)}", file=sys.stderr)
             with stop.deferred(), Progress(task.out.name, total, unit="images", done=work.done) as progress:
                 _Pass(task, output, work, progress).run(pool)
     return np.fromfile(work.path / ROWS, dtype=ROW)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from fastbyol.compile_cache import njit
 
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True}
 LONGEST_CODE = 16

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.conversion.work_folder import flush_to_disk, is_full
+from fastbyol.data.conversion.work_folder import COMPLETE, empty_into, flush_to_disk, is_full
+
+_INSIDE = ".partial"
+"""The work folder of a conversion to a folder that was there before."""
 
 
 @contextmanager
@@ -24,22 +27,42 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 
 def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:
-    """UserError if `out` exists and is not to be replaced, is a folder without the file `marker`, or has no parent folder."""
-    if out.exists() and overwrite != "replace":
-        raise UserError(f"{out}: exists already; give another --out, or --overwrite to replace it")
+    """UserError if `out` exists and is not to be replaced, is a folder without the file `marker`, or has no parent folder.
+
+    marker: of an output that is a folder; such a one may exist if it is empty.
+    """
+    if marker and _is_unused(out):
+        return
     if out.is_dir() and not (marker and (out / marker).is_file()):
         raise UserError(f"{out}: is a folder that no conversion made, it will not be replaced; give another --out")
+    if out.exists() and overwrite != "replace":
+        raise UserError(f"{out}: exists already; give another --out, or --overwrite to replace it")
+    if out.is_mount():
+        raise UserError(f"{out}: is a mounted volume, which cannot be replaced as a whole; empty it first, or give a folder in it")
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder to write {out.name} in; make it first")
 
 
+def _is_unused(folder: Path) -> bool:
+    """Whether nobody's files are in this folder: an empty one, a new volume, or one that an unfinished conversion has begun to fill."""
+    return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"lost+found", _INSIDE}
+
+
 def work_path(out: Path) -> Path:
-    """Where the conversion to `out` grows."""
-    return out.with_name(f".{out.name}.partial")
+    """Where the conversion to `out` grows: beside it, or within a folder that is there already, which may be another disk."""
+    return out / _INSIDE if _is_unused(out) or (out / _INSIDE).is_dir() else out.with_name(f".{out.name}.partial")
 
 
 def put_in_place(new: Path, out: Path) -> None:
-    """Gives a complete file or folder its name. What had it before is whole until the new one is there, and removed only then."""
+    """Gives a complete file or folder its name. What had it before is whole until the new one is there, and removed only then.
+
+    A folder that has grown within `out` is emptied into it.
+    """
+    if new.is_dir() and new.parent.parent == out:
+        os.replace(new, new.with_name(COMPLETE))
+        flush_to_disk(new.parent)
+        empty_into(new.with_name(COMPLETE), out)
+        return
     old = out.with_name(f".{out.name}.replaced")
     if new.is_dir() and out.exists():  # a folder cannot be renamed onto one that is not empty
         shutil.rmtree(old, ignore_errors=True)  # of a former run that was killed just before it had removed this

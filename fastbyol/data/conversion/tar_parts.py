@@ -19,7 +19,8 @@ from zipfile import ZIP_STORED, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.config.errors import UserError
+from fastbyol.config.arguments import through_links
+from fastbyol.config.errors import UserError, environment_integer
 from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.encode import Outcome
 from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
@@ -62,8 +63,8 @@ def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     """'i/n', or 'auto': from the environment that torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS) gives each process."""
     if text == "auto":
         for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if environment.get(number, "").isdecimal() and environment.get(count, "").isdecimal():
-                return Part(int(environment[number]), int(environment[count]))
+            if environment.get(number) and environment.get(count):
+                return Part(environment_integer(number, 0, environment), environment_integer(count, 1, environment))
         raise UserError("shard = 'auto': neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give it as i/n")
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal()):
@@ -85,7 +86,7 @@ def write_tar_part(
 
     Arguments, beside `part`, and errors: those of `tar_writer.write_tar_shards`.
     """
-    options = options or ConversionOptions()
+    options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
     with stop_signals() as stop, disk_errors(out):
         _make_folder(out)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.encode import EncodedImage, Outcome
@@ -51,7 +52,7 @@ def write_tar_shards(
 
     Args:
         data: a folder of class folders, ImageNet's tar, or a listing.
-        out: the folder to make.
+        out: the folder to make, or an empty one to fill.
         workers: processes that read and check images; 0: one per core.
         shard_mib: a shard ends when it has reached this size.
         seed: of the order of samples in the shards. DALI's own reader shuffles only within a buffer, so the shards are shuffled as a whole.
@@ -63,7 +64,7 @@ def write_tar_shards(
             call continues it.
         Stopped: by Ctrl-C or SIGTERM; the same call continues.
     """
-    options = options or ConversionOptions()
+    options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
     with stop_signals() as stop, disk_errors(out):
         clear_if_finished(work_path(out), data=SHARDS_FOLDER, output=out)

@@ -20,8 +20,11 @@ from pathlib import Path, PurePath
 from typing import Any, Self
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.manifest import TAR_MANIFEST
 
 _SETTINGS, _JOURNAL, _LOCK = "settings.json", "journal.json", "lock"
+COMPLETE = "complete"
+"""What an output is called that only has to be moved out of the work folder."""
 UNFINISHED = ("continue", "require", "restart")
 _BUFFER_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -222,11 +225,23 @@ def _is_journal_entry(entry: dict[str, Any]) -> bool:
 
 
 def clear_if_finished(folder: Path, *, data: str, output: Path) -> None:
-    """Removes the work folder of a conversion that was killed when its `data` had just taken its final place."""
-    if output.exists() and (folder / _JOURNAL).exists() and not (folder / data).exists():
+    """Removes the work folder of a conversion that was killed when its `data` had just taken its final place, or was about to."""
+    moving = (folder / COMPLETE).exists()
+    moved = folder.parent != output and output.exists() and (folder / _JOURNAL).exists() and not (folder / data).exists()
+    if moving or moved:
         lock = _locked(folder, output)
+        if moving:
+            empty_into(folder / COMPLETE, output)
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def empty_into(complete: Path, output: Path) -> None:
+    """Moves all files of a folder into another one of the same disk, the manifest last: it says that the others are there."""
+    for file in sorted(complete.iterdir(), key=lambda file: file.name == TAR_MANIFEST):
+        flush_to_disk(output)
+        os.replace(file, output / file.name)
+    flush_to_disk(output)
 
 
 def write_durably(path: Path, text: str) -> None:

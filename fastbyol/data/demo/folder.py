@@ -22,6 +22,7 @@ from fastbyol.data.progress import Progress
 
 MANIFEST = "demo_data.json"
 SPLITS = ("train", "val")
+_PARTIAL = ".partial-"
 JPEG_QUALITY = 92
 
 
@@ -83,7 +84,7 @@ def write_image_folder(out: Path, *, kind: str, class_writers: Sequence[ClassWri
 
 
 def _check_output(out: Path, *, overwrite: bool) -> None:
-    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+    if not os.path.lexists(out) or _is_unused(out):
         return
     # A folder without our manifest is somebody's own: no option of ours may delete it.
     if not (out / MANIFEST).is_file():
@@ -92,13 +93,23 @@ def _check_output(out: Path, *, overwrite: bool) -> None:
         raise UserError(f"--out {out}: exists already; add --overwrite to replace it, or choose another folder")
 
 
+def _is_unused(out: Path) -> bool:
+    """Whether it is an empty folder or a new volume; what a killed run of ours left there does not count."""
+    return out.is_dir() and all(entry.name == "lost+found" or entry.name.startswith(_PARTIAL) for entry in out.iterdir())
+
+
 @contextmanager
 def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    unused = _is_unused(out)
+    partial = (out if unused else out.parent) / f"{_PARTIAL}{out.name}-{os.getpid()}"  # a volume that is mounted at `out` is another disk
     try:
         _check_output(out, overwrite=overwrite)
         partial.mkdir(parents=True)
         yield partial
+        if unused:
+            for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == MANIFEST):
+                entry.rename(out / entry.name)
+            return
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)

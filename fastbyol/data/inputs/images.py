@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require_choice
 from fastbyol.data.inputs.folder import by_class_folder, list_image_folder, scan_folder
 from fastbyol.data.inputs.labels import LabelFile, label_images, read_devkit, read_label_file
@@ -59,7 +60,7 @@ def add_label_arguments(parser: ArgumentParser) -> None:
 
 
 def tell_on_stderr(note: str) -> None:
-    print(f"fastbyol: note: {note}", file=sys.stderr, flush=True)
+    say(f"fastbyol: note: {note}", file=sys.stderr)
 
 
 def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] = tell_on_stderr) -> ImageListing:

@@ -1,0 +1,78 @@
+"""What messages and help send a reader to is there: pages and their sections, files of the repository, make's targets, extras of pip."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for folder in ("fastbyol", "data_prep", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+ANSWERS = {
+    "docs/monitors.md": ("stop_on_collapse", "mean_cosine", "knn"),
+    "docs/performance.md": ("roofline", "memory"),
+    "scripts/README.md": ("several_nodes.sh", "slurm.sbatch", "kubernetes.yaml"),
+    "README.md": ("install", "ImageNet"),
+}
+"""What the sources send a reader to a page for."""
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """Every text of a module; the pieces of one that is put together belong together."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def pointers(text: str) -> Iterator[tuple[str, str]]:
+    """(kind, where) of all that a text points at; 'page.md: words)' names a section."""
+    for page, section in re.findall(r"\b((?:(?:docs|scripts|benchmarks)/)?[\w-]+\.md)\b(?:: ([^()]+)\))?", text):
+        if page != "report.md":  # what the benchmarks write
+            yield "page", f"{page}#{section}"
+    for file in re.findall(r"\b(?:data_prep|scripts|fastbyol|tests)/[\w/]+\.(?:py|sh|sbatch|yaml)\b", text):
+        yield "file", file
+    for target in re.findall(r"['`]make ([a-z]+)", text):
+        yield "make target", target
+    for extra in re.findall(r"(?:fastbyol|\.)\[([\w-]+)\]'", text):
+        yield "extra", extra
+
+
+def is_there(kind: str, where: str) -> bool:
+    if kind == "page":
+        page, _, section = where.partition("#")
+        headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.M) if (ROOT / page).is_file() else None
+        return headings is not None and (not section or any(section.lower() in heading.lower() for heading in headings))
+    if kind == "file":
+        return (ROOT / where).is_file()
+    if kind == "make target":
+        return re.search(rf"^{where}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M) is not None
+    return where in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+
+
+def test_all_that_messages_and_help_point_at_is_there():
+    found = {
+        (source, pointer)
+        for source in SOURCES
+        for text in texts(ast.parse(source.read_text(encoding="utf-8")))
+        for pointer in pointers(text)
+    }
+    assert {kind for _, (kind, _) in found} == {"page", "file", "make target", "extra"}
+    assert not [f"{source.relative_to(ROOT)}: {' '.join(pointer)}" for source, pointer in sorted(found) if not is_there(*pointer)]
+
+
+@pytest.mark.parametrize("where", ["README.md#what it needs", "docs/monitors.md#No such part", "docs/none.md#"])
+def test_a_page_or_section_that_is_not_there_would_be_found(where):
+    assert not is_there("page", where)
+    assert ("page", where) in pointers(f"see ({where.replace('#', ': ')})" if not where.endswith("#") else f"see {where[:-1]}")
+
+
+@pytest.mark.parametrize(("page", "words"), ANSWERS.items())
+def test_a_page_holds_what_it_is_named_for(page, words):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert not [word for word in words if word not in text]
