@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastbyol.config.errors import UserError
 from fastbyol.config.field_docs import field_docs
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
+from fastbyol.plain_yaml import read_yaml
 from fastbyol.run_folder import flatten
 
 DEFAULT_PRESET = "r50_300ep"
@@ -92,11 +91,11 @@ def _read_file(path: str) -> dict[str, Any]:
     """The options in a YAML file. jsonargparse reads it again; its complaints name neither the file nor a nearer option."""
     where = f"config = {path!r}"
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: is not YAML ({error})") from error
+    except ValueError as error:
+        raise UserError(f"{where}: is not YAML of options ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{where}: must hold options, for example epochs: 100")
     known = flatten(to_plain(TrainConfig()))
@@ -125,4 +124,4 @@ def _first_cause(message: str) -> str:
     """jsonargparse's report of several lines as one: which option, what was expected, what was given."""
     message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("Parser key ", "")
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
-    return ": ".join(dict.fromkeys([lines[0], lines[-1]]))
+    return ": ".join(dict.fromkeys(line[:300] for line in (lines[0], lines[-1])))
