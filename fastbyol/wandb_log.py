@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import uuid
@@ -10,6 +11,7 @@ from typing import Any
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
+from fastbyol.durable_files import write_durably
 
 ID_FILE = "wandb.json"
 
@@ -57,6 +59,8 @@ class WandbLog:
 
 def _run_id(folder: Path) -> str:
     path = folder / ID_FILE
-    if not path.exists():
-        path.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}))
-    return json.loads(path.read_text())["id"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: the run gets a new one
+        return str(json.loads(path.read_text())["id"])
+    name = uuid.uuid4().hex[:12]
+    write_durably(path, json.dumps({"id": name}))
+    return name

@@ -12,6 +12,7 @@ import yaml
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
+from fastbyol.durable_files import write_durably
 from fastbyol.tuning.comparison import Comparison
 
 if TYPE_CHECKING:
@@ -30,12 +31,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 def write_config(path: Path, text: str) -> None:
     """Replaces the file as a whole. UserError where it cannot be written."""
-    unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        write_durably(path, text)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another one") from error
 
 
