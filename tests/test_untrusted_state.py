@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastbyol.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, load_newest, load_weights, save_checkpoint
+from fastbyol.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, load_newest, load_run, load_weights, save_checkpoint
 from fastbyol.config.errors import shown
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import OptimConfig, TrainConfig
@@ -275,6 +275,16 @@ def test_a_checkpoint_of_a_run_with_another_config_is_passed_over_by_whoever_rea
     save_checkpoint(tmp_path, step=1, state=_state(1) | ours, keep=9)
     save_checkpoint(tmp_path, step=2, state=_state(2) | {"config": {"seed": 4, "epochs": 7.0}}, keep=9)
     assert load_newest(tmp_path)["step"] == 1
+
+
+def test_figures_of_a_run_belong_to_it_and_those_of_a_file_elsewhere_beside_the_file(tmp_path):
+    run, models = tmp_path / "run", tmp_path / "models" / "byol"
+    path = save_checkpoint(run, step=1, state=_state(1), keep=9)
+    (run / "config.yaml").write_text("{}\n")
+    assert load_run(run).results == load_run(path).results == run / "evaluation"
+    models.mkdir(parents=True)
+    (models / "best.pt").write_bytes(path.read_bytes())
+    assert load_run(models / "best.pt").results == models / "best.evaluation"
 
 
 def test_new_checkpoints_are_not_swept_away_by_later_ones_that_were_passed_over(tmp_path):
