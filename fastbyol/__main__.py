@@ -69,6 +69,7 @@ def _build_parser() -> OneLineParser:
 
     for command in (evaluate, report):
         command.add_argument("--data", required=True, type=path_text, help=DATA_HELP)
+        command.add_argument("--out", type=Path, help="the folder to write to, instead of the run's own")
         command.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
         command.add_argument("--workers", type=int, default=0, help="threads that decode; 0: all cores")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -108,10 +109,13 @@ def _build_parser() -> OneLineParser:
 
 
 def evaluate_run(options: argparse.Namespace) -> None:
-    """Top-1 and top-5 on val: the trained encoder, the same one untrained, PCA of the raw pixels. A table, and RUN/evaluation/*.json."""
+    """Top-1 and top-5 on val: the trained encoder, the same one untrained, PCA of the raw pixels. A table, and RUN/evaluation/*.json.
+
+    Of a checkpoint file that lies elsewhere than in its run, beside it: best.pt has best.evaluation/*.json. One file a data set.
+    """
     from rich.console import Console
 
-    from fastbyol.evaluation.protocols import EVALUATION_FOLDER, PROTOCOLS
+    from fastbyol.evaluation.protocols import PROTOCOLS, write_or_say
     from fastbyol.evaluation.summary import score_table
 
     if options.k is not None:
@@ -123,8 +127,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     with _opened(options) as (run, bank):
         for protocol in PROTOCOLS if options.protocol == "all" else (options.protocol,):
             result = PROTOCOLS[protocol](bank, **(knn_options if protocol == "knn" else {}))
-            path = result.write(run.folder / EVALUATION_FOLDER, step=run.step, data=options.data, command=options.typed)
-            say(f"wrote {path}", file=sys.stderr)
+            write_or_say(result, options.out or run.results, data=options.data, step=run.step, command=options.typed)
             results.append(result)
     Console().print(score_table(results))
 
@@ -137,7 +140,7 @@ def report_run(options: argparse.Namespace) -> None:
     from fastbyol.evaluation.summary import headline_table, score_table
 
     with _opened(options) as (run, bank):
-        report = build_report(run, bank, data=options.data, command=options.typed)
+        report = build_report(run, bank, data=options.data, command=options.typed, out=options.out)
         path = report.write()
     console = Console()
     console.print(score_table(report.results))
@@ -222,12 +225,12 @@ def _opened(options: argparse.Namespace) -> Iterator[tuple[RunState, FeatureBank
     from fastbyol.checkpoint import load_run
     from fastbyol.evaluation.splits import open_splits
     from fastbyol.evaluation.subjects import FeatureBank
-    from fastbyol.export import load_encoder
+    from fastbyol.export import encoder_of
 
     device = _device(options.device)
     run = load_run(options.checkpoint)
     with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers) as splits:
-        yield run, FeatureBank(load_encoder(options.checkpoint), config=run.config, splits=splits, device=device, announce=_announce)
+        yield run, FeatureBank(encoder_of(run), config=run.config, splits=splits, device=device, announce=_announce)
 
 
 def _device(name: str) -> str:

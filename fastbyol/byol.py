@@ -35,8 +35,8 @@ class BYOLOutput(NamedTuple):
 
     loss: the objective; BYOL's regression loss in [0, 8] unless the run has another.
     alignment: mean cosine between each prediction and what it predicts, in [-1, 1].
-    probe_loss: cross-entropy of the linear probe on view 1; its gradient stops at the feature.
-    probe_correct: (N,) whether the probe's first guess was the label.
+    probe_loss: cross-entropy of the linear probe on view 1, over the images with a label; its gradient stops at the feature.
+    probe_correct: (N,) 1 where the probe's first guess was the label, else 0; NaN for an image without one.
     projection: (N, D) online projection of view 1.
     feature: (N, F) encoder output for view 1.
     """
@@ -125,7 +125,7 @@ class BYOL(nn.Module):
 
         Args:
             view1, view2: (N, 3, H, W), normalised.
-            label: (N,) int64, seen by the probe only.
+            label: (N,) int64, seen by the probe only; below 0: the image has none.
         """
         online1, online2 = self.online(view1, view2)
         projections = self._predicted(view1, view2, online1, online2)
@@ -138,8 +138,8 @@ class BYOL(nn.Module):
         return BYOLOutput(
             loss=self._loss(predictions, projections, regression),
             alignment=1 - regression.detach() / 4,
-            probe_loss=F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), label),
-            probe_correct=(logits.detach().argmax(dim=1) == label),
+            probe_loss=_probe_loss(logits if logits.dtype == torch.float64 else logits.float(), label),
+            probe_correct=torch.where(label >= 0, (logits.detach().argmax(dim=1) == label).float(), torch.nan),
             projection=online1.projection.detach(),
             feature=online1.feature.detach(),
         )
@@ -173,6 +173,12 @@ class BYOL(nn.Module):
 
     def _online_parameters(self) -> list[Tensor]:
         return [*self.online.encoder.parameters(), *self.online.projector.parameters()]
+
+
+def _probe_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean cross-entropy over the images with a label, 0 where none has one (torch's own mean is NaN then)."""
+    total = F.cross_entropy(logits, label.clamp(min=-1), ignore_index=-1, reduction="sum")
+    return total / (label >= 0).sum().clamp(min=1)
 
 
 def build_byol(config: ModelConfig, *, num_classes: int, objective: ObjectiveConfig = BYOL_OBJECTIVE) -> BYOL:

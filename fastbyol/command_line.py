@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastbyol.config.arguments import expand_home, refuse_repeated
 from fastbyol.config.errors import UserError
 from fastbyol.config.field_docs import field_docs
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
+from fastbyol.plain_yaml import read_yaml, repeated_key
 from fastbyol.run_folder import flatten
 
 log = logging.getLogger("fastbyol")
@@ -114,12 +113,11 @@ def _read_file(path: str) -> dict[str, Any]:
     where = f"config = {path!r}"
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-        repeated = _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))
+        values, repeated = read_yaml(text), repeated_key(text)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: is not YAML ({error})") from error
+    except ValueError as error:
+        raise UserError(f"{where}: is not YAML of options ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{where}: must hold options, for example epochs: 100")
     if repeated:
@@ -129,19 +127,6 @@ def _read_file(path: str) -> dict[str, Any]:
         if name != "preset" and name not in known and not any(option.startswith(f"{name}.") for option in known):
             raise UserError(f"{where}: {name}: no such option{nearest_name(name, known)}")
     return values
-
-
-def _repeated_key(node: yaml.Node | None, prefix: str = "") -> str:
-    """The first key that stands twice in one mapping, with its dots, or ''."""
-    names: set[str] = set()
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        name = f"{prefix}{key.value}"
-        if name in names:
-            return name
-        names.add(name)
-        if deeper := _repeated_key(value, f"{name}."):
-            return deeper
-    return ""
 
 
 def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
@@ -175,4 +160,4 @@ def _first_cause(message: str) -> str:
     """jsonargparse's report of several lines as one: which option, what was expected, what was given."""
     message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("Parser key ", "")
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
-    return ": ".join(dict.fromkeys([lines[0], lines[-1]]))
+    return ": ".join(dict.fromkeys(line[:300] for line in (lines[0], lines[-1])))

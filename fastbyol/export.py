@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from fastbyol.byol import build_byol
-from fastbyol.checkpoint import load_run
+from fastbyol.checkpoint import RunState, load_run
+from fastbyol.initial_weights import load_matching
 from fastbyol.models.view_batchnorm import convert_to_batchnorm
 
 
@@ -16,7 +17,12 @@ def load_encoder(path_or_run: str | Path) -> nn.Module:
 
     The online network's, not the target's, as the official evaluation. Its parameter names are torchvision's.
     """
-    run = load_run(path_or_run)
-    byol = build_byol(run.config.model, num_classes=len(run.state["byol"]["probe.bias"]))
-    byol.load_state_dict(run.state["byol"])
+    return encoder_of(load_run(path_or_run))
+
+
+def encoder_of(run: RunState) -> nn.Module:
+    """The encoder of a run that is read already, as `load_encoder`. UserError where its weights are not those of its config."""
+    bias = run.state["byol"].get("probe.bias")
+    byol = build_byol(run.config.model, num_classes=len(bias) if bias is not None and bias.ndim else 1)
+    load_matching(byol, run.state["byol"], source=f"the checkpoint after step {run.step} of {run.folder}")
     return convert_to_batchnorm(byol.online.encoder).eval()

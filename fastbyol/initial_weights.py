@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbyol.byol import BYOL
-from fastbyol.checkpoint import CheckpointError, load_checkpoint, load_newest, why_not_loaded
+from fastbyol.checkpoint import REQUIRED, CheckpointError, load_checkpoint, load_newest, load_weights, why_not_loaded
 from fastbyol.config.errors import UserError
+from fastbyol.saved_structure import tensor_difference
 
 log = logging.getLogger("fastbyol")
 OPTION = "init_from"
@@ -22,14 +22,14 @@ def load_initial_weights(byol: BYOL, source: str) -> None:
 
     Args:
         byol: freshly built.
-        source: a run folder or checkpoint of ours: both networks and, where the classes are as many, the probe. Or a file with an encoder's state
-            dict under torchvision's names (torch.save, loaded with weights_only): the encoder of both networks; heads stay as they are.
+        source: a run folder or checkpoint of ours: both networks and, where the classes are as many, the probe. Or any file of torch.save with an
+            encoder's weights (loaded with weights_only): the encoder of both networks; heads stay as they are. See `encoder_weights`.
 
     Raises:
         UserError: no such path, nothing of ours in it, or networks of another shape (with the first names that differ).
     """
     state = _read(Path(source))
-    if "byol" in state:
+    if set(REQUIRED) <= state.keys():
         weights = dict(state["byol"])
         own = byol.state_dict()
         for name in ("probe.weight", "probe.bias"):
@@ -39,35 +39,82 @@ def load_initial_weights(byol: BYOL, source: str) -> None:
         load_matching(byol, weights, source=f"{OPTION} = {source!r}")
         log.info("%s = %s: networks after its step %d", OPTION, source, state["step"])
         return
+    online = byol.online.encoder
+    assert isinstance(online, nn.Module)
+    weights = encoder_weights(state, online.state_dict(), source=source)
     for network in (byol.online, byol.target):
         encoder = network.encoder
         assert isinstance(encoder, nn.Module)
-        without_classifier = {name: value for name, value in state.items() if not name.startswith("fc.")}
-        load_matching(encoder, without_classifier, source=f"{OPTION} = {source!r}")
+        load_matching(encoder, weights, source=f"{OPTION} = {source!r}")
     log.info("%s = %s: the encoder of both networks", OPTION, source)
+
+
+def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """The encoder's weights from another program's file, under our names; says what was taken and what was not.
+
+    The file may keep them under a key (state_dict, model, ...), with a prefix before the names (module., encoder., backbone., ...), beside
+    heads and other networks, in another floating-point type, and without BN's num_batches_tracked, as PyTorch before 0.4.1 and converters.
+
+    Raises:
+        UserError: there are no tensors by name in it.
+    """
+    key, tensors = _most_tensors(state)
+    if not tensors:
+        raise CheckpointError(f"{OPTION} = {source!r}: is not a state dict (names to tensors)")
+    prefixes = dict.fromkeys(name.removesuffix(mine) for name in tensors for mine in own if name.endswith(mine))
+    held = {prefix: sum(prefix + mine in tensors for mine in own) for prefix in prefixes if not prefix or prefix.endswith(".")}
+    prefix = max(held, key=lambda each: held[each], default="")  # of equal ones the first: programs write the trained network first
+    others = [each for each, count in held.items() if each != prefix and count == held[prefix]]
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    parts = {name.split(".")[0] for name in own}
+    heads = sorted({name.split(".")[0] for name in inside} - parts)
+    taken = {name: tensor for name, tensor in inside.items() if name.split(".")[0] in parts}
+    counters = [name for name in own if name.endswith("num_batches_tracked") and name not in taken]
+    if key or prefix or heads or counters or len(inside) < len(tensors):
+        log.info(
+            "%s = %s: takes %d tensors%s%s%s%s",
+            OPTION,
+            source,
+            len(taken),
+            f" from {'.'.join(filter(None, [key, prefix.rstrip('.')]))!r}" if key or prefix else "",
+            f", and not {', '.join(map(repr, heads[:5]))} beside them" if heads else "",
+            f", nor {len(tensors) - len(inside)} of other networks" if len(inside) < len(tensors) else "",
+            f"; {len(counters)} num_batches_tracked are missing and stay 0" if counters else "",
+        )
+    if others:
+        log.warning("%s = %s: %s would fit as well as %r", OPTION, source, ", ".join(map(repr, others[:3])), prefix)
+    return taken | {name: own[name] for name in counters}
+
+
+def _most_tensors(state: dict[Any, Any]) -> tuple[str, dict[str, Tensor]]:
+    """The tensors by name that lie in the file itself, or under the key that has the most of them; and the key."""
+    groups = {"": state} | {key: value for key, value in state.items() if isinstance(value, dict)}
+    named = {
+        str(key): {name: value for name, value in group.items() if isinstance(name, str) and isinstance(value, Tensor)}
+        for key, group in groups.items()
+    }
+    key = max(named, key=lambda each: len(named[each]))
+    return key, named[key]
 
 
 def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
     """`load_state_dict`, whose refusal becomes one line.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: names, shapes or types differ; floating-point types are converted.
     """
     own = module.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)}, must be {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    complaints = [f"it has no {name}" for name in missing] + [f"{name} is unknown here" for name in extra] + shapes
+    pairs = [(name, weights[name], value) for name, value in own.items() if name in weights]
+    wrong = [found for name, value, mine in pairs if (found := tensor_difference(value, mine, name, any_float=True))]
+    complaints = [f"it has no {name}" for name in missing] + [f"{name} is unknown here" for name in extra] + wrong
     if complaints:
         more = f" and {len(complaints) - 5} more" if len(complaints) > 5 else ""
         raise UserError(f"{source}: holds other networks ({'; '.join(complaints[:5])}{more}); give the model.… options of that run")
     module.load_state_dict(weights)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[Any, Any]:
     if path.is_dir():
         state = load_newest(path)
         if state is None:
@@ -80,9 +127,10 @@ def _read(path: Path) -> dict[str, Any]:
     if path.with_suffix(".sha256").exists():
         return load_checkpoint(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            state = load_weights(file)
     except Exception as error:
         raise CheckpointError(f"{OPTION} = {str(path)!r}: is not a file of weights ({why_not_loaded(error)})") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict):
         raise CheckpointError(f"{OPTION} = {str(path)!r}: is not a state dict (names to tensors)")
-    return state
+    return load_checkpoint(path) if set(REQUIRED) <= state.keys() else state

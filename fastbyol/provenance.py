@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -47,6 +48,14 @@ def collect_provenance() -> dict[str, Any]:
 def package_versions() -> dict[str, str]:
     """What is installed of PACKAGES."""
     return {name: version for name in PACKAGES if (version := _version(name))}
+
+
+def source_digest() -> str:
+    """Twelve hexadecimal digits that change with any line of the package's source."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @functools.cache  # every checkpoint asks, while training stands still

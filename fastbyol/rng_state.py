@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastbyol.config.errors import shown
+from fastbyol.saved_structure import first_difference
+
 
 def rng_state() -> dict[str, Any]:
     """Python's, numpy's and torch's generators, the current CUDA device's too where there is one."""
@@ -26,12 +29,36 @@ def rng_state() -> dict[str, Any]:
     }
 
 
+def rng_difference(state: object) -> str | None:
+    """Says why a state from a file is none of `rng_state`, or None. Nothing is set."""
+    own = rng_state()
+    if not isinstance(state, dict):
+        return f"rng is {shown(state)}"
+    devices = state.get("cuda"), own.pop("cuda")
+    if wrong := first_difference({name: value for name, value in state.items() if name != "cuda"}, own, "rng"):
+        return wrong
+    if None not in devices and (wrong := first_difference(*devices, "rng.cuda")):
+        return wrong
+    # numpy takes any position, and then reads its words from there.
+    if not 0 <= state["numpy"][2] <= len(own["numpy"][1]):
+        return f"rng.numpy.2 is {state['numpy'][2]}, must be in [0, {len(own['numpy'][1])}]"
+    try:
+        _set(state, python=random.Random(), numpy=np.random.RandomState(), torch_generator=torch.Generator())
+    except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
+        return f"rng: {error}"
+    return None
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Puts the generators where `rng_state` found them; CUDA's only where both machines have it."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
+    _set(state, python=random, numpy=np.random, torch_generator=torch.default_generator)
+    if state.get("cuda") is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _set(state: dict[str, Any], *, python: Any, numpy: Any, torch_generator: torch.Generator) -> None:
+    version, words, gauss = state["python"]
+    python.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    numpy.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch_generator.set_state(state["torch"])

@@ -17,17 +17,19 @@ from typing import Any
 
 import yaml
 
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.schema import MonitorsConfig, TrainConfig
+from fastbyol.durable_files import UNFINISHED, write_durably
+from fastbyol.plain_yaml import read_yaml
 from fastbyol.provenance import collect_provenance
 
 log = logging.getLogger("fastbyol")
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = "lock"
-CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, f"{CONFIG_FILE}.tmp", "lost+found"})
-"""What a start leaves that was killed before the config was there, and what a new volume holds."""
+CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, CONFIG_FILE, f"{CONFIG_FILE}.tmp", "lost+found"})
+"""What a start leaves that was killed before the config was there, or lost the config's content in a power cut, and what a new volume holds."""
 LOCK_PATIENCE_S = 15.0
 """A job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(
@@ -48,7 +50,7 @@ FREE_TO_CHANGE = frozenset(
     }
 )
 """A run may continue with other values of these. They do not touch what it computes, but for rank_batch, whose effect on BN is said.
-The number of images is checked on its own."""
+The images are checked on their own."""
 
 
 def check_run_folder(config: TrainConfig) -> None:
@@ -67,9 +69,9 @@ def check_run_folder(config: TrainConfig) -> None:
         raise UserError(
             f"out = {config.out!r}: cannot be used ({getattr(error, 'strerror', None) or error}); choose another folder"
         ) from error
-    if (folder / CONFIG_FILE).exists():
-        _refuse_other_config(config, folder / CONFIG_FILE)
-    elif folder.exists() and (not folder.is_dir() or any(p.name not in CUT_OFF_START for p in folder.iterdir())):
+    if not _is_blank(folder / CONFIG_FILE):
+        _refuse_other_config(config, folder)
+    elif folder.exists() and not _is_cut_off_start(folder):
         raise UserError(f"out = {config.out!r}: exists and is not a run of fastbyol; choose a new folder")
     target = Path(os.path.realpath(folder))  # of a link that points nowhere yet: the folder is made there
     existing = next(p for p in (target, *target.parents) if p.exists())
@@ -88,17 +90,34 @@ def open_run_folder(config: TrainConfig) -> Path:
     """
     check_run_folder(config)
     folder = Path(config.out)
-    if (folder / CONFIG_FILE).exists():
+    if not _is_blank(folder / CONFIG_FILE):
         return folder
     try:
         Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"{CONFIG_FILE}.tmp"
-        unfinished.write_text(yaml.safe_dump(to_plain(config), sort_keys=False))
-        (folder / PROVENANCE_FILE).write_text(json.dumps(collect_provenance(), indent=2))
-        unfinished.replace(folder / CONFIG_FILE)
+        write_durably(folder / PROVENANCE_FILE, json.dumps(collect_provenance(), indent=2))
+        write_config(folder, config)
     except OSError as error:
         raise UserError(f"out = {config.out!r}: cannot be written ({error.strerror}); choose another folder") from error
     return folder
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Writes the run's config.yaml, whole and on the disk when this returns."""
+    write_durably(folder / CONFIG_FILE, yaml.safe_dump(to_plain(config), sort_keys=False))
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The config that a run's folder holds.
+
+    Raises:
+        UserError: there is none, or it cannot be read as one.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        return from_plain(TrainConfig, read_yaml(path.read_text(encoding="utf-8")))  # type: ignore[arg-type]
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path}: is not readable as a run's config ({why}); choose a new --out") from error
 
 
 @contextmanager
@@ -137,16 +156,32 @@ def _take_lock(folder: Path, descriptor: int) -> None:
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
 
-def _refuse_other_config(config: TrainConfig, existing: Path) -> None:
+def _is_blank(path: Path) -> bool:
+    """Whether the file is missing, or has lost its content in a power cut: empty, or zeros."""
     try:
-        recorded = from_plain(TrainConfig, yaml.safe_load(existing.read_text()))
-    except (yaml.YAMLError, UserError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{existing}: is not readable as a run's config ({error}); choose a new --out") from error
-    old, new = flatten(to_plain(recorded)), flatten(to_plain(config))
-    different = {key for key, value in new.items() if old.get(key) != value} - FREE_TO_CHANGE
-    changed = [f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in sorted(different)]
-    if changed:
+        return not path.read_bytes().strip(b"\0 \r\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+
+
+def _is_cut_off_start(folder: Path) -> bool:
+    """Whether a run may begin in this folder, since it holds nothing that one could be continued from."""
+    lost_config = (folder / CONFIG_FILE).exists() and not any(folder.glob("checkpoints/*.pt"))
+    return lost_config or (folder.is_dir() and all(p.name.split(UNFINISHED)[0] in CUT_OFF_START for p in folder.iterdir()))
+
+
+def _refuse_other_config(config: TrainConfig, folder: Path) -> None:
+    if changed := config_changes(read_config(folder), config):
         raise UserError(f"out = {config.out!r}: holds a run with another config ({'; '.join(changed[:5])}); choose a new folder")
+
+
+def config_changes(old: TrainConfig, new: TrainConfig, *, free: frozenset[str] = FREE_TO_CHANGE) -> list[str]:
+    """'name was x, is y' for each option that differs and is not free to."""
+    before, now = flatten(to_plain(old)), flatten(to_plain(new))
+    different = sorted(name for name, value in now.items() if before.get(name) != value and name not in free)
+    return [f"{name} was {shown(before.get(name))}, is {shown(now[name])}" for name in different]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

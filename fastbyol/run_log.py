@@ -15,7 +15,9 @@ from fastbyol.config.console import PrintableFormatter, in_utf8
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
+from fastbyol.durable_files import write_durably
 from fastbyol.progress import PROGRESS, live_line, progress_line
+from fastbyol.saved_structure import is_count
 from fastbyol.wandb_log import WandbLog
 
 log = logging.getLogger("fastbyol")
@@ -39,13 +41,11 @@ class RunLog:
         self.total_steps, self.first_step = total_steps, first_step
         path = folder / METRICS_FILE
         kept = [r for r in read_metrics(folder) if r["step"] < first_step]
-        unfinished = path.with_suffix(".tmp")
         try:
-            unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            write_durably(path, "".join(json.dumps(r) + "\n" for r in kept))
         except OSError as error:
-            raise UserError(f"{unfinished}: cannot be written ({error.strerror}); make room, nothing is lost") from error
-        unfinished.replace(path)
-        self._earlier_s = kept[-1]["time_s"] if kept else 0.0
+            raise UserError(f"{path}: cannot be written ({error.strerror}); make room, nothing is lost") from error
+        self._earlier_s = (kept[-1].get("time_s") if kept else None) or 0.0
         self._start = self._counted_from = time.perf_counter()
         self._alarmed = False
         self._file = path.open("a")
@@ -110,13 +110,31 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in order; a line cut by a kill or a full disk is left out."""
+    """The records of metrics.jsonl in order. A line that is none (cut by a kill or a full disk, damaged) is left out, which is said.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     path = folder / METRICS_FILE
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); move it away to go without") from error
+    records = [record for line in lines if (record := _record_in(line)) is not None]
+    if len(records) < len(lines):
+        log.warning("%s: %d of %d lines are damaged and left out", path, len(lines) - len(records), len(lines))
     return records
+
+
+def _record_in(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not is_count(record.get("step")):
+        return None
+    texts = {name for name, value in record.items() if not isinstance(value, int | float | None)}
+    return record if texts <= {"alarm"} and isinstance(record.get("alarm"), str | None) else None
 
 
 def duration(seconds: float) -> str:

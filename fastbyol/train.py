@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastbyol
 from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.checkpoint import check_resume, checkpoint_path, checkpoint_steps
+from fastbyol.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config
 from fastbyol.checkpoint_writer import CheckpointWriter
 from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Diverged, Lost, one_line_errors
@@ -52,6 +53,7 @@ from fastbyol.optim.lars import LARS
 from fastbyol.precision import autocast, build_scaler, is_compiled, prepare_model
 from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.profiling import StepProfiler
+from fastbyol.rank_agreement import opened_alike, require_same_start
 from fastbyol.run_folder import CONFIG_FILE, check_run_folder, flatten, locked_run_folder, open_run_folder
 from fastbyol.run_log import RunLog, close_logging, configure_logging
 from fastbyol.run_plan import RunPlan
@@ -85,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
     """The run that the config describes, from where it stopped to its last checkpoint. Returns False where it was asked to stop before that."""
+    require_same_start(config, process)
     if process.is_main:
+        mend_config(Path(config.out))
         check_run_folder(config)
         check_resume(config)
         check_online_knn(config)
@@ -181,7 +185,8 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     """Loader, networks and optimizer; the same weights on every rank."""
     check_image_size(config.views.size_px, encoder=config.model.encoder, stem=config.model.stem)
     check_bn_images(config, process)
-    loader = build_loader(
+    open_data = partial(
+        build_loader,
         config.data,
         views=config.views,
         seed=config.seed,
@@ -194,8 +199,9 @@ def build(config: TrainConfig, process: Process) -> TrainState:
         traversal=config.data.traversal,
         window_mib=config.data.window_mib,
     )
+    loader = opened_alike(open_data, process)
     torch.manual_seed(config.seed)
-    byol = build_byol(config.model, num_classes=len(loader.class_names), objective=config.objective)
+    byol = build_byol(config.model, num_classes=max(1, len(loader.class_names)), objective=config.objective)
     if config.init_from and process.is_main and not checkpoint_steps(Path(config.out)):
         load_initial_weights(byol, config.init_from)  # DDP sends them to the other ranks
     if config.precision.cross_replica_bn and process.world_size > 1:

@@ -12,20 +12,23 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastbyol.byol import BYOL
-from fastbyol.checkpoint import CheckpointError, load_newest
-from fastbyol.config.errors import UserError
+from fastbyol.checkpoint import load_newest
+from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.finite_check import FiniteCheck
-from fastbyol.initial_weights import load_matching
+from fastbyol.optim.saved_state import state_difference
 from fastbyol.process_group import Process, broadcast_from_main, gather_on_main
 from fastbyol.provenance import package_versions
-from fastbyol.rng_state import rng_state, set_rng_state
+from fastbyol.rng_state import rng_difference, rng_state, set_rng_state
+from fastbyol.saved_structure import first_difference, is_count
 
 log = logging.getLogger("fastbyol")
 REQUIRED = ("optimizer", "scaler", "loader", "num_samples", "ranks", "versions")
 """What a run needs to go on, besides what every checkpoint holds."""
+REMOVED_SHARE, REMOVED_IMAGES = 0.01, 16
+"""A run goes on without images that somebody has removed, up to this share or number of them, whichever is more; beyond it is other data."""
 
 
 @dataclass
@@ -50,6 +53,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "loader": {**self.loader.state_dict(), "batches_per_epoch": len(self.loader)},
             "num_samples": self.loader.num_samples,
+            "class_counts": self.loader.class_counts(),
             "ranks": {"rng": ranks, "bn_images": bn_images(config, process)},
             "versions": package_versions(),
         }
@@ -60,32 +64,85 @@ class TrainState:
         The main process reads and tells the others, so that all continue from the same one and only its machine needs the folder.
 
         Raises:
-            UserError: the data set has another number of images than the run was started with, or the file belongs to other networks.
+            UserError: the data are not those that the run was started with, or no checkpoint is one of this run.
         """
-        state: dict[str, Any] | None = broadcast_from_main(load_newest(folder) if process.is_main else None)
+        state: dict[str, Any] | None = None
+        if process.is_main:
+            state = load_newest(folder, config=config, check=self._difference)
+        state = broadcast_from_main(state)
         if state is None:
             return 0
-        if missing := [name for name in REQUIRED if name not in state]:
-            raise CheckpointError(f"{folder}: its newest checkpoint lacks {', '.join(missing)} and cannot be continued; use --init_from")
-        if state["num_samples"] != self.loader.num_samples:
-            raise UserError(
-                f"data.train holds {self.loader.num_samples} images, the run in {folder} was started with {state['num_samples']}"
-            )
-        load_matching(self.byol, state["byol"], source=f"checkpoint in {folder}")
+        fewer = self._removed_images(state, folder)
+        self.byol.load_state_dict(state["byol"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self._restore_loader(state["loader"])
+        self._restore_loader(state["loader"], steps_per_epoch=state["num_samples"] // config.global_batch)
         generators = state["ranks"]["rng"]
         if process.rank < len(generators):
             set_rng_state(generators[process.rank])
         if process.is_main:
+            if fewer:
+                log.warning(
+                    "data.train holds %d images, %d fewer than at the checkpoint: the run goes on with those, in an order drawn anew from here on",
+                    self.loader.num_samples,
+                    fewer,
+                )
             _announce_differences(state, config=config, process=process)
         return int(state["step"])
 
-    def _restore_loader(self, saved: dict[str, int]) -> None:
-        """The same images next, however many micro-batches now make a step."""
-        batch = saved["batch"] * len(self.loader) // saved["batches_per_epoch"]
-        self.loader.load_state_dict({"epoch": saved["epoch"], "batch": batch})
+    def _difference(self, state: dict[str, Any]) -> str | None:
+        """Says why a checkpoint's state could not continue this run, or None: the first thing that this run would not have written so."""
+        if missing := [name for name in REQUIRED if name not in state]:
+            return f"it lacks {', '.join(missing)}"
+        ranks, versions, loader = state["ranks"], state["versions"], state["loader"]
+        if not isinstance(ranks, dict) or not isinstance(ranks.get("rng"), list) or not is_count(ranks.get("bn_images")):
+            return f"ranks is {shown(ranks)}"
+        if not isinstance(versions, dict) or not all(isinstance(text, str) for pair in versions.items() for text in pair):
+            return f"versions is {shown(versions)}"
+        if not isinstance(loader, dict) or not all(is_count(loader.get(name)) for name in ("epoch", "batch", "batches_per_epoch")):
+            return f"loader is {shown(loader)}, must be counts"
+        if loader["batch"] >= loader["batches_per_epoch"] or loader["epoch"] > state["step"]:
+            return f"loader is {shown(loader)}, no position after {state['step']} steps"
+        if not is_count(state["num_samples"]) or not state["num_samples"]:
+            return f"num_samples is {shown(state['num_samples'])}"
+        counts = state.get("class_counts", {})
+        if not isinstance(counts, dict) or not all(isinstance(name, str) and is_count(count) for name, count in counts.items()):
+            return f"class_counts is {shown(counts)}"
+        scale = state["scaler"].get("scale", 1.0) if isinstance(state["scaler"], dict) else 1.0
+        return (
+            first_difference(state["byol"], self.byol.state_dict(), "byol")
+            or first_difference(state["scaler"], self.scaler.state_dict(), "scaler")
+            or (f"scaler.scale is {scale}" if not scale > 0 else None)
+            or next((wrong for each in ranks["rng"] if (wrong := rng_difference(each))), None)
+            or state_difference(self.optimizer, state["optimizer"])
+        )
+
+    def _removed_images(self, state: dict[str, Any], folder: Path) -> int:
+        """How many images fewer there are than at the checkpoint.
+
+        Raises:
+            UserError: these are other data: more images, too few, or other classes.
+        """
+        before, now = state["num_samples"], self.loader.num_samples
+        if now == before:
+            return 0
+        counts = self.loader.class_counts()
+        recorded = state.get("class_counts", counts)  # earlier versions wrote none
+        gained = [name for name, count in counts.items() if count > recorded.get(name, 0)]
+        if now > before or before - now > max(REMOVED_SHARE * before, REMOVED_IMAGES) or gained:
+            raise UserError(
+                f"data.train holds {now} images, the run in {folder} was started with {before}"
+                + (f", and more of class {gained[0]!r} than then" if gained else "")
+                + f"; give the run's own data (up to {REMOVED_SHARE:.0%} or {REMOVED_IMAGES} of its images may be removed)"
+            )
+        return before - now
+
+    def _restore_loader(self, saved: dict[str, int], *, steps_per_epoch: int) -> None:
+        """The same images next, however many micro-batches now make a step; without removed images, as far on in the epoch as before."""
+        per_epoch_now = self.loader.traversal.num_samples // self.loader.traversal.global_batch
+        steps = saved["batch"] * steps_per_epoch // saved["batches_per_epoch"]
+        epoch, steps = (saved["epoch"], steps) if steps < per_epoch_now else (saved["epoch"] + 1, 0)
+        self.loader.load_state_dict({"epoch": epoch, "batch": steps * len(self.loader) // per_epoch_now})
 
 
 def bn_images(config: TrainConfig, process: Process) -> int:

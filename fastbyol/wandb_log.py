@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import uuid
@@ -11,6 +12,7 @@ from typing import Any
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
+from fastbyol.durable_files import write_durably
 
 ID_FILE = "wandb.json"
 
@@ -74,6 +76,8 @@ def _in_text(values: dict[str, Any]) -> dict[str, Any]:
 
 def _run_id(folder: Path) -> str:
     path = folder / ID_FILE
-    if not path.exists():
-        path.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}))
-    return json.loads(path.read_text())["id"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: the run gets a new one
+        return str(json.loads(path.read_text())["id"])
+    name = uuid.uuid4().hex[:12]
+    write_durably(path, json.dumps({"id": name}))
+    return name

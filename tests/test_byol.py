@@ -11,12 +11,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastbyol import precision
 from fastbyol.byol import BYOL, build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, ObjectiveConfig, PrecisionConfig
+from fastbyol.models import encoder_from
 from fastbyol.models.view_batchnorm import convert_to_batchnorm
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
@@ -391,3 +393,20 @@ def test_simclr_is_the_row_without_predictor_and_target_at_beta_one():
         others = [math.exp(float(z[i] @ z[k]) / 0.5) for k in range(12) if k != i]
         nt_xent += -math.log(math.exp(float(z[i] @ z[j]) / 0.5) / sum(others)) / 12
     assert loss == pytest.approx(2 * 0.5 * 2 * nt_xent, abs=1e-9)
+
+
+def test_the_probe_learns_from_the_images_with_a_label_only():
+    torch.manual_seed(0)
+    byol = BYOL(encoder_from(ModelConfig(encoder="resnet8", stem="small2")), num_classes=3, hidden_dim=8, projection_dim=4)
+    view1, view2, label = torch.randn(6, 3, 32, 32), torch.randn(6, 3, 32, 32), torch.tensor([0, 1, -1, 2, -100, 1])
+    output = byol(view1, view2, label)
+    has_label = label >= 0
+    logits = byol.probe(output.feature)
+    torch.testing.assert_close(output.probe_loss, F.cross_entropy(logits[has_label], label[has_label]))
+    assert output.probe_correct.isnan().tolist() == (~has_label).tolist()
+    assert output.probe_correct[has_label].tolist() == (logits.argmax(1) == label)[has_label].float().tolist()
+    none = byol(view1, view2, torch.full((6,), -1))
+    assert none.probe_loss == 0
+    (none.loss + none.probe_loss).backward()
+    assert all(p.grad.isfinite().all() for p in byol.online.parameters())
+    assert (byol.probe.weight.grad == 0).all()

@@ -95,10 +95,6 @@ def _hole(path):
     path.write_bytes(payload)
 
 
-def _digest_lost(path):
-    path.with_suffix(".sha256").unlink()
-
-
 def _digest_of_another(path):
     path.with_suffix(".sha256").write_text(checkpoint_path(path.parent.parent, 1).with_suffix(".sha256").read_text())
 
@@ -117,7 +113,7 @@ def _foreign(path):
 DAMAGES = {
     **{f"cut to {share:.0%}": _cut(share) for share in (0, 0.01, 0.5, 0.99)},
     **{f"a bit flipped at {share:.0%}": _flip(share) for share in (0, 0.1, 0.37, 0.5, 0.73, 0.999)},
-    **{f.__name__[1:].replace("_", " "): f for f in (_last_byte_lost, _zeros, _hole, _digest_lost, _digest_of_another)},
+    **{f.__name__[1:].replace("_", " "): f for f in (_last_byte_lost, _zeros, _hole, _digest_of_another)},
     **{f.__name__[1:].replace("_", " "): f for f in (_folder_in_its_place, _foreign)},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -19,8 +20,8 @@ from fastbyol.evaluation.features import Features, extract_features, pixel_featu
 from fastbyol.evaluation.knn import knn_predict, nearest
 from fastbyol.evaluation.linear import fit_linear, held_out_mask
 from fastbyol.evaluation.metrics import top_k_accuracy
-from fastbyol.evaluation.protocols import evaluate_knn, evaluate_linear, read_current, read_result
-from fastbyol.evaluation.splits import Split, Splits, split_paths
+from fastbyol.evaluation.protocols import evaluate_knn, evaluate_linear, read_current, read_result, write_or_say
+from fastbyol.evaluation.splits import Split, Splits, common_classes, split_paths
 from fastbyol.evaluation.subjects import FeatureBank
 
 NUM_CLASSES = 3
@@ -287,3 +288,56 @@ def test_train_and_val_of_different_classes_are_refused():
     train, val = (Split(StoredImages(6, class_names=names), size_px=SIZE_PX) for names in (("a", "b"), ("a", "c")))
     with pytest.raises(UserError, match=r"\['b', 'c'\]"):
         Splits(train=train, val=val)
+
+
+def test_images_without_a_label_take_part_in_no_figure():
+    bank, train = make_bank()
+    whole = {
+        name: evaluate(bank, **options) for name, evaluate, options in (("linear", evaluate_linear, {}), ("knn", evaluate_knn, {"k": 5}))
+    }
+    bank, train = make_bank(val_label=torch.tensor([-1, 1, 2] * 4))
+    train.label[::5] = -1
+    for name, evaluate, options in (("linear", evaluate_linear, {}), ("knn", evaluate_knn, {"k": 5})):
+        result = evaluate(bank, **options)
+        assert (result.num_train, result.num_val, result.chance_top1) == (24, 8, 0.5)
+        assert result.scores["byol"].top1 == whole[name].scores["byol"].top1 == 1.0
+    bank, _ = make_bank(val_label=torch.full((12,), -1))
+    with pytest.raises(UserError, match="val has no image with a label"):
+        evaluate_knn(bank, k=5)
+
+
+def test_splits_are_evaluated_on_the_classes_that_both_have_and_the_others_are_said(caplog):
+    log = logging.getLogger("fastbyol")
+    before, log.propagate = log.propagate, True
+    try:
+        names = common_classes(("a", "b", "c"), ("b", "c", "d"))
+    finally:
+        log.propagate = before
+    assert names == ("b", "c")
+    assert "1 classes are in train only, their images are left out of the figures: 'a'" in caplog.text
+    assert "1 classes are in val only, their images are left out of the figures: 'd'" in caplog.text
+    train = Split(StoredImages(30), size_px=SIZE_PX, class_names=names)
+    val = Split(StoredImages(12, seed=1, class_names=("b", "c", "d")), size_px=SIZE_PX, class_names=names)
+    assert [int(label) for batch in train for label in batch.label][:4] == [-1, 0, 1, -1]
+    assert [int(label) for batch in val for label in batch.label][:4] == [0, 1, -1, 0]
+    result = evaluate_knn(FeatureBank(Encoder(), config=tiny_config(), splits=Splits(train=train, val=val)), k=5)
+    assert (result.num_train, result.num_val, result.num_classes) == (20, 8, 2)
+    with pytest.raises(UserError, match="none is in both"):
+        common_classes(("a",), ("b",))
+
+
+def test_each_data_set_has_a_file_of_its_own_and_a_later_result_on_it_replaces_the_earlier_one(tmp_path, capsys):
+    result = evaluate_knn(make_bank()[0], k=5)
+    paths = [result.write(tmp_path, data=data, step=step) for data, step in (("a", 1), ("b", 1), ("a", 2), ("c", 1), ("b", 1))]
+    assert [path.name for path in paths] == ["knn.json", "knn-2.json", "knn.json", "knn-3.json", "knn-2.json"]
+    assert read_current(tmp_path, "knn", step=1, data="b") == (result, {"data": "b", "step": 1})
+    assert read_current(tmp_path, "knn", step=1, data="a") is None
+    assert read_current(tmp_path, "knn", step=2, data="a") is not None
+    (tmp_path / "knn.json").write_text("damaged")
+    assert result.write(tmp_path, data="d", step=1).name == "knn.json"
+
+
+def test_figures_that_cannot_be_written_are_shown_all_the_same(tmp_path, capsys):
+    (tmp_path / "evaluation").write_text("a file in the folder's place")
+    write_or_say(evaluate_knn(make_bank()[0], k=5), tmp_path / "evaluation", data="a", step=1)
+    assert "cannot be written (File exists), so the knn figures are shown only; --out keeps them" in capsys.readouterr().err

@@ -290,6 +290,16 @@ def _record(monitor: Monitor, *, step: int, last: BYOLOutput) -> dict[str, objec
     return monitor.record(step=step, epoch=0.1, lr=0.1, tau=0.9, last=last)
 
 
+def test_the_probes_accuracy_is_a_share_of_the_images_with_a_label():
+    monitor = Monitor(global_batch=8, world_size=1, device=CPU)
+    for correct in ([1.0, torch.nan, torch.nan, 0.0], [torch.nan] * 4, [1.0] * 4):
+        monitor.add(_output(1.0)._replace(probe_correct=torch.tensor(correct)))
+        monitor.step()
+    assert _record(monitor, step=1, last=_output(1.0))["probe_top1"] == pytest.approx(5 / 6)
+    monitor.add(_output(1.0)._replace(probe_correct=torch.full((4,), torch.nan)))
+    assert _record(monitor, step=2, last=_output(1.0))["probe_top1"] == 0
+
+
 def test_a_record_averages_its_interval_and_the_next_one_starts_anew():
     monitor = Monitor(global_batch=8, world_size=2, device=CPU)
     for loss in (1.0, 3.0):

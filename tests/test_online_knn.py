@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastbyol.data import build_image_loader
 from fastbyol.evaluation.features import extract_features
 from fastbyol.evaluation.knn import knn_predict
 from fastbyol.evaluation.online_knn import OnlineKnn, build_online_knn, choose_images
+from fastbyol.models import encoder_from
 from fastbyol.process_group import Process
 from fastbyol.run_log import read_metrics
 from fastbyol.train import main
@@ -54,6 +56,10 @@ def _config(train: Path, val: Path, **monitors: object) -> TrainConfig:
         data=DataConfig(train=str(train), val=str(val), workers=1),
         monitors=MonitorsConfig(**{"knn_every_epochs": 1.0, **monitors}),  # type: ignore[arg-type]
     )
+
+
+def _both(train: Path, val: Path) -> closing[OnlineKnn]:
+    return closing(_online_knn(_config(train, val)))
 
 
 def _online_knn(config: TrainConfig, *, first_step: int = 0, total_steps: int = 6) -> OnlineKnn:
@@ -159,6 +165,22 @@ def test_val_with_other_classes_or_missing_is_refused_by_its_name(data_paths, ma
         _online_knn(_config(data_paths["folder"], other))
     with pytest.raises(UserError, match="data.val = none: no such file or folder"):
         _online_knn(_config(data_paths["folder"], Path("none")))
+
+
+def test_classes_that_one_split_lacks_and_images_without_a_label_are_left_out(data_paths, tmp_path):
+    import shutil
+
+    shutil.copytree(data_paths["folder"], tmp_path / "val")
+    shutil.rmtree(tmp_path / "val" / "ant")
+    with _both(data_paths["folder"], tmp_path / "val") as knn:
+        torch.manual_seed(0)
+        encoder = encoder_from(ModelConfig(encoder="resnet8", stem="small2"))
+        assert 0.0 <= knn.top1(encoder) <= 1.0
+        features = knn._all_features(encoder)
+        assert (features.label == -1).sum() == 8, "ants"
+        assert len(features.labelled().label) == 17
+        knn._val._labels = np.full_like(knn._val._labels, -1)
+        assert knn.top1(encoder) == 0.0
 
 
 @pytest.mark.parametrize(

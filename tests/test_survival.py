@@ -19,7 +19,7 @@ from file_limit import files_no_larger_than
 from launched_run import state_digest
 
 from fastbyol import load_encoder, run_folder, train
-from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
@@ -216,12 +216,16 @@ def test_what_may_not_be_continued_is_refused_with_the_reason(options, says, arg
 
 
 def test_a_data_set_of_another_size_is_refused(arguments, whole, data_paths, tmp_path, capsys):
-    fewer = tmp_path / "fewer"
-    shutil.copytree(data_paths["folder"], fewer)
-    next((fewer / "ant").iterdir()).unlink()
-    code, said = _ends([*arguments, "--out", str(whole), "--data.train", str(fewer)], capsys)
-    assert code == 2
-    assert "holds 24 images, the run in" in said
+    more, few = tmp_path / "more", tmp_path / "few"
+    for folder in (more, few):
+        shutil.copytree(data_paths["folder"], folder)
+    shutil.copy(more / "ant" / "000.jpg", more / "ant" / "900.jpg")
+    for path in sorted(few.glob("*/*.jpg"))[1::3] + sorted(few.glob("*/*.jpg"))[2::3] + [few / "cat" / "001.jpg"]:
+        path.unlink(missing_ok=True)
+    for folder, number in ((more, 26), (few, len(list(few.glob("*/*.jpg"))))):
+        code, said = _ends([*arguments, "--out", str(whole), "--data.train", str(folder)], capsys)
+        assert code == 2
+        assert f"holds {number} images, the run in" in said
 
 
 def test_another_rank_batch_sees_the_same_images_and_says_what_changes_for_batch_norm(arguments, whole, tmp_path, capsys, monkeypatch):
@@ -301,17 +305,94 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(source, options, says, 
     assert not (tmp_path / "run").exists()
 
 
-def test_an_old_checkpoint_that_lacks_a_part_is_refused_by_name(arguments, whole, tmp_path, capsys):
-    from fastbyol.checkpoint import save_checkpoint
-
-    out = tmp_path / "run"
+def _with_another_newest(whole, out, **changes):
+    """A copy of the run whose checkpoint after step 6 differs in these parts; None: it has none."""
     shutil.copytree(whole, out)
     state = load_checkpoint(checkpoint_path(out, 6))
-    del state["optimizer"]
-    save_checkpoint(out, step=7, state=state, keep=2)
+    state |= changes | {"config": state["config"] | changes.get("config", {})}
+    checkpoint_path(out, 6).with_suffix(".sha256").unlink()
+    save_checkpoint(out, step=6, state={name: value for name, value in state.items() if value is not None}, keep=9)
+    return out
+
+
+WRONG_PARTS = {
+    "lacks optimizer": {"optimizer": None},
+    "lacks scaler": {"scaler": None},
+    "with another config.*seed was 9, is 0": {"config": {"seed": 9}},
+    "it holds step 5, its name says 6": {"step": 5},
+    "its step is 6.0": {"step": 6.0},
+    r"loader is .*'batch': -1": {"loader": {"epoch": 2, "batch": -1, "batches_per_epoch": 3}},
+    r"loader is .*must be counts": {"loader": {"epoch": 2.0, "batch": 0, "batches_per_epoch": 3}},
+    r"loader is .*no position after 6 steps": {"loader": {"epoch": 2**50, "batch": 0, "batches_per_epoch": 3}},
+    "ranks is": {"ranks": [1]},
+    "rng is 'x'": {"ranks": {"rng": ["x"], "bn_images": 8}},
+    "versions is": {"versions": {"torch": 2}},
+    "num_samples is -25": {"num_samples": -25},
+    "scaler has 'scale'": {"scaler": {"scale": 1.0}},
+    "its networks are not tensors": {"byol": {"x": 1}},
+    "byol lacks 'online.encoder.conv1.weight'": {"byol": {"probe.bias": torch.zeros(3)}},
+}
+
+
+@pytest.mark.parametrize(("says", "changes"), WRONG_PARTS.items(), ids=WRONG_PARTS)
+def test_a_checkpoint_with_a_wrong_part_is_named_and_the_one_before_is_continued(says, changes, arguments, whole, tmp_path, capsys):
+    out = _with_another_newest(whole, tmp_path / "run", **changes)
+    main([*arguments, "--out", str(out)])
+    said = capsys.readouterr().err
+    assert re.search(rf"step-000000006.pt: .*{says}.*; trying the one before", said), said
+    assert state_digest(out) == state_digest(whole)
+
+
+def test_a_run_whose_every_checkpoint_is_of_another_run_is_refused(arguments, whole, tmp_path, capsys):
+    out = _with_another_newest(whole, tmp_path / "run", config={"seed": 9})
+    for step in range(1, 6):
+        checkpoint_path(out, step).unlink()
     code, said = _ends([*arguments, "--out", str(out)], capsys)
     assert code == 2
-    assert "lacks optimizer and cannot be continued" in said
+    assert "all 1 checkpoints are damaged or of another run" in said
+    assert "seed was 9, is 0" in said
+
+
+@pytest.mark.parametrize("content", [None, "", "\0\0\0", "epochs: [3", "seed: &a [*a]"])
+def test_a_lost_config_is_mended_from_the_newest_checkpoint(content, arguments, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    config = (out / "config.yaml").read_text()
+    (out / "config.yaml").unlink() if content is None else (out / "config.yaml").write_text(content)
+    main([*arguments, "--out", str(out)])
+    assert "config.yaml could not be read; it is written anew from the checkpoint after step 6" in capsys.readouterr().err
+    assert (out / "config.yaml").read_text() == config
+    code, said = _ends([*arguments, "--out", str(out), "--seed", "9"], capsys)
+    assert code == 2
+    assert "seed was 0, is 9" in said
+
+
+def _without(source, target, names):
+    shutil.copytree(source, target)
+    for name in names:
+        (target / name).unlink()
+    return target
+
+
+def test_a_run_goes_on_without_the_images_that_were_removed_and_says_so(whole, data_paths, tmp_path, capsys):
+    out, data = tmp_path / "run", _without(data_paths["folder"], tmp_path / "images", ["ant/002.jpg", "bee/005.jpg"])
+    shutil.copytree(whole, out)
+    for later in (5, 6):
+        checkpoint_path(out, later).unlink()
+    main([*SMALL, "--data.train", str(data), "--out", str(out)])
+    assert "data.train holds 23 images, 2 fewer than at the checkpoint" in capsys.readouterr().err
+    assert load_checkpoint(checkpoint_path(out, 5))["class_counts"] == {"ant": 7, "bee": 8, "cat": 8}
+
+
+def test_other_data_are_not_taken_for_removed_images(whole, data_paths, tmp_path, capsys):
+    data = _without(data_paths["folder"], tmp_path / "moved", ["ant/002.jpg", "ant/003.jpg"])
+    shutil.copy(data / "bee" / "000.jpg", data / "bee" / "900.jpg")
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    code, said = _ends([*SMALL, "--data.train", str(data), "--out", str(out)], capsys)
+    assert code == 2
+    assert "data.train holds 24 images, the run in" in said
+    assert "more of class 'bee' than then" in said
 
 
 def test_the_time_left_is_said_once_after_the_first_steps(tmp_path, capsys):
@@ -331,6 +412,16 @@ def test_durations_read_as_one_says_them():
 
 def test_metrics_after_a_line_that_was_cut_are_still_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n{"st')
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "line", [b'\xff\xfe\x00{"step": 1}', b"[1, 2]", b"3", b'{"loss": 1.0}', b'{"step": "1"}', b'{"step": 1, "loss": "x"}', b"[" * 100_000]
+)
+def test_a_damaged_line_of_the_metrics_stops_neither_reading_nor_a_resume_and_is_said(line, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "time_s": 2.0}\n' + line + b'\n{"step": 2, "time_s": 3.0}\n')
+    with RunLog(tmp_path, TrainConfig(), total_steps=9, first_step=3):
+        pass
     assert [r["step"] for r in read_metrics(tmp_path)] == [0, 2]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -86,10 +87,23 @@ def environment_integer(name: str, default: int, environment: Mapping[str, str] 
         ) from error
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 300
+_SHORT.maxlong, _SHORT.maxlevel = 60, 2
+
+
+def shown(value: object) -> str:
+    """The value as an error shows it, a line at most: a few bytes of YAML or pickle can stand for gigabytes of nested lists."""
+    try:
+        return _SHORT.repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"a {type(value).__name__}"
+
+
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raises UserError 'name = value: must be allowed' unless the condition holds."""
     if not condition:
-        raise UserError(f"{name} = {value!r}: must be {allowed}")
+        raise UserError(f"{name} = {shown(value)}: must be {allowed}")
 
 
 def require_probability(name: str, value: float) -> None:

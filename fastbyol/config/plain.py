@@ -7,7 +7,7 @@ import difflib
 import typing
 from typing import Any, TypeVar
 
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, shown
 
 Config = TypeVar("Config")
 
@@ -25,13 +25,16 @@ def from_plain(cls: type[Config], values: dict[str, Any], *, where: str = "") ->
     """The dataclass built, and so checked, from plain values; fields left out take their defaults.
 
     Raises:
-        UserError: a name that the class does not have (with the nearest one), a value of another type, or one out of range.
+        UserError: no options at all, a name that the class does not have (with the nearest one), a value of another type, or one out of range.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{where or 'the config'} is {shown(values)}: must be a group of options")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise UserError(f"{where}{name}: no such option{nearest_name(name, known)}")
+            text = name[:100] if isinstance(name, str) else shown(name)
+            raise UserError(f"{where}{text}: no such option{nearest_name(text, known)}")
     converted = {name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()}
     try:
         return cls(**converted)
@@ -50,15 +53,18 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if dataclasses.is_dataclass(value):
             return value
         if not isinstance(value, dict):
-            raise UserError(f"{where} = {value!r}: must be a group of options")
+            raise UserError(f"{where} = {shown(value)}: must be a group of options")
         return from_plain(hint, value, where=f"{where}.")  # type: ignore[type-var]
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         if not isinstance(value, list | tuple) or len(value) != len(items):
-            raise UserError(f"{where} = {value!r}: must be {len(items)} values")
+            raise UserError(f"{where} = {shown(value)}: must be {len(items)} values")
         return tuple(_convert(v, t, where) for v, t in zip(value, items, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise UserError(f"{where} = {shown(value)}: must be a number below 1e308") from error
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{where} = {value!r}: must be of type {hint.__name__}")
+        raise UserError(f"{where} = {shown(value)}: must be of type {hint.__name__}")
     return value

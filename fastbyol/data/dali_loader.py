@@ -65,6 +65,9 @@ class DaliSource(Source):
         rows = self._table[indices]
         self._files[rows["shard"][0]].read_ahead(int(rows["offset"].min()), int((rows["offset"] + rows["size"]).max()))
 
+    def identity(self) -> bytes:
+        return self._table.tobytes()
+
     def sample_name(self, index: int) -> str:
         return f"image {index} ({self._listed[index]:08d}.jpg of {self._files[self._table['shard'][index]].path})"
 

@@ -122,6 +122,9 @@ class FfcvSource(Source):
         ends = self._beton.offset[indices] + self._beton.size[indices]
         self._file.read_ahead(int(self._beton.offset[indices].min()), int(ends.max()))
 
+    def identity(self) -> bytes:
+        return super().identity() + (b"" if self._beton.crc32 is None else self._beton.crc32.tobytes())
+
     def sample_name(self, index: int) -> str:
         return f"image {index} of {self._file.path}"
 

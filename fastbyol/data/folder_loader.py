@@ -15,6 +15,8 @@ from fastbyol.data.source import Indices, Pixels, Source, damaged
 
 log = logging.getLogger("fastbyol")
 
+_SIZES_COMPARED = 256
+
 
 class FolderSource(Source):
     """Sample i is the i-th file of the ImageFolder listing."""
@@ -34,6 +36,12 @@ class FolderSource(Source):
             self._sizes[index] = self._header_size(index)
         height, width = self._sizes[indices].T
         return height, width
+
+    def identity(self) -> bytes:
+        """The files' names, and how long some of them are: opening a million headers is not worth it."""
+        some = np.unique(np.linspace(0, self.num_samples - 1, _SIZES_COMPARED).astype(np.int64)).tolist()
+        lengths = [path.stat().st_size if (path := self._listing.path(index)).exists() else -1 for index in some]
+        return "\0".join(self._listing.files).encode(errors="surrogateescape") + repr(lengths).encode()
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         for index in indices.tolist():

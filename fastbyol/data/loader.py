@@ -57,6 +57,15 @@ class TwoViewLoader:
         """Micro-batches of this rank in a whole epoch."""
         return self.traversal.micro_batches
 
+    def fingerprint(self) -> dict[str, str]:
+        """What tells the data set from another one, see `Source.fingerprint`."""
+        return self._renderer.source.fingerprint()
+
+    def class_counts(self) -> dict[str, int]:
+        """Images of each class; those without a label (-1) count for none."""
+        labels = self._labels[self._labels >= 0]
+        return dict(zip(self.class_names, np.bincount(labels, minlength=len(self.class_names)).tolist(), strict=False))
+
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of another epoch; the current one is left where it is, so that a resumed loop may call this too."""
         require_at_least("epoch", epoch, 0)
@@ -122,6 +131,10 @@ class ImageLoader:
         self.num_samples, self.class_names = source.num_samples, source.class_names
         self._renderer = KernelRenderer(source, views, num_views=1, workers=workers, prefetch=prefetch)
         self._labels, self._batch = source.labels, batch
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells the data set from another one, see `Source.fingerprint`."""
+        return self._renderer.source.fingerprint()
 
     def __len__(self) -> int:
         """Batches in a pass."""

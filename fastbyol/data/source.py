@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from abc import ABC, abstractmethod
@@ -51,6 +52,16 @@ class Source(ABC):
     @abstractmethod
     def sample_name(self, index: int) -> str:
         """The sample as a user would look for it: its index and file."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """What tells this data set from another one, a short text each: number of images, digests of names, labels, and of the images' identity."""
+        texts = {"class names": repr(self.class_names).encode(), "labels": self.labels.tobytes(), "images": self.identity()}
+        return {"number of images": str(self.num_samples)} | {name: hashlib.sha256(text).hexdigest()[:12] for name, text in texts.items()}
+
+    def identity(self) -> bytes:
+        """Bytes that other images would hardly share, without decoding any: sizes and places."""
+        everything = np.arange(self.num_samples, dtype=np.int64)
+        return b"".join(column.tobytes() for column in (*self.sizes(everything), *self.storage()))
 
     def storage(self) -> Storage:
         """Where the samples lie. UserError for a backend whose samples share no file: then no order of reading is better than another."""

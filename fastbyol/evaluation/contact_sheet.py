@@ -82,7 +82,9 @@ def _strips(path: str, *, views: ViewPair, backend: str, rows: int, epochs: int,
     for row, sample in enumerate(index):
         pixels = display_pixels(torch.cat([centre.image[row : row + 1], drawn[row]]), views=views)
         captions = [[], *(caption(drawn_row, semantics=views.semantics) for drawn_row in parameters[row].numpy())]
-        strips.append(Strip(pixels, captions, [f"image {sample}", names[int(centre.label[row])], name]))
+        strips.append(
+            Strip(pixels, captions, [f"image {sample}", names[label] if (label := int(centre.label[row])) >= 0 else "no label", name])
+        )
     return strips
 
 

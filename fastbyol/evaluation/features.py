@@ -18,12 +18,17 @@ PIXEL_SIDE_PX = 32
 class Features(NamedTuple):
     """N images as an evaluation protocol sees them, on the CPU.
 
-    feature: (N, D) float32. label: (N,) int64 class. index: (N,) int64 position in the data set.
+    feature: (N, D) float32. label: (N,) int64 class, -1: none. index: (N,) int64 position in the data set.
     """
 
     feature: torch.Tensor
     label: torch.Tensor
     index: torch.Tensor
+
+    def labelled(self) -> Features:
+        """The images with a label; all of them as they are where each has one."""
+        has_label = self.label >= 0
+        return self if bool(has_label.all()) else Features(*(part[has_label] for part in self))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from fastbyol.data import build_image_loader
 from fastbyol.data.loader import ImageLoader
 from fastbyol.evaluation.features import Features, extract_features
 from fastbyol.evaluation.knn import DEFAULT_K, knn_predict
+from fastbyol.evaluation.splits import common_classes
 from fastbyol.process_group import Process, all_gather_rows, all_reduce_mean, copy_from_main
+from fastbyol.rank_agreement import opened_alike
 
 BATCH = 256
 
@@ -40,7 +43,7 @@ class OnlineKnn:
         first_step, total_steps: where this process starts and the run ends.
 
     Raises:
-        UserError: data.val cannot be read, or has other classes than data.train.
+        UserError: data.val cannot be read, or has no class of data.train's.
     """
 
     def __init__(self, config: TrainConfig, process: Process, *, num_samples: int, first_step: int, total_steps: int) -> None:
@@ -48,12 +51,16 @@ class OnlineKnn:
         self._periods_per_step = config.global_batch / (num_samples * config.monitors.knn_every_epochs)
         self._period = int(first_step * self._periods_per_step)
         self._train, self._val = (
-            build_image_loader(path, views=config.views, batch=BATCH, workers=config.data.workers, option=option)
+            opened_alike(
+                partial(build_image_loader, path, views=config.views, batch=BATCH, workers=config.data.workers, option=option),
+                process,
+                option=option,
+            )
             for path, option in ((config.data.train, "data.train"), (config.data.val, "data.val"))
         )
-        if tuple(self._train.class_names) != tuple(self._val.class_names):
-            differing = sorted(set(self._train.class_names) ^ set(self._val.class_names))
-            raise UserError(f"data.val = {config.data.val!r}: its classes differ from data.train's in {differing[:5]}")
+        self._class_names = common_classes(
+            self._train.class_names, self._val.class_names, names=("data.train", f"data.val = {config.data.val!r}")
+        )
         self._train_index, self._val_index = (
             choose_images(loader.num_samples, at_most=config.monitors.knn_images) for loader in (self._train, self._val)
         )
@@ -67,14 +74,16 @@ class OnlineKnn:
         """Share of the val images whose neighbours name their class, in [0, 1]. Every rank calls it and gets the same."""
         encoder = copy.deepcopy(encoder).eval()
         copy_from_main(encoder.buffers())  # without cross-replica BN each rank has statistics of its own
-        train = self._all_features(encoder)
-        val = self._features(encoder, self._val, self._val_index[self._process.rank :: self._process.world_size])
-        num_classes = len(self._val.class_names)
-        scores = knn_predict(train, val.feature, num_classes=num_classes, k=min(DEFAULT_K, len(train.label)), device=self._process.device)
-        right = (scores.argmax(dim=1) == val.label).sum()
+        train = self._all_features(encoder).labelled()
+        val = self._features(encoder, self._val, self._val_index[self._process.rank :: self._process.world_size]).labelled()
+        right = 0
+        if len(train.label) and len(val.label):
+            options = {"num_classes": len(self._class_names), "k": min(DEFAULT_K, len(train.label))}
+            scores = knn_predict(train, val.feature, **options, device=self._process.device)
+            right = int((scores.argmax(dim=1) == val.label).sum())
         counts = torch.tensor([float(right), float(len(val.label))], device=self._process.device)
         right_share, num = all_reduce_mean(counts).tolist()
-        return right_share / num
+        return right_share / num if num else 0.0
 
     def close(self) -> None:
         self._train.close()
@@ -90,7 +99,10 @@ class OnlineKnn:
         return Features(*rows)
 
     def _features(self, encoder: nn.Module, loader: ImageLoader, index: NDArray[np.int64]) -> Features:
-        return extract_features(encoder, loader.batches_of(index), device=self._process.device, every_image=False)
+        features = extract_features(encoder, loader.batches_of(index), device=self._process.device, every_image=False)
+        number = {name: i for i, name in enumerate(self._class_names)}
+        labels = torch.tensor([*(number.get(name, -1) for name in loader.class_names), -1])  # the last: label -1 reads it
+        return features._replace(label=labels[features.label.clamp(min=-1)])
 
 
 def build_online_knn(config: TrainConfig, process: Process, *, num_samples: int, first_step: int, total_steps: int) -> OnlineKnn | None:

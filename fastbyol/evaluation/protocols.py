@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import logging
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,14 @@ from typing import Any
 import torch
 
 from fastbyol.config.errors import UserError
+from fastbyol.durable_files import write_durably
 from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.knn import DEFAULT_K, DEFAULT_TEMPERATURE, knn_predict
 from fastbyol.evaluation.linear import HELD_OUT_SHARE, L2_GRID, fit_linear
 from fastbyol.evaluation.metrics import top_k_accuracy
 from fastbyol.evaluation.subjects import SUBJECT_TITLES, SUBJECTS, FeatureBank
 
-EVALUATION_FOLDER = "evaluation"
+log = logging.getLogger("fastbyol")
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,41 @@ class ProtocolResult:
     chance_top1: float
     settings: dict[str, Any]
 
-    def write(self, folder: Path, **facts: object) -> Path:
-        """Writes `folder`/<protocol>.json, whole or not at all, `facts` (step, data, command …) beside the figures; returns its path."""
+    def write(self, folder: Path, *, data: str, **facts: object) -> Path:
+        """Writes a file of `folder`, whole or not at all, data and `facts` (step, command, ...) beside the figures; returns its path.
+
+        The first data set's is <protocol>.json, the next one's <protocol>-2.json, and so on; a later result on the same data replaces its own.
+        OSError where the folder cannot be written.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.protocol}.json"
-        unfinished = path.with_suffix(".json.tmp")
-        unfinished.write_text(json.dumps({**facts, **dataclasses.asdict(self)}, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        path = next(path for path in _result_paths(folder, self.protocol) if not path.exists() or _facts_of(path).get("data", data) == data)
+        if path.exists() and (before := _facts_of(path)) and before.get("step") != facts.get("step"):
+            log.warning("%s: replaces the figures of step %s on the same data", path, before.get("step"))
+        write_durably(path, json.dumps({"data": data, **facts, **dataclasses.asdict(self)}, indent=2) + "\n")
         return path
+
+
+def _result_paths(folder: Path, protocol: str) -> Iterator[Path]:
+    return (folder / f"{protocol}{'' if number == 1 else f'-{number}'}.json" for number in itertools.count(1))
+
+
+def _facts_of(path: Path) -> dict[str, Any]:
+    """The facts of a result; none where the file is no result."""
+    try:
+        return read_result(path)[1]
+    except UserError:
+        return {}
+
+
+def write_or_say(result: ProtocolResult, folder: Path, *, data: str, **facts: object) -> None:
+    """Writes the result and says where, or why it could not be written: it has cost more than the file is worth."""
+    try:
+        print(f"wrote {result.write(folder, data=data, **facts)}", file=sys.stderr)
+    except OSError as error:
+        print(
+            f"{folder}: cannot be written ({error.strerror}), so the {result.protocol} figures are shown only; --out keeps them",
+            file=sys.stderr,
+        )
 
 
 def read_result(path: Path) -> tuple[ProtocolResult, dict[str, Any]]:
@@ -69,12 +100,11 @@ def read_result(path: Path) -> tuple[ProtocolResult, dict[str, Any]]:
 
 def read_current(folder: Path, protocol: str, *, step: int, data: str) -> tuple[ProtocolResult, dict[str, Any]] | None:
     """What is already written for this step and this data, or None where that is to be evaluated."""
-    path = folder / f"{protocol}.json"
-    if not path.is_file():
-        return None
-    result, facts = read_result(path)
-    same = (facts.get("step"), facts.get("data")) == (step, data) and set(result.scores) == set(SUBJECTS)
-    return (result, facts) if same else None
+    for path in itertools.takewhile(Path.is_file, _result_paths(folder, protocol)):
+        result, facts = read_result(path)
+        if (facts.get("step"), facts.get("data")) == (step, data) and set(result.scores) == set(SUBJECTS):
+            return result, facts
+    return None
 
 
 def evaluate_linear(bank: FeatureBank, *, subjects: tuple[str, ...] = SUBJECTS, seed: int = 0) -> ProtocolResult:
@@ -104,25 +134,30 @@ _Score = Callable[[Features, Features, int], tuple[torch.Tensor, dict[str, Any]]
 
 
 def _evaluate(protocol: str, bank: FeatureBank, *, subjects: tuple[str, ...], score: _Score, settings: dict[str, Any]) -> ProtocolResult:
-    splits, num_classes = bank.splits, len(bank.splits.class_names)
-    scores, label = {}, torch.empty(0, dtype=torch.int64)
+    num_classes = len(bank.splits.class_names)
+    scores, num_train, label = {}, 0, torch.empty(0, dtype=torch.int64)
     for subject in subjects:
         features = bank.of(subject)
         bank.announce(f"{protocol}: {SUBJECT_TITLES[subject]}")
-        start, label = time.perf_counter(), features.val.label
-        score_of_class, chosen = score(features.train, features.val, num_classes)
+        train, val = features.train.labelled(), features.val.labelled()
+        start, num_train, label = time.perf_counter(), len(train.label), val.label
+        if not num_train or not len(label):
+            raise UserError(
+                f"{'val' if num_train else 'train'} has no image with a label of the classes that both splits have: nothing to evaluate"
+            )
+        score_of_class, chosen = score(train, val, num_classes)
         scores[subject] = SubjectScore(
             top1=top_k_accuracy(score_of_class, label, k=1),
             top5=top_k_accuracy(score_of_class, label, k=5),
-            feature_dim=features.val.feature.shape[1],
+            feature_dim=val.feature.shape[1],
             seconds=round(features.seconds + time.perf_counter() - start, 3),
             chosen=chosen,
         )
     return ProtocolResult(
         protocol=protocol,
         scores=scores,
-        num_train=splits.train.num_samples,
-        num_val=splits.val.num_samples,
+        num_train=num_train,
+        num_val=len(label),
         num_classes=num_classes,
         chance_top1=label.bincount().max().item() / len(label),
         settings=settings,

@@ -12,13 +12,15 @@ import torch
 
 from fastbyol.checkpoint import RunState
 from fastbyol.config.arguments import through_links
+from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.data.build import build_loader
+from fastbyol.durable_files import write_durably
 from fastbyol.evaluation import page
 from fastbyol.evaluation.figures import COLLAPSE_PANELS, TRAINING_PANELS, curves, picture
 from fastbyol.evaluation.gallery import Neighbours, display_pixels, draw_views, nearest_neighbours
-from fastbyol.evaluation.protocols import EVALUATION_FOLDER, PROTOCOLS, ProtocolResult, read_current
+from fastbyol.evaluation.protocols import PROTOCOLS, ProtocolResult, read_current, write_or_say
 from fastbyol.evaluation.splits import split_paths
 from fastbyol.evaluation.subjects import FeatureBank
 from fastbyol.evaluation.summary import headline, score_header, score_rows
@@ -38,6 +40,7 @@ class Report:
     """All that the page shows.
 
     results: one for each protocol. view_rows: (N, 1 + 2 epochs, S, S, 3) uint8: centre crop, then the views. commands: as typed, in order.
+    folder: where the page belongs.
     """
 
     run: RunState
@@ -45,6 +48,7 @@ class Report:
     results: list[ProtocolResult]
     view_rows: np.ndarray
     commands: list[str]
+    folder: Path
 
     def headline(self) -> list[tuple[str, str]]:
         """(figure, what it is) of what was learnt and how fast. Raises UserError when the run has logged no step."""
@@ -52,32 +56,35 @@ class Report:
         return headline(self.results, throughput(logged_steps(folder), read_provenance(folder)))
 
     def write(self) -> Path:
-        """Writes RUN/report.html, whole or not at all, and returns its path."""
-        path = through_links(self.run.folder / REPORT_FILE)
-        unfinished = path.with_suffix(".html.tmp")
-        unfinished.write_text(report_page(self), encoding="utf-8")
-        unfinished.replace(path)
+        """Writes report.html, whole or not at all, and returns its path. UserError where the folder cannot be written."""
+        path = through_links(self.folder / REPORT_FILE)
+        text = report_page(self)
+        try:
+            write_durably(path, text)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); give a folder with --out") from error
         return path
 
 
-def build_report(run: RunState, bank: FeatureBank, *, data: str, command: str) -> Report:
+def build_report(run: RunState, bank: FeatureBank, *, data: str, command: str, out: Path | None = None) -> Report:
     """The report of a run on a data folder; protocols not yet evaluated at this step and on this data are evaluated now.
 
-    command: what the user typed, to be shown. Raises UserError when the run has logged no step.
+    command: what the user typed, to be shown. out: where page and results belong; None: the run's folder. Raises UserError when the run has
+    logged no step.
     """
     logged_steps(run.folder)
-    folder, results, commands = run.folder / EVALUATION_FOLDER, [], [_training_command(read_provenance(run.folder))]
+    folder, results, commands = out or run.results, [], [_training_command(read_provenance(run.folder))]
     for protocol, evaluate in PROTOCOLS.items():
         current = read_current(folder, protocol, step=run.step, data=data)
         if current is None:
-            result, facts = evaluate(bank), {"step": run.step, "data": data, "command": command}
-            result.write(folder, **facts)
+            result, facts = evaluate(bank), {"step": run.step, "command": command}
+            write_or_say(result, folder, data=data, **facts)
         else:
             result, facts = current
         results.append(result)
         commands.append(str(facts.get("command", "")))
     known = [text for text in dict.fromkeys([*commands, command]) if text]
-    return Report(run=run, bank=bank, results=results, view_rows=_view_rows(bank, data), commands=known)
+    return Report(run=run, bank=bank, results=results, view_rows=_view_rows(bank, data), commands=known, folder=out or run.folder)
 
 
 def _training_command(provenance: Record) -> str:
@@ -171,11 +178,11 @@ def _neighbours_section(bank: FeatureBank) -> str:
 def _neighbour_cells(bank: FeatureBank, found: Neighbours, row: int, query: np.ndarray, neighbours: np.ndarray) -> list[str]:
     features, names = bank.of("byol"), bank.splits.class_names
     label = int(features.val.label[found.query[row]])
-    cells = [page.escape(names[label]), page.image(picture(query), alt=f"val image {int(found.query[row])}")]
+    cells = [page.escape(names[label] if label >= 0 else "no label"), page.image(picture(query), alt=f"val image {int(found.query[row])}")]
     for pixels, position, similarity in zip(neighbours, found.neighbour[row], found.similarity[row].tolist(), strict=True):
         other = int(features.train.label[position])
-        alt = f"train image {int(position)}: {names[other]}, cosine {similarity:.3f}"
-        cells.append(page.image(picture(pixels), alt=alt, kind="hit" if other == label else "miss") + f"{similarity:.2f}")
+        alt = f"train image {int(position)}: {names[other] if other >= 0 else 'no label'}, cosine {similarity:.3f}"
+        cells.append(page.image(picture(pixels), alt=alt, kind="hit" if other == label >= 0 else "miss") + f"{similarity:.2f}")
     return cells
 
 

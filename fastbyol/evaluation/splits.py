@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -13,6 +15,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ImageBatch
 
+log = logging.getLogger("fastbyol")
 HELD_BYTES = 2**30
 """A split whose float32 images need less than this is read and decoded once."""
 
@@ -32,21 +35,36 @@ class ImageBatches(Protocol):
 
 
 class Split:
-    """The centre-cropped images of one split, to iterate as ImageBatch as often as you like; a small split is decoded once and kept."""
+    """The centre-cropped images of one split, to iterate as ImageBatch as often as you like; a small split is decoded once and kept.
 
-    def __init__(self, loader: ImageBatches, *, size_px: int, held_bytes: int = HELD_BYTES) -> None:
+    Args:
+        loader: of all images.
+        size_px: of the crops.
+        held_bytes: a split that needs less is kept.
+        class_names: label their images by these; images of other classes get the label -1, no label.
+    """
+
+    def __init__(
+        self, loader: ImageBatches, *, size_px: int, held_bytes: int = HELD_BYTES, class_names: Sequence[str] | None = None
+    ) -> None:
         self._loader = loader
         self._fits = loader.num_samples * 3 * size_px**2 * 4 <= held_bytes
         self._held: list[ImageBatch] = []
         self.num_samples = loader.num_samples
-        self.class_names = tuple(loader.class_names)
+        self.class_names = tuple(loader.class_names if class_names is None else class_names)
+        number = {name: i for i, name in enumerate(self.class_names)}
+        # One more at the end: label -1 reads it.
+        self._label_of = torch.tensor([*(number.get(name, -1) for name in loader.class_names), -1])
 
     def __iter__(self) -> Iterator[ImageBatch]:
         if not self._fits:
-            return iter(self._loader)
+            return self._labelled()
         if not self._held:
-            self._held = list(self._loader)
+            self._held = list(self._labelled())
         return iter(self._held)
+
+    def _labelled(self) -> Iterator[ImageBatch]:
+        return (batch._replace(label=self._label_of[batch.label.clamp(min=-1)]) for batch in self._loader)
 
     def close(self) -> None:
         """Closes the loader; what is in memory stays."""
@@ -64,7 +82,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """The two splits of a data folder, which agree in their classes."""
+    """The two splits of a data folder, labelled by the same classes."""
 
     train: Split
     val: Split
@@ -72,7 +90,7 @@ class Splits:
     def __post_init__(self) -> None:
         if self.train.class_names != self.val.class_names:
             differing = sorted(set(self.train.class_names) ^ set(self.val.class_names))
-            raise UserError(f"train and val differ in their classes {differing[:5]}: both splits need the same class folders")
+            raise UserError(f"train and val differ in their classes {differing[:5]}: both splits must be labelled by the same")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -103,12 +121,30 @@ def _split_path(data: Path, name: str) -> Path:
     raise UserError(f"--data {data}: no {name} images; expected the folder {folder} or the file {file}")
 
 
+def common_classes(train: Sequence[str], val: Sequence[str], *, names: tuple[str, str] = ("train", "val")) -> tuple[str, ...]:
+    """The classes that both splits have, in train's order; says which are left out. names: of the splits. UserError where there is none."""
+    common = tuple(name for name in train if name in set(val))
+    if not common:
+        differing = sorted(set(train) ^ set(val))
+        raise UserError(
+            f"{names[1]}: its classes differ from {names[0]}'s in {differing[:5]}, none is in both; both need the same class folders"
+        )
+    for split, classes in zip(names, (train, val), strict=True):
+        if left_out := sorted(set(classes) - set(common)):
+            some = ", ".join(map(repr, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
+            log.warning("%d classes are in %s only, their images are left out of the figures: %s", len(left_out), split, some)
+    return common
+
+
 def open_splits(data: str | Path, *, views: ViewPair, batch: int, workers: int = 0) -> Splits:
-    """Both splits of a data folder, centre-cropped to the run's resolution and normalised as the run did."""
+    """Both splits of a data folder, centre-cropped to the run's resolution and normalised as the run did, labelled by the classes that both have."""
     from fastbyol.data import build_image_loader
 
-    def open_split(path: Path) -> Split:
-        return Split(build_image_loader(str(path), views=views, batch=batch, workers=workers), size_px=views.size_px)
-
-    train, val = split_paths(data)
-    return Splits(train=open_split(train), val=open_split(val))
+    with ExitStack() as opened:
+        loaders = [
+            opened.enter_context(build_image_loader(str(path), views=views, batch=batch, workers=workers)) for path in split_paths(data)
+        ]
+        names = common_classes(*(loader.class_names for loader in loaders))
+        train, val = (Split(loader, size_px=views.size_px, class_names=names) for loader in loaders)
+        opened.pop_all()
+    return Splits(train=train, val=val)

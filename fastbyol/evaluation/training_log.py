@@ -29,8 +29,10 @@ def read_provenance(run: Path) -> Record:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        provenance = dict(json.loads(path.read_text(encoding="utf-8")))
+        int(provenance.get("world_size") or 1)
+        return provenance
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not the provenance of a run ({error}); delete it to go without") from error
 
 

@@ -23,7 +23,7 @@ from fastbyol.monitors.norms import StepNorms
 from fastbyol.monitors.stopwatch import Stopwatch
 from fastbyol.process_group import Process, all_reduce_mean
 
-MEANS = ("loss", "alignment", "probe_loss", "probe_top1")
+MEANS = ("loss", "alignment", "probe_loss", "probe_correct", "labelled")
 NORMS = ("gradient_norm", "update_norm")
 
 
@@ -78,7 +78,8 @@ class Monitor:
 
     def add(self, output: BYOLOutput) -> None:
         """One micro-batch."""
-        values = (output.loss, output.alignment, output.probe_loss, output.probe_correct.float().mean())
+        correct = output.probe_correct.float()
+        values = (output.loss, output.alignment, output.probe_loss, correct.nan_to_num().mean(), (~correct.isnan()).float().mean())
         self._sums += torch.stack([v.detach().float() for v in values])
         self._micro_batches += 1
 
@@ -112,7 +113,8 @@ class Monitor:
         record = {
             "step": step,
             "epoch": round(epoch, 4),
-            **{name: read[name] for name in ("loss", "probe_loss", "probe_top1")},
+            **{name: read[name] for name in ("loss", "probe_loss")},
+            "probe_top1": read["probe_correct"] / read["labelled"] if read["labelled"] else 0.0,
             "lr": lr,
             "tau": tau,
             # Infinite where fp16's gradient scaler skips the step; JSON has no such number.

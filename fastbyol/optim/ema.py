@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbyol.config.errors import UserError, require_choice
+from fastbyol.optim.memory_order import is_dense, same_order
 from fastbyol.optim.multi_tensor import lerp_
 
 EMA_BACKENDS = ("foreach", "triton", "apex")
@@ -29,11 +30,16 @@ def ema_update(target: Sequence[Tensor], online: Sequence[Tensor], tau: float | 
 
     Raises:
         UserError: the backend is unknown, or what it needs is missing.
-        ValueError: the lists differ in length.
+        ValueError: the lists differ in length, or two tensors in shape or device.
     """
     require_choice("backend", backend, EMA_BACKENDS)
     if len(target) != len(online):
         raise ValueError(f"ema_update got {len(target)} target and {len(online)} online tensors; both lists must match")
+    for t, o in zip(target, online, strict=True):
+        if t.shape != o.shape or t.device != o.device:
+            raise ValueError(
+                f"ema_update got a target of {tuple(t.shape)} on {t.device} and {tuple(o.shape)} on {o.device} online; must be alike"
+            )
     if backend == "triton":
         _triton_lerp(target, online, 1 - tau)
     elif backend == "apex":
@@ -65,6 +71,11 @@ def _apex_lerp(target: Sequence[Tensor], online: Sequence[Tensor], tau: float | 
             "backend = 'apex': NVIDIA's apex with its CUDA extensions is not installed (no module amp_C; PyPI's package of that name is a "
             "web toolkit); build it from github.com/NVIDIA/apex, or take 'foreach'"
         ) from error
+    for t, o in zip(target, online, strict=True):  # amp_C looks at the first list's sizes only
+        if t.dtype != o.dtype or not (is_dense(t) and same_order(t, o)):
+            raise UserError(
+                f"backend = 'apex': a target of {tuple(t.shape)} must be dense and laid out as online, in its dtype; take 'foreach'"
+            )
     if isinstance(tau, Tensor):
         raise UserError("backend = 'apex': tau is a tensor, and amp_C takes a number; pass a float, or take 'foreach' or 'triton'")
     overflow = torch.zeros(1, dtype=torch.int32, device=target[0].device)  # amp_C writes it where its third argument asks; -1 asks nowhere

@@ -21,6 +21,9 @@ from torch.optim import Optimizer
 from fastbyol.optim.ema import ema_update
 from fastbyol.optim.memory_order import laid_out_like
 from fastbyol.optim.multi_tensor import TargetUpdate, Update, apply_update
+from fastbyol.saved_structure import tensor_difference
+
+_GROUP = ("lr", "momentum", "weight_decay", "trust_coefficient", "adapt")
 
 
 class LARS(Optimizer):
@@ -76,6 +79,23 @@ class LARS(Optimizer):
             if params:
                 apply_update(self._update_of(group, params), target_update)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state of the same parameters.
+
+        Raises:
+            ValueError: other groups, or a buffer that is no tensor of its parameter's shape.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        if lacking := [name for group in state_dict["param_groups"] for name in _GROUP if name not in group]:
+            raise ValueError(f"the saved groups lack {lacking[0]}")
+        for number, param in zip(numbers, params, strict=False):  # another number of them is refused below
+            kept = state_dict["state"].get(number, {})
+            buffer = kept.get("momentum_buffer", param) if isinstance(kept, dict) else None
+            if wrong := tensor_difference(buffer, param, f"the momentum buffer of parameter {number}", any_float=True):
+                raise ValueError(wrong)
+        super().load_state_dict(state_dict)
 
     def _update_of(self, group: dict[str, Any], params: list[Tensor]) -> Update:
         return Update(

@@ -50,13 +50,21 @@ class TargetUpdate:
 
 
 def apply_update(update: Update, target_update: TargetUpdate | None) -> None:
-    """Moves momenta, parameters and, where paired, targets, in place."""
+    """Moves momenta, parameters and, where paired, targets, in place. ValueError where shapes, dtypes, devices or layouts do not pair."""
     update = replace(update, grads=[laid_out_like(p, g) for p, g in zip(update.params, update.grads, strict=True)])
+    for p, m in zip(update.params, update.momenta, strict=True):
+        if laid_out_like(p, m) is not m:
+            raise ValueError(f"a momentum buffer with strides {m.stride()} beside a parameter with {p.stride()}: must be laid out alike")
     targets: list[Tensor | None] = [None] * len(update.params)
     weight: float | Tensor = 0.0
     if target_update:
         targets = [target_update.targets.get(id(p)) for p in update.params]
         weight = target_update.weight
+        for p, t in zip(update.params, targets, strict=True):
+            if t is not None and (t.shape != p.shape or t.device != p.device):
+                raise ValueError(
+                    f"a target of {tuple(t.shape)} on {t.device} for a parameter of {tuple(p.shape)} on {p.device}: must be alike"
+                )
     if update.adapt and all(_fits_blocks(*pair) for pair in zip(update.params, targets, strict=True)):
         _apply_in_blocks(update, targets, float(weight))
         return

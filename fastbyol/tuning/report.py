@@ -14,6 +14,7 @@ from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
+from fastbyol.durable_files import write_durably
 from fastbyol.tuning.comparison import Comparison
 
 if TYPE_CHECKING:
@@ -34,12 +35,9 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 def write_config(path: Path, text: str) -> None:
     """Replaces the file as a whole. UserError where it cannot be written."""
     path = through_links(path)
-    unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        write_durably(path, text)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another one") from error
 
 

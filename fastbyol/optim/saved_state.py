@@ -1,0 +1,70 @@
+"""An optimizer's state from a file, held against what the optimizer itself keeps after a step, before any kernel sees it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastbyol.config.errors import shown
+from fastbyol.saved_structure import first_difference
+
+
+def state_difference(optimizer: Optimizer, saved: object) -> str | None:
+    """Says why `saved` is no state that this optimizer could have after its steps, or None. The optimizer stays as it is.
+
+    Works for every optimizer: a copy of it takes one step, and shows which buffers of which shapes it keeps.
+    """
+    one = _after_a_step(optimizer)
+    own = one.state_dict()
+    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+        return f"optimizer is {shown(saved)}, must hold state and param_groups"
+    if wrong := first_difference(
+        _with_flags(saved.get("param_groups"), own["param_groups"]), own["param_groups"], "optimizer.param_groups"
+    ):
+        return wrong
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+        return "optimizer.param_groups has the parameters in another order"
+    if own["state"] and not saved["state"]:
+        return "optimizer.state is empty"
+    params = dict(zip((i for group in own["param_groups"] for i in group["params"]), _params(optimizer), strict=True))
+    for index, kept in saved["state"].items():
+        where = f"optimizer.state.{shown(index)}"
+        if index not in own["state"] or not isinstance(kept, dict):
+            return f"{where} belongs to no parameter"
+        # What appears after some steps only is not in the copy's.
+        later = {
+            name: params[index] if isinstance(value, Tensor) else value for name, value in kept.items() if name not in own["state"][index]
+        }
+        if wrong := first_difference(kept, own["state"][index] | later, where):
+            return wrong
+    try:
+        one.load_state_dict(saved)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        return f"optimizer: {error}"
+    return None
+
+
+def _with_flags(saved: Any, own: list[dict[str, Any]]) -> Any:
+    """The saved groups, with the switches that the library they were saved with did not have yet; its loader knows what they were."""
+    if not isinstance(saved, list) or len(saved) != len(own):
+        return saved
+    flags = [{name: value for name, value in group.items() if value is None or isinstance(value, bool)} for group in own]
+    return [before | group if isinstance(group, dict) else group for before, group in zip(flags, saved, strict=True)]
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _after_a_step(optimizer: Optimizer) -> Optimizer:
+    generators = torch.get_rng_state()
+    one = copy.deepcopy(optimizer)
+    for param in _params(one):
+        param.grad = torch.ones_like(param)
+    one.step()
+    torch.set_rng_state(generators)
+    return one

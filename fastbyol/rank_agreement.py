@@ -1,0 +1,93 @@
+"""Whether all ranks run the same thing: a stale command, copy of the data or version of the code on one node would train, and quietly spoil the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from fastbyol import __version__
+from fastbyol.config.errors import UserError, shown
+from fastbyol.config.plain import to_plain
+from fastbyol.config.schema import TrainConfig
+from fastbyol.process_group import Process, broadcast_from_main, gather_on_main
+from fastbyol.provenance import package_versions, source_digest
+from fastbyol.run_folder import flatten
+
+log = logging.getLogger("fastbyol")
+FREE_ON_EACH_RANK = frozenset(
+    {
+        *("out", "resume", "timeout_s", "grace_s", "keep_checkpoints", "profile_steps", "monitors.wandb_project"),
+        *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "precision.compile_cache"),
+    }
+)
+"""Options that may differ from machine to machine: paths, threads, and what rank 0 alone does. What the paths hold is compared on its own."""
+
+
+class Fingerprinted(Protocol):
+    def fingerprint(self) -> dict[str, str]: ...
+
+    def close(self) -> None: ...
+
+
+Opened = TypeVar("Opened", bound=Fingerprinted)
+
+
+def require_same_start(config: TrainConfig, process: Process) -> None:
+    """Before any work: the same options and the same code on every rank. Other versions of what it is built on are said.
+
+    Raises:
+        UserError: on every rank, with what differs where.
+    """
+    if process.world_size == 1:
+        return
+    options = {name: shown(value) for name, value in flatten(to_plain(config)).items() if name not in FREE_ON_EACH_RANK}
+    require_agreement({**options, "fastbyol": f"{__version__}, source {source_digest()}"}, process)
+    versions = package_versions()
+    main = broadcast_from_main(versions)
+    other = [
+        f"{name} {versions.get(name)}, rank 0 has {main.get(name)}" for name in main | versions if versions.get(name) != main.get(name)
+    ]
+    for rank, differing in enumerate(gather_on_main(other)):
+        if differing:
+            log.warning("rank %d has other versions, so results may depend on which rank does what: %s", rank, "; ".join(differing))
+
+
+def opened_alike(open_data: Callable[[], Opened], process: Process, *, option: str = "data.train") -> Opened:
+    """The data that every rank opens, once all have the same images.
+
+    Raises:
+        UserError: on every rank: what differs where, or why a rank cannot open its own.
+    """
+    if process.world_size == 1:
+        return open_data()
+    opened, failure = None, None
+    try:
+        opened = open_data()
+        facts = opened.fingerprint()
+    except UserError as error:
+        failure, facts = error, {"state": f"unusable ({error})"}
+    try:
+        require_agreement({f"{option}'s {name}": fact for name, fact in facts.items()}, process)
+        if opened is None:
+            raise failure or UserError(f"{option}: cannot be opened")
+    except BaseException:
+        if opened is not None:
+            opened.close()
+        raise
+    return opened
+
+
+def require_agreement(facts: dict[str, str], process: Process) -> None:
+    """Compares each rank's facts with rank 0's: one broadcast and one gather of a few kilobytes.
+
+    Raises:
+        UserError: on every rank, with the facts that differ and on which rank.
+    """
+    main = broadcast_from_main(facts)
+    mine = [f"{name} = {facts.get(name)}, where rank 0 has {main.get(name)}" for name in facts | main if facts.get(name) != main.get(name)]
+    differing = gather_on_main(mine)
+    lines = [f"rank {rank}: {'; '.join(found[:5])}" for rank, found in enumerate(differing) if found]
+    verdict = broadcast_from_main(" | ".join(lines[:4]) + (f" | and {len(lines) - 4} more ranks" if len(lines) > 4 else ""))
+    if verdict:
+        raise UserError(f"the ranks do not run the same thing ({verdict}); start all of them with the same options, data and code")

@@ -1,0 +1,70 @@
+"""Whether values read from a file have the structure of those that the program would write itself: nothing else may reach a kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastbyol.config.errors import shown
+
+
+def first_difference(saved: object, own: object, where: str, *, missing_allowed: bool = False) -> str | None:
+    """Says where saved values first differ in structure from the program's own, or None where they are alike.
+
+    Alike are: dicts with the same keys, lists of the same length, tensors of the same shape and dtype, finite numbers (an integer may stand
+    for a float, None for anything), texts. Values inside tensors are not looked at. Recursion is as deep as the own values.
+
+    Args:
+        saved: from a file; may be anything.
+        own: what this program has in its place.
+        where: what the values are called.
+        missing_allowed: keys of the outermost dict may be missing from the saved one.
+    """
+    if isinstance(own, Tensor):
+        return tensor_difference(saved, own, where)
+    if isinstance(own, dict):
+        if not isinstance(saved, dict):
+            return f"{where} is {shown(saved)}, must be a dict"
+        if missing := [key for key in own if key not in saved and not missing_allowed]:
+            return f"{where} lacks {shown(missing[0])}"
+        if unknown := [key for key in saved if key not in own]:
+            return f"{where} has {shown(unknown[0])}, which is unknown here"
+        pairs = [(f"{where}.{key}", saved[key], own[key]) for key in saved]
+    elif isinstance(own, list | tuple):
+        if not isinstance(saved, list | tuple) or len(saved) != len(own):
+            return f"{where} is {shown(saved)}, must hold {len(own)} values"
+        pairs = [(f"{where}.{i}", value, mine) for i, (value, mine) in enumerate(zip(saved, own, strict=True))]
+    else:
+        return None if saved is None or own is None or _same_kind(saved, own) else f"{where} is {shown(saved)}, must be like {shown(own)}"
+    return next((found for name, value, mine in pairs if (found := first_difference(value, mine, name))), None)
+
+
+def tensor_difference(saved: object, own: Tensor, where: str, *, any_float: bool = False) -> str | None:
+    """Says why a value from a file cannot stand for this tensor, or None where it can.
+
+    any_float: another floating-point dtype will be converted.
+    """
+    if not isinstance(saved, Tensor):
+        return f"{where} is {shown(saved)}, must be a tensor"
+    if saved.layout != torch.strided or saved.is_meta or saved.is_quantized:
+        return f"{where} is a {'meta' if saved.is_meta else saved.layout} tensor, must be a plain one"
+    if saved.shape != own.shape:
+        return f"{where} is {tuple(saved.shape)}, must be {tuple(own.shape)}"
+    if saved.dtype != own.dtype and not (any_float and saved.is_floating_point() and own.is_floating_point()):
+        return f"{where} is {saved.dtype}, must be {own.dtype}"
+    return None
+
+
+def is_count(value: object) -> bool:
+    """Whether a value from a file is an integer that counts something: not negative, below 2^53, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _same_kind(saved: object, own: object) -> bool:
+    if isinstance(own, bool) or not isinstance(own, int | float):
+        return type(saved) is type(own)
+    if isinstance(saved, bool) or not isinstance(saved, int if isinstance(own, int) else int | float):
+        return False
+    return isinstance(saved, int) or math.isfinite(saved)

@@ -1,0 +1,425 @@
+"""What comes out of a file is held against what this program would have written before a kernel, a generator or the disk sees it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastbyol.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, load_newest, load_run, load_weights, save_checkpoint
+from fastbyol.config.errors import shown
+from fastbyol.config.plain import from_plain
+from fastbyol.config.schema import OptimConfig, TrainConfig
+from fastbyol.durable_files import durable_file, write_durably
+from fastbyol.initial_weights import encoder_weights
+from fastbyol.optim.build import build_optimizer
+from fastbyol.optim.ema import ema_update
+from fastbyol.optim.lars import LARS
+from fastbyol.optim.multi_tensor import TargetUpdate, Update, apply_update
+from fastbyol.optim.saved_state import state_difference
+from fastbyol.plain_yaml import read_yaml
+from fastbyol.rng_state import rng_difference, rng_state
+from fastbyol.saved_structure import first_difference
+
+OPTIMIZERS = ("lars", "sgd", "adamw", "torch_optimizer_lars", "timm_lamb", "timm_adafactor", "timm_lion")
+
+
+class Networks(nn.Module):
+    """Two submodules by the names that get learning rates of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online = nn.ModuleDict({"projector": nn.Linear(40, 30), "predictor": nn.Linear(30, 40)})
+
+
+def _stepped(name, *, steps=7):
+    torch.manual_seed(0)
+    module = Networks()
+    optimizer = build_optimizer(OptimConfig(name=name), module)
+    for _ in range(steps):
+        for param in module.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    return module, optimizer
+
+
+def _tensors(saved):
+    return [
+        (i, name) for i, kept in saved["state"].items() for name, value in kept.items() if isinstance(value, torch.Tensor) and value.ndim
+    ]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizers_own_state_passes_and_looking_changes_nothing(name):
+    _, optimizer = _stepped(name)
+    saved = copy.deepcopy(optimizer.state_dict())
+    fresh_module, fresh = _stepped(name, steps=0)
+    weights, generator = copy.deepcopy(fresh_module.state_dict()), torch.get_rng_state()
+    assert state_difference(fresh, saved) is None
+    assert not fresh.state_dict()["state"]
+    assert all(torch.equal(value, weights[key]) for key, value in fresh_module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def _shorter(saved, i, name):
+    saved["state"][i][name] = torch.zeros(9, 9, 9, 9)[:1]
+
+
+def _integers(saved, i, name):
+    saved["state"][i][name] = saved["state"][i][name].long()
+
+
+def _half(saved, i, name):
+    saved["state"][i][name] = saved["state"][i][name].half()
+
+
+def _a_number(saved, i, name):
+    saved["state"][i][name] = 3
+
+
+def _meta(saved, i, name):
+    saved["state"][i][name] = saved["state"][i][name].to("meta")
+
+
+def _lost(saved, i, name):
+    del saved["state"][i][name]
+
+
+def _of_no_parameter(saved, i, name):
+    saved["state"][99] = saved["state"][i]
+
+
+def _a_list(saved, i, name):
+    saved["state"] = [saved["state"]]
+
+
+def _all_lost(saved, i, name):
+    saved["state"] = {}
+
+
+def _groups_lost(saved, i, name):
+    saved["param_groups"] = saved["param_groups"][:1]
+
+
+def _no_groups(saved, i, name):
+    del saved["param_groups"]
+
+
+def _text_for_a_number(saved, i, name):
+    saved["param_groups"][0]["weight_decay"] = "0"
+
+
+def _parameters_swapped(saved, i, name):
+    saved["param_groups"][0]["params"] = saved["param_groups"][0]["params"][::-1]
+
+
+def _not_a_number(saved, i, name):
+    saved["param_groups"][0]["lr"] = float("nan")
+
+
+HURTS = (
+    *(_shorter, _integers, _half, _a_number, _meta, _lost, _of_no_parameter, _a_list, _all_lost, _groups_lost, _no_groups),
+    *(_text_for_a_number, _parameters_swapped, _not_a_number),
+)
+
+
+@pytest.mark.parametrize("hurt", HURTS, ids=[hurt.__name__[1:] for hurt in HURTS])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_that_the_optimizer_could_not_have_is_described_and_not_loaded(name, hurt):
+    saved = copy.deepcopy(_stepped(name)[1].state_dict())
+    hurt(saved, *_tensors(saved)[0])
+    assert state_difference(_stepped(name, steps=0)[1], saved)
+
+
+@pytest.mark.parametrize("buffer", [torch.zeros(1), torch.zeros(30, 40), torch.zeros(40, 30).to_sparse(), None, torch.zeros(40, 30).long()])
+def test_lars_takes_over_buffers_of_its_parameters_shapes_only(buffer):
+    param = nn.Parameter(torch.randn(40, 30))
+    optimizer = LARS([param], lr=0.1)
+    state = optimizer.state_dict() | {"state": {0: {"momentum_buffer": buffer}}}
+    with pytest.raises(ValueError, match="momentum buffer of parameter 0"):
+        optimizer.load_state_dict(state)
+
+
+def test_no_kernel_is_given_lists_that_do_not_pair():
+    def update(**other):
+        tensors = {name: [torch.ones(64, 64)] for name in ("params", "grads", "momenta")} | other
+        return Update(**tensors, lr=0.1, momentum=0.9, adapt=True, weight_decay=0.0, trust_coefficient=1e-3)
+
+    guard = torch.full((64 * 64 + 1000,), 7.0)
+    for name in ("grads", "momenta"):
+        for wrong in (guard[:1], torch.ones(64, 63), torch.ones(64, 64).double()):
+            with pytest.raises(ValueError, match="must be alike"):
+                apply_update(update(**{name: [wrong]}), None)
+    with pytest.raises(ValueError, match="laid out alike"):
+        apply_update(update(momenta=[torch.ones(64, 64).t().contiguous().t()]), None)
+    fitting = update()
+    with pytest.raises(ValueError, match="a target of"):
+        apply_update(fitting, TargetUpdate({id(fitting.params[0]): guard[:1]}, 0.1))
+    for backend in ("foreach", "apex", "triton"):
+        with pytest.raises(ValueError, match="ema_update got a target"):
+            ema_update([torch.zeros(64)], [guard[:1]], 0.9, backend=backend)
+    assert (guard == 7).all()
+    apply_update(fitting, TargetUpdate({id(fitting.params[0]): torch.ones(64, 64)}, 0.1))
+    assert (fitting.params[0] != 1).all(), "lists that pair are updated"
+
+
+def _rng(part, value):
+    state = rng_state()
+    if isinstance(part, tuple):
+        state[part[0]][part[1]] = value
+    else:
+        state[part] = value
+    return state
+
+
+def test_generator_states_that_would_read_past_their_words_are_described():
+    wrong = [
+        _rng(("numpy", 2), 10**6),  # numpy takes it, and reads from there
+        _rng(("numpy", 2), -1),
+        _rng(("numpy", 1), torch.zeros(3, dtype=torch.int64)),
+        _rng(("numpy", 0), "PCG64"),
+        _rng(("python", 1), torch.full((625,), 10**6)),
+        _rng(("python", 1), -torch.ones(625, dtype=torch.int64)),
+        _rng(("python", 0), 99),
+        _rng("torch", torch.zeros(8, dtype=torch.uint8)),
+        _rng("torch", torch.full_like(torch.get_rng_state(), 255)),
+        *("x", {}, None),
+    ]
+    words = np.random.get_state()[1].copy()
+    assert all(rng_difference(state) for state in wrong)
+    assert rng_difference(rng_state()) is None
+    assert (np.random.get_state()[1] == words).all()
+
+
+def test_structures_are_alike_in_keys_lengths_shapes_types_and_finite_numbers():
+    own = {"a": [1, 2.5, None, True], "b": torch.zeros(2)}
+    assert first_difference({"a": [7, 3, "x", False], "b": torch.ones(2)}, own, "s") is None
+    wrong = ({}, {"a": [1, 2.5, None], "b": own["b"]}, {**own, "c": 1}, {**own, "b": torch.zeros(3)}, {**own, "b": [0, 0]})
+    wrong = (
+        *wrong,
+        {**own, "a": [1.5, 2.5, None, True]},
+        {**own, "a": [1, float("inf"), None, True]},
+        {**own, "a": [1, 2.5, None, 1]},
+        [own],
+    )
+    for saved in wrong:
+        assert first_difference(saved, own, "s").startswith("s"), saved
+
+
+# Files that unpack to more than they are.
+
+
+def _repacked(state, *, compression, repeat=1):
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save(state, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", compression) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+        for i in range(repeat - 1):
+            target.writestr(f"archive/more/{i}", bytes(1 << 20))
+    return packed
+
+
+def test_a_file_of_weights_that_unpacks_to_far_more_than_its_size_is_refused_before_it_does():
+    bomb = _repacked({"x": torch.zeros(1000)}, compression=zipfile.ZIP_DEFLATED, repeat=100)
+    assert len(bomb.getvalue()) < 1 << 20
+    with pytest.raises(ValueError, match=r"would unpack to 0\.1 GB"):
+        load_weights(bomb)
+    assert load_weights(_repacked({"x": torch.zeros(1000)}, compression=zipfile.ZIP_DEFLATED))["x"].numel() == 1000
+    legacy = io.BytesIO()
+    torch.save({"x": torch.ones(5)}, legacy, _use_new_zipfile_serialization=False)
+    assert load_weights(legacy)["x"].sum() == 5
+
+
+def test_a_tensor_that_claims_more_than_its_file_holds_is_refused():
+    """torch would make its storage larger, out of whatever lies in memory."""
+    plain, forged = io.BytesIO(), io.BytesIO()
+    torch.save({"x": torch.arange(250, dtype=torch.float32)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(forged, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            # The shape (250,): BININT1 250, TUPLE1, and the stride; a BININT2 of 65,530 in its place.
+            target.writestr(name, data.replace(b"K\xfa\x85", b"M\xfa\xff\x85") if name.endswith("data.pkl") else data)
+    with pytest.raises((ValueError, RuntimeError)):
+        load_weights(forged)
+
+
+def _state(step):
+    return {"step": step, "config": {}, "byol": {"weights": torch.full((100,), float(step))}}
+
+
+def test_a_checkpoint_without_its_digest_is_used_where_its_own_checksums_are_right_and_that_is_said(tmp_path, caplog):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step=step, state=_state(step), keep=9)
+        checkpoint_path(tmp_path, step).with_suffix(".sha256").unlink()
+    assert load_newest(tmp_path)["step"] == 2
+    payload = bytearray(checkpoint_path(tmp_path, 2).read_bytes())
+    payload[payload.find(np.float32(2).tobytes() * 9)] ^= 1  # in the weights: torch alone would load it
+    checkpoint_path(tmp_path, 2).write_bytes(payload)
+    assert torch.load(checkpoint_path(tmp_path, 2))["byol"]["weights"][0] != 2
+    with pytest.raises(CheckpointError, match="damaged at"):
+        load_checkpoint(checkpoint_path(tmp_path, 2))
+    assert load_newest(tmp_path)["step"] == 1
+
+
+def test_a_checkpoint_of_a_run_with_another_config_is_passed_over_by_whoever_reads_the_folder(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 3\nepochs: 7\n")
+    ours = {"config": {"seed": 3, "epochs": 7.0, "log_every": 99}}
+    save_checkpoint(tmp_path, step=1, state=_state(1) | ours, keep=9)
+    save_checkpoint(tmp_path, step=2, state=_state(2) | {"config": {"seed": 4, "epochs": 7.0}}, keep=9)
+    assert load_newest(tmp_path)["step"] == 1
+
+
+def test_figures_of_a_run_belong_to_it_and_those_of_a_file_elsewhere_beside_the_file(tmp_path):
+    run, models = tmp_path / "run", tmp_path / "models" / "byol"
+    path = save_checkpoint(run, step=1, state=_state(1), keep=9)
+    (run / "config.yaml").write_text("{}\n")
+    assert load_run(run).results == load_run(path).results == run / "evaluation"
+    models.mkdir(parents=True)
+    (models / "best.pt").write_bytes(path.read_bytes())
+    assert load_run(models / "best.pt").results == models / "best.evaluation"
+
+
+def test_new_checkpoints_are_not_swept_away_by_later_ones_that_were_passed_over(tmp_path):
+    for step in (1, 2, 800, 900):
+        save_checkpoint(tmp_path, step=step, state=_state(step), keep=9)
+    for step in (800, 900):
+        checkpoint_path(tmp_path, step).write_bytes(b"damaged")
+    save_checkpoint(tmp_path, step=3, state=_state(3), keep=2)
+    assert load_newest(tmp_path)["step"] == 3
+
+
+# YAML and errors that stand for gigabytes.
+
+NINE = "[1,2,3,4,5,6,7,8,9]"
+BOMBS = {
+    "lists": f"seed:\n- &a0 {NINE}\n" + "".join(f"- &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)),
+    "merges": "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9)),
+    "depth": "seed: " + "[" * 5000,
+    "cycle": "seed: &a [*a]",
+    "date": "seed: 2020-13-45",
+    "digits": "seed: " + "9" * 5000,
+    "zeros": "\0\0",
+    "two documents": "seed: 1\n---\nseed: 2",
+}
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
+def test_yaml_that_stands_for_too_much_or_for_nothing_is_a_short_error(text):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (which one is said differs)
+        read_yaml(text)
+    assert len(str(error.value)) < 1000
+
+
+def test_aliases_and_merges_of_a_sensible_size_are_read():
+    assert read_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}] * 2}
+
+
+def test_an_error_shows_a_value_in_one_short_line_whatever_it_is():
+    nested = [1] * 9
+    for _ in range(40):
+        nested = [nested] * 9
+    for value in (nested, "x" * 10**6, 16**5000, {i: nested for i in range(99)}):
+        assert len(shown(value)) < 2000
+    assert shown("runs/a") == "'runs/a'"
+    for values in (
+        {"seed": nested},
+        {"epochs": 10**400},
+        {"optim": {3: 4}},
+        {5: 6},
+        None,
+        [1],
+        {"seed": 16**5000},
+        {"data": {"train": nested}},
+    ):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            from_plain(TrainConfig, values)
+        assert len(str(error.value)) < 3000
+
+
+# Files that outlive a power cut.
+
+
+def test_a_durable_file_is_flushed_before_it_gets_its_name_and_its_folder_after(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, type(tmp_path).replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(type(tmp_path), "replace", lambda self, to: (done.append(("rename", str(self))), replace(self, to)))
+    write_durably(tmp_path / "a", "text \udcff")
+    unfinished = done[0][1]
+    assert done == [("fsync", unfinished), ("rename", unfinished), ("fsync", str(tmp_path))]
+    assert (tmp_path / "a").read_bytes() == b"text \xff"
+
+
+def test_what_fails_half_way_leaves_the_file_as_it_was(tmp_path):
+    write_durably(tmp_path / "a", "before")
+    with pytest.raises(TypeError), durable_file(tmp_path / "a") as file:
+        file.writelines([b"half", "text"])  # type: ignore[list-item]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "before"
+
+
+# Weights from elsewhere.
+
+
+def _own():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict()
+
+
+def _elsewhere(**changes):
+    return {name: torch.randn_like(value) if value.is_floating_point() else value for name, value in _own().items()} | changes
+
+
+FORMS = {
+    "as torch saves them": lambda w: w,
+    "without counters": lambda w: {name: value for name, value in w.items() if "num_batches" not in name},
+    "under state_dict, beside other things": lambda w: {"epoch": 3, "state_dict": w, "optimizer": {"state": {}}, "arch": "r50"},
+    "under model": lambda w: {"model": w},
+    "with module.": lambda w: {f"module.{name}": value for name, value in w.items()},
+    "with a head": lambda w: w | {"fc.weight": torch.zeros(9, 4), "fc.bias": torch.zeros(9), "head.0.weight": torch.zeros(2)},
+    "MoCo's": lambda w: {
+        "state_dict": {f"module.{q}.{name}": v * s for q, s in (("encoder_q", 1), ("encoder_k", 2)) for name, v in w.items()}
+    },
+    "an encoder among others": lambda w: {f"backbone.{name}": v for name, v in w.items()} | {"projector.0.weight": torch.zeros(4, 4)},
+    "as half": lambda w: {name: value.half() if value.is_floating_point() else value for name, value in w.items()},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_encoder_weights_are_found_however_a_program_wraps_them(form):
+    weights, own = _elsewhere(), _own()
+    taken = encoder_weights(form(weights), own, source="w.pt")
+    assert taken.keys() == own.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(taken[name].to(value.dtype), value, rtol=2e-3, atol=2e-3)
+
+
+def test_what_was_taken_and_what_was_not_is_said(caplog):
+    import logging
+
+    log = logging.getLogger("fastbyol")
+    before, log.propagate = log.propagate, True
+    caplog.set_level(logging.INFO, logger="fastbyol")
+    try:
+        encoder_weights({"state_dict": FORMS["with module."](_elsewhere(**{"fc.weight": torch.zeros(2)}))}, _own(), source="w.pt")
+    finally:
+        log.propagate = before
+    assert "takes 7 tensors from 'state_dict.module', and not 'fc' beside them" in caplog.text
+
+
+def test_layers_that_the_encoder_does_not_have_are_not_passed_over():
+    """A deeper network's weights hold all of a shallower one's."""
+    taken = encoder_weights(_elsewhere(**{"0.more.weight": torch.zeros(1)}), _own(), source="w.pt")
+    assert "0.more.weight" in taken, "so that load_matching refuses it"
+
+
+def test_hashes_of_the_files_are_as_recorded(tmp_path):
+    path = save_checkpoint(tmp_path, step=1, state=_state(1), keep=2)
+    assert path.with_suffix(".sha256").read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()
