@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import logging
@@ -105,6 +106,19 @@ VALUES = (
 )
 
 
+TENSORS = (
+    lambda tensor: tensor.reshape(-1)[:1].clone(),
+    lambda tensor: tensor.long(),
+    lambda tensor: tensor.double(),
+    lambda tensor: tensor[None],
+    lambda tensor: tensor.to("meta"),
+    lambda tensor: tensor.to_sparse(),
+    lambda tensor: tensor.new_empty(0),
+    lambda tensor: tensor.reshape(-1)[:1].expand(1 << 30) if tensor.numel() else tensor,
+)
+"""Other tensors in a tensor's place."""
+
+
 # ---- mutations
 
 
@@ -147,6 +161,8 @@ def mutated_values(values: Any, rng: random.Random) -> Any:
             holder.insert(key, copy.deepcopy(holder[key]))
         elif kind == 2:
             holder[key] = [holder[key]]
+        elif hasattr(holder[key], "numpy"):
+            holder[key] = rng.choice(TENSORS)(holder[key])
         elif kind == 3 and type(holder[key]) is int:
             holder[key] += rng.choice((-1, 1, 2**16, -(2**31), 10**12))
         elif kind == 4 and isinstance(holder[key], str):
@@ -434,17 +450,58 @@ def picture(folder: Path) -> Attack:
     return attack
 
 
+def checkpoint(folder: Path) -> Attack:
+    """A run's newest checkpoint, as bytes and as values: it is continued from, or from the one before, or refused."""
+    import torch
+
+    from fastbyol.checkpoint import checkpoint_path, save_checkpoint
+    from fastbyol.command_line import parse_train_config
+    from fastbyol.process_group import Process
+    from fastbyol.run_folder import open_run_folder
+    from fastbyol.train import build
+
+    torch.set_num_threads(1)
+    model = ["--model.encoder", "resnet8", "--model.stem", "small2", "--model.hidden_dim", "8", "--model.projection_dim", "4"]
+    options = ["--data.train", str(images(folder / "images")), "--out", str(folder / "run"), "--global_batch", "4", "--data.workers", "1"]
+    config = parse_train_config(["--preset", "cpu_demo", *options, *model, "--views.size_px", "32"], usage="")
+    process = Process(0, 1, torch.device("cpu"))
+    state = build(config, process)
+    run = open_run_folder(config)
+    for group in state.optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    state.optimizer.step()
+    good = state.snapshot(step=1, config=config, process=process)
+    save_checkpoint(run, step=1, state=good, keep=9)
+    content = checkpoint_path(run, 1).read_bytes()
+    newest = checkpoint_path(run, 2)
+
+    def attack(rng: random.Random) -> None:
+        if rng.random() < 0.4:
+            newest.write_bytes(mutated_bytes(content, rng))
+            newest.with_suffix(".sha256").unlink(missing_ok=True)
+        else:
+            changed = mutated_values(good | {"step": 2}, rng)
+            buffer = io.BytesIO()
+            torch.save(changed, buffer)
+            newest.write_bytes(buffer.getvalue())
+            newest.with_suffix(".sha256").write_text(hashlib.sha256(buffer.getvalue()).hexdigest() + "\n")
+        step = state.restore(run, config=config, process=process)
+        assert step in (1, 2)
+        state.optimizer.step()
+
+    return attack
+
+
 TARGETS: dict[str, Callable[[Path], Attack]] = {
-    name: function
-    for name, function in (
-        ("beton", beton),
-        ("shards", shards),
-        ("manifest", manifest),
-        ("tar", tar),
-        ("labels", labels),
-        ("jpeg", jpeg),
-        ("picture", picture),
-    )
+    "beton": beton,
+    "shards": shards,
+    "manifest": manifest,
+    "tar": tar,
+    "labels": labels,
+    "jpeg": jpeg,
+    "picture": picture,
+    "checkpoint": checkpoint,
 }
 
 
@@ -504,7 +561,7 @@ def run(target: str, *, inputs: int, seed: int) -> tuple[Counter[str], list[str]
             if code == 0:
                 break
             at = Path(f"{journal}.at")
-            if not at.exists():
+            if not at.exists() or not at.read_bytes():
                 faults.append(f"{target}: its process did not start (exit code {code})")
                 break
             number = int(at.read_bytes())
