@@ -51,7 +51,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     if {"-h", "--help"} & set(arguments):
         _explain(parser)
     _refuse_unknown(arguments, parser)
-    _say_repeated(arguments)
+    repeated = _repeated(arguments)
     paths, typed = _files_apart(arguments)
     files = [_read_file(path) for path in paths]
     preset = _preset_name(arguments, files)
@@ -62,7 +62,10 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(_first_cause(str(error)) + _minus_hint(str(error), arguments)) from error
     values = namespace.as_dict()
-    return from_plain(TrainConfig, {name: value for name, value in values.items() if name not in ("preset", "config")})
+    config = from_plain(TrainConfig, {name: value for name, value in values.items() if name not in ("preset", "config")})
+    if repeated and (os.environ.get("RANK") or "0") == "0":
+        log.warning("%s: given more than once, the last one counts", ", ".join(repeated))
+    return config
 
 
 def _explain(parser: argparse.ArgumentParser) -> None:
@@ -138,16 +141,18 @@ def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -
             raise UserError(f"{name}: no such option{nearest_name(name, known)}; --help lists them")
 
 
-def _say_repeated(arguments: Sequence[str]) -> None:
-    """Refuses a second --preset or --config, each of which is a whole set of options. Of any other the last one counts, as after a script's own
-    options in front of what is typed, and that is said."""
+def _repeated(arguments: Sequence[str]) -> list[str]:
+    """The options that are given more than once: the last one counts, as a launch script's own options stand in front of what is typed.
+
+    Raises:
+        UserError: a second --preset or --config, each of which is a whole set of options.
+    """
     given = [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")]
     repeated = [name for name in dict.fromkeys(given) if given.count(name) > 1]
     for name in repeated:
         if name in ("--preset", "--config"):
             refuse_repeated(name)
-    if repeated and (os.environ.get("RANK") or "0") == "0":
-        log.warning("%s: given more than once, the last one counts", ", ".join(repeated))
+    return repeated
 
 
 def _minus_hint(message: str, arguments: Sequence[str]) -> str:

@@ -156,8 +156,7 @@ def test_a_second_set_of_options_is_refused_by_name(typed):
         parse_train_config(typed, usage="")
 
 
-def test_of_an_option_of_a_run_that_is_given_twice_the_last_one_counts_and_that_is_said(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("fastbyol"), "propagate", True)
+def test_of_an_option_of_a_run_that_is_given_twice_the_last_one_counts_and_that_is_said(caplog):
     config = parse_train_config(["--epochs=1", "--seed", "2", "--views.size_px", "64", "--epochs", "3", "--views.size_px=96"], usage="")
     assert (config.epochs, config.views.size_px) == (3, 96)
     assert [record.message for record in caplog.records] == ["--epochs, --views.size_px: given more than once, the last one counts"]

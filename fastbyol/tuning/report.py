@@ -19,6 +19,7 @@ from fastbyol.tuning.comparison import Comparison
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -67,11 +68,18 @@ def comparison_table(comparisons: list[Comparison], *, per: str) -> Table:
 
     table = Table(Column("", no_wrap=True), Column(f"images/s per {per}", no_wrap=True), "slowest to fastest", "", box=None, pad_edge=False)
     for comparison in comparisons:
-        table.add_row(comparison.title)
+        table.add_row(_plain(comparison.title))
         for name, rates in comparison.rates.items():
             spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
             mark = "reference" if name == comparison.reference else "best" if name == comparison.best else ""
-            table.add_row(f"  {name}", f"{comparison.rate(name):,.0f}", spread, mark)
+            table.add_row(_plain(f"  {name}"), f"{comparison.rate(name):,.0f}", spread, mark)
         for name, reason in comparison.failed.items():
-            table.add_row(f"  {name}", "-", reason, "")
+            table.add_row(_plain(f"  {name}"), "-", _plain(reason), "")
     return table
+
+
+def _plain(text: str) -> Text:
+    """A name of a file or an error's text for a table, in which rich would take [brackets] for its own."""
+    from rich.text import Text
+
+    return Text(printable(text))
