@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import roofline
 from benchmarks.record import CaseResult, Row
 from benchmarks.record_file import KEPT, newest_kept, read_record, results_of
-from benchmarks.report import number
+from benchmarks.report_text import number
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.breakdown import Roofline, ScalingPoint
 from benchmarks.record import CaseResult
-from benchmarks.report import number
+from benchmarks.report_text import number
 from benchmarks.timing import Estimate
 
 if TYPE_CHECKING:

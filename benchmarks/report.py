@@ -12,9 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.cases import case_docstring
-from benchmarks.record import CaseResult, Row
+from benchmarks.record import CaseResult
 from benchmarks.record_file import read_record, results_of
-from benchmarks.timing import Estimate
+from benchmarks.report_text import HOW_TO_READ, QUICK, cells, circumstances, headers, threads_text
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import one_line_errors
 
@@ -34,56 +34,6 @@ def write_reports(out: Path, record: dict[str, Any]) -> None:
     results = results_of(record)
     (out / "report.md").write_text(report_markdown(record, results))
     (out / "report.html").write_text(report_page(record, results))
-
-
-HOW_TO_READ = """CPU-ms: user and system time of all threads. Figures are medians over interleaved rounds with the interval of order statistics;
-speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios. Every subject runs
-at least one whole round untimed before: set-up, compilation and the first touch of memory and files are in no figure."""
-QUICK = "Quick settings: small and few, to see that everything runs and what is grossly wrong. Figures to quote come from full settings."
-
-
-def headers(result: CaseResult) -> list[str]:
-    """Column titles. A rate says whose it is: a CPU process's with so many threads, or a GPU's."""
-    titles = [
-        "subject",
-        f"CPU-ms / {result.unit}",
-        f"{result.coverage:.0%} interval",
-        f"wall-ms / {result.unit}",
-        f"speed-up ({result.primary})",
-        f"x ceiling ({result.primary})",
-    ]
-    if result.unit == "image":
-        titles.append(f"images/s per {rate_owner(result)}")
-    return [*titles, "note"]
-
-
-def rate_owner(result: CaseResult) -> str:
-    """Whose a rate of the case is: 'GPU', or 'CPU process (2 threads)'; never mixed."""
-    return "GPU" if result.device == "cuda" else f"CPU process ({_threads(result)})"
-
-
-def cells(result: CaseResult, row: Row) -> list[str]:
-    """The row as texts, one for each header."""
-    cpu = row.ms["cpu"]
-    values = [
-        f"{row.name} ({row.role})" if row.role else row.name,
-        number(cpu.median),
-        interval(cpu),
-        number(row.ms["wall"].median),
-        f"{row.speedup[result.primary].median:.2f}",
-        f"{row.over_ceiling[result.primary].median:.2f}",
-    ]
-    if result.unit == "image":
-        values.append(number(1000 / row.ms["wall"].median))
-    extra = [_named_figure(name, value) for name, value in row.extra.items()]
-    return [*values, "; ".join(filter(None, [row.note, *extra]))]
-
-
-def _named_figure(name: str, value: float) -> str:
-    """'% of peak 12.3', or 'data wait 4.5%' for what is named '..._share'."""
-    if name == "mfu":
-        return f"MFU {value:.1%}"
-    return f"{name.removesuffix('_share').replace('_', ' ')} {value:.1%}" if name.endswith("_share") else f"{name} {number(value)}"
 
 
 def case_table(result: CaseResult) -> Table:
@@ -109,44 +59,9 @@ def report_markdown(record: dict[str, Any], results: list[CaseResult]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def circumstances(record: dict[str, Any]) -> list[str]:
-    """Command, time, commit, machine, load, versions: a line each."""
-    provenance, load = record["provenance"], record["load_average"]
-    commit = f"{provenance['commit'] or 'unknown'}{' with uncommitted changes' if provenance['uncommitted_changes'] else ''}"
-    return [
-        f"`{provenance['command']}`",
-        f"{record['started']}, {record['seconds']:.0f} s, {'quick' if record['quick'] else 'full'} settings, commit {commit}",
-        f"{provenance['cpu']}, {provenance['cores']} cores, GPU: {provenance['gpu'] or 'none'}; {provenance['system']}",
-        *_clocks(record.get("machine")),
-        f"load average at the start {_loads(load['start'])}, at the end {_loads(load['end'])} (1, 5, 15 min; ours included)",
-        ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
-        f"measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us a sample, which lasts milliseconds",
-        *_case_seconds(record),
-    ]
-
-
-def _case_seconds(record: dict[str, Any]) -> list[str]:
-    """How long each case took, set-up included; records before December 2026 do not say."""
-    seconds = record.get("case_seconds")
-    return [f"seconds by case: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}"] if seconds else []
-
-
-def _clocks(machine: dict[str, Any] | None) -> list[str]:
-    """Of a record that has them: those before November 2026 do not."""
-    if machine is None:
-        return []
-    known = [
-        f"{machine['memory_gib']} GiB memory",
-        f"CPU at {machine['cpu_mhz']} MHz",
-        f"governor {machine['cpu_governor'] or 'not visible'}",
-    ]
-    cards = [", ".join(f"{name} {value}" for name, value in card.items()) for card in machine["gpus"]]
-    return [", ".join(known), *cards]
-
-
 def _case_markdown(result: CaseResult) -> str:
     titles = headers(result)
-    lines = [f"## {result.case}: {result.title}", "", f"{result.rounds} rounds, {_threads(result)}.", "", _line(titles)]
+    lines = [f"## {result.case}: {result.title}", "", f"{result.rounds} rounds, {threads_text(result)}.", "", _line(titles)]
     lines.append(_line(["---"] + ["---:"] * (len(titles) - 2) + ["---"]))
     lines += [_line(cells(result, row)) for row in result.rows]
     if result.skipped:
@@ -154,25 +69,8 @@ def _case_markdown(result: CaseResult) -> str:
     return "\n".join([*lines, "", case_docstring(result.case)])
 
 
-def _threads(result: CaseResult) -> str:
-    return f"{result.threads} thread{'s' if result.threads > 1 else ''}"
-
-
 def _line(texts: list[str]) -> str:
     return "| " + " | ".join(texts) + " |"
-
-
-def interval(value: Estimate) -> str:
-    return f"{number(value.low)} .. {number(value.high)}"
-
-
-def number(value: float) -> str:
-    """Three significant digits, no exponent for what a table holds."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
-
-
-def _loads(values: list[float]) -> str:
-    return " ".join(f"{value:.1f}" for value in values)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import breakdown, plots
 from benchmarks.cases import case_docstring
 from benchmarks.record import CaseResult
-from benchmarks.report import HOW_TO_READ, QUICK, cells, circumstances, headers, rate_owner
+from benchmarks.report_text import HOW_TO_READ, QUICK, cells, circumstances, headers, rate_owner
 from fastbyol.evaluation.page import cards, command, image, page, paragraph, section, table
 
 NO_GPU = "No GPU in this record: rates are a CPU process's, and say nothing about images/s per GPU."

@@ -44,7 +44,8 @@ from benchmarks.cases import (  # noqa: E402
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
 from benchmarks.own_process import in_own_process  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
-from benchmarks.report import case_table, headers, report_markdown  # noqa: E402
+from benchmarks.report import case_table, report_markdown  # noqa: E402
+from benchmarks.report_text import headers  # noqa: E402
 from benchmarks.rivals.kornia_views import KorniaViews  # noqa: E402
 from benchmarks.rivals.packages import INSTALL, those_installed  # noqa: E402
 from benchmarks.rivals.updates import ema_pytorch_update, lightly_lars, lightly_update  # noqa: E402
