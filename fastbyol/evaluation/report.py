@@ -40,7 +40,7 @@ class Report:
     """All that the page shows.
 
     results: one for each protocol. view_rows: (N, 1 + 2 epochs, S, S, 3) uint8: centre crop, then the views. commands: as typed, in order.
-    folder: where the page belongs.
+    out: the folder to write the page to; None: the run's own.
     """
 
     run: RunState
@@ -48,7 +48,7 @@ class Report:
     results: list[ProtocolResult]
     view_rows: np.ndarray
     commands: list[str]
-    folder: Path
+    out: Path | None = None
 
     def headline(self) -> list[tuple[str, str]]:
         """(figure, what it is) of what was learnt and how fast. Raises UserError when the run has logged no step."""
@@ -57,7 +57,7 @@ class Report:
 
     def write(self) -> Path:
         """Writes report.html, whole or not at all, and returns its path. UserError where the folder cannot be written."""
-        path = through_links(self.folder / REPORT_FILE)
+        path = through_links((self.out or self.run.folder) / REPORT_FILE)
         text = report_page(self)
         try:
             write_durably(path, text)
@@ -84,7 +84,7 @@ def build_report(run: RunState, bank: FeatureBank, *, data: str, command: str, o
         results.append(result)
         commands.append(str(facts.get("command", "")))
     known = [text for text in dict.fromkeys([*commands, command]) if text]
-    return Report(run=run, bank=bank, results=results, view_rows=_view_rows(bank, data), commands=known, folder=out or run.folder)
+    return Report(run=run, bank=bank, results=results, view_rows=_view_rows(bank, data), commands=known, out=out)
 
 
 def _training_command(provenance: Record) -> str:
