@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastbyol.config.console import say
 from fastbyol.config.errors import UserError
 from fastbyol.durable_files import write_durably
 from fastbyol.evaluation.features import Features
@@ -78,9 +79,9 @@ def _facts_of(path: Path) -> dict[str, Any]:
 def write_or_say(result: ProtocolResult, folder: Path, *, data: str, **facts: object) -> None:
     """Writes the result and says where, or why it could not be written: it has cost more than the file is worth."""
     try:
-        print(f"wrote {result.write(folder, data=data, **facts)}", file=sys.stderr)
+        say(f"wrote {result.write(folder, data=data, **facts)}", file=sys.stderr)
     except OSError as error:
-        print(
+        say(
             f"{folder}: cannot be written ({error.strerror}), so the {result.protocol} figures are shown only; --out keeps them",
             file=sys.stderr,
         )
