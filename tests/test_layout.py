@@ -38,3 +38,11 @@ def test_the_package_runs_from_this_checkout_and_not_from_an_old_copy():
     import fastbyol
 
     assert Path(fastbyol.__file__).parent == ROOT / "fastbyol"
+
+
+def test_the_contributing_page_lists_the_layers_that_the_linter_checks():
+    from tests.layer_list import layer_list, with_layers
+
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert page == with_layers(page)
+    assert "`command_line`" in layer_list()
