@@ -20,6 +20,7 @@ TAR_MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 """ImageNet's has 100 kB; of a larger one the JSON alone would fill the memory."""
 _MAX_NUMBER = 1 << 48
+_LONGEST_NAME = 255
 _READ_BYTES = 1 << 20
 _SEAL = "content_sha256"
 """Of all the other fields."""
@@ -176,7 +177,7 @@ def _refuse_contradictions(manifest: Manifest) -> None:
     if len(manifest.class_counts) != len(manifest.class_names):
         raise ValueError(f"{len(manifest.class_counts)} class_counts for {len(manifest.class_names)} class_names")
     for name in (shard.name for shard in manifest.shards):
-        if not name or name in (".", "..") or set(name) & {"/", "\\", "\0"}:
+        if not name or name in (".", "..") or set(name) & {"/", "\\", "\0"} or len(name) > _LONGEST_NAME:
             raise ValueError(f"{shortened(repr(name), limit=60)} should be the name of a file beside it")
     listed = manifest.num_samples + len(manifest.dropped)
     if any(position >= listed for position in manifest.dropped) or list(manifest.dropped) != sorted(set(manifest.dropped)):

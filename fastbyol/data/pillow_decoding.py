@@ -27,6 +27,7 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TIFF_BITS, _TIFF_RANGES = 258, ((340, 341), (280, 281))  # BitsPerSample; S{Min,Max}SampleValue, {Min,Max}SampleValue
 _COMMON_MAXIMA = (255, 4095, 65535)
+_PIXELS_AT_A_TIME = 1 << 18
 # Pillow warns of damaged EXIF and of many pixels, for each image anew; what matters is raised.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -113,7 +114,8 @@ def pixel_range(image: Image.Image) -> PixelRange:
     if image.format == "PPM":  # Pillow has scaled it from its own maximum to 16 bits
         return PixelRange(0.0, 65535.0, True)
     values = np.asarray(image)
-    values = values[np.isfinite(values)]
+    if image.mode == "F":
+        values = values[np.isfinite(values)]
     if not values.size:
         raise UndecodableImage("does not decode", "no pixel is a number")
     low, high = float(values.min()), float(values.max())
@@ -140,13 +142,18 @@ def _stated_range(image: Image.Image) -> PixelRange | None:
 def _as_8_bits(values: NDArray[Any], limits: PixelRange) -> NDArray[np.uint8]:
     """Brings black to white to 0 to 255. Integers keep their upper bits: 16 bits give value >> 8."""
     black, white = limits.black, limits.white
-    if values.dtype.kind in "iu":
-        levels = (values.astype(np.int64) - int(black)) * 256 // max(int(white) - int(black) + 1, 1)
-    else:
-        with np.errstate(all="ignore"):  # of what is no number
-            scaled = (values.astype(np.float64) - black) / (white - black or 1.0)
-        levels = np.rint(255 * np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1))
-    return levels.clip(0, 255).astype(np.uint8)
+    levels = np.empty(values.size, dtype=np.uint8)
+    for first in range(0, values.size, _PIXELS_AT_A_TIME):  # an image of the largest size would fill gigabytes as int64
+        some = values.reshape(-1)[first : first + _PIXELS_AT_A_TIME]
+        if values.dtype.kind in "iu":
+            span = int(white) - int(black) + 1
+            scaled = (some.astype(np.int64) - int(black)) * 256 // span
+        else:
+            with np.errstate(all="ignore"):  # of what is no number
+                share = (some.astype(np.float64) - black) / (white - black or 1.0)
+            scaled = np.rint(255 * np.nan_to_num(share, nan=0.0, posinf=1.0, neginf=0.0))
+        levels[first : first + len(some)] = scaled.clip(0, 255)
+    return levels.reshape(values.shape)
 
 
 def _load(data: bytes, check_size: Callable[[int, int], None] | None) -> Image.Image:
