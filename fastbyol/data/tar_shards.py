@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import refuse_impossible_sizes
 from fastbyol.data.class_counts import refuse_other_counts
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, read_manifest
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, read_manifest, shortened
 
 SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
 SAMPLE = np.dtype(
@@ -41,7 +41,7 @@ def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
     """Manifest and sample table, checked against the files. UserError for a missing, cut or foreign one."""
     manifest = read_manifest(folder / TAR_MANIFEST)
     if manifest.kind != "tar":
-        raise UserError(f"{folder / TAR_MANIFEST}: describes {manifest.kind!r}, not tar shards; convert again with data_prep/to_dali.py")
+        raise UserError(f"{folder / TAR_MANIFEST}: describes {shortened(manifest.kind)!r}, not tar shards; convert again with data_prep/to_dali.py")
     for shard in manifest.shards:
         _check_shard(folder / shard.name, shard.bytes, shard.samples)
     return manifest, read_sample_table(folder / SAMPLE_TABLE, manifest)

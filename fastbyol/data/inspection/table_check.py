@@ -83,7 +83,7 @@ def _foreign_shards(folder: Path, found: Findings) -> Converted:
 def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterator[str]:
     """What the manifest says that the tables and files do not."""
     if manifest.kind != (kind := "beton" if path.is_file() else "tar"):
-        yield f"is of the kind {manifest.kind!r}, this is a {kind}"
+        yield f"is of the kind {shortened(manifest.kind)!r}, this is a {kind}"
     if manifest.num_samples != len(images.label):
         yield f"says {manifest.num_samples} images, there are {len(images.label)}"
     else:
