@@ -22,12 +22,14 @@ import numpy as np
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import JPEG_MODE, Beton, read_beton
 from fastbyol.data.class_counts import numbered_class_names, refuse_other_counts
+from fastbyol.data.jpeg_header import scans_complaint
 from fastbyol.data.manifest import beton_manifest_path, read_manifest
 from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
 
 log = logging.getLogger("fastbyol")
 # turbojpeg.h. LIMITSCANS ends the decoding of a progressive JPEG of more than 500 scans with an error.
 _TJPF_RGB, _TJPF_GRAY, _TJFLAG_ACCURATEDCT, _TJFLAG_LIMITSCANS, _TJERR_WARNING = 0, 6, 4096, 32768, 0
+_MANY_PIXELS = 1 << 23
 # The library calls an error a warning if a warning came before it, so its warnings are known by how they begin (jerror.h).
 _WARNINGS = ("Corrupt JPEG data", "Premature end of JPEG file", "Warning: ", "Inconsistent progression", "Unknown Adobe color transform")
 _DECOMPRESS_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5]
@@ -73,6 +75,8 @@ class TurboJpeg:
             complaint = self._size_complaint(handle, jpeg, size)
             height, width = rendered
             flags |= _TJFLAG_LIMITSCANS
+            if not complaint and size[0] * size[1] > _MANY_PIXELS:  # 500 scans of them take longer than 5 s
+                complaint = scans_complaint(jpeg)
             if complaint:
                 return complaint, True
             if not self._library.tjDecompress2(handle, jpeg, len(jpeg), out.ctypes.data, width, 0, height, pixel_format, flags):
