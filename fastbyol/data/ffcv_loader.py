@@ -14,6 +14,7 @@ import ctypes
 import importlib.util
 import logging
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fastbyol.data.beton import JPEG_MODE, Beton, read_beton
 from fastbyol.data.class_counts import numbered_class_names, refuse_other_counts
 from fastbyol.data.jpeg_header import scans_complaint
 from fastbyol.data.manifest import beton_manifest_path, read_manifest
-from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
+from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged, some_of
 
 log = logging.getLogger("fastbyol")
 # turbojpeg.h. LIMITSCANS ends the decoding of a progressive JPEG of more than 500 scans with an error.
@@ -127,7 +128,13 @@ class FfcvSource(Source):
         self._file.read_ahead(int(self._beton.offset[indices].min()), int(ends.max()))
 
     def identity(self) -> bytes:
-        return super().identity() + (b"" if self._beton.crc32 is None else self._beton.crc32.tobytes())
+        """As every source's, and what the bytes are: images stored raw have the same sizes and places whatever they show."""
+        table = self._beton
+        crc32 = table.crc32
+        if crc32 is None:
+            some = some_of(self.num_samples)
+            crc32 = np.array([zlib.crc32(self._file.read(int(table.offset[index]), int(table.size[index]))) for index in some])
+        return super().identity() + crc32.tobytes()
 
     def sample_name(self, index: int) -> str:
         return f"image {index} of {self._file.path}"
