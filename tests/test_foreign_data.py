@@ -42,6 +42,7 @@ def of_both(paths: tuple[Path, Path]) -> ImageListing:
     [
         ("train", "validation"), ("train", "valid"), ("Training", "Test"), ("TRAIN", "Dev"), ("train", "eval"), ("train2017", "val2017"),
         ("train_set", "test_set"), ("images-train", "images-val"), ("dev", "testing"),
+        ("birds_train", "birds_val"), ("ILSVRC2012_img_train", "ILSVRC2012_img_val"), ("1-train", "2-test"), ("trainval", "test"),
     ],
 )  # fmt: skip
 def test_folders_of_splits_are_refused_with_the_way_out(splits: tuple[str, str], tmp_path: Path) -> None:
@@ -77,6 +78,15 @@ def test_a_class_of_trains_and_a_class_of_tests_of_nothing_are_classes(tmp_path:
     assert listing.class_names == ("car", "testimony", "train")
     assert (listing.notes, listing.skipped) == ((), ())
     assert of_both(in_folder_and_tar(tmp_path / "numbered", "test 1/1.jpg", "test 2/2.jpg")).class_names == ("test 1", "test 2")
+    of_words = ("freight_train", "test_tube", "test pattern", "train pattern")
+    assert of_both(in_folder_and_tar(tmp_path / "words", *(f"{name}/1.jpg" for name in of_words))).class_names == tuple(sorted(of_words))
+
+
+def test_splits_without_folders_in_them_are_splits_too(tmp_path: Path) -> None:
+    for splits in (("train", "unlabeled"), ("x_test", "x_train")):
+        folder, _ = in_folder_and_tar(tmp_path / splits[0], *(f"{split}/{n}.jpg" for split in splits for n in range(2)))
+        with pytest.raises(UserError, match=f"holds splits \\({', '.join(splits)}\\)"):
+            list_images(folder)
 
 
 def test_a_tar_of_one_split_is_that_split(tmp_path: Path) -> None:

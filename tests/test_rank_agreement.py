@@ -145,5 +145,33 @@ def test_data_of_every_backend_have_a_fingerprint_that_their_labels_and_images_c
         source.close()
 
 
+def test_images_of_the_same_names_and_file_sizes_have_another_fingerprint(tmp_path):
+    from fastbyol.data.folder_loader import FolderSource
+
+    facts = []
+    for copy, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / copy / "class").mkdir(parents=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / copy / "class" / "1.bmp")
+        facts.append(FolderSource(tmp_path / copy).fingerprint())
+    assert {name for name in facts[0] if facts[0][name] != facts[1][name]} == {"images"}
+
+
+def test_images_without_checksums_have_a_fingerprint_of_their_bytes(beton, tmp_path):
+    from fastbyol.data.beton import FIELD, HEADER, read_beton
+    from fastbyol.data.ffcv_loader import FfcvSource
+
+    copy = Path(shutil.copy(beton, tmp_path / "x.beton"))
+    table = read_beton(copy)
+    content = bytearray(copy.read_bytes())
+    at = HEADER.itemsize + FIELD.fields["arguments"][1]
+    content[at : at + 16] = bytes(16)  # as stock FFCV writes it
+    copy.write_bytes(content)
+    before = FfcvSource(copy).fingerprint()
+    content[table.offset[0] + table.size[0] - 3] ^= 1
+    copy.write_bytes(content)
+    after = FfcvSource(copy).fingerprint()
+    assert {name for name in before if before[name] != after[name]} == {"images"}
+
+
 def test_one_process_compares_nothing():
     require_same_start(dataclasses.replace(ALIKE, seed=3), Process(0, 1, torch.device("cpu")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from fastbyol.config.errors import UserError
 from fastbyol.data import beton as beton_format
@@ -316,6 +318,41 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_by_every_reader(tmp_path: Path,
     complaint, fatal = TurboJpeg().decode(bomb, np.zeros((64, 64, 3), dtype=np.uint8))
     assert fatal
     assert "500 scans" in complaint
+
+
+def colour_after_colour(scans: int, *, side: int = 64) -> bytes:
+    """A baseline JPEG whose colours come in scans of their own, and the first of them again and again without a single coded bit."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "JPEG", subsampling=0)
+    jpeg = buffer.getvalue()
+    header = jpeg[: jpeg.index(b"\xff\xda")]
+    colours = [b"\xff\xda\0\x08\1" + bytes([colour, tables]) + b"\0\x3f\0" for colour, tables in ((1, 0), (2, 0x11), (3, 0x11))]
+    return header + b"".join(colours) + colours[0] * scans + b"\xff\xd9"
+
+
+def test_a_baseline_jpeg_of_thousands_of_scans_is_refused_and_scans_in_metadata_do_not_count() -> None:
+    from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings
+    from fastbyol.data.ffcv_loader import TurboJpeg
+    from fastbyol.data.jpeg_header import jpeg_complaint
+    from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow
+
+    bomb = colour_after_colour(1500)
+    refusal = "it has 1,503 scans, more than the 100 that are decoded"
+    result = Encoder(EncodeSettings()).encode(bomb)
+    assert isinstance(result, DroppedImage)
+    assert (result.reason, result.detail) == ("too many scans", refusal)
+    with pytest.raises(UndecodableImage, match="it has 1,503 scans"):
+        decode_with_pillow(bomb)
+    assert jpeg_complaint(bomb, height=64, width=64) == refusal
+    large = colour_after_colour(300, side=3000)  # fewer than TurboJPEG's own limit
+    complaint, fatal = TurboJpeg().decode(large, np.zeros((3000, 3000, 3), dtype=np.uint8))
+    assert (complaint, fatal) == ("it has 303 scans, more than the 100 that are decoded", True)
+
+    for progressive in (False, True):
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(buffer, "JPEG", progressive=progressive, icc_profile=b"\xff\xda" * 100_000)
+        assert isinstance(Encoder(EncodeSettings()).encode(buffer.getvalue()), EncodedImage)
+        assert jpeg_complaint(buffer.getvalue(), height=64, width=64) == ""
 
 
 def test_a_tiff_that_is_turned_has_the_size_of_its_pixels(make_folder: Callable[..., Path]) -> None:

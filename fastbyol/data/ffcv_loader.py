@@ -14,6 +14,7 @@ import ctypes
 import importlib.util
 import logging
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +23,14 @@ import numpy as np
 from fastbyol.config.errors import UserError
 from fastbyol.data.beton import JPEG_MODE, Beton, read_beton
 from fastbyol.data.class_counts import numbered_class_names, refuse_other_counts
+from fastbyol.data.jpeg_header import scans_complaint
 from fastbyol.data.manifest import beton_manifest_path, read_manifest
-from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
+from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged, some_of
 
 log = logging.getLogger("fastbyol")
 # turbojpeg.h. LIMITSCANS ends the decoding of a progressive JPEG of more than 500 scans with an error.
 _TJPF_RGB, _TJPF_GRAY, _TJFLAG_ACCURATEDCT, _TJFLAG_LIMITSCANS, _TJERR_WARNING = 0, 6, 4096, 32768, 0
+_MANY_PIXELS = 1 << 23
 # The library calls an error a warning if a warning came before it, so its warnings are known by how they begin (jerror.h).
 _WARNINGS = ("Corrupt JPEG data", "Premature end of JPEG file", "Warning: ", "Inconsistent progression", "Unknown Adobe color transform")
 _DECOMPRESS_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5]
@@ -73,6 +76,8 @@ class TurboJpeg:
             complaint = self._size_complaint(handle, jpeg, size)
             height, width = rendered
             flags |= _TJFLAG_LIMITSCANS
+            if not complaint and size[0] * size[1] > _MANY_PIXELS:  # 500 scans of them take longer than 5 s
+                complaint = scans_complaint(jpeg)
             if complaint:
                 return complaint, True
             if not self._library.tjDecompress2(handle, jpeg, len(jpeg), out.ctypes.data, width, 0, height, pixel_format, flags):
@@ -123,7 +128,13 @@ class FfcvSource(Source):
         self._file.read_ahead(int(self._beton.offset[indices].min()), int(ends.max()))
 
     def identity(self) -> bytes:
-        return super().identity() + (b"" if self._beton.crc32 is None else self._beton.crc32.tobytes())
+        """As every source's, and what the bytes are: images stored raw have the same sizes and places whatever they show."""
+        table = self._beton
+        crc32 = table.crc32
+        if crc32 is None:
+            some = some_of(self.num_samples)
+            crc32 = np.array([zlib.crc32(self._file.read(int(table.offset[index]), int(table.size[index]))) for index in some])
+        return super().identity() + crc32.tobytes()
 
     def sample_name(self, index: int) -> str:
         return f"image {index} of {self._file.path}"

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.listing import left_out_text
+from fastbyol.data.manifest import sha256_of
 from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
-from fastbyol.data.source import Indices, Pixels, Source, damaged
+from fastbyol.data.source import Indices, Pixels, Source, damaged, some_of
 
 log = logging.getLogger("fastbyol")
-
-_SIZES_COMPARED = 256
+_COMPARED_BYTES = 1 << 20
 
 
 class FolderSource(Source):
@@ -38,10 +40,13 @@ class FolderSource(Source):
         return height, width
 
     def identity(self) -> bytes:
-        """The files' names, and how long some of them are: opening a million headers is not worth it."""
-        some = np.unique(np.linspace(0, self.num_samples - 1, _SIZES_COMPARED).astype(np.int64)).tolist()
-        lengths = [path.stat().st_size if (path := self._listing.path(index)).exists() else -1 for index in some]
-        return "\0".join(self._listing.files).encode(errors="surrogateescape") + repr(lengths).encode()
+        """The files' names, and how some of them begin and how long they are: opening a million is not worth it."""
+        digest = hashlib.sha256("\0".join(self._listing.files).encode(errors="surrogateescape"))
+        for index in some_of(self.num_samples):
+            path = self._listing.path(index)
+            with suppress(OSError):  # a file that cannot be read is named by whoever decodes it
+                digest.update(f"{path.stat().st_size} {sha256_of(path, size=_COMPARED_BYTES)}".encode())
+        return digest.digest()
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         for index in indices.tolist():

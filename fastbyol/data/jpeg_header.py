@@ -11,7 +11,8 @@ from PIL import Image
 MAX_SIDE_PX = 65_500
 """libjpeg's limit (and the .beton's, at 65,535)."""
 MAX_SCANS = 100
-"""A progressive JPEG has about ten scans, each a pass over all of its pixels: thousands of them make hours of work out of half a megabyte."""
+"""A progressive JPEG has about ten scans, one whose colours come one after another three, each a pass over all of its pixels: thousands of
+them make hours of work out of half a megabyte."""
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
@@ -43,11 +44,6 @@ class JpegHeader:
         """Every JPEG decoder takes it: baseline or progressive, 8 bits, gray or three colours."""
         return self.frame in _BASELINE_OR_PROGRESSIVE and self.bits == 8 and self.components in (1, 3)
 
-    @property
-    def is_progressive(self) -> bool:
-        """Several scans refine the picture."""
-        return self.frame in _PROGRESSIVE
-
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
     """The header; None if the data do not begin as a JPEG or end before its frame is described."""
@@ -71,17 +67,27 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 def jpeg_complaint(data: bytes, *, height: int, width: int) -> str:
     """Returns what speaks against decoding a JPEG whose table says it has this size, or '': another size, or endless work."""
-    frame = next((found for segment in _segments(data) if (found := _frame(data, *segment))), None)
+    segments = list(_segments(data))
+    frame = next((found for segment in segments if (found := _frame(data, *segment))), None)
     if data[:2] != b"\xff\xd8" or frame is None:
         return "it is not a JPEG, or is cut off in its header"
     if frame.height != height or frame.width != width:
         return f"it is {frame.width}x{frame.height} pixels, its table says {width}x{height}"
-    return scans_complaint(data) if frame.marker in _PROGRESSIVE else ""
+    return _scans_complaint(data, segments)
 
 
 def scans_complaint(data: bytes) -> str:
-    """Returns 'it has N scans …' for a JPEG of more than MAX_SCANS, else ''. Scans of an embedded preview count too."""
-    scans = data.count(b"\xff\xda")  # within the coded pixels 0xFF is always followed by a zero or a restart marker
+    """Returns 'it has N scans …' for a JPEG of more than MAX_SCANS, else ''. What stands in its metadata does not count."""
+    return _scans_complaint(data, list(_segments(data)))
+
+
+def _scans_complaint(data: bytes, segments: list[tuple[int, int, int]]) -> str:
+    frame = next((found for segment in segments if (found := _frame(data, *segment))), None)
+    marker, at, end = segments[-1] if segments else (0, 0, 0)
+    # Decoders read no second scan where the first one has all the colours, unless the JPEG is progressive.
+    if frame is None or marker != _START_OF_SCAN or at == end or (frame.marker not in _PROGRESSIVE and data[at] >= frame.components):
+        return ""
+    scans = 1 + data.count(b"\xff\xda", end)  # within the coded pixels 0xFF is always followed by a zero or a restart marker
     return f"it has {scans:,} scans, more than the {MAX_SCANS} that are decoded" if scans > MAX_SCANS else ""
 
 
@@ -128,7 +134,7 @@ def _frame(data: bytes, marker: int, at: int, end: int) -> _Frame | None:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yields (marker, first byte, end) of every segment's content up to the first scan; no end lies beyond the data."""
+    """Yields (marker, first byte, end) of every segment's content up to the first scan's header; no end lies beyond the data."""
     at = 2
     while at + 4 <= len(data):
         at = data.find(b"\xff", at)
@@ -139,9 +145,11 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             at += 1
         elif marker in _STANDALONE:
             at += 2
-        elif marker in (_START_OF_SCAN, _END_OF_IMAGE):
+        elif marker == _END_OF_IMAGE:
             break
         else:
             end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
             yield marker, at + 4, min(end, len(data))
+            if marker == _START_OF_SCAN:
+                break
             at = end

@@ -161,7 +161,7 @@ def _load(data: bytes, check_size: Callable[[int, int], None] | None) -> Image.I
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if check_size is not None:
             check_size(image.width, image.height)
-        if image.info.get("progressive") and (complaint := scans_complaint(data)):
+        if image.format in ("JPEG", "MPO") and (complaint := scans_complaint(data)):
             raise UndecodableImage("too many scans", complaint)
         image.load()
         return image

@@ -21,6 +21,10 @@ READ_AHEAD_BYTES = 1 << 20
 """Fetched by one call of the system."""
 
 
+_COMPARED = 256
+"""Images of which ranks compare the bytes where no table has their digests."""
+
+
 class Storage(NamedTuple):
     """Of each sample, (num_samples,): the number of its file, and its first byte there."""
 
@@ -111,6 +115,11 @@ class RangeReader:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def some_of(num_samples: int) -> list[int]:
+    """Returns the numbers of a few images, spread evenly over all."""
+    return np.unique(np.linspace(0, num_samples - 1, _COMPARED).astype(np.int64)).tolist()
 
 
 def damaged(name: str, error: object) -> UserError:

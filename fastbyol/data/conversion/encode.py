@@ -179,7 +179,7 @@ class Encoder:
         if header is None or not header.is_common:
             return self._render(data, header, index)
         self._check_size(header.width, header.height)
-        if too_many := scans_complaint(data) if header.is_progressive else "":
+        if too_many := scans_complaint(data):
             raise UndecodableImage("too many scans", too_many)
         complaint, fatal = self._complaint(data, header)
         if fatal:

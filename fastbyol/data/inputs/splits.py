@@ -9,7 +9,10 @@ from pathlib import Path
 
 from fastbyol.config.errors import UserError
 
-_WORDS = frozenset(("train", "training", "val", "valid", "validation", "dev", "devel", "test", "testing", "eval", "evaluation"))
+_WORDS = frozenset(
+    ("train", "training", "trainval", "val", "valid", "validation", "dev", "devel", "test", "testing", "eval", "evaluation", "holdout",
+     "unlabeled", "unlabelled")
+)  # fmt: skip
 _AROUND = re.compile(r"^(?:images?|imgs?|data)[\W_]+|[\W_]*(?:set|data|images?|imgs?|split)?[\W_\d]*$")
 """What may stand in front of or behind the word: 'train2017', 'test_set', 'images-val'."""
 
@@ -33,6 +36,8 @@ def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) 
     for folder, found in sorted(below.items()):
         splits = sorted(name for name in found if is_split(name))
         several = len(set(map(_word, splits))) > 1  # 'test1' and 'test2' may be classes
+        if not several and (alike := _alike_but_for_the_split(found)):
+            several, splits = True, alike
         if several or (not folder and sum(direct[name] for name in splits) < sum(_deeper(direct, name) for name in splits)):
             raise UserError(_refusal(root, folder, splits))
 
@@ -48,6 +53,16 @@ def is_split(name: str) -> bool:
 
 def _word(name: str) -> str:
     return _AROUND.sub("", name.lower())
+
+
+def _alike_but_for_the_split(names: Iterable[str]) -> list[str]:
+    """Returns names such as 'birds_train' and 'birds_val', or '1-train' and '2-test'; [] where no two go together like that."""
+    words: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in sorted(names):
+        parts = re.findall("[a-z]+", re.sub(r"\s", "", name.lower()))  # 'train station' is one word
+        for word in _WORDS.intersection(parts):
+            words.setdefault(tuple(part for part in parts if part != word), {})[word] = name
+    return next((sorted(named.values()) for named in words.values() if len(named) > 1), [])
 
 
 def _refusal(root: Path, folder: str, splits: list[str]) -> str:
