@@ -124,7 +124,7 @@ def _read_file(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise UserError(f"{where}: is not a YAML file of options ({error})") from error
+        raise UserError(f"{where}: is not YAML of options ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{where}: must hold options, for example epochs: 100")
     if repeated:

@@ -43,7 +43,7 @@ class DataConfig:
     within windows of many blocks.
     """
     window_mib: int = 2048
-    """For traversal local: size of the window that is shuffled together; twice this should fit in memory."""
+    """Size of the window that traversal local shuffles together; twice this should fit in memory."""
     dali_ops: str = "auto"
     """Work the dali backend gives to DALI: decode (on the CPU); crop, on the GPU if there is one; all, for comparison only, because it
     is not the paper's augmentation. auto: crop on a GPU (not run by us yet), else decode.
@@ -233,7 +233,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     keep_every_epochs: float = 0.0
-    """In addition, write and keep a checkpoint every so many epochs, whatever checkpoint_every is; 0: none."""
+    """Interval in epochs of additional checkpoints that are written, whatever checkpoint_every is, and kept; 0: none."""
     resume: str = "auto"
     """auto: continue the run in `out`, or start it; must: only continue; never: only start."""
     init_from: str = ""
