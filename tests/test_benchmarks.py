@@ -371,10 +371,11 @@ def test_a_step_that_accumulates_takes_its_batch_for_each_forward():
     assert forwards == [4] * 6
 
 
-def test_every_case_says_what_how_by_which_command_and_why():
+def test_every_case_says_what_it_measures_how_with_which_command_and_why():
     for name in CASES:
         text = load_case(name).__doc__ or ""
-        for part in ("What: ", "\nHow: ", f"python -m benchmarks.run {name}", "\nWhy: ", "eference: ", "eiling: "):
+        assert text.startswith("Measures "), name
+        for part in ("\nHow: ", f"python -m benchmarks.run {name}", "\nWhy: ", "eference: ", "eiling: "):
             assert part in text, (name, part)
 
 

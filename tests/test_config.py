@@ -196,9 +196,9 @@ def test_help_says_what_each_option_means_and_its_value_in_the_preset(capsys):
         "--resume RESUME auto: continue the run that `out` holds, or start it; must: only continue; never: only start. (default: auto)"
         in text
     )
-    assert "Per 256 images: the peak is base_lr * global_batch / 256. (default: 8.0)" in text
+    assert "Learning rate per 256 images: the peak is base_lr * global_batch / 256. (default: 8.0)" in text
     docs = field_docs(TrainConfig)
-    assert docs["views.view1.hue"] == "HSV hue plus d turns, d in [-hue, hue]."
+    assert docs["views.view1.hue"] == "HSV hue plus d turns, with d in [-hue, hue]."
     assert docs.keys() <= flatten(to_plain(TrainConfig())).keys()
 
 

@@ -75,10 +75,11 @@ def test_every_piece_of_a_step_runs_and_says_that_it_was_not_checked_without_cud
     assert {"backward", "LARS", "the whole train_step", "control, must wait: .item()"} <= set(result.found)
 
 
-def test_every_part_says_what_how_by_which_command_and_why():
+def test_every_part_says_what_it_measures_how_with_which_command_and_why():
     for name in PARTS:
         text = load_part(name).__doc__ or ""
-        for words in ("What: ", "\nHow: ", f"python -m benchmarks.gpu_plan {name}", "\nWhy: "):
+        assert text.startswith("Measures "), name
+        for words in ("\nHow: ", f"python -m benchmarks.gpu_plan {name}", "\nWhy: "):
             assert words in text, (name, words)
 
 
