@@ -40,7 +40,7 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, limit_s: float, 
     theirs.close()
     try:
         if not ours.poll(limit_s):
-            raise PartFailed(f"stopped after its {limit_s:.0f} s; see {log.name}")
+            raise PartFailed(f"stopped at its limit of {limit_s:.0f} s; see {log.name}")
         kind, value = ours.recv()
     except EOFError:
         process.join()

@@ -163,7 +163,7 @@ def draw_views(options: argparse.Namespace) -> None:
 
     for name in (argument.split("=")[0] for argument in options.run_options if argument.startswith("--")):
         if name not in ("--preset", "--config", "--seed") and not name.startswith("--views."):
-            raise UserError(f"{name}: has no effect on views; there are --preset, --config, --seed, --views.… (as for a run), and --help")
+            raise UserError(f"{name}: has no effect on views; the options of a run that do are --preset, --config, --seed and --views.…")
     config = parse_train_config(options.run_options, usage="")
     write_contact_sheet(
         options.data,
@@ -195,7 +195,7 @@ def tune_run(options: argparse.Namespace) -> None:
 
     typed = frozenset(argument.split("=")[0].removeprefix("--") for argument in options.run_options if argument.startswith("--"))
     if "data.train" in typed:
-        raise UserError("--data.train: give --data, once for each way the images are stored")
+        raise UserError("--data.train: use --data instead, once for each format the images are stored in")
     check_output(options.out, overwrite=options.overwrite)
     config = parse_train_config([*options.run_options, f"--data.train={options.data[0]}"], usage="")
     from fastbyol.tuning.bench import Request  # imports torch (seconds), so only after the cheap checks

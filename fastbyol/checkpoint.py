@@ -112,7 +112,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(f"checkpoint {path}: not a checkpoint of fastbyol ({why_not_loaded(error)})") from error
     if digest is None:
-        log.warning("checkpoint %s has no .sha256 beside it; its own checksums are right, so it is used", path)
+        log.warning("checkpoint %s has no .sha256 beside it; its internal checksums match, so it is used", path)
     return state
 
 
@@ -127,13 +127,13 @@ def load_weights(file: IO[bytes]) -> Any:
         with zipfile.ZipFile(file) as archive:
             held = sum(entry.file_size for entry in archive.infolist())
         if held > allowed:
-            raise ValueError(f"it would unpack to {held / 1e9:.1f} GB, {allowed / 1e9:.1f} GB are allowed for its size")
+            raise ValueError(f"it would unpack to {held / 1e9:.1f} GB, but only {allowed / 1e9:.1f} GB are allowed for its size")
     file.seek(0)
     state = torch.load(file, map_location="cpu", weights_only=True)
     # If a tensor asks for more bytes than the file holds, torch enlarges the storage with uninitialised memory.
     stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(state)}
     if sum(stored.values()) > held:
-        raise ValueError(f"its tensors want {sum(stored.values())} bytes, it holds {held}")
+        raise ValueError(f"its tensors need {sum(stored.values())} bytes, but it holds {held}")
     return state
 
 
@@ -149,7 +149,7 @@ def _tensors(state: Any) -> list[torch.Tensor]:
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_meta:
-                raise ValueError(f"it holds a {'meta' if value.is_meta else value.layout} tensor, and only plain ones are read")
+                raise ValueError(f"it holds a {'meta' if value.is_meta else value.layout} tensor, but only plain ones are accepted")
             found.append(value)
         elif isinstance(value, dict):
             left += value.values()
@@ -165,17 +165,17 @@ def _refuse_other_structure(state: Any, path: Path) -> None:
     if not is_count(state["step"]):
         raise ValueError(f"its step is {shown(state['step'])}")
     if (name := _NAME.match(path.name)) and int(name[1]) != state["step"]:
-        raise ValueError(f"it holds step {state['step']}, its name says {int(name[1])}")
+        raise ValueError(f"it holds step {state['step']}, but its name says {int(name[1])}")
     weights = state["byol"]
     if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
-        raise ValueError("its networks are not tensors by name")
+        raise ValueError("its networks are not named tensors")
     from_plain(TrainConfig, state["config"], where="config.")
 
 
 def why_not_loaded(error: Exception) -> str:
     """Summarises torch.load's error in a few words; its own text suggests loading the untrusted file anyway."""
     if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it asks for {wanted[1]}, and only tensors and plain values are read"
+        return f"it asks for {wanted[1]}, but only tensors and plain values are accepted"
     if isinstance(error, UnpicklingError | EOFError):
         return "torch.save did not write it"
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
@@ -211,7 +211,7 @@ def load_newest(
             log.warning("%s%s", error, "; trying the one before" if step != steps[0] else "")
     if steps:
         raise CheckpointError(
-            f"{run / FOLDER}: all {len(steps)} checkpoints are damaged or of another run; start anew with another --out (the newest: {reasons[0]})"
+            f"{run / FOLDER}: all {len(steps)} checkpoints are damaged or of another run; start again with another --out (the newest: {reasons[0]})"
         )
     return None
 
@@ -243,8 +243,8 @@ def mend_config(run: Path) -> None:
             path.replace(path.with_name(f"{CONFIG_FILE}.damaged"))
         write_config(run, from_plain(TrainConfig, state["config"]))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read, nor written anew ({error.strerror}); choose another --out") from error
-    log.warning("%s could not be read; it is written anew from the checkpoint after step %d", path, state["step"])
+        raise UserError(f"{path}: cannot be read, and cannot be rewritten ({error.strerror}); choose another --out") from error
+    log.warning("%s could not be read; it is restored from the checkpoint after step %d", path, state["step"])
 
 
 def load_run(path: str | Path) -> RunState:

@@ -78,7 +78,7 @@ class CheckpointWriter:
         try:
             if where := first_not_finite({name: state[name] for name in ("byol", "optimizer") if name in state}):
                 raise Diverged(
-                    f"{where} is not finite after step {step}, so it was not saved; the checkpoints after steps {checkpoint_steps(self.run)} are whole"
+                    f"{where} is not finite after step {step}, so it was not saved; the checkpoints after steps {checkpoint_steps(self.run)} are good"
                 )
             save_checkpoint(self.run, step=step, state=state, keep=self.keep, stays=self.stays)
         except (CheckpointError, Diverged) as error:

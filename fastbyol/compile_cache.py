@@ -77,11 +77,11 @@ def _numba_cache(function: Callable[..., Any]) -> Any:
     except RuntimeError:  # 'no locator available': none of numba's folders is writable
         folder = private_folder()
     if folder is None:
-        _say_once("numba finds no folder for its cache, and there is no temporary one: each start compiles anew; set NUMBA_CACHE_DIR")
+        _say_once("numba finds no writable cache folder, not even a temporary one: each start compiles again; set NUMBA_CACHE_DIR")
         return None
     settings: Any = numba.config
     settings.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"] = str(folder / "numba")  # the environment variable is for child processes
-    _say_once(f"numba finds no folder for its cache: it is in {folder} now; set NUMBA_CACHE_DIR to have it elsewhere")
+    _say_once(f"numba finds no writable cache folder: using {folder}; set NUMBA_CACHE_DIR to choose another one")
     with suppress(RuntimeError):
         return cache_class(function)
     return None
@@ -107,7 +107,7 @@ def _forgiving_cache() -> Any:
             try:
                 super().save_overload(sig, data)
             except OSError as error:
-                _say_once(f"numba's cache in {self.cache_path} cannot be written ({error.strerror}): the next start compiles anew")
+                _say_once(f"numba's cache in {self.cache_path} cannot be written ({error.strerror}): the next start compiles again")
 
     return ForgivingCache
 

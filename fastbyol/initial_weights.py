@@ -35,10 +35,10 @@ def load_initial_weights(byol: BYOL, source: str) -> None:
         own = byol.state_dict()
         for name in ("probe.weight", "probe.bias"):
             if name in weights and weights[name].shape != own[name].shape:
-                log.info("%s = %s: the probe of %d classes stays new", OPTION, source, len(own["probe.bias"]))
+                log.info("%s = %s: the probe of %d classes is not loaded", OPTION, source, len(own["probe.bias"]))
                 weights[name] = own[name]
         load_matching(byol, weights, source=f"{OPTION} = {source!r}")
-        log.info("%s = %s: networks after its step %d", OPTION, source, state["step"])
+        log.info("%s = %s: loaded both networks, after its step %d", OPTION, source, state["step"])
         return
     online = byol.online.encoder
     assert isinstance(online, nn.Module)
@@ -47,7 +47,7 @@ def load_initial_weights(byol: BYOL, source: str) -> None:
         encoder = network.encoder
         assert isinstance(encoder, nn.Module)
         load_matching(encoder, weights, source=f"{OPTION} = {source!r}")
-    log.info("%s = %s: the encoder of both networks", OPTION, source)
+    log.info("%s = %s: loaded the encoder of both networks", OPTION, source)
 
 
 def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
@@ -74,12 +74,12 @@ def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: st
     counters = [name for name in own if name.endswith("num_batches_tracked") and name not in taken]
     if key or prefix or heads or counters or len(inside) < len(tensors):
         log.info(
-            "%s = %s: takes %d tensors%s%s%s%s",
+            "%s = %s: loads %d tensors%s%s%s%s",
             OPTION,
             source,
             len(taken),
             f" from {'.'.join(filter(None, [key, prefix.rstrip('.')]))!r}" if key or prefix else "",
-            f", and not {', '.join(map(repr, heads[:5]))} beside them" if heads else "",
+            f", but not {', '.join(map(repr, heads[:5]))} in the same file" if heads else "",
             f", nor {len(tensors) - len(inside)} of other networks" if len(inside) < len(tensors) else "",
             f"; {len(counters)} num_batches_tracked are missing and stay 0" if counters else "",
         )

@@ -69,15 +69,15 @@ class StopRequest:
                 continue
             if not self.requested:
                 self.name = signal.Signals(byte[0]).name
-                log.info("%s: finishes this step, saves and leaves (within %g s)", self.name, self.grace_s)
+                log.info("%s: finishing this step, then saving and exiting (within %g s)", self.name, self.grace_s)
                 self._requested.set()
                 threading.Thread(target=self._leave_in_time, name="fastbyol-grace", daemon=True).start()
             elif byte[0] == signal.SIGINT:
-                _leave("second Ctrl-C: left without saving this step", INTERRUPTED_EXIT)
+                _leave("second Ctrl-C: exited without saving this step", INTERRUPTED_EXIT)
 
     def _leave_in_time(self) -> None:
         if not self._closed.wait(self.grace_s):
-            _leave(f"{self.name}: not done after grace_s = {self.grace_s:g}: left without saving this step", STOPPED_EXIT)
+            _leave(f"{self.name}: not done after grace_s = {self.grace_s:g}: exited without saving this step", STOPPED_EXIT)
 
 
 def leave_at_once_on_signals() -> None:
@@ -93,7 +93,7 @@ def leave_at_once_on_signals() -> None:
 
 def _leave_at_once(number: int, _frame: object) -> None:
     if (os.environ.get("RANK") or "0") == "0":
-        os.write(2, f"stopped ({signal.Signals(number).name}) before the first step; the same command goes on\n".encode())
+        os.write(2, f"stopped ({signal.Signals(number).name}) before the first step; the same command continues\n".encode())
     os._exit(STOPPED_EXIT)
 
 
@@ -111,5 +111,5 @@ def end_with_torchrun() -> None:
 
 def _leave(message: str, code: int) -> None:
     """Ends the process from a thread; checkpoints on the disk are complete at any time."""
-    say(f"fastbyol: error: {message}; the checkpoints before it are whole", file=sys.stderr)
+    say(f"fastbyol: error: {message}; earlier checkpoints are complete", file=sys.stderr)
     os._exit(code)

@@ -74,7 +74,7 @@ def _place_in_environment() -> tuple[int, int, int]:
     require(world_size >= 1, "WORLD_SIZE", world_size, f"a number >= 1; {alone}")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size > 1 and missing:
-        raise UserError(f"WORLD_SIZE = {world_size}: is in the environment, and {', '.join(missing)} is not; {alone}")
+        raise UserError(f"WORLD_SIZE = {world_size}: is in the environment, but {', '.join(missing)} is not; {alone}")
     require(0 <= rank < world_size, "RANK", rank, f"in [0, WORLD_SIZE), and WORLD_SIZE is {world_size}; {alone}")
     if world_size > 1:
         require_between("MASTER_PORT", environment_integer("MASTER_PORT", 0), 1, 65535)
@@ -90,7 +90,7 @@ def _slurm_named(tasks: int) -> Iterator[None]:
         yield
     except Lost as error:
         raise Lost(
-            f"{error}. SLURM_STEP_NUM_TASKS = {tasks} is why others were waited for: start them all with `srun python fastbyol/train.py …`, "
+            f"{error}. Other ranks were expected because SLURM_STEP_NUM_TASKS = {tasks}: start all of them with `srun python fastbyol/train.py …`, "
             "or one process alone with `env -u SLURM_STEP_NUM_TASKS python fastbyol/train.py …`"
         ) from error
 
@@ -127,7 +127,7 @@ def fresh_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: flo
         if store.check([everyone]) and mine in store.get(everyone).decode().split():
             return dist.PrefixStore(attempt, store)
         time.sleep(0.1)
-    raise Lost(f"rank {rank}: the {world_size} ranks did not come together within timeout_s = {timeout_s:g} s")
+    raise Lost(f"rank {rank}: not all of the {world_size} ranks connected within timeout_s = {timeout_s:g} s")
 
 
 def leave_process_group() -> None:

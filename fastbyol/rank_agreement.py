@@ -52,7 +52,7 @@ def require_same_start(config: TrainConfig, process: Process) -> None:
     ]
     for rank, differing in enumerate(gather_on_main(other)):
         if differing:
-            log.warning("rank %d has other versions, so results may depend on which rank does what: %s", rank, "; ".join(differing))
+            log.warning("rank %d has other package versions, so results may differ between ranks: %s", rank, "; ".join(differing))
 
 
 def opened_alike(open_data: Callable[[], Opened], process: Process, *, option: str = "data.train") -> Opened:

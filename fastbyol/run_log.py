@@ -44,7 +44,7 @@ class RunLog:
         try:
             write_durably(path, "".join(json.dumps(r) + "\n" for r in kept))
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); make room, nothing is lost") from error
+            raise UserError(f"{path}: cannot be written ({error.strerror}); free some space; nothing is lost") from error
         self._earlier_s = (kept[-1].get("time_s") if kept else None) or 0.0
         self._start = self._counted_from = time.perf_counter()
         self._alarmed = False
@@ -70,7 +70,7 @@ class RunLog:
             step_s = (time.perf_counter() - self._counted_from) / (ESTIMATE_STEPS - UNCOUNTED_STEPS)
             left_s = step_s * (self.total_steps - done)
             end = (datetime.now() + timedelta(seconds=left_s)).strftime("%A %d %B %H:%M")
-            log.info("%.3g s a step: the other %d take about %s, until %s", step_s, self.total_steps - done, duration(left_s), end)
+            log.info("%.3g s a step: the other %d steps take about %s, until %s", step_s, self.total_steps - done, duration(left_s), end)
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes the record of one logged step: `step` (0-based, just taken) and numbers, texts or None."""
@@ -122,7 +122,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); move it away to go without") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); move it away to continue without it") from error
     records = [record for line in lines if (record := _record_in(line)) is not None]
     if len(records) < len(lines):
         log.warning("%s: %d of %d lines are damaged and left out", path, len(lines) - len(records), len(lines))

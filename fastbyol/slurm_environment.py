@@ -33,14 +33,15 @@ def adopt_slurm_environment(environment: MutableMapping[str, str]) -> bool:
         if environment_integer("SLURM_PROCID", 0, environment):
             raise UserError(f"SLURM_PROCID = {environment['SLURM_PROCID']}: srun --pty serves its first task only; leave out --pty")
         log.warning(
-            "SLURM: srun --pty has %d tasks and this is the only one with a terminal: it trains alone; all: srun without --pty", tasks
+            "SLURM: srun --pty has %d tasks, but only this one has a terminal, so it trains alone; leave out --pty to use all of them",
+            tasks,
         )
         return False
     try:
         environment.update(_torchrun_names(environment))
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"SLURM_STEP_NUM_TASKS = {tasks}: is in the environment, and other variables of srun are not as it sets them ({error!r}); start with "
+            f"SLURM_STEP_NUM_TASKS = {tasks}: is in the environment, but other variables of srun are missing or malformed ({error!r}); start with "
             "srun, or, for one process, unset SLURM_STEP_NUM_TASKS"
         ) from error
     return True

@@ -87,7 +87,7 @@ class TrainState:
         if process.is_main:
             if fewer:
                 log.warning(
-                    "data.train holds %d images, %d fewer than at the checkpoint: the run goes on with those, in an order drawn anew from here on",
+                    "data.train holds %d images, %d fewer than at the checkpoint: the run continues with these, in a new order",
                     self.loader.num_samples,
                     fewer,
                 )
@@ -172,13 +172,11 @@ def _announce_differences(state: dict[str, Any], *, config: TrainConfig, process
     """Logs how this machine differs from the one that wrote the checkpoint, and the consequences."""
     ranks, before = process.world_size, len(state["ranks"]["rng"])
     if ranks != before:
-        log.info("continues on %d ranks, the run had %d: same images in each step, sums in another order", ranks, before)
+        log.info("continuing on %d ranks (before: %d): each step has the same images, but sums are in another order", ranks, before)
     now, images = bn_images(config, process), state["ranks"]["bn_images"]
     if now != images:
-        log.warning("BN statistics now come from %d images, before from %d: another rank_batch or number of ranks", now, images)
+        log.warning("batch norm now sees %d images at once, before %d, because rank_batch or the number of ranks has changed", now, images)
     versions, recorded = package_versions(), state["versions"]
     changed = [f"{name} was {recorded.get(name)}, is {versions[name]}" for name in versions if recorded.get(name) != versions[name]]
     if changed:
-        log.warning(
-            "other versions than at the checkpoint, so the rest need not be bitwise what it would have been: %s", "; ".join(changed)
-        )
+        log.warning("package versions differ from the checkpoint's, so results may not be bitwise the same: %s", "; ".join(changed))

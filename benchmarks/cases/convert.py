@@ -57,7 +57,7 @@ FULL = Size(images=400, copies=40, rounds=7)
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     if find_turbojpeg() is None:
-        raise UserError(f"nothing to compare with, and Pillow would decode: {MISSING}")
+        raise UserError(f"without TurboJPEG there is no ceiling to compare with: {MISSING}")
     folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
     _copy_names(folder, size.copies)
     outputs = {REFERENCE: scratch / "stock.beton", BETON: scratch / "ours.beton", TAR: scratch / "ours"}

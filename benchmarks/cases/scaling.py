@@ -172,7 +172,7 @@ class RankGroup:
 
 def _answer(pipe: Connection) -> Work:
     if not pipe.poll(ANSWER_S):
-        raise RuntimeError(f"a rank of the scaling case said nothing for {ANSWER_S:.0f} s")
+        raise RuntimeError(f"a rank of the scaling case did not answer for {ANSWER_S:.0f} s")
     return pipe.recv()
 
 

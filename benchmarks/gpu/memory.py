@@ -43,7 +43,7 @@ def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
             batch = int(0.9 * batch) // MULTIPLE * MULTIPLE
         else:
             return batch
-    raise UserError(f"{MULTIPLE} images do not fit the memory of {device}")
+    raise UserError(f"{MULTIPLE} images do not fit in the memory of {device}")
 
 
 def fitting_batch(peaks: dict[int, int], *, limit: float) -> int:

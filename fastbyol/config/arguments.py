@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help lists what there is)")
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
 
 
 class _StoreOnce(argparse._StoreAction):

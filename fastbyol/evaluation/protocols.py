@@ -83,7 +83,7 @@ def write_or_say(result: ProtocolResult, folder: Path, *, data: str, **facts: ob
         print(f"wrote {result.write(folder, data=data, **facts)}", file=sys.stderr)
     except OSError as error:
         print(
-            f"{folder}: cannot be written ({error.strerror}), so the {result.protocol} figures are shown only; --out keeps them",
+            f"{folder}: cannot be written ({error.strerror}), so the {result.protocol} figures are only shown; use --out to save them elsewhere",
             file=sys.stderr,
         )
 

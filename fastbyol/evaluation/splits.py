@@ -92,7 +92,7 @@ class Splits:
     def __post_init__(self) -> None:
         if self.train.class_names != self.val.class_names:
             differing = sorted(set(self.train.class_names) ^ set(self.val.class_names))
-            raise UserError(f"train and val differ in their classes {differing[:5]}: both splits must be labelled by the same")
+            raise UserError(f"train and val differ in their classes {differing[:5]}: both splits must have the same classes")
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ def read_provenance(run: Path) -> Record:
         int(provenance.get("world_size") or 1)
         return provenance
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not the provenance of a run ({error}); delete it to go without") from error
+        raise UserError(f"{path}: not the provenance of a run ({error}); delete it to continue without it") from error
 
 
 def series(records: list[Record], key: str) -> list[float]:
