@@ -1,1 +1,1 @@
-"""What fastbyol costs, each figure beside a reference and a ceiling measured in the same run: `python -m benchmarks.run`."""
+"""Benchmarks of fastbyol, each figure with a reference and a ceiling measured in the same run: `python -m benchmarks.run`."""

@@ -1,6 +1,6 @@
-"""What a record's rows say together: where the time of an image goes, what each change saved, how fast the whole is, what to change next.
+"""Derives from a record's rows where the time of an image goes, what each change saved, how fast the whole is, and what to change next.
 
-Rows are found by their names; what a record lacks is left out.
+Rows are looked up by name; anything a record lacks is left out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ WATERFALLS: dict[str, tuple[tuple[str, str], ...]] = {
     "gpu.step_compiled": (("bf16, channels-last, compiled", "compiled"),),
     "fused_update": (("fastbyol LARS.step, then ema_update", "all tensors at once"), ("fastbyol lars_ema", "one pass")),
 }
-"""By case, from the reference to ours: the row, and what is new in it."""
+"""Steps from the reference to our fastest variant, by case: the row, and the change that it adds."""
 STAGES = (("decode", "decode only"), ("crop", "crops"), ("augment", "views"))
-"""Rows of a backend in the loader case, each with all that the ones before it do."""
+"""Rows of a backend in the loader case; each includes the work of the ones before it."""
 BACKENDS = ("ffcv", "dali", "folder")
 HEADLINES = {
     "gpu.end_to_end": ("trained end to end", ": end to end"),
@@ -30,21 +30,21 @@ HEADLINES = {
     "step": ("training step", "bf16, channels-last"),
     "loader": ("two views loaded", f"^({'|'.join(BACKENDS)}): views$"),
 }
-"""By case: what its rate is of, and which rows are ours (a pattern)."""
+"""Headline rates by case: a description, and a pattern that matches our rows."""
 DATA_BOUND = 1.05
-"""End to end over the steps alone; above it the step waits for data."""
+"""End-to-end time over the time of the steps alone; above this the step waits for data."""
 STEPS_ALONE = "steps alone"
 RATES = {"GFLOP/CPU-s": ("cpu", 1.0), "TFLOP/s": ("wall", 1e3)}
-"""Extra figures that are a rate of operations: the clock that they are by, and in how many GFLOP/s."""
+"""Extra figures that are rates of operations: the clock they use, and their unit in GFLOP/s."""
 OF_PEAK = "% of peak"
 MEGABYTES, COPIED = "MB an image", "GB/s copied"
 LEAST_SHARE = 1e-3
-"""Below it a part is not drawn."""
+"""Parts with a smaller share are not drawn."""
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One figure with whose it is."""
+    """One headline figure with its explanation."""
 
     value: str
     meaning: str
@@ -52,7 +52,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """ranks; images_per_s of all together."""
+    """One point of a scaling curve; images_per_s is the total over all ranks."""
 
     ranks: int
     images_per_s: float
@@ -61,7 +61,7 @@ class ScalingPoint:
 
 @dataclass(frozen=True)
 class RooflinePoint:
-    """A row: rate in the roofline's unit; intensity in operations per byte."""
+    """One row in a roofline plot: rate in the roofline's unit, intensity in operations per byte."""
 
     name: str
     role: str
@@ -71,7 +71,7 @@ class RooflinePoint:
 
 @dataclass(frozen=True)
 class Roofline:
-    """peak in `unit`; bandwidth in that per operation per byte. The names say what was measured."""
+    """A roofline: peak in `unit`, bandwidth in `unit` per operation per byte; the names say what was measured."""
 
     points: tuple[RooflinePoint, ...]
     peak: float
@@ -82,7 +82,7 @@ class Roofline:
 
 
 def roofline(result: CaseResult) -> Roofline | None:
-    """The rows whose operations and bytes are known, and both roofs as measured in the same rounds; None where the case does not have them."""
+    """Returns the rows with known operations and bytes under both limits measured in the same rounds; None if the case lacks them."""
     ceiling = next((row for row in result.rows if row.role == "ceiling"), None)
     copy = next((row for row in result.rows if COPIED in row.extra), None)
     unit = next((name for name in RATES if ceiling is not None and name in ceiling.extra), None)
@@ -98,17 +98,21 @@ def roofline(result: CaseResult) -> Roofline | None:
 
 
 def waterfall(result: CaseResult) -> list[tuple[str, float]]:
-    """(what is new, ms a unit) from the reference to our fastest on the case's first clock; empty where none of our rows was measured."""
+    """Returns (change, ms per unit) from the reference to our fastest row on the case's first clock; empty if none of our rows was
+    measured.
+    """
     reference = next((row for row in result.rows if row.role == "reference"), None)
     known = [(result.find(name), new) for name, new in WATERFALLS.get(result.case, ())]
     steps = [(new, row.ms[result.primary].median) for row, new in known if row is not None]
-    while len(steps) > 1 and steps[-1][1] >= steps[-2][1]:  # what made it slower, such as compiling on a CPU, is not how ours runs
+    while (
+        len(steps) > 1 and steps[-1][1] >= steps[-2][1]
+    ):  # a last change that made it slower, such as compiling on a CPU, is not our default
         steps.pop()
     return [(reference.name, reference.ms[result.primary].median), *steps] if reference and steps else []
 
 
 def loader_shares(result: CaseResult) -> dict[str, dict[str, float]]:
-    """CPU-ms an image of each backend by stage: what a stage's row needs beyond the row before it."""
+    """Returns each backend's CPU-ms per image by stage: the time of a stage's row minus that of the row before it."""
     shares: dict[str, dict[str, float]] = {}
     for backend in BACKENDS:
         rows = [result.find(f"{backend}: {name}") for _, name in STAGES]
@@ -120,7 +124,7 @@ def loader_shares(result: CaseResult) -> dict[str, dict[str, float]]:
 
 
 def time_shares(result: CaseResult) -> dict[str, dict[str, float]]:
-    """ms a unit by part for each row with figures named '*_share'; what they leave of the row's wall time is 'the step'."""
+    """Returns ms per unit by part for each row with figures named '*_share'; the rest of the row's wall time is 'the step'."""
     shares: dict[str, dict[str, float]] = {}
     for row in result.rows:
         given = {name.removesuffix("_share").replace("_", " "): value for name, value in row.extra.items() if name.endswith("_share")}
@@ -131,18 +135,18 @@ def time_shares(result: CaseResult) -> dict[str, dict[str, float]]:
 
 
 def scaling_points(result: CaseResult) -> list[ScalingPoint]:
-    """The rows 'n ranks', by n."""
+    """Returns the rows named 'n ranks', ordered by n."""
     named = [(re.fullmatch(r"(\d+) ranks?", row.name), row) for row in result.rows]
     points = [ScalingPoint(int(match[1]), 1000 / row.ms["wall"].median, row.extra.get("efficiency", 1.0)) for match, row in named if match]
     return sorted(points, key=lambda point: point.ranks)
 
 
 def headlines(results: Sequence[CaseResult], *, owner_of: dict[str, str]) -> list[Headline]:
-    """The fastest of our rows in each case of `HEADLINES`, as images/s with its owner; MFU where the row has it.
+    """Returns the fastest of our rows in each case of `HEADLINES`, as images/s, and its MFU if the row has one.
 
     Args:
-        results: of one record.
-        owner_of: by case, whose its rates are.
+        results: the cases of one record.
+        owner_of: by case, what its rates are per: 'GPU' or 'CPU process (2 threads)'.
     """
     by_case = {result.case: result for result in results}
     found: list[Headline] = []
@@ -164,7 +168,7 @@ def _rate(row: Row) -> str:
 
 
 def verdict(results: Sequence[CaseResult]) -> list[str]:
-    """Data-bound or not for each row that trains from files, and the next thing to change; says so where nothing was measured."""
+    """Returns a sentence for each row that trains from files: data-bound or not, and the next thing to change; or that no row does."""
     sentences = [text for case in ("gpu.end_to_end", "end_to_end", "demo_step") for text in _verdicts(results, case)]
     return sentences or [
         "Nothing in this record trains from files, so it does not say whether data or the step is the limit: run end_to_end."

@@ -1,15 +1,16 @@
 """Compares two records row by row: did something get slower?
 
-python -m benchmarks.compare BEFORE AFTER           each a records.json or its folder
+python -m benchmarks.compare BEFORE AFTER           each is a records.json or its folder
 python -m benchmarks.compare BEFORE AFTER --slower_than 0.05
 
-Exit code: 0 nothing slower, 1 something slower, 2 the two cannot be compared.
+Exit code: 0 nothing got slower, 1 something got slower, 2 the records cannot be compared.
 
-What is compared is each row's time over the ceiling's and over the reference's of its own run, on the case's first clock, because a busier
-machine slows all of them; milliseconds of two runs are not compared. A row counts as slower when by every yardstick that it has the medians
-differ by more than the threshold and the intervals do not overlap: a yardstick that moved by itself moves one ratio only. The reference
-has one yardstick, the ceiling: it shows what slows reference and subject alike. A machine much busier in one of the two runs is noted: what
-lives in the caches suffers more from neighbours than what does not. Extra figures (memory, shares of time) are not compared.
+Compared are each row's time over the ceiling's and over the reference's of the same run, on the case's first clock, because a busier
+machine slows all of them; milliseconds of different runs are not compared. A row counts as slower if for both ratios the medians
+differ by more than the threshold and the intervals do not overlap: if only the ceiling or the reference changed, only one ratio
+changes. The reference row has one ratio, to the ceiling, which shows what slows reference and subject alike. A note is printed if the
+machine was much busier in one of the two runs, because other processes slow cache-resident work more than the rest. Extra figures
+(memory, shares of time) are not compared.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ THRESHOLD = 0.1
 SLOWER_EXIT = 1
 SLOWER, FASTER, NOISE, SAME = "slower", "faster", "within noise", "same"
 LOAD_FACTOR = 2.0
-LOAD_NOTE = "neighbours in the caches move even ratios by 10 % and more; measure both again, one after the other"
+LOAD_NOTE = "other processes that share the caches change even ratios by 10 % and more; measure both again, one after the other"
 MACHINE = ("cpu", "cores", "gpu")
 MEANING = ("unit", "threads", "primary", "device", "settings")
 """Fields of a case that its figures depend on."""
 ONLY_PRECISION = {"rounds", "more_rounds"}
-"""Settings that change how sure a figure is, not what it is."""
+"""Settings that change the precision of a figure but not its meaning."""
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """A row's time over another row's time of the same run, before and after."""
+    """A row's time over another row's time in the same run, before and after."""
 
     name: str
     before: Estimate
@@ -51,7 +52,7 @@ class Yardstick:
 
     @property
     def factor(self) -> float:
-        """Over 1 where the row got slower."""
+        """Ratio of after to before; above 1 if the row got slower."""
         return self.after.median / self.before.median
 
     def verdict(self, threshold: float) -> str:
@@ -64,14 +65,16 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both records."""
+    """A row that is in both records."""
 
     case: str
     subject: str
     yardsticks: tuple[Yardstick, ...]
 
     def verdict(self, threshold: float) -> str:
-        """'slower' or 'faster' where all yardsticks agree, 'within noise' where all moved but not all beyond doubt, else 'same'."""
+        """Returns 'slower' or 'faster' if all ratios agree, 'within noise' if all moved the same way but not all significantly, else
+        'same'.
+        """
         verdicts = {yardstick.verdict(threshold) for yardstick in self.yardsticks}
         directions = {yardstick.factor > 1 for yardstick in self.yardsticks}
         if len(verdicts) == 1:
@@ -83,7 +86,7 @@ class Change:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("before", type=Path, help="records.json, or its folder")
-    parser.add_argument("after", type=Path, help="the same of the later run")
+    parser.add_argument("after", type=Path, help="records.json of the later run, or its folder")
     parser.add_argument("--slower_than", type=float, default=THRESHOLD, metavar="SHARE", help="share that counts as a change (%(default)s)")
     options = parser.parse_args(arguments)
     require_positive("--slower_than", options.slower_than)
@@ -96,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def require_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """UserError that names the first difference which makes the figures say nothing about the code."""
+    """Raises UserError that names the first difference which makes the records incomparable."""
     for name in MACHINE:
         _require_equal(f"the machine's {name}", before["provenance"][name], after["provenance"][name])
     if before["quick"] != after["quick"]:
@@ -108,7 +111,7 @@ def require_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
     for name in common:
         for field in MEANING:
             _require_equal(f"{field} of {name}", getattr(ours[name], field), getattr(theirs[name], field))
-        for role in ("reference", "ceiling"):  # another one where a package is missing
+        for role in ("reference", "ceiling"):  # they differ if a package was missing in one run
             _require_equal(f"the {role} of {name}", ours[name].named(role), theirs[name].named(role))
 
 
@@ -121,7 +124,7 @@ def _require_equal(what: str, before: object, after: object) -> None:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """Every row that is in both records and has a yardstick; call `require_comparable` first."""
+    """Returns every row that is in both records and has a ratio; call `require_comparable` first."""
     later = {result.case: result for result in results_of(after)}
     return [change for result in results_of(before) if result.case in later for change in _changes(result, later[result.case])]
 
@@ -144,7 +147,7 @@ def _inverse(value: Estimate) -> Estimate:
 
 
 def only_in_one(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Cases and rows that have no partner, as texts."""
+    """Returns texts that name the cases and rows found in only one of the records."""
     named = [{result.case: {row.name for row in result.rows} for result in results_of(record)} for record in (before, after)]
     texts = []
     for when, mine, other in (("before", *named), ("after", *reversed(named))):

@@ -1,9 +1,9 @@
-"""The tables of README.md and docs/performance.md that hold figures, from the newest kept record and from the roofline on paper.
+"""Fills the tables of figures in README.md and docs/performance.md from the newest kept records and the theoretical roofline.
 
-python -m benchmarks.figures            says which tables are not what they should be (exit code 1)
-python -m benchmarks.figures --write    writes them
+python -m benchmarks.figures            lists the files with tables that are out of date (exit code 1)
+python -m benchmarks.figures --write    updates them
 
-A table stands between two comments, `<!-- figures: NAME ... -->` and `<!-- figures end -->`; what is between is not for editing by hand.
+A table stands between two comments, `<!-- figures: NAME ... -->` and `<!-- figures end -->`; do not edit what is between them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LOADER_ROW = "ffcv: views"
 class Quote:
     """One line of the table of measured figures.
 
-    ours: label -> row. value: 'ms' a unit or 'x', times the ceiling's; on the case's first clock. what: with {unit} and {clock} filled in.
+    ours: label -> row. value: 'ms' per unit, or 'x' for multiples of the ceiling; on the case's first clock. what: text with {clock} filled in.
     """
 
     case: str
@@ -71,7 +71,7 @@ QUOTES = (
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m benchmarks.figures", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the figures in")
+    parser.add_argument("--write", action="store_true", help="update the tables")
     options = parser.parse_args(arguments)
     stale = []
     for name in FILES:
@@ -88,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def with_figures(text: str, blocks: dict[str, Callable[[], str]]) -> str:
-    """The text with every block's table as it should be.
+    """Returns the text with every table up to date.
 
     Raises:
-        UserError: a block of a name that is not known.
+        UserError: an unknown table name.
     """
 
     def filled(match: re.Match[str]) -> str:
@@ -103,7 +103,7 @@ def with_figures(text: str, blocks: dict[str, Callable[[], str]]) -> str:
 
 
 def measured_table(kept: Path = KEPT) -> str:
-    """The quotes whose case has a kept record, each from the newest that has it, with where from."""
+    """Returns a line for each quote whose case has a kept record, from the newest one, followed by the sources."""
     lines = ["| | ours | reference | ceiling |", "|---|---|---|---|"]
     cases: dict[Path, list[str]] = {}
     for quote in QUOTES:
@@ -125,7 +125,7 @@ def _line(quote: Quote, result: CaseResult) -> str:
 
 
 def _measured(result: CaseResult, name: str) -> bool:
-    """False for a row that was skipped, for which the record gives a reason; a row that nobody knows is a mistake here."""
+    """Returns False if the row was skipped, for which the record gives a reason. Raises UserError for a row that does not exist."""
     if result.find(name) is not None:
         return True
     if not any(name.startswith(skipped) for skipped in result.skipped):
@@ -145,7 +145,7 @@ def _source(folder: Path, cases: list[str]) -> str:
 
 
 def gpu_rates_table(kept: Path = KEPT) -> str:
-    """images/s per GPU of the newest kept record of each part, or that there is none."""
+    """Returns images/s per GPU from the newest kept record of each part, or 'not measured yet'."""
     lines = ["| part of the GPU plan | subject | images/s per GPU |", "|---|---|---:|"]
     for case in ("gpu.step", "gpu.step_compiled", "gpu.end_to_end", "gpu.decode"):
         result = _newest(case, kept)
@@ -158,7 +158,7 @@ def gpu_rates_table(kept: Path = KEPT) -> str:
 
 
 def cpu_rates_table(kept: Path = KEPT) -> str:
-    """images per second of CPU time of the newest kept record of each case that has any."""
+    """Returns images per second of CPU time from the newest kept record of each case that has one."""
     lines = ["| case | subject | images per CPU-second |", "|---|---|---:|"]
     for case in ("loader", "step", "end_to_end"):
         if (result := _newest(case, kept)) is not None:
@@ -176,7 +176,7 @@ def _newest(case: str, kept: Path = KEPT) -> CaseResult | None:
 
 
 def input_table() -> str:
-    """The roofline's, with a core's images/s as measured."""
+    """Returns the roofline's table of input rates, with the measured images/s of one CPU core."""
     loader = _newest("loader")
     if loader is None:
         raise UserError(f"figures: no kept record of the loader in {KEPT}; python -m benchmarks.run loader --out {KEPT}/DATE_MACHINE")

@@ -1,11 +1,12 @@
-"""Measures on a machine with a GPU what only a GPU can show, in under eight minutes; writes DIR/records.json, report.md and report.html.
+"""Measures on a GPU machine, in under eight minutes, what only a GPU can show; writes DIR/records.json, report.md and report.html.
 
 python -m benchmarks.gpu_plan --out benchmarks/results/2026-12-01_h100
 python -m benchmarks.gpu_plan step augment --out DIR      some parts only
 python -m benchmarks.gpu_plan --out DIR --device cpu --tiny       a dry run that finds mistakes in the plan; its figures mean nothing
 
-Each part has a process of its own: one that lacks a package is skipped by name, one that fails, dies or takes too long is recorded as that, and
-the others go on. Works without DALI and FFCV. Files are generated; nothing is downloaded. DIR/PART.log holds what a part said.
+Each part runs in a process of its own. A part that lacks a package is skipped; one that fails, dies or takes too long is recorded as
+failed, and the others go on. Works without DALI and FFCV. Files are generated; nothing is downloaded. DIR/PART.log holds a part's
+output.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ from fastbyol.config.plain import nearest_name
 from fastbyol.data.build import default_workers
 
 BUDGET_S = 460.0
-"""All of it, so that the command ends before eight minutes."""
+"""Seconds for all parts together, so that the command ends within eight minutes."""
 SHORTEST_S = 20.0
-"""A part that has less than this left is not begun: torch and CUDA alone take half of it."""
+"""A part with fewer seconds left is not started: loading torch and CUDA alone takes half of that."""
 LIMITS_S = {"step": 120.0, "augment": 120.0, "step_compiled": 180.0, "launches": 120.0, "end_to_end": 90.0}
 LIMIT_S = 60.0
-"""Of any other part."""
+"""Time limit of any other part."""
 NEEDS_IMAGES = ("decode", "end_to_end")
 NUM_CLASSES = 10
 
 
 @dataclass(frozen=True)
 class Scale:
-    """images: generated; a multiple of every part's batch. image_scale: of ImageNet's sides."""
+    """Size of a plan. images: number of generated images, a multiple of every part's batch. image_scale: scale of ImageNet's sides."""
 
     images: int
     image_scale: float
@@ -68,14 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = new_record(quick=options.tiny, command=shlex.join(["python", "-m", "benchmarks.gpu_plan", *typed]))
     record["findings"] = {}
     deadline = time.monotonic() + options.seconds
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # for the parts: the largest batch leaves no room for gaps
+    os.environ.setdefault(
+        "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+    )  # for the parts: at the largest batch, fragmentation would run out of memory
     with tempfile.TemporaryDirectory(prefix="fastbyol-gpu-plan-") as scratch:
         scale = TINY if options.tiny else FULL
         parts = options.parts or list(PARTS)
         place = _place(Path(scratch), device, scale, wanted=any(part in NEEDS_IMAGES for part in parts))
         for part in parts:
             _run_part(part, place, record, options, left_s=deadline - time.monotonic())
-            write_record(options.out, record)  # after every part: what is measured is kept, whatever comes next
+            write_record(options.out, record)  # after every part, so that a later crash loses nothing
     write_reports(options.out, read_record(options.out))
     log_console().print(f"wrote {options.out / FILE}, report.md and report.html", markup=False)
 
@@ -83,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> Namespace:
     parser = OneLineParser(prog="python -m benchmarks.gpu_plan", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all, in this order)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the record goes")
-    parser.add_argument("--seconds", type=float, default=BUDGET_S, help="for all parts together (%(default)g)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the record")
+    parser.add_argument("--seconds", type=float, default=BUDGET_S, help="time limit for all parts together (%(default)g)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for a dry run, with --tiny")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, for a dry run")
     options = parser.parse_args(arguments)
@@ -93,7 +96,7 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
         if part not in PARTS:
             raise UserError(f"PART = {part!r}: no such part{nearest_name(part, PARTS)}; one of {', '.join(PARTS)}")
     if options.device == "cpu" and not options.tiny:
-        raise UserError("--device cpu: the plan's sizes are a GPU's; add --tiny for a dry run, or take python -m benchmarks.run")
+        raise UserError("--device cpu: the plan's sizes are made for a GPU; add --tiny for a dry run, or use python -m benchmarks.run")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"no CUDA device here (torch {torch.__version__}); run it on a machine with one, or try --device cpu --tiny")
     return options
@@ -130,7 +133,7 @@ def _run_part(part: str, place: Place, record: dict[str, Any], options: Namespac
 
 
 def measure_part(part: str, place: Place, tiny: bool) -> CaseResult | Findings:
-    """One part, in this process; its scratch folder is its own."""
+    """Runs one part in this process, with a scratch folder of its own."""
     module = load_part(part)
     with tempfile.TemporaryDirectory(dir=place.scratch, prefix=part) as scratch:
         own = Place(device=place.device, images=place.images, scratch=Path(scratch), workers=place.workers)

@@ -1,8 +1,9 @@
-"""An ImageFolder of generated JPEG files that costs a decoder and a crop what ImageNet's photographs cost.
+"""Generates an ImageFolder of JPEG files that cost as much to decode and crop as ImageNet's photographs.
 
-Dead leaves (overlapping shapes of all sizes, as objects in photographs overlap) under oriented 1/f noise, whose strength is searched for
-each image until its file has the size drawn for it. ImageNet-1k train: about 470 x 400 px, 0.56 to 0.57 bytes per pixel. Differs from
-ImageNet: all files are 4:2:0 (most of ImageNet's are not subsampled, which decodes 9 to 13 % slower), and none is damaged or oriented.
+Images show dead leaves (overlapping shapes of all sizes, like overlapping objects in photographs) under oriented 1/f noise. The
+strength of the noise is searched for each image so that its file has the size drawn for it. ImageNet-1k train: about 470 x 400 px,
+0.56 to 0.57 bytes per pixel. Differs from ImageNet: all files are 4:2:0 (most of ImageNet's are not subsampled, which decodes 9 to 13
+% slower), and none is damaged or rotated.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from PIL import Image, ImageDraw
 from fastbyol.config.errors import require_at_least, require_positive
 
 COMMON_SIZES = ((500, 375), (375, 500), (500, 333), (333, 500))
-"""(width, height) of the photo site that most of ImageNet comes from."""
+"""Sizes (width, height) used by the photo site that most of ImageNet comes from."""
 SIZE_SHARES = (0.50, 0.15, 0.14, 0.06, 0.15)
-"""Of the common sizes, and of a log-normal rest."""
+"""Probabilities of the common sizes, and of a log-normal size."""
 BYTES_PER_PIXEL = 0.567
 BYTES_SPREAD = 0.45
-"""Standard deviation of the logarithm."""
+"""Standard deviation of the logarithm of the bytes per pixel."""
 QUALITIES = (95, 95, 90)
 TILE_PX = 512
 LEAVES = 220
@@ -33,15 +34,15 @@ SEARCH_STEPS = 6
 
 
 def write_imagenet_like(out: Path, *, images: int, classes: int = 10, scale: float = 1.0, seed: int = 0, workers: int = 1) -> Path:
-    """Fills `out` with `images` files in `classes` folders, the same for the same arguments, and returns it.
+    """Writes `images` files into `classes` folders below `out` and returns `out`; the same arguments give the same files.
 
     Args:
-        out: made if it is missing.
-        images: how many; spread over the classes in turn, at least one each.
-        classes: each has a hue and a direction of texture of its own.
-        scale: of both sides; 0.1 gives thumbnails of about 47 x 40 px.
-        seed: of everything.
-        workers: processes; the files do not depend on it.
+        out: created if it does not exist.
+        images: number of images, distributed over the classes in turn; at least one each.
+        classes: each has its own hue and texture direction.
+        scale: factor for both sides; 0.1 gives thumbnails of about 47 x 40 px.
+        seed: seed of everything.
+        workers: number of processes; does not affect the files.
     """
     require_at_least("classes", classes, 1)
     require_at_least("images", images, classes)
@@ -65,7 +66,7 @@ def _write_image(out: Path, index: int, *, classes: int, scale: float, seed: int
 
 
 def draw_jpeg(rng: np.random.Generator, *, direction: float, hue: float, scale: float) -> bytes:
-    """One file. direction: of the texture, radians; hue: of the leaves, turns."""
+    """Returns one JPEG file. direction: direction of the texture in radians; hue: hue of the leaves in turns."""
     width, height = (max(8, round(side * scale)) for side in _draw_size(rng))
     leaves = _dead_leaves(rng, width, height, hue)
     texture = _draw_texture(rng, width, height, direction)
@@ -89,7 +90,7 @@ def _draw_size(rng: np.random.Generator) -> tuple[float, float]:
 
 
 def _dead_leaves(rng: np.random.Generator, width: int, height: int, hue: float) -> np.ndarray:
-    """(H, W, 3) float32: ellipses and rectangles, the large ones behind."""
+    """Returns (H, W, 3) float32: ellipses and rectangles, the large ones behind."""
     image = Image.new("HSV", (width, height), (int(255 * hue), 60, 128))
     canvas = ImageDraw.Draw(image)
     side = min(width, height)
@@ -104,7 +105,7 @@ def _dead_leaves(rng: np.random.Generator, width: int, height: int, hue: float) 
 
 
 def _draw_texture(rng: np.random.Generator, width: int, height: int, direction: float) -> np.ndarray:
-    """(H, W, 3) float32 of variance about 1, mostly luminance: a random window of the class's noise."""
+    """Returns (H, W, 3) float32 of variance about 1, mostly luminance: a random window of the class's noise."""
     tile = _noise_tile(round(direction, 6))
     top, left = rng.integers(0, TILE_PX, 2)
     luminance = tile.take(range(top, top + height), axis=0, mode="wrap").take(range(left, left + width), axis=1, mode="wrap")
@@ -113,7 +114,7 @@ def _draw_texture(rng: np.random.Generator, width: int, height: int, direction: 
 
 @functools.cache
 def _noise_tile(direction: float) -> np.ndarray:
-    """Periodic noise of spectrum 1/f, three times stronger across the direction than along it."""
+    """Returns periodic noise of spectrum 1/f, three times stronger across the direction than along it."""
     fy, fx = np.fft.fftfreq(TILE_PX)[:, None], np.fft.rfftfreq(TILE_PX)[None, :]
     along, across = fx * np.cos(direction) + fy * np.sin(direction), fy * np.cos(direction) - fx * np.sin(direction)
     amplitude = 1 / np.maximum(np.hypot(along, across / 3), 1 / TILE_PX)

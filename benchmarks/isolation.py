@@ -1,4 +1,4 @@
-"""A function in a process of its own: a crash, a hang or a poisoned CUDA context ends that process and nothing else."""
+"""Runs a function in a process of its own: a crash, a hang or a broken CUDA context ends only that process."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fastbyol.config.errors import UserError
 
 
 class PartFailed(Exception):
-    """Why there is no result, in one line."""
+    """The function gave no result; the message says why in one line."""
 
 
 def run_isolated(function: Callable[..., Any], *arguments: Any, limit_s: float, log: Path) -> Any:
-    """What the function returns, from a process of its own. What it prints, and its traceback, go to the log.
+    """Returns the function's result, computed in a process of its own. Its output and traceback go to the log.
 
     Args:
-        function: importable by name, as are its arguments' classes.
-        arguments: of the function.
-        limit_s: after so long the process and all that it started are killed.
-        log: a file, made or made empty.
+        function: importable by name, as are the classes of its arguments.
+        arguments: passed to the function.
+        limit_s: seconds after which the process and all its children are killed.
+        log: a file that is created or emptied.
 
     Raises:
         UserError: the function raised it.
-        PartFailed: it raised something else, ran too long, or died.
+        PartFailed: the function raised something else, ran too long, or died.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -40,7 +40,7 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, limit_s: float, 
     theirs.close()
     try:
         if not ours.poll(limit_s):
-            raise PartFailed(f"stopped after its {limit_s:.0f} s; see {log.name}")
+            raise PartFailed(f"stopped at its limit of {limit_s:.0f} s; see {log.name}")
         kind, value = ours.recv()
     except EOFError:
         process.join()
@@ -71,7 +71,7 @@ def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any,
 
 
 def _kill_group(process: Any) -> None:
-    """The process, which leads a group of its own, and what it started."""
+    """Kills the process, which leads a process group of its own, and everything it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()

@@ -1,4 +1,4 @@
-"""The machine's clocks and memory: what a figure depends on beside the names that provenance holds."""
+"""The machine's clocks and memory, which figures depend on and provenance does not record."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ GPU_FIELDS = (
     "temperature.gpu",
     "persistence_mode",
 )
-"""Of nvidia-smi, at the start of the run: an idle card shows low clocks."""
+"""Fields of nvidia-smi, read at the start of the run; an idle GPU shows low clocks."""
 
 
 def describe_machine() -> dict[str, Any]:
-    """Plain values; None for what this system does not tell (a virtual machine hides its governor)."""
+    """Returns plain values; None for anything this system does not report (a virtual machine hides its governor)."""
     return {
         "cpu_governor": _text(CPU_CLOCKS / "scaling_governor"),
         "cpu_mhz": _cpu_mhz(),
@@ -40,7 +40,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def gpu_states() -> list[dict[str, str]]:
-    """What nvidia-smi says of each card; empty without one."""
+    """Returns nvidia-smi's fields for each GPU; empty without one."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return []
@@ -53,7 +53,7 @@ def gpu_states() -> list[dict[str, str]]:
 
 
 def _cpu_mhz() -> float | None:
-    """The mean of what the cores run at now."""
+    """Returns the mean of the cores' current clock rates."""
     values = [line.split(":")[1] for line in (_text(Path("/proc/cpuinfo")) or "").splitlines() if line.startswith("cpu MHz")]
     return round(sum(map(float, values)) / len(values), 1) if values else None
 

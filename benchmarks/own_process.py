@@ -1,4 +1,4 @@
-"""Work that needs a process of its own between rounds, as what it does to memory or to torch's settings would touch the other subjects."""
+"""Runs work in a process of its own between rounds, if its effect on memory or torch's settings would disturb the other subjects."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from fastbyol.config.errors import UserError
 
 @contextmanager
 def in_own_process(make: Callable[..., Callable[[], object]], *arguments: Any) -> Iterator[Callable[[], None]]:
-    """What calls `make(*arguments)()` there; made once, in the first call. Its CPU time counts as if it were spent here.
+    """Yields a function that calls `make(*arguments)()` in the other process, where `make` runs once, at the first call. Its CPU time
+    counts as if spent here.
 
     Args:
-        make: importable by name; its arguments can be pickled.
+        make: importable by name; its arguments must be picklable.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

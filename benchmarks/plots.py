@@ -1,4 +1,4 @@
-"""The report's plots as PNG bytes."""
+"""The report's plots, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST_LABEL = 46
 
 
 def waterfall(steps: Sequence[tuple[str, float]], *, unit: str, clock: str, ceiling: Estimate | None) -> bytes:
-    """Time from the naive way to ours, each change with what it saved; the ceiling as a line."""
+    """Plots the time from the naive variant to ours with the saving of each change; the ceiling is a line."""
     figure, axes = _canvas(rows=len(steps) + 1)
     labels, previous = [], steps[0][1]
     for place, (new, ms) in enumerate(steps):
@@ -47,7 +47,7 @@ def waterfall(steps: Sequence[tuple[str, float]], *, unit: str, clock: str, ceil
 
 
 def stacked(bars: dict[str, dict[str, float]], *, axis: str) -> bytes:
-    """A bar for each name, cut into its parts, with each part's share."""
+    """Plots one bar per name, divided into its parts, with each part's share."""
     figure, axes = _canvas(rows=len(bars))
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
     colours = dict(zip(parts, PART_COLOURS, strict=False))
@@ -68,7 +68,7 @@ def stacked(bars: dict[str, dict[str, float]], *, axis: str) -> bytes:
 
 
 def over_ceiling(result: CaseResult) -> bytes:
-    """Every row's time over the ceiling's on a logarithmic axis, with its interval."""
+    """Plots every row's time over the ceiling's on a logarithmic axis, with its interval."""
     figure, axes = _canvas(rows=len(result.rows))
     for place, row in enumerate(result.rows):
         value = row.over_ceiling[result.primary]
@@ -92,7 +92,7 @@ def over_ceiling(result: CaseResult) -> bytes:
 
 
 def roofline(found: Roofline) -> bytes:
-    """Each row's rate over how many operations it does for a byte, under the two roofs: the machine's arithmetic and its memory."""
+    """Plots each row's rate over its operations per byte, below the machine's two limits: arithmetic and memory bandwidth."""
     figure, axes = _canvas(rows=9)
     xs = [point.intensity for point in found.points]
     left, right = 0.4 * min(*xs, found.peak / found.bandwidth), 2.5 * max(*xs, found.peak / found.bandwidth)
@@ -119,7 +119,7 @@ def roofline(found: Roofline) -> bytes:
 
 
 def scaling(points: Sequence[ScalingPoint], *, owner: str) -> bytes:
-    """Images/s of all ranks together beside what no loss would give."""
+    """Plots images/s of all ranks together, compared with perfect scaling."""
     figure, axes = _canvas(rows=6)
     ranks, first = [point.ranks for point in points], points[0]
     axes.plot(ranks, [first.images_per_s * n / first.ranks for n in ranks], color=CEILING, linestyle="--", label="no loss")
@@ -146,7 +146,7 @@ def _canvas(*, rows: int) -> tuple[Figure, Axes]:
 
 
 def _label(axes: Axes, labels: Sequence[str], axis: str) -> None:
-    """One bar a line, the first at the top."""
+    """Labels one bar per line, the first at the top."""
     short = [text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…" for text in labels]
     axes.set_yticks(range(len(labels)), short, fontsize=8)
     axes.invert_yaxis()
@@ -158,7 +158,7 @@ def _label(axes: Axes, labels: Sequence[str], axis: str) -> None:
 
 
 def _label_decades(axis: XAxis | YAxis) -> None:
-    """1, 2, 5, 10, ...: on a logarithmic axis all other labels overlap."""
+    """Labels only 1, 2, 5, 10, ...: all other labels of a logarithmic axis would overlap."""
     from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

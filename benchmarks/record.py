@@ -1,4 +1,4 @@
-"""What a case found, as plain values for JSON."""
+"""The result of a benchmark case, as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from fastbyol.config.plain import to_plain
 
 @dataclass(frozen=True)
 class Row:
-    """One subject. The dicts are by clock, 'cpu' and 'wall'."""
+    """Figures of one subject. The dicts are keyed by clock, 'cpu' and 'wall'."""
 
     name: str
     role: str
-    """'reference', 'ceiling', 'memory ceiling' beside it, 'rival' for others' ways beside the reference, or '' for ours."""
+    """'reference', 'ceiling', 'memory ceiling' (a second one), 'rival' for other implementations beside the reference, or '' for ours."""
     ms: dict[str, Estimate]
     """Milliseconds per unit."""
     speedup: dict[str, Estimate]
-    """The reference's time over this one's, within each round."""
+    """The reference's time over this subject's, within each round."""
     over_ceiling: dict[str, Estimate]
-    """This one's time over the ceiling's, within each round."""
+    """This subject's time over the ceiling's, within each round."""
     note: str = ""
     extra: dict[str, float] = field(default_factory=dict)
-    """Other figures of this subject, each with its unit in the name."""
+    """Other figures of this subject; the name includes the unit."""
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case, measured."""
+    """The result of one case."""
 
     case: str
     title: str
     unit: str
-    """What the milliseconds are counted in: 'image' (two views of it), 'update', ..."""
+    """Unit that the milliseconds are per: 'image' (two views of it), 'update', ..."""
     threads: int
     primary: str
-    """The clock to read first."""
+    """The main clock of the case."""
     rounds: int
     coverage: float
-    """Confidence of the intervals."""
+    """Confidence level of the intervals."""
     settings: dict[str, Any]
     rows: tuple[Row, ...]
     skipped: dict[str, str] = field(default_factory=dict)
-    """What could not be measured here, and why."""
+    """Names of what could not be measured on this machine, with the reason."""
     device: str = "cpu"
-    """'cpu' or 'cuda': whose images per second a rate is."""
+    """Device that rates are per: 'cpu' or 'cuda'."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CaseResult:
-        """What `as_dict` gave, read back from JSON."""
+        """Builds a result from the output of `as_dict`, read back from JSON."""
         rows = tuple(
             Row(**{**row, **{name: _estimates(row[name]) for name in ("ms", "speedup", "over_ceiling")}}) for row in values["rows"]
         )
@@ -65,11 +65,11 @@ class CaseResult:
         return next(row for row in self.rows if row.name == name)
 
     def named(self, role: str) -> str:
-        """Name of the row with that role."""
+        """Returns the name of the row with that role, or ''."""
         return next((row.name for row in self.rows if row.role == role), "")
 
     def find(self, name: str) -> Row | None:
-        """The row of that name, None where it was not measured."""
+        """Returns the row of that name, or None if it was not measured."""
         return next((row for row in self.rows if row.name == name), None)
 
 
@@ -93,18 +93,18 @@ def make_result(
     skipped: dict[str, str] | None = None,
     device: str = "cpu",
 ) -> CaseResult:
-    """The rows of all subjects in order, each against the subjects named as reference and ceiling.
+    """Builds the rows of all subjects in order, each compared with the subjects named as reference and ceiling.
 
     Args:
-        case: its name on the command line.
-        title: one line for the table's head.
-        subjects: what was timed.
-        timings: what `measure` gave for them.
+        case: the case's name on the command line.
+        title: one line for the head of the table.
+        subjects: the subjects that were timed.
+        timings: result of `measure` for them.
         reference: name of the subject that speed-ups are relative to.
         ceiling: name of the subject that nothing can be faster than.
-        unit: singular.
-        threads: that a subject may use.
-        settings: a dataclass: all that the figures depend on.
+        unit: name of the unit, singular.
+        threads: number of threads that a subject may use.
+        settings: a dataclass with everything the figures depend on.
         primary: 'cpu' or 'wall'.
         extra: further figures by subject.
         skipped: what was left out, with the reason.

@@ -1,4 +1,4 @@
-"""Records as they are kept: records.json in a folder of its own."""
+"""Reads and writes benchmark records: a records.json in a folder of its own."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastbyol.config.errors import UserError
 from fastbyol.provenance import collect_provenance
 
 FORMAT = 1
-"""Of records.json; a later one that cannot be compared with it gets another number."""
+"""Version of the format of records.json; it changes if later records cannot be compared with earlier ones."""
 FILE = "records.json"
 EVERY = ("quick", "started", "seconds", "measuring_overhead_ms", "load_average", "skipped")
 MACHINE = ("command", "commit", "versions", "cpu", "cores", "gpu")
-"""What every record holds, and its provenance."""
+"""Fields of every record, and of its provenance."""
 KEPT = Path(__file__).parent / "results"
 
 
 def new_record(*, quick: bool, command: str) -> dict[str, Any]:
-    """A record without cases, with where and when it begins."""
+    """Returns a record without cases, with the machine and the time of the start."""
     return {
         "format": FORMAT,
         "quick": quick,
@@ -42,7 +42,7 @@ def new_record(*, quick: bool, command: str) -> dict[str, Any]:
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
-    """records.json in the folder, as far as the run has come."""
+    """Writes records.json to the folder with everything measured so far."""
     written = {name: value for name, value in record.items() if name != "start_s"}
     written["seconds"] = round(time.perf_counter() - record["start_s"], 1)
     written["load_average"] = {**record["load_average"], "end": os.getloadavg()}
@@ -50,10 +50,10 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record in a file, or in `records.json` of a folder.
+    """Returns the record in a file, or in a folder's records.json.
 
     Raises:
-        UserError: nothing there, not a record, or of another format.
+        UserError: nothing there, not a record, or a record of another format.
     """
     file = path / FILE if path.is_dir() else path
     try:
@@ -73,7 +73,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _require_whole(record: dict[str, Any], file: Path) -> None:
-    """UserError where something is missing that every record of this format has: it was cut or edited."""
+    """Raises UserError if the record lacks a field that every record of this format has, because it was truncated or edited."""
     try:
         missing = [name for name in EVERY if name not in record] + [name for name in MACHINE if name not in record["provenance"]]
         results_of(record)
@@ -84,12 +84,12 @@ def _require_whole(record: dict[str, Any], file: Path) -> None:
 
 
 def results_of(record: dict[str, Any]) -> list[CaseResult]:
-    """The cases in the order in which they ran."""
+    """Returns the cases in the order in which they ran."""
     return [CaseResult.from_dict(values) for values in record["cases"].values()]
 
 
 def newest_kept(case: str, *, folder: Path = KEPT) -> Path | None:
-    """The folder of the newest kept record, with full settings, that holds the case; None where there is none."""
+    """Returns the folder of the newest kept record with full settings that contains the case, or None."""
     found = []
     for path in folder.glob(f"*/{FILE}"):
         record = read_record(path)

@@ -1,6 +1,6 @@
-"""Records as tables: Markdown for report.md, rich for the terminal, from the same cells.
+"""Formats records as tables: Markdown for report.md and rich for the terminal, from the same cells.
 
-python -m benchmarks.report DIR             writes DIR/report.md and DIR/report.html anew from DIR/records.json
+python -m benchmarks.report DIR             rewrites DIR/report.md and DIR/report.html from DIR/records.json
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from fastbyol.config.errors import one_line_errors
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="of a records.json")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a records.json")
     folder = parser.parse_args(arguments).folder
     write_reports(folder, read_record(folder))
 
 
 def write_reports(out: Path, record: dict[str, Any]) -> None:
-    """report.md and report.html of the record."""
-    from benchmarks.report_page import report_page  # matplotlib takes a second, which a case should not wait for
+    """Writes report.md and report.html for the record."""
+    from benchmarks.report_page import report_page  # imports matplotlib, which takes a second
 
     results = results_of(record)
     (out / "report.md").write_text(report_markdown(record, results))
@@ -37,7 +37,7 @@ def write_reports(out: Path, record: dict[str, Any]) -> None:
 
 
 def case_table(result: CaseResult) -> Table:
-    """The case for the terminal."""
+    """Returns the case as a table for the terminal."""
     table = Table(title=f"{result.case}: {result.title} ({result.rounds} rounds)", title_justify="left")
     for position, title in enumerate(headers(result)):
         table.add_column(title, justify="left" if position in (0, len(headers(result)) - 1) else "right")
@@ -47,7 +47,7 @@ def case_table(result: CaseResult) -> Table:
 
 
 def report_markdown(record: dict[str, Any], results: list[CaseResult]) -> str:
-    """report.md: where and when, then each case with its table and its docstring."""
+    """Returns report.md: where and when it was measured, then each case with its table and docstring."""
     parts = ["# fastbyol benchmarks", "\n".join(f"- {line}" for line in circumstances(record)), HOW_TO_READ]
     parts += [QUICK] if record["quick"] else []
     parts += [_case_markdown(result) for result in results]

@@ -1,4 +1,4 @@
-"""report.html: one file with headline, verdict, plots and tables of a record; no network, no script."""
+"""Builds report.html: one file with the headline, verdict, plots and tables of a record; no network, no script."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.record import CaseResult
 from benchmarks.report_text import HOW_TO_READ, QUICK, cells, circumstances, headers, rate_owner
 from fastbyol.evaluation.page import cards, command, image, page, paragraph, section, table
 
-NO_GPU = "No GPU in this record: rates are a CPU process's, and say nothing about images/s per GPU."
+NO_GPU = "No GPU in this record: rates are per CPU process, and say nothing about images/s per GPU."
 
 NOT_BROKEN = "\u00a0..\u00a0"
 
 
 def report_page(record: dict[str, Any], results: list[CaseResult]) -> str:
-    """The whole page as HTML."""
+    """Returns the whole page as HTML."""
     started, quick = record["started"][:10], "quick" if record["quick"] else "full"
     lead = f"{record['provenance']['gpu'] or record['provenance']['cpu']}, {started}, {quick} settings"
     sections = [_summary(record, results), *(_case(result) for result in results), _checks(record), _skipped(record), _record(record)]
@@ -50,7 +50,7 @@ def _case(result: CaseResult) -> str:
 
 
 def _about(result: CaseResult) -> str:
-    """The case's docstring; its paragraphs are prose, but for the command."""
+    """Returns the case's docstring as HTML; its paragraphs are prose, except the command."""
     blocks = case_docstring(result.case).split("\n\n")
     return "".join(command(block.strip()) if block.startswith("    ") else f'<p class="note">{_prose(block)}</p>' for block in blocks)
 
@@ -82,7 +82,7 @@ def _figure(title: str, png: bytes) -> Iterator[str]:
 
 
 def _checks(record: dict[str, Any]) -> str:
-    """Findings that are no times: the GPU plan's."""
+    """Returns findings that are not times, from the GPU plan."""
     parts: list[str] = []
     for values in record.get("findings", {}).values():
         parts += [f"<h3>{escape(values['title'])}</h3>", table(("what", "found"), rows=list(values["found"].items()))]

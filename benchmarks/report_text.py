@@ -9,12 +9,12 @@ from benchmarks.timing import Estimate
 
 HOW_TO_READ = """CPU-ms: user and system time of all threads. Figures are medians over interleaved rounds with the interval of order statistics;
 speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios. Every subject runs
-at least one whole round untimed before: set-up, compilation and the first touch of memory and files are in no figure."""
-QUICK = "Quick settings: small and few, to see that everything runs and what is grossly wrong. Figures to quote come from full settings."
+at least one whole untimed round first: set-up, compilation and the first touch of memory and files are not included in any figure."""
+QUICK = "Quick settings: small and few, to check that everything runs and find gross errors. Do not quote these figures; use full settings."
 
 
 def headers(result: CaseResult) -> list[str]:
-    """Column titles. A rate says whose it is: a CPU process's with so many threads, or a GPU's."""
+    """Returns the column titles. A rate says what it is per: a CPU process with so many threads, or a GPU."""
     titles = [
         "subject",
         f"CPU-ms / {result.unit}",
@@ -29,12 +29,12 @@ def headers(result: CaseResult) -> list[str]:
 
 
 def rate_owner(result: CaseResult) -> str:
-    """Whose a rate of the case is: 'GPU', or 'CPU process (2 threads)'; never mixed."""
+    """Returns what a rate of the case is per: 'GPU', or 'CPU process (2 threads)'; the two are never mixed."""
     return "GPU" if result.device == "cuda" else f"CPU process ({threads_text(result)})"
 
 
 def cells(result: CaseResult, row: Row) -> list[str]:
-    """The row as texts, one for each header."""
+    """Returns the row as texts, one for each header."""
     cpu = row.ms["cpu"]
     values = [
         f"{row.name} ({row.role})" if row.role else row.name,
@@ -51,14 +51,14 @@ def cells(result: CaseResult, row: Row) -> list[str]:
 
 
 def _named_figure(name: str, value: float) -> str:
-    """'% of peak 12.3', or 'data wait 4.5%' for what is named '..._share'."""
+    """Formats an extra figure: '% of peak 12.3', or 'data wait 4.5%' if its name ends in '_share'."""
     if name == "mfu":
         return f"MFU {value:.1%}"
     return f"{name.removesuffix('_share').replace('_', ' ')} {value:.1%}" if name.endswith("_share") else f"{name} {number(value)}"
 
 
 def circumstances(record: dict[str, Any]) -> list[str]:
-    """Command, time, commit, machine, load, versions: a line each."""
+    """Returns lines with command, time, commit, machine, load and versions."""
     provenance, load = record["provenance"], record["load_average"]
     commit = f"{provenance['commit'] or 'unknown'}{' with uncommitted changes' if provenance['uncommitted_changes'] else ''}"
     return [
@@ -68,19 +68,19 @@ def circumstances(record: dict[str, Any]) -> list[str]:
         *_clocks(record.get("machine")),
         f"load average at the start {_loads(load['start'])}, at the end {_loads(load['end'])} (1, 5, 15 min; ours included)",
         ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
-        f"measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us a sample, which lasts milliseconds",
+        f"measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us per sample of several milliseconds",
         *_case_seconds(record),
     ]
 
 
 def _case_seconds(record: dict[str, Any]) -> list[str]:
-    """How long each case took, set-up included; records before December 2026 do not say."""
+    """Returns how long each case took, including set-up; records before December 2026 do not contain it."""
     seconds = record.get("case_seconds")
     return [f"seconds by case: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}"] if seconds else []
 
 
 def _clocks(machine: dict[str, Any] | None) -> list[str]:
-    """Of a record that has them: those before November 2026 do not."""
+    """Returns the machine's clocks; records before November 2026 do not contain them."""
     if machine is None:
         return []
     known = [
@@ -97,7 +97,7 @@ def interval(value: Estimate) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, no exponent for what a table holds."""
+    """Formats a number with three significant digits and no exponent."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 

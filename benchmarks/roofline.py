@@ -1,8 +1,9 @@
-"""The roofline on paper: what a BYOL step must compute, move and send per image, and what that allows on given hardware.
+"""Theoretical roofline: what a BYOL step must compute, move and send per image, and the rates that this allows on given hardware.
 
-python -m benchmarks.roofline           prints its tables; docs/performance.md has them with what they mean
+python -m benchmarks.roofline           prints its tables; docs/performance.md shows and explains them
 
-Nothing is measured here. Operations and tensor sizes are counted on torch's meta device; cards and links are data sheets' figures.
+Nothing is measured here. Operations and tensor sizes are counted on torch's meta device; figures of GPUs and links come from data
+sheets.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
 
 VIEWS = 2
 HALF, SINGLE = 2, 4
-"""Bytes of a bf16 and of a float32 number."""
+"""Bytes per bf16 and per float32 number."""
 JPEG_BYTES = 115e3
-"""Mean of ImageNet-1k's training files: about 148 GB over 1,281,167."""
+"""Mean size of ImageNet-1k's training files: about 148 GB over 1,281,167."""
 CONV_SHARE, MEMORY_SHARE = 0.55, 0.85
-"""Of the peaks, what convolutions and long passes over memory reach in practice. With them the model's range for supervised ResNet-50 training
-holds what is published: see docs/performance.md."""
+"""Shares of the peaks that convolutions and long passes over memory reach in practice. With them, the model's range for supervised
+ResNet-50 training contains the published figures: see docs/performance.md.
+"""
 
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU (SXM) and its links. memory, nvlink: bytes/s, the latter in one direction; network: bytes/s of one adapter for each GPU."""
+    """One GPU (SXM) and its links. memory, nvlink: bytes/s, the latter in one direction; network: bytes/s of the one adapter per GPU."""
 
     name: str
     memory: float
@@ -43,20 +45,20 @@ class Card:
 
     @property
     def flop_per_s(self) -> float:
-        """Dense, 16-bit."""
+        """Peak rate of dense 16-bit operations."""
         peak = peak_flop_per_s(self.name, autocast="bf16")
         assert peak is not None
         return peak
 
 
 CARDS = (Card("A100", 2.04e12, 300e9, 25e9), Card("H100", 3.35e12, 450e9, 50e9), Card("H200", 4.8e12, 450e9, 50e9))
-"""NVIDIA's data sheets: A100 80 GB, H100, H200, all SXM; 200 and 400 Gbit/s InfiniBand."""
+"""Data sheets of NVIDIA: A100 80 GB, H100, H200, all SXM; 200 and 400 Gbit/s InfiniBand."""
 ENCODERS = (ModelConfig(encoder="resnet50"), ModelConfig(encoder="resnet50", width=2), ModelConfig(encoder="resnet200", width=2))
 
 
 @dataclass(frozen=True)
 class Elements:
-    """Numbers in the activations of one forward of one view, by what reads or writes them."""
+    """Numbers in the activations of one forward pass of one view, by the operation that reads or writes them."""
 
     conv_in: int
     conv_out: int
@@ -67,17 +69,17 @@ class Elements:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one image (two views): operations, and bytes of activations in 16 bits."""
+    """Work for one image (two views): operations, and bytes of activations in 16 bits."""
 
     flop: float
     separate_bytes: float
-    """Each operation a kernel of its own: eager."""
+    """Bytes moved if each operation is a separate kernel, as in eager mode."""
     fused_bytes: float
-    """Batch norm's second pass does the ReLU and the residual sum too: compiled."""
+    """Bytes moved if batch norm's second pass includes the ReLU and the residual sum, as when compiled."""
 
 
 def count_elements(module: nn.Module, view: Tensor) -> Elements:
-    """Of one forward of `view` (N, 3, H, W), per image of it; meta tensors are enough."""
+    """Counts the elements of one forward pass of `view` (N, 3, H, W), per image; meta tensors are enough."""
     with _ElementCounter() as counter:
         module(view)
     per_image = {name: count // len(view) for name, count in counter.counts.items()}
@@ -103,26 +105,30 @@ class _ElementCounter(TorchDispatchMode):
 
 
 def separate_passes(n: Elements) -> tuple[int, int]:
-    """(forward, backward) numbers read and written by one view, each operation a kernel of its own.
+    """Returns (forward, backward) numbers read and written for one view if each operation is a separate kernel.
 
-    Forward: a convolution reads its input and writes its output; batch norm reads twice (statistics, then values) and writes; ReLU reads and
-    writes; a sum reads two and writes one. Backward: a convolution reads the output's gradient and writes the input's, then reads both
-    the input and the output's gradient for the weights'; batch norm reads input and gradient twice and writes; ReLU reads two and writes;
-    where a residual splits, two gradients are read and their sum is written.
+    Forward: a convolution reads its input and writes its output; batch norm reads twice (statistics, then values) and writes; ReLU
+    reads and writes; a sum reads two and writes one. Backward: a convolution reads the output's gradient and writes the input's, then
+    reads both the input and the output's gradient for the weights'; batch norm reads input and gradient twice and writes; ReLU reads
+    two and writes; where a residual splits, two gradients are read and their sum is written.
     """
     conv = n.conv_in + n.conv_out
     return conv + 3 * n.norm + 2 * n.relu + 3 * n.add, 2 * conv + 5 * n.norm + 3 * n.relu + 3 * n.add
 
 
 def fused_passes(n: Elements) -> tuple[int, int]:
-    """The same with ReLU and residual sum inside batch norm's second pass, forward and backward; the sum's other operand is still read."""
+    """Returns the same with ReLU and residual sum fused into batch norm's second pass, forward and backward; the sum's other operand is
+    still read.
+    """
     conv = n.conv_in + n.conv_out
     return conv + 3 * n.norm + n.add, 2 * conv + 5 * n.norm + 3 * n.add
 
 
 @functools.cache
 def work_of(model: ModelConfig, *, size_px: int = 224) -> Work:
-    """An image of a BYOL step: for each view online forward and backward, and the target's forward. The heads' activations are left out."""
+    """Returns the work of a BYOL step per image: for each view online forward and backward, and the target's forward. The heads'
+    activations are left out.
+    """
     with torch.device("meta"):
         elements = count_elements(encoder_from(model), torch.empty(2, 3, size_px, size_px))
     moved = [HALF * VIEWS * (2 * forward + backward) for forward, backward in (separate_passes(elements), fused_passes(elements))]
@@ -130,7 +136,7 @@ def work_of(model: ModelConfig, *, size_px: int = 224) -> Work:
 
 
 def limits(work: Work, card: Card) -> dict[str, float]:
-    """images/s that one card cannot pass: by operations, by memory with separate and with fused kernels."""
+    """Returns upper limits of images/s on one GPU: by operations, and by memory with separate and with fused kernels."""
     return {
         "operations": card.flop_per_s / work.flop,
         "separate": card.memory / work.separate_bytes,
@@ -139,15 +145,18 @@ def limits(work: Work, card: Card) -> dict[str, float]:
 
 
 def attainable(flop: float, num_bytes: float, card: Card) -> tuple[float, float]:
-    """images/s to expect: convolutions and memory passes one after the other, and wholly overlapped, at the shares of the peaks above."""
+    """Returns the images/s to expect at the shares of the peaks above, if convolutions and memory passes do not overlap, and if they
+    overlap fully.
+    """
     compute_s, memory_s = flop / (CONV_SHARE * card.flop_per_s), num_bytes / (MEMORY_SHARE * card.memory)
     return 1 / (compute_s + memory_s), 1 / max(compute_s, memory_s)
 
 
 @dataclass(frozen=True)
 class Messages:
-    """What one rank sends in a step. gradient_bytes: all gradients. norm_layers: batch norms, online and target. norm_bytes: one rank's
-    statistics of all layers, forward; norm_backward_bytes: what is summed in the backward."""
+    """Bytes that one rank sends per step. gradient_bytes: all gradients. norm_layers: number of batch norms, online and target.
+    norm_bytes: one rank's statistics of all layers, forward; norm_backward_bytes: what is summed in the backward.
+    """
 
     gradient_bytes: float
     norm_layers: tuple[int, int]
@@ -156,13 +165,13 @@ class Messages:
 
     @property
     def norm_messages(self) -> int:
-        """Forwards of both networks, and the online one's backward; both views in one message."""
+        """Number of batch-norm messages: forward passes of both networks, and the online network's backward; both views share a message."""
         online, target = self.norm_layers
         return 2 * online + target
 
 
 def messages_of(model: ModelConfig, *, num_classes: int = 1000) -> Messages:
-    """In float32, the linear probe's gradients included."""
+    """Returns the messages of a step in float32, including the linear probe's gradients."""
     with torch.device("meta"):
         byol = build_byol(model, num_classes=num_classes)
     channels = [
@@ -179,12 +188,12 @@ def messages_of(model: ModelConfig, *, num_classes: int = 1000) -> Messages:
 
 
 def all_reduce_s(num_bytes: float, *, ranks: int, bytes_per_s: float) -> float:
-    """A ring: each rank sends 2 (n - 1) / n of the message."""
+    """Seconds of a ring all-reduce: each rank sends 2 (n - 1) / n of the message."""
     return 2 * (ranks - 1) / ranks * num_bytes / bytes_per_s
 
 
 def all_gather_s(num_bytes: float, *, ranks: int, bytes_per_s: float) -> float:
-    """Each rank receives the message of every other."""
+    """Seconds of an all-gather: each rank receives the message of every other rank."""
     return (ranks - 1) * num_bytes / bytes_per_s
 
 
@@ -213,7 +222,7 @@ def limits_table(models: Sequence[ModelConfig] = ENCODERS, cards: Sequence[Card]
 
 
 def input_table(rates: Sequence[int] = (1000, 2000, 3000, 4000), *, size_px: int = 224, core_images_per_s: float) -> str:
-    """What a GPU that trains so many images/s has to be given. core_images_per_s: of a CPU core that makes both views."""
+    """Returns the data rates that a GPU needs at given images/s. core_images_per_s: rate of a CPU core that makes both views."""
     lines = [
         "| images/s per GPU | JPEG files, MB/s | uint8 crops to the GPU, MB/s | float32 views instead, MB/s | CPU cores for whole views |"
     ]
@@ -226,7 +235,7 @@ def input_table(rates: Sequence[int] = (1000, 2000, 3000, 4000), *, size_px: int
 
 
 def messages_table(model: ModelConfig = ENCODERS[0], card: Card = CARDS[1], *, global_batch: int = 4096, images_per_s: float = 2000) -> str:
-    """Milliseconds of a step's messages by bandwidth alone, beside the step's own at the given rate per GPU."""
+    """Returns milliseconds of a step's messages by bandwidth alone, compared with the step's own at the given rate per GPU."""
     sent = messages_of(model)
     lines = [
         "| GPUs | images a GPU | step alone, ms | gradients, ms | BN statistics, ms | BN backward, ms | messages of BN |",

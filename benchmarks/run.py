@@ -1,4 +1,4 @@
-"""Runs benchmark cases; writes OUT/records.json, OUT/report.md and OUT/report.html and prints the tables.
+"""Runs benchmark cases, prints their tables and writes OUT/records.json, OUT/report.md and OUT/report.html.
 
 python -m benchmarks.run --quick
 python -m benchmarks.run loader ema --out benchmarks/out
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         start = time.perf_counter()
         try:
             result = _run_case(name, quick=options.quick)
-        except UserError as error:  # an optional package is missing: the other cases are none the worse
+        except UserError as error:  # an optional package is missing: the other cases can still run
             record["skipped"][name] = str(error)
             console.print(f"{name} skipped: {error}", markup=False)
         except KeyboardInterrupt:
             console.print(f"interrupted in {name}; the record in {options.out} holds the cases before it", markup=False)
             sys.exit(INTERRUPTED_EXIT)
-        except Exception as error:  # a mistake in one case shall not cost what the others take minutes to measure
+        except Exception as error:  # a bug in one case must not lose the results of the others
             traceback.print_exc()
             record["skipped"][name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
             failed.append(name)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(case_table(result))
             print_skipped(console, result)
             console.print(f"{name}: {record['case_seconds'][name]} s, set-up and warm-up included", markup=False)
-        write_record(options.out, record)  # after every case: what is measured is kept, whatever comes next
+        write_record(options.out, record)  # after every case, so that a later crash loses nothing
     written = read_record(options.out)
     write_reports(options.out, written)
     console.print(f"wrote {options.out / FILE}, report.md and report.html; {written['seconds']:.0f} s in all", markup=False)
@@ -69,25 +69,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), metavar="DIR", help="where the record goes (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), metavar="DIR", help="folder for the record (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small settings: all cases in under 3 minutes on 2 cores")
     return parser
 
 
 def log_console() -> Console:
-    """As wide as the terminal; a log, which has no width, gets whole lines."""
+    """Returns a console as wide as the terminal; in a log, which has no width, lines are not wrapped."""
     console = Console()
     return console if console.is_terminal else Console(width=LOG_COLUMNS)
 
 
 def print_skipped(console: Console, result: CaseResult) -> None:
-    """The rows that are not there, each with the reason."""
+    """Prints the rows that were skipped, each with the reason."""
     for row, why in result.skipped.items():
         console.print(f"{row} skipped: {why}", markup=False)
 
 
 def make_folder(out: Path) -> None:
-    """UserError where it cannot be made."""
+    """Creates the folder. Raises UserError if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

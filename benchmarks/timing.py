@@ -1,8 +1,9 @@
-"""Interleaved rounds, two clocks, and order statistics: what a shared machine does to one subject in a round it does to all of them.
+"""Timing in interleaved rounds, with two clocks and order statistics, so that load on a shared machine affects all subjects of a round
+alike.
 
-Rounds go A B C A B C, so a ratio of two subjects is taken within each round, and the median of these ratios is reported: a neighbour who
-comes or leaves moves both of its terms. The CPU clock (user + system, all threads of this process, and its children that have ended) hardly feels
-neighbours; the wall clock does, and is what a user waits for.
+Rounds run A B C A B C. Ratios of two subjects are taken within each round and their median is reported, so other load on the machine
+changes both terms. The CPU clock (user + system time of all threads of this process and of its finished children) is hardly affected
+by other load; the wall clock is, and it is what a user waits for.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from fastbyol.config.errors import require, require_at_least
 
 
 def cpu_seconds() -> float:
-    """Of this process, of the children that it has waited for, and what `count_cpu_seconds` was told."""
+    """Returns CPU seconds of this process, of its finished children, and those added by `count_cpu_seconds`."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime + _elsewhere_s
 
 
 def count_cpu_seconds(seconds: float) -> None:
-    """Adds what another process, which goes on living, has worked for us."""
+    """Adds CPU seconds that another, still running process has spent on our behalf."""
     global _elsewhere_s
     _elsewhere_s += seconds
 
@@ -43,12 +44,13 @@ class Subject:
     """A piece of work to be timed.
 
     Args:
-        name: as in the table.
-        run: the work, without set-up; called again and again, so it leaves everything as it can be called again.
-        units: images, updates, ... that one call does.
-        calls: calls in one round: enough for several milliseconds.
+        name: name in the table.
+        run: the work, without set-up; it is called repeatedly, so it must leave everything ready for the next call.
+        units: number of images, updates, ... per call.
+        calls: calls per round, enough for several milliseconds.
         note: what differs from the other subjects.
-        role: 'rival' for others' way to do the work, 'memory ceiling' for a second ceiling; the reference and the ceiling are named by the case.
+        role: 'rival' for another implementation, 'memory ceiling' for a second ceiling; the case itself names the reference and the
+            ceiling.
     """
 
     name: str
@@ -70,7 +72,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds per unit of one subject, one value a round, by clock ('cpu', 'wall')."""
+    """Milliseconds per unit of one subject, one value per round, by clock ('cpu', 'wall')."""
 
     ms: dict[str, tuple[float, ...]]
 
@@ -78,13 +80,13 @@ class Timings:
 def measure(
     subjects: Sequence[Subject], *, rounds: int, warmup: int = 1, warmed_up: Callable[[], object] = lambda: None
 ) -> dict[str, Timings]:
-    """Times every subject once a round, in order; by name.
+    """Times every subject once per round, in order; returns the timings by name.
 
     Args:
-        subjects: at least one, each with a name of its own.
-        rounds: that count; 6 or more give a 95 % interval.
-        warmup: rounds before them that do not: compilation, first touch of memory, file cache.
-        warmed_up: called between the two: what a subject counts by itself begins here.
+        subjects: at least one, with different names.
+        rounds: number of timed rounds; 6 or more give a 95 % interval.
+        warmup: number of untimed rounds before them, for compilation, first touch of memory and the file cache.
+        warmed_up: called after the warm-up; subjects that keep their own counts reset them here.
     """
     require_at_least("rounds", rounds, 1)
     names = [subject.name for subject in subjects]
@@ -109,14 +111,14 @@ def _time_once(subject: Subject) -> dict[str, float]:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The median and the order statistics that enclose it with `CONFIDENCE` (the extremes where there are too few values for that)."""
+    """Returns the median and the order statistics that enclose it with `CONFIDENCE` (the extremes if there are too few values for that)."""
     ordered = sorted(values)
     drop = dropped_extremes(len(ordered))
     return Estimate(median(ordered), ordered[drop], ordered[-1 - drop])
 
 
 def dropped_extremes(num: int) -> int:
-    """How many values may be left out at each end of `num` sorted ones, the rest still enclosing the median with `CONFIDENCE`."""
+    """Returns how many of `num` sorted values can be dropped at each end so that the rest still encloses the median with `CONFIDENCE`."""
     drop = 0
     while 2 * (drop + 1) < num and interval_coverage(num, drop=drop + 1) >= CONFIDENCE:
         drop += 1
@@ -124,24 +126,26 @@ def dropped_extremes(num: int) -> int:
 
 
 def interval_coverage(num: int, *, drop: int) -> float:
-    """Probability that the true median lies between the order statistics left after `drop` at each end; holds for any distribution."""
+    """Returns the probability that the true median lies between the order statistics left after dropping `drop` at each end; valid for
+    any distribution.
+    """
     return 1 - 2 * sum(math.comb(num, k) for k in range(drop + 1)) / 2**num
 
 
 def same_round_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Estimate:
-    """The median of the ratios taken within each round."""
+    """Returns the median of the ratios taken within each round."""
     return estimate([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def measuring_overhead_ms(*, rounds: int = 100) -> float:
-    """Median wall time of one sample of a subject that does nothing: what the two clocks and the call cost."""
+    """Returns the median wall time of a sample of a subject that does nothing: the cost of the two clocks and the call."""
     nothing = Subject("nothing", lambda: None)
     return median(_time_once(nothing)["wall"] for _ in range(rounds))
 
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """torch computes with this many threads inside."""
+    """Sets the number of torch's threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

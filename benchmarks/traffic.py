@@ -1,4 +1,4 @@
-"""How many bytes a piece of work moves if no cache helps: the sizes of what each operation reads and writes."""
+"""Counts the bytes that a piece of work moves if no cache helps: the sizes of everything its operations read and write."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class _TrafficCounter(TorchDispatchMode):
 
 
 def bytes_moved(work: Callable[[], object]) -> int:
-    """Bytes of all operands and results of the tensor operations that `work` calls, forward and backward; views and allocations cost nothing.
+    """Returns the bytes of all operands and results of the tensor operations in `work`, forward and backward; views and allocations
+    count nothing.
 
-    What is not a torch operation (the fused update's kernel) is not seen.
+    Only torch operations are seen; the fused update's kernel is not.
     """
     with _TrafficCounter() as counter:
         work()

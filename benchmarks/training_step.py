@@ -1,4 +1,4 @@
-"""The product's own `train_step`, to be timed over batches that a case gives it."""
+"""Runs the product's own `train_step` on batches that a benchmark case provides."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from fastbyol.train import train_step
 from fastbyol.train_state import TrainState, bn_images
 
 LR, TAU = 0.01, 0.99
-"""Small enough that a batch seen a hundred times keeps the loss finite; the cost of a step does not depend on them."""
+"""Small enough that the loss stays finite when one batch is repeated a hundred times; the cost of a step does not depend on them."""
 
 
 class TrainingStep:
-    """Networks and optimizer of a config on one device, and how long they worked and waited (the host's time: a GPU may lag behind)."""
+    """Networks and optimizer of a config on one device, with their working and waiting times (of the host; a GPU may lag behind)."""
 
     def __init__(self, config: TrainConfig, *, num_classes: int, device: torch.device | None = None) -> None:
         self.config = config
@@ -47,7 +47,7 @@ class TrainingStep:
         self.forget_times()
 
     def state(self) -> dict[str, object]:
-        """All that `TrainState.snapshot` gathers for a checkpoint, but for the loader's position."""
+        """Returns everything that `TrainState.snapshot` collects for a checkpoint, except the loader's position."""
         return {
             "config": to_plain(self.config),
             "byol": self._state.byol.state_dict(),
@@ -58,7 +58,7 @@ class TrainingStep:
         }
 
     def run(self, batches: Iterable[ViewBatch]) -> None:
-        """One optimizer step for each batch; a config that accumulates takes the batch for each of its forwards."""
+        """Takes one optimizer step per batch; a config that accumulates uses the batch for each of its forward passes."""
         forwards = accumulation_of(self.config, world_size=1)
         start = time.perf_counter()
         for batch in self._timed(batches):
@@ -67,7 +67,7 @@ class TrainingStep:
         self._total_s += time.perf_counter() - start
 
     def forget_times(self) -> None:
-        """The shares of time are of the steps from here on: those before compiled, and touched their memory first."""
+        """Resets the times, so that shares do not include steps that compiled or touched memory for the first time."""
         self._wait_s = self._total_s = 0.0
         self._monitor = Monitor(global_batch=self.config.global_batch, world_size=1, device=self._process.device)
 
@@ -77,9 +77,9 @@ class TrainingStep:
         return self._wait_s / self._total_s
 
     def time_shares(self) -> dict[str, float]:
-        """Where the time of the steps since the last call went: data_wait_share, forward_backward_share, update_share; their sum is 1.
+        """Returns the shares of time since the last call: data_wait_share, forward_backward_share, update_share; their sum is 1.
 
-        Waits for the device. On a GPU the last two are its time, the first the host's.
+        Waits for the device. On a GPU the last two are device time, the first is host time.
         """
         record = self._monitor.record(step=0, epoch=0.0, lr=LR, tau=TAU, last=self._last)
         computing_ms = record["forward_backward_ms"] + record["update_ms"]
@@ -101,7 +101,7 @@ class TrainingStep:
 def synthetic_batch(
     *, num: int, size_px: int, num_classes: int, channels_last: bool, seed: int = 0, device: torch.device | None = None
 ) -> ViewBatch:
-    """Normal noise in both views, already on the device (None: the CPU) and in the memory layout of the step."""
+    """Returns a batch of normal noise in both views, already on the device (None: the CPU) and in the step's memory layout."""
     generator = torch.Generator(device or "cpu").manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (num, 3, size_px, size_px)

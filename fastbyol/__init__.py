@@ -1,4 +1,4 @@
-"""fastbyol: the fastest, most faithful way to pre-train BYOL (Grill et al., NeurIPS 2020)."""
+"""fastbyol: fast and faithful pre-training with BYOL (Grill et al., NeurIPS 2020)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def load_encoder(path_or_run: str | Path) -> nn.Module:
-    """The online encoder of a run folder or checkpoint file, in eval mode on the CPU: (N, 3, H, W) -> (N, D)."""
+    """Returns the online encoder of a run folder or checkpoint file in eval mode on the CPU: (N, 3, H, W) normalised images -> (N, D)."""
     from fastbyol.export import load_encoder as load
 
     return load(path_or_run)

@@ -59,8 +59,8 @@ def _build_parser() -> OneLineParser:
     )
     evaluate.add_argument("protocol", choices=("linear", "knn", "all"))
     evaluate.add_argument("--checkpoint", required=True, type=path_text, help="run folder (its newest checkpoint) or one checkpoint file")
-    evaluate.add_argument("--k", type=int, help="neighbours that vote in kNN (20)")
-    evaluate.add_argument("--temperature", type=float, help="of kNN's votes (0.07)")
+    evaluate.add_argument("--k", type=int, help="number of neighbours in kNN (20)")
+    evaluate.add_argument("--temperature", type=float, help="temperature of the kNN votes (0.07)")
     evaluate.set_defaults(command=evaluate_run)
 
     report = commands.add_parser("report", help="RUN/report.html and a summary", description=report_run.__doc__, allow_abbrev=False)
@@ -69,9 +69,9 @@ def _build_parser() -> OneLineParser:
 
     for command in (evaluate, report):
         command.add_argument("--data", required=True, type=path_text, help=DATA_HELP)
-        command.add_argument("--out", type=Path, help="the folder to write to, instead of the run's own")
+        command.add_argument("--out", type=Path, help="folder to write to (default: the run folder)")
         command.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
-        command.add_argument("--workers", type=int, default=0, help="threads that decode; 0: all cores")
+        command.add_argument("--workers", type=int, default=0, help="decoding threads; 0: all cores")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
     views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)
@@ -80,38 +80,43 @@ def _build_parser() -> OneLineParser:
         required=True,
         type=path_text,
         nargs="+",
-        help="a .beton, tar shards or an image folder; several: the same images side by side",
+        help="a .beton file, tar shards or an image folder; give several to compare them side by side",
     )
-    views.add_argument("--out", required=True, type=Path, help="the PNG to write")
-    views.add_argument("--backend", choices=BACKENDS, default="auto", help="what reads --data (%(default)s)")
-    views.add_argument("--rows", type=int, default=6, help="images (%(default)s)")
-    views.add_argument("--epochs", type=int, default=2, help="pairs of views of each (%(default)s)")
+    views.add_argument("--out", required=True, type=Path, help="PNG file to write")
+    views.add_argument("--backend", choices=BACKENDS, default="auto", help="loader that reads --data (%(default)s)")
+    views.add_argument("--rows", type=int, default=6, help="number of images (%(default)s)")
+    views.add_argument("--epochs", type=int, default=2, help="pairs of views of each image (%(default)s)")
     views.set_defaults(command=draw_views)
 
-    tune = commands.add_parser("tune", help="measures which settings are fastest here, and writes them", description=tune_run.__doc__)
+    tune = commands.add_parser(
+        "tune", help="measure the fastest settings on this machine and write them to a file", description=tune_run.__doc__
+    )
     tune.add_argument(
         "--data",
         required=True,
         type=path_text,
         action="append",
-        help="a .beton, tar shards or an image folder; once for each way the images are stored",
+        help="a .beton file, tar shards or an image folder; repeat it for each format the images are stored in",
     )
-    tune.add_argument("--out", type=Path, default=Path("tuned.yaml"), help="the YAML to write (%(default)s)")
-    tune.add_argument("--overwrite", action="store_true", help="replace it where it exists")
-    tune.add_argument("--seconds", type=float, default=10.0, help="for each comparison (%(default)g)")
-    tune.add_argument("--ranks", type=int, help="processes of the run to come (one for each GPU here, or one on a CPU)")
+    tune.add_argument("--out", type=Path, default=Path("tuned.yaml"), help="YAML file to write (%(default)s)")
+    tune.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    tune.add_argument("--seconds", type=float, default=10.0, help="seconds per comparison (%(default)g)")
+    tune.add_argument(
+        "--ranks", type=int, help="number of processes of the planned run (default: one per GPU of this machine, or one on a CPU)"
+    )
     tune.set_defaults(command=tune_run)
 
     presets = commands.add_parser("presets", help="the named runs, with their commands and expected figures")
-    presets.add_argument("word", nargs="?", default="", help="only those whose name holds this, for example ablation_tau")
+    presets.add_argument("word", nargs="?", default="", help="list only presets whose name contains this, for example ablation_tau")
     presets.set_defaults(command=lambda options: print_presets(options.word))
     return parser
 
 
 def evaluate_run(options: argparse.Namespace) -> None:
-    """Top-1 and top-5 on val: the trained encoder, the same one untrained, PCA of the raw pixels. A table, and RUN/evaluation/*.json.
+    """Reports top-1 and top-5 accuracy on val of the trained encoder, the same encoder untrained, and a PCA of the raw pixels.
 
-    Of a checkpoint file that lies elsewhere than in its run, beside it: best.pt has best.evaluation/*.json. One file a data set.
+    Prints a table and writes RUN/evaluation/*.json, one file per data set. For a checkpoint file outside a run folder the results go
+    beside it: best.pt gets best.evaluation/*.json.
     """
     from rich.console import Console
 
@@ -119,7 +124,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     from fastbyol.evaluation.summary import score_table
 
     if options.k is not None:
-        require_at_least("k", options.k, 1)  # before the features, which take long
+        require_at_least("k", options.k, 1)  # checked before the slow feature extraction
     knn_options = {name: getattr(options, name) for name in ("k", "temperature") if getattr(options, name) is not None}
     if options.protocol == "linear" and knn_options:
         raise UserError(f"--{next(iter(knn_options))}: has no effect on the linear protocol; leave it out, or evaluate knn")
@@ -133,7 +138,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 
 def report_run(options: argparse.Namespace) -> None:
-    """Writes RUN/report.html, one self-contained page, and prints its headline. Evaluates what RUN/evaluation does not hold yet."""
+    """Writes RUN/report.html, one self-contained page, and prints its headline figures. Runs the evaluations that RUN/evaluation lacks."""
     from rich.console import Console
 
     from fastbyol.evaluation.report import build_report
@@ -149,16 +154,16 @@ def report_run(options: argparse.Namespace) -> None:
 
 
 def draw_views(options: argparse.Namespace) -> None:
-    """A contact sheet: random images of the data, their views in the first epochs of a run, and the parameters drawn for each.
+    """Draws a contact sheet: random images of the data, their views in the first epochs of a run, and the parameters drawn for each view.
 
-    What the views draw is given as for a run: --preset, --config, --seed and --views.…, for example --views.size_px 96.
+    The augmentation is chosen as for a run: --preset, --config, --seed and --views.…, for example --views.size_px 96.
     """
     from fastbyol.command_line import parse_train_config
     from fastbyol.evaluation.contact_sheet import write_contact_sheet
 
     for name in (argument.split("=")[0] for argument in options.run_options if argument.startswith("--")):
         if name not in ("--preset", "--config", "--seed") and not name.startswith("--views."):
-            raise UserError(f"{name}: has no effect on views; there are --preset, --config, --seed, --views.… (as for a run), and --help")
+            raise UserError(f"{name}: has no effect on views; the options of a run that do are --preset, --config, --seed and --views.…")
     config = parse_train_config(options.run_options, usage="")
     write_contact_sheet(
         options.data,
@@ -175,10 +180,12 @@ def draw_views(options: argparse.Namespace) -> None:
 def tune_run(options: argparse.Namespace) -> None:
     """Measures loaders, steps and both together on this machine, and writes the config of a run with the fastest settings.
 
-    The run is described as for training: --preset, --config, and any of its options. An option that is typed is kept, not tuned. On a CPU
-    the step is timed on as many images as it does quickly; on a GPU the largest rank_batch that fits is searched (not run by us on a GPU yet).
-    torch.compile in its modes is tried with --seconds 30 or more, the mode max-autotune with 120 or more: compiling takes minutes on top.
-    Other ranks are not started, so their messages are not in the figures. Then: python fastbyol/train.py --config tuned.yaml --out runs/NAME
+    Describe the run as for training: --preset, --config, and any training option. Options given on the command line are kept, not tuned.
+    On a CPU the step is timed with a batch small enough to be quick; on a GPU the largest rank_batch that fits is searched (not yet
+    run by us on a GPU).
+    torch.compile is tried with --seconds 30 or more, its mode max-autotune with 120 or more: compiling takes minutes on top.
+    Other ranks are not started, so communication between ranks is not measured.
+    Then: python fastbyol/train.py --config tuned.yaml --out runs/NAME
     """
     from rich.console import Console
 
@@ -188,10 +195,10 @@ def tune_run(options: argparse.Namespace) -> None:
 
     typed = frozenset(argument.split("=")[0].removeprefix("--") for argument in options.run_options if argument.startswith("--"))
     if "data.train" in typed:
-        raise UserError("--data.train: give --data, once for each way the images are stored")
+        raise UserError("--data.train: use --data instead, once for each format the images are stored in")
     check_output(options.out, overwrite=options.overwrite)
     config = parse_train_config([*options.run_options, f"--data.train={options.data[0]}"], usage="")
-    from fastbyol.tuning.bench import Request  # torch, after what can be said without it
+    from fastbyol.tuning.bench import Request  # imports torch (seconds), so only after the cheap checks
     from fastbyol.tuning.procedure import tune
 
     try:
@@ -205,13 +212,15 @@ def tune_run(options: argparse.Namespace) -> None:
 
 
 def print_presets(word: str = "") -> None:
-    """Each preset whose name holds the word, with what it is, the published figure and its source, what was measured here, and its command."""
+    """Prints each preset whose name contains the word: what it is, the published figure and its source, what we measured, and its
+    command.
+    """
     from fastbyol.config.plain import nearest_name
     from fastbyol.config.presets import PRESETS
 
     chosen = {name: preset for name, preset in PRESETS.items() if word in name}
     if not chosen:
-        raise UserError(f"presets {word}: no preset's name holds that{nearest_name(word, PRESETS)}")
+        raise UserError(f"presets {word}: no preset's name contains this{nearest_name(word, PRESETS)}")
     for name, preset in chosen.items():
         say(name, f"    what      {preset.what}", f"    expected  {preset.expected} ({preset.source})")
         say(f"    here      {preset.run_here}", f"    command   {preset.command(name)}", "")
@@ -219,7 +228,7 @@ def print_presets(word: str = "") -> None:
 
 @contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[tuple[RunState, FeatureBank]]:
-    """The run's newest state, and the features of its encoder and of the baselines, not yet extracted."""
+    """Yields the run's newest checkpoint and the features, extracted on demand, of its encoder and of the baselines."""
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
     from fastbyol.checkpoint import load_run

@@ -1,4 +1,6 @@
-"""BYOL: an online network learns to predict what a slowly moving target network sees in the other view (Grill et al., sections 3.1, 3.2)."""
+"""BYOL: an online network learns to predict the representation that a slowly moving target network gives the other view (Grill et al.,
+sections 3.1, 3.2).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ NUM_VIEWS = 2
 
 
 class OnlineOutput(NamedTuple):
-    """feature (N, F) of the encoder, projection (N, D), prediction (N, D); the prediction is the projection where there is no predictor."""
+    """Outputs of the online network for one view: feature (N, F), projection (N, D), prediction (N, D). Without a predictor, prediction
+    is projection.
+    """
 
     feature: Tensor
     projection: Tensor
@@ -31,12 +35,12 @@ class OnlineOutput(NamedTuple):
 
 
 class BYOLOutput(NamedTuple):
-    """What one forward gives: the losses to minimise (scalars), and what monitors look at (detached).
+    """Outputs of one forward pass: losses to minimise (scalars) and detached tensors for the monitors.
 
-    loss: the objective; BYOL's regression loss in [0, 8] unless the run has another.
-    alignment: mean cosine between each prediction and what it predicts, in [-1, 1].
-    probe_loss: cross-entropy of the linear probe on view 1, over the images with a label; its gradient stops at the feature.
-    probe_correct: (N,) 1 where the probe's first guess was the label, else 0; NaN for an image without one.
+    loss: the objective; BYOL's regression loss in [0, 8] unless the config chooses another one.
+    alignment: mean cosine between each prediction and the projection it predicts, in [-1, 1].
+    probe_loss: cross-entropy of the linear probe on view 1, over the labelled images; its gradient stops at the feature.
+    probe_correct: (N,) 1 if the probe's first guess is the label, else 0; NaN for an unlabelled image.
     projection: (N, D) online projection of view 1.
     feature: (N, F) encoder output for view 1.
     """
@@ -50,7 +54,7 @@ class BYOLOutput(NamedTuple):
 
 
 class Online(nn.Module):
-    """encoder, projector, predictor; in training each view has batch statistics of its own."""
+    """Online network: encoder, projector and predictor. In training, batch-norm statistics are computed for each view separately."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> None:
         super().__init__()
@@ -59,7 +63,8 @@ class Online(nn.Module):
         self.predictor = predictor
 
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[OnlineOutput, OnlineOutput]:
-        """What each view (N, 3, H, W) becomes; both travel as one batch."""
+        """Returns the outputs for both views, each (N, 3, H, W). The views go through the network as one batch."""
+        # One forward pass over 2N images is faster than two over N. It gives the same result because batch norm sees each view separately.
         feature = self.encoder(torch.cat([view1, view2]))
         projection = self.projector(feature)
         halves = (x.chunk(NUM_VIEWS) for x in (feature, projection, self.predictor(projection)))
@@ -68,7 +73,7 @@ class Online(nn.Module):
 
 
 class Target(nn.Module):
-    """encoder, projector: a frozen copy of the online ones, in training mode, with batch statistics of its own."""
+    """Target network: a frozen copy of the online encoder and projector. It stays in training mode, with batch statistics of its own."""
 
     def __init__(self, online: Online) -> None:
         super().__init__()
@@ -78,23 +83,23 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """The projection (N, D) of each view, without gradient."""
+        """Returns the projection (N, D) of each view, without gradient."""
         projection1, projection2 = self.projector(self.encoder(torch.cat([view1, view2]))).chunk(NUM_VIEWS)
         return projection1, projection2
 
 
 class BYOL(nn.Module):
-    """Online and target network, the symmetrised loss, and a linear probe that watches without touching.
+    """The online and target networks, the symmetrised loss, and a linear probe that does not affect training.
 
     Args:
         encoder: (N, 3, H, W) -> (N, F); has `feature_dim`.
         hidden_dim, projection_dim: width of the heads' hidden layers and of the projection.
-        projector_layers, predictor_layers: number of Linears; 0 predictor layers leave it out.
-        num_classes: of the probe.
-        objective: BYOL's regression, or another of the InfoNCE-beta family.
+        projector_layers, predictor_layers: number of linear layers; 0 predictor layers means no predictor.
+        num_classes: number of classes of the probe.
+        objective: BYOL's regression, or another member of the InfoNCE-beta family.
 
-    Differs from the paper: the target starts as a copy of the online network, as the paper's pseudo-code has it; the official code draws it from
-    another key and saw no difference.
+    Differs from the paper: the target starts as a copy of the online network, as in the paper's pseudo-code; the official code
+    initialises it from another random key. The authors saw no difference.
     """
 
     def __init__(
@@ -121,11 +126,11 @@ class BYOL(nn.Module):
         self.probe = nn.Linear(feature_dim, num_classes)
 
     def forward(self, view1: Tensor, view2: Tensor, label: Tensor) -> BYOLOutput:
-        """Both views through both networks as one batch of 2N images, in which BN statistics are per view.
+        """Runs both views through both networks as one batch of 2N images. Batch-norm statistics are per view.
 
         Args:
             view1, view2: (N, 3, H, W), normalised.
-            label: (N,) int64, seen by the probe only; below 0: the image has none.
+            label: (N,) int64, used by the probe only; negative for an unlabelled image.
         """
         online1, online2 = self.online(view1, view2)
         projections = self._predicted(view1, view2, online1, online2)
@@ -136,6 +141,7 @@ class BYOL(nn.Module):
         regression = byol_loss(*predictions, *projections)
         logits = self.probe(online1.feature.detach())
         return BYOLOutput(
+            # The probe reads a detached feature, so labels never influence the encoder.
             loss=self._loss(predictions, projections, regression),
             alignment=1 - regression.detach() / 4,
             probe_loss=_probe_loss(logits if logits.dtype == torch.float64 else logits.float(), label),
@@ -145,7 +151,7 @@ class BYOL(nn.Module):
         )
 
     def _loss(self, predictions: tuple[Tensor, Tensor], projections: tuple[Tensor, Tensor], regression: Tensor) -> Tensor:
-        """What the run minimises: BYOL's regression of unit vectors, unless the objective says otherwise."""
+        """Returns the loss to minimise: BYOL's regression of unit vectors, unless the objective chooses another one."""
         if self.objective.beta > 0:
             return infonce_beta_loss(*predictions, *projections, beta=self.objective.beta, alpha=self.objective.alpha)
         if self.objective.normalization != "l2":
@@ -153,7 +159,7 @@ class BYOL(nn.Module):
         return regression
 
     def _predicted(self, view1: Tensor, view2: Tensor, online1: OnlineOutput, online2: OnlineOutput) -> tuple[Tensor, Tensor]:
-        """The projections (N, D) of both views that the predictions are held to."""
+        """Returns the projections (N, D) of both views that the predictions are compared with."""
         if self.objective.target == "ema":
             return self.target(view1, view2)
         if self.objective.target == "online":
@@ -161,11 +167,15 @@ class BYOL(nn.Module):
         return online1.projection.detach(), online2.projection.detach()
 
     def update_target(self, tau: float | Tensor) -> None:
-        """Moves the target's parameters towards the online ones; call it once after each optimizer step. BN statistics stay each network's own."""
+        """Moves the target's parameters towards the online ones; call it once after each optimizer step. Batch-norm statistics are not
+        averaged.
+        """
         ema_update(self._target_parameters(), self._online_parameters(), tau)
 
     def target_update(self, tau: float | Tensor) -> TargetUpdate:
-        """The same for `LARS.step(target_update=...)`, which moves each target while its parameter is in cache."""
+        """Returns the same update in a form for `LARS.step(target_update=...)`, which moves each target while its parameter is still in
+        cache.
+        """
         return TargetUpdate.of(self._target_parameters(), self._online_parameters(), tau)
 
     def _target_parameters(self) -> list[Tensor]:
@@ -176,13 +186,13 @@ class BYOL(nn.Module):
 
 
 def _probe_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean cross-entropy over the images with a label, 0 where none has one (torch's own mean is NaN then)."""
+    """Mean cross-entropy over the labelled images; 0 if none is labelled (torch's own mean would be NaN)."""
     total = F.cross_entropy(logits, label.clamp(min=-1), ignore_index=-1, reduction="sum")
     return total / (label >= 0).sum().clamp(min=1)
 
 
 def build_byol(config: ModelConfig, *, num_classes: int, objective: ObjectiveConfig = BYOL_OBJECTIVE) -> BYOL:
-    """The networks of a config, freshly initialised from torch's global generator."""
+    """Builds the networks that a config describes, freshly initialised from torch's global generator."""
     byol = BYOL(
         encoder_from(config),
         num_classes=num_classes,

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: one file per step, written under a temporary name, with a digest of its own.
+"""Checkpoints: one file per step, written under a temporary name and renamed when complete, with a sha256 file beside it.
 
-A flipped bit loads without an error in torch.load, hence the digest; files travel, hence `weights_only=True` and plain types inside, and
-what comes out is held against what this program writes before anything uses it.
+torch.load does not notice a flipped bit, hence the digest. Checkpoints are shared between machines, hence `weights_only=True` and
+plain types inside; everything read is compared with what this program writes before it is used.
 """
 
 from __future__ import annotations
@@ -31,22 +31,24 @@ from fastbyol.saved_structure import is_count
 log = logging.getLogger("fastbyol")
 FOLDER = "checkpoints"
 RESULTS = "evaluation"
-"""Of a run, the folder of its figures; of a checkpoint file elsewhere, the ending of one beside it."""
+"""Name of the folder of results in a run folder, and suffix of the one beside a checkpoint file that is stored elsewhere."""
 REQUIRED = ("step", "config", "byol")
-"""What every checkpoint holds, whatever else its reader needs."""
+"""Keys that every checkpoint has; `train_state` needs more to continue a run."""
 _NAME = re.compile(r"^step-(\d{9})\.pt$")
 _PIECE_BYTES = 4 << 20
 _UNPACKED_FREELY, _MOST_UNPACKED = 64 << 20, 4
-"""A file of weights may unpack to this many bytes, or to so many times its size: torch.save itself packs nothing."""
+"""A weights file may unpack to this many bytes, or to this many times its size, whichever is more: torch.save itself does not compress."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, or is not what was written."""
+    """A checkpoint cannot be written, or is not what was written."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A run read back: its config, the newest good checkpoint's state and step, its folder, and where what is found out about it belongs."""
+    """A run read back from disk: its config, the state and step of its newest good checkpoint, its folder, and the folder for its
+    results.
+    """
 
     config: TrainConfig
     state: dict[str, Any]
@@ -60,13 +62,14 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint file, ascending."""
+    """Returns the steps that have a checkpoint file, ascending."""
     folder = run / FOLDER
     return sorted(int(m[1]) for f in (folder.iterdir() if folder.is_dir() else ()) if (m := _NAME.match(f.name)))
 
 
 def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, stays: Callable[[int], bool] = lambda step: False) -> Path:
-    """Writes the state after `step` optimizer steps, durably; afterwards the newest `keep` files stay, and those whose step `stays`.
+    """Writes the state after `step` optimizer steps durably, then deletes old checkpoints: all but the newest `keep` and those whose
+    step `stays`.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -80,7 +83,7 @@ def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, s
             f"checkpoint {path} ({_megabytes(state):.0f} MB, {_free_megabytes(run):.0f} MB free): {error.strerror}; "
             f"make room or choose another --out. Earlier checkpoints are untouched: {checkpoint_steps(run)}"
         ) from error
-    # Files of later steps were passed over when this run was continued: they take no place from good ones.
+    # Files of later steps were skipped as damaged when the run was resumed, so they do not count towards `keep`.
     for old in [s for s in [s for s in checkpoint_steps(run) if s <= step][:-keep] if not stays(s)]:
         checkpoint_path(run, old).unlink()
         _digest_path(checkpoint_path(run, old)).unlink(missing_ok=True)
@@ -88,10 +91,11 @@ def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, s
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in one file, on the CPU, checked against its digest; without one, against the checksums inside, which is said.
+    """Loads the state in one file on the CPU, after checking its digest. Without a .sha256 file the zip checksums are checked, with a
+    warning.
 
     Raises:
-        CheckpointError: missing, truncated, altered, holding more than tensors and plain values, or of another program.
+        CheckpointError: missing, truncated, altered, holds more than tensors and plain values, or was written by another program.
     """
     try:
         payload = path.read_bytes()
@@ -108,12 +112,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(f"checkpoint {path}: not a checkpoint of fastbyol ({why_not_loaded(error)})") from error
     if digest is None:
-        log.warning("checkpoint %s has no .sha256 beside it; its own checksums are right, so it is used", path)
+        log.warning("checkpoint %s has no .sha256 beside it; its internal checksums match, so it is used", path)
     return state
 
 
 def load_weights(file: IO[bytes]) -> Any:
-    """What torch.load reads, tensors and plain values only, on the CPU. ValueError where it would unpack to far more than the file holds."""
+    """Returns what torch.load reads (tensors and plain values only, on the CPU). Raises ValueError if it would unpack to far more than
+    the file's size.
+    """
     held = file.seek(0, os.SEEK_END)
     allowed = max(_UNPACKED_FREELY, _MOST_UNPACKED * held)
     file.seek(0)
@@ -121,18 +127,18 @@ def load_weights(file: IO[bytes]) -> Any:
         with zipfile.ZipFile(file) as archive:
             held = sum(entry.file_size for entry in archive.infolist())
         if held > allowed:
-            raise ValueError(f"it would unpack to {held / 1e9:.1f} GB, {allowed / 1e9:.1f} GB are allowed for its size")
+            raise ValueError(f"it would unpack to {held / 1e9:.1f} GB, but only {allowed / 1e9:.1f} GB are allowed for its size")
     file.seek(0)
     state = torch.load(file, map_location="cpu", weights_only=True)
-    # torch makes a storage larger where a tensor asks for more than the file has, out of whatever lies in memory.
+    # If a tensor asks for more bytes than the file holds, torch enlarges the storage with uninitialised memory.
     stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(state)}
     if sum(stored.values()) > held:
-        raise ValueError(f"its tensors want {sum(stored.values())} bytes, it holds {held}")
+        raise ValueError(f"its tensors need {sum(stored.values())} bytes, but it holds {held}")
     return state
 
 
 def _tensors(state: Any) -> list[torch.Tensor]:
-    """The tensors in nested dicts and lists, once each however often they are named."""
+    """Returns the tensors in nested dicts and lists, each once even if it is referenced several times."""
     found: list[torch.Tensor] = []
     seen: set[int] = set()
     left = [state]
@@ -143,7 +149,7 @@ def _tensors(state: Any) -> list[torch.Tensor]:
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_meta:
-                raise ValueError(f"it holds a {'meta' if value.is_meta else value.layout} tensor, and only plain ones are read")
+                raise ValueError(f"it holds a {'meta' if value.is_meta else value.layout} tensor, but only plain ones are accepted")
             found.append(value)
         elif isinstance(value, dict):
             left += value.values()
@@ -153,23 +159,23 @@ def _tensors(state: Any) -> list[torch.Tensor]:
 
 
 def _refuse_other_structure(state: Any, path: Path) -> None:
-    """ValueError unless the state has what every checkpoint holds, in its types, and the step is that of the file's name."""
+    """Raises ValueError unless the state has the keys and types of every checkpoint and its step matches the file name."""
     if not isinstance(state, dict) or not set(REQUIRED) <= set(state):
         raise ValueError(f"it has no {', '.join(REQUIRED)}")
     if not is_count(state["step"]):
         raise ValueError(f"its step is {shown(state['step'])}")
     if (name := _NAME.match(path.name)) and int(name[1]) != state["step"]:
-        raise ValueError(f"it holds step {state['step']}, its name says {int(name[1])}")
+        raise ValueError(f"it holds step {state['step']}, but its name says {int(name[1])}")
     weights = state["byol"]
     if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
-        raise ValueError("its networks are not tensors by name")
+        raise ValueError("its networks are not named tensors")
     from_plain(TrainConfig, state["config"], where="config.")
 
 
 def why_not_loaded(error: Exception) -> str:
-    """What torch.load means, in a few words: its own text advises to load the file all the same."""
+    """Summarises torch.load's error in a few words; its own text suggests loading the untrusted file anyway."""
     if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it asks for {wanted[1]}, and only tensors and plain values are read"
+        return f"it asks for {wanted[1]}, but only tensors and plain values are accepted"
     if isinstance(error, UnpicklingError | EOFError):
         return "torch.save did not write it"
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
@@ -178,15 +184,15 @@ def why_not_loaded(error: Exception) -> str:
 def load_newest(
     run: Path, *, config: TrainConfig | None = None, check: Callable[[dict[str, Any]], str | None] = lambda state: None
 ) -> dict[str, Any] | None:
-    """The state of the newest good checkpoint of a run folder, None where there is none yet; one that is not good is named and passed over.
+    """Returns the state of a run's newest good checkpoint, or None if it has no checkpoint yet; a damaged one is reported and skipped.
 
     Args:
-        run: the folder.
-        config: the run's; None takes what the folder holds. A checkpoint with another one is not of this run.
-        check: says what else is wrong with a state, or None.
+        run: the run folder.
+        config: the run's config; None reads it from the folder. A checkpoint with another config is not one of this run.
+        check: returns what else is wrong with a state, or None.
 
     Raises:
-        CheckpointError: there are checkpoints and none is good.
+        CheckpointError: there are checkpoints but none is good.
     """
     steps = checkpoint_steps(run)
     config = config or (_recorded_config(run) if steps else None)
@@ -205,7 +211,7 @@ def load_newest(
             log.warning("%s%s", error, "; trying the one before" if step != steps[0] else "")
     if steps:
         raise CheckpointError(
-            f"{run / FOLDER}: all {len(steps)} checkpoints are damaged or of another run; start anew with another --out (the newest: {reasons[0]})"
+            f"{run / FOLDER}: all {len(steps)} checkpoints are damaged or of another run; start again with another --out (the newest: {reasons[0]})"
         )
     return None
 
@@ -218,16 +224,16 @@ def _recorded_config(run: Path) -> TrainConfig | None:
 
 
 def mend_config(run: Path) -> None:
-    """Writes a config.yaml that is missing or cannot be read anew, from the newest good checkpoint, if there is one.
+    """Rewrites a missing or unreadable config.yaml from the newest good checkpoint, if there is one.
 
     Raises:
-        CheckpointError: there are checkpoints and none is good.
+        CheckpointError: there are checkpoints but none is good.
         UserError: the folder cannot be written.
     """
     try:
         if not checkpoint_steps(run) or _recorded_config(run):
             return
-    except OSError:  # a folder that cannot be used, as will be said
+    except OSError:  # check_run_folder reports an unusable folder
         return
     state = load_newest(run)
     assert state is not None
@@ -237,12 +243,12 @@ def mend_config(run: Path) -> None:
             path.replace(path.with_name(f"{CONFIG_FILE}.damaged"))
         write_config(run, from_plain(TrainConfig, state["config"]))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read, nor written anew ({error.strerror}); choose another --out") from error
-    log.warning("%s could not be read; it is written anew from the checkpoint after step %d", path, state["step"])
+        raise UserError(f"{path}: cannot be read, and cannot be rewritten ({error.strerror}); choose another --out") from error
+    log.warning("%s could not be read; it is restored from the checkpoint after step %d", path, state["step"])
 
 
 def load_run(path: str | Path) -> RunState:
-    """A run from its folder (newest good checkpoint) or from one checkpoint file, which may lie anywhere.
+    """Loads a run from its folder (newest good checkpoint) or from a single checkpoint file, which may be stored anywhere.
 
     Raises:
         UserError: no such path, or nothing to load there.
@@ -264,7 +270,7 @@ def load_run(path: str | Path) -> RunState:
 
 
 def check_resume(config: TrainConfig) -> None:
-    """Holds `resume` against what the run's folder has; torchrun's own restarts continue in any case.
+    """Checks `resume` against the run folder; a restart by torchrun or SLURM always continues.
 
     Raises:
         UserError: 'must' without a checkpoint, 'never' with one.
@@ -280,7 +286,7 @@ def check_resume(config: TrainConfig) -> None:
 
 
 def sweep_unfinished(run: Path) -> None:
-    """Removes what a process that was killed while writing left behind. For the one process that writes here."""
+    """Removes files that a process killed while writing left behind. Only the one process that writes to this folder may call it."""
     folder = run / FOLDER
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if UNFINISHED in path.name:
@@ -291,7 +297,7 @@ def sweep_unfinished(run: Path) -> None:
 
 
 class _DigestingFile(io.RawIOBase):
-    """Writes through to a file, with the sha256 of all that went by; keeps the error that torch's zip writer swallows."""
+    """Passes writes through to a file and computes their sha256. It keeps the OSError, because torch's zip writer hides it."""
 
     def __init__(self, file: io.RawIOBase | io.FileIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -303,7 +309,7 @@ class _DigestingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
-            # In pieces: each gives the interpreter back to the training step meanwhile.
+            # In pieces, so that the training thread gets the interpreter lock in between.
             for start in range(0, len(view), _PIECE_BYTES):
                 self._write_whole(view[start : start + _PIECE_BYTES])
         except OSError as error:
@@ -318,7 +324,9 @@ class _DigestingFile(io.RawIOBase):
 
 
 def _write_durably(path: Path, state: dict[str, Any]) -> None:
-    """The state, and before it gets its name the digest: a checkpoint of ours is without one only where somebody has left it behind."""
+    """Writes the state and its digest. The digest is complete before the checkpoint gets its name, so one of ours lacks it only if it
+    was copied without.
+    """
     with durable_file(path) as file:
         through = _DigestingFile(cast(io.RawIOBase, file))
         try:

@@ -1,4 +1,4 @@
-"""Writes checkpoints in a thread: the step waits for a copy in memory, not for the disk."""
+"""Writes checkpoints in a thread, so the training step waits for a copy in memory but not for the disk."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger("fastbyol")
 
 
 class CheckpointWriter:
-    """One checkpoint at a time is on its way to the disk; what fails is said and leaves the earlier ones and the training alone.
+    """Writes one checkpoint at a time in the background. A failed write is logged; earlier checkpoints and the training are not affected.
 
-    Leaving it waits for the last one.
+    Leaving the context waits for the last write.
 
     Args:
-        run: the run folder; nobody else writes there.
-        keep: the newest checkpoints that stay.
-        stays: whether the checkpoint after a step stays however old it becomes.
+        run: the run folder; nothing else may write there.
+        keep: number of newest checkpoints to keep.
+        stays: returns True for a step whose checkpoint is kept for ever.
     """
 
     def __init__(self, run: Path, *, keep: int, stays: Callable[[int], bool] = lambda step: False) -> None:
@@ -37,16 +37,16 @@ class CheckpointWriter:
         sweep_unfinished(run)
 
     def save(self, state: dict[str, Any], *, step: int) -> None:
-        """Copies the state and returns; the copy becomes the checkpoint after `step` optimizer steps.
+        """Copies the state and returns; the copy is then written as the checkpoint after `step` optimizer steps.
 
-        The caller may change its tensors at once. Waits if the checkpoint before is still being written.
+        The caller may change its tensors immediately. Waits if the previous checkpoint is still being written.
         """
         self.wait()
         self._copy = copy_to_host(state, into=self._copy)
         self._pending = self._pool.submit(self._write, self._copy, step)
 
     def wait(self) -> Exception | None:
-        """Until nothing is on its way to the disk; returns what went wrong with the last one."""
+        """Waits until no write is in progress; returns the error of the last one, or None."""
         return self._pending.result() if self._pending is not None else None
 
     def close(self) -> None:
@@ -69,16 +69,16 @@ class CheckpointWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.close()
-        else:  # something else is being said already
+        else:  # another error is already being reported
             self.wait()
             self._pool.shutdown()
 
     def _write(self, state: dict[str, Any], step: int) -> Exception | None:
-        """In the thread. Returns what went wrong, after it is said: training goes on."""
+        """Runs in the thread. Logs and returns the error, if any, because training goes on."""
         try:
             if where := first_not_finite({name: state[name] for name in ("byol", "optimizer") if name in state}):
                 raise Diverged(
-                    f"{where} is not finite after step {step}, so it was not saved; the checkpoints after steps {checkpoint_steps(self.run)} are whole"
+                    f"{where} is not finite after step {step}, so it was not saved; the checkpoints after steps {checkpoint_steps(self.run)} are good"
                 )
             save_checkpoint(self.run, step=step, state=state, keep=self.keep, stays=self.stays)
         except (CheckpointError, Diverged) as error:
@@ -91,15 +91,15 @@ class CheckpointWriter:
 
 
 def copy_to_host(state: Any, *, into: Any = None) -> Any:
-    """The same nested dicts and lists, tensors copied to the host, layouts kept.
+    """Copies nested dicts and lists with their tensors to the host, keeping memory layouts.
 
     Args:
         state: tensors on any device, and plain values.
-        into: an earlier copy, whose tensors are filled again where they fit: fresh pages cost more than the copy.
+        into: an earlier copy whose tensors are reused if they fit: allocating fresh pages costs more than the copy itself.
     """
     copied = _copied(state, into)
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # pinned copies do not wait for themselves
+        torch.cuda.synchronize()  # copies to pinned memory are asynchronous
     return copied
 
 

@@ -1,6 +1,6 @@
-"""Sums and gathers over all ranks as operations with a result, in place of nothing, so that torch.compile traces them into its graph.
+"""Sum and gather over all ranks as functions that return a new tensor, so that torch.compile can trace them into its graph.
 
-torch 2.11 also traces the collectives of torch.distributed that write into a tensor, but gradients came out of that graph as zero.
+torch 2.11 can also trace the in-place collectives of torch.distributed, but gradients through that graph were zero.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
-# torch 2.14 renamed it and warns; 2.11 has the old name only.
+# torch 2.14 renamed it and warns about the old name, the only one that 2.11 has.
 _all_gather = getattr(functional, "all_gather_single", functional.all_gather_tensor)
 
 
 def gathered(x: Tensor) -> Tensor:
-    """(ranks * N, ...): every rank's x (N, ...), in rank order; N is equal on all ranks."""
+    """Returns every rank's x (N, ...) in rank order, (ranks * N, ...); N must be equal on all ranks."""
     return functional.wait_tensor(_all_gather(x.contiguous(), gather_dim=0, group=_everybody()))
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum of every rank's x."""
+    """Returns the sum of every rank's x."""
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group=_everybody()))
 
 

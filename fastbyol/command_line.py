@@ -1,4 +1,4 @@
-"""From the command line to a checked `TrainConfig`: a preset, then a YAML file, then dotted options, later ones winning."""
+"""Turns the command line into a checked `TrainConfig`: a preset, then a YAML file, then dotted options; later ones win."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ PRINT_CONFIG = "--print_config"
 
 
 def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainConfig:
-    """The run that the arguments describe.
+    """Returns the config of the run that the arguments describe.
 
     Args:
-        arguments: as typed, without the program's name; None takes sys.argv's.
+        arguments: the command line without the program's name; None means sys.argv's.
         usage: shown by --help.
 
     Raises:
-        UserError: an unknown option (with the nearest one), a value of the wrong type or out of range.
+        UserError: an unknown option (the message names the nearest one), or a value of the wrong type or out of range.
     """
     import jsonargparse
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if PRINT_CONFIG in {argument.split("=", 1)[0] for argument in arguments}:  # it prints before anything is checked
+    if PRINT_CONFIG in {argument.split("=", 1)[0] for argument in arguments}:  # it prints the config before checking it, so check first
         parse_train_config([argument for argument in arguments if argument.split("=", 1)[0] != PRINT_CONFIG], usage=usage)
     parser = jsonargparse.ArgumentParser(
         prog="fastbyol/train.py", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
@@ -57,7 +57,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     preset = _preset_name(arguments, files)
     parser.set_defaults({"preset": preset, **flatten(to_plain(preset_config(preset)))})
     try:
-        # In front: jsonargparse lets the later one win, and what is typed must win over a file.
+        # Files first: the later argument wins, and the command line must win over a file.
         namespace = parser.parse_args([*_as_typed(files), *typed])
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(_first_cause(str(error)) + _minus_hint(str(error), arguments)) from error
@@ -69,7 +69,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
 
 
 def _explain(parser: argparse.ArgumentParser) -> None:
-    """Gives each option the text that stands below its field."""
+    """Sets each option's help text to the docstring below its config field."""
     docs = field_docs(TrainConfig)
     for action in parser._actions:
         if action.dest in docs:
@@ -77,7 +77,7 @@ def _explain(parser: argparse.ArgumentParser) -> None:
 
 
 def _preset_name(arguments: Sequence[str], files: list[dict[str, Any]]) -> str:
-    """As typed, else as the last file that names one has it."""
+    """Returns the preset named on the command line, else the one in the last config file that names one, else the default."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset", default=next((file["preset"] for file in reversed(files) if "preset" in file), DEFAULT_PRESET))
     try:
@@ -88,7 +88,7 @@ def _preset_name(arguments: Sequence[str], files: list[dict[str, Any]]) -> str:
 
 
 def _files_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of --config, and all other arguments."""
+    """Splits the arguments into the values of --config and all other arguments."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--config", action="append", default=[])
     try:
@@ -99,10 +99,12 @@ def _files_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _as_typed(files: list[dict[str, Any]]) -> list[str]:
-    """What the files say as options: jsonargparse, reading a file, takes no text that is not UTF-8, as a path may be.
+    """Returns the options of the config files as command-line arguments.
+
+    jsonargparse could read the files itself, but it rejects text that is not UTF-8, which a path may contain.
 
     Raises:
-        UserError: a value where there is a group of options.
+        UserError: a plain value where a group of options is expected.
     """
     values = [item for file in files for item in flatten(file).items() if item[0] != "preset"]
     for name, value in values:
@@ -112,7 +114,9 @@ def _as_typed(files: list[dict[str, Any]]) -> list[str]:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    """The options in a YAML file, whose names are checked here: jsonargparse's complaints name neither the file nor a nearer option."""
+    """Returns the options in a YAML file. Names are checked here because jsonargparse's errors name neither the file nor the nearest
+    option.
+    """
     where = f"config = {path!r}"
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -142,7 +146,8 @@ def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -
 
 
 def _repeated(arguments: Sequence[str]) -> list[str]:
-    """The options that are given more than once: the last one counts, as a launch script's own options stand in front of what is typed.
+    """Returns the options that are given more than once. The last one wins, so a launch script's options can be overridden by appending
+    to them.
 
     Raises:
         UserError: a second --preset or --config, each of which is a whole set of options.
@@ -156,13 +161,13 @@ def _repeated(arguments: Sequence[str]) -> list[str]:
 
 
 def _minus_hint(message: str, arguments: Sequence[str]) -> str:
-    """argparse takes -1e-6 for an option: says how to give it."""
+    """Returns a hint for a value that begins with a minus: argparse takes '-1e-6' for an option, '--name=-1e-6' works."""
     values = [f"{name}={value}" for name, value in itertools.pairwise(arguments) if name in message and re.match(r"-[.\d]", value)]
     return f" (a value that begins with a minus: {values[0]})" if values else ""
 
 
 def _first_cause(message: str) -> str:
-    """jsonargparse's report of several lines as one: which option, what was expected, what was given."""
+    """Condenses jsonargparse's error of several lines into one: which option, what was expected, what was given."""
     message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("Parser key ", "")
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
     return ": ".join(dict.fromkeys(line[:300] for line in (lines[0], lines[-1])))

@@ -1,7 +1,8 @@
-"""Where compiled code is kept: the usual places of numba, Triton and torch.compile, or a private temporary folder where they cannot be written.
+"""Cache folders for compiled code: the usual ones of numba, Triton and torch.compile, or a private temporary folder if those are not
+writable.
 
-A container's user may have no home and a read-only installation; a quota may be full, and a cache cut short by a crash. None of it is worth
-more than a line: what cannot be kept is compiled again.
+A container's user may have no home folder and a read-only installation, a quota may be full, a crash may have truncated a cached
+file. None of these should end a run: a warning is logged and the code is compiled again.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ log = logging.getLogger("fastbyol")
 
 @cache
 def private_folder() -> Path | None:
-    """Returns a folder under the system's temporary one that this user alone can write, made if need be, or None.
+    """Returns a folder in the system's temporary folder that only this user can write to, creating it if needed, or None.
 
-    What is cached is run as code, so a folder that somebody else has put there under its name is not used.
+    Cached files are executed as code, so a folder of that name created by another user is not used.
     """
     try:
         folder = Path(tempfile.gettempdir(), f"fastbyol-cache-{os.getuid()}")
@@ -36,7 +37,9 @@ def private_folder() -> Path | None:
 
 
 def can_write(folder: Path) -> bool:
-    """Tells whether a file can be made in the folder, which is made if need be. A try is the only test that a read-only file system passes rightly."""
+    """Returns True if a file can be created in the folder, which is created if needed. Trying is the only reliable test for a read-only
+    file system.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -46,7 +49,7 @@ def can_write(folder: Path) -> bool:
 
 
 def njit(*signature: Any, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba.njit, but with `cache=True` a place for the cache, and a cache that can be read and written, are not needed."""
+    """numba.njit, except that `cache=True` does not require a writable folder or an undamaged cache."""
     import numba
 
     def compiled(function: Callable[..., Any]) -> Any:
@@ -67,18 +70,18 @@ def _numba_cache(function: Callable[..., Any]) -> Any:
     import numba
 
     if os.path.expanduser("~").startswith("~") and (folder := private_folder()):
-        os.environ.setdefault("XDG_CACHE_HOME", str(folder))  # numba would make a folder named '~' where we are
+        os.environ.setdefault("XDG_CACHE_HOME", str(folder))  # numba would create a folder named '~' in the current one
     cache_class = _forgiving_cache()
     try:
         return cache_class(function)
-    except RuntimeError:  # 'no locator available': no folder of numba's choice can be written
+    except RuntimeError:  # 'no locator available': none of numba's folders is writable
         folder = private_folder()
     if folder is None:
-        _say_once("numba finds no folder for its cache, and there is no temporary one: each start compiles anew; set NUMBA_CACHE_DIR")
+        _say_once("numba finds no writable cache folder, not even a temporary one: each start compiles again; set NUMBA_CACHE_DIR")
         return None
     settings: Any = numba.config
-    settings.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"] = str(folder / "numba")  # the latter for the processes that we start
-    _say_once(f"numba finds no folder for its cache: it is in {folder} now; set NUMBA_CACHE_DIR to have it elsewhere")
+    settings.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"] = str(folder / "numba")  # the environment variable is for child processes
+    _say_once(f"numba finds no writable cache folder: using {folder}; set NUMBA_CACHE_DIR to choose another one")
     with suppress(RuntimeError):
         return cache_class(function)
     return None
@@ -89,12 +92,12 @@ def _forgiving_cache() -> Any:
     from numba.core.caching import FunctionCache
 
     class ForgivingCache(FunctionCache):
-        """numba's cache of a function, whose damage or lack of room costs a compilation and not the run."""
+        """numba's function cache, except that a damaged file or a full disk costs a compilation instead of the run."""
 
         def load_overload(self, sig: Any, target_context: Any) -> Any:
             try:
                 return super().load_overload(sig, target_context)
-            except Exception as error:  # a file cut short: whatever unpickling may raise
+            except Exception as error:  # unpickling a truncated file may raise anything
                 log.debug("numba's cache in %s: not readable (%r)", self.cache_path, error)
                 with suppress(OSError):
                     self.flush()
@@ -104,7 +107,7 @@ def _forgiving_cache() -> Any:
             try:
                 super().save_overload(sig, data)
             except OSError as error:
-                _say_once(f"numba's cache in {self.cache_path} cannot be written ({error.strerror}): the next start compiles anew")
+                _say_once(f"numba's cache in {self.cache_path} cannot be written ({error.strerror}): the next start compiles again")
 
     return ForgivingCache
 
@@ -115,7 +118,7 @@ def _say_once(text: str) -> None:
 
 
 def give_triton_a_cache() -> None:
-    """Points Triton at the private folder where its own, in the home folder, cannot be written."""
+    """Points Triton at the private folder if its own, in the home folder, is not writable."""
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     if "TRITON_CACHE_DIR" in os.environ or (not home.startswith("~") and can_write(Path(home, ".triton", "cache"))):
         return
@@ -124,7 +127,7 @@ def give_triton_a_cache() -> None:
 
 
 def give_inductor_a_cache() -> None:
-    """Points torch.compile at the private folder where its own, a temporary one by the user's name, cannot be written."""
+    """Points torch.compile at the private folder if its own, a temporary one named after the user, is not writable."""
     from torch._inductor.runtime.runtime_utils import cache_dir
 
     with suppress(OSError):

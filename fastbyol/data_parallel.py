@@ -1,4 +1,4 @@
-"""The network on every rank, its gradients averaged while the backward still runs."""
+"""Replication over ranks: DistributedDataParallel averages gradients while the backward pass is still running."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastbyol.config.schema import PrecisionConfig
 
 
 def replicate(module: nn.Module, config: PrecisionConfig, *, accumulate: int) -> nn.Module:
-    """The module in DistributedDataParallel, over all ranks. Frozen parameters, so the target's, are not sent.
+    """Wraps the module in DistributedDataParallel over all ranks. Frozen parameters, and so the target's, are not synchronised.
 
     Args:
-        accumulate: micro-batches per optimizer step. With one, the graph is declared static, which lets DDP skip its search for unused
-            parameters; with more, torch's no_sync stops at that declaration ('INTERNAL ASSERT FAILED', torch 2.14).
+        accumulate: micro-batches per optimizer step. With one, the graph is declared static, so DDP can skip its search for unused
+            parameters; with more, torch's no_sync fails on a static graph ('INTERNAL ASSERT FAILED', torch 2.14).
     """
     # BN buffers are equal on all ranks by construction (or each rank's own), so no broadcast before each forward. torch 2.14 has a new name
     # for the option, which 2.11 does not know, and warns.

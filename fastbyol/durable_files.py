@@ -1,4 +1,4 @@
-"""Files that are whole under their name or not there, also after a power cut: written under another name, flushed to the disk, then renamed."""
+"""Files that are either complete or absent, even after a power cut: written under another name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 UNFINISHED = ".tmp-"
-"""Stands in the name of every file that is not whole yet, before the process that writes it."""
+"""Part of the name of every incomplete file, followed by the id of the process that writes it."""
 
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file without a buffer to write into; it takes its name when the block ends, and an exception leaves what was there before."""
+    """Yields an unbuffered binary file that gets its name when the block ends; an exception leaves the previous file in place."""
     unfinished = path.with_name(f"{path.name}{UNFINISHED}{os.getpid()}")
     try:
         with unfinished.open("wb", buffering=0) as file:
             yield cast(BinaryIO, file)
             os.fsync(file.fileno())
+        # fsync must come before the rename: otherwise a power cut can leave the new name on an empty file.
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -27,7 +28,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Writes the text, as UTF-8, or leaves the file as it was. OSError where the disk is full or not writable."""
+    """Writes the text as UTF-8, or leaves the file as it was. Raises OSError if the disk is full or not writable."""
     with durable_file(path) as file:
         rest = memoryview(text.encode("utf-8", errors="surrogateescape"))
         while rest:
@@ -35,7 +36,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Forces a file, or a folder's list of names, to the disk: a rename must not outrun the data."""
+    """Flushes a file, or the list of names in a folder, to the disk. Without it a rename may reach the disk before the data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

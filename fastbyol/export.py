@@ -1,4 +1,4 @@
-"""The trained encoder, for use elsewhere."""
+"""Loads the trained encoder for use elsewhere."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from fastbyol.models.view_batchnorm import convert_to_batchnorm
 
 
 def load_encoder(path_or_run: str | Path) -> nn.Module:
-    """The online encoder of a run folder or checkpoint file, in eval mode on the CPU: (N, 3, H, W) normalised images -> (N, feature_dim).
+    """Returns the online encoder of a run folder or checkpoint file in eval mode on the CPU: (N, 3, H, W) normalised images -> (N,
+    feature_dim).
 
-    The online network's, not the target's, as the official evaluation. Its parameter names are torchvision's.
+    It is the online network's encoder, not the target's, as in the official evaluation. Parameter names are torchvision's.
     """
     return encoder_of(load_run(path_or_run))
 
 
 def encoder_of(run: RunState) -> nn.Module:
-    """The encoder of a run that is read already, as `load_encoder`. UserError where its weights are not those of its config."""
+    """Returns the encoder of a loaded run, as `load_encoder` does. Raises UserError if its weights do not match its config."""
     bias = run.state["byol"].get("probe.bias")
     byol = build_byol(run.config.model, num_classes=len(bias) if bias is not None and bias.ndim else 1)
     load_matching(byol, run.state["byol"], source=f"the checkpoint after step {run.step} of {run.folder}")

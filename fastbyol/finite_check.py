@@ -1,7 +1,7 @@
-"""Finds the step at which a run stopped being finite, without reading from the device before somebody asks.
+"""Finds the step at which a run stopped being finite, without reading from the device until someone asks.
 
-One image of NaN poisons every BN statistic in the forward pass, before any weight moves, and skipping the update would not heal them: so
-nothing is skipped, the run ends, and no state that is not finite is ever saved.
+One image of NaN poisons all batch-norm statistics in the forward pass, before any weight changes, and skipping the update would not
+repair them. So no update is skipped: the run ends, and a non-finite state is never saved.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class FiniteCheck:
-    """Counts the forwards whose loss was finite, up to the first that was not.
+    """Counts the forward passes with a finite loss, up to the first that is not.
 
     Args:
-        forwards_per_step: micro-batches of an optimizer step.
+        forwards_per_step: micro-batches per optimizer step.
     """
 
     def __init__(self, *, forwards_per_step: int = 1) -> None:
@@ -25,7 +25,7 @@ class FiniteCheck:
         self._finite_forwards: Tensor | None = None
 
     def add(self, loss: Tensor) -> None:
-        """One forward's loss, a scalar on any device; a non-finite input makes it non-finite."""
+        """Adds the loss of one forward pass, a scalar on any device; a non-finite input makes the loss non-finite."""
         finite = torch.isfinite(loss.detach())
         if self._alive is None or self._finite_forwards is None:
             self._alive, self._finite_forwards = torch.ones_like(finite), torch.zeros_like(finite, dtype=torch.int64)
@@ -33,16 +33,18 @@ class FiniteCheck:
         self._finite_forwards += self._alive
 
     def first_bad_step(self) -> int | None:
-        """Steps that were finite before the first that was not, counted from the first `add`; None if all were. Waits for the device."""
+        """Returns how many steps were finite before the first that was not, counted from the first `add`, or None if all were. Waits for
+        the device.
+        """
         if self._alive is None or self._finite_forwards is None or self._alive.item():
             return None
         return int(self._finite_forwards.item()) // self.forwards_per_step
 
 
 def first_not_finite(state: Any, where: str = "") -> str | None:
-    """The name of the first tensor in nested dicts and lists that holds NaN or infinity, or None."""
+    """Returns the name of the first tensor in nested dicts and lists that holds NaN or infinity, or None."""
     if isinstance(state, Tensor):
-        # Minimum and maximum keep NaN and infinity: one pass without temporaries, a tenth of isfinite's time on the CPU.
+        # NaN and infinity show in the minimum and maximum: one pass without temporaries, a tenth of isfinite's time on the CPU.
         counts = state.is_floating_point() and state.numel() > 0
         return where if counts and not bool(torch.isfinite(torch.stack(torch.aminmax(state))).all()) else None
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()

@@ -1,4 +1,4 @@
-"""Ends a process that makes no step any more: a dead disk, a decoder or a device that hangs would otherwise hold the job for days."""
+"""Ends a process that makes no progress: a dead disk, a hanging decoder or device would otherwise block the job for days."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastbyol.config.errors import LOST_EXIT
 
 PACKAGE = Path(__file__).resolve().parent
 MARGIN_S = 5.0
-"""Collectives have the same limit and name the cause better: they may speak first."""
+"""Extra seconds: collectives have the same time limit and report the cause better, so they should fail first."""
 
 
 class HangWatch:
-    """While entered, more than limit_s between two beats prints all threads' stacks and one line, and ends the process.
+    """While this context is active, more than limit_s between two beats prints all threads' stacks and an error line, and ends the process.
 
-    It enters with the thread to be watched.
+    The thread that creates it is the one it watches.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -34,12 +34,12 @@ class HangWatch:
         self.beat()
 
     def beat(self) -> None:
-        """A step is done."""
+        """Reports that a step is done."""
         self._last = time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, time does not count."""
+        """Stops the clock inside the block."""
         self._last = float("inf")
         try:
             yield
@@ -73,7 +73,7 @@ class HangWatch:
 
 
 def _innermost_line(thread: int) -> str:
-    """Where the thread is in this package: 'data/loader.py:83 in batches'."""
+    """Returns the innermost line of this package on the thread's stack: 'data/loader.py:83 in batches'."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         file = Path(frame.f_code.co_filename).resolve()

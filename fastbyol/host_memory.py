@@ -1,7 +1,8 @@
-"""Whether memory that a step frees stays with this process (Linux, glibc).
+"""Lets the process keep memory that a training step frees (Linux, glibc).
 
-By default glibc hands every freed block of more than 32 MiB back to the system. A step on the CPU takes the same activations again and again, and
-each time the system maps and zeroes them anew, page by page: a fifth of the time of a float32 step of ResNet-50, a tenth of one in bf16.
+By default glibc returns every freed block of more than 32 MiB to the system. A step on the CPU allocates the same activations again
+and again, and each time the system maps and zeroes them page by page: a fifth of the time of a float32 step of ResNet-50, a tenth in
+bf16.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """From now on it stays, for the next step to use: the process stays as large as it once was. No effect where the C library is another one."""
+    """Keeps freed memory for the next step; the process never shrinks again. No effect with a C library other than glibc."""
     _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _LARGEST})
 
 
 def return_freed_memory() -> None:
-    """As it is without `keep_freed_memory`: glibc's own limits, at the values to which it raises them itself."""
+    """Undoes `keep_freed_memory`: restores glibc's own limits, at the largest values that glibc would choose itself."""
     _set({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20})
 
 

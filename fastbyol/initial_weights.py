@@ -1,4 +1,4 @@
-"""Weights to start from: another run's networks, or a bare encoder, under a schedule of its own."""
+"""Initial weights from another run's networks or from a bare encoder; the new run has its own schedule."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ OPTION = "init_from"
 
 
 def load_initial_weights(byol: BYOL, source: str) -> None:
-    """Fills the networks, in place, before the first step.
+    """Loads the weights into the networks, in place, before the first step.
 
     Args:
-        byol: freshly built.
-        source: a run folder or checkpoint of ours: both networks and, where the classes are as many, the probe. Or any file of torch.save with an
-            encoder's weights (loaded with weights_only): the encoder of both networks; heads stay as they are. See `encoder_weights`.
+        byol: freshly built networks.
+        source: a run folder or checkpoint of fastbyol: loads both networks, and the probe if the number of classes is equal. Or any
+            file of torch.save with an encoder's weights (loaded with weights_only): loads the encoder of both networks and leaves the
+            heads. See `encoder_weights`.
 
     Raises:
-        UserError: no such path, nothing of ours in it, or networks of another shape (with the first names that differ).
+        UserError: no such path, no usable weights in it, or networks of another shape (with the first names that differ).
     """
     state = _read(Path(source))
     if set(REQUIRED) <= state.keys():
@@ -34,10 +35,10 @@ def load_initial_weights(byol: BYOL, source: str) -> None:
         own = byol.state_dict()
         for name in ("probe.weight", "probe.bias"):
             if name in weights and weights[name].shape != own[name].shape:
-                log.info("%s = %s: the probe of %d classes stays new", OPTION, source, len(own["probe.bias"]))
+                log.info("%s = %s: the probe of %d classes is not loaded", OPTION, source, len(own["probe.bias"]))
                 weights[name] = own[name]
         load_matching(byol, weights, source=f"{OPTION} = {source!r}")
-        log.info("%s = %s: networks after its step %d", OPTION, source, state["step"])
+        log.info("%s = %s: loaded both networks, after its step %d", OPTION, source, state["step"])
         return
     online = byol.online.encoder
     assert isinstance(online, nn.Module)
@@ -46,24 +47,25 @@ def load_initial_weights(byol: BYOL, source: str) -> None:
         encoder = network.encoder
         assert isinstance(encoder, nn.Module)
         load_matching(encoder, weights, source=f"{OPTION} = {source!r}")
-    log.info("%s = %s: the encoder of both networks", OPTION, source)
+    log.info("%s = %s: loaded the encoder of both networks", OPTION, source)
 
 
 def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """The encoder's weights from another program's file, under our names; says what was taken and what was not.
+    """Returns the encoder's weights from another program's file under our names; logs what was taken and what was not.
 
-    The file may keep them under a key (state_dict, model, ...), with a prefix before the names (module., encoder., backbone., ...), beside
-    heads and other networks, in another floating-point type, and without BN's num_batches_tracked, as PyTorch before 0.4.1 and converters.
+    The file may store them under a key (state_dict, model, ...), with a prefix before the names (module., encoder., backbone., ...),
+    together with heads and other networks, in another floating-point type, and without num_batches_tracked of batch norm, like
+    PyTorch before 0.4.1 and some converters.
 
     Raises:
-        UserError: there are no tensors by name in it.
+        UserError: the file holds no named tensors.
     """
     key, tensors = _most_tensors(state)
     if not tensors:
         raise CheckpointError(f"{OPTION} = {source!r}: is not a state dict (names to tensors)")
     prefixes = dict.fromkeys(name.removesuffix(mine) for name in tensors for mine in own if name.endswith(mine))
     held = {prefix: sum(prefix + mine in tensors for mine in own) for prefix in prefixes if not prefix or prefix.endswith(".")}
-    prefix = max(held, key=lambda each: held[each], default="")  # of equal ones the first: programs write the trained network first
+    prefix = max(held, key=lambda each: held[each], default="")  # on a tie the first one: programs write the trained network first
     others = [each for each, count in held.items() if each != prefix and count == held[prefix]]
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     parts = {name.split(".")[0] for name in own}
@@ -72,12 +74,12 @@ def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: st
     counters = [name for name in own if name.endswith("num_batches_tracked") and name not in taken]
     if key or prefix or heads or counters or len(inside) < len(tensors):
         log.info(
-            "%s = %s: takes %d tensors%s%s%s%s",
+            "%s = %s: loads %d tensors%s%s%s%s",
             OPTION,
             source,
             len(taken),
             f" from {'.'.join(filter(None, [key, prefix.rstrip('.')]))!r}" if key or prefix else "",
-            f", and not {', '.join(map(repr, heads[:5]))} beside them" if heads else "",
+            f", but not {', '.join(map(repr, heads[:5]))} in the same file" if heads else "",
             f", nor {len(tensors) - len(inside)} of other networks" if len(inside) < len(tensors) else "",
             f"; {len(counters)} num_batches_tracked are missing and stay 0" if counters else "",
         )
@@ -87,7 +89,7 @@ def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: st
 
 
 def _most_tensors(state: dict[Any, Any]) -> tuple[str, dict[str, Tensor]]:
-    """The tensors by name that lie in the file itself, or under the key that has the most of them; and the key."""
+    """Returns the key that holds the most named tensors ('' for the file's top level), and those tensors."""
     groups = {"": state} | {key: value for key, value in state.items() if isinstance(value, dict)}
     named = {
         str(key): {name: value for name, value in group.items() if isinstance(name, str) and isinstance(value, Tensor)}
@@ -98,10 +100,10 @@ def _most_tensors(state: dict[Any, Any]) -> tuple[str, dict[str, Tensor]]:
 
 
 def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
-    """`load_state_dict`, whose refusal becomes one line.
+    """Calls `load_state_dict`, with its errors condensed into one line.
 
     Raises:
-        UserError: names, shapes or types differ; floating-point types are converted.
+        UserError: names, shapes or types differ; other floating-point types are converted.
     """
     own = module.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())

@@ -1,7 +1,7 @@
-"""Calls of a CPU kernel on as many threads as torch has.
+"""Runs a CPU kernel on as many threads as torch uses.
 
-Each thread takes the next item when it is done with its own, and none waits for another before the end: where a core is busy with something else,
-the others do its share. The kernels let go of the interpreter's lock.
+Each thread takes the next item when it has finished one, and no thread waits for another before the end, so if one core is busy the
+others do its share. The kernels release the interpreter lock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """What `work` gives for each item, in their order."""
+    """Returns the result of `work` for each item, in order."""
     threads = min(torch.get_num_threads(), len(items))
     return list(map(work, items) if threads <= 1 else _pool(threads).map(work, items))
 

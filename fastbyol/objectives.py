@@ -1,6 +1,7 @@
-"""What the online network minimises: BYOL's regression and the InfoNCE-beta family around it (Grill et al., equations 2 and 6 to 9).
+"""Loss functions: BYOL's regression and the InfoNCE-beta family around it (Grill et al., equations 2 and 6 to 9).
 
-Beside them what the paper tries in their place: other normalisations of the loss (appendix F.6), a predictor in closed form (appendix I.2).
+Also the alternatives that the paper tries: other normalisations in the loss (appendix F.6) and a predictor in closed form (appendix
+I.2).
 """
 
 from __future__ import annotations
@@ -18,27 +19,29 @@ from fastbyol.collectives import gathered, summed
 NORM_FLOOR = 1e-6
 """The official code divides by sqrt(max(sum of squares, 1e-12)); F.normalize's own default floor is 1e-12 on the norm."""
 NORMALIZATION_EPS = 1e-5
-"""Added to the variances that the loss' layer and batch normalisation divide by, as everywhere in the official networks."""
+"""Added to the variance that layer and batch normalisation of the loss divide by, as everywhere in the official networks."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x itself in float64, else in float32."""
+    """Returns x unchanged if it is float64, else x in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Rows of unit length, (N, D); in float32 at least, since bf16 squares lose the small loss near its end."""
+    """Scales each row of x (N, D) to unit length, in float32 at least: near the end of training the loss is too small for squares in
+    bf16.
+    """
     return F.normalize(at_least_float32(x), dim=-1, eps=NORM_FLOOR)
 
 
 def layer_normalize(x: Tensor) -> Tensor:
-    """Each row (N, D) less its mean, over its standard deviation and sqrt(D): unit length (appendix F.6)."""
+    """Subtracts each row's mean (N, D) and divides by its standard deviation and sqrt(D), so rows have unit length (appendix F.6)."""
     x = at_least_float32(x)
     return F.layer_norm(x, x.shape[-1:], eps=NORMALIZATION_EPS) / x.shape[-1] ** 0.5
 
 
 def batch_normalize(x: Tensor) -> Tensor:
-    """Each column (N, D) less its mean over the rows of all ranks, over their standard deviation and sqrt(D); nothing is learnt (appendix F.6)."""
+    """Normalises each column (N, D) over the rows of all ranks and divides by sqrt(D); it has no learnt parameters (appendix F.6)."""
     x = at_least_float32(x)
     variance, mean = torch.var_mean(all_ranks(x), dim=0, correction=0)
     return (x - mean) * torch.rsqrt(variance + NORMALIZATION_EPS) / x.shape[-1] ** 0.5
@@ -50,24 +53,24 @@ NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "batch_norm": batch_normalize,
     "none": at_least_float32,
 }
-"""By the names of `ObjectiveConfig.normalization`."""
+"""Normalisation functions under the names that `ObjectiveConfig.normalization` takes."""
 
 
 def regression_loss(prediction: Tensor, projection: Tensor, *, normalization: str = "l2") -> Tensor:
-    """Squared distance of the normalised vectors per row, (N,); of unit vectors it is 2 - 2 cos, in [0, 4] (equation 2)."""
+    """Squared distance between the normalised vectors, per row, (N,). For unit vectors it is 2 - 2 cos, in [0, 4] (equation 2)."""
     normalize = NORMALIZATIONS[normalization]
     return (normalize(prediction) - normalize(projection)).square().sum(dim=-1)
 
 
 def byol_loss(prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor, *, normalization: str = "l2") -> Tensor:
-    """Mean over the batch of the sum of both directions, scalar, in [0, 8] for unit vectors.
+    """Mean over the batch of the sum of both directions: a scalar, in [0, 8] for unit vectors.
 
     Args:
         prediction1, prediction2: online predictions of each view, (N, D).
         projection1, projection2: *target* projections of each view, (N, D), without gradient.
         normalization: one of NORMALIZATIONS.
 
-    The sum is not halved: halving once cost another library 11 points of accuracy (lightly, pull request 1286).
+    The sum is not halved: halving it once cost another library 11 points of accuracy (lightly, pull request 1286).
     """
     forward = regression_loss(prediction1, projection2, normalization=normalization)
     backward = regression_loss(prediction2, projection1, normalization=normalization)
@@ -77,10 +80,11 @@ def byol_loss(prediction1: Tensor, prediction2: Tensor, projection1: Tensor, pro
 def infonce_beta_loss(
     prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor, *, beta: float, alpha: float
 ) -> Tensor:
-    """The negative of the paper's InfoNCE-beta objective, scalar (equations 6 to 9), symmetrised over the views.
+    """The negative of the paper's InfoNCE-beta objective: a scalar, symmetrised over the views (equations 6 to 9).
 
-    beta = 0 is byol_loss - 4; beta = 1 with predictions = projections = online projections is SimCLR times 2 alpha. Each of this rank's N rows is
-    compared with the 2M - 1 others of all ranks, M = N times ranks; gradients reach the rows of other ranks.
+    beta = 0 is byol_loss - 4; beta = 1 with predictions = projections = online projections is SimCLR times 2 alpha. Each of this
+    rank's N rows is compared with the 2M - 1 other rows of all ranks, where M = N * ranks; gradients flow back to the rows of other
+    ranks.
 
     Args:
         beta: weight of the negative term.
@@ -96,20 +100,21 @@ def _one_direction(query: Tensor, *, same_view: Tensor, other_view: Tensor, beta
     own = _first_row_of_rank(len(query)) + torch.arange(len(query), device=query.device)
     across = query @ other_view.T
     positive = across.gather(1, own[:, None]).squeeze(1)
+    # An image must not be its own negative: -inf removes it from the logsumexp.
     among = (query @ same_view.T).scatter(1, own[:, None], float("-inf"))
     negative = torch.logsumexp(torch.cat([among, across], dim=1) / alpha, dim=1)
     return (positive - beta * alpha * negative).mean()
 
 
 def least_squares_prediction(projection: Tensor, predicted: Tensor) -> Tensor:
-    """(N, D): projection times the map Q that brings the projections of all ranks closest to what is predicted (appendix I.2).
+    """Returns (N, D): projection times the linear map Q that brings all ranks' projections closest to the predicted ones (appendix I.2).
 
     Args:
-        projection: (N, D) online projections; the gradient reaches them, not Q.
-        predicted: (N, D) what stands in the same rows for the other view.
+        projection: (N, D) online projections; gradients flow through them, not through Q.
+        predicted: (N, D) the same images' projections of the other view.
 
-    Of the maps that are equally close where there are fewer rows than D, Q is the smallest. It is solved in float64: the products' condition is the
-    square of the projections'.
+    With fewer rows than D, several maps are equally close and Q is the one with the smallest norm. It is solved in float64 because
+    the condition number of the product matrix is the square of that of the projections.
     """
     linear_map = _least_squares_map(projection.detach().double(), predicted.detach().double())
     return (projection.double() @ linear_map).to(at_least_float32(projection).dtype)
@@ -124,14 +129,14 @@ def _least_squares_map(projection: Tensor, predicted: Tensor) -> Tensor:
 
 
 def all_ranks(x: Tensor) -> Tensor:
-    """(N * ranks, D): the rows of all ranks in rank order, each rank's with its gradient; x itself on one process."""
+    """Returns the rows of all ranks in rank order, (N * ranks, D), with gradients; with one process, x itself."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     return _GatherRanks.apply(x)  # type: ignore[return-value]
 
 
 class _GatherRanks(torch.autograd.Function):
-    """torch.distributed.nn.functional.all_gather does the same, but torch.compile cannot trace it."""
+    """All-gather with gradient. torch.distributed.nn.functional.all_gather does the same, but torch.compile cannot trace it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -139,6 +144,7 @@ class _GatherRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # Every rank's loss depends on these rows, so their gradients are summed before each rank takes its own part.
         return summed(gradients[0]).chunk(dist.get_world_size())[dist.get_rank()]
 
 

@@ -1,18 +1,18 @@
-"""YAML of options, read with a bound on what it stands for: with aliases, or merges, 600 bytes can be gigabytes."""
+"""Reads YAML options with a limit on their expanded size: with aliases or merges, 600 bytes can expand to gigabytes."""
 
 from __future__ import annotations
 
 import yaml
 
 MAX_VALUES, MAX_DEPTH = 10_000, 20
-"""A whole config has about a hundred values in three levels."""
+"""Limits on the expanded document; a whole config has about a hundred values in three levels."""
 
 
 def read_yaml(text: str) -> object:
-    """The plain values of one YAML document.
+    """Returns the plain values of one YAML document.
 
     Raises:
-        ValueError: it is not YAML, or stands for more than MAX_VALUES values with its aliases written out, or more than MAX_DEPTH levels.
+        ValueError: it is not YAML, or with its aliases expanded it has more than MAX_VALUES values or more than MAX_DEPTH levels.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -28,7 +28,7 @@ def read_yaml(text: str) -> object:
 
 
 def repeated_key(text: str) -> str:
-    """Returns the first key that stands twice in one mapping of a document that `read_yaml` has taken, with its dots, or ''."""
+    """Returns the dotted name of the first key that occurs twice in one mapping, or ''. `read_yaml` must have accepted the document."""
     return _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))
 
 
@@ -45,8 +45,8 @@ def _repeated_key(node: yaml.Node | None, prefix: str = "") -> str:
 
 
 def _written_out(node: yaml.Node, *, depth: int, known: dict[int, int]) -> int:
-    """How many values a node stands for, each alias counted as what it repeats; known: those of the nodes seen so far, by id."""
-    if depth > MAX_DEPTH:  # an alias of a group inside that very group, too
+    """Returns how many values a node expands to, counting each alias in full. `known` caches the counts of nodes by id."""
+    if depth > MAX_DEPTH:  # also catches a group that contains an alias of itself
         raise ValueError(f"more than {MAX_DEPTH} levels deep")
     if id(node) not in known:
         parts = node.value if isinstance(node, yaml.CollectionNode) else []

@@ -1,4 +1,4 @@
-"""Numbers and memory layout of the step: autocast, gradient scaler, channels-last, compile."""
+"""Number formats and memory layout of the step: autocast, gradient scaler, channels-last, torch.compile."""
 
 from __future__ import annotations
 
@@ -20,23 +20,27 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(config: PrecisionConfig, *, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The context of the forward; parameters and the target stay float32."""
+    """Returns the autocast context for the forward pass; parameters and the target stay float32."""
     if config.autocast not in _DTYPES:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_DTYPES[config.autocast])
 
 
 def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
-    """A gradient scaler, active for fp16 only. Unscale before LARS: BN and bias updates are not invariant to the scale."""
+    """Returns a gradient scaler, enabled for fp16 only. Unscale before LARS: updates of batch-norm parameters and biases depend on the
+    scale.
+    """
     if config.autocast == "fp16" and device.type == "cpu":
         raise UserError("precision.autocast = 'fp16': needs a GPU; use bf16 (the default) or off")
     return torch.amp.GradScaler(device.type, enabled=config.autocast == "fp16")  # type: ignore[attr-defined]
 
 
 def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> nn.Module:
-    """The module on its device, in the chosen memory layout, compiled in place where asked (before DDP wraps it: then the graph is one).
+    """Moves the module to its device and memory layout, and compiles it in place if asked (before DDP wraps it, so that there is only
+    one graph).
 
-    Sets torch's float32 products of this process to TF32 for 'tf32' and to float32 else; on a CPU, lets the process keep what it frees.
+    Sets torch's float32 matrix products in this process to TF32 for 'tf32' and to float32 otherwise; on a CPU, lets the process keep
+    freed memory.
 
     Raises:
         UserError: tf32 or CUDA graphs without a GPU; a cache folder that cannot be written.
@@ -61,7 +65,7 @@ def _set_float32_products(config: PrecisionConfig, *, device: torch.device) -> N
 
 
 def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> None:
-    """One graph of the whole forward and loss, shapes fixed; eager where this machine cannot compile."""
+    """Compiles the whole forward pass and loss as one graph with fixed shapes; stays eager if this machine cannot compile."""
     if config.compile_mode == "reduce-overhead" and device.type != "cuda":
         raise UserError(f"precision.compile_mode = 'reduce-overhead': means CUDA graphs, and the device is {device}; use default")
     if config.compile_cache:
@@ -75,26 +79,28 @@ def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `prepare_model` compiled it: it was asked to, and could."""
+    """Returns True if `prepare_model` was asked to compile the module and could."""
     return module._compiled_call_impl is not None
 
 
 def _use_cache(folder: str) -> None:
-    """Compiled code is kept in, and taken from, this folder."""
+    """Stores compiled code in this folder and reuses what is there."""
     path = Path(folder).resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"precision.compile_cache = {folder!r}: cannot be made ({error.strerror}); choose another folder") from error
-    if not can_write(path):  # not os.access: root may write, it says, where the file system cannot
+    if not can_write(path):  # os.access is no test: it allows root to write on a read-only file system
         raise UserError(f"precision.compile_cache = {folder!r}: cannot be written; choose another folder")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
 
 
 def _cannot_compile(device: torch.device) -> str | None:
-    """Why nothing compiles on this device (no C++ compiler, no Triton), tried on a sum of two numbers; None where it does."""
+    """Returns why nothing compiles on this device (no C++ compiler, no Triton), or None if it does; found by compiling a sum of two
+    numbers.
+    """
     try:
         torch.compile(torch.add, dynamic=False)(torch.ones(2, device=device), 1.0)
-    except Exception as error:  # torch raises a class of its own for each thing that may be missing
+    except Exception as error:  # torch has a different exception class for each missing part
         return str(error).strip().splitlines()[0]
     return None

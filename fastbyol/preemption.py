@@ -1,7 +1,7 @@
-"""The wish to stop, however and whenever it comes: SIGTERM of a scheduler, SIGUSR1 of SLURM, Ctrl-C, the end of torchrun.
+"""Requests to stop a run: SIGTERM from a scheduler, SIGUSR1 from SLURM, Ctrl-C, or the death of torchrun.
 
-A thread hears the signals. Python runs its handlers in the main thread only, between two of its own instructions, so a process that waits
-inside a collective for a rank that is gone would never hear one.
+A thread reads the signals from a pipe. Python runs signal handlers only in the main thread and between two bytecode instructions, so
+a process waiting in a collective for a dead rank would never run one.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """While entered, STOP_SIGNALS no longer end the process but set `requested`. A second Ctrl-C ends it at once.
+    """While this context is active, STOP_SIGNALS set `requested` instead of ending the process. A second Ctrl-C ends it at once.
 
     Args:
-        grace_s: a process that has not left this long after the first signal is ended, saved or not.
+        grace_s: seconds after the first signal when a process that is still running is ended, saved or not.
     """
 
     def __init__(self, *, grace_s: float) -> None:
         self.grace_s = grace_s
         self.name = ""
-        """Of the first signal."""
+        """Name of the first signal."""
         self._requested = threading.Event()
         self._closed = threading.Event()
 
@@ -44,7 +44,7 @@ class StopRequest:
     def __enter__(self) -> Self:
         self._read, write = os.pipe()
         os.set_blocking(write, False)
-        # Ignored signals stay ignored: nohup relies on it.
+        # Signals that are ignored stay ignored: nohup relies on it.
         heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._write, self._earlier_descriptor = write, signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._earlier = {number: signal.signal(number, lambda *_: None) for number in heard}
@@ -53,7 +53,7 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # A script's run is over here: a signal may no longer change its exit code, unless it waits to say what failed (`HOLD_BACK_S`).
+        # The run is over. After a success a late signal must not change the exit code; after an error it may cut `HOLD_BACK_S` short.
         over = signal.SIG_IGN if kind is None else signal.SIG_DFL
         for number, handler in self._earlier.items():
             signal.signal(number, over if handler is _leave_at_once else handler)
@@ -69,21 +69,22 @@ class StopRequest:
                 continue
             if not self.requested:
                 self.name = signal.Signals(byte[0]).name
-                log.info("%s: finishes this step, saves and leaves (within %g s)", self.name, self.grace_s)
+                log.info("%s: finishing this step, then saving and exiting (within %g s)", self.name, self.grace_s)
                 self._requested.set()
                 threading.Thread(target=self._leave_in_time, name="fastbyol-grace", daemon=True).start()
             elif byte[0] == signal.SIGINT:
-                _leave("second Ctrl-C: left without saving this step", INTERRUPTED_EXIT)
+                _leave("second Ctrl-C: exited without saving this step", INTERRUPTED_EXIT)
 
     def _leave_in_time(self) -> None:
         if not self._closed.wait(self.grace_s):
-            _leave(f"{self.name}: not done after grace_s = {self.grace_s:g}: left without saving this step", STOPPED_EXIT)
+            _leave(f"{self.name}: not done after grace_s = {self.grace_s:g}: exited without saving this step", STOPPED_EXIT)
 
 
 def leave_at_once_on_signals() -> None:
-    """Until `StopRequest` is entered, STOP_SIGNALS end this process with the code of a stopped run: there is nothing to save yet.
+    """Makes STOP_SIGNALS end this process with the exit code of a stopped run, until `StopRequest` is entered: there is nothing to save
+    yet.
 
-    For a script that calls it before the imports that take seconds.
+    Scripts call it before imports that take seconds.
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -92,21 +93,23 @@ def leave_at_once_on_signals() -> None:
 
 def _leave_at_once(number: int, _frame: object) -> None:
     if (os.environ.get("RANK") or "0") == "0":
-        os.write(2, f"stopped ({signal.Signals(number).name}) before the first step; the same command goes on\n".encode())
+        os.write(2, f"stopped ({signal.Signals(number).name}) before the first step; the same command continues\n".encode())
     os._exit(STOPPED_EXIT)
 
 
 def end_with_torchrun() -> None:
-    """SIGTERM to this process when torchrun dies, even by SIGKILL: its workers would otherwise train on as orphans. Linux only."""
+    """Makes the kernel send SIGTERM to this process when torchrun dies, even by SIGKILL; otherwise workers would train on as orphans.
+    Linux only.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died just before
+    if os.getppid() != parent:  # the parent died before prctl took effect
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave(message: str, code: int) -> None:
-    """Ends the process from a thread; the checkpoints on the disk are whole whenever this happens."""
-    say(f"fastbyol: error: {message}; the checkpoints before it are whole", file=sys.stderr)
+    """Ends the process from a thread; checkpoints on the disk are complete at any time."""
+    say(f"fastbyol: error: {message}; earlier checkpoints are complete", file=sys.stderr)
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Who we are among the processes that torchrun or srun started, and the group that joins them."""
+"""This process's rank among those that torchrun or srun started, and the process group that connects them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COLLECTIVE_COMPLAINTS = ("gloo", "connection closed by peer", "connection reset
 
 @dataclass(frozen=True)
 class Process:
-    """This process: its rank of `world_size`, its device."""
+    """This process: its rank, the number of ranks, and its device."""
 
     rank: int
     world_size: int
@@ -39,14 +39,14 @@ class Process:
 
 
 def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
-    """Reads torchrun's environment (or srun's) and joins the group; plain `python` is one process without a group.
+    """Reads the environment of torchrun or srun and joins the process group; plain `python` is a single process without a group.
 
     Args:
-        timeout_s: a rank that dies or hangs ends the others after this long; torch's own default for gloo is 30 minutes.
+        timeout_s: seconds after which a rank that dies or hangs ends the others; torch's default for gloo is 30 minutes.
 
     Raises:
-        UserError: the environment is not a launcher's, or only half of it.
-        Lost: the other ranks did not come.
+        UserError: the environment is not a launcher's, or incomplete.
+        Lost: the other ranks did not join in time.
     """
     from_slurm = adopt_slurm_environment(os.environ)
     rank, world_size, local_rank = _place_in_environment()
@@ -55,26 +55,26 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
         torch.cuda.set_device(device)
     process = Process(rank=rank, world_size=world_size, device=device)
     if world_size > 1:
-        # Before there is a group: its functions take the group of the moment as a default and would hold it, so that `leave_process_group`
-        # could not end gloo's threads. One of them may want Python's lock when the interpreter is gone: abort, exit code 134, of a whole run.
+        # Import it before there is a group: its functions bind the current group as a default argument and keep it alive, so `leave_process_group`
+        # could not end gloo's threads. One that takes the interpreter lock after Python's shutdown aborts a finished run with exit code 134.
         importlib.import_module("torch.distributed.nn.functional")
         timeout = timedelta(seconds=timeout_s)
         with _slurm_named(world_size) if from_slurm else nullcontext(), lost_ranks_named(process):
             store = _meeting_point(process, timeout)
-            # gloo beside NCCL: what ranks tell each other on the host must not wait for a device.
+            # gloo beside NCCL, so that messages between hosts need not wait for a device.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return process
 
 
 def _place_in_environment() -> tuple[int, int, int]:
-    """Rank, world size and local rank, as a launcher has set them. Raises UserError where they cannot be."""
+    """Returns rank, world size and local rank as set by the launcher. Raises UserError if they are impossible."""
     alone = "start with torchrun or srun, or, for one process, unset RANK WORLD_SIZE LOCAL_RANK"
     rank, world_size, local_rank = (environment_integer(name, int(name == "WORLD_SIZE")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     require(world_size >= 1, "WORLD_SIZE", world_size, f"a number >= 1; {alone}")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size > 1 and missing:
-        raise UserError(f"WORLD_SIZE = {world_size}: is in the environment, and {', '.join(missing)} is not; {alone}")
+        raise UserError(f"WORLD_SIZE = {world_size}: is in the environment, but {', '.join(missing)} is not; {alone}")
     require(0 <= rank < world_size, "RANK", rank, f"in [0, WORLD_SIZE), and WORLD_SIZE is {world_size}; {alone}")
     if world_size > 1:
         require_between("MASTER_PORT", environment_integer("MASTER_PORT", 0), 1, 65535)
@@ -85,18 +85,18 @@ def _place_in_environment() -> tuple[int, int, int]:
 
 @contextmanager
 def _slurm_named(tasks: int) -> Iterator[None]:
-    """Adds to the error of ranks that did not come who had said that they would."""
+    """Adds to the error of a failed join that SLURM's environment is why other ranks were expected."""
     try:
         yield
     except Lost as error:
         raise Lost(
-            f"{error}. SLURM_STEP_NUM_TASKS = {tasks} is why others were waited for: start them all with `srun python fastbyol/train.py …`, "
+            f"{error}. Other ranks were expected because SLURM_STEP_NUM_TASKS = {tasks}: start all of them with `srun python fastbyol/train.py …`, "
             "or one process alone with `env -u SLURM_STEP_NUM_TASKS python fastbyol/train.py …`"
         ) from error
 
 
 def _meeting_point(process: Process, timeout: timedelta) -> dist.Store:
-    """A store that holds no keys of an earlier attempt."""
+    """Returns a store without keys of an earlier attempt."""
     address, port = os.environ["MASTER_ADDR"], environment_integer("MASTER_PORT", 0)
     agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(address, port, process.world_size, is_master=process.is_main and not agent_serves, timeout=timeout)
@@ -104,11 +104,12 @@ def _meeting_point(process: Process, timeout: timedelta) -> dist.Store:
 
 
 def fresh_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: float) -> dist.Store:
-    """The store under a prefix that only the ranks of this attempt know.
+    """Returns the store under a prefix that only the ranks of this attempt know.
 
-    torchrun restarts its workers with the store of the dead ones, whose addresses they would read and hang (pytorch issue 135712); its count
-    of restarts does not help, since the agents of several machines may disagree on it. So rank 0 names the attempt, the others sign, and the
-    attempt begins once rank 0 has published all signatures: a name that is left over never shows the signature of a rank that has just come.
+    torchrun restarts its workers with the store of the dead ones. They would read the old addresses and hang (pytorch issue 135712).
+    torchrun's restart count cannot serve as a prefix, because the agents of several machines may disagree on it. So rank 0 names the
+    attempt, every other rank signs it, and it begins once rank 0 has published all signatures: a leftover name can never show the
+    signature of a rank that has just joined.
     """
     mine = uuid.uuid4().hex
     if rank == 0:
@@ -126,19 +127,19 @@ def fresh_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: flo
         if store.check([everyone]) and mine in store.get(everyone).decode().split():
             return dist.PrefixStore(attempt, store)
         time.sleep(0.1)
-    raise Lost(f"rank {rank}: the {world_size} ranks did not come together within timeout_s = {timeout_s:g} s")
+    raise Lost(f"rank {rank}: not all of the {world_size} ranks connected within timeout_s = {timeout_s:g} s")
 
 
 def leave_process_group() -> None:
     """Closes the group, if there is one, and ends its threads."""
     if dist.is_initialized():
-        gc.collect()  # DDP, whose parts refer to one another, first: the last to let go of the group must be Python, which frees its lock meanwhile
+        gc.collect()  # free DDP's reference cycles first: the last reference to the group must be dropped by Python code, which releases the interpreter lock
         dist.destroy_process_group()
 
 
 @contextmanager
 def lost_ranks_named(process: Process) -> Iterator[None]:
-    """Inside, a collective that fails because another rank is gone raises Lost; every other error stays what it is."""
+    """Turns a collective's failure because another rank is gone into Lost; all other errors pass unchanged."""
     try:
         yield
     except RuntimeError as error:
@@ -153,7 +154,7 @@ def lost_ranks_named(process: Process) -> Iterator[None]:
 
 
 def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over ranks, in place; the tensor itself on one process."""
+    """Averages over ranks in place; with one process, returns the tensor unchanged."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -161,19 +162,23 @@ def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_rows(values: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks below one another, in rank order, on every rank; each must bring as many. The tensor itself on one process."""
+    """Returns the rows of all ranks in rank order, on every rank; each rank must bring the same number. With one process, returns the
+    tensor unchanged.
+    """
     return gathered(values) if dist.is_initialized() else values
 
 
 def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrites each tensor with rank 0's."""
+    """Overwrites each tensor with that of rank 0."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
 def gather_on_main(value: Any) -> list[Any]:
-    """Every rank's value, by rank, on the main process; an empty list elsewhere. Plain values and CPU tensors, a few kilobytes."""
+    """Returns the values of all ranks, in rank order, on the main process, and an empty list elsewhere. For plain values and CPU tensors
+    of a few kilobytes.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
@@ -182,7 +187,7 @@ def gather_on_main(value: Any) -> list[Any]:
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """The main process's value on every rank."""
+    """Returns the main process's value on every rank."""
     if not dist.is_initialized():
         return value
     held = [value]

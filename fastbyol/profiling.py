@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace of a few steps (torch.profiler) and a short table of it, in the run folder."""
+"""Profiles a few training steps: a trace (torch.profiler) and a short table of it, in the run folder."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from fastbyol.config.errors import UserError
 log = logging.getLogger("fastbyol")
 FOLDER, TRACE, TABLE = "profile", "trace.json.gz", "table.txt"
 WAIT_STEPS, WARMUP_STEPS = 3, 2
-"""Not recorded: compilation and first touches; then steps under a running profiler, whose own start is slow."""
+"""Steps that are not recorded: first those that compile and touch memory for the first time, then those in which the profiler starts up."""
 TOP = 12
 SYNCS = frozenset({"aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"})
-"""The host waits for the device in these; on a CPU the first only reads a number."""
+"""Operations in which the host waits for the device; on a CPU the first of them only reads a number."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One event of a trace: name, self time in microseconds on the device that works (the GPU where there is one), and the count."""
+    """One kind of event in a trace: its name, total self time in microseconds on the working device (the GPU if there is one), and
+    count.
+    """
 
     name: str
     self_us: float
@@ -35,15 +37,16 @@ class Span:
 
 
 class StepProfiler:
-    """Records some steps of a run from the sixth on. Slows down those, and only those.
+    """Records some steps of a run, from the sixth on. Only those steps are slowed down.
 
-    The networks' parts are named in the trace (and as NVTX ranges on a GPU, for Nsight), unless they are compiled, where there is no such part.
+    The parts of the networks are named in the trace (and as NVTX ranges on a GPU, for Nsight), unless compiled, because a compiled
+    graph has no such parts.
 
     Args:
         folder: the run folder; gets profile/trace.json.gz, for Perfetto or chrome://tracing, and profile/table.txt.
-        steps: to record; 0: nothing is done.
-        parts: modules to name.
-        device: that trains.
+        steps: number of steps to record; 0 disables the profiler.
+        parts: modules to name in the trace.
+        device: the device that trains.
     """
 
     def __init__(self, folder: Path, *, steps: int, parts: dict[str, nn.Module], device: torch.device) -> None:
@@ -64,7 +67,7 @@ class StepProfiler:
         return self
 
     def step(self) -> None:
-        """One optimizer step is done."""
+        """Reports that one optimizer step is done."""
         if self._profile is not None:
             self._profile.step()
 
@@ -89,7 +92,9 @@ class StepProfiler:
 
 
 def profile_table(spans: Iterable[Span], *, steps: int, span_us: float, device: str) -> str:
-    """The operations that take most, how much of the time the device works at all, and how often the host waits for it; per step."""
+    """Formats the operations that take the most time, the share of time that the device works, and how often the host waits for it; all
+    per step.
+    """
     spans = sorted(spans, key=lambda span: -span.self_us)
     working = [span for span in spans if not span.name.startswith("ProfilerStep")]
     busy_us = sum(span.self_us for span in working)
@@ -104,13 +109,13 @@ def profile_table(spans: Iterable[Span], *, steps: int, span_us: float, device: 
 
 
 def _recorded_us(taken: profile) -> float:
-    """From the first recorded event to the end of the last."""
+    """Returns microseconds from the start of the first recorded event to the end of the last."""
     events = taken.events() or []
     return max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
 
 
 def _named_in_trace(module: nn.Module, name: str, *, nvtx: bool) -> list[Any]:
-    """Hooks that put each forward of the module under its name; they may nest."""
+    """Registers hooks that record each forward pass of the module under its name; calls may be nested."""
     opened: list[record_function] = []
 
     def begin(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: one live line on a terminal, plain lines in a log."""
+"""Progress display of a training run: one live line on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 REFRESH_PER_S = 2
 WIDTH_WITHOUT_BAR = 96
-"""What step, time and text take in a long run; a wider terminal has room for a long bar."""
+"""Columns that step, time and text need in a long run; a wider terminal gets a longer bar."""
 WAIT_SHOWN = 0.05
 """Share of the time spent waiting for data above which the live line shows it."""
 PROGRESS = {"progress": True}
-"""`extra` of a log record that repeats what the live line shows."""
+"""`extra` of a log record that only repeats what the live line shows."""
 
 
 def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
-    """What a person wants to see of a step, in one line."""
+    """Formats the main figures of a logged step as one line."""
     knn = f"kNN {record['knn_top1']:.1%}  " if record.get("knn_top1") is not None else ""
     mfu = f"mfu {record['mfu']:.0%}  " if record.get("mfu") is not None else ""
     return (
@@ -32,12 +32,12 @@ def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
 
 
 class LiveLine:
-    """A bar with step, epoch, loss, accuracy, images/s and the time that remains; messages of the log pass above it.
+    """A progress bar with step, epoch, loss, accuracy, images/s and remaining time; log messages are printed above it.
 
     Args:
-        total_steps: of the run.
-        first_step: where this process starts.
-        console: where to draw; 80 columns are enough.
+        total_steps: number of steps of the run.
+        first_step: step at which this process starts.
+        console: the terminal to draw on; 80 columns are enough.
     """
 
     def __init__(self, *, total_steps: int, first_step: int, console: Console) -> None:
@@ -45,7 +45,7 @@ class LiveLine:
 
         self._console = console
         bar_width = max(4, console.width - WIDTH_WITHOUT_BAR)
-        # Too narrow a terminal cuts the text on the right: rich itself would cut the step and the time first.
+        # On a narrow terminal we cut the text on the right; rich would cut the step and the time first.
         self._text_width = max(0, console.width - len(f"step {total_steps}/{total_steps}  00:00:00  ") - bar_width)
         columns = [
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -56,10 +56,10 @@ class LiveLine:
         self._bar = Progress(*columns, console=console, refresh_per_second=REFRESH_PER_S)
         self._task = self._bar.add_task("", total=total_steps, completed=first_step)
         self._bar.start()
-        atexit.register(self.close)  # however the process ends, the terminal gets its cursor back
+        atexit.register(self.close)  # gives the terminal its cursor back however the process ends
 
     def show(self, record: dict[str, Any]) -> None:
-        """One logged step. What waits for data is said where it is worth a look."""
+        """Shows one logged step; the share of time spent waiting for data appears only if it is above WAIT_SHOWN."""
         knn = f" kNN {record['knn_top1']:.0%}" if record.get("knn_top1") is not None else ""
         wait = f" waits {record['data_wait_share']:.0%}" if record["data_wait_share"] > WAIT_SHOWN else ""
         speed = f"{record['images_per_s']:.0f} images/s"
@@ -67,13 +67,13 @@ class LiveLine:
         self._bar.update(self._task, completed=record["step"] + 1, description=text[: self._text_width])
 
     def handler(self) -> logging.Handler:
-        """For the log: its lines are printed above the bar, except those that repeat it; closing it closes the bar."""
+        """Returns a log handler that prints above the bar and skips lines that only repeat it; closing the handler closes the bar."""
         handler = _AboveTheBar(self._console, self.close)
         handler.addFilter(lambda record: not getattr(record, "progress", False))
         return handler
 
     def close(self) -> None:
-        """Leaves the bar as it is; twice does no harm."""
+        """Stops the bar and leaves it on the screen; calling it twice is harmless."""
         self._bar.stop()
         atexit.unregister(self.close)
 
@@ -92,7 +92,7 @@ class _AboveTheBar(logging.Handler):
 
 
 def live_line(*, total_steps: int, first_step: int) -> LiveLine | None:
-    """A live line on stderr where that is a terminal that can draw one, else None."""
+    """Returns a live line on stderr if that is a terminal that can draw one, else None."""
     from rich.console import Console
 
     console = Console(stderr=True)

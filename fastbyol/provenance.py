@@ -1,4 +1,4 @@
-"""What a result came from: versions, commit, machine, command."""
+"""Provenance of a result: versions, commit, machine, command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def collect_provenance() -> dict[str, Any]:
-    """Plain values, ready for JSON: package versions, git commit and state, device, cores, threads, the command as typed."""
+    """Returns package versions, git commit and state, device, cores, threads and the command as typed, as plain values for JSON."""
     return {
         "command": " ".join(sys.argv),
         "commit": _git("rev-parse", "HEAD"),
@@ -46,19 +46,19 @@ def collect_provenance() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """What is installed of PACKAGES."""
+    """Returns the installed versions of PACKAGES."""
     return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def source_digest() -> str:
-    """Twelve hexadecimal digits that change with any line of the package's source."""
+    """Returns twelve hexadecimal digits that change with any line of the package's source."""
     package, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-@functools.cache  # every checkpoint asks, while training stands still
+@functools.cache  # every checkpoint asks for it, and training waits meanwhile
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -1,4 +1,4 @@
-"""Whether all ranks run the same thing: a stale command, copy of the data or version of the code on one node would train, and quietly spoil the run."""
+"""Checks that all ranks run the same thing. A stale command, data copy or code version on one node would silently spoil the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ FREE_ON_EACH_RANK = frozenset(
         *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "precision.compile_cache"),
     }
 )
-"""Options that may differ from machine to machine: paths, threads, and what rank 0 alone does. What the paths hold is compared on its own."""
+"""Options that may differ between machines: paths, threads, and what only rank 0 does. The data behind the paths are compared
+separately.
+"""
 
 
 class Fingerprinted(Protocol):
@@ -34,10 +36,10 @@ Opened = TypeVar("Opened", bound=Fingerprinted)
 
 
 def require_same_start(config: TrainConfig, process: Process) -> None:
-    """Before any work: the same options and the same code on every rank. Other versions of what it is built on are said.
+    """Checks before any work that every rank has the same options and code. Differing versions of dependencies are only reported.
 
     Raises:
-        UserError: on every rank, with what differs where.
+        UserError: raised on every rank; names what differs and on which rank.
     """
     if process.world_size == 1:
         return
@@ -50,14 +52,14 @@ def require_same_start(config: TrainConfig, process: Process) -> None:
     ]
     for rank, differing in enumerate(gather_on_main(other)):
         if differing:
-            log.warning("rank %d has other versions, so results may depend on which rank does what: %s", rank, "; ".join(differing))
+            log.warning("rank %d has other package versions, so results may differ between ranks: %s", rank, "; ".join(differing))
 
 
 def opened_alike(open_data: Callable[[], Opened], process: Process, *, option: str = "data.train") -> Opened:
-    """The data that every rank opens, once all have the same images.
+    """Opens the data on every rank and checks that all ranks have the same images.
 
     Raises:
-        UserError: on every rank: what differs where, or why a rank cannot open its own.
+        UserError: raised on every rank; names what differs and where, or why a rank cannot open its data.
     """
     if process.world_size == 1:
         return open_data()
@@ -79,10 +81,10 @@ def opened_alike(open_data: Callable[[], Opened], process: Process, *, option: s
 
 
 def require_agreement(facts: dict[str, str], process: Process) -> None:
-    """Compares each rank's facts with rank 0's: one broadcast and one gather of a few kilobytes.
+    """Compares each rank's facts with those of rank 0, by one broadcast and one gather of a few kilobytes.
 
     Raises:
-        UserError: on every rank, with the facts that differ and on which rank.
+        UserError: raised on every rank; names the facts that differ and on which rank.
     """
     main = broadcast_from_main(facts)
     mine = [f"{name} = {facts.get(name)}, where rank 0 has {main.get(name)}" for name in facts | main if facts.get(name) != main.get(name)]

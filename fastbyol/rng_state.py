@@ -1,7 +1,7 @@
-"""The random generators that a process carries, as tensors and plain values, and back.
+"""Saves and restores the random generators of a process as tensors and plain values.
 
-Order and views of the images come from counters (data/traversal.py, augment/parameters.py) and need none of these. What else draws while a
-run trains (dropout of a foreign encoder, a user's own code) continues with them.
+The order and views of the images come from counters (data/traversal.py, augment/parameters.py) and need none of these. They are saved
+for anything else that draws during training, such as dropout in a third-party encoder or a user's own code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastbyol.saved_structure import first_difference
 
 
 def rng_state() -> dict[str, Any]:
-    """Python's, numpy's and torch's generators, the current CUDA device's too where there is one."""
+    """Returns the state of Python's, numpy's and torch's generators, and of the current CUDA device's if there is one."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     name, keys, position, has_gauss, cached = numpy_state
@@ -30,7 +30,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def rng_difference(state: object) -> str | None:
-    """Says why a state from a file is none of `rng_state`, or None. Nothing is set."""
+    """Returns why a state from a file is not one of `rng_state`, or None if it is. Sets nothing."""
     own = rng_state()
     if not isinstance(state, dict):
         return f"rng is {shown(state)}"
@@ -39,7 +39,7 @@ def rng_difference(state: object) -> str | None:
         return wrong
     if None not in devices and (wrong := first_difference(*devices, "rng.cuda")):
         return wrong
-    # numpy takes any position, and then reads its words from there.
+    # numpy accepts any position and would then read beyond its array.
     if not 0 <= state["numpy"][2] <= len(own["numpy"][1]):
         return f"rng.numpy.2 is {state['numpy'][2]}, must be in [0, {len(own['numpy'][1])}]"
     try:
@@ -50,7 +50,7 @@ def rng_difference(state: object) -> str | None:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts the generators where `rng_state` found them; CUDA's only where both machines have it."""
+    """Restores the generators to a state from `rng_state`; CUDA's only if both machines have a GPU."""
     _set(state, python=random, numpy=np.random, torch_generator=torch.default_generator)
     if state.get("cuda") is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,4 +1,4 @@
-"""The run's folder: whose it is, whether it may be continued, and that only one job writes there."""
+"""The run folder: which run it belongs to, whether that run may be continued, and a lock so that only one job writes there."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = "lock"
 CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, CONFIG_FILE, f"{CONFIG_FILE}.tmp", "lost+found"})
-"""What a start leaves that was killed before the config was there, or lost the config's content in a power cut, and what a new volume holds."""
+"""Files of a start that was killed before it wrote its config, or that lost the config's content in a power cut; and what a new volume
+contains.
+"""
 LOCK_PATIENCE_S = 15.0
-"""A job that was told to stop may still be saving when the next one starts."""
+"""Seconds to wait for the lock: a job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(
     {
         *(
@@ -49,15 +51,17 @@ FREE_TO_CHANGE = frozenset(
         *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
     }
 )
-"""A run may continue with other values of these. They do not touch what it computes, but for rank_batch, whose effect on BN is said.
-The images are checked on their own."""
+"""Options that may change when a run is continued. They do not affect the result, except rank_batch, whose effect on batch norm is
+reported.
+The images are checked separately.
+"""
 
 
 def check_run_folder(config: TrainConfig) -> None:
-    """Refuses, before any work and without leaving a trace, what `open_run_folder` would refuse after it.
+    """Raises the errors of `open_run_folder` before any work is done, without creating anything.
 
     Raises:
-        UserError: no name given, a folder that cannot be made, or one that belongs to another run.
+        UserError: no folder given, a folder that cannot be created, or one that belongs to another run.
     """
     if not config.out:
         raise UserError("out = '': name the run's folder, for example --out runs/r50")
@@ -65,7 +69,7 @@ def check_run_folder(config: TrainConfig) -> None:
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
             folder.stat()
-    except (OSError, ValueError) as error:  # a name too long or with a zero byte, a folder that may not be entered, a loop of links
+    except (OSError, ValueError) as error:  # name too long or with a zero byte, no permission, a loop of links
         raise UserError(
             f"out = {config.out!r}: cannot be used ({getattr(error, 'strerror', None) or error}); choose another folder"
         ) from error
@@ -73,20 +77,20 @@ def check_run_folder(config: TrainConfig) -> None:
         _refuse_other_config(config, folder)
     elif folder.exists() and not _is_cut_off_start(folder):
         raise UserError(f"out = {config.out!r}: exists and is not a run of fastbyol; choose a new folder")
-    target = Path(os.path.realpath(folder))  # of a link that points nowhere yet: the folder is made there
+    target = Path(os.path.realpath(folder))  # through a dangling link, so that the folder is created at its target
     existing = next(p for p in (target, *target.parents) if p.exists())
     try:
-        with tempfile.TemporaryFile(dir=existing):  # not os.access: root may write, it says, where the file system cannot
+        with tempfile.TemporaryFile(dir=existing):  # os.access is no test: it allows root to write on a read-only file system
             pass
     except OSError as error:
         raise UserError(f"out = {config.out!r}: cannot be written ({existing}: {error.strerror}); choose another folder") from error
 
 
 def open_run_folder(config: TrainConfig) -> Path:
-    """Creates the run's folder, or reopens it where it holds this very config (a run continues where it stopped).
+    """Creates the run folder, or reopens it if it holds the same config (then the run continues where it stopped).
 
     Raises:
-        UserError: as `check_run_folder`.
+        UserError: as in `check_run_folder`.
     """
     check_run_folder(config)
     folder = Path(config.out)
@@ -102,15 +106,15 @@ def open_run_folder(config: TrainConfig) -> Path:
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    """Writes the run's config.yaml, whole and on the disk when this returns."""
+    """Writes the run's config.yaml; it is complete and on the disk when this returns."""
     write_durably(folder / CONFIG_FILE, yaml.safe_dump(to_plain(config), sort_keys=False))
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The config that a run's folder holds.
+    """Returns the config stored in a run folder.
 
     Raises:
-        UserError: there is none, or it cannot be read as one.
+        UserError: there is none, or it cannot be read.
     """
     path = folder / CONFIG_FILE
     try:
@@ -122,10 +126,10 @@ def read_config(folder: Path) -> TrainConfig:
 
 @contextmanager
 def locked_run_folder(folder: Path) -> Iterator[None]:
-    """Inside, no other job writes to the folder; the system lets go when the process ends, however it ends.
+    """Locks the folder so that no other job writes to it; the operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        UserError: another job holds it and does not let go within LOCK_PATIENCE_S.
+        UserError: another job holds the lock and does not release it within LOCK_PATIENCE_S.
     """
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -150,14 +154,14 @@ def _take_lock(folder: Path, descriptor: int) -> None:
             waits = True
             time.sleep(0.2)
         except OSError as error:  # some network file systems have no locks
-            log.warning("%s: cannot be locked (%s); see to it that only one job writes there", folder, error.strerror)
+            log.warning("%s: cannot be locked (%s); make sure that only one job writes there", folder, error.strerror)
             break
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
 
 def _is_blank(path: Path) -> bool:
-    """Whether the file is missing, or has lost its content in a power cut: empty, or zeros."""
+    """Returns True if the file is missing, empty, or holds only zeros, as after a power cut."""
     try:
         return not path.read_bytes().strip(b"\0 \r\n")
     except (FileNotFoundError, NotADirectoryError):
@@ -167,7 +171,7 @@ def _is_blank(path: Path) -> bool:
 
 
 def _is_cut_off_start(folder: Path) -> bool:
-    """Whether a run may begin in this folder, since it holds nothing that one could be continued from."""
+    """Returns True if a run may start in this folder because it holds nothing that a run could be continued from."""
     lost_config = (folder / CONFIG_FILE).exists() and not any(folder.glob("checkpoints/*.pt"))
     return lost_config or (folder.is_dir() and all(p.name.split(UNFINISHED)[0] in CUT_OFF_START for p in folder.iterdir()))
 
@@ -178,14 +182,14 @@ def _refuse_other_config(config: TrainConfig, folder: Path) -> None:
 
 
 def config_changes(old: TrainConfig, new: TrainConfig, *, free: frozenset[str] = FREE_TO_CHANGE) -> list[str]:
-    """'name was x, is y' for each option that differs and is not free to."""
+    """Returns 'name was x, is y' for each option that differs and is not in `free`."""
     before, now = flatten(to_plain(old)), flatten(to_plain(new))
     different = sorted(name for name, value in now.items() if before.get(name) != value and name not in free)
     return [f"{name} was {shown(before.get(name))}, is {shown(now[name])}" for name in different]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted names."""
+    """Flattens nested dicts into one with dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

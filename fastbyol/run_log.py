@@ -1,4 +1,4 @@
-"""What is written while a run trains: metrics as JSONL and TensorBoard, a readable log."""
+"""Logging of a run: metrics as JSONL and TensorBoard, and a readable text log."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class RunLog:
 
     Args:
         folder: the run folder.
-        config: the run's; names the project at Weights & Biases that gets the records too.
-        total_steps: shown in the progress line.
-        first_step: where this process starts; records of later steps, left by a run that was cut off, are dropped.
+        config: the run's config; it may name a Weights & Biases project that gets the records too.
+        total_steps: number of steps of the run, shown in the progress line.
+        first_step: step at which this process starts; records of later steps, left by an interrupted run, are dropped.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, *, total_steps: int, first_step: int) -> None:
@@ -44,7 +44,7 @@ class RunLog:
         try:
             write_durably(path, "".join(json.dumps(r) + "\n" for r in kept))
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); make room, nothing is lost") from error
+            raise UserError(f"{path}: cannot be written ({error.strerror}); free some space; nothing is lost") from error
         self._earlier_s = (kept[-1].get("time_s") if kept else None) or 0.0
         self._start = self._counted_from = time.perf_counter()
         self._alarmed = False
@@ -56,9 +56,12 @@ class RunLog:
         configure_logging(folder / "train.log", screen=self._live.handler() if self._live else None)
 
     def estimate(self, done: int) -> None:
-        """`done` steps of the run are done. Says once, after ESTIMATE_STEPS of this process, how long the rest will take.
+        """Logs once, ESTIMATE_STEPS after the start of this process, how long the remaining steps will take.
 
-        The first ones, which compile and fill queues, do not count.
+        The first steps, which compile and fill queues, do not count.
+
+        Args:
+            done: number of steps of the run that are done.
         """
         taken = done - self.first_step
         if taken == UNCOUNTED_STEPS:
@@ -67,10 +70,10 @@ class RunLog:
             step_s = (time.perf_counter() - self._counted_from) / (ESTIMATE_STEPS - UNCOUNTED_STEPS)
             left_s = step_s * (self.total_steps - done)
             end = (datetime.now() + timedelta(seconds=left_s)).strftime("%A %d %B %H:%M")
-            log.info("%.3g s a step: the other %d take about %s, until %s", step_s, self.total_steps - done, duration(left_s), end)
+            log.info("%.3g s a step: the other %d steps take about %s, until %s", step_s, self.total_steps - done, duration(left_s), end)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One logged step: `step` (0-based, just taken) and numbers, texts or None."""
+        """Writes the record of one logged step: `step` (0-based, just taken) and numbers, texts or None."""
         record = {**record, "time_s": round(self._earlier_s + time.perf_counter() - self._start, 3)}
         try:
             self._keep(record)
@@ -99,7 +102,7 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # said when it was written
+        with contextlib.suppress(OSError):  # already reported when writing failed
             self._file.close()
         with contextlib.suppress(OSError):
             self._board.close()
@@ -110,7 +113,7 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl in order. A line that is none (cut by a kill or a full disk, damaged) is left out, which is said.
+    """Returns the records of metrics.jsonl in order. Damaged lines (cut by a kill or a full disk) are skipped with a warning.
 
     Raises:
         UserError: the file cannot be read.
@@ -119,7 +122,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); move it away to go without") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); move it away to continue without it") from error
     records = [record for line in lines if (record := _record_in(line)) is not None]
     if len(records) < len(lines):
         log.warning("%s: %d of %d lines are damaged and left out", path, len(lines) - len(records), len(lines))
@@ -138,7 +141,7 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
 
 
 def duration(seconds: float) -> str:
-    """'3 d 4 h', '2 h 5 min', '40 s': the two largest units that are not zero."""
+    """Formats a duration by its two largest non-zero units: '3 d 4 h', '2 h 5 min', '40 s'."""
     rest, parts = round(seconds), []
     for size, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
         count, rest = divmod(rest, size)
@@ -148,7 +151,7 @@ def duration(seconds: float) -> str:
 
 
 def configure_logging(file: Path | None = None, *, quiet: bool = False, screen: logging.Handler | None = None) -> None:
-    """Plain lines on stderr (or to `screen` instead), and in the file where one is given; quiet ranks say warnings only."""
+    """Sets up plain log lines on stderr (or `screen`) and in `file` if given; a quiet rank logs warnings only."""
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
     close_logging()
@@ -162,7 +165,7 @@ def configure_logging(file: Path | None = None, *, quiet: bool = False, screen: 
 
 
 def close_logging() -> None:
-    """Closes the log's files and the live line, so that what is said after it stands in lines of its own."""
+    """Closes the log files and the live line, so that later messages start on a line of their own."""
     for handler in log.handlers:
         handler.close()
     log.handlers.clear()

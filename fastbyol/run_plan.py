@@ -1,4 +1,4 @@
-"""What happens at which step of a run: pure functions of the step, so that a run that was stopped goes on as if it had not been."""
+"""The schedule of a run as pure functions of the step, so a resumed run continues as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastbyol.schedules import lr_at, tau_at, total_steps_at
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Steps are counted from 0 before they are taken; `done` is the number of steps taken."""
+    """Decides what happens at each step. `step` counts from 0 before the step is taken; `done` is the number of steps taken."""
 
     config: TrainConfig
     num_samples: int
@@ -21,7 +21,7 @@ class RunPlan:
 
     @classmethod
     def of(cls, config: TrainConfig, *, num_samples: int) -> Self:
-        """The plan over a data set of so many images. UserError if that is not one step."""
+        """Builds the plan for a data set of `num_samples` images. Raises UserError if the run would not have a single step."""
         steps = [
             total_steps_at(e, num_samples=num_samples, global_batch=config.global_batch)
             for e in (config.epochs, config.optim.warmup_epochs)
@@ -30,27 +30,27 @@ class RunPlan:
         return cls(config, num_samples, total_steps=steps[0], warmup_steps=steps[1])
 
     def lr(self, step: int) -> float:
-        """Learning rate of this step."""
+        """Returns the learning rate of this step."""
         base_lr, global_batch = self.config.optim.base_lr, self.config.global_batch
         return lr_at(step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, base_lr=base_lr, global_batch=global_batch)
 
     def tau(self, step: int) -> float:
-        """Target decay rate of this step."""
+        """Returns the target decay rate of this step."""
         return tau_at(step, total_steps=self.total_steps, tau_base=self.config.optim.tau_base)
 
     def epoch(self, done: int) -> float:
-        """Passes over the images so far."""
+        """Returns the number of passes over the images so far."""
         return done * self.config.global_batch / self.num_samples
 
     def logs(self, done: int) -> bool:
-        """Whether a record is written now."""
+        """Returns True if a record is logged after this step."""
         return done % self.config.log_every == 0 or done == self.total_steps
 
     def saves(self, done: int) -> bool:
-        """Whether a checkpoint is written now, without anybody asking for it."""
+        """Returns True if a scheduled checkpoint is written after this step."""
         return done % self.config.checkpoint_every == 0 or done == self.total_steps or self.stays(done)
 
     def stays(self, done: int) -> bool:
-        """Whether that checkpoint stays for ever: the last of these steps completed a multiple of keep_every_epochs."""
+        """Returns True if that checkpoint is kept for ever: the step completed a multiple of keep_every_epochs."""
         every = self.config.keep_every_epochs
         return every > 0 and self.epoch(done) // every > self.epoch(done - 1) // every

@@ -1,4 +1,4 @@
-"""Whether values read from a file have the structure of those that the program would write itself: nothing else may reach a kernel."""
+"""Checks that values read from a file have the structure of those this program writes, so that nothing else reaches a kernel."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from fastbyol.config.errors import shown
 
 
 def first_difference(saved: object, own: object, where: str, *, missing_allowed: bool = False) -> str | None:
-    """Says where saved values first differ in structure from the program's own, or None where they are alike.
+    """Returns where saved values first differ in structure from the program's own, or None if they agree.
 
-    Alike are: dicts with the same keys, lists of the same length, tensors of the same shape and dtype, finite numbers (an integer may stand
-    for a float, None for anything), texts. Values inside tensors are not looked at. Recursion is as deep as the own values.
+    They agree if dicts have the same keys, lists the same length, tensors the same shape and dtype, and numbers are finite (an
+    integer may stand for a float, None for anything). Values inside tensors are not compared. Recursion is only as deep as the
+    program's own values.
 
     Args:
-        saved: from a file; may be anything.
-        own: what this program has in its place.
-        where: what the values are called.
-        missing_allowed: keys of the outermost dict may be missing from the saved one.
+        saved: read from a file; may be anything.
+        own: this program's value in its place.
+        where: name of the values, for the message.
+        missing_allowed: keys of the outermost dict may be missing in the saved one.
     """
     if isinstance(own, Tensor):
         return tensor_difference(saved, own, where)
@@ -42,9 +43,9 @@ def first_difference(saved: object, own: object, where: str, *, missing_allowed:
 
 
 def tensor_difference(saved: object, own: Tensor, where: str, *, any_float: bool = False) -> str | None:
-    """Says why a value from a file cannot stand for this tensor, or None where it can.
+    """Returns why a value from a file cannot replace this tensor, or None if it can.
 
-    any_float: another floating-point dtype will be converted.
+    any_float: accept another floating-point dtype, which will be converted.
     """
     if not isinstance(saved, Tensor):
         return f"{where} is {shown(saved)}, must be a tensor"
@@ -58,7 +59,7 @@ def tensor_difference(saved: object, own: Tensor, where: str, *, any_float: bool
 
 
 def is_count(value: object) -> bool:
-    """Whether a value from a file is an integer that counts something: not negative, below 2^53, and no truth value."""
+    """Returns True if a value from a file is a plausible count: a non-negative integer below 2^53 and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 

@@ -1,7 +1,7 @@
-"""Learning rate and target decay rate as pure functions of the optimizer step: nothing to save, nothing to restore.
+"""Learning rate and target decay rate as pure functions of the optimizer step, so checkpoints need not store a scheduler.
 
-Source: Grill et al., sections 3.1 and 3.3; official configs/byol.py and utils/schedules.py. The step is counted from 0 before it is taken, so the
-first update has learning rate 0 (with warm-up) and the last executed step is total_steps - 1.
+Source: Grill et al., sections 3.1 and 3.3; official configs/byol.py and utils/schedules.py. Steps are counted from 0 before they are
+taken, so the first update has learning rate 0 (with warm-up) and the last step is total_steps - 1.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import math
 
 
 def total_steps_at(epochs: float, *, num_samples: int, global_batch: int) -> int:
-    """Optimizer steps of a run: floor(epochs * images / batch), as the official code (312784 for 1000 epochs of ImageNet at 4096)."""
+    """Number of optimizer steps in a run: floor(epochs * images / batch), as in the official code (312784 for 1000 epochs of ImageNet at
+    4096).
+    """
     return int(epochs * num_samples) // global_batch
 
 
 def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, global_batch: int) -> float:
-    """Learning rate of this step: linear from 0 to base_lr * global_batch / 256 over warmup_steps, then half a cosine to 0 at total_steps."""
+    """Learning rate at this step: linear warm-up from 0 to base_lr * global_batch / 256 over warmup_steps, then a half cosine to 0 at
+    total_steps.
+    """
     peak = base_lr * global_batch / 256
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -25,5 +29,5 @@ def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, glo
 
 
 def tau_at(step: int, *, total_steps: int, tau_base: float) -> float:
-    """Target decay rate of this step: 1 - (1 - tau_base)(cos(pi step / total_steps) + 1) / 2, from tau_base to 1."""
+    """Target decay rate at this step: 1 - (1 - tau_base)(cos(pi step / total_steps) + 1) / 2, which rises from tau_base to 1."""
     return 1 - (1 - tau_base) * (math.cos(math.pi * min(step, total_steps) / total_steps) + 1) / 2

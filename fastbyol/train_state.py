@@ -1,4 +1,4 @@
-"""Everything that changes while a run trains, and so everything that a checkpoint holds."""
+"""Everything that changes while a run trains, which is what a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from fastbyol.saved_structure import first_difference, is_count
 
 log = logging.getLogger("fastbyol")
 REQUIRED = ("optimizer", "scaler", "loader", "num_samples", "ranks", "versions")
-"""What a run needs to go on, besides what every checkpoint holds."""
+"""Keys of a checkpoint that a run needs to continue, besides those of every checkpoint."""
 REMOVED_SHARE, REMOVED_IMAGES = 0.01, 16
-"""A run goes on without images that somebody has removed, up to this share or number of them, whichever is more; beyond it is other data."""
+"""A run continues after images were removed, up to this share or number of them, whichever is more; beyond that it counts as other data."""
 
 
 @dataclass
 class TrainState:
-    """byol: the networks. model: what the step calls, the same networks inside DDP where there are several ranks."""
+    """The changing parts of a run. byol: the networks. model: what the training step calls; the same networks inside DDP if there are
+    several ranks.
+    """
 
     byol: BYOL
     model: nn.Module
@@ -43,7 +45,9 @@ class TrainState:
     finite: FiniteCheck = field(default_factory=FiniteCheck)
 
     def snapshot(self, *, step: int, config: TrainConfig, process: Process) -> dict[str, Any]:
-        """The state after `step` optimizer steps: tensors and plain values. Every rank calls it; the main one's is whole."""
+        """Returns the state after `step` optimizer steps as tensors and plain values. Every rank must call it; only the main rank's
+        result is complete.
+        """
         ranks = gather_on_main(rng_state())
         return {
             "step": step,
@@ -61,10 +65,10 @@ class TrainState:
     def restore(self, folder: Path, *, config: TrainConfig, process: Process) -> int:
         """Loads the newest good checkpoint of the run, if there is one, and returns the number of steps done.
 
-        The main process reads and tells the others, so that all continue from the same one and only its machine needs the folder.
+        The main process reads it and broadcasts it, so all ranks continue from the same checkpoint and only rank 0 needs the folder.
 
         Raises:
-            UserError: the data are not those that the run was started with, or no checkpoint is one of this run.
+            UserError: the data are not those the run was started with, or no checkpoint belongs to this run.
         """
         state: dict[str, Any] | None = None
         if process.is_main:
@@ -83,7 +87,7 @@ class TrainState:
         if process.is_main:
             if fewer:
                 log.warning(
-                    "data.train holds %d images, %d fewer than at the checkpoint: the run goes on with those, in an order drawn anew from here on",
+                    "data.train holds %d images, %d fewer than at the checkpoint: the run continues with these, in a new order",
                     self.loader.num_samples,
                     fewer,
                 )
@@ -91,7 +95,9 @@ class TrainState:
         return int(state["step"])
 
     def _difference(self, state: dict[str, Any]) -> str | None:
-        """Says why a checkpoint's state could not continue this run, or None: the first thing that this run would not have written so."""
+        """Returns why a checkpoint's state cannot continue this run, or None if it can: the first thing that this run would not have
+        written.
+        """
         if missing := [name for name in REQUIRED if name not in state]:
             return f"it lacks {', '.join(missing)}"
         ranks, versions, loader = state["ranks"], state["versions"], state["loader"]
@@ -118,10 +124,10 @@ class TrainState:
         )
 
     def _removed_images(self, state: dict[str, Any], folder: Path) -> int:
-        """How many images fewer there are than at the checkpoint.
+        """Returns how many images were removed since the checkpoint.
 
         Raises:
-            UserError: these are other data: more images, too few, or other classes.
+            UserError: the data are different: more images, too few, or other classes.
         """
         before, now = state["num_samples"], self.loader.num_samples
         if now == before:
@@ -138,7 +144,9 @@ class TrainState:
         return before - now
 
     def _restore_loader(self, saved: dict[str, int], *, steps_per_epoch: int) -> None:
-        """The same images next, however many micro-batches now make a step; without removed images, as far on in the epoch as before."""
+        """Continues with the same images even if the number of micro-batches per step has changed. If images were removed, it keeps only
+        the position within the epoch.
+        """
         per_epoch_now = self.loader.traversal.num_samples // self.loader.traversal.global_batch
         steps = saved["batch"] * steps_per_epoch // saved["batches_per_epoch"]
         epoch, steps = (saved["epoch"], steps) if steps < per_epoch_now else (saved["epoch"] + 1, 0)
@@ -146,14 +154,14 @@ class TrainState:
 
 
 def bn_images(config: TrainConfig, process: Process) -> int:
-    """Images whose statistics a batch norm sees together."""
+    """Number of images over which batch norm computes its statistics."""
     accumulate = accumulation_of(config, world_size=process.world_size)
     per_rank = config.global_batch // (process.world_size * accumulate)
     return per_rank * (process.world_size if config.precision.cross_replica_bn else 1)
 
 
 def check_bn_images(config: TrainConfig, process: Process) -> None:
-    """Raises UserError where a batch norm would see one image only: its projection would be the same whatever the image."""
+    """Raises UserError if batch norm would see only one image: its output would then be the same for every image."""
     if bn_images(config, process) == 1:
         raise UserError(
             f"global_batch = {config.global_batch}, rank_batch = {config.rank_batch}: a batch norm would see one image at a time; it needs two or more"
@@ -161,16 +169,14 @@ def check_bn_images(config: TrainConfig, process: Process) -> None:
 
 
 def _announce_differences(state: dict[str, Any], *, config: TrainConfig, process: Process) -> None:
-    """What of the machine is not as it was, and what follows from it."""
+    """Logs how this machine differs from the one that wrote the checkpoint, and the consequences."""
     ranks, before = process.world_size, len(state["ranks"]["rng"])
     if ranks != before:
-        log.info("continues on %d ranks, the run had %d: same images in each step, sums in another order", ranks, before)
+        log.info("continuing on %d ranks (before: %d): each step has the same images, but sums are in another order", ranks, before)
     now, images = bn_images(config, process), state["ranks"]["bn_images"]
     if now != images:
-        log.warning("BN statistics now come from %d images, before from %d: another rank_batch or number of ranks", now, images)
+        log.warning("batch norm now sees %d images at once, before %d, because rank_batch or the number of ranks has changed", now, images)
     versions, recorded = package_versions(), state["versions"]
     changed = [f"{name} was {recorded.get(name)}, is {versions[name]}" for name in versions if recorded.get(name) != versions[name]]
     if changed:
-        log.warning(
-            "other versions than at the checkpoint, so the rest need not be bitwise what it would have been: %s", "; ".join(changed)
-        )
+        log.warning("package versions differ from the checkpoint's, so results may not be bitwise the same: %s", "; ".join(changed))

@@ -1,4 +1,4 @@
-"""Weights & Biases as one more place where a run's records go (optional: pip install 'fastbyol[wandb]')."""
+"""Optional logging to Weights & Biases (pip install 'fastbyol[wandb]')."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ ID_FILE = "wandb.json"
 
 
 def check_wandb(config: TrainConfig) -> None:
-    """Raises UserError where a run wants to be shown there and wandb is not installed; before any work."""
+    """Raises UserError, before any work, if a run wants to log to Weights & Biases but wandb is not installed."""
     project = config.monitors.wandb_project
     spec = importlib.util.find_spec("wandb") if project else None
-    if project and (spec is None or spec.origin is None):  # without origin: the folder that wandb leaves where it ran
+    if project and (spec is None or spec.origin is None):  # no origin: only the folder 'wandb' that an earlier run left in the current one
         raise UserError(f"monitors.wandb_project = {project!r}: wandb is not installed; pip install 'fastbyol[wandb]'")
     if project and printable(config.out) != config.out:
         raise UserError(f"monitors.wandb_project = {project!r}: Weights & Biases cannot show the name {config.out!r}; choose another --out")
 
 
 class WandbLog:
-    """A run at Weights & Biases; its id is kept in the run folder, so that a continued run is the same one there.
+    """A run at Weights & Biases. Its id is stored in the run folder, so a resumed run continues there too.
 
     Args:
-        folder: the run folder; its name is the run's.
-        project: created if it is missing.
-        config: shown as the run's.
+        folder: the run folder; its name becomes the run's name.
+        project: created if it does not exist.
+        config: shown as the run's config.
 
     Raises:
         UserError: wandb does not start (no key, no network).
@@ -58,7 +58,7 @@ class WandbLog:
             ) from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """One logged step; texts and what is unknown are left out."""
+        """Logs one step; texts and unknown values are left out."""
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
         self._run.log(numbers, step=record["step"])
 
@@ -67,7 +67,7 @@ class WandbLog:
 
 
 def _in_text(values: dict[str, Any]) -> dict[str, Any]:
-    """The config with every text as Weights & Biases can store it: a path need not be UTF-8."""
+    """Returns the config with every text in a form that Weights & Biases can store: a path may not be UTF-8."""
     return {
         name: _in_text(value) if isinstance(value, dict) else printable(value) if isinstance(value, str) else value
         for name, value in values.items()

@@ -58,7 +58,7 @@ def case(
 
 
 def named(result: CaseResult, **names: str) -> CaseResult:
-    """With rows renamed, since keywords cannot hold spaces."""
+    """Returns the record with rows renamed, since keywords cannot hold spaces."""
     return replace(result, rows=tuple(replace(row, name=names.get(row.name, row.name)) for row in result.rows))
 
 
@@ -152,7 +152,7 @@ def test_a_difference_that_is_large_but_within_the_intervals_does_not_count(comp
         ),
     ],
 )
-def test_records_that_say_nothing_about_the_code_are_refused_by_name(compared, change: Any, message: str):
+def test_records_that_cannot_be_compared_are_refused_with_the_difference(compared, change: Any, message: str):
     after = json.loads(json.dumps(record_of(case(ours=2.0)) | {"start_s": 0.0}))
     change(after)
     code, text = compared(record_of(case(ours=2.0)), after)
@@ -202,7 +202,7 @@ def loader_case() -> CaseResult:
     return named(case(**factors), **names, reference="torchvision on Pillow: views")
 
 
-def test_shares_of_the_loader_are_what_each_stage_adds():
+def test_the_loaders_shares_are_the_time_that_each_stage_adds():
     shares = breakdown.loader_shares(loader_case())
     assert list(shares) == ["ffcv"]  # the folder's stages were not all measured
     assert list(shares["ffcv"].values()) == pytest.approx([1.1, 0.7, 1.2], rel=0.02)
@@ -284,7 +284,7 @@ def test_on_a_gpu_the_roofline_is_by_the_wall_clock_and_in_tflop():
     assert found.bandwidth == 3.0
 
 
-def test_a_headline_is_of_the_row_that_is_fastest_by_the_cases_own_clock_and_says_how_near_the_peak_it_is():
+def test_the_headline_is_the_fastest_row_by_the_cases_own_clock_with_its_share_of_the_peak():
     result = named(case("step", ours=2.0), ours="bf16, channels-last")
     rows = tuple(replace(row, extra={"% of peak": 43.3} if row.name == "bf16, channels-last" else {}) for row in result.rows)
     found = breakdown.headlines([replace(result, rows=rows)], owner_of={"step": "CPU process (1 thread)"})
@@ -295,7 +295,7 @@ def test_a_headline_is_of_the_row_that_is_fastest_by_the_cases_own_clock_and_say
     assert "ffcv: views" in breakdown.headlines([both], owner_of={"loader": "CPU process (1 thread)"})[0].meaning
 
 
-def test_figures_beside_a_row_are_in_words():
+def test_extra_figures_of_a_row_are_described_in_words():
     result = with_extra(case(ours=2.0), ours={"data_wait_share": 0.0271, "mfu": 0.165, "GB/s": 12.0})
     assert report.cells(result, result.row("ours"))[-1] == "data wait 2.7%; MFU 16.5%; GB/s 12.0"
 
@@ -350,7 +350,7 @@ def test_reports_are_made_anew_from_a_kept_record(tmp_path: Path):
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
-def test_the_memory_ceilings_images_per_s_are_quoted_nowhere(tmp_path: Path):
+def test_the_memory_ceiling_is_never_quoted_as_images_per_s(tmp_path: Path):
     result = case("gpu.step", device="cuda", primary="wall", ours=2.0, copy=0.5)
     rows = tuple(replace(row, role="memory ceiling" if row.name == "copy" else row.role) for row in result.rows)
     (tmp_path / "a").mkdir()

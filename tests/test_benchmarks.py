@@ -271,7 +271,7 @@ def test_a_row_whose_package_is_missing_is_skipped_by_name_with_what_installs_it
 
 
 def installed(make: Callable[[], Any]) -> Any:
-    """What it makes; None where the package is missing, which has to be said with what installs it."""
+    """Returns what `make` makes, or None if its package is missing; the error must then say what installs it."""
     skipped: dict[str, str] = {}
     made = those_installed({"rival": make}, skipped)
     assert all(INSTALL in why for why in skipped.values())
@@ -335,19 +335,19 @@ def test_kornias_views_are_normalised_and_draw_for_each_image():
         assert len({image.sum().item() for image in view}) > 1  # the same crop, eight different views
 
 
-def test_what_only_the_first_call_costs_is_in_no_figure():
+def test_costs_of_the_first_call_are_not_in_any_figure():
     waits = iter([0.2])
     timing = measure([Subject("compiles at first", lambda: time.sleep(next(waits, 0.0)))], rounds=3)["compiles at first"]
     assert max(timing.ms["wall"]) < 200
 
 
-def test_what_a_subject_counts_by_itself_begins_after_the_warm_up():
+def test_a_subjects_own_counts_start_after_the_warm_up():
     seen: list[str] = []
     measure([Subject("a", lambda: seen.append("run"))], rounds=2, warmup=2, warmed_up=lambda: seen.append("warm"))
     assert seen == ["run", "run", "warm", "run", "run"]
 
 
-def test_shares_of_a_steps_time_are_of_the_steps_since_they_were_forgotten():
+def test_shares_of_a_steps_time_cover_the_steps_since_the_last_reset():
     taken = TrainingStep(TrainConfig(global_batch=4, model=TINY_MODEL), num_classes=2)
     batch = synthetic_batch(num=4, size_px=32, num_classes=2, channels_last=True)
 
@@ -372,10 +372,11 @@ def test_a_step_that_accumulates_takes_its_batch_for_each_forward():
     assert forwards == [4] * 6
 
 
-def test_every_case_says_what_how_by_which_command_and_why():
+def test_every_case_says_what_it_measures_how_with_which_command_and_why():
     for name in CASES:
         text = load_case(name).__doc__ or ""
-        for part in ("What: ", "\nHow: ", f"python -m benchmarks.run {name}", "\nWhy: ", "eference: ", "eiling: "):
+        assert text.startswith("Measures "), name
+        for part in ("\nHow: ", f"python -m benchmarks.run {name}", "\nWhy: ", "eference: ", "eiling: "):
             assert part in text, (name, part)
 
 
@@ -433,7 +434,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_keeps_what_was_measured(
     assert list(json.loads((tmp_path / "records.json").read_text())["cases"]) == ["ema"]
 
 
-def test_a_case_that_breaks_costs_neither_the_others_nor_the_reports_and_the_run_says_so(
+def test_a_case_that_fails_is_reported_and_loses_neither_the_other_cases_nor_the_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def broken(size: object, *, scratch: Path) -> CaseResult:
@@ -486,14 +487,14 @@ def test_the_convolution_of_the_step_case_counts_its_own_operations():
     assert counter.get_total_flops() == pytest.approx(subject.units * 1e9)
 
 
-def test_a_case_from_files_says_whether_data_or_computing_holds_it_up():
+def test_a_case_from_files_says_whether_it_is_limited_by_data_or_computing():
     assert end_to_end.verdict({"ffcv: end to end": 0.04}).startswith("compute-bound")
     assert "data-bound (dali: end to end 30% of the time waiting)" in end_to_end.verdict(
         {"ffcv: end to end": 0.04, "dali: end to end": 0.3}
     )
 
 
-def test_efficiency_is_that_of_a_rank_against_one_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_efficiency_compares_a_rank_with_one_that_runs_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The clock says 8 s for one rank, 10 s for two that do twice the work, 8 s for two that do not speak."""
     clock = iter([0.0, 8.0, 8.0, 18.0, 18.0, 26.0] * 2)
     size = scaling.Size(steps=1, rounds=1, rank_batch=4, size_px=32, model=TINY_MODEL, ranks=2)

@@ -113,7 +113,7 @@ class StraightforwardBYOL:
 
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_five_optimizer_steps_agree_with_a_straightforward_implementation_to_1e_9(one_pass):
-    """With the target moved in LARS's own pass, as train_step has it, and by a call of its own."""
+    """Checks both ways to move the target: in LARS's own pass, as train_step does, and by a separate call."""
     schedule = {"total_steps": 8, "warmup_steps": 2, "base_lr": 30.0}
     byol = _small_byol().train()
     plain = StraightforwardBYOL(byol, batch=16, tau_base=0.9, weight_decay=1e-4, **schedule)
@@ -147,7 +147,7 @@ def test_five_optimizer_steps_agree_with_a_straightforward_implementation_to_1e_
     assert moved > 1e-2, "the comparison says nothing unless the weights moved"
 
 
-def test_each_view_is_normalised_with_its_own_statistics_as_if_it_had_come_alone():
+def test_each_view_is_normalised_with_its_own_statistics_as_if_it_were_a_batch_of_its_own():
     """Against torch's own batch norm, one view after the other: outputs, gradients and running statistics."""
     byol = _small_byol().train()
     alone = convert_to_batchnorm(copy.deepcopy(byol.online))
@@ -166,7 +166,7 @@ def test_each_view_is_normalised_with_its_own_statistics_as_if_it_had_come_alone
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_the_target_has_no_gradient_trains_its_own_statistics_and_moves_only_when_told():
+def test_the_target_has_no_gradient_but_its_own_batch_statistics_and_moves_only_in_update_target():
     byol = _small_byol().train()
     before = {k: v.clone() for k, v in byol.target.state_dict().items()}
     view1, view2 = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
@@ -320,7 +320,7 @@ GRID = [(predictor, target, beta) for predictor in (2, 0) for target in ("ema", 
 
 
 @pytest.mark.parametrize(("predictor_layers", "target", "beta"), GRID)
-def test_every_row_of_the_papers_infonce_grid_runs_and_sends_gradients_where_it_says(predictor_layers, target, beta):
+def test_every_row_of_the_papers_infonce_grid_runs_and_sends_gradients_where_the_paper_says(predictor_layers, target, beta):
     """Tables 5b and 19: with or without predictor, projections of the target, the online network, or that without gradient."""
     torch.manual_seed(0)
     config = ModelConfig(**{**TINY.__dict__, "predictor_layers": predictor_layers})
@@ -347,7 +347,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("row", OBJECTIVES)
-def test_the_papers_other_objectives_minimise_what_they_name_and_still_report_a_cosine(row):
+def test_the_papers_other_objectives_minimise_their_own_loss_and_still_report_a_cosine(row):
     """Appendices F.6 and I.2, by numpy's means and least squares; views crossed, both directions summed."""
     torch.manual_seed(0)
     predictor_layers, objective = OBJECTIVES[row]
@@ -395,7 +395,7 @@ def test_simclr_is_the_row_without_predictor_and_target_at_beta_one():
     assert loss == pytest.approx(2 * 0.5 * 2 * nt_xent, abs=1e-9)
 
 
-def test_the_probe_learns_from_the_images_with_a_label_only():
+def test_the_probe_learns_only_from_labelled_images():
     torch.manual_seed(0)
     byol = BYOL(encoder_from(ModelConfig(encoder="resnet8", stem="small2")), num_classes=3, hidden_dim=8, projection_dim=4)
     view1, view2, label = torch.randn(6, 3, 32, 32), torch.randn(6, 3, 32, 32), torch.tensor([0, 1, -1, 2, -100, 1])

@@ -50,7 +50,7 @@ def heard(caplog):
     log.propagate, log.level = before
 
 
-def test_what_was_saved_comes_back_and_only_the_newest_are_kept(tmp_path):
+def test_a_saved_state_is_loaded_unchanged_and_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 4, 5):
         _save(tmp_path, step)
     assert checkpoint_steps(tmp_path) == [3, 4, 5]
@@ -59,7 +59,7 @@ def test_what_was_saved_comes_back_and_only_the_newest_are_kept(tmp_path):
     assert files == sorted(f"step-{s:09d}.{end}" for s in (3, 4, 5) for end in ("pt", "sha256"))
 
 
-def test_checkpoints_that_stay_are_kept_besides_the_newest(tmp_path):
+def test_checkpoints_marked_to_stay_are_kept_besides_the_newest(tmp_path):
     for step in range(1, 9):
         _save(tmp_path, step, keep=2, stays=lambda step: step % 3 == 0)
     assert checkpoint_steps(tmp_path) == [3, 6, 7, 8]
@@ -119,7 +119,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over_for_the_one_before(tmp_path, damage, heard):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path, damage, heard):
     _save(tmp_path, 1)
     damage(_save(tmp_path, 2))
     with pytest.raises(CheckpointError):
@@ -129,7 +129,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over_for_the_one_before
     assert "trying the one before" in heard.text
 
 
-def test_when_all_are_damaged_the_run_is_refused_rather_than_begun_anew(tmp_path):
+def test_when_all_checkpoints_are_damaged_the_run_is_refused_and_not_restarted(tmp_path):
     _last_byte_lost(_save(tmp_path, 1))
     with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
         load_newest(tmp_path)
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_cannot_be_written_says_why_and_leaves_the_earlier_one
     assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
 
 
-def test_a_disk_without_room_is_said_with_what_is_needed_and_leaves_no_half_file(tmp_path):
+def test_a_full_disk_is_reported_with_the_space_needed_and_leaves_no_partial_file(tmp_path):
     _save(tmp_path, 1)
     with files_no_larger_than(100_000), pytest.raises(CheckpointError, match=r"step-000000002.pt \(4 MB, \d+ MB free\): File too large"):
         save_checkpoint(tmp_path, step=2, state=_state(2, size=10**6), keep=3)
@@ -199,7 +199,7 @@ def test_a_disk_without_room_is_said_with_what_is_needed_and_leaves_no_half_file
     assert load_newest(tmp_path)["step"] == 1
 
 
-def test_a_folder_that_cannot_be_made_is_said_and_training_goes_on(tmp_path, heard):
+def test_a_folder_that_cannot_be_created_is_reported_and_training_goes_on(tmp_path, heard):
     (tmp_path / "checkpoints").write_text("a file in the folder's place")
     writer = CheckpointWriter(tmp_path, keep=9)
     writer.save(_state(1), step=1)
@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_made_is_said_and_training_goes_on(tmp_path, hea
     assert checkpoint_steps(tmp_path) == [2]
 
 
-def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path, heard):
+def test_only_the_unfinished_files_of_a_killed_writer_are_removed(tmp_path, heard):
     _save(tmp_path, 1)
     folder = tmp_path / "checkpoints"
     (folder / "step-000000002.pt.tmp-123").write_text("half")
@@ -222,14 +222,14 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path, heard):
     assert "ignoring unfinished file" in heard.text
 
 
-def test_paths_without_a_run_are_named(tmp_path):
+def test_paths_without_a_run_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         load_run(tmp_path / "none")
     with pytest.raises(UserError, match="no checkpoints"):
         load_run(tmp_path)
 
 
-def test_resume_must_and_never_are_held_against_the_folder(tmp_path, monkeypatch):
+def test_resume_must_and_never_are_checked_against_the_folder(tmp_path, monkeypatch):
     must, never = (TrainConfig(out=str(tmp_path), resume=mode) for mode in ("must", "never"))
     check_resume(never)
     with pytest.raises(UserError, match="resume = 'must': .* holds no checkpoint"):
@@ -251,7 +251,7 @@ def test_the_writer_saves_the_tensors_as_they_were_when_it_was_called(tmp_path):
     assert [load_checkpoint(checkpoint_path(tmp_path, s))["byol"]["weights"].unique().tolist() for s in (1, 2, 3)] == [[1], [2], [3]]
 
 
-def test_a_copy_keeps_layouts_and_types_and_fills_earlier_memory_again():
+def test_a_copy_keeps_layouts_and_types_and_reuses_the_memory_of_an_earlier_copy():
     layouts = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     state = {"a": layouts, "b": [torch.tensor(3, dtype=torch.int64), {"c": torch.ones(2, dtype=torch.bfloat16)}], "d": "text", 4: None}
     copy = copy_to_host(state)
@@ -296,12 +296,12 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, value):
     state = _state(2)
     state["byol"]["weights"][17] = value
     writer.save(state, step=2)
-    with pytest.raises(Diverged, match=r"byol.weights is not finite after step 2.*\[1\] are whole"):
+    with pytest.raises(Diverged, match=r"byol.weights is not finite after step 2.*\[1\] are good"):
         writer.close()
     assert checkpoint_steps(tmp_path) == [1]
 
 
-def test_random_generators_go_on_where_they_were_and_their_state_passes_the_safe_loader(tmp_path):
+def test_random_generators_continue_where_they_were_and_their_state_passes_the_safe_loader(tmp_path):
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     random.gauss(0, 1), np.random.randn(3), torch.randn(5)
 

@@ -1,4 +1,4 @@
-"""From the command line to a checked config: what is accepted, what is refused and how."""
+"""Parsing the command line into a checked config: what is accepted, what is refused and how."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_mistakes_in_a_file_are_refused_in_one_line_that_names_what_is_wrong(con
         _parse("--config", str(file))
 
 
-def test_a_file_may_name_its_preset_and_what_is_typed_wins(tmp_path):
+def test_a_file_may_name_its_preset_and_the_command_line_wins(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("preset: r50_100ep\noptim: {base_lr: 0.5}\n")
     base = preset_config("r50_100ep")
@@ -152,7 +152,7 @@ def test_a_file_may_name_its_preset_and_what_is_typed_wins(tmp_path):
     assert _parse("--config", str(file), "--preset", "r50_40ep") == replace(other, optim=replace(other.optim, base_lr=0.5))
 
 
-def test_print_config_shows_a_config_that_can_be_read_back_and_refuses_what_a_run_would(tmp_path, capsys):
+def test_print_config_shows_a_config_that_can_be_read_back_and_refuses_the_mistakes_that_a_run_refuses(tmp_path, capsys):
     options = ("--preset", "cpu_demo", "--optim.base_lr", "0.125", "--views.view2.blur_p", "0.5")
     with pytest.raises(SystemExit) as ended:
         _parse(*options, "--print_config")
@@ -196,9 +196,9 @@ def test_help_says_what_each_option_means_and_its_value_in_the_preset(capsys):
         "--resume RESUME auto: continue the run that `out` holds, or start it; must: only continue; never: only start. (default: auto)"
         in text
     )
-    assert "Per 256 images: the peak is base_lr * global_batch / 256. (default: 8.0)" in text
+    assert "Learning rate per 256 images: the peak is base_lr * global_batch / 256. (default: 8.0)" in text
     docs = field_docs(TrainConfig)
-    assert docs["views.view1.hue"] == "HSV hue plus d turns, d in [-hue, hue]."
+    assert docs["views.view1.hue"] == "HSV hue plus d turns, with d in [-hue, hue]."
     assert docs.keys() <= flatten(to_plain(TrainConfig())).keys()
 
 
@@ -242,7 +242,7 @@ def test_each_ablation_switches_off_what_its_name_says_and_nothing_else():
     assert ABLATIONS["symmetric"].view1.blur_p == 0.5
 
 
-def test_entry_points_print_one_line_and_exit_with_2_for_a_users_mistake_only(capsys):
+def test_entry_points_print_one_line_and_exit_with_2_only_for_a_users_mistake(capsys):
     @one_line_errors
     def fails(error):
         raise error

@@ -1,4 +1,6 @@
-"""What people really have around a command: '~' nobody expands, names that are not UTF-8 or hold escape sequences, ASCII terminals, no home, volumes, links."""
+"""Unusual environments of a command: '~' that no shell expands, names that are not UTF-8 or hold escape sequences, ASCII terminals, no
+home, volumes, links.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ def test_every_path_of_a_run_may_begin_with_a_tilde(option: str, given: str, tmp
     assert (plain[group] if group else plain)[name] == str(tmp_path / "x")
 
 
-def test_a_home_that_nobody_knows_is_refused_and_a_file_of_such_a_name_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unknown_home_folder_is_refused_but_a_file_of_such_a_name_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"~nobody-here/x: no home folder is known for ~nobody-here"):
         expand_home("~nobody-here/x")
@@ -156,14 +158,14 @@ def test_a_second_set_of_options_is_refused_by_name(typed):
         parse_train_config(typed, usage="")
 
 
-def test_of_an_option_of_a_run_that_is_given_twice_the_last_one_counts_and_that_is_said(caplog):
+def test_a_training_option_given_twice_takes_the_last_value_with_a_warning(caplog):
     config = parse_train_config(["--epochs=1", "--seed", "2", "--views.size_px", "64", "--epochs", "3", "--views.size_px=96"], usage="")
     assert (config.epochs, config.views.size_px) == (3, 96)
     assert [record.message for record in caplog.records] == ["--epochs, --views.size_px: given more than once, the last one counts"]
 
 
 @pytest.mark.parametrize("again", [["--out=b"], ["--out", "b"], ["--many", "3", "4"], ["--flag"]])
-def test_an_option_of_any_command_that_is_given_twice_is_refused_and_one_that_collects_is_not(again):
+def test_an_option_of_other_commands_given_twice_is_refused_unless_it_collects_a_list(again):
     parser = OneLineParser()
     commands = parser.add_subparsers()
     command = commands.add_parser("do")
@@ -179,14 +181,14 @@ def test_an_option_of_any_command_that_is_given_twice_is_refused_and_one_that_co
         parser.parse_args([*once, *again])
 
 
-def test_a_key_that_stands_twice_in_a_file_is_refused(tmp_path):
+def test_a_key_given_twice_in_a_file_is_refused(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("epochs: 1\nviews:\n  size_px: 64\n  size_px: 96\n")
     with pytest.raises(UserError, match=r"x.yaml'?: views.size_px: is given twice"):
         parse_train_config(["--config", str(file)], usage="")
 
 
-def test_an_empty_path_is_refused_and_is_not_the_folder_we_are_in(pictures):
+def test_an_empty_path_is_refused_and_not_taken_for_the_current_folder(pictures):
     done = run_here(DATA_PREP / "to_dali.py", "--data", pictures, "--out", "")
     assert done.returncode == 2
     assert "argument --out: is empty" in done.stderr
@@ -335,7 +337,7 @@ def test_a_kernel_compiles_where_no_folder_can_be_written(monkeypatch, caplog):
     kernels = [compile_cache.njit(cache=True)(lambda x, y=y: x + y) for y in range(2)]
     assert [kernel(1) for kernel in kernels] == [1, 2]
     assert [record.message for record in caplog.records if "numba" in record.message] == [
-        "numba finds no folder for its cache, and there is no temporary one: each start compiles anew; set NUMBA_CACHE_DIR"
+        "numba finds no writable cache folder, not even a temporary one: each start compiles again; set NUMBA_CACHE_DIR"
     ]
 
 
@@ -361,7 +363,7 @@ def test_where_numba_finds_no_folder_the_cache_is_in_a_private_one_for_us_and_ou
         )
         assert done.stdout == f"42 {hits} {folder}/numba\n", done.stderr
         assert done.stderr.count("\n") == 1
-        assert f"numba finds no folder for its cache: it is in {folder} now" in done.stderr
+        assert f"numba finds no writable cache folder: using {folder}" in done.stderr
     assert folder.stat().st_mode & 0o777 == 0o700
 
 

@@ -168,7 +168,7 @@ def test_linear_keeps_the_penalty_that_is_best_on_held_out_training_images():
     assert fitted.held_out_top1[fitted.l2] == max(fitted.held_out_top1.values())
 
 
-def test_two_classes_a_constant_feature_and_an_unseen_class_are_no_trouble():
+def test_two_classes_a_constant_feature_and_an_unseen_class_are_handled():
     label = torch.arange(20) % 2 * 2  # classes 0 and 2 of three
     feature = torch.stack([label - 1.0 + 0.01 * torch.arange(20), torch.full((20,), 7.0)], dim=1)
     fitted = fit_linear(Features(feature, label, torch.arange(20)), num_classes=NUM_CLASSES)
@@ -290,7 +290,7 @@ def test_train_and_val_of_different_classes_are_refused():
         Splits(train=train, val=val)
 
 
-def test_images_without_a_label_take_part_in_no_figure():
+def test_unlabelled_images_are_not_used_in_any_figure():
     bank, train = make_bank()
     whole = {
         name: evaluate(bank, **options) for name, evaluate, options in (("linear", evaluate_linear, {}), ("knn", evaluate_knn, {"k": 5}))
@@ -306,7 +306,7 @@ def test_images_without_a_label_take_part_in_no_figure():
         evaluate_knn(bank, k=5)
 
 
-def test_splits_are_evaluated_on_the_classes_that_both_have_and_the_others_are_said(caplog):
+def test_splits_are_evaluated_on_the_classes_that_both_have_and_the_others_are_reported(caplog):
     log = logging.getLogger("fastbyol")
     before, log.propagate = log.propagate, True
     try:
@@ -337,7 +337,7 @@ def test_each_data_set_has_a_file_of_its_own_and_a_later_result_on_it_replaces_t
     assert result.write(tmp_path, data="d", step=1).name == "knn.json"
 
 
-def test_figures_that_cannot_be_written_are_shown_all_the_same(tmp_path, capsys):
+def test_figures_that_cannot_be_written_are_still_shown(tmp_path, capsys):
     (tmp_path / "evaluation").write_text("a file in the folder's place")
     write_or_say(evaluate_knn(make_bank()[0], k=5), tmp_path / "evaluation", data="a", step=1)
-    assert "cannot be written (File exists), so the knn figures are shown only; --out keeps them" in capsys.readouterr().err
+    assert "cannot be written (File exists), so the knn figures are only shown; use --out to save them elsewhere" in capsys.readouterr().err

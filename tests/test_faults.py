@@ -56,7 +56,7 @@ def test_a_run_stopped_orphaned_killed_and_moved_to_other_ranks_loses_no_step(ar
         run.wait_for("step 5/")
         run.send(signal.SIGUSR1)
         assert run.finish() == 1, "torchrun's code, whatever the workers' is"
-        assert "SIGUSR1: finishes this step, saves and leaves" in run.log
+        assert "SIGUSR1: finishing this step, then saving and exiting" in run.log
         saved = int(re.findall(r"stopped \(SIGUSR1\): saved after step (\d+)", run.log)[0])
         assert saved == int(re.findall(rf"step (\d+)/{TOTAL}", run.log)[-1])
     assert checkpoint_steps(out)[-1] == saved
@@ -79,7 +79,7 @@ def test_a_run_stopped_orphaned_killed_and_moved_to_other_ranks_loses_no_step(ar
     main([*arguments[:-1], str(alone)])
     said = capsys.readouterr().err
     assert f"continues after step {orphaned}" in said
-    assert "continues on 1 ranks, the run had 2: same images in each step" in said
+    assert "continuing on 1 ranks (before: 2): each step has the same images" in said
     assert checkpoint_steps(alone)[-1] == TOTAL
 
     with LaunchedRun(log, *arguments, ranks=2, launcher=RESTARTS) as run:

@@ -75,10 +75,11 @@ def test_every_piece_of_a_step_runs_and_says_that_it_was_not_checked_without_cud
     assert {"backward", "LARS", "the whole train_step", "control, must wait: .item()"} <= set(result.found)
 
 
-def test_every_part_says_what_how_by_which_command_and_why():
+def test_every_part_says_what_it_measures_how_with_which_command_and_why():
     for name in PARTS:
         text = load_part(name).__doc__ or ""
-        for words in ("What: ", "\nHow: ", f"python -m benchmarks.gpu_plan {name}", "\nWhy: "):
+        assert text.startswith("Measures "), name
+        for words in ("\nHow: ", f"python -m benchmarks.gpu_plan {name}", "\nWhy: "):
             assert words in text, (name, words)
 
 
@@ -94,7 +95,7 @@ def test_the_plan_writes_a_record_and_reports_with_each_part_in_a_process_of_its
     assert "ema_update, foreach" in capsys.readouterr().out
 
 
-def test_parts_that_the_time_does_not_suffice_for_are_named(tmp_path: Path):
+def test_parts_that_do_not_fit_in_the_time_limit_are_reported(tmp_path: Path):
     gpu_plan.main(["ema", "lars", "--out", str(tmp_path), "--device", "cpu", "--tiny", "--seconds", "1"])
     record = json.loads((tmp_path / "records.json").read_text())
     assert record["cases"] == {}
@@ -144,7 +145,7 @@ def test_a_process_of_its_own_returns_a_value_or_raises_in_one_line_what_happene
 
 def test_a_process_that_takes_too_long_is_killed(tmp_path: Path):
     start = time.monotonic()
-    with pytest.raises(PartFailed, match="stopped after its 1 s"):
+    with pytest.raises(PartFailed, match="stopped at its limit of 1 s"):
         run_isolated(time.sleep, 600, limit_s=1, log=tmp_path / "log")
     assert time.monotonic() - start < 60
 
@@ -158,7 +159,7 @@ def test_a_process_that_takes_too_long_is_killed(tmp_path: Path):
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
     ],
 )
-def test_used_up_memory_is_known_in_whoevers_words(error: RuntimeError, is_memory: bool):
+def test_out_of_memory_errors_of_every_library_are_recognised(error: RuntimeError, is_memory: bool):
     assert is_out_of_memory(error) == is_memory
 
 
@@ -202,7 +203,7 @@ def test_a_variant_that_does_not_fit_is_skipped_and_the_reference_takes_a_smalle
     assert skipped == {"bf16, NCHW": "out of memory at batch 8"}
 
 
-def test_a_back_end_that_breaks_is_named_with_what_it_said():
+def test_a_back_end_that_fails_is_named_with_its_error():
     def broken() -> None:
         raise TypeError("tl.load()\ngot an unexpected argument")
 

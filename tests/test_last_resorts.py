@@ -1,4 +1,4 @@
-"""What ends a process that cannot end itself: each in a small process of its own, without torch."""
+"""Ways to end a process that cannot end itself; each test runs a small process of its own, without torch."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _start(code: str) -> subprocess.Popen[str]:
 
 
 def _hears(process: subprocess.Popen[str], number: signal.Signals) -> bool:
-    """Whether the process has a handler of its own for the signal."""
+    """Returns True if the process has its own handler for the signal."""
     return _in_mask("SigCgt", process, number)
 
 
@@ -108,7 +108,7 @@ def test_a_signal_during_the_imports_ends_the_start_in_one_line_with_the_code_of
         assert process.poll() is None
     process.send_signal(signal.Signals[name])
     out, said = process.communicate(timeout=60)
-    assert (process.returncode, out, said) == (75, "", f"stopped ({name}) before the first step; the same command goes on\n")
+    assert (process.returncode, out, said) == (75, "", f"stopped ({name}) before the first step; the same command continues\n")
 
 
 def test_once_a_run_is_over_no_signal_changes_its_exit_code():
@@ -117,7 +117,7 @@ def test_once_a_run_is_over_no_signal_changes_its_exit_code():
     assert (process.returncode, out, said) == (0, "[True, True, True, True]\nover\n", "")
 
 
-def test_a_second_ctrl_c_ends_a_process_at_once_that_the_first_could_not():
+def test_a_second_ctrl_c_ends_at_once_a_process_that_the_first_one_could_not_stop():
     process = _start(STUCK.format(grace_s=1000))
     assert process.stdout is not None
     process.stdout.readline()
@@ -128,7 +128,7 @@ def test_a_second_ctrl_c_ends_a_process_at_once_that_the_first_could_not():
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == "fastbyol: error: second Ctrl-C: left without saving this step; the checkpoints before it are whole\n"
+    assert said == "fastbyol: error: second Ctrl-C: exited without saving this step; earlier checkpoints are complete\n"
 
 
 def test_a_process_that_cannot_finish_its_step_leaves_after_grace_s():
@@ -138,7 +138,7 @@ def test_a_process_that_cannot_finish_its_step_leaves_after_grace_s():
     process.send_signal(signal.SIGUSR1)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "SIGUSR1: not done after grace_s = 1: left without saving this step" in said
+    assert "SIGUSR1: not done after grace_s = 1: exited without saving this step" in said
 
 
 def test_a_process_without_a_step_for_too_long_ends_with_its_place_and_all_stacks():
@@ -175,7 +175,7 @@ def test_slurms_counts_of_tasks_are_read_per_node():
     assert tasks_on_node("8", 0) == 8
 
 
-def test_srun_is_understood_and_a_batch_script_or_torchrun_is_left_alone():
+def test_sruns_environment_is_used_but_not_in_a_batch_script_or_under_torchrun():
     srun = {
         "SLURM_JOB_ID": "4711",
         "SLURM_STEP_NUM_TASKS": "11",
@@ -217,7 +217,7 @@ def test_a_new_attempt_never_reads_what_a_dead_one_left_in_the_store():
     assert first[0].get("address") == b"dead"
 
 
-def test_no_thread_of_the_group_is_left_to_abort_a_process_that_is_done(monkeypatch):
+def test_no_thread_of_the_group_remains_that_could_abort_a_finished_process(monkeypatch):
     """One that lets go of a tensor while Python ends takes the process with it: seen in 5 of some 60 starts of two ranks that did nothing wrong."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -232,8 +232,8 @@ def test_no_thread_of_the_group_is_left_to_abort_a_process_that_is_done(monkeypa
         assert (process.returncode, out) == (0, "True\n[]\n"), said
 
 
-def test_ranks_that_never_come_are_said_after_the_limit():
+def test_missing_ranks_are_reported_after_the_time_limit():
     store = dist.HashStore()
     fresh_store(store, rank=0, world_size=1, timeout_s=1)
-    with pytest.raises(Lost, match="rank 1: the 2 ranks did not come together within timeout_s = 0.5 s"):
+    with pytest.raises(Lost, match="rank 1: not all of the 2 ranks connected within timeout_s = 0.5 s"):
         fresh_store(store, rank=1, world_size=2, timeout_s=0.5)

@@ -1,4 +1,4 @@
-"""What the layout promises."""
+"""Rules of the repository's layout."""
 
 from __future__ import annotations
 

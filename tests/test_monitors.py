@@ -1,4 +1,4 @@
-"""What a monitor says, on inputs whose answer is known."""
+"""Output of the monitors on inputs with a known answer."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def _signs(projection: torch.Tensor, feature: torch.Tensor) -> dict[str, float]:
     return dict(zip(SIGNS, collapse_signs(projection, feature).tolist(), strict=True))
 
 
-def test_projections_spread_evenly_read_one_full_rank_and_no_common_direction():
+def test_evenly_spread_projections_have_std_one_full_rank_and_no_common_direction():
     signs = _signs(torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)), torch.randn(4000, 8))
     assert signs["projection_std"] == pytest.approx(1.0, abs=0.02)
     assert signs["effective_rank"] == pytest.approx(16, abs=0.1)
     assert signs["mean_cosine"] == pytest.approx(0.0, abs=0.01)
 
 
-def test_equal_projections_read_as_collapsed():
+def test_equal_projections_are_reported_as_collapsed():
     signs = _signs(torch.ones(64, 16) + 1e-6 * torch.randn(64, 16), torch.randn(64, 8))
     assert signs["projection_std"] < 1e-4
     assert signs["mean_cosine"] == pytest.approx(1.0, abs=1e-5)
@@ -128,7 +128,7 @@ def test_a_run_goes_on_while_a_collapse_is_short_or_doubtful_or_in_the_warm_up_o
     _collapsed_rule(log_every=10, last_step=10_000, stop_on_collapse=False).stop_when_due(list)
 
 
-def test_norms_are_those_of_all_numbers_together():
+def test_a_norm_is_taken_over_all_tensors_together():
     tensors = [torch.randn(3, 4), torch.randn(5), torch.randn(2, 3, 3, 3).contiguous(memory_format=torch.channels_last)]
     flat = [x for t in tensors for x in t.double().flatten().tolist()]
     assert float(global_norm(tensors)) == pytest.approx(sum(x * x for x in flat) ** 0.5, rel=1e-6)
@@ -186,7 +186,7 @@ def test_a_stopwatch_keeps_a_bounded_number_of_steps():
 
 
 @pytest.mark.parametrize("target", ["ema", "online"])
-def test_operations_are_those_of_each_layer_in_each_forward_and_backward(target):
+def test_counted_operations_are_the_sum_over_the_layers_of_each_forward_and_backward(target):
     config = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=24, projection_dim=16)
     byol = build_byol(config, num_classes=1)
     macs: dict[str, int] = {}
@@ -272,7 +272,7 @@ def test_an_encoder_whose_operations_cannot_be_counted_does_not_end_the_run(monk
     assert "operations per image could not be counted (NotImplementedError: aten::odd on Meta)" in caplog.text
 
 
-def test_peak_memory_grows_by_what_is_touched():
+def test_peak_memory_grows_by_the_memory_that_is_touched():
     before = peak_memory_gib(CPU)
     held = torch.ones(2**28)  # 1 GiB
     assert peak_memory_gib(CPU) >= before
@@ -345,7 +345,7 @@ def test_a_gradient_that_overflows_leaves_a_record_that_json_can_hold():
     assert record["update_norm"] == 0.0
 
 
-def test_paused_time_counts_for_nothing(clock):
+def test_paused_time_is_not_counted(clock):
     """The clock is read once at the start, twice around the pause, once by the record: 2 s of 3 are training."""
     monitor = Monitor(global_batch=8, world_size=1, device=CPU)
     with monitor.paused():
@@ -373,7 +373,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_run_that_really_collapses_is_ended_and_the_way_out_that_it_names_works(data_paths, tmp_path, capsys):
+def test_a_run_that_really_collapses_is_ended_and_the_advice_in_its_message_works(data_paths, tmp_path, capsys):
     """No predictor and a large learning rate: of ten runs tried (five seeds, with and without the norm's kernel) the last was over at step 79."""
     options = [
         *("--preset", "cpu_demo", "--epochs", "40", "--global_batch", "8", "--log_every", "2", "--checkpoint_every", "4"),

@@ -17,7 +17,7 @@ from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.view_batchnorm import ViewBatchNorm, convert_to_view_batchnorm
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
-"""Of a result, relative to the largest: a few float32 roundings, or the last one to bfloat16."""
+"""Tolerance relative to a result's largest value: a few float32 roundings, or the last rounding to bfloat16."""
 
 
 class _Operations(TorchDispatchMode):
@@ -56,7 +56,7 @@ def _used_kernel(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_shortcut", [False, True])
 @pytest.mark.parametrize(("num", "channels", "px"), [(6, 24, 5), (4, 7, 9), (4, 64, 16), (2, 1024, 3)])
-def test_output_gradients_and_statistics_are_torchs_in_float64_but_for_rounding(dtype, with_shortcut, num, channels, px):
+def test_output_gradients_and_statistics_equal_torchs_in_float64_up_to_rounding(dtype, with_shortcut, num, channels, px):
     torch.manual_seed(0)
     norm = _norm(channels)
     exact = copy.deepcopy(norm).double()
@@ -76,7 +76,7 @@ def test_output_gradients_and_statistics_are_torchs_in_float64_but_for_rounding(
     assert int(norm.num_batches_tracked) == 2
 
 
-def test_a_mean_a_thousand_times_the_deviation_takes_no_digits_from_the_variance():
+def test_a_mean_a_thousand_times_the_deviation_does_not_make_the_variance_less_precise():
     norm, x = _norm(3), _images(8, 3, 12, torch.float32, mean=1000.0)
     norm_relu(norm, x)
     views = x.double().chunk(2)
@@ -84,7 +84,7 @@ def test_a_mean_a_thousand_times_the_deviation_takes_no_digits_from_the_variance
     torch.testing.assert_close(norm.running_var.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_the_result_is_bitwise_the_same_for_any_number_of_threads():
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         torch.manual_seed(1)
@@ -114,7 +114,7 @@ def test_a_pixel_far_from_all_others_leaves_the_variance_right_and_a_constant_ch
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_comes_out_as_such(bad, dtype):
+def test_nan_and_infinity_are_passed_on(bad, dtype):
     x = _images(4, 5, 4, dtype)
     x[1, 2, 3, 3] = bad
     output = norm_relu(_norm(5), x)
@@ -126,7 +126,7 @@ def test_what_is_not_finite_comes_out_as_such(bad, dtype):
     assert norm_relu(_norm(5), _images(4, 5, 4, dtype), shortcut).isnan().sum() == 1
 
 
-def test_it_is_one_operation_where_it_can_be_and_torchs_elsewhere():
+def test_it_is_one_operation_if_the_kernel_fits_and_torchs_operations_otherwise():
     x = _images(4, 8, 5, torch.float32)
     assert _used_kernel(_norm(8), x, x.clone())
     assert not _used_kernel(_norm(8).eval(), x)
@@ -140,7 +140,7 @@ def test_it_is_one_operation_where_it_can_be_and_torchs_elsewhere():
     assert operations.names.count("fastbyol.norm_relu.default") == 49  # all norms but the four of the shortcuts
 
 
-def test_torchs_operations_take_its_place_in_a_compiled_graph_and_agree():
+def test_torchs_operations_replace_it_in_a_compiled_graph_and_agree():
     torch.manual_seed(0)
     norm, x, shortcut = _norm(8), _images(4, 8, 5, torch.float32), _images(4, 8, 5, torch.float32)
     compiled = torch.compile(lambda x, z: norm_relu(norm, x, z), fullgraph=True, backend="aot_eager")
@@ -148,8 +148,8 @@ def test_torchs_operations_take_its_place_in_a_compiled_graph_and_agree():
 
 
 @pytest.mark.parametrize(("call", "keeps"), [("keep_freed_memory", True), ("return_freed_memory", False)])
-def test_large_blocks_come_back_without_page_faults_where_they_are_kept(call, keeps):
-    """In a process of its own: eight blocks of 64 MiB are 131,072 pages of 4 KiB, faulted in one by one, or hardly any."""
+def test_large_blocks_of_kept_memory_are_reused_without_page_faults(call, keeps):
+    """Runs in a process of its own: eight blocks of 64 MiB cause 131,072 page faults of 4 KiB, or hardly any."""
     code = f"""
 import resource, torch
 from fastbyol.host_memory import {call}

@@ -90,7 +90,7 @@ def test_layer_and_batch_normalisation_of_the_loss_are_the_papers_formulas():
     torch.testing.assert_close(batch_normalize(x), by_column, rtol=1e-12, atol=1e-12)
 
 
-def test_each_normalisation_gives_the_squared_distance_of_what_it_makes_summed_over_both_directions():
+def test_the_loss_with_each_normalisation_is_the_squared_distance_summed_over_both_directions():
     q1, q2, z1, z2 = (_rows(6, 5, seed) for seed in range(4))
     for name, normalize in NORMALIZATIONS.items():
         pairs = [(normalize(q1), normalize(z2)), (normalize(q2), normalize(z1))]

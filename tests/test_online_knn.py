@@ -80,7 +80,7 @@ def _with_knn(data_paths: dict[str, Path], every_epochs: str = "0.01") -> tuple[
     return (*data, "--monitors.knn_every_epochs", every_epochs)
 
 
-def test_training_is_bitwise_the_same_with_and_without_it(runs):
+def test_training_is_bitwise_the_same_with_and_without_online_knn(runs):
     losses = [[record["loss"] for record in read_metrics(run)] for run in runs]
     assert losses[0] == losses[1]
     a, b = (load_checkpoint(checkpoint_path(run, 6))["byol"] for run in runs)
@@ -99,7 +99,7 @@ def test_the_last_record_holds_what_an_evaluation_of_the_last_checkpoint_says(ru
     assert records[-1]["knn_top1"] == pytest.approx(float((scores.argmax(dim=1) == val.label).double().mean()))
 
 
-def test_a_run_may_be_continued_with_it(runs, data_paths):
+def test_a_run_may_be_continued_with_online_knn(runs, data_paths):
     main([*SMALL, *_with_knn(data_paths), "--monitors.stop_on_collapse", "false", "--out", str(runs[0])])
     assert len(read_metrics(runs[0])) == 6
 
@@ -122,7 +122,7 @@ def test_two_ranks_share_the_work_and_find_the_same(data_paths, tmp_path):
     one.close()
 
 
-def test_it_is_due_after_each_period_and_at_the_end_also_when_steps_between_are_not_asked_about(data_paths):
+def test_it_is_due_after_each_period_and_at_the_end_even_if_steps_in_between_are_skipped(data_paths):
     config = _config(data_paths["folder"], data_paths["folder"])  # 25 / 8 = 3.125 steps an epoch
     online_knn = _online_knn(config, total_steps=11)
     assert [done for done in range(1, 12) if online_knn.due(done)] == [4, 7, 10, 11]

@@ -1,4 +1,4 @@
-"""What messages and help send a reader to is there: pages and their sections, files of the repository, make's targets, extras of pip."""
+"""Everything that messages and help texts refer to exists: pages and their sections, files of the repository, make targets, pip extras."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANSWERS = {
     "scripts/README.md": ("several_nodes.sh", "slurm.sbatch", "kubernetes.yaml"),
     "README.md": ("install", "ImageNet"),
 }
-"""What the sources send a reader to a page for."""
+"""Topics that messages and help texts refer to, by page."""
 
 
 def texts(tree: ast.AST) -> Iterator[str]:

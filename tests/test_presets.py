@@ -24,7 +24,7 @@ def _figures(name: str) -> list[float]:
 
 
 def _changes(name: str) -> dict[str, object]:
-    """What a preset changes in the 300-epoch run, dotted."""
+    """Returns the dotted options that a preset changes in the 300-epoch run."""
     base, own = (flatten(to_plain(preset_config(n))) for n in ("r50_300ep", name))
     return {key: value for key, value in own.items() if base[key] != value}
 
@@ -79,7 +79,7 @@ BATCH_TABLE = {2048: (72.4, 90.7), 1024: (72.2, 90.7), 512: (72.2, 90.8), 256: (
 
 
 @pytest.mark.parametrize("batch", BATCH_TABLE)
-def test_a_batch_row_averages_gradients_and_gives_bn_its_batch(batch):
+def test_a_preset_of_the_batch_table_accumulates_gradients_and_gives_batch_norm_its_batch(batch):
     name = f"ablation_batch_{batch}"
     config = preset_config(name)
     assert tuple(_figures(name)) == BATCH_TABLE[batch]
@@ -103,7 +103,7 @@ TABLE_17 = {
 }
 
 
-def test_every_row_of_table_17_is_a_preset_that_changes_the_views_alone():
+def test_every_row_of_table_17_is_a_preset_that_changes_only_the_views():
     assert set(TABLE_17) == set(ABLATIONS)
     for row, figures in TABLE_17.items():
         name = f"ablation_views_{row}"
@@ -213,7 +213,7 @@ TABLE_22 = """
 
 
 def _table_22() -> dict[tuple[str, str], str]:
-    """By the projector's factor and the predictor's."""
+    """Accuracies by the projector's factor, then the predictor's."""
     (_, *predictors), *rows = (line.split() for line in TABLE_22.strip().splitlines())
     return {(mu, lambda_): figure for mu, *figures in rows for lambda_, figure in zip(predictors, figures, strict=True)}
 
@@ -240,7 +240,7 @@ def test_every_cell_of_tables_21_and_22_is_a_preset_of_the_heads_learning_rates(
         assert (preset.expected, preset.source) == (f"{in_22} top-1 linear", "paper, table 22")
 
 
-def test_there_is_no_ablation_that_no_table_has():
+def test_every_ablation_is_in_a_table_of_the_paper():
     known = {f"batch_{b}" for b in BATCH_TABLE} | {f"views_{v}" for v in TABLE_17} | set(ONE_CHANGE) | set(HEAD_LRS)
     assert {name.removeprefix("ablation_") for name in PRESETS if name.startswith("ablation_")} == known
 

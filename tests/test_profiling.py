@@ -41,7 +41,7 @@ def test_the_asked_steps_are_recorded_after_the_first_five_and_parts_are_named(t
     assert not network[0]._forward_hooks
 
 
-def test_no_steps_leave_no_trace(tmp_path: Path):
+def test_without_steps_to_profile_no_trace_is_written(tmp_path: Path):
     with StepProfiler(tmp_path, steps=0, parts={}, device=CPU) as profiler:
         profiler.step()
     assert not (tmp_path / FOLDER).exists()

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: lines in a log, a live line on a terminal, Weights & Biases."""
+"""Progress shown during training: lines in a log, a live line on a terminal, Weights & Biases."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _rank(rank: int, folder: str, data: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory, beton: Path) -> list[dict[str, str]]:
-    """What each of two ranks said, by case."""
+    """Returns the output of each of two ranks, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     same = folder / "same"
     for name in ("ant", "bee"):
@@ -113,7 +113,7 @@ def test_both_ranks_say_the_same_of_what_differs_and_nothing_of_what_may(said, c
 
 @pytest.mark.distributed
 def test_other_versions_of_what_it_is_built_on_are_said_by_the_main_rank_and_no_obstacle(said):
-    assert said[0]["versions"] == "rank 1 has other versions, so results may depend on which rank does what: torch 9.1, rank 0 has 9.0"
+    assert said[0]["versions"] == "rank 1 has other package versions, so results may differ between ranks: torch 9.1, rank 0 has 9.0"
     assert said[1]["versions"] == ""
 
 

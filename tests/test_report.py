@@ -209,7 +209,7 @@ def test_a_run_that_has_not_logged_is_a_one_line_error(run, data, capsys):
     assert not (run / "report.html").exists()
 
 
-def test_help_version_and_presets_say_what_there_is(capsys, monkeypatch):
+def test_help_version_and_presets_list_the_commands_and_presets(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fastbyol"])
     assert "evaluate" in call([], capsys)[1]
     assert call(["--version"], capsys) == (0, f"fastbyol {__version__}\n", "")

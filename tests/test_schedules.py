@@ -42,7 +42,7 @@ def test_small_batch_preset_has_the_steps_of_batch_512():
     assert total_steps_at(config.epochs, num_samples=IMAGENET, global_batch=config.global_batch) == 2502279
 
 
-def test_the_first_step_with_warm_up_has_learning_rate_zero_and_the_last_step_moves_the_target_still():
+def test_the_first_step_with_warm_up_has_learning_rate_zero_and_the_last_step_still_moves_the_target():
     assert lr_at(0, total_steps=100, warmup_steps=10, base_lr=0.3, global_batch=4096) == 0.0
     assert tau_at(0, total_steps=100, tau_base=0.99) == pytest.approx(0.99, abs=1e-15)
     assert tau_at(50, total_steps=100, tau_base=0.99) == pytest.approx(0.995, abs=1e-15)

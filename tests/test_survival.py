@@ -1,4 +1,4 @@
-"""What happens to a run, in this process: signals, NaN, full disks, other machines, other weights to start from."""
+"""Events that a run must survive, tested in this process: signals, NaN, full disks, other machines, other initial weights."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def at_step(monkeypatch) -> Callable[[int, Callable[..., Any]], None]:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
-def test_a_signal_lets_the_step_end_saves_it_and_the_same_command_continues_bitwise(
+def test_after_a_signal_the_step_is_finished_and_saved_and_the_same_command_continues_bitwise(
     name, arguments, whole, at_step, tmp_path, monkeypatch, capsys
 ):
     requests = []
@@ -209,7 +209,7 @@ def test_two_jobs_never_write_to_one_folder(arguments, whole, monkeypatch, capsy
         (["--out", "{whole}-new", "--resume", "must"], "resume = 'must': .*holds no checkpoint"),
     ],
 )
-def test_what_may_not_be_continued_is_refused_with_the_reason(options, says, arguments, whole, capsys):
+def test_a_run_that_cannot_be_continued_is_refused_with_the_reason(options, says, arguments, whole, capsys):
     code, said = _ends([*arguments, "--out", str(whole), *[o.format(whole=whole) for o in options]], capsys)
     assert code == 2
     assert re.search(says, said), said
@@ -245,7 +245,7 @@ def test_another_rank_batch_sees_the_same_images_and_says_what_changes_for_batch
         main([*arguments, "--rank_batch", rank_batch, "--out", str(out)])
     assert seen[2] == seen[8]
     assert len(seen[8]) == 16
-    assert "BN statistics now come from 2 images, before from 8" in capsys.readouterr().err
+    assert "batch norm now sees 2 images at once, before 8" in capsys.readouterr().err
 
 
 def test_a_checkpoint_stays_every_so_many_epochs(arguments, tmp_path):
@@ -360,7 +360,7 @@ def test_a_lost_config_is_mended_from_the_newest_checkpoint(content, arguments, 
     config = (out / "config.yaml").read_text()
     (out / "config.yaml").unlink() if content is None else (out / "config.yaml").write_text(content)
     main([*arguments, "--out", str(out)])
-    assert "config.yaml could not be read; it is written anew from the checkpoint after step 6" in capsys.readouterr().err
+    assert "config.yaml could not be read; it is restored from the checkpoint after step 6" in capsys.readouterr().err
     assert (out / "config.yaml").read_text() == config
     code, said = _ends([*arguments, "--out", str(out), "--seed", "9"], capsys)
     assert code == 2
@@ -395,7 +395,7 @@ def test_other_data_are_not_taken_for_removed_images(whole, data_paths, tmp_path
     assert "more of class 'bee' than then" in said
 
 
-def test_the_time_left_is_said_once_after_the_first_steps(tmp_path, capsys):
+def test_the_remaining_time_is_logged_once_after_the_first_steps(tmp_path, capsys):
     with RunLog(tmp_path, TrainConfig(), total_steps=1000, first_step=7) as run_log:
         for done in range(8, 200):
             run_log.estimate(done)
@@ -405,7 +405,7 @@ def test_the_time_left_is_said_once_after_the_first_steps(tmp_path, capsys):
     assert UNCOUNTED_STEPS < ESTIMATE_STEPS
 
 
-def test_durations_read_as_one_says_them():
+def test_durations_are_readable():
     spoken = {0.2: "0 s", 40: "40 s", 61: "1 min 1 s", 3600: "1 h", 3725: "1 h 2 min", 86400 * 3 + 7200 + 59: "3 d 2 h"}
     assert {s: duration(s) for s in spoken} == spoken
 
@@ -448,7 +448,7 @@ def test_one_process_needs_no_vote():
     assert vote.cast(stop=True, bad_step=12, settle=False) == Verdict(stop=True, bad_step=12, bad_rank=0)
 
 
-def test_the_plan_of_a_run_is_read_off_the_step():
+def test_the_plan_of_a_run_depends_only_on_the_step():
     """1000 epochs of ImageNet at 4096: 312.7 steps an epoch, 312784 in all (the official README's count)."""
     config = replace(preset_config("r50_1000ep"), keep_every_epochs=100.0, checkpoint_every=5000)
     plan = RunPlan.of(config, num_samples=1_281_167)

@@ -201,7 +201,7 @@ def _two_ranks(folder: Path, split: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def equal_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What two ranks computed, each with 8 of 16 images."""
+    """Returns the results of two ranks, each with 8 of 16 images."""
     return _two_ranks(tmp_path_factory.mktemp("equal"), 8)
 
 
@@ -245,7 +245,7 @@ def test_three_byol_steps_on_two_ranks_equal_one_rank_with_the_whole_batch(ranks
 
 
 @pytest.mark.parametrize("objective", OVER_ALL_RANKS)
-def test_what_an_objective_takes_from_other_images_comes_from_all_ranks_with_its_gradients(objective, equal_ranks):
+def test_an_objective_that_compares_images_takes_them_from_all_ranks_with_gradients(objective, equal_ranks):
     byol, views, label = _byol_and_batch(OVER_ALL_RANKS[objective])
     _byol_steps(byol, byol, [(views, label, 1.0)], steps=2)
     for name, value in byol.state_dict().items():
@@ -259,13 +259,13 @@ def test_a_network_with_it_is_one_graph_for_torch_compile_forward_and_backward(e
 
 
 @pytest.mark.parametrize("objective", OVER_ALL_RANKS)
-def test_what_comes_from_all_ranks_is_part_of_the_one_graph(objective, equal_ranks):
+def test_collectives_are_part_of_the_one_compiled_graph(objective, equal_ranks):
     for rank in equal_ranks:
         traced, eager = (rank["graphs"][f"{objective} {how}"] for how in ("traced", "eager"))
         torch.testing.assert_close(traced, eager, rtol=1e-9, atol=1e-12)
 
 
-def test_gradients_sent_in_bf16_are_the_exact_ones_but_for_its_rounding(equal_ranks):
+def test_gradients_sent_in_bf16_equal_the_exact_ones_up_to_rounding(equal_ranks):
     byol, views, label = _byol_and_batch()
     byol(*views, label).loss.backward()
     errors = []
@@ -277,13 +277,13 @@ def test_gradients_sent_in_bf16_are_the_exact_ones_but_for_its_rounding(equal_ra
     assert 1e-4 < max(errors) < 2**-6
 
 
-def test_what_looks_for_host_syncs_finds_them():
+def test_the_detector_of_host_syncs_finds_them():
     for wait in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.sum() > 0), lambda x: x.nonzero()):
         with pytest.raises(AssertionError, match="host sync"), NoHostSync():
             wait(torch.ones(3))
 
 
-def test_conversion_moves_the_very_tensors_keeps_names_and_leaves_the_target_frozen():
+def test_conversion_keeps_the_same_tensors_and_names_and_leaves_the_target_frozen():
     network = _network()
     names, weight, mean = list(network.state_dict()), network[1].weight, network[1].running_mean
     network[1].weight.requires_grad_(False)
@@ -322,7 +322,7 @@ def test_on_one_process_each_view_is_normalised_alone_whatever_the_momentum():
         assert torch.equal(plain.eval()(x), converted.eval()(x))
 
 
-def test_a_batch_that_does_not_hold_the_views_and_a_norm_that_does_more_are_refused():
+def test_a_batch_that_does_not_split_into_views_and_a_norm_that_does_more_are_refused():
     with pytest.raises(ValueError, match="batch of 7 does not hold 2 views"):
         convert_to_view_batchnorm(nn.BatchNorm1d(3), views=2)(torch.zeros(7, 3))
     with pytest.raises(ValueError, match="InstanceStyleNorm: a batch norm of this class"):

@@ -1,4 +1,4 @@
-"""What comes out of a file is held against what this program would have written before a kernel, a generator or the disk sees it."""
+"""Data from files are compared with what this program would have written before a kernel, a generator or the disk sees them."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def _state(step):
     return {"step": step, "config": {}, "byol": {"weights": torch.full((100,), float(step))}}
 
 
-def test_a_checkpoint_without_its_digest_is_used_where_its_own_checksums_are_right_and_that_is_said(tmp_path, caplog):
+def test_a_checkpoint_without_its_digest_is_used_with_a_warning_if_its_internal_checksums_match(tmp_path, caplog):
     for step in (1, 2):
         save_checkpoint(tmp_path, step=step, state=_state(step), keep=9)
         checkpoint_path(tmp_path, step).with_suffix(".sha256").unlink()
@@ -269,7 +269,7 @@ def test_a_checkpoint_without_its_digest_is_used_where_its_own_checksums_are_rig
     assert load_newest(tmp_path)["step"] == 1
 
 
-def test_a_checkpoint_of_a_run_with_another_config_is_passed_over_by_whoever_reads_the_folder(tmp_path):
+def test_a_checkpoint_of_a_run_with_another_config_is_skipped_by_every_reader_of_the_folder(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 3\nepochs: 7\n")
     ours = {"config": {"seed": 3, "epochs": 7.0, "log_every": 99}}
     save_checkpoint(tmp_path, step=1, state=_state(1) | ours, keep=9)
@@ -277,7 +277,7 @@ def test_a_checkpoint_of_a_run_with_another_config_is_passed_over_by_whoever_rea
     assert load_newest(tmp_path)["step"] == 1
 
 
-def test_figures_of_a_run_belong_to_it_and_those_of_a_file_elsewhere_beside_the_file(tmp_path):
+def test_results_of_a_run_go_to_its_folder_and_those_of_a_checkpoint_elsewhere_beside_the_file(tmp_path):
     run, models = tmp_path / "run", tmp_path / "models" / "byol"
     path = save_checkpoint(run, step=1, state=_state(1), keep=9)
     (run / "config.yaml").write_text("{}\n")
@@ -287,7 +287,7 @@ def test_figures_of_a_run_belong_to_it_and_those_of_a_file_elsewhere_beside_the_
     assert load_run(models / "best.pt").results == models / "best.evaluation"
 
 
-def test_new_checkpoints_are_not_swept_away_by_later_ones_that_were_passed_over(tmp_path):
+def test_new_checkpoints_are_not_deleted_in_favour_of_later_ones_that_were_skipped(tmp_path):
     for step in (1, 2, 800, 900):
         save_checkpoint(tmp_path, step=step, state=_state(step), keep=9)
     for step in (800, 900):
@@ -312,7 +312,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
-def test_yaml_that_stands_for_too_much_or_for_nothing_is_a_short_error(text):
+def test_yaml_that_expands_to_too_much_or_is_invalid_is_a_short_error(text):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (which one is said differs)
         read_yaml(text)
     assert len(str(error.value)) < 1000
@@ -358,7 +358,7 @@ def test_a_durable_file_is_flushed_before_it_gets_its_name_and_its_folder_after(
     assert (tmp_path / "a").read_bytes() == b"text \xff"
 
 
-def test_what_fails_half_way_leaves_the_file_as_it_was(tmp_path):
+def test_a_write_that_fails_half_way_leaves_the_file_as_it_was(tmp_path):
     write_durably(tmp_path / "a", "before")
     with pytest.raises(TypeError), durable_file(tmp_path / "a") as file:
         file.writelines([b"half", "text"])  # type: ignore[list-item]
@@ -401,7 +401,7 @@ def test_encoder_weights_are_found_however_a_program_wraps_them(form):
         torch.testing.assert_close(taken[name].to(value.dtype), value, rtol=2e-3, atol=2e-3)
 
 
-def test_what_was_taken_and_what_was_not_is_said(caplog):
+def test_the_log_says_which_weights_were_loaded_and_which_were_not(caplog):
     import logging
 
     log = logging.getLogger("fastbyol")
@@ -411,10 +411,10 @@ def test_what_was_taken_and_what_was_not_is_said(caplog):
         encoder_weights({"state_dict": FORMS["with module."](_elsewhere(**{"fc.weight": torch.zeros(2)}))}, _own(), source="w.pt")
     finally:
         log.propagate = before
-    assert "takes 7 tensors from 'state_dict.module', and not 'fc' beside them" in caplog.text
+    assert "loads 7 tensors from 'state_dict.module', but not 'fc' in the same file" in caplog.text
 
 
-def test_layers_that_the_encoder_does_not_have_are_not_passed_over():
+def test_layers_that_the_encoder_does_not_have_are_not_ignored():
     """A deeper network's weights hold all of a shallower one's."""
     taken = encoder_weights(_elsewhere(**{"0.more.weight": torch.zeros(1)}), _own(), source="w.pt")
     assert "0.more.weight" in taken, "so that load_matching refuses it"

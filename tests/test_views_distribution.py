@@ -1,4 +1,4 @@
-"""What a whole loader draws, on each backend: 20,000 views of images of 375 x 500 px against the paper's distribution."""
+"""Distribution of the views of a whole loader, on each backend: 20,000 views of images of 375 x 500 px compared with the paper's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The cases: one subject each, with a reference and a ceiling in the same run.
+"""The benchmark cases: each measures one subject, with a reference and a ceiling in the same run.
 
-A case is a module with `QUICK` and `FULL`, its settings, and `run(size, *, scratch)`, which returns a `CaseResult`. Its docstring says
-what, how, the command, and why the result looks so; the report quotes it.
+A case is a module with `QUICK` and `FULL`, its settings, and `run(size, *, scratch)`, which returns a `CaseResult`. Its docstring
+says what is measured, how, with which command, and why the result looks as it does; the report quotes it.
 """
 
 from __future__ import annotations
@@ -34,30 +34,32 @@ CASES = (
 
 
 class Case(Protocol):
-    """What every module of this package offers."""
+    """Interface of every module of this package."""
 
     __doc__: str | None
     QUICK: Any
     FULL: Any
 
     def run(self, size: Any, *, scratch: Path) -> CaseResult:
-        """Measures with the given settings; `scratch` is an empty folder of its own. UserError: something it needs is not installed."""
+        """Measures with the given settings; `scratch` is an empty folder of its own. Raises UserError if something it needs is not
+        installed.
+        """
         ...
 
 
 def check_names(names: list[str]) -> None:
-    """UserError for the first that is no case, with the nearest one."""
+    """Raises UserError for the first unknown case; the message names the nearest one."""
     for name in names:
         if name not in CASES:
             raise UserError(f"CASE = {name!r}: no such case{nearest_name(name, CASES)}; one of {', '.join(CASES)}")
 
 
 def load_case(name: str) -> Case:
-    """The case's module. Imported when it is run: some need seconds, or packages that another does without."""
+    """Returns the case's module. It is imported only when it runs, since some imports take seconds or need optional packages."""
     return cast(Case, importlib.import_module(f"benchmarks.cases.{name}"))
 
 
 def case_docstring(name: str) -> str:
-    """What, how and why of a case, or of a part of the GPU plan ('gpu.NAME')."""
+    """Returns the docstring of a case, or of a part of the GPU plan ('gpu.NAME')."""
     module = name if name.startswith("gpu.") else f"cases.{name}"
     return (importlib.import_module(f"benchmarks.{module}").__doc__ or "").strip()

@@ -1,16 +1,16 @@
-"""What: two whole views of an image that is already decoded, on one thread.
+"""Measures two whole views of an already decoded image, on one thread.
 
-How: the same images and the same drawn parameters for every subject, one after another, as in a loader's thread. Reference: the kernel's
-crops, then `augment/torch_graph.py` run eagerly on the batch (the graph that a GPU compiles). Rival, where it is installed: the kernel's crops,
-then kornia's batch augmentation, whose draws are its own and whose colour formulas are torchvision's (`rivals/kornia_views.py`). Ceiling: the
-kernel's crops alone, as if all that follows the resize were free.
+How: the same images and the same drawn parameters for every subject, one after another, as in a loader's thread. Reference: the
+kernel's crops, then `augment/torch_graph.py` run eagerly on the batch (the graph that a GPU compiles). Rival, if installed: the
+kernel's crops, then kornia's batch augmentation, which draws its own parameters and uses torchvision's colour formulas
+(`rivals/kornia_views.py`). Ceiling: the kernel's crops alone, as if everything after the resize were free.
 
     python -m benchmarks.run augment
 
-Why: a crop reads a part of a 470 x 400 image once; the colour operations and the blur then work on a view of 600 kB that stays in the
-second-level cache, and only those run that the view drew. The graph computes every operation for every image, because a GPU's batch cannot
-branch by image, and each eager operation passes over the batch in main memory: it is a check of the kernel here, not a rival. kornia picks out
-the images that drew an operation, and still passes over all of them once an operation.
+Why: a crop reads part of a 470 x 400 image once. The colour operations and the blur then work on a view of 600 kB that stays in the
+second-level cache, and only the operations that the view drew are run. The graph computes every operation for every image, because a
+GPU's batch cannot branch per image, and each eager operation passes over the batch in main memory; here it is a correctness check of
+the kernel, not a rival. kornia selects the images that drew an operation, but still passes over all of them once per operation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KORNIA = "kernel's crops + kornia"
 
 @dataclass(frozen=True)
 class Size:
-    """images: different ones, each rendered `calls` times a round. scale: of ImageNet's image sides."""
+    """Settings. images: number of different images, each rendered `calls` times per round. scale: scale of ImageNet's image sides."""
 
     images: int
     rounds: int
@@ -86,7 +86,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
 
 
 class Executors:
-    """The same images and parameters, through each executor; outputs are kept between calls, as touched memory."""
+    """Runs the same images and parameters through each executor; outputs are reused between calls, so their memory is already touched."""
 
     def __init__(self, pair: ViewPair, images: list[NDArray[np.uint8]], *, seed: int) -> None:
         self.pair, self.images = pair, images

@@ -1,17 +1,18 @@
-"""What: batch norm and ReLU of both views, forward and backward, over every shape that ResNet-50 normalises at 224 px (one layer of each).
+"""Measures batch norm and ReLU of both views, forward and backward, over every shape that ResNet-50 normalises at 224 px (one layer of
+each).
 
-How: bf16 activations, channels-last, float32 scale and offset, one thread, batch 16 a view. Reference: torch's nn.BatchNorm2d and ReLU in place, a
-view at a time, as in the official code. Ours (`norm_relu`) takes both views as one batch, on one process and then over two ranks on this machine
-(gloo), with one message for both views and with one for each. Ceiling: five copies of the activations, about what the least number of passes
-moves. Across ranks the wall clock counts (the CPU column sees this rank only); nn.SyncBatchNorm itself refuses the CPU, and what it does there, a
-message a view, is the last row.
+How: bf16 activations, channels-last, float32 scale and offset, one thread, batch 16 per view. Reference: torch's nn.BatchNorm2d and
+in-place ReLU, one view at a time, as in the official code. Ours (`norm_relu`) takes both views as one batch, first on one process,
+then over two ranks on this machine (gloo), with one message for both views and with one for each. Ceiling: five copies of the
+activations, about what the smallest number of passes moves. Across ranks read the wall clock (the CPU column sees this rank only).
+nn.SyncBatchNorm does not run on the CPU; the last row does what it would do, one message per view.
 
     python -m benchmarks.run batchnorm
 
-Why: on one process norm and ReLU are one kernel, which reads the activations as often as the statistics ask for and not once more for each
-operation. Across ranks our operations are plain tensor operations in float32, several passes each, for Inductor to fuse on a GPU (not measured
-yet): on a CPU they cost a multiple of torch's kernel, and are there to be right. Half the messages save their latency, which on gloo is small
-beside that arithmetic, and beyond some 16 GPUs is what limits the step.
+Why: on one process, norm and ReLU are one kernel that reads the activations only as often as the statistics require. Across ranks we
+use plain tensor operations in float32, several passes each, which Inductor can fuse on a GPU (not measured yet); on a CPU they cost a
+multiple of torch's kernel and exist for correctness. Half the messages save half the latency, which with gloo is small compared with
+that arithmetic, but limits the step beyond some 16 GPUs.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
 
 
 def _across_ranks(size: Size) -> dict[str, Callable[[], object]]:
-    """What both ranks call, in the same order."""
+    """Returns the work of both ranks, which must call it in the same order."""
     by_view = _by_view(size, lambda channels: ViewBatchNorm(channels, views=1, across_ranks=True))
     return {TWO_RANKS: _both_views(size, across_ranks=True), TWO_RANKS_BY_VIEW: by_view}
 
@@ -96,7 +97,7 @@ def _by_view(size: Size, make: Callable[[int], nn.Module]) -> Callable[[], objec
 
 
 def _activations(size: Size) -> list[Tensor]:
-    """One batch of both views for each layer; gradients reach it."""
+    """Returns one batch of both views for each layer, with gradients enabled."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2 * size.batch, channels, px, px) for channels, px in size.shapes]
     return [
@@ -107,7 +108,7 @@ def _activations(size: Size) -> list[Tensor]:
 
 @contextmanager
 def _second_rank(size: Size, scratch: Path) -> Iterator[None]:
-    """This process is rank 0 of two inside; the other one does what `measure` will do here."""
+    """Makes this process rank 0 of two inside the block; the other one follows the calls of `measure` here."""
     store = str(scratch / "store")
     other = mp.get_context("spawn").Process(target=_follow, args=(size, store))
     other.start()
@@ -116,7 +117,7 @@ def _second_rank(size: Size, scratch: Path) -> Iterator[None]:
         yield
         other.join()
     finally:
-        other.kill()  # it is alive only where something went wrong here
+        other.kill()  # still alive only if something failed above
         dist.destroy_process_group()
 
 

@@ -1,16 +1,17 @@
-"""What: a checkpoint of BYOL (ResNet-50: online, target, momentum, 412 MB): how long training stands still, and what it costs altogether.
+"""Measures a checkpoint of BYOL (ResNet-50: online, target, momentum, 412 MB): how long training pauses, and the total cost.
 
-How: the product's `CheckpointWriter.save`, which copies and returns, then the wait for its thread, which checks that all is finite, writes,
-hashes, flushes to the disk and renames; nothing trains meanwhile. Reference: the same file written by the training thread itself, as trainers
-do that call torch.save. Ceiling: `copy_` of the tensors. Then optimizer steps alone, and as many with a checkpoint begun among them: their
-difference is all that it costs, the writer's share of cores and memory bandwidth included.
+How: the product's `CheckpointWriter.save`, which copies and returns, then the wait for its thread, which checks that all values are
+finite, writes, hashes, flushes to the disk and renames; nothing trains meanwhile. Reference: the same file written by the training
+thread itself, as in trainers that call torch.save. Ceiling: `copy_` of the tensors. Then optimizer steps alone, and as many with a
+checkpoint started among them: the difference is the total cost, including the writer's share of cores and memory bandwidth.
 
     python -m benchmarks.run checkpoint
 
-Why: the copy is one pass over memory, into memory that is used again, so the stall is a copy and some bookkeeping per tensor. The rest runs
-beside the steps: a pass that looks for NaN, torch.save's own checksum, SHA-256 and the disk. The notes give what a checkpoint takes of the time
-between two at the default interval of 500 of the steps measured here, the stall alone and with all that goes on beside the steps (2 % is
-allowed for the stall), and how short a step may become before the stall exceeds it. On a GPU the copy goes into pinned memory (not measured yet).
+Why: the copy is one pass over memory into buffers that are reused, so the pause is a copy and some bookkeeping per tensor. The rest
+runs beside the steps: a pass that looks for NaN, torch.save's own checksum, SHA-256 and the disk. The notes give the share of the
+time between two checkpoints (500 of the steps measured here, the default) for the pause alone and for everything beside the steps (2
+% is allowed for the pause), and how short a step may become before the pause exceeds it. On a GPU the copy goes into pinned memory
+(not measured yet).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Size:
     size_px: int = 64
     batch: int = 4
     steps: int = 4
-    """In one of the last two subjects: enough to outlast the writing."""
+    """Steps per call of the last two subjects, enough to outlast the writing."""
     threads: int = 1
 
 
@@ -52,7 +53,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         config = TrainConfig(global_batch=size.batch, model=size.model, precision=PrecisionConfig(autocast="off"))
         step = TrainingStep(config, num_classes=NUM_CLASSES)
         batch = synthetic_batch(num=size.batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=True)
-        step.run([batch])  # there is momentum now
+        step.run([batch])  # creates the momentum buffers
 
         def state() -> dict[str, object]:
             return {"step": 1, **step.state()}

@@ -1,17 +1,17 @@
-"""What: an image folder converted to each fast format, per image, by as many worker processes as the rivals get.
+"""Measures the conversion of an image folder to each fast format, per image, with as many worker processes as the rivals get.
 
-How: generated ImageNet-like JPEG files (`imagenet_like.py`), each under several names; whole conversions with all that belongs to them:
-processes started, an estimate from a sample, every image checked, checksums, everything forced to disk.
-Reference: FFCV's own DatasetWriter, which decodes and encodes every image anew and leaves the disk to the system.
-Ceiling: reading every file and decoding it whole, in as many processes, and writing nothing. The file cache is warm.
+How: generated ImageNet-like JPEG files (`imagenet_like.py`), each under several names. Conversions are complete: processes started,
+an estimate from a sample, every image checked, checksums, everything forced to disk. Reference: FFCV's own DatasetWriter, which
+decodes and re-encodes every image and does not flush to the disk. Ceiling: reading every file and decoding it completely, in as many
+processes, and writing nothing. The file cache is warm.
 
     python -m benchmarks.run convert
 
-Why: the images' own bytes are passed on, so nothing is encoded. To check an image its Huffman codes are read to the last one, and nothing is
-made of them; TurboJPEG is asked only in doubt, and for a process's first 1,000 images (all of --quick), which would not pay for loading the
-compiled check. That leaves more than enough time to pass the bytes to the writing process and on to the disk, and to hash them: the whole
-conversion costs less CPU time than decoding alone does. CPU time is that of all processes; wall time depends on the disk, and on the start of the
-processes where there are few images.
+Why: we copy the images' own bytes, so nothing is encoded. To check an image, its Huffman codes are read to the end but not turned
+into pixels. TurboJPEG is used only in case of doubt, and for a process's first 1,000 images (all of --quick), which would not pay for
+loading the compiled check. That leaves more than enough time to send the bytes to the writing process, write and hash them: the whole
+conversion costs less CPU time than decoding alone. CPU time is that of all processes; wall time depends on the disk and, with few
+images, on starting the processes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BETON, TAR = "to_ffcv", "to_dali"
 
 @dataclass(frozen=True)
 class Size:
-    """images: different ones. copies: names of each. scale: of ImageNet's image sides."""
+    """Settings. images: number of different images. copies: names of each. scale: scale of ImageNet's image sides."""
 
     images: int
     copies: int
@@ -57,7 +57,7 @@ FULL = Size(images=400, copies=40, rounds=7)
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     if find_turbojpeg() is None:
-        raise UserError(f"nothing to compare with, and Pillow would decode: {MISSING}")
+        raise UserError(f"without TurboJPEG there is no ceiling to compare with: {MISSING}")
     folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
     _copy_names(folder, size.copies)
     outputs = {REFERENCE: scratch / "stock.beton", BETON: scratch / "ours.beton", TAR: scratch / "ours"}
@@ -92,7 +92,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
 
 
 def _copy_names(folder: Path, copies: int) -> None:
-    """Further names for each file; the file cache holds it once."""
+    """Adds further names for each file by hard links; the file cache holds its content once."""
     for path in list(folder.rglob("*.jpg")):
         for copy in range(1, copies):
             os.link(path, path.with_name(f"{path.stem}_{copy}.jpg"))

@@ -1,15 +1,15 @@
-"""What: the demo's training (preset cpu_demo: ResNet-8, 32 px, batch 64), from views that are given and from files.
+"""Measures the demo's training (preset cpu_demo: ResNet-8, 32 px, batch 64), from given views and from files.
 
-How: the product's `train_step` and loader, an epoch a round; one thread computes, one loads; JPEG files of about 47 x 40 px.
-Reference: the same steps fed by torchvision.transforms on Pillow images in the training thread. Ceiling: the steps alone, on one batch
-again and again. The wall clock is the one to read: the loader's thread works beside the step.
+How: the product's `train_step` and loader, one epoch per round; one thread computes, one loads; JPEG files of about 47 x 40 px.
+Reference: the same steps fed by torchvision.transforms on Pillow images in the training thread. Ceiling: the steps alone, on one
+repeated batch. Read the wall clock: the loader's thread works beside the step.
 
     python -m benchmarks.run demo_step
 
-Why: the loader costs a fraction of the step and runs beside it, so end to end is close to the steps alone wherever a core is free; what
-remains is the start of each epoch, when nothing is prefetched, and whatever else runs on the machine. One thread computes because the
-network is tiny and a busy machine makes the barriers of two threads ruinous (6.7 s instead of 0.13 s a step, seen at load 5).
-`data_wait_share` is the share of the time that the step stood still for a batch.
+Why: the loader costs a fraction of the step and runs beside it, so end to end is close to the steps alone if a core is free. What
+remains is the start of each epoch, when nothing is prefetched, and other load on the machine. One thread computes because the network
+is tiny and on a busy machine two threads lose far more at barriers (6.7 s instead of 0.13 s per step, seen at load 5).
+`data_wait_share` is the share of the time that the step waited for a batch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NUM_CLASSES = 10
 @dataclass(frozen=True)
 class Size:
     steps: int
-    """An epoch."""
+    """Steps per epoch."""
     rounds: int
     batch: int = 64
     torch_threads: int = 1

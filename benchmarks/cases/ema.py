@@ -1,14 +1,16 @@
-"""What: the target's update after a step, over all parameters of encoder and projector (ResNet-50: 33.0 M in 164 tensors).
+"""Measures the target's update after a step, over all parameters of encoder and projector (ResNet-50: 33.0 M in 164 tensors).
 
-How: float32 on one thread, tau 0.99. Reference: the equation as solo-learn writes it, a tensor at a time: a new tensor tau t + (1 - tau) o.
-Ceiling: `copy_` of the same tensors, the customary unit; it moves as many bytes as the update has to (a write first reads its cache line).
-lightly's update_momentum and ema-pytorch (its default loop, and its option use_foreach) where they are installed; the latter's rate is held at tau.
+How: float32 on one thread, tau 0.99. Reference: the equation as solo-learn writes it, one tensor at a time: a new tensor tau t + (1 -
+tau) o. Ceiling: `copy_` of the same tensors, the usual unit; it moves as many bytes as the update must (a write first reads its cache
+line). Rivals, if installed: lightly's update_momentum and ema-pytorch (its default loop, and its option use_foreach), the latter with
+its rate fixed at tau.
 
     python -m benchmarks.run ema
 
-Why: nothing is computed to speak of, so passes over memory are all that counts. The reference makes three temporaries of each tensor, fresh
-memory that the system has to clear first; mul_ and add_ (lightly's) pass twice; a lerp passes once, as a copy does (ema-pytorch's too). It may even
-come out below the copy: it loads the lines that the copy only stores to, and loads are what a CPU prefetches best (one flat array shows the same).
+Why: there is hardly any arithmetic, so only passes over memory count. The reference makes three temporaries per tensor, in fresh
+memory that the system has to clear first; mul_ and add_ (lightly's) pass twice; a lerp (ema-pytorch's too) passes once, as a copy
+does. It may even be faster than the copy: it loads the lines that the copy only stores to, and a CPU prefetches loads best (one flat
+array shows the same).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ TAU = 0.99
 class Size:
     rounds: int
     calls: int = 1
-    """In a round."""
+    """Calls per round."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
@@ -76,7 +78,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
 
 
 def networks(model: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """The target, and encoder and projector of the online network, whose parameters are 0.01 larger."""
+    """Returns the target, and the online network's encoder and projector with parameters that are larger by 0.01."""
     byol = build_byol(model, num_classes=2)
     followed = Target(byol.online)  # the same two parts, as one module
     with torch.no_grad():

@@ -1,15 +1,16 @@
-"""What: whole training from files, as ImageNet runs do it (paper's views, JPEG files of ImageNet's size): read, decode, views, step.
+"""Measures whole training from files, as in ImageNet runs (the paper's views, JPEG files of ImageNet's size): read, decode, views, step.
 
-How: the product's loader and `train_step`, one thread each; a round is an epoch. Reference: the same steps fed by torchvision.transforms on
-Pillow images in the training thread. Ceiling: the steps alone, on one batch again and again. `loader alone` is each backend with nobody
-computing: the run can't be faster than the slower of the two. The wall clock is the one to read, since the loader works beside the step.
+How: the product's loader and `train_step`, one thread each; a round is an epoch. Reference: the same steps fed by
+torchvision.transforms on Pillow images in the training thread. Ceiling: the steps alone, on one repeated batch. `loader alone` is
+each backend without training: a run cannot be faster than the slower of the two. Read the wall clock, since the loader works beside
+the step.
 
     python -m benchmarks.run end_to_end
 
-Why: on a CPU a step takes many times what its images take to load, so end to end is the step plus the first batch of each epoch, when
-nothing is prefetched; what the loader's thread takes from a busy machine's cores comes on top. `data_wait_share` is the share of the time
-that the step stood still for a batch; over 5 % the title says data-bound, and what to change. On a GPU the step is a hundred times
-faster and the loader is what to look at first (not measured yet).
+Why: on a CPU a step takes many times longer than loading its images, so end to end is the step plus the first batch of each epoch,
+when nothing is prefetched, plus what the loader's thread takes from the cores of a busy machine. `data_wait_share` is the share of
+the time that the step waited for a batch; above 5 % the title says data-bound, and what to change. On a GPU the step is a hundred
+times faster and the loader becomes the first thing to look at (not measured yet).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NUM_CLASSES = 10
 
 @dataclass(frozen=True)
 class Size:
-    """steps: an epoch. workers: threads of the loader. scale: of ImageNet's image sides."""
+    """Settings. steps: steps per epoch. workers: threads of the loader. scale: scale of ImageNet's image sides."""
 
     steps: int
     rounds: int
@@ -101,7 +102,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
 
 
 def verdict(data_wait_share: dict[str, float]) -> str:
-    """Who of the subjects waits for data, and the next thing to change."""
+    """Returns which subjects wait for data, and the next thing to change."""
     bound = [f"{name} {share:.0%}" for name, share in data_wait_share.items() if share > DATA_BOUND_SHARE]
     if not bound:
         return f"compute-bound, no backend waits more than {DATA_BOUND_SHARE:.0%} for data; the step is what to speed up"
@@ -113,7 +114,7 @@ def _name(backend: str) -> str:
 
 
 def _convert(folder: Path, backend: str) -> Path:
-    """The images as the backend reads them, beside the folder."""
+    """Converts the images, if needed, to the backend's format beside the folder, and returns the path."""
     if backend == "ffcv":
         path = folder.parent / "images.beton"
         write_beton(folder, out=path, workers=1)

@@ -1,14 +1,14 @@
-"""What: features of labelled images with a frozen encoder, from their files: what kNN and linear evaluation wait for.
+"""Measures feature extraction from image files with a frozen encoder, which dominates kNN and linear evaluation.
 
-How: the product's `build_image_loader` and `extract_features`, float32, one thread of each. Reference: torchvision's resize and centre crop on
-Pillow images in the same thread, float32, NCHW. Ceiling: the encoder's forward alone, on images in memory. The wall clock is the one to read:
-the loader works beside the encoder.
+How: the product's `build_image_loader` and `extract_features`, float32, one thread each. Reference: torchvision's resize and centre
+crop on Pillow images in the same thread, float32, NCHW. Ceiling: the encoder's forward alone, on images in memory. Read the wall
+clock: the loader works beside the encoder.
 
     python -m benchmarks.run evaluate
 
-Why: one forward without gradient is an eighth of a training step, and a centre crop most of two views' cost, so evaluation is data-bound
-sooner than training. The centre crop costs less than torchvision's because it crops first and resizes once. A set whose images fit in a
-GiB is decoded once for all protocols (`Split`).
+Why: one forward without gradient costs an eighth of a training step, but a centre crop most of the cost of two views, so evaluation
+becomes data-bound sooner than training. Our centre crop costs less than torchvision's because it crops first and resizes once. A data
+set whose images fit in a GiB is decoded once for all protocols (`Split`).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from fastbyol.models import build_encoder
 
 REFERENCE, CEILING, OURS, LOADER = "torchvision on Pillow, NCHW", "forward alone", "extract_features, .beton", "decode and crop alone"
 SHORT_SIDE = 256 / 224
-"""torchvision's usual resize before a centre crop, over the crop's side."""
+"""Short side of torchvision's usual resize before a centre crop, relative to the crop's side."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """images: divisible by batch. scale: of ImageNet's image sides."""
+    """Settings. images: a multiple of batch. scale: scale of ImageNet's image sides."""
 
     images: int
     batch: int

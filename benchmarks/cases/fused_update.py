@@ -1,18 +1,19 @@
-"""What: all that follows a backward: LARS over the online network (ResNet-50: 35.1 M in 169 tensors), then the target's update (33.0 M in 164).
+"""Measures everything after a backward: LARS over the online network (ResNet-50: 35.1 M in 169 tensors), then the target's update (33.0
+M in 164).
 
-How: float32, gradients given, channels-last. Ours in one pass (`lars_ema`, what `train_step` does), ours one after the other, and LARS alone.
-Reference: torch-optimizer's LARS (where that is not installed, the rule a tensor at a time), then solo-learn's loop over the target. Beside it
-lightly's LARS and update_momentum. Ceiling: `copy_` of the 35.1 M. The figures are of one thread;
-the last column repeats 'x ceiling' with two threads, and with one while a process of ours copies memory on another core, each against a copy
-under the same conditions ('x copy', medians of same-round ratios, wall clock).
+How: float32, gradients given, channels-last. Ours in one pass (`lars_ema`, what `train_step` uses), ours one after the other, and
+LARS alone. Reference: torch-optimizer's LARS (if it is not installed, the rule one tensor at a time), then solo-learn's loop over the
+target. Rival: lightly's LARS and update_momentum. Ceiling: `copy_` of the 35.1 M. The figures are for one thread; the last column
+repeats 'x ceiling' with two threads, and with one while another process of ours copies memory on another core, each relative to a
+copy under the same conditions ('x copy', medians of same-round ratios, wall clock).
 
     python -m benchmarks.run fused_update
 
-Why: memory. In two steps w is read once more than in one: 10 streams where a copy has 3, so 3.33 x a copy without a cache, and 9 or 3.0 x in one
-pass. A part of w and g is still in cache after the norms, which brings the pass below that. With two threads each takes the next tensor when
-it is done with its own (`kernel_threads.py`): no barrier waits for a core that is busy, and no bit changes. torch's own operations, the target's
-update alone among them, keep to one thread (`one_thread_on_cpu`), as their many small parallel regions hurt on a busy machine. On a GPU the two
-run one after the other (not measured yet).
+Why: memory bandwidth. Two separate steps read w once more than one: 10 streams, where a copy has 3, so 3.33 x a copy without a cache;
+one pass has 9, or 3.0 x. Part of w and g is still in cache after the norms, which brings the pass below that. With two threads, each
+takes the next tensor when it has finished one (`kernel_threads.py`): no barrier waits for a busy core, and the result is bitwise the
+same. torch's own operations, including the separate target update, use one thread (`one_thread_on_cpu`), because their many small
+parallel regions are slow on a busy machine. On a GPU the two run one after the other (not measured yet).
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ _COPY_FOR_EVER = "import numpy; a = numpy.zeros(1 << 24); b = a.copy()\nwhile Tr
 class Size:
     rounds: int
     more_rounds: int = 6
-    """With the other core busy, and with two threads."""
+    """Rounds with the other core busy, and with two threads."""
     calls: int = 1
-    """In a round."""
+    """Calls per round."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
@@ -131,7 +132,7 @@ def _rivals(byol: BYOL, target: list[torch.Tensor], online: list[torch.Tensor]) 
 
 
 def _both(*steps: Callable[[], object]) -> Callable[[], None]:
-    """All of them, one after another."""
+    """Returns a function that runs all steps, one after another."""
 
     def run() -> None:
         for step in steps:
@@ -150,7 +151,7 @@ def _times_copy(timings: dict[str, Timings], name: str) -> float:
 
 @contextmanager
 def _other_core_busy() -> Iterator[None]:
-    """A process of ours copies 128 MiB again and again inside."""
+    """Runs another process that repeatedly copies 128 MiB, inside the block."""
     process = subprocess.Popen([sys.executable, "-c", _COPY_FOR_EVER])
     try:
         yield

@@ -1,15 +1,16 @@
-"""What: one LARS step over the online network with its predictor (ResNet-50: 35.1 M in 169 tensors), gradients given.
+"""Measures one LARS step over the online network with its predictor (ResNet-50: 35.1 M in 169 tensors), gradients given.
 
-How: float32 on one thread; all subjects update the same parameters from the same gradients, each with a momentum buffer of its own.
-Reference: torch-optimizer's LARS, or the rule a tensor at a time where that is not installed; beside it lightly's. Ceiling: `copy_` of the
-parameters' bytes. Theirs divide by |g| + wd |w| where the official code has |g + wd w|: another rule, of as many passes (`optim/build.py`).
+How: float32 on one thread; all subjects update the same parameters from the same gradients, each with its own momentum buffer.
+Reference: torch-optimizer's LARS, or the rule one tensor at a time if that is not installed; rival: lightly's. Ceiling: `copy_` of
+the parameters' bytes. The other libraries divide by |g| + wd |w|, where the official code has |g + wd w|: another rule with as many
+passes (`optim/build.py`).
 
     python -m benchmarks.run lars
 
-Why: memory again. The rule reads w and g for the norms, and then reads w, g, m and writes w, m: 7 streams where a copy has 3, so 2.33 x a
-copy is the limit of an implementation that keeps nothing in cache; ours takes the norms and the update of a tensor close together, so that
-a part of w and g is still there. What others need above that are further passes and temporaries the size of the network. On a GPU, the
-reference's `if norm != 0` costs two synchronisations for each of 57 weights besides; ours has none.
+Why: memory bandwidth again. The rule reads w and g for the norms, then reads w, g, m and writes w, m: 7 streams where a copy has 3,
+so 2.33 x a copy is the limit of an implementation that keeps nothing in cache. Ours takes the norms and the update of a tensor close
+together, so part of w and g is still in cache. The rest of the other libraries' time goes into further passes and temporaries the
+size of the network. On a GPU, the reference's `if norm != 0` also costs two synchronisations for each of 57 weights; ours has none.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LR = 1e-3
 class Size:
     rounds: int
     calls: int = 1
-    """In a round."""
+    """Calls per round."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
 

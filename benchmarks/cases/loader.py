@@ -1,18 +1,20 @@
-"""What: two whole BYOL views of an image from its file, for each backend, on one thread.
+"""Measures two whole BYOL views of an image from its file, for each backend, on one thread.
 
-How: generated ImageNet-like JPEG files (`imagenet_like.py`), converted to a .beton and to tar shards. Each backend walks them three times:
-decode only (read, check the CRC where there is one, decode), crops (two uint8 crops at the output size), views (all of the augmentation).
-Reference: torchvision.transforms on Pillow images; beside it lightly's BYOLTransform where that is installed, DALI doing all of it by its own
-operations, and FFCV's own Loader with a pipeline for each view, as FFCV-SSL has it (`rivals/stock_ffcv_views.py`; not with --quick, for it compiles
-for 20 s). Ceiling: TurboJPEG alone on bytes in memory. The file cache is warm: a disk is not measured. Then each of our backends' views with more
-threads, as images/s of the wall clock, and for six epochs more: what the process grows by in the last three (MiB); a batch of 50 is 57 MiB.
+How: generated ImageNet-like JPEG files (`imagenet_like.py`), converted to a .beton and to tar shards. Each backend processes them in
+three ways: decode only (read, check the CRC if there is one, decode), crops (two uint8 crops at the output size), views (the whole
+augmentation). Reference: torchvision.transforms on Pillow images. Rivals: lightly's BYOLTransform if installed, DALI doing everything
+with its own operations, and FFCV's own Loader with a pipeline for each view, as in FFCV-SSL (`rivals/stock_ffcv_views.py`; not with
+--quick, because it compiles for 20 s). Ceiling: TurboJPEG alone on bytes in memory. The file cache is warm, so no disk is measured.
+Then each of our backends' views with more threads, as images/s of the wall clock, and for six more epochs the growth of the process
+in the last three (MiB); a batch of 50 is 57 MiB.
 
     python -m benchmarks.run loader
 
-Why: in the reference nearly all of the time is augmentation: each operation passes over the whole view and makes a new image of it. The
-kernel keeps a view in cache and does only what the view drew, so decoding is a third and more of our time. Backends differ by their
-decoder alone; crops and all that follows are one kernel for all of them. FFCV's own way decodes twice, and its colour operations make a float64
-image each, so it takes several times our time for less work. Threads, not processes, do the work, so the process's CPU clock sees all of it.
+Why: nearly all of the reference's time is augmentation: each operation passes over the whole view and makes a new image. Our kernel
+keeps a view in cache and computes only the operations it drew, so decoding is a third or more of our time. Backends differ only in
+their decoder; crops and everything after them are one kernel for all. FFCV's own way decodes twice, and its colour operations make a
+float64 image each, so it takes several times our time for less work. The work is done by threads, not processes, so the process's CPU
+clock sees all of it.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ LIGHTLY, DALI_NATIVE, STOCK_FFCV = "lightly: views", "dali, its own operations: 
 
 @dataclass(frozen=True)
 class Size:
-    """images: divisible by batch. scale: of ImageNet's image sides. slow: rows and columns that take long too."""
+    """Settings. images: a multiple of batch. scale: scale of ImageNet's image sides. slow: include rows and columns that take long."""
 
     images: int
     batch: int
@@ -138,7 +140,7 @@ def _rivals(paths: dict[str, Path], size: Size, views: ViewPair, skipped: dict[s
 
 
 def _rates_by_threads(paths: dict[str, Path], size: Size, views: ViewPair) -> dict[str, dict[str, float]]:
-    """images/s of each backend's views by the wall clock, with 2, 4, ... threads up to the cores that this process may use."""
+    """Returns images/s of each backend's views by the wall clock, with 2, 4, ... threads up to the number of cores available."""
     rates: dict[str, dict[str, float]] = {f"{backend}: views": {} for backend in paths}
     for threads in worker_counts(len(os.sched_getaffinity(0)))[1:]:
         with ExitStack() as opened:
@@ -153,7 +155,7 @@ def _rates_by_threads(paths: dict[str, Path], size: Size, views: ViewPair) -> di
 
 
 def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, opened: list[Source | TwoViewLoader]) -> list[Subject]:
-    """The backend's three subjects; what they opened is appended, to be closed by the caller."""
+    """Returns the backend's three subjects; what they opened is appended to `opened`, for the caller to close."""
     source = SOURCES[backend](path)
     opened.append(source)
     subjects = [Subject(f"{backend}: decode only", lambda: _decode_all(source), units=size.images)]
@@ -171,7 +173,7 @@ def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, ope
 
 
 def _growth_mib(epoch: Callable[[], object]) -> float:
-    """What this process's resident memory grows by in three epochs, after three that bring it to its level."""
+    """Returns the growth of this process's resident memory in three epochs, after three that bring it to its usual level."""
     resident = []
     for _ in range(2):
         for _ in range(3):
@@ -186,12 +188,12 @@ def _resident_mib() -> float:
 
 
 def _epoch_of(loader: TwoViewLoader) -> Callable[[], None]:
-    """Each call is the next epoch: new crops, new order."""
+    """Returns a function that runs the next epoch at each call: new crops, new order."""
     return lambda: _consume(loader)
 
 
 def _decode_all(source: Source) -> None:
-    """In index order, in the chunks that a loader's thread takes."""
+    """Decodes all images in index order, in the chunks that a loader's thread takes."""
     for first in range(0, source.num_samples, MAX_CHUNK):
         _consume(source.decode(np.arange(first, min(first + MAX_CHUNK, source.num_samples))))
 

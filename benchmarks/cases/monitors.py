@@ -1,14 +1,14 @@
-"""What: what watching a run costs: the share of a step that goes into `Monitor` and `RunLog`.
+"""Measures the cost of monitoring a run: the share of a step that goes into `Monitor` and `RunLog`.
 
-How: the calls that the loop makes for as many steps as lie between two records by default, one of them logged (norms, signs of collapse, one
-read, a line each to metrics.jsonl, TensorBoard and train.log), on the outputs and gradients of a real step of ResNet-50. Reference: the same
-with every step logged. Ceiling: a step itself, of which ours is to take less than 1 %.
+How: the calls that the training loop makes between two records by default, with one step logged (norms, signs of collapse, one read,
+a line each to metrics.jsonl, TensorBoard and train.log), on the outputs and gradients of a real step of ResNet-50. Reference: the
+same with every step logged. Ceiling: a step itself, of which ours should take less than 1 %.
 
     python -m benchmarks.run monitors
 
-Why: most of it is the two norms, three passes over the weights and one over the gradients, on logged steps only; sums over micro-batches are
-a few additions. The step's time grows with the batch and the norms' does not: this small batch is the hard case. On a GPU all of it is
-queued behind the step and read once per record (not measured yet).
+Why: most of the cost is the two norms, three passes over the weights and one over the gradients, on logged steps only; sums over
+micro-batches are a few additions. The step's time grows with the batch and the norms' does not, so this small batch is the hard case.
+On a GPU all of it is queued behind the step and read once per record (not measured yet).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
 
 @contextmanager
 def log_to_files(folder: Path, config: TrainConfig) -> Iterator[RunLog]:
-    """A run's log whose lines for the screen go to a file too, as a batch job's do."""
+    """Opens a run log whose screen output goes to a file too, as in a batch job."""
     with (folder / "stderr").open("w") as screen:
         with redirect_stderr(screen):
             run_log = RunLog(folder, config, total_steps=TOTAL_STEPS, first_step=0)
@@ -93,7 +93,7 @@ def log_to_files(folder: Path, config: TrainConfig) -> Iterator[RunLog]:
 
 
 class Watched:
-    """A step's forward and backward, and the monitor's part of it by itself."""
+    """A step's forward and backward, and separately the monitor's calls for it."""
 
     def __init__(self, config: TrainConfig, byol: BYOL, run_log: RunLog) -> None:
         self._config, self._byol, self._run_log = config, byol, run_log
@@ -104,7 +104,7 @@ class Watched:
         self._output = self.compute()
 
     def compute(self) -> BYOLOutput:
-        """Four forwards and the backward; the gradients stay."""
+        """Runs four forward passes and the backward; the gradients stay."""
         self._byol.zero_grad(set_to_none=True)
         with autocast(self._config.precision, device=CPU):
             output: BYOLOutput = self._byol(self._batch.view1, self._batch.view2, self._batch.label)
@@ -113,7 +113,7 @@ class Watched:
         return output
 
     def watch(self, *, log_every: int) -> None:
-        """All calls of `LOG_EVERY` steps to the monitor, without the steps."""
+        """Makes all monitor calls of `LOG_EVERY` steps, without the steps."""
         for step in range(LOG_EVERY):
             logged = (step + 1) % log_every == 0
             self._monitor.start_step(logged=logged)

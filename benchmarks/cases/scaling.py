@@ -1,15 +1,18 @@
-"""What: training on several ranks: does the work of a rank take longer when there are others, and is it the machine or the messages.
+"""Measures training on several ranks: does a rank's work take longer if there are others, and is that due to the machine or to the
+messages?
 
-How: processes joined by gloo as torchrun joins them, the product's `build` and `train_step` (DDP, cross-replica BN), views given, one thread and
-the same images for each rank: n ranks have n times the global batch. Reference: one rank, the others idle. `n, nobody speaks`: n
-processes that train at once, each for itself: what cores and memory allow. Ceiling: that row for the largest n. Figures are per image of all ranks,
-CPU time is summed over ranks; `efficiency` is images/s per rank over the reference's.
+How: processes joined by gloo as torchrun joins them, the product's `build` and `train_step` (DDP, cross-replica BN), views given, one
+thread and the same images per rank: n ranks have n times the global batch. Reference: one rank, the others idle. `n, nobody speaks`:
+n processes that train at the same time without exchanging messages, which shows what cores and memory allow. Ceiling: that row for
+the largest n. Figures are per image of all ranks, CPU time is summed over ranks; `efficiency` is images/s per rank over the
+reference's.
 
     python -m benchmarks.run scaling
 
-Why: what `n, nobody speaks` lacks to n times the reference is the machine's: shared memory bandwidth, and other users of the cores. What n
-ranks lack to that is ours: the gradient's average and two messages for each BN layer and view, on a small net with little work between
-them; on a CPU gloo copies through the loopback. It says nothing about NVLink or InfiniBand (not measured yet).
+Why: the gap between `n, nobody speaks` and n times the reference is due to the machine: shared memory bandwidth, and other users of
+the cores. The gap between n ranks and that is due to us: averaging the gradients, and two messages for each BN layer and view, in a
+small network with little work between them; on a CPU gloo copies through the loopback. This says nothing about NVLink or InfiniBand
+(not measured yet).
 """
 
 from __future__ import annotations
@@ -40,15 +43,15 @@ from fastbyol.train import build, train_step
 
 REFERENCE = "1 rank"
 ANSWER_S = 300.0
-"""A rank that says nothing for so long has failed."""
+"""Seconds after which a rank that does not answer has failed."""
 TINY_IMAGES = 0.05
-"""Scale of the images that `build` wants to see and nobody reads."""
+"""Scale of the images that `build` needs to see but nobody reads."""
 NUM_CLASSES = 2
 
 
 @dataclass(frozen=True)
 class Size:
-    """rank_batch: images of a rank in a step. steps: in a round. ranks: 0 takes a core each, 8 at most."""
+    """Settings. rank_batch: images per rank and step. steps: steps per round. ranks: 0 means one per core, 8 at most."""
 
     steps: int
     rounds: int
@@ -95,7 +98,9 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
 
 
 def efficiency(timings: dict[str, Timings], ranks: dict[str, int], *, reference: str) -> dict[str, float]:
-    """Images/s per rank over the reference's, the median of the rounds; 1 where the others cost nothing. ranks: at work, by subject."""
+    """Returns images/s per rank over the reference's, the median of the rounds; 1 if other ranks cost nothing. ranks: number of working
+    ranks, by subject.
+    """
     first = timings[reference].ms["wall"]
     return {name: median(a / b for a, b in zip(first, timings[name].ms["wall"], strict=True)) / n for name, n in ranks.items()}
 
@@ -110,14 +115,14 @@ def _alone(n: int) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank did in a round. cpu_s: of its process."""
+    """One rank's work in a round. cpu_s: CPU seconds of its process."""
 
     cpu_s: float
     images: int
 
 
 def _measure(work: dict[str, Callable[[], Sequence[Work]]], size: Size) -> dict[str, Timings]:
-    """As `timing.measure`, for work that other processes do: their CPU time, our wall time."""
+    """Times like `timing.measure`, but for work done by other processes: their CPU time, our wall time."""
     ms: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in work}
     for number in range(1 + size.rounds):
         for name, do in work.items():
@@ -131,7 +136,7 @@ def _measure(work: dict[str, Callable[[], Sequence[Work]]], size: Size) -> dict[
 
 
 class RankGroup:
-    """n processes in one group, which wait for work."""
+    """A group of n processes that wait for work."""
 
     def __init__(self, n: int, size: Size, data: Path) -> None:
         context = mp.get_context("spawn")
@@ -149,7 +154,7 @@ class RankGroup:
             _answer(pipe)
 
     def run(self, how: str, *, ranks: int) -> list[Work]:
-        """A round on the first `ranks` of them: 'joined' (only with all), or 'alone'."""
+        """Runs a round on the first `ranks` processes: 'joined' (only with all of them), or 'alone'."""
         for pipe in self._pipes[:ranks]:
             pipe.send(how)
         return [_answer(pipe) for pipe in self._pipes[:ranks]]
@@ -159,7 +164,7 @@ class RankGroup:
 
     def __exit__(self, *_: object) -> None:
         for pipe in self._pipes:
-            pipe.close()  # the end of their work
+            pipe.close()  # tells the process to end
         for process in self._processes:
             process.join(timeout=30)
             process.kill()
@@ -167,7 +172,7 @@ class RankGroup:
 
 def _answer(pipe: Connection) -> Work:
     if not pipe.poll(ANSWER_S):
-        raise RuntimeError(f"a rank of the scaling case said nothing for {ANSWER_S:.0f} s")
+        raise RuntimeError(f"a rank of the scaling case did not answer for {ANSWER_S:.0f} s")
     return pipe.recv()
 
 
@@ -178,7 +183,7 @@ def _free_port() -> int:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int, size: Size, data: str) -> None:
-    """A rank: joins as under torchrun, then works whenever it is told to, until the pipe is closed."""
+    """Runs a rank: joins as under torchrun, then works on request until the pipe is closed."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -196,7 +201,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, size: Size, 
 
 
 def _make_steps(size: Size, data: str, process: Process) -> Callable[[], None]:
-    """The product's steps on one batch of noise again and again."""
+    """Returns a function that runs the product's steps on one repeated batch of noise."""
     config = TrainConfig(
         global_batch=size.rank_batch * process.world_size,
         seed=size.seed,

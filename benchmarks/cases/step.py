@@ -1,25 +1,26 @@
-"""What: a whole optimizer step of BYOL on the CPU, views given: both views through both networks, backward, LARS, the target's update.
+"""Measures a whole optimizer step of BYOL on the CPU, views given: both views through both networks, backward, LARS, the target's update.
 
-How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as the usual library has it
-(`rivals/plain_step.py`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's loop over
-the target; in a process of its own, as the product's step changes how memory is managed. Ours then in float32, and in bf16 autocast (the
-product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of half the size (rank_batch); and bf16 compiled (not with
---quick). fp16 needs a GPU. Ceiling: the step's floating-point operations, counted by torch, at the rate of a single bf16 channels-last 3x3
-convolution measured in the same rounds; 'of peak' is the share of that rate. A second ceiling, of memory: a copy of 64 MiB, counted in images whose
-bytes are our bf16 step's. MB: bytes of all operands and results of torch's operations and our norm's (`traffic.py`), what moves where no cache
-helps; the updates' own kernel is not in it, nor is what Inductor compiled.
+How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as in most libraries
+(`rivals/plain_step.py`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's
+loop over the target; in a process of its own, because the product's step changes how memory is managed. Ours in float32 and in bf16
+autocast (the product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of half the size (rank_batch); and bf16
+compiled (not with --quick). fp16 needs a GPU. Ceiling: the step's floating-point operations, counted by torch, at the rate of a
+single bf16 channels-last 3x3 convolution measured in the same rounds; 'of peak' is the share of that rate. A second ceiling, for
+memory: a copy of 64 MiB, converted to images by the bytes of our bf16 step. MB: bytes of all operands and results of torch's
+operations and our norm's (`traffic.py`), which is what moves if no cache helps; the fused update's kernel and code compiled by
+Inductor are not included.
 
     python -m benchmarks.run step
 
-Why: channels-last spares oneDNN the reordering of activations; bf16 halves the bytes and uses the CPU's bf16 instructions where it has
-them; both views in one batch halve the weights' casts and reorderings and give each convolution twice the work (1.08 x). Norm, sum and ReLU are
-one operation (`models/norm_relu.py`), two thirds of the time of torch's one after another. The process keeps the memory that a step frees
-(`host_memory.py`): given back and taken again, every activation is mapped and zeroed anew, a fifth of the reference's time (with
-our setting it would be 2.35 x ours, not 2.9 x). Convolutions are more
-than four fifths of what is left and run at 70 to 95 % of the ceiling's rate.
-torch.compile gains nothing here (the last row): Inductor's batch norm is slower on a CPU than torch's own and than ours. The batch matters to the
-reference: below 16 images, torch hands 1x1 convolutions on one thread to MKL, which is faster than what it does with 16 and more; at batch 4 the
-ratio is therefore smaller. It says nothing about a GPU, where memory bounds the step (not measured yet).
+Why: channels-last saves oneDNN the reordering of activations; bf16 halves the bytes and uses the CPU's bf16 instructions if it has
+them; both views in one batch halve the casts and reorderings of weights and give each convolution twice the work (1.08 x). Norm, sum
+and ReLU are one operation (`models/norm_relu.py`), which takes two thirds of the time of torch's separate ones. The process keeps the
+memory that a step frees (`host_memory.py`): if it were returned and allocated again, every activation would be mapped and zeroed
+anew, a fifth of the reference's time (with our setting the reference would take 2.35 x our time, not 2.9 x). Convolutions are more
+than four fifths of the rest and run at 70 to 95 % of the ceiling's rate.
+torch.compile gains nothing here (the last row): on a CPU Inductor's batch norm is slower than torch's own and than ours. The batch
+size matters to the reference: below 16 images, torch runs 1x1 convolutions on one thread with MKL, which is faster than what it uses
+from 16 on; at batch 4 the ratio is therefore smaller. This says nothing about a GPU, where memory limits the step (not measured yet).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ NUM_CLASSES = 10
 CPU = torch.device("cpu")
 MEMORY, COPY_BYTES = "copy of as many bytes", 64 << 20
 CONV_BATCH, CONV_CHANNELS, CONV_PX, CONV_CALLS = 16, 512, 7, 8
-"""Of eight shapes tried from 64 channels at 56 px to these, the one with the highest rate; they differ by 10 %."""
+"""Shape of the ceiling's convolution: the fastest of eight tried, from 64 channels at 56 px to this one; their rates differ by 10 %."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
 
 
 def _variants(size: Size) -> dict[str, Callable[[], TrainingStep]]:
-    """How to make each; UserError where this machine cannot."""
+    """Returns a maker for each variant; a maker raises UserError if this machine cannot run it."""
 
     def compiled() -> TrainingStep:
         if not size.compile:
@@ -152,7 +153,7 @@ def _on_noise(step: TrainingStep, size: Size) -> Callable[[], None]:
 
 
 def _count_flop(step: Callable[[], None]) -> int:
-    """Of convolutions and matrix products, two for each multiply-add."""
+    """Counts the operations of convolutions and matrix products, two per multiply-add."""
     counter = FlopCounterMode(display=False)
     with counter:
         step()
@@ -168,7 +169,7 @@ def _convolution(flop_per_image: float) -> Subject:
 
 
 def _copy(megabytes_per_image: float) -> Subject:
-    """Its GB/s count what it reads and what it writes, as the bytes of a step do."""
+    """Returns the memory ceiling; its GB/s count both reads and writes, as the bytes of a step do."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8)
     out = torch.empty_like(source)
     return Subject(MEMORY, lambda: out.copy_(source), units=2 * COPY_BYTES / (1e6 * megabytes_per_image), calls=2, role="memory ceiling")

@@ -1,11 +1,11 @@
-"""What: the case `step` for ResNet-18 at 224 px, whose convolutions are 3x3 and wide: less of its time is batch norm.
+"""Measures the case `step` for ResNet-18 at 224 px, whose convolutions are 3x3 and wide, so less of its time is batch norm.
 
-How: as `step`: one thread, batch 16. Reference: float32, NCHW, a view at a time, updates a tensor at a time. Ceiling: the step's operations
-at the rate of one bf16 convolution.
+How: as in `step`: one thread, batch 16. Reference: float32, NCHW, one view at a time, updates one tensor at a time. Ceiling: the
+step's operations at the rate of one bf16 convolution.
 
     python -m benchmarks.run step_resnet18
 
-Why: as in `step`. Its reference is nearer to the peak, for 3x3 convolutions reorder their weights once for nine times the work.
+Why: as in `step`. Its reference is closer to the peak, because a 3x3 convolution reorders its weights once for nine times the work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What only a GPU can show, as parts of `benchmarks.gpu_plan`.
+"""The parts of `benchmarks.gpu_plan`: measurements that need a GPU.
 
-A part is a module with `FULL` and `TINY`, its settings, and `run(size, *, place)`, which returns a `CaseResult` or `Findings`. `TINY` is for
-a dry run on the CPU, which finds mistakes in the part and whose figures mean nothing. Its docstring says what, how and why, as a case's does.
+A part is a module with `FULL` and `TINY`, its settings, and `run(size, *, place)`, which returns a `CaseResult` or `Findings`. `TINY`
+is for a dry run on the CPU, which finds mistakes in the part but gives meaningless figures. Its docstring says what is measured, how
+and why, as a case's does.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 from benchmarks.record import CaseResult
 
 PARTS = ("step", "syncs", "augment", "ema", "lars", "decode", "end_to_end", "step_compiled", "launches")
-"""In this order: what matters most and takes least comes first, because the time is limited."""
+"""The parts in the order in which they run: the most important and shortest first, because the time is limited."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part works. images: a folder of generated JPEG files, as `imagenet_like` writes them. workers: threads for the CPU's share."""
+    """Device and folders of a part. images: a folder of JPEG files from `imagenet_like`. workers: threads for the CPU's share of the
+    work.
+    """
 
     device: torch.device
     images: Path
@@ -31,7 +34,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Findings:
-    """What is not a time: a text for each thing looked at."""
+    """A result that is not a time: a text for each thing checked."""
 
     part: str
     title: str
@@ -39,13 +42,13 @@ class Findings:
 
 
 class Part(Protocol):
-    """What every module named in PARTS offers."""
+    """Interface of every module named in PARTS."""
 
     FULL: Any
     TINY: Any
 
     def run(self, size: Any, *, place: Place) -> CaseResult | Findings:
-        """Measures. UserError: something it needs is missing."""
+        """Measures with the given settings. Raises UserError if something it needs is missing."""
         ...
 
 

@@ -1,12 +1,13 @@
-"""What: `augment/torch_graph.py` on the device, from uint8 crops to normalised float32 views, two views of each image.
+"""Measures `augment/torch_graph.py` on the device, from uint8 crops to normalised float32 views, two views of each image.
 
-How: the paper's views, drawn as in training, on crops of noise that lie on the device. Reference: the graph run eagerly. Ceiling: a device copy
-that reads and writes as many bytes as the graph must (1 byte in and 4 out for each of an image's 301,056 numbers).
+How: the paper's views, drawn as in training, on crops of noise already on the device. Reference: the graph run eagerly. Ceiling: a
+device copy that reads and writes as many bytes as the graph must (1 byte in and 4 out for each of an image's 301,056 numbers).
 
     python -m benchmarks.gpu_plan augment
 
-Why: eager passes over the batch in memory some 300 times; compiled, the graph is a few kernels between the image's mean (contrast) and the
-two passes of the blur, so it should come within several times of the copy. GB/s counts the bytes that have to move, not those that do.
+Why: eager mode passes over the batch in memory some 300 times. Compiled, the graph is a few kernels, separated by the image's mean
+(contrast) and the two passes of the blur, so it should come within several times of the copy. GB/s counts the bytes that have to
+move, not those that do.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BYTES_IN, BYTES_OUT = 1, 4
 
 @dataclass(frozen=True)
 class Size:
-    """backend: of torch.compile."""
+    """Settings. backend: backend of torch.compile."""
 
     batch: int
     rounds: int
@@ -84,7 +85,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
 
 
 def _inputs(size: Size, pair: ViewPair, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(N, 3, S, S) uint8 channels-last; what each view of each image draws."""
+    """Returns crops (N, 3, S, S) uint8 channels-last, and the drawn parameters of each view."""
     side = np.full(size.batch, 2 * size.size_px)
     drawn = draw_parameters(pair, seed=size.seed, epoch=0, index=np.arange(size.batch), height=side, width=side)
     generator = torch.Generator().manual_seed(size.seed)

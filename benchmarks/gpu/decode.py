@@ -1,13 +1,13 @@
-"""What: two uint8 crops of each image from its JPEG bytes, left on the device: nvJPEG through DALI beside our kernel on the CPU.
+"""Measures two uint8 crops of each image from its JPEG bytes, left on the device: nvJPEG through DALI compared with our kernel on the CPU.
 
-How: generated ImageNet-like files in tar shards, all of the machine's cores as threads. Reference: decode and crop on the CPU, copied to the
-device. Ceiling: DALI's decoder alone ('mixed': Huffman on the CPU or the card's JPEG engine, the rest on the GPU). `all`: DALI's own operations
-up to the normalised view, which are not the paper's.
+How: generated ImageNet-like files in tar shards, with one thread per core of the machine. Reference: decode and crop on the CPU,
+copied to the device. Ceiling: DALI's decoder alone ('mixed': Huffman decoding on the CPU or the GPU's JPEG engine, the rest on the
+GPU). `all`: DALI's own operations up to the normalised view, which are not the paper's.
 
     python -m benchmarks.gpu_plan decode
 
-Why: a step wants 2,000 to 3,500 images/s per H100; the CPU gives 300 to 700 a core. Where cores are few, the card's decoder feeds it, at the
-price of some of its own time. A whole run has the decoder beside the step: see `end_to_end`.
+Why: a step needs 2,000 to 3,500 images/s per H100; a CPU core provides 300 to 700. On a machine with few cores the GPU's decoder can
+supply the step, at the price of some GPU time. The part `end_to_end` measures whole runs with the decoder beside the step.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
             try:
                 loader = opened.enter_context(_open(shards, ops, size, place))
                 epoch = _epoch_of(loader, place.device)
-                epoch()  # what DALI cannot do here it says at the first batch
+                epoch()  # DALI reports unsupported operations only at the first batch
             except UserError as error:
                 if name == REFERENCE:
                     raise
@@ -94,7 +94,7 @@ def _open(shards: Path, ops: str, size: Size, place: Place) -> TwoViewLoader:
 
 
 def _epoch_of(loader: Iterable[Any], device: torch.device) -> Callable[[], None]:
-    """Each call is an epoch whose views end on the device."""
+    """Returns a function that runs an epoch whose views end on the device."""
 
     def epoch() -> None:
         deque(((batch.view1.to(device), batch.view2.to(device)) for batch in loader), maxlen=0)
@@ -104,7 +104,7 @@ def _epoch_of(loader: Iterable[Any], device: torch.device) -> Callable[[], None]
 
 
 def _decode_only(source: DaliSource, images: int, size: Size, place: Place) -> Callable[[], None]:
-    """All images, a batch at a time, from bytes in memory."""
+    """Returns a function that decodes all images from bytes in memory, a batch at a time."""
     from nvidia.dali import Pipeline, fn, types
 
     on_gpu = place.device.type == "cuda"

@@ -1,11 +1,13 @@
-"""What: the target's update on the device, over all parameters of encoder and projector (ResNet-50: 33.0 M in 164 tensors).
+"""Measures the target's update on the device, over all parameters of encoder and projector (ResNet-50: 33.0 M in 164 tensors).
 
-How: float32. Reference: the equation a tensor at a time, as most write it. Ceiling: `copy_` of the same tensors, which moves two thirds of
-the bytes that the update has to (GB/s: the update's three streams over its time). Then ours by each back end, and as a CUDA graph.
+How: float32. Reference: the equation one tensor at a time, as in most code. Ceiling: `copy_` of the same tensors, which moves two
+thirds of the bytes that the update must (GB/s: the update's three streams over its time). Then ours with each back end, and as a CUDA
+graph.
 
     python -m benchmarks.gpu_plan ema
 
-Why: memory again, but 164 tensors are also 164 to 656 launches where each tensor has its own; the fused forms have a few, a graph one.
+Why: memory bandwidth again, but with one or more launches per tensor there are also 164 to 656 launches; the fused forms have a few,
+a graph has one.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from fastbyol.optim.ema import EMA_BACKENDS, ema_update, ema_update_reference
 REFERENCE, CEILING = "the equation, a tensor at a time", "copy_"
 TAU = 0.99
 STREAMS = 3
-"""Read the target and the online tensor, write the target."""
+"""Memory streams: read the target and the online tensor, write the target."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
 
 
 def _graphs(target: list[Tensor], online: list[Tensor], place: Place, skipped: dict[str, str]) -> dict[str, Callable[[], object]]:
-    """Replayed graphs; tau is a tensor in the second, which a graph follows as it changes."""
+    """Returns CUDA graphs to replay; in the second, tau is a tensor, whose changes a graph follows."""
     if place.device.type != "cuda":
         skipped["CUDA graphs"] = "need CUDA"
         return {}

@@ -1,13 +1,14 @@
-"""What: training from JPEG files on the device: images/s per GPU, and whether data or the step is the limit.
+"""Measures training from JPEG files on the device: images/s per GPU, and whether data or the step is the limit.
 
-How: the product's loader (all cores as threads, uint8 crops, augmentation on the device) and `train_step` on generated ImageNet-like files; an
-epoch a round. Reference: views made whole on the CPU, from the image folder. Ceiling: the steps alone, on one batch again and again. Backends
-that are not installed are left out. `loader alone` is a backend with nobody computing. The files are in the page cache: no disk is measured.
+How: the product's loader (one thread per core, uint8 crops, augmentation on the device) and `train_step` on generated ImageNet-like
+files; one epoch per round. Reference: views made completely on the CPU, from the image folder. Ceiling: the steps alone, on one
+repeated batch. Backends that are not installed are left out. `loader alone` is a backend without training. The files are in the page
+cache, so no disk is measured.
 
     python -m benchmarks.gpu_plan end_to_end
 
-Why: the loader works beside the step, so the sum is the slower of the two, plus the first batch of each epoch, which nothing hides (a real
-epoch has a hundred times as many).
+Why: the loader works beside the step, so a run is as fast as the slower of the two, plus the first batch of each epoch, which nothing
+hides (a real epoch has a hundred times as many batches).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from fastbyol.monitors.compute import flop_per_image
 
 CEILING, REFERENCE = "steps alone", "folder, views on the CPU"
 WAYS = {REFERENCE: ("folder", "float32"), **{f"{backend}: end to end": (backend, "uint8") for backend in ("ffcv", "dali", "folder")}}
-"""By name: the backend, and what its loader makes."""
+"""Backend and loader output of each subject."""
 LOADER_ALONE = "loader alone"
 NUM_CLASSES = 10
 
@@ -65,7 +66,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
         for name, (backend, output) in WAYS.items():
             try:
                 loaders[name] = opened.enter_context(_open(config, backend, output, size, place))
-                _load(loaders[name], place.device)  # what a backend cannot do here it says at the first batch
+                _load(loaders[name], place.device)  # a backend reports unsupported operations only at the first batch
             except UserError as error:
                 skipped[name] = str(error)
                 loaders.pop(name, None)
@@ -92,7 +93,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
 
 
 def _rates(timings: dict[str, Timings], config: TrainConfig, device: torch.device) -> dict[str, dict[str, float]]:
-    """Of the rows that compute."""
+    """Returns the compute rates of the rows that train."""
     flop = flop_per_image(config.model, size_px=config.views.size_px)
     steps = {name: timing for name, timing in timings.items() if not name.endswith(LOADER_ALONE)}
     return compute_rates(steps, flop, device, uses_16_bits=lambda _: config.precision.autocast == "bf16")
@@ -104,7 +105,7 @@ def _open(config: TrainConfig, backend: str, output: str, size: Size, place: Pla
 
 
 def _load(loader: TwoViewLoader, device: torch.device) -> None:
-    """An epoch, with nobody computing."""
+    """Loads an epoch without training."""
     deque(loader, maxlen=0)
     synchronize(device)
 
@@ -128,7 +129,7 @@ def _subjects(config: TrainConfig, loaders: dict[str, TwoViewLoader], *, steps: 
 
 
 def _convert(place: Place, backend: str) -> Path:
-    """The images as the backend reads them."""
+    """Converts the images, if needed, to the backend's format and returns the path."""
     if backend == "ffcv":
         path = place.scratch / "images.beton"
         write_beton(place.images, out=path, workers=place.workers)

@@ -1,13 +1,13 @@
-"""What: one LARS step on the device over the online network with its predictor (ResNet-50: 35.1 M in 169 tensors), gradients given.
+"""Measures one LARS step on the device over the online network with its predictor (ResNet-50: 35.1 M in 169 tensors), gradients given.
 
-How: float32; all subjects move the same parameters from the same gradients, each with momenta of its own. Reference: torch-optimizer's LARS
-where it is installed, else the rule a tensor at a time. Ceiling: `copy_` of the parameters' bytes. Then ours, as a CUDA graph, and with the
-target's update after it.
+How: float32; all subjects update the same parameters from the same gradients, each with its own momentum buffers. Reference:
+torch-optimizer's LARS if installed, else the rule one tensor at a time. Ceiling: `copy_` of the parameters' bytes. Then ours, as a
+CUDA graph, and followed by the target's update.
 
     python -m benchmarks.gpu_plan lars
 
-Why: the rule moves 7 streams where a copy has 2 or 3, and others add temporaries, about 1,300 launches, and `if norm != 0`: the host
-waits for the device twice for each of 57 weights.
+Why: the rule moves 7 streams where a copy has 2 or 3. Other libraries add temporaries, about 1,300 launches, and `if norm != 0`,
+which makes the host wait for the device twice for each of 57 weights.
 """
 
 from __future__ import annotations
@@ -105,12 +105,12 @@ def _graph(byol: BYOL, place: Place, skipped: dict[str, str]) -> dict[str, Calla
         return {}
     optimizer = _optimizer(byol, "lars")
     for group in optimizer.param_groups:
-        group["lr"] = torch.full((), LR, device=place.device)  # a number would be frozen into the graph
+        group["lr"] = torch.full((), LR, device=place.device)  # a Python number would become a constant of the graph
     return captures({f"{OURS}, CUDA graph": optimizer.step}, place.device, skipped)
 
 
 def _optimizer(byol: BYOL, name: str) -> torch.optim.Optimizer:
-    """The product's over the online network, with a learning rate at which nothing moves far in a few thousand steps."""
+    """Returns the product's optimizer over the online network, with a learning rate so small that thousands of steps change little."""
     optimizer = build_optimizer(OptimConfig(name=name), byol.online)
     for group in optimizer.param_groups:
         group["lr"] = LR

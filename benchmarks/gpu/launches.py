@@ -1,12 +1,14 @@
-"""What: forward, loss and backward of a small batch, where the host's launches are the limit: eager, compiled, compiled with CUDA graphs.
+"""Measures forward, loss and backward of a small batch, where the host's kernel launches are the limit: eager, compiled, compiled with
+CUDA graphs.
 
-How: ResNet-18 at 224 px, bf16, channels-last, views on the device; gradients are set to None before each call. Reference: eager. Ceiling: the
-operations at the rate of a large bf16 matrix product.
+How: ResNet-18 at 224 px, bf16, channels-last, views on the device; gradients are set to None before each call. Reference: eager.
+Ceiling: the operations at the rate of a large bf16 matrix product.
 
     python -m benchmarks.gpu_plan launches
 
-Why: a BYOL step of a ResNet-18 has some 1,500 kernels; below about 10 us of work for each, the device waits for the host. A graph
-(torch.compile's mode reduce-overhead) launches them all at once. At the large batches of pre-training it should not matter.
+Why: a BYOL step of a ResNet-18 has some 1,500 kernels; if each does less than about 10 us of work, the device waits for the host. A
+CUDA graph (torch.compile's mode reduce-overhead) launches them all at once. At the large batches of pre-training it should not
+matter.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ MODES = {"bf16, compiled": "default", "bf16, compiled, CUDA graphs": "reduce-ove
 
 @dataclass(frozen=True)
 class Size:
-    """backend: of torch.compile; only inductor has modes."""
+    """Settings. backend: backend of torch.compile; only inductor has modes."""
 
     model: ModelConfig
     size_px: int
@@ -78,7 +80,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
 
 
 def _gradients(size: Size, device: torch.device, *, compile_mode: str | None) -> Callable[[], None]:
-    """A call leaves new gradients in a network of its own."""
+    """Returns a function that computes new gradients in a network of its own at each call."""
     byol = build_byol(size.model, num_classes=2).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile_mode:
         mode = {"mode": compile_mode} if size.backend == "inductor" else {}

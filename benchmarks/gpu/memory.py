@@ -1,4 +1,4 @@
-"""The largest batch whose step fits the device's memory."""
+"""Finds the largest batch whose step fits in the device's memory."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import torch
 from fastbyol.config.errors import UserError
 
 PROBES = (16, 48)
-"""Batches whose memory tells what an image needs."""
+"""Batches whose memory shows how much an image needs."""
 SHARE = 0.85
-"""Of the free memory that a step may take: blocks are not packed without gaps, and a part holds several networks at once."""
+"""Share of the free memory that a step may take: allocation leaves gaps, and a part holds several networks at once."""
 MULTIPLE = 32
 LARGEST = 2048
 _SIGNS = ("out of memory", "ALLOC_FAILED")
-"""In the words of errors that are not torch's OutOfMemoryError: the driver's, cuBLAS's and cuDNN's own."""
+"""Texts of out-of-memory errors that are not torch's OutOfMemoryError: those of the driver, cuBLAS and cuDNN."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says that the device's memory is used up, in whoever's words."""
+    """Returns True if the error says that the device is out of memory, including errors of the driver, cuBLAS and cuDNN."""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
-    """The largest multiple of 32 whose step runs, found by prediction from two small ones and then tried; less after each failure.
+    """Returns the largest multiple of 32 whose step runs. It is predicted from two small batches and then tried, with a smaller one
+    after each failure.
 
     Args:
-        step: runs a step, or a few, of a batch, and keeps nothing.
-        device: CUDA.
+        step: runs one or more steps of a batch and keeps nothing.
+        device: a CUDA device.
     """
     free, _ = torch.cuda.mem_get_info(device)
     batch = fitting_batch({n: _peak_bytes(step, n, device) for n in PROBES}, limit=SHARE * (free + torch.cuda.memory_reserved(device)))
@@ -42,11 +43,13 @@ def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
             batch = int(0.9 * batch) // MULTIPLE * MULTIPLE
         else:
             return batch
-    raise UserError(f"{MULTIPLE} images do not fit the memory of {device}")
+    raise UserError(f"{MULTIPLE} images do not fit in the memory of {device}")
 
 
 def fitting_batch(peaks: dict[int, int], *, limit: float) -> int:
-    """The largest multiple of 32, at most 2048, that a straight line through the two measured peaks (bytes, by batch) puts under the limit."""
+    """Returns the largest multiple of 32, at most 2048, that a straight line through the two measured peaks (bytes, by batch) puts under
+    the limit.
+    """
     (small, low), (large, high) = sorted(peaks.items())
     per_image = (high - low) / (large - small)
     fixed = low - small * per_image

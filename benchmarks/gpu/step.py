@@ -1,16 +1,16 @@
-"""What: a whole BYOL step on the device, views given, at the largest batch that fits: images/s per GPU, and MFU.
+"""Measures a whole BYOL step on the device, views given, at the largest batch that fits: images/s per GPU, and MFU.
 
-How: the product's `train_step` on noise, eager. The largest batch is found from the memory of two small ones. Reference: float32, NCHW, at half
-that batch, or less where that does not fit. bf16 also in NCHW, and with cuDNN's search for algorithms, which the
-product leaves off. Ceiling: the step's operations, counted by torch, at the rate of a large bf16 matrix product in the same rounds;
-of memory, a copy of the bytes that our step's operations read and write (`traffic.py`).
-MFU: those operations over the card's peak by its data sheet (`fastbyol/monitors/compute.py`), where the card is known. The shares of forward and
-backward and of the update are the monitor's, by CUDA events.
+How: the product's `train_step` on noise, eager. The largest batch is predicted from the memory of two small ones. Reference: float32,
+NCHW, at half that batch, or less if that does not fit. bf16 is also measured in NCHW, and with cuDNN's search for algorithms, which
+the product leaves off. Ceiling: the step's operations, counted by torch, at the rate of a large bf16 matrix product in the same
+rounds; for memory, a copy of the bytes that our step's operations read and write (`traffic.py`).
+MFU: those operations over the GPU's peak from its data sheet (`fastbyol/monitors/compute.py`), if the GPU is known. The shares of
+forward and backward and of the update come from the monitor, which uses CUDA events.
 
     python -m benchmarks.gpu_plan step
 
-Why: a ResNet's batch norm, ReLU and residual sums are memory passes, and their bytes take longer than the convolutions' operations: see
-docs/performance.md for the limit by memory, several times below the ceiling here.
+Why: a ResNet's batch norm, ReLU and residual sums are memory passes, and moving their bytes takes longer than the convolutions'
+operations: see docs/performance.md for the limit by memory, several times below the ceiling here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ENOUGH_S = 0.5
 
 @dataclass(frozen=True)
 class Size:
-    """batch: 0 takes the largest that fits. matrix: side of the ceiling's matrices."""
+    """Settings. batch: 0 means the largest that fits. matrix: side of the ceiling's matrices."""
 
     model: ModelConfig
     size_px: int
@@ -100,7 +100,9 @@ def run(size: Size, *, place: Place) -> CaseResult:
 
 
 def _variants(size: Size, batch: int, device: torch.device) -> tuple[dict[str, NoiseStep], list[Subject], dict[str, str]]:
-    """What fits of the variants, as steps and as subjects, and what does not. float32 takes half the batch, or what of it fits."""
+    """Returns the variants that fit, as steps and as subjects, and those that do not. float32 gets half the batch, halved again until it
+    fits.
+    """
     steps, subjects, skipped = {}, [], {}
     for name, precision in VARIANTS.items():
         num = max(1, batch // 2) if name == REFERENCE else batch
@@ -114,7 +116,7 @@ def _variants(size: Size, batch: int, device: torch.device) -> tuple[dict[str, N
                 if name != REFERENCE:
                     skipped[name] = f"out of memory at batch {num}"
                 num //= 2
-            release_memory()  # the failure's frames, which held what it had taken, are gone by now
+            release_memory()  # only here: inside `except`, the traceback's frames still hold the memory
     return steps, subjects, skipped
 
 
@@ -124,7 +126,7 @@ def _variant(name: str, size: Size, precision: PrecisionConfig, batch: int, devi
 
 
 class NoiseStep:
-    """A call is one optimizer step on a batch of noise that lies on the device. search: cuDNN tries its algorithms once for each shape."""
+    """Callable that takes one optimizer step on a batch of noise on the device. search: cuDNN tries its algorithms once for each shape."""
 
     def __init__(self, size: Size, precision: PrecisionConfig, batch: int, device: torch.device, *, search: bool = False) -> None:
         config = TrainConfig(global_batch=batch, model=size.model, precision=precision)
@@ -144,16 +146,16 @@ class NoiseStep:
 
     @functools.cached_property
     def megabytes(self) -> float:
-        """That a step moves for an image where no cache helps."""
+        """Megabytes that a step moves per image if no cache helps."""
         return bytes_moved(self) / len(self._views.index) / 1e6
 
     def figures(self) -> dict[str, float]:
-        """Bytes an image, and where the time went; the shares first, for counting the bytes takes a step more."""
+        """Returns bytes per image and shares of time; the shares are read first, because counting the bytes takes one more step."""
         return self._step.time_shares() | {MEGABYTES: self.megabytes}
 
 
 def one_step(size: Size, precision: PrecisionConfig, batch: int, device: torch.device) -> None:
-    """Two steps and their memory: the momenta are made in the first."""
+    """Takes two steps, to measure their memory: the momentum buffers are created in the first."""
     step = NoiseStep(size, precision, batch, device)
     step()
     step()
@@ -162,7 +164,7 @@ def one_step(size: Size, precision: PrecisionConfig, batch: int, device: torch.d
 def compute_rates(
     timings: dict[str, Timings], flop: float, device: torch.device, *, uses_16_bits: Callable[[str], bool] = lambda name: "bf16" in name
 ) -> dict[str, dict[str, float]]:
-    """TFLOP/s of each subject, and the share of the card's 16-bit peak where the card is known and the subject of that name uses it."""
+    """Returns TFLOP/s of each subject, and its share of the GPU's 16-bit peak if the GPU is known and the subject uses 16 bits."""
     peak = peak_flop_per_s(torch.cuda.get_device_name(device), autocast="bf16") if device.type == "cuda" else None
     rates: dict[str, dict[str, float]] = {}
     for name, timing in timings.items():
@@ -172,7 +174,7 @@ def compute_rates(
 
 
 def copy_subject(mebibytes: int, megabytes_per_image: float, device: torch.device) -> Subject:
-    """A copy on the device, counted in images that move so many bytes; what it reads and what it writes counts."""
+    """Returns a copy on the device as a subject, counted in images that move as many bytes; both reads and writes count."""
     source = torch.zeros(mebibytes << 20, dtype=torch.uint8, device=device)
     out = torch.empty_like(source)
     units = 2 * len(source) / (1e6 * megabytes_per_image)
@@ -180,7 +182,7 @@ def copy_subject(mebibytes: int, megabytes_per_image: float, device: torch.devic
 
 
 def matrix_product(side: int, flop: float, device: torch.device) -> Subject:
-    """A square bf16 product, counted in images of a step of so many operations."""
+    """Returns a square bf16 matrix product as a subject, counted in images whose step has as many operations."""
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
     return device_subject(CEILING, lambda: torch.mm(a, b, out=out), device=device, units=2 * side**3 / flop)

@@ -1,11 +1,11 @@
-"""What: the step of the part `step`, compiled (precision.compile), beside eager, bf16 channels-last, at the same batch.
+"""Measures the step of the part `step` compiled (precision.compile) and eager, bf16 channels-last, at the same batch.
 
-How: as `step`; the batch is the largest that fits eager. Reference: eager. Ceiling: the matrix product's rate.
+How: as in `step`; the batch is the largest that fits eagerly. Reference: eager. Ceiling: the matrix product's rate.
 
     python -m benchmarks.gpu_plan step_compiled
 
-Why: Inductor fuses batch norm's second pass with the ReLU and the residual sum around it: 1.3 to 1.5 x fewer bytes by docs/performance.md.
-Compiling takes a minute or more, outside of what is timed.
+Why: Inductor fuses batch norm's second pass with the ReLU and the residual sum around it: 1.3 to 1.5 x fewer bytes according to
+docs/performance.md. Compiling takes a minute or more, which is not timed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMPILED = f"{OURS}, compiled"
 def run(size: Size, *, place: Place) -> CaseResult:
     eager, device = VARIANTS[OURS], place.device
     if reason := reason_not_to_compile(device, seconds=math.inf):
-        raise UserError(reason)  # the product would go on in eager mode
+        raise UserError(reason)  # the product itself would fall back to eager mode
     batch = size.batch or largest_batch(lambda n: one_step(size, eager, n, device), device)
     variants = {OURS: eager, COMPILED: replace(eager, compile=True)}
     flop = flop_per_image(size.model, size_px=size.size_px)

@@ -1,4 +1,4 @@
-"""Work on a device as a subject of `timing.measure`: called often enough that waiting for the device at the end costs nothing."""
+"""Wraps device work as a subject of `timing.measure`, called so often that the final wait for the device is negligible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.timing import Subject
 from fastbyol.config.errors import UserError
 
 ENOUGH_S = 0.05
-"""A sample lasts this long at least."""
+"""Minimum duration of a sample in seconds."""
 MOST_CALLS = 200
 
 
@@ -26,16 +26,17 @@ def device_subject(
     note: str = "",
     role: str = "",
 ) -> Subject:
-    """The work, repeated, then one wait for the device. It runs two times here already: compilation, first touch, then to see how long it takes.
+    """Returns a subject that repeats the work, then waits once for the device. The work already runs twice here: to compile, and to see
+    how long it takes.
 
     Args:
-        name: as in the table.
-        work: launches only; nothing in it needs to wait.
+        name: name in the table.
+        work: launches kernels only; nothing in it should wait.
         device: where it runs.
-        units: that one call does.
-        enough_s: how long a sample lasts at least; 0 for one call.
-        note: as in the table.
-        role: of the subject.
+        units: units per call.
+        enough_s: minimum duration of a sample; 0 for a single call.
+        note: note in the table.
+        role: role of the subject.
     """
     calls = calls_for(_seconds(work, device), enough_s=enough_s)
 
@@ -48,7 +49,7 @@ def device_subject(
 
 
 def calls_for(seconds: float, *, enough_s: float) -> int:
-    """How often work of so many seconds is called in one sample."""
+    """Returns how often work of this duration is called in one sample."""
     return min(MOST_CALLS, max(1, math.ceil(enough_s / max(seconds, 1e-6))))
 
 
@@ -68,18 +69,18 @@ def synchronize(device: torch.device) -> None:
 
 
 def why_it_fails(work: Callable[[], object]) -> str:
-    """Why the work does not run here, in one line; empty where it does. One back end that breaks shall not cost what the others show."""
+    """Returns why the work does not run here, in one line, or '' if it does. One failing back end must not stop the others."""
     try:
         work()
     except UserError as error:
         return str(error)
-    except Exception as error:  # a compiler's, a driver's: each has classes of its own
+    except Exception as error:  # compilers and drivers have exception classes of their own
         return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""
 
 
 def captures(work: dict[str, Callable[[], object]], device: torch.device, skipped: dict[str, str]) -> dict[str, Callable[[], object]]:
-    """Each piece of work as a CUDA graph; what cannot be captured is named in `skipped`."""
+    """Returns each piece of work as a CUDA graph; those that cannot be captured go into `skipped`."""
     graphs: dict[str, Callable[[], object]] = {}
     for name, do in work.items():
         if why := why_it_fails(lambda name=name, do=do: graphs.update({name: captured(do, device)})):
@@ -88,13 +89,13 @@ def captures(work: dict[str, Callable[[], object]], device: torch.device, skippe
 
 
 def captured(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The work as a CUDA graph to be replayed; on the CPU the work itself."""
+    """Returns the work as a CUDA graph to replay; on the CPU the work itself."""
     if device.type != "cuda":
         return work
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(3):  # buffers and tables are made outside the graph
+        for _ in range(3):  # warm up: buffers and tables must be created outside the graph
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

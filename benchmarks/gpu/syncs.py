@@ -1,13 +1,13 @@
-"""What: whether any piece of a training step makes the host wait for the device.
+"""Measures whether any part of a training step makes the host wait for the device.
 
-How: each piece runs twice to warm up, then once under `torch.cuda.set_sync_debug_mode("error")`, which turns such a wait into an error. The
-batch is uint8 crops in pinned memory, as the loader gives them on a GPU. Two controls that do wait (`.item()`, a copy from memory that is not
-pinned) show that the mode sees it.
+How: each piece runs twice to warm up, then once under `torch.cuda.set_sync_debug_mode("error")`, which turns such a wait into an
+error. The batch is uint8 crops in pinned memory, as from the loader on a GPU. Two controls that do wait (`.item()`, a copy from
+memory that is not pinned) show that the mode detects it.
 
     python -m benchmarks.gpu_plan syncs
 
-Why: a wait empties the queue of launches, and the device idles until the host has filled it again: tens of microseconds each, and a step of
-others' has hundreds (one for each batch norm across ranks, two for each tensor of LARS).
+Why: a wait empties the queue of launches, and the device idles until the host has filled it again, for tens of microseconds each.
+Steps of other libraries have hundreds of waits (one for each batch norm across ranks, two for each tensor of LARS).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(size: Size, *, place: Place) -> Findings:
 
 
 def check(piece: Callable[[], object], device: torch.device) -> str:
-    """'no wait', or 'waits: ' with torch's words."""
+    """Returns 'no wait', or 'waits: ' and torch's message."""
     if device.type != "cuda":
         piece()
         return UNCHECKED
@@ -72,7 +72,7 @@ def check(piece: Callable[[], object], device: torch.device) -> str:
 
 
 class _Pieces:
-    """A training step taken apart; each piece leaves what the next one needs."""
+    """A training step divided into pieces; each leaves what the next one needs."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
         self.device = device
@@ -112,7 +112,7 @@ class _Pieces:
 
 
 def crops_batch(size: Size, views: ViewPair, device: torch.device) -> ViewBatch:
-    """uint8 crops of noise with drawn parameters, pinned where there is a GPU."""
+    """Returns uint8 crops of noise with drawn parameters, in pinned memory if there is a GPU."""
     side = np.full(size.batch, 2 * size.size_px)
     drawn = draw_parameters(views, seed=0, epoch=0, index=np.arange(size.batch), height=side, width=side)
     crops = torch.randint(0, 256, (2, size.batch, size.size_px, size.size_px, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)

@@ -1,1 +1,1 @@
-"""What others do for the same work, to be measured beside ours."""
+"""Other implementations of the same work, for comparison."""

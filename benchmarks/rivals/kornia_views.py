@@ -1,8 +1,9 @@
-"""What follows the crop, by kornia's batch augmentation: its modules one after another on a float batch, as on a GPU.
+"""The augmentation after the crop with kornia: its modules one after another on a float batch, as on a GPU.
 
-Same crops, probabilities and magnitudes as ours; the draws are kornia's own. What differs: torchvision's colour formulas (brightness and contrast
-are factors, saturation blends with grey), the blur reflects at the border. An operation works on those images of the batch that drew it.
-kornia's own crop is not used: it wants a batch of images of one size, which files are not.
+Same crops, probabilities and magnitudes as ours; kornia draws its own parameters. Differences: torchvision's colour formulas
+(brightness and contrast are factors, saturation blends with grey), and the blur reflects at the border. An operation is applied to
+those images of the batch that drew it. kornia's own crop is not used: it needs a batch of images of equal size, which files do not
+have.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ DIFFERENCES = "torchvision's colour formulas"
 
 
 def kornia_view(spec: ViewSpec, pair: ViewPair) -> nn.Module:
-    """(N, 3, S, S) float32 in [0, 1] -> the same, normalised. UserError where kornia is not installed."""
+    """Returns a module (N, 3, S, S) float32 in [0, 1] -> the same shape, normalised. Raises UserError if kornia is not installed."""
     kornia = import_rival("kornia.augmentation")
     threshold = spec.solarize_threshold
     steps = [
@@ -32,13 +33,13 @@ def kornia_view(spec: ViewSpec, pair: ViewPair) -> nn.Module:
 
 
 class KorniaViews:
-    """Both views of a batch from its uint8 crops."""
+    """Augments both views of a batch from its uint8 crops."""
 
     def __init__(self, pair: ViewPair) -> None:
         self._views = [kornia_view(spec, pair) for spec in (pair.view1, pair.view2)]
 
     @torch.no_grad()
     def __call__(self, crops1: Tensor, crops2: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, S, S) uint8 each -> float32, normalised."""
+        """Maps two crops (N, 3, S, S) uint8 to two views in float32, normalised."""
         view1, view2 = (view(crops.to(torch.float32) / 255) for view, crops in zip(self._views, (crops1, crops2), strict=True))
         return view1, view2

@@ -1,7 +1,7 @@
-"""BYOL's views as lightly makes them: its BYOLTransform in a torch DataLoader over an ImageFolder.
+"""BYOL's views with lightly: its BYOLTransform in a torch DataLoader over an ImageFolder.
 
-lightly's defaults have the paper's probabilities and magnitudes. What differs from ours, all of it in lightly's favour or neutral in time: the
-resize is bilinear (antialiased), colour operations and blur are Pillow's.
+lightly's defaults have the paper's probabilities and magnitudes. Differences from ours, all of which favour lightly or do not affect
+the time: the resize is bilinear (antialiased), colour operations and blur are Pillow's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.rivals.packages import import_rival
 
 
 class LightlyLoader:
-    """Batches of an ImageFolder in listing order, made in the calling thread: an iterable of ([view1, view2], label)."""
+    """Batches of an ImageFolder in listing order, made in the calling thread; iterating yields ([view1, view2], label)."""
 
     def __init__(self, folder: Path, *, size_px: int, batch: int) -> None:
         byol = import_rival("lightly.transforms.byol_transform")

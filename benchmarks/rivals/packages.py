@@ -1,4 +1,4 @@
-"""Packages that a row needs and `make install` does not bring."""
+"""Optional packages that some rows need and `make install` does not install."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INSTALL = "pip install -e '.[rivals]'"
 
 
 def import_rival(module: str) -> Any:
-    """The module; UserError with the package and what installs it where there is none."""
+    """Imports the module. If it is missing, raises UserError with the package and the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -22,7 +22,9 @@ def import_rival(module: str) -> Any:
 
 
 def those_installed(makers: Mapping[str, Callable[[], Made]], skipped: dict[str, str]) -> dict[str, Made]:
-    """What the makers make, by name; one that raises UserError, as for a missing package, goes into `skipped` with its words."""
+    """Calls the makers and returns their results by name; a maker that raises UserError, as for a missing package, goes into `skipped`
+    with the message.
+    """
     made: dict[str, Made] = {}
     for name, make in makers.items():
         try:

@@ -1,4 +1,4 @@
-"""A BYOL step as the usual library has it: float32, NCHW, eager, a forward for each view, updates a tensor at a time."""
+"""A BYOL step as in most libraries: float32, NCHW, eager, a forward for each view, updates one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastbyol.optim.build import build_optimizer
 
 
 class PlainStep:
-    """The same networks and the same loss as the product's, with torch's own batch norm, torch-optimizer's LARS and solo-learn's target update."""
+    """The product's networks and loss, with torch's own batch norm, torch-optimizer's LARS and solo-learn's target update."""
 
     def __init__(self, config: TrainConfig, *, num_classes: int, lr: float, tau: float) -> None:
         torch.manual_seed(config.seed)
@@ -27,7 +27,7 @@ class PlainStep:
         self._tau = tau
 
     def run(self, batch: ViewBatch) -> None:
-        """One optimizer step."""
+        """Takes one optimizer step."""
         online, target, views = self._byol.online, self._byol.target, (batch.view1, batch.view2)
         features = [online.encoder(view) for view in views]
         predictions = [online.predictor(online.projector(feature)) for feature in features]

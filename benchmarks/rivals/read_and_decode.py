@@ -1,6 +1,6 @@
-"""What every converter that looks at its images must do, and nothing else: read each file and decode it whole, in processes of its own.
+"""The minimum work of a converter that checks its images: read each file and decode it completely, in separate processes.
 
-python -m benchmarks.rivals.read_and_decode FOLDER NUMBER COUNT     the NUMBER-th of COUNT shares
+python -m benchmarks.rivals.read_and_decode FOLDER NUMBER COUNT     share number NUMBER of COUNT
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastbyol.data.jpeg_header import read_jpeg_header
 
 
 def read_and_decode(folder: Path, *, workers: int) -> None:
-    """All images below `folder`, each process its share."""
+    """Decodes all images below `folder`; each process takes its share."""
     command = [sys.executable, "-m", __name__, folder]
     processes = [subprocess.Popen([*command, str(number), str(workers)]) for number in range(workers)]
     for process in processes:

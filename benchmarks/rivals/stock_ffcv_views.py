@@ -1,8 +1,8 @@
-"""Two views from a .beton by FFCV's own Loader, as FFCV-SSL makes them: one pipeline for each view, so each image is decoded twice.
+"""Two views from a .beton with FFCV's own Loader, as in FFCV-SSL: one pipeline per view, so each image is decoded twice.
 
-Same file, images, crop areas and aspects, probabilities and magnitudes as ours, as far as FFCV has the operation. What differs: it has no hue,
-grayscale, blur and solarization, so it does less work than a BYOL view needs; brightness, contrast and saturation draw one by one and blend as
-torchvision's do; OpenCV resizes by area.
+Same file, images, crop areas and aspects, probabilities and magnitudes as ours, as far as FFCV has the operation. Differences: it has
+no hue, grayscale, blur and solarization, so it does less work than a BYOL view needs; brightness, contrast and saturation are drawn
+separately and blend as torchvision's do; OpenCV resizes by area.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIFFERENCES = "decodes twice; without hue, gray, blur, solarize"
 
 
 class StockFfcvLoader:
-    """An epoch of (label, view1, view2) for each iteration, made by one worker thread; UserError where ffcv is not installed."""
+    """Each iteration is an epoch of (label, view1, view2), made by one worker thread. Raises UserError if ffcv is not installed."""
 
     def __init__(self, beton: Path, pair: ViewPair, *, batch: int, seed: int) -> None:
         try:
@@ -50,7 +50,7 @@ class StockFfcvLoader:
 
 
 def _choose_numba_threads() -> None:
-    """OpenMP's: numba's TBB layer, its first choice, once waited for ever at the end of the process."""
+    """Selects OpenMP: numba's first choice, TBB, once hung at the end of the process."""
     import numba
 
     settings: Any = numba.config

@@ -1,4 +1,4 @@
-"""FFCV's own DatasetWriter on an image folder, as its documentation and its ImageNet example use it: Pillow reads, JPEGs are encoded anew."""
+"""FFCV's own DatasetWriter on an image folder, as in its documentation and ImageNet example: Pillow decodes, JPEGs are re-encoded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUALITY = 90
 
 
 class PillowImages:
-    """(image, label) by index, as torchvision.datasets.ImageFolder gives them."""
+    """(image, label) by index, as in torchvision.datasets.ImageFolder."""
 
     def __init__(self, listing: ImageListing) -> None:
         self._listing = listing
@@ -30,7 +30,7 @@ class PillowImages:
 
 
 def write_with_stock_ffcv(listing: ImageListing, out: Path, *, workers: int) -> None:
-    """A .beton of the whole listing; returns when its processes are gone."""
+    """Writes a .beton of the whole listing; returns when its processes have ended."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 

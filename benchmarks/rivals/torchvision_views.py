@@ -1,7 +1,7 @@
-"""BYOL's views as most repositories make them: torchvision.transforms on Pillow images, one after another.
+"""BYOL's views as in most repositories: torchvision.transforms on Pillow images, one after another.
 
-Same images, crop areas, probabilities and magnitudes as ours. What differs, as it does in those repositories: torchvision's colour
-operations blend (the paper's shift, scale about the channel's mean, and scale HSV saturation), the blur is Pillow's (box filters), the
+Same images, crop areas, probabilities and magnitudes as ours. Differences, as in those repositories: torchvision's colour operations
+blend (the paper's shift, scale relative to the channel's mean, and scale HSV saturation), the blur is Pillow's (box filters), the
 crop rejects boxes that leave the image, and the bicubic resize is antialiased.
 """
 
@@ -22,7 +22,7 @@ from fastbyol.data.inputs.folder import list_image_folder
 
 
 class PillowBlur:
-    """Gaussian blur of a random sigma, as SimCLR's and MoCo's followers have it."""
+    """Gaussian blur of a random sigma, as in code derived from SimCLR and MoCo."""
 
     def __init__(self, sigma: tuple[float, float]) -> None:
         self.sigma = sigma
@@ -32,7 +32,7 @@ class PillowBlur:
 
 
 def torchvision_view(spec: ViewSpec, pair: ViewPair) -> transforms.Compose:
-    """The transform of one view: PIL image -> (3, S, S) float32, normalised."""
+    """Returns the transform of one view: PIL image -> (3, S, S) float32, normalised."""
     interpolation = transforms.InterpolationMode(pair.interpolation)
     jitter = transforms.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
     steps = [
@@ -50,7 +50,7 @@ def torchvision_view(spec: ViewSpec, pair: ViewPair) -> transforms.Compose:
 
 
 class TorchvisionLoader:
-    """Batches of an ImageFolder in listing order, made in the calling thread: an iterable of `ViewBatch` (parameters empty)."""
+    """Batches of an ImageFolder in listing order, made in the calling thread; iterating yields `ViewBatch` (parameters empty)."""
 
     def __init__(self, folder: Path, pair: ViewPair, *, batch: int) -> None:
         self._listing = list_image_folder(folder)

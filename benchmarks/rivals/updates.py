@@ -1,4 +1,4 @@
-"""The optimizer's step and the target's update as other libraries do them, each ready to be called again and again."""
+"""The optimizer step and the target's update of other libraries, each ready to be called repeatedly."""
 
 from __future__ import annotations
 
@@ -15,37 +15,39 @@ from fastbyol.optim.param_groups import byol_param_groups
 
 
 def solo_learn_update(target: Sequence[Tensor], online: Sequence[Tensor], tau: float) -> None:
-    """solo-learn, solo/utils/momentum.py, MomentumUpdater.update: a new tensor for each parameter, from two temporaries.
+    """Updates the target as solo-learn does (solo/utils/momentum.py, MomentumUpdater.update): a new tensor for each parameter, from two
+    temporaries.
 
-    Copied from its source: the package pins versions of torch and Lightning that are not ours.
+    Copied from its source, because the package pins other versions of torch and Lightning.
     """
     for op, mp in zip(online, target, strict=True):
         mp.data = tau * mp.data + (1 - tau) * op.data
 
 
 def lightly_update(target: nn.Module, online: nn.Module, tau: float) -> Callable[[], None]:
-    """lightly's update_momentum: two passes over memory. UserError where lightly is not installed."""
+    """Returns lightly's update_momentum: two passes over memory. Raises UserError if lightly is not installed."""
     update_momentum = import_rival("lightly.models.utils").update_momentum
     return lambda: update_momentum(online, target, tau)
 
 
 def ema_pytorch_update(target: nn.Module, online: nn.Module, tau: float, *, use_foreach: bool) -> Callable[[], None]:
-    """ema-pytorch's EMA.update, at the fixed rate tau from its second call on (the first copies). UserError where it is not installed.
+    """Returns ema-pytorch's EMA.update with the fixed rate tau from its second call on (the first one copies). Raises UserError if it is
+    not installed.
 
     Args:
-        target: what follows; the buffers too, as that package does by default.
-        online: what is followed.
+        target: the network that follows; buffers are updated too, the package's default.
+        online: the network that is followed.
         tau: decay rate.
-        use_foreach: its own option: all tensors in one call instead of one after another.
+        use_foreach: the package's option to update all tensors in one call instead of one after another.
     """
     package = import_rival("ema_pytorch")
-    # Its warm-up of the rate is held at tau from both sides, and it is asked to update at every call.
+    # Both bounds of its warm-up are set to tau to keep the rate constant, and it updates at every call.
     ema = package.EMA(online, ema_model=target, beta=tau, min_value=tau, update_after_step=0, update_every=1, use_foreach=use_foreach)
     return ema.update
 
 
 def torch_optimizer_lars(online: nn.Module, *, lr: float) -> Callable[[], object]:
-    """torch-optimizer's LARS.step. UserError where it is not installed."""
+    """Returns torch-optimizer's LARS.step. Raises UserError if it is not installed."""
     optimizer = build_optimizer(OptimConfig(name="torch_optimizer_lars"), online)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -53,7 +55,9 @@ def torch_optimizer_lars(online: nn.Module, *, lr: float) -> Callable[[], object
 
 
 def lightly_lars(online: nn.Module, *, lr: float) -> Callable[[], object]:
-    """lightly's LARS.step, which scales by layer what has weight decay, as ours does. UserError where lightly is not installed."""
+    """Returns lightly's LARS.step, which scales the layers that have weight decay, as ours does. Raises UserError if lightly is not
+    installed.
+    """
     lars = import_rival("lightly.utils.lars").LARS
     config = OptimConfig()
     groups = [
@@ -63,7 +67,7 @@ def lightly_lars(online: nn.Module, *, lr: float) -> Callable[[], object]:
 
 
 def lars_by_tensor(params: Sequence[Tensor], *, lr: float) -> Callable[[], None]:
-    """The rule, a tensor at a time, with momenta of its own: needs no package."""
+    """Returns the LARS rule, one tensor at a time, with its own momentum buffers; needs no package."""
     config = OptimConfig()
     momenta = [torch.zeros_like(param) for param in params]
 

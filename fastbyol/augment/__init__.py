@@ -1,1 +1,1 @@
-"""What each view draws (`parameters`), and three executors of one parameter array: reference, CPU kernel, device graph."""
+"""The random augmentation: parameters of each view (`parameters`) and three executors of them (reference, CPU kernel, device graph)."""

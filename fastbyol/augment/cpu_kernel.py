@@ -1,8 +1,8 @@
 """The whole augmentation of a decoded image in one compiled call that releases the GIL: crop, resize, colour, blur, normalise.
 
-Every filter runs across lines: it sums whole lines, each with one weight, so that contiguous memory meets contiguous memory and no
-gather is needed. Between its two directions a picture is therefore transposed. The resize leaves a view as float32 planes [channel][x][y];
-colour operations don't care; the blur ends, and the store begins, with planes [channel][y][x].
+Every filter runs across lines: it sums whole lines, each with one weight, so all memory access is contiguous and no gather is needed.
+The image is therefore transposed between the two directions of a filter. The resize leaves a view as float32 planes [channel][x][y];
+colour operations work on either layout; the blur's result, which the store reads, has planes [channel][y][x].
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ from fastbyol.compile_cache import njit
 
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 LANES = 32
-"""Rows of the output that are resized together. A loop of constant length becomes straight vector code; at 16 its overhead shows."""
+"""Rows of the output that are resized together. A loop of constant length compiles to straight vector code; with 16 the loop overhead
+becomes noticeable.
+"""
 TILE = 16
-"""Side of the blocks that a transpose moves in registers: one cache line of float32."""
+"""Side of the blocks that are transposed in registers: one cache line of float32."""
 TAP_GROUP = 4
-"""Filter taps summed in one pass; tap counts are padded to a multiple with zero weights."""
+"""Filter taps summed in one pass; the number of taps is padded to a multiple with zero weights."""
 NEGLIGIBLE = 1e-7
 """Blur weights below this cannot change a float32 sum of pixels in [0, 1]."""
 TINY = 1e-8
@@ -58,9 +60,10 @@ def _clip(x):
 
 @cast(Any, extending.intrinsic)  # callers leave out the first argument, the typing context
 def _transpose_tile(typing: Any, source: Any, begin: Any, stride: Any, out: Any, at: Any, out_stride: Any):
-    """out[at + i out_stride + j] = source[begin + j stride + i] for i, j < TILE. Flat C-contiguous arrays, positions unchecked.
+    """Sets out[at + i out_stride + j] = source[begin + j stride + i] for i, j < TILE. Flat C-contiguous arrays; bounds are not checked.
 
-    In vector code by hand, as the compiler moves one float at a time here. Processors of narrower vectors get it in shorter pieces.
+    Vector code written by hand, because the compiler moves one float at a time here. Processors with narrower vectors get it in
+    shorter pieces.
     """
     vector, index = ir.VectorType(ir.FloatType(), TILE), ir.VectorType(ir.IntType(32), TILE)
 
@@ -89,7 +92,7 @@ def _transpose_tile(typing: Any, source: Any, begin: Any, stride: Any, out: Any,
 
 @njit(**OPTIONS)
 def _transpose(source, begin, lines, length, stride, out, at, out_stride):
-    """out[at + i out_stride + j] = source[begin + j stride + i] for i < length, j < lines; flat arrays."""
+    """Sets out[at + i out_stride + j] = source[begin + j stride + i] for i < length, j < lines; flat arrays."""
     if min(lines, length) < TILE:
         for i in range(length):
             for j in range(lines):
@@ -107,7 +110,7 @@ def _transpose(source, begin, lines, length, stride, out, at, out_stride):
 
 @njit(**OPTIONS)
 def _filter(distance, cubic):
-    """Keys' cubic with a = -0.5, or the triangle, at this distance (>= 0, in filter units)."""
+    """Returns the weight of Keys' cubic with a = -0.5, or of the triangle, at this distance (>= 0, in filter units)."""
     if not cubic:
         return max(1.0 - distance, 0.0)
     if distance < 1.0:
@@ -119,7 +122,9 @@ def _filter(distance, cubic):
 
 @njit(**OPTIONS)
 def _resize_taps(n_in, n_out, cubic, antialias, gain):
-    """Source positions and weights (n_out, taps): half-pixel centres, taps outside [0, n_in) dropped, the rest sums to gain."""
+    """Returns source positions and weights (n_out, taps): half-pixel centres; taps outside [0, n_in) are dropped and the rest sum to
+    gain.
+    """
     scale = n_in / n_out
     stretch = max(scale, 1.0) if antialias else 1.0
     support = (2.0 if cubic else 1.0) * stretch
@@ -144,7 +149,7 @@ def _resize_taps(n_in, n_out, cubic, antialias, gain):
 
 @njit(**OPTIONS)
 def _sum_rows(image, top, begin, position, weight, out):
-    """out[i] = sum over taps of weight * image[top + position, begin + i]: the vertical pass of one output row, still interleaved RGB."""
+    """Sums weight * image[top + position, begin + i] over taps into out[i]: the vertical pass of one output row, still interleaved RGB."""
     for k in range(0, position.size, TAP_GROUP):
         a, b = image[top + position[k], begin:], image[top + position[k + 1], begin:]
         c, d = image[top + position[k + 2], begin:], image[top + position[k + 3], begin:]
@@ -159,7 +164,7 @@ def _sum_rows(image, top, begin, position, weight, out):
 
 @njit(**OPTIONS)
 def _sum_columns(columns, position, weight, planes, y):
-    """The horizontal pass of LANES output rows: columns (3 * crop width, LANES) -> planes[:, :, y : y + LANES]."""
+    """Runs the horizontal pass of LANES output rows: columns (3 * crop width, LANES) -> planes[:, :, y : y + LANES]."""
     size, pixel = planes.shape[1], 3 * LANES
     flat = columns.reshape(-1)
     for x in range(size):
@@ -182,7 +187,9 @@ def _sum_columns(columns, position, weight, planes, y):
 
 @njit(**OPTIONS)
 def _crop_resize(image, row, flip, cubic, antialias, planes, rows, columns):
-    """image (H, 3 W) uint8, box of the parameter row -> planes in [0, 1], clipped. rows, columns: scratch (see `_carve`)."""
+    """Resizes the crop box of the parameter row from image (H, 3 W) uint8 to planes in [0, 1], clipped. rows, columns: scratch (see
+    `_carve`).
+    """
     size = planes.shape[1]
     crop_y, crop_x, width = int(row[CROP_Y]), 3 * int(row[CROP_X]), 3 * int(row[CROP_W])
     y_position, y_weight = _resize_taps(int(row[CROP_H]), size, cubic, antialias, 1.0 / 255.0)
@@ -202,7 +209,9 @@ def _crop_resize(image, row, flip, cubic, antialias, planes, rows, columns):
 
 @njit(**OPTIONS)
 def _rotate(source, degrees, out):
-    """Bilinear, counter-clockwise about the centre, edge pixels repeated; at least 2 px. Planes are transposed: the first axis is x."""
+    """Rotates bilinearly, counter-clockwise about the centre, edge pixels repeated; at least 2 px. Planes are transposed: the first axis
+    is x.
+    """
     size, area = source.shape[1], source.shape[1] * source.shape[1]
     flat = source.reshape(-1)
     centre, last = 0.5 * (size - 1), size - 1.0  # float64: at 224 px a float32 position is off by up to 1e-5 px
@@ -250,7 +259,7 @@ def _luma(red, green, blue):
 
 @njit(**OPTIONS)
 def _contrast(planes, factor, of_gray):
-    """Away from the mean of each channel, or of the grey image."""
+    """Moves pixels away from the mean of each channel, or of the grey image."""
     mean = np.empty(3, np.float32)
     for c in range(3):
         total = 0.0
@@ -271,7 +280,7 @@ def _contrast(planes, factor, of_gray):
 
 @njit(**OPTIONS)
 def _saturation(planes, factor):
-    """HSV saturation times factor, clipped at 1, without leaving RGB: x -> v - (v - x) min(factor, v / chroma)."""
+    """Multiplies HSV saturation by factor, clipped at 1, without leaving RGB: x -> v - (v - x) min(factor, v / chroma)."""
     red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     for i in range(red.size):
         r, g, b = red[i], green[i], blue[i]
@@ -296,14 +305,14 @@ def _blend_with_gray(planes, factor):
 
 @njit(**OPTIONS)
 def _sextant(k):
-    """What a channel loses of the chroma at k sextants past its own turn, k in [0, 12)."""
+    """Returns the share of the chroma that a channel lacks at k sextants from its own hue, k in [0, 12)."""
     k -= SIX if k >= SIX else ZERO
     return _clip(min(k, float32(4) - k))
 
 
 @njit(**OPTIONS)
 def _hue(planes, delta):
-    """HSV hue plus delta turns, without HSV arrays: x -> v - chroma clip(min(k, 4 - k)), k = 6 hue + {5, 3, 1} mod 6."""
+    """Adds delta turns to the HSV hue without HSV arrays: x -> v - chroma clip(min(k, 4 - k)), k = 6 hue + {5, 3, 1} mod 6."""
     red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     shift = SIX * float32(delta - math.floor(delta))
     for i in range(red.size):
@@ -359,7 +368,7 @@ def _solarize(planes, threshold):
 
 @njit(**OPTIONS)
 def _gaussian(sigma, radius):
-    """One side of the normalised window, zero padded for groups of taps, and the last place that counts."""
+    """Returns one side of the normalised window, zero-padded for groups of taps, and the last position with a significant weight."""
     weight = np.zeros(radius + TAP_GROUP + 1, np.float64)
     total = 0.0
     for i in range(radius + 1):
@@ -376,7 +385,8 @@ def _gaussian(sigma, radius):
 
 @njit(**OPTIONS)
 def _blur(planes, sigma, radius, reflect, padded, out):
-    """Separable Gaussian over zero or reflected padding; the latter needs radius < S. Planes [c][x][y] -> out [c][y][x], planes are lost.
+    """Blurs with a separable Gaussian over zero or reflected padding; the latter needs radius < S. Planes [c][x][y] -> out [c][y][x];
+    planes are overwritten.
 
     padded: (S + 2 (radius + TAP_GROUP), S) scratch.
     """
@@ -397,7 +407,7 @@ def _blur(planes, sigma, radius, reflect, padded, out):
 
 @njit(**OPTIONS)
 def _pad(padded, reach, edge, reflect):
-    """Fills the lines around the picture: reflected ones as far as the blur reaches, zeros elsewhere."""
+    """Fills the lines around the image: reflected ones as far as the blur reaches, zeros elsewhere."""
     last = padded.shape[0] - 1 - edge
     padded[:edge] = ZERO
     padded[last + 1 :] = ZERO
@@ -409,7 +419,7 @@ def _pad(padded, reach, edge, reflect):
 
 @njit(**OPTIONS)
 def _blur_across(lines, size, w, reach, edge, out):
-    """out = the weighted sum over the lines before and after each; as one long loop over all lines of the picture."""
+    """Writes to out the weighted sum over the lines before and after each line, as one long loop over all lines."""
     middle = lines[edge * size :]
     for i in range(out.size):
         out[i] = w[0] * middle[i]
@@ -427,7 +437,7 @@ def _blur_across(lines, size, w, reach, edge, out):
 
 @njit(**OPTIONS)
 def _carve(scratch, size, radius, width):
-    """Planes (two sets), padded lines, rows and columns out of one flat array; `scratch_floats` is its length."""
+    """Divides one flat array into planes (two sets), padded lines, rows and columns; `scratch_floats` is its length."""
     area = size * size
     planes, spare = scratch[: 3 * area].reshape(3, size, size), scratch[3 * area : 6 * area].reshape(3, size, size)
     used = 6 * area
@@ -441,13 +451,13 @@ def _carve(scratch, size, radius, width):
 
 
 def scratch_floats(size: int, radius: int, width: int) -> int:
-    """Floats of scratch memory for views of side `size`, a blur of this radius, and images up to `width` pixels."""
+    """Returns the number of scratch floats for views of side `size`, a blur of this radius, and images up to `width` pixels."""
     return 6 * size * size + (size + 2 * (radius + TAP_GROUP)) * size + 6 * width * LANES
 
 
 @njit(**OPTIONS)
 def _turn(planes, out):
-    """out [c][y][x] = planes [c][x][y]."""
+    """Sets out [c][y][x] = planes [c][x][y]."""
     size = planes.shape[1]
     for c in range(3):
         _transpose(planes[c].reshape(-1), 0, size, size, size, out[c].reshape(-1), 0, size)
@@ -455,7 +465,7 @@ def _turn(planes, out):
 
 @njit(**OPTIONS)
 def _store(planes, gain, offset, out):
-    """Planes [c][y][x] -> (S, S, 3), clipped, x gain + offset; float32, or uint8 without the fraction."""
+    """Writes planes [c][y][x] to (S, S, 3), clipped, times gain plus offset; float32, or uint8 truncated."""
     red, green, blue, pixels = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1), out.reshape(-1)
     for i in range(red.size):
         pixels[3 * i] = _clip(red[i]) * gain[0] + offset[0]
@@ -464,7 +474,7 @@ def _store(planes, gain, offset, out):
 
 
 def _render_views(image, parameters, cubic, antialias, torchvision, radius, gain, offset, scratch, out):
-    """image (H, 3 W) uint8, parameters (V, columns) -> out (V, S, S, 3) float32, the whole augmentation."""
+    """Runs the whole augmentation: image (H, 3 W) uint8, parameters (V, columns) -> out (V, S, S, 3) float32."""
     planes, spare, padded, rows, columns = _carve(scratch, out.shape[1], radius, image.shape[1] // 3)
     for view in range(out.shape[0]):
         row = parameters[view]
@@ -486,7 +496,7 @@ def _render_views(image, parameters, cubic, antialias, torchvision, radius, gain
 
 
 def _render_crops(image, parameters, cubic, antialias, scratch, out):
-    """image (H, 3 W) uint8, parameters (V, columns) -> out (V, S, S, 3) uint8, cropped and resized, not mirrored."""
+    """Crops and resizes without flipping: image (H, 3 W) uint8, parameters (V, columns) -> out (V, S, S, 3) uint8."""
     planes, turned, _, rows, columns = _carve(scratch, out.shape[1], 0, image.shape[1] // 3)
     levels, half = np.full(3, QUANTUM), np.full(3, HALF)
     for view in range(out.shape[0]):
@@ -504,5 +514,5 @@ _CROPS_SIGNATURE = void(_IMAGE, _ROWS, _FLAG, _FLAG, float32[::1], uint8[:, :, :
 
 @functools.cache
 def compiled() -> tuple[Callable[..., None], Callable[..., None]]:
-    """Both entry points, compiled or loaded from numba's cache. Not at import: it costs seconds the first time."""
+    """Returns both entry points, compiled or loaded from numba's cache. Not done at import, since it takes seconds the first time."""
     return njit(_VIEWS_SIGNATURE, **OPTIONS)(_render_views), njit(_CROPS_SIGNATURE, **OPTIONS)(_render_crops)

@@ -1,4 +1,4 @@
-"""What each view of each image draws: one counter-based sampler for every backend and every executor.
+"""Samples the random parameters of every view of every image; the same counter-based sampler serves every backend and executor.
 
 Every number is a keyed hash of (seed, epoch, sample index, view, slot), so a view does not depend on batch order, worker count, rank
 or resume point, and there is no generator state to save. Each quantity has its own slot: turning one operation off leaves all other
@@ -43,7 +43,7 @@ brightness, hue: added; 0 = none. contrast, saturation: factors; 1 = none. Under
 sigma: pixels of the view; 0 = no blur.
 solarize: threshold; 2 = off.
 """
-# The compiled CPU kernel bakes these numbers into its on-disk cache, which watches its own file only: touch cpu_kernel.py when they change.
+# The CPU kernel's on-disk cache contains these numbers but is only invalidated by changes of cpu_kernel.py: touch that file when they change.
 CROP_Y, CROP_X, CROP_H, CROP_W, FLIP, ROTATION_DEG, ORDER = range(7)
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, SIGMA, SOLARIZE = range(7, len(COLUMNS))
 NUM_COLUMNS = len(COLUMNS)
@@ -68,9 +68,11 @@ SLOTS = (
     "sigma",
     "solarize",
 )
-"""Counter of each draw. Append only: a slot's place is part of what a seed means."""
+"""Counter of each draw. Append only: the position of a slot is part of what a seed means."""
 RETRIES = 9
-"""Further tries of torchvision's rejected crop. Try t >= 1 draws its area from counter 1000 + 2t and its aspect from the next, far from SLOTS."""
+"""Number of retries of torchvision's rejected crop. Try t >= 1 draws its area from counter 1000 + 2t and its aspect from the next, far
+from SLOTS.
+"""
 _FIRST_RETRY = 1000
 _SLOT = {name: np.uint64(place) for place, name in enumerate(SLOTS)}
 
@@ -86,14 +88,16 @@ Floats = NDArray[np.float64]
 
 
 def _mix(x: Words) -> Words:
-    """The finaliser of splitmix64. Arrays of at least one dimension only: numpy wraps those silently and warns on scalars."""
+    """Applies the finaliser of splitmix64. Only for arrays of at least one dimension: numpy wraps those silently but warns about
+    scalars.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def _uniforms(*, seed: int, epoch: int, index: NDArray[np.int64], views: int, slots: range) -> Floats:
-    """(N, views, len(slots)) uniform draws in [0, 1) of 53 random bits."""
+    """Returns (N, views, len(slots)) uniform draws in [0, 1) of 53 random bits."""
     run = _mix(np.array([seed], dtype=np.uint64) + _GOLDEN)
     run = _mix(run ^ _mix(np.array([epoch], dtype=np.uint64) + _EPOCH_SALT))
     sample = index.astype(np.uint64)[:, None] * np.uint64(views) + np.arange(views, dtype=np.uint64)
@@ -110,25 +114,25 @@ def _neutral(num: int, views: int) -> NDArray[np.float32]:
 
 
 def _per_view(pair: ViewPair, name: str) -> Floats:
-    """(2,) or (2, 2): the field of both views, to broadcast over the images."""
+    """Returns the field of both views, (2,) or (2, 2), to broadcast over the images."""
     return np.array([getattr(pair.view1, name), getattr(pair.view2, name)], dtype=np.float64)
 
 
 def draw_parameters(
     pair: ViewPair, *, seed: int, epoch: int, index: NDArray[np.int64], height: NDArray[np.int64], width: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """(N, 2, NUM_COLUMNS) float32: what both views of each image draw (columns: `COLUMNS`).
+    """Draws the parameters of both views of each image, (N, 2, NUM_COLUMNS) float32 (columns: `COLUMNS`).
 
     Args:
         pair: the distribution of the two views.
         seed: the run's seed, 0 to 2^63 - 1.
         epoch: pass over the data, from 0.
         index: (N,) position of each image in the data set.
-        height: (N,) pixels of the decoded image, at least 1.
-        width: likewise.
+        height: (N,) height of the decoded image in pixels, at least 1.
+        width: (N,) width likewise.
 
-    Source: Grill et al., appendix B and table 6; DeepMind's code for the crop, or torchvision's (`ViewPair.semantics`). A Bernoulli draw
-    fires when u < p.
+    Source: Grill et al., appendix B and table 6; DeepMind's code for the crop, or torchvision's (`ViewPair.semantics`). An operation
+    of probability p is applied if its uniform draw u < p.
     """
     require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63 - 1]")
     require(0 <= epoch < 2**63, "epoch", epoch, "an integer >= 0")
@@ -147,14 +151,18 @@ def draw_parameters(
 
 
 def _clamped_boxes(pair: ViewPair, uniform: Floats, height: NDArray[np.int64], width: NDArray[np.int64]) -> Floats:
-    """(N, 2, 4) y, x, h, w: sides clamped to the image and at least 1 px, no rejection; offsets uniform over all whole positions."""
+    """Returns boxes (N, 2, 4) of y, x, h, w: sides clamped to the image and at least 1 px, no rejection; offsets uniform over all
+    integer positions.
+    """
     crop_h, crop_w = _drawn_sides(pair, uniform[..., _SLOT["area"]], uniform[..., _SLOT["aspect"]], height, width)
     crop_h, crop_w = np.clip(crop_h, 1, height), np.clip(crop_w, 1, width)
     return np.stack([*_drawn_offsets(uniform, height - crop_h, width - crop_w), crop_h, crop_w], axis=-1)
 
 
 def _fitting_boxes(pair: ViewPair, uniform: Floats, retries: Floats, height: NDArray[np.int64], width: NDArray[np.int64]) -> Floats:
-    """(N, 2, 4) y, x, h, w as torchvision: the first try that fits, or, of none, the largest central crop of an allowed aspect."""
+    """Returns boxes (N, 2, 4) of y, x, h, w as torchvision does: the first try that fits, else the largest central crop of an allowed
+    aspect.
+    """
     # (N, tries, 2): the views stay last, as in `_per_view`.
     area, aspect = (
         np.concatenate([uniform[..., None, _SLOT[name]], retries[..., first::2]], axis=-1).swapaxes(1, 2)
@@ -175,7 +183,7 @@ def _fitting_boxes(pair: ViewPair, uniform: Floats, retries: Floats, height: NDA
 def _drawn_sides(
     pair: ViewPair, area: Floats, aspect: Floats, height: NDArray[np.int64], width: NDArray[np.int64]
 ) -> tuple[Floats, Floats]:
-    """Height and width of the drawn area and aspect, in whole pixels: larger than the image, or 0, at times."""
+    """Returns height and width of the drawn area and aspect in whole pixels, which may exceed the image or be 0."""
     area_range, aspect_range = _per_view(pair, "crop_area"), np.log(_per_view(pair, "crop_aspect"))
     area = _between(area_range, area) * height * width
     aspect = np.exp(_between(aspect_range, aspect))
@@ -187,7 +195,7 @@ def _drawn_offsets(uniform: Floats, spare_h: NDArray[Any], spare_w: NDArray[Any]
 
 
 def _central_sides(pair: ViewPair, height: NDArray[np.int64], width: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """The whole image, or as much of its longer side as the aspect range allows."""
+    """Returns the sides of the whole image, or as much of its longer side as the aspect range allows."""
     narrowest, widest = _per_view(pair, "crop_aspect").T
     ratio = width / height
     crop_h = np.where(ratio < narrowest, np.rint(width / narrowest), height)
@@ -200,7 +208,9 @@ def _between(bounds: Floats, uniform: Floats) -> Floats:
 
 
 def _fill_colour(rows: NDArray[np.float32], pair: ViewPair, uniform: Floats) -> None:
-    """One Bernoulli for the four operations together, one of 24 orders, each magnitude symmetric about neutral."""
+    """Fills the jitter columns: one Bernoulli draw for the four operations together, one of 24 orders, each magnitude symmetric about
+    neutral.
+    """
     fires = uniform[..., _SLOT["jitter"]] < _per_view(pair, "jitter_p")
     order = _ORDER_CODES[(uniform[..., _SLOT["order"]] * len(_ORDER_CODES)).astype(np.int64)]
     rows[..., ORDER] = np.where(fires, order, NO_JITTER)
@@ -221,13 +231,13 @@ def _fill_rest(rows: NDArray[np.float32], pair: ViewPair, uniform: Floats) -> No
 
 
 def centre_crop_parameters(*, height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(N, 1, NUM_COLUMNS) float32: DeepMind's evaluation crop, a centred square of 7/8 of the short side, at least 1 px.
+    """Returns (N, 1, NUM_COLUMNS) float32 for DeepMind's evaluation crop: a centred square of 7/8 of the short side, at least 1 px.
 
-    Nothing else fires.
+    No other operation is applied.
 
     Args:
-        height: (N,) pixels of the decoded image, at least 1.
-        width: likewise.
+        height: (N,) height of the decoded image in pixels, at least 1.
+        width: (N,) width likewise.
     """
     height, width = np.asarray(height, dtype=np.int64), np.asarray(width, dtype=np.int64)
     side = np.maximum((_EVAL_SHARE * np.minimum(height, width)).astype(np.int64), 1)

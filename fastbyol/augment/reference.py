@@ -1,8 +1,10 @@
-"""The augmentation as one obvious function per operation: slow, of any float type, and what the fast executors are tested against.
+"""The augmentation as one simple function per operation: slow, for any float type, and the reference that the fast executors are tested
+against.
 
-Images are (N, 3, H, W) tensors in [0, 1]; parameters are (N,) tensors or plain numbers. No operation clips, except where its own
-formula does: `render_view` clips where the paper's code does. Source: Grill et al., appendix B;
-deepmind-research/byol/utils/augmentations.py. The functions named torchvision_* are its formulas instead (`config.views.SEMANTICS`).
+Images are (N, 3, H, W) tensors in [0, 1]; parameters are (N,) tensors or plain numbers. No operation clips unless its own formula
+does: `render_view` clips where the paper's code does. Source: Grill et al., appendix B;
+deepmind-research/byol/utils/augmentations.py. The functions named torchvision_* use torchvision's formulas instead
+(`config.views.SEMANTICS`).
 """
 
 from __future__ import annotations
@@ -20,30 +22,32 @@ from fastbyol.config.errors import require, require_choice
 from fastbyol.config.views import ViewPair
 
 LUMA = (0.2989, 0.5870, 0.1140)
-"""TensorFlow's grey weights; they sum to 0.9999."""
+"""TensorFlow's weights for grey; they sum to 0.9999."""
 
 Number = Tensor | float
 
 
 def _per_image(x: Tensor, value: Number) -> Tensor:
-    """(N, 1, 1, 1) or a scalar, in the type of x."""
+    """Reshapes a parameter to (N, 1, 1, 1), or leaves a scalar, in the dtype of x."""
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     return value.reshape(-1, 1, 1, 1) if value.ndim else value
 
 
 def adjust_brightness(x: Tensor, delta: Number) -> Tensor:
-    """x + delta: additive, unlike torchvision's."""
+    """Returns x + delta: additive, unlike torchvision's."""
     return x + _per_image(x, delta)
 
 
 def adjust_contrast(x: Tensor, factor: Number) -> Tensor:
-    """factor (x - mean) + mean, the mean of each channel over the image (torchvision: of the grey image)."""
+    """Returns factor (x - mean) + mean, with the mean of each channel over the image (torchvision: of the grey image)."""
     mean = x.mean(dim=(2, 3), keepdim=True)
     return _per_image(x, factor) * (x - mean) + mean
 
 
 def rgb_to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hue in [0, 1), saturation and value, each (N, 1, H, W), as TensorFlow: hue by the largest channel, ties R, G, B; 0 where grey."""
+    """Returns hue in [0, 1), saturation and value, each (N, 1, H, W), as TensorFlow does: the largest channel decides, ties go to R, G,
+    B in this order; hue is 0 for grey.
+    """
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
@@ -55,7 +59,7 @@ def rgb_to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    """(N, 3, H, W) from three (N, 1, H, W): chroma, middle and offset by the six sextants of the hue, taken modulo 1."""
+    """Returns (N, 3, H, W) from hue (taken modulo 1), saturation and value, each (N, 1, H, W)."""
     chroma = saturation * value
     sextants = 6 * (hue % 1.0)
     middle = chroma * (1 - (sextants % 2 - 1).abs())
@@ -75,44 +79,44 @@ def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 
 def adjust_saturation(x: Tensor, factor: Number) -> Tensor:
-    """HSV saturation times factor, clipped to [0, 1] (torchvision: a blend with grey)."""
+    """Multiplies HSV saturation by factor and clips it to [0, 1] (torchvision blends with grey)."""
     hue, saturation, value = rgb_to_hsv(x)
     return hsv_to_rgb(hue, (saturation * _per_image(x, factor)).clamp(0, 1), value)
 
 
 def adjust_hue(x: Tensor, delta: Number) -> Tensor:
-    """HSV hue plus delta turns."""
+    """Adds delta turns to the HSV hue."""
     hue, saturation, value = rgb_to_hsv(x)
     return hsv_to_rgb(hue + _per_image(x, delta), saturation, value)
 
 
 def torchvision_brightness(x: Tensor, factor: Number) -> Tensor:
-    """factor x."""
+    """Returns factor x."""
     return x * _per_image(x, factor)
 
 
 def torchvision_contrast(x: Tensor, factor: Number) -> Tensor:
-    """factor (x - mean) + mean, the mean of the grey image."""
+    """Returns factor (x - mean) + mean, with the mean of the grey image."""
     mean = to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True)
     return _per_image(x, factor) * (x - mean) + mean
 
 
 def torchvision_saturation(x: Tensor, factor: Number) -> Tensor:
-    """factor x + (1 - factor) grey."""
+    """Returns factor x + (1 - factor) grey."""
     grey = to_grayscale(x)
     return _per_image(x, factor) * (x - grey) + grey
 
 
 def to_grayscale(x: Tensor) -> Tensor:
-    """0.2989 R + 0.5870 G + 0.1140 B in all three channels."""
+    """Returns 0.2989 R + 0.5870 G + 0.1140 B in all three channels."""
     weight = torch.tensor(LUMA, dtype=x.dtype, device=x.device).reshape(1, 3, 1, 1)
     return (x * weight).sum(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
 def gaussian_blur(x: Tensor, sigma: Number, taps: int, *, padding: str = "constant") -> Tensor:
-    """Separable Gaussian of an odd number of taps; sigma (pixels) > 0.
+    """Blurs with a separable Gaussian of an odd number of taps; sigma (pixels) > 0.
 
-    padding: 'constant', zeros, so that borders darken (the paper), or 'reflect' (torchvision), then taps < 2 min(H, W).
+    padding: 'constant' pads with zeros, so borders darken (the paper); 'reflect' (torchvision) needs taps < 2 min(H, W).
     """
     require(taps >= 1 and taps % 2 == 1, "taps", taps, "an odd number >= 1")
     radius = taps // 2
@@ -130,20 +134,20 @@ def gaussian_blur(x: Tensor, sigma: Number, taps: int, *, padding: str = "consta
 
 
 def solarize(x: Tensor, threshold: Number) -> Tensor:
-    """x below the threshold, 1 - x from it upwards."""
+    """Returns x below the threshold and 1 - x from it upwards."""
     return torch.where(x < _per_image(x, threshold), x, 1 - x)
 
 
 def normalize(x: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """(x - mean) / std for each channel."""
+    """Returns (x - mean) / std for each channel."""
     shape, like = (1, 3, 1, 1), {"dtype": x.dtype, "device": x.device}
     return (x - torch.tensor(mean, **like).reshape(shape)) / torch.tensor(std, **like).reshape(shape)
 
 
 def rotate(x: Tensor, degrees: Number) -> Tensor:
-    """Turned counter-clockwise about the centre of the (square or not) image: bilinear, edge pixels repeated.
+    """Rotates counter-clockwise about the centre of the image (square or not): bilinear, edge pixels repeated.
 
-    Differs from the paper: it does not rotate. An option for sets of small pictures.
+    Differs from the paper, which does not rotate. An option for data sets of small images.
     """
     num, _, height, width = x.shape
     angle = torch.deg2rad(torch.as_tensor(degrees, dtype=x.dtype, device=x.device).expand(num)).reshape(-1, 1, 1)
@@ -167,7 +171,9 @@ def rotate(x: Tensor, degrees: Number) -> Tensor:
 
 
 def resize_matrix(n_in: int, n_out: int, *, interpolation: str, antialias: bool) -> NDArray[np.float64]:
-    """(n_out, n_in) weights: half-pixel centres, Keys cubic (a = -0.5) or triangle, taps outside dropped and the rest renormalised."""
+    """Returns (n_out, n_in) weights: half-pixel centres, Keys cubic (a = -0.5) or triangle; taps outside are dropped and the rest
+    renormalised.
+    """
     require_choice("interpolation", interpolation, ("bicubic", "bilinear"))
     scale = n_in / n_out
     stretch = max(scale, 1.0) if antialias else 1.0
@@ -188,7 +194,9 @@ def _filter(distance: float, interpolation: str) -> float:
 
 
 def crop_resize(image: Tensor, box: tuple[int, int, int, int], size_px: int, interpolation: str, antialias: bool) -> Tensor:
-    """(3, S, S) float64 in [0, 1], clipped: box (y, x, h, w) of an (H, W, 3) uint8 image, resized as tf.image.resize does."""
+    """Crops the box (y, x, h, w) of an (H, W, 3) uint8 image and resizes it as tf.image.resize does: (3, S, S) float64 in [0, 1],
+    clipped.
+    """
     y, x, h, w = box
     crop = image[y : y + h, x : x + w].to(torch.float64) / 255
     down = torch.from_numpy(resize_matrix(h, size_px, interpolation=interpolation, antialias=antialias))
@@ -197,12 +205,14 @@ def crop_resize(image: Tensor, box: tuple[int, int, int, int], size_px: int, int
 
 
 def jitter_order(code: float) -> list[int]:
-    """The four operations of an order code, first first: 0 brightness, 1 contrast, 2 saturation, 3 hue; none for -1."""
+    """Returns the four operations of an order code in order: 0 brightness, 1 contrast, 2 saturation, 3 hue; an empty list for -1."""
     return [] if code < 0 else [int(code) // 4**place % 4 for place in (3, 2, 1, 0)]
 
 
 def render_view(image: Tensor, parameters_row: Tensor | NDArray[np.float32], pair: ViewPair) -> Tensor:
-    """(3, S, S) float64, normalised: the whole augmentation of an (H, W, 3) uint8 image by one parameter row, in the paper's order."""
+    """Applies the whole augmentation of one parameter row to an (H, W, 3) uint8 image, in the paper's order: (3, S, S) float64,
+    normalised.
+    """
     row = [float(value) for value in parameters_row]
     y, x, h, w = (int(row[column]) for column in (columns.CROP_Y, columns.CROP_X, columns.CROP_H, columns.CROP_W))
     view = crop_resize(image, (y, x, h, w), pair.size_px, pair.interpolation, pair.antialias).unsqueeze(0)
@@ -213,7 +223,7 @@ JITTER: dict[str, tuple[Callable[[Tensor, Number], Tensor], ...]] = {
     "paper": (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue),
     "torchvision": (torchvision_brightness, torchvision_contrast, torchvision_saturation, adjust_hue),
 }
-"""What the digits of an order code stand for, by semantics. Both turn the hue alike."""
+"""Function of each digit of an order code, per semantics. Hue is the same in both."""
 BLUR_PADDING = {"paper": "constant", "torchvision": "reflect"}
 
 
@@ -226,7 +236,7 @@ def augment_view(
     std: tuple[float, float, float],
     semantics: str = "paper",
 ) -> Tensor:
-    """(1, 3, S, S), normalised: all that follows crop and resize, for one view in [0, 1]."""
+    """Applies everything after crop and resize to one view in [0, 1]: (1, 3, S, S), normalised."""
     if row[columns.FLIP] > 0:
         view = view.flip(3)
     if row[columns.ROTATION_DEG] != 0:

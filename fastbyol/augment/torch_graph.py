@@ -1,7 +1,8 @@
-"""The augmentation of a batch of crops as one compile-friendly graph for the device: no control flow on data, no synchronisation.
+"""The augmentation of a batch of crops as one graph that torch.compile can trace: no data-dependent control flow, no synchronisation.
 
-Every image passes every operation; one that an image did not draw has the neutral parameter or is masked. Contrast needs the image's
-mean, so the jitter is three slots of pixelwise operations, contrast once, three slots again: the drawn order decides which does what.
+Every image goes through every operation; one that an image did not draw gets its neutral parameter or is masked. Contrast needs the
+image's mean, so the jitter consists of three slots of pixelwise operations, contrast once, and three slots again; the drawn order
+decides which slot does what.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fastbyol.config.views import SEMANTICS
 TINY = 1e-8
 _IS_BRIGHTNESS, _IS_CONTRAST, _IS_SATURATION, _IS_HUE, _IS_NOTHING = 0, 1, 2, 3, -1
 _AHEAD = (5.0, 3.0, 1.0)
-"""Sextants that are added to the hue for red, green and blue."""
+"""Sextants added to the hue for red, green and blue."""
 
 
 def augment_batch(
@@ -45,9 +46,9 @@ def augment_batch(
     rotate: bool = False,
     semantics: str = "paper",
 ) -> Tensor:
-    """(N, 3, S, S) in channels-last memory, normalised: everything after crop and resize.
+    """Applies everything after crop and resize: (N, 3, S, S) in channels-last memory, normalised.
 
-    Computed in float32 whatever `dtype`: thresholds and hues don't bear half precision.
+    Computed in float32 whatever `dtype` is: half precision is too coarse for thresholds and hues.
 
     Args:
         crops: (N, 3, S, S) uint8, channels-last, on any device.
@@ -55,8 +56,8 @@ def augment_batch(
         blur_taps: window of the Gaussian blur, odd (`ViewPair.blur_taps`).
         mean: per channel, in [0, 1].
         std: per channel.
-        dtype: of the result.
-        rotate: obey the rotation column; without it the graph has no rotation at all.
+        dtype: dtype of the result.
+        rotate: apply the rotation column; without it the graph contains no rotation.
         semantics: 'paper' or 'torchvision', see `config.views.SEMANTICS`. The latter's blur needs blur_taps < 2 S.
     """
     require_choice("semantics", semantics, SEMANTICS)
@@ -101,7 +102,7 @@ def _jitter(x: Tensor, parameters: Tensor, torchvision: bool) -> Tensor:
 
 
 def _pixelwise(x: Tensor, parameters: Tensor, op: Tensor, torchvision: bool) -> Tensor:
-    """Brightness, saturation, hue or nothing, as each image's op says; the closed forms of `cpu_kernel`, without HSV arrays."""
+    """Applies brightness, saturation, hue or nothing, as each image's op says; the closed forms of `cpu_kernel`, without HSV arrays."""
     op = op.view(-1, 1, 1, 1)
     red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -124,7 +125,7 @@ def _pixelwise(x: Tensor, parameters: Tensor, op: Tensor, torchvision: bool) -> 
 
 
 def _loss(sextants: Tensor) -> Tensor:
-    """Share of the chroma that a channel lacks at this many sextants past its own turn."""
+    """Returns the share of the chroma that a channel lacks at this many sextants from its own hue."""
     sextants = sextants - 6 * torch.floor(sextants * (1 / 6))
     return torch.minimum(sextants, 4 - sextants).clamp(0, 1)
 
@@ -134,7 +135,7 @@ def _luma(x: Tensor) -> Tensor:
 
 
 def _half_window(sigma: Tensor, radius: int) -> Tensor:
-    """(N, radius + 1) weights from the centre outwards; sigma 0 gives the identity."""
+    """Returns (N, radius + 1) weights from the centre outwards; sigma 0 is the identity."""
     place = torch.arange(radius + 1, device=sigma.device, dtype=sigma.dtype)
     window = torch.exp(-(place * place) / (2 * sigma.clamp_min(1e-2)[:, None] ** 2))
     window = window / (window[:, :1] + 2 * window[:, 1:].sum(1, keepdim=True))
@@ -142,7 +143,7 @@ def _half_window(sigma: Tensor, radius: int) -> Tensor:
 
 
 def _blur(x: Tensor, window: Tensor, *, dim: int, padding: str) -> Tensor:
-    """Symmetric taps along one dimension over a padded border, as shifted adds: they fuse into one kernel."""
+    """Applies a symmetric filter along one dimension over a padded border, as shifted additions that fuse into one kernel."""
     radius, length = window.shape[1] - 1, x.shape[dim]
     padded = F.pad(x, [radius, radius, 0, 0] if dim == 3 else [0, 0, radius, radius], mode=padding)
     out = x * window[:, 0].view(-1, 1, 1, 1)
@@ -153,7 +154,7 @@ def _blur(x: Tensor, window: Tensor, *, dim: int, padding: str) -> Tensor:
 
 
 def _rotate(x: Tensor, degrees: Tensor) -> Tensor:
-    """Bilinear, counter-clockwise about the centre, edge pixels repeated, as `reference.rotate`."""
+    """Rotates bilinearly, counter-clockwise about the centre, edge pixels repeated, as `reference.rotate` does."""
     num, channels, size, _ = x.shape
     # Positions in float64: at 224 px a float32 position is off by up to 1e-5 px.
     angle = (degrees.to(torch.float64) * (math.pi / 180)).view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel as an object: checks what goes in, gives each thread its scratch memory."""
+"""The compiled CPU kernel as an object: checks its inputs and gives each thread its own scratch memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class ViewKernel:
 
     Args:
         size_px: side S of the square output.
-        interpolation: 'bicubic' (Keys, a = -0.5) or 'bilinear'; half-pixel centres, taps outside the crop dropped, the rest renormalised.
-        antialias: widen the filter when a crop is larger than the output.
+        interpolation: 'bicubic' (Keys, a = -0.5) or 'bilinear'; half-pixel centres; taps outside the crop are dropped and the rest
+            renormalised.
+        antialias: widen the filter if a crop is larger than the output.
         mean: per channel, in [0, 1].
         std: per channel.
         blur_taps: window of the Gaussian blur, odd.
@@ -57,7 +58,7 @@ class ViewKernel:
 
     @classmethod
     def of(cls, pair: ViewPair) -> ViewKernel:
-        """The kernel that renders these views."""
+        """Builds the kernel that renders these views."""
         return cls(
             size_px=pair.size_px,
             interpolation=pair.interpolation,
@@ -89,7 +90,7 @@ class ViewKernel:
             self._render_crops(pixels, parameters, self._cubic, self._antialias, self._scratch(width), out)
 
     def _check(self, image: NDArray[Any], parameters: NDArray[Any], out: NDArray[Any]) -> tuple[int, int]:
-        """Height and width. The compiled code reads memory unchecked: nothing wrong may get there."""
+        """Checks the arrays and returns height and width. The compiled code does not check bounds, so nothing wrong may reach it."""
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.flags.c_contiguous or image.size == 0:
             raise ValueError(f"image: {image.dtype} {image.shape}, must be C-contiguous uint8 (H, W, 3)")
         views = len(parameters)
@@ -105,7 +106,7 @@ class ViewKernel:
         return height, width
 
     def _scratch(self, width: int) -> NDArray[np.float32]:
-        """This thread's scratch memory, grown to the widest image it has seen."""
+        """Returns this thread's scratch memory, grown to the widest image seen so far."""
         scratch: NDArray[np.float32] | None = getattr(self._local, "scratch", None)
         floats = scratch_floats(self.size_px, self._radius, width)
         if scratch is None or scratch.size < floats:

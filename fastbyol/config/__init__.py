@@ -1,1 +1,1 @@
-"""What a run is, as frozen values that are checked where they are built. Standard library only."""
+"""The configuration of a run: frozen dataclasses that are checked when they are built. Standard library only."""

@@ -1,8 +1,8 @@
-"""The paper's ablations as presets: a table row each, with the figure that the paper gives for it.
+"""The paper's ablations as presets: one per table row, with the accuracy that the paper reports for it.
 
-All change one thing in the 300-epoch ResNet-50 run (72.5 top-1 / 90.8 top-5): Grill et al., section 5, appendices F and I. Left out: the columns of
-their SimCLR reproduction (tables 16 and 17), another method whose head and loss differ (appendix F.5); its like with BYOL's head is
-no_predictor_target_online_beta_1.
+Each changes one thing in the 300-epoch ResNet-50 run (72.5 top-1 / 90.8 top-5): Grill et al., section 5, appendices F and I. Left out
+are the SimCLR columns of tables 16 and 17, because that reproduction has another head and loss (appendix F.5); the nearest run with
+BYOL's head is no_predictor_target_online_beta_1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastbyol.config.views import ABLATIONS as VIEW_ABLATIONS
 BASE = TrainConfig()
 BASE_FIGURE = "72.5 top-1 linear, 90.8 top-5"
 
-# BN sees that many images: each rank's micro-batch is a share of it, and the gradient is averaged over 4096 / that many micro-batches.
+# Number of images that batch norm sees at once. The ranks share them, and gradients are averaged over 4096 / that number micro-batches.
 _BATCH = {2048: "72.4 / 90.7", 1024: "72.2 / 90.7", 512: "72.2 / 90.8", 256: "71.8 / 90.7", 128: "69.6 / 89.6", 64: "59.7 / 83.2"}
 _VIEWS = {
     "no_flip": "71.9 / 90.6",
@@ -50,7 +50,7 @@ _INFONCE = {
 }
 SIMCLR = (0, "online", 1.0)
 _NORMALIZATION = {"layer_norm": "72.5 / 90.1", "none": "67.4 / 87.1", "batch_norm": "65.3 / 85.3"}
-# Without a slowly moving target. Learning rate factors of the predictor: table 21; by the projector's and the predictor's: table 22.
+# Without a slowly moving target. Table 21: factors of the predictor's learning rate; table 22: of the projector's (rows) and the predictor's.
 _PREDICTOR_LR = {0.0: "0.01", 1.0: "5.5", 2.0: "62.8", 10.0: "66.6", 20.0: "66.3"}
 _PREDICTOR_LRS = (1.0, 1.5, 2.0, 5.0, 10.0)
 _HEAD_LR = {
@@ -82,7 +82,7 @@ _WEIGHT_DECAY = {0.0: "diverges", 1e-7: "72.1 / 90.4", 5e-7: "72.6 / 91.0", 5e-6
 
 
 def ablation_presets() -> dict[str, Preset]:
-    """Every ablation by name, 'ablation_' and what it changes."""
+    """Returns every ablation by name: 'ablation_' and what it changes."""
     rows = [*_runs(), *_objectives(), *_networks(), *_optimizers(), *_near_optimal_predictors()]
     return {
         f"ablation_{name}": Preset(
@@ -93,7 +93,7 @@ def ablation_presets() -> dict[str, Preset]:
 
 
 _Row = tuple[str, str, TrainConfig, str, str]
-"""name, what, config, 'top-1' or 'top-1 / top-5', where it stands."""
+"""(name, what it is, config, 'top-1' or 'top-1 / top-5', table in the paper)."""
 
 
 def _figure(text: str) -> str:
@@ -115,7 +115,7 @@ def _objectives() -> Iterator[_Row]:
     for tau, figure in _TAU.items():
         what = f"tau_base {tau:g}" + (", a constant random target" if tau == 1 else "")
         yield f"tau_{tau:g}", what, replace(BASE, optim=OptimConfig(tau_base=tau)), figure, "table 5a"
-    # The paper holds tau at 0 in this row, where tau_base 0 would rise along the cosine: that is the online network without gradient.
+    # The paper keeps tau at 0 here, but tau_base = 0 would rise along the cosine. A constant 0 equals the online network without gradient.
     constant_zero = replace(BASE, objective=ObjectiveConfig(target="stop_gradient"))
     yield "tau_0", "tau 0 throughout (what table 19 gives 5.5 for)", constant_zero, "0.3", "table 5a"
     for (predictor, target, beta), figure in _INFONCE.items():
@@ -124,7 +124,7 @@ def _objectives() -> Iterator[_Row]:
             " (SimCLR)" if (predictor, target, beta) == SIMCLR else ""
         )
         config = replace(BASE, model=ModelConfig(predictor_layers=predictor), objective=ObjectiveConfig(target=target, beta=beta))
-        if beta == 0 and (not predictor or target == "online"):  # to collapse is what these are for
+        if beta == 0 and (not predictor or target == "online"):  # these runs are meant to collapse
             config = replace(config, monitors=MonitorsConfig(stop_on_collapse=False))
         yield name, what, config, figure, "tables 5b and 19"
     for beta, figures in _BETA_ALPHA.items():

@@ -1,4 +1,4 @@
-"""argparse as every command uses it: a mistyped option is a UserError, a path may begin with '~', and no option is dropped for a later one."""
+"""argparse as every command uses it: a mistyped option raises UserError, paths may begin with '~', and a repeated option is refused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 from fastbyol.config.errors import UserError
 
 _GIVEN = "_given"
-"""Of a namespace while it is filled: the options that were there."""
+"""Attribute of the argparse namespace that collects the options given so far."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Descriptions keep their line breaks; options may not be abbreviated, nor given twice unless they collect a list."""
+    """Argument parser that keeps line breaks in descriptions and refuses abbreviated options, and repeated ones unless they collect a list."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})  # type: ignore[arg-type]
@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help lists what there is)")
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
 
 
 class _StoreOnce(argparse._StoreAction):
@@ -52,12 +52,12 @@ def _refuse_again(action: argparse.Action, namespace: Any, option: str | None) -
 
 
 def refuse_repeated(option: str) -> NoReturn:
-    """Raises the UserError of an option that was given twice: whichever one were dropped, nobody would notice."""
+    """Raises the UserError for an option that is given twice; dropping one of the two silently could hide a mistake."""
     raise UserError(f"{option}: is given twice, and only one of them could count; leave one out")
 
 
 def path_text(text: str) -> str:
-    """A path as typed, for argparse's `type`, with its '~' replaced: no shell does that in --out=~/runs."""
+    """Returns a path as typed with '~' expanded, for argparse's `type`; shells do not expand it in --out=~/runs."""
     try:
         return expand_home(text)
     except UserError as error:
@@ -65,13 +65,13 @@ def path_text(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    if not text:  # an unset variable of the shell; Path would take it for the folder we are in
+    if not text:  # usually an unset shell variable; Path("") would mean the current folder
         raise argparse.ArgumentTypeError("is empty; give a path")
     return Path(path_text(text))
 
 
 def through_links(out: Path) -> Path:
-    """Returns where a link points, so that a new file goes there and does not take the link's place; any other path as it is."""
+    """Returns the target of a symlink, so that writing a new file does not replace the link; returns any other path unchanged."""
     if not out.is_symlink():
         return out
     target = Path(os.path.realpath(out))
@@ -81,12 +81,12 @@ def through_links(out: Path) -> Path:
 
 
 def expand_home(path: str, *, name: str = "") -> str:
-    """The path with a leading '~' or '~user' replaced by that home folder; a file that really has such a name stays what it is.
+    """Returns the path with a leading '~' or '~user' expanded. A relative path whose first part is really named like that stays as it is.
 
-    name: of the option, for the error.
+    name: the option's name, for the error message.
 
     Raises:
-        UserError: nobody knows the home folder.
+        UserError: the home folder is unknown.
     """
     expanded = os.path.expanduser(path)
     first = path.partition("/")[0]

@@ -1,7 +1,7 @@
-"""What a command says, on a terminal or in a log: no name can give the terminal orders, and no encoding can end the command.
+"""Printing that is safe whatever a name contains: no escape sequence reaches the terminal, and no encoding error ends the command.
 
-File and class names hold whatever bytes their author chose: escape sequences that hide a line or change the window's title, a line break that
-forges a message, bytes that are not UTF-8. Everything that is printed or logged passes `printable`.
+File and class names may hold any bytes: escape sequences that hide a line or change the window's title, a line break that forges a
+message, bytes that are not UTF-8. Everything that is printed or logged goes through `printable`.
 """
 
 from __future__ import annotations
@@ -15,51 +15,55 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _ESCAPED = frozenset({"Cc", "Cs", "Zl", "Zp"})
-"""Unicode's categories of control characters, lone surrogates, and separators of lines and paragraphs."""
+"""Unicode categories of control characters, lone surrogates, and line and paragraph separators."""
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that change the direction of writing, and so what a reader takes a line for."""
+"""Marks that change the writing direction and can make a line read differently from what it contains."""
 
 
 def printable(text: str) -> str:
-    r"""The text in one line that is safe to show: '\x1b[8m' for an escape sequence, '\n' for a line break, 'caf\xe9' for a byte that is no UTF-8."""
+    r"""Returns the text as one line that is safe to show: '\x1b[8m' for an escape sequence, '\n' for a line break, 'caf\xe9' for a
+    non-UTF-8 byte.
+    """
     return text if text.isprintable() else "".join(map(_shown, text))
 
 
 def _shown(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # how Python holds a byte of a name that is not UTF-8
+    if "\udc80" <= character <= "\udcff":  # Python decodes non-UTF-8 bytes of a name to these (surrogateescape)
         return f"\\x{ord(character) - 0xDC00:02x}"
     escaped = unicodedata.category(character) in _ESCAPED or character in _DIRECTIONS
     return character.encode("unicode_escape").decode() if escaped else character
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
-    """Prints each text as one printable line, on stdout or what else is given, and hands it on at once where that is stderr."""
+    """Prints each text as one printable line, to stdout or the given file; flushes at once if that is stderr."""
     for line in lines:
         print(printable(line), file=file, flush=file is sys.stderr)
 
 
 def accept_any_text() -> None:
-    """Lets stdout and stderr escape what their encoding lacks: a name, or a sign of ours under LANG=C, would raise UnicodeEncodeError."""
+    """Makes stdout and stderr escape characters that their encoding lacks; otherwise a name under LANG=C would raise UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where a program or a test has put another object there
+        if isinstance(stream, io.TextIOWrapper):  # a program or a test may have replaced it with another object
             stream.reconfigure(errors="backslashreplace")
-    if logging.lastResort is not None:  # what prints a warning of a command that keeps no log
+    if logging.lastResort is not None:  # prints the warnings of commands that have not set up logging
         logging.lastResort.setFormatter(PrintableFormatter())
 
 
 def in_utf8(folder: Path) -> str:
-    """Returns a path to an existing folder for libraries that take UTF-8 only; for a name that is none, a way through the open folder (Linux)."""
+    """Returns a path to an existing folder for libraries that accept UTF-8 only. A name that is not UTF-8 is reached through an open
+    descriptor (Linux).
+    """
     try:
         str(folder).encode()
     except UnicodeEncodeError:
-        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"  # open as long as the process: who writes there does not say when it ends
+        return f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}"  # stays open: we are not told when the library is done
     return str(folder)
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats a log record as one printable line; a traceback below it keeps its lines."""
+    """Formats a log record as one printable line; a traceback below it keeps its line breaks."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # logging's name
+    def formatMessage(self, record: logging.LogRecord) -> str:  # the name is logging's
         return printable(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:

@@ -1,7 +1,7 @@
-"""What ends a command in one line and an exit code of its own: the exceptions, the bounds that raise them, and the entry points' catch.
+"""Exceptions that end a command with one line and an exit code of their own, checks that raise them, and the entry points' error handler.
 
-Exit codes: 0 complete, 1 a fault of ours (with a traceback), and those below. torchrun itself always exits with 1 when a worker did not
-exit with 0; the worker's own code stands in its report.
+Exit codes: 0 complete, 1 a bug in fastbyol (with a traceback), and those below. torchrun itself always exits with 1 if a worker
+failed; the worker's own exit code is in torchrun's report.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from collections.abc import Callable, Mapping
 from fastbyol.config.console import accept_any_text, say
 
 USER_ERROR_EXIT = 2
-"""Bad input: the same command fails again."""
+"""Bad input: the same command would fail again."""
 DIVERGED_EXIT = 3
-"""The loss or the weights are not finite any more, or the run has collapsed: the same command fails again."""
+"""The loss or the weights are no longer finite, or the run has collapsed: the same command would fail again."""
 STORAGE_EXIT = 4
-"""The last checkpoint could not be written: make room, then the same command continues from the one before."""
+"""The last checkpoint could not be written: free some space, then the same command continues from the previous checkpoint."""
 LOST_EXIT = 5
-"""Another rank, the data or the device gave no answer: the same command continues from the last checkpoint."""
+"""Another rank, the data or the device stopped responding: the same command continues from the last checkpoint."""
 STOPPED_EXIT = 75
-"""Stopped by a signal, everything saved: the same command continues (75 is 'temporary failure' in sysexits.h)."""
+"""Stopped by a signal with everything saved: the same command continues (75 is 'temporary failure' in sysexits.h)."""
 HOLD_BACK_S = 10.0
-"""Ranks other than 0 speak this much later: what all of them found is then said once, since torchrun ends the others when rank 0 leaves."""
+"""Seconds that ranks other than 0 wait before they print an error. torchrun ends them when rank 0 exits, so an error that all ranks
+share is printed only once.
+"""
 
 
 class UserError(ValueError):
-    """Something the user can put right: the message names the thing, its value and the way out."""
+    """An error that the user can fix: the message names the thing, its value and the way out."""
 
 
 class RunError(Exception):
-    """A run that cannot go on for a reason outside its input: the message says what happened and what is left."""
+    """A run cannot continue for a reason other than its input: the message says what happened and what is saved."""
 
     exit_code = 1
 
 
 class Diverged(RunError):
-    """The loss, or what it left in the weights, is not finite, or every image gets the same projection."""
+    """The loss or the weights are not finite, or every image gets the same projection."""
 
     exit_code = DIVERGED_EXIT
 
 
 class NotSaved(RunError):
-    """The run is over and its last checkpoint is not on the disk."""
+    """The run is over but its last checkpoint could not be written to disk."""
 
     exit_code = STORAGE_EXIT
 
@@ -59,7 +61,9 @@ class Lost(RunError):
 
 
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps an entry point: UserError and RunError print 'fastbyol: error: …' on stderr and exit with their code; the rest keeps its traceback."""
+    """Wraps an entry point: UserError and RunError print 'fastbyol: error: …' on stderr and exit with their code; others keep their
+    traceback.
+    """
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> None:
@@ -77,7 +81,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def environment_integer(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Returns an integer that a launcher has put into the environment; an empty variable is one that is not set."""
+    """Returns an integer environment variable that a launcher sets, or the default if it is unset or empty."""
     text = environment.get(name) or str(default)
     try:
         return int(text)
@@ -93,10 +97,12 @@ _SHORT.maxlong, _SHORT.maxlevel = 60, 2
 
 
 def shown(value: object) -> str:
-    """The value as an error shows it, a line at most: a few bytes of YAML or pickle can stand for gigabytes of nested lists."""
+    """Returns the value as shown in an error, at most one line long: a few bytes of YAML or pickle can stand for gigabytes of nested
+    lists.
+    """
     try:
         return _SHORT.repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits
+    except (ValueError, RecursionError):  # Python refuses to print an integer of thousands of digits
         return f"a {type(value).__name__}"
 
 

@@ -1,4 +1,4 @@
-"""What the options mean: the texts that stand below a dataclass's fields, for --help."""
+"""Help texts of the options, read from the docstrings below the dataclass fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typing
 
 
 def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
-    """The documented fields of a dataclass and of the dataclasses inside it, by dotted name."""
+    """Returns {dotted name: help text} for the documented fields of a dataclass and of the dataclasses nested in it."""
     hints, texts = typing.get_type_hints(cls), _texts_below_fields(cls)
     docs: dict[str, str] = {}
     for field in dataclasses.fields(cls):
@@ -24,7 +24,7 @@ def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
 
 
 def _texts_below_fields(cls: type) -> dict[str, str]:
-    """{field: docstring}, lines joined. Python keeps no such docstrings, so they are read from the source."""
+    """Returns {field: docstring on one line}. Python does not keep these docstrings at run time, so they are read from the source."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     found = {}

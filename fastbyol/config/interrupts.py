@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, a reader that has left ('| head'): how a command ends early, without a traceback and with the exit code that a shell expects."""
+"""Ending a command early, by Ctrl-C, SIGTERM or a closed pipe ('| head'): no traceback, and the exit code that a shell expects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """The user or the scheduler wants an end; the message says what is left."""
+    """Raised when a signal asks the command to stop; the message says what is left behind."""
 
     def __init__(self, signal_number: int, message: str = "stopped") -> None:
         super().__init__(message)
@@ -24,14 +24,14 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a process that the signal ended."""
+        """The exit code a shell reports for a process that the signal ended: 128 + signal number."""
         return 128 + self.signal_number
 
 
 def end_at_once_when_stopped() -> None:
-    """From here on, a signal ends the process between two instructions. For times when nothing is under way that could be lost.
+    """Makes SIGINT and SIGTERM end the process immediately, for times when there is nothing to lose.
 
-    A script calls it before its imports: they take a third of a second, and an exception there would come with the traceback of whatever is
+    Scripts call it before their imports, which take a third of a second: an exception there would print the traceback of the module
     being imported.
     """
     for number in STOP_SIGNALS:
@@ -39,7 +39,9 @@ def end_at_once_when_stopped() -> None:
 
 
 def stoppable(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps an entry point: while it runs, the first signal raises Stopped, so that all is left tidy; before and after, and twice, it ends at once."""
+    """Wraps an entry point: while it runs, the first signal raises Stopped so that it can clean up; a second one, or one outside it,
+    ends the process at once.
+    """
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> None:
@@ -49,14 +51,14 @@ def stoppable(main: Callable[..., None]) -> Callable[..., None]:
             try:
                 main(*args, **kwargs)
             finally:
-                if sys.stdout is not None:  # closed by who started this
+                if sys.stdout is not None:  # None if the parent process closed it
                     sys.stdout.flush()
         except Stopped as stopped:
             end_at_once_when_stopped()
             say(f"fastbyol: {' '.join(str(stopped).split())}", file=sys.stderr)
             sys.exit(stopped.exit_code)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own flush at exit would fail again
             sys.exit(128 + signal.SIGPIPE)
         finally:
             end_at_once_when_stopped()

@@ -1,4 +1,4 @@
-"""A config as plain values and back: what YAML, JSON and checkpoints hold."""
+"""Converts a config to plain values and back, as YAML, JSON and checkpoints store it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Config = TypeVar("Config")
 
 
 def to_plain(config: Any) -> Any:
-    """Dataclasses as dicts and tuples as lists, all the way down."""
+    """Converts dataclasses to dicts and tuples to lists, recursively."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, list | tuple):
@@ -22,10 +22,10 @@ def to_plain(config: Any) -> Any:
 
 
 def from_plain(cls: type[Config], values: dict[str, Any], *, where: str = "") -> Config:
-    """The dataclass built, and so checked, from plain values; fields left out take their defaults.
+    """Builds, and so checks, the dataclass from plain values; missing fields take their defaults.
 
     Raises:
-        UserError: no options at all, a name that the class does not have (with the nearest one), a value of another type, or one out of range.
+        UserError: not a group of options, an unknown name (the message names the nearest one), or a value of the wrong type or out of range.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or 'the config'} is {shown(values)}: must be a group of options")
@@ -38,12 +38,12 @@ def from_plain(cls: type[Config], values: dict[str, Any], *, where: str = "") ->
     converted = {name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()}
     try:
         return cls(**converted)
-    except UserError as error:  # a view does not know whether it is view1 or view2
+    except UserError as error:  # a ViewSpec does not know whether it is view1 or view2, so add it here
         raise UserError(str(error) if str(error).startswith(where) else f"{where}{error}") from error
 
 
 def nearest_name(name: str, known: typing.Iterable[str]) -> str:
-    """' (did you mean x?)', or nothing where no name is near."""
+    """Returns ' (did you mean x?)', or an empty string if no known name is similar."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {match[0]}?)" if match else ""
 

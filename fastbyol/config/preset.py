@@ -1,4 +1,4 @@
-"""What a preset is."""
+"""The `Preset` dataclass: a named run with the accuracy to expect."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from fastbyol.config.schema import TrainConfig
 
 PAPER_RANKS = 8
-"""Ranks in the commands of the paper's presets."""
+"""Number of ranks in the commands of the paper's presets."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named run: `expected` is a published figure with its `source`; `run_here` what we measured ourselves, or 'not yet run'."""
+    """A named run. `expected` is a published figure and `source` where it stands; `run_here` is what we measured ourselves, or 'not yet
+    run'.
+    """
 
     what: str
     config: TrainConfig

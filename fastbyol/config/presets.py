@@ -1,6 +1,7 @@
-"""Named runs, each with its command, the figure to expect and where that figure comes from.
+"""Named runs, each with its command, the figure to expect and the source of that figure.
 
-Numbers of the paper's runs: Grill et al., section 3.3 and appendix F and G; official configs/byol.py and README. Its ablations: `ablations.py`.
+Hyperparameters of the paper's runs: Grill et al., section 3.3 and appendices F and G; official configs/byol.py and README. Ablations
+are in `ablations.py`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ _IMAGENETTE = TrainConfig(
     optim=OptimConfig(base_lr=2.0, tau_base=0.996, weight_decay=1e-6),
 )
 
-# Small images under ImageNet's views learn nothing in minutes: larger crops, rotation, no blur, a target that follows fast, large steps.
+# With ImageNet's views, small images learn nothing within minutes. So: larger crops, rotation, no blur, a fast target, a high learning rate.
 _DEMO_VIEW = ViewSpec(crop_area=(0.4, 1.0), rotation_deg=15.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
 _DEMO = TrainConfig(
     epochs=20,
@@ -72,7 +73,7 @@ _DEMO = TrainConfig(
     optim=OptimConfig(base_lr=8.0, warmup_epochs=1, tau_base=0.8),
 )
 
-# Colour, light and place tell the scenes' instances apart, so the views take them away; what stays is shape and pattern.
+# Colour, brightness and position would be enough to recognise a scene, so the views remove them; shape and pattern remain.
 _SCENES_VIEW = replace(_DEMO_VIEW, crop_area=(0.5, 1.0), rotation_deg=20.0, jitter_p=1.0, saturation=0.5, hue=0.5, gray_p=0.8)
 _SCENES = replace(_DEMO, epochs=10, views=replace(_DEMO.views, view1=_SCENES_VIEW, view2=_SCENES_VIEW))
 
@@ -133,10 +134,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset_config(name: str) -> TrainConfig:
-    """The config of a preset.
+    """Returns the config of a preset.
 
     Raises:
-        UserError: no such preset, with the nearest one.
+        UserError: no such preset; the message names the nearest one.
     """
     if name not in PRESETS:
         raise UserError(f"preset = {name!r}: no such preset{nearest_name(name, PRESETS)}; python -m fastbyol presets lists them")

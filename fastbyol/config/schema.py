@@ -1,6 +1,7 @@
-"""What a run is: frozen dataclasses, one per concern, checked where they are built.
+"""The configuration of a run: frozen dataclasses, one per concern, checked when they are built.
 
-Every default is the paper's 300-epoch ResNet-50 run (Grill et al., section 3.3 and appendix F; official configs/byol.py).
+Every default is that of the paper's 300-epoch ResNet-50 run (Grill et al., section 3.3 and appendix F; official configs/byol.py). The
+text below a field is its --help text.
 """
 
 from __future__ import annotations
@@ -27,25 +28,28 @@ RESUME_MODES = ("auto", "must", "never")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images are and how they are read."""
+    """Location of the images and how they are read."""
 
     train: str = ""
     """A .beton file, a folder of tar shards made by to_dali.py, or an ImageFolder."""
     backend: str = "auto"
-    """auto takes the one that reads `train`."""
+    """auto, ffcv, dali or folder; auto chooses the one that reads the format of `train`."""
     workers: int = 0
-    """Threads that decode and augment, per process; 0: as many as this process may use cores."""
+    """Decoding and augmentation threads per process; 0: one per core available to the process."""
     prefetch: int = 3
-    """Batches made ahead of the training step."""
+    """Number of batches prepared ahead of the training step."""
     traversal: str = "random"
-    """random over all images; local, for data larger than memory on storage that seeks badly: blocks of 8 MiB, mixed in windows of many."""
+    """random: shuffle over all images. local: for data larger than memory on storage with slow seeks; reads blocks of 8 MiB and shuffles
+    within windows of many blocks.
+    """
     window_mib: int = 2048
-    """local: what is mixed with one another; twice this should fit in memory."""
+    """Size of the window that traversal local shuffles together; twice this should fit in memory."""
     dali_ops: str = "auto"
-    """What the dali backend leaves to DALI: decode (on the CPU); crop, on the GPU where there is one; all, for comparison: it is not the
-    paper's augmentation. auto: crop on a GPU (not run by us yet), else decode."""
+    """Work the dali backend gives to DALI: decode (on the CPU); crop, on the GPU if there is one; all, for comparison only, because it
+    is not the paper's augmentation. auto: crop on a GPU (not run by us yet), else decode.
+    """
     val: str = ""
-    """Labelled images for monitors.knn_every_epochs, of the same classes; training does not see them."""
+    """Labelled images of the same classes for monitors.knn_every_epochs; training does not use them."""
 
     def __post_init__(self) -> None:
         _expand_home(self, "data.train", "data.val")
@@ -59,23 +63,23 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Encoder and heads (section 3.3)."""
+    """Encoder, projector and predictor (section 3.3)."""
 
     encoder: str = "resnet50"
     """resnet8 to resnet200, or any of timm's: timm/convnext_tiny, ..."""
     width: int = 1
-    """Multiplies every convolution, unlike torchvision's wide_resnet."""
+    """Multiplies the width of every convolution, unlike torchvision's wide_resnet."""
     stem: str = "imagenet"
     """imagenet: 7x7 stride 2 and max-pool; small: 3x3 stride 1; small2: 3x3 stride 2 (images of 32 to 64 px)."""
     padding: str = "symmetric"
-    """symmetric, as PyTorch; same, as TensorFlow: what the official checkpoints need."""
+    """symmetric, as in PyTorch; same, as in TensorFlow (the official checkpoints need it)."""
     zero_init_last_gamma: bool = False
-    """Start each residual branch at zero. The paper's results: off."""
+    """Initialise the last batch-norm scale of each residual branch to zero. Off in the paper's results."""
     initialisation: str = "kaiming"
-    """kaiming: torchvision's; truncated_normal: the official code's (no difference in accuracy, section 5)."""
+    """kaiming, as torchvision; truncated_normal, as the official code (no difference in accuracy, section 5)."""
     projector_layers: int = 2
     predictor_layers: int = 2
-    """0: no predictor (an ablation: collapses without a negative term)."""
+    """0: no predictor (an ablation; the run collapses without a negative term)."""
     hidden_dim: int = 4096
     projection_dim: int = 256
 
@@ -100,13 +104,19 @@ class ObjectiveConfig:
     beta: float = 0.0
     """Weight of the negative term."""
     alpha: float = 0.1
-    """Temperature of the negative term; no effect where beta is 0."""
+    """Temperature of the negative term; no effect if beta is 0."""
     target: str = "ema"
-    """Whose projections are predicted: ema, the target network's; online, with gradient; stop_gradient, online without."""
+    """Projections that are predicted. ema: the target network's; online: the online network's, with gradient; stop_gradient: the online
+    network's, without.
+    """
     normalization: str = "l2"
-    """Of predictions and targets before their distance is taken: l2; layer_norm; batch_norm, over all ranks; none (appendix F.6)."""
+    """Normalisation of predictions and targets before their distance is taken: l2; layer_norm; batch_norm, over all ranks; none
+    (appendix F.6).
+    """
     predictor: str = "network"
-    """network: model.predictor_layers; least_squares: none, each batch gets the best linear map, solved for (appendix I.2)."""
+    """network: an MLP of model.predictor_layers layers; least_squares: no network, the best linear map of each batch in closed form
+    (appendix I.2).
+    """
 
     def __post_init__(self) -> None:
         require_choice("objective.normalization", self.normalization, ("l2", "layer_norm", "batch_norm", "none"))
@@ -120,22 +130,22 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The update of the online network and of the target."""
+    """Optimizer of the online network and update of the target."""
 
     name: str = "lars"
     """lars (the paper's), sgd, adamw, torch_optimizer_lars, or any of timm's: timm_lamb, timm_lars, ..."""
     base_lr: float = 0.3
-    """Per 256 images: the peak is base_lr * global_batch / 256."""
+    """Learning rate per 256 images: the peak is base_lr * global_batch / 256."""
     warmup_epochs: float = 10.0
     momentum: float = 0.9
     weight_decay: float = 1e-6
     trust_coefficient: float = 1e-3
     tau_base: float = 0.99
-    """Target decay rate at step 0; rises to 1 along a cosine."""
+    """Target decay rate at step 0; it rises to 1 along a cosine."""
     projector_lr_factor: float = 1.0
     """Multiplies the projector's learning rate (appendix I.1)."""
     predictor_lr_factor: float = 1.0
-    """Multiplies the predictor's learning rate; 0 leaves it as it starts."""
+    """Multiplies the predictor's learning rate; 0 keeps its initial weights."""
 
     def __post_init__(self) -> None:
         if not self.name.startswith("timm_"):
@@ -151,21 +161,23 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Numbers and memory layout of the step."""
+    """Number formats and memory layout of the training step."""
 
     autocast: str = "bf16"
-    """bf16, fp16 (GPU, with a gradient scaler), tf32 (GPU: float32 with products on tensor cores), off: float32."""
+    """bf16; fp16 (GPU, with a gradient scaler); tf32 (GPU: float32 with matrix products on tensor cores); off: float32."""
     channels_last: bool = True
     compile: bool = False
-    """torch.compile of the whole forward and loss, and of the augmentation on a GPU; the first step then takes a minute or more."""
+    """Use torch.compile for the whole forward pass and loss, and for the augmentation on a GPU; the first step then takes a minute or
+    more.
+    """
     compile_mode: str = "default"
-    """default; reduce-overhead: CUDA graphs (GPU); max-autotune: tries kernels, a longer first step."""
+    """default; reduce-overhead: CUDA graphs (GPU); max-autotune: tries several kernels, so the first step takes longer."""
     compile_cache: str = ""
-    """Folder of compiled code that later runs start from; empty: torch's own, which the next reboot may clear."""
+    """Folder for compiled code, which later runs reuse; empty: torch's own folder, which a reboot may clear."""
     cross_replica_bn: bool = True
-    """BN statistics over all devices, as the official code. No effect on one device."""
+    """Compute batch-norm statistics over all devices, as the official code does. No effect on one device."""
     gradient_messages: str = "float32"
-    """What ranks send each other when they average gradients; bf16 halves the bytes. No effect on one device."""
+    """Data type in which ranks exchange gradients; bf16 halves the traffic. No effect on one device."""
 
     def __post_init__(self) -> None:
         _expand_home(self, "precision.compile_cache")
@@ -179,18 +191,18 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class MonitorsConfig:
-    """What is watched beside the training; nothing here changes what is learnt."""
+    """Monitoring options; none of them changes what is learnt."""
 
     stop_on_collapse: bool = True
-    """End a run whose projections have become one and stay so (docs/monitors.md); off: it only says so."""
+    """End a run whose projections have collapsed to one point and stay so (docs/monitors.md); off: only report it."""
     collapse_patience: int = 1000
-    """Optimizer steps that a collapse must last before the run is ended; never within the warm-up."""
+    """Optimizer steps that a collapse must last before the run is ended; a run is never ended during warm-up."""
     knn_every_epochs: float = 0.0
-    """How often kNN on data.val is measured while training; 0: never."""
+    """Epochs between two kNN evaluations on data.val during training; 0: none."""
     knn_images: int = 20_000
-    """Most images of each split that take part in it: a random choice, always the same."""
+    """Largest number of images per split in that evaluation; a fixed random choice."""
     wandb_project: str = ""
-    """Where Weights & Biases is to show the run too; empty: nowhere. Needs pip install 'fastbyol[wandb]'."""
+    """Weights & Biases project to log to; empty: none. Needs pip install 'fastbyol[wandb]'."""
 
     def __post_init__(self) -> None:
         require_at_least("monitors.collapse_patience", self.collapse_patience, 1)
@@ -200,36 +212,40 @@ class MonitorsConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One pre-training run, whole."""
+    """All options of one pre-training run."""
 
     out: str = ""
-    """The run folder."""
+    """Run folder."""
     epochs: float = 300.0
     """Passes over the training images; the run ends after int(epochs * images) // global_batch optimizer steps."""
     global_batch: int = 4096
     """Images per optimizer step, over all devices and accumulated micro-batches."""
     rank_batch: int = 0
-    """Images per device in one forward; 0: global_batch / devices. A smaller one accumulates gradients (and BN sees that fewer images)."""
+    """Images per device in one forward pass; 0: global_batch / devices. A smaller value accumulates gradients, and batch norm then sees
+    fewer images.
+    """
     seed: int = 0
-    """Of the first weights, the order of the images, and their views."""
+    """Random seed of the initial weights, the order of the images, and their views."""
     log_every: int = 10
-    """Optimizer steps between two progress lines."""
+    """Optimizer steps between two log lines."""
     checkpoint_every: int = 500
     """Optimizer steps between two checkpoints; the end of the run always writes one."""
     keep_checkpoints: int = 2
-    """The newest that stay."""
+    """Number of newest checkpoints to keep."""
     keep_every_epochs: float = 0.0
-    """Besides those, one checkpoint stays every so many epochs (and is made there, whatever checkpoint_every is); 0: none."""
+    """Interval in epochs of additional checkpoints that are written, whatever checkpoint_every is, and kept; 0: none."""
     resume: str = "auto"
-    """auto: continue the run that `out` holds, or start it; must: only continue; never: only start."""
+    """auto: continue the run in `out`, or start it; must: only continue; never: only start."""
     init_from: str = ""
-    """Start with the weights of this run folder, checkpoint, or encoder state dict, under a new schedule. No effect once the run continues."""
+    """Start from the weights of this run folder, checkpoint, or encoder state dict, with a new schedule. No effect when the run is
+    resumed.
+    """
     timeout_s: float = 600.0
-    """A rank, a data source or a device that gives no answer for this long ends the run; compilation counts too."""
+    """Seconds after which the run is ended if a rank, a data source or a device does not respond; compilation counts too."""
     grace_s: float = 60.0
-    """After SIGTERM, SIGINT, SIGHUP or SIGUSR1 the step is finished and saved; a process that has not done so by then leaves."""
+    """Seconds to finish and save the current step after SIGTERM, SIGINT, SIGHUP or SIGUSR1; then the process exits without saving it."""
     profile_steps: int = 0
-    """Steps to profile, from the sixth on; the trace and a table come to RUN/profile. 0: none."""
+    """Number of steps to profile, from the sixth on; the trace and a table go to RUN/profile. 0: none."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewPair = field(default_factory=ViewPair)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -266,14 +282,14 @@ class TrainConfig:
 
 
 def _expand_home(config: object, *paths: str) -> None:
-    """Replaces the '~' that begins one of these fields, given by their dotted names, which no shell does in --out=~/runs or in a YAML file."""
+    """Expands a leading '~' in the named fields (dotted names), since shells do not in --out=~/runs and YAML files never do."""
     for path in paths:
         name = path.rpartition(".")[2]
-        object.__setattr__(config, name, expand_home(getattr(config, name), name=path))  # frozen from here on
+        object.__setattr__(config, name, expand_home(getattr(config, name), name=path))  # the only way to set a field of a frozen dataclass
 
 
 def accumulation_of(config: TrainConfig, *, world_size: int) -> int:
-    """Micro-batches per optimizer step on each of world_size ranks.
+    """Number of micro-batches per optimizer step on each of world_size ranks.
 
     Raises:
         UserError: the global batch does not split evenly.

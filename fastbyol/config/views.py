@@ -1,8 +1,8 @@
-"""What each view draws: the paper's augmentation table and its ablations, as data.
+"""The augmentation of each view as data: the paper's augmentation table and its ablations.
 
-One `ViewPair` drives every backend and every executor. Source of all numbers: Grill et al., table 6 and appendix B, and the official code
-(deepmind-research/byol/utils/augmentations.py, dataset.py); `ABLATIONS` is table 17. `TORCHVISION` has the paper's probabilities and magnitudes
-under torchvision's formulas, for comparisons with code built on those.
+One `ViewPair` configures every backend and every executor. Source of all numbers: Grill et al., table 6 and appendix B, and the
+official code (deepmind-research/byol/utils/augmentations.py, dataset.py); `ABLATIONS` is table 17. `TORCHVISION` has the paper's
+probabilities and magnitudes with torchvision's formulas, for comparison with code built on those.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from fastbyol.config.errors import require, require_choice, require_probability,
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SEMANTICS = ("paper", "torchvision")
-"""What the numbers of a `ViewSpec` mean.
+"""Formulas that the numbers of a `ViewSpec` go into.
 
-torchvision, where it differs from the paper: brightness is a factor in [1 - brightness, 1 + brightness]; contrast turns about the mean of the
-grey image, not of each channel; saturation blends with grey instead of scaling HSV's; blur reflects at the border instead of padding with zeros;
-a crop that does not fit is drawn again, ten times at most, then a central one is taken, instead of clamping it.
+torchvision differs from the paper as follows. Brightness is a factor in [1 - brightness, 1 + brightness]. Contrast is relative to the
+mean of the grey image, not of each channel. Saturation blends with grey instead of scaling HSV saturation. Blur reflects at the
+border instead of padding with zeros. A crop that does not fit is drawn again up to ten times and then replaced by a central one,
+instead of being clamped.
 Source: torchvision 0.29, transforms/v2/_geometry.py, functional/_color.py, functional/_misc.py.
 """
 MAX_SIZE_PX = 4096
@@ -28,32 +29,32 @@ TINY = 1e-6
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """The distribution of one view. Probabilities in [0, 1]; magnitudes in units of the [0, 1] pixel range.
+    """The augmentation of one view. Probabilities are in [0, 1]; magnitudes are in units of the [0, 1] pixel range.
 
-    Operations in this order: clamped random crop, resize, flip, (rotation), colour jitter in random order, grayscale, blur, solarize, normalise.
+    Order: clamped random crop, resize, flip, (rotation), colour jitter in random order, grayscale, blur, solarize, normalise.
     """
 
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area, drawn uniformly."""
+    """Crop area as a share of the image's area, drawn uniformly."""
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height, drawn log-uniformly."""
+    """Width over height of the crop, drawn log-uniformly."""
     flip_p: float = 0.5
     rotation_deg: float = 0.0
-    """Largest rotation either way, in degrees. Differs from the paper: it has none (0)."""
+    """Largest rotation in either direction, in degrees. Differs from the paper, which has no rotation (0)."""
     jitter_p: float = 0.8
-    """One draw for the four colour operations together."""
+    """Probability of colour jitter: one draw for its four operations together."""
     brightness: float = 0.4
-    """x + d, d in [-brightness, brightness] (formulas here and below: the paper's, see `SEMANTICS`)."""
+    """x + d with d in [-brightness, brightness] (formulas here and below are the paper's, see `SEMANTICS`)."""
     contrast: float = 0.4
-    """f (x - mean) + mean, mean per channel, f in [1 - contrast, 1 + contrast]."""
+    """f (x - mean) + mean with the mean of each channel and f in [1 - contrast, 1 + contrast]."""
     saturation: float = 0.2
-    """HSV saturation times f, f in [1 - saturation, 1 + saturation]."""
+    """HSV saturation times f, with f in [1 - saturation, 1 + saturation]."""
     hue: float = 0.1
-    """HSV hue plus d turns, d in [-hue, hue]."""
+    """HSV hue plus d turns, with d in [-hue, hue]."""
     gray_p: float = 0.2
     blur_p: float = 1.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Pixels of the view, whatever its size."""
+    """Standard deviation in pixels of the view, whatever its size."""
     solarize_p: float = 0.0
     solarize_threshold: float = 0.5
 
@@ -71,15 +72,17 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class ViewPair:
-    """Both views of an image and what they share: the run's whole augmentation."""
+    """The augmentation of a run: both views and the settings they share."""
 
     view1: ViewSpec = field(default_factory=ViewSpec)
     view2: ViewSpec = field(default_factory=lambda: ViewSpec(blur_p=0.1, solarize_p=0.2))
     size_px: int = 224
     semantics: str = "paper"
-    """paper, or torchvision: the formulas of colour jitter, blur border and crop that other PyTorch code has."""
+    """paper; torchvision: the formulas for colour jitter, blur border and crop that most PyTorch code uses."""
     interpolation: str = "bicubic"
-    """Keys a = -0.5, half-pixel centres, taps outside the crop dropped and the rest renormalised, as tf.image.resize."""
+    """bicubic (Keys, a = -0.5) or bilinear: half-pixel centres; taps outside the crop are dropped and the rest renormalised, as in
+    tf.image.resize.
+    """
     antialias: bool = False
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -93,28 +96,28 @@ class ViewPair:
 
     @property
     def blur_taps(self) -> int:
-        """Gaussian window: 2 int(size / 10 / 2) + 1, that is 23 at 224 px."""
+        """Taps of the Gaussian window: 2 int(size / 10 / 2) + 1, that is 23 at 224 px."""
         return blur_taps(self.size_px)
 
 
 def blur_taps(size_px: int) -> int:
-    """Taps of the paper's blur for a view of this many pixels: kernel size/10, radius int(kernel/2)."""
+    """Number of taps of the paper's blur for a view of this size: kernel size/10, radius int(kernel/2)."""
     return 2 * int(size_px / 10 / 2) + 1
 
 
 def both(pair: ViewPair, **changes: object) -> ViewPair:
-    """The pair with the same changes made to both of its views."""
+    """Returns the pair with the same changes made to both views."""
     return replace(pair, view1=replace(pair.view1, **changes), view2=replace(pair.view2, **changes))  # type: ignore[arg-type]
 
 
 PAPER = ViewPair()
 TORCHVISION = replace(PAPER, semantics="torchvision", antialias=True)
-"""Antialiased, as RandomResizedCrop is by default and on Pillow images always."""
+"""Antialiased, which is RandomResizedCrop's default and always the case for Pillow images."""
 _CROP_ONLY = both(PAPER, flip_p=0.0, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
 
 
 def _only(*kept: str) -> ViewPair:
-    """Crop plus the named probabilities at their paper value, each view its own."""
+    """Returns the crop-only pair with the named probabilities at their paper value for each view."""
     views = {name: replace(getattr(_CROP_ONLY, name), **{p: getattr(getattr(PAPER, name), p) for p in kept}) for name in ("view1", "view2")}
     return replace(_CROP_ONLY, **views)  # type: ignore[arg-type]
 

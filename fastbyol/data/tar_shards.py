@@ -41,7 +41,9 @@ def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
     """Manifest and sample table, checked against the files. UserError for a missing, cut or foreign one."""
     manifest = read_manifest(folder / TAR_MANIFEST)
     if manifest.kind != "tar":
-        raise UserError(f"{folder / TAR_MANIFEST}: describes {shortened(manifest.kind)!r}, not tar shards; convert again with data_prep/to_dali.py")
+        raise UserError(
+            f"{folder / TAR_MANIFEST}: describes {shortened(manifest.kind)!r}, not tar shards; convert again with data_prep/to_dali.py"
+        )
     for shard in manifest.shards:
         _check_shard(folder / shard.name, shard.bytes, shard.samples)
     return manifest, read_sample_table(folder / SAMPLE_TABLE, manifest)

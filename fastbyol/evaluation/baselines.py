@@ -1,4 +1,4 @@
-"""What the trained encoder has to beat: the same encoder untrained, and principal components of the raw pixels."""
+"""Baselines for the trained encoder: the same encoder untrained, and principal components of the raw pixels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ CALIBRATION_BATCH = 256
 
 
 def untrained_encoder(config: TrainConfig, images: torch.Tensor) -> nn.Module:
-    """The run's encoder as before step 0 (same constructor, same seed), with batch-norm statistics of `images`; eval mode, on the CPU.
+    """Returns the run's encoder as it was before step 0 (same constructor and seed), with batch-norm statistics of `images`; eval mode,
+    on the CPU.
 
-    A fresh net's running statistics are mean 0 and variance 1: its features would then say more about the missing statistics than about
-    random weights. So `images` (N, 3, S, S), a random sample of the training set, pass through it once in training mode.
+    The running statistics of a new network are mean 0 and variance 1, so its features would reflect the missing statistics more than
+    the random weights. So `images` (N, 3, S, S), a random sample of the training set, are passed through it once in training mode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -30,14 +31,16 @@ def untrained_encoder(config: TrainConfig, images: torch.Tensor) -> nn.Module:
 
 @torch.no_grad()
 def set_batchnorm_statistics(encoder: nn.Module, images: torch.Tensor, *, batch: int = CALIBRATION_BATCH) -> None:
-    """Running statistics := plain average of the batch statistics over `images`, in the order given. Leaves training mode on."""
+    """Sets the running statistics to the plain average of the batch statistics over `images`, in the given order. Leaves the encoder in
+    training mode.
+    """
     layers = [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # torch's way to ask for the cumulative average
+        layer.momentum = None  # in torch, None means the cumulative average
     encoder.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    # Batches of equal size, because each counts the same in the average.
+    # Batches of equal size, because each has the same weight in the average.
     for part in images.tensor_split(max(1, len(images) // batch)):
         encoder(part)
     for layer, momentum in zip(layers, momenta, strict=True):
@@ -45,7 +48,7 @@ def set_batchnorm_statistics(encoder: nn.Module, images: torch.Tensor, *, batch:
 
 
 def pca_features(train: Features, val: Features, *, components: int = PCA_COMPONENTS) -> tuple[Features, Features]:
-    """Both sets on the leading principal components of the training pixels, at most as many as there are images or pixels."""
+    """Projects both sets onto the leading principal components of the training pixels, at most as many as there are images or pixels."""
     from sklearn.decomposition import PCA
 
     components = min(components, *train.feature.shape)

@@ -1,4 +1,4 @@
-"""A picture of what a run's loader draws: rows of images, their views several times, the drawn parameters beneath each."""
+"""A contact sheet of what a run's loader draws: rows of images, several views of each, with the drawn parameters below."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastbyol.data.build import backend_of, build_image_loader, build_loader
 from fastbyol.evaluation.gallery import display_pixels, draw_parameters_and_views
 
 SMALLEST_TILE_PX = 112
-"""Smaller views are enlarged by a whole factor, pixels kept visible."""
+"""Smaller views are enlarged by a whole factor, so that pixels stay visible."""
 COLUMN_PX, LABEL_PX, LINE_PX, MARGIN_PX = 140, 130, 12, 8
 CAPTION_LINES = 4
 INK, PAPER = "black", "white"
@@ -30,7 +30,9 @@ INK, PAPER = "black", "white"
 
 @dataclass(frozen=True)
 class Strip:
-    """One image by one backend. pixels: (1 + 2 epochs, S, S, 3) uint8, centre crop first. captions: lines beneath each. label: at the left."""
+    """One image as drawn by one backend. pixels: (1 + 2 epochs, S, S, 3) uint8, centre crop first. captions: lines below each picture.
+    label: text on the left.
+    """
 
     pixels: NDArray[np.uint8]
     captions: list[list[str]]
@@ -40,19 +42,19 @@ class Strip:
 def write_contact_sheet(
     data: Sequence[str], *, out: Path, views: ViewPair, backend: str = "auto", rows: int = 6, epochs: int = 2, seed: int = 0
 ) -> None:
-    """Writes a PNG: `rows` random images of the data, in the first `epochs` epochs of a run with this seed.
+    """Writes a PNG with `rows` random images of the data as drawn in the first `epochs` epochs of a run with this seed.
 
     Args:
-        data: what `data.train` takes; several hold the same images for different backends, and stand beneath one another.
-        out: the PNG to make, or replace.
-        views: what the views draw.
+        data: paths as for `data.train`; several must hold the same images for different backends and are shown below one another.
+        out: PNG file to write or replace.
+        views: the augmentation.
         backend: as `data.backend`.
-        rows: images, at least 1.
-        epochs: pairs of views of each.
-        seed: of the views, as in a run, and of the choice of images.
+        rows: number of images, at least 1.
+        epochs: pairs of views of each image.
+        seed: seed of the views, as in a run, and of the choice of images.
 
     Raises:
-        UserError: no such data, several that are not the same images, a file that cannot be written.
+        UserError: no such data, several that do not hold the same images, a file that cannot be written.
     """
     require_at_least("--rows", rows, 1)
     require_at_least("--epochs", epochs, 1)
@@ -62,7 +64,7 @@ def write_contact_sheet(
     _refuse_different_sets(data, drawn)
     title = f"{views.size_px} px, {views.semantics} semantics, seed {seed}" + (f": {data[0]}" if len(data) == 1 else "")
     header = ["centre crop", *(f"epoch {epoch}, view {view}" for epoch in range(epochs) for view in (1, 2))]
-    # By image, then by backend: what should look alike stands together.
+    # By image, then by backend, so that strips that should look alike are next to each other.
     sheet = _sheet([strip for strips in zip(*drawn, strict=True) for strip in _compared(strips)], header=header, title=title)
     try:
         sheet.save(out)
@@ -96,7 +98,7 @@ def _refuse_different_sets(data: Sequence[str], drawn: list[list[Strip]]) -> Non
 
 
 def _compared(strips: Sequence[Strip]) -> Iterator[Strip]:
-    """The strips of one image; all but the first also say how far their views lie from the first's."""
+    """Yields the strips of one image; all but the first also state how much their views differ from the first's."""
     first = strips[0].pixels[1:].astype(np.int64)
     yield strips[0]
     for strip in strips[1:]:
@@ -106,7 +108,7 @@ def _compared(strips: Sequence[Strip]) -> Iterator[Strip]:
 
 
 def caption(row: NDArray[np.float32], *, semantics: str = "paper") -> list[str]:
-    """What one parameter row draws, in lines: crop (width x height + x + y) and flip, jitter in drawn order (two lines), the rest."""
+    """Formats one parameter row as lines: crop (width x height + x + y) and flip, jitter in drawn order (two lines), the rest."""
     flip = ", flipped" if row[p.FLIP] > 0 else ""
     amounts = (
         f"bright {row[p.BRIGHTNESS]:+.2f}" if semantics == "paper" else f"bright x{row[p.BRIGHTNESS]:.2f}",

@@ -1,4 +1,4 @@
-"""Frozen features of a labelled set: every image once, in index order."""
+"""Frozen features of a labelled data set: every image once, in index order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIXEL_SIDE_PX = 32
 class Features(NamedTuple):
     """N images as an evaluation protocol sees them, on the CPU.
 
-    feature: (N, D) float32. label: (N,) int64 class, -1: none. index: (N,) int64 position in the data set.
+    feature: (N, D) float32. label: (N,) int64 class, or -1 for none. index: (N,) int64 position in the data set.
     """
 
     feature: torch.Tensor
@@ -26,7 +26,7 @@ class Features(NamedTuple):
     index: torch.Tensor
 
     def labelled(self) -> Features:
-        """The images with a label; all of them as they are where each has one."""
+        """Returns only the labelled images; the same object if all are labelled."""
         has_label = self.label >= 0
         return self if bool(has_label.all()) else Features(*(part[has_label] for part in self))
 
@@ -35,10 +35,10 @@ class Features(NamedTuple):
 def extract_features(
     encoder: nn.Module, batches: Iterable[ImageBatch], *, device: torch.device | str = "cpu", every_image: bool = True
 ) -> Features:
-    """The encoder's output for every image, float32, frozen: eval mode, no gradient, no augmentation.
+    """Returns the frozen encoder's output for every image as float32: eval mode, no gradient, no augmentation.
 
-    The encoder is moved to `device` in channels-last layout; its training mode is put back. `every_image`: the batches must hold each
-    image of the set once, in index order. Raises UserError when a feature is not finite.
+    The encoder is moved to `device` in channels-last layout; its training mode is restored. `every_image`: the batches must hold each
+    image of the set once, in index order. Raises UserError if a feature is not finite.
     """
     was_training = encoder.training
     encoder.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -54,9 +54,9 @@ def extract_features(
 
 
 def pixel_features(batches: Iterable[ImageBatch], *, side_px: int = PIXEL_SIDE_PX) -> Features:
-    """The normalised pixels themselves, (N, 3 side side): what a baseline without any network starts from.
+    """Returns the normalised pixels themselves, (N, 3 side side), for a baseline without any network.
 
-    Images larger than `side_px` are averaged down to it first, which bounds D at 3,072 whatever the resolution.
+    Images larger than `side_px` are averaged down to it first, which limits D to 3,072 whatever the resolution.
     """
     rows = []
     for batch in batches:
@@ -74,5 +74,5 @@ def _joined(rows: list[tuple[torch.Tensor, ImageBatch]], *, every_image: bool) -
         index=torch.cat([batch.index for _, batch in rows]),
     )
     if every_image and not torch.equal(features.index, torch.arange(len(features.index))):
-        raise RuntimeError("an evaluation loader must hand out every image exactly once, in index order")
+        raise RuntimeError("an evaluation loader must yield every image exactly once, in index order")
     return features

@@ -1,4 +1,4 @@
-"""Curves and pictures as PNG bytes."""
+"""Training curves and images as PNG bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE_COLOUR, REFERENCE_COLOUR = "#1f5fa8", "#b03a2e"
 
 @dataclass(frozen=True)
 class Panel:
-    """One curve. references: horizontal lines to read it by, value -> what it means."""
+    """One curve. references: labelled horizontal lines, (value, meaning)."""
 
     key: str
     title: str
@@ -50,7 +50,7 @@ COLLAPSE_PANELS = (
 
 
 def curves(records: list[Record], panels: tuple[Panel, ...]) -> bytes:
-    """PNG of small multiples over the step, one for each panel that the log knows."""
+    """Returns a PNG of small plots over the step, one for each panel that has data in the log."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -68,7 +68,7 @@ def curves(records: list[Record], panels: tuple[Panel, ...]) -> bytes:
 
 def _draw(axes: Axes, records: list[Record], panel: Panel) -> None:
     points = [(r["step"], value) for r, value in zip(records, series(records, panel.key), strict=True) if not math.isnan(value)]
-    # kNN is measured now and then: few points are shown as such.
+    # kNN is measured rarely, so a curve of few points gets markers.
     marker = "o" if len(points) <= FEW_POINTS else None
     axes.plot(*zip(*points, strict=True), color=LINE_COLOUR, linewidth=1.4, marker=marker, markersize=3)
     for value, meaning in panel.references:
@@ -83,7 +83,7 @@ def _draw(axes: Axes, records: list[Record], panel: Panel) -> None:
 
 
 def picture(pixels: np.ndarray) -> bytes:
-    """PNG of one image (H, W, 3) uint8."""
+    """Returns one image (H, W, 3) uint8 as PNG."""
     from PIL import Image
 
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Pictures for the report and the contact sheet: what the loader draws, and which images the encoder holds for alike."""
+"""Images for the report and the contact sheet: the views that the loader draws, and images with similar features."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Neighbours(NamedTuple):
 
 
 def nearest_neighbours(train: Features, val: Features, *, queries: int, k: int, seed: int = 0) -> Neighbours:
-    """The nearest training images of `queries` val images, drawn at random with as many classes as there are. Seeded."""
+    """Returns the nearest training images of `queries` random val images that cover as many classes as possible. Seeded."""
     query = _one_of_each_class(val.label, count=queries, seed=seed)
     similarity, position = nearest(train.feature, val.feature[query], k=min(k, len(train.label)))
     return Neighbours(query=query, neighbour=position, similarity=similarity)
 
 
 def _one_of_each_class(label: torch.Tensor, *, count: int, seed: int) -> torch.Tensor:
-    """Up to `count` positions: a random one of each class first, in order of class; then others."""
+    """Returns up to `count` positions sorted by class: first a random one of each class, then random others."""
     order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
     taken: dict[int, int] = {}
     for position in order.tolist():
@@ -43,22 +43,22 @@ def _one_of_each_class(label: torch.Tensor, *, count: int, seed: int) -> torch.T
 
 
 def display_pixels(images: torch.Tensor, *, views: ViewPair) -> np.ndarray:
-    """Normalised images (N, 3, S, S) as (N, S, S, 3) uint8, for the eye."""
+    """Converts normalised images (N, 3, S, S) to (N, S, S, 3) uint8 for display."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (views.mean, views.std))
     pixels = (images.float().cpu() * std + mean).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def draw_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> torch.Tensor:
-    """(N, 2 epochs, 3, S, S) normalised: view 1 and view 2 of these images in epochs 0, 1, …, as the loader hands them out.
+    """Returns (N, 2 epochs, 3, S, S) normalised: view 1 and view 2 of these images in epochs 0, 1, …, as the loader draws them.
 
-    The loader, built with global_batch 1, jumps to each image, so that nothing else is drawn. Its position is moved.
+    The loader must be built with global_batch 1; it jumps to each image, so nothing else is decoded. Its position changes.
     """
     return draw_parameters_and_views(loader, index=index, epochs=epochs)[1]
 
 
 def draw_parameters_and_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each of the views of `draw_views` has drawn, (N, 2 epochs, P) (columns: `augment.parameters.COLUMNS`), and the views."""
+    """Returns the parameters of the views of `draw_views`, (N, 2 epochs, P) (columns: `augment.parameters.COLUMNS`), and the views."""
     drawn = torch.empty(len(index), 2 * epochs, 3, loader.views.size_px, loader.views.size_px)
     parameters = torch.empty(len(index), 2 * epochs, NUM_COLUMNS)
     for epoch in range(epochs):

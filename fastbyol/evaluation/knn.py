@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification in cosine similarity: the protocol of InstDisc (Wu et al. 2018) and DINO."""
+"""Weighted k-nearest-neighbour classification by cosine similarity: the protocol of InstDisc (Wu et al. 2018) and DINO."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from fastbyol.evaluation.features import Features
 DEFAULT_K = 20
 DEFAULT_TEMPERATURE = 0.07
 SIMILARITIES_AT_ONCE = 2**26
-"""Entries of the similarity matrix made in one go: 256 MiB."""
+"""Entries of the similarity matrix computed at once: 256 MiB."""
 
 
 def nearest(train: torch.Tensor, val: torch.Tensor, *, k: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine similarity (N, k), falling, and row in `train` (N, k) of each val feature's k nearest train features. Exact, in chunks.
+    """Returns cosine similarity (N, k), descending, and row in `train` (N, k) of each val feature's k nearest train features. Exact, in
+    chunks.
 
-    Raises UserError when k is not in 1..len(train).
+    Raises UserError if k is not in 1..len(train).
     """
     require_at_least("k", k, 1)
     if k > len(train):
@@ -40,13 +41,14 @@ def knn_predict(
     temperature: float = DEFAULT_TEMPERATURE,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Class scores (N, num_classes) of N val features: the log of the neighbours' votes, each weighted exp(similarity / temperature).
+    """Returns class scores (N, num_classes) of N val features: the log of the neighbours' votes, each weighted exp(similarity /
+    temperature).
 
-    A class without a neighbour scores -inf. k = 20 and temperature 0.07 are DINO's defaults; raises UserError when k > len(train.label).
+    A class without a neighbour scores -inf. k = 20 and temperature 0.07 are DINO's defaults. Raises UserError if k > len(train.label).
     """
     require_positive("temperature", temperature)
     similarity, position = nearest(train.feature, val, k=k, device=device)
-    # Relative to the nearest neighbour: the same ranking of classes, and exp cannot overflow at a small temperature.
+    # Relative to the nearest neighbour: classes rank the same, and exp cannot overflow at a small temperature.
     weight = ((similarity - similarity[:, :1]).double() / temperature).exp()
     votes = torch.zeros(len(val), num_classes, dtype=torch.float64)
     return votes.scatter_add_(1, train.label[position], weight).log()

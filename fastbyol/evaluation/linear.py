@@ -16,23 +16,24 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""Strong to weak, so that each fit starts from its smoother neighbour; of equally good values the strongest is kept."""
+"""Penalties from strong to weak, so that each fit starts from a smoother solution; on a tie the strongest is kept."""
 HELD_OUT_SHARE = 0.2
 MAX_LBFGS_STEPS = 500
 LBFGS_TOLERANCE = 1e-4
-"""A looser one stops before the solution: 1e-2 cost 2.5 points on 10,000 x 128 synthetic features."""
+"""A looser tolerance stops too early: 1e-2 cost 2.5 points on 10,000 x 128 synthetic features."""
 
 
 ONE_THREAD_WORK = 2**28
-"""Multiply-adds of a pass under which BLAS gets one thread: its spinning threads made small fits 50 times slower on busy cores."""
+"""Below this many multiply-adds per pass, BLAS gets one thread: its spinning threads made small fits 50 times slower on busy cores."""
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
     """A fitted classifier: score = ((feature - mean) / std) @ weight + bias.
 
-    mean, std: (D,); weight: (D, K); bias: (K,), all float32; a class never seen in training has bias -inf. l2: the chosen penalty, in
-    mean cross-entropy + l2 / 2 |weight|^2. held_out_top1: accuracy of each value of the grid on the held-out part of the training set.
+    mean, std: (D,); weight: (D, K); bias: (K,), all float32; a class not seen in training has bias -inf. l2: the chosen penalty, in
+    mean cross-entropy + l2 / 2 |weight|^2. held_out_top1: accuracy of each penalty of the grid on the held-out part of the training
+    set.
     """
 
     mean: torch.Tensor
@@ -43,20 +44,22 @@ class LinearClassifier:
     held_out_top1: dict[float, float]
 
     def scores(self, feature: torch.Tensor) -> torch.Tensor:
-        """(N, D) float32 features -> (N, K) logits."""
+        """Maps (N, D) float32 features to (N, K) logits."""
         return (feature - self.mean) / self.std @ self.weight + self.bias
 
 
 def fit_linear(
     train: Features, *, num_classes: int, l2_grid: tuple[float, ...] = L2_GRID, held_out_share: float = HELD_OUT_SHARE, seed: int = 0
 ) -> LinearClassifier:
-    """The classifier of the penalty that does best on a held-out, class-balanced part of `train`, refitted on all of `train`.
+    """Chooses the penalty that does best on a held-out, class-balanced part of `train`, then fits on all of `train`.
 
-    Takes no validation data: the final accuracy is measured once, outside. scikit-learn's L-BFGS, meant for up to about 1e5 images.
-    The form is the paper's transfer protocol (appendix D.2: l2-regularised logistic regression by L-BFGS, penalty from a log grid).
-    Differs from the paper: its ImageNet figures come from SGD with Nesterov momentum 0.9 (80 epochs, batch 1024, random crop and flip,
-    no regularisation, learning rate from {0.4, 0.3, 0.2, 0.1, 0.05}, appendix C.1); here features are computed once, from the centre crop.
-    Raises UserError with fewer than two classes, or no class of two images.
+    No validation data are used: the final accuracy is measured once, outside. scikit-learn's L-BFGS, meant for up to about 1e5
+    images. This is the paper's transfer protocol (appendix D.2: l2-regularised logistic regression by L-BFGS, penalty from a log
+    grid).
+    Differs from the paper: its ImageNet figures come from SGD with Nesterov momentum 0.9 (80 epochs, batch 1024, random crop and
+    flip, no regularisation, learning rate from {0.4, 0.3, 0.2, 0.1, 0.05}, appendix C.1); here features are computed once, from the
+    centre crop.
+    Raises UserError if there are fewer than two classes, or no class has two images.
     """
     label = train.label.numpy()
     if len(np.unique(label)) < 2:
@@ -71,7 +74,7 @@ def fit_linear(
 
 
 def held_out_mask(label: np.ndarray, *, share: float, seed: int) -> np.ndarray:
-    """(N,) bool: a random `share` of each class, at least one image and never all of them. Seeded."""
+    """Returns a mask (N,) bool that selects a random `share` of each class, at least one image but never all. Seeded."""
     rng = np.random.default_rng(seed)
     mask = np.zeros(len(label), dtype=bool)
     for value in np.unique(label):
@@ -83,7 +86,7 @@ def held_out_mask(label: np.ndarray, *, share: float, seed: int) -> np.ndarray:
 
 
 def _standardisation(feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std (D,) over the images; a constant feature gets std 1, so that it stays at zero."""
+    """Returns mean and std (D,) over the images; a constant feature gets std 1, so that it becomes zero."""
     std, mean = torch.std_mean(feature.double(), dim=0, correction=0)
     std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)
     return mean.float(), std.float()
@@ -102,7 +105,7 @@ def _refit(standard: np.ndarray, label: np.ndarray, *, l2: float, num_classes: i
     model = _regression(warm_start=False)
     _fit(model, standard, label, l2=l2)
     coefficient, intercept = torch.from_numpy(model.coef_).float(), torch.from_numpy(np.atleast_1d(model.intercept_)).float()
-    if len(coefficient) == 1:  # scikit-learn keeps one logit for two classes
+    if len(coefficient) == 1:  # for two classes scikit-learn has a single logit
         coefficient, intercept = torch.cat([-coefficient, coefficient]) / 2, torch.cat([-intercept, intercept]) / 2
     weight, bias = torch.zeros(standard.shape[1], num_classes), torch.full((num_classes,), -torch.inf)
     seen = torch.from_numpy(model.classes_)
@@ -122,7 +125,7 @@ def _fit(model: LogisticRegression, standard: np.ndarray, label: np.ndarray, *, 
 
     work = standard.size * len(np.unique(label))
     with threadpool_limits(1 if work < ONE_THREAD_WORK else None), warnings.catch_warnings():
-        # At the weak end of the grid the accuracy settles long before the weights do.
+        # With a weak penalty the accuracy converges long before the weights do.
         warnings.simplefilter("ignore", ConvergenceWarning)
         # scikit-learn's C multiplies the sum of the losses.
         model.set_params(C=1 / (l2 * len(label))).fit(standard, label)

@@ -1,4 +1,4 @@
-"""Accuracy from class scores."""
+"""Accuracy computed from class scores."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def top_k_accuracy(score: torch.Tensor, label: torch.Tensor, *, k: int) -> float:
-    """Share in [0, 1] of rows whose label is among the k best-scored classes.
+    """Share in [0, 1] of rows whose label is among the k classes with the highest score.
 
-    score: (N, K), any monotone scale; -inf marks a class that got no support and never counts as a hit. label: (N,) int64; a label >= K is
+    score: (N, K), any monotone scale; a class with -inf got no support and never counts as a hit. label: (N,) int64; a label >= K is
     a miss. k is capped at K.
     """
     best, column = score.topk(min(k, score.shape[1]), dim=1)

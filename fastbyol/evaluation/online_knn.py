@@ -1,4 +1,4 @@
-"""kNN accuracy of the encoder while it trains, on the same few thousand images each time: is it learning what the labels are about."""
+"""kNN accuracy of the encoder during training, always on the same few thousand images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH = 256
 
 
 def check_online_knn(config: TrainConfig) -> None:
-    """Raises UserError where data.val does not exist; before any work. What it holds is checked once the training data are open."""
+    """Raises UserError, before any work, if data.val does not exist. Its content is checked once the training data are open."""
     if config.data.val and not Path(config.data.val).exists():
         raise UserError(f"data.val = {config.data.val}: no such file or folder")
 
@@ -33,17 +33,17 @@ def check_online_knn(config: TrainConfig) -> None:
 class OnlineKnn:
     """Weighted kNN (`knn_predict`) of val images among train images, both a fixed random choice of at most `monitors.knn_images`.
 
-    The figure of a whole evaluation is higher: it has all of train to find neighbours in. All ranks share the work. Training does not notice:
-    the features are those of a copy of the encoder in evaluation mode.
+    A full evaluation scores higher because it searches all of train for neighbours. All ranks share the work. Training is not
+    affected: the features come from a copy of the encoder in eval mode.
 
     Args:
-        config: data, views and monitors are read.
+        config: data, views and monitors are used.
         process: this rank.
-        num_samples: training images.
-        first_step, total_steps: where this process starts and the run ends.
+        num_samples: number of training images.
+        first_step, total_steps: step at which this process starts, and number of steps of the run.
 
     Raises:
-        UserError: data.val cannot be read, or has no class of data.train's.
+        UserError: data.val cannot be read, or has no class in common with data.train.
     """
 
     def __init__(self, config: TrainConfig, process: Process, *, num_samples: int, first_step: int, total_steps: int) -> None:
@@ -66,14 +66,14 @@ class OnlineKnn:
         )
 
     def due(self, done: int) -> bool:
-        """Whether a multiple of `knn_every_epochs`, or the run's end, was passed since this was last asked. done: steps taken."""
+        """Returns True if a multiple of `knn_every_epochs` was passed since the last call, or if the run has ended. done: steps taken."""
         period, self._period = self._period, int(done * self._periods_per_step)
         return self._period > period or done == self._total_steps
 
     def top1(self, encoder: nn.Module) -> float:
-        """Share of the val images whose neighbours name their class, in [0, 1]. Every rank calls it and gets the same."""
+        """Returns the share in [0, 1] of val images that are classified correctly. Every rank must call it; all get the same result."""
         encoder = copy.deepcopy(encoder).eval()
-        copy_from_main(encoder.buffers())  # without cross-replica BN each rank has statistics of its own
+        copy_from_main(encoder.buffers())  # without cross-replica BN the statistics differ between ranks
         train = self._all_features(encoder).labelled()
         val = self._features(encoder, self._val, self._val_index[self._process.rank :: self._process.world_size]).labelled()
         right = 0
@@ -90,10 +90,10 @@ class OnlineKnn:
         self._val.close()
 
     def _all_features(self, encoder: nn.Module) -> Features:
-        """Of the chosen train images, on the CPU: each rank computes its share, and gets the others'."""
+        """Returns the features of the chosen train images on the CPU: each rank computes its share and gathers the others'."""
         index, world_size = self._train_index, self._process.world_size
         share = -(-len(index) // world_size)
-        padded = np.resize(index, share * world_size)  # repeats from the front, so that shares are equal
+        padded = np.resize(index, share * world_size)  # repeats the first images so that all shares have the same size
         own = self._features(encoder, self._train, padded[self._process.rank * share :][:share])
         rows = [all_gather_rows(part.to(self._process.device)).cpu()[: len(index)] for part in own]
         return Features(*rows)
@@ -101,19 +101,19 @@ class OnlineKnn:
     def _features(self, encoder: nn.Module, loader: ImageLoader, index: NDArray[np.int64]) -> Features:
         features = extract_features(encoder, loader.batches_of(index), device=self._process.device, every_image=False)
         number = {name: i for i, name in enumerate(self._class_names)}
-        labels = torch.tensor([*(number.get(name, -1) for name in loader.class_names), -1])  # the last: label -1 reads it
+        labels = torch.tensor([*(number.get(name, -1) for name in loader.class_names), -1])  # index -1, no label, reads the appended -1
         return features._replace(label=labels[features.label.clamp(min=-1)])
 
 
 def build_online_knn(config: TrainConfig, process: Process, *, num_samples: int, first_step: int, total_steps: int) -> OnlineKnn | None:
-    """The run's kNN monitor, or None where `monitors.knn_every_epochs` is 0."""
+    """Returns the run's kNN monitor, or None if `monitors.knn_every_epochs` is 0."""
     if not config.monitors.knn_every_epochs:
         return None
     return OnlineKnn(config, process, num_samples=num_samples, first_step=first_step, total_steps=total_steps)
 
 
 def choose_images(num: int, *, at_most: int) -> NDArray[np.int64]:
-    """Positions of a random but always equal choice among `num` images, ascending: files are read from front to back."""
+    """Returns positions of a fixed random choice among `num` images, ascending so that files are read from front to back."""
     if num <= at_most:
         return np.arange(num)
     return np.sort(np.random.default_rng(0).choice(num, size=at_most, replace=False))

@@ -1,4 +1,4 @@
-"""The parts of a self-contained HTML page: no network, no script."""
+"""Building blocks of a self-contained HTML page: no network access, no script."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ pre { margin: 6px 0; padding: 10px 14px; background: #f6f8fb; border: 1px solid 
 
 
 def escape(text: str) -> str:
-    """Plain text as HTML that shows it: markup, control characters and bytes that are not UTF-8 stand as characters."""
+    """Escapes plain text for HTML; markup, control characters and non-UTF-8 bytes are shown as characters."""
     return escape_markup(printable(text))
 
 
 def page(title: str, *, lead: str, sections: Iterable[str]) -> str:
-    """The whole document. `title` and `lead` are plain text, `sections` HTML."""
+    """Returns the whole document. `title` and `lead` are plain text, `sections` HTML."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
@@ -54,7 +54,7 @@ def page(title: str, *, lead: str, sections: Iterable[str]) -> str:
 
 
 def section(name: str, *, title: str, parts: Iterable[str]) -> str:
-    """A titled box with the anchor `name`; `parts` are HTML."""
+    """Returns a titled box with the anchor `name`; `parts` are HTML."""
     return f'<section id="{escape(name)}">\n<h2>{escape(title)}</h2>\n' + "\n".join(parts) + "\n</section>"
 
 
@@ -63,13 +63,13 @@ def paragraph(text: str, *, kind: str = "") -> str:
 
 
 def cards(figures: Iterable[tuple[str, str]]) -> str:
-    """Headline figures: (value, what it is)."""
+    """Returns boxes for headline figures, each (value, what it is)."""
     boxes = (f'<div class="card"><b>{escape(value)}</b><span>{escape(meaning)}</span></div>' for value, meaning in figures)
     return f'<div class="cards">{"".join(boxes)}</div>'
 
 
 def table(header: Sequence[str], *, rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
-    """A table of plain text; the columns in `numbers` are right-aligned. An empty header is left out."""
+    """Returns a table of plain text; the columns in `numbers` are right-aligned. An empty header is omitted."""
     kinds = dict.fromkeys(numbers, "number")
     head = f"<thead>{_row('th', [escape(h) for h in header], kinds)}</thead>" if header else ""
     body = "".join(_row("td", [escape(v) for v in row], kinds) for row in rows)
@@ -82,13 +82,13 @@ def _row(tag: str, values: Sequence[str], kinds: dict[int, str]) -> str:
 
 
 def image(png: bytes, *, alt: str, kind: str = "") -> str:
-    """The PNG itself, embedded."""
+    """Returns an <img> element with the PNG embedded."""
     encoded = base64.b64encode(png).decode("ascii")
     return f'<img class="{kind}" alt="{escape(alt)}" title="{escape(alt)}" src="data:image/png;base64,{encoded}">'
 
 
 def image_grid(header: Sequence[str], *, rows: Iterable[Sequence[str]], gaps: frozenset[int] = frozenset()) -> str:
-    """Rows of HTML cells (an `image`, a caption) under plain-text headers; the columns in `gaps` stand a little apart."""
+    """Returns rows of HTML cells (an `image`, a caption) under plain-text headers; the columns in `gaps` get some space on the left."""
     kinds = dict.fromkeys(gaps, "gap")
     head, body = _row("th", [escape(h) for h in header], kinds), "".join(_row("td", row, kinds) for row in rows)
     return f'<table class="grid"><thead>{head}</thead><tbody>{body}</tbody></table>'

@@ -1,4 +1,4 @@
-"""The evaluation protocols: each gives top-1 and top-5 on val for every subject, as a value, a JSON file and a table."""
+"""The evaluation protocols: each computes top-1 and top-5 on val for every subject, as a value, a JSON file and a table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ log = logging.getLogger("fastbyol")
 
 @dataclass(frozen=True)
 class SubjectScore:
-    """One subject on val. top1, top5: share in [0, 1]. seconds: features and protocol together. chosen: what the protocol picked."""
+    """Result of one subject on val. top1, top5: share in [0, 1]. seconds: features and protocol together. chosen: hyperparameters the
+    protocol selected.
+    """
 
     top1: float
     top5: float
@@ -40,7 +42,7 @@ class SubjectScore:
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """One protocol on all subjects. chance_top1: always saying the class that is most frequent in val."""
+    """Result of one protocol on all subjects. chance_top1: accuracy of always predicting the most frequent class of val."""
 
     protocol: str
     scores: dict[str, SubjectScore]
@@ -51,10 +53,10 @@ class ProtocolResult:
     settings: dict[str, Any]
 
     def write(self, folder: Path, *, data: str, **facts: object) -> Path:
-        """Writes a file of `folder`, whole or not at all, data and `facts` (step, command, ...) beside the figures; returns its path.
+        """Writes the result with data and `facts` (step, command, ...) to a file in `folder`, atomically, and returns its path.
 
-        The first data set's is <protocol>.json, the next one's <protocol>-2.json, and so on; a later result on the same data replaces its own.
-        OSError where the folder cannot be written.
+        The first data set gets <protocol>.json, the next one <protocol>-2.json, and so on; a later result on the same data replaces
+        the earlier one. Raises OSError if the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = next(path for path in _result_paths(folder, self.protocol) if not path.exists() or _facts_of(path).get("data", data) == data)
@@ -69,7 +71,7 @@ def _result_paths(folder: Path, protocol: str) -> Iterator[Path]:
 
 
 def _facts_of(path: Path) -> dict[str, Any]:
-    """The facts of a result; none where the file is no result."""
+    """Returns the facts of a result file, or {} if the file is not a result."""
     try:
         return read_result(path)[1]
     except UserError:
@@ -77,18 +79,18 @@ def _facts_of(path: Path) -> dict[str, Any]:
 
 
 def write_or_say(result: ProtocolResult, folder: Path, *, data: str, **facts: object) -> None:
-    """Writes the result and says where, or why it could not be written: it has cost more than the file is worth."""
+    """Writes the result and prints its path, or a message if it cannot be written: the figures cost too much time to end with an error."""
     try:
         say(f"wrote {result.write(folder, data=data, **facts)}", file=sys.stderr)
     except OSError as error:
         say(
-            f"{folder}: cannot be written ({error.strerror}), so the {result.protocol} figures are shown only; --out keeps them",
+            f"{folder}: cannot be written ({error.strerror}), so the {result.protocol} figures are only shown; use --out to save them elsewhere",
             file=sys.stderr,
         )
 
 
 def read_result(path: Path) -> tuple[ProtocolResult, dict[str, Any]]:
-    """What `ProtocolResult.write` wrote: the result, and the facts. Raises UserError when the file is none of ours."""
+    """Reads a result written by `ProtocolResult.write`: the result and its facts. Raises UserError if it is not such a file."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["scores"] = {name: SubjectScore(**score) for name, score in record["scores"].items()}
@@ -100,7 +102,7 @@ def read_result(path: Path) -> tuple[ProtocolResult, dict[str, Any]]:
 
 
 def read_current(folder: Path, protocol: str, *, step: int, data: str) -> tuple[ProtocolResult, dict[str, Any]] | None:
-    """What is already written for this step and this data, or None where that is to be evaluated."""
+    """Returns the existing result and facts for this step and data, or None if it still has to be computed."""
     for path in itertools.takewhile(Path.is_file, _result_paths(folder, protocol)):
         result, facts = read_result(path)
         if (facts.get("step"), facts.get("data")) == (step, data) and set(result.scores) == set(SUBJECTS):
@@ -109,7 +111,9 @@ def read_current(folder: Path, protocol: str, *, step: int, data: str) -> tuple[
 
 
 def evaluate_linear(bank: FeatureBank, *, subjects: tuple[str, ...] = SUBJECTS, seed: int = 0) -> ProtocolResult:
-    """Logistic regression on frozen features; the penalty is chosen on a held-out part of train, val is scored once (see `fit_linear`)."""
+    """Fits logistic regression on frozen features; the penalty is chosen on a held-out part of train, val is scored once (see
+    `fit_linear`).
+    """
 
     def score(train: Features, val: Features, num_classes: int) -> tuple[torch.Tensor, dict[str, Any]]:
         classifier = fit_linear(train, num_classes=num_classes, seed=seed)
@@ -123,7 +127,7 @@ def evaluate_linear(bank: FeatureBank, *, subjects: tuple[str, ...] = SUBJECTS, 
 def evaluate_knn(
     bank: FeatureBank, *, subjects: tuple[str, ...] = SUBJECTS, k: int = DEFAULT_K, temperature: float = DEFAULT_TEMPERATURE
 ) -> ProtocolResult:
-    """Weighted k-nearest neighbours in cosine similarity; nothing is fitted (see `knn_predict`)."""
+    """Classifies by weighted k-nearest neighbours in cosine similarity; nothing is fitted (see `knn_predict`)."""
 
     def score(train: Features, val: Features, num_classes: int) -> tuple[torch.Tensor, dict[str, Any]]:
         return knn_predict(train, val.feature, num_classes=num_classes, k=k, temperature=temperature, device=bank.device), {}

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML file with what was learnt, how, how fast, and from what."""
+"""The report of a run: one self-contained HTML file with accuracy, training curves, speed, configuration and provenance."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ SHOWN_ALARMS = 3
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows.
+    """Everything that the page shows.
 
-    results: one for each protocol. view_rows: (N, 1 + 2 epochs, S, S, 3) uint8: centre crop, then the views. commands: as typed, in order.
+    results: one per protocol. view_rows: (N, 1 + 2 epochs, S, S, 3) uint8: centre crop, then the views. commands: as typed, in order.
     out: the folder to write the page to; None: the run's own.
     """
 
@@ -51,12 +51,12 @@ class Report:
     out: Path | None = None
 
     def headline(self) -> list[tuple[str, str]]:
-        """(figure, what it is) of what was learnt and how fast. Raises UserError when the run has logged no step."""
+        """Returns (figure, what it is) for the accuracies and the speed. Raises UserError if the run has logged no step."""
         folder = self.run.folder
         return headline(self.results, throughput(logged_steps(folder), read_provenance(folder)))
 
     def write(self) -> Path:
-        """Writes report.html, whole or not at all, and returns its path. UserError where the folder cannot be written."""
+        """Writes report.html atomically and returns its path. Raises UserError if the folder cannot be written."""
         path = through_links((self.out or self.run.folder) / REPORT_FILE)
         text = report_page(self)
         try:
@@ -67,10 +67,10 @@ class Report:
 
 
 def build_report(run: RunState, bank: FeatureBank, *, data: str, command: str, out: Path | None = None) -> Report:
-    """The report of a run on a data folder; protocols not yet evaluated at this step and on this data are evaluated now.
+    """Builds the report of a run on a data folder; protocols not yet evaluated at this step and on this data are evaluated now.
 
-    command: what the user typed, to be shown. out: where page and results belong; None: the run's folder. Raises UserError when the run has
-    logged no step.
+    command: the command as typed, to be shown. out: folder for page and results; None means the run folder. Raises UserError if the
+    run has logged no step.
     """
     logged_steps(run.folder)
     folder, results, commands = out or run.results, [], [_training_command(read_provenance(run.folder))]
@@ -88,14 +88,14 @@ def build_report(run: RunState, bank: FeatureBank, *, data: str, command: str, o
 
 
 def _training_command(provenance: Record) -> str:
-    """The command as to be typed: provenance holds the script and its options only."""
+    """Returns the training command to type; provenance stores only the script and its options."""
     processes = int(provenance.get("world_size") or 1)
     launcher = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
     return f"{launcher} {provenance['command']}" if provenance.get("command") else ""
 
 
 def _view_rows(bank: FeatureBank, data: str) -> np.ndarray:
-    """(N, 1 + 2 epochs, S, S, 3) uint8: the centre crop of some training images, then their views."""
+    """Returns (N, 1 + 2 epochs, S, S, 3) uint8: the centre crop of some training images, then their views."""
     config, train = bank.config, bank.splits.train
     index = torch.randperm(train.num_samples, generator=torch.Generator().manual_seed(config.seed))[:VIEW_ROWS]
     source = DataConfig(train=str(split_paths(data)[0]), workers=1, prefetch=1)
@@ -106,7 +106,7 @@ def _view_rows(bank: FeatureBank, data: str) -> np.ndarray:
 
 
 def report_page(report: Report) -> str:
-    """The report as HTML."""
+    """Renders the report as HTML."""
     run, records = report.run, logged_steps(report.run.folder)
     lead = f"{run.config.model.encoder}, {run.step:,} optimizer steps of {run.config.global_batch:,} images, seed {run.config.seed}"
     sections = [
@@ -142,7 +142,7 @@ def _views_section(view_rows: np.ndarray) -> str:
     num_epochs = view_rows.shape[1] // 2
     header = ["centre crop", *(f"epoch {e}, view {v}" for e in range(num_epochs) for v in (1, 2))]
     rows = [[page.image(picture(pixels), alt=name) for name, pixels in zip(header, row, strict=True)] for row in view_rows]
-    text = "Each row is a training image. The network sees its views only, two in each epoch, drawn here by the run's own sampler."
+    text = "Each row is a training image. The network only sees the views, two per epoch, drawn here by the run's own sampler."
     parts = [page.paragraph(text), page.image_grid(header, rows=rows, gaps=frozenset(range(1, len(header), 2)))]
     return page.section("views", title="Views as the loader draws them", parts=parts)
 
@@ -169,7 +169,7 @@ def _neighbours_section(bank: FeatureBank) -> str:
     neighbours = display_pixels(bank.splits.train.pick(found.neighbour.flatten()), views=views)
     neighbours = neighbours.reshape(*found.neighbour.shape, *neighbours.shape[1:])
     rows = [_neighbour_cells(bank, found, row, queries[row], neighbours[row]) for row in range(count)]
-    text = "A val image and the training images whose features lie nearest, with their cosine: green frame, same class; red frame, another."
+    text = "A val image and the training images with the nearest features, with their cosine. Green frame: same class; red frame: another class."
     header = ["class", "val image", *(f"neighbour {i + 1}" for i in range(neighbours.shape[1]))]
     parts = [page.paragraph(text), page.image_grid(header, rows=rows, gaps=frozenset({2}))]
     return page.section("neighbours", title="Nearest neighbours", parts=parts)
@@ -194,7 +194,7 @@ def _configuration_section(config: TrainConfig) -> str:
     half = math.ceil(len(rows) / 2)
     columns = "".join(page.table(["option", "value", "default"], rows=part) for part in (rows[:half], rows[half:]))
     parts = [
-        page.paragraph("The default, the paper's 300-epoch ResNet-50 run, is given where the run differs from it.", kind="note"),
+        page.paragraph("The default column is filled in where the run differs from the paper's 300-epoch ResNet-50 run.", kind="note"),
         f'<div class="columns">{columns}</div>',
         "<h3>What each view draws</h3>",
         page.table(["operation", "view 1", "view 2"], rows=[[name, _text(view1[name]), _text(view2[name])] for name in view1]),

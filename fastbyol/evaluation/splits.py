@@ -1,4 +1,4 @@
-"""The labelled train and val images of a data folder, one pass after the other."""
+"""The labelled train and val images of a data folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastbyol.data.batch import ImageBatch
 
 log = logging.getLogger("fastbyol")
 HELD_BYTES = 2**30
-"""A split whose float32 images need less than this is read and decoded once."""
+"""A split whose float32 images need at most this much memory is decoded once and kept."""
 
 
 class ImageBatches(Protocol):
-    """What an image loader is to an evaluation: every image once, in index order."""
+    """The part of an image loader that an evaluation needs: every image once, in index order."""
 
     @property
     def num_samples(self) -> int: ...
@@ -35,13 +35,13 @@ class ImageBatches(Protocol):
 
 
 class Split:
-    """The centre-cropped images of one split, to iterate as ImageBatch as often as you like; a small split is decoded once and kept.
+    """The centre-cropped images of one split; iterating it yields ImageBatch, any number of times. A small split is decoded once and kept.
 
     Args:
-        loader: of all images.
-        size_px: of the crops.
-        held_bytes: a split that needs less is kept.
-        class_names: label their images by these; images of other classes get the label -1, no label.
+        loader: loads all images.
+        size_px: side of the crops.
+        held_bytes: a split that needs at most this much memory is kept.
+        class_names: classes to number the labels by; images of other classes get the label -1, no label.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Split:
         self.num_samples = loader.num_samples
         self.class_names = tuple(loader.class_names if class_names is None else class_names)
         number = {name: i for i, name in enumerate(self.class_names)}
-        # One more at the end: label -1 reads it.
+        # The extra -1 at the end is what label -1 (none) reads.
         self._label_of = torch.tensor([*(number.get(name, -1) for name in loader.class_names), -1])
 
     def __iter__(self) -> Iterator[ImageBatch]:
@@ -67,11 +67,13 @@ class Split:
         return (batch._replace(label=self._label_of[batch.label.clamp(min=-1)]) for batch in self._loader)
 
     def close(self) -> None:
-        """Closes the loader; what is in memory stays."""
+        """Closes the loader; images in memory stay."""
         self._loader.close()
 
     def pick(self, index: torch.Tensor) -> torch.Tensor:
-        """The images (N, 3, S, S) at these positions of the data set, in the order given, repeats allowed. At worst one pass."""
+        """Returns the images (N, 3, S, S) at these positions of the data set, in the given order; repeats are allowed. Takes at most one
+        pass.
+        """
         wanted, found = set(index.tolist()), {}
         for batch in self:
             found.update((int(i), image) for i, image in zip(batch.index, batch.image, strict=True) if int(i) in wanted)
@@ -82,7 +84,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """The two splits of a data folder, labelled by the same classes."""
+    """The two splits of a data folder, labelled with the same classes."""
 
     train: Split
     val: Split
@@ -90,7 +92,7 @@ class Splits:
     def __post_init__(self) -> None:
         if self.train.class_names != self.val.class_names:
             differing = sorted(set(self.train.class_names) ^ set(self.val.class_names))
-            raise UserError(f"train and val differ in their classes {differing[:5]}: both splits must be labelled by the same")
+            raise UserError(f"train and val differ in their classes {differing[:5]}: both splits must have the same classes")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -105,9 +107,10 @@ class Splits:
 
 
 def split_paths(data: str | Path) -> tuple[Path, Path]:
-    """DIR/train.beton and DIR/val.beton, or the folders DIR/train and DIR/val (images or tar shards), each split by itself.
+    """Returns DIR/train.beton and DIR/val.beton, or the folders DIR/train and DIR/val (images or tar shards); each split is looked up on
+    its own.
 
-    Raises UserError naming both expected paths when one is missing.
+    Raises UserError naming both expected paths if one is missing.
     """
     return _split_path(Path(data), "train"), _split_path(Path(data), "val")
 
@@ -122,7 +125,9 @@ def _split_path(data: Path, name: str) -> Path:
 
 
 def common_classes(train: Sequence[str], val: Sequence[str], *, names: tuple[str, str] = ("train", "val")) -> tuple[str, ...]:
-    """The classes that both splits have, in train's order; says which are left out. names: of the splits. UserError where there is none."""
+    """Returns the classes that both splits have, in train's order, and warns about the others. names: of the splits. Raises UserError if
+    there are none.
+    """
     common = tuple(name for name in train if name in set(val))
     if not common:
         differing = sorted(set(train) ^ set(val))
@@ -137,7 +142,7 @@ def common_classes(train: Sequence[str], val: Sequence[str], *, names: tuple[str
 
 
 def open_splits(data: str | Path, *, views: ViewPair, batch: int, workers: int = 0) -> Splits:
-    """Both splits of a data folder, centre-cropped to the run's resolution and normalised as the run did, labelled by the classes that both have."""
+    """Opens both splits of a data folder, centre-cropped and normalised as in the run, labelled by the classes that both have."""
     from fastbyol.data import build_image_loader
 
     with ExitStack() as opened:

@@ -1,4 +1,4 @@
-"""Who is compared, and their features: the trained encoder and the two baselines, each extracted once however many protocols ask."""
+"""The encoders that are compared, with their features: the trained one and two baselines; features are extracted once for all protocols."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUBJECT_TITLES = {"byol": "BYOL", "untrained": "untrained encoder", "pca": "PCA 
 
 
 class SubjectFeatures(NamedTuple):
-    """One subject's features of both splits, and how long they took."""
+    """One subject's features of both splits, and the seconds their extraction took."""
 
     train: Features
     val: Features
@@ -29,14 +29,14 @@ class SubjectFeatures(NamedTuple):
 
 
 class FeatureBank:
-    """Features by subject, kept after the first request.
+    """Features by subject, cached after the first request.
 
     Args:
         encoder: the run's trained encoder.
         config: the run's config, from which the untrained encoder is built.
         splits: the labelled images.
-        device: where the encoders run; features come back to the CPU.
-        announce: told in a few words what starts.
+        device: where the encoders run; features are returned on the CPU.
+        announce: called with a short text when something slow starts.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class FeatureBank:
         self._known: dict[str, SubjectFeatures] = {}
 
     def of(self, subject: str) -> SubjectFeatures:
-        """The features of one of SUBJECTS."""
+        """Returns the features of one of SUBJECTS."""
         require_choice("subject", subject, SUBJECTS)
         if subject not in self._known:
             num_images = self.splits.train.num_samples + self.splits.val.num_samples
@@ -76,6 +76,6 @@ class FeatureBank:
 
 
 def random_images(split: Split, *, count: int = CALIBRATION_IMAGES, seed: int = 0) -> torch.Tensor:
-    """`count` different images of the split (all, when it has fewer) in random order, (N, 3, S, S). Seeded."""
+    """Returns `count` different images of the split (all, if it has fewer) in random order, (N, 3, S, S). Seeded."""
     order = torch.randperm(split.num_samples, generator=torch.Generator().manual_seed(seed))
     return split.pick(order[:count])

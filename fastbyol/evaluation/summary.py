@@ -1,4 +1,4 @@
-"""The figures in words: one set of lines for the terminal and the page."""
+"""Text of the evaluation figures, shared by the terminal and the report."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def percent(share: float) -> str:
 
 
 def score_header(results: Iterable[ProtocolResult]) -> list[str]:
-    """Column titles of `score_rows`."""
+    """Returns the column titles of `score_rows`."""
     columns = [f"{PROTOCOL_TITLES[result.protocol]} {top}" for result in results for top in ("top-1", "top-5")]
     return ["", *columns, "dim"]
 
 
 def score_rows(results: list[ProtocolResult]) -> list[list[str]]:
-    """A row for each subject, then chance. Top-5 says nothing with five classes or fewer and is left blank."""
+    """Returns a row for each subject, then chance. Top-5 is meaningless with five classes or fewer and shown as '-'."""
     rows = []
     for subject in results[0].scores:
         scores = [result.scores[subject] for result in results]
@@ -41,7 +41,7 @@ def _top5(share: float, num_classes: int) -> str:
 
 
 def headline(results: list[ProtocolResult], speed: Throughput) -> list[tuple[str, str]]:
-    """(figure, what it is): each protocol against its baselines, then speed."""
+    """Returns (figure, what it is): each protocol compared with its baselines, then speed."""
     lines = []
     for result in results:
         scores = {name: score.top1 for name, score in result.scores.items()}
@@ -55,7 +55,7 @@ def headline(results: list[ProtocolResult], speed: Throughput) -> list[tuple[str
 
 
 def score_table(results: list[ProtocolResult]) -> RenderableType:
-    """The scores for the terminal."""
+    """Returns the scores as a table for the terminal."""
     from rich import box
     from rich.table import Table
 
@@ -70,7 +70,7 @@ def score_table(results: list[ProtocolResult]) -> RenderableType:
 
 
 def headline_table(lines: list[tuple[str, str]]) -> RenderableType:
-    """The headline for the terminal."""
+    """Returns the headline figures as a table for the terminal."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

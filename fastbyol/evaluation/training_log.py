@@ -1,4 +1,4 @@
-"""What a run folder says about its training: the logged steps, and the figures of speed drawn from them."""
+"""Reads a run folder's training log: the logged steps, and speed figures computed from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 def logged_steps(run: Path) -> list[Record]:
-    """The run's logged steps in order. Raises UserError when there is none."""
+    """Returns the run's logged steps in order. Raises UserError if there are none."""
     records = read_metrics(run)
     if not records:
         raise UserError(f"{run / METRICS_FILE}: no logged step; --run takes the folder of a run that has logged (every log_every steps)")
@@ -24,7 +24,7 @@ def logged_steps(run: Path) -> list[Record]:
 
 
 def read_provenance(run: Path) -> Record:
-    """The run's provenance, empty when it has none. Raises UserError when the file is not what training wrote."""
+    """Returns the run's provenance, or {} if it has none. Raises UserError if the file is not what training wrote."""
     path = run / PROVENANCE_FILE
     if not path.is_file():
         return {}
@@ -33,16 +33,16 @@ def read_provenance(run: Path) -> Record:
         int(provenance.get("world_size") or 1)
         return provenance
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not the provenance of a run ({error}); delete it to go without") from error
+        raise UserError(f"{path}: not the provenance of a run ({error}); delete it to continue without it") from error
 
 
 def series(records: list[Record], key: str) -> list[float]:
-    """The key's value at each record; NaN where it was not measured."""
+    """Returns the key's value in each record; NaN if it was not measured."""
     return [float("nan") if record.get(key) is None else float(record[key]) for record in records]
 
 
 def alarms(records: list[Record]) -> list[str]:
-    """What the collapse monitor said, one line each: 'step 40: …'."""
+    """Returns the alarms of the collapse monitor, one line each: 'step 40: …'."""
     return [f"step {record['step']}: {record['alarm']}" for record in records if record.get("alarm")]
 
 
@@ -50,7 +50,7 @@ def alarms(records: list[Record]) -> list[str]:
 class Throughput:
     """Speed of a run. images_per_s_per_device: median over the logged steps; one image is two views. data_wait_share: mean, in [0, 1].
 
-    per: what one device is, in words: a GPU by name, or 'CPU process with 2 threads', which is never comparable to the former.
+    per: description of one device: the GPU's name, or 'CPU process with 2 threads'. GPU and CPU figures are never comparable.
     """
 
     images_per_s_per_device: float
@@ -60,7 +60,9 @@ class Throughput:
 
 
 def throughput(records: list[Record], provenance: Record) -> Throughput:
-    """The run's speed without its first logged step, which holds the warm-up (compilation, page cache), where there are others."""
+    """Computes the run's speed, leaving out its first logged step if there are others, because it includes warm-up (compilation, page
+    cache).
+    """
     known = [record for record in records[1:] or records if record.get("images_per_s_per_device") is not None]
     threads = provenance.get("torch_threads")
     cpu = f"CPU process with {threads} thread{'' if threads == 1 else 's'}" if threads else "CPU process"

@@ -1,4 +1,4 @@
-"""Encoders, heads, batch norm of two views and of all ranks."""
+"""Encoders, projector and predictor heads, and batch norm per view and over all ranks."""
 
 from fastbyol.models.encoder import encoder_from
 from fastbyol.models.resnet import ResNet, build_encoder

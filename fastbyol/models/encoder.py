@@ -1,4 +1,4 @@
-"""The encoder that a config names: one of our ResNets, or any of timm's models."""
+"""Builds the encoder that a config names: one of our ResNets, or any timm model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastbyol.models.timm_encoder import PREFIX, check_timm_image_size, timm_enc
 
 
 def encoder_from(config: ModelConfig) -> nn.Module:
-    """(N, 3, H, W) -> (N, feature_dim), freshly initialised from torch's global generator.
+    """Returns the encoder, (N, 3, H, W) -> (N, feature_dim), freshly initialised from torch's global generator.
 
     Raises:
         UserError: unknown name or option.
@@ -29,10 +29,11 @@ def encoder_from(config: ModelConfig) -> nn.Module:
 
 
 def check_image_size(size_px: int, *, encoder: str, stem: str) -> None:
-    """Refuses images that the encoder cannot take: its strides would shrink them below one position, or it takes another size only.
+    """Checks that the encoder accepts images of this size: its strides must leave at least one position, and some encoders have a fixed
+    size.
 
     Raises:
-        UserError: that, or an unknown encoder.
+        UserError: the size is not accepted, or the encoder is unknown.
     """
     if encoder.startswith(PREFIX):
         check_timm_image_size(size_px, encoder=encoder)

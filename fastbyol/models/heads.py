@@ -1,4 +1,4 @@
-"""Projector and predictor."""
+"""The MLP used as projector and predictor."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fastbyol.models.resnet import BN_EPS, BN_MOMENTUM
 
 
 def mlp_head(in_dim: int, *, hidden_dim: int = 4096, out_dim: int = 256, layers: int = 2) -> nn.Sequential:
-    """Linear - BN - ReLU, (layers - 1) times, then a bare Linear without bias: (N, in_dim) -> (N, out_dim).
+    """Builds Linear - BN - ReLU, (layers - 1) times, then one Linear without bias: (N, in_dim) -> (N, out_dim).
 
-    Source: official utils/networks.py (`MLP`): hidden Linears have a bias, the last one has neither bias nor BN.
-    Differs from the paper: its pseudo-code (appendix J.2) gives the last Linear a bias; its code does not.
+    Source: official utils/networks.py (`MLP`): hidden linear layers have a bias, the last one has neither bias nor BN.
+    Differs from the paper: its pseudo-code (appendix J.2) gives the last layer a bias; its code does not.
     """
     require_at_least("layers", layers, 1)
     modules: list[nn.Module] = []

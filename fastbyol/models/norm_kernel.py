@@ -1,8 +1,8 @@
-"""Batch norm, the sum with a shortcut and the ReLU in the fewest passes over memory: loops over rows of channels (CPU).
+"""Batch norm, addition of a shortcut and ReLU in as few passes over memory as possible: loops over rows of channels (CPU).
 
-Forward, one pass for the statistics and one for the output; backward, one that masks the gradient and sums it and one for the input's. torch has an
-operation, and so at least a pass, for each of these steps. Rows are float32, or bfloat16 as its bits in uint16, which numba does not know;
-arithmetic is in float32, sums over many rows are in float64.
+The forward pass reads memory once for the statistics and once for the output. The backward pass masks and sums the gradient, then
+computes the gradient of the input. torch has a separate operation, and so at least one pass, for each of these steps. Rows are
+float32, or the bits of bfloat16 in uint16, since numba has no bfloat16; arithmetic is in float32, sums over many rows are in float64.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from fastbyol.compile_cache import njit
 
 Rows = NDArray[np.uint16] | NDArray[np.float32]
-"""(rows, channels), C-contiguous."""
+"""Array of (rows, channels), C-contiguous."""
 F32, F64 = NDArray[np.float32], NDArray[np.float64]
 _RUN = 256  # rows summed in float32 before they join a float64 sum
-_FAST = {"reassoc", "contract"}  # not 'nnan': what is not finite must come out as such
-_ZERO = np.float32(0)  # a plain 0 makes the comparison one of float64
+_FAST = {"reassoc", "contract"}  # without 'nnan', which would let the compiler assume that there is no NaN
+_ZERO = np.float32(0)  # comparing with a plain 0 would convert to float64
 _I32 = ir.IntType(32)
 
 
 @cast(Any, extending.intrinsic)  # callers leave out the first argument, the typing context
 def _wide(typing: Any, value: Any):
-    """The float32 that a stored value stands for."""
+    """Converts a stored value to float32."""
     if value == types.float32:
         return types.float32(value), lambda context, builder, signature, values: values[0]
 
@@ -40,7 +40,7 @@ def _wide(typing: Any, value: Any):
 
 @cast(Any, extending.intrinsic)
 def _stored(typing: Any, value: Any, like: Any):
-    """A float32 as `like` is stored, rounded to nearest, ties to even."""
+    """Converts a float32 to the type of `like`, rounded to nearest, ties to even."""
     if like == types.float32:
         return types.float32(types.float32, like), lambda context, builder, signature, values: values[0]
 
@@ -55,7 +55,7 @@ def _stored(typing: Any, value: Any, like: Any):
 
 @njit(fastmath=_FAST, nogil=True)
 def _add_rows(x: Any, r: int, shift: F32, total: F32, square: F32) -> None:
-    """Four rows at a time: the sums are then read and written a quarter as often."""
+    """Adds four rows at a time, so the sums are read and written only a quarter as often."""
     x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
     for c in range(total.size):
         d0, d1, d2, d3 = _wide(x0[c]) - shift[c], _wide(x1[c]) - shift[c], _wide(x2[c]) - shift[c], _wide(x3[c]) - shift[c]
@@ -73,7 +73,7 @@ def _add_row(x: Any, shift: F32, total: F32, square: F32) -> None:
 
 @njit(cache=True, nogil=True)
 def moments(x: Any, shift: F32) -> F64:
-    """(2, channels): the sums over all rows of x - shift and of its square."""
+    """Returns the sums over all rows of x - shift and of its square, (2, channels)."""
     sums, run = np.zeros((2, shift.size)), np.empty((2, shift.size), np.float32)
     for start in range(0, len(x), _RUN):
         run[:] = 0
@@ -96,7 +96,7 @@ def _normalise_row(x: Any, out: Any, scale: F32, offset: F32) -> None:
 
 @njit(cache=True, nogil=True)
 def normalise(x: Any, out: Any, scale: F32, offset: F32) -> None:
-    """out = relu(scale * x + offset)."""
+    """Computes out = relu(scale * x + offset)."""
     for r in range(len(x)):
         _normalise_row(x[r], out[r], scale, offset)
 
@@ -110,7 +110,7 @@ def _normalise_add_row(x: Any, shortcut: Any, out: Any, scale: F32, offset: F32)
 
 @njit(cache=True, nogil=True)
 def normalise_add(x: Any, shortcut: Any, out: Any, scale: F32, offset: F32) -> None:
-    """out = relu(scale * x + offset + shortcut)."""
+    """Computes out = relu(scale * x + offset + shortcut)."""
     for r in range(len(x)):
         _normalise_add_row(x[r], shortcut[r], out[r], scale, offset)
 
@@ -126,7 +126,9 @@ def _mask_row(gradient: Any, y: Any, x: Any, masked: Any, mean: F32, total: F32,
 
 @njit(cache=True, nogil=True)
 def mask_gradient(gradient: Any, y: Any, x: Any, masked: Any, mean: F32) -> F64:
-    """masked = the gradient where the ReLU's output y let it pass, else 0; its sums over all rows, alone and times x - mean: (2, channels)."""
+    """Writes the gradient where the ReLU's output y is positive, else 0, to masked; returns its sums over all rows, alone and times x -
+    mean, (2, channels).
+    """
     sums, run = np.zeros((2, mean.size)), np.empty((2, mean.size), np.float32)
     for start in range(0, len(x), _RUN):
         run[:] = 0
@@ -144,6 +146,6 @@ def _input_gradient_row(masked: Any, x: Any, out: Any, a: F32, b: F32, c: F32) -
 
 @njit(cache=True, nogil=True)
 def input_gradient(masked: Any, x: Any, out: Any, a: F32, b: F32, c: F32) -> None:
-    """out = a * masked + b * x + c; not in place, as two names for one array keep the compiler from vectorising."""
+    """Computes out = a * masked + b * x + c. Not in place: two names for one array would keep the compiler from vectorising."""
     for r in range(len(x)):
         _input_gradient_row(masked[r], x[r], out[r], a, b, c)

@@ -1,8 +1,8 @@
-"""relu(norm(x) + shortcut), the end of every convolution in a ResNet, in as few passes over memory as it takes.
+"""relu(norm(x) + shortcut), which ends every convolution of a ResNet, in as few passes over memory as possible.
 
-What is between two convolutions does little arithmetic: memory is its limit. In training on a CPU it is one operation here, with a backward of its
-own, for statistics of each view, channels-last, in bfloat16 or float32. Elsewhere it is torch's operations one after another, which Inductor fuses
-where the step is compiled.
+These operations do little arithmetic, so memory bandwidth limits them. In training on a CPU they are one operation here, with its own
+backward, for statistics per view, channels-last, in bfloat16 or float32. Everywhere else they are separate torch operations, which
+Inductor fuses if the step is compiled.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from fastbyol.models.norm_kernel import F32, F64, Rows
 from fastbyol.models.sync_batchnorm import Normalised
 from fastbyol.models.view_batchnorm import ViewBatchNorm
 
-# Elements that a thread takes at once. Sums go by pieces too, so a result does not depend on the number of threads.
+# Elements that a thread takes at once. Sums are taken per piece, so the result does not depend on the number of threads.
 _PIECE = 1 << 20
-_WIDTH = 512  # channels that the kernel's inner loop should have at least
+_WIDTH = 512  # minimum length of the kernel's inner loop
 _SAMPLE = 16
 
 
 def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + shortcut); the norm's running statistics move as they do when it is called.
+    """Returns relu(norm(x) + shortcut) and updates the norm's running statistics, as calling the norm would.
 
     Args:
         norm: a batch norm of any kind.
-        x: (N, C, H, W); in training of a `ViewBatchNorm` (views * N, C, H, W), one view after the other.
-        shortcut: as x, or nothing to add.
+        x: (N, C, H, W); in training with a `ViewBatchNorm`, (views * N, C, H, W), one view after the other.
+        shortcut: a tensor like x, or None.
     """
     if isinstance(norm, ViewBatchNorm) and not torch.compiler.is_compiling() and _fits_kernel(norm, x, shortcut):
         output, mean, variance, _ = _norm_relu(x, norm.weight, norm.bias, shortcut, norm.eps, norm.views)
@@ -63,7 +63,7 @@ def _rows_per_view(x: Tensor, views: int) -> int:
 def _norm_relu(
     x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, views: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output; mean, biased variance and 1 / std, (views, C) float32."""
+    """Returns the output, and mean, biased variance and 1 / std, each (views, C) float32."""
     output = torch.empty_like(x)
     mean, variance = (np.stack(v) for v in zip(*map(_moments, _by_view(x, views)), strict=True))
     inverse_std = 1 / np.sqrt(variance + eps)
@@ -81,7 +81,7 @@ def _norm_relu(
 def _norm_relu_backward(
     gradient: Tensor, x: Tensor, output: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, has_shortcut: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of x, weight, bias, shortcut (empty where there is none)."""
+    """Returns the gradients of x, weight, bias and shortcut (an empty tensor if there is none)."""
     masked, of_x = torch.empty_like(x), torch.empty_like(x)
     views, count = len(mean), _rows_per_view(x, len(mean))
     incoming = gradient.contiguous(memory_format=torch.channels_last)
@@ -116,35 +116,37 @@ _norm_relu.register_autograd(_backward, setup_context=_save)
 
 
 def _by_view(x: Tensor, views: int) -> Sequence[Rows]:
-    """Each view's pixels as rows of channels; bfloat16 as its bits."""
+    """Returns each view's pixels as rows of channels; bfloat16 as its bits in uint16."""
     rows = x.detach().permute(0, 2, 3, 1).view(views, -1, x.shape[1])
     return list((rows.view(torch.uint16) if x.dtype == torch.bfloat16 else rows).numpy())
 
 
 def _rows_of(tensors: Iterable[Tensor], views: int) -> list[tuple[Rows, ...]]:
-    """For each view, its rows in every tensor."""
+    """Returns, for each view, its rows in every tensor."""
     return list(zip(*(_by_view(tensor, views) for tensor in tensors), strict=True))
 
 
 def _moments(x: Rows) -> tuple[F64, F64]:
-    """Mean and biased variance of each channel. Sums are of what differs from the mean of a few rows, so that a large mean takes no digits."""
+    """Returns mean and biased variance of each channel. Sums are taken relative to the mean of a few rows, so that a large mean costs no
+    precision.
+    """
     few = x[:: -(-len(x) // _SAMPLE)]
     shift = ((few.astype(np.uint32) << 16).view(np.float32) if few.dtype == np.uint16 else few).mean(0, dtype=np.float64)
     shift = shift.astype(np.float32).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # what is not finite goes on as such
+    with np.errstate(invalid="ignore"):  # infinities and NaN are passed on, not reported
         mean, square = _sums(norm_kernel.moments, x, channels=shift) / len(x)
         return mean + shift, np.maximum(square - mean**2, 0)
 
 
 def _sums(kernel: Callable[..., F64], *rows: Rows, channels: F64 | F32) -> F64:
-    """(2, channels): of what the kernel gives for each piece."""
+    """Returns the sum of the kernel's results over all pieces, (2, channels)."""
     return np.sum(_in_pieces(kernel, *rows, channels=[channels]), axis=0).reshape(2, -1, len(channels)).sum(1)
 
 
 def _in_pieces(kernel: Callable[..., Any], *rows: Rows, channels: Iterable[F64 | F32]) -> list[Any]:
-    """What the kernel returns for each piece of the rows.
+    """Returns the kernel's result for each piece of the rows.
 
-    Several pixels of few channels go as one row, so that the kernel's inner loop is long enough.
+    If there are few channels, several pixels are treated as one row so that the kernel's inner loop is long enough.
     """
     num_rows, width = rows[0].shape
     fold = math.gcd(num_rows, _WIDTH // width) if width < _WIDTH else 1

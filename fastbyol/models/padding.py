@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 
 def same_padding(size: int, *, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:
-    """(before, after) so that the output has ceil(size / stride) positions; the odd one goes after."""
+    """Returns the padding (before, after) for ceil(size / stride) output positions; an odd one goes after."""
     total = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
     return total // 2, total - total // 2
 
 
 def pad_same(x: Tensor, *, kernel: int, stride: int, dilation: int = 1, value: float = 0.0) -> Tensor:
-    """x (N, C, H, W) padded as SAME asks."""
+    """Pads x (N, C, H, W) as SAME does."""
     top, bottom = same_padding(x.shape[2], kernel=kernel, stride=stride, dilation=dilation)
     left, right = same_padding(x.shape[3], kernel=kernel, stride=stride, dilation=dilation)
     return F.pad(x, (left, right, top, bottom), value=value)
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution that pads as TensorFlow does: even inputs of a 3x3 stride 2 get (0, 1), PyTorch's own (1, 1)."""
+    """Convolution that pads as TensorFlow does: a 3x3 one of stride 2 pads even inputs by (0, 1), where PyTorch pads by (1, 1)."""
 
     def forward(self, input: Tensor) -> Tensor:
         kernel, stride, dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
@@ -36,7 +36,7 @@ class SameConv2d(nn.Conv2d):
 
 
 class SameMaxPool2d(nn.MaxPool2d):
-    """Max-pool with SAME padding; what is padded never wins."""
+    """Max-pool with SAME padding; padded positions never win."""
 
     def forward(self, input: Tensor) -> Tensor:
         padded = pad_same(input, kernel=int(self.kernel_size), stride=int(self.stride), value=float("-inf"))  # type: ignore[arg-type]

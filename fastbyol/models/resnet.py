@@ -1,9 +1,9 @@
 """ResNet v1 encoders with torchvision's parameter names: (N, 3, H, W) -> (N, feature_dim).
 
-Grill et al., section 3.3: depths 50 to 200, width multipliers that widen every convolution (torchvision's wide_resnet widens the inner one only),
-no classifier. The stride of a bottleneck is on its 3x3 convolution, as torchvision and the official code have it.
-Differs from the paper: the official code puts a projection shortcut into the first block of ResNet-18/34's first group too; with
-`projection_in_group1=True` so do we, without it torchvision's state dicts load.
+Grill et al., section 3.3: depths 50 to 200, width multipliers that widen every convolution (torchvision's wide_resnet widens only the
+inner one), no classifier. The stride of a bottleneck is on its 3x3 convolution, as in torchvision and the official code.
+Differs from the paper: the official code puts a projection shortcut into the first block of ResNet-18/34's first group. We do so only
+with `projection_in_group1=True`; without it, torchvision's state dicts load.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fastbyol.models.padding import SameConv2d, SameMaxPool2d
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1
-"""torch's convention: the share of the new batch; the official decay rate is 0.9."""
+"""Weight of the new batch in the running statistics (torch's convention); the official decay rate is 0.9."""
 
 
 def _convolution(padding: str) -> Callable[..., nn.Conv2d]:
-    """A bias-free k x k convolution of the chosen padding."""
+    """Returns a constructor of bias-free k x k convolutions with the chosen padding."""
 
     def build(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1) -> nn.Conv2d:
         if padding == "same":
@@ -36,7 +36,7 @@ def _convolution(padding: str) -> Callable[..., nn.Conv2d]:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """Residual block of two 3x3 convolutions."""
 
     expansion = 1
 
@@ -61,7 +61,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 convolutions and a shortcut."""
+    """Residual block of 1x1, 3x3 (with the stride) and 1x1 convolutions."""
 
     expansion = 4
 
@@ -89,7 +89,7 @@ class Bottleneck(nn.Module):
 
 
 DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
-    # Not the paper's: three groups for images of 32 px, learns something in CPU-minutes.
+    # Not from the paper: three groups for images of 32 px, for demos that train in minutes on a CPU.
     "resnet8": (BasicBlock, (1, 1, 1)),
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -100,19 +100,19 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] =
 }
 STEM_CHANNELS = {"resnet8": 32}
 STEM_STRIDES = {"imagenet": 4, "small": 1, "small2": 2}
-"""How much each stem shrinks the image, the max-pool included."""
+"""Factor by which each stem reduces the image size, including the max-pool."""
 
 
 class ResNet(nn.Module):
-    """A stem, three or four groups of residual blocks, a global mean.
+    """Stem, three or four groups of residual blocks, and a global mean.
 
     Args:
         block: BasicBlock or Bottleneck.
-        blocks: how many in each group; groups after the first halve the resolution.
+        blocks: number of blocks in each group; groups after the first halve the resolution.
         stem: imagenet (7x7 stride 2, max-pool), small (3x3), small2 (3x3 stride 2).
         padding: symmetric (PyTorch) or same (TensorFlow).
-        stem_channels: channels of the stem and of the first group before expansion, each further group twice as many.
-        group_channels: channels of each group, where they do not double.
+        stem_channels: channels of the stem and, before expansion, of the first group; each further group has twice as many.
+        group_channels: channels of each group, if they do not double.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class ResNet(nn.Module):
         self.feature_dim = in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """The representation (N, feature_dim) of normalised images (N, 3, H, W)."""
+        """Returns the representation (N, feature_dim) of normalised images (N, 3, H, W)."""
         x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
         for g in range(self.num_groups):
             x = self.get_submodule(f"layer{g + 1}")(x)
@@ -183,13 +183,13 @@ def build_encoder(
     initialisation: str = "kaiming",
     projection_in_group1: bool = False,
 ) -> ResNet:
-    """An encoder by name, for example resnet50, freshly initialised from torch's global generator.
+    """Builds an encoder by name, for example resnet50, freshly initialised from torch's global generator.
 
     Args:
         name: one of `DEPTHS`.
         width: multiplies the channels of every convolution.
         stem, padding, projection_in_group1: see `ResNet`.
-        zero_init_last_gamma: start each residual branch at zero.
+        zero_init_last_gamma: initialise the last batch-norm scale of each residual branch to zero.
         initialisation: kaiming (torchvision's) or truncated_normal (the official code's).
 
     Raises:
@@ -226,6 +226,8 @@ def _initialise(module: nn.Module, *, how: str) -> None:
 
 @torch.no_grad()
 def truncated_normal_(weight: Tensor) -> None:
-    """Haiku's default: normal of standard deviation 1/sqrt(fan_in), cut at two of them, not rescaled (so the real one is 0.88 of that)."""
+    """Haiku's default initialisation: a normal of standard deviation 1/sqrt(fan_in), cut at two standard deviations and not rescaled
+    (the actual one is 0.88 of that).
+    """
     sigma = 1 / math.sqrt(weight[0].numel())
     nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)

@@ -1,8 +1,9 @@
-"""Batch norm over all ranks: the statistics that one device would have with the whole batch.
+"""Batch norm over all ranks: the same statistics as one device with the whole batch.
 
-torch's nn.SyncBatchNorm refuses the CPU, syncs the host in every forward and breaks torch.compile's graph. This one gathers (mean, M2, count) once
-per forward and sums two vectors once per backward, for both views in one message, with no host sync, on gloo and NCCL; shares of unequal size are
-exact. It is plain tensor operations, so that Inductor fuses them with the ReLU and the sum around them (not measured on a GPU yet).
+torch's nn.SyncBatchNorm does not run on the CPU, synchronises the host in every forward and breaks torch.compile's graph. This one
+gathers (mean, M2, count) once per forward and sums two vectors once per backward, for both views in one message, without host sync,
+on gloo and NCCL. Shares of unequal size are exact. It consists of plain tensor operations, so Inductor can fuse them with the ReLU
+and the sum around them (not measured on a GPU yet).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from fastbyol.collectives import gathered, summed
 
 
 class Normalised(NamedTuple):
-    """output: as the input. mean, variance (biased): (views, C) over all ranks. count: (1,) elements behind each of them."""
+    """Result of a batch norm over all ranks. output: like the input. mean, variance (biased): (views, C). count: (1,) number of elements
+    behind each of them.
+    """
 
     output: Tensor
     mean: Tensor
@@ -25,21 +28,23 @@ class Normalised(NamedTuple):
 
 
 def cross_replica_normalise(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, views: int) -> Normalised:
-    """Each view normalised with its statistics over all ranks, then scaled and shifted.
+    """Normalises each view with its statistics over all ranks, then scales and shifts it.
 
     Args:
         input: (views * N, C, ...), one view after the other; N may differ between ranks and be 0.
         weight, bias: (C,), or both None.
         eps: added to the variance.
-        views: how many the batch holds.
+        views: number of views in the batch.
     """
     output, mean, variance, count = _CrossReplicaNormalise.apply(input, weight, bias, eps, views)  # type: ignore[misc]
-    # Flattened here: what a Function returns as a view refuses the ReLU in place.
+    # Flatten outside the Function: an output that is a view cannot be modified by an in-place ReLU.
     return Normalised(output.flatten(0, 1), mean, variance, count)
 
 
 class _CrossReplicaNormalise(torch.autograd.Function):
-    """Returns the output as (views, N, C, ...). Statistics and arithmetic are in float32, or float64 for float64 input."""
+    """Autograd function that returns the output as (views, N, C, ...). Statistics and arithmetic are in float32, or float64 for float64
+    input.
+    """
 
     @staticmethod
     def forward(
@@ -55,7 +60,7 @@ class _CrossReplicaNormalise(torch.autograd.Function):
         ctx.save_for_backward(input, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
         ctx.views = views
-        if output.dtype != input.dtype:  # torch 2.11, compiling, loses the gradient of what a cast without effect returns
+        if output.dtype != input.dtype:  # when compiling, torch 2.11 loses the gradient through a cast to the same type
             output = output.to(input.dtype)
         return output, mean, variance, count
 
@@ -75,22 +80,24 @@ class _CrossReplicaNormalise(torch.autograd.Function):
 
 
 def _by_view(x: Tensor, views: int) -> Tensor:
-    """(views, N, C, ...) in float32 or float64; strides and so channels-last are kept."""
+    """Returns x as (views, N, C, ...) in float32 or float64; strides, and so channels-last, are kept."""
     return (x if x.dtype == torch.float64 else x.float()).unflatten(0, (views, len(x) // views))
 
 
 def _within_view(x: Tensor) -> list[int]:
-    """All dimensions of (views, N, C, ...) but the first and the channel's."""
+    """Returns all dimensions of (views, N, C, ...) except the first and the channels."""
     return [1, *range(3, x.dim())]
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
-    """(views or 1, C) as it broadcasts over (views, N, C, ...)."""
+    """Reshapes (views or 1, C) so that it broadcasts over (views, N, C, ...)."""
     return v.view([len(v), 1, -1] + [1] * (x.dim() - 3))
 
 
 def _local_statistics(x: Tensor) -> Tensor:
-    """(2 views C + 1,): means and sums of squared deviations of each view's channels in this rank's share, and how many elements made them."""
+    """Returns this rank's statistics, (2 views C + 1,): each view's channel means and sums of squared deviations, then the number of
+    elements.
+    """
     count = x.new_full((1,), x.numel() // (x.shape[0] * x.shape[2]))
     mean = x.sum(_within_view(x)) / count.clamp_min(1)
     deviation = (x - _per_channel(mean, x)).square().sum(_within_view(x))
@@ -98,7 +105,9 @@ def _local_statistics(x: Tensor) -> Tensor:
 
 
 def _combine(statistics: Tensor, *, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ranks, 2 views C + 1) -> mean, biased variance (views, C), count over all (Chan et al.'s parallel formula, in rank order)."""
+    """Combines (ranks, 2 views C + 1) into mean and biased variance (views, C) and the total count (Chan et al.'s parallel formula, in
+    rank order).
+    """
     half = statistics.shape[1] // 2
     means, deviations, counts = statistics.split([half, half, 1], dim=1)
     count = counts.sum(0)

@@ -1,4 +1,4 @@
-"""Any timm model as encoder: (N, 3, H, W) -> (N, feature_dim), freshly initialised, without its classifier."""
+"""Any timm model as an encoder: (N, 3, H, W) -> (N, feature_dim), freshly initialised, without its classifier."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FOR_RESNETS_ONLY = ("width", "stem", "padding", "zero_init_last_gamma", "initia
 
 
 def timm_encoder(config: ModelConfig) -> nn.Module:
-    """The model that `config.encoder` names after 'timm/', with `feature_dim`; parameter names are timm's.
+    """Builds the model that `config.encoder` names after 'timm/', with an attribute `feature_dim`; parameter names are timm's.
 
     Raises:
-        UserError: timm is not installed, knows no such model, or the config sets what only our ResNets have.
+        UserError: timm is not installed or has no such model, or the config sets an option that only our ResNets have.
     """
     timm, name = _library(config.encoder), config.encoder.removeprefix(PREFIX)
     default = ModelConfig()
@@ -32,10 +32,10 @@ def timm_encoder(config: ModelConfig) -> nn.Module:
 
 
 def check_timm_image_size(size_px: int, *, encoder: str) -> None:
-    """Refuses images of another size than the model takes, where it takes one only (a vision transformer, say).
+    """Checks the image size for models that accept only one, such as vision transformers.
 
     Raises:
-        UserError: that, or timm or the model is missing.
+        UserError: another size, or timm or the model is missing.
     """
     timm, name = _library(encoder), encoder.removeprefix(PREFIX)
     _check_name(timm, name)

@@ -1,7 +1,7 @@
-"""Batch norm for a batch that holds both views: each view has its own statistics, as if it had come alone.
+"""Batch norm for a batch that holds both views: each view gets its own statistics, as if it were a batch of its own.
 
-The official code runs each view through the network by itself. Both in one batch halve the number of calls, weight casts and messages, and give the
-convolutions more work at a time; nothing else changes as long as no statistic sees more than one view.
+The official code runs each view through the network separately. One batch for both halves the number of calls, weight casts and
+messages and gives the convolutions more work at a time. The result is the same as long as no statistic covers more than one view.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Norm = TypeVar("Norm", bound=_BatchNorm)
 
 
 class ViewBatchNorm(_BatchNorm):
-    """nn.BatchNorm1d/2d with the statistics of each view, over all ranks where asked; same parameters, buffers and state dict.
+    """nn.BatchNorm1d/2d with statistics per view, over all ranks if asked; same parameters, buffers and state dict.
 
-    In training the input is (views * N, C, ...), one view after the other, and the running statistics take the views in that order. In evaluation
-    it is plain batch norm. It may not subclass nn.SyncBatchNorm: DDP refuses that class on the CPU.
+    In training the input is (views * N, C, ...), one view after the other, and the running statistics are updated with the views in
+    that order. In evaluation it is plain batch norm. It must not subclass nn.SyncBatchNorm: DDP refuses that class on the CPU.
 
     Attributes:
-        views: how many a training batch holds.
-        across_ranks: statistics over all ranks of the process group, if there is one.
-        activation: what a layer that normalises and activates (timm's BatchNormAct2d) does after the norm; else None.
-        plain_class: what `convert_to_batchnorm` makes of it.
+        views: number of views in a training batch.
+        across_ranks: compute statistics over all ranks of the process group, if there is one.
+        activation: dropout and activation of a layer that also activates (timm's BatchNormAct2d); else None.
+        plain_class: class that `convert_to_batchnorm` converts it back to.
     """
 
     def __init__(self, num_features: int, *, views: int = 1, across_ranks: bool = False, **options: Any) -> None:
@@ -63,12 +63,12 @@ class ViewBatchNorm(_BatchNorm):
 
     @property
     def sees_other_ranks(self) -> bool:
-        """Whether training statistics come from more than this process."""
+        """True if training statistics are computed over more than one process."""
         return self.across_ranks and dist.is_initialized() and dist.get_world_size() > 1
 
     @torch.no_grad()
     def update_running(self, normalised: Normalised) -> None:
-        """Moves the running statistics by those of each view in turn."""
+        """Updates the running statistics with those of each view in turn."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         unbiased = normalised.variance * (normalised.count / (normalised.count - 1))
@@ -81,10 +81,10 @@ class ViewBatchNorm(_BatchNorm):
 
 
 def convert_to_view_batchnorm(module: nn.Module, *, views: int) -> nn.Module:
-    """The same module with each batch norm replaced, in place where it has children.
+    """Replaces each batch norm in the module, in place if it has children, and returns the module.
 
-    The very Parameter and buffer objects move over: new ones would unfreeze the target, and DDP would fail at the second step. nn.SyncBatchNorm and
-    timm's norms with an activation are converted too.
+    The replacement takes over the same Parameter and buffer objects: new ones would unfreeze the target, and DDP would fail at the
+    second step. nn.SyncBatchNorm and timm's norms with an activation are converted too.
 
     Raises:
         ValueError: a batch norm of a class that does more than normalise.
@@ -97,14 +97,14 @@ def convert_to_view_batchnorm(module: nn.Module, *, views: int) -> nn.Module:
 
 
 def use_all_ranks(module: nn.Module) -> None:
-    """Lets every `ViewBatchNorm` in the module take its training statistics over all ranks (no effect on one process)."""
+    """Makes every `ViewBatchNorm` in the module compute its training statistics over all ranks (no effect with one process)."""
     for layer in module.modules():
         if isinstance(layer, ViewBatchNorm):
             layer.across_ranks = True
 
 
 def convert_to_batchnorm(module: nn.Module) -> nn.Module:
-    """The same module with the class that each `ViewBatchNorm` had before in its place; the very tensors, under the same names."""
+    """Converts each `ViewBatchNorm` back to its original class, with the same tensors under the same names."""
     if isinstance(module, ViewBatchNorm):
         plain = module.plain_class(module.num_features, **_options(module))
         for name, child in () if module.activation is None else module.activation.named_children():

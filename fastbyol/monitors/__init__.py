@@ -1,4 +1,4 @@
-"""What is watched while a run trains: means of each logging interval, speed and where the time goes, norms, memory, signs of collapse."""
+"""Monitoring of a run: means over each logging interval, speed and where the time goes, norms, memory, signs of collapse."""
 
 from fastbyol.monitors.monitor import Monitor, build_monitor
 

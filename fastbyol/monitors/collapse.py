@@ -1,4 +1,4 @@
-"""Signs of collapse, and the rule that warns of one and ends the run."""
+"""Signs of collapse, and the rule that raises an alarm and ends the run."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from fastbyol.config.schema import TrainConfig
 SIGNS = ("projection_std", "feature_std", "effective_rank", "mean_cosine")
 COLLAPSED_ALIGNMENT = 0.98
 COLLAPSED_STD = 0.1
-"""projection_std under this, with an alignment over COLLAPSED_ALIGNMENT, looks like a collapse and raises the alarm."""
+"""A projection_std below this together with an alignment above COLLAPSED_ALIGNMENT raises the alarm."""
 FINAL_STD = 0.02
-"""projection_std under this for `monitors.collapse_patience` steps is one that no run has come back from."""
+"""No run that we have seen recovered from a projection_std below this for `monitors.collapse_patience` steps."""
 RECORDS_IN_A_ROW = 3
-"""Before the alarm is raised or the run is ended, whatever the number of steps between records."""
+"""Consecutive collapsed records needed before the alarm is raised or the run is ended, however many steps lie between records."""
 
 
 @torch.no_grad()
 def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
-    """`SIGNS` as a tensor (4,) float64 on the inputs' device: numbers that fall to an end when every image gets the same answer.
+    """Returns `SIGNS` as a tensor (4,) float64 on the inputs' device. Each reaches an extreme when every image gets the same output.
 
-    projection_std: mean over dimensions of the batch's std of unit projections, times sqrt(D): 1 spread evenly, 0 collapsed.
-    feature_std: mean std of the encoder's features (the trunk keeps it while the projections collapse).
+    projection_std: mean over dimensions of the batch's std of unit projections, times sqrt(D): 1 if spread evenly, 0 if collapsed.
+    feature_std: mean std of the encoder's features (the encoder keeps it even when the projections collapse).
     effective_rank: exp of the entropy of the centred projections' singular values, 1 to min(N, D) (Roy and Vetterli, 2007).
-    mean_cosine: between projections of different images, -1 to 1; 1 collapsed.
+    mean_cosine: mean cosine between projections of different images, -1 to 1; 1 if collapsed.
 
     Args:
-        projection: (N, D). feature: (N, F). N >= 2, else all are 0.
+        projection: (N, D). feature: (N, F). With N < 2 all values are 0.
     """
     if len(projection) < 2:
         return torch.zeros(len(SIGNS), dtype=torch.float64, device=projection.device)
@@ -55,13 +55,14 @@ def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
 
 
 class CollapseRule:
-    """Watches the logged steps, warns when the projections of all images have become one, and says when a run shall end for it.
+    """Watches the logged steps, raises an alarm when all images get the same projection, and decides when to end the run for it.
 
-    How the numbers were chosen: docs/monitors.md. Runs that collapse for good fall through both thresholds within a hundred steps or two. Runs that learn
-    may pass them too, early on (heads of one linear layer do): the longest such spell was 400 steps, hence the patience.
+    docs/monitors.md explains how the numbers were chosen. Runs that collapse for good pass both thresholds within one or two hundred
+    steps. Runs that learn may pass them too, early on (heads of one linear layer do); the longest such spell was 400 steps, hence the
+    patience.
 
     Args:
-        config: `monitors` holds the patience; the rest is what the advice looks at.
+        config: `monitors` holds the patience; the advice in the alarm looks at the rest.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -70,7 +71,7 @@ class CollapseRule:
         self._in_warmup = True
 
     def check(self, *, step: int, epoch: float, alignment: float, projection_std: float) -> str | None:
-        """The alarm's text from the third collapsed record in a row on, else None. epoch: after that step."""
+        """Returns the alarm's text from the third consecutive collapsed record on, else None. epoch: the epoch after that step."""
         aligned = alignment > COLLAPSED_ALIGNMENT
         self._seen.go_on(step, holds=aligned and projection_std < COLLAPSED_STD)
         self._final.go_on(step, holds=aligned and projection_std < FINAL_STD)
@@ -83,16 +84,16 @@ class CollapseRule:
         )
 
     def stop_when_due(self, checkpoint_steps: Callable[[], Sequence[int]]) -> None:
-        """Ends a run that has been collapsed for `monitors.collapse_patience` steps and whose warm-up is over, if the config says so.
+        """Ends a run that has been collapsed for `monitors.collapse_patience` steps after its warm-up, if the config asks for it.
 
-        Every rank comes to the same verdict, since the signs are means over all of them.
+        Every rank decides the same, because the signs are means over all ranks.
 
         Args:
-            checkpoint_steps: tells the numbers of steps after which there is a checkpoint, to name the last one from before the collapse; asked
-                at the end only.
+            checkpoint_steps: returns the steps that have a checkpoint, to name the last one from before the collapse; called only
+                when the run ends.
 
         Raises:
-            Diverged: with the steps, what to try, the checkpoint, and how to go on regardless.
+            Diverged: names the steps, what to try, the checkpoint, and how to continue regardless.
         """
         monitors, final = self._config.monitors, self._final
         long_enough = final.records >= RECORDS_IN_A_ROW and final.last - final.first >= monitors.collapse_patience
@@ -108,7 +109,9 @@ class CollapseRule:
 
 @dataclass
 class _Spell:
-    """Consecutive records for which something holds: how many, the steps of the first and the last, and of the last record before (-1: none)."""
+    """Consecutive records for which a condition holds: their number, the steps of the first and the last, and of the last record before
+    (-1: none).
+    """
 
     records: int = 0
     first: int = 0
@@ -125,7 +128,7 @@ class _Spell:
 
 
 def what_to_try(config: TrainConfig) -> str:
-    """Advice for a collapsed run: first what in its own config is known to collapse, else what usually helps."""
+    """Returns advice for a collapsed run: first what in its own config is known to collapse, else what usually helps."""
     reasons = []
     layers, optim = config.model.predictor_layers, config.optim
     if config.objective.beta == 0 and layers == 0 and config.objective.predictor == "network":

@@ -1,4 +1,4 @@
-"""How much of the machine's arithmetic a run uses: operations per image, the card's peak, memory."""
+"""Compute utilisation of a run: operations per image, peak of the GPU, memory."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ PEAK_TFLOP_PER_S = (
     ("V100", 125.0),
     ("T4", 65.0),
 )
-"""Dense 16-bit tensor-core peaks with float32 accumulation, from NVIDIA's data sheets (half of the figure 'with sparsity'), by what the device's
-name holds, the first that fits. bf16 and fp16 are equal; V100 and T4 have fp16 only."""
+"""Dense 16-bit tensor-core peaks with float32 accumulation, from NVIDIA's data sheets (half of the figure 'with sparsity').
+The first entry whose name occurs in the device's name counts. bf16 and fp16 are equal; V100 and T4 support fp16 only.
+"""
 COUNTED_BATCH = 2
 
 
 def peak_flop_per_s(device_name: str, *, autocast: str) -> float | None:
-    """The card's peak for the run's precision; None for a card that is not in the table, and for float32, TF32 or not."""
+    """Returns the GPU's peak for the run's precision; None for a GPU that is not in the table, and for float32 and TF32."""
     if autocast not in ("bf16", "fp16"):
         return None
     for name, tflop in PEAK_TFLOP_PER_S:
@@ -52,9 +53,10 @@ def peak_flop_per_s(device_name: str, *, autocast: str) -> float | None:
 
 
 def flop_per_image(model: ModelConfig, *, size_px: int, target: str = "ema") -> float:
-    """Operations of convolutions and matrix products for both views of an image: all forwards and the backward, two for each multiply-add.
+    """Counts the operations of convolutions and matrix products for both views of an image: all forward passes and the backward, two per
+    multiply-add.
 
-    Counted by torch on the meta device, so nothing is computed. The probe and the negative term of InfoNCE are left out (below 0.1 %).
+    torch counts them on the meta device, so nothing is computed. The probe and the negative term of InfoNCE are left out (below 0.1 %).
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         byol = build_byol(model, num_classes=1, objective=ObjectiveConfig(target=target))
@@ -65,11 +67,11 @@ def flop_per_image(model: ModelConfig, *, size_px: int, target: str = "ema") -> 
 
 
 class ComputeMeter:
-    """Achieved operations per second, and their share of the card's peak where that is known.
+    """Measures achieved operations per second and, if the GPU's peak is known, their share of it.
 
     Args:
-        config: model, image size and precision are read.
-        device: this rank's.
+        config: model, image size and precision are used.
+        device: this rank's device.
     """
 
     def __init__(self, config: TrainConfig, *, device: torch.device) -> None:
@@ -79,7 +81,7 @@ class ComputeMeter:
         self._peak = peak_flop_per_s(name, autocast=config.precision.autocast)
 
     def rates(self, *, images_per_s_per_device: float) -> dict[str, float | None]:
-        """tflop_per_s_per_device; mfu (model FLOP utilisation, in [0, 1]). None where unknown: the peak of a CPU always is."""
+        """Returns tflop_per_s_per_device and mfu (model FLOP utilisation, in [0, 1]), None if unknown; the peak of a CPU always is."""
         if self._flop_per_image is None:  # about a second for a ResNet-50, so not before the first step
             self._flop_per_image = self._count()
         achieved = self._flop_per_image * images_per_s_per_device
@@ -88,7 +90,7 @@ class ComputeMeter:
         return {"tflop_per_s_per_device": achieved / 1e12, "mfu": achieved / self._peak if self._peak else None}
 
     def _count(self) -> float:
-        """`flop_per_image`, or NaN and a line in the log: whatever an encoder from elsewhere does on the meta device, it shall not end the run."""
+        """Returns `flop_per_image`, or NaN with a warning: a third-party encoder that fails on the meta device must not end the run."""
         config = self._config
         try:
             return flop_per_image(config.model, size_px=config.views.size_px, target=config.objective.target)
@@ -98,8 +100,9 @@ class ComputeMeter:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory so far: of PyTorch's tensors on a GPU, of this process (resident) on the CPU. No synchronisation."""
+    """Returns the peak memory so far: PyTorch's tensors on a GPU, resident memory of this process on a CPU. Does not synchronise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -1,6 +1,6 @@
-"""Is the run learning, and how fast: averages over the logging interval, throughput, norms, and the signs of collapse.
+"""Shows whether the run is learning and how fast: averages over the logging interval, throughput, norms, and signs of collapse.
 
-Nothing here reads from the device before `Monitor.record`, which the loop calls on logged steps only, and which reads once.
+Nothing here reads from the device except `Monitor.record`, which is called on logged steps only and reads once.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ NORMS = ("gradient_norm", "update_norm")
 
 
 class Monitor:
-    """Collects what each step gives and turns it into one record per logged step.
+    """Collects the outputs of every step and turns them into one record per logged step.
 
     Args:
         global_batch: images per optimizer step.
-        world_size: devices.
-        device: where the sums live.
-        compute: operations per second; None leaves them out.
-        collapse: the rule that warns and stops; None leaves it out.
+        world_size: number of devices.
+        device: device on which the sums are kept.
+        compute: meter of operations per second, or None.
+        collapse: rule that raises an alarm and stops the run, or None.
     """
 
     def __init__(
@@ -62,41 +62,44 @@ class Monitor:
         self._start = time.perf_counter()
 
     def start_step(self, *, logged: bool) -> None:
-        """A step begins; whether a record follows it, for norms are taken then only."""
+        """Marks the start of a step. `logged` says whether a record follows it: norms are computed only then."""
         self._logged = logged
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Time inside counts as waiting for data."""
+        """Counts the time inside the block as waiting for data."""
         return self._stopwatch.waiting()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside counts for nothing: it is neither training nor waiting."""
+        """Excludes the time inside the block: it is neither training nor waiting."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
 
     def add(self, output: BYOLOutput) -> None:
-        """One micro-batch."""
+        """Adds the output of one micro-batch."""
         correct = output.probe_correct.float()
         values = (output.loss, output.alignment, output.probe_loss, correct.nan_to_num().mean(), (~correct.isnan()).float().mean())
         self._sums += torch.stack([v.detach().float() for v in values])
         self._micro_batches += 1
 
     def gradients_ready(self, online: nn.Module) -> None:
-        """The step's gradients are whole: reduced over ranks, unscaled, not yet used. `online` is the network whose norms are taken."""
+        """Marks that the step's gradients are complete: reduced over ranks, unscaled, not yet used. `online` is the network whose norms
+        are taken.
+        """
         self._stopwatch.gradients_ready()
         if self._logged:
             self._norms.before_update(online.parameters())
 
     def step(self) -> None:
-        """One optimizer step is complete."""
+        """Marks the end of one optimizer step."""
         self._norms.after_update()
         self._stopwatch.step_done()
         self._steps += 1
 
     def record(self, *, step: int, epoch: float, lr: float, tau: float, last: BYOLOutput) -> dict[str, Any]:
-        """The record of the interval since the last one. Every rank calls it: means and signs of collapse are means over all ranks.
+        """Returns the record of the interval since the last one. Every rank must call it: means and signs of collapse are averaged over
+        all ranks.
 
         Raises:
             Diverged: the loss is not finite.
@@ -117,7 +120,7 @@ class Monitor:
             "probe_top1": read["probe_correct"] / read["labelled"] if read["labelled"] else 0.0,
             "lr": lr,
             "tau": tau,
-            # Infinite where fp16's gradient scaler skips the step; JSON has no such number.
+            # Infinite in a step that fp16's gradient scaler skips, and JSON has no infinity.
             **{name: read[name] if math.isfinite(read[name]) else None for name in NORMS},
             **self._speed(),
             **{name: read[name] for name in ("alignment", *SIGNS)},
@@ -127,12 +130,12 @@ class Monitor:
         return record
 
     def stop_when_collapsed(self, checkpoint_steps: Callable[[], Sequence[int]]) -> None:
-        """Ends the run as `CollapseRule.stop_when_due` does; every rank calls it, after the record is written."""
+        """Ends the run if `CollapseRule.stop_when_due` does; every rank calls it, after the record is written."""
         if self._collapse is not None:
             self._collapse.stop_when_due(checkpoint_steps)
 
     def _read(self, last: BYOLOutput) -> dict[str, float]:
-        """All that is on the device, in one message over the ranks and one read."""
+        """Reads all values from the device, with one message between ranks and one read."""
         unknown = torch.full((), math.nan, device=self._device)
         norms = [n if n is not None else unknown for n in self._norms.take()]
         values: list[Tensor] = [self._sums / max(self._micro_batches, 1), torch.stack(norms), collapse_signs(last.projection, last.feature)]
@@ -157,7 +160,7 @@ class Monitor:
 
 
 def build_monitor(config: TrainConfig, process: Process) -> Monitor:
-    """The monitor of a run, with all that it can watch."""
+    """Builds the monitor of a run, with everything it can measure."""
     return Monitor(
         global_batch=config.global_batch,
         world_size=process.world_size,

@@ -1,4 +1,4 @@
-"""How large a step is: the global norms of the gradient and of the change of the weights."""
+"""Size of an optimizer step: the global norms of the gradient and of the weight change."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class StepNorms:
-    """Norms over all parameters of one step, as tensors on their device: nothing is read here.
+    """Norms over all parameters for one step, as tensors on their device; nothing is read back here.
 
-    Meant for logged steps only. Every step the two norms would cost three passes over the weights (their copy, the difference, its norm) and one
-    over the gradients; on one step of `log_every` they cost that much less, and a norm of one step says as much as a mean of ten.
+    Meant for logged steps only. The two norms cost three passes over the weights (copy, difference, norm) and one over the gradients;
+    taken only once in `log_every` steps this is cheap, and the norm of one step is as informative as a mean of ten.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,9 @@ class StepNorms:
 
     @torch.no_grad()
     def before_update(self, parameters: Iterable[Tensor]) -> None:
-        """Between the last backward (gradients reduced and unscaled) and the optimizer; parameters without a gradient don't count."""
+        """Call it between the last backward (gradients reduced and unscaled) and the optimizer; parameters without a gradient are
+        ignored.
+        """
         self._parameters = [p for p in parameters if p.grad is not None]
         self.gradient = global_norm([p.grad for p in self._parameters if p.grad is not None])
         if [b.shape for b in self._before] != [p.shape for p in self._parameters]:
@@ -32,25 +34,25 @@ class StepNorms:
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """After the optimizer. Without `before_update` in this step it does nothing."""
+        """Call it after the optimizer. Does nothing unless `before_update` was called in this step."""
         if not self._parameters:
             return
         torch._foreach_sub_(self._before, self._parameters)
         self.update = global_norm(self._before)
         if self._parameters[0].is_cuda:
-            # A GPU's memory is for activations and quickly had again; on the CPU fresh pages cost as much as the copy itself.
+            # On a GPU memory is scarce and quick to allocate; on the CPU allocating fresh pages costs as much as the copy, so keep them.
             self._before = []
         self._parameters = []
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """The norms of the gradient and of the update since this was last called, None where there were none."""
+        """Returns the norms of the gradient and of the update since the last call, or None for each that was not taken."""
         taken = self.gradient, self.update
         self.gradient = self.update = None
         return taken
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all numbers in all tensors together, a scalar on their device; 0 for none."""
+    """Returns the 2-norm over all elements of all tensors as a scalar on their device; 0 for no tensors."""
     if not tensors:
         return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))

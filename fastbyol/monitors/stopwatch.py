@@ -1,4 +1,4 @@
-"""Where the time of a step goes: waiting for data, forward and backward, update."""
+"""Measures where the time of a step goes: waiting for data, forward and backward, update."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 STEPS_KEPT = 64
-"""The split is the mean of at most this many of the interval's last steps: a long interval shall not hold events by the thousand."""
+"""The split is averaged over at most this many of the interval's last steps, so a long interval does not hold thousands of events."""
 
 
 class Stopwatch:
-    """Marks in a step and the time between them: by the clock on the CPU, by events on a GPU, which nobody waits for.
+    """Records marks in a step and the time between them: the clock on a CPU, CUDA events on a GPU, which do not make the host wait.
 
-    On a GPU `forward_backward_ms` and `update_ms` are the device's time from mark to mark, its idle gaps included (the last kernel of one step
-    to the first of the next is in neither); waiting is the host's time. Not run on a GPU yet.
+    On a GPU `forward_backward_ms` and `update_ms` are the device's time from mark to mark, including idle gaps (the gap between the
+    last kernel of one step and the first of the next is in neither); waiting is the host's time. Not run on a GPU yet.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,13 +30,13 @@ class Stopwatch:
         self.wait_s = 0.0
 
     def reset(self) -> None:
-        """Forgets the steps that are complete."""
+        """Forgets the completed steps."""
         self._steps.clear()
         self.wait_s = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time inside counts as waiting for data."""
+        """Counts the time inside the block as waiting for data."""
         start = time.perf_counter()
         yield
         waited_s = time.perf_counter() - start
@@ -47,21 +47,21 @@ class Stopwatch:
             self._waited_inside_s += waited_s
 
     def gradients_ready(self) -> None:
-        """The last backward of the step has been called."""
+        """Marks that the last backward of the step has been called."""
         self._gradients = self._mark()
 
     def step_done(self) -> None:
-        """The update has been called."""
+        """Marks that the update has been called."""
         if self._first is not None and self._gradients is not None:
             self._steps.append((self._first, self._gradients, self._mark(), self._waited_inside_s))
         self._first = self._gradients = None
         self._waited_inside_s = 0.0
 
     def split_ms(self) -> tuple[float, float]:
-        """Milliseconds per step of forward and backward, and of the update. On a GPU its last step must be complete."""
+        """Returns milliseconds per step of forward and backward, and of the update. On a GPU the last step must have completed."""
         if not self._steps:
             return 0.0, 0.0
-        # On a GPU a wait between two micro-batches may hide behind work that is queued; on the CPU nothing else went on.
+        # Subtract waits between micro-batches only on the CPU: on a GPU queued work may have run meanwhile.
         forward_backward = [self._between_ms(a, b) - (0.0 if self._on_gpu else 1000 * waited) for a, b, _, waited in self._steps]
         update = [self._between_ms(b, c) for _, b, c, _ in self._steps]
         return sum(forward_backward) / len(self._steps), sum(update) / len(self._steps)
