@@ -1,5 +1,6 @@
-"""BYOL: an online network learns to predict the representation that a slowly moving target network gives the other view (Grill et al.,
-sections 3.1, 3.2).
+"""BYOL: an online network learns to predict how a slowly moving target network represents the other view.
+
+Source: Grill et al., sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
@@ -173,9 +174,7 @@ class BYOL(nn.Module):
         ema_update(self._target_parameters(), self._online_parameters(), tau)
 
     def target_update(self, tau: float | Tensor) -> TargetUpdate:
-        """Returns the same update in a form for `LARS.step(target_update=...)`, which moves each target while its parameter is still in
-        cache.
-        """
+        """Returns the same update for `LARS.step(target_update=...)`, which moves each target while its parameter is in cache."""
         return TargetUpdate.of(self._target_parameters(), self._online_parameters(), tau)
 
     def _target_parameters(self) -> list[Tensor]:

@@ -46,8 +46,9 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class RunState:
-    """A run read back from disk: its config, the state and step of its newest good checkpoint, its folder, and the folder for its
-    results.
+    """A run read back from disk.
+
+    config, state, step: those of its newest good checkpoint. folder: the run folder. results: the folder for its evaluation results.
     """
 
     config: TrainConfig
@@ -68,8 +69,9 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, stays: Callable[[int], bool] = lambda step: False) -> Path:
-    """Writes the state after `step` optimizer steps durably, then deletes old checkpoints: all but the newest `keep` and those whose
-    step `stays`.
+    """Writes the state after `step` optimizer steps durably, then deletes old checkpoints.
+
+    The newest `keep` checkpoints are kept, and those whose step `stays`.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.

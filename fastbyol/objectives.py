@@ -28,9 +28,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Scales each row of x (N, D) to unit length, in float32 at least: near the end of training the loss is too small for squares in
-    bf16.
-    """
+    """Scales each row of x (N, D) to unit length, in float32 at least: bf16 is too coarse for the small loss late in training."""
     return F.normalize(at_least_float32(x), dim=-1, eps=NORM_FLOOR)
 
 

@@ -81,10 +81,9 @@ class StopRequest:
 
 
 def leave_at_once_on_signals() -> None:
-    """Makes STOP_SIGNALS end this process with the exit code of a stopped run, until `StopRequest` is entered: there is nothing to save
-    yet.
+    """Makes STOP_SIGNALS end this process with the exit code of a stopped run.
 
-    Scripts call it before imports that take seconds.
+    Scripts call it before imports that take seconds, when there is nothing to save. It lasts until `StopRequest` is entered.
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:

@@ -29,9 +29,7 @@ CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = "lock"
 CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, CONFIG_FILE, f"{CONFIG_FILE}.tmp", "lost+found"})
-"""Files of a start that was killed before it wrote its config, or that lost the config's content in a power cut; and what a new volume
-contains.
-"""
+"""Files in the folder of a start that was killed before it wrote its config, or lost it in a power cut, and of a new volume."""
 LOCK_PATIENCE_S = 15.0
 """Seconds to wait for the lock: a job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(

@@ -33,8 +33,9 @@ REMOVED_SHARE, REMOVED_IMAGES = 0.01, 16
 
 @dataclass
 class TrainState:
-    """The changing parts of a run. byol: the networks. model: what the training step calls; the same networks inside DDP if there are
-    several ranks.
+    """The changing parts of a run.
+
+    byol: the networks. model: what the training step calls; the same networks, inside DDP if there are several ranks.
     """
 
     byol: BYOL
@@ -95,9 +96,7 @@ class TrainState:
         return int(state["step"])
 
     def _difference(self, state: dict[str, Any]) -> str | None:
-        """Returns why a checkpoint's state cannot continue this run, or None if it can: the first thing that this run would not have
-        written.
-        """
+        """Returns the first reason why a checkpoint's state cannot continue this run, or None."""
         if missing := [name for name in REQUIRED if name not in state]:
             return f"it lacks {', '.join(missing)}"
         ranks, versions, loader = state["ranks"], state["versions"], state["loader"]

@@ -17,8 +17,9 @@ from fastbyol.collectives import gathered, summed
 
 
 class Normalised(NamedTuple):
-    """Result of a batch norm over all ranks. output: like the input. mean, variance (biased): (views, C). count: (1,) number of elements
-    behind each of them.
+    """Result of a batch norm over all ranks.
+
+    output: like the input. mean, variance (biased): (views, C). count: (1,) number of elements behind each of them.
     """
 
     output: Tensor
