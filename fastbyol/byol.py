@@ -122,6 +122,7 @@ class BYOL(nn.Module):
         if predictor_layers:
             predictor = mlp_head(projection_dim, hidden_dim=hidden_dim, out_dim=projection_dim, layers=predictor_layers)
         self.online = Online(encoder, projector, predictor)
+        # Before the target is copied, so that both networks have statistics per view.
         convert_to_view_batchnorm(self.online, views=NUM_VIEWS)
         self.target = Target(self.online)
         self.probe = nn.Linear(feature_dim, num_classes)
@@ -144,6 +145,7 @@ class BYOL(nn.Module):
         return BYOLOutput(
             # The probe reads a detached feature, so labels never influence the encoder.
             loss=self._loss(predictions, projections, regression),
+            # regression = 4 - 2 (cos1 + cos2), so this is the mean of both cosines.
             alignment=1 - regression.detach() / 4,
             probe_loss=_probe_loss(logits if logits.dtype == torch.float64 else logits.float(), label),
             probe_correct=torch.where(label >= 0, (logits.detach().argmax(dim=1) == label).float(), torch.nan),
@@ -186,6 +188,7 @@ class BYOL(nn.Module):
 
 def _probe_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Mean cross-entropy over the labelled images; 0 if none is labelled (torch's own mean would be NaN)."""
+    # Any negative label means unlabelled, but ignore_index matches only -1.
     total = F.cross_entropy(logits, label.clamp(min=-1), ignore_index=-1, reduction="sum")
     return total / (label >= 0).sum().clamp(min=1)
 
@@ -204,6 +207,7 @@ def build_byol(config: ModelConfig, *, num_classes: int, objective: ObjectiveCon
     if config.initialisation == "truncated_normal":
         for head in (byol.online.projector, byol.online.predictor, byol.probe):
             head.apply(_truncated_normal_linear)
+        # The target was copied before the heads were initialised again.
         byol.target.projector.load_state_dict(byol.online.projector.state_dict())
     return byol
 

@@ -87,6 +87,7 @@ def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, s
         ) from error
     # Files of later steps were skipped as damaged when the run was resumed, so they do not count towards `keep`.
     for old in [s for s in [s for s in checkpoint_steps(run) if s <= step][:-keep] if not stays(s)]:
+        # The checkpoint first: a crash in between leaves a lone digest, which is swept, not a checkpoint without its digest.
         checkpoint_path(run, old).unlink()
         _digest_path(checkpoint_path(run, old)).unlink(missing_ok=True)
     return path
@@ -125,6 +126,7 @@ def load_weights(file: IO[bytes]) -> Any:
     held = file.seek(0, os.SEEK_END)
     allowed = max(_UNPACKED_FREELY, _MOST_UNPACKED * held)
     file.seek(0)
+    # The sizes are checked before torch unpacks anything: a few kilobytes of zip can expand to terabytes.
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             held = sum(entry.file_size for entry in archive.infolist())
@@ -141,6 +143,7 @@ def load_weights(file: IO[bytes]) -> Any:
 
 def _tensors(state: Any) -> list[torch.Tensor]:
     """Returns the tensors in nested dicts and lists, each once even if it is referenced several times."""
+    # A loop, not recursion, and each object once: a hostile file may nest deeply or contain itself.
     found: list[torch.Tensor] = []
     seen: set[int] = set()
     left = [state]
@@ -280,6 +283,7 @@ def check_resume(config: TrainConfig) -> None:
     steps = checkpoint_steps(Path(config.out))
     if config.resume == "must" and not steps:
         raise UserError(f"resume = 'must': {config.out} holds no checkpoint; leave it out to start the run")
+    # A launcher repeats the original command after a failure, so 'never' must not refuse the checkpoints of its own first attempt.
     restarted = any((os.environ.get(name) or "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if config.resume == "never" and steps and not restarted:
         raise UserError(
@@ -334,7 +338,10 @@ def _write_durably(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, cast(IO[bytes], through))
         except RuntimeError as error:
+            # torch's zip writer reports the file's OSError as a RuntimeError without errno.
             raise through.error or error from error
+        # The order matters: the state, then its digest, then (leaving the block) the checkpoint's name. A crash in between leaves only
+        # files that sweep_unfinished removes.
         os.fsync(file.fileno())
         write_durably(_digest_path(path), through.digest.hexdigest() + "\n")
 

@@ -42,6 +42,7 @@ class CheckpointWriter:
         The caller may change its tensors immediately. Waits if the previous checkpoint is still being written.
         """
         self.wait()
+        # The previous copy is on the disk by now, so its memory can be overwritten.
         self._copy = copy_to_host(state, into=self._copy)
         self._pending = self._pool.submit(self._write, self._copy, step)
 

@@ -123,6 +123,7 @@ def _least_squares_map(projection: Tensor, predicted: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         products = summed(products)
     own, across = products.chunk(2, dim=1)
+    # The pseudo-inverse, because the Gram matrix is singular with fewer rows than dimensions.
     return torch.linalg.pinv(own, hermitian=True) @ across
 
 

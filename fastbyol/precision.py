@@ -74,6 +74,8 @@ def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device
     if reason := _cannot_compile(device):
         log.warning("precision.compile: nothing compiles on this machine (%s); the run goes on in eager mode", reason)
         return
+    # fullgraph: a graph break is an error, not a silent slow-down. dynamic=False: all batches have one shape, and code for variable shapes
+    # is slower.
     module.compile(fullgraph=True, dynamic=False, mode=config.compile_mode)
 
 

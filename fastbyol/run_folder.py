@@ -96,6 +96,7 @@ def open_run_folder(config: TrainConfig) -> Path:
         return folder
     try:
         Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
+        # config.yaml comes last: it marks the folder as a run, so a start that is cut off before can simply be repeated.
         write_durably(folder / PROVENANCE_FILE, json.dumps(collect_provenance(), indent=2))
         write_config(folder, config)
     except OSError as error:
@@ -141,6 +142,7 @@ def _take_lock(folder: Path, descriptor: int) -> None:
     deadline, waits = time.monotonic() + LOCK_PATIENCE_S, False
     while True:
         try:
+            # flock instead of a lock file that exists or not: the kernel releases it even after SIGKILL.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:

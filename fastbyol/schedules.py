@@ -25,6 +25,7 @@ def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, glo
     peak = base_lr * global_batch / 256
     if step < warmup_steps:
         return peak * step / warmup_steps
+    # At least 1, for a run that consists of warm-up only.
     decay_steps = max(total_steps - warmup_steps, 1)
     progress = min(step - warmup_steps, decay_steps) / decay_steps
     return peak * 0.5 * (1 + math.cos(math.pi * progress))

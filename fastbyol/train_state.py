@@ -49,6 +49,7 @@ class TrainState:
         """Returns the state after `step` optimizer steps as tensors and plain values. Every rank must call it; only the main rank's
         result is complete.
         """
+        # A collective, so every rank must get here.
         ranks = gather_on_main(rng_state())
         return {
             "step": step,
@@ -83,6 +84,7 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         self._restore_loader(state["loader"], steps_per_epoch=state["num_samples"] // config.global_batch)
         generators = state["ranks"]["rng"]
+        # On more ranks than before, the additional ones keep their fresh generators.
         if process.rank < len(generators):
             set_rng_state(generators[process.rank])
         if process.is_main:
@@ -147,6 +149,8 @@ class TrainState:
         the position within the epoch.
         """
         per_epoch_now = self.loader.traversal.num_samples // self.loader.traversal.global_batch
+        # The position is converted to optimizer steps, because the number of micro-batches per step may differ now. If it lies beyond the
+        # end of an epoch that lost images, the next epoch starts.
         steps = saved["batch"] * steps_per_epoch // saved["batches_per_epoch"]
         epoch, steps = (saved["epoch"], steps) if steps < per_epoch_now else (saved["epoch"] + 1, 0)
         self.loader.load_state_dict({"epoch": epoch, "batch": steps * len(self.loader) // per_epoch_now})

@@ -75,6 +75,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         except (UserError, RunError) as error:
             rank = os.environ.get("RANK") or "0"
             if rank != "0" and "MASTER_ADDR" in os.environ:  # a launcher started it
+                # If rank 0 has the same error, torchrun ends this process before it prints.
                 time.sleep(HOLD_BACK_S)
             say(f"fastbyol: error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
             sys.exit(error.exit_code if isinstance(error, RunError) else USER_ERROR_EXIT)

@@ -68,6 +68,7 @@ def stoppable(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _raise(number: int, _frame: FrameType | None) -> NoReturn:
+    # From now on a second signal ends the process at once, instead of raising again in the middle of the clean-up.
     end_at_once_when_stopped()
     raise Stopped(number)
 

@@ -53,6 +53,7 @@ class _CrossReplicaNormalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = _by_view(input, views)
         local = _local_statistics(x)
+        # Means and squared deviations instead of sums and sums of squares, whose difference loses precision when the mean is large.
         mean, variance, count = _combine(gathered(local).view(-1, len(local)), views=views)
         inverse_std = torch.rsqrt(variance + eps)
         output = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)
