@@ -26,7 +26,7 @@ class CheckpointWriter:
     Args:
         run: the run folder; nothing else may write there.
         keep: number of newest checkpoints to keep.
-        stays: returns True for a step whose checkpoint is kept for ever.
+        stays: returns True for a step whose checkpoint is kept permanently.
     """
 
     def __init__(self, run: Path, *, keep: int, stays: Callable[[int], bool] = lambda step: False) -> None:
