@@ -33,6 +33,7 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, limit_s: float, 
         UserError: the function raised it.
         PartFailed: the function raised something else, ran too long, or died.
     """
+    # A forked child cannot use CUDA once the parent has initialised it.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, function, arguments, str(log)))

@@ -212,9 +212,7 @@ def tune_run(options: argparse.Namespace) -> None:
 
 
 def print_presets(word: str = "") -> None:
-    """Prints each preset whose name contains the word: what it is, the published figure and its source, what we measured, and its
-    command.
-    """
+    """Prints each preset whose name contains the word: description, published figure, source, our own result, command."""
     from fastbyol.config.plain import nearest_name
     from fastbyol.config.presets import PRESETS
 

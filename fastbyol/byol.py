@@ -1,5 +1,6 @@
-"""BYOL: an online network learns to predict the representation that a slowly moving target network gives the other view (Grill et al.,
-sections 3.1, 3.2).
+"""BYOL: an online network learns to predict how a slowly moving target network represents the other view.
+
+Source: Grill et al., sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ class BYOL(nn.Module):
         if predictor_layers:
             predictor = mlp_head(projection_dim, hidden_dim=hidden_dim, out_dim=projection_dim, layers=predictor_layers)
         self.online = Online(encoder, projector, predictor)
+        # Before the target is copied, so that both networks have statistics per view.
         convert_to_view_batchnorm(self.online, views=NUM_VIEWS)
         self.target = Target(self.online)
         self.probe = nn.Linear(feature_dim, num_classes)
@@ -143,6 +145,7 @@ class BYOL(nn.Module):
         return BYOLOutput(
             # The probe reads a detached feature, so labels never influence the encoder.
             loss=self._loss(predictions, projections, regression),
+            # regression = 4 - 2 (cos1 + cos2), so this is the mean of both cosines.
             alignment=1 - regression.detach() / 4,
             probe_loss=_probe_loss(logits if logits.dtype == torch.float64 else logits.float(), label),
             probe_correct=torch.where(label >= 0, (logits.detach().argmax(dim=1) == label).float(), torch.nan),
@@ -173,9 +176,7 @@ class BYOL(nn.Module):
         ema_update(self._target_parameters(), self._online_parameters(), tau)
 
     def target_update(self, tau: float | Tensor) -> TargetUpdate:
-        """Returns the same update in a form for `LARS.step(target_update=...)`, which moves each target while its parameter is still in
-        cache.
-        """
+        """Returns the same update for `LARS.step(target_update=...)`, which moves each target while its parameter is in cache."""
         return TargetUpdate.of(self._target_parameters(), self._online_parameters(), tau)
 
     def _target_parameters(self) -> list[Tensor]:
@@ -187,6 +188,7 @@ class BYOL(nn.Module):
 
 def _probe_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Mean cross-entropy over the labelled images; 0 if none is labelled (torch's own mean would be NaN)."""
+    # Any negative label means unlabelled, but ignore_index matches only -1.
     total = F.cross_entropy(logits, label.clamp(min=-1), ignore_index=-1, reduction="sum")
     return total / (label >= 0).sum().clamp(min=1)
 
@@ -205,6 +207,7 @@ def build_byol(config: ModelConfig, *, num_classes: int, objective: ObjectiveCon
     if config.initialisation == "truncated_normal":
         for head in (byol.online.projector, byol.online.predictor, byol.probe):
             head.apply(_truncated_normal_linear)
+        # The target was copied before the heads were initialised again.
         byol.target.projector.load_state_dict(byol.online.projector.state_dict())
     return byol
 

@@ -46,8 +46,9 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class RunState:
-    """A run read back from disk: its config, the state and step of its newest good checkpoint, its folder, and the folder for its
-    results.
+    """A run read back from disk.
+
+    config, state, step: those of its newest good checkpoint. folder: the run folder. results: the folder for its evaluation results.
     """
 
     config: TrainConfig
@@ -68,8 +69,9 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, stays: Callable[[int], bool] = lambda step: False) -> Path:
-    """Writes the state after `step` optimizer steps durably, then deletes old checkpoints: all but the newest `keep` and those whose
-    step `stays`.
+    """Writes the state after `step` optimizer steps durably, then deletes old checkpoints.
+
+    The newest `keep` checkpoints are kept, and those whose step `stays`.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -85,6 +87,7 @@ def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, s
         ) from error
     # Files of later steps were skipped as damaged when the run was resumed, so they do not count towards `keep`.
     for old in [s for s in [s for s in checkpoint_steps(run) if s <= step][:-keep] if not stays(s)]:
+        # The checkpoint first: a crash in between leaves a lone digest, which is swept, not a checkpoint without its digest.
         checkpoint_path(run, old).unlink()
         _digest_path(checkpoint_path(run, old)).unlink(missing_ok=True)
     return path
@@ -123,6 +126,7 @@ def load_weights(file: IO[bytes]) -> Any:
     held = file.seek(0, os.SEEK_END)
     allowed = max(_UNPACKED_FREELY, _MOST_UNPACKED * held)
     file.seek(0)
+    # The sizes are checked before torch unpacks anything: a few kilobytes of zip can expand to terabytes.
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             held = sum(entry.file_size for entry in archive.infolist())
@@ -139,6 +143,7 @@ def load_weights(file: IO[bytes]) -> Any:
 
 def _tensors(state: Any) -> list[torch.Tensor]:
     """Returns the tensors in nested dicts and lists, each once even if it is referenced several times."""
+    # A loop, not recursion, and each object once: a hostile file may nest deeply or contain itself.
     found: list[torch.Tensor] = []
     seen: set[int] = set()
     left = [state]
@@ -278,6 +283,7 @@ def check_resume(config: TrainConfig) -> None:
     steps = checkpoint_steps(Path(config.out))
     if config.resume == "must" and not steps:
         raise UserError(f"resume = 'must': {config.out} holds no checkpoint; leave it out to start the run")
+    # A launcher repeats the original command after a failure, so 'never' must not refuse the checkpoints of its own first attempt.
     restarted = any((os.environ.get(name) or "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if config.resume == "never" and steps and not restarted:
         raise UserError(
@@ -332,7 +338,10 @@ def _write_durably(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, cast(IO[bytes], through))
         except RuntimeError as error:
+            # torch's zip writer reports the file's OSError as a RuntimeError without errno.
             raise through.error or error from error
+        # The order matters: the state, then its digest, then (leaving the block) the checkpoint's name. A crash in between leaves only
+        # files that sweep_unfinished removes.
         os.fsync(file.fileno())
         write_durably(_digest_path(path), through.digest.hexdigest() + "\n")
 

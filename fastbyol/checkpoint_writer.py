@@ -26,7 +26,7 @@ class CheckpointWriter:
     Args:
         run: the run folder; nothing else may write there.
         keep: number of newest checkpoints to keep.
-        stays: returns True for a step whose checkpoint is kept for ever.
+        stays: returns True for a step whose checkpoint is kept permanently.
     """
 
     def __init__(self, run: Path, *, keep: int, stays: Callable[[int], bool] = lambda step: False) -> None:
@@ -42,6 +42,7 @@ class CheckpointWriter:
         The caller may change its tensors immediately. Waits if the previous checkpoint is still being written.
         """
         self.wait()
+        # The previous copy is on the disk by now, so its memory can be overwritten.
         self._copy = copy_to_host(state, into=self._copy)
         self._pending = self._pool.submit(self._write, self._copy, step)
 

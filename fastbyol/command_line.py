@@ -78,6 +78,7 @@ def _explain(parser: argparse.ArgumentParser) -> None:
 
 def _preset_name(arguments: Sequence[str], files: list[dict[str, Any]]) -> str:
     """Returns the preset named on the command line, else the one in the last config file that names one, else the default."""
+    # The preset supplies the defaults of the real parser, so it has to be known first.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--preset", default=next((file["preset"] for file in reversed(files) if "preset" in file), DEFAULT_PRESET))
     try:

@@ -29,6 +29,7 @@ def private_folder() -> Path | None:
     try:
         folder = Path(tempfile.gettempdir(), f"fastbyol-cache-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
+        # lstat, because a link planted by another user must not be followed.
         found = folder.lstat()
     except OSError:
         return None

@@ -13,10 +13,10 @@ from fastbyol.models.view_batchnorm import convert_to_batchnorm
 
 
 def load_encoder(path_or_run: str | Path) -> nn.Module:
-    """Returns the online encoder of a run folder or checkpoint file in eval mode on the CPU: (N, 3, H, W) normalised images -> (N,
-    feature_dim).
+    """Returns the online encoder of a run folder or checkpoint file, in eval mode on the CPU.
 
-    It is the online network's encoder, not the target's, as in the official evaluation. Parameter names are torchvision's.
+    It maps (N, 3, H, W) normalised images to (N, feature_dim). It is the online network's encoder, not the target's, as in the
+    official evaluation. Parameter names are torchvision's.
     """
     return encoder_of(load_run(path_or_run))
 

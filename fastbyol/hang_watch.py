@@ -63,6 +63,7 @@ class HangWatch:
 
     def _end(self) -> None:
         place = _innermost_line(self._watched)
+        # It writes straight to stderr's descriptor, so a thread that hangs inside logging or print cannot block it.
         faulthandler.dump_traceback(all_threads=True)
         say(
             f"fastbyol: error: no step for {self.limit_s:g} s (timeout_s), the process waits in {place} (all stacks above); "

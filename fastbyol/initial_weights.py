@@ -63,6 +63,7 @@ def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: st
     key, tensors = _most_tensors(state)
     if not tensors:
         raise CheckpointError(f"{OPTION} = {source!r}: is not a state dict (names to tensors)")
+    # Everything that stands in front of one of our names is a candidate; the one in front of most of them wins.
     prefixes = dict.fromkeys(name.removesuffix(mine) for name in tensors for mine in own if name.endswith(mine))
     held = {prefix: sum(prefix + mine in tensors for mine in own) for prefix in prefixes if not prefix or prefix.endswith(".")}
     prefix = max(held, key=lambda each: held[each], default="")  # on a tie the first one: programs write the trained network first

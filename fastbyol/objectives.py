@@ -28,9 +28,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Scales each row of x (N, D) to unit length, in float32 at least: near the end of training the loss is too small for squares in
-    bf16.
-    """
+    """Scales each row of x (N, D) to unit length, in float32 at least: bf16 is too coarse for the small loss late in training."""
     return F.normalize(at_least_float32(x), dim=-1, eps=NORM_FLOOR)
 
 
@@ -125,6 +123,7 @@ def _least_squares_map(projection: Tensor, predicted: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         products = summed(products)
     own, across = products.chunk(2, dim=1)
+    # The pseudo-inverse, because the Gram matrix is singular with fewer rows than dimensions.
     return torch.linalg.pinv(own, hermitian=True) @ across
 
 

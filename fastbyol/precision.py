@@ -36,11 +36,10 @@ def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.
 
 
 def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> nn.Module:
-    """Moves the module to its device and memory layout, and compiles it in place if asked (before DDP wraps it, so that there is only
-    one graph).
+    """Moves the module to its device and memory layout, and compiles it in place if the config asks for it.
 
-    Sets torch's float32 matrix products in this process to TF32 for 'tf32' and to float32 otherwise; on a CPU, lets the process keep
-    freed memory.
+    Call it before DDP wraps the module, so that the compiled graph is a single one. Sets torch's float32 matrix products in this
+    process to TF32 for 'tf32' and to float32 otherwise; on a CPU, lets the process keep freed memory.
 
     Raises:
         UserError: tf32 or CUDA graphs without a GPU; a cache folder that cannot be written.
@@ -75,6 +74,8 @@ def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device
     if reason := _cannot_compile(device):
         log.warning("precision.compile: nothing compiles on this machine (%s); the run goes on in eager mode", reason)
         return
+    # fullgraph: a graph break is an error, not a silent slow-down. dynamic=False: all batches have one shape, and code for variable shapes
+    # is slower.
     module.compile(fullgraph=True, dynamic=False, mode=config.compile_mode)
 
 
@@ -96,9 +97,7 @@ def _use_cache(folder: str) -> None:
 
 
 def _cannot_compile(device: torch.device) -> str | None:
-    """Returns why nothing compiles on this device (no C++ compiler, no Triton), or None if it does; found by compiling a sum of two
-    numbers.
-    """
+    """Returns why nothing compiles on this device (no C++ compiler, no Triton), or None; it tries a sum of two numbers."""
     try:
         torch.compile(torch.add, dynamic=False)(torch.ones(2, device=device), 1.0)
     except Exception as error:  # torch has a different exception class for each missing part

@@ -43,10 +43,12 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         self._read, write = os.pipe()
+        # set_wakeup_fd requires it: a signal handler must never block on a full pipe.
         os.set_blocking(write, False)
         # Signals that are ignored stay ignored: nohup relies on it.
         heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._write, self._earlier_descriptor = write, signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        # The handler only replaces the default action, which would end the process. The signal's number arrives through the pipe.
         self._earlier = {number: signal.signal(number, lambda *_: None) for number in heard}
         self._thread = threading.Thread(target=self._listen, name="fastbyol-signals", daemon=True)
         self._thread.start()
@@ -81,10 +83,9 @@ class StopRequest:
 
 
 def leave_at_once_on_signals() -> None:
-    """Makes STOP_SIGNALS end this process with the exit code of a stopped run, until `StopRequest` is entered: there is nothing to save
-    yet.
+    """Makes STOP_SIGNALS end this process with the exit code of a stopped run.
 
-    Scripts call it before imports that take seconds.
+    Scripts call it before imports that take seconds, when there is nothing to save. It lasts until `StopRequest` is entered.
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -111,5 +112,6 @@ def end_with_torchrun() -> None:
 
 def _leave(message: str, code: int) -> None:
     """Ends the process from a thread; checkpoints on the disk are complete at any time."""
+    # os._exit below, because sys.exit would end only this thread.
     say(f"fastbyol: error: {message}; earlier checkpoints are complete", file=sys.stderr)
     os._exit(code)

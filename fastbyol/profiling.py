@@ -92,9 +92,7 @@ class StepProfiler:
 
 
 def profile_table(spans: Iterable[Span], *, steps: int, span_us: float, device: str) -> str:
-    """Formats the operations that take the most time, the share of time that the device works, and how often the host waits for it; all
-    per step.
-    """
+    """Formats per step the slowest operations, the share of time that the device works, and how often the host waits for it."""
     spans = sorted(spans, key=lambda span: -span.self_us)
     working = [span for span in spans if not span.name.startswith("ProfilerStep")]
     busy_us = sum(span.self_us for span in working)

@@ -68,6 +68,7 @@ def opened_alike(open_data: Callable[[], Opened], process: Process, *, option: s
         opened = open_data()
         facts = opened.fingerprint()
     except UserError as error:
+        # This rank still takes part in the comparison, or the others would wait for it until the timeout.
         failure, facts = error, {"state": f"unusable ({error})"}
     try:
         require_agreement({f"{option}'s {name}": fact for name, fact in facts.items()}, process)

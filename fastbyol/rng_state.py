@@ -23,6 +23,7 @@ def rng_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = numpy_state
     return {
         "python": [version, torch.tensor(words), gauss],
+        # int64, because torch supports uint32 only in part.
         "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,

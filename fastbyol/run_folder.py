@@ -29,9 +29,7 @@ CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = "lock"
 CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, CONFIG_FILE, f"{CONFIG_FILE}.tmp", "lost+found"})
-"""Files of a start that was killed before it wrote its config, or that lost the config's content in a power cut; and what a new volume
-contains.
-"""
+"""Files in the folder of a start that was killed before it wrote its config, or lost it in a power cut, and of a new volume."""
 LOCK_PATIENCE_S = 15.0
 """Seconds to wait for the lock: a job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(
@@ -98,6 +96,7 @@ def open_run_folder(config: TrainConfig) -> Path:
         return folder
     try:
         Path(os.path.realpath(folder)).mkdir(parents=True, exist_ok=True)
+        # config.yaml comes last: it marks the folder as a run, so a start that is cut off before can simply be repeated.
         write_durably(folder / PROVENANCE_FILE, json.dumps(collect_provenance(), indent=2))
         write_config(folder, config)
     except OSError as error:
@@ -143,6 +142,7 @@ def _take_lock(folder: Path, descriptor: int) -> None:
     deadline, waits = time.monotonic() + LOCK_PATIENCE_S, False
     while True:
         try:
+            # flock instead of a lock file that exists or not: the kernel releases it even after SIGKILL.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:

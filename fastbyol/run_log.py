@@ -40,6 +40,7 @@ class RunLog:
 
         self.total_steps, self.first_step = total_steps, first_step
         path = folder / METRICS_FILE
+        # Steps after the checkpoint are taken again: without this their records would appear twice.
         kept = [r for r in read_metrics(folder) if r["step"] < first_step]
         try:
             write_durably(path, "".join(json.dumps(r) + "\n" for r in kept))

@@ -51,6 +51,6 @@ class RunPlan:
         return done % self.config.checkpoint_every == 0 or done == self.total_steps or self.stays(done)
 
     def stays(self, done: int) -> bool:
-        """Returns True if that checkpoint is kept for ever: the step completed a multiple of keep_every_epochs."""
+        """Returns True if that checkpoint is kept permanently: the step completed a multiple of keep_every_epochs."""
         every = self.config.keep_every_epochs
         return every > 0 and self.epoch(done) // every > self.epoch(done - 1) // every

@@ -10,19 +10,22 @@ import math
 
 
 def total_steps_at(epochs: float, *, num_samples: int, global_batch: int) -> int:
-    """Number of optimizer steps in a run: floor(epochs * images / batch), as in the official code (312784 for 1000 epochs of ImageNet at
-    4096).
+    """Number of optimizer steps in a run: floor(epochs * images / batch).
+
+    As in the official code: 312784 for 1000 epochs of ImageNet at batch 4096.
     """
     return int(epochs * num_samples) // global_batch
 
 
 def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, global_batch: int) -> float:
-    """Learning rate at this step: linear warm-up from 0 to base_lr * global_batch / 256 over warmup_steps, then a half cosine to 0 at
-    total_steps.
+    """Learning rate at this step.
+
+    Linear warm-up from 0 to base_lr * global_batch / 256 over warmup_steps, then a half cosine down to 0 at total_steps.
     """
     peak = base_lr * global_batch / 256
     if step < warmup_steps:
         return peak * step / warmup_steps
+    # At least 1, for a run that consists of warm-up only.
     decay_steps = max(total_steps - warmup_steps, 1)
     progress = min(step - warmup_steps, decay_steps) / decay_steps
     return peak * 0.5 * (1 + math.cos(math.pi * progress))

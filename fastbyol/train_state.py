@@ -33,8 +33,9 @@ REMOVED_SHARE, REMOVED_IMAGES = 0.01, 16
 
 @dataclass
 class TrainState:
-    """The changing parts of a run. byol: the networks. model: what the training step calls; the same networks inside DDP if there are
-    several ranks.
+    """The changing parts of a run.
+
+    byol: the networks. model: what the training step calls; the same networks, inside DDP if there are several ranks.
     """
 
     byol: BYOL
@@ -48,6 +49,7 @@ class TrainState:
         """Returns the state after `step` optimizer steps as tensors and plain values. Every rank must call it; only the main rank's
         result is complete.
         """
+        # A collective, so every rank must get here.
         ranks = gather_on_main(rng_state())
         return {
             "step": step,
@@ -82,6 +84,7 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         self._restore_loader(state["loader"], steps_per_epoch=state["num_samples"] // config.global_batch)
         generators = state["ranks"]["rng"]
+        # On more ranks than before, the additional ones keep their fresh generators.
         if process.rank < len(generators):
             set_rng_state(generators[process.rank])
         if process.is_main:
@@ -95,9 +98,7 @@ class TrainState:
         return int(state["step"])
 
     def _difference(self, state: dict[str, Any]) -> str | None:
-        """Returns why a checkpoint's state cannot continue this run, or None if it can: the first thing that this run would not have
-        written.
-        """
+        """Returns the first reason why a checkpoint's state cannot continue this run, or None."""
         if missing := [name for name in REQUIRED if name not in state]:
             return f"it lacks {', '.join(missing)}"
         ranks, versions, loader = state["ranks"], state["versions"], state["loader"]
@@ -148,6 +149,8 @@ class TrainState:
         the position within the epoch.
         """
         per_epoch_now = self.loader.traversal.num_samples // self.loader.traversal.global_batch
+        # The position is converted to optimizer steps, because the number of micro-batches per step may differ now. If it lies beyond the
+        # end of an epoch that lost images, the next epoch starts.
         steps = saved["batch"] * steps_per_epoch // saved["batches_per_epoch"]
         epoch, steps = (saved["epoch"], steps) if steps < per_epoch_now else (saved["epoch"] + 1, 0)
         self.loader.load_state_dict({"epoch": epoch, "batch": steps * len(self.loader) // per_epoch_now})

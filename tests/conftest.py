@@ -18,12 +18,12 @@ from fastbyol.data.conversion.tar_writer import write_tar_shards
 numba.config.THREADING_LAYER = "omp"
 
 SIGNALS = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
-"""How a process in the foreground of a terminal takes them; one in a shell's background, or under nohup, ignores some."""
+"""Signal handlers of a process in the foreground of a terminal; in a background shell or under nohup some signals are ignored."""
 
 
 @pytest.fixture(autouse=True)
 def signals_as_in_the_foreground() -> Iterator[None]:
-    """Also after a test that ran a command in this process, which from then on would end at once at a signal."""
+    """Sets these handlers for every test, because a test that runs a command in this process leaves others behind."""
     before = {number: signal.signal(number, handler) for number, handler in SIGNALS.items()}
     yield
     for number, handler in before.items():

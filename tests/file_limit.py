@@ -1,4 +1,4 @@
-"""A disk that is full, also for root: the system itself refuses to write more than so much to a file."""
+"""Simulates a full disk, even for root: the operating system refuses to write more than a limit to a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
-    """Inside, writing beyond this many bytes fails with 'File too large'."""
+    """Makes writing beyond this many bytes fail with 'File too large', inside the block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""A training run in processes of its own, started as a user starts it, to be hurt and looked at from outside."""
+"""Starts a training run in processes of its own, as a user does, so that tests can disturb and inspect it from outside."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TINY = (
     *("--data.workers", "1", "--views.size_px", "32"),
 )
 LIMIT_S = 180.0
-"""A process that has not ended by then hangs: it is killed and the test fails."""
+"""Seconds after which a process counts as hanging: it is killed and the test fails."""
 
 
 class LaunchedRun:
-    """`python fastbyol/train.py` (ranks 0) or torchrun with so many ranks; its output goes to a file. Leaving it ends what is left.
+    """Runs `python fastbyol/train.py` (ranks 0) or torchrun with that many ranks; output goes to a file. Leaving it kills what still runs.
 
-    fault: as faulty_train.py takes it, 'kind:rank:step'.
+    fault: as in faulty_train.py, 'kind:rank:step'.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LaunchedRun:
         return self.log_file.read_text(errors="replace")
 
     def wait_for(self, pattern: str, *, count: int = 1) -> None:
-        """Until the pattern stands in the log so many times."""
+        """Waits until the pattern occurs in the log this many times."""
         deadline = time.monotonic() + LIMIT_S
         while len(re.findall(pattern, self.log)) < count:
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -61,7 +61,7 @@ class LaunchedRun:
             time.sleep(0.02)
 
     def workers(self) -> list[int]:
-        """Process ids of the ranks that torchrun started, by age."""
+        """Returns the process ids of the ranks that torchrun started, oldest first."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         found = [int(pid) for pid in children.read_text().split()] if children.exists() else []
         return [pid for pid in found if is_alive(pid)]
@@ -70,7 +70,7 @@ class LaunchedRun:
         self.process.send_signal(number)
 
     def finish(self) -> int:
-        """The exit code; AssertionError if it does not end."""
+        """Returns the exit code; raises AssertionError if the process does not end."""
         try:
             return self.process.wait(LIMIT_S)
         except subprocess.TimeoutExpired as error:
@@ -98,7 +98,7 @@ def is_alive(pid: int) -> bool:
 
 
 def state_digest(run: Path, step: int | None = None) -> str:
-    """sha256 of all weights, statistics and momenta of a run's checkpoint (the newest one), with its step: equal means bitwise equal."""
+    """Returns a sha256 of all weights, statistics and momenta of a run's newest checkpoint, with its step: equal means bitwise equal."""
     step = step or checkpoint_steps(run)[-1]
     state = load_checkpoint(checkpoint_path(run, step))
     digest = hashlib.sha256(str(state["step"]).encode())

@@ -15,7 +15,7 @@ from fastbyol.config.interrupts import STOP_SIGNALS
 
 
 def run_here(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Exit code, stdout and stderr of the script with these arguments."""
+    """Returns exit code, stdout and stderr of the script with these arguments."""
     out, errors = io.StringIO(), io.StringIO()
     argv = [str(script), *map(str, arguments)]
     code: object = 0

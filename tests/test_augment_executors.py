@@ -74,7 +74,9 @@ def torchvision_pair(size: int) -> ViewPair:
 
 
 def assert_close_but_at_threshold(actual: torch.Tensor, expected: torch.Tensor, threshold: float, pair: ViewPair) -> None:
-    """Within tolerance in the [0, 1] range, save for pixels whose value before solarize is the threshold to rounding: x and 1 - x both right."""
+    """Checks equality within tolerance in [0, 1], except for pixels that are at the threshold before solarize, where x and 1 - x are
+    both right.
+    """
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (pair.mean, pair.std))
     actual, expected = actual.double() * std + mean, expected * std + mean
     at_threshold = ((expected - threshold).abs() < PIXEL_TOLERANCE) | ((expected - (1 - threshold)).abs() < PIXEL_TOLERANCE)

@@ -25,7 +25,7 @@ from benchmarks.timing import Subject, Timings  # noqa: E402
 from fastbyol.config.errors import UserError  # noqa: E402
 
 CEILING = (1.00, 1.02, 0.98, 1.01, 0.99, 1.00, 1.02, 0.98, 1.00)
-"""Milliseconds, one value a round; all subjects are multiples with a jitter of their own."""
+"""Builds timings in milliseconds, one value per round; all subjects are multiples with their own jitter."""
 JITTER = (1.00, 0.99, 1.01, 1.02, 0.98, 1.00, 0.99, 1.01, 1.00)
 
 
@@ -37,7 +37,7 @@ def times(factor: float, *, load: float = 1.0) -> Timings:
 def case(
     name: str = "loader", *, load: float = 1.0, unit: str = "image", device: str = "cpu", primary: str = "cpu", **factors: float
 ) -> CaseResult:
-    """Rows 'reference', 'ceiling' and those given, each so many times the ceiling."""
+    """Builds rows 'reference', 'ceiling' and the given ones, each a multiple of the ceiling."""
     factors = {"reference": 8.0, **factors}
     timings = {"ceiling": Timings({"cpu": tuple(load * c for c in CEILING), "wall": tuple(1.3 * load * c for c in CEILING)})}
     timings |= {row: times(factor, load=load) for row, factor in factors.items()}
@@ -117,7 +117,7 @@ def test_a_slow_down_of_20_percent_in_the_loader_is_flagged_with_its_row(compare
 
 
 def test_a_ceiling_that_moved_alone_flags_the_reference_and_no_subject(compared):
-    """All but the ceiling take 20 % longer: the code that they share, or the machine. One finding, not one for each row."""
+    """Everything except the ceiling takes 20 % longer, due to shared code or the machine: one finding, not one per row."""
     code, text = compared(record_of(case(ours=2.0, other=3.0)), record_of(case(reference=9.6, ours=2.4, other=3.6)))
     assert code == 1
     assert "1 slower" in text

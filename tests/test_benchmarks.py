@@ -110,7 +110,7 @@ OPTIONAL_RIVALS = {
     lars.LIGHTLY,
     fused_update.LIGHTLY,
 }
-"""Not installed by `make install`."""
+"""Rows that need packages which `make install` does not install."""
 NEVER_HERE = {"fp16, channels-last", step.COMPILED}
 """Needs a GPU; is left out of the tiny settings, for it takes a minute to compile."""
 

@@ -36,7 +36,7 @@ def _small_byol(**changes) -> BYOL:
 class StraightforwardBYOL:
     """Algorithm 1 of the paper, literally: functional networks over dicts of named tensors, autograd for the loss, loops for the updates.
 
-    Shares nothing with the product but the starting weights: batch norm, loss, LARS, target update and schedules are written out here.
+    Shares only the initial weights with the product: batch norm, loss, LARS, target update and schedules are its own.
     """
 
     def __init__(

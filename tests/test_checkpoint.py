@@ -1,4 +1,4 @@
-"""Checkpoints are whole or refused, never run code, and are written beside the training."""
+"""Checkpoints are complete or refused, never run code, and are written while training goes on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _save(run, step, **options):
 
 @pytest.fixture(autouse=True)
 def heard(caplog):
-    """The product's logger, heard whatever a run before has set up."""
+    """Lets caplog see the product's log, whatever an earlier run has set up."""
     log = logging.getLogger("fastbyol")
     before = log.propagate, log.level
     log.propagate = True
@@ -105,7 +105,7 @@ def _folder_in_its_place(path):
 
 
 def _foreign(path):
-    """Another program's weights, copied here with a digest of their own."""
+    """Weights of another program, copied here with a digest of their own."""
     torch.save({"model": {"weight": torch.zeros(3)}}, path)
     path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -155,7 +155,7 @@ def _bare_pickle(bomb):
 
 
 def _hidden_in_a_good_file(bomb):
-    """The pickle of a real checkpoint replaced, its tensors left."""
+    """Replaces the pickle of a real checkpoint and keeps its tensors."""
     good = io.BytesIO()
     torch.save(_state(1), good)
     buffer = io.BytesIO()

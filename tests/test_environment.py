@@ -64,7 +64,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Nothing of torchrun or srun in the environment."""
+    """Removes the variables of torchrun and srun from the environment."""
     for name in [name for name in os.environ if name in LAUNCHED or name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     return monkeypatch
@@ -346,7 +346,7 @@ def _nowhere(*_: Any) -> Any:
 
 
 def test_where_numba_finds_no_folder_the_cache_is_in_a_private_one_for_us_and_our_processes(tmp_path):
-    """A copy of one kernel's module, with a file where its __pycache__ would be, and a home that is none."""
+    """Copies one kernel's module, with a file where its __pycache__ would be, and sets a home folder that does not exist."""
     (tmp_path / "__pycache__").write_text("")
     (tmp_path / "kernel.py").write_text(
         "from fastbyol.compile_cache import njit\n@njit(cache=True)\ndef twice(x):\n    return 2 * x\n"
@@ -530,7 +530,7 @@ def test_a_folder_with_anything_of_somebodys_is_not_filled(pictures, tmp_path):
 
 @pytest.mark.parametrize("moved", [0, 1, 3])
 def test_filling_a_folder_that_was_cut_off_goes_on_where_it_was(moved, pictures, tmp_path, monkeypatch):
-    """Killed while the finished files were being moved to their place: so many of them are there."""
+    """The conversion is interrupted while it moves its finished files into place, after `moved` of them."""
     out = tmp_path / "volume"
     out.mkdir()
     real, done = os.replace, []
@@ -582,7 +582,7 @@ def test_a_run_begins_in_a_folder_that_is_there_and_is_empty(there, tmp_path):
 
 @pytest.fixture
 def link(tmp_path: Path) -> Any:
-    """Makes a link in home/ to a name in scratch/ that is not there yet, or is."""
+    """Creates a link in home/ to a name in scratch/ that exists or does not exist yet."""
     for name in ("home", "scratch"):
         (tmp_path / name).mkdir()
 

@@ -114,7 +114,7 @@ def test_top_k_counts_hits_and_never_a_class_without_support():
 
 
 def loop_knn(train: Features, val: torch.Tensor, *, k: int, temperature: float) -> np.ndarray:
-    """float64, one query, one neighbour, one vote at a time."""
+    """Reference in float64: one query, one neighbour, one vote at a time."""
     keys, votes = train.feature.double().numpy(), np.zeros((len(val), NUM_CLASSES))
     for row, query in enumerate(val.double().numpy()):
         cosine = [float(query @ key / math.sqrt(query @ query) / math.sqrt(key @ key)) for key in keys]

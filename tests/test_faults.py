@@ -1,4 +1,4 @@
-"""Real processes, hurt from outside and from inside: whatever happens, the run ends with the weights of the undisturbed one."""
+"""Real processes, disturbed from outside and inside: in every case the run ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def arguments(data_paths) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(arguments, tmp_path_factory) -> Path:
-    """Two ranks, started as srun starts them: no torchrun, only SLURM's variables. The other tests hold torchrun's runs against it."""
+    """Starts two ranks as srun does: no torchrun, only SLURM's variables. The result is compared with torchrun's runs in the other
+    tests.
+    """
     folder = tmp_path_factory.mktemp("undisturbed")
     common = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
     host = {"SLURM_STEP_NODELIST": "localhost"}

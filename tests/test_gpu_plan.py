@@ -1,4 +1,4 @@
-"""The GPU plan: each part run on the CPU at toy size, its processes, its budget. What needs CUDA is not reached here."""
+"""The GPU plan: each part run on the CPU at toy size, its processes, its budget. Code that needs CUDA is not covered here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/: the files by which runs are started are valid, and what they pass on is known to torchrun and to us."""
+"""scripts/: the launch files are valid, and torchrun and fastbyol know the options that they pass on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def on_path(tmp_path):
 
 
 def _check_command(torchrun_and_ours: list[str], *, preset: str, train: str) -> None:
-    """Both parsers take it, each its own part."""
+    """Checks that both parsers accept the command, each its own part."""
     known = get_args_parser().parse_args(torchrun_and_ours)
     assert known.training_script == "fastbyol/train.py"
     ours = known.training_script_args

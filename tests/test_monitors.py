@@ -155,7 +155,7 @@ def test_the_update_of_plain_sgd_is_the_learning_rate_times_the_gradient():
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch):
-    """Ticks one second each time it is read."""
+    """Clock that advances one second each time it is read."""
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
 
@@ -365,7 +365,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step():
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """So small a net gains nothing from two, and on a busy machine their barriers take a hundred times as long as the work."""
+    """Uses one thread: so small a network gains nothing from two, and on a busy machine their barriers take a hundred times as long as
+    the work.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -21,7 +21,7 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 
 class _Operations(TorchDispatchMode):
-    """Names of all that is called inside."""
+    """Records the names of all operations called inside."""
 
     def __enter__(self):
         self.names: list[str] = []

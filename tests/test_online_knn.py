@@ -1,4 +1,4 @@
-"""kNN beside the training: the figure is an evaluation's, and the training is the same without it."""
+"""kNN during training: the figure equals an evaluation's, and training is the same without it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _online_knn(config: TrainConfig, *, first_step: int = 0, total_steps: int = 
 
 @pytest.fixture(scope="module")
 def runs(data_paths, tmp_path_factory) -> tuple[Path, Path]:
-    """The same run without and with kNN on every step."""
+    """Runs the same training without kNN and with kNN on every step."""
     without, with_knn = (tmp_path_factory.mktemp("runs") / name for name in ("without", "with"))
     main([*SMALL, "--data.train", str(data_paths["ffcv"]), "--out", str(without)])
     main([*SMALL, *_with_knn(data_paths), "--out", str(with_knn)])

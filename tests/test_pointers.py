@@ -22,7 +22,7 @@ ANSWERS = {
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
-    """Every text of a module; the pieces of one that is put together belong together."""
+    """Yields every text of a module; the pieces of an f-string are joined."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
@@ -31,7 +31,7 @@ def texts(tree: ast.AST) -> Iterator[str]:
 
 
 def pointers(text: str) -> Iterator[tuple[str, str]]:
-    """(kind, where) of all that a text points at; 'page.md: words)' names a section."""
+    """Returns (kind, target) of everything a text refers to; 'page.md: words)' names a section."""
     for page, section in re.findall(r"\b((?:(?:docs|scripts|benchmarks)/)?[\w-]+\.md)\b(?:: ([^()]+)\))?", text):
         if page != "report.md":  # what the benchmarks write
             yield "page", f"{page}#{section}"

@@ -1,4 +1,4 @@
-"""Profiles: which steps are recorded, what the table says, that training does not notice."""
+"""Profiles: which steps are recorded, what the table contains, and that training is not affected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that would train different things find it out together, before the first step, and all of them end with the same words."""
+"""Ranks that would train different things find out before the first step, and all of them end with the same message."""
 
 from __future__ import annotations
 

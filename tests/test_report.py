@@ -70,7 +70,7 @@ def run(data, tmp_path) -> Path:
 
 
 def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr of the command line."""
+    """Returns exit code, stdout and stderr of the command line."""
     try:
         main(arguments)
         code = 0

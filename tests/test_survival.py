@@ -50,7 +50,7 @@ def whole(arguments, tmp_path_factory) -> Path:
 
 
 def _ends(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and stderr of a run that is not to end well."""
+    """Returns exit code and stderr of a run that is expected to fail."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -59,7 +59,7 @@ def _ends(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int
 
 @pytest.fixture
 def at_step(monkeypatch) -> Callable[[int, Callable[..., Any]], None]:
-    """Calls strike(batches) at the start of a step, counted from 1; what it returns are the step's batches."""
+    """Calls strike(batches) at the start of a step, counted from 1; its return value replaces the step's batches."""
 
     def install(step: int, strike: Callable[[Iterator[ViewBatch]], Iterator[ViewBatch]]) -> None:
         inner, taken = train.train_step, [0]
@@ -106,7 +106,7 @@ def test_after_a_signal_the_step_is_finished_and_saved_and_the_same_command_cont
 
 
 def test_an_ignored_signal_stays_ignored():
-    """nohup."""
+    """The case of nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequest(grace_s=5) as stop:
@@ -306,7 +306,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(source, options, says, 
 
 
 def _with_another_newest(whole, out, **changes):
-    """A copy of the run whose checkpoint after step 6 differs in these parts; None: it has none."""
+    """Copies the run and changes parts of its checkpoint after step 6; the value None removes a part."""
     shutil.copytree(whole, out)
     state = load_checkpoint(checkpoint_path(out, 6))
     state |= changes | {"config": state["config"] | changes.get("config", {})}

@@ -79,7 +79,7 @@ OVER_ALL_RANKS = {
 
 
 class NoHostSync(TorchDispatchMode):
-    """Raises where an operation needs a value on the host, or a shape that depends on values: on a GPU the host would wait for it."""
+    """Raises if an operation needs a value on the host, or a shape that depends on values: on a GPU the host would wait for it."""
 
     WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim", "equal", "_assert_async")
 
@@ -91,7 +91,7 @@ class NoHostSync(TorchDispatchMode):
 
 
 def _share(rank: int, split: int, count: int) -> slice:
-    """This rank's rows of `count`, of which the first rank has `split` in 16."""
+    """Returns this rank's rows of `count`, where the first rank has `split` of 16."""
     cut = count * split // 16
     return slice(0, cut) if rank == 0 else slice(cut, count)
 
@@ -102,7 +102,9 @@ def _replicated(byol, *, accumulate: int) -> nn.Module:
 
 
 def _micro_batches(views, label, *, accumulate: int, rows) -> list:
-    """The rows of each micro-batch, weighted so that the sum over ranks, averaged by DDP, is the mean over the whole micro-batch."""
+    """Returns the rows of each micro-batch, weighted so that DDP's average of the sums over ranks is the mean over the whole
+    micro-batch.
+    """
     size = len(label) // accumulate
     parts = []
     for i in range(accumulate):
@@ -141,7 +143,7 @@ def _in_one_graph(share: slice) -> dict:
 
 
 def _loss_over_all_ranks(name: str, *rows: torch.Tensor) -> torch.Tensor:
-    """Each of those objectives on predictions 1 and 2, then projections 1 and 2."""
+    """Computes each of those objectives on predictions 1 and 2, then projections 1 and 2."""
     if name == "negatives":
         return infonce_beta_loss(*rows, beta=1.0, alpha=0.1)
     if name == "batch_norm":
@@ -151,7 +153,7 @@ def _loss_over_all_ranks(name: str, *rows: torch.Tensor) -> torch.Tensor:
 
 
 def _in_one_graph_each(share: slice) -> dict:
-    """The gradient of the projections, eager and traced, by objective."""
+    """Returns the gradient of the projections, eager and traced, by objective."""
     rows = torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[:, share]
     gradients = {}
     for name in OVER_ALL_RANKS:
@@ -233,7 +235,7 @@ def test_two_ranks_equal_one_process_also_with_shares_of_unequal_size(ranks):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_three_byol_steps_on_two_ranks_equal_one_rank_with_the_whole_batch(ranks, accumulate):
-    """Also where a step accumulates two micro-batches, and where the ranks' shares of them differ."""
+    """Covers steps that accumulate two micro-batches, and ranks with different shares of them."""
     byol, views, label = _byol_and_batch()
     losses = _byol_steps(byol, byol, _micro_batches(views, label, accumulate=accumulate, rows=lambda n: slice(0, n)), steps=3)
     ours = ranks[0][f"losses{accumulate}"] + ranks[1][f"losses{accumulate}"]

@@ -239,7 +239,7 @@ def test_a_file_of_weights_that_unpacks_to_far_more_than_its_size_is_refused_bef
 
 
 def test_a_tensor_that_claims_more_than_its_file_holds_is_refused():
-    """torch would make its storage larger, out of whatever lies in memory."""
+    """torch would enlarge the storage with uninitialised memory."""
     plain, forged = io.BytesIO(), io.BytesIO()
     torch.save({"x": torch.arange(250, dtype=torch.float32)}, plain)
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(forged, "w") as target:

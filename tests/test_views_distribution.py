@@ -39,7 +39,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=["folder", "ffcv", "dali"])
 def rows(request: pytest.FixtureRequest, sets: dict[str, Path]) -> np.ndarray:
-    """(images x epochs, 2, P): what the loader says it has drawn."""
+    """Returns the parameters that the loader reports, (images x epochs, 2, P)."""
     views = ViewPair(size_px=1)
     config = DataConfig(train=str(sets[request.param]), workers=1)  # fewer hand-overs between threads
     with build_loader(config, views=views, seed=11, global_batch=IMAGES) as loader:

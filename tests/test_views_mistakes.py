@@ -71,7 +71,7 @@ def test_a_beton_of_no_images_is_refused(tmp_path: Path) -> None:
 
 
 class _ManyImages(Source):
-    """A million images, none of which is ever asked for."""
+    """A data set of a million images that are never read."""
 
     def __init__(self) -> None:
         super().__init__(labels=np.zeros(10**6, dtype=np.int64), class_names=("only",))

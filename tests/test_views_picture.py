@@ -1,4 +1,4 @@
-"""`fastbyol views`: the picture holds what the loader draws, its captions what was drawn, and mistakes end in one line."""
+"""`fastbyol views`: the picture shows what the loader draws, its captions name it, and mistakes end in one line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOP = 2 * (contact_sheet.LINE_PX + contact_sheet.MARGIN_PX)
 
 
 def tile(sheet: np.ndarray, row: int, column: int) -> np.ndarray:
-    """The picture at a place of the sheet, at its own size."""
+    """Returns the picture at a position of the sheet, at its original size."""
     y, x = TOP + row * ROW, contact_sheet.LABEL_PX + column * COLUMN
     return sheet[y : y + 16 * SCALE : SCALE, x : x + 16 * SCALE : SCALE]
 

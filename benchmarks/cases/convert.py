@@ -68,7 +68,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             REFERENCE,
             lambda: write_with_stock_ffcv(listing, outputs[REFERENCE], workers=size.workers),
             units=num,
-            note=f"encodes anew, quality {QUALITY}",
+            note=f"re-encodes, quality {QUALITY}",
         ),
         Subject(BETON, _quietly(lambda: write_beton(folder, out=outputs[BETON], workers=size.workers, overwrite="replace")), units=num),
         Subject(TAR, _quietly(lambda: write_tar_shards(folder, out=outputs[TAR], workers=size.workers, overwrite="replace")), units=num),

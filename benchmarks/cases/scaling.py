@@ -178,6 +178,7 @@ def _answer(pipe: Connection) -> Work:
 
 def _free_port() -> int:
     with socket.socket() as s:
+        # Another process could take the port before the ranks do; rare enough for a benchmark.
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 

@@ -137,6 +137,7 @@ class NoiseStep:
         self._search = search
 
     def __call__(self) -> None:
+        # A global switch of torch, so it is set around each call and not left on for the other subjects.
         torch.backends.cudnn.benchmark = self._search
         self._step.run([self._views])
         torch.backends.cudnn.benchmark = False

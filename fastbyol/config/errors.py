@@ -27,8 +27,9 @@ LOST_EXIT = 5
 STOPPED_EXIT = 75
 """Stopped by a signal with everything saved: the same command continues (75 is 'temporary failure' in sysexits.h)."""
 HOLD_BACK_S = 10.0
-"""Seconds that ranks other than 0 wait before they print an error. torchrun ends them when rank 0 exits, so an error that all ranks
-share is printed only once.
+"""Seconds that ranks other than 0 wait before they print an error, so that an error all ranks share is printed only once.
+
+torchrun ends the others as soon as rank 0 exits.
 """
 
 
@@ -61,8 +62,9 @@ class Lost(RunError):
 
 
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps an entry point: UserError and RunError print 'fastbyol: error: …' on stderr and exit with their code; others keep their
-    traceback.
+    """Wraps an entry point: UserError and RunError print 'fastbyol: error: …' on stderr and exit with their code.
+
+    Other exceptions keep their traceback.
     """
 
     @functools.wraps(main)
@@ -73,6 +75,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         except (UserError, RunError) as error:
             rank = os.environ.get("RANK") or "0"
             if rank != "0" and "MASTER_ADDR" in os.environ:  # a launcher started it
+                # If rank 0 has the same error, torchrun ends this process before it prints.
                 time.sleep(HOLD_BACK_S)
             say(f"fastbyol: error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
             sys.exit(error.exit_code if isinstance(error, RunError) else USER_ERROR_EXIT)
@@ -97,9 +100,7 @@ _SHORT.maxlong, _SHORT.maxlevel = 60, 2
 
 
 def shown(value: object) -> str:
-    """Returns the value as shown in an error, at most one line long: a few bytes of YAML or pickle can stand for gigabytes of nested
-    lists.
-    """
+    """Returns the value as shown in an error, at most one line: a few bytes of YAML or pickle can expand to gigabytes."""
     try:
         return _SHORT.repr(value)
     except (ValueError, RecursionError):  # Python refuses to print an integer of thousands of digits

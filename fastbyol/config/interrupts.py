@@ -39,8 +39,9 @@ def end_at_once_when_stopped() -> None:
 
 
 def stoppable(main: Callable[..., None]) -> Callable[..., None]:
-    """Wraps an entry point: while it runs, the first signal raises Stopped so that it can clean up; a second one, or one outside it,
-    ends the process at once.
+    """Wraps an entry point so that the first signal while it runs raises Stopped, which lets it clean up.
+
+    A second signal, or one before or after the entry point, ends the process at once.
     """
 
     @functools.wraps(main)
@@ -67,6 +68,7 @@ def stoppable(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _raise(number: int, _frame: FrameType | None) -> NoReturn:
+    # From now on a second signal ends the process at once, instead of raising again in the middle of the clean-up.
     end_at_once_when_stopped()
     raise Stopped(number)
 

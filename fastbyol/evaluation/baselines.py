@@ -22,6 +22,7 @@ def untrained_encoder(config: TrainConfig, images: torch.Tensor) -> nn.Module:
     The running statistics of a new network are mean 0 and variance 1, so its features would reflect the missing statistics more than
     the random weights. So `images` (N, 3, S, S), a random sample of the training set, are passed through it once in training mode.
     """
+    # An evaluation must not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = encoder_from(config.model)

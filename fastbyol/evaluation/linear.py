@@ -88,6 +88,7 @@ def held_out_mask(label: np.ndarray, *, share: float, seed: int) -> np.ndarray:
 def _standardisation(feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns mean and std (D,) over the images; a constant feature gets std 1, so that it becomes zero."""
     std, mean = torch.std_mean(feature.double(), dim=0, correction=0)
+    # Relative to the mean: rounding gives a constant feature a tiny std, which would blow it up to noise.
     std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)
     return mean.float(), std.float()
 

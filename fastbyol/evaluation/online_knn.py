@@ -72,6 +72,7 @@ class OnlineKnn:
 
     def top1(self, encoder: nn.Module) -> float:
         """Returns the share in [0, 1] of val images that are classified correctly. Every rank must call it; all get the same result."""
+        # A copy, because eval mode and other buffers would change the training.
         encoder = copy.deepcopy(encoder).eval()
         copy_from_main(encoder.buffers())  # without cross-replica BN the statistics differ between ranks
         train = self._all_features(encoder).labelled()

@@ -29,8 +29,9 @@ log = logging.getLogger("fastbyol")
 
 @dataclass(frozen=True)
 class SubjectScore:
-    """Result of one subject on val. top1, top5: share in [0, 1]. seconds: features and protocol together. chosen: hyperparameters the
-    protocol selected.
+    """Result of one subject on val.
+
+    top1, top5: share in [0, 1]. seconds: features and protocol together. chosen: hyperparameters that the protocol selected.
     """
 
     top1: float

@@ -32,6 +32,7 @@ def _wide(typing: Any, value: Any):
         return types.float32(value), lambda context, builder, signature, values: values[0]
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        # bfloat16 is the upper half of a float32.
         bits = builder.shl(builder.zext(values[0], _I32), ir.Constant(_I32, 16))
         return builder.bitcast(bits, ir.FloatType())
 
@@ -46,6 +47,7 @@ def _stored(typing: Any, value: Any, like: Any):
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         bits = builder.bitcast(values[0], _I32)
+        # Adding 0x7FFF plus the lowest kept bit, then cutting off 16 bits, rounds to nearest with ties to even.
         odd = builder.and_(builder.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
         rounded = builder.add(builder.add(bits, odd), ir.Constant(_I32, 0x7FFF))
         return builder.trunc(builder.lshr(rounded, ir.Constant(_I32, 16)), ir.IntType(16))

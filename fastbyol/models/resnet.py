@@ -226,8 +226,9 @@ def _initialise(module: nn.Module, *, how: str) -> None:
 
 @torch.no_grad()
 def truncated_normal_(weight: Tensor) -> None:
-    """Haiku's default initialisation: a normal of standard deviation 1/sqrt(fan_in), cut at two standard deviations and not rescaled
-    (the actual one is 0.88 of that).
+    """Haiku's default initialisation: a normal of standard deviation 1/sqrt(fan_in), cut at two standard deviations.
+
+    It is not rescaled, so the actual standard deviation is 0.88 of that.
     """
     sigma = 1 / math.sqrt(weight[0].numel())
     nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)

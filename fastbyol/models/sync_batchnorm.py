@@ -17,8 +17,9 @@ from fastbyol.collectives import gathered, summed
 
 
 class Normalised(NamedTuple):
-    """Result of a batch norm over all ranks. output: like the input. mean, variance (biased): (views, C). count: (1,) number of elements
-    behind each of them.
+    """Result of a batch norm over all ranks.
+
+    output: like the input. mean, variance (biased): (views, C). count: (1,) number of elements behind each of them.
     """
 
     output: Tensor
@@ -52,6 +53,7 @@ class _CrossReplicaNormalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = _by_view(input, views)
         local = _local_statistics(x)
+        # Means and squared deviations instead of sums and sums of squares, whose difference loses precision when the mean is large.
         mean, variance, count = _combine(gathered(local).view(-1, len(local)), views=views)
         inverse_std = torch.rsqrt(variance + eps)
         output = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)

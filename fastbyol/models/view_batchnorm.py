@@ -71,6 +71,7 @@ class ViewBatchNorm(_BatchNorm):
         """Updates the running statistics with those of each view in turn."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
+        # As in torch: normalisation uses the biased variance, the running statistics the unbiased one.
         unbiased = normalised.variance * (normalised.count / (normalised.count - 1))
         for mean, variance in zip(normalised.mean, unbiased, strict=True):
             self.num_batches_tracked.add_(1)

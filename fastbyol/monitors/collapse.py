@@ -36,6 +36,7 @@ def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
     """
     if len(projection) < 2:
         return torch.zeros(len(SIGNS), dtype=torch.float64, device=projection.device)
+    # NaN becomes 0, because eigvalsh may raise on it; the monitor reports a loss that is not finite by itself.
     unit = F.normalize(projection.double(), dim=1).nan_to_num()
     num, dim = unit.shape
     centred = unit - unit.mean(dim=0)

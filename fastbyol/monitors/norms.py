@@ -23,8 +23,9 @@ class StepNorms:
 
     @torch.no_grad()
     def before_update(self, parameters: Iterable[Tensor]) -> None:
-        """Call it between the last backward (gradients reduced and unscaled) and the optimizer; parameters without a gradient are
-        ignored.
+        """Records the gradient's norm and copies the weights.
+
+        Call it between the last backward (gradients reduced and unscaled) and the optimizer; parameters without a gradient are ignored.
         """
         self._parameters = [p for p in parameters if p.grad is not None]
         self.gradient = global_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -34,7 +35,9 @@ class StepNorms:
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Call it after the optimizer. Does nothing unless `before_update` was called in this step."""
+        """Computes the norm of the weight change. Call it after the optimizer; does nothing unless `before_update` was called in this
+        step.
+        """
         if not self._parameters:
             return
         torch._foreach_sub_(self._before, self._parameters)
