@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ def first_difference(saved: object, own: object, where: str, *, missing_allowed:
         missing_allowed: keys of the outermost dict may be missing in the saved one.
     """
     if isinstance(own, Tensor):
-        return tensor_difference(saved, own, where)
+        wrong = tensor_difference(saved, own, where)
+        return wrong or (f"{where} does not hold each of its elements once" if not _is_dense(saved) else None)
     if isinstance(own, dict):
         if not isinstance(saved, dict):
             return f"{where} is {shown(saved)}, must be a dict"
@@ -61,6 +63,12 @@ def tensor_difference(saved: object, own: Tensor, where: str, *, any_float: bool
 def is_count(value: object) -> bool:
     """Returns True if a value from a file is a plausible count: a non-negative integer below 2^53 and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _is_dense(saved: Any) -> bool:
+    """Whether a tensor's elements fill its stretch of memory as they are: an expanded or overlapping one cannot be updated in place."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.stride(), strict=True))
+    return not saved.numel() or (span == saved.numel() and not saved.is_neg() and not saved.is_conj())
 
 
 def _same_kind(saved: object, own: object) -> bool:

@@ -18,7 +18,7 @@ from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.finite_check import FiniteCheck
-from fastbyol.optim.saved_state import state_difference
+from fastbyol.optim.saved_state import load_optimizer_state, state_difference
 from fastbyol.process_group import Process, broadcast_from_main, gather_on_main
 from fastbyol.provenance import package_versions
 from fastbyol.rng_state import rng_difference, rng_state, set_rng_state
@@ -80,7 +80,7 @@ class TrainState:
             return 0
         fewer = self._removed_images(state, folder)
         self.byol.load_state_dict(state["byol"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self._restore_loader(state["loader"], steps_per_epoch=state["num_samples"] // config.global_batch)
         generators = state["ranks"]["rng"]

@@ -23,7 +23,7 @@ from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.ema import ema_update
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.multi_tensor import TargetUpdate, Update, apply_update
-from fastbyol.optim.saved_state import state_difference
+from fastbyol.optim.saved_state import load_optimizer_state, state_difference
 from fastbyol.plain_yaml import read_yaml
 from fastbyol.rng_state import rng_difference, rng_state
 from fastbyol.saved_structure import first_difference
@@ -54,6 +54,47 @@ def _tensors(saved):
     return [
         (i, name) for i, kept in saved["state"].items() for name, value in kept.items() if isinstance(value, torch.Tensor) and value.ndim
     ]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rates_and_switches_of_a_run_come_from_its_config_and_not_from_the_checkpoint(name):
+    own, other = _stepped(name)[1], _stepped(name)[1]
+    saved = copy.deepcopy(own.state_dict())
+    odd = {"momentum": 5.0, "weight_decay": 1e30, "lr": 1e300, "adapt": False, "amsgrad": True, "maximize": True, "betas": (2.0, -1.0)}
+    for group in saved["param_groups"]:
+        group.update({option: value for option, value in odd.items() if option in group})
+    load_optimizer_state(other, saved)
+    assert first_difference(other.state_dict(), own.state_dict(), "state") is None
+    assert [{k: v for k, v in group.items() if k != "params"} for group in other.param_groups] == [
+        {k: v for k, v in group.items() if k != "params"} for group in own.param_groups
+    ]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_buffers_that_share_their_own_elements_are_refused(name):
+    def expanded(buffer):
+        return torch.zeros(1).expand(buffer.shape)
+
+    def overlapping(buffer):
+        return torch.zeros(buffer.numel()).as_strided(buffer.shape, (1,) * buffer.ndim)
+
+    _, optimizer = _stepped(name)
+    saved = optimizer.state_dict()
+    (index, buffer), *_ = [place for place in _tensors(saved) if saved["state"][place[0]][place[1]].ndim == 2] or _tensors(saved)
+    for change in (expanded, overlapping, torch._neg_view):
+        bad = copy.deepcopy(saved)
+        bad["state"][index][buffer] = change(bad["state"][index][buffer])
+        if bad["state"][index][buffer].stride() == (1,) and change is overlapping:  # of one dimension: nothing overlaps
+            continue
+        assert state_difference(optimizer, bad) == f"optimizer.state.{index}.{buffer} does not hold each of its elements once", change
+
+
+def test_a_number_of_steps_that_is_none_is_refused():
+    _, optimizer = _stepped("adamw")
+    for steps in (-5.0, float("nan"), float("inf")):
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["state"][0]["step"].fill_(steps)
+        assert "optimizer.state.0.step is" in (state_difference(optimizer, saved) or "")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -41,11 +42,22 @@ def state_difference(optimizer: Optimizer, saved: object) -> str | None:
         }
         if wrong := first_difference(kept, own["state"][index] | later, where):
             return wrong
+        for name, value in kept.items():  # a number of steps
+            if isinstance(value, Tensor) and not value.ndim and not (math.isfinite(value) and value >= 0):
+                return f"{where}.{name} is {shown(float(value))}, must be finite and not negative"
     try:
         one.load_state_dict(saved)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         return f"optimizer: {error}"
     return None
+
+
+def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Takes over the buffers and counters of a state that has no `state_difference`; rates and switches stay as the config has them."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
 
 
 def _with_flags(saved: Any, own: list[dict[str, Any]]) -> Any:
