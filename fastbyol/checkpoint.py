@@ -102,11 +102,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         payload = path.read_bytes()
-        digest = _digest_path(path).read_text().strip() if _digest_path(path).exists() else None
-    except (OSError, UnicodeDecodeError) as error:
+        recorded = _digest_path(path).read_bytes().strip() if _digest_path(path).exists() else b""
+        digest = recorded.decode() if re.fullmatch(rb"[0-9a-f]{64}", recorded) else None  # an interrupted copy left none
+    except OSError as error:
         raise CheckpointError(f"checkpoint {path}: it or its .sha256 cannot be read ({error})") from error
     if digest is not None and hashlib.sha256(payload).hexdigest() != digest:
-        raise CheckpointError(f"checkpoint {path} ({len(payload)} bytes): truncated or altered, its sha256 is not the recorded one")
+        raise CheckpointError(
+            f"checkpoint {path} ({len(payload)} bytes): truncated or altered, its sha256 is not the recorded one "
+            f"(if {_digest_path(path).name} belongs to another file, remove that)"
+        )
     try:
         if digest is None and (broken := zipfile.ZipFile(io.BytesIO(payload)).testzip()):
             raise ValueError(f"damaged at {broken}")
@@ -115,7 +119,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise CheckpointError(f"checkpoint {path}: not a checkpoint of fastbyol ({why_not_loaded(error)})") from error
     if digest is None:
-        log.warning("checkpoint %s has no .sha256 beside it; its internal checksums match, so it is used", path)
+        log.warning("checkpoint %s has no valid .sha256 beside it; its internal checksums match, so it is used", path)
     return state
 
 

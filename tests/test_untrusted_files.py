@@ -20,6 +20,7 @@ from PIL import Image
 
 from fastbyol.config.errors import UserError
 from fastbyol.data import beton as beton_format
+from fastbyol.data.beton import read_beton
 from fastbyol.data.class_counts import MAX_CLASSES
 from fastbyol.data.dali_loader import DaliSource
 from fastbyol.data.ffcv_loader import FfcvSource
@@ -353,6 +354,27 @@ def test_a_baseline_jpeg_of_thousands_of_scans_is_refused_and_scans_in_metadata_
         Image.new("RGB", (64, 64)).save(buffer, "JPEG", progressive=progressive, icc_profile=b"\xff\xda" * 100_000)
         assert isinstance(Encoder(EncodeSettings()).encode(buffer.getvalue()), EncodedImage)
         assert jpeg_complaint(buffer.getvalue(), height=64, width=64) == ""
+
+
+def test_verify_finds_a_label_that_is_no_class_number_and_an_image_that_no_loader_decodes(beton_copy: Path) -> None:
+    table = read_beton(beton_copy)
+    content = bytearray(beton_copy.read_bytes())
+    png = io.BytesIO()
+    Image.new("RGB", (int(table.width[1]), int(table.height[1]))).save(png, "PNG")
+    assert len(png.getvalue()) <= table.size[1]
+    at = int(table.offset[1])
+    content[at : at + len(png.getvalue())] = png.getvalue()
+    header = np.frombuffer(content, beton_format.HEADER, 1)
+    fields = np.frombuffer(content, beton_format.FIELD, 2, beton_format.HEADER.itemsize)
+    samples = np.frombuffer(content, beton_format.SAMPLE, int(header[0]["num_samples"]), beton_format.HEADER.itemsize + fields.nbytes)
+    samples["f1"][2] = 2**40
+    fields[0]["arguments"][:16] = 0  # without checksums, as stock FFCV writes it
+    beton_copy.write_bytes(content)
+    told = {(fault.image, fault.what) for fault in verify(beton_copy).faults}
+    assert (1, "is no JPEG, and nothing else is decoded while training") in told
+    assert any(what.startswith("image 2 has the label 1099511627776") for _, what in told)
+    with pytest.raises(UserError, match="has the label 1099511627776"):
+        FfcvSource(beton_copy)
 
 
 def test_a_tiff_that_is_turned_has_the_size_of_its_pixels(make_folder: Callable[..., Path]) -> None:

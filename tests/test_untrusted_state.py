@@ -310,6 +310,18 @@ def test_a_checkpoint_without_its_digest_is_used_with_a_warning_if_its_internal_
     assert load_newest(tmp_path)["step"] == 1
 
 
+def test_a_digest_file_that_an_interrupted_copy_left_empty_is_no_digest_and_another_ones_is_named(tmp_path, caplog):
+    path = save_checkpoint(tmp_path, step=1, state=_state(1), keep=9)
+    for content in (b"", b"\xff\0", b"deadbeef"):
+        path.with_suffix(".sha256").write_bytes(content)
+        assert load_newest(tmp_path)["step"] == 1
+        assert "its internal checksums match" in caplog.text
+        caplog.clear()
+    path.with_suffix(".sha256").write_text("0" * 64 + "\n")
+    with pytest.raises(CheckpointError, match=f"if {path.stem}.sha256 belongs to another file, remove that"):
+        load_checkpoint(path)
+
+
 def test_a_checkpoint_of_a_run_with_another_config_is_skipped_by_every_reader_of_the_folder(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 3\nepochs: 7\n")
     ours = {"config": {"seed": 3, "epochs": 7.0, "log_every": 99}}

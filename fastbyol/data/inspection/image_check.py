@@ -49,8 +49,11 @@ class ImageCheck:
         return "" if len(data) == 3 * height * width else f"{len(data):,} bytes for {width}x{height} pixels"
 
     def _jpeg_complaint(self, index: int, data: bytes) -> str:
-        header = read_jpeg_header(data)
-        if self._decoder is None or header is None or not header.is_common:
+        header, images = read_jpeg_header(data), self._images
+        if header is None and images.height[index]:
+            return "is no JPEG, and nothing else is decoded while training"
+        # Of a .beton TurboJPEG decodes everything, of a tar DALI also rare kinds, and of a foreign tar, which has no sizes, whoever reads it.
+        if self._decoder is None or header is None or not (header.is_common or images.path.is_file()):
             return self._pillow_complaint(index, data)
         if complaint := self._size_complaint(index, header.height, header.width) or scans_complaint(data):
             return complaint

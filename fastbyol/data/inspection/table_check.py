@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.class_counts import refuse_other_counts
+from fastbyol.data.class_counts import numbered_class_names, refuse_other_counts
 from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.shard_check import foreign_shard
@@ -59,6 +59,11 @@ def checked_tables(path: Path, manifest: Manifest | None, found: Findings) -> Co
         return None
     if images.crc32 is None:
         found.notes.append("it has no checksums of its images: a change that still decodes cannot be noticed")
+    if manifest is None and path.is_file():
+        try:
+            numbered_class_names(path, images.label)
+        except UserError as error:
+            found.add([Fault(str(path), -1, _without(error, path))])
     if manifest is not None:
         found.add(Fault(str(manifest_path(path)), -1, what) for what in _disagreements(path, images, manifest))
     return images
