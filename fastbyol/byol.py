@@ -15,8 +15,7 @@ from fastbyol.models.heads import mlp_head
 from fastbyol.models.resnet import truncated_normal_
 from fastbyol.models.view_batchnorm import convert_to_view_batchnorm
 from fastbyol.objectives import byol_loss, infonce_beta_loss, least_squares_prediction
-from fastbyol.optim.ema import ema_update
-from fastbyol.optim.multi_tensor import TargetUpdate
+from fastbyol.optim.ema import TargetUpdate
 
 BYOL_OBJECTIVE = ObjectiveConfig()
 NUM_VIEWS = 2
@@ -162,11 +161,11 @@ class BYOL(nn.Module):
 
     def update_target(self, tau: float | Tensor) -> None:
         """Moves the target's parameters towards the online ones; call it once after each optimizer step. BN statistics stay each network's own."""
-        ema_update(self._target_parameters(), self._online_parameters(), tau)
+        self.target_update(tau).apply()
 
-    def target_update(self, tau: float | Tensor) -> TargetUpdate:
-        """The same for `LARS.step(target_update=...)`, which moves each target while its parameter is in cache."""
-        return TargetUpdate.of(self._target_parameters(), self._online_parameters(), tau)
+    def target_update(self, tau: float | Tensor, *, backend: str = "auto") -> TargetUpdate:
+        """Returns the same move, for an optimizer's `step(target_update=...)`; backend: the config's optim.update."""
+        return TargetUpdate(self._target_parameters(), self._online_parameters(), tau, backend)
 
     def _target_parameters(self) -> list[Tensor]:
         return [*self.target.encoder.parameters(), *self.target.projector.parameters()]

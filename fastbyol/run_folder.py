@@ -45,11 +45,21 @@ FREE_TO_CHANGE = frozenset(
             "keep_every_epochs",
             "profile_steps",
         ),
-        *("rank_batch", "data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "precision.compile_cache"),
+        *(
+            "rank_batch",
+            "data.train",
+            "data.val",
+            "data.backend",
+            "data.workers",
+            "data.prefetch",
+            "precision.compile_cache",
+            "optim.update",
+        ),
         *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
     }
 )
-"""A run may continue with other values of these. They do not touch what it computes, but for rank_batch, whose effect on BN is said.
+"""A run may continue with other values of these. They do not touch what it computes, but for rank_batch, whose effect on BN is said,
+and optim.update, whose ways are one formula and agree to the last bits of float32.
 The images are checked on their own."""
 
 

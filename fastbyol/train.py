@@ -49,7 +49,7 @@ from fastbyol.models.encoder import check_image_size
 from fastbyol.models.view_batchnorm import use_all_ranks
 from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim.build import build_optimizer
-from fastbyol.optim.lars import LARS
+from fastbyol.optim.ema import check_update
 from fastbyol.precision import autocast, build_scaler, is_compiled, prepare_model
 from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.profiling import StepProfiler
@@ -170,11 +170,8 @@ def train_step(
         monitor.add(output)
     state.scaler.unscale_(state.optimizer)
     monitor.gradients_ready(state.byol.online)
-    if isinstance(state.optimizer, LARS):  # moves the target in the same pass over memory
-        state.scaler.step(state.optimizer, target_update=state.byol.target_update(tau))
-    else:
-        state.scaler.step(state.optimizer)
-        state.byol.update_target(tau)
+    # Under fp16 the scaler calls no step whose gradient is not finite: then neither network moves.
+    state.scaler.step(state.optimizer, target_update=state.byol.target_update(tau, backend=config.optim.update))
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     monitor.step()
@@ -185,6 +182,7 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     """Loader, networks and optimizer; the same weights on every rank."""
     check_image_size(config.views.size_px, encoder=config.model.encoder, stem=config.model.stem)
     check_bn_images(config, process)
+    check_update(config.optim.update, process.device)
     open_data = partial(
         build_loader,
         config.data,

@@ -22,6 +22,7 @@ from fastbyol.config.views import ViewPair
 BACKENDS = ("auto", "ffcv", "dali", "folder")
 TRAVERSALS = ("random", "local")
 DALI_OPS = ("auto", "decode", "crop", "all")
+UPDATES = ("auto", "foreach", "triton", "apex")
 RESUME_MODES = ("auto", "must", "never")
 
 
@@ -130,6 +131,10 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-6
     trust_coefficient: float = 1e-3
+    update: str = "auto"
+    """What moves the target, whatever the optimizer. auto: with lars on a CPU our own kernel, in one pass with the step, else foreach. foreach:
+    torch's operations over all tensors, for lars itself too. triton: one launch (GPU). apex: NVIDIA's amp_C (GPU; PyPI's apex is another
+    package). triton and apex were never run on a GPU by us; `python -m fastbyol tune` measures them on yours and writes the fastest."""
     tau_base: float = 0.99
     """Target decay rate at step 0; rises to 1 along a cosine."""
     projector_lr_factor: float = 1.0
@@ -140,6 +145,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not self.name.startswith("timm_"):
             require_choice("optim.name", self.name, ("lars", "sgd", "adamw", "torch_optimizer_lars", "timm_NAME (any of timm's)"))
+        require_choice("optim.update", self.update, UPDATES)
         require_positive("optim.base_lr", self.base_lr)
         for name in ("warmup_epochs", "weight_decay", "trust_coefficient"):
             require_at_least(f"optim.{name}", getattr(self, name), 0.0)

@@ -11,16 +11,16 @@ tensors without gradient; SimCLR keeps the learning rate inside the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastbyol.optim.ema import ema_update
+from fastbyol.optim.ema import TargetUpdate
 from fastbyol.optim.memory_order import laid_out_like
-from fastbyol.optim.multi_tensor import TargetUpdate, Update, apply_update
+from fastbyol.optim.multi_tensor import Update, apply_update
 from fastbyol.saved_structure import tensor_difference
 
 _GROUP = ("lr", "momentum", "weight_decay", "trust_coefficient", "adapt")
@@ -64,20 +64,25 @@ class LARS(Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, target_update: TargetUpdate | None = None
     ) -> float | None:
-        """One update of every parameter that has a gradient; gradients keep their values.
+        """Updates every parameter that has a gradient, then the target; gradients keep their values.
 
         Args:
             closure: computes the loss again; its value is returned.
-            target_update: tensors that follow the parameters in the same pass; see `lars_ema`.
+            target_update: which tensors follow which. On a CPU in float32 each block of weights moves its target while it is in cache;
+                elsewhere one runs after the other. Online tensors that the optimizer does not update (frozen, or without gradient) pull
+                their target all the same.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        moved: set[int] = set()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                apply_update(self._update_of(group, params), target_update)
+                moved |= apply_update(self._update_of(group, params), target_update)
+        if target_update is not None:
+            target_update.apply(moved=moved)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -116,25 +121,6 @@ class LARS(Optimizer):
         # A checkpoint of a contiguous run, continued channels-last, brings buffers in the other order.
         state["momentum_buffer"] = laid_out_like(param, state["momentum_buffer"])
         return state["momentum_buffer"]
-
-
-def lars_ema(optimizer: LARS, *, target: Sequence[Tensor], online: Sequence[Tensor], tau: float | Tensor) -> None:
-    """`optimizer.step()` followed by `ema_update(target, online, tau)`, in place, in one pass over memory where the device allows it.
-
-    On the CPU in float32 each block of weights moves its target while it is in cache; elsewhere the two run one after the other. Under fp16
-    use `scaler.step(optimizer, target_update=TargetUpdate.of(...))`: a skipped step then moves neither.
-
-    Args:
-        target, online: tensors of equal shapes in equal order; online tensors that the optimizer does not update (frozen, or without
-            gradient) pull their target all the same. Parameters not named here (predictor, probe) have no target.
-        tau: target decay rate in [0, 1], or a tensor.
-    """
-    update = TargetUpdate.of(target, online, tau)
-    updated = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-    optimizer.step(target_update=update)
-    left = [(t, o) for t, o in zip(target, online, strict=True) if id(o) not in updated]
-    if left:
-        ema_update([t for t, _ in left], [o for _, o in left], tau)
 
 
 @torch.no_grad()

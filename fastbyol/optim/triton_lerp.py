@@ -48,7 +48,7 @@ def multi_tensor_lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weigh
         return
     device = target[0].device
     if device.type != "cuda" and isinstance(_lerp_kernel, triton.JITFunction):  # Triton's interpreter replaces that class
-        raise UserError(f"backend = 'triton': the tensors are on {device}; it needs CUDA, or take 'foreach'")
+        raise UserError(f"optim.update = 'triton': the tensors are on {device}; it needs CUDA, or take 'foreach'")
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, dtype=torch.float32, device=device)  # a fill on the device: no copy to wait for
     table = _table_of(target, online)
@@ -70,11 +70,13 @@ def _table_of(target: Sequence[Tensor], online: Sequence[Tensor]) -> Tensor:
 def _rows(target: Tensor, online: Tensor) -> list[tuple[int, int, int]]:
     if target.shape != online.shape or target.device != online.device or not (is_dense(target) and same_order(target, online)):
         raise UserError(
-            f"backend = 'triton': target {tuple(target.shape)} {target.stride()} on {target.device} and online {tuple(online.shape)} "
+            f"optim.update = 'triton': target {tuple(target.shape)} {target.stride()} on {target.device} and online {tuple(online.shape)} "
             f"{online.stride()} on {online.device} must be dense and laid out alike; take 'foreach'"
         )
     if target.dtype != torch.float32 or online.dtype != torch.float32:
-        raise UserError(f"backend = 'triton': target is {target.dtype}, online {online.dtype}; both must be float32, or take 'foreach'")
+        raise UserError(
+            f"optim.update = 'triton': target is {target.dtype}, online {online.dtype}; both must be float32, or take 'foreach'"
+        )
     size = target.element_size()
     starts = range(0, target.numel(), CHUNK)
     return [(target.data_ptr() + s * size, online.data_ptr() + s * size, min(CHUNK, target.numel() - s)) for s in starts]
