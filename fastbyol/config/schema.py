@@ -21,7 +21,7 @@ from fastbyol.config.views import ViewPair
 
 BACKENDS = ("auto", "ffcv", "dali", "folder")
 TRAVERSALS = ("random", "local")
-DALI_OPS = ("auto", "decode", "crop", "all")
+DALI_OPS = ("auto", "decode", "crop")
 UPDATES = ("auto", "foreach", "triton", "apex")
 RESUME_MODES = ("auto", "must", "never")
 
@@ -43,8 +43,8 @@ class DataConfig:
     window_mib: int = 2048
     """local: what is mixed with one another; twice this should fit in memory."""
     dali_ops: str = "auto"
-    """What the dali backend leaves to DALI: decode (on the CPU); crop, on the GPU where there is one; all, for comparison: it is not the
-    paper's augmentation. auto: crop on a GPU (not run by us yet), else decode."""
+    """What the dali backend leaves to DALI: decode (on the CPU); crop, on the GPU where there is one. auto: crop on a GPU (not run by us yet),
+    else decode."""
     val: str = ""
     """Labelled images for monitors.knn_every_epochs, of the same classes; training does not see them."""
 
