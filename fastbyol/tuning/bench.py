@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastbyol.config.schema import DataConfig, PrecisionConfig, TrainConfig
+from fastbyol.config.schema import DataConfig, OptimConfig, PrecisionConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.process_group import Process
 from fastbyol.tuning.comparison import Comparison, Trial, compare
@@ -60,9 +60,16 @@ class Findings:
             self.notes[name] = "; ".join([self.notes.get(name, f"images/s per {self.per}"), comparison.summary])
         return comparison.best
 
-    def choose(self, *, precision: PrecisionConfig | None = None, data: DataConfig | None = None, rank_batch: int | None = None) -> None:
+    def choose(
+        self,
+        *,
+        precision: PrecisionConfig | None = None,
+        data: DataConfig | None = None,
+        rank_batch: int | None = None,
+        optim: OptimConfig | None = None,
+    ) -> None:
         """Takes over what is given."""
-        given = {"precision": precision, "data": data, "rank_batch": rank_batch}
+        given = {"precision": precision, "data": data, "rank_batch": rank_batch, "optim": optim}
         self.config = replace(self.config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
     def command(self, path: Path) -> str:

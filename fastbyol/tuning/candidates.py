@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from fastbyol.config.schema import PrecisionConfig
+from fastbyol.config.schema import UPDATES, PrecisionConfig
 
 Value = TypeVar("Value")
 AUTOCAST = {"cuda": ("bf16", "fp16", "off"), "cpu": ("bf16", "off")}
@@ -72,6 +72,12 @@ def step_name(precision: PrecisionConfig) -> str:
 def prefetches(own: int) -> list[int]:
     """Batches made ahead, the config's own first, then the fewest: they cost memory."""
     return _own_first(own, PREFETCH)
+
+
+def updates(own: str) -> list[str]:
+    """Values of optim.update that differ on a GPU, the config's own first; auto is foreach there."""
+    same = "auto" if own == "foreach" else "foreach"
+    return [update for update in _own_first(own, UPDATES) if update != same]
 
 
 def reason_not_to_compile(device: torch.device, *, seconds: float) -> str | None:

@@ -63,6 +63,11 @@ class Stepper:
         """Steps of the same networks, beside which no second copy must fit in memory, on another batch."""
         return type(self)(replace(self.config, global_batch=global_batch, rank_batch=rank_batch), self._process, networks=self._networks)
 
+    def with_update(self, update: str) -> Self:
+        """Returns steps of the same networks, in which the target is moved as optim.update says."""
+        config = replace(self.config, optim=replace(self.config.optim, update=update))
+        return type(self)(config, self._process, networks=self._networks)
+
     def alone(self, sample: ViewBatch) -> Callable[[float], float]:
         """A trial's `run`: steps on the sample's images, repeated up to a whole batch."""
         batch = repeated(sample, self.config.rank_batch or self.config.global_batch)

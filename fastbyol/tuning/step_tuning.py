@@ -1,6 +1,6 @@
-"""The step alone: number format and memory layout, the batch that fits memory, and whether and how it is compiled.
+"""The step alone: number format and memory layout, the batch that fits memory, whether and how it is compiled, and how the target is moved.
 
-Never run by us on a GPU yet: there the search for the batch and fp16 join in.
+Never run by us on a GPU yet: there the search for the batch, fp16 and the ways to move the target join in.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import PrecisionConfig
+from fastbyol.optim.ema import check_update
 from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench
 from fastbyol.tuning.comparison import MIN_ROUNDS, Trial, TrialFailed
@@ -33,7 +34,8 @@ def tune_step(bench: Bench) -> tuple[Stepper, float]:
         stepper, rate = tune_rank_batch(bench)
     else:
         stepper = Stepper(bench.trial_config(batch), bench.process)
-    return _tune_compile(bench, stepper, rate=rate, own=own)
+    stepper, rate = _tune_compile(bench, stepper, rate=rate, own=own)
+    return _tune_update(bench, stepper, rate=rate)
 
 
 def _tune_precision(bench: Bench, batch: int) -> float:
@@ -160,3 +162,33 @@ def _compiling(run: Callable[[float], float]) -> Callable[[float], float]:
             raise TrialFailed(f"does not compile ({candidates.first_line(error)})") from error
 
     return guarded
+
+
+def update_ways(bench: Bench) -> list[str]:
+    """Returns the ways to move the target that work on this GPU, the config's own first; notes why others do not. On a CPU there is one."""
+    own = bench.found.config.optim.update
+    if bench.keeps("optim.update") or not bench.on_gpu:
+        return [own]
+    ways, missing = [own], []  # the own one has been tried when the networks were built
+    for update in candidates.updates(own)[1:]:
+        try:
+            check_update(update, bench.process.device)
+            ways.append(update)
+        except UserError as reason:
+            missing.append(str(reason))
+    if missing:
+        bench.found.notes["optim.update"] = f"images/s per {bench.found.per}; not tried: " + "; ".join(missing)
+    return ways
+
+
+def _tune_update(bench: Bench, stepper: Stepper, *, rate: float) -> tuple[Stepper, float]:
+    """Returns the same networks with the fastest way to move the target, chosen where there is a choice; and images per second."""
+    ways = update_ways(bench)
+    if len(ways) == 1:
+        return stepper, rate
+    steppers = {way: stepper.with_update(way) for way in ways}
+    trials = [Trial(way, each.alone(bench.sample[0])) for way, each in steppers.items()]
+    comparison = bench.compare(f"step by optim.update, batch {stepper.config.global_batch}", trials)
+    chosen = bench.found.add(comparison, "optim.update")
+    bench.found.choose(optim=replace(bench.found.config.optim, update=chosen))
+    return steppers[chosen], comparison.rate(chosen)
