@@ -1,4 +1,4 @@
-"""The optimizer that a config names."""
+"""Builds the optimizer that a config names."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def _step_and_target(optimizer: Optimizer, *, target_update: TargetUpdate | None
 
 
 def _torch_optimizer_lars(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
-    """torch-optimizer's LARS, for comparison. Differs from the paper: divides by |g| + wd |w| + 1e-8, and skips tensors whose gradient is 0."""
+    """Returns torch-optimizer's LARS, for comparison.
+
+    Differs from the paper: it divides by |g| + wd |w| + 1e-8, and skips tensors whose gradient is 0.
+    """
     try:
         from torch_optimizer import LARS as TorchOptimizerLARS
     except ImportError as error:
@@ -75,7 +78,10 @@ def _torch_optimizer_lars(config: OptimConfig, groups: list[dict[str, Any]]) -> 
 
 
 def _timm_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
-    """timm's by name. Biases and BN get no decay; its LARS (timm_lars) then adapts weights only, but divides by |g| + wd |w|, as torch-optimizer's."""
+    """Returns timm's optimizer of that name. Biases and BN get no decay, so its LARS (timm_lars) adapts weights only.
+
+    Differs from the paper: timm's LARS divides by |g| + wd |w|, as torch-optimizer's does.
+    """
     name = config.name.removeprefix(TIMM_PREFIX)
     try:
         import timm

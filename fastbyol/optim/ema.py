@@ -1,4 +1,4 @@
-"""The target's update: a moving average of the online parameters, over all tensors at once."""
+"""Moves the target: a moving average of the online parameters, over all tensors at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRIED_NUMBERS = 5000
 
 @dataclass(frozen=True)
 class TargetUpdate:
-    """Which tensors follow which, and how far: target <- target + (1 - tau) (online - target), in place (Grill et al., equation 1).
+    """Says which tensors follow which, and how far: target <- target + (1 - tau) (online - target), in place (Grill et al., equation 1).
 
     Args:
         target, online: tensors of equal shapes in equal order. Targets are float32 or float64: (1 - tau) falls to 1e-13 at the end of a

@@ -1,12 +1,12 @@
-"""LARS as BYOL's official code has it, over all tensors at once, without a host sync, and with the target's update in the same pass.
+"""The LARS optimizer, computed as in BYOL's official code: all tensors at once, without a host sync, the target's update in the same pass.
 
 Per tensor, in this order (deepmind-research/byol/utils/optimizers.py):
     u = g + weight_decay * w                       unless the group has adapt=False
     u = u * trust_coefficient * |w| / |u|          unless adapt=False; the factor is 1 where either norm is 0
     m = momentum * m + u
     w = w - lr * m
-The learning rate stays outside the buffer. Others differ: torch-optimizer, lightly and solo-learn divide by |g| + weight_decay |w| and skip
-tensors without gradient; SimCLR keeps the learning rate inside the buffer.
+The learning rate stays outside the buffer. Other libraries differ: torch-optimizer, lightly and solo-learn divide by |g| + weight_decay |w|
+and skip tensors without gradient; SimCLR keeps the learning rate inside the buffer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GROUP = ("lr", "momentum", "weight_decay", "trust_coefficient", "adapt")
 
 
 class LARS(Optimizer):
-    """Layer-wise adaptive rate scaling (You et al., 2017) with the official BYOL rule.
+    """Layer-wise adaptive rate scaling (You et al., 2017), by the rule of the official BYOL code.
 
     No step waits for a GPU. A CUDA graph can hold the step once an eager step has made the buffers; give `lr` as a tensor there, or the
     graph keeps the value it was captured with.
@@ -86,10 +86,10 @@ class LARS(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state of the same parameters.
+        """Loads a state that was saved for the same parameters.
 
         Raises:
-            ValueError: other groups, or a buffer that is no tensor of its parameter's shape.
+            ValueError: the groups differ, or a buffer is not a tensor of its parameter's shape.
         """
         params = [param for group in self.param_groups for param in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -135,7 +135,7 @@ def lars_step_reference(
     trust_coefficient: float,
     adapt: bool,
 ) -> None:
-    """One tensor's update, in place, as the rule is written at the top of this file."""
+    """Updates one tensor, in place, as the rule is written at the top of this file."""
     update = grad.clone()
     if adapt:
         update += weight_decay * param

@@ -1,4 +1,4 @@
-"""How a LARS update reaches memory: with the fewest passes on the CPU in float32, with few launches and no sync elsewhere."""
+"""Applies a LARS update to many tensors: with the fewest passes over memory on a CPU in float32, with few launches and no sync elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK = 1 << 19
 
 @dataclass(frozen=True)
 class Update:
-    """One group's parameters with what moves them; lists are in equal order."""
+    """One group's parameters with their gradients, momenta and settings; the lists have the same order."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -65,7 +65,7 @@ def _apply_at_once(update: Update) -> None:
 
 
 def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float) -> None:
-    """A tensor at a time on each thread: its norms, then at once its update (and its target's), while what fits of w and g is still in cache."""
+    """Computes a tensor's norms and then at once its update (and its target's), while part of w and g is still in cache; one tensor per thread."""
     lr, momentum, decay = (np.float32(x) for x in (float(update.lr), update.momentum, update.weight_decay))
 
     def apply(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
@@ -85,7 +85,7 @@ def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float
 
 
 def _scaled(update: Update) -> list[Tensor]:
-    """u * trust_coefficient * |w| / |u| for u = g + weight_decay * w; ratios stay on the device."""
+    """Returns u * trust_coefficient * |w| / |u| for u = g + weight_decay * w; the ratios stay on the device."""
     u = torch._foreach_add(update.grads, update.params, alpha=update.weight_decay)
     weight_norm = torch.stack(torch._foreach_norm(update.params))
     update_norm = torch.stack(torch._foreach_norm(u))
@@ -103,9 +103,9 @@ def _sgd_(
     lr: float | Tensor,
     momentum: float,
 ) -> None:
-    """m = momentum * m + g; w -= lr * m: torch's fused SGD kernel.
+    """Sets m = momentum * m + g, then w -= lr * m, by torch's fused SGD kernel.
 
-    It refuses a buffer where momentum is 0, so the smallest number stands in.
+    That kernel refuses a buffer where momentum is 0, so the smallest positive number is passed instead.
     """
     torch._fused_sgd_(
         params,
@@ -122,18 +122,18 @@ def _sgd_(
 
 
 def _flat(tensor: Tensor) -> NDArray[np.float32]:
-    """The dense tensor's memory as an array of one dimension."""
+    """Returns the memory of a dense tensor as an array of one dimension."""
     return tensor.detach().as_strided((tensor.numel(),), (1,)).numpy()
 
 
 def _fits_blocks(param: Tensor, target: Tensor | None) -> bool:
-    """Whether memory order pairs the elements. The kernel is float32; float64 takes the general way."""
+    """Says whether the CPU kernel can take them: float32, and in the same memory order. Everything else takes `_apply_at_once`."""
     on_cpu = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (param, target) if x is not None)
     return on_cpu and (target is None or same_order(param, target))
 
 
 def _lr_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
-    """A learning rate that the fused kernel takes without a sync: a float on the CPU, a float32 tensor where it is one on a device."""
+    """Returns the learning rate in the form that the fused kernel takes without a sync: a float on the CPU, a float32 tensor on a device."""
     if not isinstance(lr, Tensor):
         return lr
     return lr.item() if device.type == "cpu" else lr.to(device, torch.float32, non_blocking=True)

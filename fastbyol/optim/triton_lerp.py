@@ -1,6 +1,6 @@
-"""The target's update as one Triton launch over all tensors: a table of addresses and chunks stands in for a list of kernels.
+"""Moves the target in one Triton launch over all tensors: a table of addresses and chunks replaces one launch per tensor.
 
-Tried with Triton's interpreter on the CPU (TRITON_INTERPRET=1); not yet run on a GPU.
+Tested by Triton's interpreter on the CPU (TRITON_INTERPRET=1); never run on a GPU by us.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _lerp_kernel(table, weight, CHUNK: tl.constexpr):
 
 
 def multi_tensor_lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weight: float | Tensor) -> None:
-    """target <- target + weight (online - target), in place.
+    """Sets target <- target + weight (online - target), in place.
 
     The first call for a set of tensors copies their table to the device; later ones only launch.
 
@@ -56,7 +56,7 @@ def multi_tensor_lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weigh
 
 
 def _table_of(target: Sequence[Tensor], online: Sequence[Tensor]) -> Tensor:
-    """(chunks, 3) int64 on the device, kept while the tensors stay where they are."""
+    """Returns the kernel's table, (chunks, 3) int64 on the device; it is kept while the tensors stay at their addresses."""
     key = tuple((t.data_ptr(), o.data_ptr(), t.shape, t.stride(), o.stride()) for t, o in zip(target, online, strict=True))
     if key not in _tables:
         rows = [row for t, o in zip(target, online, strict=True) for row in _rows(t, o)]

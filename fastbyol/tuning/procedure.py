@@ -1,4 +1,4 @@
-"""The order of the measurements: the step first, then the loader that has to feed it, then both together."""
+"""Runs the measurements in order: the step first, then the loader that has to feed it, then both together."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SAMPLE_IMAGES = 32
 
 
 def tune(request: Request, *, announce: Callable[[str], None]) -> Findings:
-    """The fastest settings that were found, with what was measured.
+    """Returns the fastest settings, with the measurements they were chosen by.
 
     Args:
-        request: what is asked for.
-        announce: takes a line about what happens next; the first one says how long everything takes.
+        request: what the user asks for.
+        announce: called with a line about what happens next; the first line says how long everything takes.
 
     Raises:
-        UserError: before any measurement: whatever a run with this config would refuse, or paths that hold different images.
+        UserError: before any measurement, for anything that a run with this config would refuse, and for paths that hold different images.
     """
     bench = _set_up(request, announce)
     ways = readings(request.paths, request.config.data, device=bench.process.device.type, kept=request.kept)
@@ -63,7 +63,7 @@ def _set_up(request: Request, announce: Callable[[str], None]) -> Bench:
 
 
 def check_images(bench: Bench, ways: Sequence[Reading]) -> None:
-    """Opens all that a run would, so that whatever it would refuse is refused here; keeps a batch of real images."""
+    """Opens everything that a run would open, so that a run's errors come before the measurements; keeps a batch of real images."""
     data = bench.found.config.data
     num_images: dict[str, int] = {}
     for way in ways:
