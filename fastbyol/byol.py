@@ -18,8 +18,7 @@ from fastbyol.models.heads import mlp_head
 from fastbyol.models.resnet import truncated_normal_
 from fastbyol.models.view_batchnorm import convert_to_view_batchnorm
 from fastbyol.objectives import byol_loss, infonce_beta_loss, least_squares_prediction
-from fastbyol.optim.ema import ema_update
-from fastbyol.optim.multi_tensor import TargetUpdate
+from fastbyol.optim.ema import TargetUpdate
 
 BYOL_OBJECTIVE = ObjectiveConfig()
 NUM_VIEWS = 2
@@ -173,11 +172,11 @@ class BYOL(nn.Module):
         """Moves the target's parameters towards the online ones; call it once after each optimizer step. Batch-norm statistics are not
         averaged.
         """
-        ema_update(self._target_parameters(), self._online_parameters(), tau)
+        self.target_update(tau).apply()
 
-    def target_update(self, tau: float | Tensor) -> TargetUpdate:
-        """Returns the same update for `LARS.step(target_update=...)`, which moves each target while its parameter is in cache."""
-        return TargetUpdate.of(self._target_parameters(), self._online_parameters(), tau)
+    def target_update(self, tau: float | Tensor, *, backend: str = "auto") -> TargetUpdate:
+        """Returns the same update for an optimizer's `step(target_update=...)`. backend: the config's optim.update."""
+        return TargetUpdate(self._target_parameters(), self._online_parameters(), tau, backend)
 
     def _target_parameters(self) -> list[Tensor]:
         return [*self.target.encoder.parameters(), *self.target.projector.parameters()]

@@ -9,22 +9,13 @@ from __future__ import annotations
 
 import ctypes
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # malloc.h
 _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
     """Keeps freed memory for the next step; the process never shrinks again. No effect with a C library other than glibc."""
-    _set({_MMAP_MAX: 0, _TRIM_THRESHOLD: _LARGEST})
-
-
-def return_freed_memory() -> None:
-    """Undoes `keep_freed_memory`: restores glibc's own limits, at the largest values that glibc would choose itself."""
-    _set({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20})
-
-
-def _set(limits: dict[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for name, value in limits.items():
-            mallopt(name, value)
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, _LARGEST)

@@ -45,13 +45,21 @@ FREE_TO_CHANGE = frozenset(
             "keep_every_epochs",
             "profile_steps",
         ),
-        *("rank_batch", "data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "precision.compile_cache"),
+        *(
+            "rank_batch",
+            "data.train",
+            "data.val",
+            "data.backend",
+            "data.workers",
+            "data.prefetch",
+            "precision.compile_cache",
+            "optim.update",
+        ),
         *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
     }
 )
 """Options that may change when a run is continued. They do not affect the result, except rank_batch, whose effect on batch norm is
-reported.
-The images are checked separately.
+reported, and optim.update, whose choices compute one formula and agree to the last bits of float32. The images are checked separately.
 """
 
 

@@ -4,9 +4,10 @@
     python fastbyol/train.py --preset cpu_demo --data.train demo/fashion/train.beton --out runs/demo
     torchrun --nproc-per-node 2 fastbyol/train.py --preset r50_100ep --data.train train.beton --out runs/r50 --rank_batch 128
 
-The same command again continues the run where it stopped: Ctrl-C, SIGTERM and SIGUSR1 finish the step and save it. Method: Grill et al.,
-NeurIPS 2020, algorithm 1. Exit codes: 0 complete, 75 stopped and saved, 2 bad input, 3 diverged, 4 no room for the last checkpoint, 5 a rank
-was lost, 1 a fault of ours; torchrun itself says 1 for all but 0. Launch files for one node, several, SLURM, Kubernetes: scripts/README.md.
+The same command again continues the run where it stopped: after Ctrl-C, SIGTERM or SIGUSR1 it finishes the step and saves it. Method: Grill
+et al., NeurIPS 2020, algorithm 1. Exit codes: 0 complete, 75 stopped and saved, 2 bad input, 3 diverged, 4 no room for the last checkpoint,
+5 a rank was lost, 1 an error in fastbyol; torchrun itself returns 1 for all but 0. scripts/README.md has launch files for one node, several
+nodes, SLURM and Kubernetes.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from fastbyol.models.encoder import check_image_size
 from fastbyol.models.view_batchnorm import use_all_ranks
 from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim.build import build_optimizer
-from fastbyol.optim.lars import LARS
+from fastbyol.optim.ema import check_update
 from fastbyol.precision import autocast, build_scaler, is_compiled, prepare_model
 from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.profiling import StepProfiler
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
-    """The run that the config describes, from where it stopped to its last checkpoint. Returns False where it was asked to stop before that."""
+    """Trains the run that the config describes, from where it stopped. Returns False if it was asked to stop before its last step."""
     require_same_start(config, process)
     if process.is_main:
         mend_config(Path(config.out))
@@ -144,7 +145,7 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
                     writer.save(snapshot, step=done)
             if verdict.stop:
                 break
-    broadcast_from_main(None)  # who leaves earlier than the rank that saves makes launchers end that one too
+    broadcast_from_main(None)  # launchers end all ranks when one exits, so none may exit before rank 0 has saved
     if done < plan.total_steps:
         log.info("stopped (%s): saved after step %d of %d; the same command continues", stop.name or "another rank", done, plan.total_steps)
     return done >= plan.total_steps
@@ -153,7 +154,7 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
 def train_step(
     config: TrainConfig, process: Process, state: TrainState, batches: Iterator[ViewBatch], monitor: Monitor, *, lr: float, tau: float
 ) -> BYOLOutput:
-    """One optimizer step: the gradient over one global batch, the online network's update, then the target's. Returns the last forward."""
+    """Takes one optimizer step: the gradient over one global batch, the online network's update, the target's. Returns the last forward's output."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
     accumulate = accumulation_of(config, world_size=process.world_size)
@@ -170,11 +171,8 @@ def train_step(
         monitor.add(output)
     state.scaler.unscale_(state.optimizer)
     monitor.gradients_ready(state.byol.online)
-    if isinstance(state.optimizer, LARS):  # moves the target in the same pass over memory
-        state.scaler.step(state.optimizer, target_update=state.byol.target_update(tau))
-    else:
-        state.scaler.step(state.optimizer)
-        state.byol.update_target(tau)
+    # The target moves inside the step: under fp16 the scaler leaves out a step whose gradient is not finite, and then neither network may move.
+    state.scaler.step(state.optimizer, target_update=state.byol.target_update(tau, backend=config.optim.update))
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     monitor.step()
@@ -182,9 +180,10 @@ def train_step(
 
 
 def build(config: TrainConfig, process: Process) -> TrainState:
-    """Loader, networks and optimizer; the same weights on every rank."""
+    """Builds the loader, the networks and the optimizer, with the same weights on every rank."""
     check_image_size(config.views.size_px, encoder=config.model.encoder, stem=config.model.stem)
     check_bn_images(config, process)
+    check_update(config.optim.update, process.device)
     open_data = partial(
         build_loader,
         config.data,
@@ -222,32 +221,32 @@ def build(config: TrainConfig, process: Process) -> TrainState:
 
 
 def build_profiler(config: TrainConfig, process: Process, state: TrainState) -> StepProfiler:
-    """Of rank 0, where the run asks for one."""
+    """Returns rank 0's profiler; it does nothing on other ranks, or if profile_steps is 0."""
     parts = {} if config.precision.compile else dict(state.byol.named_children())
     return StepProfiler(Path(config.out), steps=config.profile_steps if process.is_main else 0, parts=parts, device=process.device)
 
 
 def endless(loader: TwoViewLoader) -> Generator[ViewBatch, None, None]:
-    """Batches from where the loader stands, epoch after epoch."""
+    """Yields batches from the loader's position on, epoch after epoch."""
     while True:
         yield from loader
         loader.set_epoch(loader.state_dict()["epoch"])
 
 
 def gradient_reduction(model: nn.Module, *, now: bool) -> AbstractContextManager[object]:
-    """Lets DDP average gradients in the last backward of a step only."""
+    """Returns a context in which DDP averages gradients only if `now`: once per step, in its last backward."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 
 def saved_steps(folder: Path, writer: CheckpointWriter | None) -> list[int]:
-    """Steps of the run's checkpoints, one that is being written included."""
+    """Returns the steps of the run's checkpoints, after waiting for one that is being written."""
     if writer is not None:
         writer.wait()
     return checkpoint_steps(folder)
 
 
 def diverged(verdict: Verdict, state: TrainState, plan: RunPlan, steps: list[int], *, first_step: int) -> Diverged:
-    """The error that ends a run whose loss is not finite; nothing of that step is saved. steps: of its checkpoints."""
+    """Returns the error that ends a run whose loss is not finite; nothing of that step is saved. steps: those that have a checkpoint."""
     last = f"the last good checkpoint is {checkpoint_path(Path(plan.config.out), steps[-1])}" if steps else "there is no checkpoint yet"
     scale = f", loss scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
     step = first_step + (verdict.bad_step or 0)
@@ -258,7 +257,7 @@ def diverged(verdict: Verdict, state: TrainState, plan: RunPlan, steps: list[int
 
 
 def announce(config: TrainConfig, process: Process, state: TrainState, *, first_step: int, total_steps: int) -> None:
-    """What runs, in the first lines of the log: an old installed copy, a wrong data set or batch is seen here."""
+    """Logs what is about to run, so that an old installed copy, a wrong data set or a wrong batch is seen in the first lines."""
     log.info("fastbyol %s from %s", fastbyol.__version__, Path(fastbyol.__file__).parent)
     defaults = flatten(to_plain(TrainConfig()))
     chosen = [f"{name}={value}" for name, value in flatten(to_plain(config)).items() if value != defaults[name]]

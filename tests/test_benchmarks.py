@@ -46,6 +46,7 @@ from benchmarks.own_process import in_own_process  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report import case_table, report_markdown  # noqa: E402
 from benchmarks.report_text import headers  # noqa: E402
+from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
 from benchmarks.rivals.kornia_views import KorniaViews  # noqa: E402
 from benchmarks.rivals.packages import INSTALL, those_installed  # noqa: E402
 from benchmarks.rivals.updates import ema_pytorch_update, lightly_lars, lightly_update  # noqa: E402
@@ -63,7 +64,9 @@ from benchmarks.timing import (  # noqa: E402
 )
 from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
 from fastbyol.config.errors import UserError  # noqa: E402
-from fastbyol.config.schema import ModelConfig, OptimConfig, TrainConfig  # noqa: E402
+from fastbyol.config.schema import DataConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
+from fastbyol.config.views import ViewPair, both  # noqa: E402
+from fastbyol.data import build_loader  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
 
 TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
@@ -515,3 +518,50 @@ def test_executors_of_the_augment_case_render_the_same_views():
     executors.crop()
     assert executors.views.std() > 0.1
     assert executors.crops.std() > 1
+
+
+DALI_CROPS = both(ViewPair(size_px=32), jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
+
+
+def _levels(view: torch.Tensor) -> torch.Tensor:
+    """A normalised view (N, 3, S, S) in units of 255 levels."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (DALI_CROPS.mean, DALI_CROPS.std))
+    return 255 * (view * std + mean)
+
+
+def test_the_rival_of_dalis_own_operations_takes_our_draws(tar_folder: Path) -> None:
+    """Crop, flip, grey and solarize are the paper's, up to DALI's 8-bit levels between its operations."""
+    for views, largest in ((DALI_CROPS, 1.6), (both(DALI_CROPS, gray_p=1.0), 2.6), (both(DALI_CROPS, solarize_p=1.0), 1.6)):
+        with (
+            dali_native_loader(tar_folder, views, batch=6, workers=2, seed=5) as dali,
+            build_loader(DataConfig(train=str(tar_folder), workers=2), views=views, seed=5, global_batch=6) as kernel,
+        ):
+            for ours, theirs in zip(dali, kernel, strict=True):
+                assert torch.equal(ours.parameters, theirs.parameters)
+                difference = (_levels(ours.view1) - _levels(theirs.view1)).abs()
+                if views.view1.solarize_p:  # a pixel at the threshold may fall on either side
+                    assert difference.quantile(0.98) < largest
+                else:
+                    assert difference.max() < largest
+
+
+@pytest.mark.parametrize(
+    ("changes", "mean_between", "largest"),
+    [
+        ({"jitter_p": 1.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}, (0.0, 1.0), 2.1),
+        ({"blur_p": 1.0}, (0.0, 1.0), 2.1),
+        ({"jitter_p": 1.0}, (2.0, 20.0), 256),
+    ],
+)
+def test_the_rivals_brightness_and_blur_are_the_papers_its_whole_jitter_is_not(
+    tar_folder: Path, changes: dict[str, float], mean_between: tuple[float, float], largest: float
+) -> None:
+    views = both(DALI_CROPS, **changes)
+    with (
+        dali_native_loader(tar_folder, views, batch=6, workers=2, seed=5) as dali,
+        build_loader(DataConfig(train=str(tar_folder), workers=2), views=views, seed=5, global_batch=6) as kernel,
+    ):
+        ours, theirs = next(iter(dali)), next(iter(kernel))
+    inside = (_levels(ours.view2) - _levels(theirs.view2)).abs()[..., 2:-2, 2:-2]  # DALI's blur reflects at the border
+    assert mean_between[0] <= inside.mean() <= mean_between[1]
+    assert inside.max() <= largest

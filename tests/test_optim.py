@@ -1,4 +1,4 @@
-"""LARS, the target's update and SGD against the official code, and the fused forms against their references."""
+"""LARS and the target's update against the official code, and the fused forms against their references."""
 
 import copy
 import sys
@@ -14,8 +14,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import OptimConfig
 from fastbyol.optim import multi_tensor
 from fastbyol.optim.build import build_optimizer
-from fastbyol.optim.ema import ema_update, ema_update_reference
-from fastbyol.optim.lars import LARS, lars_ema, lars_step_reference
+from fastbyol.optim.ema import TargetUpdate, ema_update, ema_update_reference
+from fastbyol.optim.lars import LARS, lars_step_reference
 from fastbyol.optim.param_groups import byol_param_groups
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -176,19 +176,6 @@ def test_target_update_refuses_lists_of_different_length():
         ema_update([torch.zeros(1)], [], 0.9)
 
 
-def test_nesterov_sgd_of_the_linear_evaluation_equals_the_official_code():
-    golden = np.load(GOLDEN / "sgd_nesterov_f64.npz")
-    params = [torch.tensor(golden["w_init"]), torch.tensor(golden["b_init"])]
-    optimizer = torch.optim.SGD(params, lr=0.0, momentum=float(golden["momentum"]), nesterov=True)
-    for step, lr in enumerate(golden["lr"]):
-        for p, name in zip(params, ("gw", "gb"), strict=True):
-            p.grad = torch.tensor(golden[name][step])
-        optimizer.param_groups[0]["lr"] = float(lr)
-        optimizer.step()
-        for p, name in zip(params, ("w", "b"), strict=True):
-            np.testing.assert_allclose(p.numpy(), golden[name][step], rtol=4e-14, atol=4e-14)
-
-
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "torch_optimizer_lars", "timm_lars", "timm_lamb"])
 def test_every_optimizer_on_offer_lowers_a_loss(name):
     torch.manual_seed(0)
@@ -319,7 +306,7 @@ def test_lars_with_the_target_in_one_pass_equals_a_step_and_then_the_target_upda
         for step in range(3):
             _set_grads(params, step)
             if fused:
-                lars_ema(optimizer, target=target, online=online, tau=0.9)
+                optimizer.step(target_update=TargetUpdate(target, online, 0.9))
             else:
                 optimizer.step()
                 ema_update(target, online, 0.9)
@@ -333,15 +320,17 @@ def test_a_target_in_another_memory_order_follows_all_the_same():
     params = _channels_last_params(torch.float32)
     target = [torch.zeros(p.shape) for p in params]
     _set_grads(params, 0)
-    lars_ema(LARS(_groups(params), lr=0.1), target=target, online=params, tau=torch.tensor(0.75))
+    LARS(_groups(params), lr=0.1).step(target_update=TargetUpdate(target, params, torch.tensor(0.75)))
     for t, p in zip(target, params, strict=True):
         torch.testing.assert_close(t, 0.25 * p.detach(), rtol=1e-6, atol=0)
 
 
-def test_lars_with_the_target_refuses_lists_that_do_not_match():
+def test_a_target_update_refuses_lists_that_do_not_match():
     p = nn.Parameter(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="must match in length and shapes"):
-        lars_ema(LARS([p], lr=0.1), target=[torch.ones(3, 2)], online=[p], tau=0.9)
+    with pytest.raises(ValueError, match=r"a target of \(3, 2\) on cpu and \(2, 3\) on cpu online; must be alike"):
+        TargetUpdate([torch.ones(3, 2)], [p], 0.9)
+    with pytest.raises(ValueError, match="2 target and 1 online tensors; both lists must match"):
+        TargetUpdate([torch.ones(2, 3)] * 2, [p], 0.9)
 
 
 def test_a_contiguous_checkpoint_continues_in_channels_last():
@@ -372,7 +361,7 @@ def test_updates_leave_the_number_of_threads_as_it_was():
         torch.set_num_threads(2)
         p = nn.Parameter(torch.ones(3, 3))
         p.grad = torch.ones(3, 3)
-        lars_ema(LARS([p], lr=0.1), target=[torch.ones(3, 3)], online=[p], tau=0.9)
+        LARS([p], lr=0.1).step(target_update=TargetUpdate([torch.ones(3, 3)], [p], 0.9))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -388,7 +377,7 @@ def test_the_number_of_threads_changes_no_bit_of_an_update():
         for _ in range(3):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator)
-            lars_ema(optimizer, target=target, online=params, tau=0.9)
+            optimizer.step(target_update=TargetUpdate(target, params, 0.9))
         return [*(p.detach() for p in params), *target]
 
     before = torch.get_num_threads()
@@ -407,7 +396,7 @@ def test_no_update_reads_a_value_back_from_the_device(monkeypatch):
     for p in params:
         p.grad = torch.empty_like(p)
     lr, tau = torch.empty((), dtype=torch.float64, device="meta"), torch.empty((), device="meta")
-    lars_ema(LARS(_groups(params), lr=lr, weight_decay=1e-4), target=target, online=params, tau=tau)
+    LARS(_groups(params), lr=lr, weight_decay=1e-4).step(target_update=TargetUpdate(target, params, tau))
     assert [options["lr"].dtype for options in calls] == [torch.float32, torch.float32]
     with pytest.raises(RuntimeError, match="meta"):
         tau.item()
@@ -466,5 +455,5 @@ def test_a_missing_or_unknown_backend_of_the_target_update_is_named(monkeypatch)
     monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp", raising=False)
     with pytest.raises(UserError, match="triton is not installed"):
         ema_update(tensors, tensors, 0.9, backend="triton")
-    with pytest.raises(UserError, match="backend = 'foreech': must be one of foreach, triton, apex"):
+    with pytest.raises(UserError, match="optim.update = 'foreech': must be one of auto, foreach, triton, apex"):
         ema_update(tensors, tensors, 0.9, backend="foreech")

@@ -15,7 +15,7 @@ from PIL import Image
 from fastbyol import __version__
 from fastbyol.__main__ import main
 from fastbyol.byol import build_byol
-from fastbyol.checkpoint import save_checkpoint
+from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from fastbyol.config.plain import to_plain
 from fastbyol.config.presets import PRESETS
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
@@ -25,6 +25,7 @@ from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.figures import COLLAPSE_PANELS, curves
 from fastbyol.evaluation.gallery import display_pixels, draw_views, nearest_neighbours
 from fastbyol.evaluation.page import image_grid, table
+from fastbyol.evaluation.splits import open_splits
 from fastbyol.evaluation.training_log import throughput
 
 CLASSES = ("blue & <b>", "green", "red")
@@ -115,6 +116,32 @@ def test_the_report_takes_what_evaluate_has_written_and_evaluates_anew_after_mor
     path.write_text(json.dumps(written | {"step": 10}))
     assert call(["report", "--run", str(run), *arguments], capsys)[0] == 0
     assert json.loads(path.read_text())["step"] == 20
+
+
+@pytest.mark.parametrize("command", [("evaluate", "knn", "--checkpoint"), ("report", "--run")])
+def test_a_checkpoint_that_training_writes_meanwhile_changes_neither_the_scores_nor_their_step(command, run, data, capsys, monkeypatch):
+    where = (str(run), "--data", str(data), "--batch", "8", "--device", "cpu")
+
+    def open_after_another_step(*given: object, **options: object) -> object:
+        """What the command does next after it has read the run; training has gone on by then, and its network has become blind."""
+        state = load_checkpoint(checkpoint_path(run, 20))
+        state["byol"]["online.encoder.conv1.weight"].zero_()
+        save_checkpoint(run, step=40, state=state | {"step": 40}, keep=1)  # and the one that was read is gone
+        return open_splits(*given, **options)
+
+    def scored() -> tuple[int, float]:
+        result = json.loads((run / "evaluation" / "knn.json").read_text())
+        return result["step"], result["scores"]["byol"]["top1"]
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr("fastbyol.evaluation.splits.open_splits", open_after_another_step)
+        assert call([*command, *where], capsys)[0] == 0
+    assert checkpoint_steps(run) == [40]
+    assert scored() == (20, 1.0)
+    assert call(["evaluate", "knn", "--checkpoint", *where], capsys)[0] == 0
+    step, top1 = scored()
+    assert step == 40
+    assert top1 < 0.5, "the checkpoint that came meanwhile has other scores"
 
 
 def test_linear_evaluation_alone_writes_its_file_and_prints_all_subjects(run, data, capsys):

@@ -73,7 +73,7 @@ def test_each_backend_trains_the_very_same_network(backend, data_paths, folder_r
 
 def test_a_complete_run_is_left_alone(data_paths, folder_run):
     before = checkpoint_path(folder_run, 6).stat().st_mtime_ns
-    free = ["--data.workers", "2", "--log_every", "3"]
+    free = ["--data.workers", "2", "--log_every", "3", "--optim.update", "foreach"]
     main([*SMALL, *free, "--data.train", str(data_paths["ffcv"]), "--out", str(folder_run)])
     assert checkpoint_path(folder_run, 6).stat().st_mtime_ns == before
     assert len(read_metrics(folder_run)) == 6
@@ -138,6 +138,9 @@ def test_a_compiled_run_follows_the_eager_one(data_paths, folder_run, tmp_path):
         (["--views.size_px", "4"], "views.size_px = 4: must be >= 8"),
         (["--model.encoder", "resnet9"], "model.encoder = 'resnet9'"),
         (["--precision.autocast", "fp16"], "precision.autocast = 'fp16': needs a GPU"),
+        (["--optim.update", "fused"], "optim.update = 'fused': must be one of auto, foreach, triton, apex"),
+        (["--optim.update", "triton"], "optim.update = 'triton': the tensors are on cpu; it needs CUDA"),
+        (["--optim.update", "apex"], "optim.update = 'apex': needs a GPU"),
         (["--out", ""], "out = ''"),
         (["--out", "{file}"], "exists and is not a run"),
         (["--out", "{file}/below"], "cannot be written"),

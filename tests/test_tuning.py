@@ -16,10 +16,11 @@ import torch
 import yaml
 
 from fastbyol.__main__ import main
+from fastbyol.byol import BYOL
 from fastbyol.checkpoint import checkpoint_steps
 from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import UserError
-from fastbyol.config.schema import DataConfig, PrecisionConfig, TrainConfig
+from fastbyol.config.schema import UPDATES, DataConfig, PrecisionConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.process_group import Process
 from fastbyol.train import main as train
@@ -30,7 +31,7 @@ from fastbyol.tuning.loader_tuning import readings
 from fastbyol.tuning.memory import fits_memory, those_that_fit
 from fastbyol.tuning.procedure import check_images
 from fastbyol.tuning.report import config_yaml
-from fastbyol.tuning.step_trial import repeated
+from fastbyol.tuning.step_trial import Stepper, repeated
 from fastbyol.tuning.step_tuning import fitting_batches, num_ways_to_compile, tune_rank_batch
 from fastbyol.tuning.verdict import Speeds, verdict
 
@@ -278,6 +279,50 @@ def test_compiled_networks_are_really_measured_and_the_written_config_trains(
     assert re.search(r"^  compile_mode: \S+  # .*step compiled, batch 8: eager [\d,]+, compiled, default [\d,]+$", text, re.MULTILINE)
     train(["--config", "tuned.yaml", "--out", "run", "--precision.compile", "false"])
     assert checkpoint_steps(tmp_path / "run") == [25 // 8]
+
+
+# The target's update.
+
+
+def test_ways_to_move_the_target_are_tried_on_a_gpu_where_they_work_and_the_others_are_noted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [candidates.updates(own) for own in UPDATES] == [
+        ["auto", "triton", "apex"],
+        ["foreach", "triton", "apex"],
+        ["triton", "auto", "apex"],
+        ["apex", "auto", "triton"],
+    ]
+
+    def check(update: str, device: torch.device) -> None:
+        assert device.type == "cuda"
+        if update == "apex":
+            raise UserError("apex is not installed")
+
+    monkeypatch.setattr(step_tuning, "check_update", check)
+    on_gpu = replace(bench, process=Process(0, 1, torch.device("cuda", 0)))
+    assert step_tuning.update_ways(replace(on_gpu, request=replace(bench.request, kept=frozenset({"optim.update"})))) == ["auto"]
+    assert "optim.update" not in bench.found.notes
+    assert step_tuning.update_ways(on_gpu) == ["auto", "triton"]
+    assert bench.found.notes["optim.update"] == "images/s per CPU process; not tried: apex is not installed"
+    assert step_tuning.update_ways(bench) == ["auto"], "on a CPU there is nothing to choose"
+
+
+def test_the_way_to_move_the_target_is_chosen_by_whole_steps_of_the_same_networks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_tuning, "update_ways", lambda bench: ["auto", "foreach"])
+    moved: list[str] = []
+    target_update = BYOL.target_update
+    monkeypatch.setattr(
+        BYOL, "target_update", lambda self, tau, *, backend: moved.append(backend) or target_update(self, tau, backend=backend)
+    )
+    first = Stepper(bench.trial_config(8), bench.process)
+    stepper, rate = step_tuning._tune_update(bench, first, rate=1.0)
+    assert set(moved) == {"auto", "foreach"}
+    assert stepper._networks is first._networks
+    (comparison,) = bench.found.comparisons
+    assert bench.found.config.optim.update == stepper.config.optim.update == comparison.best
+    assert rate == comparison.rate(comparison.best)
+    assert "step by optim.update, batch 8: auto" in bench.found.notes["optim.update"]
 
 
 # Memory.

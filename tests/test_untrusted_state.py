@@ -20,9 +20,9 @@ from fastbyol.config.schema import OptimConfig, TrainConfig
 from fastbyol.durable_files import durable_file, write_durably
 from fastbyol.initial_weights import encoder_weights
 from fastbyol.optim.build import build_optimizer
-from fastbyol.optim.ema import ema_update
+from fastbyol.optim.ema import TargetUpdate, ema_update
 from fastbyol.optim.lars import LARS
-from fastbyol.optim.multi_tensor import TargetUpdate, Update, apply_update
+from fastbyol.optim.multi_tensor import Update, apply_update
 from fastbyol.optim.saved_state import load_optimizer_state, state_difference
 from fastbyol.plain_yaml import read_yaml
 from fastbyol.rng_state import rng_difference, rng_state
@@ -201,13 +201,13 @@ def test_no_kernel_is_given_lists_that_do_not_pair():
     with pytest.raises(ValueError, match="laid out alike"):
         apply_update(update(momenta=[torch.ones(64, 64).t().contiguous().t()]), None)
     fitting = update()
-    with pytest.raises(ValueError, match="a target of"):
-        apply_update(fitting, TargetUpdate({id(fitting.params[0]): guard[:1]}, 0.1))
-    for backend in ("foreach", "apex", "triton"):
-        with pytest.raises(ValueError, match="ema_update got a target"):
+    for backend in ("auto", "foreach", "apex", "triton"):
+        with pytest.raises(ValueError, match="the update got a target"):
+            TargetUpdate([guard[:1]], fitting.params, 0.9, backend)
+        with pytest.raises(ValueError, match="the update got a target"):
             ema_update([torch.zeros(64)], [guard[:1]], 0.9, backend=backend)
     assert (guard == 7).all()
-    apply_update(fitting, TargetUpdate({id(fitting.params[0]): torch.ones(64, 64)}, 0.1))
+    apply_update(fitting, TargetUpdate([torch.ones(64, 64)], fitting.params, 0.9))
     assert (fitting.params[0] != 1).all(), "lists that pair are updated"
 
 

@@ -31,6 +31,8 @@ import numpy as np
 
 from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.record import CaseResult, make_result
+from benchmarks.rivals.dali_native_views import DIFFERENCES as DALI_DIFFERENCES
+from benchmarks.rivals.dali_native_views import dali_native_loader
 from benchmarks.rivals.lightly_views import LightlyLoader
 from benchmarks.rivals.packages import those_installed
 from benchmarks.rivals.stock_ffcv_views import DIFFERENCES, StockFfcvLoader
@@ -43,7 +45,6 @@ from fastbyol.data import build_loader
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.dali_loader import DaliSource
-from fastbyol.data.dali_renderer import NATIVE_DIFFERENCES
 from fastbyol.data.ffcv_loader import FfcvSource, TurboJpeg
 from fastbyol.data.folder_loader import FolderSource
 from fastbyol.data.inputs.folder import list_image_folder
@@ -165,10 +166,9 @@ def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, ope
         opened.append(loader)
         subjects.append(Subject(f"{backend}: {what}", _epoch_of(loader), units=size.images))
     if backend == "dali":
-        config = DataConfig(train=str(path), backend=backend, workers=1, dali_ops="all")
-        native = build_loader(config, views=views, seed=size.seed, global_batch=size.batch)
+        native = dali_native_loader(path, views, batch=size.batch, workers=1, seed=size.seed)
         opened.append(native)
-        subjects.append(Subject(DALI_NATIVE, _epoch_of(native), units=size.images, note=NATIVE_DIFFERENCES, role="rival"))
+        subjects.append(Subject(DALI_NATIVE, _epoch_of(native), units=size.images, note=DALI_DIFFERENCES, role="rival"))
     return subjects
 
 

@@ -24,8 +24,8 @@ from benchmarks.gpu.subjects import ENOUGH_S, captures, device_subject, why_it_f
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import measure
 from fastbyol.byol import build_byol
-from fastbyol.config.schema import ModelConfig
-from fastbyol.optim.ema import EMA_BACKENDS, ema_update, ema_update_reference
+from fastbyol.config.schema import UPDATES, ModelConfig
+from fastbyol.optim.ema import ema_update, ema_update_reference
 
 REFERENCE, CEILING = "the equation, a tensor at a time", "copy_"
 TAU = 0.99
@@ -54,7 +54,7 @@ def run(size: Size, *, place: Place) -> CaseResult:
         CEILING: lambda: torch._foreach_copy_(target, online),
         REFERENCE: lambda: ema_update_reference(target, online, TAU),
     }
-    for backend in EMA_BACKENDS:
+    for backend in [update for update in UPDATES if update != "auto"]:
         if why := why_it_fails(lambda backend=backend: ema_update(target, online, TAU, backend=backend)):
             skipped[backend] = why
         else:

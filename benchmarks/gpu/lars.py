@@ -29,7 +29,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, OptimConfig
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.ema import ema_update
-from fastbyol.optim.lars import LARS, lars_ema
+from fastbyol.optim.lars import LARS
 
 CEILING, BY_TENSOR, RIVAL, OURS = "copy_", "the rule, a tensor at a time", "torch-optimizer LARS", "fastbyol LARS.step"
 LR, TAU = 1e-3, 0.99
@@ -87,7 +87,7 @@ def _updates(byol: BYOL, params: Sequence[Tensor]) -> dict[str, Callable[[], obj
         BY_TENSOR: lars_by_tensor(params, lr=LR),
         OURS: ours.step,
         "LARS.step, then ema_update": one_after_the_other,
-        "lars_ema": lambda: lars_ema(with_target, target=target, online=online, tau=TAU),
+        "LARS.step(target_update=...)": lambda: with_target.step(target_update=byol.target_update(TAU)),
     }
 
 

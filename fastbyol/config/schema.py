@@ -22,7 +22,8 @@ from fastbyol.config.views import ViewPair
 
 BACKENDS = ("auto", "ffcv", "dali", "folder")
 TRAVERSALS = ("random", "local")
-DALI_OPS = ("auto", "decode", "crop", "all")
+DALI_OPS = ("auto", "decode", "crop")
+UPDATES = ("auto", "foreach", "triton", "apex")
 RESUME_MODES = ("auto", "must", "never")
 
 
@@ -45,8 +46,8 @@ class DataConfig:
     window_mib: int = 2048
     """Size of the window that traversal local shuffles together; twice this should fit in memory."""
     dali_ops: str = "auto"
-    """Work the dali backend gives to DALI: decode (on the CPU); crop, on the GPU if there is one; all, for comparison only, because it
-    is not the paper's augmentation. auto: crop on a GPU (not run by us yet), else decode.
+    """Work the dali backend gives to DALI: decode (on the CPU); crop, on the GPU if there is one. auto: crop on a GPU (not run by us yet),
+    else decode.
     """
     val: str = ""
     """Labelled images of the same classes for monitors.knn_every_epochs; training does not use them."""
@@ -140,6 +141,10 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-6
     trust_coefficient: float = 1e-3
+    update: str = "auto"
+    """What moves the target, whatever the optimizer. auto: with lars on a CPU our own kernel, in one pass with the step, else foreach. foreach:
+    torch's operations over all tensors, for lars itself too. triton: one launch (GPU). apex: NVIDIA's amp_C (GPU; PyPI's apex is another
+    package). triton and apex were never run on a GPU by us; `python -m fastbyol tune` measures them on yours and writes the fastest."""
     tau_base: float = 0.99
     """Target decay rate at step 0; it rises to 1 along a cosine."""
     projector_lr_factor: float = 1.0
@@ -150,6 +155,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not self.name.startswith("timm_"):
             require_choice("optim.name", self.name, ("lars", "sgd", "adamw", "torch_optimizer_lars", "timm_NAME (any of timm's)"))
+        require_choice("optim.update", self.update, UPDATES)
         require_positive("optim.base_lr", self.base_lr)
         for name in ("warmup_epochs", "weight_decay", "trust_coefficient"):
             require_at_least(f"optim.{name}", getattr(self, name), 0.0)

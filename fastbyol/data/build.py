@@ -83,8 +83,7 @@ def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int
             if config.dali_ops != "auto" or device.type == "cuda":
                 from fastbyol.data.dali_renderer import DaliRenderer
 
-                ops = "crop" if config.dali_ops == "auto" else config.dali_ops
-                return DaliRenderer(source, views, ops=ops, batch=batch, workers=workers, prefetch=config.prefetch, device=device)
+                return DaliRenderer(source, views, batch=batch, workers=workers, prefetch=config.prefetch, device=device)
         elif config.dali_ops != "auto":
             raise UserError(f"data.dali_ops = {config.dali_ops!r}: {config.train} is not read by the dali backend; leave it at auto")
     return KernelRenderer(source, views, output=output, workers=workers, prefetch=config.prefetch)

@@ -109,19 +109,25 @@ class DaliSource(Source):
 
 
 def _decoding_pipeline() -> Any:
-    """One JPEG decoder, run synchronously by the thread that owns it, with the settings that come closest to Pillow's."""
-    from nvidia.dali import Pipeline, fn, types
+    """Returns a pipeline of one JPEG decoder, run synchronously by the thread that owns it."""
+    from nvidia.dali import Pipeline
 
-    # DALI's stubs neither know device_id=None (no GPU) nor the names that its C++ part adds to types.
-    options: dict[str, Any] = {"device_id": None, "exec_async": False, "exec_pipelined": False}
-    names: Any = types
+    options: dict[str, Any] = {"device_id": None, "exec_async": False, "exec_pipelined": False}  # DALI's stubs do not know None (no GPU)
     pipeline = Pipeline(batch_size=BATCH, num_threads=1, prefetch_queue_depth=1, **options)
     with pipeline:
-        jpeg = fn.external_source(name="jpeg", dtype=names.UINT8, ndim=1)
-        image = fn.decoders.image(jpeg, device="cpu", output_type=names.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True)
-        pipeline.set_outputs(image)
+        pipeline.set_outputs(decoded_jpeg(on_gpu=False))
     pipeline.build()
     return pipeline
+
+
+def decoded_jpeg(*, on_gpu: bool) -> Any:
+    """Returns a graph's images, decoded from what is fed as 'jpeg', with the settings that come closest to Pillow's."""
+    from nvidia.dali import fn, types
+
+    names: Any = types  # DALI's stubs lack the names that its C++ part adds
+    jpeg = fn.external_source(name="jpeg", dtype=names.UINT8, ndim=1)
+    where = "mixed" if on_gpu else "cpu"
+    return fn.decoders.image(jpeg, device=where, output_type=names.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True)
 
 
 def dali_reason(error: RuntimeError) -> str:

@@ -1,14 +1,13 @@
-"""Views made by DALI itself: decoded and cropped, or whole, in one DALI pipeline, on the GPU where there is one.
+"""Crops made by DALI itself: both views of an image decoded and cut in one DALI pipeline, on the GPU where there is one.
 
-The boxes and all else come from our sampler, so that a view is the same one as every other backend's: the crops differ from the CPU kernel's by
-one of 255 levels at most (JPEG decoder and resampler round differently), which a test holds.
+The boxes come from our sampler, so that a view is the same one as every other backend's: the crops differ from the CPU kernel's by one of 255
+levels at most (JPEG decoder and resampler round differently), which a test holds. What follows the crop is `augment.torch_graph`'s.
 
 Not run on a GPU by us yet: there the same graph decodes by nvJPEG ('mixed'). Tested on the CPU, where it is slower than the kernel.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from typing import Any
 
@@ -16,67 +15,37 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastbyol.augment.parameters import (
-    BRIGHTNESS,
-    CONTRAST,
-    CROP_H,
-    CROP_W,
-    CROP_X,
-    CROP_Y,
-    FLIP,
-    GRAY,
-    HUE,
-    ORDER,
-    SATURATION,
-    SIGMA,
-    SOLARIZE,
-)
-from fastbyol.config.errors import UserError, require_choice
-from fastbyol.config.views import ViewPair, ViewSpec
-from fastbyol.data.dali_loader import DaliSource, dali_reason
+from fastbyol.augment.parameters import CROP_H, CROP_W, CROP_X, CROP_Y
+from fastbyol.config.errors import UserError
+from fastbyol.config.views import ViewPair
+from fastbyol.data.dali_loader import DaliSource, dali_reason, decoded_jpeg
 from fastbyol.data.renderer import Draw, Pending, Rendered, Renderer
 from fastbyol.data.source import Indices
 
-log = logging.getLogger("fastbyol")
-OPS = ("crop", "all")
-NATIVE_DIFFERENCES = (
-    "hue and saturation are linear instead of in HSV (mean error 19 and 9 of 255), contrast turns about middle grey, in one fixed order; "
-    "the blur reflects at the border"
-)
-"""How views of `ops` 'all' differ from the paper's."""
-
 
 class DaliRenderer(Renderer):
-    """Two views of each image from one decode, on one thread of ours that keeps DALI's busy.
+    """Makes two uint8 crops of each image from one decode, not mirrored, for `augment.torch_graph`, on one thread that keeps DALI's busy.
 
     Args:
         source: gives the JPEGs.
         pair: what both views draw.
-        ops: 'crop': uint8 crops, not mirrored, for `augment.torch_graph`; 'all': float32 views by DALI's own operations, for comparison only
-            (`NATIVE_DIFFERENCES`).
         batch: images of every batch.
         workers: DALI's threads.
         prefetch: batches made ahead.
-        device: where the views are made and left.
+        device: where the crops are made and left.
 
     Raises:
-        UserError: a pair that DALI's operations cannot make, or no DALI for this device.
+        UserError: DALI does not work on this device.
     """
 
-    def __init__(
-        self, source: DaliSource, pair: ViewPair, *, ops: str, batch: int, workers: int, prefetch: int, device: torch.device
-    ) -> None:
-        require_choice("data.dali_ops", ops, OPS)
-        if ops == "all":
-            _require_native(pair)
-            log.warning("data.dali_ops all is not the paper's augmentation: %s", NATIVE_DIFFERENCES)
+    def __init__(self, source: DaliSource, pair: ViewPair, *, batch: int, workers: int, prefetch: int, device: torch.device) -> None:
         super().__init__(source, threads=1, prefetch=prefetch)
-        self._jpeg, self._ops, self._on_gpu = source.jpeg, ops, device.type == "cuda"
+        self._jpeg, self._on_gpu = source.jpeg, device.type == "cuda"
         self._held: deque[tuple[Any, Any]] = deque()
         try:
-            self._pipeline = _pipeline(pair, ops=ops, batch=batch, threads=workers, device=device)
+            self._pipeline = _pipeline(pair, batch=batch, threads=workers, device=device)
         except RuntimeError as error:
-            raise UserError(f"data.dali_ops = {ops!r}: DALI cannot work on {device} ({dali_reason(error)}); use decode") from error
+            raise UserError(f"data.dali_ops = 'crop': DALI cannot work on {device} ({dali_reason(error)}); use decode") from error
 
     def _submit(self, indices: Indices, draw: Draw) -> Pending:
         job = self._pool.submit(self._render, indices, draw)
@@ -86,7 +55,7 @@ class DaliRenderer(Renderer):
         parameters = draw(indices, *self.source.sizes(indices))
         inputs = {"jpeg": [self._jpeg(index) for index in indices]}
         for view in range(2):
-            inputs |= _arguments(parameters[:, view], view, colour=self._ops == "all")
+            inputs |= box_arguments(parameters[:, view], view)
         try:
             outputs = self._pipeline.run(**inputs)  # waits for the device
         except RuntimeError as error:
@@ -108,41 +77,22 @@ class DaliRenderer(Renderer):
             self._held.popleft()
 
 
-def _arguments(rows: NDArray[np.float32], view: int, *, colour: bool) -> dict[str, Any]:
-    """What the pipeline is told of one view, from the sampler's rows (N, P)."""
-    arguments = {"start": rows[:, [CROP_Y, CROP_X]], "extent": rows[:, [CROP_H, CROP_W]]}
-    if colour:
-        jitter, gray = rows[:, ORDER] >= 0, rows[:, GRAY] > 0
-        arguments |= {
-            "flip": rows[:, FLIP].astype(np.int32),
-            "brightness": np.where(jitter, rows[:, BRIGHTNESS], 0),
-            "contrast": np.where(jitter, rows[:, CONTRAST], 1),
-            "saturation": np.where(gray, 0, np.where(jitter, rows[:, SATURATION], 1)),
-            "hue_deg": np.where(jitter, 360 * rows[:, HUE], 0),
-            "sigma": rows[:, SIGMA],
-            "solarize": rows[:, SOLARIZE] <= 1,
-        }
-    return {f"{name}{view}": np.ascontiguousarray(_as_dali_takes(value)) for name, value in arguments.items()}
+def box_arguments(rows: NDArray[np.float32], view: int) -> dict[str, NDArray[np.float32]]:
+    """Returns what `crop` is told of one view's boxes, from the sampler's rows (N, P)."""
+    boxes = {"start": rows[:, [CROP_Y, CROP_X]], "extent": rows[:, [CROP_H, CROP_W]]}
+    return {f"{name}{view}": np.ascontiguousarray(box.astype(np.float32, copy=False)) for name, box in boxes.items()}
 
 
-def _as_dali_takes(values: NDArray[Any]) -> NDArray[Any]:
-    return values.astype(np.float32) if values.dtype == np.float64 else values
+def _pipeline(pair: ViewPair, *, batch: int, threads: int, device: torch.device) -> Any:
+    """Returns DALI's graph: JPEGs and each view's boxes in, two batches (N, S, S, 3) out."""
+    from nvidia.dali import pipeline_def
 
-
-def _pipeline(pair: ViewPair, *, ops: str, batch: int, threads: int, device: torch.device) -> Any:
-    """JPEGs and each view's arguments in, two batches (N, S, S, 3) out."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    names: Any = types  # DALI's stubs lack the names that its C++ part adds
     on_gpu = device.type == "cuda"
 
-    @pipeline_def(enable_conditionals=True)
+    @pipeline_def
     def graph() -> Any:
-        jpeg = fn.external_source(name="jpeg", dtype=names.UINT8, ndim=1)
-        where = "mixed" if on_gpu else "cpu"
-        image = fn.decoders.image(jpeg, device=where, output_type=names.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True)
-        crops = [_crop(image, view, pair) for view in range(2)]
-        return tuple(_native(crop, view, pair) for view, crop in enumerate(crops)) if ops == "all" else tuple(crops)
+        image = decoded_jpeg(on_gpu=on_gpu)
+        return tuple(crop(image, view, pair) for view in range(2))
 
     device_id: Any = (device.index or 0) if on_gpu else None
     pipeline: Any = graph(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
@@ -150,8 +100,8 @@ def _pipeline(pair: ViewPair, *, ops: str, batch: int, threads: int, device: tor
     return pipeline
 
 
-def _crop(image: Any, view: int, pair: ViewPair) -> Any:
-    """Cut, then resized: no pixel outside the box counts, as in the paper's code."""
+def crop(image: Any, view: int, pair: ViewPair) -> Any:
+    """Cuts the view's box, then resizes it: no pixel outside the box counts, as in the paper's code."""
     from nvidia.dali import fn, types
 
     names: Any = types
@@ -159,33 +109,3 @@ def _crop(image: Any, view: int, pair: ViewPair) -> Any:
     box = [fn.external_source(name=f"{name}{view}", dtype=names.FLOAT, ndim=1) for name in ("start", "extent")]
     cut = fn.slice(image, *box, axes=[0, 1], normalized_anchor=False, normalized_shape=False)
     return fn.resize(cut, size=[pair.size_px, pair.size_px], interp_type=interpolation, antialias=pair.antialias)
-
-
-def _native(x: Any, view: int, pair: ViewPair) -> Any:
-    """All that follows the crop as DALI's own operations. The `if`s are DALI's conditionals: by image."""
-    from nvidia.dali import fn, types
-
-    names: Any = types
-    kinds = {"flip": names.INT32, "solarize": names.BOOL}
-    wanted = ("flip", "brightness", "contrast", "saturation", "hue_deg", "sigma", "solarize")
-    given: dict[str, Any] = {name: fn.external_source(name=f"{name}{view}", dtype=kinds.get(name, names.FLOAT), ndim=0) for name in wanted}
-    x = fn.brightness_contrast(x, brightness_shift=given["brightness"], contrast=given["contrast"])
-    x = fn.hsv(x, hue=given["hue_deg"], saturation=given["saturation"])
-    if given["sigma"] > 0:
-        x = fn.gaussian_blur(x, window_size=pair.blur_taps, sigma=given["sigma"])
-    if given["solarize"]:
-        x = fn.lookup_table(x, keys=list(range(256)), values=_solarized((pair.view1, pair.view2)[view]), dtype=names.UINT8)
-    mean, std = ([255 * value for value in values] for values in (pair.mean, pair.std))
-    return fn.crop_mirror_normalize(x, mean=mean, std=std, mirror=given["flip"], output_layout="HWC", dtype=names.FLOAT)
-
-
-def _solarized(spec: ViewSpec) -> list[float]:
-    """Each of the 256 levels, turned round from the threshold on."""
-    return [float(level if level < 255 * spec.solarize_threshold else 255 - level) for level in range(256)]
-
-
-def _require_native(pair: ViewPair) -> None:
-    turned = max(pair.view1.rotation_deg, pair.view2.rotation_deg) > 0
-    if turned or pair.semantics != "paper":
-        what = "rotation" if turned else f"views.semantics {pair.semantics}"
-        raise UserError(f"data.dali_ops = 'all': DALI's own operations have no {what}; use crop or decode")

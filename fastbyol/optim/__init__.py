@@ -1,1 +1,1 @@
-"""Updates: LARS for the online network, the moving average for the target."""
+"""Updates of the two networks: LARS for the online one, a moving average for the target. No data, no files, no command line."""

@@ -1,7 +1,8 @@
-"""The optimizer that a config names."""
+"""Builds the optimizer that a config names."""
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
 from fastbyol.config.schema import OptimConfig
+from fastbyol.optim.ema import TargetUpdate
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
 
@@ -18,7 +20,9 @@ TIMM_PREFIX = "timm_"
 
 
 def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
-    """An optimizer over the module's trainable parameters, learning rate 0 until the schedule sets it, times a group's `lr_factor`.
+    """Returns an optimizer over the module's trainable parameters, whose `step` takes LARS's `target_update`.
+
+    Its learning rate is 0 until the schedule sets it, times a group's `lr_factor`.
 
     Raises:
         UserError: the library that the name needs is not installed, or has no such optimizer.
@@ -27,6 +31,10 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
     groups = byol_param_groups(module, lr_factors=factors)
     if config.name == "lars":
         return LARS(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay, trust_coefficient=config.trust_coefficient)
+    return _with_target_update(_other_optimizer(config, groups))
+
+
+def _other_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
     if config.name == "adamw":
@@ -36,8 +44,27 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
     return _torch_optimizer_lars(config, groups)
 
 
-def _torch_optimizer_lars(config: OptimConfig, groups: list[dict[str, object]]) -> Optimizer:
-    """torch-optimizer's LARS, for comparison. Differs from the paper: divides by |g| + wd |w| + 1e-8, and skips tensors whose gradient is 0."""
+def _with_target_update(optimizer: Optimizer) -> Optimizer:
+    """Returns the optimizer itself; its step now takes a `target_update`, as that of LARS, and moves the target after the parameters.
+
+    The target moves inside the step because a gradient scaler leaves out a step that has overflowed and tells nobody: outside of it, the
+    target would move alone.
+    """
+    optimizer.step = MethodType(_step_and_target, optimizer)  # type: ignore[method-assign]
+    return optimizer
+
+
+def _step_and_target(optimizer: Optimizer, *, target_update: TargetUpdate | None = None) -> None:
+    type(optimizer).step(optimizer)
+    if target_update is not None:
+        target_update.apply()
+
+
+def _torch_optimizer_lars(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """Returns torch-optimizer's LARS, for comparison.
+
+    Differs from the paper: it divides by |g| + wd |w| + 1e-8, and skips tensors whose gradient is 0.
+    """
     try:
         from torch_optimizer import LARS as TorchOptimizerLARS
     except ImportError as error:
@@ -50,8 +77,11 @@ def _torch_optimizer_lars(config: OptimConfig, groups: list[dict[str, object]]) 
     )
 
 
-def _timm_optimizer(config: OptimConfig, groups: list[dict[str, object]]) -> Optimizer:
-    """timm's by name. Biases and BN get no decay; its LARS (timm_lars) then adapts weights only, but divides by |g| + wd |w|, as torch-optimizer's."""
+def _timm_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """Returns timm's optimizer of that name. Biases and BN get no decay, so its LARS (timm_lars) adapts weights only.
+
+    Differs from the paper: timm's LARS divides by |g| + wd |w|, as torch-optimizer's does.
+    """
     name = config.name.removeprefix(TIMM_PREFIX)
     try:
         import timm

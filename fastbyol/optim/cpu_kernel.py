@@ -1,4 +1,6 @@
-"""LARS and the target's update of one tensor in two passes over memory, the second while the end of the first is still in cache (CPU, float32).
+"""Kernels for one tensor's LARS step and target update on a CPU, in float32.
+
+They pass over memory twice, the second time while the end of the first pass is still in cache.
 
 The loops run over slices: LLVM does not vectorise them over `range(start, stop)`.
 """
@@ -28,7 +30,7 @@ def _squares(w: F32, g: F32, decay: np.float32) -> tuple[np.float32, np.float32]
 
 @njit(cache=True, nogil=True)
 def trust_ratio(w: F32, g: F32, decay: np.float32, coefficient: float) -> float:
-    """coefficient * |w| / |g + decay * w|, 1 where either norm is 0; w, g (N,) contiguous."""
+    """Returns coefficient * |w| / |g + decay * w|, or 1 where either norm is 0; w, g (N,) contiguous."""
     ww, uu = 0.0, 0.0
     for start in range(0, w.size, _RUN):
         a, b = _squares(w[start : start + _RUN], g[start : start + _RUN], decay)
@@ -39,7 +41,7 @@ def trust_ratio(w: F32, g: F32, decay: np.float32, coefficient: float) -> float:
 
 @njit(fastmath={"contract"}, cache=True, nogil=True)
 def update(w: F32, g: F32, m: F32, scale: np.float32, decay: np.float32, momentum: np.float32, lr: np.float32) -> None:
-    """m = momentum * m + scale * (g + decay * w); w -= lr * m; in place."""
+    """Sets m = momentum * m + scale * (g + decay * w), then w -= lr * m, in place."""
     for i in range(w.size):
         v = momentum * m[i] + scale * (g[i] + decay * w[i])
         m[i] = v
@@ -50,7 +52,7 @@ def update(w: F32, g: F32, m: F32, scale: np.float32, decay: np.float32, momentu
 def update_with_target(
     w: F32, g: F32, m: F32, t: F32, scale: np.float32, decay: np.float32, momentum: np.float32, lr: np.float32, weight: np.float32
 ) -> None:
-    """The same, then t += weight * (w - t)."""
+    """Does the same, then sets t += weight * (w - t)."""
     for i in range(w.size):
         v = momentum * m[i] + scale * (g[i] + decay * w[i])
         m[i] = v

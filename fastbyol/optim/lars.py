@@ -1,33 +1,33 @@
-"""LARS as BYOL's official code has it, over all tensors at once, without a host sync, and with the target's update in the same pass.
+"""The LARS optimizer, computed as in BYOL's official code: all tensors at once, without a host sync, the target's update in the same pass.
 
 Per tensor, in this order (deepmind-research/byol/utils/optimizers.py):
     u = g + weight_decay * w                       unless the group has adapt=False
     u = u * trust_coefficient * |w| / |u|          unless adapt=False; the factor is 1 where either norm is 0
     m = momentum * m + u
     w = w - lr * m
-The learning rate stays outside the buffer. Others differ: torch-optimizer, lightly and solo-learn divide by |g| + weight_decay |w| and skip
-tensors without gradient; SimCLR keeps the learning rate inside the buffer.
+The learning rate stays outside the buffer. Other libraries differ: torch-optimizer, lightly and solo-learn divide by |g| + weight_decay |w|
+and skip tensors without gradient; SimCLR keeps the learning rate inside the buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastbyol.optim.ema import ema_update
+from fastbyol.optim.ema import TargetUpdate
 from fastbyol.optim.memory_order import laid_out_like
-from fastbyol.optim.multi_tensor import TargetUpdate, Update, apply_update
+from fastbyol.optim.multi_tensor import Update, apply_update
 from fastbyol.saved_structure import tensor_difference
 
 _GROUP = ("lr", "momentum", "weight_decay", "trust_coefficient", "adapt")
 
 
 class LARS(Optimizer):
-    """Layer-wise adaptive rate scaling (You et al., 2017) with the official BYOL rule.
+    """Layer-wise adaptive rate scaling (You et al., 2017), by the rule of the official BYOL code.
 
     No step waits for a GPU. A CUDA graph can hold the step once an eager step has made the buffers; give `lr` as a tensor there, or the
     graph keeps the value it was captured with.
@@ -64,27 +64,32 @@ class LARS(Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, target_update: TargetUpdate | None = None
     ) -> float | None:
-        """One update of every parameter that has a gradient; gradients keep their values.
+        """Updates every parameter that has a gradient, then the target; gradients keep their values.
 
         Args:
             closure: computes the loss again; its value is returned.
-            target_update: tensors that follow the parameters in the same pass; see `lars_ema`.
+            target_update: which tensors follow which. On a CPU in float32 each block of weights moves its target while it is in cache;
+                elsewhere one runs after the other. Online tensors that the optimizer does not update (frozen, or without gradient) pull
+                their target all the same.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        moved: set[int] = set()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                apply_update(self._update_of(group, params), target_update)
+                moved |= apply_update(self._update_of(group, params), target_update)
+        if target_update is not None:
+            target_update.apply(moved=moved)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state of the same parameters.
+        """Loads a state that was saved for the same parameters.
 
         Raises:
-            ValueError: other groups, or a buffer that is no tensor of its parameter's shape.
+            ValueError: the groups differ, or a buffer is not a tensor of its parameter's shape.
         """
         params = [param for group in self.param_groups for param in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -118,25 +123,6 @@ class LARS(Optimizer):
         return state["momentum_buffer"]
 
 
-def lars_ema(optimizer: LARS, *, target: Sequence[Tensor], online: Sequence[Tensor], tau: float | Tensor) -> None:
-    """`optimizer.step()` followed by `ema_update(target, online, tau)`, in place, in one pass over memory where the device allows it.
-
-    On the CPU in float32 each block of weights moves its target while it is in cache; elsewhere the two run one after the other. Under fp16
-    use `scaler.step(optimizer, target_update=TargetUpdate.of(...))`: a skipped step then moves neither.
-
-    Args:
-        target, online: tensors of equal shapes in equal order; online tensors that the optimizer does not update (frozen, or without
-            gradient) pull their target all the same. Parameters not named here (predictor, probe) have no target.
-        tau: target decay rate in [0, 1], or a tensor.
-    """
-    update = TargetUpdate.of(target, online, tau)
-    updated = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-    optimizer.step(target_update=update)
-    left = [(t, o) for t, o in zip(target, online, strict=True) if id(o) not in updated]
-    if left:
-        ema_update([t for t, _ in left], [o for _, o in left], tau)
-
-
 @torch.no_grad()
 def lars_step_reference(
     param: Tensor,
@@ -149,7 +135,7 @@ def lars_step_reference(
     trust_coefficient: float,
     adapt: bool,
 ) -> None:
-    """One tensor's update, in place, as the rule is written at the top of this file."""
+    """Updates one tensor, in place, as the rule is written at the top of this file."""
     update = grad.clone()
     if adapt:
         update += weight_decay * param

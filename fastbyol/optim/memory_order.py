@@ -1,4 +1,4 @@
-"""In which order tensors of one shape hold their elements: kernels over flat memory pair them by it."""
+"""Compares the order in which tensors of one shape hold their elements: kernels over flat memory pair elements by their place in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def laid_out_like(param: Tensor, other: Tensor) -> Tensor:
-    """The other tensor, or a copy of it whose memory order pairs with the parameter's, as every kernel here needs.
+    """Returns the other tensor, or a copy of it in the parameter's memory order, which every kernel here needs.
 
     Raises:
         ValueError: the parameter has holes (a slice of a larger tensor), or the other tensor has another shape, dtype or device.
@@ -30,12 +30,12 @@ def require_alike(param: Tensor, other: Tensor) -> None:
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold their elements in the same order; strides of dimensions of size 1 say nothing."""
+    """Says whether two tensors of one shape hold their elements in the same order; the stride of a dimension of size 1 does not matter."""
     return a.stride() == b.stride() or all(s == t for s, t, n in zip(a.stride(), b.stride(), a.shape, strict=True) if n > 1)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their stretch of memory, in whatever order."""
+    """Says whether the elements fill their part of memory without gaps, in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1

@@ -1,10 +1,8 @@
-"""How a LARS update reaches memory: with the fewest passes on the CPU in float32, with few launches and no sync elsewhere."""
+"""Applies a LARS update to many tensors: with the fewest passes over memory on a CPU in float32, with few launches and no sync elsewhere."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from fastbyol.kernel_threads import in_threads
 from fastbyol.optim import cpu_kernel
+from fastbyol.optim.ema import TargetUpdate, one_thread_on_cpu
 from fastbyol.optim.memory_order import laid_out_like, same_order
 
 # Elements: w, g, m and the target of one block stay in a 32 MiB last-level cache.
@@ -22,7 +21,7 @@ BLOCK = 1 << 19
 
 @dataclass(frozen=True)
 class Update:
-    """One group's parameters with what moves them; lists are in equal order."""
+    """One group's parameters with their gradients, momenta and settings; the lists have the same order."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -34,89 +33,39 @@ class Update:
     trust_coefficient: float
 
 
-@dataclass(frozen=True)
-class TargetUpdate:
-    """Which target follows which parameter, by the parameter's id, and how far: target += weight * (parameter - target)."""
+def apply_update(update: Update, target_update: TargetUpdate | None) -> frozenset[int]:
+    """Moves momenta and parameters, in place, and on a CPU in float32 the targets of adapted parameters in the same pass.
 
-    targets: dict[int, Tensor]
-    weight: float | Tensor
+    Returns:
+        the ids of the parameters whose target has moved.
 
-    @classmethod
-    def of(cls, target: Sequence[Tensor], online: Sequence[Tensor], tau: float | Tensor) -> TargetUpdate:
-        """Pairs the two lists, which must be of equal length and shapes."""
-        if [t.shape for t in target] != [o.shape for o in online]:
-            raise ValueError(f"got {len(target)} target and {len(online)} online tensors; both lists must match in length and shapes")
-        return cls({id(o): t for t, o in zip(target, online, strict=True)}, 1 - tau)
-
-
-def apply_update(update: Update, target_update: TargetUpdate | None) -> None:
-    """Moves momenta, parameters and, where paired, targets, in place. ValueError where shapes, dtypes, devices or layouts do not pair."""
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts do not pair.
+    """
     update = replace(update, grads=[laid_out_like(p, g) for p, g in zip(update.params, update.grads, strict=True)])
     for p, m in zip(update.params, update.momenta, strict=True):
         if laid_out_like(p, m) is not m:
             raise ValueError(f"a momentum buffer with strides {m.stride()} beside a parameter with {p.stride()}: must be laid out alike")
-    targets: list[Tensor | None] = [None] * len(update.params)
-    weight: float | Tensor = 0.0
-    if target_update:
-        targets = [target_update.targets.get(id(p)) for p in update.params]
-        weight = target_update.weight
-        for p, t in zip(update.params, targets, strict=True):
-            if t is not None and (t.shape != p.shape or t.device != p.device):
-                raise ValueError(
-                    f"a target of {tuple(t.shape)} on {t.device} for a parameter of {tuple(p.shape)} on {p.device}: must be alike"
-                )
-    if update.adapt and all(_fits_blocks(*pair) for pair in zip(update.params, targets, strict=True)):
-        _apply_in_blocks(update, targets, float(weight))
-        return
+    if update.adapt and (target_update is None or target_update.backend == "auto"):
+        followers = {id(o): t for t, o in zip(target_update.target, target_update.online, strict=True)} if target_update else {}
+        targets = [followers.get(id(p)) for p in update.params]
+        if all(_fits_blocks(*pair) for pair in zip(update.params, targets, strict=True)):
+            _apply_in_blocks(update, targets, 1 - float(target_update.tau) if target_update else 0.0)
+            return frozenset(id(p) for p, t in zip(update.params, targets, strict=True) if t is not None)
     with one_thread_on_cpu(update.params[0].device):
-        _apply_at_once(update, targets, weight)
+        _apply_at_once(update)
+    return frozenset()
 
 
-@contextmanager
-def one_thread_on_cpu(device: torch.device) -> Iterator[None]:
-    """torch's CPU operations run on the calling thread inside; nothing changes for another device.
-
-    An update is limited by memory, which one core nearly saturates, while every tensor's parallel region waits at a barrier of its own:
-    with the other core busy the same updates took two to four times the CPU time on two threads.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _apply_at_once(update: Update, targets: list[Tensor | None], weight: float | Tensor) -> None:
-    """A few launches for all tensors: one for the decayed gradients (a temporary), their norms, the update, the targets."""
+def _apply_at_once(update: Update) -> None:
+    """Takes a few launches for all tensors: one for the decayed gradients (a temporary), their norms, the update."""
     grads = _scaled(update) if update.adapt else update.grads
     lr = _lr_on(update.params[0].device, update.lr)
     _sgd_(update.params, grads, update.momenta, lr=lr, momentum=update.momentum)
-    pairs = [(t, p) for t, p in zip(targets, update.params, strict=True) if t is not None]
-    lerp_([t for t, _ in pairs], [p for _, p in pairs], weight)
-
-
-def lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weight: float | Tensor) -> None:
-    """target <- target + weight (online - target), in place; one fused launch for a number, one per tensor for a weight on a device.
-
-    torch's fused form takes a number only: handed a tensor, it reads it on the host and so waits for the device.
-    """
-    if not target:
-        return
-    with one_thread_on_cpu(target[0].device):
-        if isinstance(weight, Tensor) and target[0].device.type != "cpu":
-            weight = weight.to(target[0])
-            for t, o in zip(target, online, strict=True):
-                t.lerp_(o, weight)
-        else:
-            torch._foreach_lerp_(list(target), list(online), float(weight))
 
 
 def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float) -> None:
-    """A tensor at a time on each thread: its norms, then at once its update (and its target's), while what fits of w and g is still in cache."""
+    """Computes a tensor's norms and then at once its update (and its target's), while part of w and g is still in cache; one tensor per thread."""
     lr, momentum, decay = (np.float32(x) for x in (float(update.lr), update.momentum, update.weight_decay))
 
     def apply(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
@@ -136,7 +85,7 @@ def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float
 
 
 def _scaled(update: Update) -> list[Tensor]:
-    """u * trust_coefficient * |w| / |u| for u = g + weight_decay * w; ratios stay on the device."""
+    """Returns u * trust_coefficient * |w| / |u| for u = g + weight_decay * w; the ratios stay on the device."""
     u = torch._foreach_add(update.grads, update.params, alpha=update.weight_decay)
     weight_norm = torch.stack(torch._foreach_norm(update.params))
     update_norm = torch.stack(torch._foreach_norm(u))
@@ -154,9 +103,9 @@ def _sgd_(
     lr: float | Tensor,
     momentum: float,
 ) -> None:
-    """m = momentum * m + g; w -= lr * m: torch's fused SGD kernel.
+    """Sets m = momentum * m + g, then w -= lr * m, by torch's fused SGD kernel.
 
-    It refuses a buffer where momentum is 0, so the smallest number stands in.
+    That kernel refuses a buffer where momentum is 0, so the smallest positive number is passed instead.
     """
     torch._fused_sgd_(
         params,
@@ -173,18 +122,18 @@ def _sgd_(
 
 
 def _flat(tensor: Tensor) -> NDArray[np.float32]:
-    """The dense tensor's memory as an array of one dimension."""
+    """Returns the memory of a dense tensor as an array of one dimension."""
     return tensor.detach().as_strided((tensor.numel(),), (1,)).numpy()
 
 
 def _fits_blocks(param: Tensor, target: Tensor | None) -> bool:
-    """Whether memory order pairs the elements. The kernel is float32; float64 takes the general way."""
+    """Says whether the CPU kernel can take them: float32, and in the same memory order. Everything else takes `_apply_at_once`."""
     on_cpu = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (param, target) if x is not None)
     return on_cpu and (target is None or same_order(param, target))
 
 
 def _lr_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
-    """A learning rate that the fused kernel takes without a sync: a float on the CPU, a float32 tensor where it is one on a device."""
+    """Returns the learning rate in the form that the fused kernel takes without a sync: a float on the CPU, a float32 tensor on a device."""
     if not isinstance(lr, Tensor):
         return lr
     return lr.item() if device.type == "cpu" else lr.to(device, torch.float32, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What skips weight decay and trust scaling, and what learns at a rate of its own."""
+"""Splits parameters into groups: those without weight decay and trust scaling, and those with a learning rate of their own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 
 def byol_param_groups(module: nn.Module, *, lr_factors: Mapping[str, float] = NO_FACTORS) -> list[dict[str, Any]]:
-    """Groups of the module's trainable parameters: weights, and biases with BN scales and offsets (`adapt=False`: no decay, no trust scaling).
+    """Returns groups of the module's trainable parameters: weights; and biases with BN scales and offsets, without decay and trust scaling.
 
     Args:
-        module: whose parameters.
-        lr_factors: by submodule, what its learning rate is to be multiplied by. Each gets two groups of its own with that `lr_factor`, which
-            whoever sets the groups' `lr` applies; a factor of 1 makes none.
+        module: the module that holds the parameters.
+        lr_factors: what to multiply the learning rate of a submodule by. Each submodule gets two groups of its own with that `lr_factor`; the
+            code that sets the groups' `lr` applies it. A factor of 1 makes no group.
 
     Source: the official utils/optimizers.py excludes leaves named `b` and parents named `*norm*`; in PyTorch these are the tensors with one
     dimension or none.

@@ -1,4 +1,4 @@
-"""An optimizer's state from a file, held against what the optimizer itself keeps after a step, before any kernel sees it."""
+"""Checks an optimizer's state from a file against what the optimizer itself keeps after a step, before any kernel reads it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastbyol.saved_structure import first_difference
 
 
 def state_difference(optimizer: Optimizer, saved: object) -> str | None:
-    """Says why `saved` is no state that this optimizer could have after its steps, or None. The optimizer stays as it is.
+    """Returns why `saved` cannot be a state of this optimizer, or None if it can. The optimizer stays as it is.
 
-    Works for every optimizer: a copy of it takes one step, and shows which buffers of which shapes it keeps.
+    This works for every optimizer: a copy of it takes one step, which shows what buffers it keeps, and of what shapes.
     """
     one = _after_a_step(optimizer)
     own = one.state_dict()
@@ -36,7 +36,7 @@ def state_difference(optimizer: Optimizer, saved: object) -> str | None:
         where = f"optimizer.state.{shown(index)}"
         if index not in own["state"] or not isinstance(kept, dict):
             return f"{where} belongs to no parameter"
-        # What appears after some steps only is not in the copy's.
+        # A buffer that appears only after some steps is missing in the copy.
         later = {
             name: params[index] if isinstance(value, Tensor) else value for name, value in kept.items() if name not in own["state"][index]
         }
@@ -61,7 +61,7 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 def _with_flags(saved: Any, own: list[dict[str, Any]]) -> Any:
-    """The saved groups, with the switches that the library they were saved with did not have yet; its loader knows what they were."""
+    """Returns the saved groups with the flags added that an older version of the library did not have; its own loader fills them in too."""
     if not isinstance(saved, list) or len(saved) != len(own):
         return saved
     flags = [{name: value for name, value in group.items() if value is None or isinstance(value, bool)} for group in own]

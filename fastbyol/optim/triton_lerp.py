@@ -1,6 +1,6 @@
-"""The target's update as one Triton launch over all tensors: a table of addresses and chunks stands in for a list of kernels.
+"""Moves the target in one Triton launch over all tensors: a table of addresses and chunks replaces one launch per tensor.
 
-Tried with Triton's interpreter on the CPU (TRITON_INTERPRET=1); not yet run on a GPU.
+Tested by Triton's interpreter on the CPU (TRITON_INTERPRET=1); never run on a GPU by us.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _lerp_kernel(table, weight, CHUNK: tl.constexpr):
 
 
 def multi_tensor_lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weight: float | Tensor) -> None:
-    """target <- target + weight (online - target), in place.
+    """Sets target <- target + weight (online - target), in place.
 
     The first call for a set of tensors copies their table to the device; later ones only launch.
 
@@ -48,7 +48,7 @@ def multi_tensor_lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weigh
         return
     device = target[0].device
     if device.type != "cuda" and isinstance(_lerp_kernel, triton.JITFunction):  # Triton's interpreter replaces that class
-        raise UserError(f"backend = 'triton': the tensors are on {device}; it needs CUDA, or take 'foreach'")
+        raise UserError(f"optim.update = 'triton': the tensors are on {device}; it needs CUDA, or take 'foreach'")
     if not isinstance(weight, Tensor):
         weight = torch.full((), weight, dtype=torch.float32, device=device)  # a fill on the device: no copy to wait for
     table = _table_of(target, online)
@@ -56,7 +56,7 @@ def multi_tensor_lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weigh
 
 
 def _table_of(target: Sequence[Tensor], online: Sequence[Tensor]) -> Tensor:
-    """(chunks, 3) int64 on the device, kept while the tensors stay where they are."""
+    """Returns the kernel's table, (chunks, 3) int64 on the device; it is kept while the tensors stay at their addresses."""
     key = tuple((t.data_ptr(), o.data_ptr(), t.shape, t.stride(), o.stride()) for t, o in zip(target, online, strict=True))
     if key not in _tables:
         rows = [row for t, o in zip(target, online, strict=True) for row in _rows(t, o)]
@@ -70,11 +70,13 @@ def _table_of(target: Sequence[Tensor], online: Sequence[Tensor]) -> Tensor:
 def _rows(target: Tensor, online: Tensor) -> list[tuple[int, int, int]]:
     if target.shape != online.shape or target.device != online.device or not (is_dense(target) and same_order(target, online)):
         raise UserError(
-            f"backend = 'triton': target {tuple(target.shape)} {target.stride()} on {target.device} and online {tuple(online.shape)} "
+            f"optim.update = 'triton': target {tuple(target.shape)} {target.stride()} on {target.device} and online {tuple(online.shape)} "
             f"{online.stride()} on {online.device} must be dense and laid out alike; take 'foreach'"
         )
     if target.dtype != torch.float32 or online.dtype != torch.float32:
-        raise UserError(f"backend = 'triton': target is {target.dtype}, online {online.dtype}; both must be float32, or take 'foreach'")
+        raise UserError(
+            f"optim.update = 'triton': target is {target.dtype}, online {online.dtype}; both must be float32, or take 'foreach'"
+        )
     size = target.element_size()
     starts = range(0, target.numel(), CHUNK)
     return [(target.data_ptr() + s * size, online.data_ptr() + s * size, min(CHUNK, target.numel() - s)) for s in starts]

@@ -1,1 +1,1 @@
-"""What runs fastest on this machine, measured: the settings to start a run from."""
+"""Measures which settings run fastest on this machine, to start a run from."""

@@ -1,4 +1,4 @@
-"""What all measurements share: the request, this machine's share of the run, and what was found so far."""
+"""The state that all measurements share: the request, this machine's share of the run, and what has been found so far."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastbyol.config.schema import DataConfig, PrecisionConfig, TrainConfig
+from fastbyol.config.schema import DataConfig, OptimConfig, PrecisionConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.process_group import Process
 from fastbyol.tuning.comparison import Comparison, Trial, compare
@@ -20,14 +20,14 @@ from fastbyol.tuning.verdict import Speeds
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """What the user asks `tune` for.
 
     Args:
-        config: of the run to come; its data.train is not read.
-        paths: the same images, one path for each way they are stored.
-        ranks: processes of the run, one per GPU; None: one for each GPU here, or one on a CPU.
-        seconds: for each comparison.
-        kept: dotted names of options that are not tuned.
+        config: the config of the run to come; its data.train is not read.
+        paths: the same images, one path for each form they are stored in.
+        ranks: processes of the run, one per GPU; None means one for each GPU here, or one on a CPU.
+        seconds: time for each comparison.
+        kept: dotted names of the options that are not tuned.
     """
 
     config: TrainConfig
@@ -39,10 +39,10 @@ class Request:
 
 @dataclass
 class Findings:
-    """What was measured and chosen so far.
+    """What has been measured and chosen so far.
 
-    config: the run with the best settings so far. per: what images per second are counted by. notes: by dotted name, why a setting is as it is.
-    lines: the conclusion in words.
+    config: the run with the best settings so far. per: the unit that images per second refer to. notes: the reason for a setting, by its
+    dotted name. lines: the conclusion in words.
     """
 
     config: TrainConfig
@@ -54,33 +54,40 @@ class Findings:
     lines: list[str] = field(default_factory=list)
 
     def add(self, comparison: Comparison, *names: str) -> str:
-        """Keeps the comparison, as the reason for these settings too; its best candidate."""
+        """Keeps the comparison, notes it as the reason for these settings, and returns its best candidate."""
         self.comparisons.append(comparison)
         for name in names:
             self.notes[name] = "; ".join([self.notes.get(name, f"images/s per {self.per}"), comparison.summary])
         return comparison.best
 
-    def choose(self, *, precision: PrecisionConfig | None = None, data: DataConfig | None = None, rank_batch: int | None = None) -> None:
-        """Takes over what is given."""
-        given = {"precision": precision, "data": data, "rank_batch": rank_batch}
+    def choose(
+        self,
+        *,
+        precision: PrecisionConfig | None = None,
+        data: DataConfig | None = None,
+        rank_batch: int | None = None,
+        optim: OptimConfig | None = None,
+    ) -> None:
+        """Puts the given parts into the config."""
+        given = {"precision": precision, "data": data, "rank_batch": rank_batch, "optim": optim}
         self.config = replace(self.config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
     def command(self, path: Path) -> str:
-        """What starts the run from the file at the path."""
+        """Returns the command that starts the run from the config file at the path."""
         start = ["torchrun", "--nproc-per-node", str(self.ranks)] if self.ranks > 1 else ["python"]
         return shlex.join([*start, "fastbyol/train.py", "--config", str(path), "--out", "runs/tuned"])
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One process that works as one rank of the run would, without the messages between ranks."""
+    """One process that works as one rank of the run would, but exchanges no messages with other ranks."""
 
     request: Request
     process: Process
     share: int
     """Images per optimizer step of one rank."""
     cores: int
-    """Of this machine, for one rank."""
+    """Cores of this machine for one rank."""
     found: Findings
     announce: Callable[[str], None]
     sample: list[ViewBatch] = field(default_factory=list)
@@ -92,15 +99,15 @@ class Bench:
 
     @property
     def micro_batch(self) -> int:
-        """Images of one forward in the config so far."""
+        """Images of one forward pass, by the config so far."""
         return self.found.config.rank_batch or self.share
 
     def keeps(self, name: str) -> bool:
-        """Whether the user has set this option."""
+        """Says whether the user has set this option, so that it is not tuned."""
         return name in self.request.kept
 
     def trial_config(self, batch: int, *, data: DataConfig | None = None, precision: PrecisionConfig | None = None) -> TrainConfig:
-        """The config so far for one process, with this many images in one forward and step, from fresh weights."""
+        """Returns the config so far for one process that starts from fresh weights, with this many images in one forward pass and step."""
         config = self.found.config
         return replace(
             config,
@@ -112,7 +119,7 @@ class Bench:
         )
 
     def compare(self, title: str, trials: Sequence[Trial]) -> Comparison:
-        """Says what is measured, measures it, and gives back memory of what failed."""
+        """Announces the comparison, runs it, and frees the memory of failed candidates."""
         self.announce(f"{title}: {', '.join(trial.name for trial in trials)}")
         comparison = compare(title, trials, seconds=self.request.seconds)
         release_memory()
@@ -120,6 +127,6 @@ class Bench:
 
 
 def cores_per_rank(ranks: int, *, device: torch.device) -> int:
-    """Cores that this process may use, shared by the ranks that will run on this machine; at least 1."""
+    """Returns how many cores each rank gets when the ranks on this machine share those of this process; at least 1."""
     here = min(ranks, torch.cuda.device_count()) if device.type == "cuda" else ranks
     return max(1, len(os.sched_getaffinity(0)) // here)

@@ -1,4 +1,4 @@
-"""What is worth trying: threads, batches, precisions, queues. Pure functions of the machine's numbers."""
+"""Lists the candidates worth trying: threads, batches, precisions, queues. Pure functions of the machine's numbers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import torch
 
-from fastbyol.config.schema import PrecisionConfig
+from fastbyol.config.schema import UPDATES, PrecisionConfig
 
 Value = TypeVar("Value")
 AUTOCAST = {"cuda": ("bf16", "fp16", "off"), "cpu": ("bf16", "off")}
-"""fp16 needs a gradient scaler, which there is on a GPU only."""
+"""fp16 needs a gradient scaler, which a run has on a GPU only."""
 SMALLEST_RANK_BATCH = 16
 PREFETCH = (2, 4, 8)
 COMPILE_NEEDS_S = 30.0
@@ -21,24 +21,24 @@ COMPILE_NEEDS_S = 30.0
 AUTOTUNE_NEEDS_S = 120.0
 """max-autotune times kernels while it compiles, for several minutes."""
 COMPILE_MODES = {"cuda": ("default", "reduce-overhead", "max-autotune"), "cpu": ("default", "max-autotune")}
-"""In order of preference; reduce-overhead means CUDA graphs."""
+"""The modes in order of preference; reduce-overhead means CUDA graphs."""
 FEED_MARGIN = 1.25
-"""How much faster than the step a loader should be: decoding times vary, and the step is what must never wait."""
+"""How much faster than the step a loader should be: decoding times vary, and the step should never wait."""
 
 
 def worker_counts(cores: int) -> list[int]:
-    """1, 2, 4, ... and the number of cores."""
+    """Returns 1, 2, 4, ... and the number of cores."""
     return sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {max(1, cores)})
 
 
 def rank_batches(share: int) -> list[int]:
-    """Images of one forward that divide a rank's share of the global batch: powers of two from `SMALLEST_RANK_BATCH` on, and the share itself."""
+    """Returns batch sizes that divide a rank's share of the global batch: powers of two from `SMALLEST_RANK_BATCH` on, and the share itself."""
     powers = [2**power for power in range(share.bit_length()) if 2**power >= SMALLEST_RANK_BATCH and share % 2**power == 0]
     return sorted({*powers, share})
 
 
 def precisions(own: PrecisionConfig, *, device: str, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
-    """By name, the config's own first: each number format in both memory layouts, but for what is `kept` as it is."""
+    """Returns each number format in both memory layouts by name, the config's own first; options in `kept` stay as they are."""
     formats = [own.autocast] if "precision.autocast" in kept else _own_first(own.autocast, AUTOCAST[device])
     layouts = [own.channels_last] if "precision.channels_last" in kept else _own_first(own.channels_last, (True, False))
     variants = [replace(own, autocast=autocast, channels_last=layout) for autocast in formats for layout in layouts]
@@ -50,12 +50,12 @@ def precision_name(precision: PrecisionConfig) -> str:
 
 
 def eager(own: PrecisionConfig) -> PrecisionConfig:
-    """The same without torch.compile and what belongs to it."""
+    """Returns the same precision without torch.compile and its options."""
     return replace(own, compile=False, compile_mode="default", compile_cache="")
 
 
 def compiled(own: PrecisionConfig, *, device: str, seconds: float, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
-    """Ways to compile by name, the config's own mode first; those that take too long for `seconds` are left out unless it is the own one."""
+    """Returns ways to compile by name, the config's own mode first; other modes that take too long for `seconds` are left out."""
     modes = _own_first(own.compile_mode, COMPILE_MODES[device])
     if "precision.compile_mode" in kept:
         modes = [own.compile_mode]
@@ -65,17 +65,23 @@ def compiled(own: PrecisionConfig, *, device: str, seconds: float, kept: frozens
 
 
 def step_name(precision: PrecisionConfig) -> str:
-    """'eager', or how it is compiled."""
+    """Returns 'eager', or the mode it is compiled in."""
     return f"compiled, {precision.compile_mode}" if precision.compile else "eager"
 
 
 def prefetches(own: int) -> list[int]:
-    """Batches made ahead, the config's own first, then the fewest: they cost memory."""
+    """Returns numbers of batches made ahead, the config's own first, then in ascending order, because batches cost memory."""
     return _own_first(own, PREFETCH)
 
 
+def updates(own: str) -> list[str]:
+    """Returns the values of optim.update that differ on a GPU, the config's own first; auto is foreach there."""
+    same = "auto" if own == "foreach" else "foreach"
+    return [update for update in _own_first(own, UPDATES) if update != same]
+
+
 def reason_not_to_compile(device: torch.device, *, seconds: float) -> str | None:
-    """Why torch.compile is not worth a try; None where it is. Compiles one small function to know that a compiler works."""
+    """Returns why torch.compile is not worth a try, or None if it is. Compiles one small function to see whether a compiler works."""
     if seconds < COMPILE_NEEDS_S:
         return f"not tried, it takes minutes (--seconds {COMPILE_NEEDS_S:g} or more)"
     try:
@@ -86,12 +92,12 @@ def reason_not_to_compile(device: torch.device, *, seconds: float) -> str | None
 
 
 def workers_to_feed(rates: Mapping[int, float], *, step_rate: float) -> int:
-    """The fewest loader threads that feed a step of `step_rate` images per second, with `FEED_MARGIN` to spare.
+    """Returns the fewest loader threads that feed a step of `step_rate` images per second, with `FEED_MARGIN` to spare.
 
     Args:
-        rates: images per second of the loader alone, by threads. Beyond the most threads measured, each further one is taken to bring as much
-            as those did on average.
-        step_rate: of the step alone, in images per second.
+        rates: images per second of the loader alone, by threads. Each thread beyond the most that were measured is assumed to add the average
+            of those.
+        step_rate: images per second of the step alone.
     """
     wanted = FEED_MARGIN * step_rate
     enough = [workers for workers, rate in sorted(rates.items()) if rate >= wanted]
@@ -102,12 +108,12 @@ def workers_to_feed(rates: Mapping[int, float], *, step_rate: float) -> int:
 
 
 def doubled_batches(first: int, *, most: int) -> list[int]:
-    """first, twice that, ... up to `most`, which is the last."""
+    """Returns first, twice that, and so on up to `most`, which is always the last."""
     return sorted({*(first * 2**power for power in range(most.bit_length()) if first * 2**power < most), most})
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, short."""
+    """Returns the first line of the error's message, shortened, or the error's type if there is no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 

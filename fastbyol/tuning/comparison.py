@@ -1,6 +1,6 @@
-"""Several ways to do the same work, timed in turns, and the one to take.
+"""Times several ways to do the same work in turns, and picks one.
 
-Rounds go A B C A B C and ratios are taken within a round: a neighbour who comes or leaves slows down all that are compared.
+Rounds go A B C A B C and ratios are taken within a round, so that another job on the machine slows down all candidates alike.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from fastbyol.config.errors import UserError
 
 ROUNDS, MIN_ROUNDS = 5, 3
 MARGIN = 0.03
-"""A candidate this close to the fastest is as fast: such a difference is not worth a change."""
+"""A candidate within this share of the fastest counts as equally fast: such a difference is not worth a change of settings."""
 WARMUPS = 2
-"""Compilation and allocation take the first call, and some of them the second."""
+"""Untimed calls: compilation and allocation happen in the first call, and some of them in the second."""
 
 
 class TrialFailed(Exception):
-    """This candidate cannot be used here; the message is the reason."""
+    """Raised by a candidate that cannot be used here; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured: images per second of each candidate, one value a round; `failed` holds why the others have none.
+    """The result: images per second of each candidate, one value a round; `failed` holds the reasons of those that could not be measured.
 
-    reference: the one among them that is no candidate, but what the others could reach at most.
+    reference: the name of the one that cannot be chosen; it shows what the others could reach at most.
     """
 
     title: str
@@ -45,13 +45,13 @@ class Comparison:
 
     @property
     def best(self) -> str:
-        """The first of the candidates that the fastest does not beat, by more than `MARGIN`, in every round (by chance: 1 of 32 times in 5)."""
+        """The first candidate that the fastest does not beat by more than `MARGIN` in every round (5 rounds do so by chance 1 time in 32)."""
         candidates = {name: rates for name, rates in self.rates.items() if name != self.reference}
         fastest = candidates[max(candidates, key=self.rate)]
         return next(name for name, rates in candidates.items() if any(a >= (1 - MARGIN) * b for a, b in zip(rates, fastest, strict=True)))
 
     def rate(self, name: str) -> float:
-        """Median images per second of a candidate."""
+        """Returns a candidate's median images per second."""
         return median(self.rates[name])
 
     @property
@@ -66,9 +66,9 @@ def compare(title: str, trials: Sequence[Trial], *, seconds: float, clock: Calla
 
     Args:
         title: what is compared.
-        trials: in order of preference: of those that are equally fast the first is the best.
-        seconds: for all rounds together. Warming up comes on top, and so does what `MIN_ROUNDS` rounds of slow work take longer.
-        clock: in seconds.
+        trials: the candidates in order of preference: the first of those that are equally fast is the best.
+        seconds: time for all rounds together. Warming up comes on top, and slow candidates take longer because there are at least `MIN_ROUNDS`.
+        clock: returns seconds.
 
     Raises:
         UserError: every candidate failed.
@@ -91,7 +91,7 @@ def compare(title: str, trials: Sequence[Trial], *, seconds: float, clock: Calla
 
 
 def _warmed_up(trials: Sequence[Trial]) -> tuple[list[Trial], dict[str, str]]:
-    """The candidates that work, and why the others do not."""
+    """Returns the candidates that work, and the reasons of those that do not."""
     usable, failed = [], {}
     for trial in trials:
         try:

@@ -1,4 +1,4 @@
-"""The loader alone, as a run opens it, timed: nobody waits for its batches but the clock."""
+"""Times the loader alone, opened as a run opens it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastbyol.process_group import Process
 from fastbyol.train import endless
 
 IMAGES_PER_WORKER = 32
-"""In a batch of a trial: a loader's threads take 16 images at a time, and one thread shall not need long for a batch."""
+"""Images per thread in a batch of a trial: a thread takes 16 images at a time, and a batch should not take long."""
 MIN_BATCHES = 3
 
 
 def open_loader(config: TrainConfig, process: Process) -> TwoViewLoader:
-    """The loader that `fastbyol.train.build` makes for this process."""
+    """Returns the loader that `fastbyol.train.build` makes for this process."""
     return build_loader(
         config.data,
         views=config.views,
@@ -34,13 +34,13 @@ def open_loader(config: TrainConfig, process: Process) -> TwoViewLoader:
 
 
 def trial_batch(whole: int, data: DataConfig, process: Process) -> int:
-    """Images of a batch while the loader is timed alone: few, for it costs the same per image; `whole` where a GPU decodes them together."""
+    """Returns the batch size for timing the loader alone: small, as the cost per image is the same, but `whole` where a GPU decodes the batch."""
     on_gpu = process.device.type == "cuda" and data.backend == "dali" and data.dali_ops != "decode"
     return whole if on_gpu else min(whole, IMAGES_PER_WORKER * data.workers)
 
 
 def loader_alone(loader: TwoViewLoader, *, epoch: int) -> Callable[[float], float]:
-    """A trial's `run`. Each trial has an epoch of its own to begin with: none reads what another has just brought into the file cache."""
+    """Returns a trial's `run`. Each trial starts in another epoch, so that none reads what another has just brought into the file cache."""
     loader.set_epoch(epoch)
 
     def run(seconds: float) -> float:

@@ -1,4 +1,4 @@
-"""The loader alone: which of the stored forms, who decodes, how many threads."""
+"""Tunes the loader alone: which stored form to read, what decodes it, and how many threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastbyol.tuning.loader_trial import loader_alone, open_loader, trial_batch
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read the images: where they lie, by which backend, and what DALI does of it."""
+    """One way to read the images: the path, the backend, and what DALI does."""
 
     path: str
     backend: str
@@ -29,12 +29,12 @@ class Reading:
         return f"{Path(self.path).name} ({self.backend}{ops})"
 
     def applied(self, data: DataConfig) -> DataConfig:
-        """The settings, but reading this."""
+        """Returns the settings changed to read the images this way."""
         return replace(data, train=self.path, backend=self.backend, dali_ops=self.dali_ops)
 
 
 def readings(paths: Sequence[str], data: DataConfig, *, device: str, kept: frozenset[str]) -> list[Reading]:
-    """Every way to read the paths on this device ('cpu', 'cuda'), in the order of the paths. UserError for a path that is not there."""
+    """Returns every way to read the paths on this device ('cpu' or 'cuda'), in the order of the paths. UserError for a path that does not exist."""
     found = []
     for path in paths:
         fitting = backend_of(path, option="--data")
@@ -45,7 +45,7 @@ def readings(paths: Sequence[str], data: DataConfig, *, device: str, kept: froze
 
 
 def tune_reading(bench: Bench, ways: Sequence[Reading]) -> None:
-    """Chooses where to read from and who decodes, where there is a choice."""
+    """Chooses the path and the decoder, where there is a choice."""
     if len(ways) == 1:
         return
     data = replace(bench.found.config.data, workers=bench.found.config.data.workers or bench.cores)
@@ -56,7 +56,7 @@ def tune_reading(bench: Bench, ways: Sequence[Reading]) -> None:
 
 
 def tune_workers(bench: Bench, *, step_rate: float) -> dict[int, float]:
-    """Images per second of the loader alone, by threads; chooses the fewest that feed the step, or else the fastest."""
+    """Chooses the fewest threads that feed the step, or else the fastest number; returns images per second of the loader alone, by threads."""
     data = bench.found.config.data
     counts = [data.workers or bench.cores] if bench.keeps("data.workers") else candidates.worker_counts(bench.cores)
     comparison = _loaders_alone(bench, "loader alone, by threads", {str(count): replace(data, workers=count) for count in counts})

@@ -1,4 +1,4 @@
-"""How many images fit a GPU's memory: found by trying, since no formula knows the allocator and cuDNN's workspaces. Not run on a GPU by us yet."""
+"""Finds how many images fit into a GPU's memory, by trying: no formula knows the allocator and cuDNN's workspaces. Never run on a GPU by us."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from fastbyol.tuning.comparison import TrialFailed
 
 MEMORY_SHARE = 0.9
-"""Of the card, for the training step: a run evaluates too, and DALI decodes there."""
+"""Share of the card's memory that the training step may take: a run evaluates too, and DALI decodes there."""
 
 
 @contextmanager
 def memory_as_failure() -> Iterator[None]:
-    """Inside, a device that runs out of memory makes a TrialFailed."""
+    """Turns running out of device memory inside into a TrialFailed."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -24,7 +24,7 @@ def memory_as_failure() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Gives back what nobody holds any more: what a failed trial had taken must not fail the next."""
+    """Frees device memory that is no longer in use, so that a failed trial does not make the next one fail."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -32,12 +32,12 @@ def release_memory() -> None:
 
 
 def fits_memory(run: Callable[[], object], device: torch.device) -> bool:
-    """Whether the work runs, and leaves a part of the device free (`MEMORY_SHARE`). The memory is empty again afterwards."""
+    """Says whether the work runs and takes no more than `MEMORY_SHARE` of the device's memory, which is freed afterwards."""
     fits = _runs(run) and (
         device.type != "cuda"
         or torch.cuda.max_memory_allocated(device) <= MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory
     )
-    release_memory()  # the failure is forgotten by now, whose frames held what had been taken
+    release_memory()  # the exception is gone by now; its frames held the memory
     return fits
 
 
@@ -51,7 +51,7 @@ def _runs(run: Callable[[], object]) -> bool:
 
 
 def those_that_fit(candidates: Sequence[int], fits: Callable[[int], bool]) -> list[int]:
-    """The candidates, ascending, up to the first that does not fit; larger ones are not tried."""
+    """Returns the candidates, which ascend, up to the first that does not fit; larger ones are not tried."""
     fitting = []
     for candidate in candidates:
         if not fits(candidate):

@@ -1,4 +1,4 @@
-"""The order of the measurements: the step first, then the loader that has to feed it, then both together."""
+"""Runs the measurements in order: the step first, then the loader that has to feed it, then both together."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fastbyol.train import build
 from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank
 from fastbyol.tuning.loader_trial import open_loader
 from fastbyol.tuning.loader_tuning import Reading, readings, tune_reading, tune_workers
-from fastbyol.tuning.step_tuning import num_ways_to_compile, tune_step
+from fastbyol.tuning.step_tuning import num_ways_to_compile, tune_step, update_ways
 from fastbyol.tuning.whole_tuning import tune_whole
 
 SAMPLE_IMAGES = 32
 
 
 def tune(request: Request, *, announce: Callable[[str], None]) -> Findings:
-    """The fastest settings that were found, with what was measured.
+    """Returns the fastest settings, with the measurements they were chosen by.
 
     Args:
-        request: what is asked for.
-        announce: takes a line about what happens next; the first one says how long everything takes.
+        request: what the user asks for.
+        announce: called with a line about what happens next; the first line says how long everything takes.
 
     Raises:
-        UserError: before any measurement: whatever a run with this config would refuse, or paths that hold different images.
+        UserError: before any measurement, for anything that a run with this config would refuse, and for paths that hold different images.
     """
     bench = _set_up(request, announce)
     ways = readings(request.paths, request.config.data, device=bench.process.device.type, kept=request.kept)
@@ -63,7 +63,7 @@ def _set_up(request: Request, announce: Callable[[str], None]) -> Bench:
 
 
 def check_images(bench: Bench, ways: Sequence[Reading]) -> None:
-    """Opens all that a run would, so that whatever it would refuse is refused here; keeps a batch of real images."""
+    """Opens everything that a run would open, so that a run's errors come before the measurements; keeps a batch of real images."""
     data = bench.found.config.data
     num_images: dict[str, int] = {}
     for way in ways:
@@ -83,7 +83,7 @@ def check_images(bench: Bench, ways: Sequence[Reading]) -> None:
 def _plan(bench: Bench, ways: Sequence[Reading]) -> str:
     seconds = bench.request.seconds
     compiled = num_ways_to_compile(bench)
-    most = 4 + (len(ways) > 1) + bench.on_gpu + compiled
+    most = 4 + (len(ways) > 1) + bench.on_gpu + compiled + (len(update_ways(bench)) > 1)
     compiling = ", compilation" if compiled else ""
     return (
         f"at most {most} comparisons of {seconds:g} s, {most * seconds:.0f} s, and building and warming up between them{compiling}; "

@@ -1,4 +1,4 @@
-"""What was found, as tables for the terminal and as a YAML file that `fastbyol/train.py --config` reads."""
+"""Writes the result as tables for the terminal and as a YAML file that `fastbyol/train.py --config` reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """UserError, before any work, where `write_config` could not write, or would replace a file unasked."""
+    """Raises UserError, before any work, if `write_config` could not write the file or would replace one without `overwrite`."""
     path = through_links(path)
     if path.is_dir() or path.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(f"--out {path}: must be a file that ends in .yaml")
@@ -34,7 +34,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 
 def write_config(path: Path, text: str) -> None:
-    """Replaces the file as a whole. UserError where it cannot be written."""
+    """Writes or replaces the whole file. Raises UserError if it cannot be written."""
     path = through_links(path)
     try:
         write_durably(path, text)
@@ -43,12 +43,12 @@ def write_config(path: Path, text: str) -> None:
 
 
 def config_yaml(config: TrainConfig, notes: Mapping[str, str], *, head: list[str]) -> str:
-    """The whole config but `out`, which a run names itself; behind each setting that has a note, the note as a comment.
+    """Returns the whole config as YAML, without `out`, which each run names itself; a setting's note follows it as a comment.
 
     Args:
         config: the run to start.
-        notes: by dotted name.
-        head: lines of comment above.
+        notes: the notes, by the setting's dotted name.
+        head: lines of comment at the top.
     """
     values = {name: value for name, value in to_plain(config).items() if name != "out"}
     lines = [f"# {printable(' '.join(line.split()))}" for line in head]
@@ -63,7 +63,7 @@ def config_yaml(config: TrainConfig, notes: Mapping[str, str], *, head: list[str
 
 
 def comparison_table(comparisons: list[Comparison], *, per: str) -> Table:
-    """Each candidate's median and extremes over the rounds; the best are marked."""
+    """Returns a table with each candidate's median and extremes over the rounds; the best are marked."""
     from rich.table import Column, Table
 
     table = Table(Column("", no_wrap=True), Column(f"images/s per {per}", no_wrap=True), "slowest to fastest", "", box=None, pad_edge=False)
@@ -79,7 +79,7 @@ def comparison_table(comparisons: list[Comparison], *, per: str) -> Table:
 
 
 def _plain(text: str) -> Text:
-    """A name of a file or an error's text for a table, in which rich would take [brackets] for its own."""
+    """Returns a file's name or an error's text for a table, in which rich would read [brackets] as markup."""
     from rich.text import Text
 
     return Text(printable(text))

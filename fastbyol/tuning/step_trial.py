@@ -1,4 +1,4 @@
-"""The product's own training step, timed: on one batch again and again, or on what a loader brings."""
+"""Times the training step itself: on the same batch again and again, or on the batches of a loader."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from fastbyol.train_state import TrainState
 from fastbyol.tuning.memory import memory_as_failure
 
 LR, TAU = 0.01, 0.99
-"""Small enough that a batch seen a hundred times keeps the loss finite; the cost of a step does not depend on them."""
+"""Small enough that the loss stays finite when a batch is seen a hundred times; the cost of a step does not depend on them."""
 
 
 class Pace(NamedTuple):
-    """Images per second, and the share of that time in which the step waited for data."""
+    """Images per second, and the share of the time in which the step waited for data."""
 
     images_per_s: float
     wait_share: float
 
 
 class _Networks:
-    """What a run builds, built when it is first needed: where memory is short, that is a failure of the trial that needs it."""
+    """The networks of a run, built when they are first needed, so that a lack of memory fails the trial that needs them."""
 
     def __init__(self, config: TrainConfig, process: Process) -> None:
         self._config, self._process = config, process
@@ -46,12 +46,12 @@ class _Networks:
 
 
 class Stepper:
-    """Steps with the networks and the optimizer of a config. Writes nothing.
+    """Takes training steps with the networks and the optimizer of a config, and writes nothing.
 
     Args:
-        config: of one process: its global batch is this process's share.
-        process: without other ranks: their messages are not in the figures.
-        networks: of another stepper, whose config differs in the batch only; None: its own.
+        config: the config of one process: its global batch is this process's share.
+        process: a process without other ranks: the figures contain no messages between ranks.
+        networks: the networks of another stepper, whose config may differ in the batch and optim.update only; None builds new ones.
     """
 
     def __init__(self, config: TrainConfig, process: Process, *, networks: _Networks | None = None) -> None:
@@ -60,11 +60,16 @@ class Stepper:
         self._monitor = build_monitor(config, process)
 
     def with_batch(self, global_batch: int, *, rank_batch: int = 0) -> Self:
-        """Steps of the same networks, beside which no second copy must fit in memory, on another batch."""
+        """Returns a stepper for another batch with the same networks: a second copy might not fit in memory."""
         return type(self)(replace(self.config, global_batch=global_batch, rank_batch=rank_batch), self._process, networks=self._networks)
 
+    def with_update(self, update: str) -> Self:
+        """Returns a stepper with the same networks that moves the target by another optim.update."""
+        config = replace(self.config, optim=replace(self.config.optim, update=update))
+        return type(self)(config, self._process, networks=self._networks)
+
     def alone(self, sample: ViewBatch) -> Callable[[float], float]:
-        """A trial's `run`: steps on the sample's images, repeated up to a whole batch."""
+        """Returns a trial's `run`: steps on the sample's images, repeated to fill a batch."""
         batch = repeated(sample, self.config.rank_batch or self.config.global_batch)
 
         def run(seconds: float) -> float:
@@ -74,11 +79,11 @@ class Stepper:
         return run
 
     def fed_by(self, loader: TwoViewLoader, paces: list[Pace]) -> Callable[[float], float]:
-        """A trial's `run`: steps on what the loader brings. Each pace is also added to `paces`."""
+        """Returns a trial's `run`: steps on the loader's batches. Each pace is also added to `paces`."""
 
         def run(seconds: float) -> float:
             with closing(endless(loader)) as batches, memory_as_failure():
-                self._steps(batches, 0.0)  # the first batch has to be made, and the queue is filled
+                self._steps(batches, 0.0)  # so that the first batch is made and the queue filled before the clock starts
                 paces.append(self._steps(batches, seconds))
             return paces[-1].images_per_s
 
@@ -102,7 +107,7 @@ class Stepper:
 
 
 class _Timed(Iterator[ViewBatch]):
-    """The same batches; knows how long they were waited for."""
+    """Yields the same batches, and adds up how long the caller waited for them."""
 
     def __init__(self, batches: Iterator[ViewBatch]) -> None:
         self._batches, self.wait_s = batches, 0.0
@@ -116,7 +121,7 @@ class _Timed(Iterator[ViewBatch]):
 
 
 def repeated(sample: ViewBatch, num: int) -> ViewBatch:
-    """A batch of `num` images, the sample's over and over, in the memory layout and kind of memory of the sample."""
+    """Returns a batch of `num` images that repeats the sample's, in the sample's memory layout and pinned if the sample is."""
     rows = torch.arange(num) % len(sample.index)
 
     def taken(tensor: torch.Tensor) -> torch.Tensor:

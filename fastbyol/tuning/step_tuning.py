@@ -1,6 +1,6 @@
-"""The step alone: number format and memory layout, the batch that fits memory, and whether and how it is compiled.
+"""Tunes the step alone: number format and memory layout, the batch that fits into memory, compilation, and how the target is moved.
 
-Never run by us on a GPU yet: there the search for the batch and fp16 join in.
+Never run on a GPU by us: the search for the batch, fp16 and the ways to move the target happen only there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import PrecisionConfig
+from fastbyol.optim.ema import check_update
 from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench
 from fastbyol.tuning.comparison import MIN_ROUNDS, Trial, TrialFailed
@@ -22,7 +23,7 @@ SMALLEST_CPU_BATCH = 8
 
 
 def tune_step(bench: Bench) -> tuple[Stepper, float]:
-    """The networks in the best precision and batch, and images per second of the step alone."""
+    """Returns the networks with the best settings for the step, and images per second of the step alone."""
     own = bench.found.config.precision
     if not bench.keeps("precision.compile"):
         bench.found.choose(precision=candidates.eager(own))
@@ -33,11 +34,12 @@ def tune_step(bench: Bench) -> tuple[Stepper, float]:
         stepper, rate = tune_rank_batch(bench)
     else:
         stepper = Stepper(bench.trial_config(batch), bench.process)
-    return _tune_compile(bench, stepper, rate=rate, own=own)
+    stepper, rate = _tune_compile(bench, stepper, rate=rate, own=own)
+    return _tune_update(bench, stepper, rate=rate)
 
 
 def _tune_precision(bench: Bench, batch: int) -> float:
-    """Chooses number format and memory layout; images per second with them."""
+    """Chooses number format and memory layout, and returns images per second with them."""
     variants = candidates.precisions(bench.found.config.precision, device=bench.process.device.type, kept=bench.request.kept)
     steppers = {name: Stepper(bench.trial_config(batch, precision=variant), bench.process) for name, variant in variants.items()}
     trials = [Trial(name, stepper.alone(bench.sample[0])) for name, stepper in steppers.items()]
@@ -48,7 +50,7 @@ def _tune_precision(bench: Bench, batch: int) -> float:
 
 
 def quick_batch(bench: Bench) -> int:
-    """The most images whose step is short enough for every candidate's rounds; on a CPU a whole batch may take minutes, or all memory."""
+    """Returns the largest batch whose step is short enough for all candidates' rounds: a whole batch may take minutes on a CPU, or all memory."""
     longest_s = bench.request.seconds / (MIN_ROUNDS * 4)  # two number formats in two layouts
     first = min(SMALLEST_CPU_BATCH, bench.micro_batch)
     stepper = Stepper(bench.trial_config(first), bench.process)
@@ -61,12 +63,12 @@ def quick_batch(bench: Bench) -> int:
 
 
 def fitting_batches(bench: Bench) -> list[int]:
-    """Images of one forward that fit the device in the precision so far, ascending; the given one alone where it is to be kept.
+    """Returns the batches that fit into the device's memory in the precision so far, ascending; only the user's own if they have set one.
 
     Raises:
-        UserError: not even the smallest fits.
+        UserError: even the smallest does not fit.
     """
-    release_memory()  # of the candidates before
+    release_memory()  # what earlier candidates held
     wanted = [bench.micro_batch] if bench.keeps("rank_batch") else candidates.rank_batches(bench.share)
     precision = bench.found.config.precision
     bench.announce(f"rank_batch that fits {bench.process.device} in {precision.autocast}: {', '.join(map(str, wanted))}")
@@ -83,8 +85,10 @@ def fitting_batches(bench: Bench) -> list[int]:
 
 
 def tune_rank_batch(bench: Bench) -> tuple[Stepper, float]:
-    """The networks with the fastest of the largest batches that fit, and images per second; each candidate does the images of the largest
-    before it updates."""
+    """Returns the networks with the fastest of the largest batches that fit, and images per second.
+
+    Every candidate accumulates as many images per update as the largest has.
+    """
     largest, *smaller = fitting_batches(bench)[-3:][::-1]
     stepper = Stepper(bench.trial_config(largest), bench.process)
     batches = [largest, *(batch for batch in smaller if largest % batch == 0)]
@@ -96,15 +100,15 @@ def tune_rank_batch(bench: Bench) -> tuple[Stepper, float]:
 
 
 def _tune_compile(bench: Bench, stepper: Stepper, *, rate: float, own: PrecisionConfig) -> tuple[Stepper, float]:
-    """The same networks, compiled in the mode that is fastest where any is faster; and images per second.
+    """Returns the same networks, compiled if any mode is faster than eager, and images per second.
 
-    Each way to compile is compared with the best so far, so that no more than two are in memory at once.
+    Each mode is compared with the best so far, so that no more than two copies are in memory at once.
 
     Args:
-        bench: with number format, layout and batch chosen.
-        stepper: the networks with them.
-        rate: images per second of it.
-        own: the config's precision before anything was chosen: its way to compile is the first that is tried.
+        bench: number format, layout and batch are chosen by now.
+        stepper: the networks with those settings.
+        rate: images per second of the stepper.
+        own: the config's precision before anything was chosen: its compile mode is tried first.
     """
     if bench.keeps("precision.compile") and not own.compile:
         return stepper, rate
@@ -117,7 +121,7 @@ def _tune_compile(bench: Bench, stepper: Stepper, *, rate: float, own: Precision
 
 
 def num_ways_to_compile(bench: Bench) -> int:
-    """How many comparisons with compiled networks there will be at most."""
+    """Returns how many comparisons with compiled networks there will be at most."""
     own = bench.found.config.precision
     if bench.request.seconds < candidates.COMPILE_NEEDS_S or (bench.keeps("precision.compile") and not own.compile):
         return 0
@@ -126,7 +130,7 @@ def num_ways_to_compile(bench: Bench) -> int:
 
 
 def _ways_to_compile(bench: Bench, own: PrecisionConfig) -> list[PrecisionConfig]:
-    """What is worth trying beside the best so far, in that order."""
+    """Returns the precisions to compare with the best so far, in that order."""
     best = bench.found.config.precision
     wanted = replace(best, compile=True, compile_mode=own.compile_mode, compile_cache=own.compile_cache)
     ways = candidates.compiled(wanted, device=bench.process.device.type, seconds=bench.request.seconds, kept=bench.request.kept)
@@ -134,22 +138,22 @@ def _ways_to_compile(bench: Bench, own: PrecisionConfig) -> list[PrecisionConfig
 
 
 def _try_compiled(bench: Bench, best: Stepper, variant: PrecisionConfig, *, rate: float) -> tuple[Stepper, float]:
-    """The faster one of the best so far and the same networks compiled like this; and images per second."""
+    """Returns the faster of the best so far and the same networks compiled in this variant, and images per second."""
     batch = best.config.global_batch
     name, new = candidates.step_name(best.config.precision), candidates.step_name(variant)
     challenger = Stepper(bench.trial_config(batch, precision=variant), bench.process)
     trials = [Trial(name, best.alone(bench.sample[0])), Trial(new, _compiling(challenger.alone(bench.sample[0])))]
     comparison = bench.compare(f"step compiled, batch {batch}", trials)
     chosen = bench.found.add(comparison, "precision.compile", "precision.compile_mode")
-    if chosen == new and name not in comparison.failed:  # what leaves the other one no memory has not shown that it is faster
+    if chosen == new and name not in comparison.failed:  # if it left the other one no memory, it has not shown that it is faster
         bench.found.choose(precision=variant)
         return challenger, comparison.rate(new)
-    torch.compiler.reset()  # the memory of its CUDA graphs; what is kept is taken from the compiler's cache when it is next needed
+    torch.compiler.reset()  # frees its CUDA graphs; the ones still in use come back from the compiler's cache
     return best, comparison.rate(name) if name in comparison.rates else rate
 
 
 def _compiling(run: Callable[[float], float]) -> Callable[[float], float]:
-    """The same work; whatever goes wrong while it is compiled is a reason not to compile."""
+    """Returns the same work, in which any error of compiling becomes a TrialFailed."""
 
     def guarded(seconds: float) -> float:
         try:
@@ -160,3 +164,33 @@ def _compiling(run: Callable[[float], float]) -> Callable[[float], float]:
             raise TrialFailed(f"does not compile ({candidates.first_line(error)})") from error
 
     return guarded
+
+
+def update_ways(bench: Bench) -> list[str]:
+    """Returns the ways to move the target that work on this GPU, the config's own first, and notes why others do not. A CPU has only one."""
+    own = bench.found.config.optim.update
+    if bench.keeps("optim.update") or not bench.on_gpu:
+        return [own]
+    ways, missing = [own], []  # the config's own was tried when the networks were built
+    for update in candidates.updates(own)[1:]:
+        try:
+            check_update(update, bench.process.device)
+            ways.append(update)
+        except UserError as reason:
+            missing.append(str(reason))
+    if missing:
+        bench.found.notes["optim.update"] = f"images/s per {bench.found.per}; not tried: " + "; ".join(missing)
+    return ways
+
+
+def _tune_update(bench: Bench, stepper: Stepper, *, rate: float) -> tuple[Stepper, float]:
+    """Returns the same networks with the fastest way to move the target, and images per second."""
+    ways = update_ways(bench)
+    if len(ways) == 1:
+        return stepper, rate
+    steppers = {way: stepper.with_update(way) for way in ways}
+    trials = [Trial(way, each.alone(bench.sample[0])) for way, each in steppers.items()]
+    comparison = bench.compare(f"step by optim.update, batch {stepper.config.global_batch}", trials)
+    chosen = bench.found.add(comparison, "optim.update")
+    bench.found.choose(optim=replace(bench.found.config.optim, update=chosen))
+    return steppers[chosen], comparison.rate(chosen)

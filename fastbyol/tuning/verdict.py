@@ -1,21 +1,21 @@
-"""What limits a run, and what to change next."""
+"""Says what limits a run, and what to change next."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 WAIT_SHARE = 0.05
-"""A step that waits for data longer than this is held up by it."""
+"""A step that spends a larger share of its time waiting is held up by the data."""
 SMALL_SPREAD = 0.9
-"""Whole steps this close to the step alone lose nothing to the data."""
+"""Whole steps that reach this share of the speed of the step alone lose nothing to the data."""
 
 
 @dataclass(frozen=True)
 class Speeds:
     """Images per second of one process: the loader alone, the step alone, both together, and the share of the time that the step waits.
 
-    workers: loader threads with which the loader was measured. workers_needed: to feed the step. cores: of this process. torch_threads: that
-    the step computes with, on a CPU.
+    workers: threads with which the loader was measured. workers_needed: threads that would feed the step. cores: cores of this process.
+    torch_threads: threads that the step computes with, on a CPU.
     """
 
     loader: float
@@ -34,7 +34,7 @@ class Speeds:
 
 
 def verdict(speeds: Speeds) -> str:
-    """'data-bound' or 'compute-bound', and the next thing to change."""
+    """Returns 'data-bound' or 'compute-bound' with the reason, and the next thing to change."""
     if not speeds.data_bound:
         return f"compute-bound: the step waits {speeds.wait_share:.0%} of the time for data. {_faster_step(speeds)}"
     waits = f"data-bound: the step waits {speeds.wait_share:.0%} of the time"

@@ -1,4 +1,4 @@
-"""Steps on real batches: what the loader takes from the step where they share cores, how long a queue helps, and what the whole gives."""
+"""Tunes steps on real batches: threads where loader and step share cores, the length of the queue, and the speed of both together."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fastbyol.tuning.step_trial import Pace, Stepper
 from fastbyol.tuning.verdict import WAIT_SHARE, Speeds, verdict
 
 REFERENCE = "step alone"
-"""In the rounds of the whole again: the two are compared."""
+"""Measured once more in the same rounds as the whole, because the two are compared."""
 
 
 def tune_whole(bench: Bench, stepper: Stepper, *, loader_rates: Mapping[int, float]) -> None:
-    """Chooses between the fewest threads that feed the step and the fastest loader, then the queue; and concludes.
+    """Chooses the threads (the fewest that feed the step, or the fastest loader's), then the length of the queue, and concludes.
 
     Args:
-        bench: with everything else chosen.
-        stepper: the networks as chosen.
+        bench: everything else is chosen by now.
+        stepper: the networks with those settings.
         loader_rates: images per second of the loader alone, by threads.
     """
     data = bench.found.config.data
@@ -62,7 +62,7 @@ def tune_whole(bench: Bench, stepper: Stepper, *, loader_rates: Mapping[int, flo
 
 
 def _reason_not_to_queue(bench: Bench, *, waits: float, loader_rate: float, step_rate: float) -> str | None:
-    """Why other lengths of the queue are not tried; None where they may help: the step waits for a loader that is faster."""
+    """Returns why other lengths of the queue are not tried, or None if they may help: if the step waits although the loader is faster."""
     if bench.keeps("data.prefetch"):
         return "kept as given"
     if waits <= WAIT_SHARE:
@@ -71,7 +71,7 @@ def _reason_not_to_queue(bench: Bench, *, waits: float, loader_rate: float, step
 
 
 def _fed(bench: Bench, stepper: Stepper, what: str, variants: Mapping[str, DataConfig]) -> tuple[Comparison, dict[str, float]]:
-    """Steps on each variant's batches, beside the step alone; and the median share of the time that each waits for them."""
+    """Compares steps on each variant's batches with the step alone; also returns the median share of the time that each waits for them."""
     paces: dict[str, list[Pace]] = {name: [] for name in variants}
     with ExitStack() as leaving:
         trials = [Trial(REFERENCE, stepper.alone(bench.sample[0]))]
@@ -88,7 +88,7 @@ def _fed(bench: Bench, stepper: Stepper, what: str, variants: Mapping[str, DataC
 
 
 def _conclusion(bench: Bench, speeds: Speeds) -> list[str]:
-    """Figures and verdict, a line each."""
+    """Returns the figures and the verdict, one line each."""
     per = bench.found.per
     short = f", more than the {speeds.cores} cores there are for it" if speeds.workers_needed > speeds.cores else ""
     lines = [
