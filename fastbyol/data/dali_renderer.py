@@ -1,9 +1,9 @@
-"""Views made by DALI itself: decoded and cropped, or whole, in one DALI pipeline, on the GPU where there is one.
+"""Renders views with DALI: one pipeline decodes and crops, and optionally does the whole augmentation, on the GPU if there is one.
 
-The boxes and all else come from our sampler, so that a view is the same one as every other backend's: the crops differ from the CPU kernel's by
-one of 255 levels at most (JPEG decoder and resampler round differently), which a test holds.
+Crop boxes and all other parameters come from our sampler, so a view is the same as with any other backend. The crops differ from the CPU
+kernel's by at most one of 255 levels, because the JPEG decoder and resampler round differently; a test checks this.
 
-Not run on a GPU by us yet: there the same graph decodes by nvJPEG ('mixed'). Tested on the CPU, where it is slower than the kernel.
+We have not run this on a GPU yet, where the same graph decodes with nvJPEG ('mixed'). It is tested on the CPU, where it is slower than the kernel.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ NATIVE_DIFFERENCES = (
     "hue and saturation are linear instead of in HSV (mean error 19 and 9 of 255), contrast turns about middle grey, in one fixed order; "
     "the blur reflects at the border"
 )
-"""How views of `ops` 'all' differ from the paper's."""
+"""Differences between views made with `ops` 'all' and the paper's, for a log line."""
 
 
 class DaliRenderer(Renderer):
-    """Two views of each image from one decode, on one thread of ours that keeps DALI's busy.
+    """Renders two views of each image from one decode. One thread of ours feeds DALI's own threads.
 
     Args:
-        source: gives the JPEGs.
-        pair: what both views draw.
-        ops: 'crop': uint8 crops, not mirrored, for `augment.torch_graph`; 'all': float32 views by DALI's own operations, for comparison only
-            (`NATIVE_DIFFERENCES`).
-        batch: images of every batch.
-        workers: DALI's threads.
-        prefetch: batches made ahead.
-        device: where the views are made and left.
+        source: reads the JPEGs.
+        pair: augmentation of both views.
+        ops: 'crop' makes uint8 crops, not mirrored, for `augment.torch_graph`; 'all' makes float32 views with DALI's own operations, for
+            comparison only (`NATIVE_DIFFERENCES`).
+        batch: images per batch, the same for all batches.
+        workers: number of DALI's threads.
+        prefetch: batches prepared ahead of the consumer.
+        device: device on which the views are made and stay.
 
     Raises:
-        UserError: a pair that DALI's operations cannot make, or no DALI for this device.
+        UserError: DALI's operations cannot make these views, or DALI does not work on this device.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class DaliRenderer(Renderer):
         for view in range(2):
             inputs |= _arguments(parameters[:, view], view, colour=self._ops == "all")
         try:
-            outputs = self._pipeline.run(**inputs)  # waits for the device
+            outputs = self._pipeline.run(**inputs)  # blocks until the device has finished
         except RuntimeError as error:
-            for _ in self.source.decode(indices):  # names the image if one is damaged, which DALI does not
+            for _ in self.source.decode(indices):  # raises an error that names the damaged image, if there is one; DALI's doesn't
                 pass
             raise UserError(f"DALI failed ({dali_reason(error)}); use data.dali_ops decode") from error
         views = torch.stack([torch.from_dlpack(output.as_tensor()) for output in outputs])
@@ -98,7 +98,7 @@ class DaliRenderer(Renderer):
         return Rendered(indices, views, torch.from_numpy(parameters))
 
     def _hold(self, outputs: Any) -> None:
-        """Keeps DALI's memory from being used again before the copy out of it, which the GPU does later, is done."""
+        """Keeps DALI's outputs alive until the GPU, which works asynchronously, has copied them: DALI would reuse their memory."""
         if not self._on_gpu:
             return
         copied = torch.cuda.Event()
@@ -109,7 +109,7 @@ class DaliRenderer(Renderer):
 
 
 def _arguments(rows: NDArray[np.float32], view: int, *, colour: bool) -> dict[str, Any]:
-    """What the pipeline is told of one view, from the sampler's rows (N, P)."""
+    """Returns the pipeline's inputs for one view, from the sampler's rows (N, P)."""
     arguments = {"start": rows[:, [CROP_Y, CROP_X]], "extent": rows[:, [CROP_H, CROP_W]]}
     if colour:
         jitter, gray = rows[:, ORDER] >= 0, rows[:, GRAY] > 0
@@ -130,7 +130,7 @@ def _as_dali_takes(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _pipeline(pair: ViewPair, *, ops: str, batch: int, threads: int, device: torch.device) -> Any:
-    """JPEGs and each view's arguments in, two batches (N, S, S, 3) out."""
+    """Builds the pipeline, whose inputs are JPEGs and each view's arguments and whose outputs are two batches (N, S, S, 3)."""
     from nvidia.dali import fn, pipeline_def, types
 
     names: Any = types  # DALI's stubs lack the names that its C++ part adds
@@ -151,7 +151,7 @@ def _pipeline(pair: ViewPair, *, ops: str, batch: int, threads: int, device: tor
 
 
 def _crop(image: Any, view: int, pair: ViewPair) -> Any:
-    """Cut, then resized: no pixel outside the box counts, as in the paper's code."""
+    """Cuts out the box, then resizes it: pixels outside the box have no influence, as in the paper's code."""
     from nvidia.dali import fn, types
 
     names: Any = types
@@ -162,7 +162,7 @@ def _crop(image: Any, view: int, pair: ViewPair) -> Any:
 
 
 def _native(x: Any, view: int, pair: ViewPair) -> Any:
-    """All that follows the crop as DALI's own operations. The `if`s are DALI's conditionals: by image."""
+    """Applies the augmentations after the crop with DALI's own operations. The `if`s are DALI's conditionals, evaluated per image."""
     from nvidia.dali import fn, types
 
     names: Any = types
@@ -180,7 +180,7 @@ def _native(x: Any, view: int, pair: ViewPair) -> Any:
 
 
 def _solarized(spec: ViewSpec) -> list[float]:
-    """Each of the 256 levels, turned round from the threshold on."""
+    """Returns the solarization lookup table: the 256 levels, inverted from the threshold on."""
     return [float(level if level < 255 * spec.solarize_threshold else 255 - level) for level in range(256)]
 
 

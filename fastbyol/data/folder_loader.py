@@ -1,4 +1,4 @@
-"""The folder backend: an ImageFolder read with Pillow. Nothing to prepare, and the reference for the two fast ones."""
+"""The folder backend: reads an ImageFolder with Pillow. It needs no conversion, and is the reference for the two fast backends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZES_COMPARED = 256
 
 
 class FolderSource(Source):
-    """Sample i is the i-th file of the ImageFolder listing."""
+    """An ImageFolder as a source; sample i is the i-th file of its listing."""
 
     def __init__(self, path: Path) -> None:
         self._listing = list_image_folder(path)
@@ -28,7 +28,7 @@ class FolderSource(Source):
             log.warning("%s", note)
         if text := left_out_text(self._listing.skipped):
             log.warning("%s: left out: %s", path, text)
-        # Filled as the headers are read: the sizes of a million files are not worth a pass of their own.
+        # (height, width), filled as images are first used: opening a million files in advance would take too long.
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int64)
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
@@ -38,7 +38,7 @@ class FolderSource(Source):
         return height, width
 
     def identity(self) -> bytes:
-        """The files' names, and how long some of them are: opening a million headers is not worth it."""
+        """Returns the names of all files and the byte lengths of some: opening a million headers would take too long."""
         some = np.unique(np.linspace(0, self.num_samples - 1, _SIZES_COMPARED).astype(np.int64)).tolist()
         lengths = [path.stat().st_size if (path := self._listing.path(index)).exists() else -1 for index in some]
         return "\0".join(self._listing.files).encode(errors="surrogateescape") + repr(lengths).encode()
@@ -56,7 +56,7 @@ class FolderSource(Source):
         except (UndecodableImage, OSError) as error:
             raise damaged(self.sample_name(index), error) from error
         height, width = self._sizes[index].tolist()
-        if height and image.shape != (height, width, 3):  # the views were drawn for the size that the header gave
+        if height and image.shape != (height, width, 3):  # the crops were drawn for the header's size
             raise damaged(self.sample_name(index), f"it has {image.shape[1]}x{image.shape[0]} pixels, its header said {width}x{height}")
         return image
 
