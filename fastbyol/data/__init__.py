@@ -1,6 +1,6 @@
-"""From files to `ViewBatch`: converters, backends behind one contract, traversal.
+"""Data loading: reads images, converts them for fast reading, and yields batches of two views (`ViewBatch`).
 
-The names below load on first use: the worker processes of a conversion import this package and must not wait for torch.
+The names below are imported on first use, because the worker processes of a conversion import this package and must not wait for torch.
 """
 
 from __future__ import annotations

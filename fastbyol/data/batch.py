@@ -1,4 +1,4 @@
-"""What a loader hands to the training step."""
+"""The batches that the loaders yield to training and evaluation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 class ViewBatch(NamedTuple):
-    """Two views of each of N images; this rank's share of one global batch. Every tensor is the batch's own memory: keep it as long as you like.
+    """Two views of N images: this rank's share of one micro-batch. The tensors' memory is not reused while they are alive.
 
-    view1, view2: (N, 3, S, S) in channels-last memory format. From a CPU executor float32, normalised; otherwise uint8 crops, to be
+    view1, view2: (N, 3, S, S) in channels-last memory format. Either float32, augmented and normalised, or uint8 crops, to be
         augmented on the device by `augment.torch_graph` with `parameters`.
     label: (N,) int64 class of each image. Never seen by the encoder.
     index: (N,) int64 position of each image in the data set.
-    parameters: (N, 2, P) float32, what each view drew (columns: `augment.parameters.COLUMNS`).
+    parameters: (N, 2, P) float32, augmentation parameters of each view (columns: `augment.parameters.COLUMNS`).
     """
 
     view1: torch.Tensor
@@ -25,7 +25,7 @@ class ViewBatch(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """N images as the evaluation sees them (centre crop, normalised float32 channels-last), with label and index as in `ViewBatch`."""
+    """N images for evaluation: centre crops, float32, normalised, channels-last; label and index as in `ViewBatch`."""
 
     image: torch.Tensor
     label: torch.Tensor

@@ -1,4 +1,4 @@
-"""Memory for whole batches, used again once nobody holds the batch: its fresh pages cost up to a fifth of a batch's CPU time."""
+"""Memory for whole batches, reused once a batch is no longer referenced: page faults of fresh memory cost up to a fifth of its CPU time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _NUMPY_TYPE = {torch.float32: np.float32, torch.uint8: np.uint8}
 
 
 class BatchMemory:
-    """Lends tensors of one type. A batch stays valid as long as any tensor that shares its memory is alive; only then is it lent again."""
+    """Pool of batch-sized tensors of one type. Memory is reused only after every tensor that shares it has been freed."""
 
     def __init__(self, dtype: torch.dtype, *, pinned: bool, spare: int) -> None:
-        """Keeps at most `spare` batches that nobody holds. Pinned memory is kept by PyTorch, which knows when the device has read it."""
+        """Keeps at most `spare` unused batches. Pinned memory is pooled by PyTorch instead, which knows when the device has read it."""
         self._dtype, self._pinned = dtype, pinned
         self._spare: deque[NDArray[np.generic]] = deque(maxlen=spare)
 
     def lend(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Uninitialised, of this shape: (views, images, S, S, 3). UserError if there is not enough memory."""
+        """Returns an uninitialised tensor of this shape, (views, images, S, S, 3). Raises UserError if there is not enough memory."""
         try:
             if self._pinned:
                 return torch.empty(shape, dtype=self._dtype, pin_memory=True)
@@ -37,7 +37,7 @@ class BatchMemory:
                 f"a batch of {shape[1]} images at views.size_px = {shape[2]} needs {gib:.1f} GiB, and there is not as much memory; "
                 "take a smaller batch or smaller views"
             ) from error
-        # PyTorch holds the view until the last tensor on it is gone; the memory itself outlives it.
+        # PyTorch keeps the numpy view alive until the last tensor on it is freed; then the finalizer returns the memory to the pool.
         lent = memory.view()
         weakref.finalize(lent, self._spare.append, memory).atexit = False
         return torch.from_numpy(lent)

@@ -1,6 +1,6 @@
-"""The .beton file format, version 2, as FFCV 1.0 defines it: header, field descriptors, metadata table, data in pages, allocation table.
+"""Reads the .beton file format, version 2 (FFCV 1.0): header, field descriptors, metadata table, data in pages, allocation table.
 
-Plain numpy, so that neither the converter nor each rank of a run waits seconds for ffcv's import; tests hold it to ffcv's own Reader and
+Plain numpy, so that neither the converter nor each rank waits seconds for the import of ffcv; tests compare it with ffcv's own Reader and
 Loader.
 Source: libffcv's `ffcv/types.py`, `ffcv/fields/`, `ffcv/memory_allocator.py` (PyPI 1.0.2).
 """
@@ -21,7 +21,7 @@ VERSION = 2
 INT_FIELD, IMAGE_FIELD = 1, 2
 JPEG_MODE, RAW_MODE = 0, 1
 MIN_PAGE_BYTES = 1 << 23
-"""8 MiB, ffcv's default."""
+"""Smallest page size: 8 MiB, ffcv's default."""
 MAX_PAGE_BYTES = 1 << 31
 
 HEADER = np.dtype(
@@ -31,18 +31,18 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", (16,)), ("arguments", "<u1
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 LABEL = np.dtype("<i8")
-# Unnamed fields come out as f0, f1, … in order, aligned as a C struct.
+# numpy names unnamed fields f0, f1, … in order; align=True lays them out as a C struct.
 _FIELD_TYPES = {0: np.dtype("<f8"), INT_FIELD: LABEL, IMAGE_FIELD: IMAGE}
 SAMPLE = np.dtype([("", IMAGE), ("", LABEL)], align=True)
-"""One row of the files that we write: f0 image, f1 label."""
+"""One row of the metadata table in files that we write: f0 image, f1 label."""
 
 
 _CHECKSUMS_MAGIC = b"fastbyol"
-"""Starts the image field's arguments, which RGBImageField ignores; then, 8 bytes: the offset of a table with each image's CRC-32."""
+"""First bytes of the image field's arguments, which ffcv's RGBImageField ignores. The next 8 bytes are the offset of a table of CRC-32s."""
 
 
 def field_descriptors(*, checksums_at: int) -> NDArray[np.void]:
-    """The two descriptors of our files: image, label. checksums_at: offset of the table of each image's CRC-32, '<u4'."""
+    """Returns the two field descriptors of our files, image and label. checksums_at: offset of the table with each image's CRC-32, '<u4'."""
     fields = np.zeros(2, dtype=FIELD)
     for row, (name, type_id) in enumerate((("image", IMAGE_FIELD), ("label", INT_FIELD))):
         fields[row]["type_id"] = type_id
@@ -54,7 +54,7 @@ def field_descriptors(*, checksums_at: int) -> NDArray[np.void]:
 
 @dataclass(frozen=True)
 class Beton:
-    """What a .beton says about its samples; every array has one row per sample."""
+    """The tables of a .beton; every array has one row per sample."""
 
     mode: NDArray[np.uint8]
     height: NDArray[np.int64]
@@ -63,14 +63,14 @@ class Beton:
     size: NDArray[np.int64]
     label: NDArray[np.int64]
     crc32: NDArray[np.uint32] | None
-    """Of each image's bytes; None in a file that stock FFCV wrote."""
+    """CRC-32 of each image's bytes; None in a file that stock FFCV wrote."""
 
 
 def read_beton(path: Path) -> Beton:
-    """Reads and checks everything but the images.
+    """Returns the tables of a .beton, checked; does not read the images.
 
     Raises:
-        UserError: the file is empty, foreign or cut, has no image and integer label, or its table holds what no image can have.
+        UserError: the file is empty, truncated or of another format, lacks an image or integer label, or its table has impossible values.
     """
     file_bytes = path.stat().st_size
     header = _read(path, HEADER, 1, 0)[0]
@@ -95,7 +95,7 @@ def read_beton(path: Path) -> Beton:
 
 
 def _refuse_impossible_rows(path: Path, beton: Beton) -> None:
-    """Raises UserError, which names the first such image: decoders trust these numbers."""
+    """Raises UserError, naming the first bad image, if the table has values that no image can have: decoders would trust them."""
     refuse_impossible_sizes(path, beton.height, beton.width)
     for wrong, what in (
         (~np.isin(beton.mode, (JPEG_MODE, RAW_MODE)), "is neither a JPEG nor raw pixels"),
@@ -109,7 +109,7 @@ def _refuse_impossible_rows(path: Path, beton: Beton) -> None:
 
 
 def refuse_impossible_sizes(path: Path, height: NDArray[np.int64], width: NDArray[np.int64]) -> None:
-    """Raises UserError for an image without pixels, or of more than are ever decoded."""
+    """Raises UserError, naming the first bad image, for an image with no pixels or with more than MAX_DECODED_PIXELS."""
     pixels = height * width
     wrong = (pixels < 1) | (pixels > MAX_DECODED_PIXELS)
     if wrong.any():
@@ -150,7 +150,7 @@ def _checksums(path: Path, image_field: np.void, num_samples: int) -> NDArray[np
 
 
 def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: int) -> NDArray[np.int64]:
-    """Bytes of each image, from the allocation table; every image must have its row and lie inside the file."""
+    """Returns the byte size of each image from the allocation table. Raises UserError if an image has no row there or exceeds the file."""
     beyond = np.flatnonzero(pointers >= file_bytes)
     lost = f"{len(beyond):,} images, the first of them image {beyond[0]}, lie beyond its end; " if len(beyond) else ""
     cut = UserError(f"{path}: its tail is missing or damaged; {lost}copy it again, or make it again with data_prep/to_ffcv.py")

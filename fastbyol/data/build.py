@@ -1,4 +1,4 @@
-"""From a configuration to a loader: the only place that asks which backend."""
+"""Builds loaders from a configuration. No other module depends on which backend (ffcv, dali, folder) reads the data."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ def build_loader(
     traversal: str = "random",
     window_mib: int = 2048,
 ) -> TwoViewLoader:
-    """The training loader of `config.train`, at epoch 0, batch 0.
+    """Returns the training loader for `config.train`, positioned at epoch 0, batch 0.
 
     Args:
         config: path, backend, threads.
-        views: what both views draw.
-        seed: of order and views.
+        views: augmentation of both views.
+        seed: seed of the sample order and of the augmentations.
         global_batch: images per optimizer step over all ranks; divisible by world_size * accumulate.
         accumulate: micro-batches per optimizer step; each is one `ViewBatch`.
-        rank: this process among world_size.
-        world_size: processes that share the batch.
-        device: where the training step runs; None: the CPU. What DALI makes on a GPU stays there.
-        output: 'float32' views or 'uint8' crops, see `KernelRenderer`; without effect where DALI crops.
-        option: what an error calls `config.train`.
-        traversal: 'random' over all images; 'local' over blocks of 8 MiB (a .beton's pages) and then within windows of many, for data
-            larger than memory on disks or network file systems that are slow at random reads. Either way every image comes once in an
-            epoch, and ranks change nothing.
-        window_mib: local: images that lie this close in the epoch's order of blocks are mixed; twice this should fit in memory.
+        rank: rank of this process, in [0, world_size).
+        world_size: number of processes that share the batch.
+        device: device of the training step; None means the CPU. Views that DALI makes on a GPU stay there.
+        output: 'float32' views or 'uint8' crops, see `KernelRenderer`; ignored if DALI does the cropping.
+        option: name of the option behind `config.train`, for error messages.
+        traversal: 'random' shuffles all images. 'local' shuffles blocks of 8 MiB (a .beton's pages), then the images within windows of many
+            blocks: for data larger than memory on disks or network file systems that are slow at random reads. Both visit every image once
+            per epoch, and neither order depends on the number of ranks.
+        window_mib: size of a window of the local traversal; twice this should fit in memory.
 
     Raises:
-        UserError: no such data, data of another kind than the backend reads, a backend that isn't installed, a batch that does not divide.
+        UserError: the data does not exist or is not what the backend reads, the backend isn't installed, or the batch does not divide evenly.
     """
     source = _open_source(config.train, config.backend, option=option)
     try:
@@ -74,7 +74,7 @@ def build_loader(
 
 
 def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int, output: str, device: torch.device) -> Renderer:
-    """What turns the source's images into views: our kernel on the CPU, or DALI."""
+    """Returns the renderer that turns the source's images into views: our CPU kernel, or DALI."""
     workers = config.workers or default_workers()
     if config.dali_ops != "decode":
         from fastbyol.data.dali_loader import DaliSource
@@ -92,7 +92,10 @@ def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int
 def build_image_loader(
     path: str | Path, *, views: ViewPair, batch: int, backend: str = "auto", workers: int = 0, option: str = "data"
 ) -> ImageLoader:
-    """Every labelled image of `path` once, centre-cropped: what evaluation reads. Raises UserError as `build_loader`, naming `option`."""
+    """Returns a loader for evaluation: every labelled image of `path` once, centre-cropped.
+
+    Raises UserError in the same cases as `build_loader`; its message names `option`.
+    """
     source = _open_source(str(path), backend, option=option)
     try:
         return ImageLoader(source, views=views, batch=batch, workers=workers or default_workers())
@@ -102,12 +105,12 @@ def build_image_loader(
 
 
 def default_workers() -> int:
-    """Cores that this process may use, shared with the other processes that torchrun started on this machine; at least 1."""
+    """Returns the usable CPU cores divided by the number of processes that torchrun started on this machine; at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // _place_on_machine()["num_readers"])
 
 
 def _place_on_machine() -> dict[str, int]:
-    """This process among those that torchrun started on this machine."""
+    """Returns this process's local rank ('reader') and the number of processes ('num_readers') that torchrun started on this machine."""
     return {"reader": environment_integer("LOCAL_RANK", 0), "num_readers": max(1, environment_integer("LOCAL_WORLD_SIZE", 1))}
 
 
@@ -121,7 +124,7 @@ def _blocks(source: Source, traversal: str, window_mib: int) -> Blocks | None:
 
 
 def _open_source(location: str, backend: str, *, option: str) -> Source:
-    """The backend's source. Each is imported here alone: an optional one that is missing must not break the others."""
+    """Opens the data with its backend. Each backend is imported only where it is used: a missing optional one must not break the others."""
     if not location:
         raise UserError(
             f"{option} is not given: a .beton file, a folder of tar shards, or a folder with one sub-folder of images per class"
@@ -149,7 +152,7 @@ def _open_source(location: str, backend: str, *, option: str) -> Source:
 
 
 def backend_of(path: str | Path, *, option: str) -> str:
-    """The backend that reads what lies at the path. Raises UserError, which names the option, if nothing does."""
+    """Returns the name of the backend that reads this path. Raises UserError, naming the option, if the path does not exist."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{option} = {path}: no such file or folder")

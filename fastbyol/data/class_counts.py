@@ -1,4 +1,4 @@
-"""What labels say of the classes: whether they are those that a manifest counts, and names for classes without any."""
+"""Checks labels against the class counts of a manifest, and names classes by number if there is no manifest."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.manifest import Manifest
 
 MAX_CLASSES = 1 << 20
-"""Labels beyond this are no class numbers: each class takes memory for its name and a row of every classifier."""
+"""Larger labels are not accepted as class numbers: each class needs memory for its name and for a row of every classifier."""
 
 
 def refuse_other_counts(path: Path, labels: NDArray[np.int64], manifest: Manifest) -> None:
-    """Raises UserError unless the labels, (N,) int64, number as many of each class as the manifest says. A label of -1 stands for none."""
+    """Raises UserError unless the labels, (N,) int64, have as many of each class as the manifest says. A label of -1 means unlabelled."""
     classes = len(manifest.class_names)
     outside = labels[(labels < -1) | (labels >= classes)]
     if len(outside):
@@ -26,7 +26,7 @@ def refuse_other_counts(path: Path, labels: NDArray[np.int64], manifest: Manifes
 
 
 def numbered_class_names(path: Path, labels: NDArray[np.int64]) -> tuple[str, ...]:
-    """Returns '0', '1', … up to the highest label. Labels of -1 stand for none. Raises UserError for one that is no class number."""
+    """Returns '0', '1', … up to the highest label. A label of -1 means unlabelled. Raises UserError for a label above the limit."""
     highest = int(labels.max())
     if highest >= MAX_CLASSES:
         image = int(labels.argmax())

@@ -1,8 +1,8 @@
-"""The DALI backend: tar shards, decoded by DALI, without DALI's reader.
+"""The DALI backend: reads tar shards and decodes with DALI, without DALI's reader.
 
-Our sample table says where each image lies, so order, resume and ranks are the same pure functions as for the other backends: DALI's own
-reader shuffles only within a buffer and needs its state saved. DALI's colour operations are not used: its hue and saturation are not the
-paper's.
+Our sample table has the location of each image, so order, resume and ranks are the same pure functions as for the other backends; DALI's own
+reader shuffles only within a buffer and needs its state saved. DALI's colour operations are not used, because its hue and saturation are not
+the paper's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, 
 from fastbyol.data.tar_shards import read_tar_shards
 
 BATCH = 16
-"""Most images per run of a pipeline."""
+"""Largest number of images per run of a DALI pipeline."""
 
 
 class DaliSource(Source):
-    """Sample i is the i-th image kept of the listing that was converted. Each thread has a DALI pipeline of its own, on the CPU."""
+    """A folder of tar shards as a source; sample i is the i-th kept image of the converted listing. Each thread has its own CPU pipeline."""
 
     def __init__(self, folder: Path) -> None:
         if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
@@ -77,7 +77,7 @@ class DaliSource(Source):
         self._local = threading.local()
 
     def jpeg(self, index: int) -> Pixels:
-        """Returns the bytes of an image, of the size that the table says. Raises UserError for others, before any decoder sees them."""
+        """Returns an image's bytes. Raises UserError, before any decoder runs, if checksum or size differ from the table or it has too many scans."""
         row = self._table[index]
         data = self._files[row["shard"]].read(int(row["offset"]), int(row["size"]))
         data = self.checked(index, data, int(row["crc32"]))
@@ -98,7 +98,7 @@ class DaliSource(Source):
         return [np.asarray(image) for image in images]
 
     def _decode_one_by_one(self, indices: Indices, jpegs: list[Pixels], first_error: RuntimeError) -> list[Pixels]:
-        """After a failed run: finds the damaged image, which DALI does not name."""
+        """Decodes a failed batch image by image. Raises UserError for the damaged one, which DALI's error does not name."""
         images = []
         for index, jpeg in zip(indices.tolist(), jpegs, strict=True):
             try:
@@ -131,13 +131,13 @@ def decoded_jpeg(*, on_gpu: bool) -> Any:
 
 
 def dali_reason(error: RuntimeError) -> str:
-    """DALI's message is pages long; its first line with an error says what is wrong."""
+    """Returns the line of DALI's message that says what is wrong, the first with 'error': the whole message is pages long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "DALI gave no reason")[:200]
 
 
 def _allow_open_files(shards: int) -> None:
-    """Raises the soft limit of open files where the shards of a large set would pass it."""
+    """Raises the soft limit on open files if there are more shards than it allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = shards + 512
     if soft != resource.RLIM_INFINITY and soft < wanted:

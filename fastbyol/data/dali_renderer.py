@@ -1,9 +1,9 @@
-"""Crops made by DALI itself: both views of an image decoded and cut in one DALI pipeline, on the GPU where there is one.
+"""Makes crops with DALI: one pipeline decodes an image and cuts both views, on the GPU if there is one.
 
-The boxes come from our sampler, so that a view is the same one as every other backend's: the crops differ from the CPU kernel's by one of 255
-levels at most (JPEG decoder and resampler round differently), which a test holds. What follows the crop is `augment.torch_graph`'s.
+Crop boxes come from our sampler, so a view is the same as with any other backend. The crops differ from the CPU kernel's by at most one of
+255 levels, because the JPEG decoder and resampler round differently; a test checks this. `augment.torch_graph` does what follows the crop.
 
-Not run on a GPU by us yet: there the same graph decodes by nvJPEG ('mixed'). Tested on the CPU, where it is slower than the kernel.
+We have not run this on a GPU yet, where the same graph decodes with nvJPEG ('mixed'). It is tested on the CPU, where it is slower than the kernel.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class DaliRenderer(Renderer):
         for view in range(2):
             inputs |= box_arguments(parameters[:, view], view)
         try:
-            outputs = self._pipeline.run(**inputs)  # waits for the device
+            outputs = self._pipeline.run(**inputs)  # blocks until the device has finished
         except RuntimeError as error:
-            for _ in self.source.decode(indices):  # names the image if one is damaged, which DALI does not
+            for _ in self.source.decode(indices):  # raises an error that names the damaged image, if there is one; DALI's doesn't
                 pass
             raise UserError(f"DALI failed ({dali_reason(error)}); use data.dali_ops decode") from error
         views = torch.stack([torch.from_dlpack(output.as_tensor()) for output in outputs])
@@ -67,7 +67,7 @@ class DaliRenderer(Renderer):
         return Rendered(indices, views, torch.from_numpy(parameters))
 
     def _hold(self, outputs: Any) -> None:
-        """Keeps DALI's memory from being used again before the copy out of it, which the GPU does later, is done."""
+        """Keeps DALI's outputs alive until the GPU, which works asynchronously, has copied them: DALI would reuse their memory."""
         if not self._on_gpu:
             return
         copied = torch.cuda.Event()

@@ -1,4 +1,4 @@
-"""The last stage of the data path: a batch on the training device, augmented there where the loader stopped at crops."""
+"""Last stage of the data path: moves a batch to the training device, and augments it there if the loader only made crops."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastbyol.data.batch import ViewBatch
 
 
 def views_on_device(batch: ViewBatch, views: ViewPair, device: torch.device, *, compiled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(view1, view2, label) on the device, views normalised (N, 3, S, S) channels-last; copies do not block the host.
+    """Returns (view1, view2, label) on the device, views normalised (N, 3, S, S) channels-last; copies do not block the host.
 
-    Never run by us on a GPU yet: uint8 crops then go through `augment.torch_graph`, which is tested against the reference on the CPU.
+    We have not run this on a GPU yet. uint8 crops go through `augment.torch_graph`, which is tested against the reference on the CPU.
 
     Args:
-        compiled: by Inductor, one graph a view, which passes over the batch a few times; eager, it is some 300 times.
+        compiled: compile the augmentation with Inductor, one graph per view: a few passes over the batch in memory instead of about 300.
     """
     label = batch.label.to(device, non_blocking=True)
     if batch.view1.dtype != torch.uint8:

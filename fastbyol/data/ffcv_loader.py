@@ -1,11 +1,11 @@
-"""The FFCV backend: a .beton file and the TurboJPEG that libffcv is linked with, without FFCV's Loader.
+"""The FFCV backend: reads a .beton file and decodes with libffcv's TurboJPEG, without FFCV's Loader.
 
-The Loader sets torch's thread count, hands out buffers that it overwrites, swallows the exceptions of its thread, ignores the decoder's
+FFCV's Loader sets torch's thread count, returns buffers that it later overwrites, swallows the exceptions of its thread, ignores the decoder's
 return code (a damaged image turns black), and compiles for seconds in each process. So only its C library is loaded, through ctypes, whose
-calls release the interpreter lock; ffcv's Python package, 2.7 s of import, is never run.
+calls release the interpreter lock; ffcv's Python package (2.7 s of import) is never imported.
 
-Differs from FFCV: the accurate DCT instead of the fast one. It costs 4 % of the decoding time and gives the pixels that Pillow and DALI
-give; the fast one is 0.8 of 255 levels darker on average.
+Differs from FFCV: the accurate DCT instead of the fast one. It costs 4 % of the decoding time and returns the same pixels as Pillow and DALI;
+the fast one is 0.8 of 255 levels darker on average.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from fastbyol.data.manifest import beton_manifest_path, read_manifest
 from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged, some_of
 
 log = logging.getLogger("fastbyol")
-# turbojpeg.h. LIMITSCANS ends the decoding of a progressive JPEG of more than 500 scans with an error.
+# From turbojpeg.h. With LIMITSCANS, a progressive JPEG of more than 500 scans is a decoding error.
 _TJPF_RGB, _TJPF_GRAY, _TJFLAG_ACCURATEDCT, _TJFLAG_LIMITSCANS, _TJERR_WARNING = 0, 6, 4096, 32768, 0
 _MANY_PIXELS = 1 << 23
-# The library calls an error a warning if a warning came before it, so its warnings are known by how they begin (jerror.h).
+# The library reports an error as a warning if a warning came before it, so real warnings are recognised by their text (jerror.h).
 _WARNINGS = ("Corrupt JPEG data", "Premature end of JPEG file", "Warning: ", "Inconsistent progression", "Unknown Adobe color transform")
 _DECOMPRESS_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5]
 _HEADER_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, *[ctypes.POINTER(ctypes.c_int)] * 4]
 
 
 class TurboJpeg:
-    """libffcv's TurboJPEG, for any number of threads. UserError if ffcv isn't installed."""
+    """libffcv's TurboJPEG decoder, safe to use from several threads. Raises UserError if ffcv isn't installed."""
 
     def __init__(self) -> None:
         spec = importlib.util.find_spec("ffcv")
@@ -57,22 +57,22 @@ class TurboJpeg:
         self._library.tjGetErrorStr2.restype = ctypes.c_char_p
 
     def decode(self, jpeg: bytes, out: Pixels) -> tuple[str, bool]:
-        """Fills out, (H, W, 3) RGB; returns the decoder's complaint ('' if none) and whether it was fatal. Another size than out's is."""
+        """Decodes into `out`, (H, W, 3) RGB. Returns the decoder's message ('' if none) and True if it is fatal, as a size other than out's is."""
         height, width, _ = out.shape
         return self._decompress(jpeg, out, (height, width), (height, width), _TJPF_RGB, _TJFLAG_ACCURATEDCT)
 
     def check(self, jpeg: bytes, *, height: int, width: int) -> tuple[str, bool]:
-        """What `decode` would complain about, in 0.7 of its time: reads every coefficient but renders an eighth of the size, in gray."""
+        """Returns what `decode` would, in 0.7 of its time: reads every coefficient but renders an eighth of the size, in gray."""
         rows, columns = -(-height // 8), -(-width // 8)
         return self._decompress(jpeg, np.empty(rows * columns, dtype=np.uint8), (height, width), (rows, columns), _TJPF_GRAY, 0)
 
     def _decompress(
         self, jpeg: bytes, out: Pixels, size: tuple[int, int], rendered: tuple[int, int], pixel_format: int, flags: int
     ) -> tuple[str, bool]:
-        """size: (height, width) that the JPEG must have; rendered: as which it is written to out."""
-        handle = self._library.tjInitDecompress()  # 2 us; one that is used again takes tables that a damaged JPEG lacks from the one before
+        """Decodes into `out`, as `decode` does. size: (height, width) that the JPEG must have; rendered: (height, width) to scale it to."""
+        handle = self._library.tjInitDecompress()  # 2 us. A reused handle would decode a damaged JPEG with tables of the one before.
         try:
-            # tjDecompress2 takes a height or width of 0 for the JPEG's own, and renders another size smaller or larger than it was asked.
+            # Check first: tjDecompress2 replaces a height or width of 0 by the JPEG's own, and scales a JPEG of another size.
             complaint = self._size_complaint(handle, jpeg, size)
             height, width = rendered
             flags |= _TJFLAG_LIMITSCANS
@@ -88,7 +88,7 @@ class TurboJpeg:
             self._library.tjDestroy(handle)
 
     def _size_complaint(self, handle: int, jpeg: bytes, size: tuple[int, int]) -> str:
-        """Returns what is wrong with the size in the JPEG's header as the decoder itself reads it, 5 us, or ''."""
+        """Returns what is wrong with the size in the JPEG's header, as the decoder itself reads it (5 us), or ''."""
         width, height, subsampling, colorspace = (ctypes.c_int(0) for _ in range(4))
         self._library.tjDecompressHeader3(handle, jpeg, len(jpeg), width, height, subsampling, colorspace)
         if (height.value, width.value) == size and min(size) > 0:
@@ -99,7 +99,7 @@ class TurboJpeg:
 
 
 class FfcvSource(Source):
-    """Sample i is row i of the .beton: ours or one that stock FFCV wrote, JPEG or raw. Class names: from the manifest beside it, if any."""
+    """A .beton as a source, written by us or by stock FFCV, JPEG or raw; sample i is row i. Class names come from its manifest, if any."""
 
     def __init__(self, path: Path) -> None:
         self._decoder = TurboJpeg()
@@ -145,8 +145,8 @@ class FfcvSource(Source):
     def _decode_jpeg(self, index: int, data: bytes, height: int, width: int) -> Pixels:
         image = self._thread_scratch(height * width * 3).reshape(height, width, 3)
         complaint, fatal = self._decoder.decode(data, image)
-        # Where checksums show that these are the original's bytes, a warning is an oddity that Pillow passed over too when it was converted
-        # (stray bytes before a marker: ImageNet has some). Without them it is damage.
+        # If a checksum shows that the bytes are unchanged, a warning is harmless: Pillow ignored it too when the image was converted
+        # (stray bytes before a marker: ImageNet has some). Without checksums, treat it as damage.
         if complaint and (fatal or self._beton.crc32 is None):
             raise damaged(self.sample_name(index), complaint)
         return image
@@ -157,7 +157,7 @@ class FfcvSource(Source):
         return np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
 
     def _thread_scratch(self, size: int) -> Pixels:
-        """This thread's own buffer, grown on demand: stock FFCV takes max height x max width x batch, 70 GB on raw ImageNet."""
+        """Returns this thread's own buffer, grown on demand: stock FFCV allocates max height x max width x batch, 70 GB on raw ImageNet."""
         buffer = getattr(self._scratch, "buffer", None)
         if buffer is None or len(buffer) < size:
             buffer = self._scratch.buffer = np.empty(size, dtype=np.uint8)
@@ -165,7 +165,7 @@ class FfcvSource(Source):
 
 
 def _class_names(path: Path, beton: Beton) -> tuple[str, ...]:
-    """Returns the manifest's class names, or numbers where there is no manifest."""
+    """Returns the manifest's class names, or class numbers if there is no manifest."""
     labels, manifest_path = beton.label, beton_manifest_path(path)
     if not manifest_path.exists():
         if beton.crc32 is not None:  # it is a file of ours

@@ -1,4 +1,4 @@
-"""The folder backend: an ImageFolder read with Pillow. Nothing to prepare, and the reference for the two fast ones."""
+"""The folder backend: reads an ImageFolder with Pillow. It needs no conversion, and is the reference for the two fast backends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COMPARED_BYTES = 1 << 20
 
 
 class FolderSource(Source):
-    """Sample i is the i-th file of the ImageFolder listing."""
+    """An ImageFolder as a source; sample i is the i-th file of its listing."""
 
     def __init__(self, path: Path) -> None:
         self._listing = list_image_folder(path)
@@ -30,7 +30,7 @@ class FolderSource(Source):
             log.warning("%s", note)
         if text := left_out_text(self._listing.skipped):
             log.warning("%s: left out: %s", path, text)
-        # Filled as the headers are read: the sizes of a million files are not worth a pass of their own.
+        # (height, width), filled as images are first used: opening a million files in advance would take too long.
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int64)
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
@@ -40,7 +40,7 @@ class FolderSource(Source):
         return height, width
 
     def identity(self) -> bytes:
-        """The files' names, and how some of them begin and how long they are: opening a million is not worth it."""
+        """Returns a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""
         digest = hashlib.sha256("\0".join(self._listing.files).encode(errors="surrogateescape"))
         for index in some_of(self.num_samples):
             path = self._listing.path(index)
@@ -61,7 +61,7 @@ class FolderSource(Source):
         except (UndecodableImage, OSError) as error:
             raise damaged(self.sample_name(index), error) from error
         height, width = self._sizes[index].tolist()
-        if height and image.shape != (height, width, 3):  # the views were drawn for the size that the header gave
+        if height and image.shape != (height, width, 3):  # the crops were drawn for the header's size
             raise damaged(self.sample_name(index), f"it has {image.shape[1]}x{image.shape[0]} pixels, its header said {width}x{height}")
         return image
 

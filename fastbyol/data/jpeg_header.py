@@ -1,4 +1,4 @@
-"""What a JPEG's markers say, read without decoding: size, kind, colour, orientation."""
+"""Reads a JPEG's header without decoding: size, kind of compression, colour, orientation."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 from PIL import Image
 
 MAX_SIDE_PX = 65_500
-"""libjpeg's limit (and the .beton's, at 65,535)."""
+"""libjpeg's largest height and width (a .beton could hold 65,535)."""
 MAX_SCANS = 100
-"""A progressive JPEG has about ten scans, one whose colours come one after another three, each a pass over all of its pixels: thousands of
-them make hours of work out of half a megabyte."""
+"""Most scans that are decoded. A progressive JPEG has about ten, one with separate colours three, each a pass over all pixels; half a
+megabyte with thousands takes hours."""
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
@@ -25,28 +25,28 @@ _ORIENTATION_TAG = 0x0112
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """Of the first image in a JPEG file."""
+    """Header fields of the first image in a JPEG file."""
 
     height: int
     width: int
     components: int
     bits: int
     frame: int
-    """The frame's marker: 0xC0 baseline, 0xC2 progressive, …"""
+    """Marker of the frame: 0xC0 baseline, 0xC2 progressive, …"""
     orientation: int = 1
-    """EXIF: 1 upright, 2 to 8 mirrored or turned."""
+    """EXIF orientation: 1 is upright, 2 to 8 are mirrored or rotated."""
     has_icc: bool = False
     adobe_transform: int | None = None
-    """Of Adobe's marker: 0 RGB or CMYK, 1 YCbCr, 2 YCCK; None: there is no such marker."""
+    """Colour transform in Adobe's marker: 0 RGB or CMYK, 1 YCbCr, 2 YCCK; None if there is no such marker."""
 
     @property
     def is_common(self) -> bool:
-        """Every JPEG decoder takes it: baseline or progressive, 8 bits, gray or three colours."""
+        """True if every JPEG decoder can read it: baseline or progressive, 8 bits, gray or three colours."""
         return self.frame in _BASELINE_OR_PROGRESSIVE and self.bits == 8 and self.components in (1, 3)
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
-    """The header; None if the data do not begin as a JPEG or end before its frame is described."""
+    """Returns the header, or None if the data does not begin as a JPEG or ends before its frame header."""
     if data[:2] != b"\xff\xd8":
         return None
     orientation, has_icc, adobe = 1, False, None
@@ -92,7 +92,7 @@ def _scans_complaint(data: bytes, segments: list[tuple[int, int, int]]) -> str:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Returns the JPEG without comments, EXIF, colour profiles and other application segments; of these only Adobe's says how to decode."""
+    """Returns the JPEG without comments, EXIF, colour profiles and other application segments, except Adobe's, which decoding needs."""
     kept, at = [data[:2]], 2
     for marker, start, end in _segments(data):
         tells_colours = marker == _APP14 and data[start : start + 5] == b"Adobe" and end - start >= 12
@@ -103,7 +103,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def exif_orientation(exif: bytes | Image.Image) -> int:
-    """Returns the orientation tag of EXIF data or of an opened image; 1 (upright) where there is none that means anything."""
+    """Returns the orientation tag of EXIF data or of an opened image; 1 (upright) if it is missing or invalid."""
     try:
         if isinstance(exif, bytes):
             parsed = Image.Exif()
@@ -111,13 +111,13 @@ def exif_orientation(exif: bytes | Image.Image) -> int:
         else:
             parsed = exif.getexif()
         value = parsed.get(_ORIENTATION_TAG, 1)
-    except Exception:  # Pillow's reader of EXIF raises whatever it stumbles upon
+    except Exception:  # on damaged data, Pillow's EXIF reader raises exceptions of any kind
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 class _Frame(NamedTuple):
-    """What a frame header (SOF) says."""
+    """Fields of a frame header (SOF)."""
 
     height: int
     width: int
@@ -127,7 +127,7 @@ class _Frame(NamedTuple):
 
 
 def _frame(data: bytes, marker: int, at: int, end: int) -> _Frame | None:
-    """Returns the frame that a segment describes, or None for another kind of segment or one that is cut off."""
+    """Returns the frame header in a segment, or None for another kind of segment or a truncated one."""
     if marker not in _FRAMES or end - at < 6:
         return None
     return _Frame(int.from_bytes(data[at + 1 : at + 3]), int.from_bytes(data[at + 3 : at + 5]), data[at + 5], data[at], marker)
@@ -141,7 +141,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         if at < 0 or at + 4 > len(data):
             break
         marker = data[at + 1]
-        if marker in (0xFF, 0x00):  # fill bytes, or stray data between segments, which decoders pass over too
+        if marker in (0xFF, 0x00):  # fill bytes or stray data between segments: decoders skip them too
             at += 1
         elif marker in _STANDALONE:
             at += 2

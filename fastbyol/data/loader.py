@@ -1,7 +1,7 @@
-"""One loader for every backend: both views of each image once per epoch, in batches, in an order that workers and ranks don't change.
+"""The loaders for training and evaluation, the same for every backend.
 
-All randomness is keyed by (seed, epoch, sample), all order by (seed, epoch): workers, ranks and resumes change nothing, and the state of a
-loader is the next micro-batch's (epoch, batch).
+Augmentations are random functions of (seed, epoch, sample), the order one of (seed, epoch). So the number of worker threads, the number of
+ranks and a resume change nothing, and the whole state of a loader is the (epoch, batch) of the next micro-batch.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fastbyol.data.traversal import Traversal
 
 
 class TwoViewLoader:
-    """Both views of every image, in batches: an iterable of `ViewBatch` over the rest of the current epoch.
+    """Training loader: an iterable of `ViewBatch` over the rest of the current epoch, with both views of every image.
 
-    Iterating starts at the loader's position and leaves it at the start of the next epoch; breaking off leaves it at the next batch,
-    whatever was made ahead. Each batch has its own memory.
+    Iteration starts at the loader's position and ends at the start of the next epoch. Leaving the loop early keeps the position at the next
+    batch that was not yielded yet, even if batches were prefetched. Each batch has its own memory.
     """
 
     def __init__(self, renderer: Renderer, *, views: ViewPair, traversal: Traversal, readahead: Readahead | None = None) -> None:
-        """Takes over the renderer and the readahead, and closes them.
+        """Takes ownership of the renderer and the readahead: `close` closes them.
 
         Args:
-            renderer: of two views; has the source.
-            views: what both views draw.
-            traversal: order and share of this rank; also gives the seed of the views.
-            readahead: of the same source and blocks as the traversal's, if that is local.
+            renderer: renders two views of its source's images.
+            views: augmentation of both views.
+            traversal: sample order and this rank's share of it; its seed is also that of the augmentations.
+            readahead: for a local traversal, reads the same blocks of the same source ahead.
         """
         source = renderer.source
         self.views, self.traversal, self.class_names = views, traversal, source.class_names
@@ -50,34 +50,34 @@ class TwoViewLoader:
 
     @property
     def num_samples(self) -> int:
-        """Images in the data set, over all ranks."""
+        """Number of images in the data set, over all ranks."""
         return self.traversal.num_samples
 
     def __len__(self) -> int:
-        """Micro-batches of this rank in a whole epoch."""
+        """Returns the number of micro-batches of this rank in a whole epoch."""
         return self.traversal.micro_batches
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells the data set from another one, see `Source.fingerprint`."""
+        """Returns short texts that identify the data set, see `Source.fingerprint`."""
         return self._renderer.source.fingerprint()
 
     def class_counts(self) -> dict[str, int]:
-        """Images of each class; those without a label (-1) count for none."""
+        """Returns the number of images of each class; images without a label (-1) are not counted."""
         labels = self._labels[self._labels >= 0]
         return dict(zip(self.class_names, np.bincount(labels, minlength=len(self.class_names)).tolist(), strict=False))
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of another epoch; the current one is left where it is, so that a resumed loop may call this too."""
+        """Moves to the start of another epoch. Does nothing for the current epoch, so that a resumed loop may call this too."""
         require_at_least("epoch", epoch, 0)
         if epoch != self._epoch:
             self._epoch, self._batch = epoch, 0
 
     def state_dict(self) -> dict[str, int]:
-        """The next micro-batch to hand out: {'epoch', 'batch'}."""
+        """Returns the position of the next micro-batch: {'epoch', 'batch'}."""
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where `state_dict` was taken, byte for byte. UserError for a position outside an epoch (another batch size?)."""
+        """Continues from a `state_dict`, with byte-identical batches. Raises UserError if the position is outside an epoch (another batch size?)."""
         epoch, batch = state["epoch"], state["batch"]
         if epoch < 0 or not 0 <= batch < len(self):
             raise UserError(f"loader state {state}: an epoch has {len(self)} batches here; resume with the run's own data and global_batch")
@@ -90,7 +90,7 @@ class TwoViewLoader:
             yield self._view_batch(rendered)
 
     def close(self) -> None:
-        """Ends the threads and closes the files."""
+        """Stops the threads and closes the files."""
         if self._readahead is not None:
             self._readahead.close()
         self._renderer.close()
@@ -102,7 +102,7 @@ class TwoViewLoader:
         self.close()
 
     def _plan(self, epoch: int, first: int) -> Iterator[Indices]:
-        """This rank's images of each micro-batch from the first on, drawn a few batches before they are handed out."""
+        """Yields this rank's sample indices for each micro-batch from `first` on. The renderer takes them a few batches ahead of the consumer."""
         order = self.traversal.order(epoch)
         if self._readahead is not None:
             self._readahead.start_epoch(epoch)
@@ -123,39 +123,42 @@ class TwoViewLoader:
 
 
 class ImageLoader:
-    """Every image once, in index order, centre-cropped and normalised: an iterable of `ImageBatch`. The last batch may be smaller."""
+    """Evaluation loader: an iterable of `ImageBatch`, every image once in index order, centre-cropped and normalised.
+
+    The last batch may be smaller.
+    """
 
     def __init__(self, source: Source, *, views: ViewPair, batch: int, workers: int = 1, prefetch: int = 2) -> None:
-        """Takes over the source and closes it. Of `views`, only size, interpolation and normalisation matter."""
+        """Takes ownership of the source: `close` closes it. Only size, interpolation and normalisation of `views` are used."""
         require_at_least("batch", batch, 1)
         self.num_samples, self.class_names = source.num_samples, source.class_names
         self._renderer = KernelRenderer(source, views, num_views=1, workers=workers, prefetch=prefetch)
         self._labels, self._batch = source.labels, batch
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells the data set from another one, see `Source.fingerprint`."""
+        """Returns short texts that identify the data set, see `Source.fingerprint`."""
         return self._renderer.source.fingerprint()
 
     def __len__(self) -> int:
-        """Batches in a pass."""
+        """Returns the number of batches in one pass over the data."""
         return -(-self.num_samples // self._batch)
 
     def __iter__(self) -> Iterator[ImageBatch]:
         return self.batches_of(np.arange(self.num_samples, dtype=np.int64))
 
     def batches_of(self, index: Indices) -> Iterator[ImageBatch]:
-        """These images in this order, in batches."""
+        """Yields the images at these indices, in this order, in batches."""
         plan = (index[first : first + self._batch] for first in range(0, len(index), self._batch))
         for rendered in self._renderer.batches(plan, _centre_crop):
             yield _image_batch(rendered, self._labels)
 
     def pick(self, index: Sequence[int]) -> ImageBatch:
-        """These images in this order, as one batch."""
+        """Returns the images at these indices, in this order, as one batch."""
         (rendered,) = self._renderer.batches([np.asarray(index, dtype=np.int64)], _centre_crop)
         return _image_batch(rendered, self._labels)
 
     def close(self) -> None:
-        """Ends the threads and closes the files."""
+        """Stops the threads and closes the files."""
         self._renderer.close()
 
     def __enter__(self) -> Self:

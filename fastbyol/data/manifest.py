@@ -1,4 +1,4 @@
-"""The JSON beside converted data: what is in it, how it was made, and how to tell that it is whole."""
+"""The manifest: a JSON file beside converted data that describes its content, how it was made, and its checksums."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ from fastbyol.config.errors import UserError
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
-"""ImageNet's has 100 kB; of a larger one the JSON alone would fill the memory."""
+"""Largest manifest that is read (ImageNet's has 100 kB): parsing a huge JSON file would fill the memory."""
 _MAX_NUMBER = 1 << 48
 _LONGEST_NAME = 255
 _READ_BYTES = 1 << 20
 _SEAL = "content_sha256"
-"""Of all the other fields."""
+"""Name of the field that holds the SHA-256 of all other fields."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One data file, by its name beside the manifest."""
+    """One data file in the manifest's folder."""
 
     name: str
     samples: int
     bytes: int
     sha256: str
-    """Of the file; where `chunk_bytes` is given, of the digests of its chunks of so many bytes, one after another (32 bytes each)."""
+    """SHA-256 of the file; or, with `chunk_bytes`, the SHA-256 of the concatenated digests (32 bytes each) of its chunks of that size."""
     chunk_bytes: int = 0
-    """A .beton's beginning is written last, so its sha256 could only be taken in another reading; its chunks' are taken as it grows."""
+    """Chunk size. A .beton's header is written last, so hashing the whole file would take a second read; its chunks are hashed as it grows."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a conversion made. Class names stand in label order."""
+    """Description of converted data. Class names are in label order."""
 
     kind: str
-    """beton or tar."""
+    """'beton' or 'tar'."""
     num_samples: int
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     images: dict[str, float]
-    """Summary: smallest, mean and largest height and width in pixels, bytes, and how many images were transcoded."""
+    """Summary: smallest, mean and largest height and width in pixels, bytes, and number of transcoded images."""
     settings: dict[str, int | float | str]
     source: dict[str, str]
-    """The folder as the user gave it, and the digest of its listing."""
+    """The source folder as the user gave it, and the digest of its listing."""
     shards: tuple[Shard, ...]
     software: dict[str, str]
     dropped: tuple[int, ...] = ()
-    """Positions in the listing of the images that could not be kept, ascending: sample i is the i-th of the others, and where the settings
-    have a `shuffle_seed` the i-th of the others in that permutation of the listing."""
+    """Positions in the listing of the dropped images, ascending. Sample i is the i-th of the kept images in listing order, or, if the settings
+    have a `shuffle_seed`, in that permutation of the listing."""
     names_sha256: str = ""
-    """Of the samples' names in the listing, in the order of the samples, each ended by a zero byte: whether another listing gives the same."""
+    """SHA-256 of the samples' names in sample order, each ended by a zero byte: shows whether another listing gives the same samples."""
 
 
 def software_versions() -> dict[str, str]:
-    """Versions that a conversion's result can depend on."""
+    """Returns the versions of Python and the packages on which a conversion's result can depend."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in ("fastbyol", "numpy", "pillow")}
 
 
 def beton_manifest_path(beton: Path) -> Path:
-    """Returns where the manifest of a .beton lies: beside it, or, where it is a symbolic link without one, beside the file itself."""
+    """Returns the path of a .beton's manifest: beside it, or, for a symbolic link without one beside it, beside the link's target."""
     beside = beton.with_name(beton.name + ".json")
     if beside.exists() or not beton.is_symlink():
         return beside
@@ -77,7 +77,7 @@ def beton_manifest_path(beton: Path) -> Path:
 
 
 def sha256_of(path: Path, *, start: int = 0, size: int | None = None, stop: Event | None = None) -> str:
-    """Hexadecimal, of `size` bytes from `start`, or of all that are there; of nothing much once `stop` is set."""
+    """Returns the hexadecimal SHA-256 of `size` bytes from `start` (default: to the end). Setting `stop` ends it early with a meaningless digest."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         left = os.fstat(file.fileno()).st_size - start if size is None else size
@@ -89,23 +89,23 @@ def sha256_of(path: Path, *, start: int = 0, size: int | None = None, stop: Even
 
 
 def chunks_sha256(digests: Iterable[str]) -> str:
-    """A shard's sha256 from those of its chunks."""
+    """Returns a shard's sha256 from those of its chunks."""
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Readable JSON, pure ASCII, sealed."""
+    """Returns the manifest as indented ASCII JSON, sealed with the digest of its fields."""
     fields = {"format_version": FORMAT_VERSION} | asdict(manifest)
     return json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n"
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest; the caller gives the final name to it."""
+    """Writes the manifest to `path`; the caller renames it to its final name."""
     path.write_text(manifest_text(manifest), encoding="utf-8")
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a readable manifest still says what was written: nobody has edited it. Reading does not ask; `verify` does."""
+    """Returns True if the manifest has not been edited since it was written. Only `verify` checks this; `read_manifest` does not."""
     fields = _read_json(path)
     return fields.pop(_SEAL, "") == _seal(fields)
 
@@ -115,7 +115,7 @@ def _seal(fields: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Returns the manifest at the path, found to be one that the data can have. Raises UserError if it is missing, not ours, or contradicts itself."""
+    """Returns the manifest at the path. Raises UserError if it is missing, is not one of ours, or contradicts itself."""
     try:
         fields = _read_json(path)
         version = fields.pop("format_version")
@@ -138,7 +138,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError, RecursionError or MemoryError for what is no JSON object of a manifest's size."""
+    """Returns the JSON object at the path. Raises ValueError, RecursionError or MemoryError if it is not one, or too large."""
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_MANIFEST_BYTES:
             raise ValueError(f"{size:,} bytes, a manifest has at most {MAX_MANIFEST_BYTES:,}")
@@ -149,13 +149,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def shortened(value: object, *, limit: int = 200) -> str:
-    """Returns the value's text, cut where it is long: what an error quotes from a file may be of any length."""
+    """Returns the value's text, cut to `limit` characters: a value that an error message quotes from a file may be of any length."""
     text = " ".join(str(value).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _refuse_other_types(manifest: Manifest) -> None:
-    """Raises TypeError for values that nothing could be done with: somebody has edited them."""
+    """Raises TypeError or ValueError for values of a wrong type or out of range, as in an edited manifest."""
     numbers = [manifest.num_samples, *manifest.class_counts, *manifest.dropped]
     numbers += [number for shard in manifest.shards for number in (shard.samples, shard.bytes, shard.chunk_bytes)]
     texts = [manifest.kind, manifest.names_sha256, *manifest.class_names]
@@ -171,7 +171,7 @@ def _refuse_other_types(manifest: Manifest) -> None:
 
 
 def _refuse_contradictions(manifest: Manifest) -> None:
-    """Raises ValueError where parts of the manifest cannot all be true."""
+    """Raises ValueError if parts of the manifest contradict each other."""
     if not manifest.num_samples or not manifest.shards:
         raise ValueError("no images, or no data files")
     if len(manifest.class_counts) != len(manifest.class_names):

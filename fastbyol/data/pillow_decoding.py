@@ -1,7 +1,7 @@
-"""Any image file as RGB pixels, by Pillow: what can be seen is kept, whatever its metadata; what cannot be decoded has one kind of error.
+"""Decodes any image file to RGB pixels with Pillow.
 
-Pillow's readers raise whatever they stumble over (struct.error, KeyError, zlib.error …), also in comments, colour profiles and EXIF that
-have no part in the pixels. Here every failure becomes an UndecodableImage, and metadata never costs an image.
+Pillow's readers raise exceptions of many kinds (struct.error, KeyError, zlib.error …), even for damaged comments, colour profiles and EXIF
+that do not affect the pixels. Here every failure becomes an UndecodableImage, and damaged metadata never makes an image undecodable.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from fastbyol.data.jpeg_header import scans_complaint, without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Not PostScript, for which Pillow starts Ghostscript, nor rare formats whose readers few have tried to break."""
+"""Formats that are read. Not PostScript, for which Pillow starts Ghostscript, nor rare formats, whose readers are poorly tested."""
 MAX_DECODED_PIXELS = 178_956_970
-"""No larger image is decoded while training, whatever a table or header says: Pillow's own limit, half a gigabyte of RGB."""
+"""Most pixels of an image that training decodes, whatever a table or header says: Pillow's own limit, half a gigabyte of RGB."""
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TIFF_BITS, _TIFF_RANGES = 258, ((340, 341), (280, 281))  # BitsPerSample; S{Min,Max}SampleValue, {Min,Max}SampleValue
@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UndecodableImage(ValueError):
-    """An image that cannot be decoded; `reason` is one of a few phrases, the message has the details."""
+    """Raised for an image that cannot be decoded. `reason` is one of a few fixed phrases; the message has the details."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -41,12 +41,12 @@ class UndecodableImage(ValueError):
 
 
 class PixelRange(NamedTuple):
-    """The values that mean black and white in an image of integers beyond 8 bits or of floats."""
+    """The values of black and white in an image of floats or of integers with more than 8 bits."""
 
     black: float
     white: float
     stated: bool
-    """By the file; otherwise it was guessed from the pixels."""
+    """True if the file states the range; False if it was guessed from the pixels."""
 
 
 def decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
@@ -55,14 +55,14 @@ def decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
 
 
 def load_image(data: bytes, *, check_size: Callable[[int, int], None] | None = None) -> Image.Image:
-    """Returns the decoded image, its first picture where it has several.
+    """Returns the decoded image; the first frame if the file has several.
 
     Args:
         data: the file's bytes.
         check_size: called with (width, height) from the header before anything is decoded; may raise UndecodableImage.
 
     Raises:
-        UndecodableImage: it is no image, or is damaged. MemoryError passes.
+        UndecodableImage: the data is not an image, or is damaged. A MemoryError is not converted.
     """
     try:
         return _load(data, check_size)
@@ -78,15 +78,15 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             return image.height, image.width
-    except Exception:  # decoding says what is wrong, if anything is
+    except Exception:  # load_image retries without metadata, and raises UndecodableImage if that fails too
         image = load_image(source if isinstance(source, bytes) else source.read_bytes())
         return image.height, image.width
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Returns the RGB image that a decoded one stands for: alpha left out, other ranges than 8 bits brought to 8 (`pixel_range`).
+    """Returns a decoded image converted to RGB: alpha is dropped, and wider ranges than 8 bits are scaled to 8 (`pixel_range`).
 
-    Pillow alone clips 16-bit values to 255, and takes every CMYK JPEG for an inverted one, as Adobe's are.
+    Pillow alone would clip 16-bit values to 255, and would treat every CMYK JPEG as inverted, although only Adobe's are.
     """
     if has_wide_pixels(image):
         return Image.fromarray(_as_8_bits(np.asarray(image), pixel_range(image))).convert("RGB")
@@ -99,19 +99,20 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def has_wide_pixels(image: Image.Image) -> bool:
-    """Whether the pixels are gray integers of more than 8 bits, or floats."""
+    """Returns True if the pixels are gray integers of more than 8 bits, or floats."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def pixel_range(image: Image.Image) -> PixelRange:
-    """Returns what black and white are in an image of wide pixels.
+    """Returns the values of black and white in an image for which `has_wide_pixels` is true.
 
-    A TIFF may state it. Else a whole number of 8, 12 or 16 bits that holds all values is taken, for floats also 1, and otherwise, as with
-    negative values, the range that the image has. So a 12-bit picture in a 16-bit file is not black, nor are floats from 0 to 1.
+    A TIFF may state them. Otherwise black is 0 and white the smallest of 255, 4095, 65535 (for floats also 1) that no value exceeds; if
+    values are negative or larger still, black and white are the image's own minimum and maximum. So neither a 12-bit picture in a 16-bit
+    file nor floats from 0 to 1 come out black.
     """
     if stated := _stated_range(image):
         return stated
-    if image.format == "PPM":  # Pillow has scaled it from its own maximum to 16 bits
+    if image.format == "PPM":  # Pillow has scaled it from the maximum in its header to 16 bits
         return PixelRange(0.0, 65535.0, True)
     values = np.asarray(image)
     if image.mode == "F":
@@ -134,13 +135,13 @@ def _stated_range(image: Image.Image) -> PixelRange | None:
                 if math.isfinite(low) and math.isfinite(high) and low < high:
                     return PixelRange(low, high, True)
         bits = int(np.atleast_1d(tags.get(_TIFF_BITS, 16))[0])
-    except Exception:  # tags of another type, or unreadable: as if there were none
+    except Exception:  # tags of an unexpected type, or unreadable: ignore them
         return None
     return PixelRange(0.0, float(2**bits - 1), True) if image.mode != "F" and 8 < bits < 16 else None
 
 
 def _as_8_bits(values: NDArray[Any], limits: PixelRange) -> NDArray[np.uint8]:
-    """Brings black to white to 0 to 255. Integers keep their upper bits: 16 bits give value >> 8."""
+    """Maps the range from black to white to 0..255. Integers keep their upper bits: 16-bit values become value >> 8."""
     black, white = limits.black, limits.white
     levels = np.empty(values.size, dtype=np.uint8)
     for first in range(0, values.size, _PIXELS_AT_A_TIME):  # an image of the largest size would fill gigabytes as int64
@@ -171,13 +172,13 @@ def _load(data: bytes, check_size: Callable[[int, int], None] | None) -> Image.I
         raise UndecodableImage("not an image", f"begins with {data[:12]!r}") from None
     except Image.DecompressionBombError as error:
         raise UndecodableImage("too many pixels", str(error)) from error
-    except Exception as error:  # see above
+    except Exception as error:  # of any kind, see the module's docstring
         text = " ".join(str(error).split()) or type(error).__name__
         raise UndecodableImage("truncated" if "truncated" in text.lower() else "does not decode", text) from error
 
 
 def _without_metadata(data: bytes) -> bytes | None:
-    """Returns a JPEG or PNG with only what makes its pixels, or None for another format or where nothing would be left out."""
+    """Returns a JPEG or PNG with only the parts that affect its pixels; None for another format, or if there is nothing to remove."""
     if data.startswith(b"\xff\xd8"):
         plain = without_metadata(data)
     elif data.startswith(_PNG_MAGIC):

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a moving bar on a terminal, a plain line now and then in a log."""
+"""Progress of long work: a progress bar on a terminal, a plain line every ten seconds in a log."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _BAR_WIDTH = 10
 
 
 class Progress:
-    """Shows on stderr how much is done, how fast, and how long the rest will take. A context manager.
+    """Context manager that shows on stderr how much is done, the rate, and the time left.
 
-    Work that ends within seconds leaves nothing on a terminal, and shows nothing in a log.
+    Work that takes under ten seconds leaves nothing on the terminal and writes nothing to a log.
     """
 
     def __init__(self, what: str, total: int, *, unit: str = "bytes", done: int = 0) -> None:
-        """total: of units; done: of them before this process."""
+        """Starts at `done` of `total` units, where `done` was already finished by an earlier process."""
         self._what, self._total, self._unit = what, total, unit
         self._done = self._first = done
         self._stored = self._dropped = 0
@@ -40,7 +40,7 @@ class Progress:
             self._bar.stop()
 
     def reach(self, done: int) -> None:
-        """This much is done in all."""
+        """Sets the total amount done, and updates the display if it is time to."""
         self._done = done
         now = time.monotonic()
         is_last = done == self._total
@@ -52,7 +52,7 @@ class Progress:
             self._shown = now
 
     def advance(self, more: int = 1, *, stored_bytes: int = 0, dropped: int = 0) -> None:
-        """So much more is done; it gave so many bytes, and so many of its units nothing."""
+        """Adds `more` units to the amount done. They produced `stored_bytes`; `dropped` of the units produced nothing."""
         self._stored += stored_bytes
         self._dropped += dropped
         self.reach(self._done + more)
@@ -60,7 +60,7 @@ class Progress:
     def _text(self, now: float) -> str:
         seconds = max(now - self._start, 1e-9)
         rate = (self._done - self._first) / seconds
-        # The most wanted first: a narrow terminal cuts the line on its right.
+        # The most important first: a narrow terminal cuts the line on its right.
         parts = [f"{self._number(self._done)} of {self._amount(self._total)}"]
         if self._dropped:
             parts.append(f"{self._dropped:,} dropped")

@@ -1,10 +1,10 @@
-"""Amounts of bytes and time as people read them."""
+"""Human-readable byte counts and durations."""
 
 from __future__ import annotations
 
 
 def bytes_text(count: float) -> str:
-    """With three figures, in decimal units, as disks are sold: '147 GB'."""
+    """Returns a byte count with three digits in decimal units, as disks are sold: '147 GB'."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
@@ -13,7 +13,7 @@ def bytes_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """The two largest units: '2 h 10 min'."""
+    """Returns a duration in its two largest units: '2 h 10 min'."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -25,5 +25,5 @@ def duration_text(seconds: float) -> str:
 
 
 def count_text(count: int, what: str) -> str:
-    """'1 shard', '1,200 shards'."""
+    """Returns the count with its noun: '1 shard', '1,200 shards'."""
     return f"{count:,} {what}" + ("" if count == 1 else "s")

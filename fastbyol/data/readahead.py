@@ -1,4 +1,4 @@
-"""Reads the blocks of a local traversal into memory before their samples are asked for one by one."""
+"""Reads the blocks of a local traversal into the page cache before their samples are read one by one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastbyol.data.traversal import Blocks, block_order
 
 
 class Readahead:
-    """One thread that stays a window ahead of the loader. A block that cannot be read is left to whoever asks for its samples."""
+    """A thread that stays one window ahead of the loader. It ignores read errors: they are raised when the samples themselves are read."""
 
     def __init__(self, source: Source, blocks: Blocks, *, seed: int, reader: int = 0, num_readers: int = 1) -> None:
-        """The processes of a machine share its memory: this one is `reader` of `num_readers` and fetches its share of the blocks."""
+        """Reads share number `reader` of `num_readers` of the blocks: the processes of one machine share the page cache."""
         self._source, self._blocks, self._seed = source, blocks, seed
         self._reader, self._num_readers = reader, num_readers
         self._samples_in_block = np.bincount(blocks.number)
@@ -22,7 +22,7 @@ class Readahead:
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
-        """Takes up the windows of an epoch, from its start."""
+        """Goes to the first window of an epoch."""
         order = block_order(self._blocks, seed=self._seed, epoch=epoch)
         firsts = range(0, len(order), self._blocks.window)
         self._windows: list[Indices] = [order[first : first + self._blocks.window] for first in firsts]
@@ -31,7 +31,7 @@ class Readahead:
         self._next = 0
 
     def reach(self, position: int) -> None:
-        """The loader is about to read from this position of the epoch's order: fetches that window and the next, each once."""
+        """Fetches the window at this position of the epoch's order and the next one, each once. Call before reading from that position."""
         current = int(np.searchsorted(self._ends, position, side="right"))
         for window in self._windows[max(self._next, current) : current + 2]:
             for block in window[self._reader :: self._num_readers].tolist():
@@ -39,5 +39,5 @@ class Readahead:
         self._next = max(self._next, current + 2)
 
     def close(self) -> None:
-        """Ends the thread; blocks not yet begun are left."""
+        """Stops the thread; blocks that it has not started are skipped."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,6 +1,7 @@
-"""From planned indices to rendered views: a bounded number of batches ahead of the consumer, on threads.
+"""Decodes and augments batches on a pool of threads, a bounded number of batches ahead of the consumer.
 
-libjpeg, DALI and the kernel release the interpreter lock, so threads are enough: there are no processes to lose, and no copies between them.
+Threads are enough because libjpeg, DALI and the kernel release the interpreter lock. So there are no worker processes that could die, and no
+copies between processes.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from fastbyol.data.source import Indices, Source
 
 OUTPUTS = {"float32": torch.float32, "uint8": torch.uint8}
 MAX_CHUNK = 16
-"""Most images that one thread takes at a time: enough to spread the fixed cost of numpy and of a DALI run over small images."""
+"""Largest number of images that one thread takes at a time: enough to spread the fixed cost of numpy and of a DALI run over small images."""
 
 Draw = Callable[[Indices, Indices, Indices], NDArray[np.float32]]
-"""(index, height, width), (N,) each -> parameters (N, V, NUM_COLUMNS)."""
+"""Draws augmentation parameters: (index, height, width), (N,) each -> (N, V, NUM_COLUMNS)."""
 
 
 class Rendered(NamedTuple):
-    """views: (V, N, S, S, 3), whole and normalised, or uint8 crops. parameters: (N, V, P)."""
+    """A rendered batch: views (V, N, S, S, 3), either augmented and normalised or uint8 crops; parameters (N, V, P)."""
 
     indices: Indices
     views: torch.Tensor
@@ -40,19 +41,19 @@ class Rendered(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A batch under way: what must be done first, and what then gives it."""
+    """A batch in progress: once all `jobs` have finished, `result()` returns the batch."""
 
     jobs: list[Future[Any]]
     result: Callable[[], Rendered]
 
 
 class Renderer(ABC):
-    """Makes the views of planned batches. Takes over the source and closes it.
+    """Base class of the renderers, which make the views of planned batches. Owns the source: `close` closes it.
 
     Args:
-        source: the backend.
-        threads: of the pool.
-        prefetch: batches made ahead.
+        source: decodes the images.
+        threads: size of the thread pool.
+        prefetch: batches prepared ahead of the consumer.
     """
 
     def __init__(self, source: Source, *, threads: int, prefetch: int) -> None:
@@ -63,7 +64,7 @@ class Renderer(ABC):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-data")
 
     def batches(self, plan: Iterable[Indices], draw: Draw) -> Iterator[Rendered]:
-        """The planned batches in order. Each has its own memory. A worker's exception is raised here, at its batch."""
+        """Yields the planned batches in order, each in its own memory. An exception of a worker thread is raised here, at its batch."""
         remaining = iter(plan)
         ahead: deque[Pending] = deque()
         try:
@@ -74,31 +75,32 @@ class Renderer(ABC):
                 for job in ahead[0].jobs:
                     job.result()
                 yield ahead.popleft().result()
-        finally:  # the consumer left or a sample failed: what has not begun shall not run
+        finally:  # the consumer stopped or a sample failed: cancel the jobs that have not started
             for pending in ahead:
                 for job in pending.jobs:
                     job.cancel()
 
     @abstractmethod
     def _submit(self, indices: Indices, draw: Draw) -> Pending:
-        """Gives one batch to the pool."""
+        """Submits one batch to the thread pool."""
 
     def close(self) -> None:
-        """Ends the threads and closes the files."""
+        """Stops the threads and closes the source."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.source.close()
 
 
 class KernelRenderer(Renderer):
-    """Each thread decodes images by the source and renders their views by the compiled kernel.
+    """Renders views on the CPU: each thread decodes images and augments them with the compiled kernel.
 
     Args:
-        source: the backend.
-        pair: what both views draw, or, of one view, size, interpolation and normalisation.
-        num_views: of each image.
-        output: 'float32': whole views, normalised; 'uint8': crops, in pinned memory where there is a GPU, for `augment.torch_graph`.
+        source: decodes the images.
+        pair: augmentation of both views; with one view, only its size, interpolation and normalisation are used.
+        num_views: views of each image.
+        output: 'float32' renders augmented, normalised views; 'uint8' renders crops only (in pinned memory if there is a GPU), to be augmented
+            by `augment.torch_graph`.
         workers: threads that decode and render.
-        prefetch: batches made ahead.
+        prefetch: batches prepared ahead of the consumer.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class KernelRenderer(Renderer):
         require_choice("output", output, tuple(OUTPUTS))
         self._kernel = ViewKernel.of(pair)
         self._num_views, self._size_px, self._workers = num_views, pair.size_px, workers
-        # uint8 crops are on their way to a device: pinned memory makes that copy asynchronous.
+        # uint8 crops will be copied to a GPU; only from pinned memory is that copy asynchronous.
         self._memory = BatchMemory(OUTPUTS[output], pinned=output == "uint8" and torch.cuda.is_available(), spare=prefetch + 1)
 
     def _submit(self, indices: Indices, draw: Draw) -> Pending:
@@ -126,7 +128,7 @@ class KernelRenderer(Renderer):
         return Pending(jobs, lambda: rendered)
 
     def _render(self, indices: Indices, draw: Draw, views: NDArray[Any], parameters: NDArray[np.float32]) -> None:
-        """Fills the rows of one chunk."""
+        """Decodes and renders one chunk of images into its rows of `views` and `parameters`."""
         parameters[:] = draw(indices, *self.source.sizes(indices))
         for row, image in enumerate(self.source.decode(indices)):
             try:

@@ -1,4 +1,7 @@
-"""What a backend is: the decoded pixels of any sample, by index. Order, augmentation, batches, threads and resume are not its business."""
+"""The interface of a backend: returns the decoded pixels of any sample by index.
+
+Sample order, augmentation, batching, threads and resuming are handled elsewhere, the same for all backends.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from fastbyol.config.errors import UserError
 Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 READ_AHEAD_BYTES = 1 << 20
-"""Fetched by one call of the system."""
+"""Bytes that read-ahead fetches per system call."""
 
 
 _COMPARED = 256
@@ -26,14 +29,14 @@ _COMPARED = 256
 
 
 class Storage(NamedTuple):
-    """Of each sample, (num_samples,): the number of its file, and its first byte there."""
+    """Location of every sample: number of its file and offset of its first byte there, (num_samples,) each."""
 
     file: Indices
     offset: Indices
 
 
 class Source(ABC):
-    """A data set that decodes: num_samples images with a label each. `decode` may be called from several threads at once."""
+    """A data set of num_samples images with one label each, decoded on demand. `decode` may be called from several threads at once."""
 
     def __init__(self, *, labels: Indices, class_names: tuple[str, ...]) -> None:
         self.labels = labels
@@ -47,50 +50,56 @@ class Source(ABC):
 
     @abstractmethod
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
-        """Heights and widths in pixels, (N,) int64 each, without decoding."""
+        """Returns heights and widths in pixels, (N,) int64 each, without decoding."""
 
     @abstractmethod
     def decode(self, indices: Indices) -> Iterator[Pixels]:
-        """Yields each image: RGB (H, W, 3) uint8, C-contiguous, valid until the next is taken. UserError if damaged, never black."""
+        """Yields each image as RGB (H, W, 3) uint8, C-contiguous, valid only until the next one is requested.
+
+        Raises UserError for a damaged image instead of returning black pixels.
+        """
 
     @abstractmethod
     def sample_name(self, index: int) -> str:
-        """The sample as a user would look for it: its index and file."""
+        """Returns the sample's index and file, as a user would look for it."""
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells this data set from another one, a short text each: number of images, digests of names, labels, and of the images' identity."""
+        """Returns short texts that identify this data set: number of images; digests of class names, labels and image identity."""
         texts = {"class names": repr(self.class_names).encode(), "labels": self.labels.tobytes(), "images": self.identity()}
         return {"number of images": str(self.num_samples)} | {name: hashlib.sha256(text).hexdigest()[:12] for name, text in texts.items()}
 
     def identity(self) -> bytes:
-        """Bytes that other images would hardly share, without decoding any: sizes and places."""
+        """Returns bytes that are very unlikely to be equal for other images, found without decoding: sizes and locations."""
         everything = np.arange(self.num_samples, dtype=np.int64)
         return b"".join(column.tobytes() for column in (*self.sizes(everything), *self.storage()))
 
     def storage(self) -> Storage:
-        """Where the samples lie. UserError for a backend whose samples share no file: then no order of reading is better than another."""
+        """Returns the location of every sample.
+
+        Raises UserError for a backend with one file per sample: no reading order is faster than another there.
+        """
         raise UserError(
             "data.traversal = 'local': an image folder has one file per image, nothing to read in one go; use random or convert it"
         )
 
     def read_ahead(self, indices: Indices) -> None:
-        """Fetches the bytes from the first to the last of these samples of one file, so that the system keeps them in memory."""
+        """Reads all bytes from the first to the last of these samples of one file, so that they are in the page cache."""
         raise NotImplementedError
 
     def checked(self, index: int, data: bytes, crc32: int) -> bytes:
-        """The sample's bytes, if they are those of the conversion: a decoder notices only some of the possible damage."""
+        """Returns the sample's bytes if they have the checksum of the conversion. Raises UserError if not: a decoder misses some damage."""
         if zlib.crc32(data) != crc32:
             raise damaged(self.sample_name(index), "its bytes have changed since the conversion")
         return data
 
     def close(self) -> None:  # noqa: B027 (a backend without open files has nothing to do)
-        """Lets go of files and decoders. More than once does no harm."""
+        """Closes files and decoders. May be called more than once."""
 
 
 class RangeReader:
     """Reads byte ranges of one file from any thread.
 
-    pread and not a memory map: a file that somebody cuts while it is mapped kills the process (SIGBUS), here it is a UserError.
+    Uses pread, not a memory map: if somebody truncates a mapped file, the process dies of SIGBUS; here it is a UserError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,7 +115,10 @@ class RangeReader:
         return data
 
     def read_ahead(self, start: int, end: int) -> None:
-        """Reads and drops: a hint (posix_fadvise) is cut to a fraction of a MiB by Linux and ignored by some network file systems."""
+        """Reads the bytes [start, end) and discards them.
+
+        The hint posix_fadvise is not enough: Linux limits it to a fraction of a MiB and some network file systems ignore it.
+        """
         piece = bytearray(READ_AHEAD_BYTES)
         for at in range(start, end, READ_AHEAD_BYTES):
             os.preadv(self._descriptor, [memoryview(piece)[: end - at]], at)
@@ -123,5 +135,5 @@ def some_of(num_samples: int) -> list[int]:
 
 
 def damaged(name: str, error: object) -> UserError:
-    """The error for a sample that does not decode."""
+    """Returns the error for a sample that does not decode."""
     return UserError(f"{name} does not decode ({error}): replace or remove the image (and convert again, where it was converted)")

@@ -1,7 +1,8 @@
-"""The members of a tar, by their headers alone: from one header to the next, with nothing taken on trust.
+"""Lists the members of a tar by reading its headers only, without trusting any value in them.
 
-Our own walk around the standard library's parser of a single header: tarfile's takes a damaged header for the end, goes round for ever at a
-negative size, reads no archive behind the first, and spends hours or gigabytes on extended headers that are made for it.
+It uses the standard library's parser for a single header, but not its loop over headers: `tarfile` takes a damaged header for the end of the
+archive, loops for ever at a negative size, does not read an archive appended to the first, and spends hours or gigabytes on malicious
+extended headers.
 """
 
 from __future__ import annotations
@@ -13,31 +14,31 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 LARGEST_HEADER = 1 << 20
-"""Bytes of all headers of one member: its long name, its extended attributes, its map of holes."""
+"""Largest total size of one member's headers: long name, extended attributes, sparse map."""
 _BLOCK = tarfile.BLOCKSIZE
 _END_MARK = bytes(_BLOCK)
 _READ_BYTES = 1 << 20
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _RECORDS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _SPARSE_IS_EXTENDED, _EXTENSION_IS_EXTENDED = 482, 504
-"""Where GNU's header of a sparse file, and each block of its map, says that another block of the map follows."""
+"""Offsets, in GNU's header of a sparse file and in each block of its map, of the flag that another block of the map follows."""
 
 
 class DamagedTarError(Exception):
-    """What is wrong with a tar."""
+    """Raised for a damaged tar; `at` is the byte at which the readable part ends."""
 
     def __init__(self, what: object, *, at: int, end: int) -> None:
-        """at: byte of the header behind the last member that is whole."""
+        """what: the damage; at: offset of the header after the last intact member; end: size of the tar."""
         super().__init__(f"{what} near byte {at:,} of {end:,}")
         self.at = at
 
 
 def tar_members(file: BinaryIO, *, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """The members of the tar that lies at the bytes [start, end) of an unbuffered file; offset_data counts from the start of the file.
+    """Yields the members of the tar in bytes [start, end) of an unbuffered file; `offset_data` counts from the start of the file.
 
-    Archives that follow the first one (cat a.tar b.tar) are read on. Sparse files have `issparse()`, and no map. Other code may move the
-    file's position between two members. Raises DamagedTarError where the tar is cut, a header is not one, a size is impossible, or what
-    follows the end mark is no archive.
+    Concatenated archives (cat a.tar b.tar) are read to the last. For sparse members `issparse()` is true, but they have no map. The caller may
+    move the file's position between two members. Raises DamagedTarError if the tar is truncated, a header is invalid, a size is impossible, or
+    the data after the end mark is not another archive.
     """
     end = os.fstat(file.fileno()).st_size if end is None else end
     at = start
@@ -54,7 +55,7 @@ def tar_members(file: BinaryIO, *, start: int = 0, end: int | None = None) -> It
 
 
 def _member_at(file: BinaryIO, first: int, end: int) -> tuple[tarfile.TarInfo | None, int]:
-    """The member whose headers begin at byte `first`, and where the next begins; (None, first) at an end mark."""
+    """Returns the member whose headers begin at byte `first`, and the offset of the next one; (None, first) at an end mark."""
     at, told = first, dict[str, str]()
     while True:
         block = _read(file, at, _BLOCK, end)
@@ -76,7 +77,7 @@ def _member_at(file: BinaryIO, first: int, end: int) -> tuple[tarfile.TarInfo | 
         if member.type in _LONG_NAMES:
             key = "path" if member.type == tarfile.GNUTYPE_LONGNAME else "linkpath"
             told[key] = _text(content.partition(b"\0")[0])
-        elif member.type in _RECORDS:  # records for all members, XGLTYPE, say nothing about a member
+        elif member.type in _RECORDS:  # global records (XGLTYPE) have no name or size of a member: skip them
             told |= _records(content)
     if member.type == tarfile.GNUTYPE_SPARSE:
         at = _behind_sparse_map(file, block, at, first, end)
@@ -90,7 +91,7 @@ def _member_at(file: BinaryIO, first: int, end: int) -> tuple[tarfile.TarInfo | 
 
 
 def _apply(member: tarfile.TarInfo, told: dict[str, str]) -> None:
-    """Gives the member what its extended headers say of it."""
+    """Sets the member's name, link target, size and sparseness from its extended headers."""
     name = told.get("GNU.sparse.name", told.get("path", member.name))
     member.name = name.rstrip("/") if member.isdir() else name
     member.linkname = told.get("linkpath", member.linkname)
@@ -99,7 +100,7 @@ def _apply(member: tarfile.TarInfo, told: dict[str, str]) -> None:
             raise tarfile.ReadError(f"{member.name!r} has a size of {size[:40]!r} bytes")
         member.size = int(size)
     if member.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in told):
-        member.sparse = []  # type: ignore[attr-defined] # what issparse() asks for
+        member.sparse = []  # type: ignore[attr-defined] # issparse() tests this attribute
 
 
 def _behind_sparse_map(file: BinaryIO, block: bytes, at: int, first: int, end: int) -> int:
@@ -113,7 +114,7 @@ def _behind_sparse_map(file: BinaryIO, block: bytes, at: int, first: int, end: i
 
 
 def _records(content: bytes) -> dict[str, str]:
-    """The records 'length key=value\\n' of an extended header."""
+    """Parses the records 'length key=value\\n' of an extended header into a dict."""
     told, at = dict[str, str](), 0
     while at < len(content) and content[at]:
         digits, space, _ = content[at : at + 20].partition(b" ")
@@ -128,7 +129,7 @@ def _records(content: bytes) -> dict[str, str]:
 
 
 def _skip_zeros(file: BinaryIO, at: int, end: int) -> int:
-    """The first block from `at` on that is not all zeros, or `end`: tars are padded, and another archive may follow."""
+    """Returns the offset of the first block from `at` on that is not all zeros, or `end`: tars are padded, and another archive may follow."""
     start = at
     while at < end:
         at = max(at, min(end, start + (_next_data(file, at, end) - start) // _BLOCK * _BLOCK))
@@ -141,10 +142,10 @@ def _skip_zeros(file: BinaryIO, at: int, end: int) -> int:
 
 
 def _next_data(file: BinaryIO, at: int, end: int) -> int:
-    """Where a hole in the file at `at` ends, so that nobody waits for terabytes of nothing; `at` itself where there is none."""
+    """Returns the end of a hole (sparse region) of the file at `at`, or `at` if there is none. Reading a hole of terabytes would take hours."""
     try:
         return os.lseek(file.fileno(), at, os.SEEK_DATA)
-    except OSError as error:  # ENXIO: nothing but a hole; others: no file of a disk, or a system that knows no holes
+    except OSError as error:  # ENXIO: a hole up to the end; others: no regular file, or a file system without SEEK_DATA
         return end if error.errno == errno.ENXIO else at
 
 

@@ -1,6 +1,6 @@
-"""The folder of tar shards: WebDataset tars with a DALI v1.2 index each, a sample table for random access, and the manifest.
+"""Reads a folder of tar shards: WebDataset tars with one DALI v1.2 index each, a sample table for random access, and the manifest.
 
-Stock DALI (fn.readers.webdataset) and every WebDataset reader take the tars as they are; our own loader uses the sample table.
+Stock DALI (fn.readers.webdataset) and any WebDataset reader can read the tars; our own loader uses the sample table.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
 SAMPLE = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4"), ("label", "<i8"), ("height", "<u2"), ("width", "<u2")]
 )
-"""One row per sample, in the order of the listing (of which the manifest's `dropped` have none): where its JPEG lies, and what it is.
+"""Row of the sample table: location of a sample's JPEG, CRC-32 of its bytes, label and size in pixels.
 
-crc32 is of the JPEG's bytes."""
+There is one row per sample, in listing order; images in the manifest's `dropped` have none."""
 INDEX_VERSION = "v1.2"
 _MAX_HEADER_BYTES = 1 << 16
 
 
 def shard_name(number: int, *, part: str = "") -> str:
-    """Of a shard; part: of several that were made apart."""
+    """Returns a shard's file name. part: number of the part, if the conversion was divided into several."""
     return f"shard-{part}-{number:05d}.tar" if part else f"shard-{number:05d}.tar"
 
 
 def index_path(tar: Path) -> Path:
-    """The DALI index beside a tar."""
+    """Returns the path of the DALI index beside a tar."""
     return tar.with_suffix(".idx")
 
 
 def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
-    """Manifest and sample table, checked against the files. UserError for a missing, cut or foreign one."""
+    """Returns manifest and sample table, checked against the files. Raises UserError if a file is missing, truncated or of another data set."""
     manifest = read_manifest(folder / TAR_MANIFEST)
     if manifest.kind != "tar":
         raise UserError(
@@ -64,17 +64,17 @@ def _check_shard(tar: Path, size: int, samples: int) -> None:
 
 
 def read_sample_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
-    """The table at `path`. UserError for one that is missing, damaged, or not of the manifest's shards."""
+    """Returns the sample table at `path`. Raises UserError if it is missing, damaged, or does not belong to the manifest's shards."""
     again = "copy it again, or convert again with data_prep/to_dali.py"
     foreign = UserError(f"{path}: not the sample table of these {manifest.num_samples} samples; {again}")
     try:
-        with path.open("rb") as file:  # not np.load, which also takes a zip file and then returns no array
+        with path.open("rb") as file:  # not np.load: given a zip file, it returns no array
             if os.fstat(file.fileno()).st_size > manifest.num_samples * SAMPLE.itemsize + _MAX_HEADER_BYTES:
                 raise foreign
             table = np.lib.format.read_array(file, allow_pickle=False)
     except UserError:
         raise
-    except Exception as error:  # of a damaged header, anything from SyntaxError to MemoryError
+    except Exception as error:  # a damaged header raises anything from SyntaxError to MemoryError
         raise UserError(f"{path}: no readable sample table ({error}); {again}") from error
     if table.dtype != SAMPLE or table.shape != (manifest.num_samples,) or table["shard"].max() >= len(manifest.shards):
         raise foreign
