@@ -110,6 +110,7 @@ def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str)
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     pairs = [(name, weights[name], value) for name, value in own.items() if name in weights]
     wrong = [found for name, value, mine in pairs if (found := tensor_difference(value, mine, name, any_float=True))]
+    wrong += [f"{name} holds numbers that are not finite" for name, value, _ in pairs if not wrong and not value.isfinite().all()]
     complaints = [f"it has no {name}" for name in missing] + [f"{name} is unknown here" for name in extra] + wrong
     if complaints:
         more = f" and {len(complaints) - 5} more" if len(complaints) > 5 else ""

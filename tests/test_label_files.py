@@ -96,6 +96,8 @@ def test_numbers_are_classes_in_the_order_of_numbers(tmp_path: Path) -> None:
         assert dict(zip(listing.files, listing.labels, strict=True)) == rows
     endless = labelled(tmp_path, "00.jpg,8\n01.jpg,7\n02.jpg," + "9" * 5000, *names)  # more digits than int() takes: a name
     assert endless.class_names == ("7", "8", "9" * 5000)
+    words = labelled(tmp_path, "00.jpg,none\n01.jpg,cat\n02.jpg,none", *names)
+    assert words.class_names == ("cat", "none")
     below = labelled(tmp_path, "filename,label\n" + "".join(f"{name},{i - 1}\n" for name, i in rows.items()), *names)
     assert below.class_names == tuple(map(str, range(-1, 11)))
 
@@ -124,6 +126,7 @@ def test_numbers_are_classes_in_the_order_of_numbers(tmp_path: Path) -> None:
         ("filename,label\n".encode("utf-16-le") + b"x\0", "labels.csv", "holds zero bytes.*UTF-16"),
         (b"\xff\xfex", "labels.csv", "is no whole UTF-16"),
         ("filename,label\nu.jpg,cat\nv.jpg,dog\n", "labels.csv", "labels none of the 3 images"),
+        ("filename,label\nx.jpg,0\ny.jpg,NaN\nz.jpg,10\n", "labels.csv", "gives 'NaN' for a class, where the others are numbers"),
         ("x.jpg cat " * 110_000, "labels.txt", "line 1 has more than 1,048,576 characters"),
     ],
 )

@@ -105,3 +105,13 @@ main()
     assert command.stderr is not None
     assert (command.stderr.read(), command.wait(timeout=60)) == ("", 141)
     command.stderr.close()
+
+
+def test_an_output_on_a_full_disk_is_one_line() -> None:
+    code = "from fastbyol.config.interrupts import stoppable\nstoppable(lambda: print('x' * 100_000))()"
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "fastbyol: error: the output: No space left on device; make room, or write elsewhere\n",
+    )

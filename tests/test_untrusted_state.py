@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from fastbyol.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, load_newest, load_run, load_weights, save_checkpoint
-from fastbyol.config.errors import shown
+from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import OptimConfig, TrainConfig
 from fastbyol.durable_files import durable_file, write_durably
-from fastbyol.initial_weights import encoder_weights
+from fastbyol.initial_weights import encoder_weights, load_matching
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.ema import TargetUpdate, ema_update
 from fastbyol.optim.lars import LARS
@@ -476,3 +476,12 @@ def test_layers_that_the_encoder_does_not_have_are_not_ignored():
 def test_hashes_of_the_files_are_as_recorded(tmp_path):
     path = save_checkpoint(tmp_path, step=1, state=_state(1), keep=2)
     assert path.with_suffix(".sha256").read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    module = nn.Linear(3, 2)
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    load_matching(module, weights, source="w.pt")
+    weights["weight"][1, 2] = float("nan")
+    with pytest.raises(UserError, match="w.pt: holds other networks .weight holds numbers that are not finite"):
+        load_matching(module, weights, source="w.pt")

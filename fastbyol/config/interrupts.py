@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
@@ -61,6 +62,12 @@ def stoppable(main: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own flush at exit would fail again
             sys.exit(128 + signal.SIGPIPE)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            say(f"fastbyol: error: {error.filename or 'the output'}: {error.strerror}; make room, or write elsewhere", file=sys.stderr)
+            sys.exit(2)
         finally:
             end_at_once_when_stopped()
 

@@ -25,6 +25,9 @@ _LARGEST_KIT = 1 << 28
 """Bytes of an unpacked development kit; the real one has 10 MB."""
 _WHOLE_NUMBER = re.compile(r"([0-9]{1,9})(?:\.0*)?")
 """A class's place from 0, also as pandas writes it where a value is missing: '3.0'."""
+_NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{0,9})?")
+_NO_VALUE = ("nan", "na", "n/a", "<na>", "none", "null", "nil", "-", "?")
+"""What programs write in the place of a number that is not known, in lower case."""
 _SHOWN = 3
 
 
@@ -154,6 +157,11 @@ def _classes(labels: LabelFile, values: Sequence[str | None]) -> tuple[list[str 
     Negative numbers among them make all of them names, which are sorted as numbers.
     """
     used = {value for value in values if value is not None}
+    missing = sorted(value for value in used if value.lower() in _NO_VALUE)
+    if missing and len(used) > len(missing) and all(_NUMBER.fullmatch(value) for value in used.difference(missing)):
+        raise UserError(
+            f"{labels.path}: gives {missing[0]!r} for a class, where the others are numbers: write a class for each image, or remove these rows"
+        )
     if labels.class_names is None and all(map(_WHOLE_NUMBER.fullmatch, used)):
         numbers = {value: int(value.partition(".")[0]) for value in used}
         if (largest := max(numbers.values())) > _LARGEST_LABEL:
@@ -163,7 +171,7 @@ def _classes(labels: LabelFile, values: Sequence[str | None]) -> tuple[list[str 
         return [None if value is None else str(numbers[value]) for value in values], tuple(map(str, range(largest + 1)))
     if labels.class_names is not None:
         return list(values), labels.class_names
-    is_number = all(re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]{0,9})?", value) for value in used)
+    is_number = all(map(_NUMBER.fullmatch, used))
     return list(values), tuple(sorted(used, key=lambda value: (float(value) if is_number else 0.0, value)))
 
 
