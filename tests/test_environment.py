@@ -434,7 +434,7 @@ def test_triton_and_torch_compile_keep_their_own_place_or_get_a_private_one(vari
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2: is in the environment, and RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2: is in the environment, but RANK, MASTER_ADDR, MASTER_PORT is not"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "MASTER_PORT is not"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two': in the environment, must be an integer"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = 0: must be"),
@@ -487,14 +487,14 @@ def test_a_world_size_left_over_does_not_change_what_srun_says():
     assert (environment["WORLD_SIZE"], environment["RANK"], environment["MASTER_PORT"]) == ("8", "0", "29500")
 
 
-def test_ranks_that_slurm_promised_and_that_never_came_are_said_to_be_slurms(no_launcher):
+def test_missing_ranks_that_slurm_announced_are_reported_as_slurms(no_launcher):
     from fastbyol.config.errors import Lost
 
     for name, value in (SRUN | {"SLURM_JOB_ID": str(os.getpid())}).items():
         no_launcher.setenv(name, value)
     for name in LAUNCHED:  # what is adopted goes with the test
         no_launcher.setenv(name, "")
-    with pytest.raises(Lost, match="SLURM_STEP_NUM_TASKS = 8 is why .*srun python fastbyol/train.py"):
+    with pytest.raises(Lost, match="because SLURM_STEP_NUM_TASKS = 8: .*srun python fastbyol/train.py"):
         join_process_group(timeout_s=1)
 
 

@@ -286,7 +286,7 @@ class _Code:
         ("none", [], "init_from = '.*none': no such file or folder"),
         ("empty", [], "no checkpoints/step-"),
         ("text", [], "is not a file of weights .torch.save did not write it"),
-        ("code", [], "is not a file of weights .it asks for exec, and only tensors and plain values are read"),
+        ("code", [], "is not a file of weights .it asks for exec, but only tensors and plain values are accepted"),
         ("tensor", [], "is not a state dict"),
         ("whole", ["--model.hidden_dim", "32"], r"holds other networks .*must be \(32,.*give the model"),
         ("whole", ["--model.encoder", "resnet18"], "holds other networks .* and [0-9]+ more"),
@@ -319,7 +319,7 @@ WRONG_PARTS = {
     "lacks optimizer": {"optimizer": None},
     "lacks scaler": {"scaler": None},
     "with another config.*seed was 9, is 0": {"config": {"seed": 9}},
-    "it holds step 5, its name says 6": {"step": 5},
+    "it holds step 5, but its name says 6": {"step": 5},
     "its step is 6.0": {"step": 6.0},
     r"loader is .*'batch': -1": {"loader": {"epoch": 2, "batch": -1, "batches_per_epoch": 3}},
     r"loader is .*must be counts": {"loader": {"epoch": 2.0, "batch": 0, "batches_per_epoch": 3}},
@@ -329,7 +329,7 @@ WRONG_PARTS = {
     "versions is": {"versions": {"torch": 2}},
     "num_samples is -25": {"num_samples": -25},
     "scaler has 'scale'": {"scaler": {"scale": 1.0}},
-    "its networks are not tensors": {"byol": {"x": 1}},
+    "its networks are not named tensors": {"byol": {"x": 1}},
     "byol lacks 'online.encoder.conv1.weight'": {"byol": {"probe.bias": torch.zeros(3)}},
 }
 
@@ -401,7 +401,7 @@ def test_the_remaining_time_is_logged_once_after_the_first_steps(tmp_path, capsy
             run_log.estimate(done)
     said = capsys.readouterr().err
     assert said.count("s a step: the other") == 1
-    assert f"the other {1000 - 7 - ESTIMATE_STEPS} take about" in said
+    assert f"the other {1000 - 7 - ESTIMATE_STEPS} steps take about" in said
     assert UNCOUNTED_STEPS < ESTIMATE_STEPS
 
 
