@@ -104,7 +104,7 @@ def test_a_folder_one_level_too_high_is_told(tmp_path: Path) -> None:
 def test_a_split_without_classes_is_one_class_and_told(tmp_path: Path) -> None:
     folder, _ = in_folder_and_tar(tmp_path, "train/1.jpg", "train/2.jpg")
     (note,) = list_images(folder).notes
-    assert note == f"{folder}: one class, 'train', which is called as a split is: all images have one label, which means nothing"
+    assert note == f"{folder}: one class, 'train', which is the name of a split: all images have the same label, which means nothing"
 
 
 def test_folders_of_the_system_and_thumbnails_are_neither_classes_nor_images(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_folders_of_the_system_and_thumbnails_are_neither_classes_nor_images(tmp
         (paths[0] / name).mkdir(exist_ok=True)
     listing = of_both(paths)
     assert (listing.files, listing.class_names) == (good, ("cat", "dog"))
-    assert {"a folder of the system's", "hidden", "a thumbnail"} == {reason for _, reason in listing.skipped}
+    assert {"a system folder", "hidden", "a thumbnail"} == {reason for _, reason in listing.skipped}
     labels = tmp_path / "labels.csv"
     labels.write_text("filename,label\ncat/1.jpg,a\ndog/2.jpg,b\n")
     for path in paths:
@@ -132,13 +132,13 @@ def test_loose_images_are_told_with_their_number_wherever_a_folder_is_read(tmp_p
     (paths[0] / "cat" / "gone.jpg").symlink_to("nowhere")
     with caplog.at_level(logging.WARNING, logger="fastbyol"):
         FolderSource(paths[0])
-    told = f"{paths[0]}: left out: 2 in no class folder (the first: 'loose1.jpg'), 1 a link that leads nowhere (the first: 'cat/gone.jpg')"
+    told = f"{paths[0]}: left out: 2 in no class folder (the first: 'loose1.jpg'), 1 a broken link (the first: 'cat/gone.jpg')"
     assert [record.message for record in caplog.records] == [told]
     done = run_here(DATA_PREP / "to_ffcv.py", "--data", paths[0], "--out", tmp_path / "x.beton", "--workers", "1")
     assert f"fastbyol: note: {told}\n" in done.stderr
     assert "left out: in no class folder" in done.stdout
     report = json.loads((tmp_path / "x.beton.report.json").read_text())
     assert {"name": "loose2.jpg", "reason": "in no class folder"} in report["left_out_of_the_listing"]
-    told = told.replace(str(paths[0]), str(paths[1])).partition(", 1 a link")[0]
+    told = told.replace(str(paths[0]), str(paths[1])).partition(", 1 a broken link")[0]
     assert told in " ".join(run_here(DATA_PREP / "info.py", paths[1], "--json").stdout.split())
     assert "2 in no class folder" in " ".join(run_here(DATA_PREP / "info.py", paths[1]).stdout.split())

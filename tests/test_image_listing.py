@@ -122,7 +122,7 @@ def test_a_tar_cut_anywhere_is_one_line(archives: Path, tmp_path: Path) -> None:
         for keep in [*range(0, end, end // 40), end]:
             cut = tmp_path / "cut.tar"
             cut.write_bytes(content[:keep])
-            with pytest.raises(UserError, match=r"cut\.tar: is no whole tar: .* near byte"):
+            with pytest.raises(UserError, match=r"cut\.tar: is not a complete tar: .* near byte"):
                 list_images(cut, devkit=archives / DEVKIT if whole.name == VAL else None)
 
 
@@ -182,8 +182,8 @@ def test_a_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no whole tar"),
-        (b"hello" * 400, "is no whole tar"),
+        (b"", "is not a complete tar"),
+        (b"hello" * 400, "is not a complete tar"),
         (b"\x1f\x8b\x08" + bytes(600), r"compressed \(gzip\)"),
         (tar_bytes({"read.me": b"x"}), "no image in it"),
         (tar_bytes({"a.jpg": b"x"}), r"in no class folders \(the first: a.jpg\); give --labels or --devkit"),
@@ -238,13 +238,13 @@ def test_loops_links_and_what_is_no_image_are_left_out_and_told(tmp_path: Path) 
     }
     assert dict(listing.skipped) == {
         "a/loop": f"the same folder as {root}",
-        "a/sub/self.jpg": "a link that leads nowhere (Too many levels of symbolic links)",
+        "a/sub/self.jpg": "a broken link (Too many levels of symbolic links)",
         "a/to_b": "the same folder as b",
         "a/again.jpg": "a link to b/3.png, which is listed",
-        "a/gone.jpg": "a link that leads nowhere (No such file or directory)",
+        "a/gone.jpg": "a broken link (No such file or directory)",
         "a/notes.txt": "not an image by its extension",
         "a/.hidden.jpg": "hidden",
-        "a/br\neak.jpg": "a line break in its name: it could stand in no list of names",
+        "a/br\neak.jpg": "a line break in its name: a list of names could not hold it",
         "b/pipe.jpg": "not a regular file",
         "c/first.jpg": "a link to b/linked/deep/y.jpg, which is listed",
         "c/second.jpg": "a link to b/linked/x.jpg, which is listed",
@@ -361,10 +361,10 @@ def test_images_without_a_label_and_labels_without_an_image_are_told(tmp_path: P
         ("x.jpg,dog\na/x.jpg,cat\n", "csv", "gives x.jpg two labels, 'dog' and 'cat'"),
         ("u.jpg,dog\n", "csv", "labels none of the 3 images"),
         ("x.jpg,99999999\n", "csv", "label 99999999: a number is taken for the class's place"),
-        ('x.jpg,"dog\ny.jpg,cat\n', "csv", "is no CSV: line 2: .*a quotation mark left open"),
+        ('x.jpg,"dog\ny.jpg,cat\n', "csv", "is not valid CSV: line 2: .*a quotation mark left open"),
         ("", "txt", "is empty"),
         ("dog\ncat\n", "txt", r"2 labels in order for 3 images .* \(the first: x.jpg\)"),
-        ("x.jpg dog\ncat\n", "txt", "line 2 has not the columns of the first one"),
+        ("x.jpg dog\ncat\n", "txt", "line 2 does not have the columns of the first one"),
     ],
 )
 def test_a_mistake_in_a_file_of_labels_is_one_line(labels: str, suffix: str, message: str, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_sizes_and_headers_that_cannot_be_are_one_line_at_once(damage: bytes, me
     (tmp_path / "outer.tar").write_bytes(good + damage + END)
     start = time.monotonic()
     for name in ("inner.tar", "outer.tar"):
-        with pytest.raises(UserError, match=f"{name}: is no whole tar: .*{message}"):
+        with pytest.raises(UserError, match=f"{name}: is not a complete tar: .*{message}"):
             list_images(tmp_path / name)
     assert time.monotonic() - start < 5
 

@@ -1,1 +1,1 @@
-"""From a listing of images to a .beton or to tar shards: what `data_prep/to_ffcv.py` and `to_dali.py` do."""
+"""Converts a listing of images to a .beton or to tar shards, for `data_prep/to_ffcv.py` and `to_dali.py`."""

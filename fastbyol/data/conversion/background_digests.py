@@ -1,4 +1,4 @@
-"""sha256 of what a conversion has written, taken by a thread while it is still in memory: read again at the end, it would cost minutes."""
+"""Computes SHA-256 digests of written data in a thread, while it is still in the page cache: reading it again later would take minutes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _NOTE = "sha256 of "
 
 
 class BackgroundDigests:
-    """Of files in a work folder, or of stretches of them. A context manager, which ends its thread.
+    """Digests of files in a work folder or of byte ranges of them. A context manager that ends its thread.
 
-    They are among the folder's notes: a later run finds those that the journal has.
+    The digests are stored in the work folder's notes, so a resumed conversion finds those that the journal has.
     """
 
     def __init__(self, work: WorkFolder) -> None:
@@ -24,13 +24,13 @@ class BackgroundDigests:
         self._pending: dict[str, Future[str]] = {}
 
     def begin(self, name: str, *, start: int = 0, size: int | None = None) -> None:
-        """What lies there will not change any more. size: bytes from `start`; None: to the end."""
+        """Starts the digest of bytes that will not change any more. size: number of bytes from `start`; None means to the end."""
         note = _note(name, start)
         if note not in self._work.notes and note not in self._pending:
             self._pending[note] = self._thread.submit(self._take, note, self._work.path / name, start, size)
 
     def result(self, name: str, *, start: int = 0, size: int | None = None) -> str:
-        """Hexadecimal; waits for it if need be."""
+        """Returns the hexadecimal digest; starts it, or waits for it, if necessary."""
         self.begin(name, start=start, size=size)
         note = _note(name, start)
         return self._work.notes.get(note) or self._pending[note].result()

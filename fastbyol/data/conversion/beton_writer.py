@@ -1,10 +1,10 @@
-"""Writes images as a .beton that any FFCV reader opens, with each JPEG's own bytes in it.
+"""Writes a .beton that any FFCV reader can open, in which JPEGs are stored byte for byte.
 
-FFCV's own writer re-encodes every JPEG (a generation loss, and twice the time), hangs for ever when one of its worker processes dies, and
-has to start again when it was interrupted.
+FFCV's own writer re-encodes every JPEG (a generation loss, and twice the time), hangs for ever if one of its worker processes dies, and
+has to start again after an interruption.
 
-How many images will be kept is known at the end only, so the table of samples has room for all: its rows are the kept ones, then come
-unused bytes, then the images. Readers look no further than the header's count.
+The number of kept images is only known at the end, so the table of samples has room for all images: first the rows of the kept ones, then
+unused bytes, then the images. Readers only read as many rows as the header says.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from fastbyol.data.manifest import Manifest, Shard, beton_manifest_path, chunks_
 from fastbyol.data.traversal import seeded_permutation
 
 RAW_PAGE_BYTES = 1 << 26
-"""64 MiB: a raw image of 22 million pixels. Larger ones are stored as JPEG."""
+"""Largest page size for raw images: 64 MiB is an image of 22 million pixels. Larger ones are stored as JPEG."""
 _DATA = "data"
-_CHUNK_BYTES = 1 << 26  # of the sha256
+_CHUNK_BYTES = 1 << 26  # chunks that are hashed separately, see manifest.Shard
 
 
 def write_beton(
@@ -47,20 +47,20 @@ def write_beton(
     shuffle_seed: int | None = None,
     options: ConversionOptions | None = None,
 ) -> Manifest:
-    """Converts images to the file `out`, with a manifest and a report beside it; row i is the i-th image of the listing that was kept.
+    """Converts images to the file `out`, with a manifest and a report beside it. Row i is the i-th kept image of the listing.
 
     Args:
         data: a folder of class folders, ImageNet's tar, or a listing.
-        out: the .beton to make; `out`.json is the manifest, `out`.report.json the report.
-        workers: processes that read and check images; 0: one per core.
-        overwrite: 'refuse' an existing `out`, or 'replace' it.
-        shuffle_seed: rows in a seeded permutation of the listing instead, for readers that go through the file in order.
-        options: everything else.
+        out: path of the .beton; `out`.json is the manifest, `out`.report.json the report.
+        workers: processes that read and check images; 0 means one per core.
+        overwrite: 'refuse' or 'replace' an existing `out`.
+        shuffle_seed: write the rows in a random permutation of the listing with this seed, for readers that read the file sequentially.
+        options: all other options.
 
     Raises:
-        UserError: no such folder, too many images that cannot be kept, an existing output, not enough room. If the work has begun, the same
-            call continues it.
-        Stopped: by Ctrl-C or SIGTERM; the same call continues.
+        UserError: the folder does not exist, too many images cannot be kept, the output exists, or there is too little disk space. If the
+            conversion has begun, the same call continues it.
+        Stopped: Ctrl-C or SIGTERM; the same call continues.
     """
     options, out = options or ConversionOptions(), through_links(out)
     if out.suffix != ".beton":
@@ -93,7 +93,7 @@ def write_beton(
             manifest = make_manifest("beton", task, rows, [shard], settings)
             new_manifest = work.path / "manifest.json"
             write_manifest(new_manifest, manifest)
-            # The manifest goes first: a file without one loses its class names silently, a manifest of another file is noticed at open.
+            # The manifest is moved first: without one, the file would silently lose its class names; one of another file is noticed at open.
             put_in_place(report, report_path(out))
             put_in_place(new_manifest, beton_manifest_path(out))
             put_in_place(work.path / _DATA, out)
@@ -102,7 +102,10 @@ def write_beton(
 
 
 def _page_bytes(sizes: NDArray[np.int64], settings: EncodeSettings) -> int:
-    """A power of two that holds the largest image: FFCV's page cache wants each within one page. A larger one will be dropped."""
+    """Returns the page size: a power of two that holds the largest image, as FFCV's page cache requires.
+
+    It is at most MAX_PAGE_BYTES; larger images will be dropped.
+    """
     largest = int(sizes.max())
     if settings.raw_fraction:
         side = settings.max_side_px
@@ -111,7 +114,7 @@ def _page_bytes(sizes: NDArray[np.int64], settings: EncodeSettings) -> int:
 
 
 class _BetonOutput(Output):
-    """Appends images one after another. Pages are counted from the start of the file, so none is lost to a first one."""
+    """Appends images to the .beton's data, so that none crosses a page. Pages count from the start of the file, so the first has the tables."""
 
     bytes_per_image = SAMPLE.itemsize + ALLOCATION.itemsize + 4
 
@@ -119,7 +122,7 @@ class _BetonOutput(Output):
         self._work, self._digests, self._page_bytes = work, digests, page_bytes
         self._images_at = _images_at(images)
         self._digested = -(-self._images_at // _CHUNK_BYTES) * _CHUNK_BYTES
-        """Up to here the chunks are being seen to, but for those of the tables in front."""
+        """Chunks up to this offset are hashed or being hashed, except the first ones with the tables, which are written last."""
 
     def resume(self, rows: NDArray[np.void]) -> None:
         self._file: GrowingFile = self._work.open(_DATA, size=_end_of_images(rows, images_at=self._images_at))
@@ -135,12 +138,12 @@ class _BetonOutput(Output):
         return 0, at
 
     def sha256(self, size: int) -> str:
-        """Of the finished file, by its chunks."""
+        """Returns the sha256 of the finished file, computed from its chunks."""
         starts = range(0, size, _CHUNK_BYTES)
         return chunks_sha256([self._digests.result(_DATA, start=at, size=_CHUNK_BYTES) for at in starts])
 
     def _begin_digests(self) -> None:
-        """Of the chunks that are full."""
+        """Starts the digests of the chunks that have become full."""
         while self._file.size >= self._digested + _CHUNK_BYTES:
             self._file.hand_over()
             self._digests.begin(_DATA, start=self._digested, size=_CHUNK_BYTES)
@@ -148,7 +151,7 @@ class _BetonOutput(Output):
 
 
 def _images_at(images: int) -> int:
-    """Where the first image begins: after the header, two descriptors and a table of all samples."""
+    """Returns the offset of the first image: after the header, two descriptors and a table with room for all samples."""
     return HEADER.itemsize + 2 * FIELD.itemsize + images * SAMPLE.itemsize
 
 
@@ -158,7 +161,7 @@ def _end_of_images(rows: NDArray[np.void], *, images_at: int) -> int:
 
 
 def _write_tables(path: Path, rows: NDArray[np.void], listing: ImageListing, *, page_bytes: int) -> None:
-    """Checksums, then the allocation table, which must end the file; the header comes last: an unfinished file has none."""
+    """Writes checksums and allocation table, with which a .beton must end, and last the header, so that an unfinished file has none."""
     kept = rows[rows["outcome"] != Outcome.DROPPED]
     at = _end_of_images(rows, images_at=_images_at(len(rows)))
     samples = np.zeros(len(kept), dtype=SAMPLE)

@@ -1,4 +1,4 @@
-"""The options that both converters have, and how they end."""
+"""Command-line options of both converters, and the summary that they print at the end."""
 
 from __future__ import annotations
 
@@ -16,41 +16,44 @@ from fastbyol.data.manifest import Manifest
 from fastbyol.data.quantities import bytes_text, count_text
 
 WHAT_HAPPENS = """\
-Baseline and progressive JPEGs, gray or colour, go in byte for byte under whatever name; CMYK, PNG, WebP and the like become RGB JPEG.
-Truncated, empty, foreign and unreadable files are dropped, and the report names each. Every image is read to its end to find out.
-Killed, stopped by Ctrl-C or by a full disk, the same command continues, and gives the same bytes as if nothing had happened.
+Baseline and progressive JPEGs, gray or colour, are stored byte for byte, whatever their names; CMYK, PNG, WebP and the like become RGB JPEG.
+Truncated, empty, unreadable and non-image files are dropped, and the report names each. Every image is read completely to check it.
+After a kill, Ctrl-C or a full disk, the same command continues, and writes the same bytes as without the interruption.
 """
 
 
 def conversion_parser(description: str, examples: str, *, data: str = "required") -> OneLineParser:
-    """A parser with the options that decide what is stored, and how the work goes; the examples stand below them in --help.
+    """Returns a parser with the options of both converters. The examples are shown at the end of --help.
 
-    data: whether --data is 'required' or 'optional'.
+    data: 'required' or 'optional', for the option --data.
     """
     parser = OneLineParser(description=description, epilog="\n".join([examples, INPUTS, WHAT_HAPPENS]))
     add_input_arguments(parser, required=data == "required")
     work = parser.add_argument_group("the work")
     work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
-    work.add_argument("--overwrite", action="store_true", help="replace an output that exists, once the new one is complete")
+    work.add_argument("--overwrite", action="store_true", help="replace an existing output, once the new one is complete")
     unfinished = work.add_mutually_exclusive_group()
     unfinished.add_argument(
         "--resume",
         action="store_true",
         help="continue an unfinished conversion to this output, or fail (default: continue if there is one)",
     )
-    unfinished.add_argument("--restart", action="store_true", help="throw away an unfinished conversion to this output and begin anew")
+    unfinished.add_argument("--restart", action="store_true", help="delete an unfinished conversion to this output and start again")
     work.add_argument("--strict", action="store_true", help="stop at the first image that cannot be kept, with exit code 1")
     work.add_argument(
         "--max-dropped", type=float, metavar="SHARE", help="largest share of images that may be dropped (default: 0.01, or 20 images)"
     )
     work.add_argument(
-        "--flush-every", type=float, default=10.0, metavar="S", help="seconds between two points from which it can continue (default: 10)"
+        "--flush-every", type=float, default=10.0, metavar="S", help="seconds between saved points from which it can continue (default: 10)"
     )
     images = parser.add_argument_group("the images")
     images.add_argument(
-        "--max-side", type=int, metavar="PX", help="make the longer side no longer than this, antialiased bicubic (default: leave it)"
+        "--max-side",
+        type=int,
+        metavar="PX",
+        help="shrink images whose longer side exceeds this, antialiased bicubic (default: keep the size)",
     )
-    images.add_argument("--quality", type=int, default=95, metavar="Q", help="of what is transcoded or resized (default: 95)")
+    images.add_argument("--quality", type=int, default=95, metavar="Q", help="JPEG quality of transcoded or resized images (default: 95)")
     images.add_argument(
         "--exif",
         default="ignore",
@@ -58,7 +61,11 @@ def conversion_parser(description: str, examples: str, *, data: str = "required"
         help=f"orientation: {' or '.join(EXIF_MODES)} (default: ignore, as the paper's code does)",
     )
     images.add_argument(
-        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"drop larger images undecoded (default: {MAX_PIXELS:,})"
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"drop larger images without decoding them (default: {MAX_PIXELS:,})",
     )
     images.add_argument(
         "--max-seconds",
@@ -71,7 +78,7 @@ def conversion_parser(description: str, examples: str, *, data: str = "required"
 
 
 def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> ConversionOptions:
-    """What the parsed arguments ask for."""
+    """Returns the conversion options that the parsed arguments describe."""
     encode = EncodeSettings(
         max_side_px=arguments.max_side,
         quality=arguments.quality,
@@ -90,12 +97,12 @@ def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> Co
 
 
 def overwrite_mode(arguments: Namespace) -> str:
-    """What the writers call it: 'replace' or 'refuse'."""
+    """Returns the writers' argument for --overwrite: 'replace' or 'refuse'."""
     return "replace" if arguments.overwrite else "refuse"
 
 
 def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:
-    """The table of the report, and a line about the whole."""
+    """Prints the table of the report and a summary line."""
     say(*report_table(json.loads(report.read_text(encoding="ascii"))).split("\n"))
     size = sum(shard.bytes for shard in manifest.shards)
     counts = f"{manifest.num_samples:,} images of {len(manifest.class_names):,} classes"

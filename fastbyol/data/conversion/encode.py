@@ -1,18 +1,16 @@
-"""One validation step for both formats: every image is really read to its end, then kept as it is, transcoded, or dropped with a reason.
+"""Checks and encodes an image for both output formats: reads it completely, then keeps its bytes, transcodes it, or drops it with a reason.
 
-What happens to each oddity:
+- JPEG, baseline or progressive, gray or three colours, with any file name: its bytes are kept.
+- CMYK, YCCK and other JPEGs; PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000, AVIF: transcoded to RGB JPEG. Alpha is dropped, more than 8 bits are
+  scaled to 8 (`pillow_decoding.pixel_range`), and only the first of several frames is kept.
+- EXIF orientation: ignored and noted, as in the paper's code and ImageNet's loaders, or applied on request. ICC profiles: ignored, counted.
+- Empty, unreadable, truncated or non-image files, sides over 65,500 px, more pixels or scans than allowed (checked in the header): dropped.
+- A JPEG that decoders warn about but decode (stray bytes; ImageNet has some): kept and noted. A data segment that ends too early is
+  dropped: part of the picture is missing.
 
-- JPEG, baseline or progressive, gray or three colours, whatever its file is called: its own bytes.
-- CMYK, YCCK and other JPEGs; PNG, WebP, BMP, GIF, TIFF, PPM, JPEG 2000, AVIF: transcoded to RGB JPEG. Alpha is left out, more than 8 bits are
-  scaled to 8 (`pillow_decoding.pixel_range`), of several pictures the first is kept.
-- EXIF orientation: ignored and noted, as in the paper's code and ImageNet's loaders, or applied if asked for. ICC profiles: ignored, counted.
-- Empty, unreadable, truncated or foreign files, sides over 65,500 px, more pixels or scans than allowed (decided from the header): dropped.
-- A JPEG that decoders complain about but render (stray bytes; ImageNet has some): kept and noted. A data segment that ends too early is not
-  such a case: part of the picture is missing.
-
-Runs in worker processes, so this module imports nothing heavy. Where libffcv is installed its TurboJPEG reads the JPEGs: every coefficient,
-rendered at an eighth of the size and in gray, which finds whatever a full decode finds. In a long conversion it is asked only about those of
-which `jpeg_scan` is not sure. Where libffcv is not installed, Pillow decodes them.
+This module runs in worker processes, so it imports nothing heavy. JPEGs are checked by libffcv's TurboJPEG, which reads every coefficient but
+renders an eighth of the size in gray; that finds everything that a full decode finds. In a long conversion it only checks the JPEGs of
+which `jpeg_scan` is unsure. If libffcv is not installed, Pillow decodes every JPEG.
 """
 
 from __future__ import annotations
@@ -33,16 +31,16 @@ from fastbyol.data.jpeg_header import MAX_SIDE_PX, JpegHeader, exif_orientation,
 from fastbyol.data.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, has_wide_pixels, load_image, pixel_range
 
 MAX_PIXELS = 100_000_000
-"""ImageNet's largest image has 61 million."""
+"""Default of --max-pixels; ImageNet's largest image has 61 million."""
 MAX_CPU_S = 60.0
-"""The largest image that is allowed takes about 3 s."""
+"""Default of --max-seconds; the largest image that is allowed by default takes about 3 s."""
 UNREADABLE = "unreadable"
-"""The reason of files that the system would not read."""
+"""Reason for dropping a file that the operating system cannot read."""
 EXIF_MODES = ("ignore", "apply")
 _CUT_SHORT = ("Premature end of JPEG file", "Corrupt JPEG data: premature end of data segment")
 _DETAIL_CHARACTERS = 200
 _MANY_IMAGES = 1_000
-"""So many JPEGs later a process loads `jpeg_scan`: it takes half a second, and saves 0.3 ms an image."""
+"""After this many JPEGs, a process loads `jpeg_scan`, which takes half a second and then saves 0.3 ms per image."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,40 +53,40 @@ _TURNS = {
 
 
 Notes = tuple[tuple[str, str], ...]
-"""(what, detail) of oddities that were left alone."""
+"""(kind, detail) of oddities that do not change how the image is stored."""
 
 
 class Outcome(IntEnum):
-    """What became of an image."""
+    """Outcome of an image's conversion."""
 
     DROPPED = 0
     PASSED = 1
-    """Its own bytes."""
+    """Stored byte for byte."""
     TRANSCODED = 2
-    """For an oddity."""
+    """Encoded as JPEG, because its format or orientation required it."""
     RESIZED = 3
-    """Because its longer side passed the maximum."""
+    """Resized, because its longer side exceeded the maximum."""
     RAW = 4
-    """Stored as pixels, because that was asked for."""
+    """Stored as pixels, because of `raw_fraction`."""
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """How images are stored; the same settings give the same bytes."""
+    """Settings of how images are stored; the same settings give the same bytes."""
 
     max_side_px: int | None = None
-    """The longer side is made no longer than this, antialiased bicubic; smaller images are left alone. None: any size."""
+    """Largest length of the longer side: larger images are shrunk, antialiased bicubic. None keeps every size."""
     quality: int = 95
-    """Of the JPEGs that are made here."""
+    """JPEG quality of transcoded and resized images."""
     exif: str = "ignore"
-    """'ignore' the orientation, or 'apply' it: turn the pixels."""
+    """'ignore' the EXIF orientation, or 'apply' it by rotating the pixels."""
     max_pixels: int = MAX_PIXELS
     max_cpu_s: float = MAX_CPU_S
-    """An image on which a worker computes for longer is dropped. Waiting for a disk does not count."""
+    """Largest CPU time per image; an image that takes longer is dropped. Waiting for a disk does not count."""
     raw_fraction: float = 0.0
     """Share of images stored as pixels (.beton only)."""
     max_stored_bytes: int | None = None
-    """An image that takes more does not fit into the output; raw ones are then stored as JPEG."""
+    """Largest stored size that the output allows. A raw image that exceeds it is stored as JPEG; a JPEG that exceeds it is dropped."""
 
     def __post_init__(self) -> None:
         if self.max_side_px is not None:
@@ -102,7 +100,7 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as it will be stored: a JPEG that every backend decodes, or its pixels."""
+    """An image as it will be stored: a JPEG that every backend can decode, or its pixels."""
 
     data: bytes
     height: int
@@ -113,7 +111,7 @@ class EncodedImage:
     outcome: Outcome
     source_bytes: int
     reason: str = ""
-    """Why it was transcoded."""
+    """Reason for transcoding it, else ''."""
     notes: Notes = ()
     has_icc: bool = False
 
@@ -123,13 +121,13 @@ class DroppedImage:
     """An image that cannot be kept."""
 
     reason: str
-    """One of a few."""
+    """One of a few fixed phrases."""
     detail: str
     source_bytes: int = 0
 
 
 class Location(Protocol):
-    """Where an image's bytes come from."""
+    """Anything from which an image's bytes can be read."""
 
     @property
     def name(self) -> str: ...
@@ -146,7 +144,7 @@ class _About(NamedTuple):
 
 
 class Encoder:
-    """The validation step with its settings, for one process."""
+    """Checks and encodes images with fixed settings, within one process."""
 
     def __init__(self, settings: EncodeSettings) -> None:
         self._settings = settings
@@ -154,7 +152,7 @@ class Encoder:
         self._checked = 0
 
     def encode_from(self, location: Location, *, index: int) -> EncodedImage | DroppedImage:
-        """Reads and encodes; index: the image's number in its listing, which decides whether it is stored raw."""
+        """Reads and encodes an image. index: its position in the listing, which decides if it is stored raw."""
         try:
             data = location.read()
         except OSError as error:
@@ -162,14 +160,14 @@ class Encoder:
         return self.encode(data, index=index)
 
     def encode(self, data: bytes, *, index: int = 0) -> EncodedImage | DroppedImage:
-        """Never raises for what is in the data."""
+        """Encodes an image from its bytes. Damaged data never raises an exception: the result is then a DroppedImage."""
         try:
             return self._encode(data, index)
         except UndecodableImage as error:
             return DroppedImage(error.reason, _shortened(error), len(data))
         except MemoryError:
             return DroppedImage("too large", "not enough memory to decode it", len(data))
-        except Exception as error:  # whatever a reader of images stumbles over
+        except Exception as error:  # on damaged data, image readers raise exceptions of any kind
             return DroppedImage("does not decode", _shortened(f"{type(error).__name__}: {error}"), len(data))
 
     def _encode(self, data: bytes, index: int) -> EncodedImage:
@@ -190,7 +188,7 @@ class Encoder:
         return self._passed(data, header, notes)
 
     def _complaint(self, data: bytes, header: JpegHeader) -> tuple[str, bool]:
-        """TurboJPEG's, and whether it was fatal."""
+        """Returns TurboJPEG's message ('' if none) and True if it is fatal. Raises UndecodableImage for a truncated JPEG."""
         if self._turbo is None or self._is_beyond_doubt(data):
             return "", False
         complaint, fatal = self._turbo.check(data, height=header.height, width=header.width)
@@ -199,7 +197,7 @@ class Encoder:
         return complaint, fatal
 
     def _is_beyond_doubt(self, data: bytes) -> bool:
-        """Whether TurboJPEG need not be asked."""
+        """Returns True if the quick check shows that the JPEG is complete, so that TurboJPEG need not check it."""
         self._checked += 1
         if self._checked <= _MANY_IMAGES:
             return False
@@ -218,12 +216,14 @@ class Encoder:
         return self._stored(data, header.height, header.width, JPEG_MODE, Outcome.PASSED, about)
 
     def _render(self, data: bytes, header: JpegHeader | None, index: int, *, reason: str = "", notes: Notes = ()) -> EncodedImage:
-        """By Pillow: whatever is no plain JPEG, and plain ones that are to be changed."""
+        """Decodes with Pillow and encodes again: for all but common JPEGs, and for common ones that must be changed."""
         image = load_image(data, check_size=self._check_size)
         reason = reason or _oddity(image, header)
-        if header is not None and not reason and not self._must_render(header, index):  # a plain JPEG, and no TurboJPEG here
+        if (
+            header is not None and not reason and not self._must_render(header, index)
+        ):  # a common JPEG, decoded only to check it, because there is no TurboJPEG
             return self._passed(data, header, notes)
-        # Pillow's reader of TIFF turns the pixels itself, and then says that they are upright.
+        # Pillow's TIFF reader applies the orientation itself, and then reports the image as upright.
         orientation = header.orientation if header else exif_orientation(image)
         if has_wide_pixels(image) and not (limits := pixel_range(image)).stated:
             notes += (("range of its pixel values guessed", f"{limits.black:g} to {limits.white:g}"),)
@@ -235,14 +235,14 @@ class Encoder:
         return self._made(pixels, index, _About(len(data), reason, notes, "icc_profile" in image.info))
 
     def _made(self, image: Image.Image, index: int, about: _About) -> EncodedImage:
-        """The pixels resized if they must be, and stored raw or as JPEG."""
+        """Resizes the pixels if necessary, and stores them raw or as JPEG."""
         image = self._resized(image)
         if max(image.size) > MAX_SIDE_PX:
             raise UndecodableImage("too large", f"{image.width}x{image.height} pixels; a side ends at {MAX_SIDE_PX:,}")
         if self._goes_raw(index, image.height, image.width):
             outcome = Outcome.TRANSCODED if about.reason else Outcome.RAW
             return self._stored(image.tobytes(), image.height, image.width, RAW_MODE, outcome, about)
-        if len(image.info.get("comment", b"")) > MAX_SIDE_PX:  # Pillow writes it into the JPEG, whose segments hold no more
+        if len(image.info.get("comment", b"")) > MAX_SIDE_PX:  # Pillow would copy it into the JPEG, whose segments are limited
             del image.info["comment"]
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=self._settings.quality)
@@ -273,7 +273,7 @@ class Encoder:
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
     def _goes_raw(self, index: int, height: int, width: int) -> bool:
-        """The same images in every run, spread evenly; none that would not fit."""
+        """Returns True if the image is stored raw: the same pseudo-random choice in every run; False if it would not fit."""
         settings = self._settings
         if not settings.raw_fraction or (settings.max_stored_bytes is not None and 3 * height * width > settings.max_stored_bytes):
             return False
@@ -282,7 +282,7 @@ class Encoder:
 
 
 def find_turbojpeg() -> TurboJpeg | None:
-    """libffcv's, None where ffcv is not installed."""
+    """Returns libffcv's TurboJPEG, or None if ffcv is not installed."""
     try:
         return TurboJpeg()
     except UserError:
@@ -290,7 +290,7 @@ def find_turbojpeg() -> TurboJpeg | None:
 
 
 def _oddity(image: Image.Image, header: JpegHeader | None) -> str:
-    """Why an image cannot be passed through, in a few words that many images share; '' for a plain JPEG."""
+    """Returns why an image cannot be stored byte for byte, as a short phrase that many images share, or '' for a common JPEG."""
     if header is not None and header.is_common:
         return ""
     if header is not None:

@@ -1,8 +1,8 @@
-"""Worker processes that encode images, and one queue of results in order: nothing is lost when a worker dies, and nothing waits for ever.
+"""A pool of worker processes that encode images and return the results in order. If a worker dies or hangs, no other image is lost.
 
-Each worker has pipes of its own and answers image by image, so the one on which it died is known: that is tried once more in a fresh
-process, then once while nothing else runs, and is dropped if it kills this one too. (The pool of concurrent.futures breaks as a whole, does
-not say on which job, and its processes outlive a parent that was killed.)
+Each worker has its own pipes and answers image by image, so the image that killed it is known. That image is tried again in a new process, then
+once more while nothing else runs, and is dropped if it kills that process too. (The pool of concurrent.futures breaks as a whole, does
+not say on which job, and its processes outlive a parent that is killed.)
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fastbyol.data.conversion.stop_signals import StopRequest
 
 KILLS_THE_DECODER = "kills the decoder"
 SECONDS_PER_IMAGE = SECONDS_TO_START = 600.0
-"""A worker that is silent for so long is taken for dead."""
-_CHUNK = 8  # images sent to a worker in one go; it gets more when it has less than that left
-_AHEAD = 48  # images per worker between the oldest result that is awaited and the newest job
+"""A worker that sends nothing for this long is considered dead."""
+_CHUNK = 8  # images sent to a worker at once; it gets more when it has fewer left
+_AHEAD = 48  # images per worker between the next result to return and the newest job
 _MAX_HELD_BYTES = 256 << 20
 _POLL_S = 0.2
 _LAST_WORDS_BYTES = 2000
@@ -34,7 +34,7 @@ _Place = tuple[int, Job]  # (position in the order, job)
 
 
 class EncodingPool:
-    """Encodes in `workers` processes. A context manager, which ends them."""
+    """Encodes images in `workers` processes. A context manager that ends them."""
 
     def __init__(self, settings: EncodeSettings, *, workers: int, stop: StopRequest) -> None:
         self._settings, self._stop = settings, stop
@@ -44,7 +44,7 @@ class EncodingPool:
             self._workers.append(self._start())
 
     def encode(self, jobs: Iterable[Job]) -> Iterator[Encoded]:
-        """The results in the order of the jobs. UserError if workers die again and again; Stopped when that is asked for."""
+        """Yields the results in the order of the jobs. Raises UserError if workers die repeatedly, Stopped if a stop was requested."""
         run = _Run(iter(jobs))
         while True:
             self._hand_out(run)
@@ -71,7 +71,7 @@ class EncodingPool:
         return worker
 
     def _hand_out(self, run: _Run) -> None:
-        """Tops up every worker that has less than a chunk."""
+        """Sends jobs to every worker that has less than a chunk left."""
         for worker in self._workers:
             if len(worker.jobs) < _CHUNK:
                 worker.give(run.next_jobs(limit=run.awaited + _AHEAD * len(self._workers)))
@@ -87,7 +87,10 @@ class EncodingPool:
                     run.add(worker.jobs.popleft()[0], result)
 
     def _ready(self, run: _Run) -> list[_Worker]:
-        """Those with something to say. While much is held already only the awaited result is taken: the others stand still meanwhile."""
+        """Waits a moment and returns the workers that have sent something.
+
+        While too many results are held in memory, only the worker with the next result is read. The others block on their full pipes.
+        """
         if run.held_bytes > _MAX_HELD_BYTES:
             owners = [worker for worker in self._workers if any(place == run.awaited for place, _ in worker.jobs)]
             if owners:
@@ -96,7 +99,7 @@ class EncodingPool:
         return ready or _end_silent(self._workers)
 
     def _replace(self, worker: _Worker, run: _Run) -> None:
-        """Puts a fresh process in a dead one's place, and sees to its jobs."""
+        """Replaces a dead worker by a new process, and decides what becomes of its jobs."""
         self._selector.unregister(worker.results)
         exit_code = worker.end()
         run.deaths_in_a_row += 1
@@ -121,7 +124,7 @@ class EncodingPool:
         self._workers[self._workers.index(worker)] = self._start()
 
     def _encode_alone(self, job: Job) -> Encoded:
-        """In one more process, while the others come to a stand because nobody empties their pipes."""
+        """Encodes an image in an extra process, while the other workers block because their pipes are not read."""
         worker = _Worker(self._settings)
         worker.give([(0, job)])
         result = None
@@ -141,14 +144,14 @@ class EncodingPool:
 
 
 class _Run:
-    """Where one call of `encode` stands."""
+    """State of one call of `encode`."""
 
     def __init__(self, jobs: Iterator[Job]) -> None:
         self._jobs = enumerate(jobs)
         self.awaited = 0
-        """Position of the next result to hand out."""
+        """Position of the next result to yield."""
         self.submitted = 0
-        """Positions that were given to a worker at least once."""
+        """Number of positions that were given to a worker at least once."""
         self.results: dict[int, Encoded] = {}
         self.held_bytes = 0
         self.redo: deque[_Place] = deque()
@@ -156,7 +159,7 @@ class _Run:
         self.deaths_in_a_row = 0
 
     def next_jobs(self, *, limit: int) -> list[_Place]:
-        """A chunk: first what a dead worker left, then new jobs, whose positions end at about `limit`."""
+        """Returns up to a chunk of jobs: first those that a dead worker left, then new ones up to about position `limit`."""
         if self.redo:
             return [self.redo.popleft() for _ in range(min(_CHUNK, len(self.redo)))]
         chunk = list(islice(self._jobs, _CHUNK)) if self.submitted < limit else []
@@ -176,17 +179,17 @@ class _Run:
 
 
 class _Worker:
-    """One process, seen from here."""
+    """A worker process as the main process sees it."""
 
     def __init__(self, settings: EncodeSettings) -> None:
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (stays open as long as the process runs)
         try:
             self._process, self._pipes = start_worker(settings, stderr=self._said)
         except OSError as error:
             raise UserError(f"a worker process cannot be started ({error.strerror}); take fewer --workers") from error
         self.results = self._pipes.results
         self.jobs: deque[_Place] = deque()
-        """What it has not answered yet, in its order."""
+        """Jobs that it has not answered yet, in its order."""
         self.is_ready = False
         self.heard_at = time.monotonic()
 
@@ -198,11 +201,11 @@ class _Worker:
         self.jobs.extend(jobs)
         try:
             self._pipes.jobs.send([job for _, job in jobs])
-        except OSError:  # it has died; that is found out when its pipe is read
+        except OSError:  # it has died; reading its results will show that
             return
 
     def receive(self) -> Encoded | None:
-        """The result of its oldest job, None for its greeting. EOFError or OSError: it is dead."""
+        """Returns the result of its oldest job, or None for its first message. Raises EOFError or OSError if it is dead."""
         message = self.results.recv()
         self.heard_at, self.is_ready = time.monotonic(), True
         return None if message == READY else message
@@ -211,26 +214,26 @@ class _Worker:
         self._process.kill()
 
     def end(self) -> int:
-        """Ends the process, if it has not ended, and returns its exit code."""
+        """Kills the process if it is still running; returns its exit code."""
         self._process.kill()
         for pipe in self._pipes:
             pipe.close()
         return self._process.wait()
 
     def last_words(self) -> str:
-        """Returns the last line that a dead process wrote to stderr, such as an exception's, after a colon; '' if it said nothing."""
+        """Returns ': ' and the last line that a dead process wrote to stderr, such as an exception's, or '' if it wrote nothing."""
         self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         return f": {lines[-1].strip()}" if lines else ""
 
 
 def default_workers() -> int:
-    """Cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def _end_silent(workers: list[_Worker]) -> list[_Worker]:
-    """Ends those that have been silent for too long, so that the end of their pipe is read next; gives none."""
+    """Kills workers that have sent nothing for too long, so that the end of their pipe is read next. Always returns an empty list."""
     for worker in workers:
         if worker.jobs and time.monotonic() - worker.heard_at > (SECONDS_PER_IMAGE if worker.is_ready else SECONDS_TO_START):
             worker.kill()

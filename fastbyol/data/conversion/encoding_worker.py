@@ -1,8 +1,7 @@
-"""A worker process of a conversion: jobs come in through one pipe, every image goes out through another as soon as it is
-made, until the jobs end.
+"""A worker process of a conversion: receives jobs through one pipe and sends each image through another as soon as it is encoded.
 
-Started as a program of its own, by `encoding_pool`: a fork of a process with threads (torch, DALI) may deadlock, and what multiprocessing
-starts instead first imports the main program again.
+`encoding_pool` starts it as a separate program, because forking a process with threads (torch, DALI) may deadlock, and multiprocessing's
+'spawn' would import the main program again.
 """
 
 from __future__ import annotations
@@ -24,34 +23,34 @@ from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder,
 Encoded = EncodedImage | DroppedImage
 READY = "ready"
 """A worker's first message."""
-_PIPE_BYTES = 1 << 20  # what Linux gives without asking anybody
+_PIPE_BYTES = 1 << 20  # the most that Linux allows unprivileged processes by default
 
 
 class Job(NamedTuple):
     """One image to encode."""
 
     index: int
-    """Its number in the listing."""
+    """The image's position in the listing."""
     location: Location
 
 
 class WorkerPipes(NamedTuple):
-    """Our ends."""
+    """The main process's ends of a worker's pipes."""
 
     jobs: Connection
     results: Connection
-    """Ends when the process does."""
+    """Reaches its end of file when the worker process ends."""
 
 
 def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subprocess.Popen[bytes], WorkerPipes]:
-    """Starts a process and returns it with our ends of its pipes. What it says goes to `stderr`: many workers would say the same.
+    """Starts a worker process; returns it with our ends of its pipes. Its messages go to `stderr`, because all workers may print the same.
 
-    It is in a process group of its own: the Ctrl-C of a terminal reaches only us, who then end it in an orderly way. If we are killed, it
-    sees the end of its jobs.
+    It has its own process group, so that Ctrl-C in a terminal reaches only the main process, which then ends the worker in an orderly way. If
+    the main process is killed, the pipe of jobs ends and the worker exits.
     """
     their_jobs, jobs = Pipe(duplex=False)
     results, their_results = Pipe(duplex=False)
-    # A pipe that holds several images lets the worker begin the next one whatever we are doing.
+    # A pipe that holds several images lets the worker begin the next one while the main process is busy.
     with contextlib.suppress(OSError):
         fcntl.fcntl(results.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     environment = os.environ | {
@@ -65,13 +64,13 @@ def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subpro
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=environment, pass_fds=theirs, process_group=0
         )
-    with contextlib.suppress(BrokenPipeError):  # it has died already, which is found out when its results are read
+    with contextlib.suppress(BrokenPipeError):  # it has died already; reading its results will show that
         jobs.send(settings)
     return process, WorkerPipes(jobs, results)
 
 
 def serve(jobs_descriptor: int, results_descriptor: int) -> None:
-    """The worker's life."""
+    """Main function of a worker: encodes the images of all jobs until the pipe of jobs is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = None  # EncodeSettings has its own limit
@@ -82,9 +81,9 @@ def serve(jobs_descriptor: int, results_descriptor: int) -> None:
         results.send(READY)
         while True:
             for index, location in jobs.recv():
-                signal.setitimer(signal.ITIMER_PROF, settings.max_cpu_s)  # then SIGPROF ends this process, whatever code is running
+                signal.setitimer(signal.ITIMER_PROF, settings.max_cpu_s)  # after that, SIGPROF kills this process, even inside C code
                 encoded = encoder.encode_from(location, index=index)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 results.send(encoded)
-    except (EOFError, OSError):  # the conversion is over, or was killed
+    except (EOFError, OSError):  # the main process has finished, or was killed
         return

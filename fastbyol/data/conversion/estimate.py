@@ -1,4 +1,4 @@
-"""Before the work: how much room and time it will take, from a sample of the images, and whether there is as much room."""
+"""Estimates a conversion's disk space and time from a sample of the images, and checks that there is enough space."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SHARE = 16, 256, 50
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of what is still to be done."""
+    """Estimate for the images that are not converted yet: their number, output bytes, and seconds."""
 
     images: int
     bytes: float
     seconds: float
     sampled: int
-    """Images that were tried."""
+    """Number of images that were tried."""
     dropped: tuple[str, ...] = ()
-    """Of those, the ones that were read and cannot be kept: name and reason."""
+    """Name and reason of each tried image that could be read but not kept."""
 
     def text(self, *, workers: int, free_bytes: int) -> str:
         many = "worker process" if workers == 1 else "worker processes"
@@ -43,14 +43,14 @@ class Estimate:
 def estimate_conversion(
     pool: EncodingPool, order: NDArray[np.int64], sizes: NDArray[np.int64], *, job: Callable[[int], Job], bytes_per_image: int
 ) -> Estimate:
-    """Encodes a sample and throws it away.
+    """Estimates the conversion by encoding a sample of images and discarding the result.
 
     Args:
-        pool: the workers that will do the work.
-        order: (N,) the images to come.
-        sizes: (num_samples,) bytes of every image's file.
-        job: of an image.
-        bytes_per_image: that the output needs beside the image itself.
+        pool: the worker processes of the conversion.
+        order: (N,) indices of the images to convert.
+        sizes: (num_samples,) size in bytes of every image's file.
+        job: returns the job for an image's index.
+        bytes_per_image: overhead of the output per image.
     """
     picked = order[np.unique(np.linspace(0, len(order) - 1, _sample_size(len(order))).astype(int))]
     stored = read = 0
@@ -62,9 +62,9 @@ def estimate_conversion(
         read += int(sizes[picked[number - 1]])
         if isinstance(image, EncodedImage):
             stored += len(image.data)
-        elif image.reason != UNREADABLE:  # the disk's fault: the work itself finds out whether it is gone
+        elif image.reason != UNREADABLE:  # unreadable files may mean a lost disk, which the conversion itself detects
             dropped.append(f"{job(int(picked[number - 1])).location.name}: {image.reason} ({image.detail})")
-    # The first result waits for the processes to start.
+    # The time to the first result includes the start of the processes: leave it out.
     now = time.monotonic()
     seconds_per_image = (now - first) / (len(picked) - 1) if first and len(picked) > 1 else now - started
     total = float(sizes[order].sum()) * (stored / read if read else 0.0) + len(order) * bytes_per_image
@@ -72,7 +72,7 @@ def estimate_conversion(
 
 
 def require_space(folder: Path, estimate: Estimate) -> int:
-    """The free bytes where `folder` is. UserError if the estimate is more."""
+    """Returns the free bytes on the folder's disk. Raises UserError if the estimate exceeds them."""
     free = shutil.disk_usage(folder).free
     if estimate.bytes > free:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What both converters share: one pass over the images in a given order, resumable at any point, whose result depends on nothing else."""
+"""The main loop of both converters: one pass over the images in a given order, which can be resumed at any point with the same result."""
 
 from __future__ import annotations
 
@@ -37,40 +37,42 @@ ROW = np.dtype(
         ("source_bytes", "<u8"),
     ]
 )
-"""One per image of the listing, in the order of conversion, dropped ones too: what became of it, and where it lies."""
+"""Record of one converted or dropped image: outcome and location. The file of rows has one per image, in the order of conversion."""
 ROWS, TOUCHED = "rows", "touched.jsonl"
 UNREADABLE_IN_A_ROW = 20
-"""So many files that cannot be read are a lost disk, not bad images."""
+"""After this many consecutive files that cannot be read, the disk is assumed to be lost, and the conversion stops."""
 
 
 class BadImage(RunError):
-    """An image cannot be kept, and the user wants none dropped."""
+    """Raised, under --strict, for an image that cannot be kept."""
 
     exit_code = 1
 
 
 class Output(ABC):
-    """Where kept images go, one after another."""
+    """Interface of an output format, to which kept images are appended."""
 
     bytes_per_image: int
-    """Beside the image itself, about."""
+    """Approximate overhead per image, beside the image's own bytes."""
 
     @abstractmethod
     def resume(self, rows: NDArray[np.void]) -> None:
-        """Goes on after these rows, which a former run has written; without any, begins."""
+        """Continues after these rows, which an earlier run has written; with no rows, starts a new output."""
 
     @abstractmethod
     def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
-        """Stores an image; gives its shard and its first byte there."""
+        """Stores an image; returns the number of its shard and the offset of its first byte there."""
 
 
 def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: StopRequest) -> NDArray[np.void]:
-    """Brings the output to its last image, from wherever a former run left it; gives all rows.
+    """Converts all images that an earlier run has not converted; returns the rows of all images.
+
+    After any of these errors, the same call continues where it stopped.
 
     Raises:
-        UserError: not enough room, a full disk, a lost source, workers that die again and again.
+        UserError: too little disk space, a full disk, a lost source disk, or workers that die repeatedly.
         BadImage: under `strict`, the first image that cannot be kept.
-        Stopped: by a signal. After this and all errors the same call continues.
+        Stopped: a signal arrived.
     """
     total = len(task.order)
     rows = _rows_before(task, work)
@@ -88,7 +90,7 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: StopRe
 
 
 def _refuse_lost_cause(task: Task, estimate: Estimate) -> None:
-    """UserError if most of the sample cannot be kept, where not so many may be dropped: better now than after hours."""
+    """Raises UserError if most of the sample cannot be kept and so many may not be dropped: better now than after hours."""
     share = len(estimate.dropped) / estimate.sampled
     if task.options.strict or share <= 0.5 or share * estimate.images <= task.options.dropped_allowed(len(task.order)):
         return
@@ -99,7 +101,7 @@ def _refuse_lost_cause(task: Task, estimate: Estimate) -> None:
 
 
 class _Pass:
-    """The loop over the images, with what it writes down about each."""
+    """The loop over the images, which also records what happened to each."""
 
     def __init__(self, task: Task, output: Output, work: WorkFolder, progress: Progress) -> None:
         self._task, self._output, self._work, self._progress = task, output, work, progress
@@ -114,7 +116,7 @@ class _Pass:
         try:
             for index, encoded in zip(indices, pool.encode(map(self._task.job, indices)), strict=True):
                 self._take(index, encoded)
-                if not self._unreadable:  # what a lost disk did is not for keeps
+                if not self._unreadable:  # don't save images as dropped if the disk may be lost: the next run retries them
                     self._work.flush_due(self._done)
         except Stopped as stopped:
             if isinstance(stopped, OrderlyStop):
@@ -127,7 +129,7 @@ class _Pass:
         self._work.flush(self._done)
 
     def _keep(self) -> None:
-        """Puts on disk what was done, if anything was."""
+        """Saves the images done since the last saved point, if there are any."""
         if self._done > self._work.done and not self._unreadable:
             self._work.flush(self._done)
 
@@ -167,7 +169,7 @@ class _Pass:
 
 
 def _rows_before(task: Task, work: WorkFolder) -> NDArray[np.void]:
-    """What a former run has done; UserError if the images that it took have changed since."""
+    """Returns the rows of an earlier run. Raises UserError if its images have changed since."""
     path = work.path / ROWS
     rows = np.fromfile(path, dtype=ROW) if path.exists() else np.zeros(0, dtype=ROW)
     if len(rows) != work.done or (rows["index"] != task.order[: len(rows)]).any():
@@ -180,7 +182,7 @@ def _rows_before(task: Task, work: WorkFolder) -> NDArray[np.void]:
 
 
 def touched_images(work: WorkFolder) -> list[dict[str, Any]]:
-    """What was noted of each image that was not simply passed through, in the order of conversion."""
+    """Returns the notes on images that were transcoded, dropped or unusual, in the order of conversion."""
     try:
         return [json.loads(line) for line in (work.path / TOUCHED).read_text(encoding="ascii").splitlines()]
     except ValueError as error:

@@ -1,8 +1,7 @@
-"""A quick way to know that a JPEG is whole: its Huffman codes are read to the last one, and nothing is made of them.
+"""Quick check that a JPEG is complete: walks through its Huffman codes to the last one without decoding any pixels.
 
-A coefficient's own bits need not be looked at to find the next code, and one look into a table skips several short codes. Takes 0.6 of the
-time of TurboJPEG's check, which remains the judge of every image that this one has any doubt about: it knows baseline JPEGs without restart
-markers, and wants all things in order.
+The bits of a coefficient's value need not be decoded to find the next code, and one table look-up skips several short codes. This takes 0.6 of
+the time of TurboJPEG's check. It only knows well-formed baseline JPEGs without restart markers; all others are left to TurboJPEG.
 """
 
 from __future__ import annotations
@@ -21,30 +20,30 @@ _BLOCKS_IN_UNIT = 10  # at most, in an interleaved scan
 
 
 class _Table(NamedTuple):
-    """A Huffman table as JPEGs store it."""
+    """A Huffman table as stored in a JPEG."""
 
     counts: bytes
-    """Codes of each length, 1 to 16 bits."""
+    """Number of codes of each length, 1 to 16 bits."""
     symbols: bytes
 
 
 class _Layout(NamedTuple):
-    """What a scan is made of."""
+    """Structure of a scan."""
 
     units: int
-    """How often the blocks come one after another ("MCU")."""
+    """Number of minimum coded units (MCUs), each of which consists of `blocks`."""
     blocks: NDArray[np.uint64]
-    """(blocks, 2): which tables the DC and AC codes of each are from."""
+    """(blocks, 2): positions in `tables` of each block's DC and AC table."""
     tables: dict[int, _Table]
-    """By class << 4 | number, class 0 for DC and 1 for AC; the blocks count them in this order."""
+    """The used tables by class << 4 | number, where the class is 0 for DC and 1 for AC."""
 
 
 class _Doubt(Exception):
-    """Not the kind of JPEG that is known here, or damaged."""
+    """Raised for a JPEG that is damaged or of a kind that this check does not know."""
 
 
 def is_whole(jpeg: bytes) -> bool:
-    """Whether a decoder will read the file to its end without complaint. False: perhaps it will; ask the decoder."""
+    """Returns True if a decoder will read the file to its end without a warning, False if unsure: then the decoder must check."""
     try:
         begin, layout = _read_header(jpeg)
     except (_Doubt, IndexError, KeyError):
@@ -56,7 +55,7 @@ def is_whole(jpeg: bytes) -> bool:
 
 
 def _read_header(jpeg: bytes) -> tuple[int, _Layout]:
-    """Where the scan begins, and what it is made of."""
+    """Returns the offset of the scan's data and its layout. Raises _Doubt, IndexError or KeyError if the header is unusual or damaged."""
     quantization: set[int] = set()
     tables: dict[int, _Table] = {}
     frame = b""
@@ -81,7 +80,7 @@ def _read_header(jpeg: bytes) -> tuple[int, _Layout]:
 
 
 def _is_harmless(marker: int, content: bytes) -> bool:
-    """Whether no decoder warns of it."""
+    """Returns True if no decoder warns about this segment."""
     if marker == _RESTARTS:
         return content == b"\0\0"
     if marker == _JFIF and content[:5] == b"JFIF\0":
@@ -92,13 +91,13 @@ def _is_harmless(marker: int, content: bytes) -> bool:
 
 
 def _read_quantization(content: bytes) -> set[int]:
-    if not content or len(content) % 65 or any(head > 3 for head in content[::65]):  # a byte each, tables 0 to 3
+    if not content or len(content) % 65 or any(head > 3 for head in content[::65]):  # 8-bit entries, tables 0 to 3
         raise _Doubt
     return set(content[::65])
 
 
 def _read_tables(content: bytes) -> dict[int, _Table]:
-    """By class << 4 | number, class 0 for DC and 1 for AC, as they are stored."""
+    """Returns the Huffman tables of a segment by class << 4 | number, as stored; the class is 0 for DC and 1 for AC."""
     found: dict[int, _Table] = {}
     while content:
         counts = content[1 : LONGEST_CODE + 1]
@@ -111,7 +110,7 @@ def _read_tables(content: bytes) -> dict[int, _Table]:
 
 
 def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: dict[int, _Table]) -> _Layout:
-    """KeyError: a table is missing."""
+    """Returns the layout of the scan. Raises _Doubt, or KeyError if a Huffman table is missing."""
     count = frame[5]
     if count not in (1, 3) or frame[0] != 8 or len(frame) != 6 + 3 * count:
         raise _Doubt
@@ -127,7 +126,7 @@ def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: dic
     factors = [(factor >> 4, factor & 15) for _, factor, _ in components]
     if any(not (1 <= x <= 4 and 1 <= y <= 4) for x, y in factors):
         raise _Doubt
-    if len(factors) == 1:  # a lone component's blocks come one by one, whatever its factors
+    if len(factors) == 1:  # with one component, each MCU is a single block, whatever the sampling factors (ITU T.81, A.2.2)
         factors = [(1, 1)]
     wide, high = max(x for x, _ in factors), max(y for _, y in factors)
     if any(wide % x or high % y for x, y in factors):
@@ -145,7 +144,7 @@ def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: dic
 
 
 def _as_arrays(tables: dict[int, _Table]) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """Which are for DC; (tables, 17) codes of each length; (tables, 256) symbols."""
+    """Returns the tables as arrays: (tables,) True for DC; (tables, 17) number of codes of each length; (tables, 256) symbols."""
     is_dc = np.array([kind < 0x10 for kind in tables])
     counts = np.zeros((len(tables), LONGEST_CODE + 1), dtype=np.int64)
     symbols = np.zeros((len(tables), 256), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The loops of `jpeg_scan`: a JPEG's Huffman tables unfolded, and its codes walked with them."""
+"""Compiled loops of `jpeg_scan`: build look-up tables from a JPEG's Huffman tables, and walk through its codes with them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from fastbyol.compile_cache import njit
 
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True}
 LONGEST_CODE = 16
-"""Bits."""
-_LOOK = 11  # bits of a look into a table; 2^11 entries of four tables fill half of a first-level cache
-# An entry: bits to skip (codes and what follows them), coefficients passed << 5, the block's end << 12. 0: no code, or a longer one.
+"""Longest Huffman code, in bits."""
+_LOOK = 11  # bits of a table index; four tables of 2^11 entries fill half of a first-level cache
+# A table entry: bits to skip (codes and their values) | number of coefficients << 5 | end of block << 12. 0: invalid or longer code.
 _BITS, _PASSED, _END = 31, 5, 12
-_LAST = 63  # coefficient of a block
+_LAST = 63  # index of a block's last coefficient
 
 
 @njit(**OPTIONS)
 def walk(jpeg, begin, end, units, blocks, is_dc, counts, symbols):
-    """Whether the bytes from `begin` to `end` are `units` units, each code one of its table's, and nothing else.
+    """Returns True if the bytes from `begin` to `end` are exactly `units` MCUs, all of valid codes.
 
     Args:
-        jpeg: uint8.
-        units: how often `blocks` are repeated.
-        blocks: (blocks, 2) the numbers of each block's DC and AC table.
-        is_dc: (tables,) which kind each is.
-        counts: (tables, 17) by length; symbols: (tables, 256).
+        jpeg: uint8 bytes of the file.
+        units: number of MCUs, each of which consists of `blocks`.
+        blocks: (blocks, 2) numbers of each block's DC and AC table.
+        is_dc: (tables,) True for a DC table.
+        counts: (tables, 17) number of codes of each length; symbols: (tables, 256).
     """
     num = len(is_dc)
     single = np.zeros((num, 1 << _LOOK), dtype=np.uint16)
@@ -56,7 +56,7 @@ def walk(jpeg, begin, end, units, blocks, is_dc, counts, symbols):
                     at, bits, have = _read(jpeg, at, end, bits, have)
                 entry = np.int64(several[ac, bits >> np.uint64(64 - _LOOK)])
                 k += entry >> _PASSED & 127
-                if entry == 0 or k + (entry >> _END) > _LAST:  # a long code, or the block ends within these
+                if entry == 0 or k + (entry >> _END) > _LAST:  # a long code, or the block ends among these coefficients
                     k -= entry >> _PASSED & 127
                     entry = np.int64(single[ac, bits >> np.uint64(64 - _LOOK)])
                     if entry == 0:
@@ -74,7 +74,10 @@ def walk(jpeg, begin, end, units, blocks, is_dc, counts, symbols):
 
 @njit(**OPTIONS)
 def _read(jpeg, at, end, bits, have):
-    """Four more bytes if there are, from the upper end of `bits`; the zero after a 0xFF is left out, any other byte there is not passed."""
+    """Appends up to four bytes to `bits`, a buffer that is filled from its upper end; returns the new (at, bits, have).
+
+    The zero after a 0xFF is skipped (byte stuffing). At 0xFF with another byte, a marker, reading stops.
+    """
     if at + 4 <= end:
         i = np.uint64(at)
         a, b, c, d = (
@@ -84,6 +87,7 @@ def _read(jpeg, at, end, bits, have):
             np.uint32(jpeg[i + np.uint64(3)]),
         )
         word = np.uint32(a << np.uint32(24)) | np.uint32(b << np.uint32(16)) | np.uint32(c << np.uint32(8)) | d
+        # Bit trick: true if none of the four bytes is 0xFF, so that there is nothing to skip.
         if np.uint32(~word - np.uint32(0x01010101)) & word & np.uint32(0x80808080) == 0:
             word = np.uint64(word)
             return at + 4, bits | word << np.uint64(32 - have), have + 32
@@ -97,14 +101,14 @@ def _read(jpeg, at, end, bits, have):
 
 @njit(**OPTIONS)
 def _unfold(counts, symbols, is_dc, single, limit, offset):
-    """Fills `single` with the entries of codes that a look shows, and what finds longer ones; False: there can be no such table.
+    """Fills `single` with the entries of codes of up to _LOOK bits, and `limit` and `offset` for longer ones; False for an invalid table.
 
-    limit: by length, the first value of 16 bits that is beyond its codes; offset: by length, from a code to its place in the symbols.
+    limit: for each code length, the first 16-bit value beyond its codes; offset: for each length, the symbol's position minus the code.
     """
     code, place = 0, 0
     for length in range(1, LONGEST_CODE + 1):
         offset[length] = place - code
-        if code + counts[length] >= 1 << length and counts[length]:  # all ones are no code
+        if code + counts[length] >= 1 << length and counts[length]:  # a code of only ones is not allowed
             return False
         for _ in range(counts[length]):
             if is_dc and symbols[place] > 15:
@@ -121,7 +125,10 @@ def _unfold(counts, symbols, is_dc, single, limit, offset):
 
 @njit(**OPTIONS)
 def _entry(length, symbol, is_dc):
-    """Of a code. Its symbol says how many bits follow and, in the upper half of an AC code's, how many zeros come before."""
+    """Returns the table entry of a code, 0 for an invalid one.
+
+    The symbol says how many bits of value follow; in an AC symbol, the upper four bits are the number of zero coefficients before it.
+    """
     bits = symbol & 15
     if is_dc:
         return length + symbol if symbol <= 11 else 0
@@ -134,7 +141,7 @@ def _entry(length, symbol, is_dc):
 
 @njit(**OPTIONS)
 def _long(bits, symbols, is_dc, limit, offset):
-    """The entry of a code longer than a look; 0: there is none."""
+    """Returns the entry of a code longer than _LOOK bits, or 0 if there is none."""
     value = np.int64(bits >> np.uint64(64 - LONGEST_CODE))
     if value < limit[_LOOK]:
         return 0
@@ -146,8 +153,8 @@ def _long(bits, symbols, is_dc, limit, offset):
 
 @njit(**OPTIONS)
 def _combine(single, limit, several):
-    """Fills `several` with the entries of as many whole codes as a look shows, up to a block's end."""
-    length = np.zeros(single.size, dtype=np.int64)  # of the first code
+    """Fills `several` with entries that combine as many whole codes as fit into _LOOK bits, up to the end of a block."""
+    length = np.zeros(single.size, dtype=np.int64)  # length of the first code
     begin = 0
     for bits in range(1, _LOOK + 1):
         end = limit[bits] >> (LONGEST_CODE - _LOOK)
@@ -157,7 +164,7 @@ def _combine(single, limit, several):
         entry = np.int64(single[look])
         bits, passed, end = entry & _BITS, entry >> _PASSED & 127, entry >> _END
         while entry and not end and bits < _LOOK:
-            following = look << bits & single.size - 1  # ends in zeros that are not known to be there
+            following = look << bits & single.size - 1  # its last bits are zeros in place of unknown ones
             entry = np.int64(single[following])
             if entry == 0 or bits + length[following] > _LOOK or passed + (entry >> _PASSED & 127) > _LAST:
                 break

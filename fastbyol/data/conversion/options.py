@@ -1,4 +1,4 @@
-"""How to convert: what the options of both converters ask for."""
+"""Options of both converters."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ DROPPED_ALLOWED, DROPPED_SHARE_ALLOWED = 20, 0.01
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """How to convert. Only `encode` has an influence on the result."""
+    """Options of a conversion. Only `encode` affects the bytes of the result."""
 
     encode: EncodeSettings = field(default_factory=EncodeSettings)
     strict: bool = False
     """Stop at the first image that cannot be kept."""
     max_dropped: float | None = None
-    """Largest share of images that may be dropped; 1: any, and classes may lose all of theirs. None: 1 %, or 20 images if that is more."""
+    """Largest share of images that may be dropped. 1 allows any, even whole classes; None allows 1 %, or 20 images if that is more."""
     unfinished: str = "continue"
-    """What to do about an unfinished conversion to the same output: 'continue' if there is one, 'require' one, or 'restart' without it."""
+    """Treatment of an unfinished conversion to the same output: 'continue' it if there is one, 'require' one, or 'restart' without it."""
     flush_every_s: float = 10.0
-    """What is converted is put on disk so often: a crash costs at most as much work."""
+    """Seconds between two saved points; a crash loses at most this much work."""
 
     def __post_init__(self) -> None:
         if self.max_dropped is not None:
@@ -33,14 +33,14 @@ class ConversionOptions:
         require_at_least("flush-every", self.flush_every_s, 0.0)
 
     def dropped_allowed(self, images: int) -> int:
-        """How many of them."""
+        """Returns how many of this number of images may be dropped."""
         if self.max_dropped is None:
             return max(DROPPED_ALLOWED, int(DROPPED_SHARE_ALLOWED * images))
         return math.floor(self.max_dropped * images + 1e-6)
 
 
 def encode_settings_as_plain(settings: EncodeSettings) -> dict[str, int | str | float]:
-    """For the manifest: what differs from plain pass-through, and always the quality of what is transcoded."""
+    """Returns the settings as plain values for the manifest; optional ones only if they are used."""
     plain: dict[str, int | str | float] = {
         "transcode_quality": settings.quality,
         "exif": settings.exif,

@@ -1,4 +1,4 @@
-"""What a finished pass amounts to: whether too much was dropped, the report, the manifest."""
+"""The end of a conversion: checks that not too many images were dropped, and makes report and manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastbyol.data.manifest import Manifest, Shard, software_versions
 
 
 def finish_report(task: Task, rows: NDArray[np.void], work: WorkFolder) -> Path:
-    """The report, written in the work folder. UserError if too many images were dropped: what is converted stays, and so does the report."""
+    """Writes the report to the work folder and returns its path. Raises UserError if too many images were dropped; report and data are kept."""
     path = work.path / "report.json"
     report = make_report(task.listing, rows, touched_images(work))
     write_durably(path, report_text(report))
@@ -31,7 +31,7 @@ def finish_report(task: Task, rows: NDArray[np.void], work: WorkFolder) -> Path:
 
 
 def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> None:
-    """UserError if too many images were dropped, or all of a class. What is converted is left for a run that allows it."""
+    """Raises UserError if too many images were dropped, or all images of a class. The converted data is kept for a run that allows it."""
     allowed = task.options.dropped_allowed(len(rows))
     dropped = int((rows["outcome"] == Outcome.DROPPED).sum())
     advice = f"{report} names them. Nothing is lost: mend the images and begin anew with --restart, or allow it with"
@@ -47,12 +47,12 @@ def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> 
 
 
 def _share(part: int, whole: int) -> str:
-    """As a decimal that is not below the exact share."""
+    """Returns the share as a decimal number, rounded up, so that it works as a value of --max-dropped."""
     return f"{math.ceil(1e4 * part / whole) / 1e4:g}"
 
 
 def make_manifest(kind: str, task: Task, rows: NDArray[np.void], shards: list[Shard], settings: Mapping[str, Any]) -> Manifest:
-    """The manifest of a finished conversion; rows: in the order of the samples."""
+    """Returns the manifest of a finished conversion. rows: one per image, in sample order."""
     listing = task.listing
     kept = rows[rows["outcome"] != Outcome.DROPPED]
     counts = _class_counts(listing, rows)

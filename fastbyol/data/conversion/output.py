@@ -1,4 +1,4 @@
-"""Where an output grows, and how it takes its name: nothing is replaced before what comes in its place is whole."""
+"""Paths of an unfinished output, and its move to its final name. An existing output is replaced only when the new one is complete."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.work_folder import COMPLETE, empty_into, flush_to_disk, is_full
 
 _INSIDE = ".partial"
-"""The work folder of a conversion to a folder that was there before."""
+"""Name of the work folder inside an output folder that existed before."""
 
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """What the system refuses becomes a UserError."""
+    """Context manager that turns an OSError into a UserError."""
     try:
         yield
     except OSError as error:
@@ -27,9 +27,9 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 
 def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:
-    """UserError if `out` exists and is not to be replaced, is a folder without the file `marker`, or has no parent folder.
+    """Raises UserError if `out` exists and may not be replaced, is a folder without the file `marker`, or has no parent folder.
 
-    marker: of an output that is a folder; such a one may exist if it is empty.
+    marker: for an output that is a folder, the name of a file by which ours are recognised. An empty folder is accepted too.
     """
     if marker and _is_unused(out):
         return
@@ -44,19 +44,19 @@ def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether nobody's files are in this folder: an empty one, a new volume, or one that an unfinished conversion has begun to fill."""
+    """Returns True if the folder has no files of the user: it is empty, a new volume, or only has an unfinished conversion."""
     return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"lost+found", _INSIDE}
 
 
 def work_path(out: Path) -> Path:
-    """Where the conversion to `out` grows: beside it, or within a folder that is there already, which may be another disk."""
+    """Returns the work folder for `out`: beside it, or inside it if it is an existing folder, which may be on another disk."""
     return out / _INSIDE if _is_unused(out) or (out / _INSIDE).is_dir() else out.with_name(f".{out.name}.partial")
 
 
 def put_in_place(new: Path, out: Path) -> None:
-    """Gives a complete file or folder its name. What had it before is whole until the new one is there, and removed only then.
+    """Moves a complete file or folder to its final name. An old output stays intact until the new one is there, and is removed only then.
 
-    A folder that has grown within `out` is emptied into it.
+    If the work folder is inside `out`, the files are moved one by one into `out`.
     """
     if new.is_dir() and new.parent.parent == out:
         os.replace(new, new.with_name(COMPLETE))
@@ -65,7 +65,7 @@ def put_in_place(new: Path, out: Path) -> None:
         return
     old = out.with_name(f".{out.name}.replaced")
     if new.is_dir() and out.exists():  # a folder cannot be renamed onto one that is not empty
-        shutil.rmtree(old, ignore_errors=True)  # of a former run that was killed just before it had removed this
+        shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed before it removed this
         os.replace(out, old)
     os.replace(new, out)
     flush_to_disk(out.parent)

@@ -1,4 +1,4 @@
-"""What a conversion did to which image: a JSON file that names every image it changed, dropped or wondered at, and a short table of counts."""
+"""The report of a conversion: a JSON file that names every changed, dropped or unusual image, and a short table of counts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastbyol.data.conversion.encode import Outcome
 from fastbyol.data.inputs.listing import ImageListing, left_out
 
 _FORMAT = 1
-# Asked for by the user, or as common as it is harmless: counted and not named one by one.
+# Requested by the user, or common and harmless: counted, but not named one by one.
 _COUNTED = {Outcome.PASSED: "passed through", Outcome.RESIZED: "resized", Outcome.RAW: "stored as pixels"}
 
 
 def make_report(listing: ImageListing, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> dict[str, Any]:
-    """Plain values for JSON; depends on nothing but the images and the settings.
+    """Returns the report as plain values for JSON. It depends only on the images and the settings.
 
     Args:
-        listing: of the source.
-        rows: one per image, in any order (`image_pass.ROW`).
-        touched: as the conversion noted them, in any order.
+        listing: listing of the source images.
+        rows: one row per image, in any order (`image_pass.ROW`).
+        touched: notes of the conversion (`image_pass.touched_images`), in any order.
     """
     outcomes = Counter(rows["outcome"].tolist())
     named = sorted(touched, key=lambda entry: (entry["index"], entry["outcome"], entry["reason"]))
@@ -45,17 +45,17 @@ def make_report(listing: ImageListing, rows: NDArray[np.void], touched: list[dic
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """The JSON. Pure ASCII: names with bytes that are no UTF-8 survive, and nothing in a name can upset a reader."""
+    """Returns the report as JSON, in pure ASCII so that names that are not valid UTF-8 are preserved and any reader can parse it."""
     return json.dumps(report, indent=1) + "\n"
 
 
 def report_path(out: Path) -> Path:
-    """Of a single file; a folder of shards has its report inside."""
+    """Returns the path of the report for a .beton; a folder of shards contains its report."""
     return out.with_name(out.name + ".report.json")
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """A line for each thing that happened, the counts in one column."""
+    """Returns a table with one line per outcome and reason, and its number of images."""
     lines = [("kept", report["kept"])]
     lines += [(f"  {what}", count) for what in _COUNTED.values() if (count := report[what.replace(" ", "_")])]
     lines += [(f"  transcoded: {reason}", count) for reason, count in report["transcoded"].items()]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that long work meets at a point of its own choosing."""
+"""Handles Ctrl-C and SIGTERM as a request to stop, which long work can answer at a point where all its data is consistent."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fastbyol.config.interrupts import STOP_SIGNALS, Stopped
 
 
 class OrderlyStop(Stopped):
-    """Raised where the work waited for it, so that all is consistent."""
+    """Raised by `StopRequest.check`: the work stopped at a point where its data is consistent."""
 
 
 class StopRequest:
-    """Ends the work at once, except within `deferred()`, where it waits until `check` is called. A second signal never waits."""
+    """Stops the work at once, or, within `deferred()`, at the next call of `check`. A second signal always stops it at once."""
 
     def __init__(self) -> None:
         self._requested: int | None = None
         self._deferred = False
 
     def check(self) -> None:
-        """Raises OrderlyStop if a signal has come."""
+        """Raises OrderlyStop if a signal has arrived."""
         if self._requested is not None:
             raise OrderlyStop(self._requested)
 
@@ -44,7 +44,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Signals go to the request that is given; outside the main thread, which alone may handle them, they are left as they are."""
+    """Yields a StopRequest that receives the stop signals. Outside the main thread, where Python allows no handlers, it receives none."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -1,7 +1,7 @@
-"""Tar shards made by several machines: each writes a part of the one seeded shuffle, and a merge makes a data set of the parts.
+"""Conversion to tar shards by several machines: each writes a part of the same random order, then a merge completes the data set.
 
-Equal to what one machine writes: the samples (their bytes, labels and numbers), and their order over the shards one after another.
-Different: where shards end and what they are called, since each part begins a shard of its own.
+The samples (bytes, labels and numbers) and their order over all shards are the same as from one machine. Only the shards' boundaries and names
+differ, because each part begins with a new shard.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PART_NAME = re.compile(r"part-\d{5,9}-of-\d{5,9}\.json")
 
 @dataclass(frozen=True)
 class Part:
-    """One of `count` equal shares of the shuffle, numbered from 0."""
+    """One of `count` equal parts of the order of conversion, numbered from 0."""
 
     number: int
     count: int
@@ -60,7 +60,7 @@ class Part:
 
 
 def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
-    """'i/n', or 'auto': from the environment that torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS) gives each process."""
+    """Parses 'i/n', or 'auto', which uses the variables of torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS)."""
     if text == "auto":
         for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
             if environment.get(number) and environment.get(count):
@@ -82,9 +82,9 @@ def write_tar_part(
     seed: int = 0,
     options: ConversionOptions | None = None,
 ) -> list[Shard]:
-    """Adds one part's shards to the folder `out`, which all parts share; nothing to do if they are there already.
+    """Adds one part's shards to the folder `out`, which all parts share, and returns them. Does nothing if they are there already.
 
-    Arguments, beside `part`, and errors: those of `tar_writer.write_tar_shards`.
+    All other arguments, and the errors, are those of `tar_writer.write_tar_shards`.
     """
     options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
@@ -111,15 +111,15 @@ def write_tar_part(
 
 
 def merge_tar_parts(out: Path, *, data: Images | None = None, options: ConversionOptions | None = None) -> Manifest:
-    """Completes the folder `out` when all of its parts are there: one sample table, one manifest, one report.
+    """Completes the folder `out` once all of its parts are there: writes the sample table, the manifest and the report.
 
     Args:
-        out: the folder.
-        data: what the parts must have been made from; None: what they say themselves.
-        options: `max_dropped` counts.
+        out: the folder of all parts.
+        data: the images from which the parts must have been made; None skips this check.
+        options: only `max_dropped` is used.
 
     Raises:
-        UserError: parts are missing, damaged, differ in their settings, or were made from other images than `data`; too many images were
+        UserError: parts are missing, damaged, differ in their settings, or were made from other images than `data`; or too many images were
             dropped.
     """
     with stop_signals(), disk_errors(out):
@@ -152,14 +152,14 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
 
 
 def _finish_merge(out: Path) -> Manifest:
-    """The manifest of a merge that was killed when only the parts' descriptions were left to remove. UserError if nothing is."""
+    """Finishes a merge that was killed before it removed the parts' descriptions; returns its manifest. Raises UserError if it was complete."""
     if not _remove_parts(out):
         raise UserError(f"{out}: is merged already")
     return read_manifest(out / TAR_MANIFEST)
 
 
 def _remove_parts(out: Path) -> int:
-    """How many files described the parts; they are gone then."""
+    """Removes the files that describe the parts; returns their number."""
     files = [file for pattern in (_PARTS, _TABLES) for file in out.glob(pattern)]
     for file in files:
         file.unlink()
@@ -168,15 +168,15 @@ def _remove_parts(out: Path) -> int:
 
 @dataclass(frozen=True)
 class _Done:
-    """What a complete part says about itself."""
+    """Description of a complete part."""
 
     settings: dict[str, Any]
     source: str
-    """The folder or tar that it was made from, as the user gave it."""
+    """The folder or tar of images, as the user gave it."""
     listing_sha256: str
-    """Of the images of all parts."""
+    """Digest of the listing of all parts' images."""
     num_images: int
-    """Of all parts."""
+    """Number of images of all parts together."""
     class_names: list[str]
     skipped: list[tuple[str, str]]
     shards: list[Shard]
@@ -190,7 +190,7 @@ def _describe(task: Task, settings: Mapping[str, Any], shards: list[Shard], touc
 
 
 class _Table(NamedTuple):
-    """What a complete part says about each of its images, in the order of conversion."""
+    """Rows, labels and names of a complete part's images, in the order of conversion."""
 
     rows: NDArray[np.void]
     labels: NDArray[np.int64]
@@ -205,7 +205,7 @@ def _write_table(path: Path, listing: ImageListing, rows: NDArray[np.void]) -> N
 
 
 class _PartFiles:
-    """Where a part's files are: first in its work folder, then, one by one, in the folder of all parts, the description last."""
+    """Paths of a part's files. They are made in its work folder and then moved one by one to the folder of all parts, the description last."""
 
     def __init__(self, out: Path, name: str) -> None:
         self._out = out
@@ -218,7 +218,7 @@ class _PartFiles:
         return self.description.exists() or (self.work / self.description.name).exists()
 
     def publish(self) -> None:
-        """Also takes up where an interrupted one stopped."""
+        """Moves the files to the folder of all parts. Continues a move that was interrupted."""
         shards = sorted((self.work / SHARDS_FOLDER).glob("*"))
         for file in (*shards, self.work / self.table.name, self.work / self.description.name):
             if file.exists():
@@ -237,7 +237,7 @@ def _make_folder(out: Path) -> None:
 
 
 def _all_parts(out: Path) -> list[Path]:
-    """The descriptions, in order. UserError if they are not all there."""
+    """Returns the paths of all parts' descriptions, in order. Raises UserError if some are missing."""
     found = sorted(path for path in out.glob(_PARTS) if _PART_NAME.fullmatch(path.name))
     counts = {int(path.stem.rpartition("-")[2]) for path in found}
     if len(counts) != 1:
@@ -265,7 +265,7 @@ def _read_part(path: Path) -> _Done:
 
 
 def _refuse_other_description(done: _Done) -> None:
-    """Raises TypeError or ValueError for what no part says of itself."""
+    """Raises TypeError or ValueError for a description with values that no part can have."""
     texts = [done.source, done.listing_sha256, *done.class_names, *(text for pair in done.skipped for text in pair)]
     texts += [text for shard in done.shards for text in (shard.name, shard.sha256)]
     numbers = [done.num_images, *(number for shard in done.shards for number in (shard.samples, shard.bytes))]
@@ -283,7 +283,7 @@ def _refuse_other_description(done: _Done) -> None:
 def _read_table(description: Path) -> _Table:
     path = description.with_suffix(".npz")
     try:
-        with ZipFile(path) as archive:  # as it was written: an entry that unpacks to more than the file could fill the memory
+        with ZipFile(path) as archive:  # refuse compressed entries, which we never write: a small file could unpack to fill the memory
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")
         with np.load(path) as arrays:
@@ -297,7 +297,7 @@ def _read_table(description: Path) -> _Table:
 
 
 def _refuse_other_rows(description: Path, done: _Done, table: _Table) -> None:
-    """Raises UserError where a part's table points beyond its shards or classes."""
+    """Raises UserError if a part's table points beyond its shards or classes."""
     kept = table.rows[table.rows["outcome"] != Outcome.DROPPED]
     ends = np.array([shard.bytes for shard in done.shards] or [0], dtype=np.uint64)
     fits = not len(kept) or (
@@ -326,7 +326,7 @@ def _require_equal(parts: list[Path], done: list[_Done]) -> None:
 
 
 def _whole_task(out: Path, done: _Done, tables: list[_Table], rows: NDArray[np.void], options: ConversionOptions) -> Task:
-    """What one machine would have had to convert, as far as anyone asks when all is converted. rows: in the order of the listing."""
+    """Returns the task of the whole conversion, with the fields that report and manifest need. rows: all rows in listing order."""
     if not np.array_equal(rows["index"], np.arange(done.num_images)):
         raise UserError(f"{out}: the parts hold {len(rows):,} images and should hold each of {done.num_images:,} once; convert them again")
     order = np.argsort(np.concatenate([table.rows["index"] for table in tables]))
@@ -339,7 +339,7 @@ def _whole_task(out: Path, done: _Done, tables: list[_Table], rows: NDArray[np.v
 
 
 def _renumbered(rows: list[NDArray[np.void]], done: list[_Done]) -> NDArray[np.void]:
-    """All rows, with the shards counted through."""
+    """Returns the rows of all parts, with shard numbers that count on from part to part."""
     first = 0
     for part, one in zip(rows, done, strict=True):
         part["shard"] += np.uint32(first)

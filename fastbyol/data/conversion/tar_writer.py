@@ -1,6 +1,6 @@
-"""Writes images as WebDataset tar shards with DALI indices, in one seeded shuffle, with each JPEG's own bytes in them.
+"""Writes images as WebDataset tar shards with DALI indices, in a seeded random order; JPEGs are stored byte for byte.
 
-One machine makes the folder as a whole. Several make disjoint parts of the same shuffle in one folder, which `tar_parts` then completes.
+One machine writes a whole folder. Several machines can write disjoint parts of the same order into one folder, which `tar_parts` merges.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastbyol.data.traversal import seeded_permutation
 MIB = 1 << 20
 SHARDS_FOLDER = "shards"
 _BLOCK = tarfile.BLOCKSIZE
-_NUMBERS_BYTES = 4 * _BLOCK  # a header and a block for each of .cls and .idx
+_NUMBERS_BYTES = 4 * _BLOCK  # .cls and .idx: a header and a block each
 
 Settings = dict[str, int | float | str]
 
@@ -47,22 +47,22 @@ def write_tar_shards(
 ) -> Manifest:
     """Converts images to a folder `out` of tar shards, their indices, a sample table, a manifest and a report.
 
-    Components of image i of the listing: i.jpg, i.cls (int64, little-endian), i.idx (the number i, likewise). Sample i of the table is the
-    i-th image of the listing that was kept.
+    Image i of the listing has three tar members: i.jpg, i.cls (its label, int64, little-endian), and i.idx (the number i, likewise). Sample i
+    of the table is the i-th kept image of the listing.
 
     Args:
         data: a folder of class folders, ImageNet's tar, or a listing.
-        out: the folder to make, or an empty one to fill.
-        workers: processes that read and check images; 0: one per core.
-        shard_mib: a shard ends when it has reached this size.
-        seed: of the order of samples in the shards. DALI's own reader shuffles only within a buffer, so the shards are shuffled as a whole.
+        out: folder to make, or an empty folder.
+        workers: processes that read and check images; 0 means one per core.
+        shard_mib: size at which a shard is closed.
+        seed: seed of the samples' order in the shards. All samples are shuffled because DALI's own reader shuffles only within a buffer.
         overwrite: 'refuse' an existing `out`, or 'replace' it if it was made by this function.
-        options: everything else.
+        options: all other options.
 
     Raises:
-        UserError: no such folder, too many images that cannot be kept, an existing output, not enough room. If the work has begun, the same
-            call continues it.
-        Stopped: by Ctrl-C or SIGTERM; the same call continues.
+        UserError: the folder does not exist, too many images cannot be kept, the output exists, or there is too little disk space. If the
+            conversion has begun, the same call continues it.
+        Stopped: Ctrl-C or SIGTERM; the same call continues.
     """
     options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
@@ -92,12 +92,12 @@ def write_tar_shards(
 
 
 def shuffled(listing: ImageListing, *, seed: int) -> NDArray[np.int64]:
-    """The order in which the images of a listing go into shards."""
+    """Returns the random order in which the images of a listing are written to shards."""
     return seeded_permutation(len(listing.files), seed)
 
 
 def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> Settings:
-    """What the result depends on, for the manifest. UserError for what tar shards cannot have."""
+    """Returns the settings on which the result depends, for the manifest. Raises UserError for options that tar shards do not support."""
     require_at_least("shard-mb", shard_mib, 1)
     require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63)")
     if options.encode.raw_fraction:
@@ -106,7 +106,7 @@ def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> Se
 
 
 def sample_table(task: Task, rows: NDArray[np.void]) -> NDArray[np.void]:
-    """The rows of the images that were kept, as readers want them."""
+    """Returns the sample table: the rows of the kept images in the readers' format."""
     kept = rows[rows["outcome"] != Outcome.DROPPED]
     table = np.zeros(len(kept), dtype=SAMPLE)
     for name in ("shard", "offset", "size", "crc32", "height", "width"):
@@ -116,12 +116,12 @@ def sample_table(task: Task, rows: NDArray[np.void]) -> NDArray[np.void]:
 
 
 class TarOutput(Output):
-    """Fills one shard after another, in the work folder."""
+    """Writes one shard after another in the work folder."""
 
     bytes_per_image = _BLOCK + _BLOCK // 2 + _NUMBERS_BYTES
 
     def __init__(self, work: WorkFolder, digests: BackgroundDigests, *, shard_mib: int, part: str = "") -> None:
-        """part: goes into the shards' names, if this is one of several."""
+        """part: name of the part, which becomes part of the shards' names, if there are several."""
         self._work, self._digests, self._shard_bytes, self._part = work, digests, shard_mib * MIB, part
         self._file: GrowingFile | None = None
         self._number = 0
@@ -146,7 +146,7 @@ class TarOutput(Output):
         return shard, offset
 
     def finish(self, rows: NDArray[np.void]) -> list[Shard]:
-        """Ends the last shard, and writes all indices. rows: in the order of conversion."""
+        """Closes the last shard and writes the DALI indices; returns all shards. rows: one per image, in the order of conversion."""
         if self._file:
             self._close()
         kept = rows[rows["outcome"] != Outcome.DROPPED]
@@ -156,7 +156,7 @@ class TarOutput(Output):
         return f"{SHARDS_FOLDER}/{shard_name(number, part=self._part)}"
 
     def _close(self) -> None:
-        """Two empty blocks end a tar, and it is filled up to whole records."""
+        """Closes a shard: two empty blocks mark the end of a tar, which is then padded to whole records."""
         assert self._file is not None
         self._file.write(bytes(2 * _BLOCK + -(self._file.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
         self._work.close_file(self._file)
@@ -172,7 +172,10 @@ class TarOutput(Output):
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The header that tarfile writes for a file of mode 644 and no owner or time, at a fifth of its cost: two fields change, and their sum."""
+    """Returns the header that tarfile would write for a file of mode 644 without owner or time, in a fifth of the time.
+
+    Only name, size and checksum differ between members.
+    """
     name_field, size_field = name.encode("ascii"), b"%011o" % size
     checksum = _OTHER_FIELDS_SUM + sum(name_field) + sum(size_field)
     return b"".join(
@@ -193,14 +196,14 @@ def _empty_header() -> bytes:
     return member.tobuf(tarfile.USTAR_FORMAT)
 
 
-# POSIX: where the 11 octal digits of the size and the 8 characters of the checksum stand, the latter counted as blanks.
+# POSIX: offsets of the size (11 octal digits) and of the checksum (8 characters, which count as blanks in the sum).
 _SIZE_AT, _SUM_AT = 124, 148
 _HEADER = _empty_header()
 _OTHER_FIELDS_SUM = sum(_HEADER) - sum(_HEADER[_SIZE_AT : _SIZE_AT + 11]) - sum(_HEADER[_SUM_AT : _SUM_AT + 8]) + 8 * ord(" ")
 
 
 def _index_line(index: int, offset: int, size: int) -> str:
-    """Where a sample's three components lie. DALI refuses a row without the file names, whatever its documentation says."""
+    """Returns a sample's line in the DALI index: the location of its three members. DALI requires their names, unlike its documentation says."""
     cls = offset + _padded(size) + _BLOCK
     places = (("jpg", offset, size), ("cls", cls, 8), ("idx", cls + 2 * _BLOCK, 8))
     return " ".join(f"{extension} {at} {length} {index:08d}.{extension}" for extension, at, length in places)

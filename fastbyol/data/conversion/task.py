@@ -1,4 +1,4 @@
-"""What is to be converted, in which order, to where; and the folder in which it grows."""
+"""A conversion task: images, order, output and options; and the work folder in which the output is written."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fastbyol.data.inputs.listing import ImageListing, names_digest
 from fastbyol.data.manifest import software_versions
 
 Images = Path | ImageListing | Callable[[], ImageListing]
-"""What is converted: a folder or tar, its listing, or what makes the listing when all else has been found in order."""
+"""The images to convert: a folder or tar, its listing, or a function that makes the listing once all other arguments have been checked."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be converted."""
+    """Everything that a conversion needs to know."""
 
     listing: ImageListing
     order: NDArray[np.int64]
-    """Positions in the listing."""
+    """Positions in the listing, in the order of conversion."""
     sizes: NDArray[np.int64]
-    """Bytes of every file of the listing."""
+    """Size in bytes of every file of the listing."""
     listing_sha256: str
     out: Path
     options: ConversionOptions
@@ -42,27 +42,27 @@ class Task:
         return Job(index, self.listing.location(index))
 
     def with_largest(self, stored_bytes: int) -> Task:
-        """The task for an output that takes no larger image."""
+        """Returns the same task with a limit on an image's stored size."""
         encode = replace(self.options.encode, max_stored_bytes=stored_bytes)
         return replace(self, options=replace(self.options, encode=encode))
 
 
 def as_listing(data: Images) -> ImageListing:
-    """The listing, made if it is not there yet."""
+    """Returns the listing of the images; lists a folder or tar, or calls the function."""
     if isinstance(data, Path):
         return list_images(data)
     return data if isinstance(data, ImageListing) else data()
 
 
 def make_task(listing: ImageListing, *, order: NDArray[np.int64], out: Path, options: ConversionOptions, workers: int) -> Task:
-    """workers: processes; 0: one per core."""
+    """Returns the task. workers: number of worker processes; 0 means one per core."""
     require_at_least("workers", workers, 0)
     sizes = np.array([listing.num_bytes(index) for index in range(len(listing.files))], dtype=np.int64)
     return Task(listing, order, sizes, listing.digest(), out, options, min(workers or default_workers(), len(order)))
 
 
 def open_work(path: Path, task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFolder:
-    """The folder in which the output grows. Its identity is all that the result depends on."""
+    """Opens the work folder in which the output is written. Its identity is everything that the result depends on."""
     names = chain(task.listing.class_names, task.listing.files, map(str, task.listing.labels))
     identity = {"kind": kind, "images": len(task.listing.files), "names_and_labels": names_digest(names), **settings, **software_versions()}
     options = task.options

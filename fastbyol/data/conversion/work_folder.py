@@ -1,8 +1,8 @@
-"""The hidden folder in which a conversion grows beside its output, and the journal that says up to where its files are good.
+"""The hidden work folder of a conversion, and its journal, from which an interrupted conversion resumes.
 
-Files only grow. A journal entry names the length of each at one point of the work and is written after the files themselves are on disk; so
-after a crash, a full disk or a kill, each is cut to its length in the last entry and the work goes on from there. Everything that comes
-later must be a function of what is in the files: then the result is the same, byte for byte, as without the interruption.
+Files are only appended to. A journal entry has the length of each file at one point of the work and is written after these files are on disk.
+So after a crash, a full disk or a kill, each file is cut to its length in the last entry, and the work continues from there. If everything
+that follows depends only on the content of the files, the result is byte-identical to that of an uninterrupted conversion.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastbyol.data.manifest import TAR_MANIFEST
 
 _SETTINGS, _JOURNAL, _LOCK = "settings.json", "journal.json", "lock"
 COMPLETE = "complete"
-"""What an output is called that only has to be moved out of the work folder."""
+"""Name, in the work folder, of a complete output that only has to be moved out."""
 UNFINISHED = ("continue", "require", "restart")
 _BUFFER_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -32,7 +32,7 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 class GrowingFile:
-    """A file that is only appended to."""
+    """A buffered file that is only appended to; `size` includes what is still in the buffer."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
@@ -44,11 +44,11 @@ class GrowingFile:
         self.size += len(data)
 
     def hand_over(self) -> None:
-        """Hands everything to the system: who reads the file finds it."""
+        """Passes the buffer to the operating system, so that readers of the file see it."""
         self._file.flush()
 
     def flush(self) -> int:
-        """Hands everything to the system; gives a descriptor of its own to whoever puts it on disk."""
+        """Passes the buffer to the operating system. Returns a duplicate file descriptor for fsync, which the caller closes."""
         self.hand_over()
         return os.dup(self._file.fileno())
 
@@ -56,7 +56,7 @@ class GrowingFile:
         self._file.close()
 
     def abandon(self) -> None:
-        """Closes without another attempt to write what could not be written."""
+        """Closes the file even if its buffer cannot be written."""
         try:
             self._file.close()
         except OSError:
@@ -64,23 +64,23 @@ class GrowingFile:
 
 
 class WorkFolder:
-    """Locked for one process. `done` is how many images a former run left finished here; 0: this is a new beginning."""
+    """A work folder, locked for one process. `done` is the number of images that an earlier run finished here; 0 for a new conversion."""
 
     def __init__(
         self, path: Path, *, output: Path, identity: Mapping[str, Any], unfinished: str = "continue", flush_every_s: float = 10.0
     ) -> None:
-        """Takes up what is at `path`, or makes it.
+        """Opens the folder at `path` to continue in it, or makes it.
 
         Args:
-            path: of the folder; the same for every run of the same conversion.
-            output: what is being made, for messages.
+            path: path of the folder, the same for every run of the same conversion.
+            output: path of the output, for messages.
             identity: everything that the result depends on, as plain values.
-            unfinished: what to do about what a former run left: 'continue' it, 'require' it, or 'restart' without it.
+            unfinished: treatment of an earlier run's files: 'continue' with them, 'require' them, or 'restart' without them.
             flush_every_s: time between journal entries.
 
         Raises:
-            UserError: another process is at work here; what is there was made with another identity, or is damaged; nothing is there that
-                could be continued, and it is required.
+            UserError: another process is working here; the earlier run had another identity, or its files are damaged; or an earlier run is
+                required and there is none.
         """
         self.path, self._output, self._flush_every_s = path, output, flush_every_s
         self._lock = _locked(path, output)
@@ -102,7 +102,7 @@ class WorkFolder:
             raise
 
     def open(self, name: str, *, size: int = 0) -> GrowingFile:
-        """A file of this folder, to go on with. name: relative to the folder, with at most one folder in it; size: that it must have."""
+        """Opens a file of this folder for appending, and cuts it to `size`. name: relative path, at most one folder deep."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
         with path.open("ab") as file:
@@ -111,32 +111,32 @@ class WorkFolder:
         return self._files[name]
 
     def size_of(self, name: str) -> int:
-        """Of a file, in the last entry that a former run made; 0 if it had none."""
+        """Returns a file's size in the journal of the earlier run, or 0 if the file isn't in it."""
         return self._sizes.get(name, 0)
 
     def close_file(self, file: GrowingFile) -> None:
-        """No more will be added to it; its length goes into every later entry."""
+        """Closes a finished file and starts its fsync; its size is part of every later journal entry."""
         self._sizes[file.name] = file.size
         self._pending.append(self._flusher.submit(_fsync, [file.flush()]))
         file.close()
         del self._files[file.name]
 
     def flush_due(self, done: int) -> None:
-        """Makes a journal entry in the background if it is time, the last one being finished."""
+        """Starts a journal entry in the background if `flush_every_s` has passed and the last entry is finished."""
         if time.monotonic() - self._flushed_at >= self._flush_every_s and all(one.done() for one in self._pending):
             self._start_flush(done)
 
     def flush(self, done: int) -> None:
-        """Makes a journal entry: the first `done` images are in the files. Returns when it is on disk."""
+        """Writes a journal entry saying that the first `done` images are in the files. Returns when it is on disk."""
         self._start_flush(done)
         self._finish_flush()
 
     def discard(self) -> None:
-        """Removes the folder: the output is complete."""
+        """Removes the folder, once the output is complete and moved out."""
         self._let_go(keep=False)
 
     def close(self) -> None:
-        """Lets go of the files and the lock. What the journal knows of stays for the next run; without any entry nothing does."""
+        """Closes the files and releases the lock. The folder is kept for the next run if there is a journal, else removed."""
         self._let_go(keep=(self.path / _JOURNAL).exists())
 
     def _let_go(self, *, keep: bool) -> None:
@@ -148,7 +148,7 @@ class WorkFolder:
         self._flusher.shutdown(wait=True)
         if not keep:
             shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)  # last: from here on the path may be another's
+        os.close(self._lock)  # last: once the lock is released, another process may use the path
 
     def __enter__(self) -> Self:
         return self
@@ -169,12 +169,12 @@ class WorkFolder:
             self._pending.pop().result()
 
     def _put_on_disk(self, descriptors: list[int], entry: dict[str, Any]) -> None:
-        _fsync(descriptors)
+        _fsync(descriptors)  # before the journal, which may only name bytes that are on disk
         write_durably(self.path / _JOURNAL, json.dumps(entry))
 
     def _check_identity(self, identity: Mapping[str, Any]) -> None:
         path = self.path / _SETTINGS
-        if not (path.exists() and (self.path / _JOURNAL).exists()):  # nothing in it is worth a complaint
+        if not (path.exists() and (self.path / _JOURNAL).exists()):  # without a journal there is nothing to lose: start again
             _empty(self.path)
             write_durably(path, json.dumps(identity, indent=1))
             return
@@ -188,7 +188,7 @@ class WorkFolder:
             )
 
     def _load_journal(self) -> tuple[int, dict[str, Any]]:
-        """Cuts every file to its length in the journal, and removes what is not in it."""
+        """Cuts every file to its length in the journal and removes files that are not in it. Returns the number of finished images and the notes."""
         entry = self._read(_JOURNAL) if (self.path / _JOURNAL).exists() else {"done": 0, "sizes": {}, "notes": {}}
         if not _is_journal_entry(entry):
             raise UserError(f"{self.path / _JOURNAL}: damaged, or not a journal of this program; begin anew with --restart")
@@ -216,7 +216,7 @@ class WorkFolder:
 
 
 def _is_journal_entry(entry: dict[str, Any]) -> bool:
-    """Whether these are counts, lengths of files of this folder alone, and notes: files are cut to what it says."""
+    """Returns True if the entry is valid and its files are all in this folder. Checked because files will be cut to the lengths in it."""
     done, sizes, notes = (entry.get(name) for name in ("done", "sizes", "notes"))
     if not (type(done) is int and done >= 0 and isinstance(sizes, dict) and isinstance(notes, dict)):
         return False
@@ -225,7 +225,7 @@ def _is_journal_entry(entry: dict[str, Any]) -> bool:
 
 
 def clear_if_finished(folder: Path, *, data: str, output: Path) -> None:
-    """Removes the work folder of a conversion that was killed when its `data` had just taken its final place, or was about to."""
+    """Finishes a conversion that was killed while its `data` was moved to the final place: moves the rest, removes the work folder."""
     moving = (folder / COMPLETE).exists()
     moved = folder.parent != output and output.exists() and (folder / _JOURNAL).exists() and not (folder / data).exists()
     if moving or moved:
@@ -237,7 +237,7 @@ def clear_if_finished(folder: Path, *, data: str, output: Path) -> None:
 
 
 def empty_into(complete: Path, output: Path) -> None:
-    """Moves all files of a folder into another one of the same disk, the manifest last: it says that the others are there."""
+    """Moves all files of a folder into another one on the same disk; the manifest last, because its presence means that all are there."""
     for file in sorted(complete.iterdir(), key=lambda file: file.name == TAR_MANIFEST):
         flush_to_disk(output)
         os.replace(file, output / file.name)
@@ -245,7 +245,7 @@ def empty_into(complete: Path, output: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces a small file in one step, on disk when this returns."""
+    """Writes or replaces a small file atomically; it is on disk when this returns."""
     temporary = path.with_name(path.name + ".new")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -256,7 +256,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Forces a file, or a folder's list of names, to disk: a rename must not outrun the data."""
+    """Forces a file's content, or a folder's entries, to disk: after a power cut, a renamed file must not lack its data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -265,7 +265,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the disk, the quota or the largest allowed file is full."""
+    """Returns True if the error means a full disk, an exceeded quota or a file that is too large."""
     return error.errno in _FULL
 
 
@@ -279,18 +279,18 @@ def _fsync(descriptors: list[int]) -> None:
 
 
 def _locked(folder: Path, output: Path) -> int:
-    """A descriptor that holds the folder's lock: the system lets go of it however we end."""
+    """Makes the folder and returns a descriptor that holds its lock, which the system releases even if the process is killed."""
     while True:
         folder.mkdir(exist_ok=True)
         path = folder / _LOCK
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what is open for writing
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS can only lock a file that is open for writing
         except FileNotFoundError:
             continue  # the folder was removed by another run that has just finished
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:  # else: a file system without locks, where nobody watches over this
+            if error.errno not in _NO_LOCKS:  # a file system without locks is used unlocked
                 os.close(descriptor)
                 raise UserError(
                     f"{output}: another conversion is writing it at this moment (it holds {folder}); wait for it, or end it"

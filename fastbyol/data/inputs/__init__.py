@@ -1,1 +1,1 @@
-"""Which images there are to convert: folders, tars, files of labels, and parts of them, all as one `listing.ImageListing`."""
+"""Finds the images to read or convert in folders and tars, their labels, and subsets of them; the result is always an `ImageListing`."""

@@ -1,7 +1,7 @@
-"""Images as files in a folder: one sub-folder per class, as torchvision.datasets.ImageFolder lists them, or all together.
+"""Lists image files in a folder: one sub-folder per class, as torchvision.datasets.ImageFolder does, or all in one folder.
 
-Our own walk, because torch takes seconds to import, because os.walk follows a loop of links until the path is too long, and because what is
-left out should be told. A test holds it to torchvision's listing.
+It walks the folder itself because torch takes seconds to import, because os.walk follows a loop of links until the path is too long, and
+because skipped files should be reported. A test compares it with torchvision's listing.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from fastbyol.data.inputs.splits import is_split, refuse_splits
 
 _LINE_BREAKS = ("\n", "\r")
 Identity = tuple[int, int]
-"""Device and inode: what is the same file or folder under two names."""
+"""(device, inode): equal for two names of the same file or folder."""
 
 
 def list_image_folder(root: Path, *, splits: str = "refuse") -> ImageListing:
-    """The images below `root`, classes and files in torchvision's order. UserError: a missing or empty folder, a class without images, splits.
+    """Returns the images below `root`, with classes and files in torchvision's order.
 
-    Left out, and told in `skipped`: files that are no images by extension, hidden files and folders and those of the system, thumbnails,
-    images in no class folder, what is not a file, broken links, folders that cannot be read, links to what is listed already (a loop is
-    one), names with a line break.
+    Skips, and lists in `skipped`: files without an image's extension, hidden files and folders and those of the system, thumbnails, images
+    outside class folders, entries that are not files, broken links, folders that cannot be read, links to files or folders that are already
+    listed (also a loop of links), names with a line break.
 
     Args:
         root: the folder of class folders.
-        splits: 'refuse' folders such as train/ and val/, or take them for 'classes'.
+        splits: 'refuse' raises an error for folders such as train/ and val/; 'classes' accepts them as classes.
+
+    Raises:
+        UserError: the folder is missing or empty, a class has no images, or the folders are splits.
     """
     class_names = _class_names(root)
     if splits == "refuse":
-        refuse_splits(root, class_names, ())  # at once: to walk a large folder takes minutes
+        refuse_splits(root, class_names, ())  # before the walk, which takes minutes for a large folder
     scan = scan_folder(root)
     if splits == "refuse":
         refuse_splits(root, class_names, scan.names)
@@ -42,7 +45,7 @@ def list_image_folder(root: Path, *, splits: str = "refuse") -> ImageListing:
 
 
 def by_class_folder(found: ImageListing) -> ImageListing:
-    """The images in order, labelled by the class that starts their names. UserError for a class without any."""
+    """Returns the images in order, labelled by the first folder of their names. Raises UserError for a class without images."""
     label_of = {name: label for label, name in enumerate(found.class_names)}
     classes = [name.partition("/")[0] if "/" in name else "" for name in found.files]
     outside = tuple((name, "in no class folder") for name in found.files if "/" not in name)
@@ -54,12 +57,12 @@ def by_class_folder(found: ImageListing) -> ImageListing:
 
 
 def _one_level_too_high(found: ImageListing) -> tuple[str, ...]:
-    """A note where a single class holds nothing but folders, which may be the classes, or has the name of a split."""
+    """Returns a note if the only class has the name of a split, or contains only folders, which may be the real classes."""
     if len(found.class_names) != 1:
         return ()
     (only,) = found.class_names
     if is_split(only):
-        return (f"{found.root}: one class, {only!r}, which is called as a split is: all images have one label, which means nothing",)
+        return (f"{found.root}: one class, {only!r}, which is the name of a split: all images have the same label, which means nothing",)
     folders = {name.split("/", 2)[1] if name.count("/") > 1 else "" for name in found.files if "/" in name}
     if "" in folders or len(folders) < 2:
         return ()
@@ -88,7 +91,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
 
 
 def _is_left_out(name: str) -> bool:
-    """Whether a folder of this name is left out without being an error: one whose name has a line break would be a class."""
+    """Returns True if a top-level folder of this name is silently skipped. A name with a line break is not: that is an error."""
     return bool(why_not_a_folder(name)) and not any(character in name for character in _LINE_BREAKS)
 
 
@@ -99,7 +102,7 @@ def _empty_class(folder: Path, skipped: tuple[tuple[str, str], ...]) -> str:
 
 
 def scan_folder(root: Path) -> FolderScan:
-    """All images below `root`, in no particular order."""
+    """Finds all images below `root`, in no particular order."""
     scan = FolderScan(root)
     scan.walk()
     scan.drop_links_to_listed_files()
@@ -107,7 +110,7 @@ def scan_folder(root: Path) -> FolderScan:
 
 
 class FolderScan:
-    """A walk that visits every folder once: real folders first, then links to folders, so that a link never takes a real folder's place."""
+    """Walks a folder and visits every sub-folder once: real folders before links to folders, so that the real path of an image is listed."""
 
     def __init__(self, root: Path) -> None:
         self.names: list[str] = []
@@ -116,7 +119,7 @@ class FolderScan:
         self._visited: dict[Identity, str] = {}
         self._linked_folders: list[str] = []
         self._linked_files: dict[str, Identity] = {}
-        # Of each name, for finding links to it. The inode comes with the folder's entries, without a system call per file.
+        # For each name, to find links to it. os.scandir returns the inode with each entry, without a system call per file.
         self._inodes, self._devices = array("Q"), array("Q")
 
     def walk(self) -> None:
@@ -132,12 +135,12 @@ class FolderScan:
             pending += self._visit(pending.pop())
 
     def _visit(self, folder: str) -> list[str]:
-        """Takes the folder's files; gives its real sub-folders."""
+        """Adds the folder's files; returns its real sub-folders."""
         try:
             status = os.stat(self._root / folder)
             entries = list(os.scandir(self._root / folder))
         except OSError as error:
-            if "/" not in folder:  # a class: without it every image of the class would be missing
+            if "/" not in folder:  # a class folder: without it the whole class would be missing
                 raise UserError(f"{self._root / folder}: cannot be read ({error.strerror}); check its permissions") from error
             self.skipped.append((folder, f"cannot be read ({error.strerror})"))
             return []
@@ -165,8 +168,8 @@ class FolderScan:
     def _take_link(self, name: str, entry: os.DirEntry[str]) -> None:
         try:
             target = entry.stat()
-        except OSError as error:  # ELOOP: it points to itself
-            self.skipped.append((name, f"a link that leads nowhere ({error.strerror})"))
+        except OSError as error:  # the target is missing, or ELOOP: the link points to itself
+            self.skipped.append((name, f"a broken link ({error.strerror})"))
             return
         folder = entry.is_dir()
         if reason := why_not_a_folder(entry.name) if folder else why_not_an_image(entry.name):
@@ -185,8 +188,9 @@ class FolderScan:
         self._inodes.append(inode)
 
     def drop_links_to_listed_files(self) -> None:
-        """Of a file and links to it, keeps the file; of links to one file, the first. Hard links are kept: those are how ImageNet's exact
-        duplicates look after a tool has saved their space."""
+        """Drops links to a listed file, and of several links to one file all but the first.
+
+        Hard links are kept: a tool that saves disk space turns ImageNet's exact duplicates into these."""
         if not self._linked_files:
             return
         targets, owner = set(self._linked_files.values()), dict[Identity, str]()

@@ -1,4 +1,7 @@
-"""The inputs that every command takes: a folder of class folders, ImageNet's tars, images with a file of labels; all of them or a part."""
+"""Command-line options that describe the input images, and the function that lists these images.
+
+Inputs are a folder of class folders, ImageNet's tars, or images with a file of labels; each in full or as a subset.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,15 @@ Order and labels are those of torchvision's ImageFolder for all of them: by clas
 
 
 def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", required: bool = True) -> None:
-    """Adds --data or '--source', and what `add_label_arguments` adds; `listing_from` reads them."""
-    where = "folder of class folders, or a tar" if option == "--data" else "where the images came from: what the conversion had as --data"
+    """Adds --data or --source, and the options of `add_label_arguments`; `listing_from` reads them."""
+    where = "folder of class folders, or a tar" if option == "--data" else "the original images: the path that the conversion had as --data"
     parser.add_argument(option, type=Path, required=required, metavar="PATH", help=where)
     add_label_arguments(parser)
 
 
 def add_label_arguments(parser: ArgumentParser) -> None:
     """Adds --labels, --path-column, --label-column, --devkit, --subset, --drop-empty-classes and --splits-are-classes."""
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of images that lie together: a table, or a class per line")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of images in one folder or tar: a table, or a class per line")
     for option, what in (("path", "names of the images"), ("label", "classes")):
         parser.add_argument(
             f"--{option}-column",
@@ -49,13 +52,15 @@ def add_label_arguments(parser: ArgumentParser) -> None:
         )
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
     parser.add_argument(
-        "--subset", type=Path, metavar="LIST", help="only the images that this file names, one per line (data_prep/subset.py)"
+        "--subset", type=Path, metavar="LIST", help="use only the images that this file names, one per line (data_prep/subset.py)"
     )
     parser.add_argument(
-        "--drop-empty-classes", action="store_true", help="number the classes anew where the subset leaves some out (default: labels stay)"
+        "--drop-empty-classes",
+        action="store_true",
+        help="renumber the classes if the subset leaves some without images (default: labels stay)",
     )
     parser.add_argument(
-        "--splits-are-classes", action="store_true", help="take folders such as train/ and val/ for classes (default: refuse them)"
+        "--splits-are-classes", action="store_true", help="accept folders such as train/ and val/ as classes (default: refuse them)"
     )
 
 
@@ -64,7 +69,10 @@ def tell_on_stderr(note: str) -> None:
 
 
 def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] = tell_on_stderr) -> ImageListing:
-    """The images that the options of `add_input_arguments` describe. How they were understood, and what is left out, is told."""
+    """Returns the images that the options of `add_input_arguments` describe.
+
+    Calls `tell` with messages on how the input was interpreted and what was skipped.
+    """
     listing = list_images(
         getattr(arguments, option.lstrip("-")),
         labels=arguments.labels,
@@ -81,7 +89,7 @@ def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable
 
 
 def optional_listing_from(arguments: Namespace, *, option: str) -> ImageListing | None:
-    """The same where the option may be left out. UserError if only what goes with it is given."""
+    """Returns the images as `listing_from` does, or None if `option` is not given. Raises UserError if only options that need it are given."""
     if getattr(arguments, option.lstrip("-")):
         return listing_from(arguments, option=option)
     for name in label_options(arguments):
@@ -90,7 +98,7 @@ def optional_listing_from(arguments: Namespace, *, option: str) -> ImageListing 
 
 
 def label_options(arguments: Namespace) -> list[str]:
-    """Which of the options of `add_label_arguments` are given, without their dashes."""
+    """Returns the names, without dashes, of the options of `add_label_arguments` that are given."""
     names = ("labels", "path_column", "label_column", "devkit", "subset", "drop_empty_classes", "splits_are_classes")
     return [name.replace("_", "-") for name in names if getattr(arguments, name)]
 
@@ -106,21 +114,21 @@ def list_images(
     empty_classes: str = "keep",
     splits: str = "refuse",
 ) -> ImageListing:
-    """The images of a folder or tar, in order, with labels.
+    """Returns the images of a folder or tar, in order, with labels.
 
     Args:
         data: a folder or a tar.
-        labels: file of labels, where the images are not sorted into classes.
-        path_column: its column of names, by name or by number from 1; None: found out, or refused.
+        labels: file of labels, if the images are not in class folders.
+        path_column: its column of image names, by name or by number from 1; None detects it, or raises an error if that is ambiguous.
         label_column: its column of classes, likewise.
         devkit: ImageNet's development kit, instead of `labels`.
-        subset: a file of names: only those images.
-        empty_classes: 'keep' the full set's labels and class names, so that they mean the same in a part of it, or 'drop' the classes
-            without an image and number the others anew.
-        splits: 'refuse' folders such as train/ and val/, or take them for 'classes'.
+        subset: a file of names; only these images are used.
+        empty_classes: 'keep' keeps the labels and class names of the full set, so that they mean the same in a subset; 'drop' removes classes
+            without images and renumbers the others.
+        splits: 'refuse' raises an error for folders such as train/ and val/; 'classes' accepts them as classes.
 
     Raises:
-        UserError: anything that is missing, damaged, ambiguous or does not fit together.
+        UserError: something is missing, damaged, ambiguous or inconsistent.
     """
     require_choice("splits", splits, ("refuse", "classes"))
     if (path_column or label_column) and not labels:
@@ -172,7 +180,7 @@ def _list_tar(path: Path, labels: LabelFile | None, splits: str) -> ImageListing
 
 
 def _without_common_folder(names: tuple[str, ...]) -> tuple[str, ...]:
-    """'images/train/n01440764/x.JPEG' -> 'n01440764/x.JPEG', where all lie in one folder and are deeper in it: it was packed as a whole."""
+    """Removes the folders that all names share: 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all are in images/train."""
     while True:
         first = names[0].partition("/")[0] + "/"
         if not all(name.startswith(first) and name.count("/") > 1 for name in names):

@@ -1,7 +1,7 @@
-"""A file of labels as rows of image name and class: which character separates the columns, which column is which, whether there is a header.
+"""Reads a table of labels as rows of image name and class. Detects the delimiter, the two columns, and the header if there is one.
 
-Nothing is taken on faith: the column of names is the one that names images, the column of classes is named by the header, is the only other
-one, or is chosen by the user. Where more than one reading is left, the error shows what was seen.
+The column of names is the one whose cells match images. The column of classes is the one with a known header, the only other one, or the one
+that the user chose. If more than one reading is possible, the error message shows the first rows.
 """
 
 from __future__ import annotations
@@ -22,52 +22,52 @@ from fastbyol.data.inputs.name_matching import MISSING, NameIndex, lines_of
 _FILE = ("filename", "file_name", "file", "filepath", "file_path", "path", "image", "images", "img", "image_path", "img_path", "imagepath",
          "image_name", "image_index", "image_file", "image_filename", "imagename", "image_id", "imageid", "img_id", "img_name", "fname", "relpath",
          "relative_path", "photo", "picture")  # fmt: skip
-"""Words of headers, as `_plain` writes them, for the column of names, and for that of classes; the second rank counts where the first is not."""
+"""Headers (as normalised by `_plain`) of the column of names; `_CLASS`: of the column of classes. The `_PERHAPS_` ones count if no other matches."""
 _PERHAPS_FILE = ("id", "name", "key")
 _CLASS = ("label", "labels", "target", "class", "category", "predictionstring")
 _PERHAPS_CLASS = ("class_name", "classname", "class_label", "label_name", "category_name", "classes", "targets", "y")
 _NO_CLASS = ("", "index", "idx", "id", "row", "width", "height", "size", "bytes", "split", "fold", "md5", "sha256", "x")
-"""Words of headers for what is beside names and not the class."""
+"""Headers of other columns, which are neither names nor classes."""
 _KAGGLE = "predictionstring"
-"""In ImageNet's file at Kaggle: the class, then boxes."""
+"""Header in ImageNet's file at Kaggle; its cells hold the class, followed by boxes."""
 _WHITESPACE = " "
 _DELIMITERS = (",", ";", "\t", "|", _WHITESPACE)
 _SAMPLED = 1000
-"""Lines that are looked at to choose the delimiter and the columns."""
+"""Number of lines that are examined to choose the delimiter and the columns."""
 _MOST_BLANKS = 20
-"""Of a line, where it may be split in two."""
+"""Largest number of blanks at which a line is tentatively split in two."""
 _LONGEST_LINE = 1 << 20
-"""Characters."""
+"""Longest line that is accepted, in characters."""
 Row = tuple[int, list[str]]
-"""Line number, cells."""
+"""(line number, cells)."""
 
 
 @dataclass(frozen=True)
 class LabelRows:
-    """What a file says of images by name."""
+    """Rows of a table of labels."""
 
     rows: list[tuple[int, str, str]]
-    """Line number, name, class."""
+    """(line number, image name, class) of each row."""
     reading: str
-    """How it was read, for the user to see."""
+    """Description of how the columns were read, for the user."""
 
 
 def read_label_rows(
     path: Path, text: str, index: NameIndex, *, path_column: str | None = None, label_column: str | None = None
 ) -> LabelRows | None:
-    """The rows of the file, or None where its lines name no images and may be the classes alone, in the order of the images' names.
+    """Returns the rows of a table, or None if the file may be a list of classes in the order of the images' names.
 
     Args:
-        path: of the file, for errors.
-        text: of the file.
-        index: finds the images.
-        path_column: the column of the images' names, by name or by number from 1; None: found out.
-        label_column: the column of the classes, likewise.
+        path: path of the file, for error messages.
+        text: content of the file.
+        index: finds images by name.
+        path_column: the column of image names, by name or by number from 1; None detects it.
+        label_column: the column of classes, likewise.
 
     Raises:
-        UserError: a damaged or uneven table; columns that leave doubt.
+        UserError: the table is damaged or uneven, or its columns are ambiguous.
     """
-    text = re.sub(r"\Asep=.\r?\n", "", text)  # as Excel names the delimiter
+    text = re.sub(r"\Asep=.\r?\n", "", text)  # Excel's line that names the delimiter
     lines = [(number, line) for number, line in enumerate(lines_of(text), start=1) if line.strip()]
     is_table = path.suffix.lower() in (".csv", ".tsv") or path_column is not None or label_column is not None
     if not lines:
@@ -91,7 +91,7 @@ def read_label_rows(
 
 
 def is_class_header(word: str) -> bool:
-    """Whether the first line of a file of classes alone is its header."""
+    """Returns True if the first line of a list of classes may be a header."""
     return _plain(word) in (*_CLASS, *_PERHAPS_CLASS)
 
 
@@ -104,7 +104,7 @@ def _looks_like_file(cell: str) -> bool:
 
 
 def _delimiter(sample: list[tuple[int, str]], index: NameIndex) -> tuple[str, int]:
-    """The delimiter by which most lines name an image, and how many do; of equally good ones, one that gives all lines as many columns."""
+    """Returns the delimiter with which the most lines name an image, and how many do. On a tie, one that gives all lines equally many columns."""
     best, most = None, (0, False)
     for delimiter in _DELIMITERS:
         cells = [_split_alone(line, delimiter) for _, line in sample]
@@ -131,7 +131,7 @@ def _split_alone(line: str, delimiter: str) -> list[str]:
 
 
 def _may_be_classes_alone(lines: list[str]) -> bool:
-    """Whether the lines can be nothing but classes: no file names, and where there are several words in a line, lines that come again."""
+    """Returns True if the lines may be classes only: there are no file names, and each line is one word or some lines are repeated."""
     if any(_looks_like_file(word) for line in lines for word in re.split(r"[\s,;|]+", line)):
         return False
     return all(len(line.split()) == 1 and not re.search(r"[,;|]", line) for line in lines) or len(set(lines)) < len(lines)
@@ -144,13 +144,13 @@ def _cells(path: Path, text: str, delimiter: str) -> Iterator[Row]:
             if any(cell.strip() for cell in row):
                 yield reader.line_num, row
     except csv.Error as error:
-        raise UserError(f"{path}: is no CSV: line {reader.line_num}: {error}; is a quotation mark left open?") from error
+        raise UserError(f"{path}: is not valid CSV: line {reader.line_num}: {error}; is a quotation mark left open?") from error
 
 
 def _split_at_name(line: str, index: NameIndex, sides: tuple[str, ...] = ("first", "last")) -> tuple[str, str, str] | None:
-    """(side, left, right) of a line with blanks between name and class and perhaps within: the side is where the longest name of an image is.
+    """Splits a line into name and class, both of which may contain blanks. Returns (side, left, right), or None if no part names an image.
 
-    sides: where the name may be, the likelier first.
+    The side, 'first' or 'last', is where the longest name of an image was found. sides: the sides to try, in this order.
     """
     line = line.strip()
     blanks = list(islice(re.finditer(r"\s+", line), _MOST_BLANKS))
@@ -163,7 +163,7 @@ def _split_at_name(line: str, index: NameIndex, sides: tuple[str, ...] = ("first
 
 
 def _words(path: Path, lines: list[tuple[int, str]], index: NameIndex, *, named: bool) -> list[Row]:
-    """Rows of a table with blanks between its columns. Two columns, of which either may hold blanks, unless it has a header of more."""
+    """Returns the rows of a table with blanks between its columns: two columns, both of which may contain blanks, or, with a header, more."""
     if _split_at_name(lines[0][1], index) is None:
         lines = [(lines[0][0], lines[0][1].lstrip("# ")), *lines[1:]]  # numpy's savetxt writes '# filename label'
         first = lines[0][1].split()
@@ -180,14 +180,17 @@ def _words(path: Path, lines: list[tuple[int, str]], index: NameIndex, *, named:
         cells = (_split_at_name(line, index, (side,)) or (side, *(line.rsplit(None, 1) if side == "first" else line.split(None, 1))))[1:]
         if len(cells) != 2:
             raise UserError(
-                f"{path}: line {number} has not the columns of the first one; give 'name label' in each line, or a label in each"
+                f"{path}: line {number} does not have the columns of the first one; give 'name label' in each line, or a label in each"
             )
         rows.append((number, [cells[0].strip(), cells[1].strip()]))
     return rows
 
 
 def _a_column_of_numbers(lines: list[tuple[int, str]], index: NameIndex) -> bool:
-    """Whether a column beside names without blanks is of numbers, except perhaps in a header: then it is no word of a class of several."""
+    """Returns True if image names have no blanks and another column has only numbers below the first line: then blanks separate columns.
+
+    Without such a column, further words may belong to a class name of several words.
+    """
     lines = lines[1:] or lines
     split = _split_at_name(lines[0][1], index)
     columns = zip(*(line.split() for _, line in lines), strict=True)
@@ -196,7 +199,7 @@ def _a_column_of_numbers(lines: list[tuple[int, str]], index: NameIndex) -> bool
 
 
 class _Columns:
-    """Which column is which."""
+    """Finds the column of names and that of classes, and reads them."""
 
     def __init__(self, path: Path, rows: list[Row], index: NameIndex, *, path_column: str | None, label_column: str | None) -> None:
         self.path, self.rows, self.index = path, rows, index
@@ -223,14 +226,14 @@ class _Columns:
 
     @property
     def reading(self) -> str:
-        """The columns by name or number."""
+        """Description of the two columns, by name or number, for the user."""
         assert self.name_at is not None
         assert self.label_at is not None
         called = [repr(self.first[at].strip()) if self.header else f"{at + 1}" for at in (self.name_at, self.label_at)]
         return f"column {called[0]} names the image, column {called[1]} the class ({self._seen() if self.header else 'no header'})"
 
     def read(self) -> Iterator[tuple[int, str, str]]:
-        """(line, name, class) of each row."""
+        """Yields (line, name, class) of each row."""
         assert self.name_at is not None
         assert self.label_at is not None
         kaggle = self.header and self.words[self.label_at] == _KAGGLE
@@ -254,7 +257,7 @@ class _Columns:
             yield number, name, label
 
     def _known_header(self) -> bool | None:
-        """Whether the first row is a header; None: it names no image, and holds no word that headers have."""
+        """Returns True if the first row is a header, False if it is not, None if unknown: it names no image and has no known header word."""
         known = [any(word in words for word in self.words) for words in ((*_FILE, *_PERHAPS_FILE), (*_CLASS, *_PERHAPS_CLASS))]
         if all(known):
             return True
@@ -263,7 +266,7 @@ class _Columns:
         return True if any(known) else None
 
     def _unknown_header(self) -> bool:
-        """Of a first row of unknown words: it is one of the others where its class is one of theirs, and the header otherwise."""
+        """Decides if a first row of unknown words is a header: it is, unless its class also occurs in another row."""
         assert self.label_at is not None
         at = self.label_at
         return not any(len(row) > at and row[at].strip() == self.first[at].strip() for _, row in self.rows[1:])
@@ -293,7 +296,7 @@ class _Columns:
         if matching and all(self._same_images(matching[0], at) for at in matching[1:]):
             return matching[0]
         if not matching and (len(files) == 1 or candidates is not free or len(free) == 2):
-            return (files or candidates)[0]  # it names no image, which the caller tells
+            return (files or candidates)[0]  # it matches no image; the caller reports that
         raise self._doubt("which column names the images", "--path-column")
 
     def _naming(self, columns: Iterable[int]) -> list[int]:
@@ -318,14 +321,14 @@ class _Columns:
         raise self._doubt("which column is the class", "--label-column")
 
     def _refuse_counting(self) -> None:
-        """Without a header's word for it, numbers that count the rows are an index and no classes."""
+        """Raises UserError if the classes are consecutive numbers without a known header: they are probably an index of the rows."""
         assert self.label_at is not None
         at = self.label_at
         values = [row[at].strip() for _, row in self.rows[self.header :] if len(row) > at]
         if len(values) > 2 and all(re.fullmatch("[0-9]{1,9}", value) for value in values):
             numbers = list(map(int, values))
             if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
-                raise self._doubt(f"column {at + 1} counts the rows: which column is the class", "--label-column")
+                raise self._doubt(f"column {at + 1} numbers the rows: which column is the class", "--label-column")
 
     def _doubt(self, question: str, option: str) -> UserError:
         return UserError(f"{self.path}: {question}? {self._seen()}; choose with {option} NAME, or its number from 1")

@@ -1,4 +1,4 @@
-"""Labels of images that lie together, from a file beside them: a table, a list of classes in order, or ImageNet's development kit."""
+"""Labels images from a file, if they are not in class folders: a table, a list of classes in order, or ImageNet's development kit."""
 
 from __future__ import annotations
 
@@ -22,38 +22,39 @@ _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 _META = "data/meta.mat"
 _LARGEST_LABEL = 1_000_000
 _LARGEST_KIT = 1 << 28
-"""Bytes of an unpacked development kit; the real one has 10 MB."""
+"""Largest unpacked development kit that is read, in bytes; the real one has 10 MB."""
 _WHOLE_NUMBER = re.compile(r"([0-9]{1,9})(?:\.0*)?")
-"""A class's place from 0, also as pandas writes it where a value is missing: '3.0'."""
+"""A class number from 0; also '3.0', as pandas writes integers of a column with missing values."""
 _NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{0,9})?")
 _NO_VALUE = ("nan", "na", "n/a", "<na>", "none", "null", "nil", "-", "?")
-"""What programs write in the place of a number that is not known, in lower case."""
+"""Words that programs write for an unknown number, in lower case."""
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A file of labels before it is known which images there are, or the labels of the development kit."""
+    """Content of a file of labels, not yet matched to images, or the labels of the development kit."""
 
     path: Path
     text: str = ""
     path_column: str | None = None
     label_column: str | None = None
     in_order: Sequence[str] = ()
-    """Of the development kit, a label per image in the order of the images' names; else the text has them."""
+    """Labels of the development kit, in the order of the images' names; for other files empty: `text` holds them."""
     class_names: tuple[str, ...] | None = None
-    """Known beside the labels in use; None: the labels in use, sorted."""
+    """All class names, if the source lists them; None means the labels that occur, sorted."""
 
 
 def read_label_file(path: Path, *, path_column: str | None = None, label_column: str | None = None) -> LabelFile:
-    """A table of names and classes with any usual delimiter (`label_table`), or one class per line in the order of the images' names."""
+    """Reads a file of labels: a table of names and classes (`label_table`), or one class per line in the order of the images' names."""
     return LabelFile(path, read_text(path), path_column, label_column)
 
 
 def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
-    """The images in order, labelled by the file; what is in only one of both lands in `skipped`, how it was read in `notes`.
+    """Returns the images in order, labelled by the file.
 
-    UserError where nothing fits, or where more than one reading does.
+    Images without an entry and entries without an image are added to `skipped`; `notes` says how the file was read.
+    Raises UserError if the file labels none of the images, or can be read in more than one way.
     """
     index = NameIndex(found.files, found.root)
     table = None
@@ -78,7 +79,7 @@ def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
 
 
 def _understood(labelled: ImageListing, path: Path, reading: str, unlabelled: int, unmatched: Sequence[tuple[str, str]]) -> str:
-    """How the file was read, three images with their classes, and what does not fit together."""
+    """Returns the note on how the file was read: columns, numbers of matched and unmatched entries, and three images with their classes."""
     places = sorted({0, len(labelled.files) // 2, len(labelled.files) - 1})[:_SHOWN]
     shown = ", ".join(f"{labelled.files[at]!r} is {labelled.class_names[labelled.labels[at]]!r}" for at in places)
     entries = f"{len(unmatched):,} entries without an image" + (f" (the first: {unmatched[0][0]!r})" if unmatched else "")
@@ -91,16 +92,16 @@ def _understood(labelled: ImageListing, path: Path, reading: str, unlabelled: in
 
 
 def _classes_alone(text: str) -> list[str]:
-    """One class per line; a first line that is the word 'label' or the like, and no class of another line, is a header."""
+    """Returns the classes, one per line. Skips the first line as a header if it is 'label' or the like and no other line is equal to it."""
     classes = [line.strip() for line in lines_of(text) if line.strip()]
     return classes[1:] if is_class_header(classes[0]) and classes[0] not in classes[1:] else classes
 
 
 def read_devkit(path: Path) -> LabelFile:
-    """The labels of ILSVRC2012's validation images as WordNet ids, from the development kit: the .tar.gz as downloaded, or its folder.
+    """Returns the labels of ILSVRC2012's validation images as WordNet ids, from the development kit: the .tar.gz as downloaded, or its folder.
 
-    The ground truth holds the kit's own ids, which are in no order of the WordNet ids: labels that are their positions in the sorted WordNet
-    ids, as everybody's models have them, need meta.mat.
+    The ground truth has the kit's own ids, whose order is not that of the WordNet ids; meta.mat translates them. The usual labels, which all
+    published models use, are positions in the sorted WordNet ids.
     """
     truth, meta = _devkit_parts(path, (_GROUND_TRUTH, _META))
     wnid_of = _wnids(path, meta)
@@ -112,7 +113,7 @@ def read_devkit(path: Path) -> LabelFile:
 
 
 def _by_name(found: ImageListing, path: Path, table: LabelRows, index: NameIndex) -> tuple[list[str | None], tuple[tuple[str, str], ...]]:
-    """The label of each image, and (name, reason) of the rows without one."""
+    """Returns the label of each image (None without one), and (name, reason) of the rows without an image."""
     values: list[str | None] = [None] * len(found.files)
     earlier: dict[str, str] = {}
     unmatched = []
@@ -132,7 +133,10 @@ def _by_name(found: ImageListing, path: Path, table: LabelRows, index: NameIndex
 
 
 def _by_number(found: ImageListing, labels: LabelFile) -> list[str | None]:
-    """ImageNet's validation images by the number in their names, others by their order, which must then be complete."""
+    """Returns the label of each image from labels in order.
+
+    ImageNet's validation images are matched by the number in their names; others by their order, for which there must be one label per image.
+    """
     numbers = [_VALIDATION_NAME.fullmatch(name) for name in found.files]
     if all(numbers):
         places = [int(number[1]) - 1 for number in numbers if number]
@@ -152,9 +156,10 @@ def _by_number(found: ImageListing, labels: LabelFile) -> list[str | None]:
 
 
 def _classes(labels: LabelFile, values: Sequence[str | None]) -> tuple[list[str | None], tuple[str, ...]]:
-    """The values as names of classes, and all names in order. Whole numbers are labels already; names count in sorted order.
+    """Returns the values as class names, and all class names in label order.
 
-    Negative numbers among them make all of them names, which are sorted as numbers.
+    Whole numbers are used as labels directly; names are numbered in sorted order. If some numbers are negative, all are treated as names and
+    sorted by value.
     """
     used = {value for value in values if value is not None}
     missing = sorted(value for value in used if value.lower() in _NO_VALUE)
@@ -176,7 +181,10 @@ def _classes(labels: LabelFile, values: Sequence[str | None]) -> tuple[list[str 
 
 
 def _devkit_parts(path: Path, parts: Sequence[str]) -> list[bytes]:
-    """The contents of these files of the kit. An archive is read to its end first: scipy crashes on some damage, which gzip's checksum tells."""
+    """Returns the contents of these files of the kit.
+
+    An archive is decompressed to its end first, which checks gzip's checksum: scipy crashes on some damaged files.
+    """
     if path.is_dir():
         return [limited_read(path / part) for part in parts]
     content = limited_read(path)
@@ -195,13 +203,13 @@ def _devkit_parts(path: Path, parts: Sequence[str]) -> list[bytes]:
 
 
 def _wnids(path: Path, meta: bytes) -> dict[int, str]:
-    """Of each class, the kit's id and its WordNet id. Inner nodes of the hierarchy have ids too; they are no classes."""
+    """Returns {the kit's id: WordNet id} of all classes. Inner nodes of the hierarchy also have ids, but are not classes."""
     from scipy.io import loadmat
 
     try:
         synsets: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
-    except Exception as error:  # scipy raises whatever its parser stumbles over
+    except Exception as error:  # on a damaged file, scipy's parser raises exceptions of any kind
         raise UserError(f"{path}: {_META} is not the kit's ({error}); download the kit again") from error
 
 

@@ -1,7 +1,7 @@
-"""Which images a data set has, in which order, with which labels, and where the bytes of each lie: what every reader of images starts from.
+"""The list of a data set's images: their order, labels, and the location of their bytes.
 
-One order for all kinds of input: by class, then as torchvision.datasets.ImageFolder orders the files of a class. So a folder and the tar it
-came from give the same samples under the same numbers. Worker processes import this module: it needs the standard library only.
+Images are ordered by class, and within a class as torchvision.datasets.ImageFolder orders them, for every kind of input. So a folder and a tar
+of that folder have the same samples with the same indices. Worker processes import this module, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from pathlib import Path
 from fastbyol.config.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""What torchvision takes for an image, in any case of letters."""
+"""File extensions that torchvision accepts as images, in upper or lower case."""
 _FOREIGN_FOLDERS = frozenset(
     ("lost+found", "@eadir", "__macosx", "$recycle.bin", "recycler", "system volume information", "#recycle", "#snapshot", "@recycle",
      "@recently-snapshot", "@__thumb", "network trash folder", "temporary items", "__pycache__")
 )  # fmt: skip
-"""What file systems, Synology, QNAP, macOS, Windows and Python keep beside people's files, in lower case."""
+"""Folders that file systems, Synology, QNAP, macOS, Windows and Python create among the user's files, in lower case."""
 _THUMBNAILS = ("SYNOFILE_THUMB", "SYNOPHOTO_THUMB")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLocation:
-    """Where one image's bytes lie: a file, or a part of one. Small, for worker processes."""
+    """Location of one image's bytes: a file, or a byte range of one. Small, because it is sent to worker processes."""
 
     name: str
-    """Relative, '/'-separated, unique in its listing. Only ever shown: nothing is opened or written by this name."""
+    """Relative name with '/', unique in its listing. Only for display: no file is opened or written by this name."""
     path: Path
     offset: int = 0
     size: int | None = None
-    """Bytes; None: the whole file."""
+    """Number of bytes; None for the whole file."""
 
     def read(self) -> bytes:
-        """The image's bytes. Raises OSError if they cannot be read or are not all there."""
+        """Returns the image's bytes. Raises OSError if they cannot be read completely."""
         with open(self.path, "rb", buffering=0) as file:
             if self.size is None:
                 return file.readall()
@@ -50,23 +50,23 @@ class ImageLocation:
 
 @dataclass(frozen=True)
 class ImageListing:
-    """Sample i is file i. About 120 bytes per image in memory."""
+    """The images of a data set in order; sample i is file i. Takes about 120 bytes of memory per image."""
 
     root: Path
-    """The folder, or the tar."""
+    """Path of the folder or tar."""
     class_names: tuple[str, ...]
-    """In label order."""
+    """Class names in label order."""
     files: tuple[str, ...]
-    """Names relative to the root, '/'-separated, unique, without line breaks. Bytes that are not UTF-8 are kept by surrogateescape."""
+    """Names relative to the root, with '/', unique, without line breaks. Bytes that are not UTF-8 are kept with surrogateescape."""
     labels: tuple[int, ...]
     skipped: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of what lies at the root but is no sample."""
+    """(name, reason) of every entry below the root that is not a sample."""
     offsets: Sequence[int] | None = field(default=None, repr=False)
-    """In a tar, the first byte of each image; None: each image is a file of its own."""
+    """Offset of each image's first byte in a tar; None if each image is its own file."""
     sizes: Sequence[int] = field(default=(), repr=False)
-    """In a tar, the bytes of each image."""
+    """Size of each image in a tar, in bytes."""
     notes: tuple[str, ...] = ()
-    """What was understood of the input that the user should see before work starts."""
+    """Messages on how the input was interpreted, to be shown to the user before work starts."""
 
     def location(self, index: int) -> ImageLocation:
         name = self.files[index]
@@ -75,11 +75,11 @@ class ImageListing:
         return ImageLocation(name, self.root, self.offsets[index], self.sizes[index])
 
     def path(self, index: int) -> Path:
-        """The file that holds the image."""
+        """Returns the path of the file that contains the image."""
         return self.root / self.files[index] if self.offsets is None else self.root
 
     def num_bytes(self, index: int) -> int:
-        """Size of the image's file. UserError if the file has gone."""
+        """Returns the image's size in bytes. Raises UserError if its file no longer exists."""
         if self.offsets is not None:
             return self.sizes[index]
         path = self.root / self.files[index]
@@ -89,14 +89,14 @@ class ImageListing:
             raise UserError(f"{path}: was listed a moment ago and is gone ({error.strerror}); is the folder being changed?") from error
 
     def digest(self) -> str:
-        """sha256 over every image's name, size and label, in order: tells whether two listings hold the same files."""
+        """Returns the SHA-256 of every image's name, size and label in order; equal digests mean the same listing."""
         lines = hashlib.sha256()
         for index, (name, label) in enumerate(zip(self.files, self.labels, strict=True)):
             lines.update(f"{name}\0{self.num_bytes(index)}\0{label}\n".encode(errors="surrogateescape"))
         return lines.hexdigest()
 
     def restricted(self, indices: Sequence[int]) -> ImageListing:
-        """The samples at these positions, in this order. Labels and class names stay: they mean the same in both."""
+        """Returns the samples at these positions, in this order. Labels and class names do not change."""
         return replace(
             self,
             files=tuple(self.files[i] for i in indices),
@@ -107,7 +107,7 @@ class ImageListing:
 
 
 def names_digest(names: Iterable[str]) -> str:
-    """sha256 of the names in order, each ended by a zero byte."""
+    """Returns the SHA-256 of the names in order, each followed by a zero byte."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode(errors="surrogateescape") + b"\0")
@@ -115,7 +115,7 @@ def names_digest(names: Iterable[str]) -> str:
 
 
 def in_sample_order(found: ImageListing, labels: Sequence[int | None]) -> ImageListing:
-    """The listing of images that were found in any order, by their labels; those without one are left out."""
+    """Returns the images that have a label, sorted into the order of samples. `found` may have any order; labels[i] belongs to its image i."""
     members: list[list[int]] = [[] for _ in found.class_names]
     for index, label in enumerate(labels):
         if label is not None:
@@ -126,33 +126,33 @@ def in_sample_order(found: ImageListing, labels: Sequence[int | None]) -> ImageL
 
 
 def _torchvision_order(name: str) -> tuple[str, str]:
-    """Within a class: folders by path, then the files of each by name."""
+    """Returns the sort key within a class: the folder's path, then the file's name."""
     folder, _, file = name.rpartition("/")
     return folder, file
 
 
 def why_not_an_image(file_name: str) -> str:
-    """Why a file of this name is no sample; '' if it may be one."""
+    """Returns why a file of this name is not a sample, or '' if it may be one."""
     if file_name.startswith("."):
-        return "hidden"  # '._x.jpg', which macOS writes beside x.jpg, is no image
+        return "hidden"  # also '._x.jpg', which macOS writes beside x.jpg: it is not an image
     if file_name.startswith(_THUMBNAILS):
         return "a thumbnail"
     if "\n" in file_name or "\r" in file_name:
-        return "a line break in its name: it could stand in no list of names"
+        return "a line break in its name: a list of names could not hold it"
     return "" if file_name.lower().endswith(EXTENSIONS) else "not an image by its extension"
 
 
 def why_not_a_folder(name: str) -> str:
-    """Why nothing within a folder of this name is a sample; '' if it may be."""
+    """Returns why a folder of this name is skipped with all its files, or '' if it is not."""
     if name.startswith("."):
         return "hidden"
     if name.lower() in _FOREIGN_FOLDERS:
-        return "a folder of the system's"
+        return "a system folder"
     return "a line break in its name" if "\n" in name or "\r" in name else ""
 
 
 def left_out(skipped: Iterable[tuple[str, str]]) -> dict[str, tuple[int, str]]:
-    """How many entries were left out for which kind of reason, and the first of each, most frequent first."""
+    """Returns {kind of reason: (number of skipped entries, name of the first)}, the most frequent first."""
     found: dict[str, tuple[int, str]] = {}
     for name, reason in skipped:
         kind = re.split(r" \(| to |: | as ", reason)[0]
@@ -162,5 +162,5 @@ def left_out(skipped: Iterable[tuple[str, str]]) -> dict[str, tuple[int, str]]:
 
 
 def left_out_text(skipped: Iterable[tuple[str, str]]) -> str:
-    """'3 in no class folder (the first: 'x.jpg'), 1 hidden (the first: '.git')'; '' where nothing is left out."""
+    """Returns e.g. '3 in no class folder (the first: 'x.jpg'), 1 hidden (the first: '.git')', or '' if nothing was skipped."""
     return ", ".join(f"{count:,} {kind} (the first: {first!r})" for kind, (count, first) in left_out(skipped).items())

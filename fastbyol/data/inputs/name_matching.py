@@ -1,4 +1,4 @@
-"""Finds the images that a list of names means: a list made elsewhere names them with other folders in front, or with none."""
+"""Matches a list of names to images. A list made elsewhere may have other folders in front of the names, or none."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import EXTENSIONS
 
 MISSING, AMBIGUOUS = -1, -2
-"""In the place of an image's place: there is none of this name, or more than one that it may mean."""
+"""Results in place of an image's index: no image has this name, or several could be meant."""
 _LARGEST_FILE = 1 << 28
-"""Bytes of a list; ImageNet's largest has 8 MB."""
+"""Largest list that is read, in bytes; ImageNet's largest has 8 MB."""
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, with which it begins
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's: it begins with the same bytes
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -27,12 +27,14 @@ _BYTE_ORDER_MARKS = (
 
 
 class NameIndex:
-    """The images of a listing, to be found by names that others gave to them.
+    """Index of a listing's images that finds them by names from other sources.
 
-    A name means the image that it ends with ('/data/train/a/1.jpg' means 'a/1.jpg'; the longest, if it is several), or else the one that ends
-    with it ('1.jpg' means 'a/1.jpg'); or else, where only one image has the longest end of the name and no image lies in its folder, that one
-    ('val/x.jpg' means 'n01440764/x.jpg', but 'cat/1.jpg' does not mean 'dog/1.jpg' if there are cats). All of it counts for names without
-    the extension, too.
+    A name matches, in this order:
+    - the image whose name is the end of it: '/data/train/a/1.jpg' matches 'a/1.jpg' (if there are several, the longest);
+    - the image whose name ends with it: '1.jpg' matches 'a/1.jpg';
+    - the only image that shares the longest possible end with it, if the listing has no folder of the name's folder: 'val/x.jpg' matches
+      'n01440764/x.jpg', but 'cat/1.jpg' does not match 'dog/1.jpg' if there is a folder 'cat'.
+    The same rules apply to names without an extension.
     """
 
     def __init__(self, files: Sequence[str], root: Path) -> None:
@@ -42,7 +44,7 @@ class NameIndex:
         self._loose: dict[int, str] = {}
 
     def find(self, name: str) -> int:
-        """The image's place, or MISSING or AMBIGUOUS."""
+        """Returns the image's index in the listing, or MISSING or AMBIGUOUS."""
         if name in self._full:
             return self._full[name]
         place = self._find(name)
@@ -77,10 +79,10 @@ class NameIndex:
         if not tail or name[: -len(tail) - 1].rpartition("/")[2] in self._folders:
             return MISSING
         place = ends[tail]
-        # Two names with different folders for one image: one of them means another image, which is not here.
+        # Two names with different folders match one image: one of them must mean another image, which is not in the listing.
         return AMBIGUOUS if place != AMBIGUOUS and self._loose.setdefault(place, name) != name else place
 
-    # Made when a name needs them: each takes 150 MB for ImageNet.
+    # Built on first use only: each takes 150 MB for ImageNet.
     @cached_property
     def _ends(self) -> dict[str, int]:
         return _places((end, place) for place, name in enumerate(self._files) for end in _ends_of(name))
@@ -97,28 +99,30 @@ class NameIndex:
 
 
 def read_text(path: Path) -> str:
-    """The text of a list or table, whatever its byte order mark says, else UTF-8; bytes that are none are kept by surrogateescape.
+    """Returns the text of a list or table, decoded as its byte order mark says, else as UTF-8 with surrogateescape for invalid bytes.
 
-    UserError for a file that cannot be read, is no text, or is too large.
+    Raises UserError if the file cannot be read, is not text, or is too large.
     """
     content = limited_read(path)
     encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding, "surrogateescape").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no whole {encoding.upper()}, as its beginning says ({error.reason}); save it as UTF-8") from error
+        raise UserError(
+            f"{path}: is not valid {encoding.upper()}, although its byte order mark says so ({error.reason}); save it as UTF-8"
+        ) from error
     if "\0" in text:
         raise UserError(f"{path}: holds zero bytes, so it is no text, or UTF-16 without a byte order mark; save it as UTF-8")
     return text
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines without their ends, be they of Unix, Windows or old Macs; a name may hold every other character that Unicode breaks lines at."""
+    """Splits text at the line ends of Unix, Windows and old Macs. Not str.splitlines, which also splits at characters that a name may have."""
     return re.split(r"\r\n|\n|\r", text)
 
 
 def limited_read(path: Path) -> bytes:
-    """The bytes of a list. UserError for a file that cannot be read, or is too large."""
+    """Returns the bytes of a file. Raises UserError if it cannot be read or is too large."""
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
@@ -137,7 +141,7 @@ def _places(names: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def _ends_of(name: str) -> Iterable[str]:
-    """'b/1.jpg' and '1.jpg' of 'a/b/1.jpg'."""
+    """Yields the shorter paths at the end of a name: 'b/1.jpg' and '1.jpg' for 'a/b/1.jpg'."""
     while "/" in name:
         name = name.partition("/")[2]
         yield name

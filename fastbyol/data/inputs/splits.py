@@ -1,4 +1,4 @@
-"""Folders of train, val and test images, which are no classes: taken for some, they would put images of val into pre-training."""
+"""Detects folders of splits (train, val, test). Taken for classes, they would put validation images into pre-training."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _WORDS = frozenset(
      "unlabeled", "unlabelled")
 )  # fmt: skip
 _AROUND = re.compile(r"^(?:images?|imgs?|data)[\W_]+|[\W_]*(?:set|data|images?|imgs?|split)?[\W_\d]*$")
-"""What may stand in front of or behind the word: 'train2017', 'test_set', 'images-val'."""
+"""Text that may precede or follow the word, as in 'train2017', 'test_set', 'images-val'."""
 
 
 def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) -> None:
-    """UserError where folders of images are splits, at the top or deeper.
+    """Raises UserError if folders of images are splits, at the top level or deeper.
 
-    A single folder called 'train' may well be a class, of railway trains: it is a split where most of its images lie in folders of their own.
+    A single folder named 'train' may be a class (railway trains). It counts as a split if most of its images are in sub-folders.
 
     Args:
-        root: the folder, or the tar.
-        class_names: the folders at the top.
-        names: of the images; () if they are not known yet.
+        root: the folder or tar.
+        class_names: names of the top-level folders.
+        names: names of the images; () if they are not known yet.
     """
     direct = Counter(name.rpartition("/")[0] for name in names)
     below: dict[str, set[str]] = {"": set(class_names)}
@@ -47,7 +47,7 @@ def _deeper(direct: Counter[str], top: str) -> int:
 
 
 def is_split(name: str) -> bool:
-    """Whether a folder of this name is called as splits are."""
+    """Returns True if the name is one that splits usually have, such as 'train2017'."""
     return _word(name) in _WORDS
 
 

@@ -1,7 +1,7 @@
-"""Parts of a listing, as lists of names: class-balanced and seeded, or from a file such as SimCLR's 1 % and 10 % lists.
+"""Subsets of a listing: class-balanced with a seed, or from a file of names such as SimCLR's 1 % and 10 % lists.
 
-The choice depends on the seed and on names alone, not on a generator, an order or a machine: an image's rank in its class is the hash of seed
-and name. So a larger part with the same seed contains the smaller one, and train and val choose the same classes.
+The choice depends only on the seed and the names: images and classes are ranked by the hash of seed and name, without a random generator. So
+it is the same on every machine, a larger subset with the same seed contains the smaller one, and train and val choose the same classes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ _SHOWN = 3
 
 
 def draw_fraction(listing: ImageListing, fraction: float, *, seed: int) -> ImageListing:
-    """A class-balanced part: as many images of each class as of any other, to within one, or all of a class that has fewer; at least one
-    per class. SimCLR's list of 1 % of ImageNet has 12,811 images, this has 12,812: 12 or 13 of each class."""
+    """Returns a class-balanced fraction of the images: equal numbers per class, to within one, or the whole class if it has fewer.
+
+    There is at least one image per class. SimCLR's list of 1 % of ImageNet has 12,811 images; this has 12,812: 12 or 13 of each class.
+    """
     require(0 < fraction <= 1, "fraction", fraction, "a share in (0, 1]")
     classes = len(set(listing.labels))
     return draw_images(listing, max(round(fraction * len(listing.files)), classes), seed=seed)
 
 
 def draw_images(listing: ImageListing, num_images: int, *, seed: int) -> ImageListing:
-    """`num_images` images, class-balanced as in `draw_fraction`; fewer than there are classes: of some classes none."""
+    """Returns `num_images` images, class-balanced as in `draw_fraction`. If there are more classes than that, some have no image."""
     require(1 <= num_images <= len(listing.files), "images", num_images, f"from 1 to {len(listing.files):,}, which is how many there are")
     members = _members(listing)
     order = sorted(members, key=lambda label: _rank(seed, listing.class_names[label]))
@@ -41,7 +43,10 @@ def draw_images(listing: ImageListing, num_images: int, *, seed: int) -> ImageLi
 
 
 def balanced_counts(available: Sequence[int], total: int) -> list[int]:
-    """How many to take of each, `total` in all: equal numbers, to within one, except where fewer are there. Earlier ones get the odd ones."""
+    """Returns how many of the `total` to take of each class: equal numbers, to within one, or all `available` if there are fewer.
+
+    Earlier classes get the remainder.
+    """
     counts = [0] * len(available)
     level = 0
     while (left := total - sum(counts)) > 0:
@@ -54,7 +59,7 @@ def balanced_counts(available: Sequence[int], total: int) -> list[int]:
 
 
 def choose_classes(listing: ImageListing, wanted: int | Sequence[str], *, seed: int) -> ImageListing:
-    """All images of `wanted` classes: a number of them, chosen by the seed, or their names. Labels stay the full set's."""
+    """Returns all images of the wanted classes, given as a number, to be chosen with the seed, or as names. Labels do not change."""
     names = listing.class_names
     if isinstance(wanted, int):
         require(1 <= wanted <= len(names), "classes", wanted, f"from 1 to {len(names):,}, or class names")
@@ -68,7 +73,7 @@ def choose_classes(listing: ImageListing, wanted: int | Sequence[str], *, seed: 
 
 
 def restrict(listing: ImageListing, names: Iterable[str], *, source: Path) -> ImageListing:
-    """The images of these names, in the listing's order. UserError, which names the source of the names, if one is not there, or is several."""
+    """Returns the images with these names, in the listing's order. Raises UserError, citing `source`, if a name matches no image or several."""
     index = NameIndex(listing.files, listing.root)
     places = {name: index.find(name) for name in names}
     problems = []
@@ -87,7 +92,7 @@ def restrict(listing: ImageListing, names: Iterable[str], *, source: Path) -> Im
 
 
 def drop_empty_classes(listing: ImageListing) -> ImageListing:
-    """The same images with only the classes that have one, numbered anew in their order."""
+    """Returns the same images without the empty classes; the other classes are renumbered in their order."""
     used = sorted(set(listing.labels))
     label_of = {old: new for new, old in enumerate(used)}
     class_names = tuple(listing.class_names[label] for label in used)
@@ -95,7 +100,7 @@ def drop_empty_classes(listing: ImageListing) -> ImageListing:
 
 
 def read_subset(path: Path) -> list[str]:
-    """The names of a list, one per line. UserError for an empty or unreadable one."""
+    """Returns the names in a file, one per line. Raises UserError if it is empty or unreadable."""
     names = [line for line in lines_of(read_text(path)) if line.strip()]
     if not names:
         raise UserError(f"{path}: names no image; give a file with one name per line")
@@ -103,7 +108,7 @@ def read_subset(path: Path) -> list[str]:
 
 
 def write_subset(path: Path, listing: ImageListing) -> None:
-    """One name per line, in the listing's order."""
+    """Writes the names of the images, one per line, in the listing's order."""
     path.write_bytes("".join(f"{name}\n" for name in listing.files).encode(errors="surrogateescape"))
 
 

@@ -1,7 +1,7 @@
-"""Images inside a tar, read where they lie: nothing is ever unpacked, so no name in a tar can lead out of a folder.
+"""Lists the images inside a tar, which are then read in place. Nothing is unpacked, so a malicious name cannot write outside a folder.
 
-Three layouts: ImageNet's ILSVRC2012_img_train.tar (a tar of one tar per class), a tar of class folders, and images that lie together
-(ILSVRC2012_img_val.tar), whose labels come from elsewhere.
+Three layouts: ImageNet's ILSVRC2012_img_train.tar (a tar of one tar per class), a tar of class folders, and images without class folders
+(ILSVRC2012_img_val.tar), whose labels come from another file.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from fastbyol.data.progress import Progress
 from fastbyol.data.tar_members import DamagedTarError, tar_members
 
 _MOST_LINKS = 40
-"""One leading to the next, as many as Linux follows."""
+"""Longest chain of links that is followed, as in Linux."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class TarScan:
-    """The images of a tar: name, first byte and size of each, in the order of the tar. UserError for a tar that is cut, damaged or compressed.
+    """Finds the images of a tar: name, offset and size of each, in the tar's order.
 
-    An image of a class tar `n01440764.tar` gets the name 'n01440764/…', as if the class tar had been unpacked to a folder. Links are followed
-    within the tar, with the result of the unpacked folder: a hard link is an image of its own, a symbolic one only where its target is none.
+    Images in a class tar `n01440764.tar` are named 'n01440764/…', as if the class tar had been unpacked to a folder. Links are followed
+    within the tar, with the same result as for the unpacked folder: a hard link is an image of its own; a symbolic link is one only if its
+    target isn't listed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,17 +36,17 @@ class TarScan:
         self.offsets, self.sizes = array("q"), array("q")
         self.skipped: list[tuple[str, str]] = []
         self.class_tars: set[str] = set()
-        """Classes that have a tar of their own."""
+        """Names of the classes that have their own tar."""
         self._path = path
         self._rows: dict[str, int] = {}
-        """Of each image by name, its row in `offsets` and `sizes`."""
+        """Row in `offsets` and `sizes` of each image, by name."""
         self._others: dict[str, tuple[int, int]] = {}
-        """First byte and size of each file that is no image by its name or place: a link may lead there."""
+        """(offset, size) of each file whose name or folder is not an image's, by name: a link may point to it."""
         self._links: dict[str, tuple[bool, str, str]] = {}
-        """Of each link by name: whether it is a symbolic one, the name within the tar that it leads to, and its target as the tar has it."""
+        """(is it symbolic, target as a name within the tar, target as written in the tar) of each link, by name."""
 
     def read(self) -> None:
-        """Reads every header once, from one to the next."""
+        """Reads every header once. Raises UserError if the tar is truncated, damaged or compressed."""
         try:
             with (
                 open(self._path, "rb", buffering=0) as file,
@@ -81,13 +82,14 @@ class TarScan:
                 self._take(member, inner, top=f"{class_name}/")
 
     def _take(self, member: tarfile.TarInfo, name: str, *, top: str) -> None:
-        """top: what the tar's own names have in front of them."""
+        """Adds an image or a link, or notes why it is skipped. top: prefix of the names of a class tar's members, 'n01440764/', else ''."""
         reason = _why_no_sample(name)
         if name in self._rows or name in self._links:
             self.skipped.append((name, "the same name again"))
         elif member.issym() or member.islnk():
             start = posixpath.dirname(name) if member.issym() else top
-            target = posixpath.normpath(posixpath.join(start, member.linkname))  # an absolute one stays so, and is no name in the tar
+            # An absolute target stays absolute here, so it matches no name in the tar.
+            target = posixpath.normpath(posixpath.join(start, member.linkname))
             self._links[name] = member.issym(), target, member.linkname
         elif not member.isreg() or member.issparse():
             self.skipped.append((name, reason or _kind(member)))
@@ -104,7 +106,7 @@ class TarScan:
         self.sizes.append(place[1])
 
     def _follow_links(self) -> None:
-        """Hard links first: what is an image under any real name is not taken again under a symbolic one."""
+        """Adds the images that are links. Hard links come first, so that a symbolic link to one does not list its image again."""
         owner: dict[tuple[int, int], str] = {}
         for name in sorted(self._links, key=lambda name: (self._links[name][0], name)):
             target, symbolic = self._end_of(name)
@@ -122,7 +124,7 @@ class TarScan:
                 self._add(name, place)
 
     def _end_of(self, name: str) -> tuple[str, bool]:
-        """Where a chain of links that begins with this one ends, and whether a symbolic one is among them."""
+        """Follows a chain of links; returns the name at its end, and True if one of the links is symbolic."""
         symbolic = False
         for _ in range(_MOST_LINKS):
             if name not in self._links:
@@ -131,7 +133,7 @@ class TarScan:
         return name, symbolic
 
     def _safe_name(self, member: tarfile.TarInfo, name: str) -> str:
-        """The member's name without './'; '' for a folder, and for a name that is skipped."""
+        """Returns the member's name without './', or '' for a folder or an unsafe name, which is skipped."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         reason = "an absolute name" if member.name.startswith("/") else "a name that leads out of the tar" if ".." in parts else ""
         if reason and not member.isdir():
@@ -143,11 +145,11 @@ class TarScan:
             yield from tar_members(file, start=start, end=end)
         except DamagedTarError as error:
             where = "" if within == self._path.name else f" (in {within})"
-            raise UserError(f"{self._path}: is no whole tar: {error}{where}; download or copy it again") from error
+            raise UserError(f"{self._path}: is not a complete tar: {error}{where}; download or copy it again") from error
 
 
 def _why_no_sample(name: str) -> str:
-    """Why nothing by this name is a sample; '' if it may be one."""
+    """Returns why a member of this name is not a sample, or '' if it may be one."""
     parts = name.split("/")
     return next(filter(None, map(why_not_a_folder, parts)), "") or why_not_an_image(parts[-1])
 
