@@ -1,4 +1,4 @@
-"""Makes the demo's ImageFolder: train/ and val/ of small JPEG images, the same bytes for the same seed."""
+"""Makes the demo's ImageFolder: train/ and val/ of small JPEG images, byte-identical for the same seed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--train-per-class", type=int, default=DemoSettings.train_per_class, help="default: %(default)s")
     parser.add_argument("--val-per-class", type=int, default=DemoSettings.val_per_class, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=DemoSettings.seed, help="default: %(default)s")
-    parser.add_argument("--overwrite", action="store_true", help="replace the demo folder that is at --out already")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing demo folder at --out")
     return parser
 
 

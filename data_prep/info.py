@@ -1,4 +1,4 @@
-"""Says what is in a data set: a .beton, a folder of tar shards, a folder of images, or a tar of images."""
+"""Prints statistics of a data set: a .beton, a folder of tar shards, a folder of images, or a tar of images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ examples:
 @one_line_errors
 def main() -> None:
     arguments = _parser().parse_args()
-    warnings.filterwarnings("ignore", module="PIL")  # images that are odd are the converters' business
+    warnings.filterwarnings("ignore", module="PIL")  # the converters report odd images
     given = label_options(arguments)
     notes: list[str] = []
     converted = is_conversion(arguments.data)

@@ -1,4 +1,4 @@
-"""Writes a list of images: a class-balanced part of a data set, some of its classes, or the images that a published list names."""
+"""Writes a list of images: a class-balanced subset of a data set, some of its classes, or the images of a published list."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ examples:
 then:
   python data_prep/to_ffcv.py --data imagenet/train --subset 1percent.txt --out 1percent.beton
 
-The same seed gives the same choice on any machine; with one seed a smaller part lies within a larger one, and train and val get the same
-classes. Labels stay those of the full set, so that a classifier trained on a part can be tested on all of val; --drop-empty-classes of the
-converters numbers them anew.
+The same seed chooses the same images on any machine. With one seed, a larger subset contains the smaller one, and train and val get the same
+classes. Labels are those of the full set, so that a classifier trained on a subset can be tested on all of val; the converters'
+--drop-empty-classes renumbers them.
 {INPUTS}"""
 
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _classes(text: str) -> int | list[str]:
-    """A number of classes, a file of names, or names with commas between."""
+    """Parses --classes: a number of classes, a file of names, or names separated by commas."""
     if text.isdecimal():
         return int(text)
     file = Path(expand_home(text))
@@ -84,11 +84,13 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="LIST", help="the list to write: one name per line, in the order of the data"
     )
-    parser.add_argument("--fraction", type=float, metavar="F", help="this share of the images, class-balanced, at least one of each class")
-    parser.add_argument("--images", type=int, metavar="N", help="this many images, class-balanced")
-    parser.add_argument("--classes", metavar="N|NAMES|FILE", help="only so many classes, or these (name,name or a file with one per line)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a list that exists")
+    parser.add_argument("--fraction", type=float, metavar="F", help="fraction of the images, class-balanced, at least one of each class")
+    parser.add_argument("--images", type=int, metavar="N", help="number of images, class-balanced")
+    parser.add_argument(
+        "--classes", metavar="N|NAMES|FILE", help="number of classes, or their names (name,name or a file with one per line)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random choice (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing list")
     return parser
 
 

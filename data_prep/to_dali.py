@@ -27,11 +27,11 @@ examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
   python data_prep/to_dali.py --data imagenet/train --out train_tar --max-side 512 --quality 90    about 68 GB
   python data_prep/to_dali.py --data demo/train --out demo/train_tar --shard-mb 16 --seed 1
 
-on four machines with one file system, then on one of them (--shard auto: by torchrun's or SLURM's numbers):
+on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun or SLURM):
   python data_prep/to_dali.py --data imagenet/train --out train_tar --shard 0/4                 and 1/4, 2/4, 3/4
   python data_prep/to_dali.py --out train_tar --merge                                           --data DIR as well: checked against it
 
-Beside the shards: a DALI index each, samples.npy (where each image lies), manifest.json (class names, settings, checksums), report.json.
+Beside the shards: one DALI index each, samples.npy (location of each image), manifest.json (class names, settings, checksums), report.json.
 """
 
 OPTIONS_OF_MERGE = {"merge", "out", "max_dropped", "data", "labels", "path_column", "label_column", "devkit", "subset",
@@ -44,9 +44,9 @@ def main() -> None:
     parser = conversion_parser(__doc__ or "", EXAMPLES, data="optional")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     parser.add_argument("--shard-mb", type=int, default=256, metavar="N", help="size of a shard in MiB (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order in which images go into the shards (default: 0)")
-    parser.add_argument("--shard", metavar="I/N", help="convert only part I of N, counted from 0, or 'auto'; every machine another one")
-    parser.add_argument("--merge", action="store_true", help="make one data set of the parts in --out")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images' random order in the shards (default: 0)")
+    parser.add_argument("--shard", metavar="I/N", help="convert only part I of N, counted from 0, or 'auto'; each machine a different one")
+    parser.add_argument("--merge", action="store_true", help="merge the parts in --out into one data set")
     arguments = parser.parse_args()
     if arguments.merge and arguments.shard:
         raise UserError("--merge comes after all --shard runs, in a command of its own")

@@ -35,9 +35,9 @@ Beside train.beton: train.beton.json, the manifest (class names, settings, check
 def main() -> None:
     parser = conversion_parser(__doc__ or "", EXAMPLES)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.beton", help="the file to make")
-    parser.add_argument("--shuffle-seed", type=int, metavar="N", help="store the images in a seeded shuffle, for readers that go through "
-                        "the file in order (default: in the listing's order; our loader shuffles by itself)")  # fmt: skip
-    parser.add_argument("--raw", action="store_true", help="store pixels instead of JPEGs: 5 times the room or more, no decoding")
+    parser.add_argument("--shuffle-seed", type=int, metavar="N", help="store the images in a random order with this seed, for readers that "
+                        "read the file sequentially (default: the listing's order; our loader shuffles by itself)")  # fmt: skip
+    parser.add_argument("--raw", action="store_true", help="store pixels instead of JPEGs: at least 5 times the size, but no decoding")
     parser.add_argument("--raw-fraction", type=float, metavar="SHARE", help="store this share of the images as pixels")
     arguments = parser.parse_args()
     require(not (arguments.raw and arguments.raw_fraction is not None), "raw-fraction", arguments.raw_fraction, "left out beside --raw")

@@ -1,4 +1,4 @@
-"""Checks a .beton or a folder of tar shards to the last byte: manifest, checksums, tables, every image decoded."""
+"""Checks every byte of a .beton or a folder of tar shards: manifest, checksums, tables; decodes every image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ examples:
   python data_prep/verify.py train_tar --source imagenet/train          compares each image with its original, too
   python data_prep/verify.py val.beton --source ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
 
-exit code: 0 all is well, 1 something is not (each fault on a line: file, image, what), 2 there was nothing to verify, 130 stopped by Ctrl-C
+exit code: 0 no faults, 1 faults (one per line: file, image, fault), 2 nothing to verify, 130 stopped by Ctrl-C
 
 --source takes the options of the conversion:
 {INPUTS}"""
@@ -37,7 +37,7 @@ exit code: 0 all is well, 1 something is not (each fault on a line: file, image,
 def main() -> None:
     arguments = _parser().parse_args()
     require_at_least("faults", arguments.faults, 1)
-    warnings.filterwarnings("ignore", module="PIL")  # what it warns of in originals, the conversion's report says
+    warnings.filterwarnings("ignore", module="PIL")  # the conversion's report has these warnings about originals already
     originals = optional_listing_from(arguments, option="--source")
     start = time.monotonic()
     found = verify(arguments.path, originals=originals, workers=arguments.workers)

@@ -85,7 +85,7 @@ def local_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
 
 @dataclass(frozen=True)
 class Traversal:
-    """Which samples this rank reads, in which order.
+    """The samples that this rank reads, in order.
 
     The last incomplete global batch of an epoch is skipped (different images each epoch), so that all ranks take equally many steps.
     """

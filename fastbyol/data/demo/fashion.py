@@ -1,7 +1,7 @@
-"""Demo images of kind fashion: Fashion-MNIST's product photographs, each at a random place, size and angle on a larger canvas.
+"""Demo images of kind fashion: Fashion-MNIST's product photographs, each at a random position, size and angle on a larger canvas.
 
-Left centred, as published, fixed pixels alone nearly tell the classes apart (logistic regression on raw pixels: 84 %), and a demo would show nothing
-that was learnt. Scattered so, their 128 principal components give 47 % to a linear classifier and 64 % to 20 nearest neighbours.
+In the published images the objects are centred, and raw pixels nearly separate the classes (logistic regression: 84 %), so a demo could not show
+that anything is learnt. With random placement, a linear classifier on the 128 principal components reaches 47 %, and 20 nearest neighbours 64 %.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_name, image_rng, save_jpeg, write_image_folder
 
 CLASS_NAMES = ("t_shirt_top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle_boot")
-"""In the order of Fashion-MNIST's labels (Xiao et al., 2017, table 1)."""
+"""Class names in the order of Fashion-MNIST's labels (Xiao et al., 2017, table 1)."""
 CANVAS_PX = 40
 SCALE = (0.85, 1.25)
 ANGLE_DEG = (-30.0, 30.0)
@@ -39,13 +39,13 @@ _SUPERSAMPLING = 2
 
 @dataclass(frozen=True)
 class FashionClass:
-    """The photographs of one class in one split, to be placed and written; see `folder.ClassWriter`."""
+    """Writes the images of one class in one split; a `folder.ClassWriter`."""
 
     split: str
     label: int
     seed: int
     photographs: np.ndarray
-    """uint8 (N, 28, 28)."""
+    """The original photographs, uint8 (N, 28, 28)."""
 
     @property
     def num_images(self) -> int:
@@ -63,7 +63,7 @@ def write_fashion(out: Path, *, settings: DemoSettings, overwrite: bool) -> None
     """Writes the ImageFolder of ten classes to `out`.
 
     Raises:
-        UserError: no photographs to be had, more wanted than there are, or `out` can't be used.
+        UserError: the photographs cannot be found or downloaded, there are fewer than requested, or `out` can't be used.
     """
     source = find_photographs()
     writers = [writer for split in SPLITS for writer in _class_writers(source, split, settings)]
@@ -71,21 +71,24 @@ def write_fashion(out: Path, *, settings: DemoSettings, overwrite: bool) -> None
 
 
 def make_photograph_on_canvas(photograph: np.ndarray, *, rng: np.random.Generator) -> np.ndarray:
-    """A uint8 (40, 40, 3) image, grey on black, that shows the photograph at a random position, size and angle.
+    """Returns a uint8 (40, 40, 3) image, grey on black, with the photograph at a random position, size and angle.
 
     Args:
         photograph: uint8 (28, 28), an object on black.
-        rng: draws the size, the angle and the position, in this order.
+        rng: draws size, angle and position, in this order.
     """
     scale, angle = rng.uniform(*SCALE), np.deg2rad(rng.uniform(*ANGLE_DEG))
-    # The upright square stays inside the canvas, so at most a rotated corner is cut off: background, for nearly all photographs.
+    # The unrotated square stays inside the canvas, so at most a rotated corner is cut off, which is nearly always background.
     margin = (CANVAS_PX - scale * PHOTOGRAPH_PX) / 2
     centre = CANVAS_PX / 2 + rng.uniform(-margin, margin, size=2)
     return np.repeat(_place(photograph, scale=scale, angle=angle, centre=centre)[:, :, None], 3, axis=2)
 
 
 def _place(photograph: np.ndarray, *, scale: float, angle: float, centre: np.ndarray) -> np.ndarray:
-    """The photograph scaled and rotated (rad) about `centre` (x, y in px of the canvas), by the map from canvas to photograph."""
+    """Returns the canvas with the photograph scaled and rotated (rad) about `centre` (x, y in px of the canvas).
+
+    Pillow's affine transform takes the map from canvas to photograph.
+    """
     padded = Image.fromarray(np.pad(photograph, 1))
     step = 1 / (scale * _SUPERSAMPLING)
     cos, sin = np.cos(angle) * step, np.sin(angle) * step
@@ -98,7 +101,7 @@ def _place(photograph: np.ndarray, *, scale: float, angle: float, centre: np.nda
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array of an IDX file, gzipped or plain; a foreign, cut or damaged file is a UserError.
+    """Returns the uint8 array in an IDX file, gzipped or plain. Raises UserError if it is truncated, damaged or of another format.
 
     Format: two zero bytes, the type (8: uint8), the number of dimensions, each dimension as big-endian uint32, then the values.
     """
@@ -118,7 +121,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def find_photographs() -> Path:
-    """The folder that holds Fashion-MNIST's four IDX files: Debian's package, else torchvision's download into the user's cache."""
+    """Returns the folder of Fashion-MNIST's four IDX files: Debian's package, else torchvision's download into the user's cache."""
     if _has_all_files(DEBIAN_FOLDER):
         return DEBIAN_FOLDER
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbyol"
@@ -137,7 +140,7 @@ def find_photographs() -> Path:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    # torchvision opens its address without a timeout: behind a firewall that drops packets it would wait for ever.
+    # torchvision downloads without a timeout: behind a firewall that drops packets it would wait for ever.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,4 +1,4 @@
-"""The demo ImageFolder on disk: train/ and val/ of JPEG files, made by a process pool under a temporary name, then renamed."""
+"""Writes the demo ImageFolder, train/ and val/ of JPEG files, with a pool of processes, under a temporary name that is then renamed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ JPEG_QUALITY = 92
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How many images of each class, and from which seed."""
+    """Numbers of images per class, and the seed."""
 
     train_per_class: int = 1000
     val_per_class: int = 200
@@ -44,7 +44,7 @@ class DemoSettings:
 
 
 class ClassWriter(Protocol):
-    """One class of one split: a picklable piece of work for the pool."""
+    """Interface of a picklable piece of work for the pool: writes the images of one class in one split."""
 
     @property
     def num_images(self) -> int: ...
@@ -55,24 +55,24 @@ class ClassWriter(Protocol):
 
 
 def image_rng(seed: int, split: str, label: int, index: int) -> np.random.Generator:
-    """The generator of one image: the same picture whatever the counts asked for, and never the same in train and val."""
+    """Returns the random generator of one image. It does not depend on the number of images, and differs between train and val."""
     return np.random.default_rng([seed, SPLITS.index(split), label, index])
 
 
 def image_name(index: int) -> str:
-    """'00017' for 17: the stem that an image and its annotations share."""
+    """Returns the stem of the names of an image and its annotations: '00017' for 17."""
     return f"{index:05d}"
 
 
 def save_jpeg(image: np.ndarray, path: Path) -> None:
-    """Writes a uint8 (H, W, 3) image; without chroma subsampling, which blurs colour at these sizes."""
+    """Writes a uint8 (H, W, 3) image as JPEG without chroma subsampling, which would blur colours at these sizes."""
     Image.fromarray(image).save(path, quality=JPEG_QUALITY, subsampling=0)
 
 
 def write_image_folder(out: Path, *, kind: str, class_writers: Sequence[ClassWriter], settings: DemoSettings, overwrite: bool) -> None:
-    """Runs every class writer and puts the finished folder at `out`, with a manifest of its settings.
+    """Runs every class writer and moves the finished folder to `out`, with a manifest of its settings.
 
-    Nothing appears at `out` before all of it is written.
+    Nothing appears at `out` before everything is written.
 
     Raises:
         UserError: `out` exists and may not be replaced, or can't be written.
@@ -86,7 +86,7 @@ def write_image_folder(out: Path, *, kind: str, class_writers: Sequence[ClassWri
 def _check_output(out: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(out) or _is_unused(out):
         return
-    # A folder without our manifest is somebody's own: no option of ours may delete it.
+    # A folder without our manifest is the user's own: no option may delete it.
     if not (out / MANIFEST).is_file():
         raise UserError(f"--out {out}: exists and was not made by demo_data.py; choose another folder")
     if not overwrite:
@@ -94,14 +94,15 @@ def _check_output(out: Path, *, overwrite: bool) -> None:
 
 
 def _is_unused(out: Path) -> bool:
-    """Whether it is an empty folder or a new volume; what a killed run of ours left there does not count."""
+    """Returns True for an empty folder or a new volume, ignoring files left by a killed run of ours."""
     return out.is_dir() and all(entry.name == "lost+found" or entry.name.startswith(_PARTIAL) for entry in out.iterdir())
 
 
 @contextmanager
 def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
     unused = _is_unused(out)
-    partial = (out if unused else out.parent) / f"{_PARTIAL}{out.name}-{os.getpid()}"  # a volume that is mounted at `out` is another disk
+    # Inside an existing folder, not beside it: it may be a mounted volume, and files cannot be renamed to another disk.
+    partial = (out if unused else out.parent) / f"{_PARTIAL}{out.name}-{os.getpid()}"
     try:
         _check_output(out, overwrite=overwrite)
         partial.mkdir(parents=True)
@@ -122,11 +123,12 @@ def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
 def _run_in_pool(class_writers: Sequence[ClassWriter], folder: Path, *, progress: Progress) -> None:
     usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(usable_cores, len(class_writers))
-    # spawn: a fork of a process that already runs torch or BLAS threads may deadlock.
+    # spawn, because forking a process that already runs torch or BLAS threads may deadlock
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # The large ones first, so that no core is left alone with one at the end.
+        # The largest first, so that the cores finish at about the same time.
         ordered = sorted(class_writers, key=lambda writer: writer.num_images, reverse=True)
-        with _interrupts_held_back():  # the workers start here, and inherit it: Ctrl-C reaches this process only, which then ends them
+        # The workers start here and inherit the blocked signal: only this process receives Ctrl-C, and then ends them.
+        with _interrupts_held_back():
             pending = {pool.submit(writer.write, folder): writer.num_images for writer in ordered}
         try:
             for done in as_completed(pending):

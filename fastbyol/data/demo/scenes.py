@@ -1,10 +1,10 @@
-"""Demo images of kind scenes: coloured, textured silhouettes on greyish clutter, drawn from code alone, with exact annotations.
+"""Demo images of kind scenes: coloured, textured silhouettes on grey clutter, drawn by code, with exact annotations.
 
-A class is a shape and a pattern (16 of them, all shapes of one area); position, size, rotation, colours, light and background are
-nuisance. Backgrounds stay grey and low in contrast: a strong one is a short cut to tell instances apart, and BYOL then learns nothing
-in minutes. Beside the ImageFolder of train/ and val/ stands, per image:
+A class is a shape with a pattern (16 classes; all shapes have the same area). Position, size, rotation, colours, light and background are
+nuisance factors. Backgrounds are grey and low in contrast: a strong background would be a shortcut to tell images apart, and BYOL would then
+learn nothing within minutes. Beside the ImageFolder of train/ and val/, each image has these annotations:
 
-    annotations/<split>/<class>/<name>_mask.png     uint8: 0 background, else the class's number in CLASS_NAMES plus 1 (as VOC counts)
+    annotations/<split>/<class>/<name>_mask.png     uint8: 0 background, else the class's index in CLASS_NAMES plus 1 (as in VOC)
     annotations/<split>/<class>/<name>_depth.png    uint16: distance in millimetres
     annotations/<split>/<class>/boxes.json          {name: [[x_min, y_min, x_max, y_max], …]} in px; x_max and y_max are exclusive
 """
@@ -25,43 +25,43 @@ CANVAS_PX = 48
 SHAPES = ("cross", "disc", "star", "triangle")
 PATTERNS = ("checks", "dots", "plain", "stripes")
 CLASS_NAMES = tuple(f"{shape}_{pattern}" for shape in SHAPES for pattern in PATTERNS)
-"""In alphabetical order, so that a label is also ImageFolder's."""
+"""Class names in alphabetical order, so that labels are the same as ImageFolder's."""
 
 OBJECT_DEPTH_M = (1.8, 2.7)
 BACKGROUND_DEPTH_M = (4.5, 8.0)
 ROTATION_DEG = (-35.0, 35.0)
 _BACKGROUND_GREY = (0.42, 0.52)
 _CLUTTER_CONTRAST = 0.08
-"""With 0.2, and light that varied twice as much, BYOL told the backgrounds apart and stayed at 44 % linear."""
+"""Contrast of the clutter. With 0.2, and twice the variation of the light, BYOL learnt the backgrounds and stayed at 44 % linear."""
 _RADIUS_PX_AT_1M = 32.0
 _REACH = 1.25
-"""No shape extends further from its centre, in radii."""
+"""Largest distance of any shape's outline from its centre, in radii."""
 _RELIEF_M = 0.2
 _HAZE_LENGTH_M = 12.0
 _SUPERSAMPLING = 3
-"""Odd, so that every pixel has a sample at its centre: mask and depth are read there, and mix nothing."""
+"""Samples per pixel and axis. Odd, so that one is at the pixel's centre: mask and depth are taken there, without averaging."""
 
 Grid = np.ndarray
-"""float32 (S, S): one value per sample, S = 144."""
+"""float32 (S, S): one value per sample; S = 144."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn image and what is known about it."""
+    """One drawn image with its annotations."""
 
     image: np.ndarray
-    """uint8 (48, 48, 3)."""
+    """Pixels, uint8 (48, 48, 3)."""
     mask: np.ndarray
-    """bool (48, 48): the object, at pixel centres."""
+    """True where the object is, sampled at pixel centres, bool (48, 48)."""
     boxes: tuple[tuple[int, int, int, int], ...]
-    """Tight around each object: x_min, y_min, x_max, y_max in px, the last two exclusive."""
+    """Tight box of each object: x_min, y_min, x_max, y_max in px, the last two exclusive."""
     depth: np.ndarray
-    """float32 (48, 48): distance in metres, at pixel centres."""
+    """Distance in metres, sampled at pixel centres, float32 (48, 48)."""
 
 
 @dataclass(frozen=True)
 class SceneClass:
-    """The scenes of one class in one split, to be drawn and written; see `folder.ClassWriter`."""
+    """Draws and writes the scenes of one class in one split; a `folder.ClassWriter`."""
 
     split: str
     label: int
@@ -94,11 +94,11 @@ def write_scenes(out: Path, *, settings: DemoSettings, overwrite: bool) -> None:
 
 
 def draw_scene(label: int, *, rng: np.random.Generator) -> Scene:
-    """A scene with one object of class `CLASS_NAMES[label]`, wholly inside the image and in front of everything else."""
+    """Draws a scene with one object of class `CLASS_NAMES[label]`, entirely inside the image and in front of everything else."""
     x, y = _sample_grid()
     grey, depth = _draw_background(x, y, rng)
     colour, inside, object_depth = _draw_object(x, y, label, rng)
-    # Plain two-way choice per sample: the edges get their smoothness from averaging the samples of each pixel.
+    # Each sample is either object or background; averaging the samples of a pixel smooths the edges.
     albedo, depth = np.where(inside, colour, grey), np.where(inside, object_depth, depth)
     image = _downsample(_through_haze(albedo, depth, rng)) * _light(rng)
     image += rng.normal(0.0, rng.uniform(0.005, 0.02), image.shape)
@@ -109,26 +109,26 @@ def draw_scene(label: int, *, rng: np.random.Generator) -> Scene:
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """x_min, y_min, x_max, y_max in px around the true pixels of a bool (H, W) mask; the last two exclusive."""
+    """Returns x_min, y_min, x_max, y_max in px of the box around the true pixels of a bool (H, W) mask; the last two are exclusive."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _sample_grid() -> tuple[Grid, Grid]:
-    """x as (1, S) and y as (S, 1): the samples' positions in px."""
+    """Returns the samples' positions in px: x as (1, S) and y as (S, 1)."""
     positions = (np.arange(CANVAS_PX * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
     return positions[None, :], positions[:, None]
 
 
 def _downsample(samples: np.ndarray) -> np.ndarray:
-    """(3, S, S) -> (3, 48, 48): the mean of each pixel's samples. Sums of slices: several times as fast as a mean over short axes."""
+    """Averages the samples of each pixel: (3, S, S) -> (3, 48, 48). Sums of slices are several times as fast as a mean over short axes."""
     every = [slice(start, None, _SUPERSAMPLING) for start in range(_SUPERSAMPLING)]
     rows = np.add.reduce([samples[:, rows] for rows in every])
     return np.add.reduce([rows[:, :, columns] for columns in every]) / np.float32(_SUPERSAMPLING**2)
 
 
 def _rotated(x: Grid, y: Grid, *, centre: np.ndarray, angle: float, size: np.ndarray | float) -> tuple[Grid, Grid]:
-    """The samples in the coordinates of a figure: origin at its centre, turned by `angle` (rad), in units of its size (px)."""
+    """Returns the samples' positions in the coordinates of a figure: origin at its centre, rotated by `angle` (rad), in units of its size (px)."""
     dx, dy = x - np.float32(centre[0]), y - np.float32(centre[1])
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     width, height = np.broadcast_to(np.asarray(size, dtype=np.float32), 2)
@@ -136,7 +136,7 @@ def _rotated(x: Grid, y: Grid, *, centre: np.ndarray, angle: float, size: np.nda
 
 
 def _draw_background(x: Grid, y: Grid, rng: np.random.Generator) -> tuple[Grid, Grid]:
-    """Grey values and depth (m) of a slanted plane with a few ellipses and rectangles before it, painted from far to near."""
+    """Returns grey values and depth (m) of a slanted plane with a few ellipses and rectangles in front of it, drawn from far to near."""
     far, near = BACKGROUND_DEPTH_M[1], rng.uniform(6.0, 7.0)
     slant = rng.uniform(-0.3, 0.3) * (x / CANVAS_PX - 0.5)
     depth = (far - 0.3 - (far - near - 0.3) * y / CANVAS_PX + slant).astype(np.float32)
@@ -152,7 +152,7 @@ def _draw_background(x: Grid, y: Grid, rng: np.random.Generator) -> tuple[Grid, 
 
 
 def _draw_object(x: Grid, y: Grid, label: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Grid]:
-    """Colours (3, S, S), where the object is (bool), and its depth (m). A nearer object is larger, as through one lens."""
+    """Returns the object's colours (3, S, S), its mask (bool) and its depth (m). A nearer object is larger, as in a photograph."""
     shape, pattern = divmod(label, len(PATTERNS))
     distance = rng.uniform(*OBJECT_DEPTH_M)
     radius = _RADIUS_PX_AT_1M / distance
@@ -162,34 +162,34 @@ def _draw_object(x: Grid, y: Grid, label: int, rng: np.random.Generator) -> tupl
     phase = rng.uniform(0, 1, size=2).astype(np.float32)
     marked = _PATTERNS[PATTERNS[pattern]](u + phase[0], v + phase[1])
     first, second = _two_colours(rng)
-    # A cushion: higher in the middle than at the edge, and so brighter and nearer.
+    # Cushion-shaped relief: the middle is nearer than the edge, and brighter.
     relief = np.sqrt(np.clip(inwards / 0.4, 0, 1))
     colour = np.where(marked, first, second) * (0.7 + 0.3 * relief)
     return colour, inwards > 0, (distance - _RELIEF_M * relief).astype(np.float32)
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A bright and a dark RGB colour of unrelated hues; never the other way round, which would tell instances apart better than any shape."""
+    """Returns a bright and a dark RGB colour of unrelated hues. With a random order, it would identify images better than any shape."""
     bright = _rgb(rng.uniform(), saturation=rng.uniform(0.2, 0.8), value=rng.uniform(0.85, 1.0))
     dark = _rgb(rng.uniform(), saturation=rng.uniform(0.5, 1.0), value=rng.uniform(0.2, 0.4))
     return bright, dark
 
 
 def _rgb(hue: float, *, saturation: float, value: float) -> np.ndarray:
-    """float32 (3, 1, 1) of a hue in turns."""
+    """Returns the RGB colour of a hue (0 to 1), float32 (3, 1, 1)."""
     ramp = np.abs((hue + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1
     return (value * (1 - saturation + saturation * np.clip(ramp, 0, 1))).astype(np.float32)[:, None, None]
 
 
 def _through_haze(albedo: np.ndarray, depth: Grid, rng: np.random.Generator) -> np.ndarray:
-    """The albedo (3, S, S) as it looks through grey haze that thickens with depth: contrast falls with distance."""
+    """Returns the albedo (3, S, S) seen through grey haze: contrast decreases with distance."""
     clearness = np.exp(depth / np.float32(-_HAZE_LENGTH_M))
     haze = np.float32(rng.uniform(0.45, 0.5))
     return haze + (albedo - haze) * clearness
 
 
 def _light(rng: np.random.Generator) -> np.ndarray:
-    """float32 (3, 48, 48): factors of a light of random strength and tint that falls off in a random direction."""
+    """Returns the factors of a light of random strength and tint that decreases in a random direction, float32 (3, 48, 48)."""
     position = (np.arange(CANVAS_PX, dtype=np.float32) + 0.5) / CANVAS_PX - 0.5
     direction = rng.uniform(0, 2 * np.pi)
     across = float(np.cos(direction)) * position[None, :] + float(np.sin(direction)) * position[:, None]
@@ -206,7 +206,7 @@ def _disc(u: Grid, v: Grid) -> Grid:
 
 
 def _star(u: Grid, v: Grid) -> Grid:
-    # Folded into half of one of five points: there the star is the half-plane left of the edge from tip to notch.
+    # By symmetry, fold the plane into half of one of the five points; there the star is the half-plane left of the edge from tip to notch.
     tip, notch, half = 1.18, 0.59, np.float32(np.pi / 5)
     radius, angle = np.sqrt(u * u + v * v), np.arctan2(u, -v)
     folded = abs((angle + half) % (2 * half) - half)
@@ -242,6 +242,6 @@ def _stripes(u: Grid, v: Grid) -> np.ndarray:
 
 
 _SHAPES: dict[str, Callable[[Grid, Grid], Grid]] = {"cross": _cross, "disc": _disc, "star": _star, "triangle": _triangle}
-"""Each shape: distance inwards from its outline, in radii; negative outside. All areas lie within 2.04 +- 0.05 square radii."""
+"""Function of each shape: returns the distance inwards from its outline, in radii, negative outside. All areas are 2.04 +- 0.05 square radii."""
 _PATTERNS: dict[str, Callable[[Grid, Grid], np.ndarray]] = {"checks": _checks, "dots": _dots, "plain": _plain, "stripes": _stripes}
-"""Each pattern: where the second colour gives way to the first."""
+"""Function of each pattern: returns True where the first colour is used, False for the second."""

@@ -1,1 +1,1 @@
-"""Looks at data afterwards and changes nothing: what `data_prep/verify.py` and `info.py` do."""
+"""Read-only checks and statistics of data sets, for `data_prep/verify.py` and `info.py`."""

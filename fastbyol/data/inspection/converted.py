@@ -1,4 +1,4 @@
-"""What a conversion made, seen alike for both formats: where each image lies and what its tables say about it."""
+"""One view of converted data for both formats: location, size and label of each image."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class Converted:
     path: Path
     files: tuple[Path, ...]
     file: Indices
-    """Which of the files holds the image."""
+    """Position in `files` of the file that contains the image."""
     offset: Indices
     size: Indices
     height: Indices
     width: Indices
     label: Indices
     raw: NDArray[np.bool_]
-    """Pixels instead of a JPEG."""
+    """True for an image stored as pixels instead of JPEG."""
     crc32: NDArray[np.uint32] | None
-    """Of each image's bytes; None where no conversion of ours left any."""
+    """CRC-32 of each image's bytes; None if the data was not converted by us."""
     listed: Indices
-    """Position of each image in the listing that was converted; its own number where that is unknown."""
+    """Position of each image in the converted listing; if that is unknown, its own index."""
 
     def read(self, index: int) -> bytes:
-        """The image's bytes. Raises OSError if they cannot be read or are not all there."""
+        """Returns the image's bytes. Raises OSError if they cannot be read completely."""
         file = self.files[self.file[index]]
         return ImageLocation(file.name, file, int(self.offset[index]), int(self.size[index])).read()
 
     def pixels(self, index: int) -> Pixels:
-        """(H, W, 3) RGB. Raises UndecodableImage, or OSError where they cannot be read."""
+        """Returns the image as (H, W, 3) RGB. Raises UndecodableImage, or OSError if its bytes cannot be read."""
         data = self.read(index)
         if not self.raw[index]:
             return decode_with_pillow(data)
@@ -52,7 +52,7 @@ class Converted:
 
 
 def listed_positions(manifest: Manifest) -> Indices:
-    """Of each sample, the position in the listing of what was converted. UserError if the manifest contradicts itself."""
+    """Returns the position of each sample in the converted listing. Raises UserError if the manifest contradicts itself."""
     seed = manifest.settings.get("shuffle_seed")
     try:
         total = manifest.num_samples + len(manifest.dropped)
@@ -66,17 +66,17 @@ def listed_positions(manifest: Manifest) -> Indices:
 
 
 def is_converted(path: Path) -> bool:
-    """Whether this is the name of what a conversion makes: a .beton, or a folder with a manifest or with tars."""
+    """Returns True if the path looks like converted data: a .beton, or a folder with a manifest or with tars."""
     return path.suffix == ".beton" if path.is_file() else (path / TAR_MANIFEST).is_file() or any(path.glob("*.tar"))
 
 
 def manifest_path(path: Path) -> Path:
-    """Where the manifest of a converted file or folder lies."""
+    """Returns the path of the manifest of a converted file or folder."""
     return path / TAR_MANIFEST if path.is_dir() else beton_manifest_path(path)
 
 
 def open_converted(path: Path) -> tuple[Converted, Manifest | None]:
-    """The images, and the manifest if there is one. UserError for what is damaged, foreign, or no conversion's."""
+    """Returns the images, and the manifest if there is one. Raises UserError if the data is damaged or not that of a conversion."""
     manifest = read_manifest(manifest_path(path)) if manifest_path(path).exists() else None
     if path.is_file():
         return converted_beton(path, manifest), manifest
@@ -86,7 +86,7 @@ def open_converted(path: Path) -> tuple[Converted, Manifest | None]:
 
 
 def converted_beton(path: Path, manifest: Manifest | None) -> Converted:
-    """The images of a .beton, ours or one that stock FFCV wrote. UserError as `read_beton`."""
+    """Returns the images of a .beton, written by us or by stock FFCV. Raises UserError in the same cases as `read_beton`."""
     table = read_beton(path)
     file = np.zeros(len(table.label), dtype=np.int64)
     raw = table.mode == RAW_MODE
@@ -95,7 +95,7 @@ def converted_beton(path: Path, manifest: Manifest | None) -> Converted:
 
 
 def converted_shards(folder: Path, manifest: Manifest) -> Converted:
-    """The images of a folder of tar shards. UserError for a sample table that is missing or not of these shards."""
+    """Returns the images of a folder of tar shards. Raises UserError if the sample table is missing or belongs to other shards."""
     table = read_sample_table(folder / SAMPLE_TABLE, manifest)
     file, offset, size, height, width, label = (
         table[name].astype(np.int64) for name in ("shard", "offset", "size", "height", "width", "label")
@@ -106,7 +106,7 @@ def converted_shards(folder: Path, manifest: Manifest) -> Converted:
 
 
 def _listed(manifest: Manifest | None, num_images: int) -> Indices:
-    """Returns the manifest's positions, or the images' own numbers where it is of no use (which `listed_positions` tells)."""
+    """Returns the positions from the manifest, or the images' own indices if it is missing or invalid (`listed_positions` reports why)."""
     if manifest is None or manifest.num_samples != num_images:
         return np.arange(num_images)
     try:

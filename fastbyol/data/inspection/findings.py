@@ -1,4 +1,4 @@
-"""What a verification finds: faults, each with its file and image, and what could not be checked."""
+"""The result of a verification: faults, each with its file and image, and notes on what could not be checked."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 KEPT_FAULTS = 1000
-"""Faults beyond are counted only."""
+"""Most faults that are kept; further ones are only counted."""
 
 
 class Fault(NamedTuple):
-    """Something that is not as it should be."""
+    """A fault of a file or of one of its images."""
 
     file: str
     image: int
-    """Its number; -1: about the file."""
+    """Index of the image; -1 if the fault is about the file."""
     what: str
 
     def __str__(self) -> str:
@@ -24,16 +24,16 @@ class Fault(NamedTuple):
 
 @dataclass
 class Findings:
-    """What was found."""
+    """All faults and notes of a verification, and the amount of data that was checked."""
 
     num_images: int = 0
     num_bytes: int = 0
     num_classes: int | None = None
     faults: list[Fault] = field(default_factory=list)
-    """By file, then by image; at most KEPT_FAULTS."""
+    """Faults sorted by file and image; at most KEPT_FAULTS."""
     num_faults: int = 0
     notes: list[str] = field(default_factory=list)
-    """What could not be checked."""
+    """Notes on what could not be checked."""
 
     def add(self, faults: Iterable[Fault]) -> None:
         for fault in faults:

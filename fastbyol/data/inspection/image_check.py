@@ -1,4 +1,4 @@
-"""One converted image against everything that is known of it: its checksum, its size, its decoder, its original."""
+"""Checks one converted image: its checksum, its size, that it decodes, and that it is the same picture as its original."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from fastbyol.data.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, 
 from fastbyol.data.source import Pixels
 
 TOLERATED_LEVELS = 12.0
-"""Mean distance, of 255 levels, between the means of 8x8 pixels of an original and of its transcoded image: JPEG keeps those to within 6
-even at quality 10 and however noisy the image; those of two different photographs are 30 to 100 apart."""
+"""Largest accepted difference between an original and its transcoded image: mean absolute difference of the 8x8 block means, of 255 levels.
+
+JPEG keeps it below 6, even at quality 10 and for noise; for two different photographs it is 30 to 100."""
 _BLOCK_PX = 8
 
 
 class ImageCheck:
-    """Checks images of a conversion by number; from several threads at once."""
+    """Checks the images of a conversion by index. May be used from several threads at once."""
 
     def __init__(self, images: Converted, *, originals: ImageListing | None = None) -> None:
-        """originals: the whole listing that was converted."""
+        """originals: the complete listing that was converted; None skips the comparison with the originals."""
         self._images, self._originals = images, originals
         self._decoder = find_turbojpeg()
         self._local = threading.local()
 
     def faults(self, index: int) -> list[str]:
-        """What is wrong with the image; the first fault that makes the others meaningless stands alone."""
+        """Returns what is wrong with the image. A fault that makes further checks meaningless is returned alone."""
         images = self._images
         try:
             data = images.read(index)
@@ -60,7 +61,7 @@ class ImageCheck:
         if header.height * header.width > MAX_DECODED_PIXELS:
             return f"has {header.width}x{header.height} pixels, more than the {MAX_DECODED_PIXELS:,} that are decoded"
         complaint, fatal = self._decoder.decode(data, self._scratch(header.height, header.width))
-        # With a checksum these are the bytes that were accepted, and a warning is an oddity that the conversion has noted.
+        # If a checksum shows that the bytes are unchanged, a warning is harmless: the conversion accepted and noted it.
         return f"does not decode ({complaint})" if complaint and (fatal or self._images.crc32 is None) else ""
 
     def _pillow_complaint(self, index: int, data: bytes) -> str:
@@ -72,7 +73,7 @@ class ImageCheck:
 
     def _size_complaint(self, index: int, height: int, width: int) -> str:
         told = int(self._images.height[index]), int(self._images.width[index])
-        if told in ((0, 0), (height, width)):  # a foreign tar has no table of sizes
+        if told in ((0, 0), (height, width)):  # sizes are unknown for a tar that was not converted by us
             return ""
         return f"is {width}x{height} pixels, its table says {told[1]}x{told[0]}"
 
@@ -90,7 +91,7 @@ class ImageCheck:
         return faults
 
     def _distance(self, index: int, data: bytes, original: bytes) -> float:
-        """Mean difference of the pixels, the original turned and resized as a conversion may have done; of another shape: 255."""
+        """Returns the difference from the original, which is rotated and resized as the conversion may have done; 255 for another shape."""
         shape = int(self._images.height[index]), int(self._images.width[index]), 3
         stored = np.frombuffer(data, dtype=np.uint8).reshape(shape) if self._images.raw[index] else decode_with_pillow(data)
         opened = load_image(original)
@@ -99,7 +100,7 @@ class ImageCheck:
         return min(_mean_distance(stored, candidate) for candidate in candidates)
 
     def _scratch(self, height: int, width: int) -> Pixels:
-        """This thread's buffer, grown on demand: fresh memory for each image costs a page fault per 4 KiB."""
+        """Returns this thread's buffer, grown on demand: new memory for each image would cost a page fault per 4 KiB."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < height * width * 3:
             buffer = self._local.buffer = np.empty(height * width * 3, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What is in a data set, before or after conversion: counts, sides, bytes, settings; plain values for a table or for JSON."""
+"""Statistics of a data set, before or after conversion: counts, sides, bytes, settings, as plain values for a table or JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow, 
 from fastbyol.data.source import Indices, Pixels
 
 SAMPLED = 2000
-"""Images of a folder or tar whose headers are read for their sides: a million would take an hour on a network disk."""
+"""Number of images of a folder or tar whose headers are read for their sides: a million would take an hour on a network disk."""
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Of the images that were looked at."""
+    """Statistics of the sides, in pixels, of the images whose headers were read."""
 
     looked_at: int
     height_min: int
@@ -38,40 +38,40 @@ class Sides:
 
 @dataclass(frozen=True)
 class Inventory:
-    """A data set in numbers."""
+    """Statistics of a data set."""
 
     path: str
     kind: str
-    """beton, tar shards, folder or tar."""
+    """'beton', 'tar shards', 'folder' or 'tar'."""
     images: int
     classes: int
     empty_classes: int
     class_min: int
-    """Fewest images in a class that has any; median and most likewise."""
+    """Smallest number of images in a class that is not empty; `class_median` and `class_max` likewise."""
     class_median: float
     class_max: int
     unlabelled: int
-    """Images with the label -1, which stands for none."""
+    """Number of images with the label -1 (unlabelled)."""
     image_bytes: int
     sides: Sides | None
-    """None where no image could be read."""
+    """Sides of the images; None if no image could be read."""
     skipped: int
-    """What lies in the source and is no image of it; the first ones are in `skipped_first`."""
+    """Number of entries of the folder or tar that were skipped; the first ones are in `skipped_first`."""
     skipped_first: tuple[tuple[str, str], ...]
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     manifest: dict[str, Any] | None
-    """settings, source, software, shards, dropped: of what a conversion of ours made."""
+    """The manifest's fields settings, source, software, shards and dropped; None without a manifest."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class ImageSet:
-    """Any data set as numbered images that can be looked at; for pictures and statistics, not for speed."""
+    """Images of any data set by index, for pictures and statistics; not fast."""
 
     def __init__(self, path: Path, listing: ImageListing | None) -> None:
-        """listing: the images of a folder or tar; None: `path` is what a conversion made. UserError as `open_converted`."""
+        """listing: the images of a folder or tar; None if `path` is converted data. Raises UserError in the same cases as `open_converted`."""
         self.path, self.manifest = path, None
         self.listing = listing
         if listing is None:
@@ -84,14 +84,14 @@ class ImageSet:
             self.class_names = listing.class_names
 
     def pixels(self, index: int) -> Pixels:
-        """(H, W, 3) RGB. Raises UndecodableImage, or OSError where it cannot be read."""
+        """Returns an image as (H, W, 3) RGB. Raises UndecodableImage, or OSError if it cannot be read."""
         if self._converted is not None:
             return self._converted.pixels(index)
         assert self.listing is not None
         return decode_with_pillow(self.listing.location(index).read())
 
     def sides(self) -> Sides | None:
-        """Of all images of a conversion, whose tables know them; of a seeded sample of others."""
+        """Returns statistics of the sides: of all images of converted data, whose tables have them, else of a random sample (seed 0)."""
         if self._converted is not None:
             return _sides(self._converted.height, self._converted.width, self._converted.size)
         assert self.listing is not None
@@ -108,14 +108,14 @@ class ImageSet:
 
 
 def is_conversion(path: Path) -> bool:
-    """Whether `path` is a conversion's, not a source of one. UserError if there is nothing."""
+    """Returns True if `path` is converted data, False if it is a folder or tar of images. Raises UserError if it does not exist."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a .beton, a folder of tar shards, a folder of images, or a tar of images")
     return is_converted(path)
 
 
 def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
-    """The numbers of a conversion (listing None) or of a folder or tar of images. UserError as `open_converted`."""
+    """Returns the statistics of converted data (listing None) or of a folder or tar. Raises UserError in the same cases as `open_converted`."""
     images = ImageSet(path, listing)
     counts = np.bincount(images.labels[images.labels >= 0], minlength=len(images.class_names))
     counts_of_used = counts[counts > 0] if counts.any() else np.zeros(1, dtype=np.int64)
@@ -154,7 +154,7 @@ def _of_manifest(manifest: Manifest | None) -> dict[str, Any] | None:
 
 
 def _header(listing: ImageListing, index: int) -> tuple[int, int, int] | None:
-    """(height, width, bytes), or None for what is no image."""
+    """Returns (height, width, bytes), or None if the file is not a readable image."""
     try:
         data = listing.location(index).read()
         return *image_size(data), len(data)

@@ -1,4 +1,4 @@
-"""A picture of a data set: a row of images for each of some classes, with the classes' names."""
+"""Draws a picture of a data set: some classes with their names, one row of images each."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _PAPER, _INK, _PALE = "white", "black", "#888888"
 
 
 def write_picture_grid(path: Path, *, listing: ImageListing | None, out: Path) -> None:
-    """Writes a PNG: classes spread evenly over all of them, images spread evenly over each class, whole and in proportion.
+    """Writes a PNG with images of some classes. Classes, and images within a class, are chosen at equal distances; images are not cropped.
 
     Args:
-        path: the data set.
-        listing: its images, if it is a folder or a tar; None: it is what a conversion made.
-        out: the .png to write, or replace.
+        path: path of the data set.
+        listing: its images, if it is a folder or a tar; None if it is converted data.
+        out: the .png to write or replace.
 
     Raises:
-        UserError: as `open_converted`, or `out` cannot be written.
+        UserError: as for `open_converted`, or `out` cannot be written.
     """
     if out.suffix.lower() != ".png":
         raise UserError(f"--grid {out}: must end in .png")
@@ -55,7 +55,7 @@ def write_picture_grid(path: Path, *, listing: ImageListing | None, out: Path) -
 
 
 def _spread(total: int, wanted: int) -> np.ndarray:
-    """Up to `wanted` places in range(total), evenly apart."""
+    """Returns up to `wanted` evenly spaced positions in range(total)."""
     return np.unique(np.linspace(0, total - 1, min(total, wanted)).round().astype(np.int64))
 
 

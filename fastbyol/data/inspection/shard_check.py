@@ -1,4 +1,4 @@
-"""A tar shard against its index and the sample table: every member, label and sample number."""
+"""Compares a tar shard with its DALI index and the sample table: every member, label and sample number."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastbyol.data.tar_shards import INDEX_VERSION, index_path
 
 COMPONENTS = ("jpg", "cls", "idx")
 ShardFault = tuple[int | None, str]
-"""Image number, or None where it is about the file; what is wrong."""
+"""(index of the image, or None for a fault of the file; what is wrong)."""
 
 
 def shard_faults(tar: Path, *, images: Converted, number: int) -> list[ShardFault]:
-    """What disagrees between the tar, its index and the table of `images`, of which it is file `number`."""
+    """Returns the disagreements between a tar, its DALI index and the sample table. number: position of the tar in `images.files`."""
     expected = {f"{images.listed[index]:08d}": index for index in np.flatnonzero(images.file == number).tolist()}
     rows: list[str] = []
     faults: list[ShardFault] = []
@@ -49,7 +49,7 @@ def _unknown(names: list[str]) -> list[ShardFault]:
 
 
 def foreign_shard(tar: Path) -> tuple[list[tuple[int, int]], list[ShardFault]]:
-    """(first byte, bytes) of every image in a tar of unknown origin, and what is wrong with the tar and its index, if it has one."""
+    """Returns (offset, size) of every image in a tar that we did not write, and the faults of the tar and of its index, if there is one."""
     places: list[tuple[int, int]] = []
     rows: list[str] = []
     try:
@@ -63,13 +63,13 @@ def foreign_shard(tar: Path) -> tuple[list[tuple[int, int]], list[ShardFault]]:
 
 
 def _sample_at(byte: int, images: Converted, number: int) -> int | None:
-    """The image of this file whose components begin last in front of the byte."""
+    """Returns the last image of this file whose members begin at or before the byte, or None."""
     in_front = np.flatnonzero((images.file == number) & (images.offset - BLOCKSIZE <= byte))
     return int(in_front[np.argmax(images.offset[in_front])]) if len(in_front) else None
 
 
 def _samples(members: Iterator[TarInfo]) -> Iterator[tuple[str, list[TarInfo]]]:
-    """Neighbouring files of one stem, as WebDataset groups them."""
+    """Yields (stem, members) of each sample: consecutive files with the same stem, as WebDataset groups them."""
     group: list[TarInfo] = []
     for member in members:
         if not member.isreg():
@@ -83,7 +83,7 @@ def _samples(members: Iterator[TarInfo]) -> Iterator[tuple[str, list[TarInfo]]]:
 
 
 def _stem(member: TarInfo) -> str:
-    """Up to the first dot of the file's name: WebDataset takes the rest for the component."""
+    """Returns the name up to the first dot after the folder; WebDataset takes the rest as the component's name."""
     folder, slash, name = member.name.rpartition("/")
     return folder + slash + name.partition(".")[0]
 

@@ -1,4 +1,4 @@
-"""A conversion's manifest and tables against one another, before any image is read."""
+"""Compares a conversion's manifest and tables with one another, before any image is read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastbyol.data.inspection.shard_check import foreign_shard
 from fastbyol.data.manifest import Manifest, is_sealed, read_manifest, shortened
 
 _PARTS = "part-*-of-*.json"
-"""What several machines leave until `to_dali.py --merge` has been run."""
+"""Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""
 
 
 def checked_manifest(path: Path, found: Findings) -> Manifest | None:
-    """The manifest; None if there is none, or none that can be used. UserError where there is nothing that could be verified."""
+    """Returns the manifest, or None if there is no usable one; adds its faults to `found`. Raises UserError if there is nothing to verify."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give what data_prep/to_ffcv.py or data_prep/to_dali.py made")
     if not os.access(path, os.R_OK):
@@ -46,7 +46,7 @@ def checked_manifest(path: Path, found: Findings) -> Manifest | None:
 
 
 def checked_tables(path: Path, manifest: Manifest | None, found: Findings) -> Converted | None:
-    """Where the images lie; None if that cannot be read. Notes every disagreement with the manifest."""
+    """Returns the images' locations, or None if the tables cannot be read; adds every disagreement with the manifest to `found`."""
     try:
         if path.is_file():
             images = converted_beton(path, manifest)
@@ -86,7 +86,7 @@ def _foreign_shards(folder: Path, found: Findings) -> Converted:
 
 
 def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterator[str]:
-    """What the manifest says that the tables and files do not."""
+    """Yields every statement of the manifest that the tables or files contradict."""
     if manifest.kind != (kind := "beton" if path.is_file() else "tar"):
         yield f"is of the kind {shortened(manifest.kind)!r}, this is a {kind}"
     if manifest.num_samples != len(images.label):
@@ -120,5 +120,5 @@ def _summary(images: Converted) -> dict[str, float]:
 
 
 def _without(error: UserError, path: Path) -> str:
-    """The message without the path at its start."""
+    """Returns the error's message without the path at its start."""
     return str(error).removeprefix(f"{path}: ")

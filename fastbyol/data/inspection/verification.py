@@ -1,6 +1,6 @@
-"""Checks every byte that a conversion wrote, and every image, and tells all that is wrong: which file, which image, what.
+"""Verifies converted data: checks every byte and every image, and reports each fault with its file and image.
 
-The checks at open, which a training run makes, take milliseconds; here everything is read, hashed and decoded.
+The checks that a training run makes when it opens the data take milliseconds; here everything is read, hashed and decoded.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from fastbyol.data.manifest import Manifest, Shard, chunks_sha256, sha256_of
 from fastbyol.data.progress import Progress
 
 _CHUNK_BYTES = 8 << 20
-_CHUNKS_AHEAD = 4  # per thread: all are kept busy, and memory bounded
+_CHUNKS_AHEAD = 4  # submitted per thread: keeps all threads busy and bounds the memory
 
 Work = Callable[[], tuple[list[Fault], int]]
-"""Gives the faults that it found, and how many images it has checked."""
+"""A piece of work; returns the faults that it found and the number of images that it checked."""
 
 
 def verify(path: Path, *, originals: ImageListing | None = None, workers: int = 0) -> Findings:
     """Checks a .beton or a folder of tar shards completely.
 
     Args:
-        path: what a conversion made; or a foreign .beton or folder of tars, of which less can be said.
-        originals: the images that it was made from: each converted image is then compared with its original.
-        workers: threads that hash and decode; 0: one per core. Memory stays at a few images per thread.
+        path: converted data; for a .beton or tars that we did not write, fewer checks are possible.
+        originals: the images from which it was made; if given, each converted image is compared with its original.
+        workers: threads that hash and decode; 0 means one per core. Memory is limited to a few images per thread.
 
     Raises:
-        UserError: there is nothing at the path that could be verified, or it may not be read.
+        UserError: there is nothing at the path to verify, or it may not be read.
     """
     require_at_least("workers", workers, 0)
     found = Findings()
@@ -78,7 +78,7 @@ def _image_check(images: Converted, manifest: Manifest | None, originals: ImageL
 
 
 def _unmatched(images: Converted, originals: ImageListing) -> Iterator[Fault]:
-    """Images and originals whose very bytes the other side has not, where positions cannot tell which belongs to which."""
+    """Yields the images and originals whose exact bytes have no counterpart. Used when the numbers of images differ, so positions don't match."""
     if images.crc32 is None:
         return
     left = Counter(images.crc32.tolist())
@@ -97,7 +97,7 @@ def _unmatched(images: Converted, originals: ImageListing) -> Iterator[Fault]:
 
 
 def _work(path: Path, manifest: Manifest | None, images: Converted | None, check: ImageCheck | None, stop: Event) -> Iterator[Work]:
-    """All checks that read the data, file by file, so that what one has read is still in memory for the next."""
+    """Yields all checks that read the data, file by file, so that later checks find the file in the page cache."""
     if path.is_file():
         files = {path.name: path}
     else:
@@ -110,7 +110,7 @@ def _work(path: Path, manifest: Manifest | None, images: Converted | None, check
             yield partial(_one_fault, str(file), "missing, the manifest names it")
             continue
         if manifest:
-            # A .beton may have been renamed, its manifest with it.
+            # A .beton may have been renamed together with its manifest, so it is not looked up by name.
             shard = shards.get(name) if path.is_dir() else next(iter(shards.values()), None)
             yield partial(_hash_faults, file, shard, by_digest, stop)
         if images is None or check is None or number >= len(images.files):
@@ -125,7 +125,7 @@ def _one_fault(file: str, what: str) -> tuple[list[Fault], int]:
 
 
 def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], stop: Event) -> tuple[list[Fault], int]:
-    """by_digest: the names of all shards by their sha256 in the manifest."""
+    """Checks a file's size and sha256. by_digest: names of all shards by their sha256 in the manifest, to recognise swapped files."""
     if shard is None:
         return _one_fault(str(file), "is not in the manifest")
     size = file.stat().st_size
@@ -162,7 +162,7 @@ def _image_faults(file: Path, check: ImageCheck, chunk: list[int]) -> tuple[list
 
 
 def _chunks(images: Converted, number: int) -> Iterator[list[int]]:
-    """Images of a file that lie together, a few MiB at a time."""
+    """Yields the images of a file in chunks of neighbours of a few MiB."""
     members = np.flatnonzero(images.file == number)
     members = members[np.argsort(images.offset[members], kind="stable")]
     chunk = np.cumsum(images.size[members]) // _CHUNK_BYTES
@@ -172,9 +172,9 @@ def _chunks(images: Converted, number: int) -> Iterator[list[int]]:
 
 
 def _run(work: Iterator[Work], *, threads: int, stop: Event) -> Iterator[tuple[list[Fault], int]]:
-    """Everything that the pieces of work find, as they end: a long one, such as hashing a whole file, holds up no other.
+    """Yields the results of the pieces of work as they finish, so that a long one, such as hashing a whole file, delays no other.
 
-    Sets `stop` when nobody waits for results any more.
+    Sets `stop` when the consumer stops, so that hashing ends early.
     """
     pending: set[Future[tuple[list[Fault], int]]] = set()
     with ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-verify") as pool:
