@@ -93,6 +93,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, truncated, altered, holding more than tensors and plain values, or of another program.
     """
+    if path.exists() and not path.is_file():  # to read a named pipe would wait for ever
+        raise CheckpointError(f"checkpoint {path}: is not a file")
     try:
         payload = path.read_bytes()
         recorded = _digest_path(path).read_bytes().strip() if _digest_path(path).exists() else b""
