@@ -100,6 +100,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, truncated, altered, holds more than tensors and plain values, or was written by another program.
     """
+    if path.exists() and not path.is_file():  # to read a named pipe would wait for ever
+        raise CheckpointError(f"checkpoint {path}: is not a file")
     try:
         payload = path.read_bytes()
         recorded = _digest_path(path).read_bytes().strip() if _digest_path(path).exists() else b""

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.arguments import expand_home, refuse_repeated
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, shown
 from fastbyol.config.field_docs import field_docs
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
-from fastbyol.plain_yaml import read_yaml, repeated_key
+from fastbyol.plain_yaml import StandsForTooMuch, read_yaml, repeated_key
 from fastbyol.run_folder import flatten
 
 log = logging.getLogger("fastbyol")
@@ -51,6 +51,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     if {"-h", "--help"} & set(arguments):
         _explain(parser)
     _refuse_unknown(arguments, parser)
+    _refuse_too_much(arguments)
     repeated = _repeated(arguments)
     paths, typed = _files_apart(arguments)
     files = [_read_file(path) for path in paths]
@@ -144,6 +145,21 @@ def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -
         name = argument.split("=", 1)[0]
         if name.startswith("--") and name not in known:
             raise UserError(f"{name}: no such option{nearest_name(name, known)}; --help lists them")
+
+
+def _refuse_too_much(arguments: Sequence[str]) -> None:
+    """Raises UserError for a value of aliases or levels without end, as in a file: jsonargparse, which reads every value as YAML, writes them out."""
+    option = ""
+    for argument in arguments:
+        value = argument
+        if argument.startswith("--"):
+            option, _, value = argument.partition("=")
+        try:
+            read_yaml(value)
+        except StandsForTooMuch as error:
+            raise UserError(f"{option} = {shown(value)}: {error}") from error
+        except ValueError:  # a text that is no YAML may be a path
+            continue
 
 
 def _repeated(arguments: Sequence[str]) -> list[str]:

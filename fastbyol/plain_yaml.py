@@ -8,6 +8,10 @@ MAX_VALUES, MAX_DEPTH = 10_000, 20
 """Limits on the expanded document; a whole config has about a hundred values in three levels."""
 
 
+class StandsForTooMuch(ValueError):
+    """A document that expands beyond the limits."""
+
+
 def read_yaml(text: str) -> object:
     """Returns the plain values of one YAML document.
 
@@ -22,7 +26,7 @@ def read_yaml(text: str) -> object:
         _written_out(node, depth=0, known={})
         return loader.construct_document(node)
     except RecursionError as error:
-        raise ValueError(f"more than {MAX_DEPTH} levels deep") from error
+        raise StandsForTooMuch(f"more than {MAX_DEPTH} levels deep") from error
     except (yaml.YAMLError, OverflowError) as error:
         raise ValueError(str(error)[:500]) from error
 
@@ -47,11 +51,11 @@ def _repeated_key(node: yaml.Node | None, prefix: str = "") -> str:
 def _written_out(node: yaml.Node, *, depth: int, known: dict[int, int]) -> int:
     """Returns how many values a node expands to, counting each alias in full. `known` caches the counts of nodes by id."""
     if depth > MAX_DEPTH:  # also catches a group that contains an alias of itself
-        raise ValueError(f"more than {MAX_DEPTH} levels deep")
+        raise StandsForTooMuch(f"more than {MAX_DEPTH} levels deep")
     if id(node) not in known:
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
         inner = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
         known[id(node)] = 1 + sum(_written_out(each, depth=depth + 1, known=known) for each in inner)
     if known[id(node)] > MAX_VALUES:
-        raise ValueError(f"stands for more than {MAX_VALUES:,} values; write fewer aliases")
+        raise StandsForTooMuch(f"stands for more than {MAX_VALUES:,} values; write fewer aliases")
     return known[id(node)]

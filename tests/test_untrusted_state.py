@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import zipfile
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from fastbyol.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, load_newest, load_run, load_weights, save_checkpoint
+from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import OptimConfig, TrainConfig
@@ -322,6 +324,15 @@ def test_a_digest_file_that_an_interrupted_copy_left_empty_is_no_digest_and_anot
         load_checkpoint(path)
 
 
+def test_what_is_not_a_file_is_passed_over_without_waiting_for_it(tmp_path):
+    save_checkpoint(tmp_path, step=1, state=_state(1), keep=9)
+    os.mkfifo(checkpoint_path(tmp_path, 2))
+    checkpoint_path(tmp_path, 3).mkdir()
+    assert load_newest(tmp_path)["step"] == 1
+    with pytest.raises(CheckpointError, match="step-000000002.pt: is not a file"):
+        load_checkpoint(checkpoint_path(tmp_path, 2))
+
+
 def test_a_checkpoint_of_a_run_with_another_config_is_skipped_by_every_reader_of_the_folder(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 3\nepochs: 7\n")
     ours = {"config": {"seed": 3, "epochs": 7.0, "log_every": 99}}
@@ -369,6 +380,18 @@ def test_yaml_that_expands_to_too_much_or_is_invalid_is_a_short_error(text):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (which one is said differs)
         read_yaml(text)
     assert len(str(error.value)) < 1000
+
+
+def test_a_typed_value_that_stands_for_too_much_is_a_short_error_and_a_path_that_is_no_yaml_is_none():
+    bomb = "{a: &a [x,x,x,x,x,x,x,x,x]" + "".join(f", {b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghi")) + "}"
+    for arguments in (["--seed", bomb], [f"--data.train={bomb}"], ["--seed", "[" * 3000]):
+        with pytest.raises(
+            UserError, match="^--(seed|data.train) = .*: (stands for more than 10,000 values|more than 20 levels deep)"
+        ) as error:
+            parse_train_config(arguments, usage="")
+        assert len(str(error.value)) < 400
+    for path in ("[a", "a: b: c", "*x", "&", "{", "!!python/none", "- x"):
+        assert parse_train_config([f"--data.train={path}"], usage="").data.train == path
 
 
 def test_aliases_and_merges_of_a_sensible_size_are_read():
