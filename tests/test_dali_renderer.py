@@ -1,4 +1,4 @@
-"""Views made by DALI itself: the same views as the kernel's, up to rounding, and the same promises of order and errors."""
+"""Tests of views made by DALI: equal to the kernel's up to rounding, with the same order, resume and errors."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def loader_at(path: Path, ops: str, *, views: ViewPair = VIEWS, **changes: objec
 
 
 def levels(view: torch.Tensor, views: ViewPair = VIEWS) -> torch.Tensor:
-    """A normalised view (N, 3, S, S) in units of 255 levels."""
+    """Returns a normalised view (N, 3, S, S) in units of 255 levels."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (views.mean, views.std))
     return 255 * (view * std + mean)
 
 
 @pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_dalis_crops_are_the_kernels_to_one_level(tar_folder: Path, interpolation: str, antialias: bool) -> None:
+def test_dalis_crops_equal_the_kernels_to_within_one_level(tar_folder: Path, interpolation: str, antialias: bool) -> None:
     views = ViewPair(size_px=32, interpolation=interpolation, antialias=antialias)
     with loader_at(tar_folder, "crop", views=views) as dali, loader_at(tar_folder, "decode", views=views, output="uint8") as kernel:
         for ours, theirs in zip(dali, kernel, strict=True):
@@ -49,7 +49,7 @@ def test_dalis_crops_are_the_kernels_to_one_level(tar_folder: Path, interpolatio
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
-def test_dalis_crops_become_the_kernels_views_on_the_device(tar_folder: Path, compiled: bool) -> None:
+def test_dalis_crops_augmented_on_the_device_equal_the_kernels_views(tar_folder: Path, compiled: bool) -> None:
     views = both(VIEWS, solarize_p=0.0)  # a level more or less decides at its threshold
     with loader_at(tar_folder, "crop", views=views) as dali, loader_at(tar_folder, "decode", views=views) as kernel:
         for ours, theirs in zip(dali, kernel, strict=True):
@@ -60,8 +60,8 @@ def test_dalis_crops_become_the_kernels_views_on_the_device(tar_folder: Path, co
                 assert difference.quantile(0.99) < 3
 
 
-def test_dalis_own_operations_take_our_draws(tar_folder: Path) -> None:
-    """Crop, flip, grey and solarize are the paper's, up to DALI's 8-bit levels between its operations."""
+def test_dalis_own_operations_use_our_parameters(tar_folder: Path) -> None:
+    """Crop, flip, grey and solarize equal the paper's, up to DALI's rounding to 8 bits between operations."""
     for views, largest in ((CROPS, 1.6), (both(CROPS, gray_p=1.0), 2.6), (both(CROPS, solarize_p=1.0), 1.6)):
         with loader_at(tar_folder, "all", views=views) as dali, loader_at(tar_folder, "decode", views=views) as kernel:
             for ours, theirs in zip(dali, kernel, strict=True):
@@ -81,7 +81,7 @@ def test_dalis_own_operations_take_our_draws(tar_folder: Path) -> None:
         ({"jitter_p": 1.0}, (2.0, 20.0), 256),
     ],
 )
-def test_dalis_brightness_and_blur_are_the_papers_its_whole_jitter_is_not(
+def test_dalis_brightness_and_blur_equal_the_papers_but_its_full_jitter_does_not(
     tar_folder: Path, changes: dict[str, float], mean_between: tuple[float, float], largest: float
 ) -> None:
     views = both(CROPS, **changes)
@@ -97,7 +97,7 @@ def as_bytes(batch: ViewBatch) -> list[bytes]:
 
 
 @pytest.mark.parametrize("ops", ["crop", "all"])
-def test_order_ranks_and_resume_are_those_of_every_loader(tar_folder: Path, ops: str) -> None:
+def test_order_ranks_and_resume_are_the_same_as_for_other_renderers(tar_folder: Path, ops: str) -> None:
     with loader_at(tar_folder, ops) as whole:
         wanted = [as_bytes(batch) for batch in whole]
     with loader_at(tar_folder, ops) as resumed:
@@ -125,7 +125,7 @@ def test_a_damaged_image_is_named(image_folder: Path, tmp_path: Path) -> None:
         next(iter(loader))
 
 
-def test_what_dali_cannot_do_is_refused(tar_folder: Path, image_folder: Path) -> None:
+def test_views_and_devices_that_dali_does_not_support_are_refused(tar_folder: Path, image_folder: Path) -> None:
     with pytest.raises(UserError, match="have no rotation"):
         loader_at(tar_folder, "all", views=both(VIEWS, rotation_deg=10.0))
     with pytest.raises(UserError, match="have no views.semantics torchvision"):
