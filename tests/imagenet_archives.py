@@ -1,4 +1,4 @@
-"""ImageNet's archives in small, in their real structure: a tar of class tars, a flat tar, the development kit with its MATLAB file."""
+"""Small copies of ImageNet's archives with their real structure: a tar of class tars, a flat tar, the development kit with its MATLAB file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSV
 
 
 def jpeg(seed: int, *, height: int = 24, width: int = 32) -> bytes:
-    """A small smooth photograph of its own."""
+    """Returns a small smooth JPEG that differs from all others."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
@@ -32,7 +32,7 @@ def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def tar_bytes(files: dict[str, bytes]) -> bytes:
-    """A tar of these files, in this order."""
+    """Returns the bytes of a tar of these files, in this order."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, data in files.items():
@@ -41,7 +41,7 @@ def tar_bytes(files: dict[str, bytes]) -> bytes:
 
 
 def write_archives(root: Path) -> None:
-    """The three archives. Images lie in the tars in no order, as in the real ones."""
+    """Writes the three archives. The images are in no particular order in the tars, as in the real ones."""
     classes = {}
     for number, wnid in enumerate(reversed(WNIDS)):
         classes[f"{wnid}.tar"] = tar_bytes({f"{wnid}_{i}.JPEG": jpeg(100 * number + i, height=20 + i) for i in (10026, 2, 913, 10)})
@@ -55,7 +55,7 @@ def write_archives(root: Path) -> None:
 
 
 def meta_mat() -> bytes:
-    """synsets: a struct array of leaves, then an inner node, whose id is no class."""
+    """Returns meta.mat, in which 'synsets' is a struct array of leaves and an inner node, whose id is not a class."""
     names = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height", "num_train_images")
     synsets = np.zeros((len(KIT_IDS) + 1, 1), dtype=[(name, "O") for name in names])
     for row, (number, wnid) in enumerate([*sorted(KIT_IDS.items()), (1001, "n00001740")]):

@@ -1,4 +1,4 @@
-"""Conversions that are killed, stopped, starved of room or given bad images: they continue, and end with the bytes that nothing would have changed."""
+"""Tests of interrupted conversions (killed, stopped, full disk, bad images): they continue and end with the same bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """What each format's command leaves when nothing happens."""
+    """Returns the output of each format's command without an interruption."""
     results = {}
     for kind in FORMATS:
         command = make(kind, many, tmp_path_factory.mktemp(kind))
@@ -65,7 +65,7 @@ def make(kind: str, data: Path, folder: Path, *options: str) -> Conversion:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_killed_at_random_moments_it_continues_and_ends_with_the_same_bytes(
+def test_a_conversion_killed_at_random_moments_continues_to_the_same_bytes(
     kind: str, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     for attempt in range(20):  # on a busy machine the work may be done before we come to kill it
@@ -80,7 +80,7 @@ def test_killed_at_random_moments_it_continues_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize(("kind", "number", "code"), [("beton", signal.SIGINT, 130), ("tar", signal.SIGTERM, 143)])
-def test_a_stop_is_one_line_that_says_how_far_it_is_and_the_same_command_continues(
+def test_a_stop_is_one_line_with_the_progress_and_the_same_command_continues(
     kind: str, number: signal.Signals, code: int, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     exit_code = 0
@@ -102,7 +102,7 @@ def test_a_stop_is_one_line_that_says_how_far_it_is_and_the_same_command_continu
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_full_disk_is_one_line_and_the_same_command_continues_when_there_is_room(
+def test_a_full_disk_is_a_one_line_error_and_the_same_command_continues_once_there_is_space(
     kind: str, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     command = make(kind, many, tmp_path)
@@ -117,7 +117,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues_when_there_is_ro
     assert command.result() == undisturbed[kind]
 
 
-def test_killed_when_its_files_have_just_taken_their_places_it_leaves_no_work_folder(many: Path, tmp_path: Path) -> None:
+def test_a_conversion_killed_after_moving_its_files_leaves_no_work_folder_when_repeated(many: Path, tmp_path: Path) -> None:
     command = make("beton", many, tmp_path)
     assert command.run().returncode == 0
     command.work.mkdir()
@@ -137,7 +137,7 @@ def interrupted_by_a_bad_image(folder: Path, out: Path) -> None:
 
 @pytest.fixture
 def ten(tmp_path: Path) -> Path:
-    """Ten images, the last of them cut."""
+    """Returns a folder of ten images, the last of them truncated."""
     folder = write_many(tmp_path / "ten", images=10, classes=1)
     last = folder / "class0" / "000009.jpg"
     last.write_bytes(last.read_bytes()[:-150])
@@ -179,7 +179,7 @@ def test_chunks_are_hashed_as_the_file_grows_and_give_its_sha256_after_an_interr
     begin = BackgroundDigests.begin
 
     def begin_and_wait(self: BackgroundDigests, name: str, *, start: int = 0, size: int | None = None) -> None:
-        """So that none is too late for the journal: ten images are done in a moment."""
+        """Waits for each digest, so that the journal has it: ten images are converted before a thread would have finished."""
         begin(self, name, start=start, size=size)
         wait(self._pending.values())
 
@@ -207,7 +207,7 @@ def test_two_conversions_to_one_output_do_not_mix(ten: Path, tmp_path: Path) -> 
     assert write_beton(ten, out=out, workers=1).num_samples == 9
 
 
-def test_resume_continues_what_is_unfinished_and_refuses_to_begin(ten: Path, tmp_path: Path) -> None:
+def test_resume_continues_an_unfinished_conversion_and_refuses_to_start_one(ten: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.beton"
     resume = ConversionOptions(unfinished="require")
     with pytest.raises(UserError, match=r"x.beton: no unfinished conversion of it is there to be resumed; leave out --resume"):
@@ -224,7 +224,7 @@ def test_a_damaged_work_folder_is_noticed(ten: Path, tmp_path: Path) -> None:
         write_beton(ten, out=tmp_path / "x.beton", workers=1)
 
 
-def test_not_enough_room_is_said_before_anything_is_written(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_reported_before_anything_is_written(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     stored = sum(path.stat().st_size for path in many.rglob("*.jpg"))
@@ -235,7 +235,7 @@ def test_not_enough_room_is_said_before_anything_is_written(many: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_of_which_most_cannot_be_kept_are_refused_before_the_work_unless_that_is_allowed(many: Path, tmp_path: Path) -> None:
+def test_a_source_of_mostly_bad_images_is_refused_before_the_work_unless_allowed(many: Path, tmp_path: Path) -> None:
     tiny = EncodeSettings(max_pixels=48 * 40 - 1)  # of all images only some PNGs are smaller
     with pytest.raises(
         UserError, match=r"16 of a sample of 16 images cannot be kept, the first class\d/\d+.jpg: too many pixels"
@@ -247,7 +247,7 @@ def test_images_of_which_most_cannot_be_kept_are_refused_before_the_work_unless_
     assert write_tar_shards(many, out=tmp_path / "x", workers=1, options=allowed).num_samples == IMAGES // BAD_EVERY
 
 
-def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(ten: Path, tmp_path: Path) -> None:
+def test_overwriting_keeps_the_old_output_until_the_new_one_is_complete(ten: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
     write_tar_shards(ten, out=out, workers=1)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -264,7 +264,7 @@ def test_overwriting_keeps_the_old_output_until_the_new_one_is_whole(ten: Path, 
 # ---- what is dropped
 
 
-def test_row_i_is_the_ith_image_kept_and_the_manifest_says_which_are_not(
+def test_row_i_is_the_ith_kept_image_and_the_manifest_lists_the_dropped_ones(
     many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     for kind, files in undisturbed.items():
@@ -312,7 +312,7 @@ def test_stock_ffcv_reads_a_beton_with_fewer_rows_than_its_table_has_room_for_an
     assert label.flatten().tolist() == [0] * 9
 
 
-def test_too_many_dropped_or_a_class_that_loses_all_is_an_error_after_which_nothing_is_lost(tmp_path: Path) -> None:
+def test_too_many_dropped_images_or_an_emptied_class_is_an_error_that_keeps_the_work(tmp_path: Path) -> None:
     folder = write_many(tmp_path / "images", images=40, classes=2)
     for path in (folder / "class1").iterdir():
         path.write_bytes(b"gone")
@@ -327,7 +327,7 @@ def test_too_many_dropped_or_a_class_that_loses_all_is_an_error_after_which_noth
     assert manifest.class_counts == (20, 0)
 
 
-def test_a_disk_that_is_gone_ends_the_work_and_its_images_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_disk_ends_the_work_and_its_images_are_retried_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = write_many(tmp_path / "images", images=60, classes=1), tmp_path / "x.beton"
     location = ImageListing.location
 
@@ -343,7 +343,7 @@ def test_a_disk_that_is_gone_ends_the_work_and_its_images_are_tried_again(tmp_pa
     assert write_beton(folder, out=out, workers=1).num_samples == 60
 
 
-def test_names_with_bytes_that_are_no_text_go_through_report_and_manifest(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_survive_in_report_and_manifest(tmp_path: Path) -> None:
     folder = write_many(tmp_path / "images", images=12, classes=2)
     odd = os.fsdecode(b"caf\xe9 \x1b[31m")
     (folder / "class0").rename(folder / odd)

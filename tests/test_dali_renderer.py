@@ -1,4 +1,4 @@
-"""Views made by DALI itself: the same views as the kernel's, up to rounding, and the same promises of order and errors."""
+"""Tests of views made by DALI: equal to the kernel's up to rounding, with the same order, resume and errors."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def loader_at(path: Path, ops: str, *, views: ViewPair = VIEWS, **changes: objec
 
 
 def levels(view: torch.Tensor, views: ViewPair = VIEWS) -> torch.Tensor:
-    """A normalised view (N, 3, S, S) in units of 255 levels."""
+    """Returns a normalised view (N, 3, S, S) in units of 255 levels."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (views.mean, views.std))
     return 255 * (view * std + mean)
 
 
 @pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_dalis_crops_are_the_kernels_to_one_level(tar_folder: Path, interpolation: str, antialias: bool) -> None:
+def test_dalis_crops_equal_the_kernels_to_within_one_level(tar_folder: Path, interpolation: str, antialias: bool) -> None:
     views = ViewPair(size_px=32, interpolation=interpolation, antialias=antialias)
     with loader_at(tar_folder, "crop", views=views) as dali, loader_at(tar_folder, "decode", views=views, output="uint8") as kernel:
         for ours, theirs in zip(dali, kernel, strict=True):
@@ -48,7 +48,7 @@ def test_dalis_crops_are_the_kernels_to_one_level(tar_folder: Path, interpolatio
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
-def test_dalis_crops_become_the_kernels_views_on_the_device(tar_folder: Path, compiled: bool) -> None:
+def test_dalis_crops_augmented_on_the_device_equal_the_kernels_views(tar_folder: Path, compiled: bool) -> None:
     views = both(VIEWS, solarize_p=0.0)  # a level more or less decides at its threshold
     with loader_at(tar_folder, "crop", views=views) as dali, loader_at(tar_folder, "decode", views=views) as kernel:
         for ours, theirs in zip(dali, kernel, strict=True):

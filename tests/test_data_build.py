@@ -1,4 +1,4 @@
-"""From a path to a backend, and every mistake a user can make with it: one line that names the thing and the way out."""
+"""Tests that a path is opened with the right backend, and that every mistake of a user is a one-line error that names the way out."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def build(path: Path | str, backend: str = "auto", global_batch: int = 4) -> Non
 
 
 @pytest.mark.parametrize("backend", ["folder", "ffcv", "dali"])
-def test_a_backend_named_or_found_reads_its_own_kind(backend: str, data_paths: dict[str, Path]) -> None:
+def test_each_backend_reads_its_own_format_whether_named_or_detected(backend: str, data_paths: dict[str, Path]) -> None:
     for name in (backend, "auto"):
         build(data_paths[backend], name)
 
 
 @pytest.mark.parametrize("asked", ["folder", "ffcv", "dali"])
 @pytest.mark.parametrize("given", ["folder", "ffcv", "dali"])
-def test_a_backend_that_does_not_read_the_path_says_which_does(asked: str, given: str, data_paths: dict[str, Path]) -> None:
+def test_a_backend_that_cannot_read_the_path_names_the_one_that_can(asked: str, given: str, data_paths: dict[str, Path]) -> None:
     if asked == given:
         assert build_image_loader(data_paths[given], views=VIEWS, batch=2, backend=asked, workers=1).num_samples == 25
         return
@@ -54,7 +54,7 @@ def test_the_global_batch_must_fit_the_data(image_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("path", "message"), [("", "data.train is not given"), ("/no/such/place", "no such file or folder")])
-def test_a_path_that_is_missing_is_one_line(path: str, message: str) -> None:
+def test_a_missing_path_is_a_one_line_error(path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(path)
 
@@ -87,7 +87,7 @@ def test_default_workers_are_shared_between_the_processes_of_a_machine(monkeypat
 # ---- folders
 
 
-def test_the_listing_is_torchvisions(image_folder: Path, make_folder: Callable[..., Path]) -> None:
+def test_the_listing_equals_torchvisions(image_folder: Path, make_folder: Callable[..., Path]) -> None:
     nested = make_folder(b_PNG=Image.new("RGB", (2, 2)), a_jpg=Image.new("RGB", (2, 2)), notes_txt=b"no image")
     for name in ("a", "B", "a-b"):
         (nested / "class" / name).mkdir()
@@ -98,7 +98,7 @@ def test_the_listing_is_torchvisions(image_folder: Path, make_folder: Callable[.
         assert list(ours.class_names) == theirs.classes
 
 
-def test_a_folder_that_is_no_image_folder_is_one_line(tmp_path: Path, image_folder: Path) -> None:
+def test_a_folder_that_is_not_an_image_folder_is_a_one_line_error(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(UserError, match="has no sub-folders"):
         build(tmp_path)
     (tmp_path / "empty_class").mkdir()
@@ -113,13 +113,13 @@ def test_a_folder_that_is_no_image_folder_is_one_line(tmp_path: Path, image_fold
 # ---- .beton
 
 
-def test_the_format_is_ffcvs() -> None:
+def test_the_beton_types_equal_ffcvs() -> None:
     assert beton_format.VERSION == CURRENT_VERSION
     assert (HeaderType, FieldDescType, ALLOC_TABLE_TYPE) == (beton_format.HEADER, beton_format.FIELD, beton_format.ALLOCATION)
     assert get_metadata_type([RGBImageField(), IntField()]) == beton_format.SAMPLE
 
 
-def test_a_file_that_is_no_beton_is_one_line(tmp_path: Path, beton: Path) -> None:
+def test_a_file_that_is_not_a_beton_is_a_one_line_error(tmp_path: Path, beton: Path) -> None:
     whole = beton.read_bytes()
     header_only = bytearray(whole[:24]) + bytes(5000)
     header_only[16:24] = bytes(8)
@@ -144,7 +144,7 @@ def test_a_file_that_is_no_beton_is_one_line(tmp_path: Path, beton: Path) -> Non
             build(path)
 
 
-def test_a_beton_beside_the_manifest_of_another_is_refused(tmp_path: Path, beton: Path) -> None:
+def test_a_beton_with_the_manifest_of_another_file_is_refused(tmp_path: Path, beton: Path) -> None:
     copy = Path(shutil.copy(beton, tmp_path / "a.beton"))
     fields = json.loads(Path(f"{beton}.json").read_text())
     fields["shards"][0]["bytes"] += 1
@@ -197,7 +197,7 @@ def test_a_raw_beton_of_stock_ffcv_is_read(tmp_path: Path) -> None:
         (lambda folder: np.save(folder / "samples.npy", np.zeros(3)), "not the sample table"),
     ],
 )
-def test_a_tar_folder_with_a_part_missing_or_foreign_is_one_line(
+def test_a_tar_folder_with_a_missing_or_foreign_file_is_a_one_line_error(
     damage: Callable[[Path], object], message: str, tar_folder: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tar_folder, tmp_path / "shards"))

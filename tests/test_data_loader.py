@@ -1,4 +1,4 @@
-"""Loaders: one contract for three backends; order, workers, ranks and resumes change no byte."""
+"""Tests of the loaders with all three backends: workers, ranks and resumes change no byte of a batch."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_batches_stay_valid_while_later_ones_are_made(path: Path) -> None:
     assert [as_bytes(batch) for batch in kept] == copies
 
 
-def test_memory_is_lent_again_only_when_nothing_shares_it_any_more() -> None:
+def test_batch_memory_is_reused_only_after_every_tensor_on_it_is_freed() -> None:
     memory, shape = BatchMemory(torch.float32, pinned=False, spare=1), (2, 3, 4, 4, 3)
     first, second = memory.lend(shape), memory.lend(shape)
     place, part = first.data_ptr(), first[1, 2:].permute(0, 3, 1, 2).numpy()
@@ -135,7 +135,7 @@ def test_memory_is_lent_again_only_when_nothing_shares_it_any_more() -> None:
     assert memory.lend(shape).data_ptr() == place
 
 
-def test_no_more_batches_are_kept_spare_than_said() -> None:
+def test_at_most_the_given_number_of_unused_batches_is_kept() -> None:
     memory, shape = BatchMemory(torch.uint8, pinned=False, spare=2), (1, 1, 4, 4, 3)
     held = [memory.lend(shape) for _ in range(5)]
     places = [tensor.data_ptr() for tensor in held]
@@ -145,7 +145,7 @@ def test_no_more_batches_are_kept_spare_than_said() -> None:
     assert not memory._spare
 
 
-def test_a_new_epoch_brings_another_order_and_other_views(path: Path) -> None:
+def test_a_new_epoch_has_another_order_and_other_views(path: Path) -> None:
     with loader_at(path) as loader:
         first, second = list(loader), list(loader)
     assert loader.state_dict() == {"epoch": 2, "batch": 0}
@@ -159,7 +159,7 @@ def test_a_new_epoch_brings_another_order_and_other_views(path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "dali"])
-def test_the_fast_backends_give_the_bytes_of_the_reference(backend: str, data_paths: dict[str, Path]) -> None:
+def test_the_fast_backends_return_the_bytes_of_the_reference(backend: str, data_paths: dict[str, Path]) -> None:
     with loader_at(data_paths[backend], views=VIEWS) as fast, loader_at(data_paths["folder"], views=VIEWS) as reference:
         assert [as_bytes(batch) for batch in fast] == [as_bytes(batch) for batch in reference]
 
@@ -177,7 +177,7 @@ def test_leaving_an_epoch_early_leaks_no_thread_and_goes_on_at_the_next_batch(pa
     assert threading.active_count() == before
 
 
-def test_the_image_loader_gives_every_image_once_in_order(path: Path) -> None:
+def test_the_image_loader_yields_every_image_once_in_order(path: Path) -> None:
     with build_image_loader(path, views=VIEWS, batch=10, workers=2) as loader:
         for _ in range(2):
             batches = list(loader)
@@ -187,7 +187,7 @@ def test_the_image_loader_gives_every_image_once_in_order(path: Path) -> None:
         assert (len(loader), loader.num_samples, loader.class_names) == (3, 25, ("ant", "bee", "cat"))
 
 
-def test_an_image_of_one_colour_comes_out_as_that_colour_normalised(make_folder: Callable[..., Path]) -> None:
+def test_an_image_of_one_colour_becomes_that_colour_normalised(make_folder: Callable[..., Path]) -> None:
     folder = make_folder(a_png=Image.new("RGB", (20, 30), (255, 0, 51)), b_png=Image.new("RGB", (1, 1), (0, 255, 102)))
     with build_image_loader(folder, views=VIEWS, batch=2, workers=1) as loader:
         (batch,) = loader
@@ -211,7 +211,7 @@ def test_images_of_one_pixel_work_in_every_backend(make_folder: Callable[..., Pa
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "dali"])
-def test_a_local_traversal_takes_its_own_order_changes_no_view_and_resumes(backend: str, data_paths: dict[str, Path]) -> None:
+def test_a_local_traversal_changes_the_order_but_no_view_and_can_resume(backend: str, data_paths: dict[str, Path]) -> None:
     def views_of(batches: list[ViewBatch]) -> dict[int, bytes]:
         return {int(i): view.numpy().tobytes() for batch in batches for i, view in zip(batch.index, batch.view2, strict=True)}
 
@@ -229,7 +229,7 @@ def test_a_local_traversal_takes_its_own_order_changes_no_view_and_resumes(backe
         assert as_bytes(next(iter(resumed))) == as_bytes(local_batches[3])
 
 
-def test_a_folder_has_nothing_to_read_in_blocks(image_folder: Path) -> None:
+def test_a_local_traversal_of_an_image_folder_is_refused(image_folder: Path) -> None:
     with pytest.raises(UserError, match="data.traversal = 'local': an image folder"):
         loader_at(image_folder, traversal="local")
     with pytest.raises(UserError, match="data.traversal = 'pages': must be one of random, local"):
@@ -237,7 +237,7 @@ def test_a_folder_has_nothing_to_read_in_blocks(image_folder: Path) -> None:
 
 
 class _StoredSource(Source):
-    """40 samples of 10 bytes in one file; notes what is fetched ahead."""
+    """A source of 40 samples of 10 bytes in one file, which records what is read ahead."""
 
     def __init__(self) -> None:
         super().__init__(labels=np.zeros(40, dtype=np.int64), class_names=("only",))
@@ -257,7 +257,7 @@ class _StoredSource(Source):
 
 
 def wait_until_fetched(source: _StoredSource, num: int) -> None:
-    """Exactly so many blocks, no sooner than they were due and no more of them a little later."""
+    """Waits until the number of fetched blocks is reached, and checks that no more follow shortly after."""
     end = time.monotonic() + 10
     while len(source.fetched) < num and time.monotonic() < end:
         time.sleep(0.001)
@@ -285,7 +285,7 @@ def test_blocks_are_fetched_a_window_ahead_once_an_epoch_and_shared_between_the_
     assert sorted(i for half in halves for block in half for i in block) == list(range(40))
 
 
-def test_reading_ahead_goes_over_the_bytes_and_past_the_end_of_a_file_without_harm(tmp_path: Path) -> None:
+def test_reading_ahead_past_the_end_of_a_file_is_harmless(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bytes(3_000_000))
     reader = RangeReader(tmp_path / "x")
     reader.read_ahead(0, 2_500_000)
@@ -312,7 +312,7 @@ def noisy_folder(make_folder: Callable[..., Path]) -> Path:
 
 
 def expect_damage_reported(path: Path, *, index: int, name: str) -> None:
-    """Each epoch ends in the error, and the threads stay usable: no hang, no black image."""
+    """Checks that each epoch ends in the error, without a hang or a black image, and that the threads stay usable."""
     with loader_at(path, global_batch=3, views=VIEWS) as loader:
         for _ in range(2):
             with pytest.raises(UserError, match=f"image {index} .*{name}.* does not decode"):
@@ -344,7 +344,7 @@ def test_a_damaged_jpeg_in_a_tar_is_named(noisy_folder: Path, tmp_path: Path, da
 
 
 def wipe(path: Path, offset: int, size: int, damage: str) -> None:
-    """Zeroes a range of an image's bytes; one byte in the middle is what no decoder notices."""
+    """Zeroes a range of an image's bytes. No decoder notices a single changed byte in the middle."""
     start, length = {"header": (0, 64), "tail": (size // 2, size - size // 2), "one byte": (size // 2, 1)}[damage]
     with path.open("r+b") as file:
         file.seek(offset + start)
@@ -377,13 +377,13 @@ class _BrokenSource(Source):
         return f"image {index}"
 
 
-def test_an_unforeseen_exception_of_a_worker_reaches_the_consumer_with_the_sample() -> None:
+def test_an_unexpected_exception_of_a_worker_reaches_the_consumer_and_names_the_sample() -> None:
     loader = TwoViewLoader(KernelRenderer(_BrokenSource(), VIEWS, workers=2), views=VIEWS, traversal=Traversal(8, 0, 4))
     with loader, pytest.raises(ValueError, match="uint8") as caught:
         list(loader)
     assert caught.value.__notes__ == ["while rendering image 6"]
 
 
-def test_a_position_of_another_run_is_refused(image_folder: Path) -> None:
+def test_a_loader_state_outside_the_epoch_is_refused(image_folder: Path) -> None:
     with loader_at(image_folder) as loader, pytest.raises(UserError, match="an epoch has 4 batches"):
         loader.load_state_dict({"epoch": 0, "batch": 4})

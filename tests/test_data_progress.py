@@ -1,4 +1,4 @@
-"""Progress of the data's long work: a line now and then in a log, a bar on a terminal, nothing left of work that ends at once."""
+"""Tests of progress display: a line every ten seconds in a log, a bar on a terminal, nothing for short work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _clock(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
 
 
-def test_a_log_gets_a_line_with_rate_and_rest_every_few_seconds(
+def test_a_log_gets_a_line_with_rate_and_time_left_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _clock(monkeypatch, 100.0, 103.0, 110.0, 112.0, 121.0)
@@ -33,7 +33,7 @@ def test_a_log_gets_a_line_with_rate_and_rest_every_few_seconds(
     ]
 
 
-def test_a_conversions_line_says_bytes_and_dropped_images_and_its_rate_is_of_this_process(
+def test_a_conversions_line_has_bytes_and_dropped_images_and_the_rate_of_this_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _clock(monkeypatch, 0.0, 5.0, 20.0, 21.0)
@@ -47,7 +47,7 @@ def test_a_conversions_line_says_bytes_and_dropped_images_and_its_rate_is_of_thi
     ]
 
 
-def test_work_of_seconds_leaves_a_log_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_work_of_a_few_seconds_writes_nothing_to_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _clock(monkeypatch, 0.0, 1.0, 9.0)
     with Progress("a.tar", 2) as shown:
         shown.advance()
@@ -55,7 +55,7 @@ def test_work_of_seconds_leaves_a_log_alone(monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_gets_a_bar_that_says_in_80_columns_how_far_it_is_and_how_long_it_will_take() -> None:
+def test_a_terminal_of_80_columns_gets_a_bar_with_progress_and_time_left() -> None:
     code = (
         "import time; from fastbyol.data.progress import Progress\n"
         "with Progress('train_tar', 1_281_167, unit='images', done=1_000_000) as p:\n"

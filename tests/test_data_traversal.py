@@ -1,4 +1,4 @@
-"""Traversal: pure functions of (seed, epoch, step), no sample lost or repeated."""
+"""Tests of the traversal: a pure function of (seed, epoch, step) that neither loses nor repeats a sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LAYOUTS = [(world, accumulate) for world in (1, 2, 3) for accumulate in (1, 2)]
 
 
 def walk(world: int, accumulate: int, *, epoch: int = 4, blocks: Blocks | None = None) -> list[list[np.ndarray]]:
-    """By micro-batch, by rank: the indices of 25 samples in global batches of 12."""
+    """Returns the sample indices of each micro-batch and rank, for 25 samples in global batches of 12."""
     ranks = [Traversal(25, 7, 12, accumulate=accumulate, rank=rank, world_size=world, blocks=blocks) for rank in range(world)]
     return [[t.share(t.order(epoch), m) for t in ranks] for m in range(ranks[0].micro_batches)]
 
@@ -33,7 +33,7 @@ def test_a_step_sees_the_same_images_in_the_same_order_for_any_ranks_and_accumul
     assert flat.tolist() == epoch_order(25, seed=7, epoch=4)[:24].tolist()
 
 
-def test_over_epochs_every_sample_comes_though_each_epoch_drops_one() -> None:
+def test_over_several_epochs_every_sample_is_used_though_each_epoch_drops_one() -> None:
     seen = {int(i) for epoch in range(8) for shares in walk(1, 1, epoch=epoch) for share in shares for i in share}
     assert seen == set(range(25))
 
@@ -70,7 +70,7 @@ def test_a_layout_that_does_not_divide_is_refused(arguments: dict[str, int], mes
 
 
 def small_blocks(num: int = 25, *, window: int = 3) -> Blocks:
-    """Samples of 100 bytes that lie in reverse, in two files, in blocks of 300 bytes."""
+    """Returns blocks of 300 bytes in two files, whose samples of 100 bytes are stored in reverse order."""
     lies_at = np.arange(num)[::-1]
     return group_into_blocks(lies_at // 13, 100 * (lies_at % 13) + 40, block_bytes=300, window_bytes=300 * window)
 
@@ -86,7 +86,7 @@ def test_blocks_are_the_pages_of_each_file_in_storage_order() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
-def test_a_local_epoch_takes_every_sample_once_and_window_after_window(window: int) -> None:
+def test_a_local_epoch_visits_every_sample_once_window_by_window(window: int) -> None:
     blocks = small_blocks(200, window=window)
     for epoch in (0, 7):
         order, reading = local_order(blocks, seed=3, epoch=epoch).tolist(), block_order(blocks, seed=3, epoch=epoch)
@@ -97,7 +97,7 @@ def test_a_local_epoch_takes_every_sample_once_and_window_after_window(window: i
             assert set(taken) == members
 
 
-def test_samples_of_a_window_are_mixed_and_blocks_change_their_company_with_the_epoch() -> None:
+def test_samples_of_a_window_are_shuffled_and_each_epoch_groups_blocks_into_other_windows() -> None:
     blocks = small_blocks(3000, window=500)
     block_of = np.empty(3000, dtype=int)
     block_of[blocks.sample] = blocks.number

@@ -1,4 +1,4 @@
-"""The demo images: same seed, same bytes; folders that ImageFolder reads; annotations that agree; one line for a user's mistake."""
+"""Tests of the demo images: byte-identical for one seed, readable as an ImageFolder, with correct annotations; mistakes are one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for Debian's package: three photographs a class, each a bright square as many px wide as its label says."""
+    """Replaces Debian's package: three photographs per class, each a bright square whose width in px tells its label."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     labels = np.tile(np.arange(10, dtype=np.uint8), 3)
@@ -88,7 +88,7 @@ def test_asking_for_more_images_keeps_the_first_ones(photographs: Path, tmp_path
     assert digest(tmp_path / "few").items() <= digest(tmp_path / "more").items()
 
 
-def test_a_photograph_keeps_its_whole_light_wherever_it_is_placed() -> None:
+def test_a_photograph_keeps_its_total_brightness_wherever_it_is_placed() -> None:
     photograph = np.zeros((28, 28), dtype=np.uint8)
     photograph[6:22, 6:22] = 160
     centres = []
@@ -135,13 +135,13 @@ def test_idx_files_are_read_with_their_shape(tmp_path: Path) -> None:
         (bytes([0, 0, 8, 2]) + b"\xff" * 8 + b"\x00", "holds 1 values"),
     ],
 )
-def test_a_foreign_or_cut_idx_file_is_a_users_error(content: bytes, says: str, tmp_path: Path) -> None:
+def test_a_foreign_or_truncated_idx_file_is_a_user_error(content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match=says):
         fashion.read_idx(tmp_path / "file")
 
 
-def test_damaged_gzip_data_and_a_missing_file_are_users_errors(tmp_path: Path) -> None:
+def test_damaged_gzip_data_and_a_missing_file_are_user_errors(tmp_path: Path) -> None:
     whole = gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 200]) + bytes(range(200)))
     for name, content in (("cut", whole[:60]), ("foreign", b"no gzip"), ("damaged", whole[:12] + bytes(60) + whole[72:])):
         (tmp_path / f"{name}.gz").write_bytes(content)
@@ -151,7 +151,7 @@ def test_damaged_gzip_data_and_a_missing_file_are_users_errors(tmp_path: Path) -
         fashion.read_idx(tmp_path / "missing.gz")
 
 
-def test_without_package_and_network_the_error_names_all_three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_package_and_network_the_error_names_all_three_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*args: object, **kwargs: object) -> None:
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
@@ -177,7 +177,7 @@ def test_without_the_package_photographs_come_from_torchvisions_download(
     assert len(list((tmp_path / "out").rglob("*.jpg"))) == 30
 
 
-def test_more_photographs_than_there_are_is_a_users_error(photographs: Path, tmp_path: Path) -> None:
+def test_asking_for_more_photographs_than_exist_is_a_user_error(photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="val-per-class = 4: there are 3 photographs"):
         fashion.write_fashion(tmp_path / "out", settings=DemoSettings(1, 4), overwrite=False)
     assert not (tmp_path / "out").exists()
@@ -223,7 +223,7 @@ def test_another_seed_draws_other_scenes() -> None:
 
 
 @pytest.mark.parametrize("label", range(16))
-def test_objects_have_one_area_whatever_their_shape_and_shrink_with_the_square_of_distance(label: int) -> None:
+def test_all_shapes_have_the_same_area_which_falls_with_the_square_of_distance(label: int) -> None:
     for seed in range(8):
         scene = scenes.draw_scene(label, rng=np.random.default_rng(seed))
         # The rim has no relief: its depth is the object's distance.
@@ -240,12 +240,12 @@ def test_backgrounds_are_grey_and_low_in_contrast_and_objects_are_not() -> None:
     assert contrast.max() < 40
 
 
-def test_shapes_are_what_their_names_say() -> None:
+def test_each_shape_has_the_number_of_corners_of_its_name() -> None:
     v, u = np.mgrid[-1.5:1.5:301j, -1.5:1.5:301j].astype(np.float32)
     angle = np.linspace(0, 2 * np.pi, 721)[:-1]
 
     def turning_points(shape: str) -> int:
-        """How many corners reach out: local maxima of the outline's distance from the centre."""
+        """Returns the number of outer corners: local maxima of the outline's distance from the centre."""
         inside = scenes._SHAPES[shape](u, v) > 0
         steps = np.linspace(0, 1.45, 300)
         rows = np.round((steps * np.sin(angle)[:, None] + 1.5) * 100).astype(int)
@@ -276,7 +276,7 @@ def test_existing_output_is_refused_replaced_on_request_and_never_deleted_when_i
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_write_that_fails_is_a_users_error_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_write_is_a_user_error_and_leaves_nothing_behind(tmp_path: Path) -> None:
     twice = [scenes.SceneClass("train", 0, seed=0, num_images=1)] * 2
     with pytest.raises(UserError, match="can't be written"):
         write_image_folder(tmp_path / "out", kind="scenes", class_writers=twice, settings=SMALL, overwrite=False)
@@ -294,7 +294,7 @@ def test_a_write_that_fails_is_a_users_error_and_leaves_nothing_behind(tmp_path:
         (["--out", "/"], "exists and was not made by demo_data.py"),
     ],
 )
-def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments: list[str], says: str, tmp_path: Path) -> None:
+def test_bad_arguments_are_one_line_and_exit_code_2(arguments: list[str], says: str, tmp_path: Path) -> None:
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
     result = run_script(*out, *arguments)
     assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""The validation step: what becomes of every kind of image, decided the same way for both formats."""
+"""Tests of the encoder: the outcome for every kind of image, the same for both output formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastbyol.data.pillow_decoding import decode_with_pillow
 
 
 def photo(height: int = 48, width: int = 64) -> Image.Image:
-    """Smooth and colourful, every quarter different: turns and mirror images of it are told apart."""
+    """Returns a smooth, colourful image whose quarters differ, so that its rotations and mirror images are distinguishable."""
     coarse = np.random.default_rng(7).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -66,7 +66,7 @@ def distance(image: EncodedImage, wanted: Image.Image) -> float:
 
 @pytest.fixture(params=["TurboJPEG", "Pillow"])
 def either_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With libffcv's TurboJPEG, and as it is where ffcv is not installed."""
+    """Runs the test with libffcv's TurboJPEG, and without it, as if ffcv were not installed."""
     if request.param == "Pillow":
         monkeypatch.setattr(encode, "find_turbojpeg", lambda: None)
     return request.param
@@ -112,7 +112,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_no_decoder_takes_becomes_an_rgb_jpeg_of_the_same_picture(name: str, either_decoder: str) -> None:
+def test_formats_that_not_every_decoder_reads_become_an_rgb_jpeg_of_the_same_picture(name: str, either_decoder: str) -> None:
     data, wanted = ODD[name]
     image = encoded(data)
     assert (image.outcome, image.reason) == (Outcome.TRANSCODED, name)
@@ -121,7 +121,7 @@ def test_what_no_decoder_takes_becomes_an_rgb_jpeg_of_the_same_picture(name: str
 
 
 def ycck_jpeg(ink: np.ndarray) -> bytes:
-    """As Adobe writes it: YCC of the inks, black inverted. Stored by Pillow's encoder, which inverts all four planes, and relabelled."""
+    """Returns a YCCK JPEG as Adobe writes it: YCC of the inks, black inverted. Made by Pillow's encoder, which inverts all planes; relabelled."""
     ycc = np.asarray(Image.fromarray(ink[..., :3]).convert("YCbCr"))
     stored = np.dstack([ycc, 255 - ink[..., 3]])
     data = bytearray(saved(Image.fromarray(255 - stored, "CMYK"), quality=98, subsampling=0))
@@ -129,7 +129,7 @@ def ycck_jpeg(ink: np.ndarray) -> bytes:
     return bytes(data)
 
 
-def test_the_inks_of_cmyk_and_ycck_are_read_as_adobe_writes_them_and_not_inverted_without_its_marker() -> None:
+def test_cmyk_and_ycck_are_inverted_only_with_adobes_marker() -> None:
     # By the printers' rule, (255 - ink) (255 - black) / 255, of inks that are stored inverted where Adobe's marker stands.
     ink = np.dstack([np.asarray(photo()), np.full((48, 64), 60, dtype=np.uint8)])
     wanted = Image.fromarray(((255 - ink[..., :3].astype(int)) * (255 - 60) // 255).astype(np.uint8))
@@ -158,12 +158,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_an_image_is_dropped_with_its_reason(name: str, either_decoder: str) -> None:
+def test_files_that_are_not_images_are_dropped_with_a_reason(name: str, either_decoder: str) -> None:
     reason = dropped(BAD[name]).reason
     assert name.startswith(reason)
 
 
-def test_a_jpeg_cut_in_the_middle_and_ended_properly_is_truncated_though_libjpeg_only_warns() -> None:
+def test_a_truncated_jpeg_with_a_proper_end_marker_is_dropped_although_libjpeg_only_warns() -> None:
     whole = saved(photo(96, 128), quality=95)
     cut = whole[: len(whole) * 4 // 5] + b"\xff\xd9"
     with Image.open(io.BytesIO(cut)) as image:
@@ -179,7 +179,7 @@ def test_a_jpeg_with_stray_bytes_is_kept_as_it_is_and_noted() -> None:
     assert (what, "extraneous bytes before marker 0xd9" in detail) == ("decoder warned", True)
 
 
-def test_the_quick_check_complains_about_whatever_a_full_decode_complains_about() -> None:
+def test_the_quick_check_reports_everything_that_a_full_decode_reports() -> None:
     turbo, random = TurboJpeg(), np.random.default_rng(3)
     out = np.empty((48, 64, 3), dtype=np.uint8)
     complaints = 0
@@ -193,12 +193,12 @@ def test_the_quick_check_complains_about_whatever_a_full_decode_complains_about(
     assert complaints > 50
 
 
-def test_a_fatal_error_after_a_warning_is_fatal_though_the_library_calls_it_a_warning() -> None:
+def test_a_fatal_error_after_a_warning_is_fatal_although_the_library_calls_it_a_warning() -> None:
     assert TurboJpeg().check(PLAIN["baseline"][:200], height=48, width=64)[1]
 
 
 def png_of(size: int) -> bytes:
-    """Claims size x size pixels and holds none."""
+    """Returns a PNG whose header says size x size pixels, without any."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -216,7 +216,7 @@ def test_a_decompression_bomb_is_dropped_by_its_header() -> None:
     assert encoded(PLAIN["baseline"], max_pixels=48 * 64).outcome == Outcome.PASSED
 
 
-def test_a_side_that_no_jpeg_can_have_is_dropped_or_resized() -> None:
+def test_an_image_too_long_for_a_jpeg_is_dropped_or_resized() -> None:
     long = saved(Image.new("RGB", (65_501, 1), (10, 200, 30)), "PNG")
     assert dropped(long).reason == "too large"
     assert encoded(long, max_side_px=100).width == 100
@@ -244,7 +244,7 @@ def test_exif_orientation_is_noted_and_ignored_or_applied_on_request(orientation
     assert encoded(PLAIN["baseline"], exif="apply").outcome == Outcome.PASSED
 
 
-def test_a_tiff_that_pillow_turns_by_itself_is_not_turned_twice() -> None:
+def test_a_tiff_that_pillow_already_rotates_is_not_rotated_twice() -> None:
     image = encoded(saved(photo(), "TIFF", exif=exif(6)), exif="apply")
     assert (image.height, image.width) == (64, 48)
     assert distance(image, photo().transpose(Image.Transpose.ROTATE_270)) < 3
@@ -256,7 +256,7 @@ def test_an_icc_profile_is_ignored_and_counted() -> None:
     assert encoded(saved(photo(), "PNG", icc_profile=b"profile" * 10)).has_icc
 
 
-def test_the_longer_side_is_brought_down_to_the_maximum_by_an_antialiased_filter_and_small_images_are_left_alone() -> None:
+def test_large_images_are_shrunk_to_the_maximum_side_with_antialiasing_and_small_ones_are_not_changed() -> None:
     fine = (np.indices((400, 600)).sum(axis=0) % 2 * 255).astype(np.uint8)  # a checkerboard of single pixels: gray if antialiased
     image = encoded(saved(Image.fromarray(fine), quality=95), max_side_px=200)
     assert (image.height, image.width, image.outcome) == (133, 200, Outcome.RESIZED)
@@ -264,14 +264,14 @@ def test_the_longer_side_is_brought_down_to_the_maximum_by_an_antialiased_filter
     assert encoded(PLAIN["baseline"], max_side_px=64).data == PLAIN["baseline"]
 
 
-def test_quality_is_that_of_transcoded_and_resized_images_only() -> None:
+def test_quality_applies_only_to_transcoded_and_resized_images() -> None:
     data, _ = ODD["PNG"]
     assert len(encoded(data, quality=50).data) < len(encoded(data).data)
     assert encoded(PLAIN["baseline"], quality=50).data == PLAIN["baseline"]
     assert len(encoded(PLAIN["baseline"], quality=50, max_side_px=40).data) < len(encoded(PLAIN["baseline"], max_side_px=40).data)
 
 
-def test_raw_images_are_the_decoded_pixels_and_a_fraction_picks_the_same_ones_each_time() -> None:
+def test_raw_images_are_the_decoded_pixels_and_a_fraction_chooses_the_same_ones_each_time() -> None:
     image = encoded(PLAIN["baseline"], raw_fraction=1.0)
     with Image.open(io.BytesIO(PLAIN["baseline"])) as opened:
         assert (image.data, image.mode, image.outcome) == (opened.convert("RGB").tobytes(), RAW_MODE, Outcome.RAW)
@@ -306,15 +306,13 @@ RAMP = np.linspace(0, 1, 40 * 48).reshape(40, 48)
         ((-3 + 6 * RAMP).astype(np.float32), "TIFF of floats", "-3 to 3"),
     ],
 )
-def test_integers_and_floats_are_scaled_by_the_range_that_holds_them_and_are_never_black(
-    values: np.ndarray, kind: str, guessed: str
-) -> None:
+def test_wide_integers_and_floats_are_scaled_to_8_bits_and_never_come_out_black(values: np.ndarray, kind: str, guessed: str) -> None:
     image = encoded(saved(Image.fromarray(values), "TIFF"))
     assert (image.reason, image.notes) == (kind, (("range of its pixel values guessed", guessed),) if guessed else ())
     assert np.abs(pixels(image)[:, :, 1] - 255 * RAMP).max() <= 6
 
 
-def test_a_range_that_a_tiff_states_is_the_one_that_counts() -> None:
+def test_a_value_range_stated_in_a_tiff_is_used() -> None:
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags[340], tags[341] = -10.0, 10.0
     dark = (-10 + 2 * RAMP).astype(np.float32)
@@ -323,7 +321,7 @@ def test_a_range_that_a_tiff_states_is_the_one_that_counts() -> None:
     assert pixels(image).max() < 32
 
 
-def test_pixels_that_are_no_numbers_are_black_and_an_image_of_nothing_else_is_dropped() -> None:
+def test_nan_pixels_become_black_and_an_image_of_only_nan_is_dropped() -> None:
     values = RAMP.astype(np.float32)
     values[:20] = np.nan
     assert pixels(encoded(saved(Image.fromarray(values), "TIFF")))[:18].max() < 12
@@ -331,7 +329,7 @@ def test_pixels_that_are_no_numbers_are_black_and_an_image_of_nothing_else_is_dr
 
 
 def png_with(kind: bytes, content: bytes, *, checksum: int | None = None) -> bytes:
-    """A PNG with another chunk in front of its pixels."""
+    """Returns a PNG with another chunk in front of its pixels."""
     png = saved(photo(), "PNG")
     checksum = zlib.crc32(kind + content) if checksum is None else checksum
     return png[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum) + png[33:]
@@ -359,7 +357,7 @@ METADATA = {
 
 @pytest.mark.parametrize("name", METADATA)
 @pytest.mark.parametrize("turbo", [True, False], ids=["TurboJPEG", "Pillow"])
-def test_metadata_never_costs_an_image(turbo: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_metadata_never_drops_an_image(turbo: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not turbo:
         monkeypatch.setattr(encode, "find_turbojpeg", lambda: None)
     image = encoded(METADATA[name])
@@ -367,7 +365,7 @@ def test_metadata_never_costs_an_image(turbo: bool, name: str, monkeypatch: pyte
     assert np.abs(decode_with_pillow(METADATA[name]).astype(int) - np.asarray(photo()).astype(int)).mean() < 4
 
 
-def test_a_gifs_comment_longer_than_a_jpegs_can_be_is_left_out() -> None:
+def test_a_gif_comment_too_long_for_a_jpeg_is_removed() -> None:
     assert encoded(saved(photo(), "GIF", comment=b"x" * 70_000)).reason == "GIF palette"
 
 
@@ -377,7 +375,7 @@ def test_a_jpeg_cut_inside_a_segment_is_dropped(cut: bytes) -> None:
     assert dropped(cut).reason in ("truncated", "not an image", "does not decode")
 
 
-def test_an_image_larger_than_training_decodes_must_be_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_larger_than_training_decodes_is_dropped_unless_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as in a worker
     huge = saved(Image.new("L", (16_000, 12_000)))
     result = dropped(huge, max_pixels=10**9)
@@ -400,7 +398,7 @@ def test_settings_outside_their_range_are_refused(settings: dict[str, object], m
         EncodeSettings(**settings)  # type: ignore[arg-type]
 
 
-def test_a_header_is_read_past_fill_bytes_and_previews_and_not_from_other_data() -> None:
+def test_the_jpeg_header_is_found_after_fill_bytes_and_previews_and_only_in_jpegs() -> None:
     header = read_jpeg_header(PLAIN["with a preview"])
     assert header is not None
     assert (header.height, header.width, header.components, header.bits, header.is_common) == (48, 64, 3, 8, True)

@@ -1,4 +1,4 @@
-"""Worker processes that really die: the queue stays in order, loses nothing, and never waits for ever."""
+"""Tests of the encoding pool with workers that really die: results stay in order, none is lost, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastbyol.data.conversion.stop_signals import OrderlyStop, StopRequest
 
 
 def jpeg(number: int) -> bytes:
-    """Each number has other bytes."""
+    """Returns a small JPEG with different bytes for each number."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), (number % 256, 90, 200)).save(buffer, "JPEG", comment=str(number).encode())
     return buffer.getvalue()
@@ -31,7 +31,7 @@ def jpeg(number: int) -> bytes:
 
 @dataclass(frozen=True)
 class Memory:
-    """A location that holds the bytes themselves."""
+    """A location that returns its bytes from memory."""
 
     name: str
     content: bytes
@@ -42,7 +42,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Deadly(Memory):
-    """Kills the process that reads it, as the kernel does with one that takes too much memory; with a marker, only while that is missing."""
+    """Kills the process that reads it, like the kernel when memory runs out. With a marker file, only while that does not exist."""
 
     marker: Path | None = None
 
@@ -56,7 +56,7 @@ class Deadly(Memory):
 
 @dataclass(frozen=True)
 class Endless(Memory):
-    """Never comes back, as a decoder in a loop or a dead network disk."""
+    """Never returns, like a decoder in an endless loop or a dead network disk."""
 
     def read(self) -> bytes:
         while True:
@@ -65,7 +65,7 @@ class Endless(Memory):
 
 @dataclass(frozen=True)
 class Busy(Memory):
-    """Computes for ever, as a decoder does on a crafted file."""
+    """Computes for ever, like a decoder with a malicious file."""
 
     def read(self) -> bytes:
         while True:
@@ -74,7 +74,7 @@ class Busy(Memory):
 
 @dataclass(frozen=True)
 class Noisy(Memory):
-    """A large image that no JPEG makes small."""
+    """A large image of noise, which JPEG cannot compress well."""
 
     def read(self) -> bytes:
         noise = np.random.default_rng(len(self.name)).integers(0, 256, (500, 700, 3), dtype=np.uint8)
@@ -84,14 +84,14 @@ class Noisy(Memory):
 
 
 class KillsWhoeverLoadsIt(Memory):
-    """Ends a worker before it has anything to do with an image."""
+    """Kills a worker when it unpickles the job, before it works on any image."""
 
     def __reduce__(self) -> tuple[object, tuple[int]]:
         return os._exit, (3,)
 
 
 class RaisesWhenLoaded(Memory):
-    """Gives a worker an exception that is not an image's fault, as a broken installation does."""
+    """Raises an exception in a worker that is not an image's fault, like a broken installation."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return int, ("no number",)
@@ -110,7 +110,7 @@ def contents(results: list[Encoded]) -> list[bytes | str]:
     return [result.data if isinstance(result, EncodedImage) else result.reason for result in results]
 
 
-def test_results_come_in_order_whatever_the_workers_and_a_pool_serves_again() -> None:
+def test_results_are_in_order_for_any_number_of_workers_and_a_pool_can_be_reused() -> None:
     wanted = [location.content for location in memories(120)]
     assert contents(encode(memories(120), workers=3)) == wanted
     with EncodingPool(EncodeSettings(), workers=1, stop=StopRequest()) as pool:
@@ -125,7 +125,7 @@ def test_the_work_of_a_worker_that_dies_once_is_done_by_another(tmp_path: Path) 
     assert (tmp_path / "once").exists()
 
 
-def test_an_image_that_kills_every_process_is_dropped_alone_and_all_others_are_made() -> None:
+def test_only_the_image_that_kills_every_process_is_dropped() -> None:
     locations = memories(60)
     for i in (20, 59):
         locations[i] = Deadly(str(i), b"")
@@ -135,31 +135,31 @@ def test_an_image_that_kills_every_process_is_dropped_alone_and_all_others_are_m
     assert "signal 9" in results[20].detail
 
 
-def test_workers_that_die_of_everything_end_the_work_with_a_message() -> None:
+def test_workers_that_die_on_every_image_end_the_work_with_a_message() -> None:
     with pytest.raises(UserError, match=r"worker processes die one after another .*exit code 3.*same command continues"):
         encode([KillsWhoeverLoadsIt(str(i), b"") for i in range(200)], workers=1)
 
 
-def test_a_fault_that_all_workers_share_is_told_once_without_their_tracebacks(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_common_to_all_workers_is_reported_once_without_tracebacks(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"worker processes die one after another .*: ValueError: invalid literal for int\(\)"):
         encode([RaisesWhenLoaded(str(i), b"") for i in range(200)], workers=2)
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_workers_that_die_at_birth_end_the_work_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_die_at_their_start_end_the_work_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding_worker.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match=r"worker processes die one after another \(the last with exit code 1\)"):
         encode(memories(10), workers=2)
 
 
-def test_a_worker_that_is_silent_for_too_long_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_does_not_answer_for_too_long_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding_pool, "SECONDS_PER_IMAGE", 2.0)
     locations = memories(30)
     locations[10] = Endless("10", b"")
     assert contents(encode(locations)) == ["kills the decoder" if i == 10 else jpeg(i) for i in range(30)]
 
 
-def test_an_image_that_takes_too_much_processor_time_is_dropped_at_once_and_by_its_reason() -> None:
+def test_an_image_that_takes_too_much_cpu_time_is_dropped_at_once_with_its_reason() -> None:
     locations = memories(12)
     locations[5] = Busy("5", b"")
     with EncodingPool(EncodeSettings(max_cpu_s=0.5), workers=2, stop=StopRequest()) as pool:
@@ -168,7 +168,7 @@ def test_an_image_that_takes_too_much_processor_time_is_dropped_at_once_and_by_i
     assert results[5] == DroppedImage("takes too long", "over 0.5 s of processor time; --max-seconds allows more")
 
 
-def test_results_that_nobody_takes_are_held_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_are_not_consumed_are_held_up_to_a_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding_pool, "_MAX_HELD_BYTES", 1)
     held: list[int] = []
     take = encoding_pool._Run.take
@@ -200,7 +200,7 @@ def test_no_process_outlives_its_pool_or_a_stop() -> None:
 
 @pytest.fixture(autouse=True)
 def within_a_minute() -> Iterator[None]:
-    """A hang is a failure and not a suite that never ends."""
+    """Makes a test that hangs fail after a minute."""
 
     def too_long(*_: object) -> None:
         raise TimeoutError("hangs")

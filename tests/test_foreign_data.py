@@ -1,4 +1,4 @@
-"""Data as it lies about: splits, folders of the system, thumbnails, loose images; in folders, in tars, and where training reads a folder."""
+"""Tests with real-world folders and tars: splits, system folders, thumbnails, images outside class folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DATA_PREP = Path(__file__).parents[1] / "data_prep"
 
 
 def in_folder_and_tar(tmp_path: Path, *names: str) -> tuple[Path, Path]:
-    """The same small images as a folder and as a tar."""
+    """Writes the same small images as a folder and as a tar."""
     for name in names:
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def in_folder_and_tar(tmp_path: Path, *names: str) -> tuple[Path, Path]:
 
 
 def of_both(paths: tuple[Path, Path]) -> ImageListing:
-    """The listing of the folder, which is the tar's."""
+    """Returns the listing of the folder, after checking that the tar's is equal."""
     folder, tar = map(list_images, paths)
     assert (folder.files, folder.labels, folder.class_names) == (tar.files, tar.labels, tar.class_names)
     assert folder.digest() == tar.digest()
@@ -67,13 +67,13 @@ def test_folders_of_splits_are_refused_with_the_way_out(splits: tuple[str, str],
         (("bottle/train/1.jpg", "bottle/test/2.jpg", "cable/train/1.jpg"), "data/bottle: holds splits .test, train."),
     ],
 )
-def test_splits_are_found_alone_and_at_any_depth(names: tuple[str, ...], where: str, tmp_path: Path) -> None:
+def test_a_single_split_and_nested_splits_are_detected(names: tuple[str, ...], where: str, tmp_path: Path) -> None:
     folder, _ = in_folder_and_tar(tmp_path, *names)
     with pytest.raises(UserError, match=where):
         list_images(folder)
 
 
-def test_a_class_of_trains_and_a_class_of_tests_of_nothing_are_classes(tmp_path: Path) -> None:
+def test_classes_that_merely_have_names_like_splits_are_accepted(tmp_path: Path) -> None:
     listing = of_both(in_folder_and_tar(tmp_path, "car/1.jpg", "train/2.jpg", "train/3.jpg", "train/night/4.jpg", "testimony/5.jpg"))
     assert listing.class_names == ("car", "testimony", "train")
     assert (listing.notes, listing.skipped) == ((), ())
@@ -89,25 +89,25 @@ def test_splits_without_folders_in_them_are_splits_too(tmp_path: Path) -> None:
             list_images(folder)
 
 
-def test_a_tar_of_one_split_is_that_split(tmp_path: Path) -> None:
+def test_a_tar_with_one_split_is_read_as_that_split(tmp_path: Path) -> None:
     _, tar = in_folder_and_tar(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg")
     assert list_images(tar).class_names == ("cat", "dog")
 
 
-def test_a_folder_one_level_too_high_is_told(tmp_path: Path) -> None:
+def test_a_folder_one_level_too_high_is_reported(tmp_path: Path) -> None:
     folder, _ = in_folder_and_tar(tmp_path, "images/cat/1.jpg", "images/dog/2.jpg")
     assert list_images(folder).notes == (
         f"{folder}: one class, 'images', with 2 folders in it; if they are the classes, give {folder}/images",
     )
 
 
-def test_a_split_without_classes_is_one_class_and_told(tmp_path: Path) -> None:
+def test_a_split_without_class_folders_is_one_class_with_a_note(tmp_path: Path) -> None:
     folder, _ = in_folder_and_tar(tmp_path, "train/1.jpg", "train/2.jpg")
     (note,) = list_images(folder).notes
     assert note == f"{folder}: one class, 'train', which is the name of a split: all images have the same label, which means nothing"
 
 
-def test_folders_of_the_system_and_thumbnails_are_neither_classes_nor_images(tmp_path: Path) -> None:
+def test_system_folders_and_thumbnails_are_neither_classes_nor_images(tmp_path: Path) -> None:
     good = ("cat/1.jpg", "dog/2.jpg")
     foreign = (
         "__MACOSX/cat/1.jpg", "@eaDir/3.jpg", "cat/@eaDir/1.jpg/SYNOFILE_THUMB_M.jpg", "cat/.thumbnails/1.jpg", "$RECYCLE.BIN/4.jpg",
@@ -126,7 +126,7 @@ def test_folders_of_the_system_and_thumbnails_are_neither_classes_nor_images(tmp
         assert list_images(path, labels=labels).files == good
 
 
-def test_loose_images_are_told_with_their_number_wherever_a_folder_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_outside_class_folders_are_counted_in_every_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = in_folder_and_tar(tmp_path, "cat/1.jpg", "dog/2.jpg", "loose1.jpg", "loose2.jpg")
     of_both(paths)
     (paths[0] / "cat" / "gone.jpg").symlink_to("nowhere")

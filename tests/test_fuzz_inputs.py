@@ -13,7 +13,7 @@ INPUTS = 120
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_damaged_files_are_taken_or_refused_in_one_line(target: str, tmp_path: Path) -> None:
+def test_damaged_files_are_accepted_or_refused_in_one_line(target: str, tmp_path: Path) -> None:
     attack = TARGETS[target](tmp_path)
     counts = Counter(tried(attack, target, seed=1, number=number) for number in range(INPUTS))
     assert counts["refused"] + counts["taken"] == INPUTS
@@ -21,7 +21,7 @@ def test_damaged_files_are_taken_or_refused_in_one_line(target: str, tmp_path: P
         assert min(counts["refused"], counts["taken"]) > 0
 
 
-def test_the_same_number_is_the_same_input() -> None:
+def test_the_same_seed_makes_the_same_input() -> None:
     import random
 
     data = bytes(range(256))

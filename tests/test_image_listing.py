@@ -1,4 +1,4 @@
-"""Inputs: whatever kind they are, the same images in the same order under the same labels as torchvision's; what is left out is told."""
+"""Tests of the inputs: every kind lists the same images, order and labels as torchvision, and reports what is skipped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.imagenet_archives import DEVKIT, TRAIN, VAL, WNIDS, add_file, tar_byt
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The archives, and beside them train/ and val/ as torchvision's own ImageNet unpacks them."""
+    """Returns a folder with the archives, and train/ and val/ as torchvision's own ImageNet class unpacks them."""
     root = tmp_path_factory.mktemp("imagenet")
     write_archives(root)
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +43,7 @@ def torchvision_samples(root: Path) -> list[tuple[bytes, int]]:
 
 
 def folder_of(root: Path, files: dict[str, bytes | str]) -> Path:
-    """Files by name; a text is the target of a link."""
+    """Writes a folder of files by name; a str value is the target of a symbolic link."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def folder_of(root: Path, files: dict[str, bytes | str]) -> Path:
 # ---- ImageNet's archives
 
 
-def test_the_train_tar_read_in_place_is_torchvisions_unpacked_folder(archives: Path) -> None:
+def test_the_train_tar_read_in_place_equals_torchvisions_unpacked_folder(archives: Path) -> None:
     listing = list_images(archives / TRAIN)
     assert samples(listing) == torchvision_samples(archives / "train")
     assert listing.class_names == WNIDS
@@ -73,7 +73,7 @@ def test_the_val_tar_with_the_development_kit_has_torchvisions_labels_and_order(
 
 
 @pytest.mark.parametrize("kind", ["names", "order", "numbered csv", "kaggle"])
-def test_other_files_of_labels_give_the_same(kind: str, archives: Path, tmp_path: Path) -> None:
+def test_other_label_files_give_the_same_labels(kind: str, archives: Path, tmp_path: Path) -> None:
     wnid_of = {Path(path).name: WNIDS[label] for path, label in TorchvisionFolder(str(archives / "val")).samples}
     names = sorted(wnid_of)
     text = {
@@ -100,7 +100,7 @@ def test_a_val_image_that_is_missing_does_not_shift_the_kits_labels(archives: Pa
     assert dict(zip(part.files, part.labels, strict=True)) == expected
 
 
-def test_a_folder_that_was_packed_as_a_whole_is_the_folder(archives: Path, tmp_path: Path) -> None:
+def test_a_tar_of_a_whole_folder_equals_the_folder(archives: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "packed.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         tar.add(archives / "train", "./images/train")
     with tarfile.open(tmp_path / "classes.tar", "w", format=tarfile.PAX_FORMAT) as tar:
@@ -115,7 +115,7 @@ def test_a_folder_that_was_packed_as_a_whole_is_the_folder(archives: Path, tmp_p
 # ---- tars that are damaged, or mean harm
 
 
-def test_a_tar_cut_anywhere_is_one_line(archives: Path, tmp_path: Path) -> None:
+def test_a_tar_truncated_anywhere_is_a_one_line_error(archives: Path, tmp_path: Path) -> None:
     for whole in (archives / TRAIN, archives / VAL):
         content = whole.read_bytes()
         end = len(content.rstrip(b"\0"))
@@ -126,7 +126,7 @@ def test_a_tar_cut_anywhere_is_one_line(archives: Path, tmp_path: Path) -> None:
                 list_images(cut, devkit=archives / DEVKIT if whole.name == VAL else None)
 
 
-def test_a_header_damaged_within_the_tar_is_not_taken_for_its_end(archives: Path, tmp_path: Path) -> None:
+def test_a_damaged_header_is_not_taken_for_the_end_of_the_tar(archives: Path, tmp_path: Path) -> None:
     content = bytearray((archives / TRAIN).read_bytes())
     content[content.index(f"{WNIDS[1]}_2.JPEG".encode())] ^= 1
     (tmp_path / "bad.tar").write_bytes(content)
@@ -134,7 +134,7 @@ def test_a_header_damaged_within_the_tar_is_not_taken_for_its_end(archives: Path
         list_images(tmp_path / "bad.tar")
 
 
-def test_names_that_lead_out_and_members_that_are_no_files_are_left_out_and_told(tmp_path: Path) -> None:
+def test_unsafe_names_and_members_that_are_not_files_are_skipped_and_reported(tmp_path: Path) -> None:
     path = tmp_path / "evil.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         add_file(tar, "a/good.jpg", b"1")
@@ -191,7 +191,7 @@ def test_a_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
         (tar_bytes({"a.tar": tar_bytes({"1.jpg": b"x"}), "b.tar": tar_bytes({"1.txt": b"x"})}), "b: no image in this class folder"),
     ],
 )
-def test_a_file_that_is_no_tar_of_images_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar_of_images_is_a_one_line_error(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(UserError, match=f"x.tar.*{message}"):
         list_images(tmp_path / "x.tar")
@@ -200,7 +200,7 @@ def test_a_file_that_is_no_tar_of_images_is_one_line(content: bytes, message: st
 # ---- folders
 
 
-def test_loops_links_and_what_is_no_image_are_left_out_and_told(tmp_path: Path) -> None:
+def test_link_loops_duplicate_links_and_files_that_are_not_images_are_skipped_and_reported(tmp_path: Path) -> None:
     outside = folder_of(tmp_path / "outside", {"x.jpg": b"x", "deep/y.jpg": b"y"})
     root = folder_of(
         tmp_path / "data",
@@ -253,7 +253,7 @@ def test_loops_links_and_what_is_no_image_are_left_out_and_told(tmp_path: Path) 
     }
 
 
-def test_a_folder_of_links_is_a_folder(tmp_path: Path) -> None:
+def test_a_folder_of_links_is_read_like_a_folder(tmp_path: Path) -> None:
     folder_of(tmp_path / "store", {"x.jpg": b"x", "y.jpg": b"y", "k/z.jpg": b"z"})
     links = {
         "a/1.jpg": "../../store/x.jpg",
@@ -268,8 +268,8 @@ def test_a_folder_of_links_is_a_folder(tmp_path: Path) -> None:
     assert dict(listing.skipped)["c/3.jpg"] == "a link to a/1.jpg, which is listed"
 
 
-def test_folders_that_may_not_be_read_are_told_or_an_error(tmp_path: Path) -> None:
-    """As a user without rights, in a process of its own: root may read everything."""
+def test_unreadable_folders_are_reported_and_an_unreadable_class_is_an_error(tmp_path: Path) -> None:
+    """Runs in another process as an unprivileged user, because root may read everything."""
     root = folder_of(tmp_path / "data", {"a/1.jpg": b"1", "a/closed/2.jpg": b"2", "b/3.jpg": b"3"})
     (root / "a" / "closed").chmod(0)
     for folder in (tmp_path, *tmp_path.parents):
@@ -302,7 +302,7 @@ def test_folders_that_may_not_be_read_are_told_or_an_error(tmp_path: Path) -> No
         ({"a\nb/1.jpg": b""}, "a class name may not hold a line break"),
     ],
 )
-def test_a_folder_that_is_no_data_set_is_one_line(files: dict[str, bytes | str], message: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_data_set_is_a_one_line_error(files: dict[str, bytes | str], message: str, tmp_path: Path) -> None:
     folder_of(tmp_path / "data", files)
     with pytest.raises(UserError, match=f"data.*{message}"):
         list_images(tmp_path / "data")
@@ -330,19 +330,19 @@ def listed(tmp_path: Path, labels: str, *, suffix: str = "csv") -> ImageListing:
         'image;class\n"x.jpg";"dog"\n"y.jpg";"cat"\n"z.jpg";dog\n',
     ],
 )
-def test_a_csv_gives_classes_in_the_order_of_their_names(labels: str, tmp_path: Path) -> None:
+def test_class_names_in_a_csv_are_numbered_in_sorted_order(labels: str, tmp_path: Path) -> None:
     listing = listed(tmp_path, labels)
     assert listing.class_names == ("cat", "dog")
     assert (listing.files, listing.labels) == (("y.jpg", "x.jpg", "z.jpg"), (0, 1, 1))
 
 
-def test_numbers_in_a_csv_are_the_labels(tmp_path: Path) -> None:
+def test_numbers_in_a_csv_are_used_as_labels(tmp_path: Path) -> None:
     listing = listed(tmp_path, "x.jpg,10\ny.jpg,2\nz.jpg,2\n")
     assert (listing.files, listing.labels) == (("y.jpg", "z.jpg", "x.jpg"), (2, 2, 10))
     assert listing.class_names == tuple(map(str, range(11)))
 
 
-def test_images_without_a_label_and_labels_without_an_image_are_told(tmp_path: Path) -> None:
+def test_images_without_a_label_and_labels_without_an_image_are_reported(tmp_path: Path) -> None:
     listing = listed(tmp_path, "filename,label\nx.jpg,dog\nnone.jpg,cat\nz.jpg,cat\nz.jpg,cat\n")
     assert (listing.files, listing.class_names) == (("z.jpg", "x.jpg"), ("cat", "dog"))
     assert dict(listing.skipped) == {"y.jpg": "no label in labels.csv", "none.jpg": "in labels.csv, but there is no such image"}
@@ -367,12 +367,12 @@ def test_images_without_a_label_and_labels_without_an_image_are_told(tmp_path: P
         ("x.jpg dog\ncat\n", "txt", "line 2 does not have the columns of the first one"),
     ],
 )
-def test_a_mistake_in_a_file_of_labels_is_one_line(labels: str, suffix: str, message: str, tmp_path: Path) -> None:
+def test_a_mistake_in_a_label_file_is_a_one_line_error(labels: str, suffix: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"labels.{suffix}: .*{message}"):
         listed(tmp_path, labels, suffix=suffix)
 
 
-def test_labels_that_are_missing_or_given_twice_are_one_line(archives: Path, tmp_path: Path) -> None:
+def test_label_files_that_are_missing_foreign_or_given_twice_are_a_one_line_error(archives: Path, tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none.csv", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UserError, match=f"{path}: cannot be read \\({message}"):
             list_images(archives / VAL, labels=path)
@@ -395,7 +395,7 @@ def test_labels_that_are_missing_or_given_twice_are_one_line(archives: Path, tmp
 # ---- what a listing is
 
 
-def test_a_location_reads_its_own_bytes_only_and_notices_a_cut(tmp_path: Path) -> None:
+def test_a_location_reads_only_its_own_bytes_and_notices_a_truncated_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"0123456789")
     assert ImageLocation("n", path).read() == b"0123456789"
@@ -406,7 +406,7 @@ def test_a_location_reads_its_own_bytes_only_and_notices_a_cut(tmp_path: Path) -
         ImageLocation("n", tmp_path / "none").read()
 
 
-def test_the_digest_tells_names_sizes_and_labels_apart(make_folder: Callable[..., Path]) -> None:
+def test_the_digest_changes_with_names_sizes_and_labels(make_folder: Callable[..., Path]) -> None:
     root = make_folder(a_jpg=b"12", b_jpg=b"3")
     digests = {list_image_folder(root).digest()}
     (root / "class" / "a.jpg").write_bytes(b"123")
@@ -423,6 +423,6 @@ def test_the_digest_tells_names_sizes_and_labels_apart(make_folder: Callable[...
         listing.digest()
 
 
-def test_a_worker_process_needs_no_library_to_read_an_image() -> None:
+def test_reading_an_image_in_a_worker_imports_only_the_standard_library() -> None:
     code = "import sys, fastbyol.data.inputs.listing; print(*{'numpy', 'torch', 'PIL', 'tarfile'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == ""

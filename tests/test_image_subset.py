@@ -1,4 +1,4 @@
-"""Parts of a data set: balanced, seeded, nested, the same on any machine; labels mean what they mean in the whole."""
+"""Tests of subsets: balanced, seeded, nested, the same on any machine; labels mean the same as in the full set."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def listing_of(sizes: tuple[int, ...]) -> ImageListing:
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.data())
-def test_balanced_counts_differ_by_one_at_most_except_where_fewer_are_there(available: list[int], data: st.DataObject) -> None:
+def test_balanced_counts_differ_by_at_most_one_unless_a_class_has_fewer(available: list[int], data: st.DataObject) -> None:
     total = data.draw(st.integers(1, sum(available)))
     counts = balanced_counts(available, total)
     assert sum(counts) == total
@@ -63,8 +63,8 @@ def test_a_fraction_is_balanced_seeded_nested_and_keeps_labels_and_order() -> No
     assert draw_fraction(whole, 1, seed=1).files == whole.files
 
 
-def test_the_choice_is_the_same_wherever_the_images_lie(tmp_path: Path) -> None:
-    """By hand, from sha256sum of '7', a zero byte and the name, of classes and of images."""
+def test_the_choice_depends_on_names_and_seed_only(tmp_path: Path) -> None:
+    """The expected choice was computed by hand with sha256sum of '7', a zero byte and the name, for classes and images."""
     write_archives(tmp_path)
     part = draw_images(list_images(tmp_path / TRAIN), 5, seed=7)
     assert part.files == (
@@ -91,7 +91,7 @@ def test_the_same_classes_are_chosen_in_train_and_val() -> None:
         choose_classes(train, ["class00", "dog"], seed=0)
 
 
-def test_a_published_list_names_images_without_folders_or_with_others(tmp_path: Path) -> None:
+def test_a_published_list_matches_images_without_folders_or_with_other_folders(tmp_path: Path) -> None:
     whole = listing_of((4, 4))
     for names in (["0_3.JPEG", "1_0.JPEG"], ["class01/1_0.JPEG", "class00/0_3.JPEG", "class00/0_3.JPEG"], ["train/x/1_0.JPEG", "0_3"]):
         assert restrict(whole, names, source=tmp_path).files == ("class00/0_3.JPEG", "class01/1_0.JPEG")
@@ -103,7 +103,7 @@ def test_a_published_list_names_images_without_folders_or_with_others(tmp_path: 
         restrict(twice, ["1.jpg"], source=tmp_path)
 
 
-def test_a_list_survives_odd_names_and_foreign_line_ends(tmp_path: Path) -> None:
+def test_a_list_may_have_odd_names_and_any_line_ends(tmp_path: Path) -> None:
     names = ("a/x y .jpg", "a/\udcff.jpg", "a/\u2028\x0b.jpg", "a/z.jpg ")
     write_subset(tmp_path / "list", ImageListing(Path("data"), ("a",), names, (0, 0, 0, 0)))
     assert tuple(read_subset(tmp_path / "list")) == names
@@ -118,7 +118,7 @@ def test_a_list_survives_odd_names_and_foreign_line_ends(tmp_path: Path) -> None
         path.unlink(missing_ok=True)
 
 
-def test_labels_stay_unless_empty_classes_are_to_be_dropped(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_labels_stay_unless_empty_classes_are_dropped(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     root = make_folder(a_jpg=b"1")
     for name in ("apple", "zebra"):
         (root / name).mkdir()
@@ -134,7 +134,7 @@ def test_labels_stay_unless_empty_classes_are_to_be_dropped(make_folder: Callabl
         list_images(root, empty_classes="drop")
 
 
-def test_a_converted_part_without_some_classes_has_the_labels_of_the_whole(image_folder: Path, tmp_path: Path) -> None:
+def test_a_converted_subset_without_some_classes_keeps_the_labels_of_the_full_set(image_folder: Path, tmp_path: Path) -> None:
     subset = tmp_path / "list.txt"
     subset.write_text("cat/001.jpg\nant/002.jpg\n")
     manifest = write_beton(list_images(image_folder, subset=subset), out=tmp_path / "part.beton", workers=1)
@@ -147,7 +147,7 @@ def test_a_converted_part_without_some_classes_has_the_labels_of_the_whole(image
 # ---- the command
 
 
-def test_the_command_writes_a_list_that_gives_the_part(image_folder: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_list_that_selects_the_subset(image_folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, SUBSET, "--data", image_folder, "--images", "8", "--classes", "bee,cat", "--out", tmp_path / "list.txt"],
         capture_output=True,
@@ -199,7 +199,7 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, image_folder:
         b"c1/1.jpg\nc0/1.jpg\n./c0/1.jpg\n",
     ],
 )
-def test_a_list_names_images_by_their_ends_where_classes_share_file_names(content: bytes, tmp_path: Path) -> None:
+def test_names_match_by_their_last_parts_if_classes_share_file_names(content: bytes, tmp_path: Path) -> None:
     for name in ("c0/1.jpg", "c0/2.jpg", "c1/1.jpg", "c1/2.jpg"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_bytes(b"x")
@@ -210,7 +210,7 @@ def test_a_list_names_images_by_their_ends_where_classes_share_file_names(conten
     assert listing.notes == (f"{tmp_path / 'list'}: {names} names of 2 images, of the 4 in {tmp_path / 'data'}",)
 
 
-def test_names_that_could_be_several_images_and_names_of_none_are_counted_apart(tmp_path: Path) -> None:
+def test_ambiguous_and_unknown_names_are_counted_separately(tmp_path: Path) -> None:
     whole = ImageListing(Path("data"), ("a", "b"), ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/3.png"), (0, 0, 1, 1))
     message = "2 of its 5 names are not images of data: b/2.jpg, 4; 1 of its 5 names could each be several of its images: 1.jpg"
     with pytest.raises(UserError, match=message):
@@ -219,7 +219,7 @@ def test_names_that_could_be_several_images_and_names_of_none_are_counted_apart(
         restrict(whole, ["x/3.png", "y/3"], source=tmp_path)
 
 
-def test_classes_may_be_written_as_folders_are_listed(image_folder: Path, tmp_path: Path) -> None:
+def test_class_names_may_be_written_as_ls_and_find_print_folders(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classes").write_bytes(b"\xef\xbb\xbfant/\r\n./cat/\r\n")
     done = run_here(SUBSET, "--data", image_folder, "--classes", tmp_path / "classes", "--out", tmp_path / "list.txt")
     assert "16 images of 2 classes" in done.stdout

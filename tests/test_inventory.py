@@ -1,4 +1,4 @@
-"""What is in a data set: the same numbers before and after conversion, as a table, as JSON and as a picture."""
+"""Tests of a data set's statistics: the same before and after conversion, as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.script_run import run_here
 INFO = Path(__file__).parents[1] / "data_prep" / "info.py"
 
 
-def test_the_numbers_are_those_of_the_files_whatever_holds_them(image_folder: Path, beton: Path, tar_folder: Path) -> None:
+def test_the_statistics_are_the_same_for_a_folder_a_beton_and_shards(image_folder: Path, beton: Path, tar_folder: Path) -> None:
     sizes = [Image.open(path).size for path in image_folder.rglob("*.jpg")]
     num_bytes = sum(path.stat().st_size for path in image_folder.rglob("*.jpg"))
     width, height = np.array(sizes).T
@@ -37,7 +37,7 @@ def test_the_numbers_are_those_of_the_files_whatever_holds_them(image_folder: Pa
         assert (found.manifest is None) == (listing is not None)
 
 
-def test_the_sides_of_many_images_are_taken_from_a_sample(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sides_of_a_large_set_are_measured_on_a_sample(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inventory, "SAMPLED", 7)
     found = take_inventory(image_folder, listing=list_image_folder(image_folder))
     assert found.sides is not None
@@ -71,7 +71,7 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, beton: Path) 
     assert message in done.stderr
 
 
-def test_the_picture_shows_each_image_at_its_place_and_says_which_does_not_decode(tmp_path: Path) -> None:
+def test_the_picture_shows_each_image_in_its_row_and_marks_one_that_does_not_decode(tmp_path: Path) -> None:
     colours = {("a", 0): (200, 0, 0), ("a", 1): (0, 200, 0), ("b", 0): (0, 0, 200)}
     for (name, number), colour in colours.items():
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`jpeg_scan` against TurboJPEG: what it calls whole decodes without complaint, and it knows the common kinds."""
+"""Tests of `jpeg_scan` against TurboJPEG: what it accepts decodes without a warning, and it recognises the common kinds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def jpeg(width: int = 40, height: int = 33, *, mode: str = "RGB", seed: int = 0,
 
 
 def complaints(data: bytes) -> list[str]:
-    """TurboJPEG's, of a check and of a full decode."""
+    """Returns TurboJPEG's messages from the quick check and from a full decode."""
     header = read_jpeg_header(data)
     if header is None:
         return ["no header"]
@@ -40,7 +40,7 @@ def complaints(data: bytes) -> list[str]:
 @pytest.mark.parametrize("quality", [5, 60, 90, 100])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("optimize", [False, True])
-def test_common_kinds_are_known(quality: int, subsampling: str, optimize: bool) -> None:
+def test_common_kinds_of_jpeg_are_recognised_as_complete(quality: int, subsampling: str, optimize: bool) -> None:
     for seed, (width, height) in enumerate([(1, 1), (8, 8), (17, 33), (130, 64)]):
         for smooth in (False, True):
             data = jpeg(width, height, seed=seed, smooth=smooth, quality=quality, subsampling=subsampling, optimize=optimize)
@@ -48,7 +48,7 @@ def test_common_kinds_are_known(quality: int, subsampling: str, optimize: bool) 
             assert is_whole(data)
 
 
-def test_gray_and_decorated_ones_are_known() -> None:
+def test_gray_jpegs_and_jpegs_with_metadata_are_recognised_as_complete() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for data in (jpeg(mode="L"), jpeg(comment=b"c" * 300), jpeg(exif=exif), jpeg(icc_profile=b"p" * 70_000)):
@@ -77,12 +77,12 @@ def test_gray_and_decorated_ones_are_known() -> None:
         b"\x89PNG\r\n\x1a\n" + bytes(100),
     ],
 )
-def test_doubtful_ones_are_left_to_the_decoder(data: bytes) -> None:
+def test_unusual_jpegs_are_left_to_the_decoder(data: bytes) -> None:
     assert not is_whole(data)
 
 
 def damaged(original: bytes, *, seed: int, count: int) -> Iterator[bytes]:
-    """With a byte changed, left out or put in, one or two bits turned, a stretch left out, or the end cut off."""
+    """Returns the JPEG with a random damage: a byte changed, removed or inserted, bits flipped, a range removed, or the end cut off."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         data, at = bytearray(original), int(rng.integers(2, len(original)))
@@ -106,14 +106,14 @@ def damaged(original: bytes, *, seed: int, count: int) -> Iterator[bytes]:
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
 @pytest.mark.parametrize("optimize", [False, True])
-def test_what_is_called_whole_decodes_without_complaint(mode: str, subsampling: str, optimize: bool) -> None:
+def test_a_jpeg_recognised_as_complete_decodes_without_a_warning(mode: str, subsampling: str, optimize: bool) -> None:
     original = jpeg(72, 50, mode=mode, subsampling=subsampling, optimize=optimize, smooth=optimize)
     whole = [data for data in damaged(original, seed=len(original), count=4_000) if is_whole(data)]
     assert [text for data in whole for text in complaints(data)] == []
     assert 40 < len(whole) < 2_000  # other pixels, say: the damage that no decoder can see
 
 
-def test_a_long_conversion_gives_what_a_short_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_conversion_has_the_same_result_as_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [jpeg(seed=1), *damaged(jpeg(72, 50), seed=2, count=300), jpeg(progressive=True), jpeg(mode="CMYK"), b""]
     short = [Encoder(EncodeSettings()).encode(data) for data in images]
     monkeypatch.setattr(encode, "_MANY_IMAGES", 0)
@@ -122,8 +122,8 @@ def test_a_long_conversion_gives_what_a_short_one_gives(monkeypatch: pytest.Monk
     assert 10 < sum(isinstance(one, EncodedImage) for one in short) < 290
 
 
-def test_tables_are_not_taken_from_the_image_before() -> None:
-    """A decoder that is used again keeps them: what became of a damaged image depended on its neighbour."""
+def test_huffman_tables_of_the_previous_image_are_not_reused() -> None:
+    """A reused decoder keeps its tables, so the result for a damaged image would depend on the image before."""
     good = jpeg(72, 50)
     begin = good.index(b"\xff\xdb", good.index(b"\xff\xdb") + 2)
     lacking = good[:begin] + good[begin + 69 :]

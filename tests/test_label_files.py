@@ -1,4 +1,4 @@
-"""Files of labels as people have them: read by the names of their columns and of the images, shown, or refused with what was seen."""
+"""Tests of label files in the wild: columns are detected by headers and image names, shown to the user, or refused if ambiguous."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_names_of_columns_and_images_decide_how_a_file_is_read(content: str 
         ("golden retriever\ntench, Tinca tinca\ngolden retriever\n", "labels.txt"),
     ],
 )
-def test_names_and_classes_may_hold_blanks_commas_and_number_signs(content: str, file: str, tmp_path: Path) -> None:
+def test_names_and_classes_may_contain_blanks_commas_and_number_signs(content: str, file: str, tmp_path: Path) -> None:
     assert classes_of(labelled(tmp_path, content, "a, b.jpg", "#1.jpg", "my dog.jpg", file=file)) == {
         "a, b.jpg": "tench, Tinca tinca",
         "#1.jpg": "golden retriever",
@@ -83,7 +83,7 @@ def test_names_and_classes_may_hold_blanks_commas_and_number_signs(content: str,
     }
 
 
-def test_numbers_are_classes_in_the_order_of_numbers(tmp_path: Path) -> None:
+def test_numeric_classes_are_sorted_by_value(tmp_path: Path) -> None:
     names = tuple(f"{i:02d}.jpg" for i in range(12))
     rows = {name: i for i, name in enumerate(names)}
     for content, file in (
@@ -130,7 +130,9 @@ def test_numbers_are_classes_in_the_order_of_numbers(tmp_path: Path) -> None:
         ("x.jpg cat " * 110_000, "labels.txt", "line 1 has more than 1,048,576 characters"),
     ],
 )
-def test_what_leaves_doubt_is_refused_with_what_was_seen(content: str | bytes, file: str, message: str, tmp_path: Path) -> None:
+def test_an_ambiguous_label_file_is_refused_and_its_first_rows_are_shown(
+    content: str | bytes, file: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=f"(?s)^[^\n]*{file}: .*{message}"):
         labelled(tmp_path, content, *XYZ, file=file)
 
@@ -150,7 +152,7 @@ def test_the_user_chooses_a_column_by_name_or_number(tmp_path: Path) -> None:
         list_images(tmp_path / "data", label_column="1")
 
 
-def test_names_are_matched_by_their_ends_and_a_doubtful_one_is_an_error(tmp_path: Path) -> None:
+def test_names_are_matched_by_their_last_parts_and_an_ambiguous_one_is_an_error(tmp_path: Path) -> None:
     names = ("a/1.jpg", "b/1.jpg", "b/only.jpg")
     content = "file,label\n/old/a/1.jpg,cat\n./b/1,dog\nval/only.jpg,cat\na/gone.jpg,cat\na/only.jpg,cat\n"
     listing = labelled(tmp_path, content, *names)
@@ -163,13 +165,13 @@ def test_names_are_matched_by_their_ends_and_a_doubtful_one_is_an_error(tmp_path
         labelled(tmp_path, "file,label\ny/only.jpg,cat\nz/only.jpg,dog\n", *names)
 
 
-def test_absolute_names_in_the_data_mean_that_file(tmp_path: Path) -> None:
+def test_an_absolute_name_inside_the_data_folder_matches_that_file(tmp_path: Path) -> None:
     root = tmp_path / "data"
     content = f"file,label\n{root}/1.jpg,cat\n{root}/a/1.jpg,dog\n"
     assert classes_of(labelled(tmp_path, content, "1.jpg", "a/1.jpg")) == {"1.jpg": "cat", "a/1.jpg": "dog"}
 
 
-def test_the_commands_show_how_the_labels_were_read_and_what_does_not_fit(tmp_path: Path) -> None:
+def test_the_commands_print_how_labels_were_read_and_what_does_not_match(tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("image,width,label\nx.jpg,40,cat\nnone.jpg,40,dog\n")
     data = images(tmp_path / "data", *XYZ)

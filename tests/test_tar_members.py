@@ -1,4 +1,4 @@
-"""Tars as they exist: linked, concatenated, sparse, extended, made to harm; held to tarfile and to the folder that they were packed from."""
+"""Tests of tars with links, concatenated, sparse, extended or malicious, compared with tarfile and with the folder that was packed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def members(content: bytes) -> list[tarfile.TarInfo]:
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header of any size, negative ones too, with a right checksum."""
+    """Returns a header with any size, also a negative one, and a correct checksum."""
     member = tarfile.TarInfo(name)
     member.type = kind
     block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
@@ -41,7 +41,7 @@ END = bytes(1024)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_those_that_tarfile_finds(form: int) -> None:
+def test_members_are_the_same_as_tarfiles(form: int) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form, pax_headers={"comment": "x"} if form == tarfile.PAX_FORMAT else None) as tar:
         for name in ("a/1.jpg", "d" * 90 + "/" + "f" * 80, "b/é.jpg", "b/\udcff.jpg"):
@@ -58,7 +58,7 @@ def test_members_are_those_that_tarfile_finds(form: int) -> None:
     assert [(m.name, m.type, m.size, m.offset_data, m.linkname) for m in members(buffer.getvalue())] == expected
 
 
-def test_the_tar_of_a_folder_with_links_is_the_folder(tmp_path: Path) -> None:
+def test_the_tar_of_a_folder_with_links_equals_the_folder(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for name in ("a/1.jpg", "b/2.jpg", "b/.store/blob", "b/.store/other", "c/3.jpg"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def test_the_tar_of_a_folder_with_links_is_the_folder(tmp_path: Path) -> None:
         assert reasons["c/gone.jpg"] == "a link in a tar (to nowhere.jpg)"
 
 
-def test_hard_links_in_class_tars_are_within_their_tar(tmp_path: Path) -> None:
+def test_hard_links_in_a_class_tar_refer_to_that_tar(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         add_file(tar, "1.jpg", b"one")
@@ -104,7 +104,7 @@ def test_hard_links_in_class_tars_are_within_their_tar(tmp_path: Path) -> None:
     }
 
 
-def test_archives_one_behind_the_other_are_all_read(tmp_path: Path) -> None:
+def test_concatenated_archives_are_all_read(tmp_path: Path) -> None:
     one, two, three = (tar_bytes({f"{name}/1.jpg": name.encode()}) for name in "abc")
     assert [m.name for m in members(one + two + bytes(5 << 20) + three)] == ["a/1.jpg", "b/1.jpg", "c/1.jpg"]
     lone = one[:1024] + bytes(512) + two  # a single block of zeros
@@ -114,12 +114,12 @@ def test_archives_one_behind_the_other_are_all_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("junk", [b"junk" * 200, bytes(700) + b"x", tar_bytes({"b/1.jpg": b"x"})[3:]])
-def test_what_follows_the_end_and_is_no_archive_is_an_error(junk: bytes) -> None:
+def test_data_after_the_end_mark_that_is_not_an_archive_is_an_error(junk: bytes) -> None:
     with pytest.raises(DamagedTarError, match="near byte"):
         members(tar_bytes({"a/1.jpg": b"x"}) + junk)
 
 
-def test_a_hole_behind_the_end_takes_no_time(tmp_path: Path) -> None:
+def test_a_sparse_hole_after_the_end_is_skipped_quickly(tmp_path: Path) -> None:
     with (tmp_path / "x.tar").open("wb") as file:
         file.write(tar_bytes({"a/1.jpg": b"x"}))
         file.truncate(1 << 40)
@@ -149,8 +149,8 @@ def test_a_hole_behind_the_end_takes_no_time(tmp_path: Path) -> None:
         (header("x", 512, tarfile.XHDTYPE) + bytes(512) + END, "neither a header nor the end mark"),
     ],
 )  # fmt: skip
-def test_sizes_and_headers_that_cannot_be_are_one_line_at_once(damage: bytes, message: str, tmp_path: Path) -> None:
-    """Some of them send CPython's tarfile round for ever (CVE-2025-8194) or for hours (CVE-2024-6232)."""
+def test_impossible_sizes_and_headers_are_a_one_line_error_at_once(damage: bytes, message: str, tmp_path: Path) -> None:
+    """Some of them make CPython's tarfile loop for ever (CVE-2025-8194) or for hours (CVE-2024-6232)."""
     good = tar_bytes({"a/1.jpg": b"x"})[:1024]
     (tmp_path / "inner.tar").write_bytes(tar_bytes({"n01.tar": good + damage + END}))
     (tmp_path / "outer.tar").write_bytes(good + damage + END)
@@ -161,7 +161,7 @@ def test_sizes_and_headers_that_cannot_be_are_one_line_at_once(damage: bytes, me
     assert time.monotonic() - start < 5
 
 
-def test_sparse_files_are_told_and_a_map_without_end_is_refused(tmp_path: Path) -> None:
+def test_sparse_files_are_reported_and_an_endless_sparse_map_is_refused(tmp_path: Path) -> None:
     block = bytearray(header("a/2.jpg", 512, tarfile.GNUTYPE_SPARSE))
     block[482], block[148:156] = 1, b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
@@ -176,7 +176,7 @@ def test_sparse_files_are_told_and_a_map_without_end_is_refused(tmp_path: Path) 
         list_images(tmp_path / "x.tar")
 
 
-def test_a_development_kit_made_to_harm_is_one_line(tmp_path: Path) -> None:
+def test_a_malicious_development_kit_is_a_one_line_error(tmp_path: Path) -> None:
     write_archives(tmp_path)
     (tmp_path / DEVKIT).write_bytes(tar_bytes({"readme.txt": b""})[:512] + header("x", -512) + END)
     with pytest.raises(UserError, match="cannot be read as the development kit .*has a size of -512"):

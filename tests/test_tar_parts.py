@@ -1,4 +1,4 @@
-"""Shards from several machines: together the samples and the order that one machine writes."""
+"""Tests of shards written by several machines: merged, they have the samples and the order of one machine's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def parts(images: Path, tmp_path: Path) -> Path:
-    """All three parts, made in no particular order."""
+    """Returns a folder with all three parts, converted in no particular order."""
     out = tmp_path / "parts"
     for number in (2, 0, 1):
         write_tar_part(images, out=out, part=Part(number, 3), workers=1, seed=SEED)
@@ -39,7 +39,7 @@ def parts(images: Path, tmp_path: Path) -> Path:
 
 
 def members(folder: Path) -> list[tuple[str, bytes]]:
-    """(name, bytes) of everything in the shards, in the manifest's order."""
+    """Returns (name, bytes) of every member of the shards, in the manifest's order."""
     found = []
     for shard in read_manifest(folder / "manifest.json").shards:
         with tarfile.open(folder / shard.name) as tar:
@@ -47,7 +47,7 @@ def members(folder: Path) -> list[tuple[str, bytes]]:
     return found
 
 
-def test_the_merged_parts_hold_the_samples_of_one_machine_in_its_order(images: Path, parts: Path, tmp_path: Path) -> None:
+def test_merged_parts_have_the_same_samples_in_the_same_order_as_from_one_machine(images: Path, parts: Path, tmp_path: Path) -> None:
     merged = merge_tar_parts(parts)
     alone = write_tar_shards(images, out=tmp_path / "alone", workers=1, seed=SEED)
     assert members(parts) == members(tmp_path / "alone")
@@ -74,12 +74,12 @@ def test_our_dali_backend_reads_the_merged_parts(images: Path, parts: Path, tmp_
         assert (ours == theirs).all()
 
 
-def test_a_part_that_is_there_already_is_not_made_again(images: Path, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_part_is_not_converted_again(images: Path, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar_parts, "convert_images", None)
     assert sum(shard.samples for shard in write_tar_part(images, out=parts, part=Part(1, 3), workers=1, seed=SEED)) > 10
 
 
-def test_a_part_killed_while_its_files_were_moved_is_completed(
+def test_a_part_killed_while_moving_its_files_is_completed(
     images: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = parts / ".part-00001-of-00003.partial"
@@ -110,7 +110,7 @@ def test_parts_that_do_not_belong_together_are_refused(images: Path, parts: Path
         merge_tar_parts(parts)
 
 
-def test_a_merge_needs_no_source_and_takes_it_as_a_check(images: Path, parts: Path, tmp_path: Path) -> None:
+def test_a_merge_needs_no_source_but_checks_it_if_given(images: Path, parts: Path, tmp_path: Path) -> None:
     gone = images.rename(tmp_path / "gone")
     copies = [shutil.copytree(parts, tmp_path / name) for name in ("without", "with")]
     try:
@@ -123,7 +123,7 @@ def test_a_merge_needs_no_source_and_takes_it_as_a_check(images: Path, parts: Pa
     )
 
 
-def test_a_damaged_table_of_a_part_is_named(parts: Path) -> None:
+def test_a_damaged_table_of_a_part_is_reported(parts: Path) -> None:
     table = parts / "part-00001-of-00003.npz"
     whole = table.read_bytes()
     other = (parts / "part-00000-of-00003.npz").read_bytes()
@@ -137,7 +137,7 @@ def test_a_damaged_table_of_a_part_is_named(parts: Path) -> None:
     assert not (parts / "manifest.json").exists()
 
 
-def test_a_merge_killed_while_it_removed_the_parts_descriptions_ends_when_it_is_repeated(parts: Path, tmp_path: Path) -> None:
+def test_a_merge_killed_while_removing_the_parts_descriptions_completes_when_repeated(parts: Path, tmp_path: Path) -> None:
     before = shutil.copytree(parts, tmp_path / "before")
     merged = merge_tar_parts(parts)
     names = sorted(path.name for path in parts.iterdir())
@@ -162,7 +162,7 @@ def test_the_merge_command_says_what_has_no_effect_and_what_is_missing(parts: Pa
     assert f"{parts}: 47 images of 3 classes, 3 shards" in merged.stdout
 
 
-def test_a_complete_folder_takes_no_further_part(images: Path, parts: Path) -> None:
+def test_a_complete_folder_accepts_no_further_part(images: Path, parts: Path) -> None:
     merge_tar_parts(parts)
     with pytest.raises(UserError, match="holds a complete data set already"):
         write_tar_part(images, out=parts, part=Part(0, 3), workers=1)
@@ -178,7 +178,7 @@ def test_the_number_of_the_machine_is_given_or_taken_from_torchrun_or_slurm() ->
         parse_part("auto", {})
 
 
-def test_the_parts_of_an_order_are_disjoint_and_together_the_order() -> None:
+def test_the_parts_are_disjoint_and_together_cover_the_order() -> None:
     order = np.arange(10)[::-1]
     shares = [Part(number, 4).share(order).tolist() for number in range(4)]
     assert [index for share in shares for index in share] == order.tolist()

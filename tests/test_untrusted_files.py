@@ -1,4 +1,4 @@
-"""Files that lie: whatever a table, an index, a manifest or a header says is held against the bytes before native code sees it."""
+"""Tests of malicious files: every value of a table, index, manifest or header is checked before native code uses it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Rows = NDArray[Any]
 
 @pytest.fixture
 def beton_copy(beton: Path, tmp_path: Path) -> Path:
-    """Without its manifest, as a stranger's file comes."""
+    """Returns a copy of a .beton without its manifest, like a file from another source."""
     return Path(shutil.copy(beton, tmp_path / "x.beton"))
 
 
@@ -59,7 +59,7 @@ def edit_manifest(path: Path, **changes: object) -> None:
 
 
 def put_jpeg(path: Path, index: int, jpeg: bytes) -> None:
-    """Writes another JPEG over that of an image of a .beton, with its checksum, as who makes such a file would."""
+    """Overwrites an image of a .beton with another JPEG and updates its checksum, as an attacker would."""
     table = beton_format.read_beton(path)
     assert len(jpeg) <= table.size[index]
     jpeg += bytes(int(table.size[index]) - len(jpeg))
@@ -80,7 +80,7 @@ def decode_all(source: FfcvSource | DaliSource | FolderSource) -> None:
 
 
 def with_frame(jpeg: bytes, *, height: int, width: int) -> bytes:
-    """The JPEG with another size in its frame header."""
+    """Returns the JPEG with another size in its frame header."""
     at = jpeg.index(b"\xff\xc0")
     return jpeg[: at + 5] + height.to_bytes(2) + width.to_bytes(2) + jpeg[at + 9 :]
 
@@ -98,7 +98,7 @@ def with_frame(jpeg: bytes, *, height: int, width: int) -> bytes:
         (("mode",), beton_format.RAW_MODE, "image 4 has not as many bytes as its raw pixels need"),
     ],
 )
-def test_a_row_of_a_beton_that_no_image_can_have_is_named(field: tuple[str, ...], value: int, message: str, beton_copy: Path) -> None:
+def test_an_impossible_row_of_a_beton_is_refused_and_named(field: tuple[str, ...], value: int, message: str, beton_copy: Path) -> None:
     def change(rows: Rows) -> None:
         for name in field:
             rows["f0"][name][4] = value
@@ -133,7 +133,7 @@ def test_a_jpeg_that_claims_gigabytes_or_another_size_than_its_table_is_never_de
 
 
 def test_images_that_overlap_to_more_than_the_file_are_refused(beton_copy: Path) -> None:
-    """A table of a million rows that all lead to one image of a gigabyte would be endless work."""
+    """Decoding a table of a million rows that all point to one image of a gigabyte would take forever."""
     content = bytearray(beton_copy.read_bytes())
     header = np.frombuffer(content, beton_format.HEADER, 1)[0]
     allocations = np.frombuffer(content, beton_format.ALLOCATION, -1, int(header["alloc_table_ptr"]))
@@ -151,7 +151,7 @@ def test_a_label_that_is_no_class_number_is_refused_before_a_name_is_made_for_ea
             use(beton_copy)
 
 
-def test_a_label_of_minus_one_stands_for_none_and_a_lower_one_for_nothing(beton_copy: Path) -> None:
+def test_a_label_of_minus_one_means_unlabelled_and_a_lower_one_is_refused(beton_copy: Path) -> None:
     edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(slice(0, 20), -1))
     source = FfcvSource(beton_copy)
     assert source.labels[:20].tolist() == [-1] * 20
@@ -175,7 +175,7 @@ def test_a_label_of_minus_one_stands_for_none_and_a_lower_one_for_nothing(beton_
         ({"label": -2}, "holds the label -2"),
     ],
 )
-def test_a_row_of_a_sample_table_that_no_image_can_have_is_named(change: dict[str, int], message: str, shards: Path) -> None:
+def test_an_impossible_row_of_a_sample_table_is_refused_and_named(change: dict[str, int], message: str, shards: Path) -> None:
     table = np.load(shards / SAMPLE_TABLE)
     for name, value in change.items():
         table[name][5] = value
@@ -185,7 +185,7 @@ def test_a_row_of_a_sample_table_that_no_image_can_have_is_named(change: dict[st
     assert message in "\n".join(map(str, verify(shards, workers=1).faults))
 
 
-def test_dali_is_given_no_jpeg_whose_size_is_not_its_tables(shards: Path) -> None:
+def test_a_jpeg_whose_size_differs_from_its_table_never_reaches_dali(shards: Path) -> None:
     table = np.load(shards / SAMPLE_TABLE)
     table["width"][5] += 1
     np.save(shards / SAMPLE_TABLE, table)
@@ -193,7 +193,7 @@ def test_dali_is_given_no_jpeg_whose_size_is_not_its_tables(shards: Path) -> Non
         decode_all(DaliSource(shards))
 
 
-def test_a_sample_table_that_is_a_zip_file_or_larger_than_its_samples_is_one_line(shards: Path) -> None:
+def test_a_sample_table_that_is_a_zip_file_or_too_large_is_a_one_line_error(shards: Path) -> None:
     table = np.load(shards / SAMPLE_TABLE)
     for write in (lambda path: np.savez(path, table), lambda path: np.save(path, np.resize(table, 10_000))):
         with open(shards / SAMPLE_TABLE, "wb") as file:
@@ -260,7 +260,7 @@ def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:
         read_manifest(path)
 
 
-def test_info_and_verify_of_a_manifest_that_claims_two_milliards_of_images_take_no_memory_for_them(beton: Path, beton_copy: Path) -> None:
+def test_info_and_verify_need_little_memory_for_a_manifest_that_claims_two_billion_images(beton: Path, beton_copy: Path) -> None:
     manifest = Path(f"{beton_copy}.json")
     shutil.copy(f"{beton}.json", manifest)
     edit_manifest(manifest, num_samples=2**31)
@@ -270,7 +270,7 @@ def test_info_and_verify_of_a_manifest_that_claims_two_milliards_of_images_take_
         FfcvSource(beton_copy)
 
 
-def test_a_link_to_a_beton_finds_the_manifest_beside_the_file_and_a_copy_without_one_is_told(
+def test_a_link_to_a_beton_finds_the_targets_manifest_and_a_copy_without_one_is_warned_about(
     beton: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     link, copy = tmp_path / "other.beton", tmp_path / "copy.beton"
@@ -286,7 +286,7 @@ def test_a_link_to_a_beton_finds_the_manifest_beside_the_file_and_a_copy_without
 
 
 def many_scans(scans: int, *, side: int = 64) -> bytes:
-    """A progressive gray JPEG whose every further scan, of a few bytes, passes over all blocks again."""
+    """Returns a progressive gray JPEG with many scans of a few bytes, each of which makes a decoder process all blocks again."""
 
     def segment(marker: int, content: bytes) -> bytes:
         return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2) + content
@@ -400,7 +400,7 @@ def failing_images() -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize(("extension", "data"), list(failing_images()))
-def test_an_image_that_pillow_stumbles_over_ends_in_one_line_that_names_it(
+def test_an_image_on_which_pillow_fails_is_a_one_line_error_that_names_it(
     extension: str, data: bytes, make_folder: Callable[..., Path]
 ) -> None:
     folder = make_folder(**{f"bad_{extension}": data})

@@ -1,4 +1,4 @@
-"""Verification: any byte that has changed, anything missing, swapped or edited is named, by file and where it can be by image."""
+"""Tests of verification: every changed byte and every missing, swapped or edited file is reported, with its image if possible."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shards(tar_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards, of three images each."""
+    """Returns a folder of two shards with three images each."""
     folder = tmp_path_factory.mktemp("noise") / "data" / "class"
     folder.mkdir(parents=True)
     for i, pixels in enumerate(np.random.default_rng(2).integers(0, 256, (6, 600, 600, 3), dtype=np.uint8)):
@@ -71,10 +71,10 @@ def flip(path: Path, at: int, *, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
-# ---- all is well
+# ---- no faults
 
 
-def test_what_a_conversion_made_is_well_also_when_renamed(beton_copy: Path, shards: Path, image_folder: Path) -> None:
+def test_converted_data_has_no_faults_even_after_renaming(beton_copy: Path, shards: Path, image_folder: Path) -> None:
     renamed = beton_copy.with_name("other.beton")
     beton_copy.rename(renamed)
     Path(f"{beton_copy}.json").rename(f"{renamed}.json")
@@ -85,7 +85,7 @@ def test_what_a_conversion_made_is_well_also_when_renamed(beton_copy: Path, shar
 
 
 def odd_folder(root: Path) -> Path:
-    """Images that pass through, are transcoded and are dropped."""
+    """Returns a folder of images that are kept, transcoded and dropped."""
     for label, name in enumerate(("a", "b")):
         (root / name).mkdir(parents=True)
         for i in range(12):
@@ -129,7 +129,7 @@ def test_a_changed_byte_of_an_image_names_the_image(beton_copy: Path) -> None:
 
 
 def every_member(tar: Path) -> list[tuple[int, int, int, int]]:
-    """(sample, first byte of the header, first byte of the content, size)."""
+    """Returns (sample, offset of the header, offset of the content, size) of every member."""
     with tarfile.open(tar) as file:
         return [(int(member.name[:8]), member.offset, member.offset_data, member.size) for member in file]
 
@@ -182,7 +182,7 @@ def test_a_changed_byte_of_padding_or_of_the_tables_names_the_file(beton_copy: P
 
 
 @pytest.mark.parametrize("keep", [0, 20, 5000, 20_000, -2000, -100, -1])
-def test_a_beton_without_its_tail_is_named(keep: int, beton_copy: Path) -> None:
+def test_a_truncated_beton_is_reported(keep: int, beton_copy: Path) -> None:
     whole, table = beton_copy.read_bytes(), read_beton(beton_copy)
     beton_copy.write_bytes(whole[:keep])
     findings = verify(beton_copy, workers=1)
@@ -192,7 +192,7 @@ def test_a_beton_without_its_tail_is_named(keep: int, beton_copy: Path) -> None:
         assert f"{len(lost)} images, the first of them image {lost[0]}, lie beyond its end" in told(findings)
 
 
-def test_a_shard_without_its_tail_names_the_images_that_are_lost(shards: Path) -> None:
+def test_a_truncated_shard_names_the_lost_images(shards: Path) -> None:
     tar = shards / "shard-00000.tar"
     whole = tar.read_bytes()
     _, _, content, _ = every_member(tar)[-9]
@@ -209,7 +209,7 @@ def every_member_of(content: bytes, folder: Path) -> list[tuple[int, int, int, i
     return every_member(path)
 
 
-def test_swapped_shards_are_named_both_with_their_images(many_shards: Path, tmp_path: Path) -> None:
+def test_two_swapped_shards_are_both_reported(many_shards: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(many_shards, tmp_path / "shards"))
     for suffix in ("tar", "idx"):
         first, second = folder / f"shard-00000.{suffix}", folder / f"shard-00001.{suffix}"
@@ -236,9 +236,7 @@ def test_swapped_shards_are_named_both_with_their_images(many_shards: Path, tmp_
         (lambda folder: (folder / "manifest.json").unlink(), ""),
     ],
 )
-def test_parts_that_are_missing_or_foreign_are_named(
-    damage: Callable[[Path], object], message: str, many_shards: Path, tmp_path: Path
-) -> None:
+def test_missing_and_foreign_files_are_named(damage: Callable[[Path], object], message: str, many_shards: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(many_shards, tmp_path / "shards"))
     damage(folder)
     findings = verify(folder, workers=1)
@@ -248,7 +246,7 @@ def test_parts_that_are_missing_or_foreign_are_named(
     assert bool(findings.notes) == (not message or "not a manifest" in message)
 
 
-def test_an_edited_manifest_is_named_whatever_was_edited(beton_copy: Path, shards: Path) -> None:
+def test_an_edit_of_any_field_of_the_manifest_is_reported(beton_copy: Path, shards: Path) -> None:
     for root, path in ((beton_copy, Path(f"{beton_copy}.json")), (shards, shards / "manifest.json")):
         whole = path.read_text()
         for name in json.loads(whole):
@@ -261,7 +259,7 @@ def test_an_edited_manifest_is_named_whatever_was_edited(beton_copy: Path, shard
         path.write_text(whole)
 
 
-def test_a_manifest_with_values_of_other_kinds_is_named(beton_copy: Path, shards: Path) -> None:
+def test_a_manifest_with_values_of_other_types_is_reported(beton_copy: Path, shards: Path) -> None:
     for root, path in ((beton_copy, Path(f"{beton_copy}.json")), (shards, shards / "manifest.json")):
         whole = path.read_text()
         for name in json.loads(whole):
@@ -272,7 +270,7 @@ def test_a_manifest_with_values_of_other_kinds_is_named(beton_copy: Path, shards
 
 
 def edited(value: object) -> object:
-    """The same kind of value, another one."""
+    """Returns another value of the same type."""
     if isinstance(value, dict):
         name = next(iter(value))
         return {**value, name: edited(value[name])}
@@ -299,7 +297,7 @@ def test_a_changed_label_is_noticed_at_open(beton_copy: Path, shards: Path) -> N
         read_tar_shards(shards)
 
 
-def test_any_changed_byte_of_the_tables_opens_or_is_one_line(beton_copy: Path, shards: Path) -> None:
+def test_a_beton_with_any_changed_byte_in_its_tables_opens_or_is_a_one_line_error(beton_copy: Path, shards: Path) -> None:
     rng = random.Random(6)
     for path, end, opened in (
         (beton_copy, HEADER.itemsize + 2 * FIELD.itemsize + 25 * 24, lambda: read_beton(beton_copy)),
@@ -321,7 +319,7 @@ def test_any_changed_byte_of_the_tables_opens_or_is_one_line(beton_copy: Path, s
 # ---- foreign data
 
 
-def test_a_beton_of_stock_ffcv_is_decoded_and_said_to_have_no_checksums(beton_copy: Path) -> None:
+def test_a_beton_of_stock_ffcv_is_decoded_with_a_note_that_it_has_no_checksums(beton_copy: Path) -> None:
     Path(f"{beton_copy}.json").unlink()
     content = bytearray(beton_copy.read_bytes())
     content[content.index(b"fastbyol")] = 0  # what RGBImageField of ffcv has there
@@ -334,7 +332,7 @@ def test_a_beton_of_stock_ffcv_is_decoded_and_said_to_have_no_checksums(beton_co
     assert images_named(verify(beton_copy, workers=1)) == {7}
 
 
-def test_tars_of_other_makers_are_decoded_and_their_indices_compared(tmp_path: Path) -> None:
+def test_tars_written_by_other_tools_are_decoded_and_their_indices_checked(tmp_path: Path) -> None:
     folder = tmp_path / "wds"
     folder.mkdir()
     for number in range(2):
@@ -359,7 +357,7 @@ def test_tars_of_other_makers_are_decoded_and_their_indices_compared(tmp_path: P
 # ---- the source
 
 
-def test_an_original_that_is_another_picture_now_is_named(image_folder: Path, beton: Path, tmp_path: Path) -> None:
+def test_an_original_that_was_replaced_by_another_picture_is_named(image_folder: Path, beton: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(image_folder, tmp_path / "source"))
     names = list_image_folder(source).files
     shutil.copy(source / names[3], source / names[5])
@@ -396,7 +394,7 @@ def test_other_labels_in_the_source_are_named(image_folder: Path, beton: Path, t
 # ---- the command
 
 
-def test_the_command_tells_by_its_exit_code(beton_copy: Path, image_folder: Path) -> None:
+def test_the_exit_code_tells_if_there_are_faults(beton_copy: Path, image_folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, VERIFY, beton_copy, "--source", image_folder], capture_output=True, text=True, timeout=60, check=False
     )
@@ -428,13 +426,13 @@ def test_nothing_to_verify_is_one_line_and_exit_code_2(arguments: list[str], mes
     assert message in done.stderr
 
 
-def test_countless_faults_are_counted_and_not_kept() -> None:
+def test_further_faults_are_counted_but_not_kept() -> None:
     findings = Findings()
     findings.add(fault for _ in range(3) for fault in [("f", 1, "x")] * KEPT_FAULTS)  # type: ignore[misc]
     assert (findings.num_faults, len(findings.faults)) == (3 * KEPT_FAULTS, KEPT_FAULTS)
 
 
-def test_a_tar_folder_that_holds_no_image_is_a_fault(tmp_path: Path) -> None:
+def test_a_tar_folder_without_images_is_a_fault(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
     assert "no image in its 1 tars" in told(verify(tmp_path, workers=1))

@@ -1,4 +1,4 @@
-"""Conversion: every image checked, its own bytes kept, stock readers satisfied, whole or not at all, never a hang."""
+"""Tests of conversion: every image is checked, JPEGs keep their bytes, stock readers accept the output, and no partial output appears."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _pages(path: Path) -> list[tuple[int, int]]:
     return list(zip(table.offset // page, (table.offset + table.size - 1) // page, strict=True))
 
 
-def test_what_no_decoder_takes_is_transcoded_and_all_else_is_left_alone(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_uncommon_formats_are_transcoded_and_everything_else_is_kept(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     wheel = colour_wheel()
     kept = {"a_jpg": wheel, "b_jpeg": wheel.convert("L")}
     changed = {"c_jpg": wheel.convert("CMYK"), "d_png": wheel.convert("RGBA"), "e_png": wheel.quantize(128), "f_bmp": wheel}
@@ -105,7 +105,9 @@ def test_what_no_decoder_takes_is_transcoded_and_all_else_is_left_alone(make_fol
         assert np.abs(image.astype(int) - wanted).mean() <= (8.0 if i == 4 else 4.0)  # JPEG is bad at the hard edges of a palette
 
 
-def test_a_rerun_gives_the_same_bytes_with_any_workers(image_folder: Path, beton: Path, tar_folder: Path, tmp_path: Path) -> None:
+def test_a_rerun_writes_the_same_bytes_with_any_number_of_workers(
+    image_folder: Path, beton: Path, tar_folder: Path, tmp_path: Path
+) -> None:
     write_beton(image_folder, out=tmp_path / "again.beton", workers=2)
     assert (tmp_path / "again.beton").read_bytes() == beton.read_bytes()
     write_tar_shards(image_folder, out=tmp_path / "again", workers=2, seed=3)
@@ -162,7 +164,7 @@ def test_shards_end_at_their_size_and_together_hold_every_sample_once(make_folde
 
 
 @pytest.mark.parametrize(("name", "size"), [("00000000.jpg", 0), ("00000007.cls", 8), ("01281166.jpg", 123_456_789), ("123456789.idx", 8)])
-def test_a_member_header_is_the_one_that_tarfile_writes(name: str, size: int) -> None:
+def test_a_member_header_equals_tarfiles(name: str, size: int) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o644
     assert member_header(name, size) == member.tobuf(tarfile.USTAR_FORMAT)
@@ -197,7 +199,7 @@ def test_an_image_that_does_not_decode_is_dropped_by_name_or_ends_a_strict_conve
     ]
 
 
-def test_a_folder_without_a_single_image_that_can_be_kept_is_refused(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_folder_of_which_no_image_can_be_kept_is_refused(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none of the 2 images can be kept; .*report.json says why"):
         write_beton(make_folder(a_jpg=b"", b_png=b"hello"), out=tmp_path / "x.beton", workers=1, options=ConversionOptions(max_dropped=1.0))
 
@@ -213,7 +215,7 @@ def test_an_existing_output_is_refused_and_replaced_only_on_request(
     write(image_folder, out=out, workers=1, overwrite="replace")
 
 
-def test_overwrite_never_removes_a_folder_of_the_users(image_folder: Path, tmp_path: Path) -> None:
+def test_overwrite_never_removes_a_folder_that_we_did_not_make(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="will not be replaced"):
         write_tar_shards(image_folder, out=tmp_path, workers=1, overwrite="replace")
