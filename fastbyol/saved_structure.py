@@ -66,7 +66,7 @@ def is_count(value: object) -> bool:
 
 
 def _is_dense(saved: Any) -> bool:
-    """Whether a tensor's elements fill its stretch of memory as they are: an expanded or overlapping one cannot be updated in place."""
+    """Returns whether a tensor's elements fill its memory without gaps or overlaps; others cannot be updated in place."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.stride(), strict=True))
     return not saved.numel() or (span == saved.numel() and not saved.is_neg() and not saved.is_conj())
 

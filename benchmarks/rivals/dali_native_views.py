@@ -25,7 +25,7 @@ DIFFERENCES = (
     "hue and saturation are linear instead of in HSV (mean error 19 and 9 of 255), contrast turns about middle grey, in one fixed order; "
     "the blur reflects at the border"
 )
-"""How these views differ from the paper's."""
+"""Differences between these views and the paper's."""
 
 
 def dali_native_loader(shards: Path, views: ViewPair, *, batch: int, workers: int, seed: int, prefetch: int = 3) -> TwoViewLoader:
@@ -56,7 +56,7 @@ class DaliNativeRenderer(Renderer):
 
 
 def _colour_arguments(rows: NDArray[np.float32], view: int) -> dict[str, NDArray[Any]]:
-    """What the pipeline is told of one view besides its box, from the sampler's rows (N, P)."""
+    """Returns the pipeline's inputs for one view besides its box, from the sampler's rows (N, P)."""
     jitter, gray = rows[:, ORDER] >= 0, rows[:, GRAY] > 0
     arguments = {
         "flip": rows[:, FLIP].astype(np.int32),

@@ -142,9 +142,11 @@ class OptimConfig:
     weight_decay: float = 1e-6
     trust_coefficient: float = 1e-3
     update: str = "auto"
-    """What moves the target, whatever the optimizer. auto: with lars on a CPU our own kernel, in one pass with the step, else foreach. foreach:
-    torch's operations over all tensors, for lars itself too. triton: one launch (GPU). apex: NVIDIA's amp_C (GPU; PyPI's apex is another
-    package). triton and apex were never run on a GPU by us; `python -m fastbyol tune` measures them on yours and writes the fastest."""
+    """Implementation of the target's update, for every optimizer. auto: with lars on a CPU our own kernel, in one pass with the step, else
+    foreach. foreach: torch's operations over all tensors, for lars itself too. triton: one launch (GPU). apex: NVIDIA's amp_C (GPU; PyPI's
+    apex is another package). We have never run triton and apex on a GPU; `python -m fastbyol tune` measures them on yours and writes the
+    fastest.
+    """
     tau_base: float = 0.99
     """Target decay rate at step 0; it rises to 1 along a cosine."""
     projector_lr_factor: float = 1.0

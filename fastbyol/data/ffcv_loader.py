@@ -128,7 +128,7 @@ class FfcvSource(Source):
         self._file.read_ahead(int(self._beton.offset[indices].min()), int(ends.max()))
 
     def identity(self) -> bytes:
-        """As every source's, and what the bytes are: images stored raw have the same sizes and places whatever they show."""
+        """Returns a digest of what distinguishes the images, bytes included: raw images have equal sizes and offsets whatever they show."""
         table = self._beton
         crc32 = table.crc32
         if crc32 is None:

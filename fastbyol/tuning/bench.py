@@ -20,7 +20,7 @@ from fastbyol.tuning.verdict import Speeds
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks `tune` for.
+    """The request that a user makes of `tune`.
 
     Args:
         config: the config of the run to come; its data.train is not read.
@@ -39,7 +39,7 @@ class Request:
 
 @dataclass
 class Findings:
-    """What has been measured and chosen so far.
+    """The measurements and choices made so far.
 
     config: the run with the best settings so far. per: the unit that images per second refer to. notes: the reason for a setting, by its
     dotted name. lines: the conclusion in words.

@@ -23,7 +23,7 @@ AUTOTUNE_NEEDS_S = 120.0
 COMPILE_MODES = {"cuda": ("default", "reduce-overhead", "max-autotune"), "cpu": ("default", "max-autotune")}
 """The modes in order of preference; reduce-overhead means CUDA graphs."""
 FEED_MARGIN = 1.25
-"""How much faster than the step a loader should be: decoding times vary, and the step should never wait."""
+"""Factor by which a loader should be faster than the step: decoding times vary, and the step should never wait."""
 
 
 def worker_counts(cores: int) -> list[int]:
