@@ -148,7 +148,7 @@ def test_other_settings_or_images_are_refused_by_name_until_a_restart(ten: Path,
     out = tmp_path / "x.beton"
     interrupted_by_a_bad_image(ten, out)
     other = ConversionOptions(encode=EncodeSettings(quality=90))
-    with pytest.raises(UserError, match=r"unfinished conversion lies in .*transcode_quality = 95 and not 90.*--restart"):
+    with pytest.raises(UserError, match=r"unfinished conversion is in .*transcode_quality = 95 and not 90.*--restart"):
         write_beton(ten, out=out, workers=1, options=other)
     first = ten / "class0" / "000000.jpg"
     first.write_bytes(first.read_bytes() + b"x")
@@ -161,7 +161,7 @@ def test_other_settings_or_images_are_refused_by_name_until_a_restart(ten: Path,
     assert (manifest.num_samples, manifest.dropped) == (10, (9,))
 
 
-def test_strict_stops_at_the_first_bad_image_and_continues_with_it_once_it_is_mended(ten: Path, tmp_path: Path) -> None:
+def test_strict_stops_at_the_first_bad_image_and_continues_with_it_once_it_is_repaired(ten: Path, tmp_path: Path) -> None:
     command = Conversion("to_ffcv.py", ten, tmp_path / "x.beton", ("--strict",))
     done = command.run()
     assert done.returncode == 1
@@ -210,7 +210,7 @@ def test_two_conversions_to_one_output_do_not_mix(ten: Path, tmp_path: Path) -> 
 def test_resume_continues_an_unfinished_conversion_and_refuses_to_start_one(ten: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.beton"
     resume = ConversionOptions(unfinished="require")
-    with pytest.raises(UserError, match=r"x.beton: no unfinished conversion of it is there to be resumed; leave out --resume"):
+    with pytest.raises(UserError, match=r"x.beton: there is no unfinished conversion to resume; omit --resume"):
         write_beton(ten, out=out, workers=1, options=resume)
     assert not out.with_name(".x.beton.partial").exists()
     interrupted_by_a_bad_image(ten, out)
@@ -220,7 +220,7 @@ def test_resume_continues_an_unfinished_conversion_and_refuses_to_start_one(ten:
 def test_a_damaged_work_folder_is_noticed(ten: Path, tmp_path: Path) -> None:
     interrupted_by_a_bad_image(ten, tmp_path / "x.beton")
     os.truncate(tmp_path / ".x.beton.partial" / "data", 100)
-    with pytest.raises(UserError, match="its journal says .*: damaged; begin anew with --restart"):
+    with pytest.raises(UserError, match="its journal says .*: damaged; start again with --restart"):
         write_beton(ten, out=tmp_path / "x.beton", workers=1)
 
 

@@ -122,7 +122,7 @@ def test_numeric_classes_are_sorted_by_value(tmp_path: Path) -> None:
         ('filename,label\nx.jpg,"cat\ny.jpg,dog\n', "labels.csv", "is a quotation mark left open"),
         ('filename,label\nx.jpg,"c\nat"\ny.jpg,dog\n', "labels.csv", "a line break in 'x.jpg', 'c.nat'"),
         ("x.jpg\ny.jpg\nz.jpg\n", "labels.txt", "there is one column"),
-        ("x\ny\nz\n", "labels.txt", "names images and gives no classes"),
+        ("x\ny\nz\n", "labels.txt", "names images but no classes"),
         ("filename,label\n".encode("utf-16-le") + b"x\0", "labels.csv", "holds zero bytes.*UTF-16"),
         (b"\xff\xfex", "labels.csv", "is not valid UTF-16"),
         ("filename,label\nu.jpg,cat\nv.jpg,dog\n", "labels.csv", "labels none of the 3 images"),

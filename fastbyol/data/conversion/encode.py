@@ -219,9 +219,8 @@ class Encoder:
         """Decodes with Pillow and encodes again: for all but common JPEGs, and for common ones that must be changed."""
         image = load_image(data, check_size=self._check_size)
         reason = reason or _oddity(image, header)
-        if (
-            header is not None and not reason and not self._must_render(header, index)
-        ):  # a common JPEG, decoded only to check it, because there is no TurboJPEG
+        # A common JPEG that only had to be checked, because there is no TurboJPEG.
+        if header is not None and not reason and not self._must_render(header, index):
             return self._passed(data, header, notes)
         # Pillow's TIFF reader applies the orientation itself, and then reports the image as upright.
         orientation = header.orientation if header else exif_orientation(image)

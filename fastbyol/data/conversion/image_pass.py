@@ -156,7 +156,7 @@ class _Pass:
     def _refuse_drop(self, index: int, dropped: DroppedImage) -> None:
         name = self._task.listing.files[index]
         if self._task.options.strict:
-            raise BadImage(f"{name}: {dropped.reason} ({dropped.detail}); mend or remove it, or go on without --strict, which drops it")
+            raise BadImage(f"{name}: {dropped.reason} ({dropped.detail}); repair or remove it, or omit --strict to drop it")
         self._unreadable = self._unreadable + 1 if dropped.reason == UNREADABLE else 0
         if self._unreadable >= UNREADABLE_IN_A_ROW:
             raise UserError(
@@ -173,11 +173,11 @@ def _rows_before(task: Task, work: WorkFolder) -> NDArray[np.void]:
     path = work.path / ROWS
     rows = np.fromfile(path, dtype=ROW) if path.exists() else np.zeros(0, dtype=ROW)
     if len(rows) != work.done or (rows["index"] != task.order[: len(rows)]).any():
-        raise UserError(f"{work.path}: its records do not fit together; begin anew with --restart")
+        raise UserError(f"{work.path}: its records contradict each other; start again with --restart")
     changed = np.flatnonzero((rows["source_bytes"] != task.sizes[rows["index"].astype(np.int64)]) & (rows["source_bytes"] > 0))
     if len(changed):
         name = task.listing.files[int(rows["index"][changed[0]])]
-        raise UserError(f"{name}: has changed since the unfinished conversion in {work.path} took it; begin anew with --restart")
+        raise UserError(f"{name}: has changed since the unfinished conversion in {work.path} read it; start again with --restart")
     return rows
 
 
@@ -186,4 +186,4 @@ def touched_images(work: WorkFolder) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in (work.path / TOUCHED).read_text(encoding="ascii").splitlines()]
     except ValueError as error:
-        raise UserError(f"{work.path / TOUCHED}: damaged ({error}); begin anew with --restart") from error
+        raise UserError(f"{work.path / TOUCHED}: damaged ({error}); start again with --restart") from error

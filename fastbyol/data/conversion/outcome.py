@@ -34,7 +34,7 @@ def require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> 
     """Raises UserError if too many images were dropped, or all images of a class. The converted data is kept for a run that allows it."""
     allowed = task.options.dropped_allowed(len(rows))
     dropped = int((rows["outcome"] == Outcome.DROPPED).sum())
-    advice = f"{report} names them. Nothing is lost: mend the images and begin anew with --restart, or allow it with"
+    advice = f"{report} names them. Nothing is lost: fix the images and start again with --restart, or allow it with"
     if dropped == len(rows):
         raise UserError(f"{task.listing.root}: none of the {len(rows):,} images can be kept; {report} says why")
     if dropped > allowed:

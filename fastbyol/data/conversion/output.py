@@ -23,7 +23,7 @@ def disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         reason = "the disk is full" if is_full(error) else error.strerror or str(error)
         at = f" at {error.filename}" if error.filename else ""
-        raise UserError(f"{out}: not finished: {reason}{at}; when that is mended the same command continues") from error
+        raise UserError(f"{out}: not finished: {reason}{at}; once that is fixed, the same command continues") from error
 
 
 def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:

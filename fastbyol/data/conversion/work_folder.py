@@ -94,7 +94,7 @@ class WorkFolder:
             if unfinished == "restart":
                 _empty(path)
             elif unfinished == "require" and not (path / _JOURNAL).exists():
-                raise UserError(f"{output}: no unfinished conversion of it is there to be resumed; leave out --resume to begin one")
+                raise UserError(f"{output}: there is no unfinished conversion to resume; omit --resume to start one")
             self._check_identity(identity)
             self.done, self.notes = self._load_journal()
         except BaseException:
@@ -183,7 +183,7 @@ class WorkFolder:
         if changed:
             name = changed[0]
             raise UserError(
-                f"{self._output}: an unfinished conversion lies in {self.path}, made with {name} = {before.get(name)} and not "
+                f"{self._output}: an unfinished conversion is in {self.path}, made with {name} = {before.get(name)} and not "
                 f"{identity.get(name)}; repeat its settings to continue it, or throw it away with --restart"
             )
 
@@ -191,7 +191,7 @@ class WorkFolder:
         """Cuts every file to its length in the journal and removes files that are not in it. Returns the number of finished images and the notes."""
         entry = self._read(_JOURNAL) if (self.path / _JOURNAL).exists() else {"done": 0, "sizes": {}, "notes": {}}
         if not _is_journal_entry(entry):
-            raise UserError(f"{self.path / _JOURNAL}: damaged, or not a journal of this program; begin anew with --restart")
+            raise UserError(f"{self.path / _JOURNAL}: damaged, or not a journal of this program; start again with --restart")
         known = {_SETTINGS, _JOURNAL, _LOCK, *entry["sizes"]}
         for file in self.path.rglob("*"):
             if not file.is_dir() and str(file.relative_to(self.path)) not in known:
@@ -200,7 +200,7 @@ class WorkFolder:
             file = self.path / name
             found = file.stat().st_size if file.exists() else 0
             if found < size:
-                raise UserError(f"{file}: {found:,} bytes, its journal says {size:,}: damaged; begin anew with --restart")
+                raise UserError(f"{file}: {found:,} bytes, its journal says {size:,}: damaged; start again with --restart")
             os.truncate(file, size)
         self._sizes = dict(entry["sizes"])
         return entry["done"], entry["notes"]
@@ -212,7 +212,7 @@ class WorkFolder:
                 raise ValueError("no JSON object")
             return values
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path / name}: not readable ({error}); begin anew with --restart") from error
+            raise UserError(f"{self.path / name}: not readable ({error}); start again with --restart") from error
 
 
 def _is_journal_entry(entry: dict[str, Any]) -> bool:

@@ -81,7 +81,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
         raise UserError(f"{root}: holds tars; give one, such as ILSVRC2012_img_train.tar as downloaded: it is read in place")
     if not names:
         raise UserError(
-            f"{root}: has no sub-folders; an ImageFolder has one folder of images per class. For images that lie together, give their labels"
+            f"{root}: has no sub-folders; an ImageFolder has one folder of images per class. For images in one folder, give their labels"
             " (--labels or --devkit)"
         )
     for name in names:

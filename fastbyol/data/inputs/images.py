@@ -173,7 +173,7 @@ def _list_tar(path: Path, labels: LabelFile | None, splits: str) -> ImageListing
     found = replace(found, files=_without_common_folder(found.files))
     class_names = tuple(sorted({name.partition("/")[0] for name in found.files if "/" in name} | scan.class_tars))
     if not class_names:
-        raise UserError(f"{path}: its images lie in no class folders (the first: {min(found.files)}); give --labels or --devkit")
+        raise UserError(f"{path}: its images are not in class folders (the first: {min(found.files)}); give --labels or --devkit")
     if splits == "refuse":
         refuse_splits(path, class_names, found.files)
     return by_class_folder(replace(found, class_names=class_names))

@@ -78,9 +78,7 @@ def read_label_rows(
     delimiter, matches = _delimiter(sample, index)
     if not matches and not is_table and _may_be_classes_alone([line for _, line in lines]):
         if len({line for _, line in lines}) == len(lines) > 1 and all(index.find(line.strip()) != MISSING for _, line in sample):
-            raise UserError(
-                f"{path}: names images and gives no classes (the first line is {lines[0][1]!r}); give 'name label' in each line"
-            )
+            raise UserError(f"{path}: names images but no classes (the first line is {lines[0][1]!r}); give 'name label' in each line")
         return None
     if delimiter == _WHITESPACE:
         rows = _words(path, lines, index, named=path_column is not None or label_column is not None)

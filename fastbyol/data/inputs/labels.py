@@ -108,7 +108,7 @@ def read_devkit(path: Path) -> LabelFile:
     ids = truth.decode(errors="replace").split()
     unknown = next((word for word in ids if not word.isdigit() or int(word) not in wnid_of), None)
     if unknown is not None or not ids:
-        raise UserError(f"{path}: {_GROUND_TRUTH} holds {unknown!r}, which is no class of {_META}; download the kit again")
+        raise UserError(f"{path}: {_GROUND_TRUTH} holds {unknown!r}, which is not a class of {_META}; download the kit again")
     return LabelFile(path, in_order=[wnid_of[int(word)] for word in ids], class_names=tuple(sorted(wnid_of.values())))
 
 
@@ -171,7 +171,7 @@ def _classes(labels: LabelFile, values: Sequence[str | None]) -> tuple[list[str 
         numbers = {value: int(value.partition(".")[0]) for value in used}
         if (largest := max(numbers.values())) > _LARGEST_LABEL:
             raise UserError(
-                f"{labels.path}: label {largest}: a number is taken for the class's place from 0; write names to number them anew"
+                f"{labels.path}: label {largest}: numbers are class numbers from 0; write class names instead to have them numbered"
             )
         return [None if value is None else str(numbers[value]) for value in values], tuple(map(str, range(largest + 1)))
     if labels.class_names is not None:

@@ -112,7 +112,7 @@ def read_text(path: Path) -> str:
             f"{path}: is not valid {encoding.upper()}, although its byte order mark says so ({error.reason}); save it as UTF-8"
         ) from error
     if "\0" in text:
-        raise UserError(f"{path}: holds zero bytes, so it is no text, or UTF-16 without a byte order mark; save it as UTF-8")
+        raise UserError(f"{path}: holds zero bytes, so it is not text, or UTF-16 without a byte order mark; save it as UTF-8")
     return text
 
 

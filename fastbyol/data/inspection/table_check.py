@@ -32,7 +32,9 @@ def checked_manifest(path: Path, found: Findings) -> Manifest | None:
     if not manifest_path(path).exists():
         if any(path.glob(_PARTS)):
             raise UserError(f"{path}: holds parts of a conversion on many machines; merge them first (data_prep/to_dali.py --merge)")
-        found.notes.append(f"no manifest {manifest_path(path).name}: whether the files are whole, and what the classes are, cannot be told")
+        found.notes.append(
+            f"no manifest {manifest_path(path).name}: cannot check that the files are complete, and the names of the classes are unknown"
+        )
         return None
     try:
         manifest = read_manifest(manifest_path(path))
@@ -58,7 +60,7 @@ def checked_tables(path: Path, manifest: Manifest | None, found: Findings) -> Co
         found.add([Fault(str(path), -1, _without(error, path))])
         return None
     if images.crc32 is None:
-        found.notes.append("it has no checksums of its images: a change that still decodes cannot be noticed")
+        found.notes.append("it has no checksums of its images: a changed image that still decodes cannot be detected")
     if manifest is None and path.is_file():
         try:
             numbered_class_names(path, images.label)
