@@ -27,7 +27,7 @@ from fastbyol.config.errors import UserError, require  # noqa: E402
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
 
-ROWS = {"step": 6, "augment": 3, "ema": 3, "lars": 6, "decode": 4, "end_to_end": 8, "launches": 4}
+ROWS = {"step": 6, "augment": 3, "ema": 3, "lars": 6, "decode": 3, "end_to_end": 8, "launches": 4}
 COMPILES_FOR_A_MINUTE = "step_compiled"
 """Its dry run is for `gpu_plan --device cpu --tiny`; all but its second variant is the part `step`."""
 

@@ -3,8 +3,8 @@ M in 164).
 
 How: float32, gradients given, channels-last. Ours in one pass (`optimizer.step(target_update=...)`, the very call of `train_step`; the
 row keeps its name of earlier records), ours one after the other, and LARS alone. Reference: torch-optimizer's LARS (if it is not
-installed, the rule one tensor at a time), then solo-learn's loop over the target. Rival: lightly's LARS and update_momentum. Ceiling:
-`copy_` of the 35.1 M. The figures are for one thread; the last column repeats 'x ceiling' with two threads, and with one while another
+installed, the rule one tensor at a time), then solo-learn's loop over the target. Rival: lightly's LARS and update_momentum.
+Ceiling: `copy_` of the 35.1 M. The figures are for one thread; the last column repeats 'x ceiling' with two threads, and with one while another
 process of ours copies memory on another core, each relative to a copy under the same conditions ('x copy', medians of same-round
 ratios, wall clock).
 

@@ -2,7 +2,7 @@
 
 How: generated ImageNet-like files in tar shards, with one thread per core of the machine. Reference: decode and crop on the CPU,
 copied to the device. Ceiling: DALI's decoder alone ('mixed': Huffman decoding on the CPU or the GPU's JPEG engine, the rest on the
-GPU). `all`: DALI's own operations up to the normalised view, which are not the paper's.
+GPU).
 
     python -m benchmarks.gpu_plan decode
 
@@ -35,7 +35,7 @@ from fastbyol.data.dali_loader import DaliSource
 from fastbyol.data.loader import TwoViewLoader
 
 CEILING, REFERENCE = "DALI: decode only", "CPU: decode, kernel's crops"
-OURS = {"DALI: decode, crops": "crop", "DALI: everything, its own operations": "all"}
+OURS = {"DALI: decode, crops": "crop"}
 
 
 @dataclass(frozen=True)
