@@ -27,10 +27,11 @@ from fastbyol.data.conversion.output import disk_errors, put_in_place, require_f
 from fastbyol.data.conversion.report import report_path
 from fastbyol.data.conversion.stop_signals import stop_signals
 from fastbyol.data.conversion.task import Images, as_listing, make_task, open_work
-from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished, flush_to_disk
+from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.manifest import Manifest, Shard, beton_manifest_path, chunks_sha256, write_manifest
 from fastbyol.data.traversal import seeded_permutation
+from fastbyol.durable_files import flush_to_disk
 
 RAW_PAGE_BYTES = 1 << 26
 """Largest page size for raw images: 64 MiB is an image of 22 million pixels. Larger ones are stored as JPEG."""

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.conversion.work_folder import COMPLETE, empty_into, flush_to_disk, is_full
+from fastbyol.data.conversion.work_folder import COMPLETE, empty_into, is_full
+from fastbyol.durable_files import flush_to_disk
 
 _INSIDE = ".partial"
 """Name of the work folder inside an output folder that existed before."""

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.manifest import TAR_MANIFEST
+from fastbyol.durable_files import flush_to_disk, write_durably
 
 _SETTINGS, _JOURNAL, _LOCK = "settings.json", "journal.json", "lock"
 COMPLETE = "complete"
@@ -242,26 +243,6 @@ def empty_into(complete: Path, output: Path) -> None:
         flush_to_disk(output)
         os.replace(file, output / file.name)
     flush_to_disk(output)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes or replaces a small file atomically; it is on disk when this returns."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    flush_to_disk(path.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Forces a file's content, or a folder's entries, to disk: after a power cut, a renamed file must not lack its data."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_full(error: OSError) -> bool:
