@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from fastbyol.config.errors import UserError, shown
+from fastbyol.config.errors import UserError, first_line, shown
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.durable_files import UNFINISHED, durable_file, write_durably
@@ -189,7 +189,7 @@ def why_not_loaded(error: Exception) -> str:
         return f"it asks for {wanted[1]}, but only tensors and plain values are accepted"
     if isinstance(error, UnpicklingError | EOFError):
         return "torch.save did not write it"
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return first_line(error)
 
 
 def load_newest(

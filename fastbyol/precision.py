@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastbyol.compile_cache import can_write, give_inductor_a_cache
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, first_line
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.host_memory import keep_freed_memory
 
@@ -101,5 +101,5 @@ def _cannot_compile(device: torch.device) -> str | None:
     try:
         torch.compile(torch.add, dynamic=False)(torch.ones(2, device=device), 1.0)
     except Exception as error:  # torch has a different exception class for each missing part
-        return str(error).strip().splitlines()[0]
+        return first_line(error, limit=300)
     return None

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fastbyol.collectives import gathered
-from fastbyol.config.errors import Lost, UserError, environment_integer, require, require_between
+from fastbyol.config.errors import Lost, UserError, environment_integer, first_line, require, require_between
 from fastbyol.slurm_environment import adopt_slurm_environment
 
 TIMEOUT_S = 600.0
@@ -147,9 +147,8 @@ def lost_ranks_named(process: Process) -> Iterator[None]:
         text = str(error)
         if not isinstance(error, dist.DistError) and not any(words in text.lower() for words in _COLLECTIVE_COMPLAINTS):
             raise
-        cause = text.strip().splitlines()[0][:160] if text.strip() else type(error).__name__
         raise Lost(
-            f"rank {process.rank} got no answer from another rank: it ended, hangs, or cannot be reached ({cause}); "
+            f"rank {process.rank} got no answer from another rank: it ended, hangs, or cannot be reached ({first_line(error, limit=160)}); "
             "the same command continues from the last checkpoint"
         ) from error
 

@@ -94,6 +94,16 @@ def environment_integer(name: str, default: int, environment: Mapping[str, str] 
         ) from error
 
 
+def shortened(text: object, *, limit: int = 200) -> str:
+    """Returns the text in one line of at most `limit` characters; for an exception without a message, its type."""
+    return " ".join(str(text).split())[:limit] or type(text).__name__
+
+
+def first_line(error: Exception, *, limit: int = 120) -> str:
+    """Returns the first line of the error's message, at most `limit` characters; its type if there is no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 300
 _SHORT.maxlong, _SHORT.maxlevel = 60, 2

@@ -36,6 +36,8 @@ class JpegHeader:
     orientation: int = 1
     """EXIF orientation: 1 is upright, 2 to 8 are mirrored or rotated."""
     has_icc: bool = False
+    scans: int = 1
+    """Number of scans; counted only if decoders may read several."""
     adobe_transform: int | None = None
     """Colour transform in Adobe's marker: 0 RGB or CMYK, 1 YCbCr, 2 YCCK; None if there is no such marker."""
 
@@ -50,45 +52,52 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
     if data[:2] != b"\xff\xd8":
         return None
     orientation, has_icc, adobe = 1, False, None
-    frame: _Frame | None = None
-    for marker, at, end in _segments(data):
+    segments = list(_segments(data))
+    frame = _first_frame(data, segments)
+    if frame is None or 0 in frame[:3]:
+        return None
+    for marker, at, end in segments:
         if marker == _APP1 and data[at : at + 6] == b"Exif\0\0":
             orientation = exif_orientation(data[at:end])
         elif marker == _APP2 and data[at : at + 12] == b"ICC_PROFILE\0":
             has_icc = True
         elif marker == _APP14 and data[at : at + 5] == b"Adobe" and end - at >= 12:
             adobe = data[at + 11]
-        elif frame is None:
-            frame = _frame(data, marker, at, end)
-    if frame is None or 0 in frame[:3]:
-        return None
-    return JpegHeader(*frame, orientation=orientation, has_icc=has_icc, adobe_transform=adobe)
+    scans = _num_scans(data, frame, segments[-1])
+    return JpegHeader(*frame, orientation=orientation, has_icc=has_icc, scans=scans, adobe_transform=adobe)
 
 
 def jpeg_complaint(data: bytes, *, height: int, width: int) -> str:
     """Returns what speaks against decoding a JPEG whose table says it has this size, or '': another size, or endless work."""
     segments = list(_segments(data))
-    frame = next((found for segment in segments if (found := _frame(data, *segment))), None)
+    frame = _first_frame(data, segments)
     if data[:2] != b"\xff\xd8" or frame is None:
         return "it is not a JPEG, or is cut off in its header"
     if frame.height != height or frame.width != width:
         return f"it is {frame.width}x{frame.height} pixels, its table says {width}x{height}"
-    return _scans_complaint(data, segments)
+    return _too_many(_num_scans(data, frame, segments[-1]))
 
 
-def scans_complaint(data: bytes) -> str:
+def scans_complaint(jpeg: bytes | JpegHeader) -> str:
     """Returns 'it has N scans …' for a JPEG of more than MAX_SCANS, else ''. What stands in its metadata does not count."""
-    return _scans_complaint(data, list(_segments(data)))
+    if isinstance(jpeg, JpegHeader):
+        return _too_many(jpeg.scans)
+    segments = list(_segments(jpeg))
+    frame = _first_frame(jpeg, segments)
+    return "" if frame is None else _too_many(_num_scans(jpeg, frame, segments[-1]))
 
 
-def _scans_complaint(data: bytes, segments: list[tuple[int, int, int]]) -> str:
-    frame = next((found for segment in segments if (found := _frame(data, *segment))), None)
-    marker, at, end = segments[-1] if segments else (0, 0, 0)
-    # Decoders read no second scan where the first one has all the colours, unless the JPEG is progressive.
-    if frame is None or marker != _START_OF_SCAN or at == end or (frame.marker not in _PROGRESSIVE and data[at] >= frame.components):
-        return ""
-    scans = 1 + data.count(b"\xff\xda", end)  # within the coded pixels 0xFF is always followed by a zero or a restart marker
+def _too_many(scans: int) -> str:
     return f"it has {scans:,} scans, more than the {MAX_SCANS} that are decoded" if scans > MAX_SCANS else ""
+
+
+def _num_scans(data: bytes, frame: _Frame, last: tuple[int, int, int]) -> int:
+    """Returns the number of scans. last: the segment that begins the first scan, unless the data ends before it."""
+    marker, at, end = last
+    # Decoders read no second scan where the first one has all the colours, unless the JPEG is progressive.
+    if marker != _START_OF_SCAN or at == end or (frame.marker not in _PROGRESSIVE and data[at] >= frame.components):
+        return 1
+    return 1 + data.count(b"\xff\xda", end)  # within the coded pixels 0xFF is always followed by a zero or a restart marker
 
 
 def without_metadata(data: bytes) -> bytes:
@@ -124,6 +133,11 @@ class _Frame(NamedTuple):
     components: int
     bits: int
     marker: int
+
+
+def _first_frame(data: bytes, segments: list[tuple[int, int, int]]) -> _Frame | None:
+    """Returns the first frame header among the segments, or None."""
+    return next((found for segment in segments if (found := _frame(data, *segment))), None)
 
 
 def _frame(data: bytes, marker: int, at: int, end: int) -> _Frame | None:

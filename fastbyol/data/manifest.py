@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, shortened
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
@@ -124,8 +124,7 @@ def read_manifest(path: Path) -> Manifest:
         for name in ("class_names", "class_counts", "dropped"):
             fields[name] = tuple(fields.get(name, ()))
         manifest = Manifest(**fields)
-        _refuse_other_types(manifest)
-        _refuse_contradictions(manifest)
+        _refuse_edited(manifest)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; convert again with data_prep/to_dali.py or data_prep/to_ffcv.py") from None
     except OSError as error:
@@ -148,37 +147,35 @@ def _read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def shortened(value: object, *, limit: int = 200) -> str:
-    """Returns the value's text, cut to `limit` characters: a value that an error message quotes from a file may be of any length."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _refuse_other_types(manifest: Manifest) -> None:
-    """Raises TypeError or ValueError for values of a wrong type or out of range, as in an edited manifest."""
-    numbers = [manifest.num_samples, *manifest.class_counts, *manifest.dropped]
-    numbers += [number for shard in manifest.shards for number in (shard.samples, shard.bytes, shard.chunk_bytes)]
-    texts = [manifest.kind, manifest.names_sha256, *manifest.class_names]
-    texts += [text for shard in manifest.shards for text in (shard.name, shard.sha256)]
-    tables = (manifest.images, manifest.settings, manifest.source, manifest.software)
-    for values, kind in ((numbers, int), (texts, str), (tables, dict)):
-        for value in values:
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise TypeError(f"{shortened(repr(value), limit=60)} should be a {kind.__name__}")
+def refuse_impossible_values(*, numbers: Iterable[object], texts: Iterable[object], shards: Sequence[Shard]) -> None:
+    """Raises TypeError or ValueError for values read from JSON of a wrong type or out of range, those of the shards among them."""
+    numbers = [*numbers, *(number for shard in shards for number in (shard.samples, shard.bytes, shard.chunk_bytes))]
+    texts = [*texts, *(text for shard in shards for text in (shard.name, shard.sha256))]
+    for values, kind in ((numbers, int), (texts, str)):
+        _refuse_other_types(values, kind)
     for number in numbers:
-        if not 0 <= number < _MAX_NUMBER:
+        if not (isinstance(number, int) and 0 <= number < _MAX_NUMBER):
             raise ValueError(f"{shortened(number, limit=60)} should be a number from 0 on that a file can have")
+    for name in (shard.name for shard in shards):
+        if not name or name in (".", "..") or set(name) & {"/", "\\", "\0"} or len(name) > _LONGEST_NAME:
+            raise ValueError(f"{shortened(repr(name), limit=60)} should be the name of a file beside it")
 
 
-def _refuse_contradictions(manifest: Manifest) -> None:
-    """Raises ValueError if parts of the manifest contradict each other."""
+def _refuse_other_types(values: Iterable[object], kind: type) -> None:
+    for value in values:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{shortened(repr(value), limit=60)} should be a {kind.__name__}")
+
+
+def _refuse_edited(manifest: Manifest) -> None:
+    """Raises TypeError or ValueError for a manifest with impossible values, or whose parts contradict each other."""
+    numbers = (manifest.num_samples, *manifest.class_counts, *manifest.dropped)
+    refuse_impossible_values(numbers=numbers, texts=(manifest.kind, manifest.names_sha256, *manifest.class_names), shards=manifest.shards)
+    _refuse_other_types((manifest.images, manifest.settings, manifest.source, manifest.software), dict)
     if not manifest.num_samples or not manifest.shards:
         raise ValueError("no images, or no data files")
     if len(manifest.class_counts) != len(manifest.class_names):
         raise ValueError(f"{len(manifest.class_counts)} class_counts for {len(manifest.class_names)} class_names")
-    for name in (shard.name for shard in manifest.shards):
-        if not name or name in (".", "..") or set(name) & {"/", "\\", "\0"} or len(name) > _LONGEST_NAME:
-            raise ValueError(f"{shortened(repr(name), limit=60)} should be the name of a file beside it")
     listed = manifest.num_samples + len(manifest.dropped)
     if any(position >= listed for position in manifest.dropped) or list(manifest.dropped) != sorted(set(manifest.dropped)):
         raise ValueError(f"its dropped images should be ascending positions below {listed:,}")

@@ -83,13 +83,15 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
         return image.height, image.width
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Returns a decoded image converted to RGB: alpha is dropped, and wider ranges than 8 bits are scaled to 8 (`pixel_range`).
+def as_rgb(image: Image.Image, *, limits: PixelRange | None = None) -> Image.Image:
+    """Returns a decoded image converted to RGB: alpha is dropped, and wider ranges than 8 bits are scaled to 8.
+
+    limits: the image's `pixel_range`, if it is known already.
 
     Pillow alone would clip 16-bit values to 255, and would treat every CMYK JPEG as inverted, although only Adobe's are.
     """
     if has_wide_pixels(image):
-        return Image.fromarray(_as_8_bits(np.asarray(image), pixel_range(image))).convert("RGB")
+        return Image.fromarray(_as_8_bits(np.asarray(image), limits or pixel_range(image))).convert("RGB")
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         image = ImageChops.invert(image)
     try:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, shortened
 from fastbyol.data.beton import refuse_impossible_sizes
 from fastbyol.data.class_counts import refuse_other_counts
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, read_manifest, shortened
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, read_manifest
 
 SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
 SAMPLE = np.dtype(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastbyol.config.errors import UserError, require_choice
+from fastbyol.config.errors import UserError, first_line, require_choice
 from fastbyol.config.schema import UPDATES
 from fastbyol.optim.memory_order import is_dense, same_order
 
@@ -104,8 +104,7 @@ def check_update(backend: str, device: torch.device) -> None:
     except UserError:
         raise
     except Exception as error:  # a compiler's or a driver's: each has classes of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"optim.update = {backend!r}: does not work on {device} ({reason}); take auto") from error
+        raise UserError(f"optim.update = {backend!r}: does not work on {device} ({first_line(error, limit=200)}); take auto") from error
     if not right:
         raise UserError(f"optim.update = {backend!r}: computes a wrong average on {device}; take auto")
 

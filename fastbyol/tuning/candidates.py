@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from fastbyol.config.errors import first_line
 from fastbyol.config.schema import UPDATES, PrecisionConfig
 
 Value = TypeVar("Value")
@@ -110,11 +111,6 @@ def workers_to_feed(rates: Mapping[int, float], *, step_rate: float) -> int:
 def doubled_batches(first: int, *, most: int) -> list[int]:
     """Returns first, twice that, and so on up to `most`, which is always the last."""
     return sorted({*(first * 2**power for power in range(most.bit_length()) if first * 2**power < most), most})
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of the error's message, shortened, or the error's type if there is no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def _own_first(own: Value, values: tuple[Value, ...]) -> list[Value]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, first_line
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.optim.ema import check_update
 from fastbyol.tuning import candidates
@@ -161,7 +161,7 @@ def _compiling(run: Callable[[float], float]) -> Callable[[float], float]:
         except TrialFailed:
             raise
         except Exception as error:  # torch raises a class of its own for each thing that it cannot compile
-            raise TrialFailed(f"does not compile ({candidates.first_line(error)})") from error
+            raise TrialFailed(f"does not compile ({first_line(error)})") from error
 
     return guarded
 

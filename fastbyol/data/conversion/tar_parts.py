@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.arguments import through_links
-from fastbyol.config.errors import UserError, environment_integer
+from fastbyol.config.errors import UserError, environment_integer, shortened
 from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.encode import Outcome
 from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
@@ -32,7 +32,7 @@ from fastbyol.data.conversion.stop_signals import stop_signals
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
 from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest, shortened
+from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest, refuse_impossible_values
 from fastbyol.data.tar_shards import SAMPLE_TABLE, TAR_REPORT
 from fastbyol.durable_files import flush_to_disk, write_durably
 
@@ -266,16 +266,13 @@ def _read_part(path: Path) -> _Done:
 
 def _refuse_other_description(done: _Done) -> None:
     """Raises TypeError or ValueError for a description with values that no part can have."""
-    texts = [done.source, done.listing_sha256, *done.class_names, *(text for pair in done.skipped for text in pair)]
-    texts += [text for shard in done.shards for text in (shard.name, shard.sha256)]
-    numbers = [done.num_images, *(number for shard in done.shards for number in (shard.samples, shard.bytes))]
     positions = [entry["index"] for entry in done.touched]
-    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in (*numbers, *positions)):
-        raise TypeError("a text or a number is of another type")
-    if min(numbers) < 0 or any(not 0 <= position < done.num_images for position in positions):
+    texts = (done.source, done.listing_sha256, *done.class_names, *(text for pair in done.skipped for text in pair))
+    refuse_impossible_values(numbers=(done.num_images, *positions), texts=texts, shards=done.shards)
+    if any(position >= done.num_images for position in positions):
         raise ValueError("a number out of range")
-    if any(len(pair) != 2 for pair in done.skipped) or any(Path(shard.name).name != shard.name for shard in done.shards):
-        raise ValueError("a shard in another folder, or a left-out file without a reason")
+    if any(len(pair) != 2 for pair in done.skipped):
+        raise ValueError("a left-out file without a reason")
     if any(not isinstance(entry[field], str) for entry in done.touched for field in ("outcome", "reason", "detail")):
         raise TypeError("an image without a reason")
 

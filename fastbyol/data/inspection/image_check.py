@@ -56,7 +56,7 @@ class ImageCheck:
         # Of a .beton TurboJPEG decodes everything, of a tar DALI also rare kinds, and of a foreign tar, which has no sizes, whoever reads it.
         if self._decoder is None or header is None or not (header.is_common or images.path.is_file()):
             return self._pillow_complaint(index, data)
-        if complaint := self._size_complaint(index, header.height, header.width) or scans_complaint(data):
+        if complaint := self._size_complaint(index, header.height, header.width) or scans_complaint(header):
             return complaint
         if header.height * header.width > MAX_DECODED_PIXELS:
             return f"has {header.width}x{header.height} pixels, more than the {MAX_DECODED_PIXELS:,} that are decoded"
