@@ -17,7 +17,7 @@ from fastbyol.data import build_image_loader
 from fastbyol.data.loader import ImageLoader
 from fastbyol.evaluation.features import Features, extract_features
 from fastbyol.evaluation.knn import DEFAULT_K, knn_predict
-from fastbyol.evaluation.splits import common_classes
+from fastbyol.evaluation.splits import common_classes, renumbered
 from fastbyol.process_group import Process, all_gather_rows, all_reduce_mean, copy_from_main
 from fastbyol.rank_agreement import opened_alike
 
@@ -101,9 +101,7 @@ class OnlineKnn:
 
     def _features(self, encoder: nn.Module, loader: ImageLoader, index: NDArray[np.int64]) -> Features:
         features = extract_features(encoder, loader.batches_of(index), device=self._process.device, every_image=False)
-        number = {name: i for i, name in enumerate(self._class_names)}
-        labels = torch.tensor([*(number.get(name, -1) for name in loader.class_names), -1])  # index -1, no label, reads the appended -1
-        return features._replace(label=labels[features.label.clamp(min=-1)])
+        return features._replace(label=renumbered(features.label, loader.class_names, self._class_names))
 
 
 def build_online_knn(config: TrainConfig, process: Process, *, num_samples: int, first_step: int, total_steps: int) -> OnlineKnn | None:

@@ -52,9 +52,7 @@ class Split:
         self._held: list[ImageBatch] = []
         self.num_samples = loader.num_samples
         self.class_names = tuple(loader.class_names if class_names is None else class_names)
-        number = {name: i for i, name in enumerate(self.class_names)}
-        # The extra -1 at the end is what label -1 (none) reads.
-        self._label_of = torch.tensor([*(number.get(name, -1) for name in loader.class_names), -1])
+        self._own_names = tuple(loader.class_names)
 
     def __iter__(self) -> Iterator[ImageBatch]:
         if not self._fits:
@@ -64,7 +62,7 @@ class Split:
         return iter(self._held)
 
     def _labelled(self) -> Iterator[ImageBatch]:
-        return (batch._replace(label=self._label_of[batch.label.clamp(min=-1)]) for batch in self._loader)
+        return (batch._replace(label=renumbered(batch.label, self._own_names, self.class_names)) for batch in self._loader)
 
     def close(self) -> None:
         """Closes the loader; images in memory stay."""
@@ -122,6 +120,15 @@ def _split_path(data: Path, name: str) -> Path:
     if folder.is_dir():
         return folder
     raise UserError(f"--data {data}: no {name} images; expected the folder {folder} or the file {file}")
+
+
+def renumbered(label: torch.Tensor, own: Sequence[str], wanted: Sequence[str]) -> torch.Tensor:
+    """Returns labels (N,) that number the classes `own` as numbers of the classes `wanted`: -1 for a class that is not among them, and for
+    an image without a label.
+    """
+    number = {name: i for i, name in enumerate(wanted)}
+    # The extra -1 at the end is what label -1 (none) reads.
+    return torch.tensor([*(number.get(name, -1) for name in own), -1])[label.clamp(min=-1)]
 
 
 def common_classes(train: Sequence[str], val: Sequence[str], *, names: tuple[str, str] = ("train", "val")) -> tuple[str, ...]:
