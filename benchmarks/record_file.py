@@ -13,7 +13,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.record import CaseResult
 from benchmarks.timing import measuring_overhead_ms
 from fastbyol.config.errors import UserError
-from fastbyol.provenance import collect_provenance
+from fastbyol.run.provenance import collect_provenance
 
 FORMAT = 1
 """Version of the format of records.json; it changes if later records cannot be compared with earlier ones."""

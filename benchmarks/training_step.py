@@ -16,12 +16,12 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import Monitor
 from fastbyol.optim.build import build_optimizer
-from fastbyol.precision import build_scaler, prepare_model
-from fastbyol.process_group import Process
-from fastbyol.provenance import package_versions
-from fastbyol.rng_state import rng_state
+from fastbyol.ranks.process_group import Process
+from fastbyol.run.precision import build_scaler, prepare_model
+from fastbyol.run.provenance import package_versions
+from fastbyol.run.rng_state import rng_state
+from fastbyol.run.state import TrainState, bn_images
 from fastbyol.train import train_step
-from fastbyol.train_state import TrainState, bn_images
 
 LR, TAU = 0.01, 0.99
 """Small enough that the loss stays finite when one batch is repeated a hundred times; the cost of a step does not depend on them."""

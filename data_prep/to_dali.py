@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+from fastbyol.host.interrupts import end_at_once_when_stopped, stoppable
 
 if __name__ == "__main__":
     end_at_once_when_stopped()  # the imports take a moment
@@ -17,9 +17,9 @@ from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, overwrite_mode, print_outcome
 from fastbyol.data.conversion.tar_parts import merge_tar_parts, parse_part, write_tar_part
 from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.data.formats.tar_shards import TAR_REPORT
 from fastbyol.data.inputs.images import listing_from, optional_listing_from
-from fastbyol.data.quantities import bytes_text, count_text
-from fastbyol.data.tar_shards import TAR_REPORT
+from fastbyol.host.quantities import bytes_text, count_text
 
 EXAMPLES = """\
 examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):

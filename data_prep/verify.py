@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastbyol.config.interrupts import end_at_once_when_stopped, stoppable
+from fastbyol.host.interrupts import end_at_once_when_stopped, stoppable
 
 if __name__ == "__main__":
     end_at_once_when_stopped()  # the imports take a moment
@@ -18,7 +18,7 @@ from fastbyol.config.errors import one_line_errors, require_at_least
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments, optional_listing_from
 from fastbyol.data.inspection.findings import Findings
 from fastbyol.data.inspection.verification import verify
-from fastbyol.data.quantities import count_text
+from fastbyol.host.quantities import count_text
 
 EXAMPLES = f"""\
 examples:

@@ -26,8 +26,8 @@ from fastbyol.config.errors import UserError, one_line_errors, require_at_least
 from fastbyol.config.schema import BACKENDS
 
 if TYPE_CHECKING:
-    from fastbyol.checkpoint import RunState
     from fastbyol.evaluation.subjects import FeatureBank
+    from fastbyol.run.checkpoint import RunState
 
 DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton"
 
@@ -158,8 +158,8 @@ def draw_views(options: argparse.Namespace) -> None:
 
     The augmentation is chosen as for a run: --preset, --config, --seed and --views.…, for example --views.size_px 96.
     """
-    from fastbyol.command_line import parse_train_config
     from fastbyol.evaluation.contact_sheet import write_contact_sheet
+    from fastbyol.run.command_line import parse_train_config
 
     for name in (argument.split("=")[0] for argument in options.run_options if argument.startswith("--")):
         if name not in ("--preset", "--config", "--seed") and not name.startswith("--views."):
@@ -189,8 +189,8 @@ def tune_run(options: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    from fastbyol.command_line import parse_train_config
-    from fastbyol.preemption import INTERRUPTED_EXIT
+    from fastbyol.host.preemption import INTERRUPTED_EXIT
+    from fastbyol.run.command_line import parse_train_config
     from fastbyol.tuning.report import check_output, comparison_table, config_yaml, write_config
 
     typed = frozenset(argument.split("=")[0].removeprefix("--") for argument in options.run_options if argument.startswith("--"))
@@ -229,10 +229,10 @@ def _opened(options: argparse.Namespace) -> Iterator[tuple[RunState, FeatureBank
     """Yields the run's newest checkpoint and the features, extracted on demand, of its encoder and of the baselines."""
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
-    from fastbyol.checkpoint import load_run
     from fastbyol.evaluation.splits import open_splits
     from fastbyol.evaluation.subjects import FeatureBank
     from fastbyol.export import encoder_of
+    from fastbyol.run.checkpoint import load_run
 
     device = _device(options.device)
     run = load_run(options.checkpoint)

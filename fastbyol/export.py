@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from fastbyol.byol import build_byol
-from fastbyol.checkpoint import RunState, load_run
-from fastbyol.initial_weights import load_matching
 from fastbyol.models.view_batchnorm import convert_to_batchnorm
+from fastbyol.run.checkpoint import RunState, load_run
+from fastbyol.run.initial_weights import load_matching
 
 
 def load_encoder(path_or_run: str | Path) -> nn.Module:

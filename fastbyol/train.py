@@ -12,7 +12,7 @@ nodes, SLURM and Kubernetes.
 
 from __future__ import annotations
 
-from fastbyol.preemption import StopRequest, end_with_torchrun, leave_at_once_on_signals
+from fastbyol.host.preemption import StopRequest, end_with_torchrun, leave_at_once_on_signals
 
 if __name__ == "__main__":
     leave_at_once_on_signals()  # the imports below take seconds
@@ -31,9 +31,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastbyol
 from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config
-from fastbyol.checkpoint_writer import CheckpointWriter
-from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Diverged, Lost, one_line_errors
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig, accumulation_of
@@ -41,26 +38,29 @@ from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.data_parallel import replicate
 from fastbyol.evaluation.online_knn import build_online_knn, check_online_knn
-from fastbyol.finite_check import FiniteCheck
-from fastbyol.hang_watch import HangWatch
-from fastbyol.initial_weights import load_initial_weights
 from fastbyol.models.encoder import check_image_size
 from fastbyol.models.view_batchnorm import use_all_ranks
 from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.ema import check_update
-from fastbyol.precision import autocast, build_scaler, is_compiled, prepare_model
-from fastbyol.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
-from fastbyol.profiling import StepProfiler
-from fastbyol.rank_agreement import opened_alike, require_same_start
-from fastbyol.run_folder import CONFIG_FILE, check_run_folder, flatten, locked_run_folder, open_run_folder
-from fastbyol.run_log import RunLog, close_logging, configure_logging
-from fastbyol.run_plan import RunPlan
-from fastbyol.stop_vote import StopVote, Verdict
-from fastbyol.train_state import TrainState, check_bn_images
-from fastbyol.wandb_log import check_wandb
+from fastbyol.ranks.data_parallel import replicate
+from fastbyol.ranks.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
+from fastbyol.ranks.stop_vote import StopVote, Verdict
+from fastbyol.run.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config
+from fastbyol.run.checkpoint_writer import CheckpointWriter
+from fastbyol.run.command_line import parse_train_config
+from fastbyol.run.finite_check import FiniteCheck
+from fastbyol.run.folder import CONFIG_FILE, check_run_folder, flatten, locked_run_folder, open_run_folder
+from fastbyol.run.hang_watch import HangWatch
+from fastbyol.run.initial_weights import load_initial_weights
+from fastbyol.run.log import RunLog, close_logging, configure_logging
+from fastbyol.run.plan import RunPlan
+from fastbyol.run.precision import autocast, build_scaler, is_compiled, prepare_model
+from fastbyol.run.profiling import StepProfiler
+from fastbyol.run.rank_agreement import opened_alike, require_same_start
+from fastbyol.run.state import TrainState, check_bn_images
+from fastbyol.run.wandb_log import check_wandb
 
 log = logging.getLogger("fastbyol")
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = (

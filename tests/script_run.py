@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from fastbyol.config.interrupts import STOP_SIGNALS
+from fastbyol.host.interrupts import STOP_SIGNALS
 
 
 def run_here(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbyol import precision
 from fastbyol.byol import BYOL, build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, ObjectiveConfig, PrecisionConfig
@@ -22,7 +21,8 @@ from fastbyol.models import encoder_from
 from fastbyol.models.view_batchnorm import convert_to_batchnorm
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
-from fastbyol.precision import prepare_model
+from fastbyol.run import precision
+from fastbyol.run.precision import prepare_model
 from fastbyol.schedules import lr_at, tau_at
 
 TINY = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=32, projection_dim=16)
@@ -285,7 +285,7 @@ def test_the_whole_forward_and_loss_compile_into_one_graph_and_agree_with_eager_
 
 def test_without_a_compiler_a_run_goes_on_in_eager_mode_with_one_message(tmp_path):
     code = (
-        "import logging, torch; logging.basicConfig(); from fastbyol.precision import prepare_model; "
+        "import logging, torch; logging.basicConfig(); from fastbyol.run.precision import prepare_model; "
         "from fastbyol.config.schema import PrecisionConfig; "
         "m = prepare_model(torch.nn.Linear(3, 2), PrecisionConfig(compile=True), device=torch.device('cpu')); print(m(torch.ones(1, 3)).shape)"
     )

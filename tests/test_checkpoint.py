@@ -14,7 +14,9 @@ import pytest
 import torch
 from file_limit import files_no_larger_than
 
-from fastbyol.checkpoint import (
+from fastbyol.config.errors import Diverged, NotSaved, UserError
+from fastbyol.config.schema import TrainConfig
+from fastbyol.run.checkpoint import (
     CheckpointError,
     check_resume,
     checkpoint_path,
@@ -25,10 +27,8 @@ from fastbyol.checkpoint import (
     save_checkpoint,
     sweep_unfinished,
 )
-from fastbyol.checkpoint_writer import CheckpointWriter, copy_to_host
-from fastbyol.config.errors import Diverged, NotSaved, UserError
-from fastbyol.config.schema import TrainConfig
-from fastbyol.rng_state import rng_state, set_rng_state
+from fastbyol.run.checkpoint_writer import CheckpointWriter, copy_to_host
+from fastbyol.run.rng_state import rng_state, set_rng_state
 
 
 def _state(step: int, *, size: int = 1000) -> dict:

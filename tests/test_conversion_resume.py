@@ -18,7 +18,8 @@ from ffcv.transforms import ToTensor
 from interrupted import Conversion, await_gone, kill_and_continue, limit_file_size, write_many
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.beton import read_beton
+from fastbyol.data.backends.dali_source import DaliSource
+from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.conversion import beton_writer, estimate
 from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.beton_writer import write_beton
@@ -28,12 +29,11 @@ from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.output import work_path
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.conversion.work_folder import WorkFolder
-from fastbyol.data.dali_loader import DaliSource
-from fastbyol.data.ffcv_loader import FfcvSource
+from fastbyol.data.formats.beton import read_beton
+from fastbyol.data.formats.manifest import read_manifest
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.listing import ImageListing, ImageLocation
 from fastbyol.data.inspection.verification import verify
-from fastbyol.data.manifest import read_manifest
 
 IMAGES, BAD_EVERY = 700, 35
 FORMATS = {"beton": ("to_ffcv.py", "x.beton", ()), "tar": ("to_dali.py", "x", ("--shard-mb", "1"))}

@@ -14,8 +14,8 @@ from fastbyol.config.views import ViewPair, both
 from fastbyol.data import ViewBatch, build_loader
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.device import views_on_device
+from fastbyol.data.formats.tar_shards import shard_name
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.data.tar_shards import shard_name
 
 VIEWS = ViewPair(size_px=32)
 

@@ -20,9 +20,9 @@ from torchvision.datasets import ImageFolder as TorchvisionFolder
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
-from fastbyol.data import beton as beton_format
 from fastbyol.data import build_image_loader, build_loader
 from fastbyol.data.build import default_workers
+from fastbyol.data.formats import beton as beton_format
 from fastbyol.data.inputs.folder import list_image_folder
 
 VIEWS = ViewPair(size_px=8)
@@ -173,7 +173,7 @@ def test_a_raw_beton_of_stock_ffcv_is_read(tmp_path: Path) -> None:
     header[0] = (CURRENT_VERSION, 2, 1 << 23, 3, data_at + pixels.nbytes)
     path = tmp_path / "raw.beton"
     path.write_bytes(b"".join(part.tobytes() for part in (header, fields, samples, pixels, allocations)))
-    from fastbyol.data.ffcv_loader import FfcvSource
+    from fastbyol.data.backends.ffcv_source import FfcvSource
 
     source = FfcvSource(path)
     assert all((image == wanted).all() for image, wanted in zip(source.decode(np.arange(3)), pixels, strict=True))

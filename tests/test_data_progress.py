@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from fastbyol.data import progress
-from fastbyol.data.progress import Progress
+from fastbyol.host import progress
+from fastbyol.host.progress import Progress
 
 
 def _clock(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
@@ -57,7 +57,7 @@ def test_work_of_a_few_seconds_writes_nothing_to_a_log(monkeypatch: pytest.Monke
 
 def test_a_terminal_of_80_columns_gets_a_bar_with_progress_and_time_left() -> None:
     code = (
-        "import time; from fastbyol.data.progress import Progress\n"
+        "import time; from fastbyol.host.progress import Progress\n"
         "with Progress('train_tar', 1_281_167, unit='images', done=1_000_000) as p:\n"
         "  for i in range(4): time.sleep(0.12); p.advance(1000, stored_bytes=110_000_000, dropped=1)\n"
     )

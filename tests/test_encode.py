@@ -11,12 +11,12 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.beton import JPEG_MODE, RAW_MODE
 from fastbyol.data.conversion import encode
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings, Outcome
-from fastbyol.data.ffcv_loader import TurboJpeg
-from fastbyol.data.jpeg_header import read_jpeg_header
-from fastbyol.data.pillow_decoding import decode_with_pillow
+from fastbyol.data.formats.beton import JPEG_MODE, RAW_MODE
+from fastbyol.data.formats.jpeg_header import read_jpeg_header
+from fastbyol.data.formats.pillow_decoding import decode_with_pillow
+from fastbyol.data.formats.turbojpeg import TurboJpeg
 
 
 def photo(height: int = 48, width: int = 64) -> Image.Image:

@@ -19,7 +19,7 @@ from fastbyol.data.conversion import encoding_pool, encoding_worker
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Encoded, Job
-from fastbyol.data.conversion.stop_signals import OrderlyStop, StopRequest
+from fastbyol.host.stop_signals import OrderlyStop, StopRequest
 
 
 def jpeg(number: int) -> bytes:

@@ -19,9 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from fastbyol import compile_cache
 from fastbyol.__main__ import main as fastbyol_command
-from fastbyol.command_line import parse_train_config
 from fastbyol.config.arguments import OneLineParser, expand_home, through_links
 from fastbyol.config.console import PrintableFormatter, accept_any_text, in_utf8, printable, say
 from fastbyol.config.errors import UserError, environment_integer, one_line_errors
@@ -30,13 +28,15 @@ from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.output import work_path
 from fastbyol.data.conversion.tar_writer import write_tar_shards
-from fastbyol.data.manifest import TAR_MANIFEST
+from fastbyol.data.formats.manifest import TAR_MANIFEST
 from fastbyol.evaluation import page
 from fastbyol.evaluation.report import Report
-from fastbyol.process_group import join_process_group
-from fastbyol.run_folder import open_run_folder
-from fastbyol.run_log import RunLog, configure_logging
-from fastbyol.slurm_environment import adopt_slurm_environment
+from fastbyol.host import compile_cache
+from fastbyol.ranks.process_group import join_process_group
+from fastbyol.ranks.slurm_environment import adopt_slurm_environment
+from fastbyol.run.command_line import parse_train_config
+from fastbyol.run.folder import open_run_folder
+from fastbyol.run.log import RunLog, configure_logging
 from fastbyol.tuning.report import check_output, config_yaml, write_config
 from tests.script_run import run_here
 
@@ -349,7 +349,7 @@ def test_where_numba_finds_no_folder_the_cache_is_in_a_private_one_for_us_and_ou
     """Copies one kernel's module, with a file where its __pycache__ would be, and sets a home folder that does not exist."""
     (tmp_path / "__pycache__").write_text("")
     (tmp_path / "kernel.py").write_text(
-        "from fastbyol.compile_cache import njit\n@njit(cache=True)\ndef twice(x):\n    return 2 * x\n"
+        "from fastbyol.host.compile_cache import njit\n@njit(cache=True)\ndef twice(x):\n    return 2 * x\n"
         "import os\nprint(twice(21), sum(twice.stats.cache_hits.values()), os.environ['NUMBA_CACHE_DIR'])\n"
     )
     environment = {

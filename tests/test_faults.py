@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from launched_run import LIMIT_S, TINY, LaunchedRun, is_alive, state_digest
 
-from fastbyol.checkpoint import checkpoint_steps
+from fastbyol.run.checkpoint import checkpoint_steps
 from fastbyol.train import main
 
 pytestmark = pytest.mark.distributed

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.folder_loader import FolderSource
+from fastbyol.data.backends.folder_source import FolderSource
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
 from tests.imagenet_archives import tar_bytes

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.conversion.beton_writer import write_beton
-from fastbyol.data.ffcv_loader import FfcvSource
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.subset import balanced_counts, choose_classes, draw_fraction, draw_images, read_subset, restrict, write_subset

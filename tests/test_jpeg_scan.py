@@ -12,8 +12,8 @@ from PIL import Image
 from fastbyol.data.conversion import encode
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings
 from fastbyol.data.conversion.jpeg_scan import is_whole
-from fastbyol.data.ffcv_loader import TurboJpeg
-from fastbyol.data.jpeg_header import read_jpeg_header
+from fastbyol.data.formats.jpeg_header import read_jpeg_header
+from fastbyol.data.formats.turbojpeg import TurboJpeg
 
 
 def jpeg(width: int = 40, height: int = 33, *, mode: str = "RGB", seed: int = 0, smooth: bool = False, **options: object) -> bytes:

@@ -16,13 +16,13 @@ import pytest
 import torch.distributed as dist
 
 from fastbyol.config.errors import Lost
-from fastbyol.process_group import fresh_store
-from fastbyol.slurm_environment import adopt_slurm_environment, first_host, tasks_on_node
+from fastbyol.ranks.process_group import fresh_store
+from fastbyol.ranks.slurm_environment import adopt_slurm_environment, first_host, tasks_on_node
 
 ROOT = Path(__file__).parent.parent
 STUCK = """
 import time
-from fastbyol.preemption import StopRequest
+from fastbyol.host.preemption import StopRequest
 with StopRequest(grace_s={grace_s}):
     print("ready", flush=True)
     while True:
@@ -30,7 +30,7 @@ with StopRequest(grace_s={grace_s}):
 """
 OVER = """
 import os, signal
-from fastbyol.preemption import STOP_SIGNALS, StopRequest, leave_at_once_on_signals
+from fastbyol.host.preemption import STOP_SIGNALS, StopRequest, leave_at_once_on_signals
 leave_at_once_on_signals()
 try:
     with StopRequest(grace_s=1):
@@ -47,7 +47,7 @@ print("over")
 HANGING = """
 import time
 import fastbyol.config.plain as plain
-import fastbyol.hang_watch as hang_watch
+import fastbyol.run.hang_watch as hang_watch
 class Sleepy(list):
     def __iter__(self):
         time.sleep(1000)
@@ -68,7 +68,7 @@ JOINED = """
 import os
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from fastbyol.process_group import broadcast_from_main, join_process_group, leave_process_group
+from fastbyol.ranks.process_group import broadcast_from_main, join_process_group, leave_process_group
 def work():
     model = DistributedDataParallel(torch.nn.Linear(2, 2))
     model(torch.ones(1, 2)).sum().backward()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from fastbyol.command_line import parse_train_config
+from fastbyol.run.command_line import parse_train_config
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 TYPED = ["--preset", "r50_100ep", "--data.train", "a folder/train.beton", "--out", "runs/r50"]

@@ -45,4 +45,4 @@ def test_the_contributing_page_lists_the_layers_that_the_linter_checks():
 
     page = (ROOT / "CONTRIBUTING.md").read_text()
     assert page == with_layers(page)
-    assert "`command_line`" in layer_list()
+    assert "`ranks`" in layer_list()

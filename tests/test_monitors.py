@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.checkpoint import checkpoint_path
 from fastbyol.config.errors import DIVERGED_EXIT, Diverged
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, OptimConfig, TrainConfig
@@ -23,7 +22,8 @@ from fastbyol.monitors.collapse import COLLAPSED_STD, FINAL_STD, RECORDS_IN_A_RO
 from fastbyol.monitors.compute import ComputeMeter, flop_per_image, peak_flop_per_s, peak_memory_gib
 from fastbyol.monitors.norms import StepNorms, global_norm
 from fastbyol.monitors.stopwatch import STEPS_KEPT, Stopwatch
-from fastbyol.run_log import read_metrics
+from fastbyol.run.checkpoint import checkpoint_path
+from fastbyol.run.log import read_metrics
 from fastbyol.train import main
 
 CPU = torch.device("cpu")

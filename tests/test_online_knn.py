@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fastbyol import load_encoder
-from fastbyol.checkpoint import checkpoint_path, load_checkpoint
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig, ModelConfig, MonitorsConfig, TrainConfig
 from fastbyol.config.views import ViewPair
@@ -21,8 +20,9 @@ from fastbyol.evaluation.features import extract_features
 from fastbyol.evaluation.knn import knn_predict
 from fastbyol.evaluation.online_knn import OnlineKnn, build_online_knn, choose_images
 from fastbyol.models import encoder_from
-from fastbyol.process_group import Process
-from fastbyol.run_log import read_metrics
+from fastbyol.ranks.process_group import Process
+from fastbyol.run.checkpoint import checkpoint_path, load_checkpoint
+from fastbyol.run.log import read_metrics
 from fastbyol.train import main
 
 ROOT = Path(__file__).parent.parent

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from fastbyol.__main__ import main
-from fastbyol.command_line import parse_train_config
 from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.presets import PRESETS, preset_config
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.config.views import ABLATIONS, PAPER
-from fastbyol.run_folder import flatten
+from fastbyol.run.command_line import parse_train_config
+from fastbyol.run.folder import flatten
 from fastbyol.schedules import total_steps_at
 
 NUM_IMAGENET = 1_281_167

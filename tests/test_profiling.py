@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastbyol.profiling import FOLDER, TABLE, TRACE, WAIT_STEPS, WARMUP_STEPS, Span, StepProfiler, profile_table
+from fastbyol.run.profiling import FOLDER, TABLE, TRACE, WAIT_STEPS, WARMUP_STEPS, Span, StepProfiler, profile_table
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import MonitorsConfig, TrainConfig
-from fastbyol.progress import PROGRESS, LiveLine, live_line, progress_line
-from fastbyol.wandb_log import check_wandb
+from fastbyol.run.live_line import PROGRESS, LiveLine, live_line, progress_line
+from fastbyol.run.wandb_log import check_wandb
 
 RECORD = {
     **{"step": 49, "epoch": 0.5, "loss": 1.25, "lr": 0.1, "tau": 0.99, "images_per_s": 640.0, "images_per_s_per_device": 320.0},

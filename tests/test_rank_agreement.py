@@ -13,14 +13,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-from fastbyol import provenance, rank_agreement
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig, OptimConfig, TrainConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_image_loader
-from fastbyol.process_group import Process
-from fastbyol.rank_agreement import FREE_ON_EACH_RANK, opened_alike, require_same_start
-from fastbyol.run_folder import FREE_TO_CHANGE
+from fastbyol.ranks.process_group import Process
+from fastbyol.run import provenance, rank_agreement
+from fastbyol.run.folder import FREE_TO_CHANGE
+from fastbyol.run.rank_agreement import FREE_ON_EACH_RANK, opened_alike, require_same_start
 
 ALIKE = TrainConfig(out="here", data=DataConfig(train="a", workers=2))
 STARTS = {
@@ -123,12 +123,12 @@ def test_what_may_differ_from_rank_to_rank_may_differ_from_start_to_start():
 
 def test_the_digest_of_the_source_changes_with_a_line_of_it(tmp_path, monkeypatch):
     package = tmp_path / "package"
-    package.mkdir()
-    (package / "a.py").write_text("x = 1\n")
-    monkeypatch.setattr(provenance, "__file__", str(package / "a.py"))
+    (package / "run").mkdir(parents=True)
+    (package / "run" / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "__file__", str(package / "run" / "a.py"))
     before = provenance.source_digest()
     assert before == provenance.source_digest()
-    (package / "a.py").write_text("x = 2\n")
+    (package / "run" / "a.py").write_text("x = 2\n")
     assert provenance.source_digest() != before
 
 
@@ -146,7 +146,7 @@ def test_data_of_every_backend_have_a_fingerprint_that_their_labels_and_images_c
 
 
 def test_images_of_the_same_names_and_file_sizes_have_another_fingerprint(tmp_path):
-    from fastbyol.data.folder_loader import FolderSource
+    from fastbyol.data.backends.folder_source import FolderSource
 
     facts = []
     for copy, colour in (("a", "red"), ("b", "blue")):
@@ -157,8 +157,8 @@ def test_images_of_the_same_names_and_file_sizes_have_another_fingerprint(tmp_pa
 
 
 def test_images_without_checksums_have_a_fingerprint_of_their_bytes(beton, tmp_path):
-    from fastbyol.data.beton import FIELD, HEADER, read_beton
-    from fastbyol.data.ffcv_loader import FfcvSource
+    from fastbyol.data.backends.ffcv_source import FfcvSource
+    from fastbyol.data.formats.beton import FIELD, HEADER, read_beton
 
     copy = Path(shutil.copy(beton, tmp_path / "x.beton"))
     table = read_beton(copy)

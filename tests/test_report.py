@@ -15,7 +15,6 @@ from PIL import Image
 from fastbyol import __version__
 from fastbyol.__main__ import main
 from fastbyol.byol import build_byol
-from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from fastbyol.config.plain import to_plain
 from fastbyol.config.presets import PRESETS
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
@@ -27,6 +26,7 @@ from fastbyol.evaluation.gallery import display_pixels, draw_views, nearest_neig
 from fastbyol.evaluation.page import image_grid, table
 from fastbyol.evaluation.splits import open_splits
 from fastbyol.evaluation.training_log import throughput
+from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 
 CLASSES = ("blue & <b>", "green", "red")
 VIEWS = ViewPair(size_px=16)

@@ -18,16 +18,17 @@ import torch
 from file_limit import files_no_larger_than
 from launched_run import state_digest
 
-from fastbyol import load_encoder, run_folder, train
-from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
+from fastbyol import load_encoder, train
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
-from fastbyol.finite_check import FiniteCheck, first_not_finite
-from fastbyol.preemption import StopRequest
-from fastbyol.run_log import ESTIMATE_STEPS, UNCOUNTED_STEPS, RunLog, duration, read_metrics
-from fastbyol.run_plan import RunPlan
-from fastbyol.stop_vote import StopVote, Verdict
+from fastbyol.host.preemption import StopRequest
+from fastbyol.ranks.stop_vote import StopVote, Verdict
+from fastbyol.run import folder as run_folder
+from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
+from fastbyol.run.finite_check import FiniteCheck, first_not_finite
+from fastbyol.run.log import ESTIMATE_STEPS, UNCOUNTED_STEPS, RunLog, duration, read_metrics
+from fastbyol.run.plan import RunPlan
 from fastbyol.train import main
 
 SMALL = (

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbyol.byol import BYOL_OBJECTIVE, build_byol
 from fastbyol.config.schema import ModelConfig, ObjectiveConfig, PrecisionConfig
-from fastbyol.data_parallel import replicate
 from fastbyol.models.view_batchnorm import ViewBatchNorm, convert_to_batchnorm, convert_to_view_batchnorm, use_all_ranks
 from fastbyol.objectives import byol_loss, infonce_beta_loss, least_squares_prediction
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
+from fastbyol.ranks.data_parallel import replicate
 from fastbyol.train import gradient_reduction
 
 pytestmark = pytest.mark.distributed

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.inputs.images import list_images
-from fastbyol.data.tar_members import DamagedTarError, tar_members
 from tests.imagenet_archives import DEVKIT, VAL, add_file, tar_bytes, write_archives
 
 

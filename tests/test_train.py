@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastbyol import load_encoder
-from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
-from fastbyol.run_log import read_metrics
+from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from fastbyol.run.log import read_metrics
 from fastbyol.train import main
 
 ROOT = Path(__file__).parent.parent

@@ -17,12 +17,12 @@ import yaml
 
 from fastbyol.__main__ import main
 from fastbyol.byol import BYOL
-from fastbyol.checkpoint import checkpoint_steps
-from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import UPDATES, DataConfig, PrecisionConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch
-from fastbyol.process_group import Process
+from fastbyol.ranks.process_group import Process
+from fastbyol.run.checkpoint import checkpoint_steps
+from fastbyol.run.command_line import parse_train_config
 from fastbyol.train import main as train
 from fastbyol.tuning import candidates, step_tuning
 from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank

@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import beton as beton_format
-from fastbyol.data.beton import read_beton
-from fastbyol.data.class_counts import MAX_CLASSES
-from fastbyol.data.dali_loader import DaliSource
-from fastbyol.data.ffcv_loader import FfcvSource
-from fastbyol.data.folder_loader import FolderSource
+from fastbyol.data.backends.dali_source import DaliSource
+from fastbyol.data.backends.ffcv_source import FfcvSource
+from fastbyol.data.backends.folder_source import FolderSource
+from fastbyol.data.formats import beton as beton_format
+from fastbyol.data.formats.beton import read_beton
+from fastbyol.data.formats.class_counts import MAX_CLASSES
+from fastbyol.data.formats.manifest import read_manifest
+from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, read_tar_shards
 from fastbyol.data.inspection.inventory import take_inventory
 from fastbyol.data.inspection.verification import verify
-from fastbyol.data.manifest import read_manifest
-from fastbyol.data.tar_shards import SAMPLE_TABLE, read_tar_shards
 from tests.conftest import smooth_image
 
 Rows = NDArray[Any]
@@ -303,9 +303,9 @@ def many_scans(scans: int, *, side: int = 64) -> bytes:
 
 def test_a_jpeg_of_thousands_of_scans_is_refused_by_every_reader(tmp_path: Path, beton_copy: Path) -> None:
     from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings
-    from fastbyol.data.ffcv_loader import TurboJpeg
-    from fastbyol.data.jpeg_header import jpeg_complaint
-    from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow
+    from fastbyol.data.formats.jpeg_header import jpeg_complaint
+    from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow
+    from fastbyol.data.formats.turbojpeg import TurboJpeg
 
     encoder = Encoder(EncodeSettings())
     assert isinstance(encoder.encode(many_scans(20)), EncodedImage)
@@ -333,9 +333,9 @@ def colour_after_colour(scans: int, *, side: int = 64) -> bytes:
 
 def test_a_baseline_jpeg_of_thousands_of_scans_is_refused_and_scans_in_metadata_do_not_count() -> None:
     from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings
-    from fastbyol.data.ffcv_loader import TurboJpeg
-    from fastbyol.data.jpeg_header import jpeg_complaint
-    from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow
+    from fastbyol.data.formats.jpeg_header import jpeg_complaint
+    from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow
+    from fastbyol.data.formats.turbojpeg import TurboJpeg
 
     bomb = colour_after_colour(1500)
     refusal = "it has 1,503 scans, more than the 100 that are decoded"

@@ -14,21 +14,21 @@ import pytest
 import torch
 from torch import nn
 
-from fastbyol.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, load_newest, load_run, load_weights, save_checkpoint
-from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import OptimConfig, TrainConfig
-from fastbyol.durable_files import durable_file, write_durably
-from fastbyol.initial_weights import encoder_weights, load_matching
+from fastbyol.host.durable_files import durable_file, write_durably
+from fastbyol.host.saved_structure import first_difference
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.ema import TargetUpdate, ema_update
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.multi_tensor import Update, apply_update
 from fastbyol.optim.saved_state import load_optimizer_state, state_difference
-from fastbyol.plain_yaml import read_yaml
-from fastbyol.rng_state import rng_difference, rng_state
-from fastbyol.saved_structure import first_difference
+from fastbyol.run.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, load_newest, load_run, load_weights, save_checkpoint
+from fastbyol.run.command_line import parse_train_config
+from fastbyol.run.initial_weights import encoder_weights, load_matching
+from fastbyol.run.plain_yaml import read_yaml
+from fastbyol.run.rng_state import rng_difference, rng_state
 
 OPTIMIZERS = ("lars", "sgd", "adamw", "torch_optimizer_lars", "timm_lamb", "timm_adafactor", "timm_lion")
 

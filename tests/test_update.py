@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import UPDATES, TrainConfig
 from fastbyol.monitors import build_monitor
 from fastbyol.optim import ema, multi_tensor
 from fastbyol.optim.ema import check_update
-from fastbyol.process_group import Process
+from fastbyol.ranks.process_group import Process
+from fastbyol.run.command_line import parse_train_config
+from fastbyol.run.state import TrainState
 from fastbyol.train import build, train_step
-from fastbyol.train_state import TrainState
 
 CPU = torch.device("cpu")
 PROCESS = Process(rank=0, world_size=1, device=CPU)

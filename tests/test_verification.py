@@ -17,17 +17,17 @@ import pytest
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.beton import FIELD, HEADER, read_beton
+from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.encode import EncodeSettings
 from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_writer import write_tar_shards
-from fastbyol.data.ffcv_loader import FfcvSource
+from fastbyol.data.formats.beton import FIELD, HEADER, read_beton
+from fastbyol.data.formats.tar_shards import read_tar_shards
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inspection.findings import KEPT_FAULTS, Findings
 from fastbyol.data.inspection.verification import verify
-from fastbyol.data.tar_shards import read_tar_shards
 from tests.conftest import smooth_image
 from tests.script_run import run_here
 

@@ -13,11 +13,11 @@ from torchvision.transforms.v2 import functional as tv
 
 from fastbyol.augment import parameters as p
 from fastbyol.augment import reference
-from fastbyol.command_line import parse_train_config
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.config.views import PAPER, TORCHVISION, ViewPair, both
+from fastbyol.run.command_line import parse_train_config
 
 HUE_TOLERANCE = 2e-6  # torchvision keeps part of the hue in float32, whatever the image's type
 

@@ -18,15 +18,15 @@ from ffcv.reader import Reader
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.beton import read_beton
+from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.conversion import beton_writer
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.image_pass import BadImage
 from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_writer import member_header, write_tar_shards
-from fastbyol.data.ffcv_loader import FfcvSource
+from fastbyol.data.formats.beton import read_beton
+from fastbyol.data.formats.manifest import Manifest, read_manifest
 from fastbyol.data.inputs.folder import list_image_folder
-from fastbyol.data.manifest import Manifest, read_manifest
 
 SCRIPTS = Path(__file__).parents[1] / "data_prep"
 

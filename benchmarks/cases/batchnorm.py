@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import Subject, measure, torch_threads
-from fastbyol.host_memory import keep_freed_memory
+from fastbyol.host.freed_memory import keep_freed_memory
 from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.view_batchnorm import ViewBatchNorm
 

@@ -23,9 +23,9 @@ from statistics import median
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import Subject, measure, torch_threads
 from benchmarks.training_step import TrainingStep, synthetic_batch
-from fastbyol.checkpoint import save_checkpoint
-from fastbyol.checkpoint_writer import CheckpointWriter, copy_to_host
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
+from fastbyol.run.checkpoint import save_checkpoint
+from fastbyol.run.checkpoint_writer import CheckpointWriter, copy_to_host
 
 REFERENCE, CEILING, STALL = "written by the training thread", "copy_", "CheckpointWriter.save: training stands still"
 WRITTEN, ALONE, BESIDE = "then in its thread, until it is durable", "steps alone", "as many steps, a checkpoint begun before them"

@@ -12,7 +12,7 @@ ratios, wall clock).
 
 Why: memory bandwidth. Two separate steps read w once more than one: 10 streams, where a copy has 3, so 3.33 x a copy without a cache;
 one pass has 9, or 3.0 x. Part of w and g is still in cache after the norms, which brings the pass below that. With two threads, each
-takes the next tensor when it has finished one (`kernel_threads.py`): no barrier waits for a busy core, and the result is bitwise the
+takes the next tensor when it has finished one (`host/kernel_threads.py`): no barrier waits for a busy core, and the result is bitwise the
 same. torch's own operations, including the separate target update, use one thread (`one_thread_on_cpu`), because their many small
 parallel regions are slow on a busy machine. On a GPU the two run one after the other (not measured yet).
 """

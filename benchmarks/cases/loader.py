@@ -42,16 +42,17 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader
+from fastbyol.data.backends.dali_source import DaliSource
+from fastbyol.data.backends.ffcv_source import FfcvSource
+from fastbyol.data.backends.folder_source import FolderSource
+from fastbyol.data.backends.source import Source
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
-from fastbyol.data.dali_loader import DaliSource
-from fastbyol.data.ffcv_loader import FfcvSource, TurboJpeg
-from fastbyol.data.folder_loader import FolderSource
+from fastbyol.data.formats.pillow_decoding import decode_with_pillow
+from fastbyol.data.formats.turbojpeg import TurboJpeg
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.data.pillow_decoding import decode_with_pillow
 from fastbyol.data.renderer import MAX_CHUNK
-from fastbyol.data.source import Source
 from fastbyol.tuning.candidates import worker_counts
 
 REFERENCE, CEILING = "torchvision on Pillow: views", "TurboJPEG: decode only, bytes in memory"

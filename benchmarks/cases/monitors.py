@@ -28,9 +28,9 @@ from fastbyol.byol import BYOL, BYOLOutput, build_byol
 from fastbyol.config.schema import ModelConfig, TrainConfig
 from fastbyol.config.views import PAPER
 from fastbyol.monitors import build_monitor
-from fastbyol.precision import autocast, prepare_model
-from fastbyol.process_group import Process
-from fastbyol.run_log import RunLog, close_logging
+from fastbyol.ranks.process_group import Process
+from fastbyol.run.log import RunLog, close_logging
+from fastbyol.run.precision import autocast, prepare_model
 
 OURS, REFERENCE, CEILING = "one step in ten logged", "every step logged", "the step: four forwards, backward"
 LOG_EVERY = TrainConfig().log_every

@@ -38,7 +38,7 @@ from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import PAPER
 from fastbyol.monitors import Monitor
-from fastbyol.process_group import Process, join_process_group, leave_process_group
+from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group
 from fastbyol.train import build, train_step
 
 REFERENCE = "1 rank"

@@ -30,8 +30,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader
+from fastbyol.data.backends.dali_source import DaliSource
 from fastbyol.data.conversion.tar_writer import write_tar_shards
-from fastbyol.data.dali_loader import DaliSource
 from fastbyol.data.loader import TwoViewLoader
 
 CEILING, REFERENCE = "DALI: decode only", "CPU: decode, kernel's crops"

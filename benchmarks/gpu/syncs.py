@@ -29,7 +29,7 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.data.device import views_on_device
 from fastbyol.monitors import Monitor
 from fastbyol.optim.build import build_optimizer
-from fastbyol.precision import autocast, prepare_model
+from fastbyol.run.precision import autocast, prepare_model
 
 CLEAN, UNCHECKED = "no wait", "ran; not checked, because only CUDA has the mode"
 NUM_CLASSES = 10

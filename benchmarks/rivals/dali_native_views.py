@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from fastbyol.augment.parameters import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, ORDER, SATURATION, SIGMA, SOLARIZE
 from fastbyol.config.views import ViewPair, ViewSpec
-from fastbyol.data.dali_loader import DaliSource, decoded_jpeg
+from fastbyol.data.backends.dali_source import DaliSource, decoded_jpeg
+from fastbyol.data.backends.source import Indices
 from fastbyol.data.dali_renderer import box_arguments, crop
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.renderer import Draw, Pending, Rendered, Renderer
-from fastbyol.data.source import Indices
 from fastbyol.data.traversal import Traversal
 
 DIFFERENCES = (

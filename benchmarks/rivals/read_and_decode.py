@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbyol.data.ffcv_loader import TurboJpeg
+from fastbyol.data.formats.jpeg_header import read_jpeg_header
+from fastbyol.data.formats.turbojpeg import TurboJpeg
 from fastbyol.data.inputs.folder import list_image_folder
-from fastbyol.data.jpeg_header import read_jpeg_header
 
 
 def read_and_decode(folder: Path, *, workers: int) -> None:

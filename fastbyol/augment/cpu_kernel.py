@@ -32,7 +32,7 @@ from fastbyol.augment.parameters import (
     SIGMA,
     SOLARIZE,
 )
-from fastbyol.compile_cache import njit
+from fastbyol.host.compile_cache import njit
 
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 LANES = 32

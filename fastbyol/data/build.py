@@ -10,12 +10,12 @@ import torch
 from fastbyol.config.errors import UserError, environment_integer, require_at_least, require_choice
 from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig
 from fastbyol.config.views import ViewPair
-from fastbyol.data.beton import MIN_PAGE_BYTES
+from fastbyol.data.backends.source import Source
+from fastbyol.data.formats.beton import MIN_PAGE_BYTES
+from fastbyol.data.formats.manifest import TAR_MANIFEST
 from fastbyol.data.loader import ImageLoader, TwoViewLoader
-from fastbyol.data.manifest import TAR_MANIFEST
 from fastbyol.data.readahead import Readahead
 from fastbyol.data.renderer import KernelRenderer, Renderer
-from fastbyol.data.source import Source
 from fastbyol.data.traversal import Blocks, Traversal, group_into_blocks
 
 _READS = {
@@ -77,7 +77,7 @@ def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int
     """Returns the renderer that turns the source's images into views: our CPU kernel, or DALI."""
     workers = config.workers or default_workers()
     if config.dali_ops != "decode":
-        from fastbyol.data.dali_loader import DaliSource
+        from fastbyol.data.backends.dali_source import DaliSource
 
         if isinstance(source, DaliSource):
             if config.dali_ops != "auto" or device.type == "cuda":
@@ -139,14 +139,14 @@ def _open_source(location: str, backend: str, *, option: str) -> Source:
             f"data.backend = {backend!r}: {path} is {_READS[fitting]}, this backend reads {_READS[backend]}; use auto or {fitting}"
         )
     if backend == "ffcv":
-        from fastbyol.data.ffcv_loader import FfcvSource
+        from fastbyol.data.backends.ffcv_source import FfcvSource
 
         return FfcvSource(path)
     if backend == "dali":
-        from fastbyol.data.dali_loader import DaliSource
+        from fastbyol.data.backends.dali_source import DaliSource
 
         return DaliSource(path)
-    from fastbyol.data.folder_loader import FolderSource
+    from fastbyol.data.backends.folder_source import FolderSource
 
     return FolderSource(path)
 

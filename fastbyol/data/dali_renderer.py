@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from fastbyol.augment.parameters import CROP_H, CROP_W, CROP_X, CROP_Y
 from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair
-from fastbyol.data.dali_loader import DaliSource, dali_reason, decoded_jpeg
+from fastbyol.data.backends.dali_source import DaliSource, dali_reason, decoded_jpeg
+from fastbyol.data.backends.source import Indices
 from fastbyol.data.renderer import Draw, Pending, Rendered, Renderer
-from fastbyol.data.source import Indices
 
 
 class DaliRenderer(Renderer):

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from fastbyol.augment.parameters import centre_crop_parameters, draw_parameters
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.views import ViewPair
+from fastbyol.data.backends.source import Indices, Source
 from fastbyol.data.batch import ImageBatch, ViewBatch
 from fastbyol.data.readahead import Readahead
 from fastbyol.data.renderer import Draw, KernelRenderer, Rendered, Renderer
-from fastbyol.data.source import Indices, Source
 from fastbyol.data.traversal import Traversal
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastbyol.data.source import Indices, Source
+from fastbyol.data.backends.source import Indices, Source
 from fastbyol.data.traversal import Blocks, block_order
 
 

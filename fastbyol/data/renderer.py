@@ -21,8 +21,8 @@ from fastbyol.augment.parameters import NUM_COLUMNS
 from fastbyol.augment.view_kernel import ViewKernel
 from fastbyol.config.errors import require_at_least, require_choice
 from fastbyol.config.views import ViewPair
+from fastbyol.data.backends.source import Indices, Source
 from fastbyol.data.batch_memory import BatchMemory
-from fastbyol.data.source import Indices, Source
 
 OUTPUTS = {"float32": torch.float32, "uint8": torch.uint8}
 MAX_CHUNK = 16

@@ -18,8 +18,8 @@ from fastbyol.data.loader import ImageLoader
 from fastbyol.evaluation.features import Features, extract_features
 from fastbyol.evaluation.knn import DEFAULT_K, knn_predict
 from fastbyol.evaluation.splits import common_classes, renumbered
-from fastbyol.process_group import Process, all_gather_rows, all_reduce_mean, copy_from_main
-from fastbyol.rank_agreement import opened_alike
+from fastbyol.ranks.process_group import Process, all_gather_rows, all_reduce_mean, copy_from_main
+from fastbyol.run.rank_agreement import opened_alike
 
 BATCH = 256
 

@@ -17,12 +17,12 @@ import torch
 
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError
-from fastbyol.durable_files import write_durably
 from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.knn import DEFAULT_K, DEFAULT_TEMPERATURE, knn_predict
 from fastbyol.evaluation.linear import HELD_OUT_SHARE, L2_GRID, fit_linear
 from fastbyol.evaluation.metrics import top_k_accuracy
 from fastbyol.evaluation.subjects import SUBJECT_TITLES, SUBJECTS, FeatureBank
+from fastbyol.host.durable_files import write_durably
 
 log = logging.getLogger("fastbyol")
 

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbyol.checkpoint import RunState
 from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.data.build import build_loader
-from fastbyol.durable_files import write_durably
 from fastbyol.evaluation import page
 from fastbyol.evaluation.figures import COLLAPSE_PANELS, TRAINING_PANELS, curves, picture
 from fastbyol.evaluation.gallery import Neighbours, display_pixels, draw_views, nearest_neighbours
@@ -25,7 +23,9 @@ from fastbyol.evaluation.splits import split_paths
 from fastbyol.evaluation.subjects import FeatureBank
 from fastbyol.evaluation.summary import headline, score_header, score_rows
 from fastbyol.evaluation.training_log import Record, alarms, logged_steps, read_provenance, throughput
-from fastbyol.run_folder import flatten
+from fastbyol.host.durable_files import write_durably
+from fastbyol.run.checkpoint import RunState
+from fastbyol.run.folder import flatten
 
 REPORT_FILE = "report.html"
 VIEW_EPOCHS = 3

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
-from fastbyol.run_folder import PROVENANCE_FILE
-from fastbyol.run_log import METRICS_FILE, read_metrics
+from fastbyol.run.folder import PROVENANCE_FILE
+from fastbyol.run.log import METRICS_FILE, read_metrics
 
 Record = dict[str, Any]
 

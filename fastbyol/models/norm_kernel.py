@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import extending, types
 from numpy.typing import NDArray
 
-from fastbyol.compile_cache import njit
+from fastbyol.host.compile_cache import njit
 
 Rows = NDArray[np.uint16] | NDArray[np.float32]
 """Array of (rows, channels), C-contiguous."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbyol.kernel_threads import in_threads
+from fastbyol.host.kernel_threads import in_threads
 from fastbyol.models import norm_kernel
 from fastbyol.models.norm_kernel import F32, F64, Rows
 from fastbyol.models.sync_batchnorm import Normalised

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastbyol.collectives import gathered, summed
+from fastbyol.ranks.collectives import gathered, summed
 
 
 class Normalised(NamedTuple):

@@ -21,7 +21,7 @@ from fastbyol.monitors.collapse import SIGNS, CollapseRule, collapse_signs
 from fastbyol.monitors.compute import ComputeMeter, peak_memory_gib
 from fastbyol.monitors.norms import StepNorms
 from fastbyol.monitors.stopwatch import Stopwatch
-from fastbyol.process_group import Process, all_reduce_mean
+from fastbyol.ranks.process_group import Process, all_reduce_mean
 
 MEANS = ("loss", "alignment", "probe_loss", "probe_correct", "labelled")
 NORMS = ("gradient_norm", "update_norm")

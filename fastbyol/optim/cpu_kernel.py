@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.compile_cache import njit
+from fastbyol.host.compile_cache import njit
 
 F32 = NDArray[np.float32]
 _RUN = 8192  # elements summed in float32 before they join a float64 sum

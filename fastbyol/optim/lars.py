@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastbyol.host.saved_structure import tensor_difference
 from fastbyol.optim.ema import TargetUpdate
 from fastbyol.optim.memory_order import laid_out_like
 from fastbyol.optim.multi_tensor import Update, apply_update
-from fastbyol.saved_structure import tensor_difference
 
 _GROUP = ("lr", "momentum", "weight_decay", "trust_coefficient", "adapt")
 

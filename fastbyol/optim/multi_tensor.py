@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastbyol.kernel_threads import in_threads
+from fastbyol.host.kernel_threads import in_threads
 from fastbyol.optim import cpu_kernel
 from fastbyol.optim.ema import TargetUpdate, one_thread_on_cpu
 from fastbyol.optim.memory_order import laid_out_like, same_order

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastbyol.config.errors import shown
-from fastbyol.saved_structure import first_difference
+from fastbyol.host.saved_structure import first_difference
 
 
 def state_difference(optimizer: Optimizer, saved: object) -> str | None:

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbyol.compile_cache import give_triton_a_cache
 from fastbyol.config.errors import UserError
+from fastbyol.host.compile_cache import give_triton_a_cache
 from fastbyol.optim.memory_order import is_dense, same_order
 
 CHUNK = 4096

@@ -12,7 +12,7 @@ import torch
 
 from fastbyol.config.schema import DataConfig, OptimConfig, PrecisionConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch
-from fastbyol.process_group import Process
+from fastbyol.ranks.process_group import Process
 from fastbyol.tuning.comparison import Comparison, Trial, compare
 from fastbyol.tuning.memory import release_memory
 from fastbyol.tuning.verdict import Speeds

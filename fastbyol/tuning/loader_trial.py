@@ -9,7 +9,7 @@ from contextlib import closing
 from fastbyol.config.schema import DataConfig, TrainConfig, accumulation_of
 from fastbyol.data import build_loader
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.process_group import Process
+from fastbyol.ranks.process_group import Process
 from fastbyol.train import endless
 
 IMAGES_PER_WORKER = 32

@@ -9,7 +9,7 @@ import torch
 
 from fastbyol.config.errors import UserError, require_at_least, require_between
 from fastbyol.config.schema import accumulation_of
-from fastbyol.process_group import Process
+from fastbyol.ranks.process_group import Process
 from fastbyol.train import build
 from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank
 from fastbyol.tuning.loader_trial import open_loader

@@ -14,7 +14,7 @@ from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
-from fastbyol.durable_files import write_durably
+from fastbyol.host.durable_files import write_durably
 from fastbyol.tuning.comparison import Comparison
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import build_monitor
-from fastbyol.process_group import Process
+from fastbyol.ranks.process_group import Process
+from fastbyol.run.state import TrainState
 from fastbyol.train import build, endless, train_step
-from fastbyol.train_state import TrainState
 from fastbyol.tuning.memory import memory_as_failure
 
 LR, TAU = 0.01, 0.99

@@ -29,9 +29,9 @@ import numpy as np
 from launched_run import ROOT, TINY, LaunchedRun, is_alive, state_digest
 from PIL import Image
 
-from fastbyol.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
 
 
 def main() -> None:

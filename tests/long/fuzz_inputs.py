@@ -35,19 +35,20 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import beton as beton_format
+from fastbyol.data.backends.dali_source import DaliSource
+from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.encode import Encoder, EncodeSettings
 from fastbyol.data.conversion.jpeg_scan import is_whole
 from fastbyol.data.conversion.tar_writer import write_tar_shards
-from fastbyol.data.dali_loader import DaliSource
-from fastbyol.data.ffcv_loader import FfcvSource, TurboJpeg
+from fastbyol.data.formats import beton as beton_format
+from fastbyol.data.formats.jpeg_header import jpeg_complaint, read_jpeg_header
+from fastbyol.data.formats.manifest import read_manifest
+from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow
+from fastbyol.data.formats.tar_shards import SAMPLE_TABLE
+from fastbyol.data.formats.turbojpeg import TurboJpeg
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inspection.verification import verify
-from fastbyol.data.jpeg_header import jpeg_complaint, read_jpeg_header
-from fastbyol.data.manifest import read_manifest
-from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow
-from fastbyol.data.tar_shards import SAMPLE_TABLE
 
 SECONDS_PER_INPUT = 5.0
 MEMORY_BYTES = 8 << 30
@@ -455,10 +456,10 @@ def checkpoint(folder: Path) -> Attack:
     """A run's newest checkpoint, as bytes and as values: it is continued from, or from the one before, or refused."""
     import torch
 
-    from fastbyol.checkpoint import checkpoint_path, save_checkpoint
-    from fastbyol.command_line import parse_train_config
-    from fastbyol.process_group import Process
-    from fastbyol.run_folder import open_run_folder
+    from fastbyol.ranks.process_group import Process
+    from fastbyol.run.checkpoint import checkpoint_path, save_checkpoint
+    from fastbyol.run.command_line import parse_train_config
+    from fastbyol.run.folder import open_run_folder
     from fastbyol.train import build
 
     torch.set_num_threads(1)

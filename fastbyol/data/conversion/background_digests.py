@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from fastbyol.data.conversion.work_folder import WorkFolder
-from fastbyol.data.manifest import sha256_of
+from fastbyol.data.formats.manifest import sha256_of
 
 _NOTE = "sha256 of "
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, require
-from fastbyol.data.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
 from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.encode import EncodedImage, EncodeSettings, Outcome
 from fastbyol.data.conversion.image_pass import Output, convert_images
@@ -25,13 +24,14 @@ from fastbyol.data.conversion.options import ConversionOptions, encode_settings_
 from fastbyol.data.conversion.outcome import finish_report, make_manifest
 from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
 from fastbyol.data.conversion.report import report_path
-from fastbyol.data.conversion.stop_signals import stop_signals
 from fastbyol.data.conversion.task import Images, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished
+from fastbyol.data.formats.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
+from fastbyol.data.formats.manifest import Manifest, Shard, beton_manifest_path, chunks_sha256, write_manifest
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.manifest import Manifest, Shard, beton_manifest_path, chunks_sha256, write_manifest
 from fastbyol.data.traversal import seeded_permutation
-from fastbyol.durable_files import flush_to_disk
+from fastbyol.host.durable_files import flush_to_disk
+from fastbyol.host.stop_signals import stop_signals
 
 RAW_PAGE_BYTES = 1 << 26
 """Largest page size for raw images: 64 MiB is an image of 22 million pixels. Larger ones are stored as JPEG."""

@@ -11,9 +11,9 @@ from fastbyol.config.console import say
 from fastbyol.data.conversion.encode import EXIF_MODES, MAX_CPU_S, MAX_PIXELS, EncodeSettings
 from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.report import report_table
+from fastbyol.data.formats.manifest import Manifest
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments
-from fastbyol.data.manifest import Manifest
-from fastbyol.data.quantities import bytes_text, count_text
+from fastbyol.host.quantities import bytes_text, count_text
 
 WHAT_HAPPENS = """\
 Baseline and progressive JPEGs, gray or colour, are stored byte for byte, whatever their names; CMYK, PNG, WebP and the like become RGB JPEG.

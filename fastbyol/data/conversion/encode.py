@@ -25,10 +25,10 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 
 from fastbyol.config.errors import UserError, require, require_at_least, require_choice, require_positive, shortened
-from fastbyol.data.beton import JPEG_MODE, RAW_MODE
-from fastbyol.data.ffcv_loader import TurboJpeg
-from fastbyol.data.jpeg_header import MAX_SIDE_PX, JpegHeader, exif_orientation, read_jpeg_header, scans_complaint
-from fastbyol.data.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, has_wide_pixels, load_image, pixel_range
+from fastbyol.data.formats.beton import JPEG_MODE, RAW_MODE
+from fastbyol.data.formats.jpeg_header import MAX_SIDE_PX, JpegHeader, exif_orientation, read_jpeg_header, scans_complaint
+from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, has_wide_pixels, load_image, pixel_range
+from fastbyol.data.formats.turbojpeg import TurboJpeg
 
 MAX_PIXELS = 100_000_000
 """Default of --max-pixels; ImageNet's largest image has 61 million."""

@@ -19,7 +19,7 @@ from itertools import islice
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
 from fastbyol.data.conversion.encoding_worker import READY, Encoded, Job, start_worker
-from fastbyol.data.conversion.stop_signals import StopRequest
+from fastbyol.host.stop_signals import StopRequest
 
 KILLS_THE_DECODER = "kills the decoder"
 SECONDS_PER_IMAGE = SECONDS_TO_START = 600.0

@@ -15,7 +15,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.encode import UNREADABLE, EncodedImage
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Job
-from fastbyol.data.quantities import bytes_text, duration_text
+from fastbyol.host.quantities import bytes_text, duration_text
 
 _SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SHARE = 16, 256, 50
 

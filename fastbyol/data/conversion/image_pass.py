@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from fastbyol.config.console import say
 from fastbyol.config.errors import RunError, UserError
-from fastbyol.config.interrupts import Stopped
 from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, Outcome
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Encoded
 from fastbyol.data.conversion.estimate import Estimate, estimate_conversion, require_space
-from fastbyol.data.conversion.stop_signals import OrderlyStop, StopRequest
 from fastbyol.data.conversion.task import Task
 from fastbyol.data.conversion.work_folder import WorkFolder
-from fastbyol.data.progress import Progress
+from fastbyol.host.interrupts import Stopped
+from fastbyol.host.progress import Progress
+from fastbyol.host.stop_signals import OrderlyStop, StopRequest
 
 ROW = np.dtype(
     [

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.conversion.jpeg_scan_kernel import LONGEST_CODE, walk
-from fastbyol.data.jpeg_header import MAX_SIDE_PX
+from fastbyol.data.formats.jpeg_header import MAX_SIDE_PX
 
 _BASELINE, _TABLES, _QUANTIZATION, _RESTARTS, _SCAN, _COMMENT = 0xC0, 0xC4, 0xDB, 0xDD, 0xDA, 0xFE
 _JFIF, _ADOBE, _APPLICATION = 0xE0, 0xEE, range(0xE0, 0xF0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbyol.compile_cache import njit
+from fastbyol.host.compile_cache import njit
 
 OPTIONS: dict[str, Any] = {"nogil": True, "cache": True}
 LONGEST_CODE = 16

@@ -17,9 +17,9 @@ from fastbyol.data.conversion.image_pass import touched_images
 from fastbyol.data.conversion.report import make_report, report_text
 from fastbyol.data.conversion.task import Task
 from fastbyol.data.conversion.work_folder import WorkFolder
+from fastbyol.data.formats.manifest import Manifest, Shard, software_versions
 from fastbyol.data.inputs.listing import ImageListing, names_digest
-from fastbyol.data.manifest import Manifest, Shard, software_versions
-from fastbyol.durable_files import write_durably
+from fastbyol.host.durable_files import write_durably
 
 
 def finish_report(task: Task, rows: NDArray[np.void], work: WorkFolder) -> Path:

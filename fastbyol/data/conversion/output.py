@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.work_folder import COMPLETE, empty_into, is_full
-from fastbyol.durable_files import flush_to_disk
+from fastbyol.host.durable_files import flush_to_disk
 
 _INSIDE = ".partial"
 """Name of the work folder inside an output folder that existed before."""

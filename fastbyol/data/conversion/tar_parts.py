@@ -28,13 +28,13 @@ from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.outcome import make_manifest, require_few_dropped
 from fastbyol.data.conversion.output import disk_errors
 from fastbyol.data.conversion.report import make_report, report_text
-from fastbyol.data.conversion.stop_signals import stop_signals
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
 from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
+from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest, refuse_impossible_values
+from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest, refuse_impossible_values
-from fastbyol.data.tar_shards import SAMPLE_TABLE, TAR_REPORT
-from fastbyol.durable_files import flush_to_disk, write_durably
+from fastbyol.host.durable_files import flush_to_disk, write_durably
+from fastbyol.host.stop_signals import stop_signals
 
 _PARTS, _TABLES = "part-*-of-*.json", "part-*-of-*.npz"
 _PART_NAME = re.compile(r"part-\d{5,9}-of-\d{5,9}\.json")

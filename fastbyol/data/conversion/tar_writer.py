@@ -19,14 +19,14 @@ from fastbyol.data.conversion.image_pass import Output, convert_images
 from fastbyol.data.conversion.options import ConversionOptions, encode_settings_as_plain
 from fastbyol.data.conversion.outcome import finish_report, make_manifest
 from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
-from fastbyol.data.conversion.stop_signals import stop_signals
 from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished
+from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, write_manifest
+from fastbyol.data.formats.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, Shard, write_manifest
-from fastbyol.data.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
 from fastbyol.data.traversal import seeded_permutation
-from fastbyol.durable_files import flush_to_disk
+from fastbyol.host.durable_files import flush_to_disk
+from fastbyol.host.stop_signals import stop_signals
 
 MIB = 1 << 20
 SHARDS_FOLDER = "shards"

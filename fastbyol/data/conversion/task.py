@@ -16,9 +16,9 @@ from fastbyol.data.conversion.encoding_pool import default_workers
 from fastbyol.data.conversion.encoding_worker import Job
 from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.work_folder import WorkFolder
+from fastbyol.data.formats.manifest import software_versions
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing, names_digest
-from fastbyol.data.manifest import software_versions
 
 Images = Path | ImageListing | Callable[[], ImageListing]
 """The images to convert: a folder or tar, its listing, or a function that makes the listing once all other arguments have been checked."""

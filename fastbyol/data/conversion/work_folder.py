@@ -20,8 +20,8 @@ from pathlib import Path, PurePath
 from typing import Any, Self
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.manifest import TAR_MANIFEST
-from fastbyol.durable_files import flush_to_disk, write_durably
+from fastbyol.data.formats.manifest import TAR_MANIFEST
+from fastbyol.host.durable_files import flush_to_disk, write_durably
 
 _SETTINGS, _JOURNAL, _LOCK = "settings.json", "journal.json", "lock"
 COMPLETE = "complete"

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.config.errors import UserError, require_at_least
-from fastbyol.data.progress import Progress
+from fastbyol.host.progress import Progress
 
 MANIFEST = "demo_data.json"
 SPLITS = ("train", "val")

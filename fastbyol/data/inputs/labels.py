@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.inputs.label_table import LabelRows, is_class_header, read_label_rows
 from fastbyol.data.inputs.listing import ImageListing, in_sample_order
 from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, limited_read, lines_of, read_text
-from fastbyol.data.tar_members import DamagedTarError, tar_members
 
 _VALIDATION_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.\w+", re.DOTALL)
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.inputs.listing import why_not_a_folder, why_not_an_image
-from fastbyol.data.progress import Progress
-from fastbyol.data.tar_members import DamagedTarError, tar_members
+from fastbyol.host.progress import Progress
 
 _MOST_LINKS = 40
 """Longest chain of links that is followed, as in Linux."""

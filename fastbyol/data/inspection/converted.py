@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.beton import RAW_MODE, read_beton
+from fastbyol.data.backends.source import Indices, Pixels
+from fastbyol.data.formats.beton import RAW_MODE, read_beton
+from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
+from fastbyol.data.formats.pillow_decoding import decode_with_pillow
+from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, read_sample_table
 from fastbyol.data.inputs.listing import ImageLocation
-from fastbyol.data.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
-from fastbyol.data.pillow_decoding import decode_with_pillow
-from fastbyol.data.source import Indices, Pixels
-from fastbyol.data.tar_shards import SAMPLE_TABLE, read_sample_table
 from fastbyol.data.traversal import seeded_permutation
 
 

@@ -8,12 +8,12 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
+from fastbyol.data.backends.source import Pixels
 from fastbyol.data.conversion.encode import find_turbojpeg
+from fastbyol.data.formats.jpeg_header import exif_orientation, read_jpeg_header, scans_complaint
+from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, decode_with_pillow, load_image
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.converted import Converted
-from fastbyol.data.jpeg_header import exif_orientation, read_jpeg_header, scans_complaint
-from fastbyol.data.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, decode_with_pillow, load_image
-from fastbyol.data.source import Pixels
 
 TOLERATED_LEVELS = 12.0
 """Largest accepted difference between an original and its transcoded image: mean absolute difference of the 8x8 block means, of 255 levels.

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.class_counts import numbered_class_names
+from fastbyol.data.backends.source import Indices, Pixels
+from fastbyol.data.formats.class_counts import numbered_class_names
+from fastbyol.data.formats.manifest import Manifest
+from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.converted import is_converted, open_converted
-from fastbyol.data.manifest import Manifest
-from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
-from fastbyol.data.source import Indices, Pixels
 
 SAMPLED = 2000
 """Number of images of a folder or tar whose headers are read for their sides: a million would take an hour on a network disk."""

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.formats.pillow_decoding import UndecodableImage
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.inventory import ImageSet
-from fastbyol.data.pillow_decoding import UndecodableImage
 
 ROWS, COLUMNS = 12, 8
 TILE_PX, MARGIN_PX, LABEL_PX = 112, 6, 150

@@ -9,10 +9,10 @@ from tarfile import BLOCKSIZE, TarInfo
 
 import numpy as np
 
+from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
+from fastbyol.data.formats.tar_shards import INDEX_VERSION, index_path
 from fastbyol.data.inputs.listing import EXTENSIONS
 from fastbyol.data.inspection.converted import Converted
-from fastbyol.data.tar_members import DamagedTarError, tar_members
-from fastbyol.data.tar_shards import INDEX_VERSION, index_path
 
 COMPONENTS = ("jpg", "cls", "idx")
 ShardFault = tuple[int | None, str]

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.data.class_counts import numbered_class_names, refuse_other_counts
+from fastbyol.data.formats.class_counts import numbered_class_names, refuse_other_counts
+from fastbyol.data.formats.manifest import Manifest, is_sealed, read_manifest
 from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.shard_check import foreign_shard
-from fastbyol.data.manifest import Manifest, is_sealed, read_manifest
 
 _PARTS = "part-*-of-*.json"
 """Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""

@@ -18,14 +18,14 @@ from threading import Event
 import numpy as np
 
 from fastbyol.config.errors import require_at_least
+from fastbyol.data.formats.manifest import Manifest, Shard, chunks_sha256, sha256_of
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.converted import Converted, manifest_path
 from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.image_check import ImageCheck
 from fastbyol.data.inspection.shard_check import shard_faults
 from fastbyol.data.inspection.table_check import checked_manifest, checked_tables
-from fastbyol.data.manifest import Manifest, Shard, chunks_sha256, sha256_of
-from fastbyol.data.progress import Progress
+from fastbyol.host.progress import Progress
 
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 4  # submitted per thread: keeps all threads busy and bounds the memory

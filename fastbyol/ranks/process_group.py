@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastbyol.collectives import gathered
 from fastbyol.config.errors import Lost, UserError, environment_integer, first_line, require, require_between
-from fastbyol.slurm_environment import adopt_slurm_environment
+from fastbyol.ranks.collectives import gathered
+from fastbyol.ranks.slurm_environment import adopt_slurm_environment
 
 TIMEOUT_S = 600.0
 _ATTEMPT = "fastbyol/attempt"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from fastbyol.config.interrupts import STOP_SIGNALS, Stopped
+from fastbyol.host.interrupts import STOP_SIGNALS, Stopped
 
 
 class OrderlyStop(Stopped):

@@ -7,7 +7,7 @@ import time
 from typing import Any, Self
 
 from fastbyol.config.console import printable, say
-from fastbyol.data.quantities import bytes_text, duration_text
+from fastbyol.host.quantities import bytes_text, duration_text
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_BARS = 0.1

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from fastbyol.data.jpeg_header import scans_complaint, without_metadata
+from fastbyol.data.formats.jpeg_header import scans_complaint, without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that are read. Not PostScript, for which Pillow starts Ghostscript, nor rare formats, whose readers are poorly tested."""

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastbyol.byol import BYOL
-from fastbyol.checkpoint import REQUIRED, CheckpointError, load_checkpoint, load_newest, load_weights, why_not_loaded
 from fastbyol.config.errors import UserError
-from fastbyol.saved_structure import tensor_difference
+from fastbyol.host.saved_structure import tensor_difference
+from fastbyol.run.checkpoint import REQUIRED, CheckpointError, load_checkpoint, load_newest, load_weights, why_not_loaded
 
 log = logging.getLogger("fastbyol")
 OPTION = "init_from"

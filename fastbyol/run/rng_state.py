@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastbyol.config.errors import shown
-from fastbyol.saved_structure import first_difference
+from fastbyol.host.saved_structure import first_difference
 
 
 def rng_state() -> dict[str, Any]:

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastbyol.compile_cache import can_write, give_inductor_a_cache
 from fastbyol.config.errors import UserError, first_line
 from fastbyol.config.schema import PrecisionConfig
-from fastbyol.host_memory import keep_freed_memory
+from fastbyol.host.compile_cache import can_write, give_inductor_a_cache
+from fastbyol.host.freed_memory import keep_freed_memory
 
 log = logging.getLogger("fastbyol")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.jpeg_header import jpeg_complaint
-from fastbyol.data.source import Indices, Pixels, RangeReader, Source, Storage, damaged
-from fastbyol.data.tar_shards import read_tar_shards
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, Storage, damaged
+from fastbyol.data.formats.jpeg_header import jpeg_complaint
+from fastbyol.data.formats.tar_shards import read_tar_shards
 
 BATCH = 16
 """Largest number of images per run of a DALI pipeline."""

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbyol.data.backends.source import Indices, Pixels, Source, damaged, some_of
+from fastbyol.data.formats.manifest import sha256_of
+from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.listing import left_out_text
-from fastbyol.data.manifest import sha256_of
-from fastbyol.data.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
-from fastbyol.data.source import Indices, Pixels, Source, damaged, some_of
 
 log = logging.getLogger("fastbyol")
 _COMPARED_BYTES = 1 << 20

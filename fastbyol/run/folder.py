@@ -20,9 +20,9 @@ import yaml
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.schema import MonitorsConfig, TrainConfig
-from fastbyol.durable_files import UNFINISHED, write_durably
-from fastbyol.plain_yaml import read_yaml
-from fastbyol.provenance import collect_provenance
+from fastbyol.host.durable_files import UNFINISHED, write_durably
+from fastbyol.run.plain_yaml import read_yaml
+from fastbyol.run.provenance import collect_provenance
 
 log = logging.getLogger("fastbyol")
 CONFIG_FILE = "config.yaml"

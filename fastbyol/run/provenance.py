@@ -52,7 +52,7 @@ def package_versions() -> dict[str, str]:
 
 def source_digest() -> str:
     """Returns twelve hexadecimal digits that change with any line of the package's source."""
-    package, digest = Path(__file__).parent, hashlib.sha256()
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

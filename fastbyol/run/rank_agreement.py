@@ -10,9 +10,9 @@ from fastbyol import __version__
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
-from fastbyol.process_group import Process, broadcast_from_main, gather_on_main
-from fastbyol.provenance import package_versions, source_digest
-from fastbyol.run_folder import flatten
+from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
+from fastbyol.run.folder import flatten
+from fastbyol.run.provenance import package_versions, source_digest
 
 log = logging.getLogger("fastbyol")
 FREE_ON_EACH_RANK = frozenset(

@@ -12,7 +12,7 @@ from typing import Any
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
-from fastbyol.durable_files import write_durably
+from fastbyol.host.durable_files import write_durably
 
 ID_FILE = "wandb.json"
 

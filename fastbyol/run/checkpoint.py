@@ -24,9 +24,9 @@ import torch
 from fastbyol.config.errors import UserError, first_line, shown
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import TrainConfig
-from fastbyol.durable_files import UNFINISHED, durable_file, write_durably
-from fastbyol.run_folder import CONFIG_FILE, config_changes, read_config, write_config
-from fastbyol.saved_structure import is_count
+from fastbyol.host.durable_files import UNFINISHED, durable_file, write_durably
+from fastbyol.host.saved_structure import is_count
+from fastbyol.run.folder import CONFIG_FILE, config_changes, read_config, write_config
 
 log = logging.getLogger("fastbyol")
 FOLDER = "checkpoints"

@@ -19,8 +19,8 @@ from fastbyol.config.field_docs import field_docs
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
-from fastbyol.plain_yaml import StandsForTooMuch, read_yaml, repeated_key
-from fastbyol.run_folder import flatten
+from fastbyol.run.folder import flatten
+from fastbyol.run.plain_yaml import StandsForTooMuch, read_yaml, repeated_key
 
 log = logging.getLogger("fastbyol")
 DEFAULT_PRESET = "r50_300ep"

@@ -15,7 +15,7 @@ from typing import Self
 from fastbyol.config.console import say
 from fastbyol.config.errors import LOST_EXIT
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 MARGIN_S = 5.0
 """Extra seconds: collectives have the same time limit and report the cause better, so they should fail first."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.manifest import Manifest
+from fastbyol.data.formats.manifest import Manifest
 
 MAX_CLASSES = 1 << 20
 """Larger labels are not accepted as class numbers: each class needs memory for its name and for a row of every classifier."""

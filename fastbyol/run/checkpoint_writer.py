@@ -11,9 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastbyol.checkpoint import CheckpointError, checkpoint_path, checkpoint_steps, save_checkpoint, sweep_unfinished
 from fastbyol.config.errors import Diverged, NotSaved
-from fastbyol.finite_check import first_not_finite
+from fastbyol.run.checkpoint import CheckpointError, checkpoint_path, checkpoint_steps, save_checkpoint, sweep_unfinished
+from fastbyol.run.finite_check import first_not_finite
 
 log = logging.getLogger("fastbyol")
 

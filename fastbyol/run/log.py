@@ -15,10 +15,10 @@ from fastbyol.config.console import PrintableFormatter, in_utf8
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
-from fastbyol.durable_files import write_durably
-from fastbyol.progress import PROGRESS, live_line, progress_line
-from fastbyol.saved_structure import is_count
-from fastbyol.wandb_log import WandbLog
+from fastbyol.host.durable_files import write_durably
+from fastbyol.host.saved_structure import is_count
+from fastbyol.run.live_line import PROGRESS, live_line, progress_line
+from fastbyol.run.wandb_log import WandbLog
 
 log = logging.getLogger("fastbyol")
 METRICS_FILE = "metrics.jsonl"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.pillow_decoding import MAX_DECODED_PIXELS
+from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS
 
 VERSION = 2
 INT_FIELD, IMAGE_FIELD = 1, 2

@@ -12,17 +12,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastbyol.byol import BYOL
-from fastbyol.checkpoint import load_newest
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.finite_check import FiniteCheck
+from fastbyol.host.saved_structure import first_difference, is_count
 from fastbyol.optim.saved_state import load_optimizer_state, state_difference
-from fastbyol.process_group import Process, broadcast_from_main, gather_on_main
-from fastbyol.provenance import package_versions
-from fastbyol.rng_state import rng_difference, rng_state, set_rng_state
-from fastbyol.saved_structure import first_difference, is_count
+from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
+from fastbyol.run.checkpoint import load_newest
+from fastbyol.run.finite_check import FiniteCheck
+from fastbyol.run.provenance import package_versions
+from fastbyol.run.rng_state import rng_difference, rng_state, set_rng_state
 
 log = logging.getLogger("fastbyol")
 REQUIRED = ("optimizer", "scaler", "loader", "num_samples", "ranks", "versions")

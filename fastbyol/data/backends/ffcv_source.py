@@ -1,0 +1,106 @@
+"""The FFCV backend: reads a .beton file and decodes with libffcv's TurboJPEG, without FFCV's Loader.
+
+FFCV's Loader sets torch's thread count, returns buffers that it later overwrites, swallows the exceptions of its thread, ignores the decoder's
+return code (a damaged image turns black), and compiles for seconds in each process. So only its C library is loaded (`formats/turbojpeg.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, Storage, damaged, some_of
+from fastbyol.data.formats.beton import JPEG_MODE, Beton, read_beton
+from fastbyol.data.formats.class_counts import numbered_class_names, refuse_other_counts
+from fastbyol.data.formats.manifest import beton_manifest_path, read_manifest
+from fastbyol.data.formats.turbojpeg import TurboJpeg
+
+log = logging.getLogger("fastbyol")
+
+
+class FfcvSource(Source):
+    """A .beton as a source, written by us or by stock FFCV, JPEG or raw; sample i is row i. Class names come from its manifest, if any."""
+
+    def __init__(self, path: Path) -> None:
+        self._decoder = TurboJpeg()
+        self._beton = read_beton(path)
+        super().__init__(labels=self._beton.label, class_names=_class_names(path, self._beton))
+        self._file = RangeReader(path)
+        self._scratch = threading.local()
+
+    def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
+        return self._beton.height[indices], self._beton.width[indices]
+
+    def decode(self, indices: Indices) -> Iterator[Pixels]:
+        table = self._beton
+        rows = (column[indices].tolist() for column in (table.offset, table.size, table.height, table.width, table.mode))
+        for index, offset, size, height, width, mode in zip(indices.tolist(), *rows, strict=True):
+            data = self._file.read(offset, size)
+            if table.crc32 is not None:
+                data = self.checked(index, data, int(table.crc32[index]))
+            yield self._decode_jpeg(index, data, height, width) if mode == JPEG_MODE else self._raw_pixels(index, data, height, width)
+
+    def storage(self) -> Storage:
+        return Storage(np.zeros(self.num_samples, dtype=np.int64), self._beton.offset)
+
+    def read_ahead(self, indices: Indices) -> None:
+        ends = self._beton.offset[indices] + self._beton.size[indices]
+        self._file.read_ahead(int(self._beton.offset[indices].min()), int(ends.max()))
+
+    def identity(self) -> bytes:
+        """Returns a digest of what distinguishes the images, bytes included: raw images have equal sizes and offsets whatever they show."""
+        table = self._beton
+        crc32 = table.crc32
+        if crc32 is None:
+            some = some_of(self.num_samples)
+            crc32 = np.array([zlib.crc32(self._file.read(int(table.offset[index]), int(table.size[index]))) for index in some])
+        return super().identity() + crc32.tobytes()
+
+    def sample_name(self, index: int) -> str:
+        return f"image {index} of {self._file.path}"
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _decode_jpeg(self, index: int, data: bytes, height: int, width: int) -> Pixels:
+        image = self._thread_scratch(height * width * 3).reshape(height, width, 3)
+        complaint, fatal = self._decoder.decode(data, image)
+        # If a checksum shows that the bytes are unchanged, a warning is harmless: Pillow ignored it too when the image was converted
+        # (stray bytes before a marker: ImageNet has some). Without checksums, treat it as damage.
+        if complaint and (fatal or self._beton.crc32 is None):
+            raise damaged(self.sample_name(index), complaint)
+        return image
+
+    def _raw_pixels(self, index: int, data: bytes, height: int, width: int) -> Pixels:
+        if len(data) != height * width * 3:
+            raise damaged(self.sample_name(index), f"{len(data)} bytes for {height}x{width} pixels")
+        return np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
+
+    def _thread_scratch(self, size: int) -> Pixels:
+        """Returns this thread's own buffer, grown on demand: stock FFCV allocates max height x max width x batch, 70 GB on raw ImageNet."""
+        buffer = getattr(self._scratch, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._scratch.buffer = np.empty(size, dtype=np.uint8)
+        return buffer[:size]
+
+
+def _class_names(path: Path, beton: Beton) -> tuple[str, ...]:
+    """Returns the manifest's class names, or class numbers if there is no manifest."""
+    labels, manifest_path = beton.label, beton_manifest_path(path)
+    if not manifest_path.exists():
+        if beton.crc32 is not None:  # it is a file of ours
+            log.warning("%s: is missing, so classes have numbers for names and labels cannot be checked; copy it too", manifest_path)
+        return numbered_class_names(path, labels)
+    manifest = read_manifest(manifest_path)
+    if manifest.shards[0].bytes != path.stat().st_size or manifest.num_samples != len(labels):
+        raise UserError(
+            f"{path}: is not the file that {manifest_path.name} describes; convert again, or delete the manifest if it is left over"
+        )
+    refuse_other_counts(path, labels, manifest)
+    return manifest.class_names
