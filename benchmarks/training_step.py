@@ -42,6 +42,7 @@ class TrainingStep:
             optimizer=build_optimizer(config.optim, byol),
             scaler=build_scaler(config.precision, device=self._process.device),
             loader=cast(TwoViewLoader, None),  # train_step takes its batches from an iterator
+            accumulate=accumulation_of(config, world_size=1),
         )
         self._last: BYOLOutput
         self.forget_times()

@@ -17,52 +17,33 @@ from fastbyol.host.signals import StopRequest, end_with_torchrun, leave_at_once_
 if __name__ == "__main__":
     leave_at_once_on_signals()  # the imports below take seconds
 
-import logging
-import os
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-import fastbyol
 from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Diverged, Lost, one_line_errors
-from fastbyol.config.plain import to_plain
+from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Lost, one_line_errors
 from fastbyol.config.schema import TrainConfig, accumulation_of
-from fastbyol.data import build_loader
-from fastbyol.data.batch import ViewBatch
+from fastbyol.data import ViewBatch, build_loader
 from fastbyol.data.device import views_on_device
-from fastbyol.data.loader import TwoViewLoader
 from fastbyol.evaluation.online_knn import build_online_knn, check_online_knn
-from fastbyol.models.encoder import check_image_size
-from fastbyol.models.view_batchnorm import use_all_ranks
+from fastbyol.models import check_image_size, use_all_ranks
 from fastbyol.monitors import Monitor, build_monitor
-from fastbyol.optim.build import build_optimizer
-from fastbyol.optim.ema import check_update
-from fastbyol.ranks.data_parallel import replicate
-from fastbyol.ranks.process_group import Process, broadcast_from_main, join_process_group, leave_process_group, lost_ranks_named
-from fastbyol.ranks.stop_vote import StopVote, Verdict
-from fastbyol.run.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config
-from fastbyol.run.checkpoint_writer import CheckpointWriter
+from fastbyol.optim import build_optimizer, check_update
+from fastbyol.ranks.data_parallel import gradient_reduction, replicate
+from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.run.command_line import parse_train_config
-from fastbyol.run.finite_check import FiniteCheck
-from fastbyol.run.folder import CONFIG_FILE, check_run_folder, flatten, locked_run_folder, open_run_folder
-from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.initial_weights import load_initial_weights
-from fastbyol.run.log import RunLog, close_logging, configure_logging
+from fastbyol.run.log import close_logging, configure_logging
 from fastbyol.run.plan import RunPlan
 from fastbyol.run.precision import autocast, build_scaler, is_compiled, prepare_model
-from fastbyol.run.profiling import StepProfiler
 from fastbyol.run.rank_agreement import opened_alike, require_same_start
+from fastbyol.run.session import Session, check_run
 from fastbyol.run.state import TrainState, check_bn_images
-from fastbyol.run.wandb_log import check_wandb
-
-log = logging.getLogger("fastbyol")
 
 
 @one_line_errors
@@ -90,65 +71,34 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
     """Trains the run that the config describes, from where it stopped. Returns False if it was asked to stop before its last step."""
     require_same_start(config, process)
     if process.is_main:
-        mend_config(Path(config.out))
-        check_run_folder(config)
-        check_resume(config)
+        check_run(config)
         check_online_knn(config)
-        check_wandb(config)
     state = build(config, process)
     plan = RunPlan.of(config, num_samples=state.loader.num_samples)
     with ExitStack() as leaving:
-        folder = Path(config.out)
-        if process.is_main:
-            leaving.enter_context(locked_run_folder(open_run_folder(config)))
-        first_step = done = state.restore(folder, config=config, process=process)
-        announce(config, process, state, first_step=first_step, total_steps=plan.total_steps)
-
-        hang_watch = leaving.enter_context(HangWatch(config.timeout_s))
-        writer, run_log = None, None
-        if process.is_main:
-            writer = leaving.enter_context(CheckpointWriter(folder, keep=config.keep_checkpoints, stays=plan.stays))
-            run_log = leaving.enter_context(RunLog(folder, config, total_steps=plan.total_steps, first_step=first_step))
+        session = leaving.enter_context(Session(config, process, state, plan, stop))
         monitor = build_monitor(config, process)
-        knn = build_online_knn(config, process, num_samples=plan.num_samples, first_step=first_step, total_steps=plan.total_steps)
+        knn = build_online_knn(config, process, num_samples=plan.num_samples, first_step=session.first_step, total_steps=plan.total_steps)
         if knn is not None:
             leaving.callback(knn.close)
-        profiler = leaving.enter_context(build_profiler(config, process, state))
-        vote = StopVote(rank=process.rank, world_size=process.world_size)
-        batches = leaving.enter_context(closing(endless(leaving.enter_context(state.loader))))
-        for step in range(first_step, plan.total_steps):
-            lr, tau = plan.lr(step), plan.tau(step)
-            monitor.start_step(logged=plan.logs(step + 1))
+        batches = leaving.enter_context(closing(state.loader.endless()))
+        for step in range(session.first_step, plan.total_steps):
+            lr, tau, done = plan.lr(step), plan.tau(step), step + 1
+            monitor.start_step(logged=plan.logs(done))
             output = train_step(config, process, state, batches, monitor, lr=lr, tau=tau)
-            done = step + 1
-            hang_watch.beat()
-            profiler.step()
-            logs, saves = plan.logs(done), plan.saves(done)
-            # On a GPU the loss is read where the host waits for the device anyhow.
-            bad_step = state.finite.first_bad_step() if logs or saves or process.device.type == "cpu" else None
-            verdict = vote.cast(stop=stop.requested, bad_step=bad_step, settle=logs or saves)
-            if verdict.bad_step is not None:
-                raise diverged(verdict, state, plan, saved_steps(folder, writer), first_step=first_step)
-            if logs:
+            session.end_step(done)
+            if plan.logs(done):
                 record = monitor.record(step=step, epoch=plan.epoch(done), lr=lr, tau=tau, last=output)
                 if knn is not None and knn.due(done):
-                    with monitor.paused(), hang_watch.paused():
+                    with monitor.paused(), session.paused():
                         record["knn_top1"] = knn.top1(state.byol.online.encoder)
-                if run_log is not None:
-                    run_log.write(record)
-                monitor.stop_when_collapsed(lambda: saved_steps(folder, writer))
-            if run_log is not None:
-                run_log.estimate(done)
-            if saves or verdict.stop:
-                snapshot = state.snapshot(step=done, config=config, process=process)
-                if writer is not None:
-                    writer.save(snapshot, step=done)
-            if verdict.stop:
+                session.log(record)
+                monitor.stop_when_collapsed(session.saved_steps)
+            if plan.saves(done) or session.stopping:
+                session.save()
+            if session.stopping:
                 break
-    broadcast_from_main(None)  # launchers end all ranks when one exits, so none may exit before rank 0 has saved
-    if done < plan.total_steps:
-        log.info("stopped (%s): saved after step %d of %d; the same command continues", stop.name or "another rank", done, plan.total_steps)
-    return done >= plan.total_steps
+    return session.end()
 
 
 def train_step(
@@ -157,16 +107,15 @@ def train_step(
     """Takes one optimizer step: the gradient over one global batch, the online network's update, the target's. Returns the last forward's output."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
-    accumulate = accumulation_of(config, world_size=process.world_size)
-    for micro in range(accumulate):
+    for micro in range(state.accumulate):
         with monitor.waiting():
             batch = next(batches)
         view1, view2, label = views_on_device(batch, config.views, process.device, compiled=is_compiled(state.byol))
-        with gradient_reduction(state.model, now=micro == accumulate - 1):
+        with gradient_reduction(state.model, now=micro == state.accumulate - 1):
             with autocast(config.precision, device=process.device):
                 output: BYOLOutput = state.model(view1, view2, label)
             loss = output.loss + output.probe_loss
-            state.scaler.scale(loss / accumulate).backward()
+            state.scaler.scale(loss / state.accumulate).backward()
         state.finite.add(loss)
         monitor.add(output)
     state.scaler.unscale_(state.optimizer)
@@ -184,13 +133,14 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     check_image_size(config.views.size_px, encoder=config.model.encoder, stem=config.model.stem)
     check_bn_images(config, process)
     check_update(config.optim.update, process.device)
+    accumulate = accumulation_of(config, world_size=process.world_size)
     open_data = partial(
         build_loader,
         config.data,
         views=config.views,
         seed=config.seed,
         global_batch=config.global_batch,
-        accumulate=accumulation_of(config, world_size=process.world_size),
+        accumulate=accumulate,
         rank=process.rank,
         world_size=process.world_size,
         device=process.device,
@@ -201,89 +151,22 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     loader = opened_alike(open_data, process)
     torch.manual_seed(config.seed)
     byol = build_byol(config.model, num_classes=max(1, len(loader.class_names)), objective=config.objective)
-    if config.init_from and process.is_main and not checkpoint_steps(Path(config.out)):
-        load_initial_weights(byol, config.init_from)  # DDP sends them to the other ranks
+    if process.is_main:
+        load_initial_weights(byol, config)  # DDP sends them to the other ranks
     if config.precision.cross_replica_bn and process.world_size > 1:
         use_all_ranks(byol)
     prepare_model(byol, config.precision, device=process.device)
     model: nn.Module = byol
     if process.world_size > 1:
-        model = replicate(byol, config.precision, accumulate=accumulation_of(config, world_size=process.world_size))
-    optimizer = build_optimizer(config.optim, byol)
+        model = replicate(byol, config.precision, accumulate=accumulate)
     return TrainState(
         byol=byol,
         model=model,
-        optimizer=optimizer,
+        optimizer=build_optimizer(config.optim, byol),
         scaler=build_scaler(config.precision, device=process.device),
         loader=loader,
-        finite=FiniteCheck(forwards_per_step=accumulation_of(config, world_size=process.world_size)),
+        accumulate=accumulate,
     )
-
-
-def build_profiler(config: TrainConfig, process: Process, state: TrainState) -> StepProfiler:
-    """Returns rank 0's profiler; it does nothing on other ranks, or if profile_steps is 0."""
-    parts = {} if config.precision.compile else dict(state.byol.named_children())
-    return StepProfiler(Path(config.out), steps=config.profile_steps if process.is_main else 0, parts=parts, device=process.device)
-
-
-def endless(loader: TwoViewLoader) -> Generator[ViewBatch, None, None]:
-    """Yields batches from the loader's position on, epoch after epoch."""
-    while True:
-        yield from loader
-        loader.set_epoch(loader.state_dict()["epoch"])
-
-
-def gradient_reduction(model: nn.Module, *, now: bool) -> AbstractContextManager[object]:
-    """Returns a context in which DDP averages gradients only if `now`: once per step, in its last backward."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
-
-
-def saved_steps(folder: Path, writer: CheckpointWriter | None) -> list[int]:
-    """Returns the steps of the run's checkpoints, after waiting for one that is being written."""
-    if writer is not None:
-        writer.wait()
-    return checkpoint_steps(folder)
-
-
-def diverged(verdict: Verdict, state: TrainState, plan: RunPlan, steps: list[int], *, first_step: int) -> Diverged:
-    """Returns the error that ends a run whose loss is not finite; nothing of that step is saved. steps: those that have a checkpoint."""
-    last = f"the last good checkpoint is {checkpoint_path(Path(plan.config.out), steps[-1])}" if steps else "there is no checkpoint yet"
-    scale = f", loss scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
-    step = first_step + (verdict.bad_step or 0)
-    return Diverged(
-        f"the loss is not finite in step {step + 1} on rank {verdict.bad_rank} (lr {plan.lr(step):.4g}{scale}): the run diverged; lower "
-        f"optim.base_lr, lengthen optim.warmup_epochs, or set precision.autocast to off. Nothing of that step was saved: {last}"
-    )
-
-
-def announce(config: TrainConfig, process: Process, state: TrainState, *, first_step: int, total_steps: int) -> None:
-    """Logs what is about to run, so that an old installed copy, a wrong data set or a wrong batch is seen in the first lines."""
-    log.info("fastbyol %s from %s", fastbyol.__version__, Path(fastbyol.__file__).parent)
-    defaults = flatten(to_plain(TrainConfig()))
-    chosen = [f"{name}={value}" for name, value in flatten(to_plain(config)).items() if value != defaults[name]]
-    log.info("config, all of it in %s: %s", Path(config.out) / CONFIG_FILE, " ".join(chosen))
-    loader = state.loader
-    log.info("%s: %d images of %d classes, backend %s", config.data.train, loader.num_samples, len(loader.class_names), loader.backend)
-    accumulate = accumulation_of(config, world_size=process.world_size)
-    log.info(
-        "%d x %s: global batch %d = %d ranks x %d micro-batches x %d images; %d steps",
-        process.world_size,
-        process.device,
-        config.global_batch,
-        process.world_size,
-        accumulate,
-        config.global_batch // (process.world_size * accumulate),
-        total_steps,
-    )
-    if config.optim.warmup_epochs >= config.epochs:
-        log.warning(
-            "optim.warmup_epochs = %g of %g epochs: the learning rate never reaches its peak", config.optim.warmup_epochs, config.epochs
-        )
-    if first_step >= total_steps:
-        log.info("already complete at step %d", first_step)
-    elif first_step:
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        log.info("continues after step %d%s", first_step, f" (restart {restart})" if restart != "0" else "")
 
 
 if __name__ == "__main__":

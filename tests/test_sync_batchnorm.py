@@ -19,8 +19,7 @@ from fastbyol.models.view_batchnorm import ViewBatchNorm, convert_to_batchnorm, 
 from fastbyol.objectives import byol_loss, infonce_beta_loss, least_squares_prediction
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
-from fastbyol.ranks.data_parallel import replicate
-from fastbyol.train import gradient_reduction
+from fastbyol.ranks.data_parallel import gradient_reduction, replicate
 
 pytestmark = pytest.mark.distributed
 

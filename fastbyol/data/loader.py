@@ -6,7 +6,7 @@ ranks and a resume change nothing, and the whole state of a loader is the (epoch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Self
 
@@ -88,6 +88,11 @@ class TwoViewLoader:
         for batch, rendered in enumerate(self._renderer.batches(self._plan(epoch, first), self._draw_at(epoch)), start=first):
             self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
             yield self._view_batch(rendered)
+
+    def endless(self) -> Generator[ViewBatch, None, None]:
+        """Yields batches from the loader's position on, epoch after epoch."""
+        while True:
+            yield from self
 
     def close(self) -> None:
         """Stops the threads and closes the files."""

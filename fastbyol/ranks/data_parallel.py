@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -26,3 +27,8 @@ def replicate(module: nn.Module, config: PrecisionConfig, *, accumulate: int) ->
     if config.gradient_messages == "bf16":
         model.register_comm_hook(None, bf16_compress_hook)
     return model
+
+
+def gradient_reduction(model: nn.Module, *, now: bool) -> AbstractContextManager[object]:
+    """Returns a context in which DDP averages gradients only if `now`: once per step, in its last backward."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()

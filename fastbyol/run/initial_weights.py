@@ -10,25 +10,29 @@ from torch import Tensor, nn
 
 from fastbyol.byol import BYOL
 from fastbyol.config.errors import UserError
+from fastbyol.config.schema import TrainConfig
 from fastbyol.host.saved_structure import tensor_difference
-from fastbyol.run.checkpoint import REQUIRED, CheckpointError, load_checkpoint, load_newest, load_weights, why_not_loaded
+from fastbyol.run.checkpoint import REQUIRED, CheckpointError, checkpoint_steps, load_checkpoint, load_newest, load_weights, why_not_loaded
 
 log = logging.getLogger("fastbyol")
 OPTION = "init_from"
 
 
-def load_initial_weights(byol: BYOL, source: str) -> None:
-    """Loads the weights into the networks, in place, before the first step.
+def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
+    """Loads the weights that `init_from` names into the networks, in place; nothing if it is empty or the run has a checkpoint of its own.
 
     Args:
         byol: freshly built networks.
-        source: a run folder or checkpoint of fastbyol: loads both networks, and the probe if the number of classes is equal. Or any
+        config: `init_from` is a run folder or checkpoint of fastbyol: loads both networks, and the probe if the number of classes is equal. Or any
             file of torch.save with an encoder's weights (loaded with weights_only): loads the encoder of both networks and leaves the
             heads. See `encoder_weights`.
 
     Raises:
         UserError: no such path, no usable weights in it, or networks of another shape (with the first names that differ).
     """
+    source = config.init_from
+    if not source or checkpoint_steps(Path(config.out)):
+        return
     state = _read(Path(source))
     if set(REQUIRED) <= state.keys():
         weights = dict(state["byol"])

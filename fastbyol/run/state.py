@@ -36,6 +36,7 @@ class TrainState:
     """The changing parts of a run.
 
     byol: the networks. model: what the training step calls; the same networks, inside DDP if there are several ranks.
+    accumulate: micro-batches per optimizer step.
     """
 
     byol: BYOL
@@ -43,7 +44,11 @@ class TrainState:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler  # type: ignore[name-defined]
     loader: TwoViewLoader
-    finite: FiniteCheck = field(default_factory=FiniteCheck)
+    accumulate: int = 1
+    finite: FiniteCheck = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.finite = FiniteCheck(forwards_per_step=self.accumulate)
 
     def snapshot(self, *, step: int, config: TrainConfig, process: Process) -> dict[str, Any]:
         """Returns the state after `step` optimizer steps as tensors and plain values. Every rank must call it; only the main rank's

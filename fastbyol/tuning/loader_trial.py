@@ -10,7 +10,6 @@ from fastbyol.config.schema import DataConfig, TrainConfig, accumulation_of
 from fastbyol.data import build_loader
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.ranks.process_group import Process
-from fastbyol.train import endless
 
 IMAGES_PER_WORKER = 32
 """Images per thread in a batch of a trial: a thread takes 16 images at a time, and a batch should not take long."""
@@ -44,7 +43,7 @@ def loader_alone(loader: TwoViewLoader, *, epoch: int) -> Callable[[float], floa
     loader.set_epoch(epoch)
 
     def run(seconds: float) -> float:
-        with closing(endless(loader)) as batches:
+        with closing(loader.endless()) as batches:
             next(batches)  # from here on the threads are always as far ahead
             images = taken = 0
             start = time.perf_counter()

@@ -18,7 +18,7 @@ from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import build_monitor
 from fastbyol.ranks.process_group import Process
 from fastbyol.run.state import TrainState
-from fastbyol.train import build, endless, train_step
+from fastbyol.train import build, train_step
 from fastbyol.tuning.memory import memory_as_failure
 
 LR, TAU = 0.01, 0.99
@@ -82,7 +82,7 @@ class Stepper:
         """Returns a trial's `run`: steps on the loader's batches. Each pace is also added to `paces`."""
 
         def run(seconds: float) -> float:
-            with closing(endless(loader)) as batches, memory_as_failure():
+            with closing(loader.endless()) as batches, memory_as_failure():
                 self._steps(batches, 0.0)  # so that the first batch is made and the queue filled before the clock starts
                 paces.append(self._steps(batches, seconds))
             return paces[-1].images_per_s
