@@ -15,14 +15,12 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, TrainConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ImageBatch
-from fastbyol.evaluation.baselines import pca_features, set_batchnorm_statistics, untrained_encoder
 from fastbyol.evaluation.features import Features, extract_features, pixel_features
 from fastbyol.evaluation.knn import knn_predict, nearest
 from fastbyol.evaluation.linear import fit_linear, held_out_mask
-from fastbyol.evaluation.metrics import top_k_accuracy
-from fastbyol.evaluation.protocols import evaluate_knn, evaluate_linear, read_current, read_result, write_or_say
+from fastbyol.evaluation.protocols import evaluate_knn, evaluate_linear, read_current, read_result, top_k_accuracy, write_or_say
 from fastbyol.evaluation.splits import Split, Splits, common_classes, split_paths
-from fastbyol.evaluation.subjects import FeatureBank
+from fastbyol.evaluation.subjects import FeatureBank, pca_features, set_batchnorm_statistics, untrained_encoder
 
 NUM_CLASSES = 3
 SIZE_PX = 8

@@ -17,8 +17,7 @@ from fastbyol.config.schema import ModelConfig
 from fastbyol.models import build_encoder
 from fastbyol.models.encoder import check_image_size, encoder_from
 from fastbyol.models.heads import mlp_head
-from fastbyol.models.padding import SameConv2d, SameMaxPool2d
-from fastbyol.models.resnet import Bottleneck, ResNet, truncated_normal_
+from fastbyol.models.resnet import Bottleneck, ResNet, SameConv2d, SameMaxPool2d, truncated_normal_
 from fastbyol.models.view_batchnorm import convert_to_batchnorm, convert_to_view_batchnorm
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -20,7 +20,7 @@ from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig,
 from fastbyol.monitors import Monitor
 from fastbyol.monitors.collapse import COLLAPSED_STD, FINAL_STD, RECORDS_IN_A_ROW, SIGNS, CollapseRule, collapse_signs
 from fastbyol.monitors.compute import ComputeMeter, flop_per_image, peak_flop_per_s, peak_memory_gib
-from fastbyol.monitors.norms import StepNorms, global_norm
+from fastbyol.monitors.monitor import StepNorms, global_norm
 from fastbyol.monitors.stopwatch import STEPS_KEPT, Stopwatch
 from fastbyol.run.checkpoint import checkpoint_path
 from fastbyol.run.log import read_metrics

@@ -152,7 +152,7 @@ def test_large_blocks_of_kept_memory_are_reused_without_page_faults(call, keeps)
     """Runs in a process of its own: eight blocks of 64 MiB cause 131,072 page faults of 4 KiB, or hardly any."""
     code = f"""
 import resource, torch
-from fastbyol.host.freed_memory import keep_freed_memory
+from fastbyol.run.precision import keep_freed_memory
 {call}
 def faults_of_eight():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import Subject, measure, torch_threads
-from fastbyol.host.freed_memory import keep_freed_memory
 from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.view_batchnorm import ViewBatchNorm
+from fastbyol.run.precision import keep_freed_memory
 
 REFERENCE, CEILING, OURS = "nn.BatchNorm2d and ReLU, a view at a time", "five copies of the activations", "fastbyol, both views"
 TWO_RANKS = "fastbyol, both views, two ranks"

@@ -15,7 +15,7 @@ Inductor are not included.
 Why: channels-last saves oneDNN the reordering of activations; bf16 halves the bytes and uses the CPU's bf16 instructions if it has
 them; both views in one batch halve the casts and reorderings of weights and give each convolution twice the work (1.08 x). Norm, sum
 and ReLU are one operation (`models/norm_relu.py`), which takes two thirds of the time of torch's separate ones. The process keeps the
-memory that a step frees (`host/freed_memory.py`): if it were returned and allocated again, every activation would be mapped and zeroed
+memory that a step frees (`run/precision.py`): if it were returned and allocated again, every activation would be mapped and zeroed
 anew, a fifth of the reference's time (with our setting the reference would take 2.35 x our time, not 2.9 x). Convolutions are more
 than four fifths of the rest and run at 70 to 95 % of the ceiling's rate.
 torch.compile gains nothing here (the last row): on a CPU Inductor's batch norm is slower than torch's own and than ours. The batch

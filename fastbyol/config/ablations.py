@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fastbyol.config.preset import PAPER_RANKS, Preset
-from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, OptimConfig, TrainConfig
+from fastbyol.config.schema import PAPER_RANKS, ModelConfig, MonitorsConfig, ObjectiveConfig, OptimConfig, Preset, TrainConfig
 from fastbyol.config.views import ABLATIONS as VIEW_ABLATIONS
 
 BASE = TrainConfig()

@@ -11,8 +11,7 @@ from dataclasses import replace
 from fastbyol.config.ablations import BASE_FIGURE, ablation_presets
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
-from fastbyol.config.preset import Preset
-from fastbyol.config.schema import ModelConfig, OptimConfig, TrainConfig
+from fastbyol.config.schema import ModelConfig, OptimConfig, Preset, TrainConfig
 from fastbyol.config.views import PAPER, ViewPair, ViewSpec
 
 

@@ -307,3 +307,26 @@ def accumulation_of(config: TrainConfig, *, world_size: int) -> int:
         shares = f"{world_size} ranks" + (f" x rank_batch {config.rank_batch}" if config.rank_batch else "")
         raise UserError(f"global_batch = {config.global_batch}: not divisible by {shares}; choose a multiple of {unit}")
     return config.global_batch // unit if config.rank_batch else 1
+
+
+PAPER_RANKS = 8
+"""Number of ranks in the commands of the paper's presets."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named run. `expected` is a published figure and `source` where it stands; `run_here` is what we measured ourselves, or 'not yet
+    run'.
+    """
+
+    what: str
+    config: TrainConfig
+    expected: str
+    source: str
+    run_here: str = "not yet run"
+
+    def command(self, name: str) -> str:
+        if name.startswith("cpu_demo"):
+            kind = "scenes" if name.endswith("scenes") else "fashion"
+            return f"python fastbyol/train.py --preset {name} --data.train demo/{kind}/train.beton --out runs/demo"
+        return f"torchrun --nproc-per-node {PAPER_RANKS} fastbyol/train.py --preset {name} --data.train train.beton --out runs/{name}"

@@ -20,7 +20,6 @@ from fastbyol.config.errors import UserError
 from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.knn import DEFAULT_K, DEFAULT_TEMPERATURE, knn_predict
 from fastbyol.evaluation.linear import HELD_OUT_SHARE, L2_GRID, fit_linear
-from fastbyol.evaluation.metrics import top_k_accuracy
 from fastbyol.evaluation.subjects import SUBJECT_TITLES, SUBJECTS, FeatureBank
 from fastbyol.host.durable_files import write_durably
 
@@ -171,3 +170,14 @@ def _evaluate(protocol: str, bank: FeatureBank, *, subjects: tuple[str, ...], sc
 
 
 PROTOCOLS: dict[str, Callable[..., ProtocolResult]] = {"linear": evaluate_linear, "knn": evaluate_knn}
+
+
+def top_k_accuracy(score: torch.Tensor, label: torch.Tensor, *, k: int) -> float:
+    """Share in [0, 1] of rows whose label is among the k classes with the highest score.
+
+    score: (N, K), any monotone scale; a class with -inf got no support and never counts as a hit. label: (N,) int64; a label >= K is
+    a miss. k is capped at K.
+    """
+    best, column = score.topk(min(k, score.shape[1]), dim=1)
+    hit = (column == label[:, None]) & (best > -torch.inf)
+    return hit.any(dim=1).double().mean().item()

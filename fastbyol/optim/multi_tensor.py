@@ -10,10 +10,57 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastbyol.host.compile_cache import njit
 from fastbyol.host.kernel_threads import in_threads
-from fastbyol.optim import cpu_kernel
 from fastbyol.optim.ema import TargetUpdate, one_thread_on_cpu
 from fastbyol.optim.memory_order import laid_out_like, same_order
+
+F32 = NDArray[np.float32]
+_RUN = 8192  # elements summed in float32 before they join a float64 sum
+
+
+@njit(fastmath={"reassoc", "contract"}, cache=True, nogil=True)
+def _squares(w: F32, g: F32, decay: np.float32) -> tuple[np.float32, np.float32]:
+    ww, uu = np.float32(0), np.float32(0)
+    for i in range(w.size):
+        u = g[i] + decay * w[i]
+        ww += w[i] * w[i]
+        uu += u * u
+    return ww, uu
+
+
+@njit(cache=True, nogil=True)
+def trust_ratio(w: F32, g: F32, decay: np.float32, coefficient: float) -> float:
+    """Returns coefficient * |w| / |g + decay * w|, or 1 where either norm is 0; w, g (N,) contiguous."""
+    ww, uu = 0.0, 0.0
+    for start in range(0, w.size, _RUN):
+        a, b = _squares(w[start : start + _RUN], g[start : start + _RUN], decay)
+        ww += a
+        uu += b
+    return coefficient * math.sqrt(ww / uu) if ww > 0 and uu > 0 else 1.0
+
+
+@njit(fastmath={"contract"}, cache=True, nogil=True)
+def step_block(w: F32, g: F32, m: F32, scale: np.float32, decay: np.float32, momentum: np.float32, lr: np.float32) -> None:
+    """Sets m = momentum * m + scale * (g + decay * w), then w -= lr * m, in place."""
+    for i in range(w.size):
+        v = momentum * m[i] + scale * (g[i] + decay * w[i])
+        m[i] = v
+        w[i] -= lr * v
+
+
+@njit(fastmath={"contract"}, cache=True, nogil=True)
+def step_block_with_target(
+    w: F32, g: F32, m: F32, t: F32, scale: np.float32, decay: np.float32, momentum: np.float32, lr: np.float32, weight: np.float32
+) -> None:
+    """Does the same, then sets t += weight * (w - t)."""
+    for i in range(w.size):
+        v = momentum * m[i] + scale * (g[i] + decay * w[i])
+        m[i] = v
+        x = w[i] - lr * v
+        w[i] = x
+        t[i] += weight * (x - t[i])
+
 
 # Elements: w, g, m and the target of one block stay in a 32 MiB last-level cache.
 BLOCK = 1 << 19
@@ -71,14 +118,14 @@ def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float
     def apply(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
         *ours, t = tensors
         w, x, buffer = map(_flat, ours)
-        scale = np.float32(cpu_kernel.trust_ratio(w, x, decay, update.trust_coefficient))
+        scale = np.float32(trust_ratio(w, x, decay, update.trust_coefficient))
         for start in reversed(range(0, w.size, BLOCK)):  # backwards: the last elements read are the likeliest in cache
             part = slice(start, start + BLOCK)
             if t is None:
-                cpu_kernel.update(w[part], x[part], buffer[part], scale, decay, momentum, lr)
+                step_block(w[part], x[part], buffer[part], scale, decay, momentum, lr)
             else:
                 follower = _flat(t)[part]
-                cpu_kernel.update_with_target(w[part], x[part], buffer[part], follower, scale, decay, momentum, lr, np.float32(weight))
+                step_block_with_target(w[part], x[part], buffer[part], follower, scale, decay, momentum, lr, np.float32(weight))
 
     largest_first = sorted(zip(update.params, update.grads, update.momenta, targets, strict=True), key=lambda tensors: -tensors[0].numel())
     in_threads(apply, largest_first)

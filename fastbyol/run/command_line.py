@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
+import inspect
 import itertools
 import json
 import logging
 import os
 import re
 import sys
+import textwrap
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastbyol.config.arguments import expand_home, refuse_repeated
 from fastbyol.config.errors import UserError, shown
-from fastbyol.config.field_docs import field_docs
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
@@ -188,3 +192,29 @@ def _first_cause(message: str) -> str:
     message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("Parser key ", "")
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
     return ": ".join(dict.fromkeys(line[:300] for line in (lines[0], lines[-1])))
+
+
+def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
+    """Returns {dotted name: help text} for the documented fields of a dataclass and of the dataclasses nested in it."""
+    hints, texts = typing.get_type_hints(cls), _texts_below_fields(cls)
+    docs: dict[str, str] = {}
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            docs |= field_docs(typing.cast(type, hints[field.name]), f"{name}.")
+        elif field.name in texts:
+            docs[name] = texts[field.name]
+    return docs
+
+
+def _texts_below_fields(cls: type) -> dict[str, str]:
+    """Returns {field: docstring on one line}. Python does not keep these docstrings at run time, so they are read from the source."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for statement, below in itertools.pairwise(definition.body):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+            found[statement.target.id] = " ".join(below.value.value.split())
+    return found

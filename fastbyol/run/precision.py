@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import nn
 from fastbyol.config.errors import UserError, first_line
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.host.compile_cache import can_write, give_inductor_a_cache
-from fastbyol.host.freed_memory import keep_freed_memory
 
 log = logging.getLogger("fastbyol")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,3 +103,15 @@ def _cannot_compile(device: torch.device) -> str | None:
     except Exception as error:  # torch has a different exception class for each missing part
         return first_line(error, limit=300)
     return None
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # malloc.h
+_LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed memory for the next step; the process never shrinks again. No effect with a C library other than glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, _LARGEST)
