@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.timing import CLOCKS, Estimate, Subject, Timings, dropped_extremes, estimate, interval_coverage, same_round_ratios
+from benchmarks.timing import CLOCKS, Subject, Timings, same_round_ratios
 from fastbyol.config.errors import require_choice
 from fastbyol.config.plain import to_plain
+from fastbyol.tuning.comparison import Estimate, dropped_extremes, estimate, interval_coverage
 
 
 @dataclass(frozen=True)

@@ -50,24 +50,14 @@ from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
 from benchmarks.rivals.kornia_views import KorniaViews  # noqa: E402
 from benchmarks.rivals.packages import INSTALL, those_installed  # noqa: E402
 from benchmarks.rivals.updates import ema_pytorch_update, lightly_lars, lightly_update  # noqa: E402
-from benchmarks.timing import (  # noqa: E402
-    Estimate,
-    Subject,
-    Timings,
-    cpu_seconds,
-    dropped_extremes,
-    estimate,
-    interval_coverage,
-    measure,
-    same_round_ratios,
-    torch_threads,
-)
+from benchmarks.timing import Subject, Timings, cpu_seconds, measure, same_round_ratios, torch_threads  # noqa: E402
 from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
 from fastbyol.config.errors import UserError  # noqa: E402
 from fastbyol.config.schema import DataConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
 from fastbyol.config.views import ViewPair, both  # noqa: E402
 from fastbyol.data import build_loader  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
+from fastbyol.tuning.comparison import Estimate, dropped_extremes, estimate, interval_coverage  # noqa: E402
 
 TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
 TINY_CASES = {

@@ -32,7 +32,7 @@ from benchmarks.traffic import bytes_moved
 from benchmarks.training_step import TrainingStep, synthetic_batch
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
-from fastbyol.tuning.memory import release_memory
+from fastbyol.tuning.stepper import release_memory
 
 REFERENCE, OURS, CEILING = "float32, NCHW", "bf16, channels-last", "bf16 matrix product, same operations"
 MEMORY = "copy of as many bytes"
