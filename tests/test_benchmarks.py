@@ -49,9 +49,9 @@ from benchmarks.report_text import headers  # noqa: E402
 from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
 from benchmarks.rivals.kornia_views import KorniaViews  # noqa: E402
 from benchmarks.rivals.packages import INSTALL, those_installed  # noqa: E402
-from benchmarks.rivals.updates import ema_pytorch_update, lightly_lars, lightly_update  # noqa: E402
 from benchmarks.timing import Subject, Timings, cpu_seconds, measure, same_round_ratios, torch_threads  # noqa: E402
 from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
+from benchmarks.updates import ema_pytorch_update, lightly_lars, lightly_update, target_and_online  # noqa: E402
 from fastbyol.config.errors import UserError  # noqa: E402
 from fastbyol.config.schema import DataConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
 from fastbyol.config.views import ViewPair, both  # noqa: E402
@@ -273,7 +273,7 @@ def installed(make: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("use_foreach", [False, True])
 def test_ema_pytorch_is_held_at_tau_from_its_second_call_on(use_foreach: bool):
-    target, online = ema.networks(TINY_MODEL)
+    target, online = target_and_online(TINY_MODEL)
     update = installed(lambda: ema_pytorch_update(target, online, 0.9, use_foreach=use_foreach))
     if update is None:
         return
@@ -290,7 +290,7 @@ def test_ema_pytorch_is_held_at_tau_from_its_second_call_on(use_foreach: bool):
 
 
 def test_lightlys_update_moves_the_target_by_one_minus_tau():
-    target, online = ema.networks(TINY_MODEL)
+    target, online = target_and_online(TINY_MODEL)
     before = [t.double() for t in target.parameters()]
     update = installed(lambda: lightly_update(target, online, 0.75))
     if update is None:
@@ -360,7 +360,7 @@ def test_a_step_that_accumulates_takes_its_batch_for_each_forward():
     config = TrainConfig(global_batch=8, rank_batch=4, model=TINY_MODEL)
     taken = TrainingStep(config, num_classes=2)
     forwards: list[int] = []
-    taken._state.byol.register_forward_hook(lambda _, views, __: forwards.append(len(views[0])))
+    taken.networks().byol.register_forward_hook(lambda _, views, __: forwards.append(len(views[0])))
     taken.run([synthetic_batch(num=4, size_px=32, num_classes=2, channels_last=True)] * 3)
     assert forwards == [4] * 6
 

@@ -33,13 +33,12 @@ import torch.multiprocessing as mp
 from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.record import CaseResult, make_result
 from benchmarks.timing import Subject, Timings
-from benchmarks.training_step import LR, TAU, synthetic_batch
+from benchmarks.training_step import synthetic_batch
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import PAPER
-from fastbyol.monitors import Monitor
 from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group
-from fastbyol.train import build, train_step
+from fastbyol.tuning.stepper import Stepper
 
 REFERENCE = "1 rank"
 ANSWER_S = 300.0
@@ -210,14 +209,14 @@ def _make_steps(size: Size, data: str, process: Process) -> Callable[[], None]:
         model=size.model,
         views=replace(PAPER, size_px=size.size_px),
     )
-    state = build(config, process)
-    monitor = Monitor(global_batch=config.global_batch, world_size=process.world_size, device=process.device)
+    stepper = Stepper(config, process)
+    stepper.networks()  # built here, together on all ranks, and not in the first step
     batch = synthetic_batch(
         num=size.rank_batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=config.precision.channels_last
     )
 
     def steps() -> None:
         for _ in range(size.steps):
-            train_step(config, process, state, iter([batch]), monitor, lr=LR, tau=TAU)
+            stepper.step(iter([batch]))
 
     return steps

@@ -7,7 +7,7 @@ autocast (the product's default), both channels-last; bf16 in NCHW; bf16 in two 
 compiled (not with --quick). fp16 needs a GPU. Ceiling: the step's floating-point operations, counted by torch, at the rate of a
 single bf16 channels-last 3x3 convolution measured in the same rounds; 'of peak' is the share of that rate. A second ceiling, for
 memory: a copy of 64 MiB, converted to images by the bytes of our bf16 step. MB: bytes of all operands and results of torch's
-operations and our norm's (`traffic.py`), which is what moves if no cache helps; the fused update's kernel and code compiled by
+operations and our norm's (`training_step.py`), which is what moves if no cache helps; the fused update's kernel and code compiled by
 Inductor are not included.
 
     python -m benchmarks.run step
@@ -41,11 +41,11 @@ from benchmarks.record import CaseResult, make_result
 from benchmarks.rivals.packages import those_installed
 from benchmarks.rivals.plain_step import PlainStep
 from benchmarks.timing import Subject, measure, same_round_ratios, torch_threads
-from benchmarks.traffic import bytes_moved
-from benchmarks.training_step import LR, TAU, TrainingStep, synthetic_batch
+from benchmarks.training_step import TrainingStep, bytes_moved, synthetic_batch
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.tuning.candidates import reason_not_to_compile
+from fastbyol.tuning.stepper import LR, TAU
 
 REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", "bf16 3x3 convolution, same operations"
 OURS, ACCUMULATED, COMPILED = "bf16, channels-last", "bf16, channels-last, 2 micro-batches", "bf16, channels-last, compiled"

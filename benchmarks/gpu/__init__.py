@@ -15,9 +15,11 @@ from typing import Any, Protocol, cast
 import torch
 
 from benchmarks.record import CaseResult
+from fastbyol.config.schema import ModelConfig
 
 PARTS = ("step", "syncs", "augment", "ema", "lars", "decode", "end_to_end", "step_compiled", "launches")
 """The parts in the order in which they run: the most important and shortest first, because the time is limited."""
+TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
 
 
 @dataclass(frozen=True)

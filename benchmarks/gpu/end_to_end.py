@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import Place
+from benchmarks.gpu import TINY_MODEL, Place
 from benchmarks.gpu.step import compute_rates
-from benchmarks.gpu.subjects import synchronize
-from benchmarks.record import CaseResult, make_result
+from benchmarks.gpu.subjects import part_result
+from benchmarks.record import CaseResult
 from benchmarks.timing import Subject, Timings, measure
 from benchmarks.training_step import TrainingStep, synthetic_batch
 from fastbyol.config.errors import UserError
@@ -37,6 +37,7 @@ from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors.compute import flop_per_image
+from fastbyol.tuning.stepper import synchronize
 
 CEILING, REFERENCE = "steps alone", "folder, views on the CPU"
 WAYS = {REFERENCE: ("folder", "float32"), **{f"{backend}: end to end": (backend, "uint8") for backend in ("ffcv", "dali", "folder")}}
@@ -55,7 +56,7 @@ class Size:
 
 
 FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=128, rounds=6)
-TINY = Size(model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8), size_px=32, batch=4, rounds=1)
+TINY = Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)
 
 
 def run(size: Size, *, place: Place) -> CaseResult:
@@ -75,20 +76,18 @@ def run(size: Size, *, place: Place) -> CaseResult:
         steps = len(loaders[REFERENCE])
         subjects = _subjects(config, loaders, steps=steps, device=place.device)
         timings = measure(subjects, rounds=size.rounds)
-    return make_result(
-        "gpu.end_to_end",
+    return part_result(
+        "end_to_end",
         f"{size.model.encoder} from JPEG files, {size.size_px} px, batch {size.batch}, {place.workers} loader threads",
         subjects,
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
         threads=place.workers,
-        primary="wall",
         settings=size,
         extra=_rates(timings, config, place.device),
         skipped=skipped,
-        device=place.device.type,
+        place=place,
     )
 
 

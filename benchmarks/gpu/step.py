@@ -3,7 +3,7 @@
 How: the product's `train_step` on noise, eager. The largest batch is predicted from the memory of two small ones. Reference: float32,
 NCHW, at half that batch, or less if that does not fit. bf16 is also measured in NCHW, and with cuDNN's search for algorithms, which
 the product leaves off. Ceiling: the step's operations, counted by torch, at the rate of a large bf16 matrix product in the same
-rounds; for memory, a copy of the bytes that our step's operations read and write (`traffic.py`).
+rounds; for memory, a copy of the bytes that our step's operations read and write (`training_step.py`).
 MFU: those operations over the GPU's peak from its data sheet (`fastbyol/monitors/compute.py`), if the GPU is known. The shares of
 forward and backward and of the update come from the monitor, which uses CUDA events.
 
@@ -23,16 +23,14 @@ from statistics import median
 import torch
 
 from benchmarks.breakdown import COPIED, MEGABYTES
-from benchmarks.gpu import Place
-from benchmarks.gpu.memory import is_out_of_memory, largest_batch
-from benchmarks.gpu.subjects import device_subject
-from benchmarks.record import CaseResult, make_result
+from benchmarks.gpu import TINY_MODEL, Place
+from benchmarks.gpu.subjects import device_subject, largest_batch, part_result
+from benchmarks.record import CaseResult
 from benchmarks.timing import Subject, Timings, measure
-from benchmarks.traffic import bytes_moved
-from benchmarks.training_step import TrainingStep, synthetic_batch
+from benchmarks.training_step import TrainingStep, bytes_moved, synthetic_batch
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
-from fastbyol.tuning.stepper import release_memory
+from fastbyol.tuning.stepper import is_out_of_memory, release_memory
 
 REFERENCE, OURS, CEILING = "float32, NCHW", "bf16, channels-last", "bf16 matrix product, same operations"
 MEMORY = "copy of as many bytes"
@@ -62,7 +60,7 @@ class Size:
 
 FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, rounds=6)
 TINY = Size(
-    model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8),
+    model=TINY_MODEL,
     size_px=32,
     rounds=1,
     batch=4,
@@ -82,20 +80,17 @@ def run(size: Size, *, place: Place) -> CaseResult:
     rates = compute_rates({name: timing for name, timing in timings.items() if name != MEMORY}, flop, place.device)
     extra = {name: rates[name] | (steps[name].figures() if name in steps else {}) for name in rates}
     extra[MEMORY] = {COPIED: megabytes / median(timings[MEMORY].ms["wall"])}
-    return make_result(
-        "gpu.step",
+    return part_result(
+        "step",
         f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}, {flop / 1e9:.1f} GFLOP an image",
         subjects,
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
-        threads=torch.get_num_threads(),
-        primary="wall",
         settings=size,
         extra=extra,
         skipped=skipped,
-        device=place.device.type,
+        place=place,
     )
 
 

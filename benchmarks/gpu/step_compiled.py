@@ -13,13 +13,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
-
 from benchmarks.gpu import Place
-from benchmarks.gpu.memory import largest_batch
 from benchmarks.gpu.step import CEILING, FULL, OURS, TINY, VARIANTS, NoiseStep, Size, compute_rates, matrix_product, one_step
-from benchmarks.gpu.subjects import device_subject
-from benchmarks.record import CaseResult, make_result
+from benchmarks.gpu.subjects import device_subject, largest_batch, part_result
+from benchmarks.record import CaseResult
 from benchmarks.timing import measure
 from fastbyol.config.errors import UserError
 from fastbyol.monitors.compute import flop_per_image
@@ -42,17 +39,14 @@ def run(size: Size, *, place: Place) -> CaseResult:
     ]
     subjects.append(matrix_product(size.matrix, flop, device))
     timings = measure(subjects, rounds=size.rounds)
-    return make_result(
-        "gpu.step_compiled",
+    return part_result(
+        "step_compiled",
         f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}",
         subjects,
         timings,
         reference=OURS,
         ceiling=CEILING,
-        unit="image",
-        threads=torch.get_num_threads(),
-        primary="wall",
         settings=size,
         extra=compute_rates(timings, flop, device),
-        device=device.type,
+        place=place,
     )

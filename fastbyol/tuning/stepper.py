@@ -17,7 +17,7 @@ from fastbyol.byol import BYOLOutput
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.monitors import build_monitor
+from fastbyol.monitors import Monitor
 from fastbyol.ranks.process_group import Process
 from fastbyol.run.state import TrainState
 from fastbyol.train import build, endless, train_step
@@ -58,7 +58,7 @@ class Stepper:
         self.config, self.process = config, process
         # Built by the first step, so that a lack of memory fails the trial that needs them.
         self.networks = networks or functools.cache(functools.partial(build_networks, config, process))
-        self.monitor = build_monitor(config, process)
+        self.monitor = Monitor(global_batch=config.global_batch, world_size=process.world_size, device=process.device)
 
     def with_batch(self, global_batch: int, *, rank_batch: int = 0) -> Stepper:
         """Returns a stepper for another batch with the same networks: a second copy might not fit in memory."""
