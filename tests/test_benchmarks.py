@@ -487,16 +487,9 @@ def test_a_case_from_files_says_whether_it_is_limited_by_data_or_computing():
     )
 
 
-def test_efficiency_compares_a_rank_with_one_that_runs_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The clock says 8 s for one rank, 10 s for two that do twice the work, 8 s for two that do not speak."""
-    clock = iter([0.0, 8.0, 8.0, 18.0, 18.0, 26.0] * 2)
-    size = scaling.Size(steps=1, rounds=1, rank_batch=4, size_px=32, model=TINY_MODEL, ranks=2)
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "perf_counter", lambda: next(clock))
-        work = [scaling.Work(cpu_s=2.0, images=4)]
-        timings = scaling._measure({"1": lambda: work, "2": lambda: work * 2, "2, alone": lambda: work * 2}, size)
-    assert [timings[name].ms["wall"] for name in timings] == [(2000.0,), (1250.0,), (1000.0,)]
-    assert [timings[name].ms["cpu"] for name in timings] == [(500.0,), (500.0,), (500.0,)]
+def test_efficiency_compares_a_rank_with_one_that_runs_alone():
+    """8 s for one rank that does 4 images, 10 s for two that do twice the work, 8 s for two that do not speak: 2, 1.25 and 1 s an image."""
+    timings = {name: Timings(_same((1000 * s,))) for name, s in {"1": 2.0, "2": 1.25, "2, alone": 1.0}.items()}
     assert scaling.efficiency(timings, {"1": 1, "2": 2, "2, alone": 2}, reference="1") == {"1": 1.0, "2": 0.8, "2, alone": 1.0}
 
 

@@ -19,7 +19,7 @@ from benchmarks import gpu_plan  # noqa: E402
 from benchmarks.gpu import PARTS, Findings, Place, load_part, step, syncs  # noqa: E402
 from benchmarks.gpu.subjects import calls_for, captures, fitting_batch, largest_batch, why_it_fails  # noqa: E402
 from benchmarks.imagenet_like import write_imagenet_like  # noqa: E402
-from benchmarks.isolation import PartFailed, run_isolated  # noqa: E402
+from benchmarks.own_process import PartFailed, run_isolated  # noqa: E402
 from benchmarks.record import CaseResult  # noqa: E402
 from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
 from fastbyol.config.errors import UserError, require  # noqa: E402
