@@ -47,8 +47,8 @@ from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report import case_table, report_markdown  # noqa: E402
 from benchmarks.report_text import headers  # noqa: E402
 from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
-from benchmarks.rivals.kornia_views import KorniaViews  # noqa: E402
 from benchmarks.rivals.packages import INSTALL, those_installed  # noqa: E402
+from benchmarks.rivals.views import KorniaViews  # noqa: E402
 from benchmarks.timing import Subject, Timings, cpu_seconds, measure, same_round_ratios, torch_threads  # noqa: E402
 from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
 from benchmarks.updates import ema_pytorch_update, lightly_lars, lightly_update, target_and_online  # noqa: E402
@@ -209,7 +209,7 @@ def test_generated_images_are_the_same_bytes_for_a_seed_and_as_dense_as_photogra
 
 
 def test_torchvision_views_have_the_shape_and_scale_of_ours(tmp_path: Path):
-    from benchmarks.rivals.torchvision_views import TorchvisionLoader
+    from benchmarks.rivals.views import TorchvisionLoader
     from fastbyol.config.views import ViewPair
 
     folder = write_imagenet_like(tmp_path, images=4, classes=2, scale=0.1)

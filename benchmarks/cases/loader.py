@@ -3,7 +3,7 @@
 How: generated ImageNet-like JPEG files (`imagenet_like.py`), converted to a .beton and to tar shards. Each backend processes them in
 three ways: decode only (read, check the CRC if there is one, decode), crops (two uint8 crops at the output size), views (the whole
 augmentation). Reference: torchvision.transforms on Pillow images. Rivals: lightly's BYOLTransform if installed, DALI doing everything
-with its own operations, and FFCV's own Loader with a pipeline for each view, as in FFCV-SSL (`rivals/stock_ffcv_views.py`; not with
+with its own operations, and FFCV's own Loader with a pipeline for each view, as in FFCV-SSL (`rivals/stock_ffcv.py`; not with
 --quick, because it compiles for 20 s). Ceiling: TurboJPEG alone on bytes in memory. The file cache is warm, so no disk is measured.
 Then each of our backends' views with more threads, as images/s of the wall clock, and for six more epochs the growth of the process
 in the last three (MiB); a batch of 50 is 57 MiB.
@@ -33,10 +33,9 @@ from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.record import CaseResult, make_result
 from benchmarks.rivals.dali_native_views import DIFFERENCES as DALI_DIFFERENCES
 from benchmarks.rivals.dali_native_views import dali_native_loader
-from benchmarks.rivals.lightly_views import LightlyLoader
 from benchmarks.rivals.packages import those_installed
-from benchmarks.rivals.stock_ffcv_views import DIFFERENCES, StockFfcvLoader
-from benchmarks.rivals.torchvision_views import TorchvisionLoader
+from benchmarks.rivals.stock_ffcv import DIFFERENCES, StockFfcvLoader
+from benchmarks.rivals.views import LightlyLoader, TorchvisionLoader
 from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
@@ -110,18 +109,9 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     finally:
         for one in opened:
             one.close()
+    title = f"two {size.size_px} px views of an image from its JPEG file"
     return make_result(
-        "loader",
-        f"two {size.size_px} px views of an image from its JPEG file",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        unit="image",
-        threads=1,
-        settings=size,
-        extra=extra,
-        skipped=skipped,
+        "loader", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, threads=1, settings=size, extra=extra, skipped=skipped
     )
 
 

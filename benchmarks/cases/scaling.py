@@ -90,7 +90,6 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         timings,
         reference=REFERENCE,
         ceiling=_alone(counts[-1]) if counts else REFERENCE,
-        unit="image",
         threads=ranks,
         primary="wall",
         settings=size,

@@ -105,7 +105,6 @@ def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
         threads=size.threads,
         settings=size,
         extra=extra,

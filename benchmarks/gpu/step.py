@@ -80,17 +80,9 @@ def run(size: Size, *, place: Place) -> CaseResult:
     rates = compute_rates({name: timing for name, timing in timings.items() if name != MEMORY}, flop, place.device)
     extra = {name: rates[name] | (steps[name].figures() if name in steps else {}) for name in rates}
     extra[MEMORY] = {COPIED: megabytes / median(timings[MEMORY].ms["wall"])}
+    title = f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}, {flop / 1e9:.1f} GFLOP an image"
     return part_result(
-        "step",
-        f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}, {flop / 1e9:.1f} GFLOP an image",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        settings=size,
-        extra=extra,
-        skipped=skipped,
-        place=place,
+        "step", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, settings=size, extra=extra, skipped=skipped, place=place
     )
 
 
