@@ -30,7 +30,8 @@ from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.own_process import PartFailed, run_isolated
 from benchmarks.record import CaseResult
 from benchmarks.record_file import FILE, new_record, read_record, write_record
-from benchmarks.report import case_table, write_reports
+from benchmarks.report import write_reports
+from benchmarks.report_text import case_table
 from benchmarks.run import log_console, make_folder, print_skipped
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_positive

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.rivals.packages import import_rival
+from benchmarks.packages import import_rival
 from fastbyol.byol import Target, build_byol
 from fastbyol.config.schema import ModelConfig, OptimConfig
 from fastbyol.optim.build import build_optimizer

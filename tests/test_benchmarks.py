@@ -26,6 +26,7 @@ from benchmarks.cases import (  # noqa: E402
     CASES,
     augment,
     batchnorm,
+    case_docstring,
     checkpoint,
     convert,
     demo_step,
@@ -34,20 +35,21 @@ from benchmarks.cases import (  # noqa: E402
     evaluate,
     fused_update,
     lars,
-    load_case,
     loader,
     monitors,
     scaling,
     step,
-    step_resnet18,
 )
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
 from benchmarks.own_process import in_own_process  # noqa: E402
+from benchmarks.packages import INSTALL, those_installed  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
-from benchmarks.report import case_table, report_markdown  # noqa: E402
-from benchmarks.report_text import headers  # noqa: E402
+from benchmarks.report_text import (  # noqa: E402
+    case_table,
+    headers,
+    report_markdown,
+)
 from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
-from benchmarks.rivals.packages import INSTALL, those_installed  # noqa: E402
 from benchmarks.rivals.views import KorniaViews  # noqa: E402
 from benchmarks.timing import Subject, Timings, cpu_seconds, measure, same_round_ratios, torch_threads  # noqa: E402
 from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
@@ -69,7 +71,7 @@ TINY_CASES = {
     "fused_update": (fused_update, fused_update.Size(rounds=2, more_rounds=1, model=TINY_MODEL)),
     "batchnorm": (batchnorm, batchnorm.Size(rounds=2, batch=2, shapes=((8, 6), (16, 3)))),
     "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
-    "step_resnet18": (step_resnet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
+    "step_resnet18": (step.ResNet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
     "demo_step": (demo_step, demo_step.Size(steps=2, rounds=1, batch=8)),
     "end_to_end": (end_to_end, end_to_end.Size(steps=2, rounds=1, model=TINY_MODEL, size_px=32, batch=4, scale=0.1)),
     "evaluate": (evaluate, evaluate.Size(images=8, batch=4, rounds=1, encoder="resnet8", size_px=32, scale=0.1)),
@@ -367,7 +369,7 @@ def test_a_step_that_accumulates_takes_its_batch_for_each_forward():
 
 def test_every_case_says_what_it_measures_how_with_which_command_and_why():
     for name in CASES:
-        text = load_case(name).__doc__ or ""
+        text = case_docstring(name)
         assert text.startswith("Measures "), name
         for part in ("\nHow: ", f"python -m benchmarks.run {name}", "\nWhy: ", "eference: ", "eiling: "):
             assert part in text, (name, part)

@@ -27,8 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.imagenet_like import draw_jpeg
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.packages import those_installed
 from benchmarks.rivals.views import KORNIA_DIFFERENCES, KorniaViews
 from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.augment.parameters import draw_parameters

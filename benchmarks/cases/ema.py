@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.packages import those_installed
 from benchmarks.timing import Subject, measure, torch_threads
 from benchmarks.updates import TAU, ema_pytorch_update, lightly_update, solo_learn_update, target_and_online
 from fastbyol.config.schema import ModelConfig

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.packages import those_installed
 from benchmarks.timing import Subject, Timings, measure, same_round_ratios, torch_threads
 from benchmarks.updates import LR, OnlineUpdates, lars_by_tensor
 from fastbyol.config.schema import ModelConfig

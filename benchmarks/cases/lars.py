@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.packages import those_installed
 from benchmarks.timing import Subject, measure, torch_threads
 from benchmarks.updates import LR, OnlineUpdates, lars_by_tensor, lightly_lars
 from fastbyol.config.schema import ModelConfig

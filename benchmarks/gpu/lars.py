@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.gpu import TINY_MODEL, Place
 from benchmarks.gpu.subjects import ENOUGH_S, captures, device_subject, part_result
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult
-from benchmarks.rivals.packages import those_installed
 from benchmarks.timing import measure
 from benchmarks.updates import LR, OnlineUpdates, lars_by_tensor
 from fastbyol.config.schema import ModelConfig
