@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
 from benchmarks import gpu_plan  # noqa: E402
-from benchmarks.gpu import PARTS, Findings, Place, load_part, step, syncs  # noqa: E402
+from benchmarks.cases import case_docstring  # noqa: E402
+from benchmarks.gpu import PARTS, Findings, Place, step, syncs  # noqa: E402
 from benchmarks.gpu.subjects import calls_for, captures, fitting_batch, largest_batch, why_it_fails  # noqa: E402
 from benchmarks.imagenet_like import write_imagenet_like  # noqa: E402
 from benchmarks.own_process import PartFailed, run_isolated  # noqa: E402
@@ -77,7 +78,7 @@ def test_every_piece_of_a_step_runs_and_says_that_it_was_not_checked_without_cud
 
 def test_every_part_says_what_it_measures_how_with_which_command_and_why():
     for name in PARTS:
-        text = load_part(name).__doc__ or ""
+        text = case_docstring(f"gpu.{name}")
         assert text.startswith("Measures "), name
         for words in ("\nHow: ", f"python -m benchmarks.gpu_plan {name}", "\nWhy: "):
             assert words in text, (name, words)

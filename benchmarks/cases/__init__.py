@@ -11,6 +11,7 @@ import inspect
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from benchmarks.gpu import load_part
 from benchmarks.record import CaseResult
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
@@ -66,4 +67,4 @@ def load_case(name: str) -> Case:
 
 def case_docstring(name: str) -> str:
     """Returns the docstring of a case, or of a part of the GPU plan ('gpu.NAME')."""
-    return inspect.getdoc(importlib.import_module(f"benchmarks.{name}") if name.startswith("gpu.") else load_case(name)) or ""
+    return inspect.getdoc(load_part(name.removeprefix("gpu.")) if name.startswith("gpu.") else load_case(name)) or ""

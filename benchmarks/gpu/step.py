@@ -16,8 +16,9 @@ operations: see docs/performance.md for the limit by memory, several times below
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -28,8 +29,10 @@ from benchmarks.gpu.subjects import device_subject, largest_batch, part_result
 from benchmarks.record import CaseResult
 from benchmarks.timing import Subject, Timings, measure
 from benchmarks.training_step import TrainingStep, bytes_moved, synthetic_batch
+from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
+from fastbyol.tuning.candidates import reason_not_to_compile
 from fastbyol.tuning.stepper import is_out_of_memory, release_memory
 
 REFERENCE, OURS, CEILING = "float32, NCHW", "bf16, channels-last", "bf16 matrix product, same operations"
@@ -174,3 +177,43 @@ def matrix_product(side: int, flop: float, device: torch.device) -> Subject:
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
     return device_subject(CEILING, lambda: torch.mm(a, b, out=out), device=device, units=2 * side**3 / flop)
+
+
+class Compiled:
+    """Measures the step of the part `step` compiled (precision.compile) and eager, bf16 channels-last, at the same batch.
+
+    How: as in `step`; the batch is the largest that fits eagerly. Reference: eager. Ceiling: the matrix product's rate.
+
+        python -m benchmarks.gpu_plan step_compiled
+
+    Why: Inductor fuses batch norm's second pass with the ReLU and the residual sum around it: 1.3 to 1.5 x fewer bytes according to
+    docs/performance.md. Compiling takes a minute or more, which is not timed.
+    """
+
+    FULL, TINY = FULL, TINY
+
+    @staticmethod
+    def run(size: Size, *, place: Place) -> CaseResult:
+        eager, device = VARIANTS[OURS], place.device
+        if reason := reason_not_to_compile(device, seconds=math.inf):
+            raise UserError(reason)  # the product itself would fall back to eager mode
+        batch = size.batch or largest_batch(lambda n: one_step(size, eager, n, device), device)
+        variants = {OURS: eager, f"{OURS}, compiled": replace(eager, compile=True)}
+        flop = flop_per_image(size.model, size_px=size.size_px)
+        subjects = [
+            device_subject(name, NoiseStep(size, precision, batch, device), device=device, units=batch, enough_s=size.enough_s)
+            for name, precision in variants.items()
+        ]
+        subjects.append(matrix_product(size.matrix, flop, device))
+        timings = measure(subjects, rounds=size.rounds)
+        return part_result(
+            "step_compiled",
+            f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}",
+            subjects,
+            timings,
+            reference=OURS,
+            ceiling=CEILING,
+            settings=size,
+            extra=compute_rates(timings, flop, device),
+            place=place,
+        )
