@@ -31,7 +31,7 @@ def start_process(serve: Callable[..., None], *arguments: Any, daemon: bool) -> 
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, *arguments), daemon=daemon)
     process.start()
-    theirs.close()
+    theirs.close()  # while a copy of it is open here, the death of the process is no end of file
     return process, ours
 
 

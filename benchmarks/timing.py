@@ -30,6 +30,7 @@ def cpu_seconds() -> float:
 def count_cpu_seconds(seconds: float) -> None:
     """Adds CPU seconds that another, still running process has spent on our behalf."""
     global _elsewhere_s
+    # The system adds the time of a child to RUSAGE_CHILDREN only when it has ended.
     _elsewhere_s += seconds
 
 

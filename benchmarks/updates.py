@@ -45,6 +45,7 @@ class OnlineUpdates:
         self.params = [p for p in self.byol.online.parameters() if p.requires_grad]
         generator = torch.Generator(device).manual_seed(0)
         for param in self.params:
+            # A backward leaves a gradient in its parameter's memory layout; another one would make every update gather.
             order = layout if param.ndim == 4 else torch.contiguous_format
             param.grad = 1e-3 * torch.randn(param.shape, generator=generator, device=device).contiguous(memory_format=order)
         self.target = [p.detach() for p in self.byol.target.parameters()]

@@ -156,28 +156,10 @@ def part_result(
     subjects: Sequence[Subject],
     timings: dict[str, Timings],
     *,
-    reference: str,
-    ceiling: str,
-    settings: Any,
     place: Place,
-    unit: str = "image",
     threads: int | None = None,
-    extra: dict[str, dict[str, float]] | None = None,
-    skipped: dict[str, str] | None = None,
+    **given: Any,
 ) -> CaseResult:
     """Returns `make_result` of a part of the plan, by the wall clock. threads: None means those of torch."""
-    return make_result(
-        f"gpu.{part}",
-        title,
-        subjects,
-        timings,
-        reference=reference,
-        ceiling=ceiling,
-        unit=unit,
-        threads=threads or torch.get_num_threads(),
-        primary="wall",
-        settings=settings,
-        extra=extra,
-        skipped=skipped,
-        device=place.device.type,
-    )
+    device, threads = place.device.type, threads or torch.get_num_threads()
+    return make_result(f"gpu.{part}", title, subjects, timings, threads=threads, primary="wall", device=device, **given)

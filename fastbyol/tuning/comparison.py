@@ -136,6 +136,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def dropped_extremes(num: int) -> int:
     """Returns how many of `num` sorted values can be dropped at each end so that the rest still encloses the median with `CONFIDENCE`."""
+    # Any one value lies below the true median with probability 1/2, so the number of those that do is binomial.
     drop = 0
     while 2 * (drop + 1) < num and interval_coverage(num, drop=drop + 1) >= CONFIDENCE:
         drop += 1
