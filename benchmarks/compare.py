@@ -26,9 +26,9 @@ from rich.table import Table
 
 from benchmarks.record import CaseResult, Row
 from benchmarks.record_file import read_record, results_of
-from benchmarks.timing import Estimate
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_positive
+from fastbyol.tuning.comparison import Estimate
 
 THRESHOLD = 0.1
 SLOWER_EXIT = 1

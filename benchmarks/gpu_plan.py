@@ -27,10 +27,11 @@ from rich.console import Console
 
 from benchmarks.gpu import PARTS, Findings, Place, load_part
 from benchmarks.imagenet_like import write_imagenet_like
-from benchmarks.isolation import PartFailed, run_isolated
+from benchmarks.own_process import PartFailed, run_isolated
 from benchmarks.record import CaseResult
 from benchmarks.record_file import FILE, new_record, read_record, write_record
-from benchmarks.report import case_table, write_reports
+from benchmarks.report import write_reports
+from benchmarks.report_text import case_table
 from benchmarks.run import log_console, make_folder, print_skipped
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_positive

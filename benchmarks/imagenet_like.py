@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fastbyol.config.errors import require_at_least, require_positive
+from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 
 COMMON_SIZES = ((500, 375), (375, 500), (500, 333), (333, 500))
 """Sizes (width, height) used by the photo site that most of ImageNet comes from."""
@@ -63,6 +65,17 @@ def _write_image(out: Path, index: int, *, classes: int, scale: float, seed: int
     folder.mkdir(parents=True, exist_ok=True)
     jpeg = draw_jpeg(np.random.default_rng([seed, index]), direction=np.pi * label / classes, hue=label / classes, scale=scale)
     (folder / f"{index:06d}.jpg").write_bytes(jpeg)
+
+
+def stored_for(backend: str, folder: Path, *, out: Path, workers: int = 1) -> Path:
+    """Returns the images of a folder as the backend reads them, converted into `out` if needed."""
+    if backend == "ffcv":
+        write_beton(folder, out=out / "images.beton", workers=workers)
+        return out / "images.beton"
+    if backend == "dali":
+        write_tar_shards(folder, out=out / "shards", workers=workers)
+        return out / "shards"
+    return folder
 
 
 def draw_jpeg(rng: np.random.Generator, *, direction: float, hue: float, scale: float) -> bytes:

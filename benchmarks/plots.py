@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from benchmarks.breakdown import Roofline, ScalingPoint
 from benchmarks.record import CaseResult
 from benchmarks.report_text import number
-from benchmarks.timing import Estimate
+from fastbyol.tuning.comparison import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

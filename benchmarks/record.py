@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.timing import CLOCKS, Estimate, Subject, Timings, dropped_extremes, estimate, interval_coverage, same_round_ratios
+from benchmarks.timing import CLOCKS, Subject, Timings, same_round_ratios
 from fastbyol.config.errors import require_choice
 from fastbyol.config.plain import to_plain
+from fastbyol.tuning.comparison import Estimate, dropped_extremes, estimate, interval_coverage
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def make_result(
     *,
     reference: str,
     ceiling: str,
-    unit: str,
     threads: int,
     settings: Any,
+    unit: str = "image",
     primary: str = "cpu",
     extra: dict[str, dict[str, float]] | None = None,
     skipped: dict[str, str] | None = None,
@@ -102,9 +103,9 @@ def make_result(
         timings: result of `measure` for them.
         reference: name of the subject that speed-ups are relative to.
         ceiling: name of the subject that nothing can be faster than.
-        unit: name of the unit, singular.
         threads: number of threads that a subject may use.
         settings: a dataclass with everything the figures depend on.
+        unit: name of the unit, singular.
         primary: 'cpu' or 'wall'.
         extra: further figures by subject.
         skipped: what was left out, with the reason.

@@ -1,15 +1,18 @@
-"""Reads and writes benchmark records: a records.json in a folder of its own."""
+"""Reads and writes benchmark records: a records.json in a folder of its own, with the state of the machine that figures depend on."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
+import torch
+
 from benchmarks.record import CaseResult
 from benchmarks.timing import measuring_overhead_ms
 from fastbyol.config.errors import UserError
@@ -22,6 +25,20 @@ EVERY = ("quick", "started", "seconds", "measuring_overhead_ms", "load_average",
 MACHINE = ("command", "commit", "versions", "cpu", "cores", "gpu")
 """Fields of every record, and of its provenance."""
 KEPT = Path(__file__).parent / "results"
+CPU_CLOCKS = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+GPU_FIELDS = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.limit",
+    "temperature.gpu",
+    "persistence_mode",
+)
+"""Fields of nvidia-smi, read at the start of the run; an idle GPU shows low clocks."""
 
 
 def new_record(*, quick: bool, command: str) -> dict[str, Any]:
@@ -96,3 +113,42 @@ def newest_kept(case: str, *, folder: Path = KEPT) -> Path | None:
         if case in record["cases"] and not record["quick"]:
             found.append((record["started"], path.parent))
     return max(found)[1] if found else None
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns plain values; None for anything this system does not report (a virtual machine hides its governor)."""
+    return {
+        "cpu_governor": _text(CPU_CLOCKS / "scaling_governor"),
+        "cpu_mhz": _cpu_mhz(),
+        "cpu_max_khz": _text(CPU_CLOCKS / "cpuinfo_max_freq"),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "gpus": _gpu_states(),
+    }
+
+
+def _gpu_states() -> list[dict[str, str]]:
+    """Returns nvidia-smi's fields for each GPU; empty without one."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    try:
+        query = [smi, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(GPU_FIELDS, map(str.strip, line.split(",")), strict=False)) for line in lines]
+
+
+def _cpu_mhz() -> float | None:
+    """Returns the mean of the cores' current clock rates."""
+    values = [line.split(":")[1] for line in (_text(Path("/proc/cpuinfo")) or "").splitlines() if line.startswith("cpu MHz")]
+    return round(sum(map(float, values)) / len(values), 1) if values else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

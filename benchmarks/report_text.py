@@ -1,11 +1,14 @@
-"""The texts that a benchmark report is made of, the same in Markdown, HTML and on the terminal: headers, cells, figures, circumstances."""
+"""Formats records as text: the tables of the terminal and of report.md, from the same headers and cells as those of report.html."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from rich.table import Table
+
+from benchmarks.cases import case_docstring
 from benchmarks.record import CaseResult, Row
-from benchmarks.timing import Estimate
+from fastbyol.tuning.comparison import Estimate
 
 HOW_TO_READ = """CPU-ms: user and system time of all threads. Figures are medians over interleaved rounds with the interval of order statistics;
 speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios. Every subject runs
@@ -107,3 +110,40 @@ def threads_text(result: CaseResult) -> str:
 
 def _loads(values: list[float]) -> str:
     return " ".join(f"{value:.1f}" for value in values)
+
+
+def case_table(result: CaseResult) -> Table:
+    """Returns the case as a table for the terminal."""
+    table = Table(title=f"{result.case}: {result.title} ({result.rounds} rounds)", title_justify="left")
+    for position, title in enumerate(headers(result)):
+        table.add_column(title, justify="left" if position in (0, len(headers(result)) - 1) else "right")
+    for row in result.rows:
+        table.add_row(*cells(result, row))
+    return table
+
+
+def report_markdown(record: dict[str, Any], results: list[CaseResult]) -> str:
+    """Returns report.md: where and when it was measured, then each case with its table and docstring."""
+    parts = ["# fastbyol benchmarks", "\n".join(f"- {line}" for line in circumstances(record)), HOW_TO_READ]
+    parts += [QUICK] if record["quick"] else []
+    parts += [_case_markdown(result) for result in results]
+    for finding in record.get("findings", {}).values():
+        lines = [_line([what, found]) for what, found in finding["found"].items()]
+        parts.append("\n".join([f"## {finding['title']}", "", _line(["what", "found"]), _line(["---", "---"]), *lines]))
+    if record["skipped"]:
+        parts.append("## Skipped\n" + "\n".join(f"- {name}: {why}" for name, why in record["skipped"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _case_markdown(result: CaseResult) -> str:
+    titles = headers(result)
+    lines = [f"## {result.case}: {result.title}", "", f"{result.rounds} rounds, {threads_text(result)}.", "", _line(titles)]
+    lines.append(_line(["---"] + ["---:"] * (len(titles) - 2) + ["---"]))
+    lines += [_line(cells(result, row)) for row in result.rows]
+    if result.skipped:
+        lines += ["", *(f"Skipped: {name}: {why}" for name, why in result.skipped.items())]
+    return "\n".join([*lines, "", case_docstring(result.case)])
+
+
+def _line(texts: list[str]) -> str:
+    return "| " + " | ".join(texts) + " |"

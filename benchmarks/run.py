@@ -19,7 +19,8 @@ from rich.console import Console
 from benchmarks.cases import CASES, check_names, load_case
 from benchmarks.record import CaseResult
 from benchmarks.record_file import FILE, new_record, read_record, write_record
-from benchmarks.report import case_table, write_reports
+from benchmarks.report import write_reports
+from benchmarks.report_text import case_table
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.host.signals import INTERRUPTED_EXIT

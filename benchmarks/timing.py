@@ -1,25 +1,24 @@
-"""Timing in interleaved rounds, with two clocks and order statistics, so that load on a shared machine affects all subjects of a round
-alike.
+"""Times subjects in interleaved rounds (`fastbyol.tuning.comparison`) by two clocks.
 
-Rounds run A B C A B C. Ratios of two subjects are taken within each round and their median is reported, so other load on the machine
-changes both terms. The CPU clock (user + system time of all threads of this process and of its finished children) is hardly affected
+The CPU clock (user + system time of all threads of this process and of its finished children) is hardly affected
 by other load; the wall clock is, and it is what a user waits for.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 
 from fastbyol.config.errors import require, require_at_least
+from fastbyol.tuning.comparison import Estimate, estimate, take_turns
 
 
 def cpu_seconds() -> float:
@@ -31,12 +30,12 @@ def cpu_seconds() -> float:
 def count_cpu_seconds(seconds: float) -> None:
     """Adds CPU seconds that another, still running process has spent on our behalf."""
     global _elsewhere_s
+    # The system adds the time of a child to RUSAGE_CHILDREN only when it has ended.
     _elsewhere_s += seconds
 
 
 _elsewhere_s = 0.0
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": cpu_seconds, "wall": time.perf_counter}
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,6 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A median with its confidence interval."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Timings:
     """Milliseconds per unit of one subject, one value per round, by clock ('cpu', 'wall')."""
 
@@ -91,16 +81,17 @@ def measure(
     require_at_least("rounds", rounds, 1)
     names = [subject.name for subject in subjects]
     require(len(set(names)) == len(names) > 0, "subjects", names, "at least one, with different names")
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in range(warmup + rounds):
+    samples = {subject.name: partial(_time_once, subject) for subject in subjects}
+    take_turns(samples, _rounds(warmup))
+    warmed_up()
+    taken, _ = take_turns(samples, _rounds(rounds))
+    return {name: Timings({clock: tuple(sample[clock] for sample in values) for clock in CLOCKS}) for name, values in taken.items()}
+
+
+def _rounds(num: int) -> Iterator[int]:
+    for number in range(num):
         gc.collect()  # once a round: it takes 0.1 s where torch is loaded
-        if number == warmup:
-            warmed_up()
-        for subject in subjects:
-            sample = _time_once(subject)
-            if number >= warmup:
-                samples[subject.name].append(sample)
-    return {name: Timings({clock: tuple(s[clock] for s in taken) for clock in CLOCKS}) for name, taken in samples.items()}
+        yield number
 
 
 def _time_once(subject: Subject) -> dict[str, float]:
@@ -108,28 +99,6 @@ def _time_once(subject: Subject) -> dict[str, float]:
     for _ in range(subject.calls):
         subject.run()
     return {clock: 1000 * (now() - start[clock]) / (subject.calls * subject.units) for clock, now in CLOCKS.items()}
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Returns the median and the order statistics that enclose it with `CONFIDENCE` (the extremes if there are too few values for that)."""
-    ordered = sorted(values)
-    drop = dropped_extremes(len(ordered))
-    return Estimate(median(ordered), ordered[drop], ordered[-1 - drop])
-
-
-def dropped_extremes(num: int) -> int:
-    """Returns how many of `num` sorted values can be dropped at each end so that the rest still encloses the median with `CONFIDENCE`."""
-    drop = 0
-    while 2 * (drop + 1) < num and interval_coverage(num, drop=drop + 1) >= CONFIDENCE:
-        drop += 1
-    return drop
-
-
-def interval_coverage(num: int, *, drop: int) -> float:
-    """Returns the probability that the true median lies between the order statistics left after dropping `drop` at each end; valid for
-    any distribution.
-    """
-    return 1 - 2 * sum(math.comb(num, k) for k in range(drop + 1)) / 2**num
 
 
 def same_round_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Estimate:

@@ -18,9 +18,8 @@ from benchmarks import breakdown, compare, figures, plots, report  # noqa: E402
 from benchmarks.cases import ema  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.record_file import new_record, newest_kept, read_record, results_of, write_record  # noqa: E402
-from benchmarks.report import report_markdown  # noqa: E402
-from benchmarks.report_page import report_page  # noqa: E402
-from benchmarks.report_text import headers  # noqa: E402
+from benchmarks.report import report_page  # noqa: E402
+from benchmarks.report_text import headers, report_markdown  # noqa: E402
 from benchmarks.timing import Subject, Timings  # noqa: E402
 from fastbyol.config.errors import UserError  # noqa: E402
 

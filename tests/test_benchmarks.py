@@ -26,6 +26,7 @@ from benchmarks.cases import (  # noqa: E402
     CASES,
     augment,
     batchnorm,
+    case_docstring,
     checkpoint,
     convert,
     demo_step,
@@ -34,40 +35,31 @@ from benchmarks.cases import (  # noqa: E402
     evaluate,
     fused_update,
     lars,
-    load_case,
     loader,
     monitors,
     scaling,
     step,
-    step_resnet18,
 )
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
 from benchmarks.own_process import in_own_process  # noqa: E402
+from benchmarks.packages import INSTALL, those_installed  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
-from benchmarks.report import case_table, report_markdown  # noqa: E402
-from benchmarks.report_text import headers  # noqa: E402
-from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
-from benchmarks.rivals.kornia_views import KorniaViews  # noqa: E402
-from benchmarks.rivals.packages import INSTALL, those_installed  # noqa: E402
-from benchmarks.rivals.updates import ema_pytorch_update, lightly_lars, lightly_update  # noqa: E402
-from benchmarks.timing import (  # noqa: E402
-    Estimate,
-    Subject,
-    Timings,
-    cpu_seconds,
-    dropped_extremes,
-    estimate,
-    interval_coverage,
-    measure,
-    same_round_ratios,
-    torch_threads,
+from benchmarks.report_text import (  # noqa: E402
+    case_table,
+    headers,
+    report_markdown,
 )
+from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
+from benchmarks.rivals.views import KorniaViews  # noqa: E402
+from benchmarks.timing import Subject, Timings, cpu_seconds, measure, same_round_ratios, torch_threads  # noqa: E402
 from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
+from benchmarks.updates import ema_pytorch_update, lightly_lars, lightly_update, target_and_online  # noqa: E402
 from fastbyol.config.errors import UserError  # noqa: E402
 from fastbyol.config.schema import DataConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
 from fastbyol.config.views import ViewPair, both  # noqa: E402
 from fastbyol.data import build_loader  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
+from fastbyol.tuning.comparison import Estimate, dropped_extremes, estimate, interval_coverage  # noqa: E402
 
 TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
 TINY_CASES = {
@@ -79,7 +71,7 @@ TINY_CASES = {
     "fused_update": (fused_update, fused_update.Size(rounds=2, more_rounds=1, model=TINY_MODEL)),
     "batchnorm": (batchnorm, batchnorm.Size(rounds=2, batch=2, shapes=((8, 6), (16, 3)))),
     "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
-    "step_resnet18": (step_resnet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
+    "step_resnet18": (step.ResNet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
     "demo_step": (demo_step, demo_step.Size(steps=2, rounds=1, batch=8)),
     "end_to_end": (end_to_end, end_to_end.Size(steps=2, rounds=1, model=TINY_MODEL, size_px=32, batch=4, scale=0.1)),
     "evaluate": (evaluate, evaluate.Size(images=8, batch=4, rounds=1, encoder="resnet8", size_px=32, scale=0.1)),
@@ -219,7 +211,7 @@ def test_generated_images_are_the_same_bytes_for_a_seed_and_as_dense_as_photogra
 
 
 def test_torchvision_views_have_the_shape_and_scale_of_ours(tmp_path: Path):
-    from benchmarks.rivals.torchvision_views import TorchvisionLoader
+    from benchmarks.rivals.views import TorchvisionLoader
     from fastbyol.config.views import ViewPair
 
     folder = write_imagenet_like(tmp_path, images=4, classes=2, scale=0.1)
@@ -283,7 +275,7 @@ def installed(make: Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("use_foreach", [False, True])
 def test_ema_pytorch_is_held_at_tau_from_its_second_call_on(use_foreach: bool):
-    target, online = ema.networks(TINY_MODEL)
+    target, online = target_and_online(TINY_MODEL)
     update = installed(lambda: ema_pytorch_update(target, online, 0.9, use_foreach=use_foreach))
     if update is None:
         return
@@ -300,7 +292,7 @@ def test_ema_pytorch_is_held_at_tau_from_its_second_call_on(use_foreach: bool):
 
 
 def test_lightlys_update_moves_the_target_by_one_minus_tau():
-    target, online = ema.networks(TINY_MODEL)
+    target, online = target_and_online(TINY_MODEL)
     before = [t.double() for t in target.parameters()]
     update = installed(lambda: lightly_update(target, online, 0.75))
     if update is None:
@@ -370,14 +362,14 @@ def test_a_step_that_accumulates_takes_its_batch_for_each_forward():
     config = TrainConfig(global_batch=8, rank_batch=4, model=TINY_MODEL)
     taken = TrainingStep(config, num_classes=2)
     forwards: list[int] = []
-    taken._state.byol.register_forward_hook(lambda _, views, __: forwards.append(len(views[0])))
+    taken.networks().byol.register_forward_hook(lambda _, views, __: forwards.append(len(views[0])))
     taken.run([synthetic_batch(num=4, size_px=32, num_classes=2, channels_last=True)] * 3)
     assert forwards == [4] * 6
 
 
 def test_every_case_says_what_it_measures_how_with_which_command_and_why():
     for name in CASES:
-        text = load_case(name).__doc__ or ""
+        text = case_docstring(name)
         assert text.startswith("Measures "), name
         for part in ("\nHow: ", f"python -m benchmarks.run {name}", "\nWhy: ", "eference: ", "eiling: "):
             assert part in text, (name, part)
@@ -497,16 +489,9 @@ def test_a_case_from_files_says_whether_it_is_limited_by_data_or_computing():
     )
 
 
-def test_efficiency_compares_a_rank_with_one_that_runs_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The clock says 8 s for one rank, 10 s for two that do twice the work, 8 s for two that do not speak."""
-    clock = iter([0.0, 8.0, 8.0, 18.0, 18.0, 26.0] * 2)
-    size = scaling.Size(steps=1, rounds=1, rank_batch=4, size_px=32, model=TINY_MODEL, ranks=2)
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "perf_counter", lambda: next(clock))
-        work = [scaling.Work(cpu_s=2.0, images=4)]
-        timings = scaling._measure({"1": lambda: work, "2": lambda: work * 2, "2, alone": lambda: work * 2}, size)
-    assert [timings[name].ms["wall"] for name in timings] == [(2000.0,), (1250.0,), (1000.0,)]
-    assert [timings[name].ms["cpu"] for name in timings] == [(500.0,), (500.0,), (500.0,)]
+def test_efficiency_compares_a_rank_with_one_that_runs_alone():
+    """8 s for one rank that does 4 images, 10 s for two that do twice the work, 8 s for two that do not speak: 2, 1.25 and 1 s an image."""
+    timings = {name: Timings(_same((1000 * s,))) for name, s in {"1": 2.0, "2": 1.25, "2, alone": 1.0}.items()}
     assert scaling.efficiency(timings, {"1": 1, "2": 2, "2, alone": 2}, reference="1") == {"1": 1.0, "2": 0.8, "2, alone": 1.0}
 
 

@@ -16,16 +16,17 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
 from benchmarks import gpu_plan  # noqa: E402
-from benchmarks.gpu import PARTS, Findings, Place, load_part, step, syncs  # noqa: E402
-from benchmarks.gpu.memory import fitting_batch, is_out_of_memory, largest_batch  # noqa: E402
-from benchmarks.gpu.subjects import calls_for, captures, why_it_fails  # noqa: E402
+from benchmarks.cases import case_docstring  # noqa: E402
+from benchmarks.gpu import PARTS, Findings, Place, step, syncs  # noqa: E402
+from benchmarks.gpu.subjects import calls_for, captures, fitting_batch, largest_batch, why_it_fails  # noqa: E402
 from benchmarks.imagenet_like import write_imagenet_like  # noqa: E402
-from benchmarks.isolation import PartFailed, run_isolated  # noqa: E402
+from benchmarks.own_process import PartFailed, run_isolated  # noqa: E402
 from benchmarks.record import CaseResult  # noqa: E402
 from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
 from fastbyol.config.errors import UserError, require  # noqa: E402
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
+from fastbyol.tuning.stepper import is_out_of_memory  # noqa: E402
 
 ROWS = {"step": 6, "augment": 3, "ema": 3, "lars": 6, "decode": 3, "end_to_end": 8, "launches": 4}
 COMPILES_FOR_A_MINUTE = "step_compiled"
@@ -77,7 +78,7 @@ def test_every_piece_of_a_step_runs_and_says_that_it_was_not_checked_without_cud
 
 def test_every_part_says_what_it_measures_how_with_which_command_and_why():
     for name in PARTS:
-        text = load_part(name).__doc__ or ""
+        text = case_docstring(f"gpu.{name}")
         assert text.startswith("Measures "), name
         for words in ("\nHow: ", f"python -m benchmarks.gpu_plan {name}", "\nWhy: "):
             assert words in text, (name, words)
@@ -172,7 +173,7 @@ def test_the_largest_batch_shrinks_while_memory_runs_out_and_other_errors_stay_e
             raise RuntimeError("CUDA error: out of memory")
         return 2**30 * (2 + batch / 16)  # type: ignore[return-value]
 
-    monkeypatch.setattr("benchmarks.gpu.memory._peak_bytes", peak)
+    monkeypatch.setattr("benchmarks.gpu.subjects._peak_bytes", peak)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (2**30 * 40, 0))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 0)
     assert largest_batch(lambda _: None, torch.device("cuda")) == 448
@@ -183,7 +184,7 @@ def test_the_largest_batch_shrinks_while_memory_runs_out_and_other_errors_stay_e
             raise RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
         return 2**30 * (2 + batch / 16)  # type: ignore[return-value]
 
-    monkeypatch.setattr("benchmarks.gpu.memory._peak_bytes", broken)
+    monkeypatch.setattr("benchmarks.gpu.subjects._peak_bytes", broken)
     with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
         largest_batch(lambda _: None, torch.device("cuda"))
 

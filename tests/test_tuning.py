@@ -9,7 +9,9 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,16 +26,14 @@ from fastbyol.ranks.process_group import Process
 from fastbyol.run.checkpoint import checkpoint_steps
 from fastbyol.run.command_line import parse_train_config
 from fastbyol.train import main as train
-from fastbyol.tuning import candidates, step_tuning
+from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank
 from fastbyol.tuning.comparison import MIN_ROUNDS, ROUNDS, WARMUPS, Comparison, Trial, TrialFailed, compare
 from fastbyol.tuning.loader_tuning import readings
-from fastbyol.tuning.memory import fits_memory, those_that_fit
 from fastbyol.tuning.procedure import check_images
-from fastbyol.tuning.report import config_yaml
-from fastbyol.tuning.step_trial import Stepper, repeated
-from fastbyol.tuning.step_tuning import fitting_batches, num_ways_to_compile, tune_rank_batch
-from fastbyol.tuning.verdict import Speeds, verdict
+from fastbyol.tuning.report import Speeds, config_yaml, verdict
+from fastbyol.tuning.step_tuning import fitting_batches, num_ways_to_compile, tune_compile, tune_rank_batch, tune_update, update_ways
+from fastbyol.tuning.stepper import Stepper, fits_memory, repeated, those_that_fit
 
 CPU = torch.device("cpu")
 SMALL = ("--preset", "cpu_demo", "--global_batch", "8", "--model.hidden_dim", "16", "--model.projection_dim", "8")
@@ -70,7 +70,7 @@ def test_candidates_take_turns_after_warming_up_and_slow_ones_get_the_fewest_rou
         return Trial(name, lambda seconds: calls.append((name, seconds)) or 7.0)
 
     comparison = compare("x", [trial("a"), trial("b")], seconds=2.0, clock=lambda: 0.0)
-    assert calls[: 2 * WARMUPS] == [("a", 0.0)] * WARMUPS + [("b", 0.0)] * WARMUPS
+    assert calls[: 2 * WARMUPS] == [("a", 0.0), ("b", 0.0)] * WARMUPS
     assert calls[2 * WARMUPS :] == [("a", 2.0 / (2 * ROUNDS)), ("b", 2.0 / (2 * ROUNDS))] * ROUNDS
     assert comparison.rates == {"a": (7.0,) * ROUNDS, "b": (7.0,) * ROUNDS}
     late = iter(range(0, 1000, 100))
@@ -186,13 +186,10 @@ def test_ways_to_compile_are_the_own_mode_and_those_of_the_device_that_the_time_
 
 
 class FakeStepper:
-    """Steps at the speed given for its precision; `out_of_memory` names what fails, in warming up or, with 'late', in the rounds."""
+    """Steps at the speed given for its precision; `failing` names what runs out of memory, in warming up or, with 'late', in the rounds."""
 
-    speeds: dict[str, float]
-    failing: dict[str, str]
-
-    def __init__(self, config: TrainConfig, process: Process) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, process: Process, *, speeds: dict[str, float], failing: dict[str, str]) -> None:
+        self.config, self.speeds, self.failing = config, speeds, failing
 
     def alone(self, sample: ViewBatch) -> Callable[[float], float]:
         name, calls = candidates.step_name(self.config.precision), iter(range(100))
@@ -240,23 +237,19 @@ class FakeStepper:
     ],
 )
 def test_the_way_to_compile_is_chosen_by_measurement_and_the_config_holds_it(
-    own: dict, kept: tuple[str, ...], speeds: dict, failing: dict, chosen: tuple[bool, str], bench: Bench, monkeypatch: pytest.MonkeyPatch
+    own: dict, kept: tuple[str, ...], speeds: dict, failing: dict, chosen: tuple[bool, str], bench: Bench
 ) -> None:
     """The last one: what leaves eager no memory in the rounds has not been compared with it."""
-    monkeypatch.setattr(FakeStepper, "speeds", speeds, raising=False)
-    monkeypatch.setattr(FakeStepper, "failing", failing, raising=False)
-    monkeypatch.setattr(step_tuning, "Stepper", FakeStepper)
-    monkeypatch.setattr(candidates, "reason_not_to_compile", lambda device, seconds: None)
     precision = PrecisionConfig(autocast="off", **own)
     request = replace(bench.request, seconds=candidates.AUTOTUNE_NEEDS_S, kept=frozenset(kept))
-    tried = replace(bench, request=request, found=replace(bench.found, config=replace(bench.found.config, precision=precision)))
+    found = replace(bench.found, config=replace(bench.found.config, precision=precision))
+    make: Any = partial(FakeStepper, speeds=speeds, failing=failing)
+    tried = replace(bench, request=request, found=found, make_stepper=make)
     expected = num_ways_to_compile(tried)
     if "precision.compile" not in kept:
         tried.found.choose(precision=candidates.eager(precision))
-    first = FakeStepper(tried.trial_config(8), tried.process)
-    with monkeypatch.context() as without_clock:
-        without_clock.setattr("fastbyol.tuning.bench.compare", lambda title, trials, seconds: compare(title, trials, seconds=0.0))
-        stepper, rate = step_tuning._tune_compile(tried, first, rate=float(speeds.get("eager", 0)), own=precision)  # type: ignore[arg-type]
+    rate = float(speeds.get("eager", 0))
+    stepper, rate = tune_compile(tried, tried.stepper(8), rate=rate, own=precision, why_not=lambda device, seconds: None)
     found = tried.found.config.precision
     assert (found.compile, found.compile_mode) == chosen
     assert stepper.config.precision == found
@@ -284,9 +277,7 @@ def test_compiled_networks_are_really_measured_and_the_written_config_trains(
 # The target's update.
 
 
-def test_ways_to_move_the_target_are_tried_on_a_gpu_where_they_work_and_the_others_are_noted(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ways_to_move_the_target_are_tried_on_a_gpu_where_they_work_and_the_others_are_noted(bench: Bench) -> None:
     assert [candidates.updates(own) for own in UPDATES] == [
         ["auto", "triton", "apex"],
         ["foreach", "triton", "apex"],
@@ -299,26 +290,24 @@ def test_ways_to_move_the_target_are_tried_on_a_gpu_where_they_work_and_the_othe
         if update == "apex":
             raise UserError("apex is not installed")
 
-    monkeypatch.setattr(step_tuning, "check_update", check)
     on_gpu = replace(bench, process=Process(0, 1, torch.device("cuda", 0)))
-    assert step_tuning.update_ways(replace(on_gpu, request=replace(bench.request, kept=frozenset({"optim.update"})))) == ["auto"]
+    assert update_ways(replace(on_gpu, request=replace(bench.request, kept=frozenset({"optim.update"})))) == ["auto"]
     assert "optim.update" not in bench.found.notes
-    assert step_tuning.update_ways(on_gpu) == ["auto", "triton"]
+    assert update_ways(on_gpu, check=check) == ["auto", "triton"]
     assert bench.found.notes["optim.update"] == "images/s per CPU process; not tried: apex is not installed"
-    assert step_tuning.update_ways(bench) == ["auto"], "on a CPU there is nothing to choose"
+    assert update_ways(bench) == ["auto"], "on a CPU there is nothing to choose"
 
 
 def test_the_way_to_move_the_target_is_chosen_by_whole_steps_of_the_same_networks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_tuning, "update_ways", lambda bench: ["auto", "foreach"])
     moved: list[str] = []
     target_update = BYOL.target_update
     monkeypatch.setattr(
         BYOL, "target_update", lambda self, tau, *, backend: moved.append(backend) or target_update(self, tau, backend=backend)
     )
     first = Stepper(bench.trial_config(8), bench.process)
-    stepper, rate = step_tuning._tune_update(bench, first, rate=1.0)
+    stepper, rate = tune_update(bench, first, ["auto", "foreach"], rate=1.0)
     assert set(moved) == {"auto", "foreach"}
-    assert stepper._networks is first._networks
+    assert stepper.networks is first.networks
     (comparison,) = bench.found.comparisons
     assert bench.found.config.optim.update == stepper.config.optim.update == comparison.best
     assert rate == comparison.rate(comparison.best)

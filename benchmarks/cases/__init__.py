@@ -7,9 +7,11 @@ says what is measured, how, with which command, and why the result looks as it d
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from benchmarks.gpu import load_part
 from benchmarks.record import CaseResult
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
@@ -31,10 +33,12 @@ CASES = (
     "scaling",
     "checkpoint",
 )
+IN_MODULE = {"step_resnet18": ("step", "ResNet18")}
+"""The module and the class of a case that has no module of its own."""
 
 
 class Case(Protocol):
-    """Interface of every module of this package."""
+    """Interface of every module of this package, and of the classes in `IN_MODULE`."""
 
     __doc__: str | None
     QUICK: Any
@@ -55,11 +59,12 @@ def check_names(names: list[str]) -> None:
 
 
 def load_case(name: str) -> Case:
-    """Returns the case's module. It is imported only when it runs, since some imports take seconds or need optional packages."""
-    return cast(Case, importlib.import_module(f"benchmarks.cases.{name}"))
+    """Returns the case's module or class. It is imported only when it runs, since some imports take seconds or need optional packages."""
+    module, variant = IN_MODULE.get(name, (name, ""))
+    case = importlib.import_module(f"benchmarks.cases.{module}")
+    return cast(Case, getattr(case, variant) if variant else case)
 
 
 def case_docstring(name: str) -> str:
     """Returns the docstring of a case, or of a part of the GPU plan ('gpu.NAME')."""
-    module = name if name.startswith("gpu.") else f"cases.{name}"
-    return (importlib.import_module(f"benchmarks.{module}").__doc__ or "").strip()
+    return inspect.getdoc(load_part(name.removeprefix("gpu.")) if name.startswith("gpu.") else load_case(name)) or ""

@@ -3,7 +3,7 @@
 How: the same images and the same drawn parameters for every subject, one after another, as in a loader's thread. Reference: the
 kernel's crops, then `augment/torch_graph.py` run eagerly on the batch (the graph that a GPU compiles). Rival, if installed: the
 kernel's crops, then kornia's batch augmentation, which draws its own parameters and uses torchvision's colour formulas
-(`rivals/kornia_views.py`). Ceiling: the kernel's crops alone, as if everything after the resize were free.
+(`rivals/views.py`). Ceiling: the kernel's crops alone, as if everything after the resize were free.
 
     python -m benchmarks.run augment
 
@@ -27,9 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.imagenet_like import draw_jpeg
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.kornia_views import DIFFERENCES, KorniaViews
-from benchmarks.rivals.packages import those_installed
+from benchmarks.rivals.views import KORNIA_DIFFERENCES, KorniaViews
 from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.augment.parameters import draw_parameters
 from fastbyol.augment.view_kernel import ViewKernel
@@ -68,21 +68,13 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     ]
     skipped: dict[str, str] = {}
     for name, kornia in those_installed({KORNIA: lambda: KorniaViews(views)}, skipped).items():
-        subjects.append(Subject(name, lambda kornia=kornia: executors.crop_and(kornia), units=size.images, note=DIFFERENCES, role="rival"))
+        subjects.append(
+            Subject(name, lambda kornia=kornia: executors.crop_and(kornia), units=size.images, note=KORNIA_DIFFERENCES, role="rival")
+        )
     with torch_threads(1):
         timings = measure(subjects, rounds=size.rounds)
-    return make_result(
-        "augment",
-        f"two {size.size_px} px views of a decoded image",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        unit="image",
-        threads=1,
-        settings=size,
-        skipped=skipped,
-    )
+    title = f"two {size.size_px} px views of a decoded image"
+    return make_result("augment", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, threads=1, settings=size, skipped=skipped)
 
 
 class Executors:

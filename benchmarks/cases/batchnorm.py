@@ -62,17 +62,9 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             *(Subject(name, work) for name, work in _across_ranks(size).items()),
         ]
         timings = measure(subjects, rounds=size.rounds, warmup=_WARMUP)
+    title = f"batch norm and ReLU of two views, forward and backward, {len(size.shapes)} layers, batch {size.batch} a view"
     return make_result(
-        "batchnorm",
-        f"batch norm and ReLU of two views, forward and backward, {len(size.shapes)} layers, batch {size.batch} a view",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        unit="step",
-        threads=1,
-        settings=size,
-        primary="wall",
+        "batchnorm", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, unit="step", threads=1, settings=size, primary="wall"
     )
 
 

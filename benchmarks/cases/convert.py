@@ -26,8 +26,7 @@ from pathlib import Path
 from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.record import CaseResult, make_result
 from benchmarks.rivals.read_and_decode import read_and_decode
-from benchmarks.rivals.stock_ffcv_views import MISSING
-from benchmarks.rivals.stock_ffcv_writer import QUALITY, write_with_stock_ffcv
+from benchmarks.rivals.stock_ffcv import MISSING, QUALITY, write_with_stock_ffcv
 from benchmarks.timing import Subject, measure
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.beton_writer import write_beton
@@ -77,17 +76,9 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     timings = measure(subjects, rounds=size.rounds)
     source_bytes = sum(os.path.getsize(listing.path(index)) for index in range(num))
     extra = {name: {"bytes for a byte of input": _bytes_of(out) / source_bytes} for name, out in outputs.items()}
+    title = f"an image folder converted by {size.workers} worker processes"
     return make_result(
-        "convert",
-        f"an image folder converted by {size.workers} worker processes",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        unit="image",
-        threads=size.workers,
-        settings=size,
-        extra=extra,
+        "convert", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, threads=size.workers, settings=size, extra=extra
     )
 
 

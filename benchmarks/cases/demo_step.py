@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.torchvision_views import TorchvisionLoader
+from benchmarks.rivals.views import TorchvisionLoader
 from benchmarks.timing import Subject, measure, torch_threads
 from benchmarks.training_step import TrainingStep, synthetic_batch
 from fastbyol.config.presets import preset_config
@@ -76,7 +76,6 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
         threads=size.torch_threads + size.workers,
         primary="wall",
         settings=size,

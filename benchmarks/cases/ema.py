@@ -15,25 +15,21 @@ array shows the same).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.packages import those_installed
-from benchmarks.rivals.updates import ema_pytorch_update, lightly_update, solo_learn_update
 from benchmarks.timing import Subject, measure, torch_threads
-from fastbyol.byol import Target, build_byol
+from benchmarks.updates import TAU, ema_pytorch_update, lightly_update, solo_learn_update, target_and_online
 from fastbyol.config.schema import ModelConfig
 from fastbyol.optim.ema import ema_update
 
 REFERENCE, CEILING, OURS = "solo-learn's loop", "copy_", "fastbyol ema_update"
 LIGHTLY, EMA_PYTORCH, EMA_PYTORCH_FOREACH = "lightly update_momentum", "ema-pytorch", "ema-pytorch, use_foreach"
 NOTES = {name: "buffers of batch norm too" for name in (EMA_PYTORCH, EMA_PYTORCH_FOREACH)}
-TAU = 0.99
 
 
 @dataclass(frozen=True)
@@ -50,46 +46,26 @@ FULL = Size(rounds=21, calls=3)
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     del scratch  # nothing is written
-    follower, followed = networks(size.model)
+    follower, followed = target_and_online(size.model)
     target, online = ([parameter.detach() for parameter in network.parameters()] for network in (follower, followed))
+    skipped: dict[str, str] = {}
+    makers = {
+        LIGHTLY: lambda: lightly_update(follower, followed, TAU),
+        EMA_PYTORCH: lambda: ema_pytorch_update(follower, followed, TAU, use_foreach=False),
+        EMA_PYTORCH_FOREACH: lambda: ema_pytorch_update(follower, followed, TAU, use_foreach=True),
+    }
     subjects = [
         Subject(CEILING, lambda: torch._foreach_copy_(target, online), calls=size.calls),
         Subject(OURS, lambda: ema_update(target, online, TAU), calls=size.calls),
         Subject(REFERENCE, lambda: solo_learn_update(target, online, TAU), calls=size.calls),
+        *(
+            Subject(name, update, calls=size.calls, note=NOTES.get(name, ""), role="rival")
+            for name, update in those_installed(makers, skipped).items()
+        ),
     ]
-    skipped: dict[str, str] = {}
-    rivals = those_installed(_rivals(follower, followed), skipped)
-    subjects += [Subject(name, update, calls=size.calls, note=NOTES.get(name, ""), role="rival") for name, update in rivals.items()]
     with torch_threads(1), torch.no_grad():
         timings = measure(subjects, rounds=size.rounds, warmup=2)
-    numbers = sum(t.numel() for t in target)
+    title = f"the target's update, {sum(t.numel() for t in target) / 1e6:.1f} M parameters in {len(target)} tensors"
     return make_result(
-        "ema",
-        f"the target's update, {numbers / 1e6:.1f} M parameters in {len(target)} tensors",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        unit="update",
-        threads=1,
-        settings=size,
-        skipped=skipped,
+        "ema", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, unit="update", threads=1, settings=size, skipped=skipped
     )
-
-
-def networks(model: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """Returns the target, and the online network's encoder and projector with parameters that are larger by 0.01."""
-    byol = build_byol(model, num_classes=2)
-    followed = Target(byol.online)  # the same two parts, as one module
-    with torch.no_grad():
-        for parameter in followed.parameters():
-            parameter.add_(0.01)
-    return byol.target, followed
-
-
-def _rivals(target: nn.Module, online: nn.Module) -> dict[str, Callable[[], Callable[[], None]]]:
-    return {
-        LIGHTLY: lambda: lightly_update(target, online, TAU),
-        EMA_PYTORCH: lambda: ema_pytorch_update(target, online, TAU, use_foreach=False),
-        EMA_PYTORCH_FOREACH: lambda: ema_pytorch_update(target, online, TAU, use_foreach=True),
-    }

@@ -17,22 +17,19 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.imagenet_like import write_imagenet_like
+from benchmarks.imagenet_like import stored_for, write_imagenet_like
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.torchvision_views import TorchvisionLoader
+from benchmarks.rivals.views import TorchvisionLoader
 from benchmarks.timing import Subject, measure, torch_threads
 from benchmarks.training_step import TrainingStep, synthetic_batch
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import PAPER
 from fastbyol.data import build_loader
-from fastbyol.data.conversion.beton_writer import write_beton
-from fastbyol.data.conversion.tar_writer import write_tar_shards
 
 REFERENCE, CEILING = "end to end, torchvision on Pillow", "steps alone"
 DATA_BOUND_SHARE = 0.05
@@ -74,14 +71,14 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     with ExitStack() as opened, torch_threads(size.torch_threads):
         for backend in size.backends:
             try:
-                data = DataConfig(train=str(_convert(folder, backend)), backend=backend, workers=size.workers)
+                data = DataConfig(train=str(stored_for(backend, folder, out=scratch)), backend=backend, workers=size.workers)
                 loader = opened.enter_context(build_loader(data, views=config.views, seed=size.seed, global_batch=size.batch))
             except UserError as error:
                 skipped[backend] = str(error)
                 continue
             step = steps[_name(backend)]
             subjects.append(Subject(_name(backend), lambda step=step, loader=loader: step.run(loader), units=images))
-            subjects.append(Subject(f"{backend}: loader alone", lambda loader=loader: _consume(loader), units=images))
+            subjects.append(Subject(f"{backend}: loader alone", lambda loader=loader: deque(loader, maxlen=0), units=images))
         timings = measure(subjects, rounds=size.rounds, warmed_up=lambda: [step.forget_times() for step in steps.values()])
     waits = {name: step.data_wait_share for name, step in steps.items() if name in timings and name != CEILING}
     ours = {name: share for name, share in waits.items() if name != REFERENCE}
@@ -92,7 +89,6 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
         threads=size.torch_threads + size.workers,
         primary="wall",
         settings=size,
@@ -111,20 +107,3 @@ def verdict(data_wait_share: dict[str, float]) -> str:
 
 def _name(backend: str) -> str:
     return f"{backend}: end to end"
-
-
-def _convert(folder: Path, backend: str) -> Path:
-    """Converts the images, if needed, to the backend's format beside the folder, and returns the path."""
-    if backend == "ffcv":
-        path = folder.parent / "images.beton"
-        write_beton(folder, out=path, workers=1)
-        return path
-    if backend == "dali":
-        path = folder.parent / "shards"
-        write_tar_shards(folder, out=path, workers=1)
-        return path
-    return folder
-
-
-def _consume(iterable: Iterable[object]) -> None:
-    deque(iterable, maxlen=0)

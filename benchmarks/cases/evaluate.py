@@ -83,7 +83,6 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
         threads=size.torch_threads + size.workers,
         primary="wall",
         settings=size,

@@ -21,27 +21,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.packages import those_installed
-from benchmarks.rivals.updates import lars_by_tensor, lightly_lars, lightly_update, solo_learn_update, torch_optimizer_lars
 from benchmarks.timing import Subject, Timings, measure, same_round_ratios, torch_threads
-from fastbyol.byol import BYOL, build_byol
-from fastbyol.config.schema import ModelConfig, OptimConfig
-from fastbyol.optim.build import build_optimizer
-from fastbyol.optim.ema import ema_update
+from benchmarks.updates import LR, OnlineUpdates, lars_by_tensor
+from fastbyol.config.schema import ModelConfig
 
 RIVAL, LIGHTLY = "torch-optimizer LARS, solo-learn loop", "lightly LARS, update_momentum"
 BY_TENSOR = "the rule and the equation, a tensor at a time"
 CEILING, OURS = "copy_", "fastbyol lars_ema"  # not renamed: `benchmarks.compare` and README find the row by it
-LR, TAU = 1e-3, 0.99
 ANOTHER_RULE = "another rule: |g| + wd |w|"
 _COPY_FOR_EVER = "import numpy; a = numpy.zeros(1 << 24); b = a.copy()\nwhile True: b[:] = a"
 
@@ -70,6 +65,10 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             busy = measure(subjects, rounds=size.more_rounds)
     with torch_threads(2):
         two = measure(subjects, rounds=size.more_rounds)
+    extra = {
+        subject.name: {"x copy, two threads": _times_copy(two, subject.name), "x copy, other core busy": _times_copy(busy, subject.name)}
+        for subject in subjects
+    }
     return make_result(
         "fused_update",
         "LARS and the target's update of one step",
@@ -80,68 +79,27 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         unit="step",
         threads=1,
         settings=size,
-        extra={
-            subject.name: {
-                "x copy, two threads": _times_copy(two, subject.name),
-                "x copy, other core busy": _times_copy(busy, subject.name),
-            }
-            for subject in subjects
-        },
+        extra=extra,
         skipped=skipped,
     )
 
 
 def _subjects(size: Size, skipped: dict[str, str]) -> list[Subject]:
-    byol = build_byol(size.model, num_classes=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    generator = torch.Generator().manual_seed(0)
-    for param in byol.online.parameters():
-        param.grad = 1e-3 * torch.randn(param.shape, generator=generator).contiguous(memory_format=_order_of(param))
-    source = [p.detach() for p in byol.online.parameters()]
-    copies = [torch.empty_like(p) for p in source]
-    target = [p.detach() for p in byol.target.parameters()]
-    online = [p.detach() for module in (byol.online.encoder, byol.online.projector) for p in module.parameters()]
-    ours: Any = build_optimizer(OptimConfig(), byol.online)
-    for group in ours.param_groups:
-        group["lr"] = LR
-
-    rivals = those_installed(_rivals(byol, target, online), skipped)
+    updates = OnlineUpdates(size.model, layout=torch.channels_last)
+    makers = {RIVAL: lambda: updates.solo_learn_after(updates.optimizer("torch_optimizer_lars").step), LIGHTLY: updates.lightly}
+    rivals = those_installed(makers, skipped)
     if RIVAL in skipped:
-        rivals[BY_TENSOR] = _both(lars_by_tensor(list(byol.online.parameters()), lr=LR), lambda: solo_learn_update(target, online, TAU))
+        rivals[BY_TENSOR] = updates.solo_learn_after(lars_by_tensor(updates.params, lr=LR))
     return [
-        Subject(CEILING, lambda: torch._foreach_copy_(copies, source), calls=size.calls),
-        Subject(OURS, lambda: ours.step(target_update=byol.target_update(TAU)), calls=size.calls),
-        Subject("fastbyol LARS.step, then ema_update", _both(ours.step, lambda: ema_update(target, online, TAU)), calls=size.calls),
-        Subject("fastbyol LARS.step alone", ours.step, calls=size.calls, note="no target"),
+        Subject(CEILING, updates.copy(), calls=size.calls),
+        Subject(OURS, updates.lars_with_target(), calls=size.calls),
+        Subject("fastbyol LARS.step, then ema_update", updates.lars_then_target(), calls=size.calls),
+        Subject("fastbyol LARS.step alone", updates.optimizer().step, calls=size.calls, note="no target"),
         *(
             Subject(name, work, calls=size.calls, note="" if name == BY_TENSOR else ANOTHER_RULE, role="rival")
             for name, work in rivals.items()
         ),
     ]
-
-
-def _rivals(byol: BYOL, target: list[torch.Tensor], online: list[torch.Tensor]) -> dict[str, Callable[[], Callable[[], None]]]:
-    def lightly() -> Callable[[], None]:
-        pairs = (byol.target.encoder, byol.online.encoder), (byol.target.projector, byol.online.projector)
-        return _both(lightly_lars(byol.online, lr=LR), *(lightly_update(*pair, TAU) for pair in pairs))
-
-    return {
-        RIVAL: lambda: _both(torch_optimizer_lars(byol.online, lr=LR), lambda: solo_learn_update(target, online, TAU)),
-        LIGHTLY: lightly,
-    }
-
-
-def _both(*steps: Callable[[], object]) -> Callable[[], None]:
-    """Returns a function that runs all steps, one after another."""
-
-    def run() -> None:
-        for step in steps:
-            step()
-
-    return run
-
-
-def _order_of(param: torch.Tensor) -> torch.memory_format:
-    return torch.channels_last if param.ndim == 4 else torch.contiguous_format
 
 
 def _times_copy(timings: dict[str, Timings], name: str) -> float:

@@ -15,25 +15,18 @@ size of the network. On a GPU, the reference's `if norm != 0` also costs two syn
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import nn
-
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.packages import those_installed
-from benchmarks.rivals.updates import lars_by_tensor, lightly_lars, torch_optimizer_lars
 from benchmarks.timing import Subject, measure, torch_threads
-from fastbyol.byol import build_byol
-from fastbyol.config.schema import ModelConfig, OptimConfig
-from fastbyol.optim.build import build_optimizer
+from benchmarks.updates import LR, OnlineUpdates, lars_by_tensor, lightly_lars
+from fastbyol.config.schema import ModelConfig
 
 RIVAL, LIGHTLY, BY_TENSOR = "torch-optimizer LARS", "lightly LARS", "the rule, a tensor at a time"
 CEILING, OURS = "copy_", "fastbyol LARS.step"
 ANOTHER_RULE = "another rule: |g| + wd |w|"
-LR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -50,39 +43,22 @@ FULL = Size(rounds=21, calls=2)
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     del scratch  # nothing is written
-    online = build_byol(size.model, num_classes=2).online
-    params = [p for p in online.parameters() if p.requires_grad]
-    generator = torch.Generator().manual_seed(0)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator) * 1e-3
-    ours = build_optimizer(OptimConfig(), online)
-    for group in ours.param_groups:
-        group["lr"] = LR
-    copies = [torch.zeros_like(p) for p in params]
-    detached = [p.detach() for p in params]
-    subjects = [
-        Subject(CEILING, lambda: torch._foreach_copy_(copies, detached), calls=size.calls),
-        Subject(OURS, ours.step, calls=size.calls),
-        Subject(BY_TENSOR, lars_by_tensor(params, lr=LR), calls=size.calls, note="two host syncs a tensor", role="rival"),
-    ]
+    updates = OnlineUpdates(size.model)
     skipped: dict[str, str] = {}
-    rivals = those_installed(_rivals(online), skipped)
-    subjects += [Subject(name, step, calls=size.calls, note=ANOTHER_RULE, role="rival") for name, step in rivals.items()]
+    makers = {RIVAL: lambda: updates.optimizer("torch_optimizer_lars").step, LIGHTLY: lambda: lightly_lars(updates.byol.online, lr=LR)}
+    subjects = [
+        Subject(CEILING, updates.copy(), calls=size.calls),
+        Subject(OURS, updates.optimizer().step, calls=size.calls),
+        Subject(BY_TENSOR, lars_by_tensor(updates.params, lr=LR), calls=size.calls, note="two host syncs a tensor", role="rival"),
+        *(
+            Subject(name, step, calls=size.calls, note=ANOTHER_RULE, role="rival")
+            for name, step in those_installed(makers, skipped).items()
+        ),
+    ]
     with torch_threads(1):
         timings = measure(subjects, rounds=size.rounds, warmup=2)
+    title = f"one LARS step, {sum(p.numel() for p in updates.params) / 1e6:.1f} M parameters in {len(updates.params)} tensors"
+    reference = BY_TENSOR if RIVAL in skipped else RIVAL
     return make_result(
-        "lars",
-        f"one LARS step, {sum(p.numel() for p in params) / 1e6:.1f} M parameters in {len(params)} tensors",
-        subjects,
-        timings,
-        reference=RIVAL if RIVAL in rivals else BY_TENSOR,
-        ceiling=CEILING,
-        unit="step",
-        threads=1,
-        settings=size,
-        skipped=skipped,
+        "lars", title, subjects, timings, reference=reference, ceiling=CEILING, unit="step", threads=1, settings=size, skipped=skipped
     )
-
-
-def _rivals(online: nn.Module) -> dict[str, Callable[[], Callable[[], object]]]:
-    return {RIVAL: lambda: torch_optimizer_lars(online, lr=LR), LIGHTLY: lambda: lightly_lars(online, lr=LR)}

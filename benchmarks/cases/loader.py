@@ -3,7 +3,7 @@
 How: generated ImageNet-like JPEG files (`imagenet_like.py`), converted to a .beton and to tar shards. Each backend processes them in
 three ways: decode only (read, check the CRC if there is one, decode), crops (two uint8 crops at the output size), views (the whole
 augmentation). Reference: torchvision.transforms on Pillow images. Rivals: lightly's BYOLTransform if installed, DALI doing everything
-with its own operations, and FFCV's own Loader with a pipeline for each view, as in FFCV-SSL (`rivals/stock_ffcv_views.py`; not with
+with its own operations, and FFCV's own Loader with a pipeline for each view, as in FFCV-SSL (`rivals/stock_ffcv.py`; not with
 --quick, because it compiles for 20 s). Ceiling: TurboJPEG alone on bytes in memory. The file cache is warm, so no disk is measured.
 Then each of our backends' views with more threads, as images/s of the wall clock, and for six more epochs the growth of the process
 in the last three (MiB); a batch of 50 is 57 MiB.
@@ -24,19 +24,19 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from benchmarks.imagenet_like import write_imagenet_like
+from benchmarks.imagenet_like import stored_for, write_imagenet_like
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
 from benchmarks.rivals.dali_native_views import DIFFERENCES as DALI_DIFFERENCES
 from benchmarks.rivals.dali_native_views import dali_native_loader
-from benchmarks.rivals.lightly_views import LightlyLoader
-from benchmarks.rivals.packages import those_installed
-from benchmarks.rivals.stock_ffcv_views import DIFFERENCES, StockFfcvLoader
-from benchmarks.rivals.torchvision_views import TorchvisionLoader
+from benchmarks.rivals.stock_ffcv import DIFFERENCES, StockFfcvLoader
+from benchmarks.rivals.views import LightlyLoader, TorchvisionLoader
 from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
@@ -46,8 +46,6 @@ from fastbyol.data.backends.dali_source import DaliSource
 from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.backends.folder_source import FolderSource
 from fastbyol.data.backends.source import Source
-from fastbyol.data.conversion.beton_writer import write_beton
-from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.formats.pillow_decoding import decode_with_pillow
 from fastbyol.data.formats.turbojpeg import TurboJpeg
 from fastbyol.data.inputs.folder import list_image_folder
@@ -81,15 +79,13 @@ FULL = Size(images=350, batch=50, rounds=9)
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
-    write_beton(folder, out=scratch / "images.beton", workers=1)
-    write_tar_shards(folder, out=scratch / "shards", workers=1)
-    paths = {"ffcv": scratch / "images.beton", "dali": scratch / "shards", "folder": folder}
+    paths = {backend: stored_for(backend, folder, out=scratch) for backend in SOURCES}
     views = ViewPair(size_px=size.size_px)
     torchvision = TorchvisionLoader(folder, views, batch=size.batch)
     skipped: dict[str, str] = {}
     subjects = [
         Subject(CEILING, _turbojpeg_pass(folder), units=size.images, note="no file read, no CRC"),
-        Subject(REFERENCE, lambda: _consume(torchvision), units=size.images, note="antialiased, other colour operations"),
+        Subject(REFERENCE, partial(_consume, torchvision), units=size.images, note="antialiased, other colour operations"),
     ]
     subjects += _rivals(paths, size, views, skipped)
     opened: list[Source | TwoViewLoader] = []
@@ -110,18 +106,9 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     finally:
         for one in opened:
             one.close()
+    title = f"two {size.size_px} px views of an image from its JPEG file"
     return make_result(
-        "loader",
-        f"two {size.size_px} px views of an image from its JPEG file",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        unit="image",
-        threads=1,
-        settings=size,
-        extra=extra,
-        skipped=skipped,
+        "loader", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, threads=1, settings=size, extra=extra, skipped=skipped
     )
 
 
@@ -135,10 +122,7 @@ def _rivals(paths: dict[str, Path], size: Size, views: ViewPair, skipped: dict[s
     else:
         skipped[STOCK_FFCV] = "compiles for 20 s: only without --quick"
     rivals = those_installed(makers, skipped)
-    return [
-        Subject(name, lambda loader=loader: _consume(loader), units=size.images, note=notes[name], role="rival")
-        for name, loader in rivals.items()
-    ]
+    return [Subject(name, partial(_consume, loader), units=size.images, note=notes[name], role="rival") for name, loader in rivals.items()]
 
 
 def _rates_by_threads(paths: dict[str, Path], size: Size, views: ViewPair) -> dict[str, dict[str, float]]:
@@ -150,7 +134,7 @@ def _rates_by_threads(paths: dict[str, Path], size: Size, views: ViewPair) -> di
             for backend, path in paths.items():
                 config = DataConfig(train=str(path), backend=backend, workers=threads)
                 loader = opened.enter_context(build_loader(config, views=views, seed=size.seed, global_batch=size.batch))
-                subjects.append(Subject(f"{backend}: views", _epoch_of(loader), units=size.images))
+                subjects.append(Subject(f"{backend}: views", partial(_consume, loader), units=size.images))
             for name, timing in measure(subjects, rounds=size.rounds).items():
                 rates[name][f"images/s with {threads} threads"] = 1000 / median(timing.ms["wall"])
     return rates
@@ -160,16 +144,16 @@ def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, ope
     """Returns the backend's three subjects; what they opened is appended to `opened`, for the caller to close."""
     source = SOURCES[backend](path)
     opened.append(source)
-    subjects = [Subject(f"{backend}: decode only", lambda: _decode_all(source), units=size.images)]
+    subjects = [Subject(f"{backend}: decode only", partial(_decode_all, source), units=size.images)]
     for what, output in OUTPUTS.items():
         config = DataConfig(train=str(path), backend=backend, workers=1)
         loader = build_loader(config, views=views, seed=size.seed, global_batch=size.batch, output=output)
         opened.append(loader)
-        subjects.append(Subject(f"{backend}: {what}", _epoch_of(loader), units=size.images))
+        subjects.append(Subject(f"{backend}: {what}", partial(_consume, loader), units=size.images))
     if backend == "dali":
         native = dali_native_loader(path, views, batch=size.batch, workers=1, seed=size.seed)
         opened.append(native)
-        subjects.append(Subject(DALI_NATIVE, _epoch_of(native), units=size.images, note=DALI_DIFFERENCES, role="rival"))
+        subjects.append(Subject(DALI_NATIVE, partial(_consume, native), units=size.images, note=DALI_DIFFERENCES, role="rival"))
     return subjects
 
 
@@ -186,11 +170,6 @@ def _growth_mib(epoch: Callable[[], object]) -> float:
 def _resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def _epoch_of(loader: TwoViewLoader) -> Callable[[], None]:
-    """Returns a function that runs the next epoch at each call: new crops, new order."""
-    return lambda: _consume(loader)
 
 
 def _decode_all(source: Source) -> None:
@@ -215,4 +194,5 @@ def _turbojpeg_pass(folder: Path) -> Callable[[], None]:
 
 
 def _consume(iterable: Iterable[object]) -> None:
+    """Runs the next epoch of a loader, with new crops and a new order."""
     deque(iterable, maxlen=0)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -28,18 +28,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.multiprocessing as mp
 
 from benchmarks.imagenet_like import write_imagenet_like
+from benchmarks.own_process import start_process
 from benchmarks.record import CaseResult, make_result
-from benchmarks.timing import Subject, Timings
-from benchmarks.training_step import LR, TAU, synthetic_batch
+from benchmarks.timing import Subject, Timings, count_cpu_seconds, measure
+from benchmarks.training_step import synthetic_batch
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import PAPER
-from fastbyol.monitors import Monitor
 from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group
-from fastbyol.train import build, train_step
+from fastbyol.tuning.stepper import Stepper
 
 REFERENCE = "1 rank"
 ANSWER_S = 300.0
@@ -75,13 +74,15 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     with ExitStack() as stack:
         groups = {n: stack.enter_context(RankGroup(n, size, data)) for n in counts or [1]}
         smallest = groups[min(groups)]
-        work: dict[str, Callable[[], Sequence[Work]]] = {REFERENCE: lambda: smallest.run("alone", ranks=1)}
+
+        def subject(name: str, group: RankGroup, how: str, ranks: int) -> Subject:
+            return Subject(name, lambda: count_cpu_seconds(sum(group.run(how, ranks=ranks))), units=ranks * size.steps * size.rank_batch)
+
+        subjects = [subject(REFERENCE, smallest, "alone", 1)]
         at_work = {REFERENCE: 1} | {name: n for n in counts for name in (_joined(n), _alone(n))}
         for n in counts:
-            work[_joined(n)] = lambda n=n: groups[n].run("joined", ranks=n)
-            work[_alone(n)] = lambda n=n: groups[n].run("alone", ranks=n)
-        timings = _measure(work, size)
-    subjects = [Subject(name, int) for name in work]
+            subjects += [subject(_joined(n), groups[n], "joined", n), subject(_alone(n), groups[n], "alone", n)]
+        timings = measure(subjects, rounds=size.rounds)
     return make_result(
         "scaling",
         f"{size.model.encoder} at {size.size_px} px, {size.rank_batch} images a rank",
@@ -89,7 +90,6 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         timings,
         reference=REFERENCE,
         ceiling=_alone(counts[-1]) if counts else REFERENCE,
-        unit="image",
         threads=ranks,
         primary="wall",
         settings=size,
@@ -113,48 +113,18 @@ def _alone(n: int) -> str:
     return f"{n}, nobody speaks"
 
 
-@dataclass(frozen=True)
-class Work:
-    """One rank's work in a round. cpu_s: CPU seconds of its process."""
-
-    cpu_s: float
-    images: int
-
-
-def _measure(work: dict[str, Callable[[], Sequence[Work]]], size: Size) -> dict[str, Timings]:
-    """Times like `timing.measure`, but for work done by other processes: their CPU time, our wall time."""
-    ms: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in work}
-    for number in range(1 + size.rounds):
-        for name, do in work.items():
-            start = time.perf_counter()
-            done = do()
-            wall_s, images = time.perf_counter() - start, sum(one.images for one in done)
-            if number:  # the first is warm-up
-                ms[name]["cpu"].append(1000 * sum(one.cpu_s for one in done) / images)
-                ms[name]["wall"].append(1000 * wall_s / images)
-    return {name: Timings({clock: tuple(values) for clock, values in clocks.items()}) for name, clocks in ms.items()}
-
-
 class RankGroup:
     """A group of n processes that wait for work."""
 
     def __init__(self, n: int, size: Size, data: Path) -> None:
-        context = mp.get_context("spawn")
         port = _free_port()
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(n):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, n, port, size, str(data)), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        ranks = [start_process(_serve, rank, n, port, size, str(data), daemon=True) for rank in range(n)]
+        self._processes, self._pipes = zip(*ranks, strict=True)
         for pipe in self._pipes:
             _answer(pipe)
 
-    def run(self, how: str, *, ranks: int) -> list[Work]:
-        """Runs a round on the first `ranks` processes: 'joined' (only with all of them), or 'alone'."""
+    def run(self, how: str, *, ranks: int) -> list[float]:
+        """Runs a round on the first `ranks` processes, 'joined' (only with all of them) or 'alone'; returns the CPU seconds of each."""
         for pipe in self._pipes[:ranks]:
             pipe.send(how)
         return [_answer(pipe) for pipe in self._pipes[:ranks]]
@@ -170,7 +140,7 @@ class RankGroup:
             process.kill()
 
 
-def _answer(pipe: Connection) -> Work:
+def _answer(pipe: Connection) -> float:
     if not pipe.poll(ANSWER_S):
         raise RuntimeError(f"a rank of the scaling case did not answer for {ANSWER_S:.0f} s")
     return pipe.recv()
@@ -190,13 +160,13 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, size: Size, 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     joined = join_process_group()
     do = {"joined": _make_steps(size, data, joined), "alone": _make_steps(size, data, replace(joined, rank=0, world_size=1))}
-    pipe.send(Work(0.0, 0))
+    pipe.send(0.0)
     try:
         while True:
             how = pipe.recv()
             start = time.process_time()
             do[how]()
-            pipe.send(Work(time.process_time() - start, size.steps * size.rank_batch))
+            pipe.send(time.process_time() - start)
     except EOFError:
         leave_process_group()
 
@@ -210,14 +180,14 @@ def _make_steps(size: Size, data: str, process: Process) -> Callable[[], None]:
         model=size.model,
         views=replace(PAPER, size_px=size.size_px),
     )
-    state = build(config, process)
-    monitor = Monitor(global_batch=config.global_batch, world_size=process.world_size, device=process.device)
+    stepper = Stepper(config, process)
+    stepper.networks()  # built here, together on all ranks, and not in the first step
     batch = synthetic_batch(
         num=size.rank_batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=config.precision.channels_last
     )
 
     def steps() -> None:
         for _ in range(size.steps):
-            train_step(config, process, state, iter([batch]), monitor, lr=LR, tau=TAU)
+            stepper.step(iter([batch]))
 
     return steps

@@ -7,7 +7,7 @@ autocast (the product's default), both channels-last; bf16 in NCHW; bf16 in two 
 compiled (not with --quick). fp16 needs a GPU. Ceiling: the step's floating-point operations, counted by torch, at the rate of a
 single bf16 channels-last 3x3 convolution measured in the same rounds; 'of peak' is the share of that rate. A second ceiling, for
 memory: a copy of 64 MiB, converted to images by the bytes of our bf16 step. MB: bytes of all operands and results of torch's
-operations and our norm's (`traffic.py`), which is what moves if no cache helps; the fused update's kernel and code compiled by
+operations and our norm's (`training_step.py`), which is what moves if no cache helps; the fused update's kernel and code compiled by
 Inductor are not included.
 
     python -m benchmarks.run step
@@ -37,15 +37,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.breakdown import COPIED, MEGABYTES, OF_PEAK
 from benchmarks.own_process import in_own_process
+from benchmarks.packages import those_installed
 from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.packages import those_installed
 from benchmarks.rivals.plain_step import PlainStep
 from benchmarks.timing import Subject, measure, same_round_ratios, torch_threads
-from benchmarks.traffic import bytes_moved
-from benchmarks.training_step import LR, TAU, TrainingStep, synthetic_batch
+from benchmarks.training_step import TrainingStep, bytes_moved, synthetic_batch
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.tuning.candidates import reason_not_to_compile
+from fastbyol.tuning.stepper import LR, TAU
 
 REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", "bf16 3x3 convolution, same operations"
 OURS, ACCUMULATED, COMPILED = "bf16, channels-last", "bf16, channels-last, 2 micro-batches", "bf16, channels-last, compiled"
@@ -105,7 +105,6 @@ def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
         threads=size.threads,
         settings=size,
         extra=extra,
@@ -173,3 +172,22 @@ def _copy(megabytes_per_image: float) -> Subject:
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8)
     out = torch.empty_like(source)
     return Subject(MEMORY, lambda: out.copy_(source), units=2 * COPY_BYTES / (1e6 * megabytes_per_image), calls=2, role="memory ceiling")
+
+
+class ResNet18:
+    """Measures the case `step` for ResNet-18 at 224 px, whose convolutions are 3x3 and wide, so less of its time is batch norm.
+
+    How: as in `step`: one thread, batch 16. Reference: float32, NCHW, one view at a time, updates one tensor at a time. Ceiling: the
+    step's operations at the rate of one bf16 convolution.
+
+        python -m benchmarks.run step_resnet18
+
+    Why: as in `step`. Its reference is closer to the peak, because a 3x3 convolution reorders its weights once for nine times the work.
+    """
+
+    QUICK = Size(model=ModelConfig(encoder="resnet18", hidden_dim=512), size_px=64, batch=4, rounds=6, compile=False)
+    FULL = Size(model=ModelConfig(encoder="resnet18"), size_px=224, batch=16, rounds=6)
+
+    @staticmethod
+    def run(size: Size, *, scratch: Path) -> CaseResult:
+        return run(size, scratch=scratch, case="step_resnet18")

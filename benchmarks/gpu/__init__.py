@@ -15,9 +15,13 @@ from typing import Any, Protocol, cast
 import torch
 
 from benchmarks.record import CaseResult
+from fastbyol.config.schema import ModelConfig
 
 PARTS = ("step", "syncs", "augment", "ema", "lars", "decode", "end_to_end", "step_compiled", "launches")
 """The parts in the order in which they run: the most important and shortest first, because the time is limited."""
+IN_MODULE = {"step_compiled": ("step", "Compiled")}
+"""The module and the class of a part that has no module of its own."""
+TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class Findings:
 
 
 class Part(Protocol):
-    """Interface of every module named in PARTS."""
+    """Interface of every module named in PARTS, and of the classes in `IN_MODULE`."""
 
+    __doc__: str | None
     FULL: Any
     TINY: Any
 
@@ -53,4 +58,7 @@ class Part(Protocol):
 
 
 def load_part(name: str) -> Part:
-    return cast(Part, importlib.import_module(f"benchmarks.gpu.{name}"))
+    """Returns the part's module or class. It is imported only when it runs, in a process of its own."""
+    module, variant = IN_MODULE.get(name, (name, ""))
+    part = importlib.import_module(f"benchmarks.gpu.{module}")
+    return cast(Part, getattr(part, variant) if variant else part)

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu import Place
-from benchmarks.gpu.subjects import ENOUGH_S, device_subject
-from benchmarks.record import CaseResult, make_result
+from benchmarks.gpu.subjects import ENOUGH_S, device_subject, part_result
+from benchmarks.record import CaseResult
 from benchmarks.timing import measure
 from fastbyol.augment.parameters import draw_parameters
 from fastbyol.augment.torch_graph import augment_batch
@@ -68,19 +68,16 @@ def run(size: Size, *, place: Place) -> CaseResult:
     subjects = [device_subject(name, do, device=device, units=size.batch, enough_s=size.enough_s) for name, do in work.items()]
     timings = measure(subjects, rounds=size.rounds)
     per_image = moved / size.batch
-    return make_result(
-        "gpu.augment",
+    return part_result(
+        "augment",
         f"two {size.size_px} px views from crops on the device, batch {size.batch}",
         subjects,
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
-        threads=torch.get_num_threads(),
-        primary="wall",
         settings=size,
         extra={name: {"GB/s": per_image / median(timing.ms["wall"]) / 1e6} for name, timing in timings.items()},
-        device=device.type,
+        place=place,
     )
 
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu import Place
-from benchmarks.gpu.subjects import synchronize
-from benchmarks.record import CaseResult, make_result
+from benchmarks.gpu.subjects import part_result
+from benchmarks.record import CaseResult
 from benchmarks.timing import Subject, measure
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
@@ -33,6 +33,7 @@ from fastbyol.data import build_loader
 from fastbyol.data.backends.dali_source import DaliSource
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.loader import TwoViewLoader
+from fastbyol.tuning.stepper import synchronize
 
 CEILING, REFERENCE = "DALI: decode only", "CPU: decode, kernel's crops"
 OURS = {"DALI: decode, crops": "crop"}
@@ -71,19 +72,17 @@ def run(size: Size, *, place: Place) -> CaseResult:
             else:
                 subjects.append(Subject(name, epoch, units=images))
         timings = measure(subjects, rounds=size.rounds)
-    return make_result(
-        "gpu.decode",
+    return part_result(
+        "decode",
         f"two {size.size_px} px crops of an image from its JPEG bytes, batch {size.batch}",
         subjects,
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
         threads=place.workers,
-        primary="wall",
         settings=size,
         skipped=skipped,
-        device=place.device.type,
+        place=place,
     )
 
 

@@ -14,21 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
-from torch import Tensor
 
-from benchmarks.gpu import Place
-from benchmarks.gpu.subjects import ENOUGH_S, captures, device_subject, why_it_fails
-from benchmarks.record import CaseResult, make_result
+from benchmarks.gpu import TINY_MODEL, Place
+from benchmarks.gpu.subjects import ENOUGH_S, captures, device_subject, part_result, why_it_fails
+from benchmarks.record import CaseResult
 from benchmarks.timing import measure
-from fastbyol.byol import build_byol
+from benchmarks.updates import TAU, target_and_online
 from fastbyol.config.schema import UPDATES, ModelConfig
 from fastbyol.optim.ema import ema_update, ema_update_reference
 
 REFERENCE, CEILING = "the equation, a tensor at a time", "copy_"
-TAU = 0.99
 STREAMS = 3
 """Memory streams: read the target and the online tensor, write the target."""
 
@@ -41,54 +40,47 @@ class Size:
 
 
 FULL = Size(rounds=15)
-TINY = Size(rounds=1, model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8), enough_s=0)
+TINY = Size(rounds=1, model=TINY_MODEL, enough_s=0)
 
 
 @torch.no_grad()
 def run(size: Size, *, place: Place) -> CaseResult:
-    byol = build_byol(size.model, num_classes=2).to(place.device)
-    target = [parameter.detach() for parameter in byol.target.parameters()]
-    online = [p.detach() + 0.01 for module in (byol.online.encoder, byol.online.projector) for p in module.parameters()]
+    target, online = ([p.detach() for p in network.parameters()] for network in target_and_online(size.model, device=place.device))
     skipped: dict[str, str] = {}
     work: dict[str, Callable[[], object]] = {
         CEILING: lambda: torch._foreach_copy_(target, online),
         REFERENCE: lambda: ema_update_reference(target, online, TAU),
     }
     for backend in [update for update in UPDATES if update != "auto"]:
-        if why := why_it_fails(lambda backend=backend: ema_update(target, online, TAU, backend=backend)):
+        update = partial(ema_update, target, online, TAU, backend=backend)
+        if why := why_it_fails(update):
             skipped[backend] = why
         else:
-            work[f"ema_update, {backend}"] = lambda backend=backend: ema_update(target, online, TAU, backend=backend)
-    work |= _graphs(target, online, place, skipped)
+            work[f"ema_update, {backend}"] = update
+    if place.device.type == "cuda":
+        tau = torch.full((), TAU, device=place.device)  # a graph follows changes of a tensor; a number becomes its constant
+        graphs: dict[str, Callable[[], object]] = {
+            "ema_update, foreach, CUDA graph": lambda: ema_update(target, online, TAU),
+            "ema_update, foreach, tau a tensor, CUDA graph": lambda: ema_update(target, online, tau),
+        }
+        work |= captures(graphs, place.device, skipped)
+    else:
+        skipped["CUDA graphs"] = "need CUDA"
     subjects = [device_subject(name, do, device=place.device, enough_s=size.enough_s) for name, do in work.items()]
     timings = measure(subjects, rounds=size.rounds)
     gigabytes = STREAMS * sum(t.numel() * t.element_size() for t in target) / 1e9
     rate = {name: {"GB/s": 1000 * gigabytes / median(timings[name].ms["wall"])} for name in work if name != CEILING}
-    return make_result(
-        "gpu.ema",
-        f"the target's update, {sum(t.numel() for t in target) / 1e6:.1f} M parameters in {len(target)} tensors",
+    title = f"the target's update, {sum(t.numel() for t in target) / 1e6:.1f} M parameters in {len(target)} tensors"
+    return part_result(
+        "ema",
+        title,
         subjects,
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
         unit="update",
-        threads=torch.get_num_threads(),
-        primary="wall",
         settings=size,
+        place=place,
         extra=rate,
         skipped=skipped,
-        device=place.device.type,
     )
-
-
-def _graphs(target: list[Tensor], online: list[Tensor], place: Place, skipped: dict[str, str]) -> dict[str, Callable[[], object]]:
-    """Returns CUDA graphs to replay; in the second, tau is a tensor, whose changes a graph follows."""
-    if place.device.type != "cuda":
-        skipped["CUDA graphs"] = "need CUDA"
-        return {}
-    tau = torch.full((), TAU, device=place.device)
-    work: dict[str, Callable[[], object]] = {
-        "ema_update, foreach, CUDA graph": lambda: ema_update(target, online, TAU),
-        "ema_update, foreach, tau a tensor, CUDA graph": lambda: ema_update(target, online, tau),
-    }
-    return captures(work, place.device, skipped)

@@ -18,25 +18,24 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import Place
+from benchmarks.gpu import TINY_MODEL, Place
 from benchmarks.gpu.step import compute_rates
-from benchmarks.gpu.subjects import synchronize
-from benchmarks.record import CaseResult, make_result
-from benchmarks.timing import Subject, Timings, measure
+from benchmarks.gpu.subjects import part_result
+from benchmarks.imagenet_like import stored_for
+from benchmarks.record import CaseResult
+from benchmarks.timing import Subject, measure
 from benchmarks.training_step import TrainingStep, synthetic_batch
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
-from fastbyol.data.conversion.beton_writer import write_beton
-from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors.compute import flop_per_image
+from fastbyol.tuning.stepper import synchronize
 
 CEILING, REFERENCE = "steps alone", "folder, views on the CPU"
 WAYS = {REFERENCE: ("folder", "float32"), **{f"{backend}: end to end": (backend, "uint8") for backend in ("ffcv", "dali", "folder")}}
@@ -55,7 +54,7 @@ class Size:
 
 
 FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=128, rounds=6)
-TINY = Size(model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8), size_px=32, batch=4, rounds=1)
+TINY = Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)
 
 
 def run(size: Size, *, place: Place) -> CaseResult:
@@ -75,32 +74,27 @@ def run(size: Size, *, place: Place) -> CaseResult:
         steps = len(loaders[REFERENCE])
         subjects = _subjects(config, loaders, steps=steps, device=place.device)
         timings = measure(subjects, rounds=size.rounds)
-    return make_result(
-        "gpu.end_to_end",
+    training = {name: timing for name, timing in timings.items() if not name.endswith(LOADER_ALONE)}
+    flop, uses_16_bits = flop_per_image(config.model, size_px=size.size_px), config.precision.autocast == "bf16"
+    return part_result(
+        "end_to_end",
         f"{size.model.encoder} from JPEG files, {size.size_px} px, batch {size.batch}, {place.workers} loader threads",
         subjects,
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
         threads=place.workers,
-        primary="wall",
         settings=size,
-        extra=_rates(timings, config, place.device),
+        extra=compute_rates(training, flop, place.device, uses_16_bits=lambda _: uses_16_bits),
         skipped=skipped,
-        device=place.device.type,
+        place=place,
     )
 
 
-def _rates(timings: dict[str, Timings], config: TrainConfig, device: torch.device) -> dict[str, dict[str, float]]:
-    """Returns the compute rates of the rows that train."""
-    flop = flop_per_image(config.model, size_px=config.views.size_px)
-    steps = {name: timing for name, timing in timings.items() if not name.endswith(LOADER_ALONE)}
-    return compute_rates(steps, flop, device, uses_16_bits=lambda _: config.precision.autocast == "bf16")
-
-
 def _open(config: TrainConfig, backend: str, output: str, size: Size, place: Place) -> TwoViewLoader:
-    data = DataConfig(train=str(_convert(place, backend)), backend=backend, workers=place.workers)
+    data = DataConfig(
+        train=str(stored_for(backend, place.images, out=place.scratch, workers=place.workers)), backend=backend, workers=place.workers
+    )
     return build_loader(data, views=config.views, seed=size.seed, global_batch=size.batch, device=place.device, output=output)
 
 
@@ -126,16 +120,3 @@ def _subjects(config: TrainConfig, loaders: dict[str, TwoViewLoader], *, steps: 
         if name != REFERENCE:
             subjects.append(Subject(f"{name.split(':')[0]}: {LOADER_ALONE}", lambda loader=loader: _load(loader, device), units=images))
     return subjects
-
-
-def _convert(place: Place, backend: str) -> Path:
-    """Converts the images, if needed, to the backend's format and returns the path."""
-    if backend == "ffcv":
-        path = place.scratch / "images.beton"
-        write_beton(place.images, out=path, workers=place.workers)
-        return path
-    if backend == "dali":
-        path = place.scratch / "shards"
-        write_tar_shards(place.images, out=path, workers=place.workers)
-        return path
-    return place.images

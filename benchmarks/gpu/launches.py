@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu import Place
+from benchmarks.gpu import TINY_MODEL, Place
 from benchmarks.gpu.step import CEILING, compute_rates, matrix_product
-from benchmarks.gpu.subjects import ENOUGH_S, device_subject
-from benchmarks.record import CaseResult, make_result
+from benchmarks.gpu.subjects import ENOUGH_S, device_subject, part_result
+from benchmarks.record import CaseResult
 from benchmarks.timing import measure
 from fastbyol.byol import build_byol
 from fastbyol.config.schema import ModelConfig
@@ -46,7 +46,7 @@ class Size:
 
 FULL = Size(model=ModelConfig(encoder="resnet18"), size_px=224, batch=16, rounds=9)
 TINY = Size(
-    model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8),
+    model=TINY_MODEL,
     size_px=32,
     batch=4,
     rounds=1,
@@ -63,19 +63,16 @@ def run(size: Size, *, place: Place) -> CaseResult:
     flop = flop_per_image(size.model, size_px=size.size_px)
     subjects.append(matrix_product(size.matrix, flop, place.device))
     timings = measure(subjects, rounds=size.rounds, warmup=2)
-    return make_result(
-        "gpu.launches",
+    return part_result(
+        "launches",
         f"forward and backward, {size.model.encoder}, {size.size_px} px, batch {size.batch}",
         subjects,
         timings,
         reference=REFERENCE,
         ceiling=CEILING,
-        unit="image",
-        threads=torch.get_num_threads(),
-        primary="wall",
         settings=size,
         extra=compute_rates(timings, flop, place.device),
-        device=place.device.type,
+        place=place,
     )
 
 

@@ -3,7 +3,7 @@
 How: the product's `train_step` on noise, eager. The largest batch is predicted from the memory of two small ones. Reference: float32,
 NCHW, at half that batch, or less if that does not fit. bf16 is also measured in NCHW, and with cuDNN's search for algorithms, which
 the product leaves off. Ceiling: the step's operations, counted by torch, at the rate of a large bf16 matrix product in the same
-rounds; for memory, a copy of the bytes that our step's operations read and write (`traffic.py`).
+rounds; for memory, a copy of the bytes that our step's operations read and write (`training_step.py`).
 MFU: those operations over the GPU's peak from its data sheet (`fastbyol/monitors/compute.py`), if the GPU is known. The shares of
 forward and backward and of the update come from the monitor, which uses CUDA events.
 
@@ -16,23 +16,24 @@ operations: see docs/performance.md for the limit by memory, several times below
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 
 from benchmarks.breakdown import COPIED, MEGABYTES
-from benchmarks.gpu import Place
-from benchmarks.gpu.memory import is_out_of_memory, largest_batch
-from benchmarks.gpu.subjects import device_subject
-from benchmarks.record import CaseResult, make_result
+from benchmarks.gpu import TINY_MODEL, Place
+from benchmarks.gpu.subjects import device_subject, largest_batch, part_result
+from benchmarks.record import CaseResult
 from benchmarks.timing import Subject, Timings, measure
-from benchmarks.traffic import bytes_moved
-from benchmarks.training_step import TrainingStep, synthetic_batch
+from benchmarks.training_step import TrainingStep, bytes_moved, synthetic_batch
+from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
-from fastbyol.tuning.memory import release_memory
+from fastbyol.tuning.candidates import reason_not_to_compile
+from fastbyol.tuning.stepper import is_out_of_memory, release_memory
 
 REFERENCE, OURS, CEILING = "float32, NCHW", "bf16, channels-last", "bf16 matrix product, same operations"
 MEMORY = "copy of as many bytes"
@@ -62,7 +63,7 @@ class Size:
 
 FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, rounds=6)
 TINY = Size(
-    model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8),
+    model=TINY_MODEL,
     size_px=32,
     rounds=1,
     batch=4,
@@ -82,20 +83,9 @@ def run(size: Size, *, place: Place) -> CaseResult:
     rates = compute_rates({name: timing for name, timing in timings.items() if name != MEMORY}, flop, place.device)
     extra = {name: rates[name] | (steps[name].figures() if name in steps else {}) for name in rates}
     extra[MEMORY] = {COPIED: megabytes / median(timings[MEMORY].ms["wall"])}
-    return make_result(
-        "gpu.step",
-        f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}, {flop / 1e9:.1f} GFLOP an image",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        unit="image",
-        threads=torch.get_num_threads(),
-        primary="wall",
-        settings=size,
-        extra=extra,
-        skipped=skipped,
-        device=place.device.type,
+    title = f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}, {flop / 1e9:.1f} GFLOP an image"
+    return part_result(
+        "step", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, settings=size, extra=extra, skipped=skipped, place=place
     )
 
 
@@ -187,3 +177,43 @@ def matrix_product(side: int, flop: float, device: torch.device) -> Subject:
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
     return device_subject(CEILING, lambda: torch.mm(a, b, out=out), device=device, units=2 * side**3 / flop)
+
+
+class Compiled:
+    """Measures the step of the part `step` compiled (precision.compile) and eager, bf16 channels-last, at the same batch.
+
+    How: as in `step`; the batch is the largest that fits eagerly. Reference: eager. Ceiling: the matrix product's rate.
+
+        python -m benchmarks.gpu_plan step_compiled
+
+    Why: Inductor fuses batch norm's second pass with the ReLU and the residual sum around it: 1.3 to 1.5 x fewer bytes according to
+    docs/performance.md. Compiling takes a minute or more, which is not timed.
+    """
+
+    FULL, TINY = FULL, TINY
+
+    @staticmethod
+    def run(size: Size, *, place: Place) -> CaseResult:
+        eager, device = VARIANTS[OURS], place.device
+        if reason := reason_not_to_compile(device, seconds=math.inf):
+            raise UserError(reason)  # the product itself would fall back to eager mode
+        batch = size.batch or largest_batch(lambda n: one_step(size, eager, n, device), device)
+        variants = {OURS: eager, f"{OURS}, compiled": replace(eager, compile=True)}
+        flop = flop_per_image(size.model, size_px=size.size_px)
+        subjects = [
+            device_subject(name, NoiseStep(size, precision, batch, device), device=device, units=batch, enough_s=size.enough_s)
+            for name, precision in variants.items()
+        ]
+        subjects.append(matrix_product(size.matrix, flop, device))
+        timings = measure(subjects, rounds=size.rounds)
+        return part_result(
+            "step_compiled",
+            f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}",
+            subjects,
+            timings,
+            reference=OURS,
+            ceiling=CEILING,
+            settings=size,
+            extra=compute_rates(timings, flop, device),
+            place=place,
+        )

@@ -1,19 +1,30 @@
-"""Wraps device work as a subject of `timing.measure`, called so often that the final wait for the device is negligible."""
+"""Device work as subjects of `timing.measure`, the largest batch whose step fits in the device's memory, and the result of a part."""
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from benchmarks.timing import Subject
+from benchmarks.gpu import Place
+from benchmarks.record import CaseResult, make_result
+from benchmarks.timing import Subject, Timings
 from fastbyol.config.errors import UserError
+from fastbyol.tuning.stepper import is_out_of_memory, synchronize
 
 ENOUGH_S = 0.05
 """Minimum duration of a sample in seconds."""
 MOST_CALLS = 200
+PROBES = (16, 48)
+"""Batches whose memory shows how much an image needs."""
+SHARE = 0.85
+"""Share of the free memory that a step may take: allocation leaves gaps, and a part holds several networks at once."""
+MULTIPLE = 32
+LARGEST = 2048
 
 
 def device_subject(
@@ -62,12 +73,6 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for all work queued on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def why_it_fails(work: Callable[[], object]) -> str:
     """Returns why the work does not run here, in one line, or '' if it does. One failing back end must not stop the others."""
     try:
@@ -102,3 +107,59 @@ def captured(work: Callable[[], object], device: torch.device) -> Callable[[], o
     with torch.cuda.graph(graph):
         work()
     return graph.replay
+
+
+def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
+    """Returns the largest multiple of 32 whose step runs. It is predicted from two small batches and then tried, with a smaller one
+    after each failure.
+
+    Args:
+        step: runs one or more steps of a batch and keeps nothing.
+        device: a CUDA device.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    batch = fitting_batch({n: _peak_bytes(step, n, device) for n in PROBES}, limit=SHARE * (free + torch.cuda.memory_reserved(device)))
+    while batch >= MULTIPLE:
+        try:
+            _peak_bytes(step, batch, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            batch = int(0.9 * batch) // MULTIPLE * MULTIPLE
+        else:
+            return batch
+    raise UserError(f"{MULTIPLE} images do not fit in the memory of {device}")
+
+
+def fitting_batch(peaks: dict[int, int], *, limit: float) -> int:
+    """Returns the largest multiple of 32, at most 2048, that a straight line through the two measured peaks (bytes, by batch) puts under
+    the limit.
+    """
+    (small, low), (large, high) = sorted(peaks.items())
+    per_image = (high - low) / (large - small)
+    fixed = low - small * per_image
+    return min(LARGEST, int((limit - fixed) / per_image) // MULTIPLE * MULTIPLE)
+
+
+def _peak_bytes(step: Callable[[int], object], batch: int, device: torch.device) -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    step(batch)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_reserved(device)
+
+
+def part_result(
+    part: str,
+    title: str,
+    subjects: Sequence[Subject],
+    timings: dict[str, Timings],
+    *,
+    place: Place,
+    threads: int | None = None,
+    **given: Any,
+) -> CaseResult:
+    """Returns `make_result` of a part of the plan, by the wall clock. threads: None means those of torch."""
+    device, threads = place.device.type, threads or torch.get_num_threads()
+    return make_result(f"gpu.{part}", title, subjects, timings, threads=threads, primary="wall", device=device, **given)

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.gpu import Findings, Place
-from benchmarks.gpu.subjects import synchronize
-from benchmarks.training_step import LR, TAU, TrainingStep
+from benchmarks.gpu import TINY_MODEL, Findings, Place
+from benchmarks.training_step import TrainingStep
 from fastbyol.augment.parameters import draw_parameters
 from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
@@ -30,6 +29,7 @@ from fastbyol.data.device import views_on_device
 from fastbyol.monitors import Monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.run.precision import autocast, prepare_model
+from fastbyol.tuning.stepper import LR, TAU, synchronize
 
 CLEAN, UNCHECKED = "no wait", "ran; not checked, because only CUDA has the mode"
 NUM_CLASSES = 10
@@ -43,7 +43,7 @@ class Size:
 
 
 FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=32)
-TINY = Size(model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8), size_px=32, batch=4)
+TINY = Size(model=TINY_MODEL, size_px=32, batch=4)
 
 
 def run(size: Size, *, place: Place) -> Findings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.rivals.updates import solo_learn_update
+from benchmarks.updates import solo_learn_update
 from fastbyol.byol import build_byol
 from fastbyol.config.schema import OptimConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch

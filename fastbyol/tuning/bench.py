@@ -14,8 +14,7 @@ from fastbyol.config.schema import DataConfig, OptimConfig, PrecisionConfig, Tra
 from fastbyol.data.batch import ViewBatch
 from fastbyol.ranks.process_group import Process
 from fastbyol.tuning.comparison import Comparison, Trial, compare
-from fastbyol.tuning.memory import release_memory
-from fastbyol.tuning.verdict import Speeds
+from fastbyol.tuning.stepper import Stepper, release_memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,6 @@ class Findings:
     ranks: int
     comparisons: list[Comparison] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
-    speeds: Speeds | None = None
     lines: list[str] = field(default_factory=list)
 
     def add(self, comparison: Comparison, *names: str) -> str:
@@ -92,6 +90,7 @@ class Bench:
     announce: Callable[[str], None]
     sample: list[ViewBatch] = field(default_factory=list)
     """One batch of real images, once `data` has been opened."""
+    make_stepper: Callable[[TrainConfig, Process], Stepper] = Stepper
 
     @property
     def on_gpu(self) -> bool:
@@ -117,6 +116,10 @@ class Bench:
             data=data or config.data,
             precision=precision or config.precision,
         )
+
+    def stepper(self, batch: int, *, precision: PrecisionConfig | None = None) -> Stepper:
+        """Returns networks of their own for `trial_config`."""
+        return self.make_stepper(self.trial_config(batch, precision=precision), self.process)
 
     def compare(self, title: str, trials: Sequence[Trial]) -> Comparison:
         """Announces the comparison, runs it, and frees the memory of failed candidates."""

@@ -1,22 +1,27 @@
-"""Times several ways to do the same work in turns, and picks one.
+"""Times several ways to do the same work in turns, estimates medians with their intervals, and picks one.
 
 Rounds go A B C A B C and ratios are taken within a round, so that another job on the machine slows down all candidates alike.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
+from typing import TypeVar
 
 from fastbyol.config.errors import UserError
 
+Value = TypeVar("Value")
+CONFIDENCE = 0.95
 ROUNDS, MIN_ROUNDS = 5, 3
 MARGIN = 0.03
 """A candidate within this share of the fastest counts as equally fast: such a difference is not worth a change of settings."""
 WARMUPS = 2
-"""Untimed calls: compilation and allocation happen in the first call, and some of them in the second."""
+"""Untimed rounds: compilation and allocation happen in the first call, and some of them in the second."""
 
 
 class TrialFailed(Exception):
@@ -52,7 +57,7 @@ class Comparison:
 
     def rate(self, name: str) -> float:
         """Returns a candidate's median images per second."""
-        return median(self.rates[name])
+        return estimate(self.rates[name]).median
 
     @property
     def summary(self) -> str:
@@ -73,31 +78,73 @@ def compare(title: str, trials: Sequence[Trial], *, seconds: float, clock: Calla
     Raises:
         UserError: every candidate failed.
     """
-    usable, failed = _warmed_up(trials)
-    rates: dict[str, list[float]] = {trial.name: [] for trial in usable}
-    each_s, start = seconds / (ROUNDS * max(1, len(usable))), clock()
+    _, failed = take_turns({trial.name: partial(trial.run, 0.0) for trial in trials}, range(WARMUPS))
+    usable = [trial for trial in trials if trial.name not in failed]
+    each_s = seconds / (ROUNDS * max(1, len(usable)))
+    # One that has warmed up may still fail: it may find the memory taken by the next one.
+    rates, late = take_turns({trial.name: partial(trial.run, each_s) for trial in usable}, _rounds(seconds, clock))
+    failed |= late
+    if not rates:
+        raise UserError(f"{title}: nothing works here: " + "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+    return Comparison(title, rates, failed)
+
+
+def _rounds(seconds: float, clock: Callable[[], float]) -> Iterator[int]:
+    start = clock()
     for number in range(ROUNDS):
         if number >= MIN_ROUNDS and clock() - start >= seconds:
-            break
-        for trial in [trial for trial in usable if trial.name not in failed]:
+            return
+        yield number
+
+
+def take_turns(samples: Mapping[str, Callable[[], Value]], rounds: Iterable[object]) -> tuple[dict[str, tuple[Value, ...]], dict[str, str]]:
+    """Calls every function once a round, in order.
+
+    Args:
+        samples: the functions, each of which measures its work once. One that raises TrialFailed is not called again.
+        rounds: yields once before each round.
+
+    Returns:
+        The values of those that never failed, one a round, and the reasons of the others.
+    """
+    values: dict[str, list[Value]] = {name: [] for name in samples}
+    failed: dict[str, str] = {}
+    for _ in rounds:
+        for name in [name for name in samples if name not in failed]:
             try:
-                rates[trial.name].append(trial.run(each_s))
-            except TrialFailed as reason:  # one that has warmed up may find the memory taken by the next one
-                failed[trial.name] = str(reason)
-    measured = {name: tuple(values) for name, values in rates.items() if name not in failed}
-    if not measured:
-        raise UserError(f"{title}: nothing works here: " + "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
-    return Comparison(title, measured, failed)
+                values[name].append(samples[name]())
+            except TrialFailed as reason:
+                failed[name] = str(reason)
+    return {name: tuple(taken) for name, taken in values.items() if name not in failed}, failed
 
 
-def _warmed_up(trials: Sequence[Trial]) -> tuple[list[Trial], dict[str, str]]:
-    """Returns the candidates that work, and the reasons of those that do not."""
-    usable, failed = [], {}
-    for trial in trials:
-        try:
-            for _ in range(WARMUPS):
-                trial.run(0.0)
-            usable.append(trial)
-        except TrialFailed as reason:
-            failed[trial.name] = str(reason)
-    return usable, failed
+@dataclass(frozen=True)
+class Estimate:
+    """A median with its confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Returns the median and the order statistics that enclose it with `CONFIDENCE` (the extremes if there are too few values for that)."""
+    ordered = sorted(values)
+    drop = dropped_extremes(len(ordered))
+    return Estimate(median(ordered), ordered[drop], ordered[-1 - drop])
+
+
+def dropped_extremes(num: int) -> int:
+    """Returns how many of `num` sorted values can be dropped at each end so that the rest still encloses the median with `CONFIDENCE`."""
+    # Any one value lies below the true median with probability 1/2, so the number of those that do is binomial.
+    drop = 0
+    while 2 * (drop + 1) < num and interval_coverage(num, drop=drop + 1) >= CONFIDENCE:
+        drop += 1
+    return drop
+
+
+def interval_coverage(num: int, *, drop: int) -> float:
+    """Returns the probability that the true median lies between the order statistics left after dropping `drop` at each end; valid for
+    any distribution.
+    """
+    return 1 - 2 * sum(math.comb(num, k) for k in range(drop + 1)) / 2**num

@@ -12,8 +12,7 @@ from fastbyol.config.schema import accumulation_of
 from fastbyol.ranks.process_group import Process
 from fastbyol.train import build
 from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank
-from fastbyol.tuning.loader_trial import open_loader
-from fastbyol.tuning.loader_tuning import Reading, readings, tune_reading, tune_workers
+from fastbyol.tuning.loader_tuning import Reading, open_loader, readings, tune_reading, tune_workers
 from fastbyol.tuning.step_tuning import num_ways_to_compile, tune_step, update_ways
 from fastbyol.tuning.whole_tuning import tune_whole
 

@@ -5,7 +5,7 @@ Never run on a GPU by us: the search for the batch, fp16 and the ways to move th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,8 +16,7 @@ from fastbyol.optim.ema import check_update
 from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench
 from fastbyol.tuning.comparison import MIN_ROUNDS, Trial, TrialFailed
-from fastbyol.tuning.memory import fits_memory, release_memory, those_that_fit
-from fastbyol.tuning.step_trial import Stepper
+from fastbyol.tuning.stepper import Stepper, fits_memory, release_memory, those_that_fit
 
 SMALLEST_CPU_BATCH = 8
 
@@ -33,15 +32,15 @@ def tune_step(bench: Bench) -> tuple[Stepper, float]:
     if bench.on_gpu:
         stepper, rate = tune_rank_batch(bench)
     else:
-        stepper = Stepper(bench.trial_config(batch), bench.process)
-    stepper, rate = _tune_compile(bench, stepper, rate=rate, own=own)
-    return _tune_update(bench, stepper, rate=rate)
+        stepper = bench.stepper(batch)
+    stepper, rate = tune_compile(bench, stepper, rate=rate, own=own)
+    return tune_update(bench, stepper, update_ways(bench), rate=rate)
 
 
 def _tune_precision(bench: Bench, batch: int) -> float:
     """Chooses number format and memory layout, and returns images per second with them."""
     variants = candidates.precisions(bench.found.config.precision, device=bench.process.device.type, kept=bench.request.kept)
-    steppers = {name: Stepper(bench.trial_config(batch, precision=variant), bench.process) for name, variant in variants.items()}
+    steppers = {name: bench.stepper(batch, precision=variant) for name, variant in variants.items()}
     trials = [Trial(name, stepper.alone(bench.sample[0])) for name, stepper in steppers.items()]
     comparison = bench.compare(f"step alone, batch {batch}", trials)
     chosen = bench.found.add(comparison, "precision.autocast", "precision.channels_last")
@@ -53,7 +52,7 @@ def quick_batch(bench: Bench) -> int:
     """Returns the largest batch whose step is short enough for all candidates' rounds: a whole batch may take minutes on a CPU, or all memory."""
     longest_s = bench.request.seconds / (MIN_ROUNDS * 4)  # two number formats in two layouts
     first = min(SMALLEST_CPU_BATCH, bench.micro_batch)
-    stepper = Stepper(bench.trial_config(first), bench.process)
+    stepper = bench.stepper(first)
     stepper.alone(bench.sample[0])(0.0)
 
     def is_quick(batch: int) -> bool:
@@ -72,7 +71,7 @@ def fitting_batches(bench: Bench) -> list[int]:
     wanted = [bench.micro_batch] if bench.keeps("rank_batch") else candidates.rank_batches(bench.share)
     precision = bench.found.config.precision
     bench.announce(f"rank_batch that fits {bench.process.device} in {precision.autocast}: {', '.join(map(str, wanted))}")
-    stepper = Stepper(bench.trial_config(wanted[0], precision=candidates.eager(precision)), bench.process)
+    stepper = bench.stepper(wanted[0], precision=candidates.eager(precision))
 
     def fits(batch: int) -> bool:
         run = stepper.with_batch(batch).alone(bench.sample[0])
@@ -90,7 +89,7 @@ def tune_rank_batch(bench: Bench) -> tuple[Stepper, float]:
     Every candidate accumulates as many images per update as the largest has.
     """
     largest, *smaller = fitting_batches(bench)[-3:][::-1]
-    stepper = Stepper(bench.trial_config(largest), bench.process)
+    stepper = bench.stepper(largest)
     batches = [largest, *(batch for batch in smaller if largest % batch == 0)]
     trials = [Trial(str(batch), stepper.with_batch(largest, rank_batch=batch).alone(bench.sample[0])) for batch in batches]
     comparison = bench.compare("step alone, rank_batch", trials)
@@ -99,7 +98,14 @@ def tune_rank_batch(bench: Bench) -> tuple[Stepper, float]:
     return stepper.with_batch(int(chosen)), comparison.rate(chosen)
 
 
-def _tune_compile(bench: Bench, stepper: Stepper, *, rate: float, own: PrecisionConfig) -> tuple[Stepper, float]:
+def tune_compile(
+    bench: Bench,
+    stepper: Stepper,
+    *,
+    rate: float,
+    own: PrecisionConfig,
+    why_not: Callable[..., str | None] = candidates.reason_not_to_compile,
+) -> tuple[Stepper, float]:
     """Returns the same networks, compiled if any mode is faster than eager, and images per second.
 
     Each mode is compared with the best so far, so that no more than two copies are in memory at once.
@@ -109,10 +115,11 @@ def _tune_compile(bench: Bench, stepper: Stepper, *, rate: float, own: Precision
         stepper: the networks with those settings.
         rate: images per second of the stepper.
         own: the config's precision before anything was chosen: its compile mode is tried first.
+        why_not: says why torch.compile is not worth a try here, or None.
     """
     if bench.keeps("precision.compile") and not own.compile:
         return stepper, rate
-    if reason := candidates.reason_not_to_compile(bench.process.device, seconds=bench.request.seconds):
+    if reason := why_not(bench.process.device, seconds=bench.request.seconds):
         bench.found.notes["precision.compile_mode" if own.compile and bench.keeps("precision.compile") else "precision.compile"] = reason
         return stepper, rate
     for variant in _ways_to_compile(bench, own):
@@ -141,7 +148,7 @@ def _try_compiled(bench: Bench, best: Stepper, variant: PrecisionConfig, *, rate
     """Returns the faster of the best so far and the same networks compiled in this variant, and images per second."""
     batch = best.config.global_batch
     name, new = candidates.step_name(best.config.precision), candidates.step_name(variant)
-    challenger = Stepper(bench.trial_config(batch, precision=variant), bench.process)
+    challenger = bench.stepper(batch, precision=variant)
     trials = [Trial(name, best.alone(bench.sample[0])), Trial(new, _compiling(challenger.alone(bench.sample[0])))]
     comparison = bench.compare(f"step compiled, batch {batch}", trials)
     chosen = bench.found.add(comparison, "precision.compile", "precision.compile_mode")
@@ -166,7 +173,7 @@ def _compiling(run: Callable[[float], float]) -> Callable[[float], float]:
     return guarded
 
 
-def update_ways(bench: Bench) -> list[str]:
+def update_ways(bench: Bench, *, check: Callable[[str, torch.device], None] = check_update) -> list[str]:
     """Returns the ways to move the target that work on this GPU, the config's own first, and notes why others do not. A CPU has only one."""
     own = bench.found.config.optim.update
     if bench.keeps("optim.update") or not bench.on_gpu:
@@ -174,7 +181,7 @@ def update_ways(bench: Bench) -> list[str]:
     ways, missing = [own], []  # the config's own was tried when the networks were built
     for update in candidates.updates(own)[1:]:
         try:
-            check_update(update, bench.process.device)
+            check(update, bench.process.device)
             ways.append(update)
         except UserError as reason:
             missing.append(str(reason))
@@ -183,9 +190,8 @@ def update_ways(bench: Bench) -> list[str]:
     return ways
 
 
-def _tune_update(bench: Bench, stepper: Stepper, *, rate: float) -> tuple[Stepper, float]:
-    """Returns the same networks with the fastest way to move the target, and images per second."""
-    ways = update_ways(bench)
+def tune_update(bench: Bench, stepper: Stepper, ways: Sequence[str], *, rate: float) -> tuple[Stepper, float]:
+    """Returns the same networks with the fastest of the ways to move the target, and images per second."""
     if len(ways) == 1:
         return stepper, rate
     steppers = {way: stepper.with_update(way) for way in ways}

@@ -15,9 +15,9 @@ from fastbyol.monitors.compute import ComputeMeter
 from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench
 from fastbyol.tuning.comparison import Comparison, Trial
-from fastbyol.tuning.loader_trial import open_loader
-from fastbyol.tuning.step_trial import Pace, Stepper
-from fastbyol.tuning.verdict import WAIT_SHARE, Speeds, verdict
+from fastbyol.tuning.loader_tuning import open_loader
+from fastbyol.tuning.report import WAIT_SHARE, Speeds, verdict
+from fastbyol.tuning.stepper import Pace, Stepper
 
 REFERENCE = "step alone"
 """Measured once more in the same rounds as the whole, because the two are compared."""
@@ -47,7 +47,7 @@ def tune_whole(bench: Bench, stepper: Stepper, *, loader_rates: Mapping[int, flo
         data = queues[chosen]
     bench.found.choose(data=data)
     step_rate = comparison.rate(REFERENCE)
-    bench.found.speeds = Speeds(
+    speeds = Speeds(
         loader=loader_rates[workers],
         step=step_rate,
         whole=comparison.rate(chosen),
@@ -58,7 +58,7 @@ def tune_whole(bench: Bench, stepper: Stepper, *, loader_rates: Mapping[int, flo
         torch_threads=torch.get_num_threads(),
         on_gpu=bench.on_gpu,
     )
-    bench.found.lines = _conclusion(bench, bench.found.speeds)
+    bench.found.lines = _conclusion(bench, speeds)
 
 
 def _reason_not_to_queue(bench: Bench, *, waits: float, loader_rate: float, step_rate: float) -> str | None:

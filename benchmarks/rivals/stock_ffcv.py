@@ -1,4 +1,6 @@
-"""Two views from a .beton with FFCV's own Loader, as in FFCV-SSL: one pipeline per view, so each image is decoded twice.
+"""FFCV itself: its Loader, as in FFCV-SSL, and its DatasetWriter, as in its ImageNet example (Pillow decodes, JPEGs are re-encoded).
+
+The loader makes two views from a .beton with one pipeline per view, so each image is decoded twice.
 
 Same file, images, crop areas and aspects, probabilities and magnitudes as ours, as far as FFCV has the operation. Differences: it has
 no hue, grayscale, blur and solarization, so it does less work than a BYOL view needs; brightness, contrast and saturation are drawn
@@ -7,16 +9,23 @@ separately and blend as torchvision's do; OpenCV resizes by area.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair, ViewSpec
+from fastbyol.data.inputs.listing import ImageListing
 
 MISSING = "ffcv is not installed; 'make install' builds it"
+QUALITY = 90
+"""JPEG quality of the writer, FFCV's default."""
 DIFFERENCES = "decodes twice; without hue, gray, blur, solarize"
 
 
@@ -77,3 +86,31 @@ def _transforms(spec: ViewSpec, pair: ViewPair) -> list[Any]:
         transforms.ToTensor(),
         transforms.ToTorchImage(),
     ]
+
+
+class PillowImages:
+    """(image, label) by index, as in torchvision.datasets.ImageFolder."""
+
+    def __init__(self, listing: ImageListing) -> None:
+        self._listing = listing
+
+    def __len__(self) -> int:
+        return len(self._listing.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self._listing.path(index)) as file:
+            return file.convert("RGB"), self._listing.labels[index]
+
+
+def write_with_stock_ffcv(listing: ImageListing, out: Path, *, workers: int) -> None:
+    """Writes a .beton of the whole listing; returns when its processes have ended."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        writer = DatasetWriter(
+            str(out), {"image": RGBImageField(write_mode="jpg", jpeg_quality=QUALITY), "label": IntField()}, num_workers=workers
+        )
+        writer.from_indexed_dataset(PillowImages(listing))
+    for process in multiprocessing.active_children():
+        process.join()
