@@ -22,12 +22,13 @@ from fastbyol import load_encoder, train
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
+from fastbyol.host.quantities import duration_text
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.stop_vote import StopVote, Verdict
 from fastbyol.run import folder as run_folder
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from fastbyol.run.finite_check import FiniteCheck, first_not_finite
-from fastbyol.run.log import ESTIMATE_STEPS, UNCOUNTED_STEPS, RunLog, duration, read_metrics
+from fastbyol.run.log import ESTIMATE_STEPS, UNCOUNTED_STEPS, RunLog, read_metrics
 from fastbyol.run.plan import RunPlan
 from fastbyol.train import main
 
@@ -408,7 +409,7 @@ def test_the_remaining_time_is_logged_once_after_the_first_steps(tmp_path, capsy
 
 def test_durations_are_readable():
     spoken = {0.2: "0 s", 40: "40 s", 61: "1 min 1 s", 3600: "1 h", 3725: "1 h 2 min", 86400 * 3 + 7200 + 59: "3 d 2 h"}
-    assert {s: duration(s) for s in spoken} == spoken
+    assert {s: duration_text(s) for s in spoken} == spoken
 
 
 def test_metrics_after_a_line_that_was_cut_are_still_read(tmp_path):

@@ -16,6 +16,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.durable_files import write_durably
+from fastbyol.host.quantities import duration_text
 from fastbyol.host.saved_structure import is_count
 from fastbyol.run.live_line import PROGRESS, live_line, progress_line
 from fastbyol.run.wandb_log import WandbLog
@@ -71,7 +72,7 @@ class RunLog:
             step_s = (time.perf_counter() - self._counted_from) / (ESTIMATE_STEPS - UNCOUNTED_STEPS)
             left_s = step_s * (self.total_steps - done)
             end = (datetime.now() + timedelta(seconds=left_s)).strftime("%A %d %B %H:%M")
-            log.info("%.3g s a step: the other %d steps take about %s, until %s", step_s, self.total_steps - done, duration(left_s), end)
+            log.info("%.3g s a step: the other %d steps take about %s, until %s", step_s, self.total_steps - done, duration_text(left_s), end)
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes the record of one logged step: `step` (0-based, just taken) and numbers, texts or None."""
@@ -139,16 +140,6 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
         return None
     texts = {name for name, value in record.items() if not isinstance(value, int | float | None)}
     return record if texts <= {"alarm"} and isinstance(record.get("alarm"), str | None) else None
-
-
-def duration(seconds: float) -> str:
-    """Formats a duration by its two largest non-zero units: '3 d 4 h', '2 h 5 min', '40 s'."""
-    rest, parts = round(seconds), []
-    for size, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        count, rest = divmod(rest, size)
-        if count:
-            parts.append(f"{count} {name}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def configure_logging(file: Path | None = None, *, quiet: bool = False, screen: logging.Handler | None = None) -> None:
