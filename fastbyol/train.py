@@ -35,8 +35,7 @@ from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Diverged, Lost, one_
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data import build_loader
-from fastbyol.data.batch import ViewBatch
-from fastbyol.data.device import views_on_device
+from fastbyol.data.batch import ViewBatch, views_on_device
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.evaluation.online_knn import build_online_knn, check_online_knn
 from fastbyol.models.encoder import check_image_size

@@ -13,8 +13,7 @@ from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Source
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES
 from fastbyol.data.formats.manifest import TAR_MANIFEST
-from fastbyol.data.loader import ImageLoader, TwoViewLoader
-from fastbyol.data.readahead import Readahead
+from fastbyol.data.loader import ImageLoader, Readahead, TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Blocks, Traversal, group_into_blocks
 

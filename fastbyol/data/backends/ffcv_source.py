@@ -17,8 +17,7 @@ import numpy as np
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, Storage, damaged, some_of
 from fastbyol.data.formats.beton import JPEG_MODE, Beton, read_beton
-from fastbyol.data.formats.class_counts import numbered_class_names, refuse_other_counts
-from fastbyol.data.formats.manifest import beton_manifest_path, read_manifest
+from fastbyol.data.formats.manifest import beton_manifest_path, numbered_class_names, read_manifest, refuse_other_counts
 from fastbyol.data.formats.turbojpeg import TurboJpeg
 
 log = logging.getLogger("fastbyol")

@@ -13,12 +13,17 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastbyol.config.errors import UserError, shortened
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 """Largest manifest that is read (ImageNet's has 100 kB): parsing a huge JSON file would fill the memory."""
+MAX_CLASSES = 1 << 20
+"""Larger labels are not accepted as class numbers: each class needs memory for its name and for a row of every classifier."""
 _MAX_NUMBER = 1 << 48
 _LONGEST_NAME = 255
 _READ_BYTES = 1 << 20
@@ -179,3 +184,26 @@ def _refuse_edited(manifest: Manifest) -> None:
     listed = manifest.num_samples + len(manifest.dropped)
     if any(position >= listed for position in manifest.dropped) or list(manifest.dropped) != sorted(set(manifest.dropped)):
         raise ValueError(f"its dropped images should be ascending positions below {listed:,}")
+
+
+def refuse_other_counts(path: Path, labels: NDArray[np.int64], manifest: Manifest) -> None:
+    """Raises UserError unless the labels, (N,) int64, have as many of each class as the manifest says. A label of -1 means unlabelled."""
+    classes = len(manifest.class_names)
+    outside = labels[(labels < -1) | (labels >= classes)]
+    if len(outside):
+        raise UserError(f"{path}: holds the label {int(outside[0])}, its manifest names {classes} classes; copy it again, or convert again")
+    counts = np.bincount(labels[labels >= 0], minlength=classes).tolist()
+    if counts != list(manifest.class_counts):
+        raise UserError(f"{path}: has other numbers of images per class than its manifest says (damaged, or edited); convert again")
+
+
+def numbered_class_names(path: Path, labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """Returns '0', '1', … up to the highest label. A label of -1 means unlabelled. Raises UserError for a label above the limit."""
+    highest = int(labels.max())
+    if highest >= MAX_CLASSES:
+        image = int(labels.argmax())
+        raise UserError(
+            f"{path}: image {image} has the label {highest}; labels are class numbers from 0 up to {MAX_CLASSES - 1:,}, or -1 for none. "
+            "Write the file with such labels"
+        )
+    return tuple(map(str, range(highest + 1)))

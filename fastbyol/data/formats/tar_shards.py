@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, shortened
 from fastbyol.data.formats.beton import refuse_impossible_sizes
-from fastbyol.data.formats.class_counts import refuse_other_counts
-from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, read_manifest
+from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, read_manifest, refuse_other_counts
 
 SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
 SAMPLE = np.dtype(

@@ -11,8 +11,7 @@ import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.source import Indices, Pixels
-from fastbyol.data.formats.class_counts import numbered_class_names
-from fastbyol.data.formats.manifest import Manifest
+from fastbyol.data.formats.manifest import Manifest, numbered_class_names
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.converted import is_converted, open_converted

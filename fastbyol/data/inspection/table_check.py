@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.data.formats.class_counts import numbered_class_names, refuse_other_counts
-from fastbyol.data.formats.manifest import Manifest, is_sealed, read_manifest
+from fastbyol.data.formats.manifest import Manifest, is_sealed, numbered_class_names, read_manifest, refuse_other_counts
 from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.shard_check import foreign_shard
