@@ -227,11 +227,6 @@ class _Worker:
         return f": {lines[-1].strip()}" if lines else ""
 
 
-def default_workers() -> int:
-    """Returns the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def _end_silent(workers: list[_Worker]) -> list[_Worker]:
     """Kills workers that have sent nothing for too long, so that the end of their pipe is read next. Always returns an empty list."""
     for worker in workers:

@@ -21,19 +21,15 @@ from numpy.typing import NDArray
 
 from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, environment_integer, shortened
-from fastbyol.data.conversion.background_digests import BackgroundDigests
-from fastbyol.data.conversion.encode import Outcome
-from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
-from fastbyol.data.conversion.options import ConversionOptions
-from fastbyol.data.conversion.outcome import make_manifest, require_few_dropped
-from fastbyol.data.conversion.output import disk_errors
-from fastbyol.data.conversion.report import make_report, report_text
+from fastbyol.data.conversion.image_pass import ROW, convert_images, kept_rows, touched_images
+from fastbyol.data.conversion.report import make_manifest, write_report
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
-from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
-from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest, refuse_impossible_values
+from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
+from fastbyol.data.conversion.work_folder import disk_errors
+from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, read_manifest, refuse_impossible_values, write_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.host.durable_files import flush_to_disk, write_durably
+from fastbyol.host.durable_files import durable_file, flush_to_disk, write_durably
 from fastbyol.host.stop_signals import stop_signals
 
 _PARTS, _TABLES = "part-*-of-*.json", "part-*-of-*.npz"
@@ -97,14 +93,20 @@ def write_tar_part(
             if not len(order):
                 raise UserError(f"shard = {part.number}/{part.count}: {len(listing.files)} images are too few for {part.count} machines")
             task = make_task(listing, order=order, out=out / f"part-{part.name}", options=options, workers=workers)
-            with (
-                open_work(files.work, task, kind="tar part", settings={**settings, "part": part.name}) as work,
-                BackgroundDigests(work) as digests,
-            ):
-                output = TarOutput(work, digests, shard_mib=shard_mib, part=part.name)
+            with open_work(files.work, task, kind="tar part", settings={**settings, "part": part.name}) as work:
+                output = TarOutput(work, shard_mib=shard_mib, part=part.name)
                 rows = convert_images(task, output, work, stop=stop)
                 _write_table(files.work / files.table.name, listing, rows)
-                done = _describe(task, settings, output.finish(rows), touched_images(work))
+                done = _Done(
+                    settings=settings,
+                    source=str(listing.root),
+                    listing_sha256=task.listing_sha256,
+                    num_images=len(listing.files),
+                    class_names=list(listing.class_names),
+                    skipped=list(listing.skipped),
+                    shards=output.finish(rows),
+                    touched=touched_images(work),
+                )
                 write_durably(files.work / files.description.name, json.dumps(asdict(done)))
         files.publish()
         return _read_part(files.description).shards
@@ -137,16 +139,12 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
             _refuse_other_rows(path, one, table)
         rows = np.sort(_renumbered([table.rows for table in tables], done), order="index")
         task = _whole_task(out, done[0], tables, rows, options or ConversionOptions())
-        report = make_report(task.listing, rows, [entry for one in done for entry in one.touched])
-        write_durably(out / TAR_REPORT, report_text(report))
-        require_few_dropped(task, rows, report=out / TAR_REPORT)
-        table = out / f".{SAMPLE_TABLE}"
-        np.save(table, sample_table(task, rows))
-        flush_to_disk(table)
-        os.replace(table, out / SAMPLE_TABLE)
+        write_report(out / TAR_REPORT, task, rows, [entry for one in done for entry in one.touched])
+        with durable_file(out / SAMPLE_TABLE) as table:
+            np.save(table, sample_table(task, rows))
         shards = [shard for one in done for shard in one.shards]
         manifest = make_manifest("tar", task, rows, shards, {**done[0].settings, "parts": len(parts)})
-        write_durably(out / TAR_MANIFEST, manifest_text(manifest))
+        write_manifest(out / TAR_MANIFEST, manifest)
         _remove_parts(out)
     return manifest
 
@@ -181,12 +179,6 @@ class _Done:
     skipped: list[tuple[str, str]]
     shards: list[Shard]
     touched: list[dict[str, Any]]
-
-
-def _describe(task: Task, settings: Mapping[str, Any], shards: list[Shard], touched: list[dict[str, Any]]) -> _Done:
-    listing = task.listing
-    names, skipped = list(listing.class_names), list(listing.skipped)
-    return _Done(dict(settings), str(listing.root), task.listing_sha256, len(listing.files), names, skipped, shards, touched)
 
 
 class _Table(NamedTuple):
@@ -295,7 +287,7 @@ def _read_table(description: Path) -> _Table:
 
 def _refuse_other_rows(description: Path, done: _Done, table: _Table) -> None:
     """Raises UserError if a part's table points beyond its shards or classes."""
-    kept = table.rows[table.rows["outcome"] != Outcome.DROPPED]
+    kept = kept_rows(table.rows)
     ends = np.array([shard.bytes for shard in done.shards] or [0], dtype=np.uint64)
     fits = not len(kept) or (
         int(kept["shard"].max()) < len(done.shards)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, shortened
+from fastbyol.host.durable_files import write_durably
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
@@ -98,15 +99,18 @@ def chunks_sha256(digests: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def manifest_text(manifest: Manifest) -> str:
-    """Returns the manifest as indented ASCII JSON, sealed with the digest of its fields."""
-    fields = {"format_version": FORMAT_VERSION} | asdict(manifest)
-    return json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n"
+def image_summary(height: NDArray[Any], width: NDArray[Any], size: NDArray[Any]) -> dict[str, float]:
+    """Returns the smallest, mean and largest height and width in pixels, and the number of bytes: the manifest's `images`."""
+    summary: dict[str, float] = {}
+    for name, side in (("height", height.astype(np.int64)), ("width", width.astype(np.int64))):
+        summary |= {f"{name}_min": int(side.min()), f"{name}_mean": round(float(side.mean()), 2), f"{name}_max": int(side.max())}
+    return summary | {"bytes": int(size.sum())}
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest to `path`; the caller renames it to its final name."""
-    path.write_text(manifest_text(manifest), encoding="utf-8")
+    """Writes the manifest as indented ASCII JSON, sealed with the digest of its fields."""
+    fields = {"format_version": FORMAT_VERSION} | asdict(manifest)
+    write_durably(path, json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n")
 
 
 def is_sealed(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.data.formats.manifest import Manifest, is_sealed, numbered_class_names, read_manifest, refuse_other_counts
+from fastbyol.data.formats.manifest import Manifest, image_summary, is_sealed, numbered_class_names, read_manifest, refuse_other_counts
 from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.shard_check import foreign_shard
@@ -105,19 +105,10 @@ def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterato
     for shard, count in zip(manifest.shards, samples, strict=False):
         if shard.samples != count:
             yield f"says {shard.samples} images in {shard.name}, the sample table has {count}"
-    measured = _summary(images)
+    measured = image_summary(images.height, images.width, images.size)
     for name in measured.keys() & manifest.images.keys():
         if manifest.images[name] != measured[name]:
             yield f"says {name} = {shortened(manifest.images[name])}, the images have {measured[name]}"
-
-
-def _summary(images: Converted) -> dict[str, float]:
-    sides = {
-        f"{name}_{which}": value
-        for name, side in (("height", images.height), ("width", images.width))
-        for which, value in (("min", int(side.min())), ("mean", round(int(side.sum()) / len(side), 2)), ("max", int(side.max())))
-    }
-    return sides | {"bytes": int(images.size.sum())}
 
 
 def _without(error: UserError, path: Path) -> str:

@@ -5,7 +5,6 @@ The checks that a training run makes when it opens the data take milliseconds; h
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.image_check import ImageCheck
 from fastbyol.data.inspection.shard_check import shard_faults
 from fastbyol.data.inspection.table_check import checked_manifest, checked_tables
+from fastbyol.host.cores import default_workers
 from fastbyol.host.progress import Progress
 
 _CHUNK_BYTES = 8 << 20
@@ -54,7 +54,7 @@ def verify(path: Path, *, originals: ImageListing | None = None, workers: int = 
         found.num_images, found.num_bytes = len(images.label), int(images.size.sum())
     with Progress(f"verify {path.name}", found.num_images, unit="images") as progress:
         work = _work(path, manifest, images, check, stop := Event())
-        for faults, done in _run(work, threads=workers or len(os.sched_getaffinity(0)), stop=stop):
+        for faults, done in _run(work, threads=workers or default_workers(), stop=stop):
             found.add(faults)
             progress.advance(done)
     found.faults.sort(key=lambda fault: (fault.file, fault.image))
