@@ -31,6 +31,8 @@ inputs:
 Names in tables and lists may have other folders in front than the data, or none.
 Order and labels are those of torchvision's ImageFolder for all of them: by class, then by name.
 """
+LABEL_OPTIONS = ("labels", "path_column", "label_column", "devkit", "subset", "drop_empty_classes", "splits_are_classes")
+"""Names, in the parsed arguments, of the options of `add_label_arguments`."""
 
 
 def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", required: bool = True) -> None:
@@ -99,8 +101,7 @@ def optional_listing_from(arguments: Namespace, *, option: str) -> ImageListing 
 
 def label_options(arguments: Namespace) -> list[str]:
     """Returns the names, without dashes, of the options of `add_label_arguments` that are given."""
-    names = ("labels", "path_column", "label_column", "devkit", "subset", "drop_empty_classes", "splits_are_classes")
-    return [name.replace("_", "-") for name in names if getattr(arguments, name)]
+    return [name.replace("_", "-") for name in LABEL_OPTIONS if getattr(arguments, name)]
 
 
 def list_images(

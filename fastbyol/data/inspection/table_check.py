@@ -38,10 +38,10 @@ def checked_manifest(path: Path, found: Findings) -> Manifest | None:
     try:
         manifest = read_manifest(manifest_path(path))
     except UserError as error:
-        found.add([Fault(str(manifest_path(path)), -1, _without(error, manifest_path(path)))])
+        found.add([Fault(str(manifest_path(path)), _without(error, manifest_path(path)))])
         return None
     if not is_sealed(manifest_path(path)):
-        found.add([Fault(str(manifest_path(path)), -1, "has been edited: it is not what the conversion wrote")])
+        found.add([Fault(str(manifest_path(path)), "has been edited: it is not what the conversion wrote")])
     found.num_classes = len(manifest.class_names)
     return manifest
 
@@ -56,7 +56,7 @@ def checked_tables(path: Path, manifest: Manifest | None, found: Findings) -> Co
         else:
             images = _foreign_shards(path, found)
     except UserError as error:
-        found.add([Fault(str(path), -1, _without(error, path))])
+        found.add([Fault(str(path), _without(error, path))])
         return None
     if images.crc32 is None:
         found.notes.append("it has no checksums of its images: a changed image that still decodes cannot be detected")
@@ -64,9 +64,9 @@ def checked_tables(path: Path, manifest: Manifest | None, found: Findings) -> Co
         try:
             numbered_class_names(path, images.label)
         except UserError as error:
-            found.add([Fault(str(path), -1, _without(error, path))])
+            found.add([Fault(str(path), _without(error, path))])
     if manifest is not None:
-        found.add(Fault(str(manifest_path(path)), -1, what) for what in _disagreements(path, images, manifest))
+        found.add(Fault(str(manifest_path(path)), what) for what in _disagreements(path, images, manifest))
     return images
 
 
@@ -76,7 +76,7 @@ def _foreign_shards(folder: Path, found: Findings) -> Converted:
     for number, tar in enumerate(files):
         in_tar, faults = foreign_shard(tar)
         places += [(number, *place) for place in in_tar]
-        found.add(Fault(str(tar), -1, what) for _, what in faults)
+        found.add(faults)
     if not places:
         raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that data_prep/to_dali.py made")
     file, offset, size = np.array(places, dtype=np.int64).T
