@@ -86,6 +86,7 @@ class TwoViewLoader:
     def __iter__(self) -> Iterator[ViewBatch]:
         epoch, first = self._epoch, self._batch
         for batch, rendered in enumerate(self._renderer.batches(self._plan(epoch, first), self._draw_at(epoch)), start=first):
+            # Before the yield: a checkpoint that is saved in the loop's body must continue after this batch.
             self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
             yield self._view_batch(rendered)
 

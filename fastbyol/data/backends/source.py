@@ -108,6 +108,7 @@ class RangeReader:
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
+        # pread leaves the file's position alone, so threads may share the descriptor.
         data = os.pread(self._descriptor, size, offset)
         if len(data) != size:
             raise UserError(

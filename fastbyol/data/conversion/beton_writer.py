@@ -72,6 +72,7 @@ def write_beton(
     if shuffle_seed is not None:
         require(0 <= shuffle_seed < 2**63, "shuffle-seed", shuffle_seed, "an integer in [0, 2^63)")
     with stop_signals() as stop, disk_errors(out):
+        # Before the check of the name, which would refuse the output of a run that was killed while it cleaned up.
         clear_if_finished(work_path(out), data=_DATA, output=out)
         require_free_name(out, overwrite=overwrite)
         listing = as_listing(data)
@@ -130,6 +131,7 @@ class _BetonOutput(Output):
 
     def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
         size = len(image.data)
+        # FFCV reads whole pages: an image that crossed into the next one would be cut.
         if self._file.size // self._page_bytes != (self._file.size + size - 1) // self._page_bytes:
             self._file.write(bytes(-self._file.size % self._page_bytes))
         at = self._file.size
@@ -144,6 +146,7 @@ class _BetonOutput(Output):
 
     def _begin_digests(self) -> None:
         """Starts the digests of the chunks that have become full."""
+        # The digests' thread reads the file, so the buffer must have left this process.
         while self._file.size >= self._digested + _CHUNK_BYTES:
             self._file.flush()
             self._work.digests.begin(_DATA, start=self._digested, size=_CHUNK_BYTES)

@@ -23,12 +23,13 @@ from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, environment_integer, shortened
 from fastbyol.data.conversion.image_pass import ROW, convert_images, kept_rows, touched_images
 from fastbyol.data.conversion.report import make_manifest, write_report
-from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
+from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, tar_settings
 from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import disk_errors
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, read_manifest, refuse_impossible_values, write_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import durable_file, flush_to_disk, write_durably
 from fastbyol.host.stop_signals import stop_signals
 
@@ -89,7 +90,7 @@ def write_tar_part(
         files = _PartFiles(out, part.name)
         if not (files.is_complete and options.unfinished != "restart"):
             listing = as_listing(data)
-            order = part.share(shuffled(listing, seed=seed))
+            order = part.share(seeded_permutation(len(listing.files), seed))
             if not len(order):
                 raise UserError(f"shard = {part.number}/{part.count}: {len(listing.files)} images are too few for {part.count} machines")
             task = make_task(listing, order=order, out=out / f"part-{part.name}", options=options, workers=workers)
@@ -211,6 +212,7 @@ class _PartFiles:
 
     def publish(self) -> None:
         """Moves the files to the folder of all parts. Continues a move that was interrupted."""
+        # The description comes last: it tells the merge that everything else of the part is there.
         shards = sorted((self.work / SHARDS_FOLDER).glob("*"))
         for file in (*shards, self.work / self.table.name, self.work / self.description.name):
             if file.exists():
@@ -275,6 +277,7 @@ def _read_table(description: Path) -> _Table:
         with ZipFile(path) as archive:  # refuse compressed entries, which we never write: a small file could unpack to fill the memory
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")
+        # allow_pickle stays off: unpickling a file from elsewhere would run its code.
         with np.load(path) as arrays:
             rows, labels, names = (arrays[name] for name in _Table._fields)
             table = _Table(rows, labels, names.tobytes().decode(errors="surrogateescape").split("\0"))
@@ -291,6 +294,7 @@ def _refuse_other_rows(description: Path, done: _Done, table: _Table) -> None:
     ends = np.array([shard.bytes for shard in done.shards] or [0], dtype=np.uint64)
     fits = not len(kept) or (
         int(kept["shard"].max()) < len(done.shards)
+        # Each offset alone first: the sum below could wrap around 2^64.
         and bool((kept["offset"] <= ends[kept["shard"]]).all())
         and bool((kept["offset"] + kept["size"] <= ends[kept["shard"]]).all())
     )

@@ -28,7 +28,6 @@ from fastbyol.data.conversion.work_folder import (
 )
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, write_manifest
 from fastbyol.data.formats.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
-from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import flush_to_disk
 from fastbyol.host.stop_signals import stop_signals
@@ -75,7 +74,7 @@ def write_tar_shards(
         clear_if_finished(work_path(out), data=SHARDS_FOLDER, output=out)
         require_free_name(out, overwrite=overwrite, marker=TAR_MANIFEST)
         listing = as_listing(data)
-        order = shuffled(listing, seed=seed)
+        order = seeded_permutation(len(listing.files), seed)
         task = make_task(listing, order=order, out=out, options=options, workers=workers)
         with open_work(work_path(out), task, kind="tar", settings=settings) as work:
             output = TarOutput(work, shard_mib=shard_mib)
@@ -84,6 +83,7 @@ def write_tar_shards(
             write_report(report, task, rows, touched_images(work))
             shards = output.finish(rows)
             folder = work.path / SHARDS_FOLDER
+            # The table is in listing order, as a .beton is, so that sample i is the same image with both backends.
             rows = np.sort(rows, order="index")
             np.save(folder / SAMPLE_TABLE, sample_table(task, rows))
             manifest = make_manifest("tar", task, rows, shards, settings)
@@ -95,11 +95,6 @@ def write_tar_shards(
             put_in_place(folder, out)
             work.discard()
     return manifest
-
-
-def shuffled(listing: ImageListing, *, seed: int) -> NDArray[np.int64]:
-    """Returns the random order in which the images of a listing are written to shards."""
-    return seeded_permutation(len(listing.files), seed)
 
 
 def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> Settings:
@@ -136,6 +131,7 @@ class TarOutput(Output):
         kept = kept_rows(rows)
         if not len(kept):
             return
+        # Dropped images leave no bytes, so the end of the last shard follows from the last kept image.
         self._number, end = int(kept["shard"][-1]), int(kept["offset"][-1]) + _padded(int(kept["size"][-1])) + _NUMBERS_BYTES
         if end < self._shard_bytes:
             self._file = self._work.open(self._path(self._number), size=end)
@@ -196,15 +192,9 @@ def member_header(name: str, size: int) -> bytes:
     )
 
 
-def _empty_header() -> bytes:
-    member = tarfile.TarInfo("")
-    member.mode = 0o644
-    return member.tobuf(tarfile.USTAR_FORMAT)
-
-
 # POSIX: offsets of the size (11 octal digits) and of the checksum (8 characters, which count as blanks in the sum).
 _SIZE_AT, _SUM_AT = 124, 148
-_HEADER = _empty_header()
+_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # mode 644, without owner or time
 _OTHER_FIELDS_SUM = sum(_HEADER) - sum(_HEADER[_SIZE_AT : _SIZE_AT + 11]) - sum(_HEADER[_SUM_AT : _SUM_AT + 8]) + 8 * ord(" ")
 
 

@@ -103,6 +103,7 @@ class WorkFolder:
         """Opens a file of this folder for appending, and cuts it to `size`. name: relative path, at most one folder deep."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
+        # What lies beyond is from after the last journal entry: it will be written again.
         with path.open("ab") as file:
             file.truncate(size)
         self._files[name] = GrowingFile(path, name)
@@ -306,6 +307,7 @@ def put_in_place(new: Path, out: Path) -> None:
     If the work folder is inside `out`, the files are moved one by one into `out`.
     """
     if new.is_dir() and new.parent.parent == out:
+        # The new name says to `clear_if_finished` that all is written and the moves only have to go on.
         os.replace(new, new.with_name(_COMPLETE))
         flush_to_disk(new.parent)
         _empty_into(new.with_name(_COMPLETE), out)

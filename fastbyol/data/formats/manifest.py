@@ -165,6 +165,7 @@ def refuse_impossible_values(*, numbers: Iterable[object], texts: Iterable[objec
     for number in numbers:
         if not (isinstance(number, int) and 0 <= number < _MAX_NUMBER):
             raise ValueError(f"{shortened(number, limit=60)} should be a number from 0 on that a file can have")
+    # A name with a folder in it could point to any file of this machine.
     for name in (shard.name for shard in shards):
         if not name or name in (".", "..") or set(name) & {"/", "\\", "\0"} or len(name) > _LONGEST_NAME:
             raise ValueError(f"{shortened(repr(name), limit=60)} should be the name of a file beside it")
@@ -172,6 +173,7 @@ def refuse_impossible_values(*, numbers: Iterable[object], texts: Iterable[objec
 
 def _refuse_other_types(values: Iterable[object], kind: type) -> None:
     for value in values:
+        # JSON's true is an int in Python.
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{shortened(repr(value), limit=60)} should be a {kind.__name__}")
 

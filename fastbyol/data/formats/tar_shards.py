@@ -79,6 +79,7 @@ def read_sample_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
         raise foreign
     all_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
     shard_bytes = all_bytes[table["shard"]]
+    # Each offset alone too: the sum may wrap around 2^64.
     if (table["offset"] > shard_bytes).any() or (table["offset"] + table["size"] > shard_bytes).any():
         raise UserError(f"{path}: points outside its shards; {again}")
     if table["size"].sum(dtype=np.uint64) > all_bytes.sum():

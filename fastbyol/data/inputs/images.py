@@ -14,8 +14,9 @@ from pathlib import Path
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require_choice
 from fastbyol.data.inputs.folder import by_class_folder, list_image_folder, scan_folder
-from fastbyol.data.inputs.labels import LabelFile, label_images, read_devkit, read_label_file
+from fastbyol.data.inputs.labels import LabelFile, label_images, read_devkit
 from fastbyol.data.inputs.listing import ImageListing, left_out_text
+from fastbyol.data.inputs.name_matching import read_text
 from fastbyol.data.inputs.splits import refuse_splits
 from fastbyol.data.inputs.subset import drop_empty_classes, read_subset, restrict
 from fastbyol.data.inputs.tar import TarScan
@@ -148,7 +149,7 @@ def _label_file(labels: Path | None, devkit: Path | None, path_column: str | Non
     if labels and devkit:
         raise UserError("--labels and --devkit: both give labels; give one of them")
     if labels:
-        return read_label_file(labels, path_column=path_column, label_column=label_column)
+        return LabelFile(labels, read_text(labels), path_column, label_column)
     return read_devkit(devkit) if devkit else None
 
 

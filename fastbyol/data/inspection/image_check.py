@@ -111,5 +111,6 @@ def _mean_distance(stored: Pixels, original: Image.Image) -> float:
     if abs(original.height * scale - height) > 1 or abs(original.width * scale - width) > 1:
         return 255.0
     resized = original if original.size == (width, height) else original.resize((width, height), Image.Resampling.BICUBIC)
+    # Means of 8x8 blocks: JPEG changes single pixels much and these hardly. int16, because uint8 differences wrap around.
     means = [np.asarray(picture.reduce(_BLOCK_PX), dtype=np.int16) for picture in (Image.fromarray(stored), resized)]
     return float(np.abs(means[0] - means[1]).mean())

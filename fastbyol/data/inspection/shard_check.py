@@ -99,6 +99,7 @@ def _sample_faults(descriptor: int, index: int, members: list[TarInfo], images: 
         yield f"lies at byte {place[0]:,} with {place[1]:,} bytes, the sample table says {told[0]:,} and {told[1]:,}"
     for component, wanted in (("cls", int(images.label[index])), ("idx", int(images.listed[index]))):
         member = found[component]
+        # pread, because `tar_members` is in the middle of the same file.
         value = int.from_bytes(os.pread(descriptor, 8, member.offset_data), "little", signed=True)
         if member.size != 8 or value != wanted:
             yield f"its component .{component} says {value} in {member.size} bytes, should say {wanted}"

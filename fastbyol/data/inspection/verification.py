@@ -86,6 +86,7 @@ def _unmatched(images: Converted, originals: ImageListing) -> Iterator[Fault]:
         try:
             checksum = zlib.crc32(originals.location(index).read())
         except OSError:
+            # No image has this checksum, so the file counts as missing.
             checksum = -1
         left[checksum] -= 1
         if left[checksum] < 0:
