@@ -36,7 +36,7 @@ from benchmarks.run import log_console, make_folder, print_skipped
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_positive
 from fastbyol.config.plain import nearest_name
-from fastbyol.data.build import default_workers
+from fastbyol.host.cores import default_workers
 
 BUDGET_S = 460.0
 """Seconds for all parts together, so that the command ends within eight minutes."""

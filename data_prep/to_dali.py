@@ -10,6 +10,7 @@ if __name__ == "__main__":
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.console import say
@@ -18,7 +19,7 @@ from fastbyol.data.conversion.command_line import conversion_options, conversion
 from fastbyol.data.conversion.tar_parts import merge_tar_parts, parse_part, write_tar_part
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.formats.tar_shards import TAR_REPORT
-from fastbyol.data.inputs.images import listing_from, optional_listing_from
+from fastbyol.data.inputs.images import LABEL_OPTIONS, listing_from, optional_listing_from
 from fastbyol.host.quantities import bytes_text, count_text
 
 EXAMPLES = """\
@@ -34,8 +35,7 @@ on four machines with one file system, then on one of them (--shard auto takes t
 Beside the shards: one DALI index each, samples.npy (location of each image), manifest.json (class names, settings, checksums), report.json.
 """
 
-OPTIONS_OF_MERGE = {"merge", "out", "max_dropped", "data", "labels", "path_column", "label_column", "devkit", "subset",
-                    "drop_empty_classes", "splits_are_classes"}  # fmt: skip
+OPTIONS_OF_MERGE = {"merge", "out", "max_dropped", "data", *LABEL_OPTIONS}
 
 
 @stoppable
@@ -52,24 +52,24 @@ def main() -> None:
         raise UserError("--merge comes after all --shard runs, in a command of its own")
     if not (arguments.merge or arguments.data):
         raise UserError("--data: missing; give the images to convert (only --merge can do without)")
-    if arguments.shard:
-        _convert_part(arguments)
-        return
     if arguments.merge:
         _refuse_settings(arguments, parser)
         originals = optional_listing_from(arguments, option="--data")
         manifest = merge_tar_parts(arguments.out, data=originals, options=conversion_options(arguments))
+        print_outcome(arguments.out, manifest, arguments.out / TAR_REPORT)
+        return
+    settings: dict[str, Any] = {
+        "out": arguments.out,
+        "workers": arguments.workers,
+        "shard_mib": arguments.shard_mb,
+        "seed": arguments.seed,
+        "options": conversion_options(arguments),
+    }
+    if arguments.shard:
+        _convert_part(arguments, settings)
     else:
-        manifest = write_tar_shards(
-            partial(listing_from, arguments),
-            out=arguments.out,
-            workers=arguments.workers,
-            shard_mib=arguments.shard_mb,
-            seed=arguments.seed,
-            overwrite=overwrite_mode(arguments),
-            options=conversion_options(arguments),
-        )
-    print_outcome(arguments.out, manifest, arguments.out / TAR_REPORT)
+        manifest = write_tar_shards(partial(listing_from, arguments), overwrite=overwrite_mode(arguments), **settings)
+        print_outcome(arguments.out, manifest, arguments.out / TAR_REPORT)
 
 
 def _refuse_settings(arguments: Namespace, parser: OneLineParser) -> None:
@@ -78,19 +78,11 @@ def _refuse_settings(arguments: Namespace, parser: OneLineParser) -> None:
             raise UserError(f"--{name.replace('_', '-')}: has no effect with --merge; the parts are as they were converted")
 
 
-def _convert_part(arguments: Namespace) -> None:
+def _convert_part(arguments: Namespace, settings: dict[str, Any]) -> None:
     if arguments.overwrite:
         raise UserError("--overwrite does not go with --shard, whose folder belongs to several machines; remove the folder yourself")
     part = parse_part(arguments.shard)
-    shards = write_tar_part(
-        partial(listing_from, arguments),
-        out=arguments.out,
-        part=part,
-        workers=arguments.workers,
-        shard_mib=arguments.shard_mb,
-        seed=arguments.seed,
-        options=conversion_options(arguments),
-    )
+    shards = write_tar_part(partial(listing_from, arguments), part=part, **settings)
     size, images = sum(shard.bytes for shard in shards), sum(shard.samples for shard in shards)
     say(
         f"{arguments.out}: part {part.number}/{part.count}: {images:,} images, {count_text(len(shards), 'shard')}, {size:,} bytes ({bytes_text(size)})"

@@ -21,14 +21,12 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.dali_source import DaliSource
 from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.conversion import beton_writer, estimate
-from fastbyol.data.conversion.background_digests import BackgroundDigests
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.encode import EncodeSettings
 from fastbyol.data.conversion.image_pass import BadImage
-from fastbyol.data.conversion.options import ConversionOptions
-from fastbyol.data.conversion.output import work_path
 from fastbyol.data.conversion.tar_writer import write_tar_shards
-from fastbyol.data.conversion.work_folder import WorkFolder
+from fastbyol.data.conversion.task import ConversionOptions
+from fastbyol.data.conversion.work_folder import BackgroundDigests, WorkFolder, work_path
 from fastbyol.data.formats.beton import read_beton
 from fastbyol.data.formats.manifest import read_manifest
 from fastbyol.data.inputs.folder import list_image_folder

@@ -12,8 +12,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair, both
 from fastbyol.data import ViewBatch, build_loader
+from fastbyol.data.batch import views_on_device
 from fastbyol.data.conversion.tar_writer import write_tar_shards
-from fastbyol.data.device import views_on_device
 from fastbyol.data.formats.tar_shards import shard_name
 from fastbyol.data.loader import TwoViewLoader
 

@@ -21,9 +21,9 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_image_loader, build_loader
-from fastbyol.data.build import default_workers
 from fastbyol.data.formats import beton as beton_format
 from fastbyol.data.inputs.folder import list_image_folder
+from fastbyol.host.cores import default_workers
 
 VIEWS = ViewPair(size_px=8)
 

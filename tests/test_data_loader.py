@@ -19,13 +19,11 @@ from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair, both
 from fastbyol.data import ViewBatch, build_image_loader, build_loader
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source
-from fastbyol.data.batch_memory import BatchMemory
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.formats.beton import read_beton
-from fastbyol.data.loader import TwoViewLoader
-from fastbyol.data.readahead import Readahead
-from fastbyol.data.renderer import KernelRenderer
+from fastbyol.data.loader import Readahead, TwoViewLoader
+from fastbyol.data.renderer import BatchMemory, KernelRenderer
 from fastbyol.data.traversal import Traversal, group_into_blocks, local_order
 
 BACKENDS = ("folder", "ffcv", "dali")

@@ -26,8 +26,8 @@ from fastbyol.config.errors import UserError, environment_integer, one_line_erro
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.data.conversion.beton_writer import write_beton
-from fastbyol.data.conversion.output import work_path
 from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.data.conversion.work_folder import work_path
 from fastbyol.data.formats.manifest import TAR_MANIFEST
 from fastbyol.evaluation import page
 from fastbyol.evaluation.report import Report

@@ -16,9 +16,9 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.dali_source import DaliSource
 from fastbyol.data.conversion import tar_parts
 from fastbyol.data.conversion.encode import EncodeSettings
-from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_parts import Part, merge_tar_parts, parse_part, write_tar_part
 from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.manifest import read_manifest
 
 NUM, SEED = 50, 3

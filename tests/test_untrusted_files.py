@@ -24,8 +24,7 @@ from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.backends.folder_source import FolderSource
 from fastbyol.data.formats import beton as beton_format
 from fastbyol.data.formats.beton import read_beton
-from fastbyol.data.formats.class_counts import MAX_CLASSES
-from fastbyol.data.formats.manifest import read_manifest
+from fastbyol.data.formats.manifest import MAX_CLASSES, read_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, read_tar_shards
 from fastbyol.data.inspection.inventory import take_inventory
 from fastbyol.data.inspection.verification import verify

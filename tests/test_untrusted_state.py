@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import hashlib
 import io
 import os
+import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +22,7 @@ from torch import nn
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import OptimConfig, TrainConfig
-from fastbyol.host.durable_files import durable_file, write_durably
+from fastbyol.host.durable_files import durable_file, locked_file, write_durably
 from fastbyol.host.saved_structure import first_difference
 from fastbyol.optim.build import build_optimizer
 from fastbyol.optim.ema import TargetUpdate, ema_update
@@ -440,6 +445,47 @@ def test_a_write_that_fails_half_way_leaves_the_file_as_it_was(tmp_path):
         file.writelines([b"half", "text"])  # type: ignore[list-item]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "before"
+
+
+def test_a_lock_names_its_holder_waits_for_it_and_is_free_when_the_descriptor_is_closed(tmp_path):
+    path = tmp_path / "folder" / "lock"
+    held = locked_file(path)
+    with pytest.raises(BlockingIOError) as refused:
+        locked_file(path)
+    assert refused.value.strerror.startswith(f"process {os.getpid()} on ")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(locked_file, path, patience_s=30)
+        time.sleep(0.3)
+        assert not waiting.done()
+        os.close(held)
+        os.close(waiting.result(timeout=30))
+
+
+def test_the_lock_of_a_folder_that_its_holder_removes_is_taken_anew(tmp_path, monkeypatch):
+    """The folder goes between opening and locking the file, when another process has just finished: its lock would exclude nobody."""
+    path, flock = tmp_path / "folder" / "lock", fcntl.flock
+    removals = iter([True])
+
+    def removed_first(descriptor, operation):
+        if next(removals, False):
+            shutil.rmtree(path.parent)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    held = locked_file(path)
+    assert next(removals, False) is False, "the fault struck"
+    with pytest.raises(BlockingIOError):
+        locked_file(path)
+    os.close(held)
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def no_locks(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    os.close(locked_file(tmp_path / "lock"))
+    assert "cannot be locked (No locks available); make sure that only one job writes there" in caplog.text
 
 
 # Weights from elsewhere.

@@ -20,8 +20,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.encode import EncodeSettings
-from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.beton import FIELD, HEADER, read_beton
 from fastbyol.data.formats.tar_shards import read_tar_shards
 from fastbyol.data.inputs.folder import list_image_folder

@@ -18,8 +18,8 @@ from fastbyol.data import build_loader
 from fastbyol.data.backends.source import Indices, Pixels, Source
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.image_pass import BadImage
-from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats import beton as beton_format
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer

@@ -22,8 +22,8 @@ from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.conversion import beton_writer
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.image_pass import BadImage
-from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.tar_writer import member_header, write_tar_shards
+from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.beton import read_beton
 from fastbyol.data.formats.manifest import Manifest, read_manifest
 from fastbyol.data.inputs.folder import list_image_folder

@@ -34,8 +34,7 @@ from benchmarks.timing import Subject, measure, torch_threads
 from fastbyol.augment.parameters import draw_parameters
 from fastbyol.augment.view_kernel import ViewKernel
 from fastbyol.config.views import ViewPair
-from fastbyol.data.batch import ViewBatch
-from fastbyol.data.device import views_on_device
+from fastbyol.data.batch import ViewBatch, views_on_device
 
 REFERENCE, CEILING, KERNEL = "kernel's crops + eager torch graph", "kernel: two crops (uint8)", "kernel: two views"
 KORNIA = "kernel's crops + kornia"

@@ -24,8 +24,7 @@ from fastbyol.augment.parameters import draw_parameters
 from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.config.views import ViewPair
-from fastbyol.data.batch import ViewBatch
-from fastbyol.data.device import views_on_device
+from fastbyol.data.batch import ViewBatch, views_on_device
 from fastbyol.monitors import Monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.run.precision import autocast, prepare_model

@@ -5,6 +5,7 @@ The names below are imported on first use, because the worker processes of a con
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,12 +16,6 @@ __all__ = ["ImageBatch", "ViewBatch", "build_image_loader", "build_loader"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("build_loader", "build_image_loader"):
-        from fastbyol.data import build
-
-        return getattr(build, name)
-    if name in ("ViewBatch", "ImageBatch"):
-        from fastbyol.data import batch
-
-        return getattr(batch, name)
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{'build' if name.startswith('build') else 'batch'}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
-from fastbyol.config.errors import UserError, environment_integer, require_at_least, require_choice
+from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Source
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES
 from fastbyol.data.formats.manifest import TAR_MANIFEST
-from fastbyol.data.loader import ImageLoader, TwoViewLoader
-from fastbyol.data.readahead import Readahead
+from fastbyol.data.loader import ImageLoader, Readahead, TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Blocks, Traversal, group_into_blocks
+from fastbyol.host.cores import default_workers, place_on_machine
 
 _READS = {
     "ffcv": "a .beton file",
@@ -66,7 +65,8 @@ def build_loader(
         blocks = _blocks(source, traversal, window_mib)
         walk = Traversal(source.num_samples, seed, global_batch, accumulate=accumulate, rank=rank, world_size=world_size, blocks=blocks)
         renderer = _renderer(source, config, views, batch=walk.rank_batch, output=output, device=device or torch.device("cpu"))
-        readahead = Readahead(source, blocks, seed=seed, **_place_on_machine()) if blocks else None
+        reader, num_readers = place_on_machine()
+        readahead = Readahead(source, blocks, seed=seed, reader=reader, num_readers=num_readers) if blocks else None
         return TwoViewLoader(renderer, views=views, traversal=walk, readahead=readahead)
     except BaseException:
         source.close()
@@ -102,16 +102,6 @@ def build_image_loader(
     except BaseException:
         source.close()
         raise
-
-
-def default_workers() -> int:
-    """Returns the usable CPU cores divided by the number of processes that torchrun started on this machine; at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // _place_on_machine()["num_readers"])
-
-
-def _place_on_machine() -> dict[str, int]:
-    """Returns this process's local rank ('reader') and the number of processes ('num_readers') that torchrun started on this machine."""
-    return {"reader": environment_integer("LOCAL_RANK", 0), "num_readers": max(1, environment_integer("LOCAL_WORLD_SIZE", 1))}
 
 
 def _blocks(source: Source, traversal: str, window_mib: int) -> Blocks | None:

@@ -7,6 +7,7 @@ ranks and a resume change nothing, and the whole state of a loader is the (epoch
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Self
 
@@ -19,9 +20,8 @@ from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
 from fastbyol.data.batch import ImageBatch, ViewBatch
-from fastbyol.data.readahead import Readahead
 from fastbyol.data.renderer import Draw, KernelRenderer, Rendered, Renderer
-from fastbyol.data.traversal import Traversal
+from fastbyol.data.traversal import Blocks, Traversal, block_order
 
 
 class TwoViewLoader:
@@ -86,6 +86,7 @@ class TwoViewLoader:
     def __iter__(self) -> Iterator[ViewBatch]:
         epoch, first = self._epoch, self._batch
         for batch, rendered in enumerate(self._renderer.batches(self._plan(epoch, first), self._draw_at(epoch)), start=first):
+            # Before the yield: a checkpoint that is saved in the loop's body must continue after this batch.
             self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
             yield self._view_batch(rendered)
 
@@ -180,3 +181,39 @@ def _image_batch(rendered: Rendered, labels: Indices) -> ImageBatch:
 
 def _centre_crop(index: Indices, height: Indices, width: Indices) -> NDArray[np.float32]:
     return centre_crop_parameters(height=height, width=width)
+
+
+class Readahead:
+    """A thread that reads the blocks of a local traversal into the page cache, one window ahead of the loader.
+
+    It ignores read errors: they are raised when the samples themselves are read.
+    """
+
+    def __init__(self, source: Source, blocks: Blocks, *, seed: int, reader: int = 0, num_readers: int = 1) -> None:
+        """Reads share number `reader` of `num_readers` of the blocks: the processes of one machine share the page cache."""
+        self._source, self._blocks, self._seed = source, blocks, seed
+        self._reader, self._num_readers = reader, num_readers
+        self._samples_in_block = np.bincount(blocks.number)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-readahead")
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Goes to the first window of an epoch."""
+        order = block_order(self._blocks, seed=self._seed, epoch=epoch)
+        firsts = range(0, len(order), self._blocks.window)
+        self._windows: list[Indices] = [order[first : first + self._blocks.window] for first in firsts]
+        samples = [int(self._samples_in_block[window].sum()) for window in self._windows]
+        self._ends = np.cumsum(samples)
+        self._next = 0
+
+    def reach(self, position: int) -> None:
+        """Fetches the window at this position of the epoch's order and the next one, each once. Call before reading from that position."""
+        current = int(np.searchsorted(self._ends, position, side="right"))
+        for window in self._windows[max(self._next, current) : current + 2]:
+            for block in window[self._reader :: self._num_readers].tolist():
+                self._pool.submit(self._source.read_ahead, self._blocks.members(block))
+        self._next = max(self._next, current + 2)
+
+    def close(self) -> None:
+        """Stops the thread; blocks that it has not started are skipped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

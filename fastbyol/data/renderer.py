@@ -6,6 +6,8 @@ copies between processes.
 
 from __future__ import annotations
 
+import math
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +21,12 @@ from numpy.typing import NDArray
 
 from fastbyol.augment.parameters import NUM_COLUMNS
 from fastbyol.augment.view_kernel import ViewKernel
-from fastbyol.config.errors import require_at_least, require_choice
+from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
-from fastbyol.data.batch_memory import BatchMemory
 
 OUTPUTS = {"float32": torch.float32, "uint8": torch.uint8}
+_NUMPY_TYPE = {torch.float32: np.float32, torch.uint8: np.uint8}
 MAX_CHUNK = 16
 """Largest number of images that one thread takes at a time: enough to spread the fixed cost of numpy and of a DALI run over small images."""
 
@@ -137,3 +139,34 @@ class KernelRenderer(Renderer):
             except Exception as error:
                 error.add_note(f"while rendering {self.source.sample_name(int(indices[row]))}")
                 raise
+
+
+class BatchMemory:
+    """Pool of batch-sized tensors of one type: page faults of fresh memory cost up to a fifth of a batch's CPU time.
+
+    Memory is reused only after every tensor that shares it has been freed.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, pinned: bool, spare: int) -> None:
+        """Keeps at most `spare` unused batches. Pinned memory is pooled by PyTorch instead, which knows when the device has read it."""
+        self._dtype, self._pinned = dtype, pinned
+        self._spare: deque[NDArray[np.generic]] = deque(maxlen=spare)
+
+    def lend(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Returns an uninitialised tensor of this shape, (views, images, S, S, 3). Raises UserError if there is not enough memory."""
+        try:
+            if self._pinned:
+                return torch.empty(shape, dtype=self._dtype, pin_memory=True)
+            memory = self._spare.pop() if self._spare else np.empty(shape, dtype=_NUMPY_TYPE[self._dtype])
+            if memory.shape != shape:  # the smaller last batch of a pass
+                memory = np.empty(shape, dtype=memory.dtype)
+        except (MemoryError, RuntimeError) as error:
+            gib = math.prod(shape) * self._dtype.itemsize / 2**30
+            raise UserError(
+                f"a batch of {shape[1]} images at views.size_px = {shape[2]} needs {gib:.1f} GiB, and there is not as much memory; "
+                "take a smaller batch or smaller views"
+            ) from error
+        # PyTorch keeps the numpy view alive until the last tensor on it is freed; then the finalizer returns the memory to the pool.
+        lent = memory.view()
+        weakref.finalize(lent, self._spare.append, memory).atexit = False
+        return torch.from_numpy(lent)

@@ -67,6 +67,7 @@ def group_into_blocks(file: Indices, offset: Indices, *, block_bytes: int, windo
     """
     sample = np.lexsort((offset, file))
     page = offset[sample] // block_bytes
+    # prepend=-1, which is no file or page: the first sample always starts a block.
     starts_block = (np.diff(file[sample], prepend=-1) != 0) | (np.diff(page, prepend=-1) != 0)
     return Blocks(sample, np.cumsum(starts_block) - 1, window=max(1, window_bytes // block_bytes))
 
@@ -78,6 +79,7 @@ def block_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
 
 def local_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
     """Returns the sample order of a local traversal, (num_samples,) int64: window by window, the samples within a window shuffled."""
+    # The argsort of a permutation is its inverse: the place of each block in the order.
     window_of_block = np.argsort(block_order(blocks, seed=seed, epoch=epoch)) // blocks.window
     words = np.random.PCG64((_ORDER_STREAM, seed, epoch)).random_raw(len(blocks.sample))
     return blocks.sample[np.lexsort((words, window_of_block[blocks.number]))]

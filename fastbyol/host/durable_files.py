@@ -1,13 +1,21 @@
-"""Files that are either complete or absent, even after a power cut: written under another name, flushed to the disk, then renamed."""
+"""Files that are either complete or absent, even after a power cut, and locks.
+
+A file is written under another name, flushed to the disk, then renamed.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
+import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+log = logging.getLogger("fastbyol")
 UNFINISHED = ".tmp-"
 """Part of the name of every incomplete file, followed by the id of the process that writes it."""
 
@@ -41,4 +49,42 @@ def flush_to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
+        os.close(descriptor)
+
+
+def locked_file(path: Path, *, patience_s: float = 0.0) -> int:
+    """Locks a file for this process, in a folder that is created if needed; returns a descriptor whose closing releases the lock.
+
+    flock instead of a file that exists or not: the system releases it when the process ends, even by SIGKILL. The file then names its
+    holder. A file system without locks is used unlocked, with a warning.
+
+    Raises:
+        BlockingIOError: another process has not released the lock within `patience_s`; `strerror` says which.
+    """
+    deadline, waits = time.monotonic() + patience_s, False
+    while True:
+        path.parent.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS can only lock a file that is open for writing
+        except FileNotFoundError:
+            continue  # its holder has just finished and removed the folder
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            if time.monotonic() >= deadline:
+                raise BlockingIOError(error.errno, holder, str(path)) from None
+            if not waits:
+                log.info("%s is in use by %s; waiting for it", path.parent, holder)
+            waits = True
+            time.sleep(0.2)
+            continue
+        except OSError as error:
+            log.warning("%s: cannot be locked (%s); make sure that only one job writes there", path.parent, error.strerror)
+        # A holder may have removed the file before it released the lock: then this is the lock of a file without a name.
+        if os.fstat(descriptor).st_nlink and path.exists():
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+            return descriptor
         os.close(descriptor)

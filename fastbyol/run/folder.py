@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-import logging
 import os
-import platform
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,11 +16,10 @@ import yaml
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.schema import MonitorsConfig, TrainConfig
-from fastbyol.host.durable_files import UNFINISHED, write_durably
+from fastbyol.host.durable_files import UNFINISHED, locked_file, write_durably
 from fastbyol.run.plain_yaml import read_yaml
 from fastbyol.run.provenance import collect_provenance
 
-log = logging.getLogger("fastbyol")
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = "lock"
@@ -138,34 +133,14 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another job holds the lock and does not release it within LOCK_PATIENCE_S.
     """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _take_lock(folder, descriptor)
+        descriptor = locked_file(folder / LOCK_FILE, patience_s=LOCK_PATIENCE_S)
+    except BlockingIOError as error:
+        raise UserError(f"out = {str(folder)!r}: is in use by {error.strerror}; wait for it or choose another folder") from None
+    try:
         yield
     finally:
         os.close(descriptor)
-
-
-def _take_lock(folder: Path, descriptor: int) -> None:
-    deadline, waits = time.monotonic() + LOCK_PATIENCE_S, False
-    while True:
-        try:
-            # flock instead of a lock file that exists or not: the kernel releases it even after SIGKILL.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            if time.monotonic() > deadline:
-                raise UserError(f"out = {str(folder)!r}: is in use by {holder}; wait for it or choose another folder") from None
-            if not waits:
-                log.info("%s is in use by %s; waiting for it", folder, holder)
-            waits = True
-            time.sleep(0.2)
-        except OSError as error:  # some network file systems have no locks
-            log.warning("%s: cannot be locked (%s); make sure that only one job writes there", folder, error.strerror)
-            break
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
 
 def _is_blank(path: Path) -> bool:

@@ -72,7 +72,9 @@ class RunLog:
             step_s = (time.perf_counter() - self._counted_from) / (ESTIMATE_STEPS - UNCOUNTED_STEPS)
             left_s = step_s * (self.total_steps - done)
             end = (datetime.now() + timedelta(seconds=left_s)).strftime("%A %d %B %H:%M")
-            log.info("%.3g s a step: the other %d steps take about %s, until %s", step_s, self.total_steps - done, duration_text(left_s), end)
+            log.info(
+                "%.3g s a step: the other %d steps take about %s, until %s", step_s, self.total_steps - done, duration_text(left_s), end
+            )
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes the record of one logged step: `step` (0-based, just taken) and numbers, texts or None."""

@@ -102,6 +102,7 @@ class DaliSource(Source):
         images = []
         for index, jpeg in zip(indices.tolist(), jpegs, strict=True):
             try:
+                # A copy: the next run of the pipeline reuses the memory.
                 images += [np.array(image) for image in self._run([jpeg])]
             except RuntimeError as error:
                 raise damaged(self.sample_name(index), dali_reason(error)) from first_error

@@ -7,7 +7,6 @@ return code (a damaged image turns black), and compiles for seconds in each proc
 from __future__ import annotations
 
 import logging
-import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, Storage, damaged, some_of
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, Storage, ThreadBuffer, damaged, some_of
 from fastbyol.data.formats.beton import JPEG_MODE, Beton, read_beton
-from fastbyol.data.formats.class_counts import numbered_class_names, refuse_other_counts
-from fastbyol.data.formats.manifest import beton_manifest_path, read_manifest
+from fastbyol.data.formats.manifest import beton_manifest_path, numbered_class_names, read_manifest, refuse_other_counts
 from fastbyol.data.formats.turbojpeg import TurboJpeg
 
 log = logging.getLogger("fastbyol")
@@ -32,7 +30,7 @@ class FfcvSource(Source):
         self._beton = read_beton(path)
         super().__init__(labels=self._beton.label, class_names=_class_names(path, self._beton))
         self._file = RangeReader(path)
-        self._scratch = threading.local()
+        self._scratch = ThreadBuffer()
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
         return self._beton.height[indices], self._beton.width[indices]
@@ -69,7 +67,7 @@ class FfcvSource(Source):
         self._file.close()
 
     def _decode_jpeg(self, index: int, data: bytes, height: int, width: int) -> Pixels:
-        image = self._thread_scratch(height * width * 3).reshape(height, width, 3)
+        image = self._scratch.pixels(height, width)
         complaint, fatal = self._decoder.decode(data, image)
         # If a checksum shows that the bytes are unchanged, a warning is harmless: Pillow ignored it too when the image was converted
         # (stray bytes before a marker: ImageNet has some). Without checksums, treat it as damage.
@@ -81,13 +79,6 @@ class FfcvSource(Source):
         if len(data) != height * width * 3:
             raise damaged(self.sample_name(index), f"{len(data)} bytes for {height}x{width} pixels")
         return np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
-
-    def _thread_scratch(self, size: int) -> Pixels:
-        """Returns this thread's own buffer, grown on demand: stock FFCV allocates max height x max width x batch, 70 GB on raw ImageNet."""
-        buffer = getattr(self._scratch, "buffer", None)
-        if buffer is None or len(buffer) < size:
-            buffer = self._scratch.buffer = np.empty(size, dtype=np.uint8)
-        return buffer[:size]
 
 
 def _class_names(path: Path, beton: Beton) -> tuple[str, ...]:

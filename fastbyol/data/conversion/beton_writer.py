@@ -9,7 +9,6 @@ unused bytes, then the images. Readers only read as many rows as the header says
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +16,19 @@ from numpy.typing import NDArray
 
 from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, require
-from fastbyol.data.conversion.background_digests import BackgroundDigests
-from fastbyol.data.conversion.encode import EncodedImage, EncodeSettings, Outcome
-from fastbyol.data.conversion.image_pass import Output, convert_images
-from fastbyol.data.conversion.options import ConversionOptions, encode_settings_as_plain
-from fastbyol.data.conversion.outcome import finish_report, make_manifest
-from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
-from fastbyol.data.conversion.report import report_path
-from fastbyol.data.conversion.task import Images, as_listing, make_task, open_work
-from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished
+from fastbyol.data.conversion.encode import EncodedImage, EncodeSettings
+from fastbyol.data.conversion.image_pass import Output, convert_images, kept_rows, touched_images
+from fastbyol.data.conversion.report import make_manifest, report_path, write_report
+from fastbyol.data.conversion.task import ConversionOptions, Images, as_listing, make_task, open_work
+from fastbyol.data.conversion.work_folder import (
+    GrowingFile,
+    WorkFolder,
+    clear_if_finished,
+    disk_errors,
+    put_in_place,
+    require_free_name,
+    work_path,
+)
 from fastbyol.data.formats.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
 from fastbyol.data.formats.manifest import Manifest, Shard, beton_manifest_path, chunks_sha256, write_manifest
 from fastbyol.data.inputs.listing import ImageListing
@@ -69,6 +72,7 @@ def write_beton(
     if shuffle_seed is not None:
         require(0 <= shuffle_seed < 2**63, "shuffle-seed", shuffle_seed, "an integer in [0, 2^63)")
     with deferred_stop() as stop, disk_errors(out):
+        # Before the check of the name, which would refuse the output of a run that was killed while it cleaned up.
         clear_if_finished(work_path(out), data=_DATA, output=out)
         require_free_name(out, overwrite=overwrite)
         listing = as_listing(data)
@@ -77,22 +81,18 @@ def write_beton(
         task = make_task(listing, order=order, out=out, options=options, workers=workers)
         page_bytes = _page_bytes(task.sizes, options.encode)
         task = task.with_largest(page_bytes)
-        settings: dict[str, int | float | str] = {"page_bytes": page_bytes, **encode_settings_as_plain(options.encode)}
+        settings: dict[str, int | float | str] = {"page_bytes": page_bytes, **options.encode.as_plain()}
         if shuffle_seed is not None:
             settings["shuffle_seed"] = shuffle_seed
-        with (
-            open_work(work_path(out), task, kind="beton", settings=settings) as work,
-            BackgroundDigests(work) as digests,
-        ):
-            output = _BetonOutput(work, digests, images=num, page_bytes=page_bytes)
+        with open_work(work_path(out), task, kind="beton", settings=settings) as work:
+            output = _BetonOutput(work, images=num, page_bytes=page_bytes)
             rows = convert_images(task, output, work, stop=stop)
-            report = finish_report(task, rows, work)
+            report, new_manifest = work.path / "report.json", work.path / "manifest.json"
+            write_report(report, task, rows, touched_images(work))
             _write_tables(work.path / _DATA, rows, listing, page_bytes=page_bytes)
             size = (work.path / _DATA).stat().st_size
-            kept = int((rows["outcome"] != Outcome.DROPPED).sum())
-            shard = Shard(out.name, kept, size, output.sha256(size), chunk_bytes=_CHUNK_BYTES)
+            shard = Shard(out.name, len(kept_rows(rows)), size, output.sha256(size), chunk_bytes=_CHUNK_BYTES)
             manifest = make_manifest("beton", task, rows, [shard], settings)
-            new_manifest = work.path / "manifest.json"
             write_manifest(new_manifest, manifest)
             # The manifest is moved first: without one, the file would silently lose its class names; one of another file is noticed at open.
             put_in_place(report, report_path(out))
@@ -119,8 +119,8 @@ class _BetonOutput(Output):
 
     bytes_per_image = SAMPLE.itemsize + ALLOCATION.itemsize + 4
 
-    def __init__(self, work: WorkFolder, digests: BackgroundDigests, *, images: int, page_bytes: int) -> None:
-        self._work, self._digests, self._page_bytes = work, digests, page_bytes
+    def __init__(self, work: WorkFolder, *, images: int, page_bytes: int) -> None:
+        self._work, self._page_bytes = work, page_bytes
         self._images_at = _images_at(images)
         self._digested = -(-self._images_at // _CHUNK_BYTES) * _CHUNK_BYTES
         """Chunks up to this offset are hashed or being hashed, except the first ones with the tables, which are written last."""
@@ -131,6 +131,7 @@ class _BetonOutput(Output):
 
     def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
         size = len(image.data)
+        # FFCV reads whole pages: an image that crossed into the next one would be cut.
         if self._file.size // self._page_bytes != (self._file.size + size - 1) // self._page_bytes:
             self._file.write(bytes(-self._file.size % self._page_bytes))
         at = self._file.size
@@ -141,13 +142,14 @@ class _BetonOutput(Output):
     def sha256(self, size: int) -> str:
         """Returns the sha256 of the finished file, computed from its chunks."""
         starts = range(0, size, _CHUNK_BYTES)
-        return chunks_sha256([self._digests.result(_DATA, start=at, size=_CHUNK_BYTES) for at in starts])
+        return chunks_sha256([self._work.digests.result(_DATA, start=at, size=_CHUNK_BYTES) for at in starts])
 
     def _begin_digests(self) -> None:
         """Starts the digests of the chunks that have become full."""
+        # The digests' thread reads the file, so the buffer must have left this process.
         while self._file.size >= self._digested + _CHUNK_BYTES:
-            self._file.hand_over()
-            self._digests.begin(_DATA, start=self._digested, size=_CHUNK_BYTES)
+            self._file.flush()
+            self._work.digests.begin(_DATA, start=self._digested, size=_CHUNK_BYTES)
             self._digested += _CHUNK_BYTES
 
 
@@ -157,13 +159,13 @@ def _images_at(images: int) -> int:
 
 
 def _end_of_images(rows: NDArray[np.void], *, images_at: int) -> int:
-    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    kept = kept_rows(rows)
     return int(kept["offset"][-1] + kept["size"][-1]) if len(kept) else images_at
 
 
 def _write_tables(path: Path, rows: NDArray[np.void], listing: ImageListing, *, page_bytes: int) -> None:
     """Writes checksums and allocation table, with which a .beton must end, and last the header, so that an unfinished file has none."""
-    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    kept = kept_rows(rows)
     at = _end_of_images(rows, images_at=_images_at(len(rows)))
     samples = np.zeros(len(kept), dtype=SAMPLE)
     for name, column in (("mode", "mode"), ("width", "width"), ("height", "height"), ("data_ptr", "offset")):
@@ -180,7 +182,7 @@ def _write_tables(path: Path, rows: NDArray[np.void], listing: ImageListing, *, 
         file.seek(at)
         file.write(checksums + allocations.tobytes())
         file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(path)
         file.seek(0)
         file.write(header.tobytes() + field_descriptors(checksums_at=at).tobytes() + samples.tobytes())
     flush_to_disk(path)

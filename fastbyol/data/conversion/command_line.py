@@ -9,8 +9,8 @@ from pathlib import Path
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.console import say
 from fastbyol.data.conversion.encode import EXIF_MODES, MAX_CPU_S, MAX_PIXELS, EncodeSettings
-from fastbyol.data.conversion.options import ConversionOptions
 from fastbyol.data.conversion.report import report_table
+from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.manifest import Manifest
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments
 from fastbyol.host.quantities import bytes_text, count_text

@@ -96,6 +96,20 @@ class EncodeSettings:
         require_positive("max-seconds", self.max_cpu_s)
         require(0.0 <= self.raw_fraction <= 1.0, "raw-fraction", self.raw_fraction, "in [0, 1]")
 
+    def as_plain(self) -> dict[str, int | str | float]:
+        """Returns the settings as plain values for the manifest; optional ones only if they are used."""
+        plain: dict[str, int | str | float] = {
+            "transcode_quality": self.quality,
+            "exif": self.exif,
+            "max_pixels": self.max_pixels,
+            "checked_by": "TurboJPEG" if find_turbojpeg() else "Pillow",
+        }
+        if self.max_side_px is not None:
+            plain["max_side_px"] = self.max_side_px
+        if self.raw_fraction:
+            plain["raw_fraction"] = self.raw_fraction
+        return plain
+
 
 @dataclass(frozen=True)
 class EncodedImage:

@@ -103,12 +103,14 @@ class EncodingPool:
         self._selector.unregister(worker.results)
         exit_code = worker.end()
         run.deaths_in_a_row += 1
+        # Nothing but deaths since the last result: the machine is at fault, not the images.
         if run.deaths_in_a_row > 2 * len(self._workers) + 4:
             raise UserError(
                 f"worker processes die one after another (the last with {_exit_text(exit_code)}{worker.last_words()}); if memory is short take "
                 "fewer --workers; the same command continues"
             )
         jobs = worker.jobs
+        # The timer of `encoding_worker.serve` has run out: a second try would only take as long again.
         if jobs and exit_code == -signal.SIGPROF:
             place, _ = jobs.popleft()
             run.add(
@@ -116,6 +118,7 @@ class EncodingPool:
             )
         elif jobs and worker.is_ready:
             place, job = jobs[0]
+            # Only its oldest job can have killed it; the others were still waiting in its pipe.
             run.deaths[place] += 1
             if run.deaths[place] > 1:
                 jobs.popleft()
@@ -225,11 +228,6 @@ class _Worker:
         self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         return f": {lines[-1].strip()}" if lines else ""
-
-
-def default_workers() -> int:
-    """Returns the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _end_silent(workers: list[_Worker]) -> list[_Worker]:

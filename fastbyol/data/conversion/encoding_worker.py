@@ -53,6 +53,7 @@ def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subpro
     # A pipe that holds several images lets the worker begin the next one while the main process is busy.
     with contextlib.suppress(OSError):
         fcntl.fcntl(results.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    # One thread per worker: there is one worker per core already.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
         "OMP_NUM_THREADS": "1",

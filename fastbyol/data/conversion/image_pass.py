@@ -180,6 +180,11 @@ def _rows_before(task: Task, work: WorkFolder) -> NDArray[np.void]:
     return rows
 
 
+def kept_rows(rows: NDArray[np.void]) -> NDArray[np.void]:
+    """Returns the rows of the images that were not dropped."""
+    return rows[rows["outcome"] != Outcome.DROPPED]
+
+
 def touched_images(work: WorkFolder) -> list[dict[str, Any]]:
     """Returns the notes on images that were transcoded, dropped or unusual, in the order of conversion."""
     try:

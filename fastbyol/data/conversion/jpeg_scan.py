@@ -102,6 +102,7 @@ def _read_tables(content: bytes) -> dict[int, _Table]:
     while content:
         counts = content[1 : LONGEST_CODE + 1]
         end = LONGEST_CODE + 1 + sum(counts)
+        # 0xEC: the bits of the table's class and number that must be zero in baseline (class 0 or 1, number 0 to 3).
         if len(counts) < LONGEST_CODE or end > min(len(content), LONGEST_CODE + 1 + 256) or content[0] & 0xEC:
             raise _Doubt
         found[content[0]] = _Table(counts, content[LONGEST_CODE + 1 : end])
@@ -114,6 +115,7 @@ def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: dic
     count = frame[5]
     if count not in (1, 3) or frame[0] != 8 or len(frame) != 6 + 3 * count:
         raise _Doubt
+    # The last three bytes of a baseline scan: coefficients 0 to 63, no successive approximation.
     if content[0] != count or len(content) != 4 + 2 * count or content[-3:] != b"\0\x3f\0":
         raise _Doubt
     components = [frame[at : at + 3] for at in range(6, len(frame), 3)]

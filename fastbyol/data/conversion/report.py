@@ -1,31 +1,49 @@
-"""The report of a conversion: a JSON file that names every changed, dropped or unusual image, and a short table of counts."""
+"""The end of a conversion: checks that not too many images were dropped, and makes the report and the manifest.
+
+The report is a JSON file that names every changed, dropped or unusual image; a short table shows its counts.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.encode import Outcome
-from fastbyol.data.inputs.listing import ImageListing, left_out
+from fastbyol.data.conversion.image_pass import kept_rows
+from fastbyol.data.conversion.task import Task
+from fastbyol.data.formats.manifest import Manifest, Shard, image_summary, software_versions
+from fastbyol.data.inputs.listing import ImageListing, left_out, names_digest
+from fastbyol.host.durable_files import write_durably
 
 _FORMAT = 1
 # Requested by the user, or common and harmless: counted, but not named one by one.
 _COUNTED = {Outcome.PASSED: "passed through", Outcome.RESIZED: "resized", Outcome.RAW: "stored as pixels"}
 
 
-def make_report(listing: ImageListing, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the report as plain values for JSON. It depends only on the images and the settings.
+def write_report(path: Path, task: Task, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> None:
+    """Writes the report. Raises UserError if too many images were dropped; report and converted data are kept for a run that allows it.
 
     Args:
-        listing: listing of the source images.
+        path: path of the report.
+        task: the conversion.
         rows: one row per image, in any order (`image_pass.ROW`).
         touched: notes of the conversion (`image_pass.touched_images`), in any order.
     """
+    # Pure ASCII, so that names that are not valid UTF-8 are preserved and any reader can parse it.
+    write_durably(path, json.dumps(_report(task.listing, rows, touched), indent=1) + "\n")
+    _require_few_dropped(task, rows, report=path)
+
+
+def _report(listing: ImageListing, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the report as plain values for JSON. It depends only on the images and the settings."""
     outcomes = Counter(rows["outcome"].tolist())
     named = sorted(touched, key=lambda entry: (entry["index"], entry["outcome"], entry["reason"]))
     by_reason = {
@@ -42,11 +60,6 @@ def make_report(listing: ImageListing, rows: NDArray[np.void], touched: list[dic
         "left_out_of_the_listing": [{"name": name, "reason": reason} for name, reason in listing.skipped],
         "touched": [{"name": listing.files[entry["index"]], **entry} for entry in named],
     }
-
-
-def report_text(report: dict[str, Any]) -> str:
-    """Returns the report as JSON, in pure ASCII so that names that are not valid UTF-8 are preserved and any reader can parse it."""
-    return json.dumps(report, indent=1) + "\n"
 
 
 def report_path(out: Path) -> Path:
@@ -67,3 +80,49 @@ def report_table(report: dict[str, Any]) -> str:
     lines += [(f"left out: {kind}", count) for kind, (count, _) in reasons.items()]
     width = max(len(what) for what, _ in lines)
     return "\n".join(f"{what:<{width}}  {count:>9,}" for what, count in lines)
+
+
+def _require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> None:
+    """Raises UserError if too many images were dropped, or all images of a class. The converted data is kept for a run that allows it."""
+    allowed = task.options.dropped_allowed(len(rows))
+    dropped = len(rows) - len(kept_rows(rows))
+    advice = f"{report} names them. Nothing is lost: fix the images and start again with --restart, or allow it with"
+    if dropped == len(rows):
+        raise UserError(f"{task.listing.root}: none of the {len(rows):,} images can be kept; {report} says why")
+    if dropped > allowed:
+        raise UserError(
+            f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {_share(dropped, len(rows))}"
+        )
+    lost = Counter(task.listing.labels).keys() - _class_counts(task.listing, rows).keys()
+    if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
+        raise UserError(f"class {task.listing.class_names[min(lost)]} lost all of its images; {advice} --max-dropped 1")
+
+
+def _share(part: int, whole: int) -> str:
+    """Returns the share as a decimal number, rounded up, so that it works as a value of --max-dropped."""
+    return f"{math.ceil(1e4 * part / whole) / 1e4:g}"
+
+
+def make_manifest(kind: str, task: Task, rows: NDArray[np.void], shards: list[Shard], settings: Mapping[str, Any]) -> Manifest:
+    """Returns the manifest of a finished conversion. rows: one per image, in sample order."""
+    listing = task.listing
+    kept = kept_rows(rows)
+    counts = _class_counts(listing, rows)
+    return Manifest(
+        kind=kind,
+        num_samples=len(kept),
+        class_names=listing.class_names,
+        class_counts=tuple(counts[label] for label in range(len(listing.class_names))),
+        images=image_summary(kept["height"], kept["width"], kept["size"])
+        | {"transcoded": int((kept["outcome"] == Outcome.TRANSCODED).sum())},
+        settings=dict(settings),
+        source={"folder": str(listing.root), "listing_sha256": task.listing_sha256},
+        shards=tuple(shards),
+        software=software_versions(),
+        dropped=tuple(sorted(rows["index"][rows["outcome"] == Outcome.DROPPED].tolist())),
+        names_sha256=names_digest(listing.files[index] for index in kept["index"].tolist()),
+    )
+
+
+def _class_counts(listing: ImageListing, rows: NDArray[np.void]) -> Counter[int]:
+    return Counter(listing.labels[index] for index in kept_rows(rows)["index"].tolist())

@@ -21,19 +21,16 @@ from numpy.typing import NDArray
 
 from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, environment_integer, shortened
-from fastbyol.data.conversion.background_digests import BackgroundDigests
-from fastbyol.data.conversion.encode import Outcome
-from fastbyol.data.conversion.image_pass import ROW, convert_images, touched_images
-from fastbyol.data.conversion.options import ConversionOptions
-from fastbyol.data.conversion.outcome import make_manifest, require_few_dropped
-from fastbyol.data.conversion.output import disk_errors
-from fastbyol.data.conversion.report import make_report, report_text
-from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, shuffled, tar_settings
-from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
-from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, manifest_text, read_manifest, refuse_impossible_values
+from fastbyol.data.conversion.image_pass import ROW, convert_images, kept_rows, touched_images
+from fastbyol.data.conversion.report import make_manifest, write_report
+from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, tar_settings
+from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
+from fastbyol.data.conversion.work_folder import disk_errors
+from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, read_manifest, refuse_impossible_values, write_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.host.durable_files import flush_to_disk, write_durably
+from fastbyol.data.traversal import seeded_permutation
+from fastbyol.host.durable_files import durable_file, flush_to_disk, write_durably
 from fastbyol.host.signals import deferred_stop
 
 _PARTS, _TABLES = "part-*-of-*.json", "part-*-of-*.npz"
@@ -93,18 +90,24 @@ def write_tar_part(
         files = _PartFiles(out, part.name)
         if not (files.is_complete and options.unfinished != "restart"):
             listing = as_listing(data)
-            order = part.share(shuffled(listing, seed=seed))
+            order = part.share(seeded_permutation(len(listing.files), seed))
             if not len(order):
                 raise UserError(f"shard = {part.number}/{part.count}: {len(listing.files)} images are too few for {part.count} machines")
             task = make_task(listing, order=order, out=out / f"part-{part.name}", options=options, workers=workers)
-            with (
-                open_work(files.work, task, kind="tar part", settings={**settings, "part": part.name}) as work,
-                BackgroundDigests(work) as digests,
-            ):
-                output = TarOutput(work, digests, shard_mib=shard_mib, part=part.name)
+            with open_work(files.work, task, kind="tar part", settings={**settings, "part": part.name}) as work:
+                output = TarOutput(work, shard_mib=shard_mib, part=part.name)
                 rows = convert_images(task, output, work, stop=stop)
                 _write_table(files.work / files.table.name, listing, rows)
-                done = _describe(task, settings, output.finish(rows), touched_images(work))
+                done = _Done(
+                    settings=settings,
+                    source=str(listing.root),
+                    listing_sha256=task.listing_sha256,
+                    num_images=len(listing.files),
+                    class_names=list(listing.class_names),
+                    skipped=list(listing.skipped),
+                    shards=output.finish(rows),
+                    touched=touched_images(work),
+                )
                 write_durably(files.work / files.description.name, json.dumps(asdict(done)))
         files.publish()
         return _read_part(files.description).shards
@@ -137,16 +140,12 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
             _refuse_other_rows(path, one, table)
         rows = np.sort(_renumbered([table.rows for table in tables], done), order="index")
         task = _whole_task(out, done[0], tables, rows, options or ConversionOptions())
-        report = make_report(task.listing, rows, [entry for one in done for entry in one.touched])
-        write_durably(out / TAR_REPORT, report_text(report))
-        require_few_dropped(task, rows, report=out / TAR_REPORT)
-        table = out / f".{SAMPLE_TABLE}"
-        np.save(table, sample_table(task, rows))
-        flush_to_disk(table)
-        os.replace(table, out / SAMPLE_TABLE)
+        write_report(out / TAR_REPORT, task, rows, [entry for one in done for entry in one.touched])
+        with durable_file(out / SAMPLE_TABLE) as table:
+            np.save(table, sample_table(task, rows))
         shards = [shard for one in done for shard in one.shards]
         manifest = make_manifest("tar", task, rows, shards, {**done[0].settings, "parts": len(parts)})
-        write_durably(out / TAR_MANIFEST, manifest_text(manifest))
+        write_manifest(out / TAR_MANIFEST, manifest)
         _remove_parts(out)
     return manifest
 
@@ -183,12 +182,6 @@ class _Done:
     touched: list[dict[str, Any]]
 
 
-def _describe(task: Task, settings: Mapping[str, Any], shards: list[Shard], touched: list[dict[str, Any]]) -> _Done:
-    listing = task.listing
-    names, skipped = list(listing.class_names), list(listing.skipped)
-    return _Done(dict(settings), str(listing.root), task.listing_sha256, len(listing.files), names, skipped, shards, touched)
-
-
 class _Table(NamedTuple):
     """Rows, labels and names of a complete part's images, in the order of conversion."""
 
@@ -219,6 +212,7 @@ class _PartFiles:
 
     def publish(self) -> None:
         """Moves the files to the folder of all parts. Continues a move that was interrupted."""
+        # The description comes last: it tells the merge that everything else of the part is there.
         shards = sorted((self.work / SHARDS_FOLDER).glob("*"))
         for file in (*shards, self.work / self.table.name, self.work / self.description.name):
             if file.exists():
@@ -283,6 +277,7 @@ def _read_table(description: Path) -> _Table:
         with ZipFile(path) as archive:  # refuse compressed entries, which we never write: a small file could unpack to fill the memory
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")
+        # allow_pickle stays off: unpickling a file from elsewhere would run its code.
         with np.load(path) as arrays:
             rows, labels, names = (arrays[name] for name in _Table._fields)
             table = _Table(rows, labels, names.tobytes().decode(errors="surrogateescape").split("\0"))
@@ -295,10 +290,11 @@ def _read_table(description: Path) -> _Table:
 
 def _refuse_other_rows(description: Path, done: _Done, table: _Table) -> None:
     """Raises UserError if a part's table points beyond its shards or classes."""
-    kept = table.rows[table.rows["outcome"] != Outcome.DROPPED]
+    kept = kept_rows(table.rows)
     ends = np.array([shard.bytes for shard in done.shards] or [0], dtype=np.uint64)
     fits = not len(kept) or (
         int(kept["shard"].max()) < len(done.shards)
+        # Each offset alone first: the sum below could wrap around 2^64.
         and bool((kept["offset"] <= ends[kept["shard"]]).all())
         and bool((kept["offset"] + kept["size"] <= ends[kept["shard"]]).all())
     )

@@ -13,22 +13,25 @@ from numpy.typing import NDArray
 
 from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, require, require_at_least
-from fastbyol.data.conversion.background_digests import BackgroundDigests
-from fastbyol.data.conversion.encode import EncodedImage, Outcome
-from fastbyol.data.conversion.image_pass import Output, convert_images
-from fastbyol.data.conversion.options import ConversionOptions, encode_settings_as_plain
-from fastbyol.data.conversion.outcome import finish_report, make_manifest
-from fastbyol.data.conversion.output import disk_errors, put_in_place, require_free_name, work_path
-from fastbyol.data.conversion.task import Images, Task, as_listing, make_task, open_work
-from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, clear_if_finished
+from fastbyol.data.conversion.encode import EncodedImage
+from fastbyol.data.conversion.image_pass import Output, convert_images, kept_rows, touched_images
+from fastbyol.data.conversion.report import make_manifest, write_report
+from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
+from fastbyol.data.conversion.work_folder import (
+    GrowingFile,
+    WorkFolder,
+    clear_if_finished,
+    disk_errors,
+    put_in_place,
+    require_free_name,
+    work_path,
+)
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, write_manifest
 from fastbyol.data.formats.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
-from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import flush_to_disk
 from fastbyol.host.signals import deferred_stop
 
-MIB = 1 << 20
 SHARDS_FOLDER = "shards"
 _BLOCK = tarfile.BLOCKSIZE
 _NUMBERS_BYTES = 4 * _BLOCK  # .cls and .idx: a header and a block each
@@ -71,14 +74,16 @@ def write_tar_shards(
         clear_if_finished(work_path(out), data=SHARDS_FOLDER, output=out)
         require_free_name(out, overwrite=overwrite, marker=TAR_MANIFEST)
         listing = as_listing(data)
-        order = shuffled(listing, seed=seed)
+        order = seeded_permutation(len(listing.files), seed)
         task = make_task(listing, order=order, out=out, options=options, workers=workers)
-        with open_work(work_path(out), task, kind="tar", settings=settings) as work, BackgroundDigests(work) as digests:
-            output = TarOutput(work, digests, shard_mib=shard_mib)
+        with open_work(work_path(out), task, kind="tar", settings=settings) as work:
+            output = TarOutput(work, shard_mib=shard_mib)
             rows = convert_images(task, output, work, stop=stop)
-            report = finish_report(task, rows, work)
+            report = work.path / "report.json"
+            write_report(report, task, rows, touched_images(work))
             shards = output.finish(rows)
             folder = work.path / SHARDS_FOLDER
+            # The table is in listing order, as a .beton is, so that sample i is the same image with both backends.
             rows = np.sort(rows, order="index")
             np.save(folder / SAMPLE_TABLE, sample_table(task, rows))
             manifest = make_manifest("tar", task, rows, shards, settings)
@@ -92,23 +97,18 @@ def write_tar_shards(
     return manifest
 
 
-def shuffled(listing: ImageListing, *, seed: int) -> NDArray[np.int64]:
-    """Returns the random order in which the images of a listing are written to shards."""
-    return seeded_permutation(len(listing.files), seed)
-
-
 def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> Settings:
     """Returns the settings on which the result depends, for the manifest. Raises UserError for options that tar shards do not support."""
     require_at_least("shard-mb", shard_mib, 1)
     require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63)")
     if options.encode.raw_fraction:
         raise UserError(f"raw-fraction = {options.encode.raw_fraction:g}: tar shards hold JPEGs; pixels go into a .beton only")
-    return {"seed": seed, "shard_mib": shard_mib, **encode_settings_as_plain(options.encode)}
+    return {"seed": seed, "shard_mib": shard_mib, **options.encode.as_plain()}
 
 
 def sample_table(task: Task, rows: NDArray[np.void]) -> NDArray[np.void]:
     """Returns the sample table: the rows of the kept images in the readers' format."""
-    kept = rows[rows["outcome"] != Outcome.DROPPED]
+    kept = kept_rows(rows)
     table = np.zeros(len(kept), dtype=SAMPLE)
     for name in ("shard", "offset", "size", "crc32", "height", "width"):
         table[name] = kept[name]
@@ -121,16 +121,17 @@ class TarOutput(Output):
 
     bytes_per_image = _BLOCK + _BLOCK // 2 + _NUMBERS_BYTES
 
-    def __init__(self, work: WorkFolder, digests: BackgroundDigests, *, shard_mib: int, part: str = "") -> None:
+    def __init__(self, work: WorkFolder, *, shard_mib: int, part: str = "") -> None:
         """part: name of the part, which becomes part of the shards' names, if there are several."""
-        self._work, self._digests, self._shard_bytes, self._part = work, digests, shard_mib * MIB, part
+        self._work, self._shard_bytes, self._part = work, shard_mib << 20, part
         self._file: GrowingFile | None = None
         self._number = 0
 
     def resume(self, rows: NDArray[np.void]) -> None:
-        kept = rows[rows["outcome"] != Outcome.DROPPED]
+        kept = kept_rows(rows)
         if not len(kept):
             return
+        # Dropped images leave no bytes, so the end of the last shard follows from the last kept image.
         self._number, end = int(kept["shard"][-1]), int(kept["offset"][-1]) + _padded(int(kept["size"][-1])) + _NUMBERS_BYTES
         if end < self._shard_bytes:
             self._file = self._work.open(self._path(self._number), size=end)
@@ -150,7 +151,7 @@ class TarOutput(Output):
         """Closes the last shard and writes the DALI indices; returns all shards. rows: one per image, in the order of conversion."""
         if self._file:
             self._close()
-        kept = rows[rows["outcome"] != Outcome.DROPPED]
+        kept = kept_rows(rows)
         return [self._finish_shard(number, kept[kept["shard"] == number]) for number in range(self._number)]
 
     def _path(self, number: int) -> str:
@@ -161,7 +162,7 @@ class TarOutput(Output):
         assert self._file is not None
         self._file.write(bytes(2 * _BLOCK + -(self._file.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
         self._work.close_file(self._file)
-        self._digests.begin(self._path(self._number))
+        self._work.digests.begin(self._path(self._number))
         self._file = None
         self._number += 1
 
@@ -169,7 +170,7 @@ class TarOutput(Output):
         path = self._work.path / self._path(number)
         lines = [_index_line(*row) for row in zip(*(rows[name].tolist() for name in ("index", "offset", "size")), strict=True)]
         index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]), encoding="ascii")
-        return Shard(path.name, len(rows), path.stat().st_size, self._digests.result(self._path(number)))
+        return Shard(path.name, len(rows), path.stat().st_size, self._work.digests.result(self._path(number)))
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -191,15 +192,9 @@ def member_header(name: str, size: int) -> bytes:
     )
 
 
-def _empty_header() -> bytes:
-    member = tarfile.TarInfo("")
-    member.mode = 0o644
-    return member.tobuf(tarfile.USTAR_FORMAT)
-
-
 # POSIX: offsets of the size (11 octal digits) and of the checksum (8 characters, which count as blanks in the sum).
 _SIZE_AT, _SUM_AT = 124, 148
-_HEADER = _empty_header()
+_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # mode 644, without owner or time
 _OTHER_FIELDS_SUM = sum(_HEADER) - sum(_HEADER[_SIZE_AT : _SIZE_AT + 11]) - sum(_HEADER[_SUM_AT : _SUM_AT + 8]) + 8 * ord(" ")
 
 

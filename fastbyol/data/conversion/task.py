@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.config.errors import require_at_least
-from fastbyol.data.conversion.encoding_pool import default_workers
+from fastbyol.config.errors import require, require_at_least, require_choice
+from fastbyol.data.conversion.encode import EncodeSettings
 from fastbyol.data.conversion.encoding_worker import Job
-from fastbyol.data.conversion.options import ConversionOptions
-from fastbyol.data.conversion.work_folder import WorkFolder
+from fastbyol.data.conversion.work_folder import UNFINISHED, WorkFolder
 from fastbyol.data.formats.manifest import software_versions
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing, names_digest
+from fastbyol.host.cores import default_workers
 
 Images = Path | ImageListing | Callable[[], ImageListing]
 """The images to convert: a folder or tar, its listing, or a function that makes the listing once all other arguments have been checked."""
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """Options of a conversion. Only `encode` affects the bytes of the result."""
+
+    encode: EncodeSettings = field(default_factory=EncodeSettings)
+    strict: bool = False
+    """Stop at the first image that cannot be kept."""
+    max_dropped: float | None = None
+    """Largest share of images that may be dropped. 1 allows any, even whole classes; None allows 1 %, or 20 images if that is more."""
+    unfinished: str = "continue"
+    """Treatment of an unfinished conversion to the same output: 'continue' it if there is one, 'require' one, or 'restart' without it."""
+    flush_every_s: float = 10.0
+    """Seconds between two saved points; a crash loses at most this much work."""
+
+    def __post_init__(self) -> None:
+        if self.max_dropped is not None:
+            require(0.0 <= self.max_dropped <= 1.0, "max-dropped", self.max_dropped, "a share in [0, 1]")
+        require_choice("unfinished", self.unfinished, UNFINISHED)
+        require_at_least("flush-every", self.flush_every_s, 0.0)
+
+    def dropped_allowed(self, images: int) -> int:
+        """Returns how many of this number of images may be dropped."""
+        if self.max_dropped is None:
+            return max(20, int(0.01 * images))
+        return math.floor(self.max_dropped * images + 1e-6)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The hidden work folder of a conversion, and its journal, from which an interrupted conversion resumes.
+"""The hidden work folder of a conversion, its journal, from which an interrupted conversion resumes, and the move to the final name.
 
 Files are only appended to. A journal entry has the length of each file at one point of the work and is written after these files are on disk.
 So after a crash, a full disk or a kill, each file is cut to its length in the last entry, and the work continues from there. If everything
@@ -8,28 +8,29 @@ that follows depends only on the content of the files, the result is byte-identi
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Self
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.formats.manifest import TAR_MANIFEST
-from fastbyol.host.durable_files import flush_to_disk, write_durably
+from fastbyol.data.formats.manifest import TAR_MANIFEST, sha256_of
+from fastbyol.host.durable_files import flush_to_disk, locked_file, write_durably
 
 _SETTINGS, _JOURNAL, _LOCK = "settings.json", "journal.json", "lock"
-COMPLETE = "complete"
+_COMPLETE = "complete"
 """Name, in the work folder, of a complete output that only has to be moved out."""
+_INSIDE = ".partial"
+"""Name of the work folder inside an output folder that existed before."""
 UNFINISHED = ("continue", "require", "restart")
 _BUFFER_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 class GrowingFile:
@@ -44,14 +45,9 @@ class GrowingFile:
         self._file.write(data)
         self.size += len(data)
 
-    def hand_over(self) -> None:
+    def flush(self) -> None:
         """Passes the buffer to the operating system, so that readers of the file see it."""
         self._file.flush()
-
-    def flush(self) -> int:
-        """Passes the buffer to the operating system. Returns a duplicate file descriptor for fsync, which the caller closes."""
-        self.hand_over()
-        return os.dup(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -86,6 +82,7 @@ class WorkFolder:
         self.path, self._output, self._flush_every_s = path, output, flush_every_s
         self._lock = _locked(path, output)
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-flush")
+        self.digests = BackgroundDigests(self)
         self._files: dict[str, GrowingFile] = {}
         self._sizes: dict[str, int] = {}
         self._pending: list[Future[None]] = []
@@ -106,6 +103,7 @@ class WorkFolder:
         """Opens a file of this folder for appending, and cuts it to `size`. name: relative path, at most one folder deep."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
+        # What lies beyond is from after the last journal entry: it will be written again.
         with path.open("ab") as file:
             file.truncate(size)
         self._files[name] = GrowingFile(path, name)
@@ -117,10 +115,10 @@ class WorkFolder:
 
     def close_file(self, file: GrowingFile) -> None:
         """Closes a finished file and starts its fsync; its size is part of every later journal entry."""
-        self._sizes[file.name] = file.size
-        self._pending.append(self._flusher.submit(_fsync, [file.flush()]))
         file.close()
         del self._files[file.name]
+        self._sizes[file.name] = file.size
+        self._pending.append(self._flusher.submit(flush_to_disk, self.path / file.name))
 
     def flush_due(self, done: int) -> None:
         """Starts a journal entry in the background if `flush_every_s` has passed and the last entry is finished."""
@@ -146,6 +144,7 @@ class WorkFolder:
         self._is_open = False
         for file in self._files.values():
             file.abandon()
+        self.digests.close()
         self._flusher.shutdown(wait=True)
         if not keep:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -159,18 +158,20 @@ class WorkFolder:
 
     def _start_flush(self, done: int) -> None:
         self._finish_flush()
-        descriptors = [file.flush() for file in self._files.values()]
+        for file in self._files.values():
+            file.flush()
         sizes = self._sizes | {name: file.size for name, file in self._files.items()}
         self._flushed_at = time.monotonic()
         entry = {"done": done, "sizes": sizes, "notes": dict(self.notes)}
-        self._pending.append(self._flusher.submit(self._put_on_disk, descriptors, entry))
+        self._pending.append(self._flusher.submit(self._put_on_disk, tuple(self._files), entry))
 
     def _finish_flush(self) -> None:
         while self._pending:
             self._pending.pop().result()
 
-    def _put_on_disk(self, descriptors: list[int], entry: dict[str, Any]) -> None:
-        _fsync(descriptors)  # before the journal, which may only name bytes that are on disk
+    def _put_on_disk(self, names: Sequence[str], entry: dict[str, Any]) -> None:
+        for name in names:  # before the journal, which may only name bytes that are on disk
+            flush_to_disk(self.path / name)
         write_durably(self.path / _JOURNAL, json.dumps(entry))
 
     def _check_identity(self, identity: Mapping[str, Any]) -> None:
@@ -216,6 +217,43 @@ class WorkFolder:
             raise UserError(f"{self.path / name}: not readable ({error}); start again with --restart") from error
 
 
+class BackgroundDigests:
+    """SHA-256 digests of a work folder's files or of byte ranges of them, computed in a thread while the data is still in the page cache.
+
+    Reading it again later would take minutes. The digests are stored in the folder's notes, so a resumed conversion finds those that the
+    journal has.
+    """
+
+    def __init__(self, work: WorkFolder) -> None:
+        self._work = work
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-sha256")
+        self._pending: dict[str, Future[str]] = {}
+
+    def begin(self, name: str, *, start: int = 0, size: int | None = None) -> None:
+        """Starts the digest of bytes that will not change any more. size: number of bytes from `start`; None means to the end."""
+        note = _note(name, start)
+        if note not in self._work.notes and note not in self._pending:
+            self._pending[note] = self._thread.submit(self._take, note, self._work.path / name, start, size)
+
+    def result(self, name: str, *, start: int = 0, size: int | None = None) -> str:
+        """Returns the hexadecimal digest; starts it, or waits for it, if necessary."""
+        self.begin(name, start=start, size=size)
+        note = _note(name, start)
+        return self._work.notes.get(note) or self._pending[note].result()
+
+    def close(self) -> None:
+        """Ends the thread; digests that it has not begun are dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _take(self, note: str, path: Path, start: int, size: int | None) -> str:
+        digest = self._work.notes[note] = sha256_of(path, start=start, size=size)
+        return digest
+
+
+def _note(name: str, start: int) -> str:
+    return f"sha256 of {name}" + (f"@{start}" if start else "")
+
+
 def _is_journal_entry(entry: dict[str, Any]) -> bool:
     """Returns True if the entry is valid and its files are all in this folder. Checked because files will be cut to the lengths in it."""
     done, sizes, notes = (entry.get(name) for name in ("done", "sizes", "notes"))
@@ -225,19 +263,78 @@ def _is_journal_entry(entry: dict[str, Any]) -> bool:
     return inside and all(type(size) is int and size >= 0 for size in sizes.values())
 
 
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Context manager that turns an OSError into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
+        at = f" at {error.filename}" if error.filename else ""
+        raise UserError(f"{out}: not finished: {reason}{at}; once that is fixed, the same command continues") from error
+
+
+def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:
+    """Raises UserError if `out` exists and may not be replaced, is a folder without the file `marker`, or has no parent folder.
+
+    marker: for an output that is a folder, the name of a file by which ours are recognised. An empty folder is accepted too.
+    """
+    if marker and _is_unused(out):
+        return
+    if out.is_dir() and not (marker and (out / marker).is_file()):
+        raise UserError(f"{out}: is a folder that no conversion made, it will not be replaced; give another --out")
+    if out.exists() and overwrite != "replace":
+        raise UserError(f"{out}: exists already; give another --out, or --overwrite to replace it")
+    if out.is_mount():
+        raise UserError(f"{out}: is a mounted volume, which cannot be replaced as a whole; empty it first, or give a folder in it")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder to write {out.name} in; make it first")
+
+
+def _is_unused(folder: Path) -> bool:
+    """Returns True if the folder has no files of the user: it is empty, a new volume, or only has an unfinished conversion."""
+    return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {"lost+found", _INSIDE}
+
+
+def work_path(out: Path) -> Path:
+    """Returns the work folder for `out`: beside it, or inside it if it is an existing folder, which may be on another disk."""
+    return out / _INSIDE if _is_unused(out) or (out / _INSIDE).is_dir() else out.with_name(f".{out.name}.partial")
+
+
+def put_in_place(new: Path, out: Path) -> None:
+    """Moves a complete file or folder to its final name. An old output stays intact until the new one is there, and is removed only then.
+
+    If the work folder is inside `out`, the files are moved one by one into `out`.
+    """
+    if new.is_dir() and new.parent.parent == out:
+        # The new name says to `clear_if_finished` that all is written and the moves only have to go on.
+        os.replace(new, new.with_name(_COMPLETE))
+        flush_to_disk(new.parent)
+        _empty_into(new.with_name(_COMPLETE), out)
+        return
+    old = out.with_name(f".{out.name}.replaced")
+    if new.is_dir() and out.exists():  # a folder cannot be renamed onto one that is not empty
+        shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed before it removed this
+        os.replace(out, old)
+    os.replace(new, out)
+    flush_to_disk(out.parent)
+    if old.is_dir():
+        shutil.rmtree(old)
+
+
 def clear_if_finished(folder: Path, *, data: str, output: Path) -> None:
     """Finishes a conversion that was killed while its `data` was moved to the final place: moves the rest, removes the work folder."""
-    moving = (folder / COMPLETE).exists()
+    moving = (folder / _COMPLETE).exists()
     moved = folder.parent != output and output.exists() and (folder / _JOURNAL).exists() and not (folder / data).exists()
     if moving or moved:
         lock = _locked(folder, output)
         if moving:
-            empty_into(folder / COMPLETE, output)
+            _empty_into(folder / _COMPLETE, output)
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
-def empty_into(complete: Path, output: Path) -> None:
+def _empty_into(complete: Path, output: Path) -> None:
     """Moves all files of a folder into another one on the same disk; the manifest last, because its presence means that all are there."""
     for file in sorted(complete.iterdir(), key=lambda file: file.name == TAR_MANIFEST):
         flush_to_disk(output)
@@ -245,40 +342,12 @@ def empty_into(complete: Path, output: Path) -> None:
     flush_to_disk(output)
 
 
-def is_full(error: OSError) -> bool:
-    """Returns True if the error means a full disk, an exceeded quota or a file that is too large."""
-    return error.errno in _FULL
-
-
-def _fsync(descriptors: list[int]) -> None:
-    try:
-        for descriptor in descriptors:
-            os.fsync(descriptor)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
 def _locked(folder: Path, output: Path) -> int:
-    """Makes the folder and returns a descriptor that holds its lock, which the system releases even if the process is killed."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        path = folder / _LOCK
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS can only lock a file that is open for writing
-        except FileNotFoundError:
-            continue  # the folder was removed by another run that has just finished
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:  # a file system without locks is used unlocked
-                os.close(descriptor)
-                raise UserError(
-                    f"{output}: another conversion is writing it at this moment (it holds {folder}); wait for it, or end it"
-                ) from None
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
-            return descriptor
-        os.close(descriptor)
+    """Makes the folder and returns a descriptor that holds its lock. Raises UserError if another process holds it."""
+    try:
+        return locked_file(folder / _LOCK)
+    except BlockingIOError:
+        raise UserError(f"{output}: another conversion is writing it at this moment (it holds {folder}); wait for it, or end it") from None
 
 
 def _empty(folder: Path) -> None:

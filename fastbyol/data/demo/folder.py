@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.config.errors import UserError, require_at_least
+from fastbyol.host.cores import default_workers
 from fastbyol.host.progress import Progress
 
 MANIFEST = "demo_data.json"
@@ -121,8 +122,7 @@ def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _run_in_pool(class_writers: Sequence[ClassWriter], folder: Path, *, progress: Progress) -> None:
-    usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(usable_cores, len(class_writers))
+    workers = min(default_workers(), len(class_writers))
     # spawn, because forking a process that already runs torch or BLAS threads may deadlock
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         # The largest first, so that the cores finish at about the same time.

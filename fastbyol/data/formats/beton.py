@@ -162,6 +162,8 @@ def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: 
     if len(table) < len(pointers) or rows.max() >= len(table) or (table["ptr"][rows] != pointers).any():
         raise cut
     sizes = table["size"][rows]
+    # Each value alone too, as the sum may wrap around 2^64. More bytes than the file has would be overlapping images:
+    # a small file could otherwise announce terabytes.
     if max(pointers.max(), sizes.max(), (pointers + sizes).max()) > table_at or sizes.sum(dtype=np.float64) > file_bytes:
         raise cut
     return sizes.astype(np.int64)

@@ -57,6 +57,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
     if frame is None or 0 in frame[:3]:
         return None
     for marker, at, end in segments:
+        # Segments of the same number may belong to other programs, so each is known by its first bytes.
         if marker == _APP1 and data[at : at + 6] == b"Exif\0\0":
             orientation = exif_orientation(data[at:end])
         elif marker == _APP2 and data[at : at + 12] == b"ICC_PROFILE\0":
@@ -136,15 +137,11 @@ class _Frame(NamedTuple):
 
 
 def _first_frame(data: bytes, segments: list[tuple[int, int, int]]) -> _Frame | None:
-    """Returns the first frame header among the segments, or None."""
-    return next((found for segment in segments if (found := _frame(data, *segment))), None)
-
-
-def _frame(data: bytes, marker: int, at: int, end: int) -> _Frame | None:
-    """Returns the frame header in a segment, or None for another kind of segment or a truncated one."""
-    if marker not in _FRAMES or end - at < 6:
-        return None
-    return _Frame(int.from_bytes(data[at + 1 : at + 3]), int.from_bytes(data[at + 3 : at + 5]), data[at + 5], data[at], marker)
+    """Returns the first frame header among the segments that is not truncated, or None."""
+    for marker, at, end in segments:
+        if marker in _FRAMES and end - at >= 6:
+            return _Frame(int.from_bytes(data[at + 1 : at + 3]), int.from_bytes(data[at + 3 : at + 5]), data[at + 5], data[at], marker)
+    return None
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:

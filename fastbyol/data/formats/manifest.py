@@ -13,12 +13,18 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastbyol.config.errors import UserError, shortened
+from fastbyol.host.durable_files import write_durably
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 """Largest manifest that is read (ImageNet's has 100 kB): parsing a huge JSON file would fill the memory."""
+MAX_CLASSES = 1 << 20
+"""Larger labels are not accepted as class numbers: each class needs memory for its name and for a row of every classifier."""
 _MAX_NUMBER = 1 << 48
 _LONGEST_NAME = 255
 _READ_BYTES = 1 << 20
@@ -93,15 +99,18 @@ def chunks_sha256(digests: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def manifest_text(manifest: Manifest) -> str:
-    """Returns the manifest as indented ASCII JSON, sealed with the digest of its fields."""
-    fields = {"format_version": FORMAT_VERSION} | asdict(manifest)
-    return json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n"
+def image_summary(height: NDArray[Any], width: NDArray[Any], size: NDArray[Any]) -> dict[str, float]:
+    """Returns the smallest, mean and largest height and width in pixels, and the number of bytes: the manifest's `images`."""
+    summary: dict[str, float] = {}
+    for name, side in (("height", height.astype(np.int64)), ("width", width.astype(np.int64))):
+        summary |= {f"{name}_min": int(side.min()), f"{name}_mean": round(float(side.mean()), 2), f"{name}_max": int(side.max())}
+    return summary | {"bytes": int(size.sum())}
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest to `path`; the caller renames it to its final name."""
-    path.write_text(manifest_text(manifest), encoding="utf-8")
+    """Writes the manifest as indented ASCII JSON, sealed with the digest of its fields."""
+    fields = {"format_version": FORMAT_VERSION} | asdict(manifest)
+    write_durably(path, json.dumps(fields | {_SEAL: _seal(fields)}, indent=1) + "\n")
 
 
 def is_sealed(path: Path) -> bool:
@@ -156,6 +165,7 @@ def refuse_impossible_values(*, numbers: Iterable[object], texts: Iterable[objec
     for number in numbers:
         if not (isinstance(number, int) and 0 <= number < _MAX_NUMBER):
             raise ValueError(f"{shortened(number, limit=60)} should be a number from 0 on that a file can have")
+    # A name with a folder in it could point to any file of this machine.
     for name in (shard.name for shard in shards):
         if not name or name in (".", "..") or set(name) & {"/", "\\", "\0"} or len(name) > _LONGEST_NAME:
             raise ValueError(f"{shortened(repr(name), limit=60)} should be the name of a file beside it")
@@ -163,6 +173,7 @@ def refuse_impossible_values(*, numbers: Iterable[object], texts: Iterable[objec
 
 def _refuse_other_types(values: Iterable[object], kind: type) -> None:
     for value in values:
+        # JSON's true is an int in Python.
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{shortened(repr(value), limit=60)} should be a {kind.__name__}")
 
@@ -179,3 +190,26 @@ def _refuse_edited(manifest: Manifest) -> None:
     listed = manifest.num_samples + len(manifest.dropped)
     if any(position >= listed for position in manifest.dropped) or list(manifest.dropped) != sorted(set(manifest.dropped)):
         raise ValueError(f"its dropped images should be ascending positions below {listed:,}")
+
+
+def refuse_other_counts(path: Path, labels: NDArray[np.int64], manifest: Manifest) -> None:
+    """Raises UserError unless the labels, (N,) int64, have as many of each class as the manifest says. A label of -1 means unlabelled."""
+    classes = len(manifest.class_names)
+    outside = labels[(labels < -1) | (labels >= classes)]
+    if len(outside):
+        raise UserError(f"{path}: holds the label {int(outside[0])}, its manifest names {classes} classes; copy it again, or convert again")
+    counts = np.bincount(labels[labels >= 0], minlength=classes).tolist()
+    if counts != list(manifest.class_counts):
+        raise UserError(f"{path}: has other numbers of images per class than its manifest says (damaged, or edited); convert again")
+
+
+def numbered_class_names(path: Path, labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """Returns '0', '1', … up to the highest label. A label of -1 means unlabelled. Raises UserError for a label above the limit."""
+    highest = int(labels.max())
+    if highest >= MAX_CLASSES:
+        image = int(labels.argmax())
+        raise UserError(
+            f"{path}: image {image} has the label {highest}; labels are class numbers from 0 up to {MAX_CLASSES - 1:,}, or -1 for none. "
+            "Write the file with such labels"
+        )
+    return tuple(map(str, range(highest + 1)))

@@ -92,6 +92,7 @@ def as_rgb(image: Image.Image, *, limits: PixelRange | None = None) -> Image.Ima
     """
     if has_wide_pixels(image):
         return Image.fromarray(_as_8_bits(np.asarray(image), limits or pixel_range(image))).convert("RGB")
+    # Pillow has inverted it (Adobe stores CMYK inverted): undo that where Adobe's marker is missing.
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         image = ImageChops.invert(image)
     try:

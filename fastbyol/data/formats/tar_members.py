@@ -83,6 +83,7 @@ def _member_at(file: BinaryIO, first: int, end: int) -> tuple[tarfile.TarInfo | 
         at = _behind_sparse_map(file, block, at, first, end)
     _apply(member, told)
     member.offset, member.offset_data = first, at
+    # A link or folder may state a size, but no data follows it; unknown types are read like files, as POSIX says.
     if not member.isreg() and member.type in tarfile.SUPPORTED_TYPES:
         return member, at
     if at + member.size > end:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, shortened
 from fastbyol.data.formats.beton import refuse_impossible_sizes
-from fastbyol.data.formats.class_counts import refuse_other_counts
-from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, read_manifest
+from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, read_manifest, refuse_other_counts
 
 SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
 SAMPLE = np.dtype(
@@ -80,6 +79,7 @@ def read_sample_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
         raise foreign
     all_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
     shard_bytes = all_bytes[table["shard"]]
+    # Each offset alone too: the sum may wrap around 2^64.
     if (table["offset"] > shard_bytes).any() or (table["offset"] + table["size"] > shard_bytes).any():
         raise UserError(f"{path}: points outside its shards; {again}")
     if table["size"].sum(dtype=np.uint64) > all_bytes.sum():

@@ -125,6 +125,7 @@ class FolderScan:
     def walk(self) -> None:
         self._visit_below("")
         while self._linked_folders:
+            # Sorted, so that the same one of several links is listed on every machine; a linked folder may hold further links.
             links, self._linked_folders = sorted(self._linked_folders), []
             for link in links:
                 self._visit_below(link)

@@ -14,8 +14,9 @@ from pathlib import Path
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require_choice
 from fastbyol.data.inputs.folder import by_class_folder, list_image_folder, scan_folder
-from fastbyol.data.inputs.labels import LabelFile, label_images, read_devkit, read_label_file
+from fastbyol.data.inputs.labels import LabelFile, label_images, read_devkit
 from fastbyol.data.inputs.listing import ImageListing, left_out_text
+from fastbyol.data.inputs.name_matching import read_text
 from fastbyol.data.inputs.splits import refuse_splits
 from fastbyol.data.inputs.subset import drop_empty_classes, read_subset, restrict
 from fastbyol.data.inputs.tar import TarScan
@@ -31,6 +32,8 @@ inputs:
 Names in tables and lists may have other folders in front than the data, or none.
 Order and labels are those of torchvision's ImageFolder for all of them: by class, then by name.
 """
+LABEL_OPTIONS = ("labels", "path_column", "label_column", "devkit", "subset", "drop_empty_classes", "splits_are_classes")
+"""Names, in the parsed arguments, of the options of `add_label_arguments`."""
 
 
 def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", required: bool = True) -> None:
@@ -99,8 +102,7 @@ def optional_listing_from(arguments: Namespace, *, option: str) -> ImageListing 
 
 def label_options(arguments: Namespace) -> list[str]:
     """Returns the names, without dashes, of the options of `add_label_arguments` that are given."""
-    names = ("labels", "path_column", "label_column", "devkit", "subset", "drop_empty_classes", "splits_are_classes")
-    return [name.replace("_", "-") for name in names if getattr(arguments, name)]
+    return [name.replace("_", "-") for name in LABEL_OPTIONS if getattr(arguments, name)]
 
 
 def list_images(
@@ -147,7 +149,7 @@ def _label_file(labels: Path | None, devkit: Path | None, path_column: str | Non
     if labels and devkit:
         raise UserError("--labels and --devkit: both give labels; give one of them")
     if labels:
-        return read_label_file(labels, path_column=path_column, label_column=label_column)
+        return LabelFile(labels, read_text(labels), path_column, label_column)
     return read_devkit(devkit) if devkit else None
 
 

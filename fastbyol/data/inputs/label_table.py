@@ -206,14 +206,12 @@ class _Columns:
         self.sample = [row for _, row in rows[:: max(1, len(rows) // _SAMPLED)]]
         if len(self.first) < 2:
             raise UserError(f"{path}: row {rows[0][0]} has no label: there is one column, {self._seen()}; give columns filename,label")
-        self.name_at = self._place(path_column, "--path-column") if path_column else None
-        self.label_at = self._place(label_column, "--label-column") if label_column else None
+        name_at = self._place(path_column, "--path-column") if path_column else None
+        label_at = self._place(label_column, "--label-column") if label_column else None
         by_name = any(column and not column.isdecimal() for column in (path_column, label_column))
         header = by_name or self._known_header()
-        if self.name_at is None:
-            self.name_at = self._find_names(header)
-        if self.label_at is None:
-            self.label_at = self._find_labels(header)
+        self.name_at = self._find_names(header, label_at) if name_at is None else name_at
+        self.label_at = self._find_labels(header) if label_at is None else label_at
         if self.name_at == self.label_at:
             raise UserError(f"{path}: {self._seen()}: names and classes cannot be the same column; give --path-column and --label-column")
         self.header = header if header is not None else self._unknown_header()
@@ -225,15 +223,11 @@ class _Columns:
     @property
     def reading(self) -> str:
         """Description of the two columns, by name or number, for the user."""
-        assert self.name_at is not None
-        assert self.label_at is not None
         called = [repr(self.first[at].strip()) if self.header else f"{at + 1}" for at in (self.name_at, self.label_at)]
         return f"column {called[0]} names the image, column {called[1]} the class ({self._seen() if self.header else 'no header'})"
 
     def read(self) -> Iterator[tuple[int, str, str]]:
         """Yields (line, name, class) of each row."""
-        assert self.name_at is not None
-        assert self.label_at is not None
         kaggle = self.header and self.words[self.label_at] == _KAGGLE
         for number, row in self.rows[self.header :]:
             if len(row) <= max(self.name_at, self.label_at):
@@ -265,7 +259,6 @@ class _Columns:
 
     def _unknown_header(self) -> bool:
         """Decides if a first row of unknown words is a header: it is, unless its class also occurs in another row."""
-        assert self.label_at is not None
         at = self.label_at
         return not any(len(row) > at and row[at].strip() == self.first[at].strip() for _, row in self.rows[1:])
 
@@ -279,8 +272,8 @@ class _Columns:
             return int(column) - 1
         raise UserError(f"{option} {column}: {self.path} has {'several columns' if wanted else 'no column'} of this name; {self._seen()}")
 
-    def _find_names(self, header: bool | None) -> int:
-        free = [at for at in range(len(self.first)) if at != self.label_at]
+    def _find_names(self, header: bool | None, label_at: int | None) -> int:
+        free = [at for at in range(len(self.first)) if at != label_at]
         candidates = free
         if header:
             for words in (_FILE, _PERHAPS_FILE):
@@ -320,7 +313,6 @@ class _Columns:
 
     def _refuse_counting(self) -> None:
         """Raises UserError if the classes are consecutive numbers without a known header: they are probably an index of the rows."""
-        assert self.label_at is not None
         at = self.label_at
         values = [row[at].strip() for _, row in self.rows[self.header :] if len(row) > at]
         if len(values) > 2 and all(re.fullmatch("[0-9]{1,9}", value) for value in values):

@@ -15,7 +15,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.inputs.label_table import LabelRows, is_class_header, read_label_rows
 from fastbyol.data.inputs.listing import ImageListing, in_sample_order
-from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, limited_read, lines_of, read_text
+from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, limited_read, lines_of
 
 _VALIDATION_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.\w+", re.DOTALL)
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
@@ -33,7 +33,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class LabelFile:
-    """Content of a file of labels, not yet matched to images, or the labels of the development kit."""
+    """Content of a file of labels, not yet matched to images, or the labels of the development kit.
+
+    The file is a table of names and classes (`label_table`), or has one class per line in the order of the images' names.
+    """
 
     path: Path
     text: str = ""
@@ -43,11 +46,6 @@ class LabelFile:
     """Labels of the development kit, in the order of the images' names; for other files empty: `text` holds them."""
     class_names: tuple[str, ...] | None = None
     """All class names, if the source lists them; None means the labels that occur, sorted."""
-
-
-def read_label_file(path: Path, *, path_column: str | None = None, label_column: str | None = None) -> LabelFile:
-    """Reads a file of labels: a table of names and classes (`label_table`), or one class per line in the order of the images' names."""
-    return LabelFile(path, read_text(path), path_column, label_column)
 
 
 def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
@@ -66,7 +64,7 @@ def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
         labels = labels if labels.in_order else replace(labels, in_order=_classes_alone(labels.text))
         values, unmatched = _by_number(found, labels), ()
     if not any(values):
-        raise UserError(f"{labels.path}: labels none of the {len(found.files):,} images of {found.root} (the first: {_first(found)})")
+        raise UserError(f"{labels.path}: labels none of the {len(found.files):,} images of {found.root} (the first: {min(found.files)})")
     values, class_names = _classes(labels, values if table is None else [*values, *(label for _, _, label in table.rows)])
     unlabelled = tuple((name, f"no label in {labels.path.name}") for name, value in zip(found.files, values, strict=False) if value is None)
     reading = table.reading if table else "one class for each image, in the order of their names"
@@ -147,7 +145,7 @@ def _by_number(found: ImageListing, labels: LabelFile) -> list[str | None]:
     if len(found.files) != len(labels.in_order):
         raise UserError(
             f"{labels.path}: {len(labels.in_order):,} labels in order for {len(found.files):,} images of {found.root} (the first:"
-            f" {_first(found)}); give a file with a name in each line"
+            f" {min(found.files)}); give a file with a name in each line"
         )
     values: list[str | None] = [None] * len(found.files)
     for label, place in zip(labels.in_order, sorted(range(len(found.files)), key=found.files.__getitem__), strict=True):
@@ -211,7 +209,3 @@ def _wnids(path: Path, meta: bytes) -> dict[int, str]:
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
     except Exception as error:  # on a damaged file, scipy's parser raises exceptions of any kind
         raise UserError(f"{path}: {_META} is not the kit's ({error}); download the kit again") from error
-
-
-def _first(found: ImageListing) -> str:
-    return min(found.files)

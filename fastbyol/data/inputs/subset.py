@@ -38,6 +38,7 @@ def draw_images(listing: ImageListing, num_images: int, *, seed: int) -> ImageLi
     takes = balanced_counts([len(members[label]) for label in order], num_images)
     chosen: list[int] = []
     for label, take in zip(order, takes, strict=True):
+        # By the file's name alone: a copy of the data with other folders in front gives the same choice.
         chosen += sorted(members[label], key=lambda index: _rank(seed, listing.files[index].rpartition("/")[2]))[:take]
     return listing.restricted(sorted(chosen))
 

@@ -14,9 +14,9 @@ class Fault(NamedTuple):
     """A fault of a file or of one of its images."""
 
     file: str
-    image: int
-    """Index of the image; -1 if the fault is about the file."""
     what: str
+    image: int = -1
+    """Index of the image; -1 if the fault is about the file."""
 
     def __str__(self) -> str:
         return f"{self.file}: " + (f"image {self.image}: " if self.image >= 0 else "") + self.what

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastbyol.data.backends.source import Pixels
+from fastbyol.data.backends.source import Pixels, ThreadBuffer
 from fastbyol.data.conversion.encode import find_turbojpeg
 from fastbyol.data.formats.jpeg_header import exif_orientation, read_jpeg_header, scans_complaint
 from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, decode_with_pillow, load_image
@@ -29,7 +28,7 @@ class ImageCheck:
         """originals: the complete listing that was converted; None skips the comparison with the originals."""
         self._images, self._originals = images, originals
         self._decoder = find_turbojpeg()
-        self._local = threading.local()
+        self._scratch = ThreadBuffer()
 
     def faults(self, index: int) -> list[str]:
         """Returns what is wrong with the image. A fault that makes further checks meaningless is returned alone."""
@@ -60,7 +59,7 @@ class ImageCheck:
             return complaint
         if header.height * header.width > MAX_DECODED_PIXELS:
             return f"has {header.width}x{header.height} pixels, more than the {MAX_DECODED_PIXELS:,} that are decoded"
-        complaint, fatal = self._decoder.decode(data, self._scratch(header.height, header.width))
+        complaint, fatal = self._decoder.decode(data, self._scratch.pixels(header.height, header.width))
         # If a checksum shows that the bytes are unchanged, a warning is harmless: the conversion accepted and noted it.
         return f"does not decode ({complaint})" if complaint and (fatal or self._images.crc32 is None) else ""
 
@@ -99,13 +98,6 @@ class ImageCheck:
         candidates = [picture] if orientation == 1 else [picture, _turned(picture, orientation)]
         return min(_mean_distance(stored, candidate) for candidate in candidates)
 
-    def _scratch(self, height: int, width: int) -> Pixels:
-        """Returns this thread's buffer, grown on demand: new memory for each image would cost a page fault per 4 KiB."""
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or len(buffer) < height * width * 3:
-            buffer = self._local.buffer = np.empty(height * width * 3, dtype=np.uint8)
-        return buffer[: height * width * 3].reshape(height, width, 3)
-
 
 def _turned(picture: Image.Image, orientation: int) -> Image.Image:
     exif = picture.getexif()
@@ -119,5 +111,6 @@ def _mean_distance(stored: Pixels, original: Image.Image) -> float:
     if abs(original.height * scale - height) > 1 or abs(original.width * scale - width) > 1:
         return 255.0
     resized = original if original.size == (width, height) else original.resize((width, height), Image.Resampling.BICUBIC)
+    # Means of 8x8 blocks: JPEG changes single pixels much and these hardly. int16, because uint8 differences wrap around.
     means = [np.asarray(picture.reduce(_BLOCK_PX), dtype=np.int16) for picture in (Image.fromarray(stored), resized)]
     return float(np.abs(means[0] - means[1]).mean())

@@ -11,11 +11,10 @@ import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.source import Indices, Pixels
-from fastbyol.data.formats.class_counts import numbered_class_names
-from fastbyol.data.formats.manifest import Manifest
+from fastbyol.data.formats.manifest import Manifest, numbered_class_names
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.inspection.converted import is_converted, open_converted
+from fastbyol.data.inspection.converted import Converted, is_converted, open_converted
 
 SAMPLED = 2000
 """Number of images of a folder or tar whose headers are read for their sides: a million would take an hour on a network disk."""
@@ -72,39 +71,33 @@ class ImageSet:
 
     def __init__(self, path: Path, listing: ImageListing | None) -> None:
         """listing: the images of a folder or tar; None if `path` is converted data. Raises UserError in the same cases as `open_converted`."""
-        self.path, self.manifest = path, None
-        self.listing = listing
-        if listing is None:
-            self._converted, self.manifest = open_converted(path)
-            self.labels = self._converted.label
+        self._images, self.manifest = (listing, None) if listing else open_converted(path)
+        if isinstance(self._images, Converted):
+            self.labels = self._images.label
             self.class_names = self.manifest.class_names if self.manifest else numbered_class_names(path, self.labels)
         else:
-            self._converted = None
-            self.labels = np.array(listing.labels, dtype=np.int64)
-            self.class_names = listing.class_names
+            self.labels = np.array(self._images.labels, dtype=np.int64)
+            self.class_names = self._images.class_names
 
     def pixels(self, index: int) -> Pixels:
         """Returns an image as (H, W, 3) RGB. Raises UndecodableImage, or OSError if it cannot be read."""
-        if self._converted is not None:
-            return self._converted.pixels(index)
-        assert self.listing is not None
-        return decode_with_pillow(self.listing.location(index).read())
+        if isinstance(self._images, Converted):
+            return self._images.pixels(index)
+        return decode_with_pillow(self._images.location(index).read())
 
     def sides(self) -> Sides | None:
         """Returns statistics of the sides: of all images of converted data, whose tables have them, else of a random sample (seed 0)."""
-        if self._converted is not None:
-            return _sides(self._converted.height, self._converted.width, self._converted.size)
-        assert self.listing is not None
-        num = len(self.listing.files)
+        if isinstance(self._images, Converted):
+            return _sides(self._images.height, self._images.width, self._images.size)
+        num = len(self._images.files)
         chosen = range(num) if num <= SAMPLED else sorted(random.Random(0).sample(range(num), SAMPLED))
-        rows = [row for index in chosen if (row := _header(self.listing, index))]
+        rows = [row for index in chosen if (row := _header(self._images, index))]
         return _sides(*np.array(rows, dtype=np.int64).T) if rows else None
 
     def num_bytes(self) -> int:
-        if self._converted is not None:
-            return int(self._converted.size.sum())
-        assert self.listing is not None
-        return sum(map(self.listing.num_bytes, range(len(self.listing.files))))
+        if isinstance(self._images, Converted):
+            return int(self._images.size.sum())
+        return sum(map(self._images.num_bytes, range(len(self._images.files))))
 
 
 def is_conversion(path: Path) -> bool:

@@ -13,17 +13,16 @@ from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.formats.tar_shards import INDEX_VERSION, index_path
 from fastbyol.data.inputs.listing import EXTENSIONS
 from fastbyol.data.inspection.converted import Converted
+from fastbyol.data.inspection.findings import Fault
 
 COMPONENTS = ("jpg", "cls", "idx")
-ShardFault = tuple[int | None, str]
-"""(index of the image, or None for a fault of the file; what is wrong)."""
 
 
-def shard_faults(tar: Path, *, images: Converted, number: int) -> list[ShardFault]:
+def shard_faults(tar: Path, *, images: Converted, number: int) -> list[Fault]:
     """Returns the disagreements between a tar, its DALI index and the sample table. number: position of the tar in `images.files`."""
     expected = {f"{images.listed[index]:08d}": index for index in np.flatnonzero(images.file == number).tolist()}
     rows: list[str] = []
-    faults: list[ShardFault] = []
+    faults: list[Fault] = []
     unknown: list[str] = []
     try:
         with open(tar, "rb", buffering=0) as file:
@@ -33,22 +32,20 @@ def shard_faults(tar: Path, *, images: Converted, number: int) -> list[ShardFaul
                 if index is None:
                     unknown.append(members[0].name)
                 else:
-                    faults += [(index, what) for what in _sample_faults(file.fileno(), index, members, images)]
+                    faults += [Fault(str(tar), what, index) for what in _sample_faults(file.fileno(), index, members, images)]
+        rest = [Fault(str(tar), f"{stem}.jpg is not in the tar", index) for stem, index in expected.items()]
+        rest += [Fault(str(tar), what) for what in _index_faults(index_path(tar), rows)]
     except DamagedTarError as error:
-        return [
-            *faults,
-            *_unknown(unknown),
-            (_sample_at(error.at, images, number), f"the tar is damaged within this image's components ({error})"),
-        ]
-    faults += [*_unknown(unknown), *((index, f"{stem}.jpg is not in the tar") for stem, index in expected.items())]
-    return faults + [(None, what) for what in _index_faults(index_path(tar), rows)]
+        image = _sample_at(error.at, images, number)
+        rest = [Fault(str(tar), f"the tar is damaged within this image's components ({error})", image)]
+    except OSError as error:
+        return [Fault(str(tar), f"cannot be read ({error.strerror})")]
+    if unknown:
+        faults.append(Fault(str(tar), f"holds {len(unknown):,} images that the sample table does not know here, the first {unknown[0]}"))
+    return faults + rest
 
 
-def _unknown(names: list[str]) -> list[ShardFault]:
-    return [(None, f"holds {len(names):,} images that the sample table does not know here, the first {names[0]}")] if names else []
-
-
-def foreign_shard(tar: Path) -> tuple[list[tuple[int, int]], list[ShardFault]]:
+def foreign_shard(tar: Path) -> tuple[list[tuple[int, int]], list[Fault]]:
     """Returns (offset, size) of every image in a tar that we did not write, and the faults of the tar and of its index, if there is one."""
     places: list[tuple[int, int]] = []
     rows: list[str] = []
@@ -58,14 +55,14 @@ def foreign_shard(tar: Path) -> tuple[list[tuple[int, int]], list[ShardFault]]:
                 rows.append(_index_row(members))
                 places += [(member.offset_data, member.size) for member in members if member.name.lower().endswith(EXTENSIONS)]
     except (DamagedTarError, OSError) as error:
-        return places, [(None, f"damaged tar ({error})")]
-    return places, [(None, what) for what in _index_faults(index_path(tar), rows)] if index_path(tar).exists() else []
+        return places, [Fault(str(tar), f"damaged tar ({error})")]
+    return places, [Fault(str(tar), what) for what in _index_faults(index_path(tar), rows)] if index_path(tar).exists() else []
 
 
-def _sample_at(byte: int, images: Converted, number: int) -> int | None:
-    """Returns the last image of this file whose members begin at or before the byte, or None."""
+def _sample_at(byte: int, images: Converted, number: int) -> int:
+    """Returns the last image of this file whose members begin at or before the byte, or -1."""
     in_front = np.flatnonzero((images.file == number) & (images.offset - BLOCKSIZE <= byte))
-    return int(in_front[np.argmax(images.offset[in_front])]) if len(in_front) else None
+    return int(in_front[np.argmax(images.offset[in_front])]) if len(in_front) else -1
 
 
 def _samples(members: Iterator[TarInfo]) -> Iterator[tuple[str, list[TarInfo]]]:
@@ -102,6 +99,7 @@ def _sample_faults(descriptor: int, index: int, members: list[TarInfo], images: 
         yield f"lies at byte {place[0]:,} with {place[1]:,} bytes, the sample table says {told[0]:,} and {told[1]:,}"
     for component, wanted in (("cls", int(images.label[index])), ("idx", int(images.listed[index]))):
         member = found[component]
+        # pread, because `tar_members` is in the middle of the same file.
         value = int.from_bytes(os.pread(descriptor, 8, member.offset_data), "little", signed=True)
         if member.size != 8 or value != wanted:
             yield f"its component .{component} says {value} in {member.size} bytes, should say {wanted}"

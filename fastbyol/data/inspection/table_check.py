@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.data.formats.class_counts import numbered_class_names, refuse_other_counts
-from fastbyol.data.formats.manifest import Manifest, is_sealed, read_manifest
+from fastbyol.data.formats.manifest import Manifest, image_summary, is_sealed, numbered_class_names, read_manifest, refuse_other_counts
 from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.shard_check import foreign_shard
@@ -39,10 +38,10 @@ def checked_manifest(path: Path, found: Findings) -> Manifest | None:
     try:
         manifest = read_manifest(manifest_path(path))
     except UserError as error:
-        found.add([Fault(str(manifest_path(path)), -1, _without(error, manifest_path(path)))])
+        found.add([Fault(str(manifest_path(path)), _without(error, manifest_path(path)))])
         return None
     if not is_sealed(manifest_path(path)):
-        found.add([Fault(str(manifest_path(path)), -1, "has been edited: it is not what the conversion wrote")])
+        found.add([Fault(str(manifest_path(path)), "has been edited: it is not what the conversion wrote")])
     found.num_classes = len(manifest.class_names)
     return manifest
 
@@ -57,7 +56,7 @@ def checked_tables(path: Path, manifest: Manifest | None, found: Findings) -> Co
         else:
             images = _foreign_shards(path, found)
     except UserError as error:
-        found.add([Fault(str(path), -1, _without(error, path))])
+        found.add([Fault(str(path), _without(error, path))])
         return None
     if images.crc32 is None:
         found.notes.append("it has no checksums of its images: a changed image that still decodes cannot be detected")
@@ -65,9 +64,9 @@ def checked_tables(path: Path, manifest: Manifest | None, found: Findings) -> Co
         try:
             numbered_class_names(path, images.label)
         except UserError as error:
-            found.add([Fault(str(path), -1, _without(error, path))])
+            found.add([Fault(str(path), _without(error, path))])
     if manifest is not None:
-        found.add(Fault(str(manifest_path(path)), -1, what) for what in _disagreements(path, images, manifest))
+        found.add(Fault(str(manifest_path(path)), what) for what in _disagreements(path, images, manifest))
     return images
 
 
@@ -77,7 +76,7 @@ def _foreign_shards(folder: Path, found: Findings) -> Converted:
     for number, tar in enumerate(files):
         in_tar, faults = foreign_shard(tar)
         places += [(number, *place) for place in in_tar]
-        found.add(Fault(str(tar), -1, what) for _, what in faults)
+        found.add(faults)
     if not places:
         raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that data_prep/to_dali.py made")
     file, offset, size = np.array(places, dtype=np.int64).T
@@ -106,19 +105,10 @@ def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterato
     for shard, count in zip(manifest.shards, samples, strict=False):
         if shard.samples != count:
             yield f"says {shard.samples} images in {shard.name}, the sample table has {count}"
-    measured = _summary(images)
+    measured = image_summary(images.height, images.width, images.size)
     for name in measured.keys() & manifest.images.keys():
         if manifest.images[name] != measured[name]:
             yield f"says {name} = {shortened(manifest.images[name])}, the images have {measured[name]}"
-
-
-def _summary(images: Converted) -> dict[str, float]:
-    sides = {
-        f"{name}_{which}": value
-        for name, side in (("height", images.height), ("width", images.width))
-        for which, value in (("min", int(side.min())), ("mean", round(int(side.sum()) / len(side), 2)), ("max", int(side.max())))
-    }
-    return sides | {"bytes": int(images.size.sum())}
 
 
 def _without(error: UserError, path: Path) -> str:

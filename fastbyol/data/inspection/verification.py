@@ -5,7 +5,6 @@ The checks that a training run makes when it opens the data take milliseconds; h
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,13 +24,14 @@ from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.image_check import ImageCheck
 from fastbyol.data.inspection.shard_check import shard_faults
 from fastbyol.data.inspection.table_check import checked_manifest, checked_tables
+from fastbyol.host.cores import default_workers
 from fastbyol.host.progress import Progress
 
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 4  # submitted per thread: keeps all threads busy and bounds the memory
 
-Work = Callable[[], tuple[list[Fault], int]]
-"""A piece of work; returns the faults that it found and the number of images that it checked."""
+Work = tuple[Callable[[], list[Fault]], int]
+"""A piece of work, which returns the faults that it finds; and the number of images that it checks."""
 
 
 def verify(path: Path, *, originals: ImageListing | None = None, workers: int = 0) -> Findings:
@@ -54,7 +54,7 @@ def verify(path: Path, *, originals: ImageListing | None = None, workers: int = 
         found.num_images, found.num_bytes = len(images.label), int(images.size.sum())
     with Progress(f"verify {path.name}", found.num_images, unit="images") as progress:
         work = _work(path, manifest, images, check, stop := Event())
-        for faults, done in _run(work, threads=workers or len(os.sched_getaffinity(0)), stop=stop):
+        for faults, done in _run(work, threads=workers or default_workers(), stop=stop):
             found.add(faults)
             progress.advance(done)
     found.faults.sort(key=lambda fault: (fault.file, fault.image))
@@ -67,11 +67,11 @@ def _image_check(images: Converted, manifest: Manifest | None, originals: ImageL
     dropped = len(manifest.dropped) if manifest else 0
     if len(originals.files) != len(images.label) + dropped:
         told = f"{len(images.label):,} images and {dropped:,} that were dropped"
-        found.add([Fault(str(images.path), -1, f"has {told}, the source {originals.root} has {len(originals.files):,}")])
+        found.add([Fault(str(images.path), f"has {told}, the source {originals.root} has {len(originals.files):,}")])
         found.add(_unmatched(images, originals))
         return ImageCheck(images)
     if manifest is not None and manifest.class_names != originals.class_names:
-        found.add([Fault(str(manifest_path(images.path)), -1, f"names other classes than the source {originals.root} has")])
+        found.add([Fault(str(manifest_path(images.path)), f"names other classes than the source {originals.root} has")])
     if manifest is not None and manifest.source.get("listing_sha256") != originals.digest():
         found.notes.append(f"the source {originals.root} is not as it was: names, sizes or labels differ; images are compared by position")
     return ImageCheck(images, originals=originals)
@@ -86,14 +86,15 @@ def _unmatched(images: Converted, originals: ImageListing) -> Iterator[Fault]:
         try:
             checksum = zlib.crc32(originals.location(index).read())
         except OSError:
+            # No image has this checksum, so the file counts as missing.
             checksum = -1
         left[checksum] -= 1
         if left[checksum] < 0:
-            yield Fault(str(images.path), -1, f"the source's {name} is not in it, or not with these bytes")
+            yield Fault(str(images.path), f"the source's {name} is not in it, or not with these bytes")
     for index, checksum in enumerate(images.crc32.tolist()):
         if left[checksum] > 0:
             left[checksum] -= 1
-            yield Fault(str(images.path), index, "no image of the source has its bytes")
+            yield Fault(str(images.path), "no image of the source has its bytes", index)
 
 
 def _work(path: Path, manifest: Manifest | None, images: Converted | None, check: ImageCheck | None, stop: Event) -> Iterator[Work]:
@@ -107,39 +108,37 @@ def _work(path: Path, manifest: Manifest | None, images: Converted | None, check
     by_digest = {shard.sha256: name for name, shard in shards.items()}
     for number, (name, file) in enumerate(files.items()):
         if not file.is_file():
-            yield partial(_one_fault, str(file), "missing, the manifest names it")
+            yield partial(list, [Fault(str(file), "missing, the manifest names it")]), 0
             continue
         if manifest:
             # A .beton may have been renamed together with its manifest, so it is not looked up by name.
             shard = shards.get(name) if path.is_dir() else next(iter(shards.values()), None)
-            yield partial(_hash_faults, file, shard, by_digest, stop)
+            yield partial(_hash_faults, file, shard, by_digest, stop), 0
         if images is None or check is None or number >= len(images.files):
             continue
         if manifest and path.is_dir():
-            yield partial(_shard_faults, file, images, number)
-        yield from (partial(_image_faults, file, check, chunk) for chunk in _chunks(images, number))
+            yield partial(shard_faults, file, images=images, number=number), 0
+        yield from ((partial(_image_faults, file, check, chunk), len(chunk)) for chunk in _chunks(images, number))
 
 
-def _one_fault(file: str, what: str) -> tuple[list[Fault], int]:
-    return [Fault(file, -1, what)], 0
-
-
-def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], stop: Event) -> tuple[list[Fault], int]:
+def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], stop: Event) -> list[Fault]:
     """Checks a file's size and sha256. by_digest: names of all shards by their sha256 in the manifest, to recognise swapped files."""
     if shard is None:
-        return _one_fault(str(file), "is not in the manifest")
+        return [Fault(str(file), "is not in the manifest")]
     size = file.stat().st_size
     try:
         found = _sha256_of(file, shard, stop)
     except OSError as error:
-        return _one_fault(str(file), f"cannot be read ({error.strerror})")
+        return [Fault(str(file), f"cannot be read ({error.strerror})")]
     if found == shard.sha256 and size == shard.bytes:
-        return [], 0
+        return []
     if found != shard.sha256 and found in by_digest:
-        return _one_fault(str(file), f"is what the manifest calls {by_digest[found]}: renamed, or swapped with it")
-    if size != shard.bytes:
-        return _one_fault(str(file), f"has {size:,} bytes, the manifest says {shard.bytes} (cut, replaced, or the manifest was edited)")
-    return _one_fault(str(file), "its sha256 is not the manifest's: bytes have changed, or the manifest was edited")
+        what = f"is what the manifest calls {by_digest[found]}: renamed, or swapped with it"
+    elif size != shard.bytes:
+        what = f"has {size:,} bytes, the manifest says {shard.bytes} (cut, replaced, or the manifest was edited)"
+    else:
+        what = "its sha256 is not the manifest's: bytes have changed, or the manifest was edited"
+    return [Fault(str(file), what)]
 
 
 def _sha256_of(file: Path, shard: Shard, stop: Event) -> str:
@@ -149,16 +148,8 @@ def _sha256_of(file: Path, shard: Shard, stop: Event) -> str:
     return chunks_sha256([sha256_of(file, start=at, size=shard.chunk_bytes, stop=stop) for at in starts])
 
 
-def _shard_faults(file: Path, images: Converted, number: int) -> tuple[list[Fault], int]:
-    try:
-        faults = shard_faults(file, images=images, number=number)
-    except OSError as error:
-        return _one_fault(str(file), f"cannot be read ({error.strerror})")
-    return [Fault(str(file), -1 if image is None else image, what) for image, what in faults], 0
-
-
-def _image_faults(file: Path, check: ImageCheck, chunk: list[int]) -> tuple[list[Fault], int]:
-    return [Fault(str(file), index, what) for index in chunk for what in check.faults(index)], len(chunk)
+def _image_faults(file: Path, check: ImageCheck, chunk: list[int]) -> list[Fault]:
+    return [Fault(str(file), what, index) for index in chunk for what in check.faults(index)]
 
 
 def _chunks(images: Converted, number: int) -> Iterator[list[int]]:
@@ -172,20 +163,19 @@ def _chunks(images: Converted, number: int) -> Iterator[list[int]]:
 
 
 def _run(work: Iterator[Work], *, threads: int, stop: Event) -> Iterator[tuple[list[Fault], int]]:
-    """Yields the results of the pieces of work as they finish, so that a long one, such as hashing a whole file, delays no other.
+    """Yields faults and number of images of each piece of work as it finishes, so that a long one, such as hashing a file, delays no other.
 
     Sets `stop` when the consumer stops, so that hashing ends early.
     """
-    pending: set[Future[tuple[list[Fault], int]]] = set()
+    pending: dict[Future[list[Fault]], int] = {}
     with ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-verify") as pool:
         try:
             while True:
-                pending |= {pool.submit(piece) for piece in islice(work, threads * _CHUNKS_AHEAD - len(pending))}
+                pending |= {pool.submit(piece): images for piece, images in islice(work, threads * _CHUNKS_AHEAD - len(pending))}
                 if not pending:
                     return
-                ended, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    yield future.result()
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield future.result(), pending.pop(future)
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
