@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numba
-import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
+from tests.commands import SMALL_RUN, run_python
+from tests.images import smooth_image, write_files
 
 # For stock ffcv, which tests compare with: numba's TBB layer once waited for ever at the end of the process.
 numba.config.THREADING_LAYER = "omp"
+# Networks this small gain nothing from a second thread, and on a busy machine every barrier waits for one that does not run: fifty steps
+# took 180 s instead of 11 s.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SIGNALS = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
 """Signal handlers of a process in the foreground of a terminal; in a background shell or under nohup some signals are ignored."""
@@ -31,12 +39,6 @@ def signals_as_in_the_foreground() -> Iterator[None]:
 
 
 CLASS_SIZES = {"ant": 8, "bee": 9, "cat": 8}
-
-
-def smooth_image(seed: int, height: int, width: int) -> Image.Image:
-    """A colourful image without sharp edges, as photographs mostly are: JPEG decoders differ least on those."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +74,30 @@ def data_paths(image_folder: Path, beton: Path, tar_folder: Path) -> dict[str, P
     return {"folder": image_folder, "ffcv": beton, "dali": tar_folder}
 
 
+@pytest.fixture(scope="session")
+def two_ranks(data_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of runs on two ranks, all of one torchrun, whose start takes longer than the runs: float32, global batch 8.
+
+    'ffcv' and 'dali': one micro-batch. 'folder': two micro-batches. 'own statistics': each rank's batch norms see its own 4 images only, and
+    the accuracy of kNN is found on every epoch.
+    """
+    out = tmp_path_factory.mktemp("two_ranks")
+    knn = ["--data.val", str(data_paths["folder"]), "--monitors.knn_every_epochs", "1"]
+    options = {
+        "ffcv": ["--data.train", str(data_paths["ffcv"])],
+        "dali": ["--data.train", str(data_paths["dali"])],
+        "folder": ["--data.train", str(data_paths["folder"]), "--rank_batch", "2"],
+        "own statistics": ["--data.train", str(data_paths["ffcv"]), *knn, "--precision.cross_replica_bn", "false"],
+    }
+    common = [*SMALL_RUN, "--epochs", "2", "--checkpoint_every", "100", "--precision.autocast", "off"]
+    runs = [[*common, *own, "--out", str(out / name)] for name, own in options.items()]
+    (out / "runs.json").write_text(json.dumps(runs))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    done = run_python(*launcher, "tests/long/many_runs.py", out / "runs.json")
+    assert done.returncode == 0, done.stderr
+    return {name: out / name for name in options}
+
+
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
     """Writes an ImageFolder of one class from images by file name (Image: saved by its extension; bytes: as they are)."""
@@ -79,12 +105,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
     def make(**images: Image.Image | bytes) -> Path:
         folder = tmp_path / "made" / "class"
         folder.mkdir(parents=True, exist_ok=True)
-        for name, image in images.items():
-            path = folder / name.replace("_", ".")
-            if isinstance(image, bytes):
-                path.write_bytes(image)
-            else:
-                image.save(path)
+        write_files(folder, {name.replace("_", "."): image for name, image in images.items()})
         return folder.parent
 
     return make

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import scipy.io
-from PIL import Image
+
+from tests.images import encoded, smooth_image
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
 KIT_IDS = {3: WNIDS[0], 1: WNIDS[1], 2: WNIDS[2]}
@@ -19,10 +20,7 @@ TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSV
 
 def jpeg(seed: int, *, height: int = 24, width: int = 32) -> bytes:
     """Returns a small smooth JPEG that differs from all others."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+    return encoded(smooth_image(seed, height, width), quality=90)
 
 
 def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -12,7 +12,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from file_limit import files_no_larger_than
 
 from fastbyol.config.errors import Diverged, NotSaved, UserError
 from fastbyol.config.schema import TrainConfig
@@ -29,6 +28,7 @@ from fastbyol.run.checkpoint import (
 )
 from fastbyol.run.checkpoint_writer import CheckpointWriter, copy_to_host
 from fastbyol.run.rng_state import rng_state, set_rng_state
+from tests.commands import files_no_larger_than
 
 
 def _state(step: int, *, size: int = 1000) -> dict:

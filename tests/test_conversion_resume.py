@@ -15,7 +15,6 @@ import pytest
 from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
-from interrupted import Conversion, await_gone, kill_and_continue, limit_file_size, write_many
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.dali_source import DaliSource
@@ -32,9 +31,10 @@ from fastbyol.data.formats.manifest import read_manifest
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.listing import ImageListing, ImageLocation
 from fastbyol.data.inspection.verification import verify
+from tests.commands import CONVERSIONS, Conversion, await_gone, files_no_larger_than, kill_and_continue
+from tests.images import write_many
 
 IMAGES, BAD_EVERY = 700, 35
-FORMATS = {"beton": ("to_ffcv.py", "x.beton", ()), "tar": ("to_dali.py", "x", ("--shard-mb", "1"))}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
     """Returns the output of each format's command without an interruption."""
     results = {}
-    for kind in FORMATS:
+    for kind in CONVERSIONS:
         command = make(kind, many, tmp_path_factory.mktemp(kind))
         done = command.run()
         assert done.returncode == 0, done.stderr
@@ -54,15 +54,14 @@ def undisturbed(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return results
 
 
-def make(kind: str, data: Path, folder: Path, *options: str) -> Conversion:
-    script, name, own_options = FORMATS[kind]
-    return Conversion(script, data, folder / name, (*own_options, "--max-dropped", "0.1", "--workers", "2", *options))
+def make(kind: str, data: Path, folder: Path) -> Conversion:
+    return CONVERSIONS[kind](data, folder, "--max-dropped", "0.1", "--workers", "2")
 
 
 # ---- interruptions
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", CONVERSIONS)
 def test_a_conversion_killed_at_random_moments_continues_to_the_same_bytes(
     kind: str, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -99,12 +98,13 @@ def test_a_stop_is_one_line_with_the_progress_and_the_same_command_continues(
     assert command.result() == undisturbed[kind]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", CONVERSIONS)
 def test_a_full_disk_is_a_one_line_error_and_the_same_command_continues_once_there_is_space(
     kind: str, many: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     command = make(kind, many, tmp_path)
-    done = command.run(preexec_fn=limit_file_size(900_000))  # not before its first journal entry, which waits for the disk
+    with files_no_larger_than(900_000):  # not before its first journal entry, which waits for the disk
+        done = command.run()
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import pty
-import subprocess
-import sys
 
 import pytest
 
 from fastbyol.host import progress
 from fastbyol.host.progress import Progress
+from tests.commands import run_python
 
 
 def _clock(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
@@ -63,7 +62,7 @@ def test_a_terminal_of_80_columns_gets_a_bar_with_progress_and_time_left() -> No
     )
     reader, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    subprocess.run([sys.executable, "-c", code], stderr=terminal, timeout=60, check=True, env=environment)
+    run_python("-c", code, capture_output=False, stderr=terminal, check=True, env=environment)
     os.close(terminal)
     shown = os.read(reader, 1 << 16).decode()
     os.close(reader)

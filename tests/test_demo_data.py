@@ -6,8 +6,6 @@ import gzip
 import hashlib
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,8 @@ from torchvision import datasets
 from fastbyol.config.errors import UserError
 from fastbyol.data.demo import fashion, scenes
 from fastbyol.data.demo.folder import MANIFEST, DemoSettings, image_rng, write_image_folder
+from tests.commands import run_here
 
-SCRIPT = Path(__file__).parents[1] / "data_prep" / "demo_data.py"
 SMALL = DemoSettings(train_per_class=2, val_per_class=1, seed=5)
 FASHION_ALPHABETICAL = ["ankle_boot", "bag", "coat", "dress", "pullover", "sandal", "shirt", "sneaker", "t_shirt_top", "trouser"]
 
@@ -48,10 +46,6 @@ def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def digest(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_fashion_is_the_same_bytes_for_the_same_seed_and_an_image_folder_of_ten_named_classes(photographs: Path, tmp_path: Path) -> None:
@@ -296,7 +290,7 @@ def test_a_failed_write_is_a_user_error_and_leaves_nothing_behind(tmp_path: Path
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(arguments: list[str], says: str, tmp_path: Path) -> None:
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    result = run_script(*out, *arguments)
+    result = run_here("demo_data.py", *out, *arguments)
     assert result.returncode == 2
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -307,9 +301,9 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments: list[str], says: 
 
 def test_the_script_makes_scenes_from_the_command_line_and_refuses_to_do_it_twice(tmp_path: Path) -> None:
     command = ["--out", str(tmp_path / "out"), "--kind", "scenes", "--train-per-class", "1", "--val-per-class", "1"]
-    result = run_script(*command)
+    result = run_here("demo_data.py", *command)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(datasets.ImageFolder(str(tmp_path / "out" / "train"))) == 16
-    again = run_script(*command)
+    again = run_here("demo_data.py", *command)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr

@@ -14,10 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from fastbyol.__main__ import main as fastbyol_command
 from fastbyol.config.arguments import OneLineParser, expand_home, through_links
@@ -38,28 +36,17 @@ from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.folder import open_run_folder
 from fastbyol.run.log import RunLog, configure_logging
 from fastbyol.tuning.report import check_output, config_yaml, write_config
-from tests.script_run import run_here
+from tests.commands import DATA_PREP, ROOT, run_here, run_python
+from tests.images import smooth_image, write_files
 
-ROOT = Path(__file__).parent.parent
-DATA_PREP = ROOT / "data_prep"
 LATIN1 = os.fsdecode(b"caf\xe9")
 ESCAPES = "\x1b]0;title\x07\x1b[8mhidden\x9b2J\nfastbyol: forged\u202e"
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def picture(path: Path, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((48, 40)).save(path)
-    return path
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    for name in "ab":
-        for number in range(3):
-            picture(tmp_path / "pictures" / name / f"{number}.jpg", seed=number)
-    return tmp_path / "pictures"
+    return write_files(tmp_path / "pictures", {f"{name}/{i}.jpg": smooth_image(i, 40, 48) for name in "ab" for i in range(3)})
 
 
 @pytest.fixture
@@ -123,7 +110,7 @@ def test_every_script_of_data_prep_takes_a_tilde(script: str, pictures: Path, tm
         "verify.py": [f"~/{out}", "--source=~/pictures"],
     }[script]
     monkeypatch.chdir(tmp_path / "pictures")
-    done = run_here(DATA_PREP / script, *arguments)
+    done = run_here(script, *arguments)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / out).exists()
     assert not (tmp_path / "pictures" / "~").exists()
@@ -189,7 +176,7 @@ def test_a_key_given_twice_in_a_file_is_refused(tmp_path):
 
 
 def test_an_empty_path_is_refused_and_not_taken_for_the_current_folder(pictures):
-    done = run_here(DATA_PREP / "to_dali.py", "--data", pictures, "--out", "")
+    done = run_here("to_dali.py", "--data", pictures, "--out", "")
     assert done.returncode == 2
     assert "argument --out: is empty" in done.stderr
 
@@ -252,10 +239,8 @@ def test_class_and_file_names_pass_through_every_script_and_come_back_whole(tmp_
     names = [ESCAPES.replace("\n", "").replace("/", ""), LATIN1, "été ✓"]
     data, beton, chosen = tmp_path / "data", tmp_path / "x.beton", tmp_path / "x.txt"
     for name in names:
-        picture(data / name / f"{name}.jpg")
-        picture(data / name / "1.jpg")
-        (data / name / "cut.jpg").write_bytes(b"\xff\xd8\xff")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "LANG": "C", "OMP_NUM_THREADS": "1"}
+        picture = smooth_image(0, 40, 48)
+        write_files(data / name, {f"{name}.jpg": picture, "1.jpg": picture, "cut.jpg": b"\xff\xd8\xff"})
     for script, *arguments in (
         ["to_ffcv.py", "--data", data, "--out", beton, "--workers", "1"],
         ["to_ffcv.py", "--data", data, "--out", tmp_path / "y.beton", "--workers", "1", "--strict"],
@@ -264,12 +249,11 @@ def test_class_and_file_names_pass_through_every_script_and_come_back_whole(tmp_
         ["info.py", data, "--json"],
         ["subset.py", "--data", data, "--images", "9", "--out", chosen],
     ):
-        command = [sys.executable, str(DATA_PREP / str(script)), *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+        done = run_here(str(script), *arguments, encoding="ascii")
         said = done.stdout + done.stderr
         assert done.returncode == (1 if "--strict" in arguments else 0), said
-        assert not set(said) - set(b"\n") - set(range(32, 127)), said
-        assert b"Traceback" not in said
+        assert not set(said.encode()) - set(b"\n") - set(range(32, 127)), said
+        assert "Traceback" not in said
     assert set(json.loads(beton.with_name("x.beton.json").read_text())["class_names"]) == set(names)
     assert {os.fsencode(f"{name}/{name}.jpg") for name in names} <= set(chosen.read_bytes().split(b"\n"))
 
@@ -358,9 +342,7 @@ def test_where_numba_finds_no_folder_the_cache_is_in_a_private_one_for_us_and_ou
     }
     folder = tmp_path / f"fastbyol-cache-{os.getuid()}"
     for hits in (0, 1):
-        done = subprocess.run(
-            [sys.executable, tmp_path / "kernel.py"], env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        done = run_python(tmp_path / "kernel.py", env=environment)
         assert done.stdout == f"42 {hits} {folder}/numba\n", done.stderr
         assert done.stderr.count("\n") == 1
         assert f"numba finds no writable cache folder: using {folder}" in done.stderr
@@ -564,9 +546,7 @@ def test_a_mounted_volume_is_not_replaced_and_nothing_is_converted_first(picture
 def test_the_demo_fills_a_new_volume(tmp_path):
     (tmp_path / "demo" / "lost+found").mkdir(parents=True)
     inode = (tmp_path / "demo").stat().st_ino
-    done = run_here(
-        DATA_PREP / "demo_data.py", "--out", tmp_path / "demo", "--kind", "scenes", "--train-per-class", "1", "--val-per-class", "1"
-    )
+    done = run_here("demo_data.py", "--out", tmp_path / "demo", "--kind", "scenes", "--train-per-class", "1", "--val-per-class", "1")
     assert done.returncode == 0, done.stderr
     assert {"train", "val", "lost+found"} <= {file.name for file in (tmp_path / "demo").iterdir()}
     assert (tmp_path / "demo").stat().st_ino == inode
@@ -602,8 +582,8 @@ def test_what_is_written_to_a_link_goes_where_it_points(times, link, pictures, t
         open_run_folder(TrainConfig(out=str(places["run"][0])))
         check_output(places["x.yaml"][0], overwrite=True)
         write_config(places["x.yaml"][0], "epochs: 1\n")
-        run_here(DATA_PREP / "subset.py", "--data", pictures, "--images", "2", "--out", places["x.txt"][0], "--overwrite")
-        run_here(DATA_PREP / "info.py", pictures, "--grid", places["x.png"][0])
+        run_here("subset.py", "--data", pictures, "--images", "2", "--out", places["x.txt"][0], "--overwrite")
+        run_here("info.py", pictures, "--grid", places["x.png"][0])
         _write_page(tmp_path / "home")
     for at, to in places.values():
         assert at.is_symlink(), at
@@ -624,7 +604,7 @@ def _write_page(folder: Path) -> None:
 
 def test_the_converter_says_where_it_went_and_a_link_to_itself_is_refused(link, pictures, tmp_path):
     at, to = link("x.beton")
-    done = run_here(DATA_PREP / "to_ffcv.py", "--data", pictures, "--out", at, "--workers", "1")
+    done = run_here("to_ffcv.py", "--data", pictures, "--out", at, "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert f"{to}: 6 images" in done.stdout
     loop = tmp_path / "loop.beton"

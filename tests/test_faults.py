@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from launched_run import LIMIT_S, TINY, LaunchedRun, is_alive, state_digest
 
 from fastbyol.run.checkpoint import checkpoint_steps
 from fastbyol.train import main
+from tests.commands import SMALL_RUN, LaunchedRun, await_gone, is_alive, state_digest
 
 pytestmark = pytest.mark.distributed
 RESTARTS = ("--standalone", "--max-restarts", "2", "--monitor-interval", "0.1")
@@ -23,7 +22,7 @@ TOTAL = 25
 
 @pytest.fixture(scope="module")
 def arguments(data_paths) -> list[str]:
-    return [*TINY, "--epochs", "8", "--checkpoint_every", "4", "--data.train", str(data_paths["ffcv"])]
+    return [*SMALL_RUN, "--epochs", "8", "--checkpoint_every", "4", "--data.train", str(data_paths["ffcv"])]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +67,7 @@ def test_a_run_stopped_orphaned_killed_and_moved_to_other_ranks_loses_no_step(ar
         workers = run.workers()
         run.process.kill()  # torchrun itself: nobody tells its workers
         run.process.wait()
-        deadline = time.monotonic() + LIMIT_S
-        while any(is_alive(pid) for pid in workers):
-            assert time.monotonic() < deadline, "orphans"
-            time.sleep(0.05)
+        await_gone(workers)
         assert f"continues after step {saved}" in run.log
         orphaned = int(re.findall(r"stopped \(SIGTERM\): saved after step (\d+)", run.log)[0])
 

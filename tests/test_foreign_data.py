@@ -13,20 +13,17 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.folder_source import FolderSource
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
+from tests.commands import run_here
 from tests.imagenet_archives import tar_bytes
-from tests.script_run import run_here
-
-DATA_PREP = Path(__file__).parents[1] / "data_prep"
+from tests.images import encoded, write_files
 
 
 def in_folder_and_tar(tmp_path: Path, *names: str) -> tuple[Path, Path]:
     """Writes the same small images as a folder and as a tar."""
-    for name in names:
-        path = tmp_path / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (hash(name) % 256, 0, 0)).save(path, "JPEG")
-    (tmp_path / "data.tar").write_bytes(tar_bytes({name: (tmp_path / "data" / name).read_bytes() for name in names}))
-    return tmp_path / "data", tmp_path / "data.tar"
+    files = {name: encoded(Image.new("RGB", (8, 8), (len(name), 0, 0))) for name in names}
+    (tmp_path / "data.tar").parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "data.tar").write_bytes(tar_bytes(files))
+    return write_files(tmp_path / "data", files), tmp_path / "data.tar"
 
 
 def of_both(paths: tuple[Path, Path]) -> ImageListing:
@@ -134,11 +131,11 @@ def test_images_outside_class_folders_are_counted_in_every_command(tmp_path: Pat
         FolderSource(paths[0])
     told = f"{paths[0]}: left out: 2 in no class folder (the first: 'loose1.jpg'), 1 a broken link (the first: 'cat/gone.jpg')"
     assert [record.message for record in caplog.records] == [told]
-    done = run_here(DATA_PREP / "to_ffcv.py", "--data", paths[0], "--out", tmp_path / "x.beton", "--workers", "1")
+    done = run_here("to_ffcv.py", "--data", paths[0], "--out", tmp_path / "x.beton", "--workers", "1")
     assert f"fastbyol: note: {told}\n" in done.stderr
     assert "left out: in no class folder" in done.stdout
     report = json.loads((tmp_path / "x.beton.report.json").read_text())
     assert {"name": "loose2.jpg", "reason": "in no class folder"} in report["left_out_of_the_listing"]
     told = told.replace(str(paths[0]), str(paths[1])).partition(", 1 a broken link")[0]
-    assert told in " ".join(run_here(DATA_PREP / "info.py", paths[1], "--json").stdout.split())
-    assert "2 in no class folder" in " ".join(run_here(DATA_PREP / "info.py", paths[1]).stdout.split())
+    assert told in " ".join(run_here("info.py", paths[1], "--json").stdout.split())
+    assert "2 in no class folder" in " ".join(run_here("info.py", paths[1]).stdout.split())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,9 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing, ImageLocation
+from tests.commands import run_python
 from tests.imagenet_archives import DEVKIT, TRAIN, VAL, WNIDS, add_file, tar_bytes, write_archives
+from tests.images import write_files
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +40,6 @@ def samples(listing: ImageListing) -> list[tuple[bytes, int]]:
 
 def torchvision_samples(root: Path) -> list[tuple[bytes, int]]:
     return [(Path(path).read_bytes(), label) for path, label in TorchvisionFolder(str(root)).samples]
-
-
-def folder_of(root: Path, files: dict[str, bytes | str]) -> Path:
-    """Writes a folder of files by name; a str value is the target of a symbolic link."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            path.symlink_to(content)
-        else:
-            path.write_bytes(content)
-    return root
 
 
 # ---- ImageNet's archives
@@ -84,7 +72,7 @@ def test_other_label_files_give_the_same_labels(kind: str, archives: Path, tmp_p
     }[kind]
     labels = tmp_path / ("labels.txt" if kind in ("names", "order") else "labels.csv")
     labels.write_text(text)
-    flat = folder_of(tmp_path / "flat", {name: (archives / "val" / wnid_of[name] / name).read_bytes() for name in names})
+    flat = write_files(tmp_path / "flat", {name: (archives / "val" / wnid_of[name] / name).read_bytes() for name in names})
     for data in (archives / VAL, flat):
         listing = list_images(data, labels=labels)
         assert samples(listing) == torchvision_samples(archives / "val")
@@ -95,7 +83,7 @@ def test_a_val_image_that_is_missing_does_not_shift_the_kits_labels(archives: Pa
     whole = list_images(archives / VAL, devkit=archives / DEVKIT)
     expected = dict(zip(whole.files, whole.labels, strict=True))
     del expected["ILSVRC2012_val_00000002.JPEG"]
-    flat = folder_of(tmp_path, {name: b"" for name in expected})
+    flat = write_files(tmp_path, {name: b"" for name in expected})
     part = list_images(flat, devkit=archives / DEVKIT)
     assert dict(zip(part.files, part.labels, strict=True)) == expected
 
@@ -201,8 +189,8 @@ def test_a_file_that_is_not_a_tar_of_images_is_a_one_line_error(content: bytes, 
 
 
 def test_link_loops_duplicate_links_and_files_that_are_not_images_are_skipped_and_reported(tmp_path: Path) -> None:
-    outside = folder_of(tmp_path / "outside", {"x.jpg": b"x", "deep/y.jpg": b"y"})
-    root = folder_of(
+    outside = write_files(tmp_path / "outside", {"x.jpg": b"x", "deep/y.jpg": b"y"})
+    root = write_files(
         tmp_path / "data",
         {
             "a/1.jpg": b"1",
@@ -254,7 +242,7 @@ def test_link_loops_duplicate_links_and_files_that_are_not_images_are_skipped_an
 
 
 def test_a_folder_of_links_is_read_like_a_folder(tmp_path: Path) -> None:
-    folder_of(tmp_path / "store", {"x.jpg": b"x", "y.jpg": b"y", "k/z.jpg": b"z"})
+    write_files(tmp_path / "store", {"x.jpg": b"x", "y.jpg": b"y", "k/z.jpg": b"z"})
     links = {
         "a/1.jpg": "../../store/x.jpg",
         "a/2.jpg": "../../store/y.jpg",
@@ -262,7 +250,7 @@ def test_a_folder_of_links_is_read_like_a_folder(tmp_path: Path) -> None:
         "c/3.jpg": "../../store/x.jpg",
         "c/4.jpg": "4",
     }
-    folder_of(tmp_path / "links", {**links, "c/5.jpg": b"5"})
+    write_files(tmp_path / "links", {**links, "c/5.jpg": b"5"})
     listing = list_images(tmp_path / "links")
     assert listing.files == ("a/1.jpg", "a/2.jpg", "b/z.jpg", "c/5.jpg")
     assert dict(listing.skipped)["c/3.jpg"] == "a link to a/1.jpg, which is listed"
@@ -270,7 +258,7 @@ def test_a_folder_of_links_is_read_like_a_folder(tmp_path: Path) -> None:
 
 def test_unreadable_folders_are_reported_and_an_unreadable_class_is_an_error(tmp_path: Path) -> None:
     """Runs in another process as an unprivileged user, because root may read everything."""
-    root = folder_of(tmp_path / "data", {"a/1.jpg": b"1", "a/closed/2.jpg": b"2", "b/3.jpg": b"3"})
+    root = write_files(tmp_path / "data", {"a/1.jpg": b"1", "a/closed/2.jpg": b"2", "b/3.jpg": b"3"})
     (root / "a" / "closed").chmod(0)
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.getuid() and folder != Path("/"):
@@ -280,12 +268,11 @@ def test_unreadable_folders_are_reported_and_an_unreadable_class_is_an_error(tmp
         "if os.getuid() == 0: os.setuid(65534)\n"
         "print(list_images(Path(sys.argv[1])).skipped)"
     )
-    run = [sys.executable, "-c", code, str(root)]
-    told = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert told.strip() == "(('a/closed', 'cannot be read (Permission denied)'),)"
+    told = run_python("-c", code, root)
+    assert told.stdout.strip() == "(('a/closed', 'cannot be read (Permission denied)'),)"
     (root / "b").chmod(0)
-    refused = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False).stderr
-    assert "data/b: cannot be read (Permission denied); check its permissions" in refused
+    refused = run_python("-c", code, root)
+    assert "data/b: cannot be read (Permission denied); check its permissions" in refused.stderr
     for name in ("b", "a/closed"):
         (root / name).chmod(0o755)
 
@@ -303,7 +290,7 @@ def test_unreadable_folders_are_reported_and_an_unreadable_class_is_an_error(tmp
     ],
 )
 def test_a_folder_that_is_not_a_data_set_is_a_one_line_error(files: dict[str, bytes | str], message: str, tmp_path: Path) -> None:
-    folder_of(tmp_path / "data", files)
+    write_files(tmp_path / "data", files)
     with pytest.raises(UserError, match=f"data.*{message}"):
         list_images(tmp_path / "data")
 
@@ -312,7 +299,7 @@ def test_a_folder_that_is_not_a_data_set_is_a_one_line_error(files: dict[str, by
 
 
 def flat_folder(tmp_path: Path) -> Path:
-    return folder_of(tmp_path / "flat", {f"{name}.jpg": name.encode() for name in ("x", "y", "z")})
+    return write_files(tmp_path / "flat", {f"{name}.jpg": name.encode() for name in ("x", "y", "z")})
 
 
 def listed(tmp_path: Path, labels: str, *, suffix: str = "csv") -> ImageListing:
@@ -421,8 +408,3 @@ def test_the_digest_changes_with_names_sizes_and_labels(make_folder: Callable[..
     (root / "class" / "b.jpg").unlink()
     with pytest.raises(UserError, match="class/b.jpg: was listed a moment ago and is gone"):
         listing.digest()
-
-
-def test_reading_an_image_in_a_worker_imports_only_the_standard_library() -> None:
-    code = "import sys, fastbyol.data.inputs.listing; print(*{'numpy', 'torch', 'PIL', 'tarfile'} & sys.modules.keys())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.strip() == ""

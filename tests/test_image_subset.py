@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +16,8 @@ from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.subset import balanced_counts, choose_classes, draw_fraction, draw_images, read_subset, restrict, write_subset
+from tests.commands import run_here
 from tests.imagenet_archives import TRAIN, tar_bytes, write_archives
-from tests.script_run import run_here
-
-SUBSET = Path(__file__).parents[1] / "data_prep" / "subset.py"
 
 
 def listing_of(sizes: tuple[int, ...]) -> ImageListing:
@@ -148,21 +144,15 @@ def test_a_converted_subset_without_some_classes_keeps_the_labels_of_the_full_se
 
 
 def test_the_command_writes_a_list_that_selects_the_subset(image_folder: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, SUBSET, "--data", image_folder, "--images", "8", "--classes", "bee,cat", "--out", tmp_path / "list.txt"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_here("subset.py", "--data", image_folder, "--images", "8", "--classes", "bee,cat", "--out", tmp_path / "list.txt")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{tmp_path / 'list.txt'}: 8 images of 2 classes (4 of each), of 3 in all\n"
     part = list_images(image_folder, subset=tmp_path / "list.txt")
     assert Counter(part.labels) == {1: 4, 2: 4}
     assert (tmp_path / "list.txt").read_text().splitlines() == list(part.files)
-    done = run_here(SUBSET, "--data", image_folder, "--images", "8", "--out", tmp_path / "list.txt")
+    done = run_here("subset.py", "--data", image_folder, "--images", "8", "--out", tmp_path / "list.txt")
     assert "exists already" in done.stderr
-    assert run_here(SUBSET, "--data", image_folder, "--classes", "2", "--out", tmp_path / "list.txt", "--overwrite").returncode == 0
+    assert run_here("subset.py", "--data", image_folder, "--classes", "2", "--out", tmp_path / "list.txt", "--overwrite").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -181,7 +171,7 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, image_folder:
     (tmp_path / "subset").write_text("ant/000.jpg\n")
     arguments = [str(tmp_path / "subset") if argument == "SUBSET" else argument for argument in arguments]
     out = [] if "--out" in arguments else ["--out", tmp_path / "list.txt"]
-    done = run_here(SUBSET, "--data", image_folder, *out, *arguments)
+    done = run_here("subset.py", "--data", image_folder, *out, *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr
 
@@ -221,5 +211,5 @@ def test_ambiguous_and_unknown_names_are_counted_separately(tmp_path: Path) -> N
 
 def test_class_names_may_be_written_as_ls_and_find_print_folders(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classes").write_bytes(b"\xef\xbb\xbfant/\r\n./cat/\r\n")
-    done = run_here(SUBSET, "--data", image_folder, "--classes", tmp_path / "classes", "--out", tmp_path / "list.txt")
+    done = run_here("subset.py", "--data", image_folder, "--classes", tmp_path / "classes", "--out", tmp_path / "list.txt")
     assert "16 images of 2 classes" in done.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +13,8 @@ from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inspection import inventory
 from fastbyol.data.inspection.inventory import take_inventory
 from fastbyol.data.inspection.picture_grid import LABEL_PX, MARGIN_PX, TILE_PX, write_picture_grid
+from tests.commands import run_here
 from tests.imagenet_archives import DEVKIT, VAL, write_archives
-from tests.script_run import run_here
-
-INFO = Path(__file__).parents[1] / "data_prep" / "info.py"
 
 
 def test_the_statistics_are_the_same_for_a_folder_a_beton_and_shards(image_folder: Path, beton: Path, tar_folder: Path) -> None:
@@ -45,15 +41,15 @@ def test_sides_of_a_large_set_are_measured_on_a_sample(image_folder: Path, monke
 
 
 def test_the_command_prints_a_table_or_json(beton: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, INFO, beton], capture_output=True, text=True, timeout=60, check=False)
+    done = run_here("info.py", beton)
     assert (done.returncode, done.stderr) == (0, "")
     words = " ".join(done.stdout.split())
     for part in ("images 25", "classes 3: ant, bee, cat", "per class 8 to 9, median 8", "shards 1 of", "settings page_bytes 8388608"):
         assert part in words
-    numbers = json.loads(run_here(INFO, beton, "--json").stdout)
+    numbers = json.loads(run_here("info.py", beton, "--json").stdout)
     assert (numbers["class_counts"], numbers["kind"]) == ([8, 9, 8], "beton")
     write_archives(tmp_path)
-    assert "images 8 classes 3" in " ".join(run_here(INFO, tmp_path / VAL, "--devkit", tmp_path / DEVKIT).stdout.split())
+    assert "images 8 classes 3" in " ".join(run_here("info.py", tmp_path / VAL, "--devkit", tmp_path / DEVKIT).stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +62,7 @@ def test_the_command_prints_a_table_or_json(beton: Path, tmp_path: Path) -> None
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str, beton: Path) -> None:
-    done = run_here(INFO, *(str(beton) if argument == "BETON" else argument for argument in arguments))
+    done = run_here("info.py", *(str(beton) if argument == "BETON" else argument for argument in arguments))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
     assert message in done.stderr
 

@@ -10,16 +10,12 @@ import pytest
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
-from tests.script_run import run_here
-
-DATA_PREP = Path(__file__).parents[1] / "data_prep"
+from tests.commands import run_here
+from tests.images import write_files
 
 
 def images(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"x")
-    return root
+    return write_files(root, dict.fromkeys(names, b"x"))
 
 
 def labelled(tmp_path: Path, content: str | bytes, *names: str, file: str = "labels.csv", **columns: str) -> ImageListing:
@@ -175,7 +171,7 @@ def test_the_commands_print_how_labels_were_read_and_what_does_not_match(tmp_pat
     labels = tmp_path / "labels.csv"
     labels.write_text("image,width,label\nx.jpg,40,cat\nnone.jpg,40,dog\n")
     data = images(tmp_path / "data", *XYZ)
-    done = run_here(DATA_PREP / "subset.py", "--data", data, "--labels", labels, "--images", "1", "--out", tmp_path / "list")
+    done = run_here("subset.py", "--data", data, "--labels", labels, "--images", "1", "--out", tmp_path / "list")
     assert done.returncode == 0
     understood = "column 'image' names the image, column 'label' the class"
     counts = (
@@ -183,6 +179,6 @@ def test_the_commands_print_how_labels_were_read_and_what_does_not_match(tmp_pat
     )
     assert understood in done.stderr
     assert counts in done.stderr
-    found = json.loads(run_here(DATA_PREP / "info.py", data, "--labels", labels, "--label_column", "width", "--json").stdout)
+    found = json.loads(run_here("info.py", data, "--labels", labels, "--label_column", "width", "--json").stdout)
     assert found["class_names"][-1] == "40"
     assert "column 'width' the class" in found["notes"][0]

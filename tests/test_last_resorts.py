@@ -18,8 +18,8 @@ import torch.distributed as dist
 from fastbyol.config.errors import Lost
 from fastbyol.ranks.process_group import fresh_store
 from fastbyol.ranks.slurm_environment import adopt_slurm_environment, first_host, tasks_on_node
+from tests.commands import ROOT
 
-ROOT = Path(__file__).parent.parent
 STUCK = """
 import time
 from fastbyol.host.signals import StopRequest

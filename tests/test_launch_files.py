@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
 from fastbyol.run.command_line import parse_train_config
+from tests.commands import SCRIPTS
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 TYPED = ["--preset", "r50_100ep", "--data.train", "a folder/train.beton", "--out", "runs/r50"]
 # sbatch(1), Slurm 24.05
 SBATCH_OPTIONS = {

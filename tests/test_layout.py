@@ -7,7 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+
+from tests.commands import ROOT, run_python
 
 
 def test_no_file_beside_an_entry_point_shadows_another_module():
@@ -24,14 +26,17 @@ def test_no_file_is_named_for_having_no_concept():
     assert not [p for p in ROOT.glob("**/*.py") if re.fullmatch(r"(utils?|helpers?|common|misc)", p.stem) and ".venv" not in p.parts]
 
 
-def test_importing_the_package_needs_no_optional_backend():
-    import subprocess
-
-    code = (
-        "import sys, fastbyol, fastbyol.config.presets, fastbyol.data;"
-        "sys.exit(bool({'ffcv', 'nvidia.dali', 'apex', 'torch_optimizer'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("imported", "not_needed"),
+    [
+        ("fastbyol, fastbyol.config.presets, fastbyol.data", ("ffcv", "nvidia.dali", "apex", "torch_optimizer")),
+        ("fastbyol.data, fastbyol.data.conversion.encode", ("ffcv", "nvidia.dali", "torch", "numba")),
+        ("fastbyol.data.inputs.listing", ("numpy", "torch", "PIL", "tarfile")),  # each worker of a conversion imports it
+    ],
+)
+def test_importing_a_module_does_not_import_what_only_others_need(imported, not_needed):
+    done = run_python("-c", f"import sys, {imported}; print([name for name in {not_needed} if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_the_package_runs_from_this_checkout_and_not_from_an_old_copy():

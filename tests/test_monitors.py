@@ -6,7 +6,6 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -363,18 +362,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_step():
         _record(monitor, step=7, last=_output(1.0)._replace(projection=torch.full((8, 4), float("nan"))))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Uses one thread: so small a network gains nothing from two, and on a busy machine their barriers take a hundred times as long as
-    the work.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_a_run_that_really_collapses_is_ended_and_the_advice_in_its_message_works(data_paths, tmp_path, capsys):
     """No predictor and a large learning rate: of ten runs tried (five seeds, with and without the norm's kernel) the last was over at step 79."""
     options = [

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import shutil
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastbyol import load_encoder
 from fastbyol.config.errors import UserError
@@ -21,30 +21,12 @@ from fastbyol.evaluation.knn import knn_predict
 from fastbyol.evaluation.online_knn import OnlineKnn, build_online_knn, choose_images
 from fastbyol.models import encoder_from
 from fastbyol.ranks.process_group import Process
-from fastbyol.run.checkpoint import checkpoint_path, load_checkpoint
 from fastbyol.run.log import read_metrics
 from fastbyol.train import main
+from tests.commands import SMALL_RUN, state_digest
 
-ROOT = Path(__file__).parent.parent
 MAIN = Process(rank=0, world_size=1, device=torch.device("cpu"))
-SMALL = (
-    *(
-        "--preset",
-        "cpu_demo",
-        "--epochs",
-        "2",
-        "--global_batch",
-        "8",
-        "--log_every",
-        "1",
-        "--checkpoint_every",
-        "100",
-        "--data.workers",
-        "1",
-    ),
-    *("--model.hidden_dim", "16", "--model.projection_dim", "8", "--precision.autocast", "off"),
-)
-"""25 images, batch 8: 6 steps."""
+SMALL = (*SMALL_RUN, "--epochs", "2", "--checkpoint_every", "100", "--precision.autocast", "off")
 NUM_IMAGES = 25
 
 
@@ -75,17 +57,15 @@ def runs(data_paths, tmp_path_factory) -> tuple[Path, Path]:
     return without, with_knn
 
 
-def _with_knn(data_paths: dict[str, Path], every_epochs: str = "0.01") -> tuple[str, ...]:
+def _with_knn(data_paths: dict[str, Path]) -> tuple[str, ...]:
     data = ("--data.train", str(data_paths["ffcv"]), "--data.val", str(data_paths["folder"]))
-    return (*data, "--monitors.knn_every_epochs", every_epochs)
+    return (*data, "--monitors.knn_every_epochs", "0.01")
 
 
 def test_training_is_bitwise_the_same_with_and_without_online_knn(runs):
     losses = [[record["loss"] for record in read_metrics(run)] for run in runs]
     assert losses[0] == losses[1]
-    a, b = (load_checkpoint(checkpoint_path(run, 6))["byol"] for run in runs)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a), "weights and BN statistics"
+    assert state_digest(runs[0]) == state_digest(runs[1]), "weights and BN statistics"
 
 
 def test_the_last_record_holds_what_an_evaluation_of_the_last_checkpoint_says(runs, data_paths):
@@ -105,21 +85,13 @@ def test_a_run_may_be_continued_with_online_knn(runs, data_paths):
 
 
 @pytest.mark.distributed
-def test_two_ranks_share_the_work_and_find_the_same(data_paths, tmp_path):
+def test_two_ranks_share_the_work_and_find_what_one_process_finds(data_paths, two_ranks):
     """25 images do not split evenly over two ranks; and without cross-replica BN each rank has statistics of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "fastbyol/train.py"]
-    options = _with_knn(data_paths, "1")
-    out = tmp_path / "two"
-    done = subprocess.run(
-        [*command, *SMALL, *options, "--precision.cross_replica_bn", "false", "--out", str(out)],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 200, "check": False},
-    )
-    assert done.returncode == 0, done.stderr
-    records = read_metrics(out)
+    run = two_ranks["own statistics"]
+    records = read_metrics(run)
     assert ["knn_top1" in record for record in records] == [False, False, False, True, False, True]  # epoch 1 ends within step 4
-    one = _online_knn(_config(data_paths["ffcv"], data_paths["folder"]))
-    assert records[-1]["knn_top1"] == pytest.approx(one.top1(load_encoder(out)))
-    one.close()
+    with _both(data_paths["ffcv"], data_paths["folder"]) as one:
+        assert records[-1]["knn_top1"] == pytest.approx(one.top1(load_encoder(run)))
 
 
 def test_it_is_due_after_each_period_and_at_the_end_even_if_steps_in_between_are_skipped(data_paths):
@@ -158,8 +130,6 @@ def test_no_period_means_no_knn(data_paths):
 
 
 def test_val_with_other_classes_or_missing_is_refused_by_its_name(data_paths, make_folder):
-    from PIL import Image
-
     other = make_folder(a_jpg=Image.new("RGB", (32, 32)))
     with pytest.raises(UserError, match=r"data.val = .*classes differ from data.train's in \['ant', 'bee', 'cat', 'class'\]"):
         _online_knn(_config(data_paths["folder"], other))
@@ -168,8 +138,6 @@ def test_val_with_other_classes_or_missing_is_refused_by_its_name(data_paths, ma
 
 
 def test_classes_that_one_split_lacks_and_images_without_a_label_are_left_out(data_paths, tmp_path):
-    import shutil
-
     shutil.copytree(data_paths["folder"], tmp_path / "val")
     shutil.rmtree(tmp_path / "val" / "ant")
     with _both(data_paths["folder"], tmp_path / "val") as knn:

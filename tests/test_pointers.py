@@ -6,19 +6,12 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.commands import ROOT
+
 SOURCES = sorted(path for folder in ("fastbyol", "data_prep", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
-ANSWERS = {
-    "docs/monitors.md": ("stop_on_collapse", "mean_cosine", "knn"),
-    "docs/performance.md": ("roofline", "memory"),
-    "scripts/README.md": ("several_nodes.sh", "slurm.sbatch", "kubernetes.yaml"),
-    "README.md": ("install", "ImageNet"),
-}
-"""Topics that messages and help texts refer to, by page."""
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
@@ -70,9 +63,3 @@ def test_all_that_messages_and_help_point_at_is_there():
 def test_a_page_or_section_that_is_not_there_would_be_found(where):
     assert not is_there("page", where)
     assert ("page", where) in pointers(f"see ({where.replace('#', ': ')})" if not where.endswith("#") else f"see {where[:-1]}")
-
-
-@pytest.mark.parametrize(("page", "words"), ANSWERS.items())
-def test_a_page_holds_what_it_is_named_for(page, words):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert not [word for word in words if word not in text]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fastbyol.host.signals import Stopped, stoppable
+from tests.commands import DATA_PREP, run_python
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "data_prep").glob("[!_]*.py"))
 WHILE_IMPORTING = """
 import os, runpy, sys
 class Finder:
@@ -25,11 +25,11 @@ runpy.run_path({script!r}, run_name="__main__")
 
 
 def run_code(code: str) -> tuple[int, str, str]:
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    ended = run_python("-c", code)
     return ended.returncode, ended.stdout, ended.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+@pytest.mark.parametrize("script", sorted(DATA_PREP.glob("[!_]*.py")), ids=lambda script: script.name)
 def test_a_stop_during_the_imports_is_one_line(script: Path) -> None:
     assert run_code(WHILE_IMPORTING.format(number=int(signal.SIGINT), script=str(script))) == (130, "", "fastbyol: stopped\n")
 
@@ -110,7 +110,7 @@ main()
 def test_an_output_on_a_full_disk_is_one_line() -> None:
     code = "from fastbyol.host.signals import stoppable\nstoppable(lambda: print('x' * 100_000))()"
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        ended = run_python("-c", code, capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert (ended.returncode, ended.stderr) == (
         2,
         "fastbyol: error: the output: No space left on device; make room, or write elsewhere\n",

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from file_limit import files_no_larger_than
-from launched_run import state_digest
 
 from fastbyol import load_encoder, train
 from fastbyol.config.presets import preset_config
@@ -31,12 +29,9 @@ from fastbyol.run.finite_check import FiniteCheck, first_not_finite
 from fastbyol.run.log import ESTIMATE_STEPS, UNCOUNTED_STEPS, RunLog, read_metrics
 from fastbyol.run.plan import RunPlan
 from fastbyol.train import main
+from tests.commands import SMALL_RUN, files_no_larger_than, state_digest
 
-SMALL = (
-    *("--preset", "cpu_demo", "--epochs", "2", "--global_batch", "8", "--log_every", "1", "--checkpoint_every", "1"),
-    *("--keep_checkpoints", "10", "--model.hidden_dim", "16", "--model.projection_dim", "8", "--data.workers", "1"),
-)
-"""25 images, batch 8: 6 optimizer steps over 2 epochs of 3 batches."""
+SMALL = (*SMALL_RUN, "--epochs", "2", "--checkpoint_every", "1")
 
 
 @pytest.fixture(scope="module")

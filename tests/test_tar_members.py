@@ -15,6 +15,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.inputs.images import list_images
 from tests.imagenet_archives import DEVKIT, VAL, add_file, tar_bytes, write_archives
+from tests.images import write_files
 
 
 def members(content: bytes) -> list[tarfile.TarInfo]:
@@ -59,21 +60,19 @@ def test_members_are_the_same_as_tarfiles(form: int) -> None:
 
 
 def test_the_tar_of_a_folder_with_links_equals_the_folder(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    for name in ("a/1.jpg", "b/2.jpg", "b/.store/blob", "b/.store/other", "c/3.jpg"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(name.encode())
+    names = ("a/1.jpg", "b/2.jpg", "b/.store/blob", "b/.store/other", "c/3.jpg")
+    root = write_files(tmp_path / "data", {name: name.encode() for name in names})
     os.link(root / "a" / "1.jpg", root / "c" / "hard.jpg")
     os.link(root / "b" / ".store" / "other", root / "a" / "from_store.jpg")
-    for name, target in {
+    links = {
         "a/soft.jpg": "../b/2.jpg",  # of an image that is listed: left out
         "a/z.jpg": "../b/.store/blob",  # of a file that is not
         "b/y.jpg": "chain.jpg",  # the same, by a link in between
         "b/chain.jpg": ".store/blob",
         "c/gone.jpg": "nowhere.jpg",
         "c/loop.jpg": "loop.jpg",
-    }.items():
-        (root / name).symlink_to(target)
+    }
+    write_files(root, links)
     for options in ([], ["--format=posix"], ["--sort=name", "--format=ustar"]):
         subprocess.run(["tar", *options, "-cf", tmp_path / "data.tar", "-C", root, "."], check=True)
         folder, tar = list_images(root), list_images(tmp_path / "data.tar")

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from interrupted import SCRIPTS, write_many
-from script_run import run_here
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.dali_source import DaliSource
@@ -20,6 +18,8 @@ from fastbyol.data.conversion.tar_parts import Part, merge_tar_parts, parse_part
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.manifest import read_manifest
+from tests.commands import run_here
+from tests.images import write_many
 
 NUM, SEED = 50, 3
 
@@ -154,10 +154,10 @@ def test_the_merge_command_says_what_has_no_effect_and_what_is_missing(parts: Pa
         (["--merge", "--shard", "0/3"], "--merge comes after all --shard runs"),
         ([], "--data: missing"),
     ):
-        ended = run_here(SCRIPTS / "to_dali.py", "--out", parts, *options)
+        ended = run_here("to_dali.py", "--out", parts, *options)
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr.startswith(f"fastbyol: error: {says}")
-    merged = run_here(SCRIPTS / "to_dali.py", "--out", parts, "--merge")
+    merged = run_here("to_dali.py", "--out", parts, "--merge")
     assert (merged.returncode, merged.stderr) == (0, "")
     assert f"{parts}: 47 images of 3 classes, 3 shards" in merged.stdout
 

@@ -28,7 +28,7 @@ from fastbyol.data.formats.manifest import MAX_CLASSES, read_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, read_tar_shards
 from fastbyol.data.inspection.inventory import take_inventory
 from fastbyol.data.inspection.verification import verify
-from tests.conftest import smooth_image
+from tests.images import smooth_image
 
 Rows = NDArray[Any]
 

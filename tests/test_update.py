@@ -23,13 +23,11 @@ from fastbyol.ranks.process_group import Process
 from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.state import TrainState
 from fastbyol.train import build, train_step
+from tests.commands import SMALL_RUN
 
 CPU = torch.device("cpu")
 PROCESS = Process(rank=0, world_size=1, device=CPU)
-SMALL = (
-    *("--preset", "cpu_demo", "--global_batch", "8", "--precision.autocast", "off", "--data.workers", "1"),
-    *("--model.hidden_dim", "16", "--model.projection_dim", "8"),
-)
+SMALL = (*SMALL_RUN, "--precision.autocast", "off")
 
 
 def started(beton: Path, *options: str) -> tuple[TrainConfig, TrainState]:

@@ -6,8 +6,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +26,9 @@ from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inspection.findings import KEPT_FAULTS, Findings
 from fastbyol.data.inspection.verification import verify
-from tests.conftest import smooth_image
-from tests.script_run import run_here
+from tests.commands import run_here
+from tests.images import smooth_image
 
-VERIFY = Path(__file__).parents[1] / "data_prep" / "verify.py"
 NOT_OF_JPEGS = "is not the picture of its original"
 
 
@@ -395,16 +392,14 @@ def test_other_labels_in_the_source_are_named(image_folder: Path, beton: Path, t
 
 
 def test_the_exit_code_tells_if_there_are_faults(beton_copy: Path, image_folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, VERIFY, beton_copy, "--source", image_folder], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_here("verify.py", beton_copy, "--source", image_folder)
     assert (done.returncode, done.stdout.count("\n")) == (0, 1), done
     assert done.stdout.startswith(f"{beton_copy}: all is well: 25 images of 3 classes")
     content = bytearray(beton_copy.read_bytes())
     for offset in read_beton(beton_copy).offset[:9]:
         content[offset + 5] ^= 1
     beton_copy.write_bytes(content)
-    done = run_here(VERIFY, beton_copy, "--faults", "4")
+    done = run_here("verify.py", beton_copy, "--faults", "4")
     assert (done.returncode, done.stdout.count("\n"), done.stderr) == (1, 5, ""), done
     assert f"{beton_copy}: 10 faults, the first 4 shown: 25 images" in done.stdout
 
@@ -421,7 +416,7 @@ def test_the_exit_code_tells_if_there_are_faults(beton_copy: Path, image_folder:
     ],
 )
 def test_nothing_to_verify_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
-    done = run_here(VERIFY, *arguments)
+    done = run_here("verify.py", *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
     assert message in done.stderr
 

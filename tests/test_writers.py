@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from hashlib import sha256
@@ -27,8 +24,8 @@ from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.beton import read_beton
 from fastbyol.data.formats.manifest import Manifest, read_manifest
 from fastbyol.data.inputs.folder import list_image_folder
-
-SCRIPTS = Path(__file__).parents[1] / "data_prep"
+from tests.commands import run_here
+from tests.images import encoded
 
 
 def originals(folder: Path) -> list[bytes]:
@@ -91,9 +88,7 @@ def test_uncommon_formats_are_transcoded_and_everything_else_is_kept(make_folder
     kept = {"a_jpg": wheel, "b_jpeg": wheel.convert("L")}
     changed = {"c_jpg": wheel.convert("CMYK"), "d_png": wheel.convert("RGBA"), "e_png": wheel.quantize(128), "f_bmp": wheel}
     folder = make_folder(**kept, **changed)
-    buffer = io.BytesIO()
-    wheel.save(buffer, "PNG")
-    (folder / "class" / "g.jpg").write_bytes(buffer.getvalue())  # ImageNet has one
+    (folder / "class" / "g.jpg").write_bytes(encoded(wheel, "PNG"))  # ImageNet has one
     out = tmp_path / "odd.beton"
     manifest = write_beton(folder, out=out, workers=1)
     assert manifest.images["transcoded"] == 5
@@ -183,9 +178,7 @@ def test_the_seed_orders_the_shards(image_folder: Path, tar_folder: Path, tmp_pa
 def test_an_image_that_does_not_decode_is_dropped_by_name_or_ends_a_strict_conversion(
     write: Callable[..., Manifest], make_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    buffer = io.BytesIO()
-    colour_wheel().save(buffer, "JPEG")
-    folder = make_folder(a_jpg=colour_wheel(), cut_jpg=buffer.getvalue()[:-300])
+    folder = make_folder(a_jpg=colour_wheel(), cut_jpg=encoded(colour_wheel())[:-300])
     out = tmp_path / "out.beton"
     with pytest.raises(BadImage, match="class/cut.jpg: truncated"):
         write(folder, out=out, workers=1, options=ConversionOptions(strict=True))
@@ -225,15 +218,11 @@ def test_overwrite_never_removes_a_folder_that_we_did_not_make(image_folder: Pat
 # ---- the commands
 
 
-def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPTS / name, *arguments], capture_output=True, text=True, timeout=60, check=False)
-
-
 def test_the_commands_convert_as_written(image_folder: Path, beton: Path, tmp_path: Path) -> None:
-    done = run_script("to_ffcv.py", "--data", image_folder, "--out", tmp_path / "a.beton", "--workers", "1")
+    done = run_here("to_ffcv.py", "--data", image_folder, "--out", tmp_path / "a.beton", "--workers", "1")
     assert (done.returncode, (tmp_path / "a.beton").read_bytes()) == (0, beton.read_bytes()), done.stderr
     assert "25 images of 3 classes" in done.stdout
-    done = run_script("to_dali.py", "--data", image_folder, "--out", tmp_path / "tar", "--shard-mb", "1", "--workers", "1")
+    done = run_here("to_dali.py", "--data", image_folder, "--out", tmp_path / "tar", "--shard-mb", "1", "--workers", "1")
     assert (done.returncode, json.loads((tmp_path / "tar" / "manifest.json").read_text())["num_samples"]) == (0, 25), done.stderr
 
 
@@ -255,7 +244,7 @@ def test_the_commands_convert_as_written(image_folder: Path, beton: Path, tmp_pa
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_code_2(script: str, arguments: list[str], message: str) -> None:
-    done = run_script(script, *arguments)
+    done = run_here(script, *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("fastbyol: error: ")

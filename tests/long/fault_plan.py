@@ -1,10 +1,10 @@
 """The long faults: minutes each, so not part of the suite. Each prints one line per case and fails at the first that is wrong.
 
-python tests/long/fault_plan.py resume      12 steps == kill -9 in step 8 + the rest: every backend, ranks, accumulation, precision, compile
-python tests/long/fault_plan.py kills       20 kills -9 of random workers under torchrun --max-restarts: same weights at the end
-python tests/long/fault_plan.py stops       SIGTERM, SIGINT and SIGUSR1 at random moments: no step lost
-python tests/long/fault_plan.py writes      kill -9 while a checkpoint is being written: the one before, or the new one, never half of one
-python tests/long/fault_plan.py nodes       two torchruns that meet on one address, a worker of one killed
+python -m tests.long.fault_plan resume      12 steps == kill -9 in step 8 + the rest: every backend, ranks, accumulation, precision, compile
+python -m tests.long.fault_plan kills       20 kills -9 of random workers under torchrun --max-restarts: same weights at the end
+python -m tests.long.fault_plan stops       SIGTERM, SIGINT and SIGUSR1 at random moments: no step lost
+python -m tests.long.fault_plan writes      kill -9 while a checkpoint is being written: the one before, or the new one, never half of one
+python -m tests.long.fault_plan nodes       two torchruns that meet on one address, a worker of one killed
 """
 
 from __future__ import annotations
@@ -17,21 +17,15 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import numpy as np
-from launched_run import ROOT, TINY, LaunchedRun, is_alive, state_digest
-from PIL import Image
-
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+from tests.commands import ROOT, SMALL_RUN, LaunchedRun, is_alive, run_python, state_digest
+from tests.images import smooth_image
 
 
 def main() -> None:
@@ -54,8 +48,7 @@ def make_data(scratch: Path) -> dict[str, Path]:
     for label, name in enumerate(("ant", "bee", "cat")):
         (folder / name).mkdir(parents=True)
         for i in range(16 + label):
-            coarse = np.random.default_rng(100 * label + i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((40, 40), Image.Resampling.BICUBIC).save(folder / name / f"{i:03d}.jpg", quality=92)
+            smooth_image(100 * label + i, 40, 40).save(folder / name / f"{i:03d}.jpg", quality=92)
     write_beton(folder, out=scratch / "t.beton", workers=1)
     write_tar_shards(folder, out=scratch / "shards", workers=1, seed=3)
     return {"ffcv": scratch / "t.beton", "dali": scratch / "shards", "folder": folder}
@@ -75,7 +68,7 @@ def resume(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
     for backend, ranks, accumulate, autocast, compiled in grid:
         name = f"{backend}, {ranks} ranks, {accumulate} micro-batches, autocast {autocast}, compile {compiled}"
         cells[name, ranks] = [
-            *TINY,
+            *SMALL_RUN,
             *("--epochs", "2", "--checkpoint_every", "5", "--data.train", str(data[backend]), "--data.backend", backend),
             *("--rank_batch", str(8 // ranks // accumulate), "--precision.autocast", autocast, "--precision.compile", compiled),
         ]
@@ -100,15 +93,14 @@ def many_runs(scratch: Path, runs: list[list[str]], *, ranks: int) -> None:
     file = scratch / "runs.json"
     file.write_text(json.dumps(runs))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "tests/long/many_runs.py", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    done = run_python(*launcher, "tests/long/many_runs.py", file, env=environment, timeout=1800)
     check(done.returncode == 0, "the runs end", done.stderr)
 
 
 def kills(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
     """5 runs of 4 kills each, at random moments between the start of training and 4 s later (some fall into the next start)."""
-    arguments = [*TINY, "--epochs", "20", "--checkpoint_every", "5", "--data.train", str(data["ffcv"])]
+    arguments = [*SMALL_RUN, "--epochs", "20", "--checkpoint_every", "5", "--data.train", str(data["ffcv"])]
     with LaunchedRun(scratch / "whole.log", *arguments, "--out", str(scratch / "k-whole"), ranks=2) as run:
         check(run.finish() == 0, "the uninterrupted run", run.log)
     want, fired, killed_at, recovery_s = state_digest(scratch / "k-whole"), 0, 0.0, []
@@ -136,7 +128,7 @@ def kills(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
 
 def stops(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
     """Each signal to torchrun at 3 random moments of the run, to plain python at 3 and at 3 of its start or end."""
-    arguments = [*TINY, "--epochs", "10", "--checkpoint_every", "1000", "--data.train", str(data["ffcv"])]
+    arguments = [*SMALL_RUN, "--epochs", "10", "--checkpoint_every", "1000", "--data.train", str(data["ffcv"])]
     launcher = ("--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
     wanted = {}
     for ranks in (0, 2):
@@ -182,7 +174,7 @@ def wait_until_heard(run: LaunchedRun) -> None:
 
 def writes(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
     """A checkpoint after every step of a wide net (30 MB), killed at 20 random moments: nearly all fall into a write."""
-    arguments = [*TINY, "--epochs", "100", "--checkpoint_every", "1", "--data.train", str(data["ffcv"]), "--model.hidden_dim", "4096"]
+    arguments = [*SMALL_RUN, "--epochs", "100", "--checkpoint_every", "1", "--data.train", str(data["ffcv"]), "--model.hidden_dim", "4096"]
     out, unfinished = scratch / "w", 0
     for turn in range(20):
         before = checkpoint_steps(out)
@@ -202,7 +194,7 @@ def writes(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
 
 def losses(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
     """Every kind of loss on rank 1 of 2, and data that never come to plain python."""
-    arguments = [*TINY, "--epochs", "10", "--checkpoint_every", "5", "--data.train", str(data["ffcv"]), "--timeout_s", "8"]
+    arguments = [*SMALL_RUN, "--epochs", "10", "--checkpoint_every", "5", "--data.train", str(data["ffcv"]), "--timeout_s", "8"]
     launcher = ("--standalone", "--shutdown-timeout", "2")
     says = {
         "kill": "exitcode  : -9",
@@ -238,7 +230,7 @@ def losses(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
 def nodes(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
     """The run of two nodes is the run of one node with two ranks, also when a node's worker is killed on the way."""
     del chance
-    arguments = [*TINY, "--epochs", "10", "--checkpoint_every", "5", "--data.train", str(data["ffcv"])]
+    arguments = [*SMALL_RUN, "--epochs", "10", "--checkpoint_every", "5", "--data.train", str(data["ffcv"])]
     with LaunchedRun(scratch / "whole.log", *arguments, "--out", str(scratch / "n-whole"), ranks=2) as run:
         check(run.finish() == 0, "the uninterrupted run", run.log)
     for kill in ("nobody", "rank 0", "rank 1"):

@@ -1,6 +1,6 @@
 """Converts ten thousand and a hundred thousand tiny images to each format, and prints the largest memory of the writer and of a worker.
 
-python tests/long/flat_memory.py [--images 10000 100000]        (minutes)
+python -m tests.long.flat_memory [--images 10000 100000]        (minutes)
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from interrupted import SCRIPTS, children_of, write_many
+from tests.commands import DATA_PREP, children_of
+from tests.images import write_many
 
 
 def peak_mib(process: int) -> float:
@@ -56,7 +56,7 @@ def main() -> None:
             data = write_many(Path(scratch) / "images", images=num, classes=100)
             for script, name in (("to_ffcv.py", "x.beton"), ("to_dali.py", "x")):
                 writer, worker, seconds = watch(
-                    [sys.executable, SCRIPTS / script, "--data", data, "--out", Path(scratch) / name, "--workers", "2"]
+                    [sys.executable, DATA_PREP / script, "--data", data, "--out", Path(scratch) / name, "--workers", "2"]
                 )
                 figures = {"script": script, "images": num, "writer_mib": round(writer), "worker_mib": round(worker), "s": round(seconds)}
                 print(json.dumps(figures), flush=True)

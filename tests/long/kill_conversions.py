@@ -1,6 +1,6 @@
 """Kills both converters at 20 random moments each, continues them, and compares every byte with an undisturbed conversion.
 
-python tests/long/kill_conversions.py [--images 12000] [--kills 20] [--seed 0]        (minutes; the suite does the same with fewer)
+python -m tests.long.kill_conversions [--images 12000] [--kills 20] [--seed 0]        (minutes; the suite does the same with fewer)
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from interrupted import Conversion, kill_and_continue, write_many
-
-FORMATS = {"beton": ("to_ffcv.py", "x.beton", ()), "tar": ("to_dali.py", "x", ("--shard-mb", "1"))}
+from tests.commands import CONVERSIONS, kill_and_continue
+from tests.images import write_many
 
 
 def main() -> None:
@@ -24,12 +22,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fastbyol-kill-") as scratch:
         data = write_many(Path(scratch) / "images", images=options.images, bad_every=50)
-        for kind, (script, name, own) in FORMATS.items():
+        for kind, command_of in CONVERSIONS.items():
             results = []
             for run in ("undisturbed", "killed"):
                 folder = Path(scratch) / kind / run
                 folder.mkdir(parents=True)
-                command = Conversion(script, data, folder / name, (*own, "--max-dropped", "0.1", "--workers", "2"))
+                command = command_of(data, folder, "--max-dropped", "0.1", "--workers", "2")
                 kills = options.kills if run == "killed" else 0
                 done = kill_and_continue(command, images=options.images, kills=kills, seed=options.seed)
                 results.append(command.result())
