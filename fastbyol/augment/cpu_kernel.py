@@ -10,11 +10,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
 
 import numpy as np
-from llvmlite import ir
-from numba import extending, float32, int64, types, uint8, void
+from numba import float32, int64, types, uint8, void
 
 from fastbyol.augment.parameters import (
     BRIGHTNESS,
@@ -32,15 +30,13 @@ from fastbyol.augment.parameters import (
     SIGMA,
     SOLARIZE,
 )
+from fastbyol.augment.transpose_kernel import OPTIONS, transpose
 from fastbyol.host.compile_cache import njit
 
-OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 LANES = 32
 """Rows of the output that are resized together. A loop of constant length compiles to straight vector code; with 16 the loop overhead
 becomes noticeable.
 """
-TILE = 16
-"""Side of the blocks that are transposed in registers: one cache line of float32."""
 TAP_GROUP = 4
 """Filter taps summed in one pass; the number of taps is padded to a multiple with zero weights."""
 NEGLIGIBLE = 1e-7
@@ -53,56 +49,6 @@ ZERO, ONE, HALF, SIX, QUANTUM = np.float32(0), np.float32(1), np.float32(0.5), n
 @njit(**OPTIONS)
 def _clip(x):
     return min(max(x, ZERO), ONE)
-
-
-# ---- transpose
-
-
-@cast(Any, extending.intrinsic)  # callers leave out the first argument, the typing context
-def _transpose_tile(typing: Any, source: Any, begin: Any, stride: Any, out: Any, at: Any, out_stride: Any):
-    """Sets out[at + i out_stride + j] = source[begin + j stride + i] for i, j < TILE. Flat C-contiguous arrays; bounds are not checked.
-
-    Vector code written by hand, because the compiler moves one float at a time here. Processors with narrower vectors get it in
-    shorter pieces.
-    """
-    vector, index = ir.VectorType(ir.FloatType(), TILE), ir.VectorType(ir.IntType(32), TILE)
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        source, begin, stride, out, at, out_stride = values
-
-        def line_at(array_type: Any, array: Any, first: Any, distance: Any, number: int) -> Any:
-            place = builder.add(first, builder.mul(distance, ir.Constant(distance.type, number)))
-            data = context.make_array(array_type)(context, builder, array).data
-            return builder.bitcast(builder.gep(data, [place]), vector.as_pointer())
-
-        lines = [builder.load(line_at(signature.args[0], source, begin, stride, number), align=4) for number in range(TILE)]
-        for step in (1, 2, 4, 8):  # exchanges the off-diagonal quarters of ever larger blocks
-            upper = [lane if not lane & step else TILE + lane - step for lane in range(TILE)]
-            lower = [lane + step if not lane & step else TILE + lane for lane in range(TILE)]
-            for number in range(TILE):
-                if not number & step:
-                    pair = lines[number], lines[number + step]
-                    lines[number], lines[number + step] = (builder.shuffle_vector(*pair, ir.Constant(index, m)) for m in (upper, lower))
-        for number, line in enumerate(lines):
-            builder.store(line, line_at(signature.args[3], out, at, out_stride, number), align=4)
-        return context.get_dummy_value()
-
-    return types.void(source, types.int64, types.int64, out, types.int64, types.int64), generate
-
-
-@njit(**OPTIONS)
-def _transpose(source, begin, lines, length, stride, out, at, out_stride):
-    """Sets out[at + i out_stride + j] = source[begin + j stride + i] for i < length, j < lines; flat arrays."""
-    if min(lines, length) < TILE:
-        for i in range(length):
-            for j in range(lines):
-                out[at + i * out_stride + j] = source[begin + j * stride + i]
-        return
-    for j_block in range(0, lines, TILE):
-        j = min(j_block, lines - TILE)  # the last block overlaps the one before: every block is whole
-        for i_block in range(0, length, TILE):
-            i = min(i_block, length - TILE)
-            _transpose_tile(source, begin + j * stride + i, stride, out, at + i * out_stride + j, out_stride)
 
 
 # ---- crop and resize
@@ -200,7 +146,7 @@ def _crop_resize(image, row, flip, cubic, antialias, planes, rows, columns):
         y = max(min(block, size - LANES), 0)
         for j in range(min(LANES, size)):
             _sum_rows(image, crop_y, crop_x, y_position[y + j], y_weight[y + j], rows[j, :width])
-        _transpose(rows.reshape(-1), 0, LANES, width, rows.shape[1], columns.reshape(-1), 0, LANES)
+        transpose(rows.reshape(-1), 0, LANES, width, rows.shape[1], columns.reshape(-1), 0, LANES)
         _sum_columns(columns, x_position, x_weight, planes, y)
     flat = planes.reshape(-1)
     for i in range(flat.size):
@@ -400,7 +346,7 @@ def _blur(planes, sigma, radius, reflect, padded, out):
             middle[i] = flat[i]
         _pad(padded, reach, edge, reflect)
         _blur_across(lines, size, w, reach, edge, flat)
-        _transpose(flat, 0, size, size, size, lines, inside, size)
+        transpose(flat, 0, size, size, size, lines, inside, size)
         _pad(padded, reach, edge, reflect)
         _blur_across(lines, size, w, reach, edge, turned)
 
@@ -460,7 +406,7 @@ def _turn(planes, out):
     """Sets out [c][y][x] = planes [c][x][y]."""
     size = planes.shape[1]
     for c in range(3):
-        _transpose(planes[c].reshape(-1), 0, size, size, size, out[c].reshape(-1), 0, size)
+        transpose(planes[c].reshape(-1), 0, size, size, size, out[c].reshape(-1), 0, size)
 
 
 @njit(**OPTIONS)
