@@ -1,1 +1,1 @@
-"""Where images come from: one source for each backend, all with the same interface."""
+"""Sources of images: one for each backend, all with the same interface."""

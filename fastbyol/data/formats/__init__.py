@@ -1,1 +1,1 @@
-"""What files look like: .beton, tar shards and their manifest, and JPEG headers and decoders."""
+"""File formats: .beton, tar shards and their manifest, and JPEG headers and decoders."""
