@@ -235,7 +235,7 @@ def decoded_twice(source: FfcvSource) -> None:
             pixels = []
             for index in indices:
                 try:
-                    source._thread_scratch(10_000)[:] = filling
+                    source._scratch.pixels(100, 34)[:] = filling
                     pixels.append(next(source.decode(np.array([index]))).copy())
                 except UserError:
                     pixels.append(np.zeros(1, dtype=np.uint8))
