@@ -22,7 +22,7 @@ from benchmarks.record_file import FILE, new_record, read_record, write_record
 from benchmarks.report import case_table, write_reports
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.host.preemption import INTERRUPTED_EXIT
+from fastbyol.host.signals import INTERRUPTED_EXIT
 
 LOG_COLUMNS = 180
 

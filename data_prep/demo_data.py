@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastbyol.host.interrupts import end_at_once_when_stopped, stoppable
+from fastbyol.host.signals import end_at_once_when_stopped, stoppable
 
 if __name__ == "__main__":
     end_at_once_when_stopped()  # the imports take a moment

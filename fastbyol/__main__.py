@@ -189,7 +189,7 @@ def tune_run(options: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    from fastbyol.host.preemption import INTERRUPTED_EXIT
+    from fastbyol.host.signals import INTERRUPTED_EXIT
     from fastbyol.run.command_line import parse_train_config
     from fastbyol.tuning.report import check_output, comparison_table, config_yaml, write_config
 

@@ -12,7 +12,7 @@ nodes, SLURM and Kubernetes.
 
 from __future__ import annotations
 
-from fastbyol.host.preemption import StopRequest, end_with_torchrun, leave_at_once_on_signals
+from fastbyol.host.signals import StopRequest, end_with_torchrun, leave_at_once_on_signals
 
 if __name__ == "__main__":
     leave_at_once_on_signals()  # the imports below take seconds

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from fastbyol.host.interrupts import STOP_SIGNALS
+from fastbyol.host.signals import COMMAND_SIGNALS
 
 
 def run_here(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -19,7 +19,7 @@ def run_here(script: Path, *arguments: str | Path) -> subprocess.CompletedProces
     out, errors = io.StringIO(), io.StringIO()
     argv = [str(script), *map(str, arguments)]
     code: object = 0
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in COMMAND_SIGNALS}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), mock.patch.object(sys, "argv", argv):
         try:
             runpy.run_path(str(script), run_name="__main__")

@@ -19,7 +19,7 @@ from fastbyol.data.conversion import encoding_pool, encoding_worker
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Encoded, Job
-from fastbyol.host.stop_signals import OrderlyStop, StopRequest
+from fastbyol.host.signals import DeferredStop, OrderlyStop
 
 
 def jpeg(number: int) -> bytes:
@@ -102,7 +102,7 @@ def memories(num: int) -> list[Memory]:
 
 
 def encode(locations: list[Memory], *, workers: int = 2) -> list[Encoded]:
-    with EncodingPool(EncodeSettings(), workers=workers, stop=StopRequest()) as pool:
+    with EncodingPool(EncodeSettings(), workers=workers, stop=DeferredStop()) as pool:
         return list(pool.encode(Job(i, location) for i, location in enumerate(locations)))
 
 
@@ -113,7 +113,7 @@ def contents(results: list[Encoded]) -> list[bytes | str]:
 def test_results_are_in_order_for_any_number_of_workers_and_a_pool_can_be_reused() -> None:
     wanted = [location.content for location in memories(120)]
     assert contents(encode(memories(120), workers=3)) == wanted
-    with EncodingPool(EncodeSettings(), workers=1, stop=StopRequest()) as pool:
+    with EncodingPool(EncodeSettings(), workers=1, stop=DeferredStop()) as pool:
         for num in (3, 0, 40):
             assert contents(list(pool.encode(Job(i, location) for i, location in enumerate(memories(num))))) == wanted[:num]
 
@@ -162,7 +162,7 @@ def test_a_worker_that_does_not_answer_for_too_long_is_replaced(monkeypatch: pyt
 def test_an_image_that_takes_too_much_cpu_time_is_dropped_at_once_with_its_reason() -> None:
     locations = memories(12)
     locations[5] = Busy("5", b"")
-    with EncodingPool(EncodeSettings(max_cpu_s=0.5), workers=2, stop=StopRequest()) as pool:
+    with EncodingPool(EncodeSettings(max_cpu_s=0.5), workers=2, stop=DeferredStop()) as pool:
         results = list(pool.encode(Job(index, location) for index, location in enumerate(locations)))
     assert [type(result) is DroppedImage for result in results] == [index == 5 for index in range(12)]
     assert results[5] == DroppedImage("takes too long", "over 0.5 s of processor time; --max-seconds allows more")
@@ -185,7 +185,7 @@ def test_results_that_are_not_consumed_are_held_up_to_a_memory_limit(monkeypatch
 
 
 def test_no_process_outlives_its_pool_or_a_stop() -> None:
-    stop = StopRequest()
+    stop = DeferredStop()
     with EncodingPool(EncodeSettings(), workers=2, stop=stop) as pool:
         processes = [worker._process.pid for worker in pool._workers]
         results = pool.encode(Job(i, location) for i, location in enumerate(memories(200)))

@@ -22,7 +22,7 @@ from fastbyol.ranks.slurm_environment import adopt_slurm_environment, first_host
 ROOT = Path(__file__).parent.parent
 STUCK = """
 import time
-from fastbyol.host.preemption import StopRequest
+from fastbyol.host.signals import StopRequest
 with StopRequest(grace_s={grace_s}):
     print("ready", flush=True)
     while True:
@@ -30,17 +30,17 @@ with StopRequest(grace_s={grace_s}):
 """
 OVER = """
 import os, signal
-from fastbyol.host.preemption import STOP_SIGNALS, StopRequest, leave_at_once_on_signals
+from fastbyol.host.signals import RUN_SIGNALS, StopRequest, leave_at_once_on_signals
 leave_at_once_on_signals()
 try:
     with StopRequest(grace_s=1):
         raise KeyError
 except KeyError:
-    print([signal.getsignal(number) is signal.SIG_DFL for number in STOP_SIGNALS])
+    print([signal.getsignal(number) is signal.SIG_DFL for number in RUN_SIGNALS])
 leave_at_once_on_signals()
 with StopRequest(grace_s=1):
     pass
-for number in STOP_SIGNALS:
+for number in RUN_SIGNALS:
     os.kill(os.getpid(), number)
 print("over")
 """

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fastbyol.host.interrupts import Stopped, stoppable
+from fastbyol.host.signals import Stopped, stoppable
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "data_prep").glob("*.py"))
+SCRIPTS = sorted((Path(__file__).parents[1] / "data_prep").glob("[!_]*.py"))
 WHILE_IMPORTING = """
 import os, runpy, sys
 class Finder:
@@ -37,7 +37,7 @@ def test_a_stop_during_the_imports_is_one_line(script: Path) -> None:
 def test_a_stop_during_the_work_leaves_all_tidy_and_what_was_printed() -> None:
     code = """
 import os, signal
-from fastbyol.host.interrupts import end_at_once_when_stopped, stoppable
+from fastbyol.host.signals import end_at_once_when_stopped, stoppable
 end_at_once_when_stopped()
 @stoppable
 def main():
@@ -53,7 +53,7 @@ main()
 
 
 def test_a_stop_after_the_work_and_a_second_one_end_at_once() -> None:
-    head = "import os, signal; from fastbyol.host.interrupts import stoppable\n"
+    head = "import os, signal; from fastbyol.host.signals import stoppable\n"
     after = "stoppable(lambda: print('done', flush=True))(); os.kill(os.getpid(), signal.SIGINT); print('never')"
     assert run_code(head + after) == (130, "done\n", "fastbyol: stopped\n")
     twice = """
@@ -90,7 +90,7 @@ def test_a_stop_with_a_message_of_its_own_says_that(capsys: pytest.CaptureFixtur
 def test_a_reader_that_leaves_ends_a_command_silently(ends: str) -> None:
     code = f"""
 import sys
-from fastbyol.host.interrupts import stoppable
+from fastbyol.host.signals import stoppable
 @stoppable
 def main():
     for number in range(100_000):
@@ -108,7 +108,7 @@ main()
 
 
 def test_an_output_on_a_full_disk_is_one_line() -> None:
-    code = "from fastbyol.host.interrupts import stoppable\nstoppable(lambda: print('x' * 100_000))()"
+    code = "from fastbyol.host.signals import stoppable\nstoppable(lambda: print('x' * 100_000))()"
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (

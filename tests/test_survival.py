@@ -22,7 +22,7 @@ from fastbyol import load_encoder, train
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
-from fastbyol.host.preemption import StopRequest
+from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.stop_vote import StopVote, Verdict
 from fastbyol.run import folder as run_folder
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint

@@ -34,7 +34,7 @@ from fastbyol.data.formats.manifest import Manifest, Shard, beton_manifest_path,
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import flush_to_disk
-from fastbyol.host.stop_signals import stop_signals
+from fastbyol.host.signals import deferred_stop
 
 RAW_PAGE_BYTES = 1 << 26
 """Largest page size for raw images: 64 MiB is an image of 22 million pixels. Larger ones are stored as JPEG."""
@@ -71,7 +71,7 @@ def write_beton(
         raise UserError(f"--out {out}: must end in .beton")
     if shuffle_seed is not None:
         require(0 <= shuffle_seed < 2**63, "shuffle-seed", shuffle_seed, "an integer in [0, 2^63)")
-    with stop_signals() as stop, disk_errors(out):
+    with deferred_stop() as stop, disk_errors(out):
         # First, because the check of the name refuses a complete output, and the work folder of the run that was killed would stay.
         clear_if_finished(work_path(out), data=_DATA, output=out)
         require_free_name(out, overwrite=overwrite)

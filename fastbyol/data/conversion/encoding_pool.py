@@ -19,7 +19,7 @@ from itertools import islice
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
 from fastbyol.data.conversion.encoding_worker import READY, Encoded, Job, start_worker
-from fastbyol.host.stop_signals import StopRequest
+from fastbyol.host.signals import DeferredStop
 
 KILLS_THE_DECODER = "kills the decoder"
 SECONDS_PER_IMAGE = SECONDS_TO_START = 600.0
@@ -36,7 +36,7 @@ _Place = tuple[int, Job]  # (position in the order, job)
 class EncodingPool:
     """Encodes images in `workers` processes. A context manager that ends them."""
 
-    def __init__(self, settings: EncodeSettings, *, workers: int, stop: StopRequest) -> None:
+    def __init__(self, settings: EncodeSettings, *, workers: int, stop: DeferredStop) -> None:
         self._settings, self._stop = settings, stop
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []

@@ -18,9 +18,8 @@ from fastbyol.data.conversion.encoding_worker import Encoded
 from fastbyol.data.conversion.estimate import Estimate, estimate_conversion, require_space
 from fastbyol.data.conversion.task import Task
 from fastbyol.data.conversion.work_folder import WorkFolder
-from fastbyol.host.interrupts import Stopped
 from fastbyol.host.progress import Progress
-from fastbyol.host.stop_signals import OrderlyStop, StopRequest
+from fastbyol.host.signals import DeferredStop, OrderlyStop, Stopped
 
 ROW = np.dtype(
     [
@@ -64,7 +63,7 @@ class Output(ABC):
         """Stores an image; returns the number of its shard and the offset of its first byte there."""
 
 
-def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: StopRequest) -> NDArray[np.void]:
+def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: DeferredStop) -> NDArray[np.void]:
     """Converts all images that an earlier run has not converted; returns the rows of all images.
 
     After any of these errors, the same call continues where it stopped.

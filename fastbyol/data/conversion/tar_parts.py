@@ -31,7 +31,7 @@ from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import durable_file, flush_to_disk, write_durably
-from fastbyol.host.stop_signals import stop_signals
+from fastbyol.host.signals import deferred_stop
 
 _PARTS, _TABLES = "part-*-of-*.json", "part-*-of-*.npz"
 _PART_NAME = re.compile(r"part-\d{5,9}-of-\d{5,9}\.json")
@@ -85,7 +85,7 @@ def write_tar_part(
     """
     options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
-    with stop_signals() as stop, disk_errors(out):
+    with deferred_stop() as stop, disk_errors(out):
         _make_folder(out)
         files = _PartFiles(out, part.name)
         if not (files.is_complete and options.unfinished != "restart"):
@@ -125,7 +125,7 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
         UserError: parts are missing, damaged, differ in their settings, or were made from other images than `data`; or too many images were
             dropped.
     """
-    with stop_signals(), disk_errors(out):
+    with deferred_stop(), disk_errors(out):
         if (out / TAR_MANIFEST).exists():
             return _finish_merge(out)
         parts = _all_parts(out)

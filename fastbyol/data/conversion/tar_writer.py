@@ -30,7 +30,7 @@ from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, write_
 from fastbyol.data.formats.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import flush_to_disk
-from fastbyol.host.stop_signals import stop_signals
+from fastbyol.host.signals import deferred_stop
 
 SHARDS_FOLDER = "shards"
 _BLOCK = tarfile.BLOCKSIZE
@@ -70,7 +70,7 @@ def write_tar_shards(
     """
     options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
-    with stop_signals() as stop, disk_errors(out):
+    with deferred_stop() as stop, disk_errors(out):
         clear_if_finished(work_path(out), data=SHARDS_FOLDER, output=out)
         require_free_name(out, overwrite=overwrite, marker=TAR_MANIFEST)
         listing = as_listing(data)
