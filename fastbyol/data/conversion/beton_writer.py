@@ -72,7 +72,7 @@ def write_beton(
     if shuffle_seed is not None:
         require(0 <= shuffle_seed < 2**63, "shuffle-seed", shuffle_seed, "an integer in [0, 2^63)")
     with deferred_stop() as stop, disk_errors(out):
-        # Before the check of the name, which would refuse the output of a run that was killed while it cleaned up.
+        # First, because the check of the name refuses a complete output, and the work folder of the run that was killed would stay.
         clear_if_finished(work_path(out), data=_DATA, output=out)
         require_free_name(out, overwrite=overwrite)
         listing = as_listing(data)
