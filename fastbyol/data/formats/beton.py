@@ -80,7 +80,16 @@ def read_beton(path: Path) -> Beton:
         raise UserError(f"{path}: holds no finished data set (its writer did not end); make it again with data_prep/to_ffcv.py")
     fields = _read(path, FIELD, int(header["num_fields"]), HEADER.itemsize)
     samples = _read(path, _sample_type(path, fields), int(header["num_samples"]), HEADER.itemsize + fields.nbytes)
-    image, label = samples[_column(path, fields, IMAGE_FIELD, "image")], samples[_column(path, fields, INT_FIELD, "integer label")]
+    columns = []
+    for type_id, what in ((IMAGE_FIELD, "image"), (INT_FIELD, "integer label")):
+        columns.append(int(np.argmax(fields["type_id"] == type_id)))
+        if fields["type_id"][columns[-1]] != type_id:
+            raise UserError(f"{path}: has no {what} field; make it with data_prep/to_ffcv.py")
+    image, label = (samples[f"f{column}"] for column in columns)
+    arguments = fields[columns[0]]["arguments"][:16].tobytes()
+    checksums = None
+    if arguments.startswith(_CHECKSUMS_MAGIC):
+        checksums = _read(path, np.dtype("<u4"), len(samples), int.from_bytes(arguments[8:], "little"))
     beton = Beton(
         mode=image["mode"],
         height=image["height"].astype(np.int64),
@@ -88,7 +97,7 @@ def read_beton(path: Path) -> Beton:
         offset=image["data_ptr"].astype(np.int64),
         size=_sizes(path, image["data_ptr"], int(header["alloc_table_ptr"]), file_bytes),
         label=label.astype(np.int64),
-        crc32=_checksums(path, fields[fields["type_id"] == IMAGE_FIELD][0], int(header["num_samples"])),
+        crc32=checksums,
     )
     _refuse_impossible_rows(path, beton)
     return beton
@@ -133,20 +142,6 @@ def _sample_type(path: Path, fields: NDArray[np.void]) -> np.dtype:
             f"{path}: has a field of type {unknown[0]}; only images, integers and floats are read here. Use data_prep/to_ffcv.py"
         )
     return np.dtype([("", _FIELD_TYPES[int(field["type_id"])]) for field in fields], align=True)
-
-
-def _column(path: Path, fields: NDArray[np.void], type_id: int, what: str) -> str:
-    matches = np.flatnonzero(fields["type_id"] == type_id)
-    if not len(matches):
-        raise UserError(f"{path}: has no {what} field; make it with data_prep/to_ffcv.py")
-    return f"f{matches[0]}"
-
-
-def _checksums(path: Path, image_field: np.void, num_samples: int) -> NDArray[np.uint32] | None:
-    arguments = image_field["arguments"][:16].tobytes()
-    if not arguments.startswith(_CHECKSUMS_MAGIC):
-        return None
-    return _read(path, np.dtype("<u4"), num_samples, int.from_bytes(arguments[8:], "little"))
 
 
 def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: int) -> NDArray[np.int64]:

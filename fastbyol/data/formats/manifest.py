@@ -156,14 +156,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def refuse_impossible_values(*, numbers: Iterable[object], texts: Iterable[object], shards: Sequence[Shard]) -> None:
+def refuse_impossible_values(*, numbers: Iterable[int], texts: Iterable[str], shards: Sequence[Shard]) -> None:
     """Raises TypeError or ValueError for values read from JSON of a wrong type or out of range, those of the shards among them."""
     numbers = [*numbers, *(number for shard in shards for number in (shard.samples, shard.bytes, shard.chunk_bytes))]
     texts = [*texts, *(text for shard in shards for text in (shard.name, shard.sha256))]
-    for values, kind in ((numbers, int), (texts, str)):
-        _refuse_other_types(values, kind)
+    _refuse_other_types(texts, str)
+    _refuse_other_types(numbers, int)
     for number in numbers:
-        if not (isinstance(number, int) and 0 <= number < _MAX_NUMBER):
+        if not 0 <= number < _MAX_NUMBER:
             raise ValueError(f"{shortened(number, limit=60)} should be a number from 0 on that a file can have")
     # A name with a folder in it could point to any file of this machine.
     for name in (shard.name for shard in shards):

@@ -135,7 +135,19 @@ def list_images(
     require_choice("splits", splits, ("refuse", "classes"))
     if (path_column or label_column) and not labels:
         raise UserError(f"--{'path' if path_column else 'label'}-column: has no effect without --labels")
-    listing = _list_all(data, _label_file(labels, devkit, path_column, label_column), splits)
+    if labels and devkit:
+        raise UserError("--labels and --devkit: both give labels; give one of them")
+    label_file = read_devkit(devkit) if devkit else None
+    if labels:
+        label_file = LabelFile(labels, read_text(labels), path_column, label_column)
+    if not data.exists():
+        raise UserError(f"{data}: no such file or folder; give a folder with one sub-folder of images per class, or a tar")
+    if data.is_file():
+        listing = _list_tar(data, label_file, splits)
+    elif label_file:
+        listing = label_images(scan_folder(data), label_file)
+    else:
+        listing = list_image_folder(data, splits=splits)
     if subset:
         listing = restrict(listing, read_subset(subset), source=subset)
     if empty_classes == "drop":
@@ -143,25 +155,6 @@ def list_images(
             raise UserError("--drop-empty-classes: has no effect without --subset; every class has an image")
         listing = drop_empty_classes(listing)
     return listing
-
-
-def _label_file(labels: Path | None, devkit: Path | None, path_column: str | None, label_column: str | None) -> LabelFile | None:
-    if labels and devkit:
-        raise UserError("--labels and --devkit: both give labels; give one of them")
-    if labels:
-        return LabelFile(labels, read_text(labels), path_column, label_column)
-    return read_devkit(devkit) if devkit else None
-
-
-def _list_all(data: Path, labels: LabelFile | None, splits: str) -> ImageListing:
-    if not data.exists():
-        raise UserError(f"{data}: no such file or folder; give a folder with one sub-folder of images per class, or a tar")
-    if data.is_file():
-        return _list_tar(data, labels, splits)
-    if labels is None:
-        return list_image_folder(data, splits=splits)
-    scan = scan_folder(data)
-    return label_images(ImageListing(data, (), tuple(scan.names), (), tuple(scan.skipped)), labels)
 
 
 def _list_tar(path: Path, labels: LabelFile | None, splits: str) -> ImageListing:
@@ -172,19 +165,13 @@ def _list_tar(path: Path, labels: LabelFile | None, splits: str) -> ImageListing
         raise UserError(f"{path}: no image in it; give a tar of images, of class folders, or of one tar per class")
     if labels is not None:
         return label_images(found, labels)
-    found = replace(found, files=_without_common_folder(found.files))
-    class_names = tuple(sorted({name.partition("/")[0] for name in found.files if "/" in name} | scan.class_tars))
+    names = found.files
+    # 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all images are in images/train.
+    while (top := names[0].partition("/")[0] + "/") and all(name.startswith(top) and name.count("/") > 1 for name in names):
+        names = tuple(name.removeprefix(top) for name in names)
+    class_names = tuple(sorted({name.partition("/")[0] for name in names if "/" in name} | scan.class_tars))
     if not class_names:
-        raise UserError(f"{path}: its images are not in class folders (the first: {min(found.files)}); give --labels or --devkit")
+        raise UserError(f"{path}: its images are not in class folders (the first: {min(names)}); give --labels or --devkit")
     if splits == "refuse":
-        refuse_splits(path, class_names, found.files)
-    return by_class_folder(replace(found, class_names=class_names))
-
-
-def _without_common_folder(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Removes the folders that all names share: 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all are in images/train."""
-    while True:
-        first = names[0].partition("/")[0] + "/"
-        if not all(name.startswith(first) and name.count("/") > 1 for name in names):
-            return names
-        names = tuple(name[len(first) :] for name in names)
+        refuse_splits(path, class_names, names)
+    return by_class_folder(replace(found, files=names, class_names=class_names))

@@ -209,15 +209,18 @@ class _Columns:
         name_at = self._place(path_column, "--path-column") if path_column else None
         label_at = self._place(label_column, "--label-column") if label_column else None
         by_name = any(column and not column.isdecimal() for column in (path_column, label_column))
-        header = by_name or self._known_header()
+        has_known_header = header = by_name or self._known_header()
         self.name_at = self._find_names(header, label_at) if name_at is None else name_at
         self.label_at = self._find_labels(header) if label_at is None else label_at
         if self.name_at == self.label_at:
             raise UserError(f"{path}: {self._seen()}: names and classes cannot be the same column; give --path-column and --label-column")
-        self.header = header if header is not None else self._unknown_header()
+        if header is None:  # of unknown words; it is one, unless its class also occurs in another row
+            at = self.label_at
+            header = not any(len(row) > at and row[at].strip() == self.first[at].strip() for _, row in rows[1:])
+        self.header = header
         if self.header and len(rows) == 1:
             raise UserError(f"{path}: holds no rows; give columns filename,label")
-        if not (label_column or header):
+        if not (label_column or has_known_header):
             self._refuse_counting()
 
     @property
@@ -256,11 +259,6 @@ class _Columns:
         if any(_looks_like_file(cell) or self.index.find(cell.strip()) != MISSING for cell in self.first):
             return False
         return True if any(known) else None
-
-    def _unknown_header(self) -> bool:
-        """Decides if a first row of unknown words is a header: it is, unless its class also occurs in another row."""
-        at = self.label_at
-        return not any(len(row) > at and row[at].strip() == self.first[at].strip() for _, row in self.rows[1:])
 
     def _place(self, column: str, option: str) -> int:
         wanted = [at for at, cell in enumerate(self.first) if cell.strip() == column] or [
