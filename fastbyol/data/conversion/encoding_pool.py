@@ -39,9 +39,7 @@ class EncodingPool:
     def __init__(self, settings: EncodeSettings, *, workers: int, stop: DeferredStop) -> None:
         self._settings, self._stop = settings, stop
         self._selector = selectors.DefaultSelector()
-        self._workers: list[_Worker] = []
-        for _ in range(workers):
-            self._workers.append(self._start())
+        self._workers = [self._start() for _ in range(workers)]
 
     def encode(self, jobs: Iterable[Job]) -> Iterator[Encoded]:
         """Yields the results in the order of the jobs. Raises UserError if workers die repeatedly, Stopped if a stop was requested."""
@@ -50,12 +48,11 @@ class EncodingPool:
             self._hand_out(run)
             if run.awaited == run.submitted:
                 return
-            while run.awaited not in run.results:
-                self._stop.check()
-                self._collect(run)
-                self._hand_out(run)
             self._stop.check()
-            yield run.take()
+            if run.awaited in run.results:
+                yield run.take()
+            else:
+                self._collect(run)
 
     def __enter__(self) -> EncodingPool:
         return self
@@ -213,9 +210,6 @@ class _Worker:
         self.heard_at, self.is_ready = time.monotonic(), True
         return None if message == READY else message
 
-    def kill(self) -> None:
-        self._process.kill()
-
     def end(self) -> int:
         """Kills the process if it is still running; returns its exit code."""
         self._process.kill()
@@ -234,7 +228,7 @@ def _end_silent(workers: list[_Worker]) -> list[_Worker]:
     """Kills workers that have sent nothing for too long, so that the end of their pipe is read next. Always returns an empty list."""
     for worker in workers:
         if worker.jobs and time.monotonic() - worker.heard_at > (SECONDS_PER_IMAGE if worker.is_ready else SECONDS_TO_START):
-            worker.kill()
+            worker._process.kill()
     return []
 
 

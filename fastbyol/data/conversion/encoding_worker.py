@@ -18,7 +18,8 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 
-from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings, Location
+from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings
+from fastbyol.data.inputs.listing import ImageLocation
 
 Encoded = EncodedImage | DroppedImage
 READY = "ready"
@@ -31,7 +32,7 @@ class Job(NamedTuple):
 
     index: int
     """The image's position in the listing."""
-    location: Location
+    location: ImageLocation
 
 
 class WorkerPipes(NamedTuple):

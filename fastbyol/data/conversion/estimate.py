@@ -52,7 +52,8 @@ def estimate_conversion(
         job: returns the job for an image's index.
         bytes_per_image: overhead of the output per image.
     """
-    picked = order[np.unique(np.linspace(0, len(order) - 1, _sample_size(len(order))).astype(int))]
+    size = min(len(order), max(_SMALLEST_SAMPLE, min(len(order) // _SHARE, _LARGEST_SAMPLE)))
+    picked = order[np.unique(np.linspace(0, len(order) - 1, size).astype(int))]
     stored = read = 0
     dropped = []
     started = time.monotonic()
@@ -80,7 +81,3 @@ def require_space(folder: Path, estimate: Estimate) -> int:
             "elsewhere (--out), or store less (--max-side, --quality)"
         )
     return free
-
-
-def _sample_size(images: int) -> int:
-    return min(images, max(_SMALLEST_SAMPLE, min(images // _SHARE, _LARGEST_SAMPLE)))

@@ -15,7 +15,7 @@ from fastbyol.config.errors import RunError, UserError
 from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, Outcome
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Encoded
-from fastbyol.data.conversion.estimate import Estimate, estimate_conversion, require_space
+from fastbyol.data.conversion.estimate import estimate_conversion, require_space
 from fastbyol.data.conversion.task import Task
 from fastbyol.data.conversion.work_folder import WorkFolder
 from fastbyol.host.progress import Progress
@@ -80,7 +80,13 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: Deferr
         with EncodingPool(task.options.encode, workers=task.workers, stop=stop) as pool:
             remaining = task.order[work.done :]
             estimate = estimate_conversion(pool, remaining, task.sizes, job=task.job, bytes_per_image=output.bytes_per_image)
-            _refuse_lost_cause(task, estimate)
+            share = len(estimate.dropped) / estimate.sampled
+            # Better now than after hours: most of the sample cannot be kept, and so many may not be dropped.
+            if not task.options.strict and share > 0.5 and share * estimate.images > task.options.dropped_allowed(total):
+                raise UserError(
+                    f"{task.listing.root}: {len(estimate.dropped)} of a sample of {estimate.sampled} images cannot be kept, the first "
+                    f"{estimate.dropped[0]}; are these the images and settings that you want? --max-dropped 1 converts the others"
+                )
             free = require_space(work.path.parent, estimate)
             say(f"{task.out.name}: {estimate.text(workers=task.workers, free_bytes=free)}", file=sys.stderr)
             with stop.deferred(), Progress(task.out.name, total, unit="images", done=work.done) as progress:
@@ -88,24 +94,12 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: Deferr
     return np.fromfile(work.path / ROWS, dtype=ROW)
 
 
-def _refuse_lost_cause(task: Task, estimate: Estimate) -> None:
-    """Raises UserError if most of the sample cannot be kept and so many may not be dropped: better now than after hours."""
-    share = len(estimate.dropped) / estimate.sampled
-    if task.options.strict or share <= 0.5 or share * estimate.images <= task.options.dropped_allowed(len(task.order)):
-        return
-    raise UserError(
-        f"{task.listing.root}: {len(estimate.dropped)} of a sample of {estimate.sampled} images cannot be kept, the first {estimate.dropped[0]}; "
-        "are these the images and settings that you want? --max-dropped 1 converts the others"
-    )
-
-
 class _Pass:
     """The loop over the images, which also records what happened to each."""
 
     def __init__(self, task: Task, output: Output, work: WorkFolder, progress: Progress) -> None:
         self._task, self._output, self._work, self._progress = task, output, work, progress
-        self._rows = work.open(ROWS, size=work.done * ROW.itemsize)
-        self._touched = work.open(TOUCHED, size=work.size_of(TOUCHED))
+        self._rows, self._touched = work.open(ROWS), work.open(TOUCHED)
         self._done = work.done
         self._unreadable = 0
 

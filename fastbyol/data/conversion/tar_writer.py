@@ -16,7 +16,7 @@ from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.data.conversion.encode import EncodedImage
 from fastbyol.data.conversion.image_pass import Output, convert_images, kept_rows, touched_images
 from fastbyol.data.conversion.report import make_manifest, write_report
-from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
+from fastbyol.data.conversion.task import ConversionOptions, Images, Task, make_task, open_work
 from fastbyol.data.conversion.work_folder import (
     GrowingFile,
     WorkFolder,
@@ -73,9 +73,7 @@ def write_tar_shards(
     with deferred_stop() as stop, disk_errors(out):
         clear_if_finished(work_path(out), data=SHARDS_FOLDER, output=out)
         require_free_name(out, overwrite=overwrite, marker=TAR_MANIFEST)
-        listing = as_listing(data)
-        order = seeded_permutation(len(listing.files), seed)
-        task = make_task(listing, order=order, out=out, options=options, workers=workers)
+        task = make_task(data, order=lambda num: seeded_permutation(num, seed), out=out, options=options, workers=workers)
         with open_work(work_path(out), task, kind="tar", settings=settings) as work:
             output = TarOutput(work, shard_mib=shard_mib)
             rows = convert_images(task, output, work, stop=stop)
@@ -134,7 +132,7 @@ class TarOutput(Output):
         # Dropped images leave no bytes, so the end of the last shard follows from the last kept image.
         self._number, end = int(kept["shard"][-1]), int(kept["offset"][-1]) + _padded(int(kept["size"][-1])) + _NUMBERS_BYTES
         if end < self._shard_bytes:
-            self._file = self._work.open(self._path(self._number), size=end)
+            self._file = self._work.open(self._path(self._number))
         else:
             self._number += 1
 
@@ -151,8 +149,13 @@ class TarOutput(Output):
         """Closes the last shard and writes the DALI indices; returns all shards. rows: one per image, in the order of conversion."""
         if self._file:
             self._close()
-        kept = kept_rows(rows)
-        return [self._finish_shard(number, kept[kept["shard"] == number]) for number in range(self._number)]
+        kept, shards = kept_rows(rows), []
+        for name, number in ((self._path(number), number) for number in range(self._number)):
+            path, columns = self._work.path / name, kept[kept["shard"] == number][["index", "offset", "size"]]
+            lines = [_index_line(*row) for row in columns.tolist()]
+            index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]), encoding="ascii")
+            shards.append(Shard(path.name, len(lines), path.stat().st_size, self._work.digests.result(name)))
+        return shards
 
     def _path(self, number: int) -> str:
         return f"{SHARDS_FOLDER}/{shard_name(number, part=self._part)}"
@@ -161,16 +164,10 @@ class TarOutput(Output):
         """Closes a shard: two empty blocks mark the end of a tar, which is then padded to whole records."""
         assert self._file is not None
         self._file.write(bytes(2 * _BLOCK + -(self._file.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
-        self._work.close_file(self._file)
+        self._work.close_file(self._path(self._number))
         self._work.digests.begin(self._path(self._number))
         self._file = None
         self._number += 1
-
-    def _finish_shard(self, number: int, rows: NDArray[np.void]) -> Shard:
-        path = self._work.path / self._path(number)
-        lines = [_index_line(*row) for row in zip(*(rows[name].tolist() for name in ("index", "offset", "size")), strict=True)]
-        index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]), encoding="ascii")
-        return Shard(path.name, len(rows), path.stat().st_size, self._work.digests.result(self._path(number)))
 
 
 def member_header(name: str, size: int) -> bytes:

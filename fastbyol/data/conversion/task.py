@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from fastbyol.host.cores import default_workers
 
 Images = Path | ImageListing | Callable[[], ImageListing]
 """The images to convert: a folder or tar, its listing, or a function that makes the listing once all other arguments have been checked."""
+Order = Callable[[int], NDArray[np.int64]]
+"""Returns the order of conversion of a number of images, as positions in the listing."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,6 @@ class Task:
     def job(self, index: int) -> Job:
         return Job(index, self.listing.location(index))
 
-    def with_largest(self, stored_bytes: int) -> Task:
-        """Returns the same task with a limit on an image's stored size."""
-        encode = replace(self.options.encode, max_stored_bytes=stored_bytes)
-        return replace(self, options=replace(self.options, encode=encode))
-
 
 def as_listing(data: Images) -> ImageListing:
     """Returns the listing of the images; lists a folder or tar, or calls the function."""
@@ -82,11 +79,14 @@ def as_listing(data: Images) -> ImageListing:
     return data if isinstance(data, ImageListing) else data()
 
 
-def make_task(listing: ImageListing, *, order: NDArray[np.int64], out: Path, options: ConversionOptions, workers: int) -> Task:
+def make_task(data: Images, *, order: Order, out: Path, options: ConversionOptions, workers: int) -> Task:
     """Returns the task. workers: number of worker processes; 0 means one per core."""
+    listing = as_listing(data)
     require_at_least("workers", workers, 0)
-    sizes = np.array([listing.num_bytes(index) for index in range(len(listing.files))], dtype=np.int64)
-    return Task(listing, order, sizes, listing.digest(), out, options, min(workers or default_workers(), len(order)))
+    num = len(listing.files)
+    sizes = np.array([listing.num_bytes(index) for index in range(num)], dtype=np.int64)
+    chosen = order(num)
+    return Task(listing, chosen, sizes, listing.digest(), out, options, min(workers or default_workers(), len(chosen)))
 
 
 def open_work(path: Path, task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFolder:

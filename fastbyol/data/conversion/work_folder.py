@@ -33,31 +33,16 @@ _BUFFER_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class GrowingFile:
-    """A buffered file that is only appended to; `size` includes what is still in the buffer."""
+class GrowingFile(io.BufferedWriter):
+    """A file that is only appended to; `size` includes what is still in the buffer, which `flush` passes to the operating system."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.name = name
-        self._file = io.BufferedWriter(io.FileIO(path, "a"), _BUFFER_BYTES)
-        self.size = self._file.seek(0, os.SEEK_END)
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "a"), _BUFFER_BYTES)
+        self.size = self.seek(0, os.SEEK_END)
 
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
+    def write(self, data: bytes, /) -> int:
         self.size += len(data)
-
-    def flush(self) -> None:
-        """Passes the buffer to the operating system, so that readers of the file see it."""
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def abandon(self) -> None:
-        """Closes the file even if its buffer cannot be written."""
-        try:
-            self._file.close()
-        except OSError:
-            self._file.raw.close()
+        return super().write(data)
 
 
 class WorkFolder:
@@ -86,7 +71,6 @@ class WorkFolder:
         self._files: dict[str, GrowingFile] = {}
         self._sizes: dict[str, int] = {}
         self._pending: list[Future[None]] = []
-        self._is_open = True
         self._flushed_at = time.monotonic()
         try:
             if unfinished == "restart":
@@ -99,26 +83,22 @@ class WorkFolder:
             self.close()
             raise
 
-    def open(self, name: str, *, size: int = 0) -> GrowingFile:
-        """Opens a file of this folder for appending, and cuts it to `size`. name: relative path, at most one folder deep."""
+    def open(self, name: str, *, begins_with: int = 0) -> GrowingFile:
+        """Opens a file of this folder for appending. name: relative path, at most one folder deep; begins_with: zero bytes of a new file."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
-        # What lies beyond is from after the last journal entry: it will be written again.
-        with path.open("ab") as file:
-            file.truncate(size)
-        self._files[name] = GrowingFile(path, name)
+        if name not in self._sizes:  # others have been cut to their length in the journal
+            with path.open("wb") as file:
+                file.truncate(begins_with)
+        self._files[name] = GrowingFile(path)
         return self._files[name]
 
-    def size_of(self, name: str) -> int:
-        """Returns a file's size in the journal of the earlier run, or 0 if the file isn't in it."""
-        return self._sizes.get(name, 0)
-
-    def close_file(self, file: GrowingFile) -> None:
+    def close_file(self, name: str) -> None:
         """Closes a finished file and starts its fsync; its size is part of every later journal entry."""
+        file = self._files.pop(name)
         file.close()
-        del self._files[file.name]
-        self._sizes[file.name] = file.size
-        self._pending.append(self._flusher.submit(flush_to_disk, self.path / file.name))
+        self._sizes[name] = file.size
+        self._pending.append(self._flusher.submit(flush_to_disk, self.path / name))
 
     def flush_due(self, done: int) -> None:
         """Starts a journal entry in the background if `flush_every_s` has passed and the last entry is finished."""
@@ -131,22 +111,19 @@ class WorkFolder:
         self._finish_flush()
 
     def discard(self) -> None:
-        """Removes the folder, once the output is complete and moved out."""
-        self._let_go(keep=False)
+        """Marks the folder, once the output is complete and moved out, as one that `close` removes."""
+        (self.path / _JOURNAL).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Closes the files and releases the lock. The folder is kept for the next run if there is a journal, else removed."""
-        self._let_go(keep=(self.path / _JOURNAL).exists())
-
-    def _let_go(self, *, keep: bool) -> None:
-        if not self._is_open:
-            return
-        self._is_open = False
         for file in self._files.values():
-            file.abandon()
+            try:
+                file.close()
+            except OSError:  # its buffer cannot be written
+                file.raw.close()
         self.digests.close()
         self._flusher.shutdown(wait=True)
-        if not keep:
+        if not (self.path / _JOURNAL).exists():
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)  # last: once the lock is released, another process may use the path
 

@@ -86,6 +86,7 @@ def read_beton(path: Path) -> Beton:
         if fields["type_id"][columns[-1]] != type_id:
             raise UserError(f"{path}: has no {what} field; make it with data_prep/to_ffcv.py")
     image, label = (samples[f"f{column}"] for column in columns)
+    size = _sizes(path, image["data_ptr"], int(header["alloc_table_ptr"]), file_bytes)
     arguments = fields[columns[0]]["arguments"][:16].tobytes()
     checksums = None
     if arguments.startswith(_CHECKSUMS_MAGIC):
@@ -95,7 +96,7 @@ def read_beton(path: Path) -> Beton:
         height=image["height"].astype(np.int64),
         width=image["width"].astype(np.int64),
         offset=image["data_ptr"].astype(np.int64),
-        size=_sizes(path, image["data_ptr"], int(header["alloc_table_ptr"]), file_bytes),
+        size=size,
         label=label.astype(np.int64),
         crc32=checksums,
     )

@@ -47,24 +47,15 @@ def add_label_arguments(parser: ArgumentParser) -> None:
     """Adds --labels, --path-column, --label-column, --devkit, --subset, --drop-empty-classes and --splits-are-classes."""
     parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of images in one folder or tar: a table, or a class per line")
     for option, what in (("path", "names of the images"), ("label", "classes")):
-        parser.add_argument(
-            f"--{option}-column",
-            f"--{option}_column",
-            metavar="NAME",
-            help=f"the column of --labels that has the {what}, by name or by number from 1 (default: by its header)",
-        )
+        column = f"the column of --labels that has the {what}, by name or by number from 1 (default: by its header)"
+        parser.add_argument(f"--{option}-column", f"--{option}_column", metavar="NAME", help=column)
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
-    parser.add_argument(
-        "--subset", type=Path, metavar="LIST", help="use only the images that this file names, one per line (data_prep/subset.py)"
-    )
-    parser.add_argument(
-        "--drop-empty-classes",
-        action="store_true",
-        help="renumber the classes if the subset leaves some without images (default: labels stay)",
-    )
-    parser.add_argument(
-        "--splits-are-classes", action="store_true", help="accept folders such as train/ and val/ as classes (default: refuse them)"
-    )
+    names = "use only the images that this file names, one per line (data_prep/subset.py)"
+    parser.add_argument("--subset", type=Path, metavar="LIST", help=names)
+    renumber = "renumber the classes if the subset leaves some without images (default: labels stay)"
+    parser.add_argument("--drop-empty-classes", action="store_true", help=renumber)
+    accept = "accept folders such as train/ and val/ as classes (default: refuse them)"
+    parser.add_argument("--splits-are-classes", action="store_true", help=accept)
 
 
 def tell_on_stderr(note: str) -> None:

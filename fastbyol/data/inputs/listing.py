@@ -76,7 +76,7 @@ class ImageListing:
 
     def path(self, index: int) -> Path:
         """Returns the path of the file that contains the image."""
-        return self.location(index).path
+        return self.root / self.files[index] if self.offsets is None else self.root
 
     def num_bytes(self, index: int) -> int:
         """Returns the image's size in bytes. Raises UserError if its file no longer exists."""

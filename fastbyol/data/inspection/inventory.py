@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.source import Indices, Pixels
-from fastbyol.data.formats.manifest import Manifest, numbered_class_names
+from fastbyol.data.formats.manifest import numbered_class_names
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.converted import Converted, is_converted, open_converted
@@ -62,9 +63,6 @@ class Inventory:
     manifest: dict[str, Any] | None
     """The manifest's fields settings, source, software, shards and dropped; None without a manifest."""
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class ImageSet:
     """Images of any data set by index, for pictures and statistics; not fast."""
@@ -89,9 +87,11 @@ class ImageSet:
         """Returns statistics of the sides: of all images of converted data, whose tables have them, else of a random sample (seed 0)."""
         if isinstance(self._images, Converted):
             return _sides(self._images.height, self._images.width, self._images.size)
-        num = len(self._images.files)
-        chosen = range(num) if num <= SAMPLED else sorted(random.Random(0).sample(range(num), SAMPLED))
-        rows = [row for index in chosen if (row := _header(self._images, index))]
+        num, rows = len(self._images.files), []
+        for index in range(num) if num <= SAMPLED else sorted(random.Random(0).sample(range(num), SAMPLED)):
+            with suppress(UndecodableImage, OSError):
+                data = self._images.location(index).read()
+                rows.append((*image_size(data), len(data)))
         return _sides(*np.array(rows, dtype=np.int64).T) if rows else None
 
     def num_bytes(self) -> int:
@@ -113,9 +113,14 @@ def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
     counts = np.bincount(images.labels[images.labels >= 0], minlength=len(images.class_names))
     counts_of_used = counts[counts > 0] if counts.any() else np.zeros(1, dtype=np.int64)
     skipped = listing.skipped if listing else ()
+    if listing:
+        kind = "folder" if path.is_dir() else "tar"
+    else:
+        kind = ("tar shards" if path.is_dir() else "beton") + ("" if images.manifest else " without manifest")
+    fields = asdict(images.manifest) if images.manifest else {}
     return Inventory(
         path=str(path),
-        kind=_kind(path, images.manifest, listing),
+        kind=kind,
         images=len(images.labels),
         classes=len(counts),
         empty_classes=int((counts == 0).sum()),
@@ -129,42 +134,12 @@ def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
         skipped_first=skipped[:10],
         class_names=images.class_names,
         class_counts=tuple(counts.tolist()),
-        manifest=_of_manifest(images.manifest),
+        manifest={name: fields[name] for name in ("settings", "source", "software", "shards", "dropped")} if fields else None,
     )
-
-
-def _kind(path: Path, manifest: Manifest | None, listing: ImageListing | None) -> str:
-    if listing is not None:
-        return "folder" if path.is_dir() else "tar"
-    return ("tar shards" if path.is_dir() else "beton") + ("" if manifest else " without manifest")
-
-
-def _of_manifest(manifest: Manifest | None) -> dict[str, Any] | None:
-    if manifest is None:
-        return None
-    fields = asdict(manifest)
-    return {name: fields[name] for name in ("settings", "source", "software", "shards", "dropped")}
-
-
-def _header(listing: ImageListing, index: int) -> tuple[int, int, int] | None:
-    """Returns (height, width, bytes), or None if the file is not a readable image."""
-    try:
-        data = listing.location(index).read()
-        return *image_size(data), len(data)
-    except (UndecodableImage, OSError):
-        return None
 
 
 def _sides(height: Indices, width: Indices, size: Indices) -> Sides:
     pixels = height * width
-    return Sides(
-        looked_at=len(height),
-        height_min=int(height.min()),
-        height_median=int(np.median(height)),
-        height_max=int(height.max()),
-        width_min=int(width.min()),
-        width_median=int(np.median(width)),
-        width_max=int(width.max()),
-        mean_pixels=round(float(pixels.mean()), 1),
-        bytes_per_pixel=round(float(size.sum() / max(pixels.sum(), 1)), 4),
-    )
+    sides = [int(find(side)) for side in (height, width) for find in (np.min, np.median, np.max)]
+    bytes_per_pixel = float(size.sum() / max(pixels.sum(), 1))
+    return Sides(len(height), *sides, mean_pixels=round(float(pixels.mean()), 1), bytes_per_pixel=round(bytes_per_pixel, 4))

@@ -80,10 +80,8 @@ def _foreign_shards(folder: Path, found: Findings) -> Converted:
     if not places:
         raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that data_prep/to_dali.py made")
     file, offset, size = np.array(places, dtype=np.int64).T
-    unknown = np.zeros_like(file)
-    return Converted(
-        folder, tuple(files), file, offset, size, unknown, unknown, unknown, unknown.astype(np.bool_), None, np.arange(len(file))
-    )
+    none, raw = np.zeros_like(file), np.zeros(len(file), dtype=np.bool_)
+    return Converted(folder, tuple(files), file, offset, size, none, none, none, raw, None, np.arange(len(file)))
 
 
 def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterator[str]:

@@ -127,7 +127,11 @@ def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], 
         return [Fault(str(file), "is not in the manifest")]
     size = file.stat().st_size
     try:
-        found = _sha256_of(file, shard, stop)
+        if shard.chunk_bytes:
+            starts = range(0, size, shard.chunk_bytes)
+            found = chunks_sha256([sha256_of(file, start=at, size=shard.chunk_bytes, stop=stop) for at in starts])
+        else:
+            found = sha256_of(file, stop=stop)
     except OSError as error:
         return [Fault(str(file), f"cannot be read ({error.strerror})")]
     if found == shard.sha256 and size == shard.bytes:
@@ -139,13 +143,6 @@ def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], 
     else:
         what = "its sha256 is not the manifest's: bytes have changed, or the manifest was edited"
     return [Fault(str(file), what)]
-
-
-def _sha256_of(file: Path, shard: Shard, stop: Event) -> str:
-    if not shard.chunk_bytes:
-        return sha256_of(file, stop=stop)
-    starts = range(0, file.stat().st_size, shard.chunk_bytes)
-    return chunks_sha256([sha256_of(file, start=at, size=shard.chunk_bytes, stop=stop) for at in starts])
 
 
 def _image_faults(file: Path, check: ImageCheck, chunk: list[int]) -> list[Fault]:
