@@ -13,7 +13,7 @@ from typing import Any
 
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, overwrite_mode, print_outcome
+from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, print_outcome
 from fastbyol.data.conversion.tar_parts import merge_tar_parts, parse_part, write_tar_part
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.formats.tar_shards import TAR_REPORT
@@ -61,10 +61,10 @@ def main() -> None:
     data, out, options = partial(listing_from, arguments), arguments.out, conversion_options(arguments)
     settings: dict[str, Any] = {"workers": arguments.workers, "shard_mib": arguments.shard_mb, "seed": arguments.seed, "options": options}
     if not arguments.shard:
-        manifest = write_tar_shards(data, out=out, overwrite=overwrite_mode(arguments), **settings)
+        manifest = write_tar_shards(data, out=out, overwrite=arguments.overwrite, **settings)
         print_outcome(out, manifest, out / TAR_REPORT)
         return
-    if arguments.overwrite:
+    if arguments.overwrite == "replace":
         raise UserError("--overwrite does not go with --shard, whose folder belongs to several machines; remove the folder yourself")
     part = parse_part(arguments.shard)
     shards = write_tar_part(data, out=out, part=part, **settings)

@@ -63,18 +63,14 @@ class DaliRenderer(Renderer):
                 pass
             raise UserError(f"DALI failed ({dali_reason(error)}); use data.dali_ops decode") from error
         views = torch.stack([torch.from_dlpack(output.as_tensor()) for output in outputs])
-        self._hold(outputs)
+        if self._on_gpu:
+            # Keep DALI's outputs alive until the GPU, which works asynchronously, has copied them: DALI would reuse their memory.
+            copied = torch.cuda.Event()
+            copied.record()
+            self._held.append((copied, outputs))
+            while self._held and self._held[0][0].query():
+                self._held.popleft()
         return Rendered(indices, views, torch.from_numpy(parameters))
-
-    def _hold(self, outputs: Any) -> None:
-        """Keeps DALI's outputs alive until the GPU, which works asynchronously, has copied them: DALI would reuse their memory."""
-        if not self._on_gpu:
-            return
-        copied = torch.cuda.Event()
-        copied.record()
-        self._held.append((copied, outputs))
-        while self._held and self._held[0][0].query():
-            self._held.popleft()
 
 
 def box_arguments(rows: NDArray[np.float32], view: int) -> dict[str, NDArray[np.float32]]:

@@ -35,7 +35,10 @@ class DaliSource(Source):
         super().__init__(labels=self._table["label"].astype(np.int64), class_names=manifest.class_names)
         # The members of the tars are named by their number in the listing.
         self._listed = np.delete(np.arange(self.num_samples + len(manifest.dropped)), manifest.dropped)
-        _allow_open_files(len(manifest.shards))
+        # Every shard stays open: raise the soft limit on open files if there are more than it allows.
+        wanted, (soft, hard) = len(manifest.shards) + 512, resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
         self._files = [RangeReader(folder / shard.name) for shard in manifest.shards]
         self._local = threading.local()
 
@@ -53,9 +56,8 @@ class DaliSource(Source):
                 images = self._decode_one_by_one(batch, jpegs, error)
             for index, image, height, width in zip(batch.tolist(), images, *self.sizes(batch), strict=True):
                 if image.shape != (height, width, 3):
-                    raise damaged(
-                        self.sample_name(index), f"it decodes to {image.shape[1]}x{image.shape[0]} pixels, its table says {width}x{height}"
-                    )
+                    found = f"{image.shape[1]}x{image.shape[0]}"
+                    raise damaged(self.sample_name(index), f"it decodes to {found} pixels, its table says {width}x{height}")
                 yield image
 
     def storage(self) -> Storage:
@@ -135,11 +137,3 @@ def dali_reason(error: RuntimeError) -> str:
     """Returns the line of DALI's message that says what is wrong, the first with 'error': the whole message is pages long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "DALI gave no reason")[:200]
-
-
-def _allow_open_files(shards: int) -> None:
-    """Raises the soft limit on open files if there are more shards than it allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = shards + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

@@ -42,7 +42,10 @@ class FfcvSource(Source):
             data = self._file.read(offset, size)
             if table.crc32 is not None:
                 data = self.checked(index, data, int(table.crc32[index]))
-            yield self._decode_jpeg(index, data, height, width) if mode == JPEG_MODE else self._raw_pixels(index, data, height, width)
+            if mode == JPEG_MODE:
+                yield self._decode_jpeg(index, data, height, width)
+            else:
+                yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)  # read_beton has compared the sizes
 
     def storage(self) -> Storage:
         return Storage(np.zeros(self.num_samples, dtype=np.int64), self._beton.offset)
@@ -53,11 +56,10 @@ class FfcvSource(Source):
 
     def identity(self) -> bytes:
         """Returns a digest of what distinguishes the images, bytes included: raw images have equal sizes and offsets whatever they show."""
-        table = self._beton
-        crc32 = table.crc32
+        table, crc32 = self._beton, self._beton.crc32
         if crc32 is None:
-            some = some_of(self.num_samples)
-            crc32 = np.array([zlib.crc32(self._file.read(int(table.offset[index]), int(table.size[index]))) for index in some])
+            places = ((int(table.offset[index]), int(table.size[index])) for index in some_of(self.num_samples))
+            crc32 = np.array([zlib.crc32(self._file.read(*place)) for place in places])
         return super().identity() + crc32.tobytes()
 
     def sample_name(self, index: int) -> str:
@@ -74,11 +76,6 @@ class FfcvSource(Source):
         if complaint and (fatal or self._beton.crc32 is None):
             raise damaged(self.sample_name(index), complaint)
         return image
-
-    def _raw_pixels(self, index: int, data: bytes, height: int, width: int) -> Pixels:
-        if len(data) != height * width * 3:
-            raise damaged(self.sample_name(index), f"{len(data)} bytes for {height}x{width} pixels")
-        return np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
 
 
 def _class_names(path: Path, beton: Beton) -> tuple[str, ...]:

@@ -21,14 +21,7 @@ from fastbyol.data.conversion.encode import EncodedImage, EncodeSettings
 from fastbyol.data.conversion.image_pass import Output, convert_images, kept_rows, touched_images
 from fastbyol.data.conversion.report import make_manifest, report_path, write_report
 from fastbyol.data.conversion.task import ConversionOptions, Images, make_task, open_work
-from fastbyol.data.conversion.work_folder import (
-    WorkFolder,
-    clear_if_finished,
-    disk_errors,
-    put_in_place,
-    require_free_name,
-    work_path,
-)
+from fastbyol.data.conversion.work_folder import WorkFolder, disk_errors, put_in_place, require_free_name
 from fastbyol.data.formats.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
 from fastbyol.data.formats.manifest import Manifest, Shard, beton_manifest_path, chunks_sha256, write_manifest
 from fastbyol.data.inputs.listing import ImageListing
@@ -72,9 +65,7 @@ def write_beton(
     if shuffle_seed is not None:
         require(0 <= shuffle_seed < 2**63, "shuffle-seed", shuffle_seed, "an integer in [0, 2^63)")
     with deferred_stop() as stop, disk_errors(out):
-        # Before the check of the name, which would refuse the output of a run that was killed while it cleaned up.
-        clear_if_finished(work_path(out), data=_DATA, output=out)
-        require_free_name(out, overwrite=overwrite)
+        require_free_name(out, data=_DATA, overwrite=overwrite)
         order = np.arange if shuffle_seed is None else lambda num: seeded_permutation(num, shuffle_seed)
         task = make_task(data, order=order, out=out, options=options, workers=workers)
         page_bytes = _page_bytes(task.sizes, options.encode)
@@ -82,7 +73,7 @@ def write_beton(
         settings: dict[str, int | float | str] = {"page_bytes": page_bytes, **options.encode.as_plain()}
         if shuffle_seed is not None:
             settings["shuffle_seed"] = shuffle_seed
-        with open_work(work_path(out), task, kind="beton", settings=settings) as work:
+        with open_work(task, kind="beton", settings=settings) as work:
             output = _BetonOutput(work, images=len(task.order), page_bytes=page_bytes)
             rows = convert_images(task, output, work, stop=stop)
             report, new_manifest = work.path / "report.json", work.path / "manifest.json"

@@ -31,7 +31,8 @@ def conversion_parser(description: str, examples: str, *, data: str = "required"
     add_input_arguments(parser, required=data == "required")
     work = parser.add_argument_group("the work")
     work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
-    work.add_argument("--overwrite", action="store_true", help="replace an existing output, once the new one is complete")
+    replace = "replace an existing output, once the new one is complete"
+    work.add_argument("--overwrite", action="store_const", const="replace", default="refuse", help=replace)
     unfinished = work.add_mutually_exclusive_group()
     resume = "continue an unfinished conversion to this output, or fail (default: continue if there is one)"
     unfinished.add_argument("--resume", action="store_true", help=resume)
@@ -73,11 +74,6 @@ def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> Co
         unfinished="restart" if arguments.restart else "require" if arguments.resume else "continue",
         flush_every_s=arguments.flush_every,
     )
-
-
-def overwrite_mode(arguments: Namespace) -> str:
-    """Returns the writers' argument for --overwrite: 'replace' or 'refuse'."""
-    return "replace" if arguments.overwrite else "refuse"
 
 
 def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:

@@ -168,12 +168,12 @@ class _Run:
 
     def add(self, place: int, result: Encoded) -> None:
         self.results[place] = result
-        self.held_bytes += _size(result)
+        self.held_bytes += len(result.data) if isinstance(result, EncodedImage) else 0
         self.deaths_in_a_row = 0
 
     def take(self) -> Encoded:
         result = self.results.pop(self.awaited)
-        self.held_bytes -= _size(result)
+        self.held_bytes -= len(result.data) if isinstance(result, EncodedImage) else 0
         self.awaited += 1
         return result
 
@@ -184,10 +184,9 @@ class _Worker:
     def __init__(self, settings: EncodeSettings) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (stays open as long as the process runs)
         try:
-            self._process, self._pipes = start_worker(settings, stderr=self._said)
+            self._process, self._to_do, self.results = start_worker(settings, stderr=self._said)
         except OSError as error:
             raise UserError(f"a worker process cannot be started ({error.strerror}); take fewer --workers") from error
-        self.results = self._pipes.results
         self.jobs: deque[_Place] = deque()
         """Jobs that it has not answered yet, in its order."""
         self.is_ready = False
@@ -200,7 +199,7 @@ class _Worker:
             self.heard_at = time.monotonic()
         self.jobs.extend(jobs)
         try:
-            self._pipes.jobs.send([job for _, job in jobs])
+            self._to_do.send([job for _, job in jobs])
         except OSError:  # it has died; reading its results will show that
             return
 
@@ -213,8 +212,8 @@ class _Worker:
     def end(self) -> int:
         """Kills the process if it is still running; returns its exit code."""
         self._process.kill()
-        for pipe in self._pipes:
-            pipe.close()
+        self._to_do.close()
+        self.results.close()
         return self._process.wait()
 
     def last_words(self) -> str:
@@ -230,10 +229,6 @@ def _end_silent(workers: list[_Worker]) -> list[_Worker]:
         if worker.jobs and time.monotonic() - worker.heard_at > (SECONDS_PER_IMAGE if worker.is_ready else SECONDS_TO_START):
             worker._process.kill()
     return []
-
-
-def _size(result: Encoded) -> int:
-    return len(result.data) if isinstance(result, EncodedImage) else 0
 
 
 def _exit_text(exit_code: int) -> str:

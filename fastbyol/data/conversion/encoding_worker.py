@@ -35,16 +35,10 @@ class Job(NamedTuple):
     location: ImageLocation
 
 
-class WorkerPipes(NamedTuple):
-    """The main process's ends of a worker's pipes."""
+def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subprocess.Popen[bytes], Connection, Connection]:
+    """Starts a worker process; returns it with our ends of its pipes: of jobs, and of results, which ends when the process does.
 
-    jobs: Connection
-    results: Connection
-    """Reaches its end of file when the worker process ends."""
-
-
-def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subprocess.Popen[bytes], WorkerPipes]:
-    """Starts a worker process; returns it with our ends of its pipes. Its messages go to `stderr`, because all workers may print the same.
+    Its messages go to `stderr`, because all workers may print the same.
 
     It has its own process group, so that Ctrl-C in a terminal reaches only the main process, which then ends the worker in an orderly way. If
     the main process is killed, the pipe of jobs ends and the worker exits.
@@ -68,7 +62,7 @@ def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subpro
         )
     with contextlib.suppress(BrokenPipeError):  # it has died already; reading its results will show that
         jobs.send(settings)
-    return process, WorkerPipes(jobs, results)
+    return process, jobs, results
 
 
 def serve(jobs_descriptor: int, results_descriptor: int) -> None:

@@ -25,7 +25,7 @@ from fastbyol.data.conversion.image_pass import ROW, convert_images, kept_rows, 
 from fastbyol.data.conversion.report import make_manifest, write_report
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, tar_settings
 from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
-from fastbyol.data.conversion.work_folder import disk_errors
+from fastbyol.data.conversion.work_folder import disk_errors, work_path
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, read_manifest, refuse_impossible_values, write_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
@@ -94,12 +94,12 @@ def write_tar_part(
         if not out.parent.is_dir():
             raise UserError(f"{out.parent}: no such folder to write {out.name} in; make it first")
         out.mkdir(exist_ok=True)
-        description, folder = out / f"part-{part.name}.json", out / f".part-{part.name}.partial"
+        name = out / f"part-{part.name}"
+        description, folder = name.with_suffix(".json"), work_path(name)
         is_complete = description.exists() or (folder / description.name).exists()
         if not is_complete or options.unfinished == "restart":
-            name = description.with_suffix("")
             task = make_task(data, order=lambda n: part.share(seeded_permutation(n, seed)), out=name, options=options, workers=workers)
-            with open_work(folder, task, kind="tar part", settings={**settings, "part": part.name}) as work:
+            with open_work(task, kind="tar part", settings={**settings, "part": part.name}) as work:
                 output = TarOutput(work, shard_mib=shard_mib, part=part.name)
                 rows, listing = convert_images(task, output, work, stop=stop), task.listing
                 indices = rows["index"].tolist()

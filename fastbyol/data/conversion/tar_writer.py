@@ -17,15 +17,7 @@ from fastbyol.data.conversion.encode import EncodedImage
 from fastbyol.data.conversion.image_pass import Output, convert_images, kept_rows, touched_images
 from fastbyol.data.conversion.report import make_manifest, write_report
 from fastbyol.data.conversion.task import ConversionOptions, Images, Task, make_task, open_work
-from fastbyol.data.conversion.work_folder import (
-    GrowingFile,
-    WorkFolder,
-    clear_if_finished,
-    disk_errors,
-    put_in_place,
-    require_free_name,
-    work_path,
-)
+from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, disk_errors, put_in_place, require_free_name
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, write_manifest
 from fastbyol.data.formats.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
 from fastbyol.data.traversal import seeded_permutation
@@ -71,10 +63,9 @@ def write_tar_shards(
     options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
     with deferred_stop() as stop, disk_errors(out):
-        clear_if_finished(work_path(out), data=SHARDS_FOLDER, output=out)
-        require_free_name(out, overwrite=overwrite, marker=TAR_MANIFEST)
+        require_free_name(out, data=SHARDS_FOLDER, overwrite=overwrite, marker=TAR_MANIFEST)
         task = make_task(data, order=lambda num: seeded_permutation(num, seed), out=out, options=options, workers=workers)
-        with open_work(work_path(out), task, kind="tar", settings=settings) as work:
+        with open_work(task, kind="tar", settings=settings) as work:
             output = TarOutput(work, shard_mib=shard_mib)
             rows = convert_images(task, output, work, stop=stop)
             report = work.path / "report.json"

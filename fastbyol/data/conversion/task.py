@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import require, require_at_least, require_choice
 from fastbyol.data.conversion.encode import EncodeSettings
 from fastbyol.data.conversion.encoding_worker import Job
-from fastbyol.data.conversion.work_folder import UNFINISHED, WorkFolder
+from fastbyol.data.conversion.work_folder import UNFINISHED, WorkFolder, work_path
 from fastbyol.data.formats.manifest import software_versions
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing, names_digest
@@ -89,9 +89,9 @@ def make_task(data: Images, *, order: Order, out: Path, options: ConversionOptio
     return Task(listing, chosen, sizes, listing.digest(), out, options, min(workers or default_workers(), len(chosen)))
 
 
-def open_work(path: Path, task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFolder:
+def open_work(task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFolder:
     """Opens the work folder in which the output is written. Its identity is everything that the result depends on."""
     names = chain(task.listing.class_names, task.listing.files, map(str, task.listing.labels))
     identity = {"kind": kind, "images": len(task.listing.files), "names_and_labels": names_digest(names), **settings, **software_versions()}
-    options = task.options
-    return WorkFolder(path, output=task.out, identity=identity, unfinished=options.unfinished, flush_every_s=options.flush_every_s)
+    unfinished, flush_every_s = task.options.unfinished, task.options.flush_every_s
+    return WorkFolder(work_path(task.out), output=task.out, identity=identity, unfinished=unfinished, flush_every_s=flush_every_s)

@@ -251,11 +251,23 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise UserError(f"{out}: not finished: {reason}{at}; once that is fixed, the same command continues") from error
 
 
-def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:
+def require_free_name(out: Path, *, data: str, overwrite: str, marker: str = "") -> None:
     """Raises UserError if `out` exists and may not be replaced, is a folder without the file `marker`, or has no parent folder.
 
-    marker: for an output that is a folder, the name of a file by which ours are recognised. An empty folder is accepted too.
+    Before that, it finishes a conversion to `out` that was killed while its `data` was moved to the final place: its output is no obstacle.
+
+    Args:
+        data: name of the file or folder in the work folder that becomes `out`.
+        marker: for an output that is a folder, the name of a file by which ours are recognised. An empty folder is accepted too.
     """
+    folder = work_path(out)
+    moving = (folder / _COMPLETE).exists()
+    if moving or (folder.parent != out and out.exists() and (folder / _JOURNAL).exists() and not (folder / data).exists()):
+        lock = _locked(folder, out)
+        if moving:
+            _empty_into(folder / _COMPLETE, out)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
     if marker and _is_unused(out):
         return
     if out.is_dir() and not (marker and (out / marker).is_file()):
@@ -284,7 +296,7 @@ def put_in_place(new: Path, out: Path) -> None:
     If the work folder is inside `out`, the files are moved one by one into `out`.
     """
     if new.is_dir() and new.parent.parent == out:
-        # The new name says to `clear_if_finished` that all is written and the moves only have to go on.
+        # The new name says to `require_free_name` that all is written and the moves only have to go on.
         os.replace(new, new.with_name(_COMPLETE))
         flush_to_disk(new.parent)
         _empty_into(new.with_name(_COMPLETE), out)
@@ -297,18 +309,6 @@ def put_in_place(new: Path, out: Path) -> None:
     flush_to_disk(out.parent)
     if old.is_dir():
         shutil.rmtree(old)
-
-
-def clear_if_finished(folder: Path, *, data: str, output: Path) -> None:
-    """Finishes a conversion that was killed while its `data` was moved to the final place: moves the rest, removes the work folder."""
-    moving = (folder / _COMPLETE).exists()
-    moved = folder.parent != output and output.exists() and (folder / _JOURNAL).exists() and not (folder / data).exists()
-    if moving or moved:
-        lock = _locked(folder, output)
-        if moving:
-            _empty_into(folder / _COMPLETE, output)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def _empty_into(complete: Path, output: Path) -> None:

@@ -60,11 +60,6 @@ def image_rng(seed: int, split: str, label: int, index: int) -> np.random.Genera
     return np.random.default_rng([seed, SPLITS.index(split), label, index])
 
 
-def image_name(index: int) -> str:
-    """Returns the stem of the names of an image and its annotations: '00017' for 17."""
-    return f"{index:05d}"
-
-
 def save_jpeg(image: np.ndarray, path: Path) -> None:
     """Writes a uint8 (H, W, 3) image as JPEG without chroma subsampling, which would blur colours at these sizes."""
     Image.fromarray(image).save(path, quality=JPEG_QUALITY, subsampling=0)
@@ -84,28 +79,19 @@ def write_image_folder(out: Path, *, kind: str, class_writers: Sequence[ClassWri
         (folder / MANIFEST).write_text(json.dumps({"kind": kind, **asdict(settings)}, indent=2) + "\n")
 
 
-def _check_output(out: Path, *, overwrite: bool) -> None:
-    if not os.path.lexists(out) or _is_unused(out):
-        return
-    # A folder without our manifest is the user's own: no option may delete it.
-    if not (out / MANIFEST).is_file():
-        raise UserError(f"--out {out}: exists and was not made by demo_data.py; choose another folder")
-    if not overwrite:
-        raise UserError(f"--out {out}: exists already; add --overwrite to replace it, or choose another folder")
-
-
-def _is_unused(out: Path) -> bool:
-    """Returns True for an empty folder or a new volume, ignoring files left by a killed run of ours."""
-    return out.is_dir() and all(entry.name == "lost+found" or entry.name.startswith(_PARTIAL) for entry in out.iterdir())
-
-
 @contextmanager
 def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    unused = _is_unused(out)
+    # An empty folder or a new volume, apart from what a killed run of ours has left.
+    unused = out.is_dir() and all(entry.name == "lost+found" or entry.name.startswith(_PARTIAL) for entry in out.iterdir())
     # Inside an existing folder, not beside it: it may be a mounted volume, and files cannot be renamed to another disk.
     partial = (out if unused else out.parent) / f"{_PARTIAL}{out.name}-{os.getpid()}"
     try:
-        _check_output(out, overwrite=overwrite)
+        if os.path.lexists(out) and not unused:
+            # A folder without our manifest is the user's own: no option may delete it.
+            if not (out / MANIFEST).is_file():
+                raise UserError(f"--out {out}: exists and was not made by demo_data.py; choose another folder")
+            if not overwrite:
+                raise UserError(f"--out {out}: exists already; add --overwrite to replace it, or choose another folder")
         partial.mkdir(parents=True)
         yield partial
         if unused:
@@ -128,8 +114,11 @@ def _run_in_pool(class_writers: Sequence[ClassWriter], folder: Path, *, progress
         # The largest first, so that the cores finish at about the same time.
         ordered = sorted(class_writers, key=lambda writer: writer.num_images, reverse=True)
         # The workers start here and inherit the blocked signal: only this process receives Ctrl-C, and then ends them.
-        with _interrupts_held_back():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             pending = {pool.submit(writer.write, folder): writer.num_images for writer in ordered}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for done in as_completed(pending):
                 done.result()
@@ -137,12 +126,3 @@ def _run_in_pool(class_writers: Sequence[ClassWriter], folder: Path, *, progress
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_name, image_rng, save_jpeg, write_image_folder
+from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_rng, save_jpeg, write_image_folder
 
 CANVAS_PX = 48
 SHAPES = ("cross", "disc", "star", "triangle")
@@ -74,7 +74,7 @@ class SceneClass:
         annotations.mkdir(parents=True)
         boxes = {}
         for index in range(self.num_images):
-            name = image_name(index)
+            name = f"{index:05d}"
             scene = draw_scene(self.label, rng=image_rng(self.seed, self.split, self.label, index))
             save_jpeg(scene.image, images / f"{name}.jpg")
             Image.fromarray(scene.mask.astype(np.uint8) * (self.label + 1)).save(annotations / f"{name}_mask.png")

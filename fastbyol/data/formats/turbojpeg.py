@@ -60,26 +60,19 @@ class TurboJpeg:
         handle = self._library.tjInitDecompress()  # 2 us. A reused handle would decode a damaged JPEG with tables of the one before.
         try:
             # Check first: tjDecompress2 replaces a height or width of 0 by the JPEG's own, and scales a JPEG of another size.
-            complaint = self._size_complaint(handle, jpeg, size)
-            height, width = rendered
-            flags |= _TJFLAG_LIMITSCANS
-            if not complaint and size[0] * size[1] > _MANY_PIXELS:  # 500 scans of them take longer than 5 s
-                complaint = scans_complaint(read_jpeg_header(jpeg))
-            if complaint:
+            width, height, subsampling, colorspace = (ctypes.c_int(0) for _ in range(4))
+            self._library.tjDecompressHeader3(handle, jpeg, len(jpeg), width, height, subsampling, colorspace)  # 5 us
+            if not height.value or not width.value:
+                return self._library.tjGetErrorStr2(handle).decode(errors="replace"), True
+            if (height.value, width.value) != size:
+                return f"it is {width.value}x{height.value} pixels, its table says {size[1]}x{size[0]}", True
+            # 500 scans of that many pixels take longer than 5 s.
+            if height.value * width.value > _MANY_PIXELS and (complaint := scans_complaint(read_jpeg_header(jpeg))):
                 return complaint, True
-            if not self._library.tjDecompress2(handle, jpeg, len(jpeg), out.ctypes.data, width, 0, height, pixel_format, flags):
+            place, (rows, columns), flags = out.ctypes.data, rendered, flags | _TJFLAG_LIMITSCANS
+            if not self._library.tjDecompress2(handle, jpeg, len(jpeg), place, columns, 0, rows, pixel_format, flags):
                 return "", False
             complaint = self._library.tjGetErrorStr2(handle).decode(errors="replace")
             return complaint, self._library.tjGetErrorCode(handle) != _TJERR_WARNING or not complaint.startswith(_WARNINGS)
         finally:
             self._library.tjDestroy(handle)
-
-    def _size_complaint(self, handle: int, jpeg: bytes, size: tuple[int, int]) -> str:
-        """Returns what is wrong with the size in the JPEG's header, as the decoder itself reads it (5 us), or ''."""
-        width, height, subsampling, colorspace = (ctypes.c_int(0) for _ in range(4))
-        self._library.tjDecompressHeader3(handle, jpeg, len(jpeg), width, height, subsampling, colorspace)
-        if (height.value, width.value) == size and min(size) > 0:
-            return ""
-        if not height.value or not width.value:
-            return self._library.tjGetErrorStr2(handle).decode(errors="replace")
-        return f"it is {width.value}x{height.value} pixels, its table says {size[1]}x{size[0]}"
