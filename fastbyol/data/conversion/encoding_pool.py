@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 
 from fastbyol.config.errors import UserError
@@ -198,10 +199,8 @@ class _Worker:
         if not self.jobs:
             self.heard_at = time.monotonic()
         self.jobs.extend(jobs)
-        try:
+        with suppress(OSError):  # it has died; reading its results will show that
             self._to_do.send([job for _, job in jobs])
-        except OSError:  # it has died; reading its results will show that
-            return
 
     def receive(self) -> Encoded | None:
         """Returns the result of its oldest job, or None for its first message. Raises EOFError or OSError if it is dead."""

@@ -117,7 +117,14 @@ def write_tar_part(
                     touched=touched_images(work),
                 )
                 write_durably(folder / description.name, json.dumps(asdict(done)))
-        _publish(folder, description)
+        # Moved one by one, and an interrupted move goes on here. The description comes last: it tells the merge that all the rest is there.
+        shards = sorted((folder / SHARDS_FOLDER).glob("*"))
+        for file in (*shards, _table_path(folder / description.name), folder / description.name):
+            if file.exists():
+                flush_to_disk(file)
+                os.replace(file, out / file.name)
+        flush_to_disk(out)
+        shutil.rmtree(folder, ignore_errors=True)
         return _read_part(description).shards
 
 
@@ -193,18 +200,6 @@ class _Table(NamedTuple):
     rows: NDArray[np.void]
     labels: NDArray[np.int64]
     names: list[str]
-
-
-def _publish(folder: Path, description: Path) -> None:
-    """Moves a part's files from its work folder to the folder of all parts. Continues a move that was interrupted."""
-    # The description comes last: it tells the merge that everything else of the part is there.
-    shards = sorted((folder / SHARDS_FOLDER).glob("*"))
-    for file in (*shards, _table_path(folder / description.name), folder / description.name):
-        if file.exists():
-            flush_to_disk(file)
-            os.replace(file, description.with_name(file.name))
-    flush_to_disk(description.parent)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _all_parts(out: Path) -> list[Path]:

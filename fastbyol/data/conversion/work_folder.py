@@ -108,7 +108,7 @@ class WorkFolder:
     def flush(self, done: int) -> None:
         """Writes a journal entry saying that the first `done` images are in the files. Returns when it is on disk."""
         self._start_flush(done)
-        self._finish_flush()
+        self._pending.pop().result()
 
     def discard(self) -> None:
         """Marks the folder, once the output is complete and moved out, as one that `close` removes."""
@@ -134,17 +134,14 @@ class WorkFolder:
         self.close()
 
     def _start_flush(self, done: int) -> None:
-        self._finish_flush()
+        while self._pending:
+            self._pending.pop().result()
         for file in self._files.values():
             file.flush()
         sizes = self._sizes | {name: file.size for name, file in self._files.items()}
         self._flushed_at = time.monotonic()
         entry = {"done": done, "sizes": sizes, "notes": dict(self.notes)}
         self._pending.append(self._flusher.submit(self._put_on_disk, tuple(self._files), entry))
-
-    def _finish_flush(self) -> None:
-        while self._pending:
-            self._pending.pop().result()
 
     def _put_on_disk(self, names: Sequence[str], entry: dict[str, Any]) -> None:
         for name in names:  # before the journal, which may only name bytes that are on disk
@@ -158,9 +155,7 @@ class WorkFolder:
             write_durably(path, json.dumps(identity, indent=1))
             return
         before = self._read(_SETTINGS)
-        changed = [name for name in (*identity, *before) if before.get(name) != identity.get(name)]
-        if changed:
-            name = changed[0]
+        for name in (name for name in (*identity, *before) if before.get(name) != identity.get(name)):
             raise UserError(
                 f"{self._output}: an unfinished conversion is in {self.path}, made with {name} = {before.get(name)} and not "
                 f"{identity.get(name)}; repeat its settings to continue it, or throw it away with --restart"
@@ -210,7 +205,8 @@ class BackgroundDigests:
         """Starts the digest of bytes that will not change any more. size: number of bytes from `start`; None means to the end."""
         note = _note(name, start)
         if note not in self._work.notes and note not in self._pending:
-            self._pending[note] = self._thread.submit(self._take, note, self._work.path / name, start, size)
+            path = self._work.path / name
+            self._pending[note] = self._thread.submit(lambda: self._work.notes.setdefault(note, sha256_of(path, start=start, size=size)))
 
     def result(self, name: str, *, start: int = 0, size: int | None = None) -> str:
         """Returns the hexadecimal digest; starts it, or waits for it, if necessary."""
@@ -221,10 +217,6 @@ class BackgroundDigests:
     def close(self) -> None:
         """Ends the thread; digests that it has not begun are dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _take(self, note: str, path: Path, start: int, size: int | None) -> str:
-        digest = self._work.notes[note] = sha256_of(path, start=start, size=size)
-        return digest
 
 
 def _note(name: str, start: int) -> str:

@@ -79,16 +79,19 @@ def read_beton(path: Path) -> Beton:
     if not header["num_samples"] or not header["alloc_table_ptr"]:
         raise UserError(f"{path}: holds no finished data set (its writer did not end); make it again with data_prep/to_ffcv.py")
     fields = _read(path, FIELD, int(header["num_fields"]), HEADER.itemsize)
-    samples = _read(path, _sample_type(path, fields), int(header["num_samples"]), HEADER.itemsize + fields.nbytes)
-    columns = []
+    types = fields["type_id"].tolist()
+    if unknown := [type_id for type_id in types if type_id not in _FIELD_TYPES]:
+        raise UserError(
+            f"{path}: has a field of type {unknown[0]}; only images, integers and floats are read here. Use data_prep/to_ffcv.py"
+        )
+    row = np.dtype([("", _FIELD_TYPES[type_id]) for type_id in types], align=True)
+    samples = _read(path, row, int(header["num_samples"]), HEADER.itemsize + fields.nbytes)
     for type_id, what in ((IMAGE_FIELD, "image"), (INT_FIELD, "integer label")):
-        columns.append(int(np.argmax(fields["type_id"] == type_id)))
-        if fields["type_id"][columns[-1]] != type_id:
+        if type_id not in types:
             raise UserError(f"{path}: has no {what} field; make it with data_prep/to_ffcv.py")
-    image, label = (samples[f"f{column}"] for column in columns)
+    image, label = (samples[f"f{types.index(type_id)}"] for type_id in (IMAGE_FIELD, INT_FIELD))
     size = _sizes(path, image["data_ptr"], int(header["alloc_table_ptr"]), file_bytes)
-    arguments = fields[columns[0]]["arguments"][:16].tobytes()
-    checksums = None
+    arguments, checksums = fields["arguments"][types.index(IMAGE_FIELD)][:16].tobytes(), None
     if arguments.startswith(_CHECKSUMS_MAGIC):
         checksums = _read(path, np.dtype("<u4"), len(samples), int.from_bytes(arguments[8:], "little"))
     beton = Beton(
@@ -134,15 +137,6 @@ def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[Any]:
     if offset + count * dtype.itemsize > path.stat().st_size:
         raise UserError(f"{path}: too short for a .beton file (cut, or another format); make it again with data_prep/to_ffcv.py")
     return np.fromfile(path, dtype=dtype, count=count, offset=offset)
-
-
-def _sample_type(path: Path, fields: NDArray[np.void]) -> np.dtype:
-    unknown = [int(field["type_id"]) for field in fields if int(field["type_id"]) not in _FIELD_TYPES]
-    if unknown:
-        raise UserError(
-            f"{path}: has a field of type {unknown[0]}; only images, integers and floats are read here. Use data_prep/to_ffcv.py"
-        )
-    return np.dtype([("", _FIELD_TYPES[int(field["type_id"])]) for field in fields], align=True)
 
 
 def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: int) -> NDArray[np.int64]:

@@ -110,8 +110,8 @@ class _FolderScan:
         self._visited: dict[Identity, str] = {}
         self._linked_folders: list[str] = []
         self._linked_files: dict[str, Identity] = {}
-        # For each name, to find links to it. os.scandir returns the inode with each entry, without a system call per file.
-        self._inodes, self._devices = array("Q"), array("Q")
+        # Device and inode of each name in turn, to find links to it. os.scandir returns the inode with each entry, without a system call per file.
+        self._identities = array("Q")
 
     def walk(self) -> None:
         tops = [""]
@@ -152,7 +152,7 @@ class _FolderScan:
             elif reason := why_not_an_image(entry.name) or ("" if entry.is_file(follow_symlinks=False) else "not a regular file"):
                 self.skipped.append((name, reason))
             else:
-                self._add(name, device, entry.inode())
+                self._add(name, (device, entry.inode()))
 
     def _take_link(self, name: str, entry: os.DirEntry[str]) -> None:
         try:
@@ -168,13 +168,12 @@ class _FolderScan:
         elif not entry.is_file():
             self.skipped.append((name, "not a regular file"))
         else:
-            self._linked_files[name] = (target.st_dev, target.st_ino)
-            self._add(name, target.st_dev, target.st_ino)
+            self._linked_files[name] = target.st_dev, target.st_ino
+            self._add(name, self._linked_files[name])
 
-    def _add(self, name: str, device: int, inode: int) -> None:
+    def _add(self, name: str, identity: Identity) -> None:
         self.names.append(name)
-        self._devices.append(device)
-        self._inodes.append(inode)
+        self._identities.extend(identity)
 
     def drop_links_to_listed_files(self) -> None:
         """Drops links to a listed file, and of several links to one file all but the first.
@@ -183,10 +182,10 @@ class _FolderScan:
         if not self._linked_files:
             return
         targets, owner = set(self._linked_files.values()), dict[Identity, str]()
-        rows = zip(self.names, self._devices, self._inodes, strict=True)
-        for name, device, inode in sorted(rows, key=lambda row: (row[0] in self._linked_files, row[0])):
-            if (device, inode) in targets:
-                owner.setdefault((device, inode), name)
+        rows = zip(self.names, zip(self._identities[::2], self._identities[1::2], strict=True), strict=True)
+        for name, identity in sorted(rows, key=lambda row: (row[0] in self._linked_files, row[0])):
+            if identity in targets:
+                owner.setdefault(identity, name)
         repeated = {name: owner[identity] for name, identity in self._linked_files.items() if owner[identity] != name}
         self.names = [name for name in self.names if name not in repeated]
         self.skipped += [(name, f"a link to {first}, which is listed") for name, first in repeated.items()]

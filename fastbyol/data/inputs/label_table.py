@@ -11,9 +11,9 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import EXTENSIONS
@@ -42,14 +42,11 @@ Row = tuple[int, list[str]]
 """(line number, cells)."""
 
 
-@dataclass(frozen=True)
-class LabelRows:
-    """Rows of a table of labels."""
+class LabelRows(NamedTuple):
+    """(line number, image name, class) of each row of a table of labels, and how its columns were read, for the user."""
 
     rows: list[tuple[int, str, str]]
-    """(line number, image name, class) of each row."""
     reading: str
-    """Description of how the columns were read, for the user."""
 
 
 def read_label_rows(
@@ -69,21 +66,18 @@ def read_label_rows(
     """
     text = re.sub(r"\Asep=.\r?\n", "", text)  # Excel's line that names the delimiter
     lines = [(number, line) for number, line in enumerate(lines_of(text), start=1) if line.strip()]
-    is_table = path.suffix.lower() in (".csv", ".tsv") or path_column is not None or label_column is not None
+    named = path_column is not None or label_column is not None
     if not lines:
         raise UserError(f"{path}: holds no rows: is empty; it should hold a name and a class for each image, or a class for each in order")
     if long := [number for number, line in lines if len(line) > _LONGEST_LINE]:
         raise UserError(f"{path}: line {long[0]} has more than {_LONGEST_LINE:,} characters; give a row for each image")
     sample = lines[:: max(1, len(lines) // _SAMPLED)]
     delimiter, matches = _delimiter(sample, index)
-    if not matches and not is_table and _may_be_classes_alone([line for _, line in lines]):
+    if not (matches or named or path.suffix.lower() in (".csv", ".tsv")) and _may_be_classes_alone([line for _, line in lines]):
         if len({line for _, line in lines}) == len(lines) > 1 and all(index.find(line.strip()) != MISSING for _, line in sample):
             raise UserError(f"{path}: names images but no classes (the first line is {lines[0][1]!r}); give 'name label' in each line")
         return None
-    if delimiter == _WHITESPACE:
-        rows = _words(path, lines, index, named=path_column is not None or label_column is not None)
-    else:
-        rows = list(_cells(path, text, delimiter))
+    rows = _words(path, lines, index, named=named) if delimiter == _WHITESPACE else list(_cells(path, text, delimiter))
     columns = _Columns(path, rows, index, path_column=path_column, label_column=label_column)
     return LabelRows(list(columns.read()), columns.reading)
 
