@@ -17,7 +17,8 @@ from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.data.inputs.images import INPUTS, add_label_arguments, label_options, listing_from
-from fastbyol.data.inspection.inventory import Inventory, is_conversion, take_inventory
+from fastbyol.data.inspection.converted import is_converted
+from fastbyol.data.inspection.inventory import Inventory, take_inventory
 from fastbyol.data.inspection.picture_grid import write_picture_grid
 
 EXAMPLES = f"""\
@@ -43,7 +44,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL")  # the converters report odd images
     given = label_options(arguments)
     notes: list[str] = []
-    converted = is_conversion(arguments.data)
+    if not arguments.data.exists():
+        raise UserError(
+            f"{arguments.data}: no such file or folder; give a .beton, a folder of tar shards, a folder of images, or a tar of images"
+        )
+    converted = is_converted(arguments.data)
     if converted and given:
         raise UserError(f"--{given[0]}: {arguments.data} is converted and has its labels; only folders and tars of images take it")
     listing = None if converted else listing_from(arguments, tell=notes.append)

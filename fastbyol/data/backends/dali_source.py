@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib.util
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, Storage, damaged
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged
 from fastbyol.data.formats.jpeg_header import jpeg_complaint
 from fastbyol.data.formats.tar_shards import read_tar_shards
 
@@ -60,8 +60,8 @@ class DaliSource(Source):
                     raise damaged(self.sample_name(index), f"it decodes to {found} pixels, its table says {width}x{height}")
                 yield image
 
-    def storage(self) -> Storage:
-        return Storage(self._table["shard"].astype(np.int64), self._table["offset"].astype(np.int64))
+    def storage(self) -> tuple[Indices, Indices]:
+        return self._table["shard"].astype(np.int64), self._table["offset"].astype(np.int64)
 
     def read_ahead(self, indices: Indices) -> None:
         rows = self._table[indices]
@@ -90,7 +90,10 @@ class DaliSource(Source):
     def _run(self, jpegs: list[Pixels]) -> list[Pixels]:
         pipeline = getattr(self._local, "pipeline", None)
         if pipeline is None:
-            pipeline = self._local.pipeline = _decoding_pipeline()
+            # Run synchronously by the thread that owns it.
+            options = {"device_id": None, "exec_async": False, "exec_pipelined": False}
+            pipeline = built_pipeline(lambda: [decoded_jpeg(on_gpu=False)], batch_size=BATCH, num_threads=1, **options)
+            self._local.pipeline = pipeline
         try:
             pipeline.feed_input("jpeg", jpegs)
             (images,) = pipeline.run()
@@ -111,14 +114,13 @@ class DaliSource(Source):
         return images
 
 
-def _decoding_pipeline() -> Any:
-    """Returns a pipeline of one JPEG decoder, run synchronously by the thread that owns it."""
+def built_pipeline(graph: Callable[[], list[Any]], **options: Any) -> Any:
+    """Returns DALI's pipeline of the graph that the function draws; it returns the outputs. device_id: None means no GPU."""
     from nvidia.dali import Pipeline
 
-    options: dict[str, Any] = {"device_id": None, "exec_async": False, "exec_pipelined": False}  # DALI's stubs do not know None (no GPU)
-    pipeline = Pipeline(batch_size=BATCH, num_threads=1, prefetch_queue_depth=1, **options)
+    pipeline = Pipeline(prefetch_queue_depth=1, **options)
     with pipeline:
-        pipeline.set_outputs(decoded_jpeg(on_gpu=False))
+        pipeline.set_outputs(*graph())
     pipeline.build()
     return pipeline
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, Storage, ThreadBuffer, damaged, some_of
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, ThreadBuffer, damaged, some_of
 from fastbyol.data.formats.beton import JPEG_MODE, Beton, read_beton
 from fastbyol.data.formats.manifest import beton_manifest_path, numbered_class_names, read_manifest, refuse_other_counts
 from fastbyol.data.formats.turbojpeg import TurboJpeg
@@ -47,8 +47,8 @@ class FfcvSource(Source):
             else:
                 yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)  # read_beton has compared the sizes
 
-    def storage(self) -> Storage:
-        return Storage(np.zeros(self.num_samples, dtype=np.int64), self._beton.offset)
+    def storage(self) -> tuple[Indices, Indices]:
+        return np.zeros(self.num_samples, dtype=np.int64), self._beton.offset
 
     def read_ahead(self, indices: Indices) -> None:
         ends = self._beton.offset[indices] + self._beton.size[indices]

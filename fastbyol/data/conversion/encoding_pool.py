@@ -52,8 +52,15 @@ class EncodingPool:
             self._stop.check()
             if run.awaited in run.results:
                 yield run.take()
-            else:
-                self._collect(run)
+                continue
+            for worker in self._ready(run):
+                try:
+                    result = worker.receive()
+                except (EOFError, OSError):
+                    self._replace(worker, run)
+                else:
+                    if result is not None:
+                        run.add(worker.jobs.popleft()[0], result)
 
     def __enter__(self) -> EncodingPool:
         return self
@@ -73,16 +80,6 @@ class EncodingPool:
         for worker in self._workers:
             if len(worker.jobs) < _CHUNK:
                 worker.give(run.next_jobs(limit=run.awaited + _AHEAD * len(self._workers)))
-
-    def _collect(self, run: _Run) -> None:
-        for worker in self._ready(run):
-            try:
-                result = worker.receive()
-            except (EOFError, OSError):
-                self._replace(worker, run)
-            else:
-                if result is not None:
-                    run.add(worker.jobs.popleft()[0], result)
 
     def _ready(self, run: _Run) -> list[_Worker]:
         """Waits a moment and returns the workers that have sent something.

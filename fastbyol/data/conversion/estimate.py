@@ -15,7 +15,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.encode import UNREADABLE, EncodedImage
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Job
-from fastbyol.host.quantities import bytes_text, duration_text
+from fastbyol.host.quantities import bytes_text
 
 _SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SHARE = 16, 256, 50
 
@@ -31,13 +31,6 @@ class Estimate:
     """Number of images that were tried."""
     dropped: tuple[str, ...] = ()
     """Name and reason of each tried image that could be read but not kept."""
-
-    def text(self, *, workers: int, free_bytes: int) -> str:
-        many = "worker process" if workers == 1 else "worker processes"
-        return (
-            f"{self.images:,} images to go: about {bytes_text(self.bytes)} and {duration_text(self.seconds)} with {workers} {many}; "
-            f"{bytes_text(free_bytes)} are free"
-        )
 
 
 def estimate_conversion(

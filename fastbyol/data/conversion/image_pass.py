@@ -19,23 +19,13 @@ from fastbyol.data.conversion.estimate import estimate_conversion, require_space
 from fastbyol.data.conversion.task import Task
 from fastbyol.data.conversion.work_folder import WorkFolder
 from fastbyol.host.progress import Progress
+from fastbyol.host.quantities import bytes_text, duration_text
 from fastbyol.host.signals import DeferredStop, OrderlyStop, Stopped
 
 ROW = np.dtype(
-    [
-        ("index", "<u8"),
-        ("outcome", "u1"),
-        ("mode", "u1"),
-        ("has_icc", "u1"),
-        ("shard", "<u4"),
-        ("offset", "<u8"),
-        ("size", "<u8"),
-        ("crc32", "<u4"),
-        ("height", "<u2"),
-        ("width", "<u2"),
-        ("source_bytes", "<u8"),
-    ]
-)
+    [("index", "<u8"), ("outcome", "u1"), ("mode", "u1"), ("has_icc", "u1"), ("shard", "<u4"), ("offset", "<u8"), ("size", "<u8"),
+     ("crc32", "<u4"), ("height", "<u2"), ("width", "<u2"), ("source_bytes", "<u8")]
+)  # fmt: skip
 """Record of one converted or dropped image: outcome and location. The file of rows has one per image, in the order of conversion."""
 ROWS, TOUCHED = "rows", "touched.jsonl"
 UNREADABLE_IN_A_ROW = 20
@@ -88,7 +78,10 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: Deferr
                     f"{estimate.dropped[0]}; are these the images and settings that you want? --max-dropped 1 converts the others"
                 )
             free = require_space(work.path.parent, estimate)
-            say(f"{task.out.name}: {estimate.text(workers=task.workers, free_bytes=free)}", file=sys.stderr)
+            needs = f"about {bytes_text(estimate.bytes)} and {duration_text(estimate.seconds)}"
+            many = "worker process" if task.workers == 1 else "worker processes"
+            told = f"{estimate.images:,} images to go: {needs} with {task.workers} {many}; {bytes_text(free)} are free"
+            say(f"{task.out.name}: {told}", file=sys.stderr)
             with stop.deferred(), Progress(task.out.name, total, unit="images", done=work.done) as progress:
                 _Pass(task, output, work, progress).run(pool)
     return np.fromfile(work.path / ROWS, dtype=ROW)

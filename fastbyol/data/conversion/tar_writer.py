@@ -5,6 +5,7 @@ One machine writes a whole folder. Several machines can write disjoint parts of 
 
 from __future__ import annotations
 
+import struct
 import tarfile
 from pathlib import Path
 
@@ -130,7 +131,7 @@ class TarOutput(Output):
     def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
         file = self._file = self._file or self._work.open(self._path(self._number))
         shard, offset = self._number, file.size + _BLOCK
-        for extension, data in (("jpg", image.data), ("cls", _int64(label)), ("idx", _int64(index))):
+        for extension, data in (("jpg", image.data), ("cls", struct.pack("<q", label)), ("idx", struct.pack("<q", index))):
             file.write(member_header(f"{index:08d}.{extension}", len(data)) + data + bytes(-len(data) % _BLOCK))
         if file.size >= self._shard_bytes:
             self._close()
@@ -168,16 +169,8 @@ def member_header(name: str, size: int) -> bytes:
     """
     name_field, size_field = name.encode("ascii"), b"%011o" % size
     checksum = _OTHER_FIELDS_SUM + sum(name_field) + sum(size_field)
-    return b"".join(
-        (
-            name_field,
-            _HEADER[len(name_field) : _SIZE_AT],
-            size_field,
-            _HEADER[_SIZE_AT + 11 : _SUM_AT],
-            b"%06o\0 " % checksum,
-            _HEADER[_SUM_AT + 8 :],
-        )
-    )
+    before = name_field + _HEADER[len(name_field) : _SIZE_AT] + size_field + _HEADER[_SIZE_AT + 11 : _SUM_AT]
+    return before + b"%06o\0 " % checksum + _HEADER[_SUM_AT + 8 :]
 
 
 # POSIX: offsets of the size (11 octal digits) and of the checksum (8 characters, which count as blanks in the sum).
@@ -195,7 +188,3 @@ def _index_line(index: int, offset: int, size: int) -> str:
 
 def _padded(size: int) -> int:
     return size + -size % _BLOCK
-
-
-def _int64(value: int) -> bytes:
-    return value.to_bytes(8, "little", signed=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fastbyol.data.backends.source import Pixels, ThreadBuffer
-from fastbyol.data.conversion.encode import find_turbojpeg
+from fastbyol.data.conversion.encode import TURNS, find_turbojpeg
 from fastbyol.data.formats.jpeg_header import exif_orientation, read_jpeg_header, scans_complaint
 from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, decode_with_pillow, load_image
 from fastbyol.data.inputs.listing import ImageListing
@@ -93,8 +93,7 @@ class ImageCheck:
         opened = load_image(original)
         candidates = [as_rgb(opened)]
         if (orientation := exif_orientation(opened)) != 1:
-            candidates[0].getexif()[0x0112] = orientation
-            candidates.append(ImageOps.exif_transpose(candidates[0]))
+            candidates.append(candidates[0].transpose(TURNS[orientation]))
         return min(_mean_distance(stored, candidate) for candidate in candidates)
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fastbyol.config.errors import UserError
 from fastbyol.data.backends.source import Indices, Pixels
 from fastbyol.data.formats.manifest import numbered_class_names
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.inspection.converted import Converted, is_converted, open_converted
+from fastbyol.data.inspection.converted import Converted, open_converted
 
 SAMPLED = 2000
 """Number of images of a folder or tar whose headers are read for their sides: a million would take an hour on a network disk."""
@@ -98,13 +97,6 @@ class ImageSet:
         if isinstance(self._images, Converted):
             return int(self._images.size.sum())
         return sum(map(self._images.num_bytes, range(len(self._images.files))))
-
-
-def is_conversion(path: Path) -> bool:
-    """Returns True if `path` is converted data, False if it is a folder or tar of images. Raises UserError if it does not exist."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give a .beton, a folder of tar shards, a folder of images, or a tar of images")
-    return is_converted(path)
 
 
 def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
