@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Self
 
 import numpy as np
@@ -95,9 +94,10 @@ class TwoViewLoader(_Loader):
 
     def __iter__(self) -> Iterator[ViewBatch]:
         epoch, first = self._epoch, self._batch
-        draw = partial(draw_parameters, self.views, seed=self.traversal.seed, epoch=epoch)
+        views, seed = self.views, self.traversal.seed
         rendering = self._renderer.batches(
-            self._plan(epoch, first), lambda index, height, width: draw(index=index, height=height, width=width)
+            self._plan(epoch, first),
+            lambda index, height, width: draw_parameters(views, seed=seed, epoch=epoch, index=index, height=height, width=width),
         )
         for batch, rendered in enumerate(rendering, start=first):
             # Before the yield: a checkpoint that is saved in the loop's body must continue after this batch.

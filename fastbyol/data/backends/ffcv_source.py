@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, ThreadBuffer, damaged, some_of
-from fastbyol.data.formats.beton import JPEG_MODE, Beton, read_beton
+from fastbyol.data.formats.beton import RAW_MODE, Beton, read_beton
 from fastbyol.data.formats.manifest import beton_manifest_path, numbered_class_names, read_manifest, refuse_other_counts
 from fastbyol.data.formats.turbojpeg import TurboJpeg
 
@@ -42,10 +42,16 @@ class FfcvSource(Source):
             data = self._file.read(offset, size)
             if table.crc32 is not None:
                 data = self.checked(index, data, int(table.crc32[index]))
-            if mode == JPEG_MODE:
-                yield self._decode_jpeg(index, data, height, width)
-            else:
+            if mode == RAW_MODE:
                 yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)  # read_beton has compared the sizes
+                continue
+            image = self._scratch.pixels(height, width)
+            complaint, fatal = self._decoder.decode(data, image)
+            # If a checksum shows that the bytes are unchanged, a warning is harmless: Pillow ignored it too when the image was converted
+            # (stray bytes before a marker: ImageNet has some). Without checksums, treat it as damage.
+            if complaint and (fatal or table.crc32 is None):
+                raise damaged(self.sample_name(index), complaint)
+            yield image
 
     def storage(self) -> tuple[Indices, Indices]:
         return np.zeros(self.num_samples, dtype=np.int64), self._beton.offset
@@ -67,15 +73,6 @@ class FfcvSource(Source):
 
     def close(self) -> None:
         self._file.close()
-
-    def _decode_jpeg(self, index: int, data: bytes, height: int, width: int) -> Pixels:
-        image = self._scratch.pixels(height, width)
-        complaint, fatal = self._decoder.decode(data, image)
-        # If a checksum shows that the bytes are unchanged, a warning is harmless: Pillow ignored it too when the image was converted
-        # (stray bytes before a marker: ImageNet has some). Without checksums, treat it as damage.
-        if complaint and (fatal or self._beton.crc32 is None):
-            raise damaged(self.sample_name(index), complaint)
-        return image
 
 
 def _class_names(path: Path, beton: Beton) -> tuple[str, ...]:

@@ -121,7 +121,15 @@ class _Pass:
 
     def _take(self, index: int, encoded: Encoded) -> None:
         if isinstance(encoded, DroppedImage):
-            self._refuse_drop(index, encoded)
+            name, told = self._task.listing.files[index], f"{encoded.reason} ({encoded.detail})"
+            if self._task.options.strict:
+                raise BadImage(f"{name}: {told}; repair or remove it, or omit --strict to drop it")
+            self._unreadable = self._unreadable + 1 if encoded.reason == UNREADABLE else 0
+            if self._unreadable >= UNREADABLE_IN_A_ROW:
+                raise UserError(
+                    f"{self._task.listing.root}: {self._unreadable} files in a row cannot be read, the last {name} ({encoded.detail}); is the "
+                    "disk still there? The same command tries them again"
+                )
             row = (index, Outcome.DROPPED, 0, 0, 0, 0, 0, 0, 0, 0, encoded.source_bytes)
             self._note(index, "dropped", encoded.reason, encoded.detail)
             size = 0
@@ -138,17 +146,6 @@ class _Pass:
         self._rows.write(np.array([row], dtype=ROW).tobytes())
         self._done += 1
         self._progress.advance(stored_bytes=size, dropped=int(isinstance(encoded, DroppedImage)))
-
-    def _refuse_drop(self, index: int, dropped: DroppedImage) -> None:
-        name = self._task.listing.files[index]
-        if self._task.options.strict:
-            raise BadImage(f"{name}: {dropped.reason} ({dropped.detail}); repair or remove it, or omit --strict to drop it")
-        self._unreadable = self._unreadable + 1 if dropped.reason == UNREADABLE else 0
-        if self._unreadable >= UNREADABLE_IN_A_ROW:
-            raise UserError(
-                f"{self._task.listing.root}: {self._unreadable} files in a row cannot be read, the last {name} ({dropped.detail}); is the "
-                "disk still there? The same command tries them again"
-            )
 
     def _note(self, index: int, outcome: str, reason: str, detail: str) -> None:
         self._touched.write((json.dumps({"index": index, "outcome": outcome, "reason": reason, "detail": detail}) + "\n").encode())

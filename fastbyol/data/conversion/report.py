@@ -29,7 +29,7 @@ _COUNTED = {Outcome.PASSED: "passed through", Outcome.RESIZED: "resized", Outcom
 
 
 def write_report(path: Path, task: Task, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> None:
-    """Writes the report. Raises UserError if too many images were dropped; report and converted data are kept for a run that allows it.
+    """Writes the report. Raises UserError if too many images were dropped, or all of a class; all is kept for a run that allows it.
 
     Args:
         path: path of the report.
@@ -56,7 +56,17 @@ def write_report(path: Path, task: Task, rows: NDArray[np.void], touched: list[d
     }
     # Pure ASCII, so that names that are not valid UTF-8 are preserved and any reader can parse it.
     write_durably(path, json.dumps(report, indent=1) + "\n")
-    _require_few_dropped(task, rows, report=path)
+    allowed = task.options.dropped_allowed(len(rows))
+    dropped = outcomes[Outcome.DROPPED]
+    advice = f"{path} names them. Nothing is lost: fix the images and start again with --restart, or allow it with"
+    if dropped == len(rows):
+        raise UserError(f"{task.listing.root}: none of the {len(rows):,} images can be kept; {path} says why")
+    if dropped > allowed:
+        share = math.ceil(1e4 * dropped / len(rows)) / 1e4  # rounded up, so that it works as a value of --max-dropped
+        raise UserError(f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {share:g}")
+    lost = Counter(task.listing.labels).keys() - _class_counts(task.listing, rows).keys()
+    if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
+        raise UserError(f"class {task.listing.class_names[min(lost)]} lost all of its images; {advice} --max-dropped 1")
 
 
 def report_path(out: Path) -> Path:
@@ -77,21 +87,6 @@ def report_table(report: dict[str, Any]) -> str:
     lines += [(f"left out: {kind}", count) for kind, (count, _) in reasons.items()]
     width = max(len(what) for what, _ in lines)
     return "\n".join(f"{what:<{width}}  {count:>9,}" for what, count in lines)
-
-
-def _require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> None:
-    """Raises UserError if too many images were dropped, or all images of a class. The converted data is kept for a run that allows it."""
-    allowed = task.options.dropped_allowed(len(rows))
-    dropped = len(rows) - len(kept_rows(rows))
-    advice = f"{report} names them. Nothing is lost: fix the images and start again with --restart, or allow it with"
-    if dropped == len(rows):
-        raise UserError(f"{task.listing.root}: none of the {len(rows):,} images can be kept; {report} says why")
-    if dropped > allowed:
-        share = math.ceil(1e4 * dropped / len(rows)) / 1e4  # rounded up, so that it works as a value of --max-dropped
-        raise UserError(f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {share:g}")
-    lost = Counter(task.listing.labels).keys() - _class_counts(task.listing, rows).keys()
-    if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
-        raise UserError(f"class {task.listing.class_names[min(lost)]} lost all of its images; {advice} --max-dropped 1")
 
 
 def make_manifest(kind: str, task: Task, rows: NDArray[np.void], shards: list[Shard], settings: Mapping[str, Any]) -> Manifest:

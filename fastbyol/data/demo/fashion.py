@@ -12,7 +12,6 @@ import os
 import socket
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +64,17 @@ def write_fashion(out: Path, *, settings: DemoSettings, overwrite: bool) -> None
         UserError: the photographs cannot be found or downloaded, there are fewer than requested, or `out` can't be used.
     """
     source = find_photographs()
-    writers = [writer for split in SPLITS for writer in _class_writers(source, split, settings)]
+    writers = []
+    for split in SPLITS:
+        prefix, count = FILE_PREFIX[split], settings.per_class(split)
+        images, labels = read_idx(source / f"{prefix}-images-idx3-ubyte.gz"), read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
+        if images.shape != (len(labels), PHOTOGRAPH_PX, PHOTOGRAPH_PX) or labels.ndim != 1:
+            raise UserError(f"{source}: images {images.shape} and labels {labels.shape} of {split} don't fit together; install them again")
+        for label, name in enumerate(CLASS_NAMES):
+            photographs = images[labels == label][:count]
+            if (found := len(photographs)) < count:
+                raise UserError(f"{split}-per-class = {count}: there are {found} photographs of {name}; ask for at most that many")
+            writers.append(FashionClass(split, label, settings.seed, photographs))
     write_image_folder(out, kind="fashion", class_writers=writers, settings=settings, overwrite=overwrite)
 
 
@@ -140,17 +149,3 @@ def find_photographs() -> Path:
     finally:
         socket.setdefaulttimeout(before)
     return cache / "FashionMNIST" / "raw"
-
-
-def _class_writers(source: Path, split: str, settings: DemoSettings) -> Sequence[FashionClass]:
-    prefix, count = FILE_PREFIX[split], settings.per_class(split)
-    images, labels = read_idx(source / f"{prefix}-images-idx3-ubyte.gz"), read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
-    if images.shape != (len(labels), PHOTOGRAPH_PX, PHOTOGRAPH_PX) or labels.ndim != 1:
-        raise UserError(f"{source}: images {images.shape} and labels {labels.shape} of {split} don't fit together; install them again")
-    writers = []
-    for label, name in enumerate(CLASS_NAMES):
-        photographs = images[labels == label][:count]
-        if len(photographs) < count:
-            raise UserError(f"{split}-per-class = {count}: there are {len(photographs)} photographs of {name}; ask for at most that many")
-        writers.append(FashionClass(split, label, settings.seed, photographs))
-    return writers

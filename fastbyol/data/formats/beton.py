@@ -103,12 +103,7 @@ def read_beton(path: Path) -> Beton:
         label=label.astype(np.int64),
         crc32=checksums,
     )
-    _refuse_impossible_rows(path, beton)
-    return beton
-
-
-def _refuse_impossible_rows(path: Path, beton: Beton) -> None:
-    """Raises UserError, naming the first bad image, if the table has values that no image can have: decoders would trust them."""
+    # Name the first image with values that no image can have: decoders would trust them.
     refuse_impossible_sizes(path, beton.height, beton.width)
     for wrong, what in (
         (~np.isin(beton.mode, (JPEG_MODE, RAW_MODE)), "is neither a JPEG nor raw pixels"),
@@ -119,6 +114,7 @@ def _refuse_impossible_rows(path: Path, beton: Beton) -> None:
             raise UserError(
                 f"{path}: image {int(wrong.argmax())} {what} (damaged, or another format); make it again with data_prep/to_ffcv.py"
             )
+    return beton
 
 
 def refuse_impossible_sizes(path: Path, height: NDArray[np.int64], width: NDArray[np.int64]) -> None:

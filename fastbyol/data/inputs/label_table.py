@@ -77,7 +77,14 @@ def read_label_rows(
         if len({line for _, line in lines}) == len(lines) > 1 and all(index.find(line.strip()) != MISSING for _, line in sample):
             raise UserError(f"{path}: names images but no classes (the first line is {lines[0][1]!r}); give 'name label' in each line")
         return None
-    rows = _words(path, lines, index, named=named) if delimiter == _WHITESPACE else list(_cells(path, text, delimiter))
+    if delimiter == _WHITESPACE:
+        rows = _words(path, lines, index, named=named)
+    else:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+        except csv.Error as error:
+            raise UserError(f"{path}: is not valid CSV: line {reader.line_num}: {error}; is a quotation mark left open?") from error
     columns = _Columns(path, rows, index, path_column=path_column, label_column=label_column)
     return LabelRows(list(columns.read()), columns.reading)
 
@@ -127,16 +134,6 @@ def _may_be_classes_alone(lines: list[str]) -> bool:
     if any(_looks_like_file(word) for line in lines for word in re.split(r"[\s,;|]+", line)):
         return False
     return all(len(line.split()) == 1 and not re.search(r"[,;|]", line) for line in lines) or len(set(lines)) < len(lines)
-
-
-def _cells(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{path}: is not valid CSV: line {reader.line_num}: {error}; is a quotation mark left open?") from error
 
 
 def _split_at_name(line: str, index: NameIndex, sides: tuple[str, ...] = ("first", "last")) -> tuple[str, str, str] | None:

@@ -28,20 +28,19 @@ def checked_manifest(path: Path, found: Findings) -> Manifest | None:
         raise UserError(
             f"{path}: is neither a .beton nor a folder of tar shards; give what data_prep/to_ffcv.py or data_prep/to_dali.py made"
         )
-    if not manifest_path(path).exists():
+    where = manifest_path(path)
+    if not where.exists():
         if any(path.glob(_PARTS)):
             raise UserError(f"{path}: holds parts of a conversion on many machines; merge them first (data_prep/to_dali.py --merge)")
-        found.notes.append(
-            f"no manifest {manifest_path(path).name}: cannot check that the files are complete, and the names of the classes are unknown"
-        )
+        found.notes.append(f"no manifest {where.name}: cannot check that the files are complete, and the names of the classes are unknown")
         return None
     try:
-        manifest = read_manifest(manifest_path(path))
+        manifest = read_manifest(where)
     except UserError as error:
-        found.add([Fault(str(manifest_path(path)), _without(error, manifest_path(path)))])
+        found.add([Fault(str(where), _without(error, where))])
         return None
-    if not is_sealed(manifest_path(path)):
-        found.add([Fault(str(manifest_path(path)), "has been edited: it is not what the conversion wrote")])
+    if not is_sealed(where):
+        found.add([Fault(str(where), "has been edited: it is not what the conversion wrote")])
     found.num_classes = len(manifest.class_names)
     return manifest
 
