@@ -101,7 +101,7 @@ class EncodingPool:
         # Nothing but deaths since the last result: the machine is at fault, not the images.
         if run.deaths_in_a_row > 2 * len(self._workers) + 4:
             raise UserError(
-                f"worker processes die one after another (the last with {_exit_text(exit_code)}{worker.last_words()}); if memory is short take "
+                f"worker processes die one after another (the last with {worker.cause_of_death()}); if memory is short take "
                 "fewer --workers; the same command continues"
             )
         jobs = worker.jobs
@@ -135,8 +135,7 @@ class EncodingPool:
                     _end_silent([worker])
             return result
         except (EOFError, OSError):
-            exit_text = _exit_text(worker.end())
-            return DroppedImage(KILLS_THE_DECODER, f"three processes died of it, the last with {exit_text}{worker.last_words()}")
+            return DroppedImage(KILLS_THE_DECODER, f"three processes died of it, the last with {worker.cause_of_death()}")
         finally:
             worker.end()
 
@@ -212,11 +211,13 @@ class _Worker:
         self.results.close()
         return self._process.wait()
 
-    def last_words(self) -> str:
-        """Returns ': ' and the last line that a dead process wrote to stderr, such as an exception's, or '' if it wrote nothing."""
+    def cause_of_death(self) -> str:
+        """Ends the process; returns its signal or exit code and the last line that it wrote to stderr, such as an exception's."""
+        exit_code = self.end()
+        exit_text = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
         self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
         lines = self._said.read().decode(errors="replace").strip().splitlines()
-        return f": {lines[-1].strip()}" if lines else ""
+        return f"{exit_text}: {lines[-1].strip()}" if lines else exit_text
 
 
 def _end_silent(workers: list[_Worker]) -> list[_Worker]:
@@ -225,7 +226,3 @@ def _end_silent(workers: list[_Worker]) -> list[_Worker]:
         if worker.jobs and time.monotonic() - worker.heard_at > (SECONDS_PER_IMAGE if worker.is_ready else SECONDS_TO_START):
             worker._process.kill()
     return []
-
-
-def _exit_text(exit_code: int) -> str:
-    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"

@@ -157,8 +157,18 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
         for table, one in zip(tables, done, strict=True):
             table.rows["shard"] += np.uint32(first)  # the numbers of the shards count on from part to part
             first += len(one.shards)
-        rows = np.sort(np.concatenate([table.rows for table in tables]), order="index")
-        task = _whole_task(out, done[0], tables, rows, options or ConversionOptions())
+        rows = np.concatenate([table.rows for table in tables])
+        order, num_images = np.argsort(rows["index"]), done[0].num_images
+        rows = rows[order]
+        if not np.array_equal(rows["index"], np.arange(num_images)):
+            raise UserError(f"{out}: the parts hold {len(rows):,} images and should hold each of {num_images:,} once; convert them again")
+        names = [name for table in tables for name in table.names]
+        labels = tuple(np.concatenate([table.labels for table in tables])[order].tolist())
+        files, skipped = tuple(names[place] for place in order.tolist()), tuple((name, why) for name, why in done[0].skipped)
+        listing = ImageListing(Path(done[0].source), tuple(done[0].class_names), files, labels, skipped)
+        # The task of the whole conversion, with the fields that report and manifest need.
+        sizes, options = rows["source_bytes"].astype(np.int64), options or ConversionOptions()
+        task = Task(listing, np.arange(num_images), sizes, done[0].listing_sha256, out, options, workers=1)
         write_report(out / TAR_REPORT, task, rows, [entry for one in done for entry in one.touched])
         with durable_file(out / SAMPLE_TABLE) as table:
             np.save(table, sample_table(task, rows))
@@ -281,16 +291,3 @@ def _require_equal(parts: list[Path], done: list[_Done]) -> None:
             raise UserError(
                 f"{path}: made from other images ({one.source}) than the first part ({first.source}); remove one of them and convert it again"
             )
-
-
-def _whole_task(out: Path, done: _Done, tables: list[_Table], rows: NDArray[np.void], options: ConversionOptions) -> Task:
-    """Returns the task of the whole conversion, with the fields that report and manifest need. rows: all rows in listing order."""
-    if not np.array_equal(rows["index"], np.arange(done.num_images)):
-        raise UserError(f"{out}: the parts hold {len(rows):,} images and should hold each of {done.num_images:,} once; convert them again")
-    order = np.argsort(np.concatenate([table.rows["index"] for table in tables]))
-    names = [name for table in tables for name in table.names]
-    labels = np.concatenate([table.labels for table in tables])[order]
-    skipped = tuple((name, reason) for name, reason in done.skipped)
-    files = tuple(names[place] for place in order.tolist())
-    listing = ImageListing(Path(done.source), tuple(done.class_names), files, tuple(labels.tolist()), skipped)
-    return Task(listing, np.arange(len(files)), rows["source_bytes"].astype(np.int64), done.listing_sha256, out, options, workers=1)

@@ -29,8 +29,6 @@ SHARDS_FOLDER = "shards"
 _BLOCK = tarfile.BLOCKSIZE
 _NUMBERS_BYTES = 4 * _BLOCK  # .cls and .idx: a header and a block each
 
-Settings = dict[str, int | float | str]
-
 
 def write_tar_shards(
     data: Images,
@@ -87,7 +85,7 @@ def write_tar_shards(
     return manifest
 
 
-def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> Settings:
+def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> dict[str, int | float | str]:
     """Returns the settings on which the result depends, for the manifest. Raises UserError for options that tar shards do not support."""
     require_at_least("shard-mb", shard_mib, 1)
     require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63)")

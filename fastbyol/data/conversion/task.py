@@ -23,8 +23,6 @@ from fastbyol.host.cores import default_workers
 
 Images = Path | ImageListing | Callable[[], ImageListing]
 """The images to convert: a folder or tar, its listing, or a function that makes the listing once all other arguments have been checked."""
-Order = Callable[[int], NDArray[np.int64]]
-"""Returns the order of conversion of a number of images, as positions in the listing."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,8 @@ def as_listing(data: Images) -> ImageListing:
     return data if isinstance(data, ImageListing) else data()
 
 
-def make_task(data: Images, *, order: Order, out: Path, options: ConversionOptions, workers: int) -> Task:
-    """Returns the task. workers: number of worker processes; 0 means one per core."""
+def make_task(data: Images, *, order: Callable[[int], NDArray[np.int64]], out: Path, options: ConversionOptions, workers: int) -> Task:
+    """Returns the task. order: gives the order for a number of images; workers: number of worker processes, 0 means one per core."""
     listing = as_listing(data)
     require_at_least("workers", workers, 0)
     num = len(listing.files)

@@ -77,8 +77,7 @@ class WorkFolder:
                 _empty(path)
             elif unfinished == "require" and not (path / _JOURNAL).exists():
                 raise UserError(f"{output}: there is no unfinished conversion to resume; omit --resume to start one")
-            self._check_identity(identity)
-            self.done, self.notes = self._load_journal()
+            self.done, self.notes = self._load(identity)
         except BaseException:
             self.close()
             raise
@@ -148,24 +147,25 @@ class WorkFolder:
             flush_to_disk(self.path / name)
         write_durably(self.path / _JOURNAL, json.dumps(entry))
 
-    def _check_identity(self, identity: Mapping[str, Any]) -> None:
-        path = self.path / _SETTINGS
-        if not (path.exists() and (self.path / _JOURNAL).exists()):  # without a journal there is nothing to lose: start again
+    def _load(self, identity: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Returns the number of finished images and the notes of the earlier run, if there is one that made the same.
+
+        Cuts every file to its length in the journal and removes files that are not in it.
+        """
+        settings, journal = self.path / _SETTINGS, self.path / _JOURNAL
+        if not (settings.exists() and journal.exists()):  # without a journal there is nothing to lose: start again
             _empty(self.path)
-            write_durably(path, json.dumps(identity, indent=1))
-            return
+            write_durably(settings, json.dumps(identity, indent=1))
+            return 0, {}
         before = self._read(_SETTINGS)
         for name in (name for name in (*identity, *before) if before.get(name) != identity.get(name)):
             raise UserError(
                 f"{self._output}: an unfinished conversion is in {self.path}, made with {name} = {before.get(name)} and not "
                 f"{identity.get(name)}; repeat its settings to continue it, or throw it away with --restart"
             )
-
-    def _load_journal(self) -> tuple[int, dict[str, Any]]:
-        """Cuts every file to its length in the journal and removes files that are not in it. Returns the number of finished images and the notes."""
-        entry = self._read(_JOURNAL) if (self.path / _JOURNAL).exists() else {"done": 0, "sizes": {}, "notes": {}}
+        entry = self._read(_JOURNAL)
         if not _is_journal_entry(entry):
-            raise UserError(f"{self.path / _JOURNAL}: damaged, or not a journal of this program; start again with --restart")
+            raise UserError(f"{journal}: damaged, or not a journal of this program; start again with --restart")
         known = {_SETTINGS, _JOURNAL, _LOCK, *entry["sizes"]}
         for file in self.path.rglob("*"):
             if not file.is_dir() and str(file.relative_to(self.path)) not in known:

@@ -73,9 +73,28 @@ def write_image_folder(out: Path, *, kind: str, class_writers: Sequence[ClassWri
     Raises:
         UserError: `out` exists and may not be replaced, or can't be written.
     """
-    total = sum(writer.num_images for writer in class_writers)
-    with _renamed_when_complete(out.resolve(), overwrite=overwrite) as folder, Progress(kind, total, unit="images") as progress:
-        _run_in_pool(class_writers, folder, progress=progress)
+    total, workers = sum(writer.num_images for writer in class_writers), min(default_workers(), len(class_writers))
+    with (
+        _renamed_when_complete(out.resolve(), overwrite=overwrite) as folder,
+        Progress(kind, total, unit="images") as progress,
+        # spawn, because forking a process that already runs torch or BLAS threads may deadlock
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        # The largest first, so that the cores finish at about the same time.
+        ordered = sorted(class_writers, key=lambda writer: writer.num_images, reverse=True)
+        # The workers start here and inherit the blocked signal: only this process receives Ctrl-C, and then ends them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pending = {pool.submit(writer.write, folder): writer.num_images for writer in ordered}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            for done in as_completed(pending):
+                done.result()
+                progress.advance(pending[done])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
         (folder / MANIFEST).write_text(json.dumps({"kind": kind, **asdict(settings)}, indent=2) + "\n")
 
 
@@ -105,24 +124,3 @@ def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"--out {out}: can't be written ({error.strerror or error}); choose a folder on a disk with room") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _run_in_pool(class_writers: Sequence[ClassWriter], folder: Path, *, progress: Progress) -> None:
-    workers = min(default_workers(), len(class_writers))
-    # spawn, because forking a process that already runs torch or BLAS threads may deadlock
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # The largest first, so that the cores finish at about the same time.
-        ordered = sorted(class_writers, key=lambda writer: writer.num_images, reverse=True)
-        # The workers start here and inherit the blocked signal: only this process receives Ctrl-C, and then ends them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            pending = {pool.submit(writer.write, folder): writer.num_images for writer in ordered}
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        try:
-            for done in as_completed(pending):
-                done.result()
-                progress.advance(pending[done])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise

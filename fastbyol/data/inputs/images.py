@@ -58,15 +58,12 @@ def add_label_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--splits-are-classes", action="store_true", help=accept)
 
 
-def tell_on_stderr(note: str) -> None:
-    say(f"fastbyol: note: {note}", file=sys.stderr)
-
-
-def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] = tell_on_stderr) -> ImageListing:
+def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] | None = None) -> ImageListing:
     """Returns the images that the options of `add_input_arguments` describe.
 
-    Calls `tell` with messages on how the input was interpreted and what was skipped.
+    Calls `tell` with messages on how the input was interpreted and what was skipped; None prints them to stderr.
     """
+    tell = tell or (lambda note: say(f"fastbyol: note: {note}", file=sys.stderr))
     listing = list_images(
         getattr(arguments, option.lstrip("-")),
         labels=arguments.labels,

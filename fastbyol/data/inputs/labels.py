@@ -75,20 +75,16 @@ def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
     label_of = {name: label for label, name in enumerate(class_names)}
     by_image = [None if value is None else label_of[value] for value in values[: len(found.files)]]
     labelled = in_sample_order(replace(found, class_names=class_names, skipped=(*found.skipped, *unlabelled, *unmatched)), by_image)
-    return replace(labelled, notes=(*found.notes, _understood(labelled, labels.path, reading, len(unlabelled), unmatched)))
-
-
-def _understood(labelled: ImageListing, path: Path, reading: str, unlabelled: int, unmatched: Sequence[tuple[str, str]]) -> str:
-    """Returns the note on how the file was read: columns, numbers of matched and unmatched entries, and three images with their classes."""
     places = sorted({0, len(labelled.files) // 2, len(labelled.files) - 1})[:_SHOWN]
     shown = ", ".join(f"{labelled.files[at]!r} is {labelled.class_names[labelled.labels[at]]!r}" for at in places)
     entries = f"{len(unmatched):,} entries without an image" + (f" (the first: {unmatched[0][0]!r})" if unmatched else "")
     classes = len(set(labelled.labels))
     empty = f" of {len(labelled.class_names):,}" if classes != len(labelled.class_names) else ""
-    return (
-        f"{path}: {reading}: {len(labelled.files):,} images labelled, {unlabelled:,} images without an entry, {entries},"
+    note = (
+        f"{labels.path}: {reading}: {len(labelled.files):,} images labelled, {len(unlabelled):,} images without an entry, {entries},"
         f" {classes:,}{empty} classes; {shown}"
     )
+    return replace(labelled, notes=(*found.notes, note))
 
 
 def read_devkit(path: Path) -> LabelFile:
@@ -97,7 +93,23 @@ def read_devkit(path: Path) -> LabelFile:
     The ground truth has the kit's own ids, whose order is not that of the WordNet ids; meta.mat translates them. The usual labels, which all
     published models use, are positions in the sorted WordNet ids.
     """
-    truth, meta = _devkit_parts(path, (_GROUND_TRUTH, _META))
+    if path.is_dir():
+        truth, meta = limited_read(path / _GROUND_TRUTH), limited_read(path / _META)
+    else:
+        content = limited_read(path)
+        try:
+            # To the end first, which checks gzip's checksum: scipy crashes on some damaged files.
+            if content.startswith(b"\x1f\x8b"):
+                content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_LARGEST_KIT)
+            members = [member for member in tar_members(io.BytesIO(content), end=len(content)) if member.isreg() and not member.issparse()]
+        except (OSError, EOFError, zlib.error, DamagedTarError) as error:
+            raise UserError(
+                f"{path}: cannot be read as the development kit ({error}); give ILSVRC2012_devkit_t12.tar.gz or its folder"
+            ) from error
+        files = {part: member for member in members for part in (_GROUND_TRUTH, _META) if member.name.endswith(part)}
+        if missing := [part for part in (_GROUND_TRUTH, _META) if part not in files]:
+            raise UserError(f"{path}: holds no {missing[0]}; give ILSVRC2012_devkit_t12.tar.gz or its folder")
+        truth, meta = (content[files[part].offset_data :][: files[part].size] for part in (_GROUND_TRUTH, _META))
     from scipy.io import loadmat
 
     try:
@@ -177,25 +189,3 @@ def _classes(labels: LabelFile, values: Sequence[str | None]) -> tuple[list[str 
         return list(values), labels.class_names
     is_number = all(map(_NUMBER.fullmatch, used))
     return list(values), tuple(sorted(used, key=lambda value: (float(value) if is_number else 0.0, value)))
-
-
-def _devkit_parts(path: Path, parts: Sequence[str]) -> list[bytes]:
-    """Returns the contents of these files of the kit.
-
-    An archive is decompressed to its end first, which checks gzip's checksum: scipy crashes on some damaged files.
-    """
-    if path.is_dir():
-        return [limited_read(path / part) for part in parts]
-    content = limited_read(path)
-    try:
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_LARGEST_KIT)
-        members = [member for member in tar_members(io.BytesIO(content), end=len(content)) if member.isreg() and not member.issparse()]
-    except (OSError, EOFError, zlib.error, DamagedTarError) as error:
-        raise UserError(
-            f"{path}: cannot be read as the development kit ({error}); give ILSVRC2012_devkit_t12.tar.gz or its folder"
-        ) from error
-    files = {part: member for member in members for part in parts if member.name.endswith(part)}
-    if missing := [part for part in parts if part not in files]:
-        raise UserError(f"{path}: holds no {missing[0]}; give ILSVRC2012_devkit_t12.tar.gz or its folder")
-    return [content[files[part].offset_data :][: files[part].size] for part in parts]

@@ -82,9 +82,8 @@ def restrict(listing: ImageListing, names: Iterable[str], *, source: Path) -> Im
     problems = []
     for fault, what in ((MISSING, f"are not images of {listing.root}"), (AMBIGUOUS, "could each be several of its images")):
         if found := [name for name, place in places.items() if place == fault]:
-            problems.append(
-                f"{len(found):,} of its {len(places):,} names {what}: {', '.join(found[:_SHOWN])}{' …' * (len(found) > _SHOWN)}"
-            )
+            shown = ", ".join(found[:_SHOWN]) + " …" * (len(found) > _SHOWN)
+            problems.append(f"{len(found):,} of its {len(places):,} names {what}: {shown}")
     if problems:
         raise UserError(
             f"{source}: {'; '.join(problems)} (the first image is {listing.files[0]}); correct the list, or give the data it belongs to"
