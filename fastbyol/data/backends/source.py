@@ -22,8 +22,6 @@ Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 READ_AHEAD_BYTES = 1 << 20
 """Bytes that read-ahead fetches per system call."""
-
-
 _COMPARED = 256
 """Images of which ranks compare the bytes where no table has their digests."""
 

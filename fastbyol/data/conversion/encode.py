@@ -49,8 +49,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
 Notes = tuple[tuple[str, str], ...]
 """(kind, detail) of oddities that do not change how the image is stored."""
 

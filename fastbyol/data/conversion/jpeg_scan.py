@@ -39,7 +39,7 @@ def is_whole(jpeg: bytes) -> bool:
 
 
 def _read_header(jpeg: bytes) -> tuple[int, tuple[Any, ...]]:
-    """Returns the offset of the scan's data, and `_read_scan`'s. Raises _Doubt, IndexError or KeyError if the header is unusual or damaged."""
+    """Returns the offset of the scan's data and the result of `_read_scan`. Raises _Doubt, IndexError or KeyError if the header is unusual or damaged."""
     quantization: set[int] = set()
     tables: _Tables = {}
     frame = b""

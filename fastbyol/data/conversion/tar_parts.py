@@ -27,13 +27,12 @@ from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample
 from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import disk_errors, work_path
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, read_manifest, refuse_impossible_values, write_manifest
-from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, TAR_REPORT
+from fastbyol.data.formats.tar_shards import PARTS, SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import durable_file, flush_to_disk, write_durably
 from fastbyol.host.signals import deferred_stop
 
-_PARTS, _TABLES = "part-*-of-*.json", "part-*-of-*.npz"
 _PART_NAME = re.compile(r"part-\d{5,9}-of-\d{5,9}\.json")
 
 
@@ -181,7 +180,7 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
 
 def _remove_parts(out: Path) -> int:
     """Removes the files that describe the parts; returns their number."""
-    files = [file for pattern in (_PARTS, _TABLES) for file in out.glob(pattern)]
+    files = [file for pattern in (PARTS, "part-*-of-*.npz") for file in out.glob(pattern)]
     for file in files:
         file.unlink()
     return len(files)
@@ -214,7 +213,7 @@ class _Table(NamedTuple):
 
 def _all_parts(out: Path) -> list[Path]:
     """Returns the paths of all parts' descriptions, in order. Raises UserError if some are missing."""
-    found = sorted(path for path in out.glob(_PARTS) if _PART_NAME.fullmatch(path.name))
+    found = sorted(path for path in out.glob(PARTS) if _PART_NAME.fullmatch(path.name))
     counts = {int(path.stem.rpartition("-")[2]) for path in found}
     if len(counts) != 1:
         raise UserError(

@@ -158,7 +158,8 @@ class WorkFolder:
             write_durably(settings, json.dumps(identity, indent=1))
             return 0, {}
         before = self._read(_SETTINGS)
-        for name in (name for name in (*identity, *before) if before.get(name) != identity.get(name)):
+        if changed := [name for name in (*identity, *before) if before.get(name) != identity.get(name)]:
+            name = changed[0]
             raise UserError(
                 f"{self._output}: an unfinished conversion is in {self.path}, made with {name} = {before.get(name)} and not "
                 f"{identity.get(name)}; repeat its settings to continue it, or throw it away with --restart"

@@ -35,8 +35,6 @@ LABEL = np.dtype("<i8")
 _FIELD_TYPES = {0: np.dtype("<f8"), INT_FIELD: LABEL, IMAGE_FIELD: IMAGE}
 SAMPLE = np.dtype([("", IMAGE), ("", LABEL)], align=True)
 """One row of the metadata table in files that we write: f0 image, f1 label."""
-
-
 _CHECKSUMS_MAGIC = b"fastbyol"
 """First bytes of the image field's arguments, which ffcv's RGBImageField ignores. The next 8 bytes are the offset of a table of CRC-32s."""
 

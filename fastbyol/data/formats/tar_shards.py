@@ -23,6 +23,8 @@ SAMPLE = np.dtype(
 
 There is one row per sample, in listing order; images in the manifest's `dropped` have none."""
 INDEX_VERSION = "v1.2"
+PARTS = "part-*-of-*.json"
+"""Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""
 _MAX_HEADER_BYTES = 1 << 16
 
 

@@ -53,7 +53,7 @@ class TarScan:
                 Progress(f"{self._path.name}: headers", self._path.stat().st_size) as progress,
             ):
                 start = file.read(8)
-                for kind in (kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)):
+                if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), ""):
                     raise UserError(
                         f"{self._path}: is compressed ({kind}); images are read in place, so decompress it to a plain .tar first"
                     )

@@ -10,12 +10,10 @@ import numpy as np
 
 from fastbyol.config.errors import UserError, shortened
 from fastbyol.data.formats.manifest import Manifest, image_summary, is_sealed, numbered_class_names, read_manifest, refuse_other_counts
+from fastbyol.data.formats.tar_shards import PARTS
 from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.shard_check import foreign_shard
-
-_PARTS = "part-*-of-*.json"
-"""Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""
 
 
 def checked_manifest(path: Path, found: Findings) -> Manifest | None:
@@ -30,7 +28,7 @@ def checked_manifest(path: Path, found: Findings) -> Manifest | None:
         )
     where = manifest_path(path)
     if not where.exists():
-        if any(path.glob(_PARTS)):
+        if any(path.glob(PARTS)):
             raise UserError(f"{path}: holds parts of a conversion on many machines; merge them first (data_prep/to_dali.py --merge)")
         found.notes.append(f"no manifest {where.name}: cannot check that the files are complete, and the names of the classes are unknown")
         return None
