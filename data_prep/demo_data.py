@@ -27,14 +27,6 @@ WRITERS = {"fashion": write_fashion, "scenes": write_scenes}
 @stoppable
 @one_line_errors
 def main(arguments: list[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
-    require_choice("kind", options.kind, tuple(WRITERS))
-    settings = DemoSettings(train_per_class=options.train_per_class, val_per_class=options.val_per_class, seed=options.seed)
-    WRITERS[options.kind](options.out, settings=settings, overwrite=options.overwrite)
-    say(f"{options.out}: {options.kind}, {settings.train_per_class} + {settings.val_per_class} images a class")
-
-
-def _parser() -> OneLineParser:
     parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--kind", default="fashion", help="fashion or scenes (default: %(default)s)")
@@ -42,7 +34,11 @@ def _parser() -> OneLineParser:
     parser.add_argument("--val-per-class", type=int, default=DemoSettings.val_per_class, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=DemoSettings.seed, help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing demo folder at --out")
-    return parser
+    options = parser.parse_args(arguments)
+    require_choice("kind", options.kind, tuple(WRITERS))
+    settings = DemoSettings(train_per_class=options.train_per_class, val_per_class=options.val_per_class, seed=options.seed)
+    WRITERS[options.kind](options.out, settings=settings, overwrite=options.overwrite)
+    say(f"{options.out}: {options.kind}, {settings.train_per_class} + {settings.val_per_class} images a class")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import json
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.data.inputs.images import INPUTS, add_label_arguments, label_options, listing_from
-from fastbyol.data.inspection.inventory import Inventory, is_conversion, take_inventory
+from fastbyol.data.inspection.converted import is_converted
+from fastbyol.data.inspection.inventory import Inventory, take_inventory
 from fastbyol.data.inspection.picture_grid import write_picture_grid
 
 EXAMPLES = f"""\
@@ -32,11 +34,21 @@ examples:
 @stoppable
 @one_line_errors
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
+    what = "FILE.beton, folder of tar shards, folder of class folders, or a tar of images"
+    parser.add_argument("data", type=Path, metavar="PATH", help=what)
+    add_label_arguments(parser)
+    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a picture: some images of some classes")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, with the count of each class")
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="PIL")  # the converters report odd images
     given = label_options(arguments)
     notes: list[str] = []
-    converted = is_conversion(arguments.data)
+    if not arguments.data.exists():
+        raise UserError(
+            f"{arguments.data}: no such file or folder; give a .beton, a folder of tar shards, a folder of images, or a tar of images"
+        )
+    converted = is_converted(arguments.data)
     if converted and given:
         raise UserError(f"--{given[0]}: {arguments.data} is converted and has its labels; only folders and tars of images take it")
     listing = None if converted else listing_from(arguments, tell=notes.append)
@@ -44,12 +56,8 @@ def main() -> None:
     if arguments.grid:
         write_picture_grid(arguments.data, listing=listing, out=arguments.grid)
     if arguments.json:
-        say(*json.dumps(inventory.as_dict() | {"notes": notes}, indent=1).split("\n"))
-    else:
-        _print_table(inventory, notes)
-
-
-def _print_table(inventory: Inventory, notes: list[str]) -> None:
+        say(*json.dumps(asdict(inventory) | {"notes": notes}, indent=1).split("\n"))
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -63,11 +71,14 @@ def _print_table(inventory: Inventory, notes: list[str]) -> None:
 
 
 def _rows(inventory: Inventory, notes: list[str]) -> list[tuple[str, str]]:
+    names = inventory.class_names
+    shown = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])} … {names[-1]}"
+    empty = f"; {inventory.empty_classes:,} classes have none" if inventory.empty_classes else ""
     rows = [
         ("data", f"{inventory.path} ({inventory.kind})"),
         ("images", f"{inventory.images:,}"),
-        ("classes", f"{inventory.classes:,}: {_shortened(inventory.class_names)}"),
-        ("per class", f"{inventory.class_min:,} to {inventory.class_max:,}, median {inventory.class_median:,g}{_empty(inventory)}"),
+        ("classes", f"{inventory.classes:,}: {shown}"),
+        ("per class", f"{inventory.class_min:,} to {inventory.class_max:,}, median {inventory.class_median:,g}{empty}"),
         ("bytes", f"{inventory.image_bytes:,} of images, {inventory.image_bytes / inventory.images:,.0f} each"),
     ]
     if sides := inventory.sides:
@@ -78,39 +89,18 @@ def _rows(inventory: Inventory, notes: list[str]) -> list[tuple[str, str]]:
             ("density", f"{sides.bytes_per_pixel:.3f} bytes per pixel, {sides.mean_pixels:,.0f} pixels each{sample}"),
         ]
     rows += [("note", note) for note in notes]
-    return rows + (_manifest_rows(inventory.manifest) if inventory.manifest else [])
-
-
-def _manifest_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    sizes = [shard["bytes"] for shard in manifest["shards"]]
-    shards = f"{len(sizes):,} of {min(sizes):,} to {max(sizes):,} bytes" if len(sizes) > 1 else f"1 of {sizes[0]:,} bytes"
-    rows = [("shards", shards), ("source", _pairs(manifest["source"])), ("settings", _pairs(manifest["settings"]))]
-    if manifest["dropped"]:
-        rows.append(("dropped", f"{len(manifest['dropped']):,} images of the source"))
-    return [*rows, ("software", _pairs(manifest["software"]))]
+    if manifest := inventory.manifest:
+        sizes = [shard["bytes"] for shard in manifest["shards"]]
+        shards = f"{len(sizes):,} of {min(sizes):,} to {max(sizes):,} bytes" if len(sizes) > 1 else f"1 of {sizes[0]:,} bytes"
+        rows += [("shards", shards), ("source", _pairs(manifest["source"])), ("settings", _pairs(manifest["settings"]))]
+        if manifest["dropped"]:
+            rows.append(("dropped", f"{len(manifest['dropped']):,} images of the source"))
+        rows.append(("software", _pairs(manifest["software"])))
+    return rows
 
 
 def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _empty(inventory: Inventory) -> str:
-    return f"; {inventory.empty_classes:,} classes have none" if inventory.empty_classes else ""
-
-
-def _shortened(names: tuple[str, ...]) -> str:
-    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])} … {names[-1]}"
-
-
-def _parser() -> OneLineParser:
-    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument(
-        "data", type=Path, metavar="PATH", help="FILE.beton, folder of tar shards, folder of class folders, or a tar of images"
-    )
-    add_label_arguments(parser)
-    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a picture: some images of some classes")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, with the count of each class")
-    return parser
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from fastbyol.config.arguments import OneLineParser, expand_home
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments, listing_from
-from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.subset import choose_classes, draw_fraction, draw_images, read_subset, write_subset
 
 EXAMPLES = f"""\
@@ -36,7 +35,17 @@ classes. Labels are those of the full set, so that a classifier trained on a sub
 @stoppable
 @one_line_errors
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
+    add_input_arguments(parser)
+    written = "the list to write: one name per line, in the order of the data"
+    parser.add_argument("--out", type=Path, required=True, metavar="LIST", help=written)
+    parser.add_argument("--fraction", type=float, metavar="F", help="fraction of the images, class-balanced, at least one of each class")
+    parser.add_argument("--images", type=int, metavar="N", help="number of images, class-balanced")
+    classes = "number of classes, or their names (name,name or a file with one per line)"
+    parser.add_argument("--classes", metavar="N|NAMES|FILE", help=classes)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random choice (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing list")
+    arguments = parser.parse_args()
     if arguments.drop_empty_classes:
         raise UserError("--drop-empty-classes: a list holds names and no labels; give it to the converter")
     listing = listing_from(arguments)
@@ -50,8 +59,17 @@ def main() -> None:
         listing = draw_images(listing, arguments.images, seed=arguments.seed)
     elif not arguments.classes and not arguments.subset:
         raise UserError("which part? give --fraction, --images, --classes or --subset")
-    _write(listing, arguments.out, overwrite="replace" if arguments.overwrite else "refuse")
-    say(f"{arguments.out}: {_described(listing)}")
+    out: Path = arguments.out
+    if out.exists() and not arguments.overwrite:
+        raise UserError(f"--out {out}: exists already; give another name, or --overwrite to replace it")
+    try:
+        write_subset(out, listing)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
+    counts = Counter(listing.labels).values()
+    each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    images = f"{len(listing.files):,} images of {len(counts):,} classes ({each} of each)"
+    say(f"{out}: {images}, of {len(listing.class_names):,} in all")
 
 
 def _classes(text: str) -> int | list[str]:
@@ -61,37 +79,6 @@ def _classes(text: str) -> int | list[str]:
     file = Path(expand_home(text))
     names = read_subset(file) if file.is_file() else text.split(",")
     return [name.strip().removeprefix("./").rstrip("/") for name in names]  # as 'ls -d */' and 'find' write folders
-
-
-def _write(listing: ImageListing, out: Path, *, overwrite: str) -> None:
-    if out.exists() and overwrite == "refuse":
-        raise UserError(f"--out {out}: exists already; give another name, or --overwrite to replace it")
-    try:
-        write_subset(out, listing)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
-
-
-def _described(listing: ImageListing) -> str:
-    counts = Counter(listing.labels).values()
-    each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    return f"{len(listing.files):,} images of {len(counts):,} classes ({each} of each), of {len(listing.class_names):,} in all"
-
-
-def _parser() -> OneLineParser:
-    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
-    add_input_arguments(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="LIST", help="the list to write: one name per line, in the order of the data"
-    )
-    parser.add_argument("--fraction", type=float, metavar="F", help="fraction of the images, class-balanced, at least one of each class")
-    parser.add_argument("--images", type=int, metavar="N", help="number of images, class-balanced")
-    parser.add_argument(
-        "--classes", metavar="N|NAMES|FILE", help="number of classes, or their names (name,name or a file with one per line)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random choice (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing list")
-    return parser
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ from fastbyol.host.signals import end_at_once_when_stopped, stoppable
 if __name__ == "__main__":
     end_at_once_when_stopped()  # the imports take a moment
 
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, overwrite_mode, print_outcome
+from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, print_outcome
 from fastbyol.data.conversion.tar_parts import merge_tar_parts, parse_part, write_tar_part
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.formats.tar_shards import TAR_REPORT
@@ -53,40 +51,26 @@ def main() -> None:
     if not (arguments.merge or arguments.data):
         raise UserError("--data: missing; give the images to convert (only --merge can do without)")
     if arguments.merge:
-        _refuse_settings(arguments, parser)
+        for name, value in vars(arguments).items():
+            if name not in OPTIONS_OF_MERGE and value != parser.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')}: has no effect with --merge; the parts are as they were converted")
         originals = optional_listing_from(arguments, option="--data")
         manifest = merge_tar_parts(arguments.out, data=originals, options=conversion_options(arguments))
         print_outcome(arguments.out, manifest, arguments.out / TAR_REPORT)
         return
-    settings: dict[str, Any] = {
-        "out": arguments.out,
-        "workers": arguments.workers,
-        "shard_mib": arguments.shard_mb,
-        "seed": arguments.seed,
-        "options": conversion_options(arguments),
-    }
-    if arguments.shard:
-        _convert_part(arguments, settings)
-    else:
-        manifest = write_tar_shards(partial(listing_from, arguments), overwrite=overwrite_mode(arguments), **settings)
-        print_outcome(arguments.out, manifest, arguments.out / TAR_REPORT)
-
-
-def _refuse_settings(arguments: Namespace, parser: OneLineParser) -> None:
-    for name, value in vars(arguments).items():
-        if name not in OPTIONS_OF_MERGE and value != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')}: has no effect with --merge; the parts are as they were converted")
-
-
-def _convert_part(arguments: Namespace, settings: dict[str, Any]) -> None:
-    if arguments.overwrite:
+    data, out, options = partial(listing_from, arguments), arguments.out, conversion_options(arguments)
+    settings: dict[str, Any] = {"workers": arguments.workers, "shard_mib": arguments.shard_mb, "seed": arguments.seed, "options": options}
+    if not arguments.shard:
+        manifest = write_tar_shards(data, out=out, overwrite=arguments.overwrite, **settings)
+        print_outcome(out, manifest, out / TAR_REPORT)
+        return
+    if arguments.overwrite == "replace":
         raise UserError("--overwrite does not go with --shard, whose folder belongs to several machines; remove the folder yourself")
     part = parse_part(arguments.shard)
-    shards = write_tar_part(partial(listing_from, arguments), part=part, **settings)
+    shards = write_tar_part(data, out=out, part=part, **settings)
     size, images = sum(shard.bytes for shard in shards), sum(shard.samples for shard in shards)
-    say(
-        f"{arguments.out}: part {part.number}/{part.count}: {images:,} images, {count_text(len(shards), 'shard')}, {size:,} bytes ({bytes_text(size)})"
-    )
+    told = f"{images:,} images, {count_text(len(shards), 'shard')}, {size:,} bytes ({bytes_text(size)})"
+    say(f"{out}: part {part.number}/{part.count}: {told}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import one_line_errors, require
 from fastbyol.data.conversion.beton_writer import write_beton
-from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, overwrite_mode, print_outcome
+from fastbyol.data.conversion.command_line import conversion_options, conversion_parser, print_outcome
 from fastbyol.data.conversion.report import report_path
 from fastbyol.data.inputs.images import listing_from
 
@@ -47,7 +47,7 @@ def main() -> None:
         partial(listing_from, arguments),
         out=out,
         workers=arguments.workers,
-        overwrite=overwrite_mode(arguments),
+        overwrite=arguments.overwrite,
         shuffle_seed=arguments.shuffle_seed,
         options=conversion_options(arguments, raw_fraction=raw_fraction),
     )

@@ -16,7 +16,6 @@ from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.console import say
 from fastbyol.config.errors import one_line_errors, require_at_least
 from fastbyol.data.inputs.images import INPUTS, add_input_arguments, optional_listing_from
-from fastbyol.data.inspection.findings import Findings
 from fastbyol.data.inspection.verification import verify
 from fastbyol.host.quantities import count_text
 
@@ -35,7 +34,12 @@ exit code: 0 no faults, 1 faults (one per line: file, image, fault), 2 nothing t
 @stoppable
 @one_line_errors
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
+    parser.add_argument("path", type=Path, metavar="PATH", help="FILE.beton, or a folder of tar shards")
+    add_input_arguments(parser, option="--source", required=False)
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that hash and decode (default: one per core)")
+    parser.add_argument("--faults", type=int, default=100, metavar="N", help="most faults to print; all are counted (default: 100)")
+    arguments = parser.parse_args()
     require_at_least("faults", arguments.faults, 1)
     warnings.filterwarnings("ignore", module="PIL")  # the conversion's report has these warnings about originals already
     originals = optional_listing_from(arguments, option="--source")
@@ -45,26 +49,12 @@ def main() -> None:
         say(f"{arguments.path}: note: {note}")
     for fault in found.faults[: arguments.faults]:
         say(str(fault))
-    say(f"{arguments.path}: {_summary(found, time.monotonic() - start, shown=arguments.faults)}")
-    sys.exit(1 if found.num_faults else 0)
-
-
-def _summary(found: Findings, seconds: float, *, shown: int) -> str:
+    images_per_s = found.num_images / max(time.monotonic() - start, 1e-9)
     images = f"{found.num_images:,} images" + (f" of {found.num_classes:,} classes" if found.num_classes else "")
-    work = f"{images}, {found.num_bytes:,} bytes of them, {found.num_images / max(seconds, 1e-9):,.0f} images/s"
-    if not found.num_faults:
-        return f"all is well: {work}"
-    more = f", the first {shown} shown" if found.num_faults > shown else ""
-    return f"{count_text(found.num_faults, 'fault')}{more}: {work}"
-
-
-def _parser() -> OneLineParser:
-    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("path", type=Path, metavar="PATH", help="FILE.beton, or a folder of tar shards")
-    add_input_arguments(parser, option="--source", required=False)
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that hash and decode (default: one per core)")
-    parser.add_argument("--faults", type=int, default=100, metavar="N", help="most faults to print; all are counted (default: 100)")
-    return parser
+    more = f", the first {arguments.faults} shown" if found.num_faults > arguments.faults else ""
+    outcome = f"{count_text(found.num_faults, 'fault')}{more}" if found.num_faults else "all is well"
+    say(f"{arguments.path}: {outcome}: {images}, {found.num_bytes:,} bytes of them, {images_per_s:,.0f} images/s")
+    sys.exit(1 if found.num_faults else 0)
 
 
 if __name__ == "__main__":

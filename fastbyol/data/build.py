@@ -14,7 +14,7 @@ from fastbyol.data.formats.beton import MIN_PAGE_BYTES
 from fastbyol.data.formats.manifest import TAR_MANIFEST
 from fastbyol.data.loader import ImageLoader, Readahead, TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer, Renderer
-from fastbyol.data.traversal import Blocks, Traversal, group_into_blocks
+from fastbyol.data.traversal import Traversal, group_into_blocks
 from fastbyol.host.cores import default_workers, place_on_machine
 
 _READS = {
@@ -62,7 +62,11 @@ def build_loader(
     """
     source = _open_source(config.train, config.backend, option=option)
     try:
-        blocks = _blocks(source, traversal, window_mib)
+        require_choice("data.traversal", traversal, TRAVERSALS)
+        require_at_least("data.window_mib", window_mib, 1)
+        blocks = None
+        if traversal == "local":
+            blocks = group_into_blocks(*source.storage(), block_bytes=MIN_PAGE_BYTES, window_bytes=window_mib << 20)
         walk = Traversal(source.num_samples, seed, global_batch, accumulate=accumulate, rank=rank, world_size=world_size, blocks=blocks)
         renderer = _renderer(source, config, views, batch=walk.rank_batch, output=output, device=device or torch.device("cpu"))
         reader, num_readers = place_on_machine()
@@ -104,15 +108,6 @@ def build_image_loader(
         raise
 
 
-def _blocks(source: Source, traversal: str, window_mib: int) -> Blocks | None:
-    require_choice("data.traversal", traversal, TRAVERSALS)
-    require_at_least("data.window_mib", window_mib, 1)
-    if traversal == "random":
-        return None
-    file, offset = source.storage()
-    return group_into_blocks(file, offset, block_bytes=MIN_PAGE_BYTES, window_bytes=window_mib << 20)
-
-
 def _open_source(location: str, backend: str, *, option: str) -> Source:
     """Opens the data with its backend. Each backend is imported only where it is used: a missing optional one must not break the others."""
     if not location:
@@ -122,17 +117,15 @@ def _open_source(location: str, backend: str, *, option: str) -> Source:
     require_choice("data.backend", backend, BACKENDS)
     path = Path(location)
     fitting = backend_of(path, option=option)
-    if backend == "auto":
-        backend = fitting
-    if backend != fitting:
+    if backend not in ("auto", fitting):
         raise UserError(
             f"data.backend = {backend!r}: {path} is {_READS[fitting]}, this backend reads {_READS[backend]}; use auto or {fitting}"
         )
-    if backend == "ffcv":
+    if fitting == "ffcv":
         from fastbyol.data.backends.ffcv_source import FfcvSource
 
         return FfcvSource(path)
-    if backend == "dali":
+    if fitting == "dali":
         from fastbyol.data.backends.dali_source import DaliSource
 
         return DaliSource(path)

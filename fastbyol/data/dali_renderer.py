@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fastbyol.augment.parameters import CROP_H, CROP_W, CROP_X, CROP_Y
 from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair
-from fastbyol.data.backends.dali_source import DaliSource, dali_reason, decoded_jpeg
+from fastbyol.data.backends.dali_source import DaliSource, built_pipeline, dali_reason, decoded_jpeg
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.renderer import Draw, Pending, Rendered, Renderer
 
@@ -43,9 +43,15 @@ class DaliRenderer(Renderer):
         self._jpeg, self._on_gpu = source.jpeg, device.type == "cuda"
         self._held: deque[tuple[Any, Any]] = deque()
         try:
-            self._pipeline = _pipeline(pair, batch=batch, threads=workers, device=device)
+            device_id = (device.index or 0) if self._on_gpu else None
+            self._pipeline = built_pipeline(lambda: self._graph(pair), batch_size=batch, num_threads=workers, device_id=device_id)
         except RuntimeError as error:
             raise UserError(f"data.dali_ops = 'crop': DALI cannot work on {device} ({dali_reason(error)}); use decode") from error
+
+    def _graph(self, pair: ViewPair) -> list[Any]:
+        """Returns DALI's graph: JPEGs and each view's boxes in, two batches (N, S, S, 3) out."""
+        image = decoded_jpeg(on_gpu=self._on_gpu)
+        return [crop(image, view, pair) for view in range(2)]
 
     def _submit(self, indices: Indices, draw: Draw) -> Pending:
         job = self._pool.submit(self._render, indices, draw)
@@ -63,41 +69,20 @@ class DaliRenderer(Renderer):
                 pass
             raise UserError(f"DALI failed ({dali_reason(error)}); use data.dali_ops decode") from error
         views = torch.stack([torch.from_dlpack(output.as_tensor()) for output in outputs])
-        self._hold(outputs)
+        if self._on_gpu:
+            # Keep DALI's outputs alive until the GPU, which works asynchronously, has copied them: DALI would reuse their memory.
+            copied = torch.cuda.Event()
+            copied.record()
+            self._held.append((copied, outputs))
+            while self._held and self._held[0][0].query():
+                self._held.popleft()
         return Rendered(indices, views, torch.from_numpy(parameters))
-
-    def _hold(self, outputs: Any) -> None:
-        """Keeps DALI's outputs alive until the GPU, which works asynchronously, has copied them: DALI would reuse their memory."""
-        if not self._on_gpu:
-            return
-        copied = torch.cuda.Event()
-        copied.record()
-        self._held.append((copied, outputs))
-        while self._held and self._held[0][0].query():
-            self._held.popleft()
 
 
 def box_arguments(rows: NDArray[np.float32], view: int) -> dict[str, NDArray[np.float32]]:
     """Returns what `crop` is told of one view's boxes, from the sampler's rows (N, P)."""
     boxes = {"start": rows[:, [CROP_Y, CROP_X]], "extent": rows[:, [CROP_H, CROP_W]]}
     return {f"{name}{view}": np.ascontiguousarray(box.astype(np.float32, copy=False)) for name, box in boxes.items()}
-
-
-def _pipeline(pair: ViewPair, *, batch: int, threads: int, device: torch.device) -> Any:
-    """Returns DALI's graph: JPEGs and each view's boxes in, two batches (N, S, S, 3) out."""
-    from nvidia.dali import pipeline_def
-
-    on_gpu = device.type == "cuda"
-
-    @pipeline_def
-    def graph() -> Any:
-        image = decoded_jpeg(on_gpu=on_gpu)
-        return tuple(crop(image, view, pair) for view in range(2))
-
-    device_id: Any = (device.index or 0) if on_gpu else None
-    pipeline: Any = graph(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
-    pipeline.build()
-    return pipeline
 
 
 def crop(image: Any, view: int, pair: ViewPair) -> Any:

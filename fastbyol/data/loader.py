@@ -6,25 +6,46 @@ ranks and a resume change nothing, and the whole state of a loader is the (epoch
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastbyol.augment.parameters import centre_crop_parameters, draw_parameters
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
 from fastbyol.data.batch import ImageBatch, ViewBatch
-from fastbyol.data.renderer import Draw, KernelRenderer, Rendered, Renderer
+from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Blocks, Traversal, block_order
 
 
-class TwoViewLoader:
+class _Loader:
+    """What both loaders share: the renderer, and with it the source, which `close` closes."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        source = renderer.source
+        self.num_samples, self.class_names, self._labels = source.num_samples, source.class_names, source.labels
+        self._renderer = renderer
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns short texts that identify the data set, see `Source.fingerprint`."""
+        return self._renderer.source.fingerprint()
+
+    def close(self) -> None:
+        """Stops the threads and closes the files."""
+        self._renderer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TwoViewLoader(_Loader):
     """Training loader: an iterable of `ViewBatch` over the rest of the current epoch, with both views of every image.
 
     Iteration starts at the loader's position and ends at the start of the next epoch. Leaving the loop early keeps the position at the next
@@ -40,26 +61,14 @@ class TwoViewLoader:
             traversal: sample order and this rank's share of it; its seed is also that of the augmentations.
             readahead: for a local traversal, reads the same blocks of the same source ahead.
         """
-        source = renderer.source
-        self.views, self.traversal, self.class_names = views, traversal, source.class_names
-        self.backend = type(source).__name__.removesuffix("Source").lower()
-        self._renderer = renderer
-        self._labels = source.labels
-        self._readahead = readahead
+        super().__init__(renderer)
+        self.views, self.traversal, self._readahead = views, traversal, readahead
+        self.backend = type(renderer.source).__name__.removesuffix("Source").lower()
         self._epoch = self._batch = 0
-
-    @property
-    def num_samples(self) -> int:
-        """Number of images in the data set, over all ranks."""
-        return self.traversal.num_samples
 
     def __len__(self) -> int:
         """Returns the number of micro-batches of this rank in a whole epoch."""
         return self.traversal.micro_batches
-
-    def fingerprint(self) -> dict[str, str]:
-        """Returns short texts that identify the data set, see `Source.fingerprint`."""
-        return self._renderer.source.fingerprint()
 
     def class_counts(self) -> dict[str, int]:
         """Returns the number of images of each class; images without a label (-1) are not counted."""
@@ -85,10 +94,18 @@ class TwoViewLoader:
 
     def __iter__(self) -> Iterator[ViewBatch]:
         epoch, first = self._epoch, self._batch
-        for batch, rendered in enumerate(self._renderer.batches(self._plan(epoch, first), self._draw_at(epoch)), start=first):
+        views, seed = self.views, self.traversal.seed
+        rendering = self._renderer.batches(
+            self._plan(epoch, first),
+            lambda index, height, width: draw_parameters(views, seed=seed, epoch=epoch, index=index, height=height, width=width),
+        )
+        for batch, rendered in enumerate(rendering, start=first):
             # Before the yield: a checkpoint that is saved in the loop's body must continue after this batch.
             self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
-            yield self._view_batch(rendered)
+            # NHWC memory seen as NCHW is channels-last: no copy.
+            view1, view2 = (view.permute(0, 3, 1, 2) for view in rendered.views)
+            label, index = self._labels[rendered.indices], rendered.indices.copy()
+            yield ViewBatch(view1, view2, torch.from_numpy(label), torch.from_numpy(index), rendered.parameters)
 
     def endless(self) -> Generator[ViewBatch, None, None]:
         """Yields batches from the loader's position on, epoch after epoch."""
@@ -99,13 +116,7 @@ class TwoViewLoader:
         """Stops the threads and closes the files."""
         if self._readahead is not None:
             self._readahead.close()
-        self._renderer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().close()
 
     def _plan(self, epoch: int, first: int) -> Iterator[Indices]:
         """Yields this rank's sample indices for each micro-batch from `first` on. The renderer takes them a few batches ahead of the consumer."""
@@ -117,18 +128,8 @@ class TwoViewLoader:
                 self._readahead.reach(batch * self.traversal.rank_batch * self.traversal.world_size)
             yield self.traversal.share(order, batch)
 
-    def _draw_at(self, epoch: int) -> Draw:
-        draw = partial(draw_parameters, self.views, seed=self.traversal.seed, epoch=epoch)
-        return lambda index, height, width: draw(index=index, height=height, width=width)
 
-    def _view_batch(self, rendered: Rendered) -> ViewBatch:
-        # NHWC memory seen as NCHW is channels-last: no copy.
-        view1, view2 = (view.permute(0, 3, 1, 2) for view in rendered.views)
-        label = torch.from_numpy(self._labels[rendered.indices])
-        return ViewBatch(view1, view2, label, torch.from_numpy(rendered.indices.copy()), rendered.parameters)
-
-
-class ImageLoader:
+class ImageLoader(_Loader):
     """Evaluation loader: an iterable of `ImageBatch`, every image once in index order, centre-cropped and normalised.
 
     The last batch may be smaller.
@@ -137,13 +138,8 @@ class ImageLoader:
     def __init__(self, source: Source, *, views: ViewPair, batch: int, workers: int = 1, prefetch: int = 2) -> None:
         """Takes ownership of the source: `close` closes it. Only size, interpolation and normalisation of `views` are used."""
         require_at_least("batch", batch, 1)
-        self.num_samples, self.class_names = source.num_samples, source.class_names
-        self._renderer = KernelRenderer(source, views, num_views=1, workers=workers, prefetch=prefetch)
-        self._labels, self._batch = source.labels, batch
-
-    def fingerprint(self) -> dict[str, str]:
-        """Returns short texts that identify the data set, see `Source.fingerprint`."""
-        return self._renderer.source.fingerprint()
+        super().__init__(KernelRenderer(source, views, num_views=1, workers=workers, prefetch=prefetch))
+        self._batch = batch
 
     def __len__(self) -> int:
         """Returns the number of batches in one pass over the data."""
@@ -155,32 +151,18 @@ class ImageLoader:
     def batches_of(self, index: Indices) -> Iterator[ImageBatch]:
         """Yields the images at these indices, in this order, in batches."""
         plan = (index[first : first + self._batch] for first in range(0, len(index), self._batch))
-        for rendered in self._renderer.batches(plan, _centre_crop):
-            yield _image_batch(rendered, self._labels)
+        return self._render(plan)
 
     def pick(self, index: Sequence[int]) -> ImageBatch:
         """Returns the images at these indices, in this order, as one batch."""
-        (rendered,) = self._renderer.batches([np.asarray(index, dtype=np.int64)], _centre_crop)
-        return _image_batch(rendered, self._labels)
+        (batch,) = self._render([np.asarray(index, dtype=np.int64)])
+        return batch
 
-    def close(self) -> None:
-        """Stops the threads and closes the files."""
-        self._renderer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _image_batch(rendered: Rendered, labels: Indices) -> ImageBatch:
-    index = rendered.indices
-    return ImageBatch(rendered.views[0].permute(0, 3, 1, 2), torch.from_numpy(labels[index]), torch.from_numpy(index.copy()))
-
-
-def _centre_crop(index: Indices, height: Indices, width: Indices) -> NDArray[np.float32]:
-    return centre_crop_parameters(height=height, width=width)
+    def _render(self, plan: Iterable[Indices]) -> Iterator[ImageBatch]:
+        for rendered in self._renderer.batches(plan, lambda _, height, width: centre_crop_parameters(height=height, width=width)):
+            index = rendered.indices
+            image, label = rendered.views[0].permute(0, 3, 1, 2), self._labels[index]
+            yield ImageBatch(image, torch.from_numpy(label), torch.from_numpy(index.copy()))
 
 
 class Readahead:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib.util
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, Storage, damaged
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged
 from fastbyol.data.formats.jpeg_header import jpeg_complaint
 from fastbyol.data.formats.tar_shards import read_tar_shards
 
@@ -35,7 +35,10 @@ class DaliSource(Source):
         super().__init__(labels=self._table["label"].astype(np.int64), class_names=manifest.class_names)
         # The members of the tars are named by their number in the listing.
         self._listed = np.delete(np.arange(self.num_samples + len(manifest.dropped)), manifest.dropped)
-        _allow_open_files(len(manifest.shards))
+        # Every shard stays open: raise the soft limit on open files if there are more than it allows.
+        wanted, (soft, hard) = len(manifest.shards) + 512, resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
         self._files = [RangeReader(folder / shard.name) for shard in manifest.shards]
         self._local = threading.local()
 
@@ -53,13 +56,12 @@ class DaliSource(Source):
                 images = self._decode_one_by_one(batch, jpegs, error)
             for index, image, height, width in zip(batch.tolist(), images, *self.sizes(batch), strict=True):
                 if image.shape != (height, width, 3):
-                    raise damaged(
-                        self.sample_name(index), f"it decodes to {image.shape[1]}x{image.shape[0]} pixels, its table says {width}x{height}"
-                    )
+                    found = f"{image.shape[1]}x{image.shape[0]}"
+                    raise damaged(self.sample_name(index), f"it decodes to {found} pixels, its table says {width}x{height}")
                 yield image
 
-    def storage(self) -> Storage:
-        return Storage(self._table["shard"].astype(np.int64), self._table["offset"].astype(np.int64))
+    def storage(self) -> tuple[Indices, Indices]:
+        return self._table["shard"].astype(np.int64), self._table["offset"].astype(np.int64)
 
     def read_ahead(self, indices: Indices) -> None:
         rows = self._table[indices]
@@ -88,7 +90,10 @@ class DaliSource(Source):
     def _run(self, jpegs: list[Pixels]) -> list[Pixels]:
         pipeline = getattr(self._local, "pipeline", None)
         if pipeline is None:
-            pipeline = self._local.pipeline = _decoding_pipeline()
+            # Run synchronously by the thread that owns it.
+            options = {"device_id": None, "exec_async": False, "exec_pipelined": False}
+            pipeline = built_pipeline(lambda: [decoded_jpeg(on_gpu=False)], batch_size=BATCH, num_threads=1, **options)
+            self._local.pipeline = pipeline
         try:
             pipeline.feed_input("jpeg", jpegs)
             (images,) = pipeline.run()
@@ -109,14 +114,13 @@ class DaliSource(Source):
         return images
 
 
-def _decoding_pipeline() -> Any:
-    """Returns a pipeline of one JPEG decoder, run synchronously by the thread that owns it."""
+def built_pipeline(graph: Callable[[], list[Any]], **options: Any) -> Any:
+    """Returns DALI's pipeline of the graph that the function draws; it returns the outputs. device_id: None means no GPU."""
     from nvidia.dali import Pipeline
 
-    options: dict[str, Any] = {"device_id": None, "exec_async": False, "exec_pipelined": False}  # DALI's stubs do not know None (no GPU)
-    pipeline = Pipeline(batch_size=BATCH, num_threads=1, prefetch_queue_depth=1, **options)
+    pipeline = Pipeline(prefetch_queue_depth=1, **options)
     with pipeline:
-        pipeline.set_outputs(decoded_jpeg(on_gpu=False))
+        pipeline.set_outputs(*graph())
     pipeline.build()
     return pipeline
 
@@ -135,11 +139,3 @@ def dali_reason(error: RuntimeError) -> str:
     """Returns the line of DALI's message that says what is wrong, the first with 'error': the whole message is pages long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "DALI gave no reason")[:200]
-
-
-def _allow_open_files(shards: int) -> None:
-    """Raises the soft limit on open files if there are more shards than it allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = shards + 512
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

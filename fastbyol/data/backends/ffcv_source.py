@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, Storage, ThreadBuffer, damaged, some_of
-from fastbyol.data.formats.beton import JPEG_MODE, Beton, read_beton
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, ThreadBuffer, damaged, some_of
+from fastbyol.data.formats.beton import RAW_MODE, Beton, read_beton
 from fastbyol.data.formats.manifest import beton_manifest_path, numbered_class_names, read_manifest, refuse_other_counts
 from fastbyol.data.formats.turbojpeg import TurboJpeg
 
@@ -42,10 +42,19 @@ class FfcvSource(Source):
             data = self._file.read(offset, size)
             if table.crc32 is not None:
                 data = self.checked(index, data, int(table.crc32[index]))
-            yield self._decode_jpeg(index, data, height, width) if mode == JPEG_MODE else self._raw_pixels(index, data, height, width)
+            if mode == RAW_MODE:
+                yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)  # read_beton has compared the sizes
+                continue
+            image = self._scratch.pixels(height, width)
+            complaint, fatal = self._decoder.decode(data, image)
+            # If a checksum shows that the bytes are unchanged, a warning is harmless: Pillow ignored it too when the image was converted
+            # (stray bytes before a marker: ImageNet has some). Without checksums, treat it as damage.
+            if complaint and (fatal or table.crc32 is None):
+                raise damaged(self.sample_name(index), complaint)
+            yield image
 
-    def storage(self) -> Storage:
-        return Storage(np.zeros(self.num_samples, dtype=np.int64), self._beton.offset)
+    def storage(self) -> tuple[Indices, Indices]:
+        return np.zeros(self.num_samples, dtype=np.int64), self._beton.offset
 
     def read_ahead(self, indices: Indices) -> None:
         ends = self._beton.offset[indices] + self._beton.size[indices]
@@ -53,11 +62,10 @@ class FfcvSource(Source):
 
     def identity(self) -> bytes:
         """Returns a digest of what distinguishes the images, bytes included: raw images have equal sizes and offsets whatever they show."""
-        table = self._beton
-        crc32 = table.crc32
+        table, crc32 = self._beton, self._beton.crc32
         if crc32 is None:
-            some = some_of(self.num_samples)
-            crc32 = np.array([zlib.crc32(self._file.read(int(table.offset[index]), int(table.size[index]))) for index in some])
+            places = ((int(table.offset[index]), int(table.size[index])) for index in some_of(self.num_samples))
+            crc32 = np.array([zlib.crc32(self._file.read(*place)) for place in places])
         return super().identity() + crc32.tobytes()
 
     def sample_name(self, index: int) -> str:
@@ -65,20 +73,6 @@ class FfcvSource(Source):
 
     def close(self) -> None:
         self._file.close()
-
-    def _decode_jpeg(self, index: int, data: bytes, height: int, width: int) -> Pixels:
-        image = self._scratch.pixels(height, width)
-        complaint, fatal = self._decoder.decode(data, image)
-        # If a checksum shows that the bytes are unchanged, a warning is harmless: Pillow ignored it too when the image was converted
-        # (stray bytes before a marker: ImageNet has some). Without checksums, treat it as damage.
-        if complaint and (fatal or self._beton.crc32 is None):
-            raise damaged(self.sample_name(index), complaint)
-        return image
-
-    def _raw_pixels(self, index: int, data: bytes, height: int, width: int) -> Pixels:
-        if len(data) != height * width * 3:
-            raise damaged(self.sample_name(index), f"{len(data)} bytes for {height}x{width} pixels")
-        return np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)
 
 
 def _class_names(path: Path, beton: Beton) -> tuple[str, ...]:

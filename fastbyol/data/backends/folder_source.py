@@ -35,7 +35,10 @@ class FolderSource(Source):
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
         for index in indices[self._sizes[indices, 0] == 0].tolist():
-            self._sizes[index] = self._header_size(index)
+            try:
+                self._sizes[index] = image_size(self._listing.path(index))
+            except (UndecodableImage, OSError) as error:
+                raise damaged(self.sample_name(index), error) from error
         height, width = self._sizes[indices].T
         return height, width
 
@@ -50,23 +53,15 @@ class FolderSource(Source):
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         for index in indices.tolist():
-            yield self._decode_one(index)
+            try:
+                image = decode_with_pillow(self._listing.path(index).read_bytes())
+            except (UndecodableImage, OSError) as error:
+                raise damaged(self.sample_name(index), error) from error
+            height, width = self._sizes[index].tolist()
+            if height and image.shape != (height, width, 3):  # the crops were drawn for the header's size
+                found = f"{image.shape[1]}x{image.shape[0]}"
+                raise damaged(self.sample_name(index), f"it has {found} pixels, its header said {width}x{height}")
+            yield image
 
     def sample_name(self, index: int) -> str:
         return f"image {index} ({self._listing.path(index)})"
-
-    def _decode_one(self, index: int) -> Pixels:
-        try:
-            image = decode_with_pillow(self._listing.path(index).read_bytes())
-        except (UndecodableImage, OSError) as error:
-            raise damaged(self.sample_name(index), error) from error
-        height, width = self._sizes[index].tolist()
-        if height and image.shape != (height, width, 3):  # the crops were drawn for the header's size
-            raise damaged(self.sample_name(index), f"it has {image.shape[1]}x{image.shape[0]} pixels, its header said {width}x{height}")
-        return image
-
-    def _header_size(self, index: int) -> tuple[int, int]:
-        try:
-            return image_size(self._listing.path(index))
-        except (UndecodableImage, OSError) as error:
-            raise damaged(self.sample_name(index), error) from error

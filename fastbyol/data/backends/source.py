@@ -12,7 +12,6 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +22,8 @@ Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 READ_AHEAD_BYTES = 1 << 20
 """Bytes that read-ahead fetches per system call."""
-
-
 _COMPARED = 256
 """Images of which ranks compare the bytes where no table has their digests."""
-
-
-class Storage(NamedTuple):
-    """Location of every sample: number of its file and offset of its first byte there, (num_samples,) each."""
-
-    file: Indices
-    offset: Indices
 
 
 class Source(ABC):
@@ -74,8 +64,8 @@ class Source(ABC):
         everything = np.arange(self.num_samples, dtype=np.int64)
         return b"".join(column.tobytes() for column in (*self.sizes(everything), *self.storage()))
 
-    def storage(self) -> Storage:
-        """Returns the location of every sample.
+    def storage(self) -> tuple[Indices, Indices]:
+        """Returns the location of every sample: number of its file and offset of its first byte there, (num_samples,) each.
 
         Raises UserError for a backend with one file per sample: no reading order is faster than another there.
         """

@@ -9,6 +9,7 @@ unused bytes, then the images. Readers only read as many rows as the header says
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,8 @@ from fastbyol.config.errors import UserError, require
 from fastbyol.data.conversion.encode import EncodedImage, EncodeSettings
 from fastbyol.data.conversion.image_pass import Output, convert_images, kept_rows, touched_images
 from fastbyol.data.conversion.report import make_manifest, report_path, write_report
-from fastbyol.data.conversion.task import ConversionOptions, Images, as_listing, make_task, open_work
-from fastbyol.data.conversion.work_folder import (
-    GrowingFile,
-    WorkFolder,
-    clear_if_finished,
-    disk_errors,
-    put_in_place,
-    require_free_name,
-    work_path,
-)
+from fastbyol.data.conversion.task import ConversionOptions, Images, make_task, open_work
+from fastbyol.data.conversion.work_folder import WorkFolder, disk_errors, put_in_place, require_free_name
 from fastbyol.data.formats.beton import ALLOCATION, FIELD, HEADER, MAX_PAGE_BYTES, MIN_PAGE_BYTES, SAMPLE, VERSION, field_descriptors
 from fastbyol.data.formats.manifest import Manifest, Shard, beton_manifest_path, chunks_sha256, write_manifest
 from fastbyol.data.inputs.listing import ImageListing
@@ -72,24 +65,20 @@ def write_beton(
     if shuffle_seed is not None:
         require(0 <= shuffle_seed < 2**63, "shuffle-seed", shuffle_seed, "an integer in [0, 2^63)")
     with deferred_stop() as stop, disk_errors(out):
-        # First, because the check of the name refuses a complete output, and the work folder of the run that was killed would stay.
-        clear_if_finished(work_path(out), data=_DATA, output=out)
-        require_free_name(out, overwrite=overwrite)
-        listing = as_listing(data)
-        num = len(listing.files)
-        order = np.arange(num, dtype=np.int64) if shuffle_seed is None else seeded_permutation(num, shuffle_seed)
-        task = make_task(listing, order=order, out=out, options=options, workers=workers)
+        require_free_name(out, data=_DATA, overwrite=overwrite)
+        order = np.arange if shuffle_seed is None else lambda num: seeded_permutation(num, shuffle_seed)
+        task = make_task(data, order=order, out=out, options=options, workers=workers)
         page_bytes = _page_bytes(task.sizes, options.encode)
-        task = task.with_largest(page_bytes)
+        task = replace(task, options=replace(options, encode=replace(options.encode, max_stored_bytes=page_bytes)))
         settings: dict[str, int | float | str] = {"page_bytes": page_bytes, **options.encode.as_plain()}
         if shuffle_seed is not None:
             settings["shuffle_seed"] = shuffle_seed
-        with open_work(work_path(out), task, kind="beton", settings=settings) as work:
-            output = _BetonOutput(work, images=num, page_bytes=page_bytes)
+        with open_work(task, kind="beton", settings=settings) as work:
+            output = _BetonOutput(work, images=len(task.order), page_bytes=page_bytes)
             rows = convert_images(task, output, work, stop=stop)
             report, new_manifest = work.path / "report.json", work.path / "manifest.json"
             write_report(report, task, rows, touched_images(work))
-            _write_tables(work.path / _DATA, rows, listing, page_bytes=page_bytes)
+            _write_tables(work.path / _DATA, rows, task.listing, page_bytes=page_bytes)
             size = (work.path / _DATA).stat().st_size
             shard = Shard(out.name, len(kept_rows(rows)), size, output.sha256(size), chunk_bytes=_CHUNK_BYTES)
             manifest = make_manifest("beton", task, rows, [shard], settings)
@@ -121,12 +110,12 @@ class _BetonOutput(Output):
 
     def __init__(self, work: WorkFolder, *, images: int, page_bytes: int) -> None:
         self._work, self._page_bytes = work, page_bytes
-        self._images_at = _images_at(images)
+        self._images_at = HEADER.itemsize + 2 * FIELD.itemsize + images * SAMPLE.itemsize  # behind a table with room for all images
         self._digested = -(-self._images_at // _CHUNK_BYTES) * _CHUNK_BYTES
         """Chunks up to this offset are hashed or being hashed, except the first ones with the tables, which are written last."""
 
     def resume(self, rows: NDArray[np.void]) -> None:
-        self._file: GrowingFile = self._work.open(_DATA, size=_end_of_images(rows, images_at=self._images_at))
+        self._file = self._work.open(_DATA, begins_with=self._images_at)
         self._begin_digests()
 
     def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
@@ -153,20 +142,9 @@ class _BetonOutput(Output):
             self._digested += _CHUNK_BYTES
 
 
-def _images_at(images: int) -> int:
-    """Returns the offset of the first image: after the header, two descriptors and a table with room for all samples."""
-    return HEADER.itemsize + 2 * FIELD.itemsize + images * SAMPLE.itemsize
-
-
-def _end_of_images(rows: NDArray[np.void], *, images_at: int) -> int:
-    kept = kept_rows(rows)
-    return int(kept["offset"][-1] + kept["size"][-1]) if len(kept) else images_at
-
-
 def _write_tables(path: Path, rows: NDArray[np.void], listing: ImageListing, *, page_bytes: int) -> None:
     """Writes checksums and allocation table, with which a .beton must end, and last the header, so that an unfinished file has none."""
-    kept = kept_rows(rows)
-    at = _end_of_images(rows, images_at=_images_at(len(rows)))
+    kept, at = kept_rows(rows), path.stat().st_size
     samples = np.zeros(len(kept), dtype=SAMPLE)
     for name, column in (("mode", "mode"), ("width", "width"), ("height", "height"), ("data_ptr", "offset")):
         samples["f0"][name] = kept[column]
@@ -178,7 +156,6 @@ def _write_tables(path: Path, rows: NDArray[np.void], listing: ImageListing, *, 
     header = np.zeros(1, dtype=HEADER)
     header[0] = (VERSION, 2, page_bytes, len(kept), at + len(checksums))
     with path.open("r+b") as file:
-        file.truncate(at)
         file.seek(at)
         file.write(checksums + allocations.tobytes())
         file.flush()

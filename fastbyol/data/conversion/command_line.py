@@ -31,13 +31,11 @@ def conversion_parser(description: str, examples: str, *, data: str = "required"
     add_input_arguments(parser, required=data == "required")
     work = parser.add_argument_group("the work")
     work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
-    work.add_argument("--overwrite", action="store_true", help="replace an existing output, once the new one is complete")
+    replace = "replace an existing output, once the new one is complete"
+    work.add_argument("--overwrite", action="store_const", const="replace", default="refuse", help=replace)
     unfinished = work.add_mutually_exclusive_group()
-    unfinished.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue an unfinished conversion to this output, or fail (default: continue if there is one)",
-    )
+    resume = "continue an unfinished conversion to this output, or fail (default: continue if there is one)"
+    unfinished.add_argument("--resume", action="store_true", help=resume)
     unfinished.add_argument("--restart", action="store_true", help="delete an unfinished conversion to this output and start again")
     work.add_argument("--strict", action="store_true", help="stop at the first image that cannot be kept, with exit code 1")
     work.add_argument(
@@ -47,33 +45,15 @@ def conversion_parser(description: str, examples: str, *, data: str = "required"
         "--flush-every", type=float, default=10.0, metavar="S", help="seconds between saved points from which it can continue (default: 10)"
     )
     images = parser.add_argument_group("the images")
-    images.add_argument(
-        "--max-side",
-        type=int,
-        metavar="PX",
-        help="shrink images whose longer side exceeds this, antialiased bicubic (default: keep the size)",
-    )
+    shrink = "shrink images whose longer side exceeds this, antialiased bicubic (default: keep the size)"
+    images.add_argument("--max-side", type=int, metavar="PX", help=shrink)
     images.add_argument("--quality", type=int, default=95, metavar="Q", help="JPEG quality of transcoded or resized images (default: 95)")
-    images.add_argument(
-        "--exif",
-        default="ignore",
-        metavar="MODE",
-        help=f"orientation: {' or '.join(EXIF_MODES)} (default: ignore, as the paper's code does)",
-    )
-    images.add_argument(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help=f"drop larger images without decoding them (default: {MAX_PIXELS:,})",
-    )
-    images.add_argument(
-        "--max-seconds",
-        type=float,
-        default=MAX_CPU_S,
-        metavar="S",
-        help=f"drop an image that takes more processor time to check (default: {MAX_CPU_S:g})",
-    )
+    orientation = f"orientation: {' or '.join(EXIF_MODES)} (default: ignore, as the paper's code does)"
+    images.add_argument("--exif", default="ignore", metavar="MODE", help=orientation)
+    larger = f"drop larger images without decoding them (default: {MAX_PIXELS:,})"
+    images.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=larger)
+    slower = f"drop an image that takes more processor time to check (default: {MAX_CPU_S:g})"
+    images.add_argument("--max-seconds", type=float, default=MAX_CPU_S, metavar="S", help=slower)
     return parser
 
 
@@ -94,11 +74,6 @@ def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> Co
         unfinished="restart" if arguments.restart else "require" if arguments.resume else "continue",
         flush_every_s=arguments.flush_every,
     )
-
-
-def overwrite_mode(arguments: Namespace) -> str:
-    """Returns the writers' argument for --overwrite: 'replace' or 'refuse'."""
-    return "replace" if arguments.overwrite else "refuse"
 
 
 def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:

@@ -20,7 +20,6 @@ import io
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple, Protocol
 
 from PIL import Image
 
@@ -29,6 +28,7 @@ from fastbyol.data.formats.beton import JPEG_MODE, RAW_MODE
 from fastbyol.data.formats.jpeg_header import MAX_SIDE_PX, JpegHeader, exif_orientation, read_jpeg_header, scans_complaint
 from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, has_wide_pixels, load_image, pixel_range
 from fastbyol.data.formats.turbojpeg import TurboJpeg
+from fastbyol.data.inputs.listing import ImageLocation
 
 MAX_PIXELS = 100_000_000
 """Default of --max-pixels; ImageNet's largest image has 61 million."""
@@ -40,7 +40,7 @@ EXIF_MODES = ("ignore", "apply")
 _CUT_SHORT = ("Premature end of JPEG file", "Corrupt JPEG data: premature end of data segment")
 _MANY_IMAGES = 1_000
 """After this many JPEGs, a process loads `jpeg_scan`, which takes half a second and then saves 0.3 ms per image."""
-_TURNS = {
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,8 +49,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
 Notes = tuple[tuple[str, str], ...]
 """(kind, detail) of oddities that do not change how the image is stored."""
 
@@ -98,17 +96,10 @@ class EncodeSettings:
 
     def as_plain(self) -> dict[str, int | str | float]:
         """Returns the settings as plain values for the manifest; optional ones only if they are used."""
-        plain: dict[str, int | str | float] = {
-            "transcode_quality": self.quality,
-            "exif": self.exif,
-            "max_pixels": self.max_pixels,
-            "checked_by": "TurboJPEG" if find_turbojpeg() else "Pillow",
-        }
-        if self.max_side_px is not None:
-            plain["max_side_px"] = self.max_side_px
-        if self.raw_fraction:
-            plain["raw_fraction"] = self.raw_fraction
-        return plain
+        checked_by = "TurboJPEG" if find_turbojpeg() else "Pillow"
+        optional = {"max_side_px": self.max_side_px, "raw_fraction": self.raw_fraction}
+        plain = {"transcode_quality": self.quality, "exif": self.exif, "max_pixels": self.max_pixels, "checked_by": checked_by}
+        return plain | {name: value for name, value in optional.items() if value}
 
 
 @dataclass(frozen=True)
@@ -139,23 +130,6 @@ class DroppedImage:
     source_bytes: int = 0
 
 
-class Location(Protocol):
-    """Anything from which an image's bytes can be read."""
-
-    @property
-    def name(self) -> str: ...
-    def read(self) -> bytes: ...
-
-
-class _About(NamedTuple):
-    """The last fields of an `EncodedImage`."""
-
-    source_bytes: int
-    reason: str
-    notes: Notes
-    has_icc: bool
-
-
 class Encoder:
     """Checks and encodes images with fixed settings, within one process."""
 
@@ -164,7 +138,7 @@ class Encoder:
         self._turbo = find_turbojpeg()
         self._checked = 0
 
-    def encode_from(self, location: Location, *, index: int) -> EncodedImage | DroppedImage:
+    def encode_from(self, location: ImageLocation, *, index: int) -> EncodedImage | DroppedImage:
         """Reads and encodes an image. index: its position in the listing, which decides if it is stored raw."""
         try:
             data = location.read()
@@ -202,21 +176,18 @@ class Encoder:
 
     def _complaint(self, data: bytes, header: JpegHeader) -> tuple[str, bool]:
         """Returns TurboJPEG's message ('' if none) and True if it is fatal. Raises UndecodableImage for a truncated JPEG."""
-        if self._turbo is None or self._is_beyond_doubt(data):
+        if self._turbo is None:
             return "", False
+        self._checked += 1
+        if self._checked > _MANY_IMAGES:
+            from fastbyol.data.conversion.jpeg_scan import is_whole
+
+            if is_whole(data):
+                return "", False
         complaint, fatal = self._turbo.check(data, height=header.height, width=header.width)
         if complaint in _CUT_SHORT:
             raise UndecodableImage("truncated", complaint)
         return complaint, fatal
-
-    def _is_beyond_doubt(self, data: bytes) -> bool:
-        """Returns True if the quick check shows that the JPEG is complete, so that TurboJPEG need not check it."""
-        self._checked += 1
-        if self._checked <= _MANY_IMAGES:
-            return False
-        from fastbyol.data.conversion.jpeg_scan import is_whole
-
-        return is_whole(data)
 
     def _must_render(self, header: JpegHeader, index: int) -> bool:
         settings = self._settings
@@ -225,11 +196,14 @@ class Encoder:
         return turned or too_long or self._goes_raw(index, header.height, header.width)
 
     def _passed(self, data: bytes, header: JpegHeader, notes: Notes) -> EncodedImage:
-        about = _About(len(data), "", notes + _exif_note(header.orientation), header.has_icc)
-        return self._stored(data, header.height, header.width, JPEG_MODE, Outcome.PASSED, about)
+        notes += _exif_note(header.orientation)
+        image = EncodedImage(
+            data, header.height, header.width, JPEG_MODE, zlib.crc32(data), Outcome.PASSED, len(data), "", notes, header.has_icc
+        )
+        return self._fitting(image)
 
     def _render(self, data: bytes, header: JpegHeader | None, index: int, *, reason: str = "", notes: Notes = ()) -> EncodedImage:
-        """Decodes with Pillow and encodes again: for all but common JPEGs, and for common ones that must be changed."""
+        """Decodes with Pillow, resizes if necessary, and stores JPEG or pixels: for all but common JPEGs, and for those that must be changed."""
         image = load_image(data, check_size=self._check_size)
         reason = reason or _oddity(image, header)
         # A common JPEG that only had to be checked, because there is no TurboJPEG.
@@ -242,48 +216,44 @@ class Encoder:
             notes += (("range of its pixel values guessed", f"{limits.black:g} to {limits.white:g}"),)
         pixels = as_rgb(image, limits=limits)
         if orientation != 1 and self._settings.exif == "apply":
-            pixels, reason = pixels.transpose(_TURNS[orientation]), reason or "EXIF orientation applied"
+            pixels, reason = pixels.transpose(TURNS[orientation]), reason or "EXIF orientation applied"
         else:
             notes += _exif_note(orientation)
-        return self._made(pixels, index, _About(len(data), reason, notes, "icc_profile" in image.info))
+        limit, longer = self._settings.max_side_px, max(pixels.size)
+        if limit is not None and longer > limit:
+            width, height = (max(1, round(side * limit / longer)) for side in pixels.size)
+            pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+        width, height = pixels.size
+        if max(pixels.size) > MAX_SIDE_PX:
+            raise UndecodableImage("too large", f"{width}x{height} pixels; a side ends at {MAX_SIDE_PX:,}")
+        if self._goes_raw(index, height, width):
+            stored, mode, outcome = pixels.tobytes(), RAW_MODE, Outcome.RAW
+        else:
+            if len(pixels.info.get("comment", b"")) > MAX_SIDE_PX:  # Pillow would copy it into the JPEG, whose segments are limited
+                del pixels.info["comment"]
+            buffer = io.BytesIO()
+            pixels.save(buffer, "JPEG", quality=self._settings.quality)
+            stored, mode, outcome = buffer.getvalue(), JPEG_MODE, Outcome.RESIZED
+        outcome, has_icc = Outcome.TRANSCODED if reason else outcome, "icc_profile" in image.info
+        return self._fitting(EncodedImage(stored, height, width, mode, zlib.crc32(stored), outcome, len(data), reason, notes, has_icc))
 
-    def _made(self, image: Image.Image, index: int, about: _About) -> EncodedImage:
-        """Resizes the pixels if necessary, and stores them raw or as JPEG."""
-        image = self._resized(image)
-        if max(image.size) > MAX_SIDE_PX:
-            raise UndecodableImage("too large", f"{image.width}x{image.height} pixels; a side ends at {MAX_SIDE_PX:,}")
-        if self._goes_raw(index, image.height, image.width):
-            outcome = Outcome.TRANSCODED if about.reason else Outcome.RAW
-            return self._stored(image.tobytes(), image.height, image.width, RAW_MODE, outcome, about)
-        if len(image.info.get("comment", b"")) > MAX_SIDE_PX:  # Pillow would copy it into the JPEG, whose segments are limited
-            del image.info["comment"]
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=self._settings.quality)
-        outcome = Outcome.TRANSCODED if about.reason else Outcome.RESIZED
-        return self._stored(buffer.getvalue(), image.height, image.width, JPEG_MODE, outcome, about)
-
-    def _stored(self, data: bytes, height: int, width: int, mode: int, outcome: Outcome, about: _About) -> EncodedImage:
+    def _fitting(self, image: EncodedImage) -> EncodedImage:
+        """Returns the image if a file can hold it and training can decode it."""
         limit = self._settings.max_stored_bytes
-        if limit is not None and len(data) > limit:
-            raise UndecodableImage("too large", f"{len(data):,} bytes; a page of the file holds {limit:,}")
-        if height * width > MAX_DECODED_PIXELS:
+        if limit is not None and len(image.data) > limit:
+            raise UndecodableImage("too large", f"{len(image.data):,} bytes; a page of the file holds {limit:,}")
+        if image.height * image.width > MAX_DECODED_PIXELS:
+            size = f"{image.width}x{image.height}"
             raise UndecodableImage(
-                "too many pixels", f"{width}x{height}; training decodes {MAX_DECODED_PIXELS:,} at most, --max-side makes it smaller"
+                "too many pixels", f"{size}; training decodes {MAX_DECODED_PIXELS:,} at most, --max-side makes it smaller"
             )
-        return EncodedImage(data, height, width, mode, zlib.crc32(data), outcome, *about)
+        return image
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self._settings.max_pixels:
             raise UndecodableImage("too many pixels", f"{width}x{height}; --max-pixels allows {self._settings.max_pixels:,}")
         if max(width, height) > MAX_SIDE_PX and self._settings.max_side_px is None:
             raise UndecodableImage("too large", f"{width}x{height} pixels; a side ends at {MAX_SIDE_PX:,}")
-
-    def _resized(self, image: Image.Image) -> Image.Image:
-        limit, longer = self._settings.max_side_px, max(image.size)
-        if limit is None or longer <= limit:
-            return image
-        width, height = (max(1, round(side * limit / longer)) for side in image.size)
-        return image.resize((width, height), Image.Resampling.BICUBIC)
 
     def _goes_raw(self, index: int, height: int, width: int) -> bool:
         """Returns True if the image is stored raw: the same pseudo-random choice in every run; False if it would not fit."""
@@ -304,9 +274,9 @@ def find_turbojpeg() -> TurboJpeg | None:
 
 def _oddity(image: Image.Image, header: JpegHeader | None) -> str:
     """Returns why an image cannot be stored byte for byte, as a short phrase that many images share, or '' for a common JPEG."""
-    if header is not None and header.is_common:
-        return ""
     if header is not None:
+        if header.is_common:
+            return ""
         if header.components == 4:
             return "YCCK JPEG" if header.adobe_transform == 2 else "CMYK JPEG"
         return f"JPEG of a rare kind (frame 0x{header.frame:02X}, {header.bits} bits, {header.components} components)"

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 
 from fastbyol.config.errors import UserError
@@ -39,9 +40,7 @@ class EncodingPool:
     def __init__(self, settings: EncodeSettings, *, workers: int, stop: DeferredStop) -> None:
         self._settings, self._stop = settings, stop
         self._selector = selectors.DefaultSelector()
-        self._workers: list[_Worker] = []
-        for _ in range(workers):
-            self._workers.append(self._start())
+        self._workers = [self._start() for _ in range(workers)]
 
     def encode(self, jobs: Iterable[Job]) -> Iterator[Encoded]:
         """Yields the results in the order of the jobs. Raises UserError if workers die repeatedly, Stopped if a stop was requested."""
@@ -50,12 +49,18 @@ class EncodingPool:
             self._hand_out(run)
             if run.awaited == run.submitted:
                 return
-            while run.awaited not in run.results:
-                self._stop.check()
-                self._collect(run)
-                self._hand_out(run)
             self._stop.check()
-            yield run.take()
+            if run.awaited in run.results:
+                yield run.take()
+                continue
+            for worker in self._ready(run):
+                try:
+                    result = worker.receive()
+                except (EOFError, OSError):
+                    self._replace(worker, run)
+                else:
+                    if result is not None:
+                        run.add(worker.jobs.popleft()[0], result)
 
     def __enter__(self) -> EncodingPool:
         return self
@@ -75,16 +80,6 @@ class EncodingPool:
         for worker in self._workers:
             if len(worker.jobs) < _CHUNK:
                 worker.give(run.next_jobs(limit=run.awaited + _AHEAD * len(self._workers)))
-
-    def _collect(self, run: _Run) -> None:
-        for worker in self._ready(run):
-            try:
-                result = worker.receive()
-            except (EOFError, OSError):
-                self._replace(worker, run)
-            else:
-                if result is not None:
-                    run.add(worker.jobs.popleft()[0], result)
 
     def _ready(self, run: _Run) -> list[_Worker]:
         """Waits a moment and returns the workers that have sent something.
@@ -106,7 +101,7 @@ class EncodingPool:
         # Nothing but deaths since the last result: the machine is at fault, not the images.
         if run.deaths_in_a_row > 2 * len(self._workers) + 4:
             raise UserError(
-                f"worker processes die one after another (the last with {_exit_text(exit_code)}{worker.last_words()}); if memory is short take "
+                f"worker processes die one after another (the last with {worker.cause_of_death()}); if memory is short take "
                 "fewer --workers; the same command continues"
             )
         jobs = worker.jobs
@@ -140,8 +135,7 @@ class EncodingPool:
                     _end_silent([worker])
             return result
         except (EOFError, OSError):
-            exit_text = _exit_text(worker.end())
-            return DroppedImage(KILLS_THE_DECODER, f"three processes died of it, the last with {exit_text}{worker.last_words()}")
+            return DroppedImage(KILLS_THE_DECODER, f"three processes died of it, the last with {worker.cause_of_death()}")
         finally:
             worker.end()
 
@@ -171,12 +165,12 @@ class _Run:
 
     def add(self, place: int, result: Encoded) -> None:
         self.results[place] = result
-        self.held_bytes += _size(result)
+        self.held_bytes += len(result.data) if isinstance(result, EncodedImage) else 0
         self.deaths_in_a_row = 0
 
     def take(self) -> Encoded:
         result = self.results.pop(self.awaited)
-        self.held_bytes -= _size(result)
+        self.held_bytes -= len(result.data) if isinstance(result, EncodedImage) else 0
         self.awaited += 1
         return result
 
@@ -187,10 +181,9 @@ class _Worker:
     def __init__(self, settings: EncodeSettings) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (stays open as long as the process runs)
         try:
-            self._process, self._pipes = start_worker(settings, stderr=self._said)
+            self._process, self._to_do, self.results = start_worker(settings, stderr=self._said)
         except OSError as error:
             raise UserError(f"a worker process cannot be started ({error.strerror}); take fewer --workers") from error
-        self.results = self._pipes.results
         self.jobs: deque[_Place] = deque()
         """Jobs that it has not answered yet, in its order."""
         self.is_ready = False
@@ -202,10 +195,8 @@ class _Worker:
         if not self.jobs:
             self.heard_at = time.monotonic()
         self.jobs.extend(jobs)
-        try:
-            self._pipes.jobs.send([job for _, job in jobs])
-        except OSError:  # it has died; reading its results will show that
-            return
+        with suppress(OSError):  # it has died; reading its results will show that
+            self._to_do.send([job for _, job in jobs])
 
     def receive(self) -> Encoded | None:
         """Returns the result of its oldest job, or None for its first message. Raises EOFError or OSError if it is dead."""
@@ -213,34 +204,25 @@ class _Worker:
         self.heard_at, self.is_ready = time.monotonic(), True
         return None if message == READY else message
 
-    def kill(self) -> None:
-        self._process.kill()
-
     def end(self) -> int:
         """Kills the process if it is still running; returns its exit code."""
         self._process.kill()
-        for pipe in self._pipes:
-            pipe.close()
+        self._to_do.close()
+        self.results.close()
         return self._process.wait()
 
-    def last_words(self) -> str:
-        """Returns ': ' and the last line that a dead process wrote to stderr, such as an exception's, or '' if it wrote nothing."""
+    def cause_of_death(self) -> str:
+        """Ends the process; returns its signal or exit code and the last line that it wrote to stderr, such as an exception's."""
+        exit_code = self.end()
+        exit_text = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
         self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
         lines = self._said.read().decode(errors="replace").strip().splitlines()
-        return f": {lines[-1].strip()}" if lines else ""
+        return f"{exit_text}: {lines[-1].strip()}" if lines else exit_text
 
 
 def _end_silent(workers: list[_Worker]) -> list[_Worker]:
     """Kills workers that have sent nothing for too long, so that the end of their pipe is read next. Always returns an empty list."""
     for worker in workers:
         if worker.jobs and time.monotonic() - worker.heard_at > (SECONDS_PER_IMAGE if worker.is_ready else SECONDS_TO_START):
-            worker.kill()
+            worker._process.kill()
     return []
-
-
-def _size(result: Encoded) -> int:
-    return len(result.data) if isinstance(result, EncodedImage) else 0
-
-
-def _exit_text(exit_code: int) -> str:
-    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"

@@ -18,7 +18,8 @@ from typing import IO, NamedTuple
 
 from PIL import Image
 
-from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings, Location
+from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings
+from fastbyol.data.inputs.listing import ImageLocation
 
 Encoded = EncodedImage | DroppedImage
 READY = "ready"
@@ -31,19 +32,13 @@ class Job(NamedTuple):
 
     index: int
     """The image's position in the listing."""
-    location: Location
+    location: ImageLocation
 
 
-class WorkerPipes(NamedTuple):
-    """The main process's ends of a worker's pipes."""
+def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subprocess.Popen[bytes], Connection, Connection]:
+    """Starts a worker process; returns it with our ends of its pipes: of jobs, and of results, which ends when the process does.
 
-    jobs: Connection
-    results: Connection
-    """Reaches its end of file when the worker process ends."""
-
-
-def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subprocess.Popen[bytes], WorkerPipes]:
-    """Starts a worker process; returns it with our ends of its pipes. Its messages go to `stderr`, because all workers may print the same.
+    Its messages go to `stderr`, because all workers may print the same.
 
     It has its own process group, so that Ctrl-C in a terminal reaches only the main process, which then ends the worker in an orderly way. If
     the main process is killed, the pipe of jobs ends and the worker exits.
@@ -67,7 +62,7 @@ def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subpro
         )
     with contextlib.suppress(BrokenPipeError):  # it has died already; reading its results will show that
         jobs.send(settings)
-    return process, WorkerPipes(jobs, results)
+    return process, jobs, results
 
 
 def serve(jobs_descriptor: int, results_descriptor: int) -> None:

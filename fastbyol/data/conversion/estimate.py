@@ -15,7 +15,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.encode import UNREADABLE, EncodedImage
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Job
-from fastbyol.host.quantities import bytes_text, duration_text
+from fastbyol.host.quantities import bytes_text
 
 _SMALLEST_SAMPLE, _LARGEST_SAMPLE, _SHARE = 16, 256, 50
 
@@ -32,13 +32,6 @@ class Estimate:
     dropped: tuple[str, ...] = ()
     """Name and reason of each tried image that could be read but not kept."""
 
-    def text(self, *, workers: int, free_bytes: int) -> str:
-        many = "worker process" if workers == 1 else "worker processes"
-        return (
-            f"{self.images:,} images to go: about {bytes_text(self.bytes)} and {duration_text(self.seconds)} with {workers} {many}; "
-            f"{bytes_text(free_bytes)} are free"
-        )
-
 
 def estimate_conversion(
     pool: EncodingPool, order: NDArray[np.int64], sizes: NDArray[np.int64], *, job: Callable[[int], Job], bytes_per_image: int
@@ -52,7 +45,8 @@ def estimate_conversion(
         job: returns the job for an image's index.
         bytes_per_image: overhead of the output per image.
     """
-    picked = order[np.unique(np.linspace(0, len(order) - 1, _sample_size(len(order))).astype(int))]
+    size = min(len(order), max(_SMALLEST_SAMPLE, min(len(order) // _SHARE, _LARGEST_SAMPLE)))
+    picked = order[np.unique(np.linspace(0, len(order) - 1, size).astype(int))]
     stored = read = 0
     dropped = []
     started = time.monotonic()
@@ -80,7 +74,3 @@ def require_space(folder: Path, estimate: Estimate) -> int:
             "elsewhere (--out), or store less (--max-side, --quality)"
         )
     return free
-
-
-def _sample_size(images: int) -> int:
-    return min(images, max(_SMALLEST_SAMPLE, min(images // _SHARE, _LARGEST_SAMPLE)))

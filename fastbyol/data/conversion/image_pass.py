@@ -15,27 +15,17 @@ from fastbyol.config.errors import RunError, UserError
 from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, Outcome
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Encoded
-from fastbyol.data.conversion.estimate import Estimate, estimate_conversion, require_space
+from fastbyol.data.conversion.estimate import estimate_conversion, require_space
 from fastbyol.data.conversion.task import Task
 from fastbyol.data.conversion.work_folder import WorkFolder
 from fastbyol.host.progress import Progress
+from fastbyol.host.quantities import bytes_text, duration_text
 from fastbyol.host.signals import DeferredStop, OrderlyStop, Stopped
 
 ROW = np.dtype(
-    [
-        ("index", "<u8"),
-        ("outcome", "u1"),
-        ("mode", "u1"),
-        ("has_icc", "u1"),
-        ("shard", "<u4"),
-        ("offset", "<u8"),
-        ("size", "<u8"),
-        ("crc32", "<u4"),
-        ("height", "<u2"),
-        ("width", "<u2"),
-        ("source_bytes", "<u8"),
-    ]
-)
+    [("index", "<u8"), ("outcome", "u1"), ("mode", "u1"), ("has_icc", "u1"), ("shard", "<u4"), ("offset", "<u8"), ("size", "<u8"),
+     ("crc32", "<u4"), ("height", "<u2"), ("width", "<u2"), ("source_bytes", "<u8")]
+)  # fmt: skip
 """Record of one converted or dropped image: outcome and location. The file of rows has one per image, in the order of conversion."""
 ROWS, TOUCHED = "rows", "touched.jsonl"
 UNREADABLE_IN_A_ROW = 20
@@ -80,23 +70,21 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: Deferr
         with EncodingPool(task.options.encode, workers=task.workers, stop=stop) as pool:
             remaining = task.order[work.done :]
             estimate = estimate_conversion(pool, remaining, task.sizes, job=task.job, bytes_per_image=output.bytes_per_image)
-            _refuse_lost_cause(task, estimate)
+            share = len(estimate.dropped) / estimate.sampled
+            # Better now than after hours: most of the sample cannot be kept, and so many may not be dropped.
+            if not task.options.strict and share > 0.5 and share * estimate.images > task.options.dropped_allowed(total):
+                raise UserError(
+                    f"{task.listing.root}: {len(estimate.dropped)} of a sample of {estimate.sampled} images cannot be kept, the first "
+                    f"{estimate.dropped[0]}; are these the images and settings that you want? --max-dropped 1 converts the others"
+                )
             free = require_space(work.path.parent, estimate)
-            say(f"{task.out.name}: {estimate.text(workers=task.workers, free_bytes=free)}", file=sys.stderr)
+            needs = f"about {bytes_text(estimate.bytes)} and {duration_text(estimate.seconds)}"
+            many = "worker process" if task.workers == 1 else "worker processes"
+            told = f"{estimate.images:,} images to go: {needs} with {task.workers} {many}; {bytes_text(free)} are free"
+            say(f"{task.out.name}: {told}", file=sys.stderr)
             with stop.deferred(), Progress(task.out.name, total, unit="images", done=work.done) as progress:
                 _Pass(task, output, work, progress).run(pool)
     return np.fromfile(work.path / ROWS, dtype=ROW)
-
-
-def _refuse_lost_cause(task: Task, estimate: Estimate) -> None:
-    """Raises UserError if most of the sample cannot be kept and so many may not be dropped: better now than after hours."""
-    share = len(estimate.dropped) / estimate.sampled
-    if task.options.strict or share <= 0.5 or share * estimate.images <= task.options.dropped_allowed(len(task.order)):
-        return
-    raise UserError(
-        f"{task.listing.root}: {len(estimate.dropped)} of a sample of {estimate.sampled} images cannot be kept, the first {estimate.dropped[0]}; "
-        "are these the images and settings that you want? --max-dropped 1 converts the others"
-    )
 
 
 class _Pass:
@@ -104,8 +92,7 @@ class _Pass:
 
     def __init__(self, task: Task, output: Output, work: WorkFolder, progress: Progress) -> None:
         self._task, self._output, self._work, self._progress = task, output, work, progress
-        self._rows = work.open(ROWS, size=work.done * ROW.itemsize)
-        self._touched = work.open(TOUCHED, size=work.size_of(TOUCHED))
+        self._rows, self._touched = work.open(ROWS), work.open(TOUCHED)
         self._done = work.done
         self._unreadable = 0
 
@@ -134,7 +121,15 @@ class _Pass:
 
     def _take(self, index: int, encoded: Encoded) -> None:
         if isinstance(encoded, DroppedImage):
-            self._refuse_drop(index, encoded)
+            name, told = self._task.listing.files[index], f"{encoded.reason} ({encoded.detail})"
+            if self._task.options.strict:
+                raise BadImage(f"{name}: {told}; repair or remove it, or omit --strict to drop it")
+            self._unreadable = self._unreadable + 1 if encoded.reason == UNREADABLE else 0
+            if self._unreadable >= UNREADABLE_IN_A_ROW:
+                raise UserError(
+                    f"{self._task.listing.root}: {self._unreadable} files in a row cannot be read, the last {name} ({encoded.detail}); is the "
+                    "disk still there? The same command tries them again"
+                )
             row = (index, Outcome.DROPPED, 0, 0, 0, 0, 0, 0, 0, 0, encoded.source_bytes)
             self._note(index, "dropped", encoded.reason, encoded.detail)
             size = 0
@@ -151,17 +146,6 @@ class _Pass:
         self._rows.write(np.array([row], dtype=ROW).tobytes())
         self._done += 1
         self._progress.advance(stored_bytes=size, dropped=int(isinstance(encoded, DroppedImage)))
-
-    def _refuse_drop(self, index: int, dropped: DroppedImage) -> None:
-        name = self._task.listing.files[index]
-        if self._task.options.strict:
-            raise BadImage(f"{name}: {dropped.reason} ({dropped.detail}); repair or remove it, or omit --strict to drop it")
-        self._unreadable = self._unreadable + 1 if dropped.reason == UNREADABLE else 0
-        if self._unreadable >= UNREADABLE_IN_A_ROW:
-            raise UserError(
-                f"{self._task.listing.root}: {self._unreadable} files in a row cannot be read, the last {name} ({dropped.detail}); is the "
-                "disk still there? The same command tries them again"
-            )
 
     def _note(self, index: int, outcome: str, reason: str, detail: str) -> None:
         self._touched.write((json.dumps({"index": index, "outcome": outcome, "reason": reason, "detail": detail}) + "\n").encode())

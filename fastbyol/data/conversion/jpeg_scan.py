@@ -6,10 +6,9 @@ the time of TurboJPEG's check. It only knows well-formed baseline JPEGs without 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastbyol.data.conversion.jpeg_scan_kernel import LONGEST_CODE, walk
 from fastbyol.data.formats.jpeg_header import MAX_SIDE_PX
@@ -19,23 +18,8 @@ _JFIF, _ADOBE, _APPLICATION = 0xE0, 0xEE, range(0xE0, 0xF0)
 _BLOCKS_IN_UNIT = 10  # at most, in an interleaved scan
 
 
-class _Table(NamedTuple):
-    """A Huffman table as stored in a JPEG."""
-
-    counts: bytes
-    """Number of codes of each length, 1 to 16 bits."""
-    symbols: bytes
-
-
-class _Layout(NamedTuple):
-    """Structure of a scan."""
-
-    units: int
-    """Number of minimum coded units (MCUs), each of which consists of `blocks`."""
-    blocks: NDArray[np.uint64]
-    """(blocks, 2): positions in `tables` of each block's DC and AC table."""
-    tables: dict[int, _Table]
-    """The used tables by class << 4 | number, where the class is 0 for DC and 1 for AC."""
+_Tables = dict[int, tuple[bytes, bytes]]
+"""Huffman tables as stored in a JPEG: number of codes of each length, 1 to 16 bits, and symbols. By class << 4 | number, class 0 is DC, 1 AC."""
 
 
 class _Doubt(Exception):
@@ -45,19 +29,19 @@ class _Doubt(Exception):
 def is_whole(jpeg: bytes) -> bool:
     """Returns True if a decoder will read the file to its end without a warning, False if unsure: then the decoder must check."""
     try:
-        begin, layout = _read_header(jpeg)
+        begin, scan = _read_header(jpeg)
     except (_Doubt, IndexError, KeyError):
         return False
     if jpeg[-2:] != b"\xff\xd9":
         return False
     data = np.frombuffer(jpeg, dtype=np.uint8)
-    return bool(walk(data, begin, len(data) - 2, layout.units, layout.blocks, *_as_arrays(layout.tables)))
+    return bool(walk(data, begin, len(data) - 2, *scan))
 
 
-def _read_header(jpeg: bytes) -> tuple[int, _Layout]:
-    """Returns the offset of the scan's data and its layout. Raises _Doubt, IndexError or KeyError if the header is unusual or damaged."""
+def _read_header(jpeg: bytes) -> tuple[int, tuple[Any, ...]]:
+    """Returns the offset of the scan's data and the result of `_read_scan`. Raises _Doubt, IndexError or KeyError if the header is unusual or damaged."""
     quantization: set[int] = set()
-    tables: dict[int, _Table] = {}
+    tables: _Tables = {}
     frame = b""
     at = 2
     while True:
@@ -70,7 +54,9 @@ def _read_header(jpeg: bytes) -> tuple[int, _Layout]:
         if marker == _SCAN:
             return at, _read_scan(content, frame, quantization, tables)
         if marker == _QUANTIZATION:
-            quantization.update(_read_quantization(content))
+            if not content or len(content) % 65 or any(head > 3 for head in content[::65]):  # 8-bit entries, tables 0 to 3
+                raise _Doubt
+            quantization.update(content[::65])
         elif marker == _TABLES:
             tables.update(_read_tables(content))
         elif marker == _BASELINE and not frame:
@@ -90,28 +76,21 @@ def _is_harmless(marker: int, content: bytes) -> bool:
     return marker == _COMMENT or marker in _APPLICATION
 
 
-def _read_quantization(content: bytes) -> set[int]:
-    if not content or len(content) % 65 or any(head > 3 for head in content[::65]):  # 8-bit entries, tables 0 to 3
-        raise _Doubt
-    return set(content[::65])
-
-
-def _read_tables(content: bytes) -> dict[int, _Table]:
-    """Returns the Huffman tables of a segment by class << 4 | number, as stored; the class is 0 for DC and 1 for AC."""
-    found: dict[int, _Table] = {}
+def _read_tables(content: bytes) -> _Tables:
+    found: _Tables = {}
     while content:
         counts = content[1 : LONGEST_CODE + 1]
         end = LONGEST_CODE + 1 + sum(counts)
         # 0xEC: the bits of the table's class and number that must be zero in baseline (class 0 or 1, number 0 to 3).
         if len(counts) < LONGEST_CODE or end > min(len(content), LONGEST_CODE + 1 + 256) or content[0] & 0xEC:
             raise _Doubt
-        found[content[0]] = _Table(counts, content[LONGEST_CODE + 1 : end])
+        found[content[0]] = counts, content[LONGEST_CODE + 1 : end]
         content = content[end:]
     return found
 
 
-def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: dict[int, _Table]) -> _Layout:
-    """Returns the layout of the scan. Raises _Doubt, or KeyError if a Huffman table is missing."""
+def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: _Tables) -> tuple[Any, ...]:
+    """Returns `walk`'s arguments from `units` on. Raises _Doubt, or KeyError if a Huffman table is missing."""
     count = frame[5]
     if count not in (1, 3) or frame[0] != 8 or len(frame) != 6 + 3 * count:
         raise _Doubt
@@ -142,15 +121,9 @@ def _read_scan(content: bytes, frame: bytes, quantization: set[int], tables: dic
     blocks = [(places[dc], places[ac]) for (x, y), (dc, ac) in zip(factors, pairs, strict=True) for _ in range(x * y)]
     if len(blocks) > _BLOCKS_IN_UNIT:
         raise _Doubt
-    return _Layout(-(-width // (8 * wide)) * -(-height // (8 * high)), np.array(blocks, dtype=np.uint64), used)
-
-
-def _as_arrays(tables: dict[int, _Table]) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the tables as arrays: (tables,) True for DC; (tables, 17) number of codes of each length; (tables, 256) symbols."""
-    is_dc = np.array([kind < 0x10 for kind in tables])
-    counts = np.zeros((len(tables), LONGEST_CODE + 1), dtype=np.int64)
-    symbols = np.zeros((len(tables), 256), dtype=np.int64)
-    for number, table in enumerate(tables.values()):
-        counts[number, 1:] = list(table.counts)
-        symbols[number, : len(table.symbols)] = list(table.symbols)
-    return is_dc, counts, symbols
+    counts, symbols = (np.zeros((len(used), columns), dtype=np.int64) for columns in (LONGEST_CODE + 1, 256))
+    for number, (lengths, values) in enumerate(used.values()):
+        counts[number, 1:] = list(lengths)
+        symbols[number, : len(values)] = list(values)
+    units = -(-width // (8 * wide)) * -(-height // (8 * high))
+    return units, np.array(blocks, dtype=np.uint64), np.array([kind < 0x10 for kind in used]), counts, symbols

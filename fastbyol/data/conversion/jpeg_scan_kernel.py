@@ -80,12 +80,8 @@ def _read(jpeg, at, end, bits, have):
     """
     if at + 4 <= end:
         i = np.uint64(at)
-        a, b, c, d = (
-            np.uint32(jpeg[i]),
-            np.uint32(jpeg[i + np.uint64(1)]),
-            np.uint32(jpeg[i + np.uint64(2)]),
-            np.uint32(jpeg[i + np.uint64(3)]),
-        )
+        a, b = np.uint32(jpeg[i]), np.uint32(jpeg[i + np.uint64(1)])
+        c, d = np.uint32(jpeg[i + np.uint64(2)]), np.uint32(jpeg[i + np.uint64(3)])
         word = np.uint32(a << np.uint32(24)) | np.uint32(b << np.uint32(16)) | np.uint32(c << np.uint32(8)) | d
         # Bit trick: true if none of the four bytes is 0xFF, so that there is nothing to skip.
         if np.uint32(~word - np.uint32(0x01010101)) & word & np.uint32(0x80808080) == 0:

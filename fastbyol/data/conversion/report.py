@@ -29,7 +29,7 @@ _COUNTED = {Outcome.PASSED: "passed through", Outcome.RESIZED: "resized", Outcom
 
 
 def write_report(path: Path, task: Task, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> None:
-    """Writes the report. Raises UserError if too many images were dropped; report and converted data are kept for a run that allows it.
+    """Writes the report. Raises UserError if too many images were dropped, or all of a class; all is kept for a run that allows it.
 
     Args:
         path: path of the report.
@@ -37,29 +37,36 @@ def write_report(path: Path, task: Task, rows: NDArray[np.void], touched: list[d
         rows: one row per image, in any order (`image_pass.ROW`).
         touched: notes of the conversion (`image_pass.touched_images`), in any order.
     """
-    # Pure ASCII, so that names that are not valid UTF-8 are preserved and any reader can parse it.
-    write_durably(path, json.dumps(_report(task.listing, rows, touched), indent=1) + "\n")
-    _require_few_dropped(task, rows, report=path)
-
-
-def _report(listing: ImageListing, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the report as plain values for JSON. It depends only on the images and the settings."""
     outcomes = Counter(rows["outcome"].tolist())
     named = sorted(touched, key=lambda entry: (entry["index"], entry["outcome"], entry["reason"]))
     by_reason = {
         outcome: dict(sorted(Counter(entry["reason"] for entry in named if entry["outcome"] == outcome).items()))
         for outcome in ("transcoded", "dropped", "noted")
     }
-    return {
+    # It depends only on the images and the settings, so that a resumed conversion writes the same.
+    report = {
         "format_version": _FORMAT,
         "images": len(rows),
         "kept": len(rows) - outcomes[Outcome.DROPPED],
         **{what.replace(" ", "_"): outcomes[outcome] for outcome, what in _COUNTED.items()},
         **by_reason,
         "icc_profiles_ignored": int((rows["has_icc"] != 0).sum()),
-        "left_out_of_the_listing": [{"name": name, "reason": reason} for name, reason in listing.skipped],
-        "touched": [{"name": listing.files[entry["index"]], **entry} for entry in named],
+        "left_out_of_the_listing": [{"name": name, "reason": reason} for name, reason in task.listing.skipped],
+        "touched": [{"name": task.listing.files[entry["index"]], **entry} for entry in named],
     }
+    # Pure ASCII, so that names that are not valid UTF-8 are preserved and any reader can parse it.
+    write_durably(path, json.dumps(report, indent=1) + "\n")
+    allowed = task.options.dropped_allowed(len(rows))
+    dropped = outcomes[Outcome.DROPPED]
+    advice = f"{path} names them. Nothing is lost: fix the images and start again with --restart, or allow it with"
+    if dropped == len(rows):
+        raise UserError(f"{task.listing.root}: none of the {len(rows):,} images can be kept; {path} says why")
+    if dropped > allowed:
+        share = math.ceil(1e4 * dropped / len(rows)) / 1e4  # rounded up, so that it works as a value of --max-dropped
+        raise UserError(f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {share:g}")
+    lost = Counter(task.listing.labels).keys() - _class_counts(task.listing, rows).keys()
+    if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
+        raise UserError(f"class {task.listing.class_names[min(lost)]} lost all of its images; {advice} --max-dropped 1")
 
 
 def report_path(out: Path) -> Path:
@@ -80,27 +87,6 @@ def report_table(report: dict[str, Any]) -> str:
     lines += [(f"left out: {kind}", count) for kind, (count, _) in reasons.items()]
     width = max(len(what) for what, _ in lines)
     return "\n".join(f"{what:<{width}}  {count:>9,}" for what, count in lines)
-
-
-def _require_few_dropped(task: Task, rows: NDArray[np.void], *, report: Path) -> None:
-    """Raises UserError if too many images were dropped, or all images of a class. The converted data is kept for a run that allows it."""
-    allowed = task.options.dropped_allowed(len(rows))
-    dropped = len(rows) - len(kept_rows(rows))
-    advice = f"{report} names them. Nothing is lost: fix the images and start again with --restart, or allow it with"
-    if dropped == len(rows):
-        raise UserError(f"{task.listing.root}: none of the {len(rows):,} images can be kept; {report} says why")
-    if dropped > allowed:
-        raise UserError(
-            f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {_share(dropped, len(rows))}"
-        )
-    lost = Counter(task.listing.labels).keys() - _class_counts(task.listing, rows).keys()
-    if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
-        raise UserError(f"class {task.listing.class_names[min(lost)]} lost all of its images; {advice} --max-dropped 1")
-
-
-def _share(part: int, whole: int) -> str:
-    """Returns the share as a decimal number, rounded up, so that it works as a value of --max-dropped."""
-    return f"{math.ceil(1e4 * part / whole) / 1e4:g}"
 
 
 def make_manifest(kind: str, task: Task, rows: NDArray[np.void], shards: list[Shard], settings: Mapping[str, Any]) -> Manifest:

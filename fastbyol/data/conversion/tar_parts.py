@@ -25,15 +25,14 @@ from fastbyol.data.conversion.image_pass import ROW, convert_images, kept_rows, 
 from fastbyol.data.conversion.report import make_manifest, write_report
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, tar_settings
 from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
-from fastbyol.data.conversion.work_folder import disk_errors
+from fastbyol.data.conversion.work_folder import disk_errors, work_path
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, read_manifest, refuse_impossible_values, write_manifest
-from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, TAR_REPORT
+from fastbyol.data.formats.tar_shards import PARTS, SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import durable_file, flush_to_disk, write_durably
 from fastbyol.host.signals import deferred_stop
 
-_PARTS, _TABLES = "part-*-of-*.json", "part-*-of-*.npz"
 _PART_NAME = re.compile(r"part-\d{5,9}-of-\d{5,9}\.json")
 
 
@@ -53,7 +52,10 @@ class Part:
         return f"{self.number:05d}-of-{self.count:05d}"
 
     def share(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        return order[self.number * len(order) // self.count : (self.number + 1) * len(order) // self.count]
+        first, end = (number * len(order) // self.count for number in (self.number, self.number + 1))
+        if first == end:
+            raise UserError(f"shard = {self.number}/{self.count}: {len(order)} images are too few for {self.count} machines")
+        return order[first:end]
 
 
 def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
@@ -86,18 +88,23 @@ def write_tar_part(
     options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
     with deferred_stop() as stop, disk_errors(out):
-        _make_folder(out)
-        files = _PartFiles(out, part.name)
-        if not (files.is_complete and options.unfinished != "restart"):
-            listing = as_listing(data)
-            order = part.share(seeded_permutation(len(listing.files), seed))
-            if not len(order):
-                raise UserError(f"shard = {part.number}/{part.count}: {len(listing.files)} images are too few for {part.count} machines")
-            task = make_task(listing, order=order, out=out / f"part-{part.name}", options=options, workers=workers)
-            with open_work(files.work, task, kind="tar part", settings={**settings, "part": part.name}) as work:
+        if (out / TAR_MANIFEST).exists():
+            raise UserError(f"{out}: holds a complete data set already; give another --out, or remove it first")
+        if not out.parent.is_dir():
+            raise UserError(f"{out.parent}: no such folder to write {out.name} in; make it first")
+        out.mkdir(exist_ok=True)
+        name = out / f"part-{part.name}"
+        description, folder = name.with_suffix(".json"), work_path(name)
+        is_complete = description.exists() or (folder / description.name).exists()
+        if not is_complete or options.unfinished == "restart":
+            task = make_task(data, order=lambda n: part.share(seeded_permutation(n, seed)), out=name, options=options, workers=workers)
+            with open_work(task, kind="tar part", settings={**settings, "part": part.name}) as work:
                 output = TarOutput(work, shard_mib=shard_mib, part=part.name)
-                rows = convert_images(task, output, work, stop=stop)
-                _write_table(files.work / files.table.name, listing, rows)
+                rows, listing = convert_images(task, output, work, stop=stop), task.listing
+                indices = rows["index"].tolist()
+                names = "\0".join(listing.files[index] for index in indices).encode(errors="surrogateescape")
+                labels = np.array([listing.labels[index] for index in indices], dtype=np.int64)
+                np.savez(_table_path(folder / description.name), rows=rows, labels=labels, names=np.frombuffer(names, dtype=np.uint8))
                 done = _Done(
                     settings=settings,
                     source=str(listing.root),
@@ -108,9 +115,16 @@ def write_tar_part(
                     shards=output.finish(rows),
                     touched=touched_images(work),
                 )
-                write_durably(files.work / files.description.name, json.dumps(asdict(done)))
-        files.publish()
-        return _read_part(files.description).shards
+                write_durably(folder / description.name, json.dumps(asdict(done)))
+        # Moved one by one, and an interrupted move goes on here. The description comes last: it tells the merge that all the rest is there.
+        shards = sorted((folder / SHARDS_FOLDER).glob("*"))
+        for file in (*shards, _table_path(folder / description.name), folder / description.name):
+            if file.exists():
+                flush_to_disk(file)
+                os.replace(file, out / file.name)
+        flush_to_disk(out)
+        shutil.rmtree(folder, ignore_errors=True)
+        return _read_part(description).shards
 
 
 def merge_tar_parts(out: Path, *, data: Images | None = None, options: ConversionOptions | None = None) -> Manifest:
@@ -126,8 +140,10 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
             dropped.
     """
     with deferred_stop(), disk_errors(out):
-        if (out / TAR_MANIFEST).exists():
-            return _finish_merge(out)
+        if (out / TAR_MANIFEST).exists():  # its merge may have been killed before it removed the descriptions of the parts
+            if not _remove_parts(out):
+                raise UserError(f"{out}: is merged already")
+            return read_manifest(out / TAR_MANIFEST)
         parts = _all_parts(out)
         done = [_read_part(part) for part in parts]
         _require_equal(parts, done)
@@ -135,11 +151,23 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
             raise UserError(
                 f"{out}: its parts were made from other images than {listing.root} holds; give what they were made from, or nothing"
             )
-        tables = [_read_table(part) for part in parts]
-        for path, one, table in zip(parts, done, tables, strict=True):
-            _refuse_other_rows(path, one, table)
-        rows = np.sort(_renumbered([table.rows for table in tables], done), order="index")
-        task = _whole_task(out, done[0], tables, rows, options or ConversionOptions())
+        tables = [_read_table(part, one) for part, one in zip(parts, done, strict=True)]
+        first = 0
+        for table, one in zip(tables, done, strict=True):
+            table.rows["shard"] += np.uint32(first)  # the numbers of the shards count on from part to part
+            first += len(one.shards)
+        rows = np.concatenate([table.rows for table in tables])
+        order, num_images = np.argsort(rows["index"]), done[0].num_images
+        rows = rows[order]
+        if not np.array_equal(rows["index"], np.arange(num_images)):
+            raise UserError(f"{out}: the parts hold {len(rows):,} images and should hold each of {num_images:,} once; convert them again")
+        names = [name for table in tables for name in table.names]
+        labels = tuple(np.concatenate([table.labels for table in tables])[order].tolist())
+        files, skipped = tuple(names[place] for place in order.tolist()), tuple((name, why) for name, why in done[0].skipped)
+        listing = ImageListing(Path(done[0].source), tuple(done[0].class_names), files, labels, skipped)
+        # The task of the whole conversion, with the fields that report and manifest need.
+        sizes, options = rows["source_bytes"].astype(np.int64), options or ConversionOptions()
+        task = Task(listing, np.arange(num_images), sizes, done[0].listing_sha256, out, options, workers=1)
         write_report(out / TAR_REPORT, task, rows, [entry for one in done for entry in one.touched])
         with durable_file(out / SAMPLE_TABLE) as table:
             np.save(table, sample_table(task, rows))
@@ -150,16 +178,9 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
     return manifest
 
 
-def _finish_merge(out: Path) -> Manifest:
-    """Finishes a merge that was killed before it removed the parts' descriptions; returns its manifest. Raises UserError if it was complete."""
-    if not _remove_parts(out):
-        raise UserError(f"{out}: is merged already")
-    return read_manifest(out / TAR_MANIFEST)
-
-
 def _remove_parts(out: Path) -> int:
     """Removes the files that describe the parts; returns their number."""
-    files = [file for pattern in (_PARTS, _TABLES) for file in out.glob(pattern)]
+    files = [file for pattern in (PARTS, "part-*-of-*.npz") for file in out.glob(pattern)]
     for file in files:
         file.unlink()
     return len(files)
@@ -190,49 +211,9 @@ class _Table(NamedTuple):
     names: list[str]
 
 
-def _write_table(path: Path, listing: ImageListing, rows: NDArray[np.void]) -> None:
-    indices = rows["index"].tolist()
-    names = "\0".join(listing.files[index] for index in indices).encode(errors="surrogateescape")
-    labels = np.array([listing.labels[index] for index in indices], dtype=np.int64)
-    np.savez(path, rows=rows, labels=labels, names=np.frombuffer(names, dtype=np.uint8))
-
-
-class _PartFiles:
-    """Paths of a part's files. They are made in its work folder and then moved one by one to the folder of all parts, the description last."""
-
-    def __init__(self, out: Path, name: str) -> None:
-        self._out = out
-        self.work = out / f".part-{name}.partial"
-        self.description = out / f"part-{name}.json"
-        self.table = out / f"part-{name}.npz"
-
-    @property
-    def is_complete(self) -> bool:
-        return self.description.exists() or (self.work / self.description.name).exists()
-
-    def publish(self) -> None:
-        """Moves the files to the folder of all parts. Continues a move that was interrupted."""
-        # The description comes last: it tells the merge that everything else of the part is there.
-        shards = sorted((self.work / SHARDS_FOLDER).glob("*"))
-        for file in (*shards, self.work / self.table.name, self.work / self.description.name):
-            if file.exists():
-                flush_to_disk(file)
-                os.replace(file, self._out / file.name)
-        flush_to_disk(self._out)
-        shutil.rmtree(self.work, ignore_errors=True)
-
-
-def _make_folder(out: Path) -> None:
-    if (out / TAR_MANIFEST).exists():
-        raise UserError(f"{out}: holds a complete data set already; give another --out, or remove it first")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder to write {out.name} in; make it first")
-    out.mkdir(exist_ok=True)
-
-
 def _all_parts(out: Path) -> list[Path]:
     """Returns the paths of all parts' descriptions, in order. Raises UserError if some are missing."""
-    found = sorted(path for path in out.glob(_PARTS) if _PART_NAME.fullmatch(path.name))
+    found = sorted(path for path in out.glob(PARTS) if _PART_NAME.fullmatch(path.name))
     counts = {int(path.stem.rpartition("-")[2]) for path in found}
     if len(counts) != 1:
         raise UserError(
@@ -252,27 +233,22 @@ def _read_part(path: Path) -> _Done:
     try:
         fields = json.loads(path.read_text(encoding="ascii"))
         done = _Done(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
-        _refuse_other_description(done)
+        positions = [entry["index"] for entry in done.touched]
+        texts = (done.source, done.listing_sha256, *done.class_names, *(text for pair in done.skipped for text in pair))
+        refuse_impossible_values(numbers=(done.num_images, *positions), texts=texts, shards=done.shards)
+        if any(position >= done.num_images for position in positions):
+            raise ValueError("a number out of range")
+        if any(len(pair) != 2 for pair in done.skipped):
+            raise ValueError("a left-out file without a reason")
+        if any(not isinstance(entry[field], str) for entry in done.touched for field in ("outcome", "reason", "detail")):
+            raise TypeError("an image without a reason")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not the description of a part ({shortened(error)}); remove it and convert that part again") from error
     return done
 
 
-def _refuse_other_description(done: _Done) -> None:
-    """Raises TypeError or ValueError for a description with values that no part can have."""
-    positions = [entry["index"] for entry in done.touched]
-    texts = (done.source, done.listing_sha256, *done.class_names, *(text for pair in done.skipped for text in pair))
-    refuse_impossible_values(numbers=(done.num_images, *positions), texts=texts, shards=done.shards)
-    if any(position >= done.num_images for position in positions):
-        raise ValueError("a number out of range")
-    if any(len(pair) != 2 for pair in done.skipped):
-        raise ValueError("a left-out file without a reason")
-    if any(not isinstance(entry[field], str) for entry in done.touched for field in ("outcome", "reason", "detail")):
-        raise TypeError("an image without a reason")
-
-
-def _read_table(description: Path) -> _Table:
-    path = description.with_suffix(".npz")
+def _read_table(description: Path, done: _Done) -> _Table:
+    path, again = _table_path(description), f"remove {description} and convert that part again"
     try:
         with ZipFile(path) as archive:  # refuse compressed entries, which we never write: a small file could unpack to fill the memory
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
@@ -284,13 +260,8 @@ def _read_table(description: Path) -> _Table:
         if not (rows.dtype == ROW and len(rows) == len(labels) == len(table.names)):
             raise ValueError("its columns do not fit together")
     except Exception as error:  # a damaged zip file or array header raises anything
-        raise UserError(f"{path}: not the table of a part ({error}); remove {description} and convert that part again") from error
-    return table
-
-
-def _refuse_other_rows(description: Path, done: _Done, table: _Table) -> None:
-    """Raises UserError if a part's table points beyond its shards or classes."""
-    kept = kept_rows(table.rows)
+        raise UserError(f"{path}: not the table of a part ({error}); {again}") from error
+    kept = kept_rows(rows)
     ends = np.array([shard.bytes for shard in done.shards] or [0], dtype=np.uint64)
     fits = not len(kept) or (
         int(kept["shard"].max()) < len(done.shards)
@@ -298,11 +269,14 @@ def _refuse_other_rows(description: Path, done: _Done, table: _Table) -> None:
         and bool((kept["offset"] <= ends[kept["shard"]]).all())
         and bool((kept["offset"] + kept["size"] <= ends[kept["shard"]]).all())
     )
-    labels_fit = not len(table.labels) or -1 <= table.labels.min() <= table.labels.max() < max(len(done.class_names), 1)
+    labels_fit = not len(labels) or -1 <= labels.min() <= labels.max() < max(len(done.class_names), 1)
     if not (fits and labels_fit):
-        raise UserError(
-            f"{description.with_suffix('.npz')}: points beyond its shards or classes (damaged); remove {description} and convert that part again"
-        )
+        raise UserError(f"{path}: points beyond its shards or classes (damaged); {again}")
+    return table
+
+
+def _table_path(description: Path) -> Path:
+    return description.with_suffix(".npz")
 
 
 def _require_equal(parts: list[Path], done: list[_Done]) -> None:
@@ -316,25 +290,3 @@ def _require_equal(parts: list[Path], done: list[_Done]) -> None:
             raise UserError(
                 f"{path}: made from other images ({one.source}) than the first part ({first.source}); remove one of them and convert it again"
             )
-
-
-def _whole_task(out: Path, done: _Done, tables: list[_Table], rows: NDArray[np.void], options: ConversionOptions) -> Task:
-    """Returns the task of the whole conversion, with the fields that report and manifest need. rows: all rows in listing order."""
-    if not np.array_equal(rows["index"], np.arange(done.num_images)):
-        raise UserError(f"{out}: the parts hold {len(rows):,} images and should hold each of {done.num_images:,} once; convert them again")
-    order = np.argsort(np.concatenate([table.rows["index"] for table in tables]))
-    names = [name for table in tables for name in table.names]
-    labels = np.concatenate([table.labels for table in tables])[order]
-    skipped = tuple((name, reason) for name, reason in done.skipped)
-    files = tuple(names[place] for place in order.tolist())
-    listing = ImageListing(Path(done.source), tuple(done.class_names), files, tuple(labels.tolist()), skipped)
-    return Task(listing, np.arange(len(files)), rows["source_bytes"].astype(np.int64), done.listing_sha256, out, options, workers=1)
-
-
-def _renumbered(rows: list[NDArray[np.void]], done: list[_Done]) -> NDArray[np.void]:
-    """Returns the rows of all parts, with shard numbers that count on from part to part."""
-    first = 0
-    for part, one in zip(rows, done, strict=True):
-        part["shard"] += np.uint32(first)
-        first += len(one.shards)
-    return np.concatenate(rows)

@@ -5,6 +5,7 @@ One machine writes a whole folder. Several machines can write disjoint parts of 
 
 from __future__ import annotations
 
+import struct
 import tarfile
 from pathlib import Path
 
@@ -16,16 +17,8 @@ from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.data.conversion.encode import EncodedImage
 from fastbyol.data.conversion.image_pass import Output, convert_images, kept_rows, touched_images
 from fastbyol.data.conversion.report import make_manifest, write_report
-from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
-from fastbyol.data.conversion.work_folder import (
-    GrowingFile,
-    WorkFolder,
-    clear_if_finished,
-    disk_errors,
-    put_in_place,
-    require_free_name,
-    work_path,
-)
+from fastbyol.data.conversion.task import ConversionOptions, Images, Task, make_task, open_work
+from fastbyol.data.conversion.work_folder import GrowingFile, WorkFolder, disk_errors, put_in_place, require_free_name
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, write_manifest
 from fastbyol.data.formats.tar_shards import INDEX_VERSION, SAMPLE, SAMPLE_TABLE, TAR_REPORT, index_path, shard_name
 from fastbyol.data.traversal import seeded_permutation
@@ -35,8 +28,6 @@ from fastbyol.host.signals import deferred_stop
 SHARDS_FOLDER = "shards"
 _BLOCK = tarfile.BLOCKSIZE
 _NUMBERS_BYTES = 4 * _BLOCK  # .cls and .idx: a header and a block each
-
-Settings = dict[str, int | float | str]
 
 
 def write_tar_shards(
@@ -71,12 +62,9 @@ def write_tar_shards(
     options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
     with deferred_stop() as stop, disk_errors(out):
-        clear_if_finished(work_path(out), data=SHARDS_FOLDER, output=out)
-        require_free_name(out, overwrite=overwrite, marker=TAR_MANIFEST)
-        listing = as_listing(data)
-        order = seeded_permutation(len(listing.files), seed)
-        task = make_task(listing, order=order, out=out, options=options, workers=workers)
-        with open_work(work_path(out), task, kind="tar", settings=settings) as work:
+        require_free_name(out, data=SHARDS_FOLDER, overwrite=overwrite, marker=TAR_MANIFEST)
+        task = make_task(data, order=lambda num: seeded_permutation(num, seed), out=out, options=options, workers=workers)
+        with open_work(task, kind="tar", settings=settings) as work:
             output = TarOutput(work, shard_mib=shard_mib)
             rows = convert_images(task, output, work, stop=stop)
             report = work.path / "report.json"
@@ -97,7 +85,7 @@ def write_tar_shards(
     return manifest
 
 
-def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> Settings:
+def tar_settings(options: ConversionOptions, *, shard_mib: int, seed: int) -> dict[str, int | float | str]:
     """Returns the settings on which the result depends, for the manifest. Raises UserError for options that tar shards do not support."""
     require_at_least("shard-mb", shard_mib, 1)
     require(0 <= seed < 2**63, "seed", seed, "an integer in [0, 2^63)")
@@ -134,14 +122,14 @@ class TarOutput(Output):
         # Dropped images leave no bytes, so the end of the last shard follows from the last kept image.
         self._number, end = int(kept["shard"][-1]), int(kept["offset"][-1]) + _padded(int(kept["size"][-1])) + _NUMBERS_BYTES
         if end < self._shard_bytes:
-            self._file = self._work.open(self._path(self._number), size=end)
+            self._file = self._work.open(self._path(self._number))
         else:
             self._number += 1
 
     def add(self, index: int, label: int, image: EncodedImage) -> tuple[int, int]:
         file = self._file = self._file or self._work.open(self._path(self._number))
         shard, offset = self._number, file.size + _BLOCK
-        for extension, data in (("jpg", image.data), ("cls", _int64(label)), ("idx", _int64(index))):
+        for extension, data in (("jpg", image.data), ("cls", struct.pack("<q", label)), ("idx", struct.pack("<q", index))):
             file.write(member_header(f"{index:08d}.{extension}", len(data)) + data + bytes(-len(data) % _BLOCK))
         if file.size >= self._shard_bytes:
             self._close()
@@ -151,8 +139,13 @@ class TarOutput(Output):
         """Closes the last shard and writes the DALI indices; returns all shards. rows: one per image, in the order of conversion."""
         if self._file:
             self._close()
-        kept = kept_rows(rows)
-        return [self._finish_shard(number, kept[kept["shard"] == number]) for number in range(self._number)]
+        kept, shards = kept_rows(rows), []
+        for name, number in ((self._path(number), number) for number in range(self._number)):
+            path, columns = self._work.path / name, kept[kept["shard"] == number][["index", "offset", "size"]]
+            lines = [_index_line(*row) for row in columns.tolist()]
+            index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]), encoding="ascii")
+            shards.append(Shard(path.name, len(lines), path.stat().st_size, self._work.digests.result(name)))
+        return shards
 
     def _path(self, number: int) -> str:
         return f"{SHARDS_FOLDER}/{shard_name(number, part=self._part)}"
@@ -161,16 +154,10 @@ class TarOutput(Output):
         """Closes a shard: two empty blocks mark the end of a tar, which is then padded to whole records."""
         assert self._file is not None
         self._file.write(bytes(2 * _BLOCK + -(self._file.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
-        self._work.close_file(self._file)
+        self._work.close_file(self._path(self._number))
         self._work.digests.begin(self._path(self._number))
         self._file = None
         self._number += 1
-
-    def _finish_shard(self, number: int, rows: NDArray[np.void]) -> Shard:
-        path = self._work.path / self._path(number)
-        lines = [_index_line(*row) for row in zip(*(rows[name].tolist() for name in ("index", "offset", "size")), strict=True)]
-        index_path(path).write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]), encoding="ascii")
-        return Shard(path.name, len(rows), path.stat().st_size, self._work.digests.result(self._path(number)))
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -180,16 +167,8 @@ def member_header(name: str, size: int) -> bytes:
     """
     name_field, size_field = name.encode("ascii"), b"%011o" % size
     checksum = _OTHER_FIELDS_SUM + sum(name_field) + sum(size_field)
-    return b"".join(
-        (
-            name_field,
-            _HEADER[len(name_field) : _SIZE_AT],
-            size_field,
-            _HEADER[_SIZE_AT + 11 : _SUM_AT],
-            b"%06o\0 " % checksum,
-            _HEADER[_SUM_AT + 8 :],
-        )
-    )
+    before = name_field + _HEADER[len(name_field) : _SIZE_AT] + size_field + _HEADER[_SIZE_AT + 11 : _SUM_AT]
+    return before + b"%06o\0 " % checksum + _HEADER[_SUM_AT + 8 :]
 
 
 # POSIX: offsets of the size (11 octal digits) and of the checksum (8 characters, which count as blanks in the sum).
@@ -207,7 +186,3 @@ def _index_line(index: int, offset: int, size: int) -> str:
 
 def _padded(size: int) -> int:
     return size + -size % _BLOCK
-
-
-def _int64(value: int) -> bytes:
-    return value.to_bytes(8, "little", signed=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import require, require_at_least, require_choice
 from fastbyol.data.conversion.encode import EncodeSettings
 from fastbyol.data.conversion.encoding_worker import Job
-from fastbyol.data.conversion.work_folder import UNFINISHED, WorkFolder
+from fastbyol.data.conversion.work_folder import UNFINISHED, WorkFolder, work_path
 from fastbyol.data.formats.manifest import software_versions
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing, names_digest
@@ -69,11 +69,6 @@ class Task:
     def job(self, index: int) -> Job:
         return Job(index, self.listing.location(index))
 
-    def with_largest(self, stored_bytes: int) -> Task:
-        """Returns the same task with a limit on an image's stored size."""
-        encode = replace(self.options.encode, max_stored_bytes=stored_bytes)
-        return replace(self, options=replace(self.options, encode=encode))
-
 
 def as_listing(data: Images) -> ImageListing:
     """Returns the listing of the images; lists a folder or tar, or calls the function."""
@@ -82,16 +77,19 @@ def as_listing(data: Images) -> ImageListing:
     return data if isinstance(data, ImageListing) else data()
 
 
-def make_task(listing: ImageListing, *, order: NDArray[np.int64], out: Path, options: ConversionOptions, workers: int) -> Task:
-    """Returns the task. workers: number of worker processes; 0 means one per core."""
+def make_task(data: Images, *, order: Callable[[int], NDArray[np.int64]], out: Path, options: ConversionOptions, workers: int) -> Task:
+    """Returns the task. order: gives the order for a number of images; workers: number of worker processes, 0 means one per core."""
+    listing = as_listing(data)
     require_at_least("workers", workers, 0)
-    sizes = np.array([listing.num_bytes(index) for index in range(len(listing.files))], dtype=np.int64)
-    return Task(listing, order, sizes, listing.digest(), out, options, min(workers or default_workers(), len(order)))
+    num = len(listing.files)
+    sizes = np.array([listing.num_bytes(index) for index in range(num)], dtype=np.int64)
+    chosen = order(num)
+    return Task(listing, chosen, sizes, listing.digest(), out, options, min(workers or default_workers(), len(chosen)))
 
 
-def open_work(path: Path, task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFolder:
+def open_work(task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFolder:
     """Opens the work folder in which the output is written. Its identity is everything that the result depends on."""
     names = chain(task.listing.class_names, task.listing.files, map(str, task.listing.labels))
     identity = {"kind": kind, "images": len(task.listing.files), "names_and_labels": names_digest(names), **settings, **software_versions()}
-    options = task.options
-    return WorkFolder(path, output=task.out, identity=identity, unfinished=options.unfinished, flush_every_s=options.flush_every_s)
+    unfinished, flush_every_s = task.options.unfinished, task.options.flush_every_s
+    return WorkFolder(work_path(task.out), output=task.out, identity=identity, unfinished=unfinished, flush_every_s=flush_every_s)

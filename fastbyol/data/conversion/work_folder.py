@@ -33,31 +33,16 @@ _BUFFER_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class GrowingFile:
-    """A buffered file that is only appended to; `size` includes what is still in the buffer."""
+class GrowingFile(io.BufferedWriter):
+    """A file that is only appended to; `size` includes what is still in the buffer, which `flush` passes to the operating system."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.name = name
-        self._file = io.BufferedWriter(io.FileIO(path, "a"), _BUFFER_BYTES)
-        self.size = self._file.seek(0, os.SEEK_END)
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "a"), _BUFFER_BYTES)
+        self.size = self.seek(0, os.SEEK_END)
 
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
+    def write(self, data: bytes, /) -> int:
         self.size += len(data)
-
-    def flush(self) -> None:
-        """Passes the buffer to the operating system, so that readers of the file see it."""
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def abandon(self) -> None:
-        """Closes the file even if its buffer cannot be written."""
-        try:
-            self._file.close()
-        except OSError:
-            self._file.raw.close()
+        return super().write(data)
 
 
 class WorkFolder:
@@ -86,39 +71,33 @@ class WorkFolder:
         self._files: dict[str, GrowingFile] = {}
         self._sizes: dict[str, int] = {}
         self._pending: list[Future[None]] = []
-        self._is_open = True
         self._flushed_at = time.monotonic()
         try:
             if unfinished == "restart":
                 _empty(path)
             elif unfinished == "require" and not (path / _JOURNAL).exists():
                 raise UserError(f"{output}: there is no unfinished conversion to resume; omit --resume to start one")
-            self._check_identity(identity)
-            self.done, self.notes = self._load_journal()
+            self.done, self.notes = self._load(identity)
         except BaseException:
             self.close()
             raise
 
-    def open(self, name: str, *, size: int = 0) -> GrowingFile:
-        """Opens a file of this folder for appending, and cuts it to `size`. name: relative path, at most one folder deep."""
+    def open(self, name: str, *, begins_with: int = 0) -> GrowingFile:
+        """Opens a file of this folder for appending. name: relative path, at most one folder deep; begins_with: zero bytes of a new file."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
-        # What lies beyond is from after the last journal entry: it will be written again.
-        with path.open("ab") as file:
-            file.truncate(size)
-        self._files[name] = GrowingFile(path, name)
+        if name not in self._sizes:  # others have been cut to their length in the journal
+            with path.open("wb") as file:
+                file.truncate(begins_with)
+        self._files[name] = GrowingFile(path)
         return self._files[name]
 
-    def size_of(self, name: str) -> int:
-        """Returns a file's size in the journal of the earlier run, or 0 if the file isn't in it."""
-        return self._sizes.get(name, 0)
-
-    def close_file(self, file: GrowingFile) -> None:
+    def close_file(self, name: str) -> None:
         """Closes a finished file and starts its fsync; its size is part of every later journal entry."""
+        file = self._files.pop(name)
         file.close()
-        del self._files[file.name]
-        self._sizes[file.name] = file.size
-        self._pending.append(self._flusher.submit(flush_to_disk, self.path / file.name))
+        self._sizes[name] = file.size
+        self._pending.append(self._flusher.submit(flush_to_disk, self.path / name))
 
     def flush_due(self, done: int) -> None:
         """Starts a journal entry in the background if `flush_every_s` has passed and the last entry is finished."""
@@ -128,25 +107,22 @@ class WorkFolder:
     def flush(self, done: int) -> None:
         """Writes a journal entry saying that the first `done` images are in the files. Returns when it is on disk."""
         self._start_flush(done)
-        self._finish_flush()
+        self._pending.pop().result()
 
     def discard(self) -> None:
-        """Removes the folder, once the output is complete and moved out."""
-        self._let_go(keep=False)
+        """Marks the folder, once the output is complete and moved out, as one that `close` removes."""
+        (self.path / _JOURNAL).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Closes the files and releases the lock. The folder is kept for the next run if there is a journal, else removed."""
-        self._let_go(keep=(self.path / _JOURNAL).exists())
-
-    def _let_go(self, *, keep: bool) -> None:
-        if not self._is_open:
-            return
-        self._is_open = False
         for file in self._files.values():
-            file.abandon()
+            try:
+                file.close()
+            except OSError:  # its buffer cannot be written
+                file.raw.close()
         self.digests.close()
         self._flusher.shutdown(wait=True)
-        if not keep:
+        if not (self.path / _JOURNAL).exists():
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)  # last: once the lock is released, another process may use the path
 
@@ -157,7 +133,8 @@ class WorkFolder:
         self.close()
 
     def _start_flush(self, done: int) -> None:
-        self._finish_flush()
+        while self._pending:
+            self._pending.pop().result()
         for file in self._files.values():
             file.flush()
         sizes = self._sizes | {name: file.size for name, file in self._files.items()}
@@ -165,35 +142,31 @@ class WorkFolder:
         entry = {"done": done, "sizes": sizes, "notes": dict(self.notes)}
         self._pending.append(self._flusher.submit(self._put_on_disk, tuple(self._files), entry))
 
-    def _finish_flush(self) -> None:
-        while self._pending:
-            self._pending.pop().result()
-
     def _put_on_disk(self, names: Sequence[str], entry: dict[str, Any]) -> None:
         for name in names:  # before the journal, which may only name bytes that are on disk
             flush_to_disk(self.path / name)
         write_durably(self.path / _JOURNAL, json.dumps(entry))
 
-    def _check_identity(self, identity: Mapping[str, Any]) -> None:
-        path = self.path / _SETTINGS
-        if not (path.exists() and (self.path / _JOURNAL).exists()):  # without a journal there is nothing to lose: start again
+    def _load(self, identity: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Returns the number of finished images and the notes of the earlier run, if there is one that made the same.
+
+        Cuts every file to its length in the journal and removes files that are not in it.
+        """
+        settings, journal = self.path / _SETTINGS, self.path / _JOURNAL
+        if not (settings.exists() and journal.exists()):  # without a journal there is nothing to lose: start again
             _empty(self.path)
-            write_durably(path, json.dumps(identity, indent=1))
-            return
+            write_durably(settings, json.dumps(identity, indent=1))
+            return 0, {}
         before = self._read(_SETTINGS)
-        changed = [name for name in (*identity, *before) if before.get(name) != identity.get(name)]
-        if changed:
+        if changed := [name for name in (*identity, *before) if before.get(name) != identity.get(name)]:
             name = changed[0]
             raise UserError(
                 f"{self._output}: an unfinished conversion is in {self.path}, made with {name} = {before.get(name)} and not "
                 f"{identity.get(name)}; repeat its settings to continue it, or throw it away with --restart"
             )
-
-    def _load_journal(self) -> tuple[int, dict[str, Any]]:
-        """Cuts every file to its length in the journal and removes files that are not in it. Returns the number of finished images and the notes."""
-        entry = self._read(_JOURNAL) if (self.path / _JOURNAL).exists() else {"done": 0, "sizes": {}, "notes": {}}
+        entry = self._read(_JOURNAL)
         if not _is_journal_entry(entry):
-            raise UserError(f"{self.path / _JOURNAL}: damaged, or not a journal of this program; start again with --restart")
+            raise UserError(f"{journal}: damaged, or not a journal of this program; start again with --restart")
         known = {_SETTINGS, _JOURNAL, _LOCK, *entry["sizes"]}
         for file in self.path.rglob("*"):
             if not file.is_dir() and str(file.relative_to(self.path)) not in known:
@@ -233,7 +206,8 @@ class BackgroundDigests:
         """Starts the digest of bytes that will not change any more. size: number of bytes from `start`; None means to the end."""
         note = _note(name, start)
         if note not in self._work.notes and note not in self._pending:
-            self._pending[note] = self._thread.submit(self._take, note, self._work.path / name, start, size)
+            path = self._work.path / name
+            self._pending[note] = self._thread.submit(lambda: self._work.notes.setdefault(note, sha256_of(path, start=start, size=size)))
 
     def result(self, name: str, *, start: int = 0, size: int | None = None) -> str:
         """Returns the hexadecimal digest; starts it, or waits for it, if necessary."""
@@ -244,10 +218,6 @@ class BackgroundDigests:
     def close(self) -> None:
         """Ends the thread; digests that it has not begun are dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _take(self, note: str, path: Path, start: int, size: int | None) -> str:
-        digest = self._work.notes[note] = sha256_of(path, start=start, size=size)
-        return digest
 
 
 def _note(name: str, start: int) -> str:
@@ -274,11 +244,23 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise UserError(f"{out}: not finished: {reason}{at}; once that is fixed, the same command continues") from error
 
 
-def require_free_name(out: Path, *, overwrite: str, marker: str = "") -> None:
+def require_free_name(out: Path, *, data: str, overwrite: str, marker: str = "") -> None:
     """Raises UserError if `out` exists and may not be replaced, is a folder without the file `marker`, or has no parent folder.
 
-    marker: for an output that is a folder, the name of a file by which ours are recognised. An empty folder is accepted too.
+    Before that, it finishes a conversion to `out` that was killed while its `data` was moved to the final place: its output is no obstacle.
+
+    Args:
+        data: name of the file or folder in the work folder that becomes `out`.
+        marker: for an output that is a folder, the name of a file by which ours are recognised. An empty folder is accepted too.
     """
+    folder = work_path(out)
+    moving = (folder / _COMPLETE).exists()
+    if moving or (folder.parent != out and out.exists() and (folder / _JOURNAL).exists() and not (folder / data).exists()):
+        lock = _locked(folder, out)
+        if moving:
+            _empty_into(folder / _COMPLETE, out)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
     if marker and _is_unused(out):
         return
     if out.is_dir() and not (marker and (out / marker).is_file()):
@@ -307,7 +289,7 @@ def put_in_place(new: Path, out: Path) -> None:
     If the work folder is inside `out`, the files are moved one by one into `out`.
     """
     if new.is_dir() and new.parent.parent == out:
-        # The new name says to `clear_if_finished` that all is written and the moves only have to go on.
+        # The new name says to `require_free_name` that all is written and the moves only have to go on.
         os.replace(new, new.with_name(_COMPLETE))
         flush_to_disk(new.parent)
         _empty_into(new.with_name(_COMPLETE), out)
@@ -320,18 +302,6 @@ def put_in_place(new: Path, out: Path) -> None:
     flush_to_disk(out.parent)
     if old.is_dir():
         shutil.rmtree(old)
-
-
-def clear_if_finished(folder: Path, *, data: str, output: Path) -> None:
-    """Finishes a conversion that was killed while its `data` was moved to the final place: moves the rest, removes the work folder."""
-    moving = (folder / _COMPLETE).exists()
-    moved = folder.parent != output and output.exists() and (folder / _JOURNAL).exists() and not (folder / data).exists()
-    if moving or moved:
-        lock = _locked(folder, output)
-        if moving:
-            _empty_into(folder / _COMPLETE, output)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def _empty_into(complete: Path, output: Path) -> None:

@@ -12,8 +12,6 @@ import os
 import socket
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_name, image_rng, save_jpeg, write_image_folder
+from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_rng, save_jpeg, write_image_folder
 
 CLASS_NAMES = ("t_shirt_top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle_boot")
 """Class names in the order of Fashion-MNIST's labels (Xiao et al., 2017, table 1)."""
@@ -56,7 +54,7 @@ class FashionClass:
         folder.mkdir(parents=True)
         for index, photograph in enumerate(self.photographs):
             rng = image_rng(self.seed, self.split, self.label, index)
-            save_jpeg(make_photograph_on_canvas(photograph, rng=rng), folder / f"{image_name(index)}.jpg")
+            save_jpeg(make_photograph_on_canvas(photograph, rng=rng), folder / f"{index:05d}.jpg")
 
 
 def write_fashion(out: Path, *, settings: DemoSettings, overwrite: bool) -> None:
@@ -66,7 +64,17 @@ def write_fashion(out: Path, *, settings: DemoSettings, overwrite: bool) -> None
         UserError: the photographs cannot be found or downloaded, there are fewer than requested, or `out` can't be used.
     """
     source = find_photographs()
-    writers = [writer for split in SPLITS for writer in _class_writers(source, split, settings)]
+    writers = []
+    for split in SPLITS:
+        prefix, count = FILE_PREFIX[split], settings.per_class(split)
+        images, labels = read_idx(source / f"{prefix}-images-idx3-ubyte.gz"), read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
+        if images.shape != (len(labels), PHOTOGRAPH_PX, PHOTOGRAPH_PX) or labels.ndim != 1:
+            raise UserError(f"{source}: images {images.shape} and labels {labels.shape} of {split} don't fit together; install them again")
+        for label, name in enumerate(CLASS_NAMES):
+            photographs = images[labels == label][:count]
+            if (found := len(photographs)) < count:
+                raise UserError(f"{split}-per-class = {count}: there are {found} photographs of {name}; ask for at most that many")
+            writers.append(FashionClass(split, label, settings.seed, photographs))
     write_image_folder(out, kind="fashion", class_writers=writers, settings=settings, overwrite=overwrite)
 
 
@@ -122,47 +130,22 @@ def read_idx(path: Path) -> np.ndarray:
 
 def find_photographs() -> Path:
     """Returns the folder of Fashion-MNIST's four IDX files: Debian's package, else torchvision's download into the user's cache."""
-    if _has_all_files(DEBIAN_FOLDER):
+    names = [f"{prefix}-{content}" for prefix in FILE_PREFIX.values() for content in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")]
+    if all((DEBIAN_FOLDER / name).is_file() for name in names):
         return DEBIAN_FOLDER
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastbyol"
+    before = socket.getdefaulttimeout()
+    # torchvision downloads without a timeout: behind a firewall that drops packets it would wait for ever.
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
         from torchvision.datasets import FashionMNIST
 
-        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
-            FashionMNIST(str(cache), download=True)
+        FashionMNIST(str(cache), download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"Fashion-MNIST: not in {DEBIAN_FOLDER} and not to be downloaded ({error}); run 'apt-get install dataset-fashion-mnist', "
             f"or allow torchvision to download it into {cache}, or take --kind scenes, which needs neither"
         ) from error
-    return cache / "FashionMNIST" / "raw"
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    # torchvision downloads without a timeout: behind a firewall that drops packets it would wait for ever.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _has_all_files(folder: Path) -> bool:
-    names = [f"{prefix}-{content}" for prefix in FILE_PREFIX.values() for content in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")]
-    return all((folder / name).is_file() for name in names)
-
-
-def _class_writers(source: Path, split: str, settings: DemoSettings) -> Sequence[FashionClass]:
-    prefix, count = FILE_PREFIX[split], settings.per_class(split)
-    images, labels = read_idx(source / f"{prefix}-images-idx3-ubyte.gz"), read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
-    if images.shape != (len(labels), PHOTOGRAPH_PX, PHOTOGRAPH_PX) or labels.ndim != 1:
-        raise UserError(f"{source}: images {images.shape} and labels {labels.shape} of {split} don't fit together; install them again")
-    writers = []
-    for label, name in enumerate(CLASS_NAMES):
-        photographs = images[labels == label][:count]
-        if len(photographs) < count:
-            raise UserError(f"{split}-per-class = {count}: there are {len(photographs)} photographs of {name}; ask for at most that many")
-        writers.append(FashionClass(split, label, settings.seed, photographs))
-    return writers
+    return cache / "FashionMNIST" / "raw"

@@ -60,11 +60,6 @@ def image_rng(seed: int, split: str, label: int, index: int) -> np.random.Genera
     return np.random.default_rng([seed, SPLITS.index(split), label, index])
 
 
-def image_name(index: int) -> str:
-    """Returns the stem of the names of an image and its annotations: '00017' for 17."""
-    return f"{index:05d}"
-
-
 def save_jpeg(image: np.ndarray, path: Path) -> None:
     """Writes a uint8 (H, W, 3) image as JPEG without chroma subsampling, which would blur colours at these sizes."""
     Image.fromarray(image).save(path, quality=JPEG_QUALITY, subsampling=0)
@@ -78,34 +73,44 @@ def write_image_folder(out: Path, *, kind: str, class_writers: Sequence[ClassWri
     Raises:
         UserError: `out` exists and may not be replaced, or can't be written.
     """
-    total = sum(writer.num_images for writer in class_writers)
-    with _renamed_when_complete(out.resolve(), overwrite=overwrite) as folder, Progress(kind, total, unit="images") as progress:
-        _run_in_pool(class_writers, folder, progress=progress)
+    total, workers = sum(writer.num_images for writer in class_writers), min(default_workers(), len(class_writers))
+    with (
+        _renamed_when_complete(out.resolve(), overwrite=overwrite) as folder,
+        Progress(kind, total, unit="images") as progress,
+        # spawn, because forking a process that already runs torch or BLAS threads may deadlock
+        ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        # The largest first, so that the cores finish at about the same time.
+        ordered = sorted(class_writers, key=lambda writer: writer.num_images, reverse=True)
+        # The workers start here and inherit the blocked signal: only this process receives Ctrl-C, and then ends them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pending = {pool.submit(writer.write, folder): writer.num_images for writer in ordered}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            for done in as_completed(pending):
+                done.result()
+                progress.advance(pending[done])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
         (folder / MANIFEST).write_text(json.dumps({"kind": kind, **asdict(settings)}, indent=2) + "\n")
-
-
-def _check_output(out: Path, *, overwrite: bool) -> None:
-    if not os.path.lexists(out) or _is_unused(out):
-        return
-    # A folder without our manifest is the user's own: no option may delete it.
-    if not (out / MANIFEST).is_file():
-        raise UserError(f"--out {out}: exists and was not made by demo_data.py; choose another folder")
-    if not overwrite:
-        raise UserError(f"--out {out}: exists already; add --overwrite to replace it, or choose another folder")
-
-
-def _is_unused(out: Path) -> bool:
-    """Returns True for an empty folder or a new volume, ignoring files left by a killed run of ours."""
-    return out.is_dir() and all(entry.name == "lost+found" or entry.name.startswith(_PARTIAL) for entry in out.iterdir())
 
 
 @contextmanager
 def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    unused = _is_unused(out)
+    # An empty folder or a new volume, apart from what a killed run of ours has left.
+    unused = out.is_dir() and all(entry.name == "lost+found" or entry.name.startswith(_PARTIAL) for entry in out.iterdir())
     # Inside an existing folder, not beside it: it may be a mounted volume, and files cannot be renamed to another disk.
     partial = (out if unused else out.parent) / f"{_PARTIAL}{out.name}-{os.getpid()}"
     try:
-        _check_output(out, overwrite=overwrite)
+        if os.path.lexists(out) and not unused:
+            # A folder without our manifest is the user's own: no option may delete it.
+            if not (out / MANIFEST).is_file():
+                raise UserError(f"--out {out}: exists and was not made by demo_data.py; choose another folder")
+            if not overwrite:
+                raise UserError(f"--out {out}: exists already; add --overwrite to replace it, or choose another folder")
         partial.mkdir(parents=True)
         yield partial
         if unused:
@@ -119,30 +124,3 @@ def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"--out {out}: can't be written ({error.strerror or error}); choose a folder on a disk with room") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _run_in_pool(class_writers: Sequence[ClassWriter], folder: Path, *, progress: Progress) -> None:
-    workers = min(default_workers(), len(class_writers))
-    # spawn, because forking a process that already runs torch or BLAS threads may deadlock
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # The largest first, so that the cores finish at about the same time.
-        ordered = sorted(class_writers, key=lambda writer: writer.num_images, reverse=True)
-        # The workers start here and inherit the blocked signal: only this process receives Ctrl-C, and then ends them.
-        with _interrupts_held_back():
-            pending = {pool.submit(writer.write, folder): writer.num_images for writer in ordered}
-        try:
-            for done in as_completed(pending):
-                done.result()
-                progress.advance(pending[done])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

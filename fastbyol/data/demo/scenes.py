@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_name, image_rng, save_jpeg, write_image_folder
+from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_rng, save_jpeg, write_image_folder
 
 CANVAS_PX = 48
 SHAPES = ("cross", "disc", "star", "triangle")
@@ -74,7 +74,7 @@ class SceneClass:
         annotations.mkdir(parents=True)
         boxes = {}
         for index in range(self.num_images):
-            name = image_name(index)
+            name = f"{index:05d}"
             scene = draw_scene(self.label, rng=image_rng(self.seed, self.split, self.label, index))
             save_jpeg(scene.image, images / f"{name}.jpg")
             Image.fromarray(scene.mask.astype(np.uint8) * (self.label + 1)).save(annotations / f"{name}_mask.png")
@@ -95,29 +95,23 @@ def write_scenes(out: Path, *, settings: DemoSettings, overwrite: bool) -> None:
 
 def draw_scene(label: int, *, rng: np.random.Generator) -> Scene:
     """Draws a scene with one object of class `CLASS_NAMES[label]`, entirely inside the image and in front of everything else."""
-    x, y = _sample_grid()
+    # The samples' positions in px, x as (1, S) and y as (S, 1).
+    positions = (np.arange(CANVAS_PX * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
+    x, y = positions[None, :], positions[:, None]
     grey, depth = _draw_background(x, y, rng)
     colour, inside, object_depth = _draw_object(x, y, label, rng)
     # Each sample is either object or background; averaging the samples of a pixel smooths the edges.
     albedo, depth = np.where(inside, colour, grey), np.where(inside, object_depth, depth)
-    image = _downsample(_through_haze(albedo, depth, rng)) * _light(rng)
+    # Grey haze: contrast decreases with distance.
+    haze = np.float32(rng.uniform(0.45, 0.5))
+    image = _downsample(haze + (albedo - haze) * np.exp(depth / np.float32(-_HAZE_LENGTH_M))) * _light(rng)
     image += rng.normal(0.0, rng.uniform(0.005, 0.02), image.shape)
     middle = slice(_SUPERSAMPLING // 2, None, _SUPERSAMPLING)
     mask = inside[middle, middle]
+    columns, rows = (np.flatnonzero(mask.any(axis=axis)).tolist() for axis in (0, 1))
+    box = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
     bytes_last = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
-    return Scene(np.ascontiguousarray(bytes_last), mask, (tight_box(mask),), depth[middle, middle])
-
-
-def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Returns x_min, y_min, x_max, y_max in px of the box around the true pixels of a bool (H, W) mask; the last two are exclusive."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def _sample_grid() -> tuple[Grid, Grid]:
-    """Returns the samples' positions in px: x as (1, S) and y as (S, 1)."""
-    positions = (np.arange(CANVAS_PX * _SUPERSAMPLING, dtype=np.float32) + 0.5) / _SUPERSAMPLING
-    return positions[None, :], positions[:, None]
+    return Scene(np.ascontiguousarray(bytes_last), mask, (box,), depth[middle, middle])
 
 
 def _downsample(samples: np.ndarray) -> np.ndarray:
@@ -161,31 +155,19 @@ def _draw_object(x: Grid, y: Grid, label: int, rng: np.random.Generator) -> tupl
     inwards = _SHAPES[SHAPES[shape]](u, v)
     phase = rng.uniform(0, 1, size=2).astype(np.float32)
     marked = _PATTERNS[PATTERNS[pattern]](u + phase[0], v + phase[1])
-    first, second = _two_colours(rng)
+    # A bright and a dark colour of unrelated hues, in this order: a random order would identify images better than any shape.
+    first = _rgb(rng.uniform(), saturation=rng.uniform(0.2, 0.8), value=rng.uniform(0.85, 1.0))
+    second = _rgb(rng.uniform(), saturation=rng.uniform(0.5, 1.0), value=rng.uniform(0.2, 0.4))
     # Cushion-shaped relief: the middle is nearer than the edge, and brighter.
     relief = np.sqrt(np.clip(inwards / 0.4, 0, 1))
     colour = np.where(marked, first, second) * (0.7 + 0.3 * relief)
     return colour, inwards > 0, (distance - _RELIEF_M * relief).astype(np.float32)
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a bright and a dark RGB colour of unrelated hues. With a random order, it would identify images better than any shape."""
-    bright = _rgb(rng.uniform(), saturation=rng.uniform(0.2, 0.8), value=rng.uniform(0.85, 1.0))
-    dark = _rgb(rng.uniform(), saturation=rng.uniform(0.5, 1.0), value=rng.uniform(0.2, 0.4))
-    return bright, dark
-
-
 def _rgb(hue: float, *, saturation: float, value: float) -> np.ndarray:
     """Returns the RGB colour of a hue (0 to 1), float32 (3, 1, 1)."""
     ramp = np.abs((hue + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3) - 1
     return (value * (1 - saturation + saturation * np.clip(ramp, 0, 1))).astype(np.float32)[:, None, None]
-
-
-def _through_haze(albedo: np.ndarray, depth: Grid, rng: np.random.Generator) -> np.ndarray:
-    """Returns the albedo (3, S, S) seen through grey haze: contrast decreases with distance."""
-    clearness = np.exp(depth / np.float32(-_HAZE_LENGTH_M))
-    haze = np.float32(rng.uniform(0.45, 0.5))
-    return haze + (albedo - haze) * clearness
 
 
 def _light(rng: np.random.Generator) -> np.ndarray:
@@ -195,14 +177,6 @@ def _light(rng: np.random.Generator) -> np.ndarray:
     across = float(np.cos(direction)) * position[None, :] + float(np.sin(direction)) * position[:, None]
     tint = rng.uniform(0.98, 1.02, size=(3, 1, 1)).astype(np.float32)
     return tint * (rng.uniform(0.9, 1.1) * (1 + rng.uniform(0, 0.15) * across))
-
-
-def _cross(u: Grid, v: Grid) -> Grid:
-    return np.maximum(np.minimum(0.31 - abs(u), 1 - abs(v)), np.minimum(1 - abs(u), 0.31 - abs(v)))
-
-
-def _disc(u: Grid, v: Grid) -> Grid:
-    return 0.81 - np.sqrt(u * u + v * v)
 
 
 def _star(u: Grid, v: Grid) -> Grid:
@@ -215,17 +189,8 @@ def _star(u: Grid, v: Grid) -> Grid:
     return normal[0] * (tip - radius * np.cos(folded)) - normal[1] * radius * np.sin(folded)
 
 
-def _triangle(u: Grid, v: Grid) -> Grid:
-    side = np.float32(np.sqrt(0.75))
-    return 0.62 - np.maximum(v, side * abs(u) - 0.5 * v)
-
-
 def _fraction(value: Grid) -> Grid:
     return value - np.floor(value)
-
-
-def _checks(u: Grid, v: Grid) -> np.ndarray:
-    return (_fraction(u / 0.8) < 0.5) == (_fraction(v / 0.8) < 0.5)
 
 
 def _dots(u: Grid, v: Grid) -> np.ndarray:
@@ -233,15 +198,17 @@ def _dots(u: Grid, v: Grid) -> np.ndarray:
     return across * across + along * along < 0.32**2
 
 
-def _plain(u: Grid, v: Grid) -> np.ndarray:
-    return np.ones(np.broadcast_shapes(u.shape, v.shape), dtype=bool)
-
-
-def _stripes(u: Grid, v: Grid) -> np.ndarray:
-    return np.broadcast_to(_fraction(u / 0.56) < 0.5, np.broadcast_shapes(u.shape, v.shape))
-
-
-_SHAPES: dict[str, Callable[[Grid, Grid], Grid]] = {"cross": _cross, "disc": _disc, "star": _star, "triangle": _triangle}
+_SHAPES: dict[str, Callable[[Grid, Grid], Grid]] = {
+    "cross": lambda u, v: np.maximum(np.minimum(0.31 - abs(u), 1 - abs(v)), np.minimum(1 - abs(u), 0.31 - abs(v))),
+    "disc": lambda u, v: 0.81 - np.sqrt(u * u + v * v),
+    "star": _star,
+    "triangle": lambda u, v: 0.62 - np.maximum(v, np.float32(np.sqrt(0.75)) * abs(u) - 0.5 * v),
+}
 """Function of each shape: returns the distance inwards from its outline, in radii, negative outside. All areas are 2.04 +- 0.05 square radii."""
-_PATTERNS: dict[str, Callable[[Grid, Grid], np.ndarray]] = {"checks": _checks, "dots": _dots, "plain": _plain, "stripes": _stripes}
+_PATTERNS: dict[str, Callable[[Grid, Grid], np.ndarray]] = {
+    "checks": lambda u, v: (_fraction(u / 0.8) < 0.5) == (_fraction(v / 0.8) < 0.5),
+    "dots": _dots,
+    "plain": lambda u, v: np.ones(np.broadcast_shapes(u.shape, v.shape), dtype=bool),
+    "stripes": lambda u, v: np.broadcast_to(_fraction(u / 0.56) < 0.5, np.broadcast_shapes(u.shape, v.shape)),
+}
 """Function of each pattern: returns True where the first colour is used, False for the second."""

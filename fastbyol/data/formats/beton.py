@@ -35,8 +35,6 @@ LABEL = np.dtype("<i8")
 _FIELD_TYPES = {0: np.dtype("<f8"), INT_FIELD: LABEL, IMAGE_FIELD: IMAGE}
 SAMPLE = np.dtype([("", IMAGE), ("", LABEL)], align=True)
 """One row of the metadata table in files that we write: f0 image, f1 label."""
-
-
 _CHECKSUMS_MAGIC = b"fastbyol"
 """First bytes of the image field's arguments, which ffcv's RGBImageField ignores. The next 8 bytes are the offset of a table of CRC-32s."""
 
@@ -79,23 +77,31 @@ def read_beton(path: Path) -> Beton:
     if not header["num_samples"] or not header["alloc_table_ptr"]:
         raise UserError(f"{path}: holds no finished data set (its writer did not end); make it again with data_prep/to_ffcv.py")
     fields = _read(path, FIELD, int(header["num_fields"]), HEADER.itemsize)
-    samples = _read(path, _sample_type(path, fields), int(header["num_samples"]), HEADER.itemsize + fields.nbytes)
-    image, label = samples[_column(path, fields, IMAGE_FIELD, "image")], samples[_column(path, fields, INT_FIELD, "integer label")]
+    types = fields["type_id"].tolist()
+    if unknown := [type_id for type_id in types if type_id not in _FIELD_TYPES]:
+        raise UserError(
+            f"{path}: has a field of type {unknown[0]}; only images, integers and floats are read here. Use data_prep/to_ffcv.py"
+        )
+    row = np.dtype([("", _FIELD_TYPES[type_id]) for type_id in types], align=True)
+    samples = _read(path, row, int(header["num_samples"]), HEADER.itemsize + fields.nbytes)
+    for type_id, what in ((IMAGE_FIELD, "image"), (INT_FIELD, "integer label")):
+        if type_id not in types:
+            raise UserError(f"{path}: has no {what} field; make it with data_prep/to_ffcv.py")
+    image, label = (samples[f"f{types.index(type_id)}"] for type_id in (IMAGE_FIELD, INT_FIELD))
+    size = _sizes(path, image["data_ptr"], int(header["alloc_table_ptr"]), file_bytes)
+    arguments, checksums = fields["arguments"][types.index(IMAGE_FIELD)][:16].tobytes(), None
+    if arguments.startswith(_CHECKSUMS_MAGIC):
+        checksums = _read(path, np.dtype("<u4"), len(samples), int.from_bytes(arguments[8:], "little"))
     beton = Beton(
         mode=image["mode"],
         height=image["height"].astype(np.int64),
         width=image["width"].astype(np.int64),
         offset=image["data_ptr"].astype(np.int64),
-        size=_sizes(path, image["data_ptr"], int(header["alloc_table_ptr"]), file_bytes),
+        size=size,
         label=label.astype(np.int64),
-        crc32=_checksums(path, fields[fields["type_id"] == IMAGE_FIELD][0], int(header["num_samples"])),
+        crc32=checksums,
     )
-    _refuse_impossible_rows(path, beton)
-    return beton
-
-
-def _refuse_impossible_rows(path: Path, beton: Beton) -> None:
-    """Raises UserError, naming the first bad image, if the table has values that no image can have: decoders would trust them."""
+    # Name the first image with values that no image can have: decoders would trust them.
     refuse_impossible_sizes(path, beton.height, beton.width)
     for wrong, what in (
         (~np.isin(beton.mode, (JPEG_MODE, RAW_MODE)), "is neither a JPEG nor raw pixels"),
@@ -106,6 +112,7 @@ def _refuse_impossible_rows(path: Path, beton: Beton) -> None:
             raise UserError(
                 f"{path}: image {int(wrong.argmax())} {what} (damaged, or another format); make it again with data_prep/to_ffcv.py"
             )
+    return beton
 
 
 def refuse_impossible_sizes(path: Path, height: NDArray[np.int64], width: NDArray[np.int64]) -> None:
@@ -124,29 +131,6 @@ def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[Any]:
     if offset + count * dtype.itemsize > path.stat().st_size:
         raise UserError(f"{path}: too short for a .beton file (cut, or another format); make it again with data_prep/to_ffcv.py")
     return np.fromfile(path, dtype=dtype, count=count, offset=offset)
-
-
-def _sample_type(path: Path, fields: NDArray[np.void]) -> np.dtype:
-    unknown = [int(field["type_id"]) for field in fields if int(field["type_id"]) not in _FIELD_TYPES]
-    if unknown:
-        raise UserError(
-            f"{path}: has a field of type {unknown[0]}; only images, integers and floats are read here. Use data_prep/to_ffcv.py"
-        )
-    return np.dtype([("", _FIELD_TYPES[int(field["type_id"])]) for field in fields], align=True)
-
-
-def _column(path: Path, fields: NDArray[np.void], type_id: int, what: str) -> str:
-    matches = np.flatnonzero(fields["type_id"] == type_id)
-    if not len(matches):
-        raise UserError(f"{path}: has no {what} field; make it with data_prep/to_ffcv.py")
-    return f"f{matches[0]}"
-
-
-def _checksums(path: Path, image_field: np.void, num_samples: int) -> NDArray[np.uint32] | None:
-    arguments = image_field["arguments"][:16].tobytes()
-    if not arguments.startswith(_CHECKSUMS_MAGIC):
-        return None
-    return _read(path, np.dtype("<u4"), num_samples, int.from_bytes(arguments[8:], "little"))
 
 
 def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: int) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 from PIL import Image
 
@@ -33,13 +33,17 @@ class JpegHeader:
     bits: int
     frame: int
     """Marker of the frame: 0xC0 baseline, 0xC2 progressive, …"""
-    orientation: int = 1
-    """EXIF orientation: 1 is upright, 2 to 8 are mirrored or rotated."""
+    exif: bytes = b""
     has_icc: bool = False
     scans: int = 1
     """Number of scans; counted only if decoders may read several."""
     adobe_transform: int | None = None
     """Colour transform in Adobe's marker: 0 RGB or CMYK, 1 YCbCr, 2 YCCK; None if there is no such marker."""
+
+    @cached_property
+    def orientation(self) -> int:
+        """EXIF orientation: 1 is upright, 2 to 8 are mirrored or rotated."""
+        return exif_orientation(self.exif) if self.exif else 1
 
     @property
     def is_common(self) -> bool:
@@ -51,54 +55,42 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
     """Returns the header, or None if the data does not begin as a JPEG or ends before its frame header."""
     if data[:2] != b"\xff\xd8":
         return None
-    orientation, has_icc, adobe = 1, False, None
-    segments = list(_segments(data))
-    frame = _first_frame(data, segments)
-    if frame is None or 0 in frame[:3]:
-        return None
-    for marker, at, end in segments:
+    frame, exif, has_icc, adobe = None, b"", False, None
+    marker = at = end = 0
+    for marker, at, end in _segments(data):
         # Segments of the same number may belong to other programs, so each is known by its first bytes.
-        if marker == _APP1 and data[at : at + 6] == b"Exif\0\0":
-            orientation = exif_orientation(data[at:end])
+        if marker in _FRAMES and end - at >= 6:
+            frame = frame or (int.from_bytes(data[at + 1 : at + 3]), int.from_bytes(data[at + 3 : at + 5]), data[at + 5], data[at], marker)
+        elif marker == _APP1 and data[at : at + 6] == b"Exif\0\0":
+            exif = data[at:end]
         elif marker == _APP2 and data[at : at + 12] == b"ICC_PROFILE\0":
             has_icc = True
         elif marker == _APP14 and data[at : at + 5] == b"Adobe" and end - at >= 12:
             adobe = data[at + 11]
-    scans = _num_scans(data, frame, segments[-1])
-    return JpegHeader(*frame, orientation=orientation, has_icc=has_icc, scans=scans, adobe_transform=adobe)
+    if frame is None or 0 in frame[:3]:
+        return None
+    scans = 1
+    # Decoders read no second scan where the first one has all the colours, unless the JPEG is progressive.
+    if marker == _START_OF_SCAN and at < end and (frame[4] in _PROGRESSIVE or data[at] < frame[2]):
+        scans += data.count(b"\xff\xda", end)  # within the coded pixels 0xFF is always followed by a zero or a restart marker
+    return JpegHeader(*frame, exif=exif, has_icc=has_icc, scans=scans, adobe_transform=adobe)
 
 
 def jpeg_complaint(data: bytes, *, height: int, width: int) -> str:
     """Returns what speaks against decoding a JPEG whose table says it has this size, or '': another size, or endless work."""
-    segments = list(_segments(data))
-    frame = _first_frame(data, segments)
-    if data[:2] != b"\xff\xd8" or frame is None:
+    header = read_jpeg_header(data)
+    if header is None:
         return "it is not a JPEG, or is cut off in its header"
-    if frame.height != height or frame.width != width:
-        return f"it is {frame.width}x{frame.height} pixels, its table says {width}x{height}"
-    return _too_many(_num_scans(data, frame, segments[-1]))
+    if header.height != height or header.width != width:
+        return f"it is {header.width}x{header.height} pixels, its table says {width}x{height}"
+    return scans_complaint(header)
 
 
-def scans_complaint(jpeg: bytes | JpegHeader) -> str:
+def scans_complaint(header: JpegHeader | None) -> str:
     """Returns 'it has N scans …' for a JPEG of more than MAX_SCANS, else ''. What stands in its metadata does not count."""
-    if isinstance(jpeg, JpegHeader):
-        return _too_many(jpeg.scans)
-    segments = list(_segments(jpeg))
-    frame = _first_frame(jpeg, segments)
-    return "" if frame is None else _too_many(_num_scans(jpeg, frame, segments[-1]))
-
-
-def _too_many(scans: int) -> str:
-    return f"it has {scans:,} scans, more than the {MAX_SCANS} that are decoded" if scans > MAX_SCANS else ""
-
-
-def _num_scans(data: bytes, frame: _Frame, last: tuple[int, int, int]) -> int:
-    """Returns the number of scans. last: the segment that begins the first scan, unless the data ends before it."""
-    marker, at, end = last
-    # Decoders read no second scan where the first one has all the colours, unless the JPEG is progressive.
-    if marker != _START_OF_SCAN or at == end or (frame.marker not in _PROGRESSIVE and data[at] >= frame.components):
-        return 1
-    return 1 + data.count(b"\xff\xda", end)  # within the coded pixels 0xFF is always followed by a zero or a restart marker
+    if header is None or header.scans <= MAX_SCANS:
+        return ""
+    return f"it has {header.scans:,} scans, more than the {MAX_SCANS} that are decoded"
 
 
 def without_metadata(data: bytes) -> bytes:
@@ -124,24 +116,6 @@ def exif_orientation(exif: bytes | Image.Image) -> int:
     except Exception:  # on damaged data, Pillow's EXIF reader raises exceptions of any kind
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-class _Frame(NamedTuple):
-    """Fields of a frame header (SOF)."""
-
-    height: int
-    width: int
-    components: int
-    bits: int
-    marker: int
-
-
-def _first_frame(data: bytes, segments: list[tuple[int, int, int]]) -> _Frame | None:
-    """Returns the first frame header among the segments that is not truncated, or None."""
-    for marker, at, end in segments:
-        if marker in _FRAMES and end - at >= 6:
-            return _Frame(int.from_bytes(data[at + 1 : at + 3]), int.from_bytes(data[at + 3 : at + 5]), data[at + 5], data[at], marker)
-    return None
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:

@@ -133,7 +133,17 @@ def read_manifest(path: Path) -> Manifest:
         for name in ("class_names", "class_counts", "dropped"):
             fields[name] = tuple(fields.get(name, ()))
         manifest = Manifest(**fields)
-        _refuse_edited(manifest)
+        numbers = (manifest.num_samples, *manifest.class_counts, *manifest.dropped)
+        texts = (manifest.kind, manifest.names_sha256, *manifest.class_names)
+        refuse_impossible_values(numbers=numbers, texts=texts, shards=manifest.shards)
+        _refuse_other_types((manifest.images, manifest.settings, manifest.source, manifest.software), dict)
+        if not manifest.num_samples or not manifest.shards:
+            raise ValueError("no images, or no data files")
+        if len(manifest.class_counts) != len(manifest.class_names):
+            raise ValueError(f"{len(manifest.class_counts)} class_counts for {len(manifest.class_names)} class_names")
+        listed = manifest.num_samples + len(manifest.dropped)
+        if any(position >= listed for position in manifest.dropped) or list(manifest.dropped) != sorted(set(manifest.dropped)):
+            raise ValueError(f"its dropped images should be ascending positions below {listed:,}")
     except FileNotFoundError:
         raise UserError(f"{path}: missing; convert again with data_prep/to_dali.py or data_prep/to_ffcv.py") from None
     except OSError as error:
@@ -156,14 +166,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def refuse_impossible_values(*, numbers: Iterable[object], texts: Iterable[object], shards: Sequence[Shard]) -> None:
+def refuse_impossible_values(*, numbers: Iterable[int], texts: Iterable[str], shards: Sequence[Shard]) -> None:
     """Raises TypeError or ValueError for values read from JSON of a wrong type or out of range, those of the shards among them."""
     numbers = [*numbers, *(number for shard in shards for number in (shard.samples, shard.bytes, shard.chunk_bytes))]
     texts = [*texts, *(text for shard in shards for text in (shard.name, shard.sha256))]
-    for values, kind in ((numbers, int), (texts, str)):
-        _refuse_other_types(values, kind)
+    _refuse_other_types(texts, str)
+    _refuse_other_types(numbers, int)
     for number in numbers:
-        if not (isinstance(number, int) and 0 <= number < _MAX_NUMBER):
+        if not 0 <= number < _MAX_NUMBER:
             raise ValueError(f"{shortened(number, limit=60)} should be a number from 0 on that a file can have")
     # A name with a folder in it could point to any file of this machine.
     for name in (shard.name for shard in shards):
@@ -176,20 +186,6 @@ def _refuse_other_types(values: Iterable[object], kind: type) -> None:
         # JSON's true is an int in Python.
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{shortened(repr(value), limit=60)} should be a {kind.__name__}")
-
-
-def _refuse_edited(manifest: Manifest) -> None:
-    """Raises TypeError or ValueError for a manifest with impossible values, or whose parts contradict each other."""
-    numbers = (manifest.num_samples, *manifest.class_counts, *manifest.dropped)
-    refuse_impossible_values(numbers=numbers, texts=(manifest.kind, manifest.names_sha256, *manifest.class_names), shards=manifest.shards)
-    _refuse_other_types((manifest.images, manifest.settings, manifest.source, manifest.software), dict)
-    if not manifest.num_samples or not manifest.shards:
-        raise ValueError("no images, or no data files")
-    if len(manifest.class_counts) != len(manifest.class_names):
-        raise ValueError(f"{len(manifest.class_counts)} class_counts for {len(manifest.class_names)} class_names")
-    listed = manifest.num_samples + len(manifest.dropped)
-    if any(position >= listed for position in manifest.dropped) or list(manifest.dropped) != sorted(set(manifest.dropped)):
-        raise ValueError(f"its dropped images should be ascending positions below {listed:,}")
 
 
 def refuse_other_counts(path: Path, labels: NDArray[np.int64], manifest: Manifest) -> None:

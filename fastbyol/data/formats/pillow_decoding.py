@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from fastbyol.data.formats.jpeg_header import scans_complaint, without_metadata
+from fastbyol.data.formats.jpeg_header import read_jpeg_header, scans_complaint, without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that are read. Not PostScript, for which Pillow starts Ghostscript, nor rare formats, whose readers are poorly tested."""
@@ -165,7 +165,7 @@ def _load(data: bytes, check_size: Callable[[int, int], None] | None) -> Image.I
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if check_size is not None:
             check_size(image.width, image.height)
-        if image.format in ("JPEG", "MPO") and (complaint := scans_complaint(data)):
+        if image.format in ("JPEG", "MPO") and (complaint := scans_complaint(read_jpeg_header(data))):
             raise UndecodableImage("too many scans", complaint)
         image.load()
         return image

@@ -79,8 +79,12 @@ def _member_at(file: BinaryIO, first: int, end: int) -> tuple[tarfile.TarInfo | 
             told[key] = _text(content.partition(b"\0")[0])
         elif member.type in _RECORDS:  # global records (XGLTYPE) have no name or size of a member: skip them
             told |= _records(content)
-    if member.type == tarfile.GNUTYPE_SPARSE:
-        at = _behind_sparse_map(file, block, at, first, end)
+    goes_on = member.type == tarfile.GNUTYPE_SPARSE and block[_SPARSE_IS_EXTENDED]
+    while goes_on:  # another block of the sparse map
+        if at + _BLOCK - first > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of more than {LARGEST_HEADER:,} bytes")
+        goes_on = _read(file, at, _BLOCK, end)[_EXTENSION_IS_EXTENDED]
+        at += _BLOCK
     _apply(member, told)
     member.offset, member.offset_data = first, at
     # A link or folder may state a size, but no data follows it; unknown types are read like files, as POSIX says.
@@ -102,16 +106,6 @@ def _apply(member: tarfile.TarInfo, told: dict[str, str]) -> None:
         member.size = int(size)
     if member.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in told):
         member.sparse = []  # type: ignore[attr-defined] # issparse() tests this attribute
-
-
-def _behind_sparse_map(file: BinaryIO, block: bytes, at: int, first: int, end: int) -> int:
-    goes_on = block[_SPARSE_IS_EXTENDED]
-    while goes_on:
-        if at + _BLOCK - first > LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of more than {LARGEST_HEADER:,} bytes")
-        goes_on = _read(file, at, _BLOCK, end)[_EXTENSION_IS_EXTENDED]
-        at += _BLOCK
-    return at
 
 
 def _records(content: bytes) -> dict[str, str]:

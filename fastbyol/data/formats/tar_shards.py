@@ -23,6 +23,8 @@ SAMPLE = np.dtype(
 
 There is one row per sample, in listing order; images in the manifest's `dropped` have none."""
 INDEX_VERSION = "v1.2"
+PARTS = "part-*-of-*.json"
+"""Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""
 _MAX_HEADER_BYTES = 1 << 16
 
 
@@ -44,22 +46,19 @@ def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
             f"{folder / TAR_MANIFEST}: describes {shortened(manifest.kind)!r}, not tar shards; convert again with data_prep/to_dali.py"
         )
     for shard in manifest.shards:
-        _check_shard(folder / shard.name, shard.bytes, shard.samples)
+        tar = folder / shard.name
+        if not tar.is_file():
+            raise UserError(f"{tar}: missing; copy the whole folder again, or convert again with data_prep/to_dali.py")
+        if (size := tar.stat().st_size) != shard.bytes:
+            raise UserError(f"{tar}: {size:,} bytes, the manifest says {shard.bytes:,} (cut or replaced); copy or convert it again")
+        index = index_path(tar)
+        if not index.is_file():
+            raise UserError(f"{index}: missing index; copy it again, or convert again with data_prep/to_dali.py")
+        with index.open("rb") as file:
+            first_line = file.readline(64).strip()
+        if first_line != f"{INDEX_VERSION} {shard.samples}".encode():
+            raise UserError(f"{index}: not the {INDEX_VERSION} index of {shard.samples} samples; copy it again, or convert again")
     return manifest, read_sample_table(folder / SAMPLE_TABLE, manifest)
-
-
-def _check_shard(tar: Path, size: int, samples: int) -> None:
-    if not tar.is_file():
-        raise UserError(f"{tar}: missing; copy the whole folder again, or convert again with data_prep/to_dali.py")
-    if tar.stat().st_size != size:
-        raise UserError(f"{tar}: {tar.stat().st_size:,} bytes, the manifest says {size:,} (cut or replaced); copy or convert it again")
-    index = index_path(tar)
-    if not index.is_file():
-        raise UserError(f"{index}: missing index; copy it again, or convert again with data_prep/to_dali.py")
-    with index.open("rb") as file:
-        first_line = file.readline(64).strip()
-    if first_line != f"{INDEX_VERSION} {samples}".encode():
-        raise UserError(f"{index}: not the {INDEX_VERSION} index of {samples} samples; copy it again, or convert again")
 
 
 def read_sample_table(path: Path, manifest: Manifest) -> NDArray[np.void]:

@@ -14,15 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.formats.jpeg_header import scans_complaint
+from fastbyol.data.formats.jpeg_header import read_jpeg_header, scans_complaint
 
 # From turbojpeg.h. With LIMITSCANS, a progressive JPEG of more than 500 scans is a decoding error.
 _TJPF_RGB, _TJPF_GRAY, _TJFLAG_ACCURATEDCT, _TJFLAG_LIMITSCANS, _TJERR_WARNING = 0, 6, 4096, 32768, 0
 _MANY_PIXELS = 1 << 23
 # The library reports an error as a warning if a warning came before it, so real warnings are recognised by their text (jerror.h).
 _WARNINGS = ("Corrupt JPEG data", "Premature end of JPEG file", "Warning: ", "Inconsistent progression", "Unknown Adobe color transform")
-_DECOMPRESS_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5]
-_HEADER_TYPES = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong, *[ctypes.POINTER(ctypes.c_int)] * 4]
 
 
 class TurboJpeg:
@@ -39,8 +37,9 @@ class TurboJpeg:
             )
         self._library = ctypes.CDLL(str(libraries[0]))
         self._library.tjInitDecompress.restype = ctypes.c_void_p
-        self._library.tjDecompress2.argtypes = _DECOMPRESS_TYPES
-        self._library.tjDecompressHeader3.argtypes = _HEADER_TYPES
+        jpeg = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_ulong]
+        self._library.tjDecompress2.argtypes = [*jpeg, ctypes.c_void_p, *[ctypes.c_int] * 5]
+        self._library.tjDecompressHeader3.argtypes = [*jpeg, *[ctypes.POINTER(ctypes.c_int)] * 4]
         self._library.tjGetErrorCode.argtypes = self._library.tjGetErrorStr2.argtypes = self._library.tjDestroy.argtypes = [ctypes.c_void_p]
         self._library.tjGetErrorStr2.restype = ctypes.c_char_p
 
@@ -61,26 +60,19 @@ class TurboJpeg:
         handle = self._library.tjInitDecompress()  # 2 us. A reused handle would decode a damaged JPEG with tables of the one before.
         try:
             # Check first: tjDecompress2 replaces a height or width of 0 by the JPEG's own, and scales a JPEG of another size.
-            complaint = self._size_complaint(handle, jpeg, size)
-            height, width = rendered
-            flags |= _TJFLAG_LIMITSCANS
-            if not complaint and size[0] * size[1] > _MANY_PIXELS:  # 500 scans of them take longer than 5 s
-                complaint = scans_complaint(jpeg)
-            if complaint:
+            width, height, subsampling, colorspace = (ctypes.c_int(0) for _ in range(4))
+            self._library.tjDecompressHeader3(handle, jpeg, len(jpeg), width, height, subsampling, colorspace)  # 5 us
+            if not height.value or not width.value:
+                return self._library.tjGetErrorStr2(handle).decode(errors="replace"), True
+            if (height.value, width.value) != size:
+                return f"it is {width.value}x{height.value} pixels, its table says {size[1]}x{size[0]}", True
+            # 500 scans of that many pixels take longer than 5 s.
+            if height.value * width.value > _MANY_PIXELS and (complaint := scans_complaint(read_jpeg_header(jpeg))):
                 return complaint, True
-            if not self._library.tjDecompress2(handle, jpeg, len(jpeg), out.ctypes.data, width, 0, height, pixel_format, flags):
+            place, (rows, columns), flags = out.ctypes.data, rendered, flags | _TJFLAG_LIMITSCANS
+            if not self._library.tjDecompress2(handle, jpeg, len(jpeg), place, columns, 0, rows, pixel_format, flags):
                 return "", False
             complaint = self._library.tjGetErrorStr2(handle).decode(errors="replace")
             return complaint, self._library.tjGetErrorCode(handle) != _TJERR_WARNING or not complaint.startswith(_WARNINGS)
         finally:
             self._library.tjDestroy(handle)
-
-    def _size_complaint(self, handle: int, jpeg: bytes, size: tuple[int, int]) -> str:
-        """Returns what is wrong with the size in the JPEG's header, as the decoder itself reads it (5 us), or ''."""
-        width, height, subsampling, colorspace = (ctypes.c_int(0) for _ in range(4))
-        self._library.tjDecompressHeader3(handle, jpeg, len(jpeg), width, height, subsampling, colorspace)
-        if (height.value, width.value) == size and min(size) > 0:
-            return ""
-        if not height.value or not width.value:
-            return self._library.tjGetErrorStr2(handle).decode(errors="replace")
-        return f"it is {width.value}x{height.value} pixels, its table says {size[1]}x{size[0]}"

@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, in_sample_order, why_not_a_folder, why_not_an_image
+from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, has_line_break, in_sample_order, why_not_a_folder, why_not_an_image
 from fastbyol.data.inputs.splits import is_split, refuse_splits
 
-_LINE_BREAKS = ("\n", "\r")
 Identity = tuple[int, int]
 """(device, inode): equal for two names of the same file or folder."""
 
@@ -38,10 +37,10 @@ def list_image_folder(root: Path, *, splits: str = "refuse") -> ImageListing:
     class_names = _class_names(root)
     if splits == "refuse":
         refuse_splits(root, class_names, ())  # before the walk, which takes minutes for a large folder
-    scan = scan_folder(root)
+    found = scan_folder(root)
     if splits == "refuse":
-        refuse_splits(root, class_names, scan.names)
-    return by_class_folder(ImageListing(root, class_names, tuple(scan.names), (), tuple(scan.skipped)))
+        refuse_splits(root, class_names, found.files)
+    return by_class_folder(replace(found, class_names=class_names))
 
 
 def by_class_folder(found: ImageListing) -> ImageListing:
@@ -50,9 +49,10 @@ def by_class_folder(found: ImageListing) -> ImageListing:
     classes = [name.partition("/")[0] if "/" in name else "" for name in found.files]
     outside = tuple((name, "in no class folder") for name in found.files if "/" not in name)
     found = replace(found, skipped=found.skipped + outside, notes=found.notes + _one_level_too_high(found))
-    empty = sorted(label_of.keys() - set(classes))
-    if empty:
-        raise UserError(_empty_class(found.root / empty[0], found.skipped))
+    if empty := sorted(label_of.keys() - set(classes)):
+        told = next((f"; skipped {name}: {reason}" for name, reason in sorted(found.skipped) if name.split("/")[0] == empty[0]), "")
+        looked_for = f"looked for {' '.join(EXTENSIONS)}"
+        raise UserError(f"{found.root / empty[0]}: no image in this class folder ({looked_for}{told}); fill or remove it")
     return in_sample_order(found, [label_of.get(name) for name in classes])
 
 
@@ -74,7 +74,9 @@ def _class_names(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder with one sub-folder of images per class")
     try:
-        names = sorted(entry.name for entry in os.scandir(root) if not _is_left_out(entry.name) and entry.is_dir())
+        # A name that is skipped silently elsewhere is an error below if it holds a line break.
+        wanted = [entry for entry in os.scandir(root) if has_line_break(entry.name) or not why_not_a_folder(entry.name)]
+        names = sorted(entry.name for entry in wanted if entry.is_dir())
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
     if not names and any(root.glob("*.tar")):
@@ -85,31 +87,20 @@ def _class_names(root: Path) -> tuple[str, ...]:
             " (--labels or --devkit)"
         )
     for name in names:
-        if any(character in name for character in _LINE_BREAKS):
+        if has_line_break(name):
             raise UserError(f"{str(root / name)!r}: a class name may not hold a line break; rename the folder")
     return tuple(names)
 
 
-def _is_left_out(name: str) -> bool:
-    """Returns True if a top-level folder of this name is silently skipped. A name with a line break is not: that is an error."""
-    return bool(why_not_a_folder(name)) and not any(character in name for character in _LINE_BREAKS)
-
-
-def _empty_class(folder: Path, skipped: tuple[tuple[str, str], ...]) -> str:
-    looked_for = f"looked for {' '.join(EXTENSIONS)}"
-    told = next((f"; skipped {name}: {reason}" for name, reason in sorted(skipped) if name.split("/")[0] == folder.name), "")
-    return f"{folder}: no image in this class folder ({looked_for}{told}); fill or remove it"
-
-
-def scan_folder(root: Path) -> FolderScan:
-    """Finds all images below `root`, in no particular order."""
-    scan = FolderScan(root)
+def scan_folder(root: Path) -> ImageListing:
+    """Finds all images below `root`, in no particular order; the listing has no labels yet."""
+    scan = _FolderScan(root)
     scan.walk()
     scan.drop_links_to_listed_files()
-    return scan
+    return ImageListing(root, (), tuple(scan.names), (), tuple(scan.skipped))
 
 
-class FolderScan:
+class _FolderScan:
     """Walks a folder and visits every sub-folder once: real folders before links to folders, so that the real path of an image is listed."""
 
     def __init__(self, root: Path) -> None:
@@ -119,21 +110,18 @@ class FolderScan:
         self._visited: dict[Identity, str] = {}
         self._linked_folders: list[str] = []
         self._linked_files: dict[str, Identity] = {}
-        # For each name, to find links to it. os.scandir returns the inode with each entry, without a system call per file.
-        self._inodes, self._devices = array("Q"), array("Q")
+        # Device and inode of each name in turn, to find links to it. os.scandir returns the inode with each entry, without a system call per file.
+        self._identities = array("Q")
 
     def walk(self) -> None:
-        self._visit_below("")
-        while self._linked_folders:
+        tops = [""]
+        while tops:
+            for top in tops:
+                pending = [top]
+                while pending:
+                    pending += self._visit(pending.pop())
             # Sorted, so that the same one of several links is listed on every machine; a linked folder may hold further links.
-            links, self._linked_folders = sorted(self._linked_folders), []
-            for link in links:
-                self._visit_below(link)
-
-    def _visit_below(self, top: str) -> None:
-        pending = [top]
-        while pending:
-            pending += self._visit(pending.pop())
+            tops, self._linked_folders = sorted(self._linked_folders), []
 
     def _visit(self, folder: str) -> list[str]:
         """Adds the folder's files; returns its real sub-folders."""
@@ -164,7 +152,7 @@ class FolderScan:
             elif reason := why_not_an_image(entry.name) or ("" if entry.is_file(follow_symlinks=False) else "not a regular file"):
                 self.skipped.append((name, reason))
             else:
-                self._add(name, device, entry.inode())
+                self._add(name, (device, entry.inode()))
 
     def _take_link(self, name: str, entry: os.DirEntry[str]) -> None:
         try:
@@ -180,13 +168,12 @@ class FolderScan:
         elif not entry.is_file():
             self.skipped.append((name, "not a regular file"))
         else:
-            self._linked_files[name] = (target.st_dev, target.st_ino)
-            self._add(name, target.st_dev, target.st_ino)
+            self._linked_files[name] = target.st_dev, target.st_ino
+            self._add(name, self._linked_files[name])
 
-    def _add(self, name: str, device: int, inode: int) -> None:
+    def _add(self, name: str, identity: Identity) -> None:
         self.names.append(name)
-        self._devices.append(device)
-        self._inodes.append(inode)
+        self._identities.extend(identity)
 
     def drop_links_to_listed_files(self) -> None:
         """Drops links to a listed file, and of several links to one file all but the first.
@@ -195,10 +182,10 @@ class FolderScan:
         if not self._linked_files:
             return
         targets, owner = set(self._linked_files.values()), dict[Identity, str]()
-        rows = zip(self.names, self._devices, self._inodes, strict=True)
-        for name, device, inode in sorted(rows, key=lambda row: (row[0] in self._linked_files, row[0])):
-            if (device, inode) in targets:
-                owner.setdefault((device, inode), name)
+        rows = zip(self.names, zip(self._identities[::2], self._identities[1::2], strict=True), strict=True)
+        for name, identity in sorted(rows, key=lambda row: (row[0] in self._linked_files, row[0])):
+            if identity in targets:
+                owner.setdefault(identity, name)
         repeated = {name: owner[identity] for name, identity in self._linked_files.items() if owner[identity] != name}
         self.names = [name for name in self.names if name not in repeated]
         self.skipped += [(name, f"a link to {first}, which is listed") for name, first in repeated.items()]

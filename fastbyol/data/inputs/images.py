@@ -47,35 +47,23 @@ def add_label_arguments(parser: ArgumentParser) -> None:
     """Adds --labels, --path-column, --label-column, --devkit, --subset, --drop-empty-classes and --splits-are-classes."""
     parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of images in one folder or tar: a table, or a class per line")
     for option, what in (("path", "names of the images"), ("label", "classes")):
-        parser.add_argument(
-            f"--{option}-column",
-            f"--{option}_column",
-            metavar="NAME",
-            help=f"the column of --labels that has the {what}, by name or by number from 1 (default: by its header)",
-        )
+        column = f"the column of --labels that has the {what}, by name or by number from 1 (default: by its header)"
+        parser.add_argument(f"--{option}-column", f"--{option}_column", metavar="NAME", help=column)
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
-    parser.add_argument(
-        "--subset", type=Path, metavar="LIST", help="use only the images that this file names, one per line (data_prep/subset.py)"
-    )
-    parser.add_argument(
-        "--drop-empty-classes",
-        action="store_true",
-        help="renumber the classes if the subset leaves some without images (default: labels stay)",
-    )
-    parser.add_argument(
-        "--splits-are-classes", action="store_true", help="accept folders such as train/ and val/ as classes (default: refuse them)"
-    )
+    names = "use only the images that this file names, one per line (data_prep/subset.py)"
+    parser.add_argument("--subset", type=Path, metavar="LIST", help=names)
+    renumber = "renumber the classes if the subset leaves some without images (default: labels stay)"
+    parser.add_argument("--drop-empty-classes", action="store_true", help=renumber)
+    accept = "accept folders such as train/ and val/ as classes (default: refuse them)"
+    parser.add_argument("--splits-are-classes", action="store_true", help=accept)
 
 
-def tell_on_stderr(note: str) -> None:
-    say(f"fastbyol: note: {note}", file=sys.stderr)
-
-
-def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] = tell_on_stderr) -> ImageListing:
+def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] | None = None) -> ImageListing:
     """Returns the images that the options of `add_input_arguments` describe.
 
-    Calls `tell` with messages on how the input was interpreted and what was skipped.
+    Calls `tell` with messages on how the input was interpreted and what was skipped; None prints them to stderr.
     """
+    tell = tell or (lambda note: say(f"fastbyol: note: {note}", file=sys.stderr))
     listing = list_images(
         getattr(arguments, option.lstrip("-")),
         labels=arguments.labels,
@@ -135,7 +123,19 @@ def list_images(
     require_choice("splits", splits, ("refuse", "classes"))
     if (path_column or label_column) and not labels:
         raise UserError(f"--{'path' if path_column else 'label'}-column: has no effect without --labels")
-    listing = _list_all(data, _label_file(labels, devkit, path_column, label_column), splits)
+    if labels and devkit:
+        raise UserError("--labels and --devkit: both give labels; give one of them")
+    label_file = read_devkit(devkit) if devkit else None
+    if labels:
+        label_file = LabelFile(labels, read_text(labels), path_column, label_column)
+    if not data.exists():
+        raise UserError(f"{data}: no such file or folder; give a folder with one sub-folder of images per class, or a tar")
+    if data.is_file():
+        listing = _list_tar(data, label_file, splits)
+    elif label_file:
+        listing = label_images(scan_folder(data), label_file)
+    else:
+        listing = list_image_folder(data, splits=splits)
     if subset:
         listing = restrict(listing, read_subset(subset), source=subset)
     if empty_classes == "drop":
@@ -143,25 +143,6 @@ def list_images(
             raise UserError("--drop-empty-classes: has no effect without --subset; every class has an image")
         listing = drop_empty_classes(listing)
     return listing
-
-
-def _label_file(labels: Path | None, devkit: Path | None, path_column: str | None, label_column: str | None) -> LabelFile | None:
-    if labels and devkit:
-        raise UserError("--labels and --devkit: both give labels; give one of them")
-    if labels:
-        return LabelFile(labels, read_text(labels), path_column, label_column)
-    return read_devkit(devkit) if devkit else None
-
-
-def _list_all(data: Path, labels: LabelFile | None, splits: str) -> ImageListing:
-    if not data.exists():
-        raise UserError(f"{data}: no such file or folder; give a folder with one sub-folder of images per class, or a tar")
-    if data.is_file():
-        return _list_tar(data, labels, splits)
-    if labels is None:
-        return list_image_folder(data, splits=splits)
-    scan = scan_folder(data)
-    return label_images(ImageListing(data, (), tuple(scan.names), (), tuple(scan.skipped)), labels)
 
 
 def _list_tar(path: Path, labels: LabelFile | None, splits: str) -> ImageListing:
@@ -172,19 +153,13 @@ def _list_tar(path: Path, labels: LabelFile | None, splits: str) -> ImageListing
         raise UserError(f"{path}: no image in it; give a tar of images, of class folders, or of one tar per class")
     if labels is not None:
         return label_images(found, labels)
-    found = replace(found, files=_without_common_folder(found.files))
-    class_names = tuple(sorted({name.partition("/")[0] for name in found.files if "/" in name} | scan.class_tars))
+    names = found.files
+    # 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all images are in images/train.
+    while (top := names[0].partition("/")[0] + "/") and all(name.startswith(top) and name.count("/") > 1 for name in names):
+        names = tuple(name.removeprefix(top) for name in names)
+    class_names = tuple(sorted({name.partition("/")[0] for name in names if "/" in name} | scan.class_tars))
     if not class_names:
-        raise UserError(f"{path}: its images are not in class folders (the first: {min(found.files)}); give --labels or --devkit")
+        raise UserError(f"{path}: its images are not in class folders (the first: {min(names)}); give --labels or --devkit")
     if splits == "refuse":
-        refuse_splits(path, class_names, found.files)
-    return by_class_folder(replace(found, class_names=class_names))
-
-
-def _without_common_folder(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Removes the folders that all names share: 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all are in images/train."""
-    while True:
-        first = names[0].partition("/")[0] + "/"
-        if not all(name.startswith(first) and name.count("/") > 1 for name in names):
-            return names
-        names = tuple(name[len(first) :] for name in names)
+        refuse_splits(path, class_names, names)
+    return by_class_folder(replace(found, files=names, class_names=class_names))

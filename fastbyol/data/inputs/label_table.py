@@ -11,9 +11,9 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import EXTENSIONS
@@ -42,14 +42,11 @@ Row = tuple[int, list[str]]
 """(line number, cells)."""
 
 
-@dataclass(frozen=True)
-class LabelRows:
-    """Rows of a table of labels."""
+class LabelRows(NamedTuple):
+    """(line number, image name, class) of each row of a table of labels, and how its columns were read, for the user."""
 
     rows: list[tuple[int, str, str]]
-    """(line number, image name, class) of each row."""
     reading: str
-    """Description of how the columns were read, for the user."""
 
 
 def read_label_rows(
@@ -69,21 +66,25 @@ def read_label_rows(
     """
     text = re.sub(r"\Asep=.\r?\n", "", text)  # Excel's line that names the delimiter
     lines = [(number, line) for number, line in enumerate(lines_of(text), start=1) if line.strip()]
-    is_table = path.suffix.lower() in (".csv", ".tsv") or path_column is not None or label_column is not None
+    named = path_column is not None or label_column is not None
     if not lines:
         raise UserError(f"{path}: holds no rows: is empty; it should hold a name and a class for each image, or a class for each in order")
     if long := [number for number, line in lines if len(line) > _LONGEST_LINE]:
         raise UserError(f"{path}: line {long[0]} has more than {_LONGEST_LINE:,} characters; give a row for each image")
     sample = lines[:: max(1, len(lines) // _SAMPLED)]
     delimiter, matches = _delimiter(sample, index)
-    if not matches and not is_table and _may_be_classes_alone([line for _, line in lines]):
+    if not (matches or named or path.suffix.lower() in (".csv", ".tsv")) and _may_be_classes_alone([line for _, line in lines]):
         if len({line for _, line in lines}) == len(lines) > 1 and all(index.find(line.strip()) != MISSING for _, line in sample):
             raise UserError(f"{path}: names images but no classes (the first line is {lines[0][1]!r}); give 'name label' in each line")
         return None
     if delimiter == _WHITESPACE:
-        rows = _words(path, lines, index, named=path_column is not None or label_column is not None)
+        rows = _words(path, lines, index, named=named)
     else:
-        rows = list(_cells(path, text, delimiter))
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+        except csv.Error as error:
+            raise UserError(f"{path}: is not valid CSV: line {reader.line_num}: {error}; is a quotation mark left open?") from error
     columns = _Columns(path, rows, index, path_column=path_column, label_column=label_column)
     return LabelRows(list(columns.read()), columns.reading)
 
@@ -133,16 +134,6 @@ def _may_be_classes_alone(lines: list[str]) -> bool:
     if any(_looks_like_file(word) for line in lines for word in re.split(r"[\s,;|]+", line)):
         return False
     return all(len(line.split()) == 1 and not re.search(r"[,;|]", line) for line in lines) or len(set(lines)) < len(lines)
-
-
-def _cells(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{path}: is not valid CSV: line {reader.line_num}: {error}; is a quotation mark left open?") from error
 
 
 def _split_at_name(line: str, index: NameIndex, sides: tuple[str, ...] = ("first", "last")) -> tuple[str, str, str] | None:
@@ -209,15 +200,18 @@ class _Columns:
         name_at = self._place(path_column, "--path-column") if path_column else None
         label_at = self._place(label_column, "--label-column") if label_column else None
         by_name = any(column and not column.isdecimal() for column in (path_column, label_column))
-        header = by_name or self._known_header()
+        has_known_header = header = by_name or self._known_header()
         self.name_at = self._find_names(header, label_at) if name_at is None else name_at
         self.label_at = self._find_labels(header) if label_at is None else label_at
         if self.name_at == self.label_at:
             raise UserError(f"{path}: {self._seen()}: names and classes cannot be the same column; give --path-column and --label-column")
-        self.header = header if header is not None else self._unknown_header()
+        if header is None:  # of unknown words; it is one, unless its class also occurs in another row
+            at = self.label_at
+            header = not any(len(row) > at and row[at].strip() == self.first[at].strip() for _, row in rows[1:])
+        self.header = header
         if self.header and len(rows) == 1:
             raise UserError(f"{path}: holds no rows; give columns filename,label")
-        if not (label_column or header):
+        if not (label_column or has_known_header):
             self._refuse_counting()
 
     @property
@@ -256,11 +250,6 @@ class _Columns:
         if any(_looks_like_file(cell) or self.index.find(cell.strip()) != MISSING for cell in self.first):
             return False
         return True if any(known) else None
-
-    def _unknown_header(self) -> bool:
-        """Decides if a first row of unknown words is a header: it is, unless its class also occurs in another row."""
-        at = self.label_at
-        return not any(len(row) > at and row[at].strip() == self.first[at].strip() for _, row in self.rows[1:])
 
     def _place(self, column: str, option: str) -> int:
         wanted = [at for at, cell in enumerate(self.first) if cell.strip() == column] or [

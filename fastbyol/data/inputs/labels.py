@@ -61,7 +61,11 @@ def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
     if table is not None:
         values, unmatched = _by_name(found, labels.path, table, index)
     else:
-        labels = labels if labels.in_order else replace(labels, in_order=_classes_alone(labels.text))
+        if not labels.in_order:
+            classes = [line.strip() for line in lines_of(labels.text) if line.strip()]
+            # A first line such as 'label' is a header, unless another line is equal to it.
+            has_header = is_class_header(classes[0]) and classes[0] not in classes[1:]
+            labels = replace(labels, in_order=classes[has_header:])
         values, unmatched = _by_number(found, labels), ()
     if not any(values):
         raise UserError(f"{labels.path}: labels none of the {len(found.files):,} images of {found.root} (the first: {min(found.files)})")
@@ -70,29 +74,17 @@ def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
     reading = table.reading if table else "one class for each image, in the order of their names"
     label_of = {name: label for label, name in enumerate(class_names)}
     by_image = [None if value is None else label_of[value] for value in values[: len(found.files)]]
-    labelled = in_sample_order(
-        replace(found, class_names=class_names, skipped=(*found.skipped, *unlabelled, *((name, why) for name, why in unmatched))), by_image
-    )
-    return replace(labelled, notes=(*found.notes, _understood(labelled, labels.path, reading, len(unlabelled), unmatched)))
-
-
-def _understood(labelled: ImageListing, path: Path, reading: str, unlabelled: int, unmatched: Sequence[tuple[str, str]]) -> str:
-    """Returns the note on how the file was read: columns, numbers of matched and unmatched entries, and three images with their classes."""
+    labelled = in_sample_order(replace(found, class_names=class_names, skipped=(*found.skipped, *unlabelled, *unmatched)), by_image)
     places = sorted({0, len(labelled.files) // 2, len(labelled.files) - 1})[:_SHOWN]
     shown = ", ".join(f"{labelled.files[at]!r} is {labelled.class_names[labelled.labels[at]]!r}" for at in places)
     entries = f"{len(unmatched):,} entries without an image" + (f" (the first: {unmatched[0][0]!r})" if unmatched else "")
     classes = len(set(labelled.labels))
     empty = f" of {len(labelled.class_names):,}" if classes != len(labelled.class_names) else ""
-    return (
-        f"{path}: {reading}: {len(labelled.files):,} images labelled, {unlabelled:,} images without an entry, {entries},"
+    note = (
+        f"{labels.path}: {reading}: {len(labelled.files):,} images labelled, {len(unlabelled):,} images without an entry, {entries},"
         f" {classes:,}{empty} classes; {shown}"
     )
-
-
-def _classes_alone(text: str) -> list[str]:
-    """Returns the classes, one per line. Skips the first line as a header if it is 'label' or the like and no other line is equal to it."""
-    classes = [line.strip() for line in lines_of(text) if line.strip()]
-    return classes[1:] if is_class_header(classes[0]) and classes[0] not in classes[1:] else classes
+    return replace(labelled, notes=(*found.notes, note))
 
 
 def read_devkit(path: Path) -> LabelFile:
@@ -101,8 +93,31 @@ def read_devkit(path: Path) -> LabelFile:
     The ground truth has the kit's own ids, whose order is not that of the WordNet ids; meta.mat translates them. The usual labels, which all
     published models use, are positions in the sorted WordNet ids.
     """
-    truth, meta = _devkit_parts(path, (_GROUND_TRUTH, _META))
-    wnid_of = _wnids(path, meta)
+    if path.is_dir():
+        truth, meta = limited_read(path / _GROUND_TRUTH), limited_read(path / _META)
+    else:
+        content = limited_read(path)
+        try:
+            # To the end first, which checks gzip's checksum: scipy crashes on some damaged files.
+            if content.startswith(b"\x1f\x8b"):
+                content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_LARGEST_KIT)
+            members = [member for member in tar_members(io.BytesIO(content), end=len(content)) if member.isreg() and not member.issparse()]
+        except (OSError, EOFError, zlib.error, DamagedTarError) as error:
+            raise UserError(
+                f"{path}: cannot be read as the development kit ({error}); give ILSVRC2012_devkit_t12.tar.gz or its folder"
+            ) from error
+        files = {part: member for member in members for part in (_GROUND_TRUTH, _META) if member.name.endswith(part)}
+        if missing := [part for part in (_GROUND_TRUTH, _META) if part not in files]:
+            raise UserError(f"{path}: holds no {missing[0]}; give ILSVRC2012_devkit_t12.tar.gz or its folder")
+        truth, meta = (content[files[part].offset_data :][: files[part].size] for part in (_GROUND_TRUTH, _META))
+    from scipy.io import loadmat
+
+    try:
+        synsets: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        # The inner nodes of the hierarchy have ids too, but are not classes.
+        wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
+    except Exception as error:  # on a damaged file, scipy's parser raises exceptions of any kind
+        raise UserError(f"{path}: {_META} is not the kit's ({error}); download the kit again") from error
     ids = truth.decode(errors="replace").split()
     unknown = next((word for word in ids if not word.isdigit() or int(word) not in wnid_of), None)
     if unknown is not None or not ids:
@@ -147,10 +162,8 @@ def _by_number(found: ImageListing, labels: LabelFile) -> list[str | None]:
             f"{labels.path}: {len(labels.in_order):,} labels in order for {len(found.files):,} images of {found.root} (the first:"
             f" {min(found.files)}); give a file with a name in each line"
         )
-    values: list[str | None] = [None] * len(found.files)
-    for label, place in zip(labels.in_order, sorted(range(len(found.files)), key=found.files.__getitem__), strict=True):
-        values[place] = label
-    return values
+    label_of = dict(zip(sorted(found.files), labels.in_order, strict=True))
+    return [label_of[name] for name in found.files]
 
 
 def _classes(labels: LabelFile, values: Sequence[str | None]) -> tuple[list[str | None], tuple[str, ...]]:
@@ -176,36 +189,3 @@ def _classes(labels: LabelFile, values: Sequence[str | None]) -> tuple[list[str 
         return list(values), labels.class_names
     is_number = all(map(_NUMBER.fullmatch, used))
     return list(values), tuple(sorted(used, key=lambda value: (float(value) if is_number else 0.0, value)))
-
-
-def _devkit_parts(path: Path, parts: Sequence[str]) -> list[bytes]:
-    """Returns the contents of these files of the kit.
-
-    An archive is decompressed to its end first, which checks gzip's checksum: scipy crashes on some damaged files.
-    """
-    if path.is_dir():
-        return [limited_read(path / part) for part in parts]
-    content = limited_read(path)
-    try:
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_LARGEST_KIT)
-        members = [member for member in tar_members(io.BytesIO(content), end=len(content)) if member.isreg() and not member.issparse()]
-    except (OSError, EOFError, zlib.error, DamagedTarError) as error:
-        raise UserError(
-            f"{path}: cannot be read as the development kit ({error}); give ILSVRC2012_devkit_t12.tar.gz or its folder"
-        ) from error
-    files = {part: member for member in members for part in parts if member.name.endswith(part)}
-    if missing := [part for part in parts if part not in files]:
-        raise UserError(f"{path}: holds no {missing[0]}; give ILSVRC2012_devkit_t12.tar.gz or its folder")
-    return [content[files[part].offset_data :][: files[part].size] for part in parts]
-
-
-def _wnids(path: Path, meta: bytes) -> dict[int, str]:
-    """Returns {the kit's id: WordNet id} of all classes. Inner nodes of the hierarchy also have ids, but are not classes."""
-    from scipy.io import loadmat
-
-    try:
-        synsets: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if int(row["num_children"]) == 0}
-    except Exception as error:  # on a damaged file, scipy's parser raises exceptions of any kind
-        raise UserError(f"{path}: {_META} is not the kit's ({error}); download the kit again") from error

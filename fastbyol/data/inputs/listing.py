@@ -82,7 +82,7 @@ class ImageListing:
         """Returns the image's size in bytes. Raises UserError if its file no longer exists."""
         if self.offsets is not None:
             return self.sizes[index]
-        path = self.root / self.files[index]
+        path = self.path(index)
         try:
             return path.stat().st_size
         except OSError as error:
@@ -120,15 +120,10 @@ def in_sample_order(found: ImageListing, labels: Sequence[int | None]) -> ImageL
     for index, label in enumerate(labels):
         if label is not None:
             members[label].append(index)
-    order = [index for indices in members for index in sorted(indices, key=lambda i: _torchvision_order(found.files[i]))]
+    # torchvision's order within a class: by the folder's path, then by the file's name.
+    order = [index for indices in members for index in sorted(indices, key=lambda index: found.files[index].rpartition("/")[::2])]
     labelled = replace(found, labels=tuple(-1 if label is None else label for label in labels), skipped=tuple(sorted(found.skipped)))
     return labelled.restricted(order)
-
-
-def _torchvision_order(name: str) -> tuple[str, str]:
-    """Returns the sort key within a class: the folder's path, then the file's name."""
-    folder, _, file = name.rpartition("/")
-    return folder, file
 
 
 def why_not_an_image(file_name: str) -> str:
@@ -137,7 +132,7 @@ def why_not_an_image(file_name: str) -> str:
         return "hidden"  # also '._x.jpg', which macOS writes beside x.jpg: it is not an image
     if file_name.startswith(_THUMBNAILS):
         return "a thumbnail"
-    if "\n" in file_name or "\r" in file_name:
+    if has_line_break(file_name):
         return "a line break in its name: a list of names could not hold it"
     return "" if file_name.lower().endswith(EXTENSIONS) else "not an image by its extension"
 
@@ -148,7 +143,11 @@ def why_not_a_folder(name: str) -> str:
         return "hidden"
     if name.lower() in _FOREIGN_FOLDERS:
         return "a system folder"
-    return "a line break in its name" if "\n" in name or "\r" in name else ""
+    return "a line break in its name" if has_line_break(name) else ""
+
+
+def has_line_break(name: str) -> bool:
+    return "\n" in name or "\r" in name
 
 
 def left_out(skipped: Iterable[tuple[str, str]]) -> dict[str, tuple[int, str]]:

@@ -17,13 +17,10 @@ MISSING, AMBIGUOUS = -1, -2
 """Results in place of an image's index: no image has this name, or several could be meant."""
 _LARGEST_FILE = 1 << 28
 """Largest list that is read, in bytes; ImageNet's largest has 8 MB."""
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's: it begins with the same bytes
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+_BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, which are the beginning of them
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 
 
 class NameIndex:
@@ -63,7 +60,7 @@ class NameIndex:
         if name in self._full:
             return self._full[name]
         place = self._among(name, self._full, self._ends)
-        return place if place != MISSING or _has_extension(name) else self._among(name, *self._stems)
+        return place if place != MISSING or name.lower().endswith(EXTENSIONS) else self._among(name, *self._stems)
 
     def _among(self, name: str, full: dict[str, int], ends: dict[str, int]) -> int:
         if name in full:
@@ -104,7 +101,7 @@ def read_text(path: Path) -> str:
     Raises UserError if the file cannot be read, is not text, or is too large.
     """
     content = limited_read(path)
-    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
+    encoding = next((encoding for encoding, marks in _BYTE_ORDER_MARKS.items() if content.startswith(marks)), "utf-8")
     try:
         text = content.decode(encoding, "surrogateescape").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -145,7 +142,3 @@ def _ends_of(name: str) -> Iterable[str]:
     while "/" in name:
         name = name.partition("/")[2]
         yield name
-
-
-def _has_extension(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)

@@ -38,12 +38,16 @@ def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) 
         several = len(set(map(_word, splits))) > 1  # 'test1' and 'test2' may be classes
         if not several and (alike := _alike_but_for_the_split(found)):
             several, splits = True, alike
-        if several or (not folder and sum(direct[name] for name in splits) < sum(_deeper(direct, name) for name in splits)):
-            raise UserError(_refusal(root, folder, splits))
-
-
-def _deeper(direct: Counter[str], top: str) -> int:
-    return sum(count for folder, count in direct.items() if folder.startswith(f"{top}/"))
+        if not several and not folder:
+            deeper = [name for name in direct if name.startswith(tuple(f"{split}/" for split in splits))]
+            several = sum(direct[name] for name in splits) < sum(direct[name] for name in deeper)
+        if several:
+            place = root / folder if folder else root
+            chosen = next((name for name in splits if "train" in name.lower()), splits[0])
+            way_out = f"give one of them, such as {place / chosen}" if root.is_dir() else "unpack it and give one of its folders"
+            raise UserError(
+                f"{place}: holds splits ({', '.join(splits)}), not classes; {way_out}. If they are classes, convert with --splits-are-classes"
+            )
 
 
 def is_split(name: str) -> bool:
@@ -63,10 +67,3 @@ def _alike_but_for_the_split(names: Iterable[str]) -> list[str]:
         for word in _WORDS.intersection(parts):
             words.setdefault(tuple(part for part in parts if part != word), {})[word] = name
     return next((sorted(named.values()) for named in words.values() if len(named) > 1), [])
-
-
-def _refusal(root: Path, folder: str, splits: list[str]) -> str:
-    place = root / folder if folder else root
-    chosen = next((name for name in splits if "train" in name.lower()), splits[0])
-    way_out = f"give one of them, such as {place / chosen}" if root.is_dir() else "unpack it and give one of its folders"
-    return f"{place}: holds splits ({', '.join(splits)}), not classes; {way_out}. If they are classes, convert with --splits-are-classes"

@@ -33,7 +33,9 @@ def draw_fraction(listing: ImageListing, fraction: float, *, seed: int) -> Image
 def draw_images(listing: ImageListing, num_images: int, *, seed: int) -> ImageListing:
     """Returns `num_images` images, class-balanced as in `draw_fraction`. If there are more classes than that, some have no image."""
     require(1 <= num_images <= len(listing.files), "images", num_images, f"from 1 to {len(listing.files):,}, which is how many there are")
-    members = _members(listing)
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(listing.labels):
+        members.setdefault(label, []).append(index)
     order = sorted(members, key=lambda label: _rank(seed, listing.class_names[label]))
     takes = balanced_counts([len(members[label]) for label in order], num_images)
     chosen: list[int] = []
@@ -80,9 +82,8 @@ def restrict(listing: ImageListing, names: Iterable[str], *, source: Path) -> Im
     problems = []
     for fault, what in ((MISSING, f"are not images of {listing.root}"), (AMBIGUOUS, "could each be several of its images")):
         if found := [name for name, place in places.items() if place == fault]:
-            problems.append(
-                f"{len(found):,} of its {len(places):,} names {what}: {', '.join(found[:_SHOWN])}{' …' * (len(found) > _SHOWN)}"
-            )
+            shown = ", ".join(found[:_SHOWN]) + " …" * (len(found) > _SHOWN)
+            problems.append(f"{len(found):,} of its {len(places):,} names {what}: {shown}")
     if problems:
         raise UserError(
             f"{source}: {'; '.join(problems)} (the first image is {listing.files[0]}); correct the list, or give the data it belongs to"
@@ -111,13 +112,6 @@ def read_subset(path: Path) -> list[str]:
 def write_subset(path: Path, listing: ImageListing) -> None:
     """Writes the names of the images, one per line, in the listing's order."""
     path.write_bytes("".join(f"{name}\n" for name in listing.files).encode(errors="surrogateescape"))
-
-
-def _members(listing: ImageListing) -> dict[int, list[int]]:
-    members: dict[int, list[int]] = {}
-    for index, label in enumerate(listing.labels):
-        members.setdefault(label, []).append(index)
-    return members
 
 
 def _rank(seed: int, name: str) -> bytes:

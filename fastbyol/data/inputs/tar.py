@@ -52,7 +52,11 @@ class TarScan:
                 open(self._path, "rb", buffering=0) as file,
                 Progress(f"{self._path.name}: headers", self._path.stat().st_size) as progress,
             ):
-                self._refuse_compressed(file.read(8))
+                start = file.read(8)
+                if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), ""):
+                    raise UserError(
+                        f"{self._path}: is compressed ({kind}); images are read in place, so decompress it to a plain .tar first"
+                    )
                 for member in self._members(file, 0, self._path.stat().st_size, within=self._path.name):
                     progress.reach(member.offset_data)
                     name = self._safe_name(member, member.name)
@@ -63,11 +67,6 @@ class TarScan:
         except OSError as error:
             raise UserError(f"{self._path}: cannot be read ({error.strerror or error}); check the file") from error
         self._follow_links()
-
-    def _refuse_compressed(self, start: bytes) -> None:
-        for magic, kind in _COMPRESSED.items():
-            if start.startswith(magic):
-                raise UserError(f"{self._path}: is compressed ({kind}); images are read in place, so decompress it to a plain .tar first")
 
     def _take_class_tar(self, file: BinaryIO, class_tar: tarfile.TarInfo, name: str, progress: Progress) -> None:
         if not class_tar.isreg() or class_tar.issparse():
@@ -109,7 +108,10 @@ class TarScan:
         """Adds the images that are links. Hard links come first, so that a symbolic link to one does not list its image again."""
         owner: dict[tuple[int, int], str] = {}
         for name in sorted(self._links, key=lambda name: (self._links[name][0], name)):
-            target, symbolic = self._end_of(name)
+            target, symbolic = name, False
+            for _ in range(_MOST_LINKS):
+                if target in self._links:
+                    symbolic, target = symbolic or self._links[target][0], self._links[target][1]
             place = self._others.get(target)
             if target in self._rows:
                 place = self.offsets[self._rows[target]], self.sizes[self._rows[target]]
@@ -122,15 +124,6 @@ class TarScan:
             else:
                 owner.setdefault(place, name)
                 self._add(name, place)
-
-    def _end_of(self, name: str) -> tuple[str, bool]:
-        """Follows a chain of links; returns the name at its end, and True if one of the links is symbolic."""
-        symbolic = False
-        for _ in range(_MOST_LINKS):
-            if name not in self._links:
-                break
-            symbolic, name = symbolic or self._links[name][0], self._links[name][1]
-        return name, symbolic
 
     def _safe_name(self, member: tarfile.TarInfo, name: str) -> str:
         """Returns the member's name without './', or '' for a folder or an unsafe name, which is skipped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,19 +98,15 @@ def converted_beton(path: Path, manifest: Manifest | None) -> Converted:
 def converted_shards(folder: Path, manifest: Manifest) -> Converted:
     """Returns the images of a folder of tar shards. Raises UserError if the sample table is missing or belongs to other shards."""
     table = read_sample_table(folder / SAMPLE_TABLE, manifest)
-    file, offset, size, height, width, label = (
-        table[name].astype(np.int64) for name in ("shard", "offset", "size", "height", "width", "label")
-    )
+    columns = (table[name].astype(np.int64) for name in ("shard", "offset", "size", "height", "width", "label"))
     files = tuple(folder / shard.name for shard in manifest.shards)
     raw, listed = np.zeros(len(table), dtype=np.bool_), _listed(manifest, len(table))
-    return Converted(folder, files, file, offset, size, height, width, label, raw, table["crc32"], listed)
+    return Converted(folder, files, *columns, raw=raw, crc32=table["crc32"], listed=listed)
 
 
 def _listed(manifest: Manifest | None, num_images: int) -> Indices:
     """Returns the positions from the manifest, or the images' own indices if it is missing or invalid (`listed_positions` reports why)."""
-    if manifest is None or manifest.num_samples != num_images:
-        return np.arange(num_images)
-    try:
-        return listed_positions(manifest)
-    except UserError:
-        return np.arange(num_images)
+    if manifest is not None and manifest.num_samples == num_images:
+        with suppress(UserError):
+            return listed_positions(manifest)
+    return np.arange(num_images)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fastbyol.data.backends.source import Pixels, ThreadBuffer
-from fastbyol.data.conversion.encode import find_turbojpeg
+from fastbyol.data.conversion.encode import TURNS, find_turbojpeg
 from fastbyol.data.formats.jpeg_header import exif_orientation, read_jpeg_header, scans_complaint
 from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, decode_with_pillow, load_image
 from fastbyol.data.inputs.listing import ImageListing
@@ -39,14 +39,13 @@ class ImageCheck:
             return [f"cannot be read ({error})"]
         if images.crc32 is not None and zlib.crc32(data) != images.crc32[index]:
             return ["its bytes have changed since the conversion (CRC-32)"]
-        complaint = self._raw_complaint(index, data) if images.raw[index] else self._jpeg_complaint(index, data)
-        if complaint:
-            return [complaint]
+        height, width = int(images.height[index]), int(images.width[index])
+        if not images.raw[index]:
+            if complaint := self._jpeg_complaint(index, data):
+                return [complaint]
+        elif len(data) != 3 * height * width:
+            return [f"{len(data):,} bytes for {width}x{height} pixels"]
         return [] if self._originals is None else self._differences(index, data, self._originals)
-
-    def _raw_complaint(self, index: int, data: bytes) -> str:
-        height, width = int(self._images.height[index]), int(self._images.width[index])
-        return "" if len(data) == 3 * height * width else f"{len(data):,} bytes for {width}x{height} pixels"
 
     def _jpeg_complaint(self, index: int, data: bytes) -> str:
         header, images = read_jpeg_header(data), self._images
@@ -54,7 +53,11 @@ class ImageCheck:
             return "is no JPEG, and nothing else is decoded while training"
         # Of a .beton TurboJPEG decodes everything, of a tar DALI also rare kinds, and of a foreign tar, which has no sizes, whoever reads it.
         if self._decoder is None or header is None or not (header.is_common or images.path.is_file()):
-            return self._pillow_complaint(index, data)
+            try:
+                height, width, _ = decode_with_pillow(data).shape
+            except UndecodableImage as error:
+                return f"does not decode ({error})"
+            return self._size_complaint(index, height, width)
         if complaint := self._size_complaint(index, header.height, header.width) or scans_complaint(header):
             return complaint
         if header.height * header.width > MAX_DECODED_PIXELS:
@@ -62,13 +65,6 @@ class ImageCheck:
         complaint, fatal = self._decoder.decode(data, self._scratch.pixels(header.height, header.width))
         # If a checksum shows that the bytes are unchanged, a warning is harmless: the conversion accepted and noted it.
         return f"does not decode ({complaint})" if complaint and (fatal or self._images.crc32 is None) else ""
-
-    def _pillow_complaint(self, index: int, data: bytes) -> str:
-        try:
-            height, width, _ = decode_with_pillow(data).shape
-        except UndecodableImage as error:
-            return f"does not decode ({error})"
-        return self._size_complaint(index, height, width)
 
     def _size_complaint(self, index: int, height: int, width: int) -> str:
         told = int(self._images.height[index]), int(self._images.width[index])
@@ -79,8 +75,9 @@ class ImageCheck:
     def _differences(self, index: int, data: bytes, originals: ImageListing) -> list[str]:
         position = int(self._images.listed[index])
         location, label = originals.location(position), originals.labels[position]
-        faults = [f"has the label {self._images.label[index]}, its original {location.name} has {label}"]
-        faults = faults if label != self._images.label[index] else []
+        faults = []
+        if label != (told := self._images.label[index]):
+            faults.append(f"has the label {told}, its original {location.name} has {label}")
         try:
             original = location.read()
             if original != data and (distance := self._distance(index, data, original)) > TOLERATED_LEVELS:
@@ -94,15 +91,10 @@ class ImageCheck:
         shape = int(self._images.height[index]), int(self._images.width[index]), 3
         stored = np.frombuffer(data, dtype=np.uint8).reshape(shape) if self._images.raw[index] else decode_with_pillow(data)
         opened = load_image(original)
-        picture, orientation = as_rgb(opened), exif_orientation(opened)
-        candidates = [picture] if orientation == 1 else [picture, _turned(picture, orientation)]
+        candidates = [as_rgb(opened)]
+        if (orientation := exif_orientation(opened)) != 1:
+            candidates.append(candidates[0].transpose(TURNS[orientation]))
         return min(_mean_distance(stored, candidate) for candidate in candidates)
-
-
-def _turned(picture: Image.Image, orientation: int) -> Image.Image:
-    exif = picture.getexif()
-    exif[0x0112] = orientation
-    return ImageOps.exif_transpose(picture)
 
 
 def _mean_distance(stored: Pixels, original: Image.Image) -> float:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastbyol.config.errors import UserError
-from fastbyol.data.backends.source import Indices, Pixels
-from fastbyol.data.formats.manifest import Manifest, numbered_class_names
+from fastbyol.data.backends.source import Pixels
+from fastbyol.data.formats.manifest import numbered_class_names
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.inspection.converted import Converted, is_converted, open_converted
+from fastbyol.data.inspection.converted import Converted, open_converted
 
 SAMPLED = 2000
 """Number of images of a folder or tar whose headers are read for their sides: a million would take an hour on a network disk."""
@@ -62,109 +62,67 @@ class Inventory:
     manifest: dict[str, Any] | None
     """The manifest's fields settings, source, software, shards and dropped; None without a manifest."""
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class ImageSet:
     """Images of any data set by index, for pictures and statistics; not fast."""
 
     def __init__(self, path: Path, listing: ImageListing | None) -> None:
         """listing: the images of a folder or tar; None if `path` is converted data. Raises UserError in the same cases as `open_converted`."""
-        self._images, self.manifest = (listing, None) if listing else open_converted(path)
-        if isinstance(self._images, Converted):
-            self.labels = self._images.label
+        self.images, self.manifest = (listing, None) if listing else open_converted(path)
+        if isinstance(self.images, Converted):
+            self.labels = self.images.label
             self.class_names = self.manifest.class_names if self.manifest else numbered_class_names(path, self.labels)
         else:
-            self.labels = np.array(self._images.labels, dtype=np.int64)
-            self.class_names = self._images.class_names
+            self.labels = np.array(self.images.labels, dtype=np.int64)
+            self.class_names = self.images.class_names
 
     def pixels(self, index: int) -> Pixels:
         """Returns an image as (H, W, 3) RGB. Raises UndecodableImage, or OSError if it cannot be read."""
-        if isinstance(self._images, Converted):
-            return self._images.pixels(index)
-        return decode_with_pillow(self._images.location(index).read())
-
-    def sides(self) -> Sides | None:
-        """Returns statistics of the sides: of all images of converted data, whose tables have them, else of a random sample (seed 0)."""
-        if isinstance(self._images, Converted):
-            return _sides(self._images.height, self._images.width, self._images.size)
-        num = len(self._images.files)
-        chosen = range(num) if num <= SAMPLED else sorted(random.Random(0).sample(range(num), SAMPLED))
-        rows = [row for index in chosen if (row := _header(self._images, index))]
-        return _sides(*np.array(rows, dtype=np.int64).T) if rows else None
-
-    def num_bytes(self) -> int:
-        if isinstance(self._images, Converted):
-            return int(self._images.size.sum())
-        return sum(map(self._images.num_bytes, range(len(self._images.files))))
-
-
-def is_conversion(path: Path) -> bool:
-    """Returns True if `path` is converted data, False if it is a folder or tar of images. Raises UserError if it does not exist."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give a .beton, a folder of tar shards, a folder of images, or a tar of images")
-    return is_converted(path)
+        return self.images.pixels(index) if isinstance(self.images, Converted) else decode_with_pillow(self.images.location(index).read())
 
 
 def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
     """Returns the statistics of converted data (listing None) or of a folder or tar. Raises UserError in the same cases as `open_converted`."""
     images = ImageSet(path, listing)
+    num, found = len(images.labels), images.images
+    if isinstance(found, Converted):  # its tables have the sides of all images; of others a random sample is read
+        height, width, size = found.height, found.width, found.size
+        image_bytes = int(size.sum())
+        kind = ("tar shards" if path.is_dir() else "beton") + ("" if images.manifest else " without manifest")
+    else:
+        rows = []
+        for index in range(num) if num <= SAMPLED else sorted(random.Random(0).sample(range(num), SAMPLED)):
+            with suppress(UndecodableImage, OSError):
+                data = found.location(index).read()
+                rows.append((*image_size(data), len(data)))
+        height, width, size = np.array(rows, dtype=np.int64).reshape(-1, 3).T
+        image_bytes = sum(map(found.num_bytes, range(num)))
+        kind = "folder" if path.is_dir() else "tar"
+    sides = None
+    if len(size):
+        pixels = height * width
+        bounds = [int(find(side)) for side in (height, width) for find in (np.min, np.median, np.max)]
+        bytes_per_pixel = round(float(size.sum() / max(pixels.sum(), 1)), 4)
+        sides = Sides(len(size), *bounds, mean_pixels=round(float(pixels.mean()), 1), bytes_per_pixel=bytes_per_pixel)
     counts = np.bincount(images.labels[images.labels >= 0], minlength=len(images.class_names))
     counts_of_used = counts[counts > 0] if counts.any() else np.zeros(1, dtype=np.int64)
     skipped = listing.skipped if listing else ()
+    fields = asdict(images.manifest) if images.manifest else {}
     return Inventory(
         path=str(path),
-        kind=_kind(path, images.manifest, listing),
-        images=len(images.labels),
+        kind=kind,
+        images=num,
         classes=len(counts),
         empty_classes=int((counts == 0).sum()),
         class_min=int(counts_of_used.min()),
         class_median=float(np.median(counts_of_used)),
         class_max=int(counts_of_used.max()),
         unlabelled=int((images.labels < 0).sum()),
-        image_bytes=images.num_bytes(),
-        sides=images.sides(),
+        image_bytes=image_bytes,
+        sides=sides,
         skipped=len(skipped),
         skipped_first=skipped[:10],
         class_names=images.class_names,
         class_counts=tuple(counts.tolist()),
-        manifest=_of_manifest(images.manifest),
-    )
-
-
-def _kind(path: Path, manifest: Manifest | None, listing: ImageListing | None) -> str:
-    if listing is not None:
-        return "folder" if path.is_dir() else "tar"
-    return ("tar shards" if path.is_dir() else "beton") + ("" if manifest else " without manifest")
-
-
-def _of_manifest(manifest: Manifest | None) -> dict[str, Any] | None:
-    if manifest is None:
-        return None
-    fields = asdict(manifest)
-    return {name: fields[name] for name in ("settings", "source", "software", "shards", "dropped")}
-
-
-def _header(listing: ImageListing, index: int) -> tuple[int, int, int] | None:
-    """Returns (height, width, bytes), or None if the file is not a readable image."""
-    try:
-        data = listing.location(index).read()
-        return *image_size(data), len(data)
-    except (UndecodableImage, OSError):
-        return None
-
-
-def _sides(height: Indices, width: Indices, size: Indices) -> Sides:
-    pixels = height * width
-    return Sides(
-        looked_at=len(height),
-        height_min=int(height.min()),
-        height_median=int(np.median(height)),
-        height_max=int(height.max()),
-        width_min=int(width.min()),
-        width_median=int(np.median(width)),
-        width_max=int(width.max()),
-        mean_pixels=round(float(pixels.mean()), 1),
-        bytes_per_pixel=round(float(size.sum() / max(pixels.sum(), 1)), 4),
+        manifest={name: fields[name] for name in ("settings", "source", "software", "shards", "dropped")} if fields else None,
     )

@@ -34,20 +34,20 @@ def write_picture_grid(path: Path, *, listing: ImageListing | None, out: Path) -
     images = ImageSet(path, listing)
     used = np.unique(images.labels)
     rows = used[_spread(len(used), ROWS)]
-    sheet = Image.new(
-        "RGB", (LABEL_PX + COLUMNS * (TILE_PX + MARGIN_PX) + MARGIN_PX, len(rows) * (TILE_PX + MARGIN_PX) + MARGIN_PX), _PAPER
-    )
+    step = TILE_PX + MARGIN_PX
+    sheet = Image.new("RGB", (LABEL_PX + COLUMNS * step + MARGIN_PX, len(rows) * step + MARGIN_PX), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(rows.tolist()):
-        y = MARGIN_PX + row * (TILE_PX + MARGIN_PX)
+        y = MARGIN_PX + row * step
         members = np.flatnonzero(images.labels == label)
-        _caption(
-            draw,
-            (MARGIN_PX, y + TILE_PX // 3),
-            [images.class_names[label] if label >= 0 else "no label", f"label {label}", f"{len(members):,} images"],
-        )
+        name = images.class_names[label] if label >= 0 else "no label"
+        for number, line in enumerate((name, f"label {label}", f"{len(members):,} images")):
+            text = line.encode("ascii", errors="replace").decode()
+            text = text if len(text) <= _NAME_CHARACTERS else text[: _NAME_CHARACTERS - 1] + "~"
+            at = MARGIN_PX, y + TILE_PX // 3 + 13 * number
+            draw.text(at, text, fill=_PALE if number else _INK, font=ImageFont.load_default())
         for column, index in enumerate(members[_spread(len(members), COLUMNS)].tolist()):
-            _paste(sheet, (LABEL_PX + column * (TILE_PX + MARGIN_PX), y), images, index)
+            _paste(sheet, (LABEL_PX + column * step, y), images, index)
     try:
         sheet.save(out)
     except OSError as error:
@@ -69,10 +69,3 @@ def _paste(sheet: Image.Image, at: tuple[int, int], images: ImageSet, index: int
     width, height = (max(1, round(side * scale)) for side in tile.size)
     tile = tile.resize((width, height), Image.Resampling.LANCZOS)
     sheet.paste(tile, (at[0] + (TILE_PX - width) // 2, at[1] + (TILE_PX - height) // 2))
-
-
-def _caption(draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str]) -> None:
-    for number, line in enumerate(lines):
-        printable = line.encode("ascii", errors="replace").decode()
-        text = printable if len(printable) <= _NAME_CHARACTERS else printable[: _NAME_CHARACTERS - 1] + "~"
-        draw.text((at[0], at[1] + 13 * number), text, fill=_INK if number == 0 else _PALE, font=ImageFont.load_default())

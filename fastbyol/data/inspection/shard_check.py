@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from tarfile import BLOCKSIZE, TarInfo
 
@@ -36,7 +37,9 @@ def shard_faults(tar: Path, *, images: Converted, number: int) -> list[Fault]:
         rest = [Fault(str(tar), f"{stem}.jpg is not in the tar", index) for stem, index in expected.items()]
         rest += [Fault(str(tar), what) for what in _index_faults(index_path(tar), rows)]
     except DamagedTarError as error:
-        image = _sample_at(error.at, images, number)
+        # The last image of this file whose members begin at or before the damage.
+        in_front = np.flatnonzero((images.file == number) & (images.offset - BLOCKSIZE <= error.at))
+        image = int(in_front[np.argmax(images.offset[in_front])]) if len(in_front) else -1
         rest = [Fault(str(tar), f"the tar is damaged within this image's components ({error})", image)]
     except OSError as error:
         return [Fault(str(tar), f"cannot be read ({error.strerror})")]
@@ -59,24 +62,10 @@ def foreign_shard(tar: Path) -> tuple[list[tuple[int, int]], list[Fault]]:
     return places, [Fault(str(tar), what) for what in _index_faults(index_path(tar), rows)] if index_path(tar).exists() else []
 
 
-def _sample_at(byte: int, images: Converted, number: int) -> int:
-    """Returns the last image of this file whose members begin at or before the byte, or -1."""
-    in_front = np.flatnonzero((images.file == number) & (images.offset - BLOCKSIZE <= byte))
-    return int(in_front[np.argmax(images.offset[in_front])]) if len(in_front) else -1
-
-
 def _samples(members: Iterator[TarInfo]) -> Iterator[tuple[str, list[TarInfo]]]:
     """Yields (stem, members) of each sample: consecutive files with the same stem, as WebDataset groups them."""
-    group: list[TarInfo] = []
-    for member in members:
-        if not member.isreg():
-            continue
-        if group and _stem(member) != _stem(group[0]):
-            yield _stem(group[0]), group
-            group = []
-        group.append(member)
-    if group:
-        yield _stem(group[0]), group
+    for stem, group in groupby((member for member in members if member.isreg()), key=_stem):
+        yield stem, list(group)
 
 
 def _stem(member: TarInfo) -> str:

@@ -10,12 +10,10 @@ import numpy as np
 
 from fastbyol.config.errors import UserError, shortened
 from fastbyol.data.formats.manifest import Manifest, image_summary, is_sealed, numbered_class_names, read_manifest, refuse_other_counts
+from fastbyol.data.formats.tar_shards import PARTS
 from fastbyol.data.inspection.converted import Converted, converted_beton, converted_shards, is_converted, listed_positions, manifest_path
 from fastbyol.data.inspection.findings import Fault, Findings
 from fastbyol.data.inspection.shard_check import foreign_shard
-
-_PARTS = "part-*-of-*.json"
-"""Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""
 
 
 def checked_manifest(path: Path, found: Findings) -> Manifest | None:
@@ -28,20 +26,19 @@ def checked_manifest(path: Path, found: Findings) -> Manifest | None:
         raise UserError(
             f"{path}: is neither a .beton nor a folder of tar shards; give what data_prep/to_ffcv.py or data_prep/to_dali.py made"
         )
-    if not manifest_path(path).exists():
-        if any(path.glob(_PARTS)):
+    where = manifest_path(path)
+    if not where.exists():
+        if any(path.glob(PARTS)):
             raise UserError(f"{path}: holds parts of a conversion on many machines; merge them first (data_prep/to_dali.py --merge)")
-        found.notes.append(
-            f"no manifest {manifest_path(path).name}: cannot check that the files are complete, and the names of the classes are unknown"
-        )
+        found.notes.append(f"no manifest {where.name}: cannot check that the files are complete, and the names of the classes are unknown")
         return None
     try:
-        manifest = read_manifest(manifest_path(path))
+        manifest = read_manifest(where)
     except UserError as error:
-        found.add([Fault(str(manifest_path(path)), _without(error, manifest_path(path)))])
+        found.add([Fault(str(where), _without(error, where))])
         return None
-    if not is_sealed(manifest_path(path)):
-        found.add([Fault(str(manifest_path(path)), "has been edited: it is not what the conversion wrote")])
+    if not is_sealed(where):
+        found.add([Fault(str(where), "has been edited: it is not what the conversion wrote")])
     found.num_classes = len(manifest.class_names)
     return manifest
 
@@ -80,10 +77,8 @@ def _foreign_shards(folder: Path, found: Findings) -> Converted:
     if not places:
         raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that data_prep/to_dali.py made")
     file, offset, size = np.array(places, dtype=np.int64).T
-    unknown = np.zeros_like(file)
-    return Converted(
-        folder, tuple(files), file, offset, size, unknown, unknown, unknown, unknown.astype(np.bool_), None, np.arange(len(file))
-    )
+    none, raw = np.zeros_like(file), np.zeros(len(file), dtype=np.bool_)
+    return Converted(folder, tuple(files), file, offset, size, none, none, none, raw, None, np.arange(len(file)))
 
 
 def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterator[str]:

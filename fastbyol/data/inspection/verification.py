@@ -118,7 +118,12 @@ def _work(path: Path, manifest: Manifest | None, images: Converted | None, check
             continue
         if manifest and path.is_dir():
             yield partial(shard_faults, file, images=images, number=number), 0
-        yield from ((partial(_image_faults, file, check, chunk), len(chunk)) for chunk in _chunks(images, number))
+        # In chunks of neighbours of a few MiB.
+        members = np.flatnonzero(images.file == number)
+        members = members[np.argsort(images.offset[members], kind="stable")]
+        chunk = np.cumsum(images.size[members]) // _CHUNK_BYTES
+        for part in np.split(members, np.flatnonzero(np.diff(chunk)) + 1):
+            yield partial(_image_faults, file, check, part.tolist()), len(part)
 
 
 def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], stop: Event) -> list[Fault]:
@@ -127,7 +132,11 @@ def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], 
         return [Fault(str(file), "is not in the manifest")]
     size = file.stat().st_size
     try:
-        found = _sha256_of(file, shard, stop)
+        if shard.chunk_bytes:
+            starts = range(0, size, shard.chunk_bytes)
+            found = chunks_sha256([sha256_of(file, start=at, size=shard.chunk_bytes, stop=stop) for at in starts])
+        else:
+            found = sha256_of(file, stop=stop)
     except OSError as error:
         return [Fault(str(file), f"cannot be read ({error.strerror})")]
     if found == shard.sha256 and size == shard.bytes:
@@ -141,25 +150,8 @@ def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], 
     return [Fault(str(file), what)]
 
 
-def _sha256_of(file: Path, shard: Shard, stop: Event) -> str:
-    if not shard.chunk_bytes:
-        return sha256_of(file, stop=stop)
-    starts = range(0, file.stat().st_size, shard.chunk_bytes)
-    return chunks_sha256([sha256_of(file, start=at, size=shard.chunk_bytes, stop=stop) for at in starts])
-
-
 def _image_faults(file: Path, check: ImageCheck, chunk: list[int]) -> list[Fault]:
     return [Fault(str(file), what, index) for index in chunk for what in check.faults(index)]
-
-
-def _chunks(images: Converted, number: int) -> Iterator[list[int]]:
-    """Yields the images of a file in chunks of neighbours of a few MiB."""
-    members = np.flatnonzero(images.file == number)
-    members = members[np.argsort(images.offset[members], kind="stable")]
-    chunk = np.cumsum(images.size[members]) // _CHUNK_BYTES
-    for part in np.split(members, np.flatnonzero(np.diff(chunk)) + 1):
-        if len(part):
-            yield part.tolist()
 
 
 def _run(work: Iterator[Work], *, threads: int, stop: Event) -> Iterator[tuple[list[Fault], int]]:
