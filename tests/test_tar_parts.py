@@ -162,6 +162,12 @@ def test_the_merge_command_says_what_has_no_effect_and_what_is_missing(parts: Pa
     assert f"{parts}: 47 images of 3 classes, 3 shards" in merged.stdout
 
 
+def test_a_part_whose_number_is_beyond_their_count_is_named(parts: Path) -> None:
+    shutil.copy(parts / "part-00002-of-00003.json", parts / "part-00009-of-00003.json")
+    with pytest.raises(UserError, match=r"part-00009-of-00003.json: there is no such part of 3; remove it, then merge"):
+        merge_tar_parts(parts)
+
+
 def test_a_complete_folder_accepts_no_further_part(images: Path, parts: Path) -> None:
     merge_tar_parts(parts)
     with pytest.raises(UserError, match="holds a complete data set already"):

@@ -220,13 +220,14 @@ def _all_parts(out: Path) -> list[Path]:
             f"{out}: holds parts of {sorted(counts) or 'no'} machines; convert with --shard i/n for every i of one n, then merge"
         )
     (count,) = counts
-    if len(found) != count:
-        names = {path.name for path in found}
-        first = next(number for number in range(count) if f"part-{Part(number, count).name}.json" not in names)
+    expected = [out / f"part-{Part(number, count).name}.json" for number in range(count)]
+    if missing := [number for number, path in enumerate(expected) if path not in found]:
         raise UserError(
-            f"{out}: {count - len(found)} of {count} parts are missing, the first --shard {first}/{count}; convert them, then merge"
+            f"{out}: {len(missing)} of {count} parts are missing, the first --shard {missing[0]}/{count}; convert them, then merge"
         )
-    return found
+    if extra := sorted(path.name for path in set(found) - set(expected)):
+        raise UserError(f"{out / extra[0]}: there is no such part of {count}; remove it, then merge")
+    return expected
 
 
 def _read_part(path: Path) -> _Done:
