@@ -22,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 demo: $(STAMP) ## images -> .beton -> BYOL -> evaluation -> runs/demo/report.html (DEMO_KIND=fashion or scenes)
 	BIN=$(BIN) KIND=$(DEMO_KIND) DATA=$(DEMO_DATA) RUN=$(DEMO_RUN) PRESET=$(DEMO_PRESET) bash scripts/demo.sh
 
-test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the tests, in two processes: most of them wait for processes of their own
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff, pyright, layers
 	$(BIN)/ruff check .

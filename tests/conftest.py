@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def signals_as_in_the_foreground() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def triton_imported_anew() -> Iterator[None]:
+    """Lets a test import the Triton kernel anew, because TRITON_INTERPRET counts only at the import, and leaves no interpreted one behind."""
+    sys.modules.pop("fastbyol.optim.triton_lerp", None)
+    yield
+    sys.modules.pop("fastbyol.optim.triton_lerp", None)
 
 
 CLASS_SIZES = {"ant": 8, "bee": 9, "cat": 8}

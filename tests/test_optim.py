@@ -402,9 +402,9 @@ def test_no_update_reads_a_value_back_from_the_device(monkeypatch):
         tau.item()
 
 
+@pytest.mark.usefixtures("triton_imported_anew")
 def test_the_triton_target_update_equals_the_reference(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp", raising=False)
     online = [*_channels_last_params(torch.float32), nn.Parameter(torch.linspace(-1, 1, 5000)), nn.Parameter(torch.tensor(3.0))]
     for tau in (0.9, torch.tensor(0.3)):
         target = [p.detach().flip(0) if p.ndim == 1 else -p.detach() for p in online]
@@ -418,12 +418,11 @@ def test_the_triton_target_update_equals_the_reference(monkeypatch):
         ema_update([torch.zeros(6, 5, 3, 3)], online[:1], 0.9, backend="triton")
     with pytest.raises(UserError, match="both must be float32"):
         ema_update([torch.zeros(3, dtype=torch.float64)], [torch.zeros(3, dtype=torch.float64)], 0.9, backend="triton")
-    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp")
 
 
+@pytest.mark.usefixtures("triton_imported_anew")
 def test_the_triton_target_update_refuses_tensors_that_are_not_on_cuda(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp", raising=False)
     with pytest.raises(UserError, match="on cpu; it needs CUDA"):
         ema_update([torch.zeros(3)], [torch.ones(3)], 0.9, backend="triton")
 
@@ -452,7 +451,6 @@ def test_a_missing_or_unknown_backend_of_the_target_update_is_named(monkeypatch)
     with pytest.raises(UserError, match="no module amp_C; PyPI's package of that name is a web toolkit"):
         ema_update(tensors, tensors, 0.9, backend="apex")
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp", raising=False)
     with pytest.raises(UserError, match="triton is not installed"):
         ema_update(tensors, tensors, 0.9, backend="triton")
     with pytest.raises(UserError, match="optim.update = 'foreech': must be one of auto, foreach, triton, apex"):

@@ -106,12 +106,12 @@ class Seen:
         monkeypatch.setitem(sys.modules, "amp_C", SimpleNamespace(multi_tensor_axpby=axpby))
 
 
+@pytest.mark.usefixtures("triton_imported_anew")
 @pytest.mark.parametrize("name", ["lars", "sgd"])
 def test_each_way_to_update_is_the_one_that_moves_the_target_and_all_agree_to_rounding(
     name: str, beton: Path, batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp", raising=False)
     monkeypatch.setattr("fastbyol.train.check_update", lambda backend, device: None)  # apex is a stand-in here
     results = {}
     for update in UPDATES:
@@ -127,7 +127,6 @@ def test_each_way_to_update_is_the_one_that_moves_the_target_and_all_agree_to_ro
     for update, values in results.items():
         for key, value in values.items():
             torch.testing.assert_close(value, results["auto"][key], rtol=2e-6, atol=2e-6, msg=f"{update}: {key}")
-    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp")
 
 
 def test_a_copy_of_an_optimizer_with_a_target_update_steps_itself_and_not_the_original(beton: Path, batch) -> None:
@@ -144,9 +143,9 @@ def test_a_copy_of_an_optimizer_with_a_target_update_steps_itself_and_not_the_or
     assert not state.optimizer.state_dict()["state"]
 
 
+@pytest.mark.usefixtures("triton_imported_anew")
 def test_a_way_to_update_that_does_not_work_here_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delitem(sys.modules, "fastbyol.optim.triton_lerp", raising=False)
     check_update("auto", CPU)
     check_update("foreach", CPU)
     with pytest.raises(UserError, match="optim.update = 'triton': the tensors are on cpu; it needs CUDA, or take 'foreach'"):
