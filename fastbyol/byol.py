@@ -79,6 +79,7 @@ class Target(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(online.encoder)
         self.projector = copy.deepcopy(online.projector)
+        # No gradient buffers, no DDP messages, and no optimizer state for the target.
         self.requires_grad_(False)
 
     @torch.no_grad()
@@ -137,6 +138,7 @@ class BYOL(nn.Module):
         projections = self._predicted(view1, view2, online1, online2)
         predictions = online1.prediction, online2.prediction
         if self.objective.predictor == "least_squares":
+            # Each view predicts the other one, as in the loss.
             pairs = (online1.projection, projections[1]), (online2.projection, projections[0])
             predictions = least_squares_prediction(*pairs[0]), least_squares_prediction(*pairs[1])
         regression = byol_loss(*predictions, *projections)

@@ -91,6 +91,7 @@ def infonce_beta_loss(
     keys1, keys2 = all_ranks(l2_normalize(projection1)), all_ranks(l2_normalize(projection2))
     forward = _one_direction(l2_normalize(prediction1), same_view=keys1, other_view=keys2, beta=beta, alpha=alpha)
     backward = _one_direction(l2_normalize(prediction2), same_view=keys2, other_view=keys1, beta=beta, alpha=alpha)
+    # The paper maximises its objective; the factor 2 makes beta = 0 equal to the regression up to a constant.
     return -2 * (forward + backward)
 
 

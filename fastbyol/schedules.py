@@ -14,6 +14,7 @@ def total_steps_at(epochs: float, *, num_samples: int, global_batch: int) -> int
 
     As in the official code: 312784 for 1000 epochs of ImageNet at batch 4096.
     """
+    # Rounded down twice, as the official code does: whole images, then whole batches.
     return int(epochs * num_samples) // global_batch
 
 
@@ -22,6 +23,7 @@ def lr_at(step: int, *, total_steps: int, warmup_steps: int, base_lr: float, glo
 
     Linear warm-up from 0 to base_lr * global_batch / 256 over warmup_steps, then a half cosine down to 0 at total_steps.
     """
+    # Linear scaling (Goyal et al., 2017); section 3.3 of the paper has base_lr 0.2 for 1000 epochs.
     peak = base_lr * global_batch / 256
     if step < warmup_steps:
         return peak * step / warmup_steps

@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
     """Trains the run that the config describes, from where it stopped. Returns False if it was asked to stop before its last step."""
+    # Everything that can be refused is checked before images are read or a folder is made.
     require_same_start(config, process)
     if process.is_main:
         check_run(config)
@@ -84,14 +85,17 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
         batches = leaving.enter_context(closing(state.loader.endless()))
         for step in range(session.first_step, plan.total_steps):
             lr, tau, done = plan.lr(step), plan.tau(step), step + 1
+            # Norms are computed only in steps that are logged.
             monitor.start_step(logged=plan.logs(done))
             output = train_step(config, process, state, batches, monitor, lr=lr, tau=tau)
             session.end_step(done)
             if plan.logs(done):
+                # Reads the means from the device; steps that are not logged read nothing there.
                 record = monitor.record(step=step, epoch=plan.epoch(done), lr=lr, tau=tau, last=output)
                 if knn is not None and knn.due(done):
                     with monitor.paused(), session.paused():
                         record["knn_top1"] = knn.top1(state.byol.online.encoder)
+                # Written first, so that the record with the alarm is in the log of the run that it ends.
                 session.log(record)
                 monitor.stop_when_collapsed(session.saved_steps)
             if plan.saves(done) or session.stopping:
@@ -106,6 +110,7 @@ def train_step(
 ) -> BYOLOutput:
     """Takes one optimizer step: the gradient over one global batch, the online network's update, the target's. Returns the last forward's output."""
     for group in state.optimizer.param_groups:
+        # Set in every step, so that a resumed run needs no scheduler state.
         group["lr"] = lr * group.get("lr_factor", 1.0)
     for micro in range(state.accumulate):
         with monitor.waiting():
@@ -114,15 +119,18 @@ def train_step(
         with gradient_reduction(state.model, now=micro == state.accumulate - 1):
             with autocast(config.precision, device=process.device):
                 output: BYOLOutput = state.model(view1, view2, label)
+            # One backward for both: the probe reads a detached feature, so its gradient stays in its own weights.
             loss = output.loss + output.probe_loss
             state.scaler.scale(loss / state.accumulate).backward()
         state.finite.add(loss)
         monitor.add(output)
+    # Before the norms are taken and before LARS, whose trust ratio would otherwise contain the scale.
     state.scaler.unscale_(state.optimizer)
     monitor.gradients_ready(state.byol.online)
     # The target moves inside the step: under fp16 the scaler leaves out a step whose gradient is not finite, and then neither network may move.
     state.scaler.step(state.optimizer, target_update=state.byol.target_update(tau, backend=config.optim.update))
     state.scaler.update()
+    # None instead of zeros: the next backward writes the gradients without reading them first.
     state.optimizer.zero_grad(set_to_none=True)
     monitor.step()
     return output
@@ -144,17 +152,19 @@ def build(config: TrainConfig, process: Process) -> TrainState:
         rank=process.rank,
         world_size=process.world_size,
         device=process.device,
+        # On a GPU the crops travel as bytes, a quarter of the floats, and are augmented there.
         output="uint8" if process.device.type == "cuda" else "float32",
         traversal=config.data.traversal,
         window_mib=config.data.window_mib,
     )
     loader = opened_alike(open_data, process)
+    # Set right before the networks are built, so that they get the same weights on every rank.
     torch.manual_seed(config.seed)
     byol = build_byol(config.model, num_classes=max(1, len(loader.class_names)), objective=config.objective)
     if process.is_main:
         load_initial_weights(byol, config)  # DDP sends them to the other ranks
     if config.precision.cross_replica_bn and process.world_size > 1:
-        use_all_ranks(byol)
+        use_all_ranks(byol)  # before compilation, which would otherwise trace statistics of this rank alone
     prepare_model(byol, config.precision, device=process.device)
     model: nn.Module = byol
     if process.world_size > 1:

@@ -268,5 +268,6 @@ def truncated_normal_(weight: Tensor) -> None:
 
     It is not rescaled, so the actual standard deviation is 0.88 of that.
     """
+    # Fan-in: inputs of one output, which is everything but the first dimension of the weight.
     sigma = 1 / math.sqrt(weight[0].numel())
     nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)

@@ -78,6 +78,7 @@ class LARS(Optimizer):
                 loss = closure()
         moved: set[int] = set()
         for group in self.param_groups:
+            # Frozen parameters have no gradient; they keep their weights and get no buffer.
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 moved |= apply_update(self._update_of(group, params), target_update)

@@ -127,6 +127,7 @@ def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float
                 follower = _flat(t)[part]
                 step_block_with_target(w[part], x[part], buffer[part], follower, scale, decay, momentum, lr, np.float32(weight))
 
+    # So that no thread starts on the largest tensor when the others are nearly done.
     largest_first = sorted(zip(update.params, update.grads, update.momenta, targets, strict=True), key=lambda tensors: -tensors[0].numel())
     in_threads(apply, largest_first)
 
@@ -137,6 +138,7 @@ def _scaled(update: Update) -> list[Tensor]:
     weight_norm = torch.stack(torch._foreach_norm(update.params))
     update_norm = torch.stack(torch._foreach_norm(u))
     ratio = update.trust_coefficient * weight_norm / update_norm
+    # A tensor of zeros, or one without gradient, would divide by zero; the official code leaves such an update unscaled.
     ratio = torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
     torch._foreach_mul_(u, ratio.unbind())
     return list(u)

@@ -56,10 +56,12 @@ class Session:
     def __enter__(self) -> Self:
         config, process, plan = self._config, self._process, self._plan
         with ExitStack() as leaving:
+            # Locked before anything is read: a job that was told to stop may still be saving into this folder.
             if process.is_main:
                 leaving.enter_context(locked_run_folder(open_run_folder(config)))
             self.first_step = self.done = self._state.restore(self._folder, config=config, process=process)
             self._announce()
+            # Entered first, so that it still watches while the writer and the log are being closed.
             self._hang_watch = leaving.enter_context(HangWatch(config.timeout_s))
             if process.is_main:
                 self._writer = leaving.enter_context(CheckpointWriter(self._folder, keep=config.keep_checkpoints, stays=plan.stays))
@@ -69,6 +71,7 @@ class Session:
             steps = config.profile_steps if process.is_main else 0
             self._profiler = leaving.enter_context(StepProfiler(self._folder, steps=steps, parts=parts, device=process.device))
             self._vote = StopVote(rank=process.rank, world_size=process.world_size)
+            # Last, so that its threads end before the last checkpoint is waited for.
             leaving.enter_context(self._state.loader)
             self._leaving = leaving.pop_all()
         return self
@@ -103,6 +106,7 @@ class Session:
     def save(self) -> None:
         """Saves the state after the last step. The step waits for a copy in memory, not for the disk."""
         snapshot = self._state.snapshot(step=self.done, config=self._config, process=self._process)
+        # The snapshot above is a collective, so every rank takes it, although only rank 0 writes.
         if self._writer is not None:
             self._writer.save(snapshot, step=self.done)
 
