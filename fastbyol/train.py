@@ -28,8 +28,8 @@ from torch import nn
 from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Lost, one_line_errors
 from fastbyol.config.schema import TrainConfig, accumulation_of
-from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch, views_on_device
+from fastbyol.data.build import build_run_loader
 from fastbyol.evaluation.online_knn import build_online_knn, check_online_knn
 from fastbyol.models import check_image_size, use_all_ranks
 from fastbyol.monitors import Monitor, build_monitor
@@ -141,23 +141,8 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     check_image_size(config.views.size_px, encoder=config.model.encoder, stem=config.model.stem)
     check_bn_images(config, process)
     check_update(config.optim.update, process.device)
+    loader = opened_alike(partial(build_run_loader, config, process), process)
     accumulate = accumulation_of(config, world_size=process.world_size)
-    open_data = partial(
-        build_loader,
-        config.data,
-        views=config.views,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        accumulate=accumulate,
-        rank=process.rank,
-        world_size=process.world_size,
-        device=process.device,
-        # On a GPU the crops travel as bytes, a quarter of the floats, and are augmented there.
-        output="uint8" if process.device.type == "cuda" else "float32",
-        traversal=config.data.traversal,
-        window_mib=config.data.window_mib,
-    )
-    loader = opened_alike(open_data, process)
     # Set right before the networks are built, so that they get the same weights on every rank.
     torch.manual_seed(config.seed)
     byol = build_byol(config.model, num_classes=max(1, len(loader.class_names)), objective=config.objective)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastbyol.config.errors import UserError, require_at_least, require_choice
-from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig
+from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig, TrainConfig, accumulation_of
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Source
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES
@@ -16,6 +16,7 @@ from fastbyol.data.loader import ImageLoader, Readahead, TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Traversal, group_into_blocks
 from fastbyol.host.cores import default_workers, place_on_machine
+from fastbyol.ranks.process_group import Process
 
 _READS = {
     "ffcv": "a .beton file",
@@ -75,6 +76,25 @@ def build_loader(
     except BaseException:
         source.close()
         raise
+
+
+def build_run_loader(config: TrainConfig, process: Process, *, option: str = "data.train") -> TwoViewLoader:
+    """Returns this rank's training loader with the settings of the run's config, as `build_loader` does."""
+    return build_loader(
+        config.data,
+        views=config.views,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        accumulate=accumulation_of(config, world_size=process.world_size),
+        rank=process.rank,
+        world_size=process.world_size,
+        device=process.device,
+        # On a GPU the crops travel as bytes, a quarter of the floats, and are augmented there.
+        output="uint8" if process.device.type == "cuda" else "float32",
+        option=option,
+        traversal=config.data.traversal,
+        window_mib=config.data.window_mib,
+    )
 
 
 def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int, output: str, device: torch.device) -> Renderer:

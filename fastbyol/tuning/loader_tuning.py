@@ -8,9 +8,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastbyol.config.schema import DataConfig, TrainConfig, accumulation_of
-from fastbyol.data import build_loader
-from fastbyol.data.build import backend_of
+from fastbyol.config.schema import DataConfig
+from fastbyol.data.build import backend_of, build_run_loader
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.ranks.process_group import Process
 from fastbyol.tuning import candidates
@@ -79,25 +78,9 @@ def _loaders_alone(bench: Bench, title: str, variants: Mapping[str, DataConfig])
         trials = []
         for number, (name, data) in enumerate(variants.items()):
             config = bench.trial_config(trial_batch(bench.micro_batch, data, bench.process), data=data)
-            loader = leaving.enter_context(open_loader(config, bench.process))
+            loader = leaving.enter_context(build_run_loader(config, bench.process, option="--data"))
             trials.append(Trial(name, loader_alone(loader, epoch=number)))
         return bench.compare(title, trials)
-
-
-def open_loader(config: TrainConfig, process: Process) -> TwoViewLoader:
-    """Returns the loader that `fastbyol.train.build` makes for this process."""
-    return build_loader(
-        config.data,
-        views=config.views,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        accumulate=accumulation_of(config, world_size=process.world_size),
-        device=process.device,
-        output="uint8" if process.device.type == "cuda" else "float32",
-        option="--data",
-        traversal=config.data.traversal,
-        window_mib=config.data.window_mib,
-    )
 
 
 def trial_batch(whole: int, data: DataConfig, process: Process) -> int:

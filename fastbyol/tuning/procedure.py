@@ -9,10 +9,11 @@ import torch
 
 from fastbyol.config.errors import UserError, require_at_least, require_between
 from fastbyol.config.schema import accumulation_of
+from fastbyol.data.build import build_run_loader
 from fastbyol.ranks.process_group import Process
 from fastbyol.train import build
 from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank
-from fastbyol.tuning.loader_tuning import Reading, open_loader, readings, tune_reading, tune_workers
+from fastbyol.tuning.loader_tuning import Reading, readings, tune_reading, tune_workers
 from fastbyol.tuning.step_tuning import num_ways_to_compile, tune_step, update_ways
 from fastbyol.tuning.whole_tuning import tune_whole
 
@@ -66,7 +67,7 @@ def check_images(bench: Bench, ways: Sequence[Reading]) -> None:
     data = bench.found.config.data
     num_images: dict[str, int] = {}
     for way in ways:
-        with open_loader(bench.trial_config(1, data=way.applied(data)), bench.process) as loader:
+        with build_run_loader(bench.trial_config(1, data=way.applied(data)), bench.process, option="--data") as loader:
             num_images[way.path] = loader.num_samples
     if len(set(num_images.values())) > 1:
         counts = ", ".join(f"{path}: {num:,}" for path, num in num_images.items())

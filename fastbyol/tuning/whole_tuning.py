@@ -11,11 +11,11 @@ import torch
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
+from fastbyol.data.build import build_run_loader
 from fastbyol.monitors.compute import ComputeMeter
 from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench
 from fastbyol.tuning.comparison import Comparison, Trial
-from fastbyol.tuning.loader_tuning import open_loader
 from fastbyol.tuning.report import WAIT_SHARE, Speeds, verdict
 from fastbyol.tuning.stepper import Pace, Stepper
 
@@ -76,7 +76,7 @@ def _fed(bench: Bench, stepper: Stepper, what: str, variants: Mapping[str, DataC
     with ExitStack() as leaving:
         trials = [Trial(REFERENCE, stepper.alone(bench.sample[0]))]
         for name, data in variants.items():
-            loader = leaving.enter_context(open_loader(replace(stepper.config, data=data), bench.process))
+            loader = leaving.enter_context(build_run_loader(replace(stepper.config, data=data), bench.process, option="--data"))
             trials.append(Trial(name, stepper.fed_by(loader, paces[name])))
         comparison = replace(bench.compare(f"end to end, {what}", trials), reference=REFERENCE)
     if REFERENCE in comparison.failed or len(comparison.rates) < 2:
