@@ -41,7 +41,7 @@ def first_difference(saved: object, own: object, where: str, *, missing_allowed:
 
 
 def tensor_difference(saved: object, own: Tensor, where: str, *, any_float: bool = False) -> str | None:
-    """Returns why a value from a file cannot replace this tensor, or None if it can; `any_float` accepts any floating-point dtype for one."""
+    """Returns why a value from a file cannot replace this tensor (with any floating-point dtype if `any_float`), or None if it can."""
     if not isinstance(saved, Tensor):
         return f"{where} is {shown(saved)}, must be a tensor"
     if saved.layout != torch.strided or saved.is_meta or saved.is_quantized:
