@@ -44,7 +44,8 @@ class SameMaxPool2d(nn.MaxPool2d):
     """Max-pool with SAME padding; padded positions never win."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(pad_same(input, kernel=int(self.kernel_size), stride=int(self.stride), value=float("-inf")))  # type: ignore[arg-type]
+        kernel, stride = int(self.kernel_size), int(self.stride)  # type: ignore[arg-type]
+        return F.max_pool2d(pad_same(input, kernel=kernel, stride=stride, value=float("-inf")), kernel, stride)
 
 
 BN_EPS = 1e-5

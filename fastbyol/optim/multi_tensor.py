@@ -124,7 +124,7 @@ def _apply_at_once(update: Update) -> None:
 
 
 def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float) -> None:
-    """Computes a tensor's norms and at once its update (and its target's), while part of w and g is still in cache; one tensor per thread."""
+    """Computes a tensor's norms and at once its update and its target's, while part of w and g is in cache; one tensor per thread."""
     lr, momentum, decay = (np.float32(x) for x in (float(update.lr), update.momentum, update.weight_decay))
 
     def apply(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:

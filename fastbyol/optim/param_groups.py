@@ -26,7 +26,7 @@ def byol_param_groups(module: nn.Module, *, lr_factors: Mapping[str, float] = NO
 
 
 def _two_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    # The official utils/optimizers.py excludes leaves named `b` and parents named `*norm*`: in PyTorch the tensors with one dimension or none.
+    # The official utils/optimizers.py excludes leaves named `b` and parents named `*norm*`: in PyTorch, tensors of at most one dimension.
     trainable = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "adapt": True},

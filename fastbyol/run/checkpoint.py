@@ -66,7 +66,7 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, stays: Callable[[int], bool] = lambda step: False) -> Path:
-    """Writes the state after `step` optimizer steps durably, then deletes all but the newest `keep` checkpoints and those whose step `stays`.
+    """Writes the state after `step` optimizer steps durably, then deletes checkpoints but the newest `keep` and those whose step `stays`.
 
     Raises CheckpointError if the disk is full or not writable; earlier checkpoints are untouched then.
     """
@@ -129,7 +129,7 @@ def load_checkpoint(path: Path, *, or_weights: bool = False) -> Any:
 
 
 def load_weights(file: IO[bytes]) -> Any:
-    """Returns what torch.load reads: tensors and plain values only, on the CPU. Raises ValueError if it needs more room than the file has."""
+    """Returns the tensors and plain values in a file of torch.save, on the CPU. Raises ValueError if they unpack to far more than the file."""
     held = file.seek(0, os.SEEK_END)
     allowed = max(_UNPACKED_FREELY, _MOST_UNPACKED * held)
     file.seek(0)

@@ -33,7 +33,7 @@ class CheckpointWriter:
         sweep_unfinished(run)
 
     def save(self, state: dict[str, Any], *, step: int) -> None:
-        """Copies the state, which may then change, and returns; the copy becomes the checkpoint after `step` steps. Waits for the one before."""
+        """Waits for the last write, then copies the state, which may change from then on; the copy is written after this returns."""
         self.wait()
         # The previous copy is on the disk by now, so its memory can be overwritten.
         self._copy = copy_to_host(state, into=self._copy)
@@ -80,8 +80,8 @@ class CheckpointWriter:
 
 
 def copy_to_host(state: Any, *, into: Any = None) -> Any:
-    """Copies nested dicts and lists with their tensors to the host, keeping memory layouts; tensors of the copy `into` are reused if they fit."""
-    # Reused, because allocating fresh pages costs more than the copy itself.
+    """Copies nested dicts and lists with their tensors to the host, keeping memory layouts; reuses tensors of an earlier copy that fit."""
+    # Allocating fresh pages would cost more than the copy itself.
     copied = _copied(state, into)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # copies to pinned memory are asynchronous

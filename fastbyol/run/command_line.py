@@ -144,8 +144,8 @@ def _refuse_too_much(arguments: Sequence[str]) -> None:
 
 
 def _repeated(arguments: Sequence[str]) -> list[str]:
-    """Returns the options that are given more than once. Raises UserError for --preset or --config, each of which is a whole set of options."""
-    # Others may be: the last one wins, so a launch script's options can be overridden by appending to them.
+    """Returns the options that are given more than once. Raises UserError for a second --preset or --config."""
+    # Those two are whole sets of options. Of others the last one wins, so a launch script's options can be overridden by appending to them.
     given = [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")]
     repeated = [name for name in dict.fromkeys(given) if given.count(name) > 1]
     for name in repeated:

@@ -30,7 +30,7 @@ class FiniteCheck:
         self._finite_forwards += self._alive
 
     def first_bad_step(self) -> int | None:
-        """Returns how many steps since the first `add` were finite before the first that was not, or None if all were. Waits for the device."""
+        """Returns how many steps were finite before the first that was not, or None if all were. Waits for the device."""
         if self._alive is None or self._finite_forwards is None or self._alive.item():
             return None
         return int(self._finite_forwards.item()) // self.forwards_per_step

@@ -21,7 +21,7 @@ MARGIN_S = 5.0
 
 
 class HangWatch:
-    """While this context is active, more than limit_s between two beats prints all threads' stacks and an error line, and ends the process."""
+    """While this context is active, more than limit_s between two beats ends the process, with all threads' stacks and an error line."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s

@@ -111,7 +111,10 @@ def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str)
 def _read(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         return load_run(path, option=OPTION).state
-    state = load_checkpoint(path, or_weights=True)
+    try:
+        state = load_checkpoint(path, or_weights=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{OPTION}: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{OPTION} = {str(path)!r}: is not a state dict (names to tensors)")
     return state

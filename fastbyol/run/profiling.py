@@ -38,7 +38,7 @@ class StepProfiler:
     """Records `steps` steps of a run (0: none), from the sixth on; only those are slowed down.
 
     The run folder gets profile/trace.json.gz, for Perfetto or chrome://tracing, and profile/table.txt. The trace names the `parts` of the
-    networks (and NVTX ranges on a GPU do, for Nsight).
+    networks, and on a GPU NVTX ranges do so for Nsight.
     """
 
     def __init__(self, folder: Path, *, steps: int, parts: dict[str, nn.Module], device: torch.device) -> None:

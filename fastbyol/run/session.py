@@ -147,8 +147,9 @@ class Session:
         log.info("config, all of it in %s: %s", self._folder / CONFIG_FILE, " ".join(chosen))
         log.info("%s: %d images of %d classes, backend %s", config.data.train, loader.num_samples, len(loader.class_names), loader.backend)
         ranks, accumulate = self._process.world_size, self._state.accumulate
-        batches = f"global batch {config.global_batch} = {ranks} ranks x {accumulate} micro-batches x {config.global_batch // (ranks * accumulate)}"
-        log.info("%d x %s: %s images; %d steps", ranks, self._process.device, batches, total_steps)
+        each = config.global_batch // (ranks * accumulate)
+        batch = f"global batch {config.global_batch} = {ranks} ranks x {accumulate} micro-batches x {each} images"
+        log.info("%d x %s: %s; %d steps", ranks, self._process.device, batch, total_steps)
         warmup_epochs = config.optim.warmup_epochs
         if warmup_epochs >= config.epochs:
             log.warning("optim.warmup_epochs = %g of %g epochs: the learning rate never reaches its peak", warmup_epochs, config.epochs)

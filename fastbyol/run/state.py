@@ -50,7 +50,7 @@ class TrainState:
         self.finite = FiniteCheck(forwards_per_step=self.accumulate)
 
     def snapshot(self, *, step: int, config: TrainConfig, process: Process) -> dict[str, Any]:
-        """Returns the state after `step` optimizer steps as tensors and plain values; every rank must call it, for the main rank's to be complete."""
+        """Returns the state after `step` optimizer steps as tensors and plain values; complete on the main rank only."""
         # A collective, so every rank must get here.
         ranks = gather_on_main(rng_state())
         return {
@@ -72,7 +72,7 @@ class TrainState:
         Raises UserError if the data are not those the run was started with, or no checkpoint belongs to this run.
         """
         state: dict[str, Any] | None = None
-        # Read by one and sent to all: a rank that finds the newest damaged would continue from another one, and only rank 0 needs the folder.
+        # Read by one and sent to all: a rank that found the newest damaged would continue from another one. Only rank 0 needs the folder.
         if process.is_main:
             state = load_newest(folder, config=config, check=self._difference)
         state = broadcast_from_main(state)
@@ -123,7 +123,7 @@ class TrainState:
         )
 
     def _removed_images(self, state: dict[str, Any], folder: Path) -> int:
-        """Returns how many images were removed since the checkpoint. Raises UserError for other data: more images, too few, other classes."""
+        """Returns how many images were removed since the checkpoint. Raises UserError for more images, too few, or other classes."""
         before, now = state["num_samples"], self.loader.num_samples
         if now == before:
             return 0

@@ -104,5 +104,6 @@ def doubled_batches(first: int, *, most: int) -> list[int]:
 
 
 def own_first(own: Value, values: tuple[Value, ...]) -> list[Value]:
-    """Returns the values with the config's own in front: of equally fast candidates the first is taken, so nothing changes without a gain."""
+    """Returns the values with the config's own in front."""
+    # Of equally fast candidates the first is taken, so nothing changes without a gain.
     return [own, *(value for value in values if value != own)]

@@ -76,7 +76,7 @@ def _loaders_alone(bench: Bench, title: str, variants: Mapping[str, DataConfig])
     with ExitStack() as leaving:
         trials = []
         for number, (name, data) in enumerate(variants.items()):
-            # A small batch, as the cost per image is the same; but the whole one where a GPU decodes it, which gets faster with more at once.
+            # A small batch, as the cost per image is the same; but the whole one where a GPU decodes it, which is faster with more at once.
             decodes_on_gpu = bench.on_gpu and data.backend == "dali" and data.dali_ops != "decode"
             batch = bench.micro_batch if decodes_on_gpu else min(bench.micro_batch, IMAGES_PER_WORKER * data.workers)
             config = bench.trial_config(batch, data=data)

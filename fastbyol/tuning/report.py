@@ -49,7 +49,7 @@ def write_config(path: Path, text: str) -> None:
 
 
 def config_yaml(config: TrainConfig, notes: Mapping[str, str], *, head: list[str]) -> str:
-    """Returns the whole config as YAML, without `out`, which each run names itself; a setting's note, by its dotted name, is a comment on it."""
+    """Returns the whole config as YAML, without `out`, which each run names itself; notes, by settings' dotted names, become comments."""
     values = {name: value for name, value in to_plain(config).items() if name != "out"}
     lines = [f"# {printable(' '.join(line.split()))}" for line in head]
     section = ""
