@@ -12,7 +12,7 @@ from fastbyol.byol import BYOL
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.saved_structure import tensor_difference
-from fastbyol.run.checkpoint import REQUIRED, CheckpointError, checkpoint_steps, load_checkpoint, load_newest, load_weights, why_not_loaded
+from fastbyol.run.checkpoint import REQUIRED, CheckpointError, checkpoint_steps, load_checkpoint, load_run
 
 log = logging.getLogger("fastbyol")
 OPTION = "init_from"
@@ -21,14 +21,10 @@ OPTION = "init_from"
 def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
     """Loads the weights that `init_from` names into the networks, in place; nothing if it is empty or the run has a checkpoint of its own.
 
-    Args:
-        byol: freshly built networks.
-        config: `init_from` is a run folder or checkpoint of fastbyol: loads both networks, and the probe if the number of classes is equal. Or any
-            file of torch.save with an encoder's weights (loaded with weights_only): loads the encoder of both networks and leaves the
-            heads. See `encoder_weights`.
+    A run folder or checkpoint of fastbyol has both networks, and the probe if the number of classes is equal. Any other file of torch.save
+    has an encoder's weights, which both networks get; their heads stay as they are (see `encoder_weights`).
 
-    Raises:
-        UserError: no such path, no usable weights in it, or networks of another shape (with the first names that differ).
+    Raises UserError if there is no such path, no usable weights in it, or networks of another shape (with the first names that differ).
     """
     source = config.init_from
     if not source or checkpoint_steps(Path(config.out)):
@@ -37,6 +33,7 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
     if set(REQUIRED) <= state.keys():
         weights = dict(state["byol"])
         own = byol.state_dict()
+        # The probe does not influence the networks, so another data set's number of classes is no reason to refuse them.
         for name in ("probe.weight", "probe.bias"):
             if name in weights and weights[name].shape != own[name].shape:
                 log.info("%s = %s: the probe of %d classes is not loaded", OPTION, source, len(own["probe.bias"]))
@@ -44,13 +41,9 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
         load_matching(byol, weights, source=f"{OPTION} = {source!r}")
         log.info("%s = %s: loaded both networks, after its step %d", OPTION, source, state["step"])
         return
-    online = byol.online.encoder
-    assert isinstance(online, nn.Module)
-    weights = encoder_weights(state, online.state_dict(), source=source)
+    weights = encoder_weights(state, byol.online.encoder.state_dict(), source=source)
     for network in (byol.online, byol.target):
-        encoder = network.encoder
-        assert isinstance(encoder, nn.Module)
-        load_matching(encoder, weights, source=f"{OPTION} = {source!r}")
+        load_matching(network.encoder, weights, source=f"{OPTION} = {source!r}")
     log.info("%s = %s: loaded the encoder of both networks", OPTION, source)
 
 
@@ -59,10 +52,7 @@ def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: st
 
     The file may store them under a key (state_dict, model, ...), with a prefix before the names (module., encoder., backbone., ...),
     together with heads and other networks, in another floating-point type, and without num_batches_tracked of batch norm, like
-    PyTorch before 0.4.1 and some converters.
-
-    Raises:
-        UserError: the file holds no named tensors.
+    PyTorch before 0.4.1 and some converters. Raises UserError if the file holds no named tensors.
     """
     key, tensors = _most_tensors(state)
     if not tensors:
@@ -105,11 +95,7 @@ def _most_tensors(state: dict[Any, Any]) -> tuple[str, dict[str, Tensor]]:
 
 
 def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
-    """Calls `load_state_dict`, with its errors condensed into one line.
-
-    Raises:
-        UserError: names, shapes or types differ; other floating-point types are converted.
-    """
+    """Calls `load_state_dict`; one-line UserError if names, shapes or types differ. Other floating-point types are converted."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     pairs = [(name, weights[name], value) for name, value in own.items() if name in weights]
@@ -123,22 +109,12 @@ def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str)
 
 
 def _read(path: Path) -> dict[Any, Any]:
-    if path.is_dir():
-        state = load_newest(path)
-        if state is None:
-            raise UserError(
-                f"{OPTION} = {str(path)!r}: no checkpoints/step-*.pt in it; give a run folder, a checkpoint or an encoder's weights"
-            )
-        return state
     if not path.is_file():
-        raise UserError(f"{OPTION} = {str(path)!r}: no such file or folder")
-    if path.with_suffix(".sha256").exists():
-        return load_checkpoint(path)
+        return load_run(path, option=OPTION).state
     try:
-        with path.open("rb") as file:
-            state = load_weights(file)
-    except Exception as error:
-        raise CheckpointError(f"{OPTION} = {str(path)!r}: is not a file of weights ({why_not_loaded(error)})") from error
+        state = load_checkpoint(path, or_weights=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{OPTION}: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{OPTION} = {str(path)!r}: is not a state dict (names to tensors)")
-    return load_checkpoint(path) if set(REQUIRED) <= state.keys() else state
+    return state
