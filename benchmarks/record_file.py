@@ -67,11 +67,7 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Returns the record in a file, or in a folder's records.json.
-
-    Raises:
-        UserError: nothing there, not a record, or a record of another format.
-    """
+    """Returns the record in a file, or in a folder's records.json. Raises UserError for anything that is not one of this format."""
     file = path / FILE if path.is_dir() else path
     try:
         record = json.loads(file.read_text())

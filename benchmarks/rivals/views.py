@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.packages import import_rival
+from benchmarks.rivals import import_rival
 from fastbyol.config.views import ViewPair, ViewSpec
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.inputs.folder import list_image_folder
