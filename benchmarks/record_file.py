@@ -26,18 +26,8 @@ MACHINE = ("command", "commit", "versions", "cpu", "cores", "gpu")
 """Fields of every record, and of its provenance."""
 KEPT = Path(__file__).parent / "results"
 CPU_CLOCKS = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-GPU_FIELDS = (
-    "name",
-    "driver_version",
-    "memory.total",
-    "clocks.sm",
-    "clocks.mem",
-    "clocks.max.sm",
-    "clocks.max.mem",
-    "power.limit",
-    "temperature.gpu",
-    "persistence_mode",
-)
+GPU_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+GPU_FIELDS = ("name", "driver_version", "memory.total", *GPU_CLOCKS, "power.limit", "temperature.gpu", "persistence_mode")
 """Fields of nvidia-smi, read at the start of the run; an idle GPU shows low clocks."""
 
 

@@ -93,6 +93,11 @@ class TrainingStep(Stepper):
         return {"data_wait_share": wait, **{f"{name}_share": share for name, share in parts.items()}}
 
 
+def forget_times(steps: Iterable[TrainingStep]) -> None:
+    for step in steps:
+        step.forget_times()
+
+
 def noise_batch(config: TrainConfig, *, num_classes: int, device: torch.device = CPU) -> ViewBatch:
     """Returns the batch of one forward pass: normal noise in both views, already on the device and in the step's memory layout."""
     generator = torch.Generator(device).manual_seed(0)

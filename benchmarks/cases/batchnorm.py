@@ -62,16 +62,9 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             OURS: _both_views(size, across_ranks=False),
             **_across_ranks(size),
         }
+        subjects = subjects_of(work)
         return measured(
-            "batchnorm",
-            title,
-            subjects_of(work),
-            reference=REFERENCE,
-            ceiling=CEILING,
-            unit="step",
-            settings=size,
-            primary="wall",
-            warmup=_WARMUP,
+            "batchnorm", title, subjects, reference=REFERENCE, ceiling=CEILING, unit="step", settings=size, primary="wall", warmup=_WARMUP
         )
 
 

@@ -78,18 +78,8 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         timings = measure(subjects, rounds=size.rounds)
         megabytes = sum(file.stat().st_size for file in (scratch / "here").rglob("*.pt")) / 1e6
     title = f"a checkpoint of {size.model.encoder}, {megabytes:.0f} MB"
-    result = make_result(
-        "checkpoint",
-        title,
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        unit="checkpoint",
-        threads=size.threads,
-        settings=size,
-        primary="wall",
-    )
+    meaning = {"unit": "checkpoint", "threads": size.threads, "primary": "wall"}
+    result = make_result("checkpoint", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, settings=size, **meaning)
     stalls, alone, both = (timings[name].ms["wall"] for name in (STALL, ALONE, BESIDE))
     step_ms, every = median(alone) / size.steps, config.checkpoint_every
     stall = {

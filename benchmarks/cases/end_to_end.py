@@ -26,7 +26,7 @@ from benchmarks.imagenet_like import stored_for, write_imagenet_like
 from benchmarks.record import CaseResult, measured
 from benchmarks.rivals.views import TorchvisionLoader
 from benchmarks.timing import Subject, torch_threads
-from benchmarks.training_step import TrainingStep
+from benchmarks.training_step import TrainingStep, forget_times
 from fastbyol.config.errors import UserError
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
@@ -102,19 +102,10 @@ class Training:
     def measured(self, case: str, title: str, size: Size | DemoSize, skipped: dict[str, str]) -> CaseResult:
         """Returns the result, with the share of its time that each but the ceiling waited for data."""
         with torch_threads(size.torch_threads):
-            result = measured(
-                case,
-                title,
-                self.subjects,
-                reference=REFERENCE,
-                ceiling=CEILING,
-                threads=size.torch_threads + size.workers,
-                primary="wall",
-                settings=size,
-                skipped=skipped,
-                # The waits of the first epoch are those for files that are not in the cache yet, and for compilation.
-                warmed_up=lambda: [step.forget_times() for step in self._steps.values()],
-            )
+            # In the first epoch a step waits for kernels to be compiled and files to be read into the cache.
+            given = {"warmed_up": partial(forget_times, self._steps.values()), "skipped": skipped, "settings": size, "primary": "wall"}
+            threads = size.torch_threads + size.workers
+            result = measured(case, title, self.subjects, reference=REFERENCE, ceiling=CEILING, threads=threads, **given)
         waits = {name: {"data_wait_share": step.data_wait_share} for name, step in self._steps.items() if name != CEILING}
         return result.with_extra(waits)
 

@@ -74,16 +74,10 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             LOADER: lambda: deque(loader, maxlen=0),
             REFERENCE: _torchvision_features(folder, theirs, views, size.batch),
         }
-        return measured(
-            "evaluate",
-            f"features of {size.encoder} at {size.size_px} px from JPEG files, batch {size.batch}",
-            subjects_of(work, units=size.images, notes={REFERENCE: "not beside the encoder"}),
-            reference=REFERENCE,
-            ceiling=CEILING,
-            threads=size.torch_threads + size.workers,
-            primary="wall",
-            settings=size,
-        )
+        title = f"features of {size.encoder} at {size.size_px} px from JPEG files, batch {size.batch}"
+        subjects = subjects_of(work, units=size.images, notes={REFERENCE: "not beside the encoder"})
+        threads = size.torch_threads + size.workers
+        return measured("evaluate", title, subjects, reference=REFERENCE, ceiling=CEILING, threads=threads, primary="wall", settings=size)
 
 
 def _torchvision_features(folder: Path, encoder: torch.nn.Module, views: ViewPair, batch: int) -> Callable[[], torch.Tensor]:

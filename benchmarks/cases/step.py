@@ -40,7 +40,7 @@ from benchmarks.own_process import in_own_process
 from benchmarks.record import CaseResult, measured
 from benchmarks.rivals import those_installed
 from benchmarks.timing import Subject, subjects_of, torch_threads
-from benchmarks.training_step import TrainingStep, bytes_moved, noise_batch
+from benchmarks.training_step import TrainingStep, bytes_moved, forget_times, noise_batch
 from benchmarks.updates import solo_learn_update
 from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
@@ -92,17 +92,9 @@ def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
         mb = {name: bytes_moved(run) / size.batch / 1e6 for name, run in counted.items()}
         subjects = subjects_of({REFERENCE: plain_step, **work}, units=size.batch)
         subjects += [_convolution(flop_per_image), _copy(mb[OURS])]
-        result = measured(
-            case,
-            f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {size.batch}, {flop_per_image / 1e9:.1f} GFLOP an image",
-            subjects,
-            reference=REFERENCE,
-            ceiling=CEILING,
-            threads=size.threads,
-            settings=size,
-            skipped=skipped,
-            warmed_up=lambda: [step.forget_times() for step in ours.values()],
-        )
+        title = f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {size.batch}, {flop_per_image / 1e9:.1f} GFLOP an image"
+        given = {"settings": size, "threads": size.threads, "skipped": skipped, "warmed_up": partial(forget_times, ours.values())}
+        result = measured(case, title, subjects, reference=REFERENCE, ceiling=CEILING, **given)
     extra: dict[str, dict[str, float]] = {MEMORY: {COPIED: mb[OURS] / result.row(MEMORY).ms["cpu"].median}}
     for row in result.rows:
         if row.name != MEMORY:

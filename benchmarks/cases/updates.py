@@ -71,10 +71,11 @@ class Ema:
         }
         notes = {name: "buffers of batch norm too" for name in (cls.PACKAGE, cls.PACKAGE_FOREACH)}
         subjects = subjects_of(work, calls=size.calls, notes=notes, rivals=rivals)
+        title = ways.target_title(target)
         with torch_threads(1), torch.no_grad():
             return measured(
                 "ema",
-                ways.target_title(target),
+                title,
                 subjects,
                 reference=cls.REFERENCE,
                 ceiling=CEILING,
@@ -116,18 +117,10 @@ class Lars:
         notes = {**dict.fromkeys(makers, ANOTHER_RULE), BY_TENSOR: "two host syncs a tensor"}
         work = {CEILING: updates.copy(), cls.OURS: updates.optimizer().step, **rivals}
         subjects = subjects_of(work, calls=size.calls, notes=notes, rivals=rivals)
-        reference = BY_TENSOR if RIVAL in skipped else RIVAL
+        title, reference = ways.lars_title(updates), BY_TENSOR if RIVAL in skipped else RIVAL
         with torch_threads(1):
             return measured(
-                "lars",
-                ways.lars_title(updates),
-                subjects,
-                reference=reference,
-                ceiling=CEILING,
-                unit="step",
-                settings=size,
-                warmup=WARMUP,
-                skipped=skipped,
+                "lars", title, subjects, reference=reference, ceiling=CEILING, unit="step", settings=size, warmup=WARMUP, skipped=skipped
             )
 
 

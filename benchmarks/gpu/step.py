@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -27,7 +28,7 @@ from benchmarks.gpu import TINY_MODEL, Place
 from benchmarks.gpu.subjects import ENOUGH_S, device_subject, device_subjects, largest_batch, measured_part
 from benchmarks.record import CaseResult
 from benchmarks.timing import Subject
-from benchmarks.training_step import TrainingStep, bytes_moved
+from benchmarks.training_step import TrainingStep, bytes_moved, forget_times
 from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
@@ -74,17 +75,8 @@ def run(size: Size, *, place: Place) -> CaseResult:
     megabytes = steps[OURS].megabytes
     subjects += [matrix_product(size.matrix, flop, place.device), copy_subject(size.copy_mib, megabytes, place.device)]
     title = f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {batch}, {flop / 1e9:.1f} GFLOP an image"
-    result = measured_part(
-        "step",
-        title,
-        subjects,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        settings=size,
-        skipped=skipped,
-        place=place,
-        warmed_up=lambda: [step.forget_times() for step in steps.values()],
-    )
+    given = {"settings": size, "place": place, "skipped": skipped, "warmed_up": partial(forget_times, steps.values())}
+    result = measured_part("step", title, subjects, reference=REFERENCE, ceiling=CEILING, **given)
     extra = compute_rates(result, flop, place.device)
     for name, step in steps.items():
         # The shares first: counting the bytes takes one more step.

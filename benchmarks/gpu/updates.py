@@ -72,16 +72,9 @@ class Ema:
         else:
             skipped["CUDA graphs"] = "need CUDA"
         subjects = device_subjects(work, device=place.device, enough_s=size.enough_s)
+        title = ways.target_title(target)
         result = measured_part(
-            "ema",
-            ways.target_title(target),
-            subjects,
-            reference=reference,
-            ceiling=CEILING,
-            unit="update",
-            settings=size,
-            place=place,
-            skipped=skipped,
+            "ema", title, subjects, reference=reference, ceiling=CEILING, unit="update", settings=size, place=place, skipped=skipped
         )
         gigabytes = STREAMS * sum(t.numel() * t.element_size() for t in target) / 1e9
         rates = {row.name: {"GB/s": 1000 * gigabytes / row.ms["wall"].median} for row in result.rows if row.name != CEILING}
@@ -122,15 +115,7 @@ class Lars:
         else:
             skipped["CUDA graph"] = "needs CUDA"
         subjects = device_subjects(work, device=place.device, enough_s=size.enough_s)
-        reference = BY_TENSOR if RIVAL in skipped else RIVAL
+        title, reference = ways.lars_title(updates), BY_TENSOR if RIVAL in skipped else RIVAL
         return measured_part(
-            "lars",
-            ways.lars_title(updates),
-            subjects,
-            reference=reference,
-            ceiling=CEILING,
-            unit="step",
-            settings=size,
-            place=place,
-            skipped=skipped,
+            "lars", title, subjects, reference=reference, ceiling=CEILING, unit="step", settings=size, place=place, skipped=skipped
         )
