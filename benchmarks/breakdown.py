@@ -169,6 +169,7 @@ def verdict(results: Sequence[CaseResult]) -> list[str]:
 
 def _judge(result: CaseResult, row: Row) -> str:
     over = row.over_ceiling["wall"]
+    # The step's own waits and the ratio of rows may differ: the loader's thread also slows the step that it works beside.
     waits = f", {row.extra['data_wait_share']:.0%} of it waiting for data" if "data_wait_share" in row.extra else ""
     figure = f"{over.median:.2f} x the steps alone ({over.low:.2f} to {over.high:.2f}){waits}"
     if over.low <= DATA_BOUND:

@@ -116,6 +116,7 @@ def require_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 def _require_equal(what: str, before: object, after: object) -> None:
     if isinstance(before, dict) and isinstance(after, dict):
+        # A setting that only one version of the code has is a difference too, unless it is null.
         for key in sorted({*before, *after} - ONLY_PRECISION):
             _require_equal(f"{what}, {key}", before.get(key), after.get(key))
     elif before != after:

@@ -123,6 +123,7 @@ def _measured(result: CaseResult, name: str) -> bool:
     """Returns False if the row was skipped, for which the record gives a reason. Raises UserError for a row that does not exist."""
     if result.find(name) is not None:
         return True
+    # A backend is skipped by its name, which its rows begin with.
     if not any(name.startswith(skipped) for skipped in result.skipped):
         raise UserError(f"figures: case {result.case} has no row {name!r} (it has {', '.join(row.name for row in result.rows)})")
     return False

@@ -49,6 +49,7 @@ def write_imagenet_like(out: Path, *, images: int, classes: int = 10, scale: flo
         for index in range(images):
             write(index)
         return out
+    # Spawned: a fork of a process whose libraries have threads may hang.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(write, range(images), chunksize=8))
     return out

@@ -50,7 +50,7 @@ def new_record(*, quick: bool, command: str) -> dict[str, Any]:
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
     """Writes records.json to the folder with everything measured so far."""
-    written = {name: value for name, value in record.items() if name != "start_s"}
+    written = {name: value for name, value in record.items() if name != "start_s"}  # a clock that only this process knows
     written["seconds"] = round(time.perf_counter() - record["start_s"], 1)
     written["load_average"] = {**record["load_average"], "end": os.getloadavg()}
     (out / FILE).write_text(json.dumps(written, indent=1) + "\n")
@@ -96,7 +96,7 @@ def newest_kept(case: str, *, folder: Path = KEPT) -> Path | None:
     found = []
     for path in folder.glob(f"*/{FILE}"):
         record = read_record(path)
-        if case in record["cases"] and not record["quick"]:
+        if case in record["cases"] and not record["quick"]:  # quick figures are not quoted
             found.append((record["started"], path.parent))
     return max(found)[1] if found else None
 

@@ -34,7 +34,7 @@ class TrainingStep(Stepper):
     """The product's training step for a config whose data are not read, with its working and waiting times (of the host; a GPU may lag behind)."""
 
     def __init__(self, config: TrainConfig, *, num_classes: int, device: torch.device = CPU) -> None:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # all variants of a case start from the same weights
         byol = build_byol(config.model, num_classes=num_classes)
         prepare_model(byol, config.precision, device=device)
         loader = cast(TwoViewLoader, None)  # the steps take their batches from an iterator
@@ -68,6 +68,7 @@ class TrainingStep(Stepper):
     def run(self, batches: Iterable[ViewBatch]) -> None:
         """Takes one optimizer step per batch; a config that accumulates uses the batch for each of its forward passes."""
         forwards = accumulation_of(self.config, world_size=1)
+        # Host time: no synchronisation here, which a run does not have either.
         start, timed = time.perf_counter(), Timed(iter(batches))
         for batch in timed:
             self._last = self.step(itertools.repeat(batch, forwards))

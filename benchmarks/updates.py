@@ -44,7 +44,7 @@ def target_and_online(model: ModelConfig, *, device: torch.device = CPU) -> tupl
     followed = Target(byol.online)  # the same two parts, as one module
     with torch.no_grad():
         for parameter in followed.parameters():
-            parameter.add_(0.01)
+            parameter.add_(0.01)  # they start equal, and an update between equal networks changes nothing
     return byol.target, followed
 
 

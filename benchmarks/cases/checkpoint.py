@@ -60,7 +60,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             return {"step": 1, **step.state()}
 
         def beside() -> None:
-            writer.save(state(), step=1)
+            writer.save(state(), step=1)  # then both work: what the writer takes from the cores and the memory shows in the steps
             step.run_on_noise(size.steps)
             writer.wait()
 

@@ -59,7 +59,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     if find_turbojpeg() is None:
         raise UserError(f"without TurboJPEG there is no ceiling to compare with: {MISSING}")
     folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
-    _copy_names(folder, size.copies)
+    _copy_names(folder, size.copies)  # thousands of different images would take longer to draw than to convert
     outputs = {REFERENCE: scratch / "stock.beton", BETON: scratch / "ours.beton", TAR: scratch / "ours"}
     listing = list_image_folder(folder)
     given: dict[str, Any] = {"workers": size.workers, "overwrite": "replace"}

@@ -61,6 +61,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     beton = stored_for("ffcv", folder, out=scratch)
     views = replace(PAPER, size_px=size.size_px)
     torch.manual_seed(size.seed)
+    # Two: `extract_features` leaves its encoder in channels-last layout, and the reference is NCHW.
     encoder, theirs = build_encoder(size.encoder), build_encoder(size.encoder).eval()
     held = [torch.randn(size.batch, 3, size.size_px, size.size_px) for _ in range(size.images // size.batch)]
     batches = [ImageBatch(image, torch.zeros(size.batch, dtype=torch.int64), torch.arange(size.batch)) for image in held]

@@ -101,7 +101,7 @@ class Watched:
         for step in range(LOG_EVERY):
             logged = (step + 1) % log_every == 0
             self._monitor.start_step(logged=logged)
-            with self._monitor.waiting():
+            with self._monitor.waiting():  # its clock is read here even if nothing waits
                 pass
             self._monitor.add(self._output)
             self._monitor.gradients_ready(self._byol.online)

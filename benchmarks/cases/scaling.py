@@ -101,7 +101,7 @@ class RankGroup:
         ranks = [start_process(_serve, rank, n, port, size, str(data), daemon=True) for rank in range(n)]
         self._processes, self._pipes = zip(*ranks, strict=True)
         for pipe in self._pipes:
-            _answer(pipe)
+            _answer(pipe)  # all have joined and built, so that no round waits for that
 
     def run(self, how: str, *, ranks: int) -> list[float]:
         """Runs a round on the first `ranks` processes, 'joined' (only with all of them) or 'alone'; returns the CPU seconds of each."""
@@ -139,6 +139,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, size: Size, 
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     joined = join_process_group()
+    # 'Alone' is a rank of a world of one: the step then sends no message, though the process has joined the group.
     do = {"joined": _make_steps(size, data, joined), "alone": _make_steps(size, data, replace(joined, rank=0, world_size=1))}
     pipe.send(0.0)
     try:

@@ -20,8 +20,6 @@ from fastbyol.config.schema import ModelConfig
 from fastbyol.optim.ema import ema_update
 
 ANOTHER_RULE = "another rule: |g| + wd |w|"
-WARMUP = 2
-"""Momentum buffers and ema-pytorch's copy come in the first call; the second is the first that does what is measured."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,9 @@ class Ema:
         subjects = subjects_of(work, calls=size.calls, notes=notes, rivals=rivals)
         title = ways.target_title(target)
         with torch_threads(1), torch.no_grad():
+            # Two untimed rounds: in its first call ema-pytorch only copies.
             return measured(
-                "ema",
-                title,
-                subjects,
-                reference=cls.REFERENCE,
-                ceiling=CEILING,
-                unit="update",
-                settings=size,
-                warmup=WARMUP,
-                skipped=skipped,
+                "ema", title, subjects, reference=cls.REFERENCE, ceiling=CEILING, unit="update", settings=size, warmup=2, skipped=skipped
             )
 
 
@@ -119,8 +110,9 @@ class Lars:
         subjects = subjects_of(work, calls=size.calls, notes=notes, rivals=rivals)
         title, reference = ways.lars_title(updates), BY_TENSOR if RIVAL in skipped else RIVAL
         with torch_threads(1):
+            # Two untimed rounds: the first step creates the momentum buffers, and only the second reads them.
             return measured(
-                "lars", title, subjects, reference=reference, ceiling=CEILING, unit="step", settings=size, warmup=WARMUP, skipped=skipped
+                "lars", title, subjects, reference=reference, ceiling=CEILING, unit="step", settings=size, warmup=2, skipped=skipped
             )
 
 
@@ -173,7 +165,7 @@ class FusedUpdate:
         notes = {"fastbyol LARS.step alone": "no target", **dict.fromkeys(makers, ANOTHER_RULE)}
         subjects = subjects_of(work, calls=size.calls, notes=notes, rivals=rivals)
         with torch_threads(1):
-            timings = measure(subjects, rounds=size.rounds, warmup=WARMUP)
+            timings = measure(subjects, rounds=size.rounds, warmup=2)
             with _other_core_busy():
                 busy = measure(subjects, rounds=size.more_rounds)
         with torch_threads(2):

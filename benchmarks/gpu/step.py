@@ -163,6 +163,7 @@ def copy_subject(mebibytes: int, megabytes_per_image: float, device: torch.devic
 
 def matrix_product(side: int, flop: float, device: torch.device) -> Subject:
     """Returns a square bf16 matrix product as a subject, counted in images whose step has as many operations."""
+    # Written into `out`: an allocation per call would be the allocator's time, not the product's.
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
     return device_subject(CEILING, lambda: torch.mm(a, b, out=out), device=device, units=2 * side**3 / flop)

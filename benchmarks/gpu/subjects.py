@@ -67,7 +67,7 @@ def calls_for(seconds: float, *, enough_s: float) -> int:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    work()
+    work()  # compiles
     synchronize(device)
     start = time.perf_counter()
     work()
