@@ -40,13 +40,13 @@ from benchmarks.cases import (  # noqa: E402
 from benchmarks.cases.updates import Ema, FusedUpdate, Lars  # noqa: E402
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
 from benchmarks.own_process import in_own_process  # noqa: E402
-from benchmarks.rivals import INSTALL, those_installed  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report_text import (  # noqa: E402
     case_table,
     headers,
     report_markdown,
 )
+from benchmarks.rivals import INSTALL, those_installed  # noqa: E402
 from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
 from benchmarks.rivals.views import KorniaViews  # noqa: E402
 from benchmarks.timing import Subject, Timings, cpu_seconds, measure, same_round_ratios, torch_threads  # noqa: E402
