@@ -55,7 +55,8 @@ class Yardstick:
         return self.after.median / self.before.median
 
     def verdict(self, threshold: float) -> str:
-        """Returns what all ratios agree on; 'within noise' if all moved the same way but not all significantly; else 'same'."""
+        if max(self.factor, 1 / self.factor) <= 1 + threshold:
+            return SAME
         if self.factor > 1:
             return SLOWER if self.after.low > self.before.high else NOISE
         return FASTER if self.after.high < self.before.low else NOISE
@@ -70,9 +71,7 @@ class Change:
     yardsticks: tuple[Yardstick, ...]
 
     def verdict(self, threshold: float) -> str:
-        """Returns 'slower' or 'faster' if all ratios agree, 'within noise' if all moved the same way but not all significantly, else
-        'same'.
-        """
+        """Returns what all ratios agree on; 'within noise' if all moved the same way but not all significantly; else 'same'."""
         verdicts = {yardstick.verdict(threshold) for yardstick in self.yardsticks}
         directions = {yardstick.factor > 1 for yardstick in self.yardsticks}
         if len(verdicts) == 1:

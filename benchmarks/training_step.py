@@ -6,6 +6,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.config.plain import to_plain
-from fastbyol.config.schema import TrainConfig, accumulation_of
+from fastbyol.config.schema import ModelConfig, TrainConfig, accumulation_of
+from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import Monitor
@@ -28,6 +30,21 @@ from fastbyol.run.state import TrainState, bn_images
 from fastbyol.tuning.stepper import LR, TAU, Stepper, Timed
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """The settings that cases and parts with training steps share."""
+
+    model: ModelConfig
+    size_px: int
+    batch: int
+    rounds: int
+
+    def config(self, **fields: Any) -> TrainConfig:
+        """Returns the config of such a step, with other fields as given."""
+        shape: dict[str, Any] = {"global_batch": self.batch, "model": self.model, "views": ViewPair(size_px=self.size_px)}
+        return TrainConfig(**(shape | fields))
 
 
 class TrainingStep(Stepper):

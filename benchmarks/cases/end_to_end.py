@@ -26,11 +26,10 @@ from benchmarks.imagenet_like import stored_for, write_imagenet_like
 from benchmarks.record import CaseResult, measured
 from benchmarks.rivals.views import TorchvisionLoader
 from benchmarks.timing import Subject, torch_threads
-from benchmarks.training_step import TrainingStep, forget_times
+from benchmarks.training_step import StepSize, TrainingStep, forget_times
 from fastbyol.config.errors import UserError
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
-from fastbyol.config.views import PAPER
 from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
 
@@ -40,13 +39,9 @@ NUM_CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Size:
-    steps: int
+class Size(StepSize):
+    steps: int = 8
     """Steps per epoch."""
-    rounds: int
-    model: ModelConfig
-    size_px: int
-    batch: int
     backends: tuple[str, ...] = ("ffcv", "dali", "folder")
     torch_threads: int = 1
     workers: int = 1
@@ -57,13 +52,13 @@ class Size:
 
 
 QUICK = Size(steps=2, rounds=6, model=ModelConfig(encoder="resnet18", hidden_dim=512), size_px=64, batch=4, backends=("ffcv",))
-FULL = Size(steps=8, rounds=9, model=ModelConfig(encoder="resnet18"), size_px=224, batch=8)
+FULL = Size(rounds=9, model=ModelConfig(encoder="resnet18"), size_px=224, batch=8)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     images = size.steps * size.batch
     folder = write_imagenet_like(scratch / "images", images=images, classes=min(NUM_CLASSES, images), scale=size.scale, seed=size.seed)
-    config = TrainConfig(global_batch=size.batch, model=size.model, views=replace(PAPER, size_px=size.size_px))
+    config = size.config()
     training = Training(config, size.steps)
     training.add(CEILING)
     training.add(REFERENCE, TorchvisionLoader(folder, config.views, batch=size.batch), note="not beside the step")

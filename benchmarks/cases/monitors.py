@@ -15,15 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.record import CaseResult, measured
 from benchmarks.timing import Subject, torch_threads
-from benchmarks.training_step import CPU, TrainingStep
+from benchmarks.training_step import CPU, StepSize, TrainingStep
 from fastbyol.byol import BYOLOutput
 from fastbyol.config.schema import ModelConfig, TrainConfig
-from fastbyol.config.views import PAPER
 from fastbyol.monitors import build_monitor
 from fastbyol.ranks.process_group import Process
 from fastbyol.run.log import RunLog, close_logging
@@ -35,11 +34,7 @@ NUM_CLASSES, TOTAL_STEPS = 10, 1000
 
 
 @dataclass(frozen=True)
-class Size:
-    model: ModelConfig
-    size_px: int
-    batch: int
-    rounds: int
+class Size(StepSize):
     threads: int = 1
 
 
@@ -48,7 +43,7 @@ FULL = Size(model=ModelConfig(), size_px=64, batch=16, rounds=15)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
-    config = TrainConfig(global_batch=size.batch, model=size.model, views=replace(PAPER, size_px=size.size_px))
+    config = size.config()
     with torch_threads(size.threads), log_to_files(scratch, config) as run_log:
         watched = Watched(config, run_log)
         subjects = [

@@ -40,12 +40,11 @@ from benchmarks.own_process import in_own_process
 from benchmarks.record import CaseResult, measured
 from benchmarks.rivals import those_installed
 from benchmarks.timing import Subject, subjects_of, torch_threads
-from benchmarks.training_step import TrainingStep, bytes_moved, forget_times, noise_batch
+from benchmarks.training_step import StepSize, TrainingStep, bytes_moved, forget_times, noise_batch
 from benchmarks.updates import solo_learn_update
 from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
-from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ViewBatch
 from fastbyol.models.view_batchnorm import convert_to_batchnorm
 from fastbyol.objectives import byol_loss
@@ -68,11 +67,7 @@ CONV_BATCH, CONV_CHANNELS, CONV_PX, CONV_CALLS = 16, 512, 7, 8
 
 
 @dataclass(frozen=True)
-class Size:
-    model: ModelConfig
-    size_px: int
-    batch: int
-    rounds: int
+class Size(StepSize):
     threads: int = 1
     compile: bool = True
 
@@ -124,8 +119,7 @@ def _variants(size: Size) -> dict[str, Callable[[], TrainingStep]]:
 
 def _plain_step(size: Size) -> Callable[[], None]:
     torch.set_num_threads(size.threads)  # for the other process, which starts with a thread per core
-    precision = PrecisionConfig(channels_last=False)
-    config = TrainConfig(global_batch=size.batch, model=size.model, precision=precision, views=ViewPair(size_px=size.size_px))
+    config = size.config(precision=PrecisionConfig(channels_last=False))
     plain, batch = PlainStep(config, num_classes=NUM_CLASSES, lr=LR, tau=TAU), noise_batch(config, num_classes=NUM_CLASSES)
     return lambda: plain.run(batch)
 
@@ -158,9 +152,7 @@ class PlainStep:
 
 
 def _make_step(size: Size, precision: PrecisionConfig, *, rank_batch: int = 0) -> TrainingStep:
-    views = ViewPair(size_px=size.size_px)
-    config = TrainConfig(global_batch=size.batch, rank_batch=rank_batch, model=size.model, precision=precision, views=views)
-    return TrainingStep(config, num_classes=NUM_CLASSES)
+    return TrainingStep(size.config(precision=precision, rank_batch=rank_batch), num_classes=NUM_CLASSES)
 
 
 def _count_flop(step: Callable[[], None]) -> int:

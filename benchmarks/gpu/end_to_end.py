@@ -31,7 +31,7 @@ from benchmarks.gpu.subjects import measured_part
 from benchmarks.imagenet_like import stored_for
 from benchmarks.record import CaseResult
 from benchmarks.timing import Subject, subjects_of
-from benchmarks.training_step import TrainingStep
+from benchmarks.training_step import StepSize, TrainingStep
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import ViewPair
@@ -50,11 +50,7 @@ NUM_CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Size:
-    model: ModelConfig
-    size_px: int
-    batch: int
-    rounds: int
+class Size(StepSize):
     seed: int = 0
 
 
@@ -63,7 +59,7 @@ TINY = Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)
 
 
 def run(size: Size, *, place: Place) -> CaseResult:
-    config = TrainConfig(global_batch=size.batch, model=size.model, views=ViewPair(size_px=size.size_px))
+    config = size.config()
     skipped: dict[str, str] = {}
     with ExitStack() as opened:
         ways = {name: partial(_open, backend, output, size, place) for name, (backend, output) in WAYS.items()}

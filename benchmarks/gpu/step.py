@@ -28,7 +28,7 @@ from benchmarks.gpu import TINY_MODEL, Place
 from benchmarks.gpu.subjects import ENOUGH_S, device_subject, device_subjects, largest_batch, measured_part
 from benchmarks.record import CaseResult
 from benchmarks.timing import Subject
-from benchmarks.training_step import TrainingStep, bytes_moved, forget_times
+from benchmarks.training_step import StepSize, TrainingStep, bytes_moved, forget_times
 from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
@@ -198,11 +198,7 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class LaunchSize:
-    model: ModelConfig
-    size_px: int
-    batch: int
-    rounds: int
+class LaunchSize(StepSize):
     matrix: int = 8192
     backend: str = "inductor"
     """Backend of torch.compile; only inductor has modes."""

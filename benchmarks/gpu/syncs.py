@@ -13,16 +13,14 @@ Steps of other libraries have hundreds of waits (one for each batch norm across 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from benchmarks.gpu import TINY_MODEL, Findings, Place
 from benchmarks.gpu.subjects import crops_batch
-from benchmarks.training_step import TrainingStep
+from benchmarks.training_step import StepSize, TrainingStep
 from fastbyol.byol import BYOLOutput
-from fastbyol.config.schema import ModelConfig, TrainConfig
-from fastbyol.config.views import ViewPair
+from fastbyol.config.schema import ModelConfig
 from fastbyol.data.batch import ViewBatch, views_on_device
 from fastbyol.run.precision import autocast
 from fastbyol.tuning.stepper import TAU, synchronize
@@ -31,18 +29,11 @@ CLEAN, UNCHECKED = "no wait", "ran; not checked, because only CUDA has the mode"
 NUM_CLASSES = 10
 
 
-@dataclass(frozen=True)
-class Size:
-    model: ModelConfig
-    size_px: int
-    batch: int
+FULL = StepSize(model=ModelConfig(encoder="resnet50"), size_px=224, batch=32, rounds=1)
+TINY = StepSize(model=TINY_MODEL, size_px=32, batch=4, rounds=1)
 
 
-FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=32)
-TINY = Size(model=TINY_MODEL, size_px=32, batch=4)
-
-
-def run(size: Size, *, place: Place) -> Findings:
+def run(size: StepSize, *, place: Place) -> Findings:
     pieces = _Pieces(size, place.device)
     # Twice: the first step creates momentum buffers, loads kernels and grows the allocator's pools, all of which may wait.
     for do in 2 * [*pieces.in_order.values()]:
@@ -73,8 +64,8 @@ class _Pieces:
 
     output: BYOLOutput
 
-    def __init__(self, size: Size, device: torch.device) -> None:
-        self.config = TrainConfig(global_batch=size.batch, model=size.model, views=ViewPair(size_px=size.size_px))
+    def __init__(self, size: StepSize, device: torch.device) -> None:
+        self.config = size.config()
         step = TrainingStep(self.config, num_classes=NUM_CLASSES, device=device)
         batch = crops_batch(self.config.views, size.batch, num_classes=NUM_CLASSES)
         # A copy from memory that is not pinned waits: the loader pins its batches, and the last control shows the wait.
