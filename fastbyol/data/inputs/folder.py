@@ -67,7 +67,7 @@ def list_folder(root: Path, *, labels: str = "auto", splits: str = "refuse") -> 
         refuse_splits(root, class_names, ())
     found = scan_folder(root)
     if not found.files:
-        told = left_out_text(found.skipped)
+        told = left_out_text(sorted(found.skipped))
         raise UserError(
             f"{root}: no image found" + (f"; instead: {told}" if told else "; it is empty") + f" (looked for {' '.join(EXTENSIONS)})"
         )
@@ -92,7 +92,8 @@ def _why_no_labels(found: ImageListing, with_images: set[str]) -> str:
             else ""
         )
         return f"{found.root}: no labels: all images are in one folder, {only!r}{inside}"
-    return f"{found.root}: no labels: {'most' if with_images else 'all'} of its images are in no class folder; --labels folders takes folders as classes"
+    where = "most of its images are in no folder" if with_images else "its images are in no folders"
+    return f"{found.root}: no labels: {where} that could be classes; --labels FILE gives labels"
 
 
 def without_labels(found: ImageListing) -> ImageListing:

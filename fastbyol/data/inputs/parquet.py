@@ -61,9 +61,9 @@ def list_parquet(paths: Sequence[Path], *, root: Path, label_column: str | None 
             except OSError as error:
                 raise UserError(f"{tar}: the images cannot be copied there ({error.strerror or error}); free some space") from error
     listing = list_tars([tar], labels="none" if labels == "none" else "auto", splits="classes")
-    kept = tuple((name, why) for name, why in listing.skipped if name != _STAMPS and not name.endswith(".cls"))
-    note = f"{root}: the images of {len(paths):,} Parquet files, copied to {tar}"
-    return replace(listing, root=root, skipped=kept, notes=(*listing.notes, note))
+    kept = tuple((name, why) for name, why in listing.skipped if name != _STAMPS)
+    note = f"{root}: the images of {len(paths):,} Parquet files are read from {tar}, to which they were copied once"
+    return replace(listing, root=root, skipped=kept, notes=(note,))
 
 
 def _facts_of(tar: Path) -> dict[str, Any] | None:
@@ -78,27 +78,27 @@ def _facts_of(tar: Path) -> dict[str, Any] | None:
 
 
 def _write_tar(tar: Path, paths: Sequence[Path], stamps: Sequence[Stamp], facts: dict[str, Any], label_column: str | None) -> None:
-    with (
-        durable_file(tar) as file,
-        io.BufferedWriter(file) as buffered,  # type: ignore[arg-type]
-        tarfile.open(fileobj=buffered, mode="w", format=tarfile.PAX_FORMAT) as archive,
-        Progress(f"{tar.name}: images", sum(size for size, _ in stamps)) as progress,
-    ):
-        _add(archive, _STAMPS, json.dumps(facts).encode())
-        row = 0
-        for path, (size, _) in zip(paths, stamps, strict=True):
-            for data, label in _rows(path, label_column):
-                if data:
-                    extension = next((known for magic, known in _MAGIC.items() if data.startswith(magic)), "unknown")
-                    extension = "avif" if data[4:12] == b"ftypavif" else extension
-                    _add(archive, f"{row:09d}.{extension}", data)
-                    if label is not None:
+    with durable_file(tar) as file, Progress(f"{tar.name}: images", sum(size for size, _ in stamps)) as progress:
+        buffered = io.BufferedWriter(file)  # type: ignore[arg-type]  # a plain write of an unbuffered file may stop early
+        with tarfile.open(fileobj=buffered, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            _add(archive, _STAMPS, json.dumps(facts).encode())
+            row = 0
+            for path, (size, _) in zip(paths, stamps, strict=True):
+                for data, label in _rows(path, label_column):
+                    if data:
+                        _add(archive, f"{row:09d}.{_extension(data)}", data)
+                    if data and label is not None:
                         _add(archive, f"{row:09d}.cls", label.encode())
-                row += 1
-            progress.advance(size)
-        archive.close()
+                    row += 1
+                progress.advance(size)
         buffered.flush()
         buffered.detach()  # durable_file flushes it to the disk and closes it
+
+
+def _extension(data: bytes) -> str:
+    if data[4:12] == b"ftypavif":
+        return "avif"
+    return next((extension for magic, extension in _MAGIC.items() if data.startswith(magic)), "unknown")
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

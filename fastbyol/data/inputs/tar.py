@@ -83,9 +83,11 @@ class TarScan:
 
         Only where images and other files share keys: elsewhere 'trip.1.jpg' and 'trip.2.jpg' are two photographs.
         """
-        keys = {_split_key(name)[0] for name in self._others}
-        if not keys.intersection(_split_key(name)[0] for name in self.names):
+        keys = {_split_key(name)[0] for name in self._others}.intersection(_split_key(name)[0] for name in self.names)
+        if not keys:
             return
+        # Captions and the like belong to a sample: to name each as left out would take more memory than the images' names.
+        self.skipped = [entry for entry in self.skipped if entry[0] not in self._others or _split_key(entry[0])[0] not in keys]
         best: dict[str, tuple[bool, int]] = {}
         for row, name in enumerate(self.names):
             key, extension = _split_key(name)
