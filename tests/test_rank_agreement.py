@@ -137,7 +137,7 @@ def test_data_of_every_backend_have_a_fingerprint_that_their_labels_and_images_c
     from fastbyol.data.build import _open_source
 
     for backend, path in data_paths.items():
-        source = _open_source(str(path), DataConfig(backend=backend), option="data")
+        source = _open_source(DataConfig(train=str(path), backend=backend), option="data")
         facts = source.fingerprint()
         assert facts == source.fingerprint()
         assert facts["number of images"] == "25"

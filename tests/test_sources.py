@@ -116,9 +116,40 @@ def test_a_run_trains_on_unlabelled_images_without_a_probe(name: str, sources: d
 
 def test_the_evaluation_loader_reads_every_source(sources: dict[str, str]) -> None:
     for name in SOURCES:
-        with build_image_loader(sources[name], views=VIEWS, batch=8, workers=1, labels="none") as loader:
+        with build_image_loader(DataConfig(train=sources[name], labels="none"), views=VIEWS, batch=8, workers=1) as loader:
             assert [batch.index.tolist() for batch in loader] == [list(range(first, first + 8)) for first in range(0, NUM, 8)]
             assert all((batch.label == -1).all() for batch in loader)
+
+
+def test_shards_are_read_ahead_in_a_local_traversal_and_files_are_not(sources: dict[str, str]) -> None:
+    order: dict[str, list[int]] = {}
+    for traversal in ("random", "local"):
+        config = DataConfig(train=sources["shards"], workers=1)
+        with build_loader(config, views=VIEWS, seed=5, global_batch=8, traversal=traversal) as loader:
+            order[traversal] = [index for batch in loader for index in batch.index.tolist()]
+    assert sorted(order["local"]) == sorted(order["random"]) == list(range(NUM))
+    with pytest.raises(UserError, match="each image is a file of its own"):
+        build_loader(DataConfig(train=sources["flat"]), views=VIEWS, seed=5, global_batch=8, traversal="local")
+
+
+def test_knn_while_training_needs_labels_and_says_so(sources: dict[str, str], image_folder: Path, tmp_path: Path) -> None:
+    def run(name: str, data: str, *options: str) -> None:
+        train.main(
+            [*SMALL_RUN, "--epochs", "1", "--monitors.knn_every_epochs", "1", "--data.train", data, "--out", str(tmp_path / name), *options]
+        )
+
+    with pytest.raises(SystemExit, match="2"):
+        run("a", sources["flat"], "--data.val", str(image_folder))
+    with pytest.raises(SystemExit, match="2"):
+        run("b", str(image_folder), "--data.val", sources["flat"])
+    table = tmp_path / "labels.csv"
+    table.write_text("path,class\n" + "".join(f"{name},{'ab'[i % 2]}\n" for i, name in enumerate(list_images(sources["flat"]).files)))
+    val = tmp_path / "val"
+    write_files(val, {f"{name}/{i}.jpg": picture(i) for name in "ab" for i in range(4)})
+    run("c", sources["flat"], "--data.labels", str(table), "--data.val", str(val))
+    records = [json.loads(line) for line in (tmp_path / "c" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 <= records[-1]["knn_top1"] <= 1
+    assert records[-1]["probe_top1"] is not None
 
 
 # ---- labels where there are some

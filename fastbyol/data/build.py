@@ -62,7 +62,7 @@ def build_loader(
     Raises:
         UserError: the data does not exist or is not what the backend reads, the backend isn't installed, or the batch does not divide evenly.
     """
-    source = _open_source(config.train, config, option=option)
+    source = _open_source(config, option=option)
     try:
         require_choice("data.traversal", traversal, TRAVERSALS)
         require_at_least("data.window_mib", window_mib, 1)
@@ -115,20 +115,16 @@ def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int
 
 
 def build_image_loader(
-    path: str | Path,
-    *,
-    views: ViewPair,
-    batch: int,
-    backend: str = "auto",
-    workers: int = 0,
-    labels: str = "auto",
-    option: str = "data",
+    data: str | Path | DataConfig, *, views: ViewPair, batch: int, backend: str = "auto", workers: int = 0, option: str = "data"
 ) -> ImageLoader:
-    """Returns a loader for evaluation: every image of `path` once, centre-cropped. labels: as `DataConfig.labels`.
+    """Returns a loader for evaluation: every image once, centre-cropped.
+
+    data: anything that `DataConfig.train` may be; or a `DataConfig`, which also says where the labels are.
 
     Raises UserError in the same cases as `build_loader`; its message names `option`.
     """
-    source = _open_source(str(path), DataConfig(backend=backend, labels=labels), option=option)
+    config = data if isinstance(data, DataConfig) else DataConfig(train=str(data), backend=backend)
+    source = _open_source(config, option=option)
     try:
         return ImageLoader(source, views=views, batch=batch, workers=workers or default_workers())
     except BaseException:
@@ -136,8 +132,9 @@ def build_image_loader(
         raise
 
 
-def _open_source(location: str, config: DataConfig, *, option: str) -> Source:
+def _open_source(config: DataConfig, *, option: str) -> Source:
     """Opens the data with its backend. Each backend is imported only where it is used: a missing optional one must not break the others."""
+    location = config.train
     if not location:
         raise UserError(f"{option} is not given: a .beton file, a folder of tar shards, or images: a folder, tars, or a list of them")
     backend = config.backend

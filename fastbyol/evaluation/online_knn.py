@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastbyol.config.errors import UserError
-from fastbyol.config.schema import TrainConfig
+from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.data import build_image_loader
+from fastbyol.data.build import backend_of
 from fastbyol.data.loader import ImageLoader
 from fastbyol.evaluation.features import Features, extract_features
 from fastbyol.evaluation.knn import DEFAULT_K, knn_predict
@@ -26,8 +26,8 @@ BATCH = 256
 
 def check_online_knn(config: TrainConfig) -> None:
     """Raises UserError, before any work, if data.val does not exist. Its content is checked once the training data are open."""
-    if config.data.val and not Path(config.data.val).exists():
-        raise UserError(f"data.val = {config.data.val}: no such file or folder")
+    if config.data.val:
+        backend_of(config.data.val, option="data.val")
 
 
 class OnlineKnn:
@@ -50,14 +50,19 @@ class OnlineKnn:
         self._process, self._total_steps = process, total_steps
         self._periods_per_step = config.global_batch / (num_samples * config.monitors.knn_every_epochs)
         self._period = int(first_step * self._periods_per_step)
+        # The labels of train come from where the run has them, those of val from val itself.
+        sources = (config.data, "data.train"), (DataConfig(train=config.data.val), "data.val")
         self._train, self._val = (
             opened_alike(
-                partial(build_image_loader, path, views=config.views, batch=BATCH, workers=config.data.workers, option=option),
+                partial(build_image_loader, data, views=config.views, batch=BATCH, workers=config.data.workers, option=option),
                 process,
                 option=option,
             )
-            for path, option in ((config.data.train, "data.train"), (config.data.val, "data.val"))
+            for data, option in sources
         )
+        for loader, (data, option) in zip((self._train, self._val), sources, strict=True):
+            if not loader.class_names:
+                raise UserError(f"{option} = {data.train}: has no labels, which kNN needs; set monitors.knn_every_epochs to 0")
         self._class_names = common_classes(
             self._train.class_names, self._val.class_names, names=("data.train", f"data.val = {config.data.val!r}")
         )

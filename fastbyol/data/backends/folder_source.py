@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from fastbyol.data.backends.source import Indices, Pixels, Source, damaged, some_of
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged, some_of
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing, left_out_text
 
@@ -40,6 +40,20 @@ class FolderSource(Source):
                 raise damaged(self.sample_name(index), error) from error
         height, width = self._sizes[indices].T
         return height, width
+
+    def storage(self) -> tuple[Indices, Indices]:
+        places = self._listing.places
+        return (
+            super().storage() if places is None else (np.array(places.container, dtype=np.int64), np.array(places.offsets, dtype=np.int64))
+        )
+
+    def read_ahead(self, indices: Indices) -> None:
+        locations = [self._listing.location(index) for index in indices.tolist()]
+        reader = RangeReader(locations[0].path)
+        try:
+            reader.read_ahead(min(at.offset for at in locations), max(at.offset + (at.size or 0) for at in locations))
+        finally:
+            reader.close()
 
     def identity(self) -> bytes:
         """Returns a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""

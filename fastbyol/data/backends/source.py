@@ -69,9 +69,7 @@ class Source(ABC):
 
         Raises UserError for a backend with one file per sample: no reading order is faster than another there.
         """
-        raise UserError(
-            "data.traversal = 'local': an image folder has one file per image, nothing to read in one go; use random or convert it"
-        )
+        raise UserError("data.traversal = 'local': each image is a file of its own, nothing to read in one go; use random or convert them")
 
     def read_ahead(self, indices: Indices) -> None:
         """Reads all bytes from the first to the last of these samples of one file, so that they are in the page cache."""

@@ -55,7 +55,7 @@ def is_original(data: str) -> bool:
     path = Path(data)
     if SEPARATOR in data or not path.exists():
         return SEPARATOR in data or bool(re.search(r"[*?\[{]", data))
-    return path.is_file() and path.suffix.lower() in _KIND_OF
+    return path.is_file() and path.suffix.lower() in (*_KIND_OF, *EXTENSIONS)
 
 
 def _sources_of(text: str, option: str) -> list[GivenSource]:
@@ -98,6 +98,8 @@ def _brace_expanded(text: str) -> Iterator[str]:
 def _source_of(path: Path) -> GivenSource:
     if path.is_dir():
         return _shards_in(path) or GivenSource("folder", (path,), path)
+    if path.suffix.lower() in EXTENSIONS:
+        raise UserError(f"{path}: is one image; give its folder, or a list of images")
     # A file of another name is read as a tar, whose reader says what is wrong with it.
     return GivenSource(_KIND_OF.get(path.suffix.lower(), "tar"), (path,), path)
 
