@@ -34,6 +34,11 @@ class _Loader:
         """Returns short texts that identify the data set, see `Source.fingerprint`."""
         return self._renderer.source.fingerprint()
 
+    def class_counts(self) -> dict[str, int]:
+        """Returns the number of images of each class; images without a label (-1) are not counted."""
+        labels = self._labels[self._labels >= 0]
+        return dict(zip(self.class_names, np.bincount(labels, minlength=len(self.class_names)).tolist(), strict=False))
+
     def close(self) -> None:
         """Stops the threads and closes the files."""
         self._renderer.close()
@@ -69,11 +74,6 @@ class TwoViewLoader(_Loader):
     def __len__(self) -> int:
         """Returns the number of micro-batches of this rank in a whole epoch."""
         return self.traversal.micro_batches
-
-    def class_counts(self) -> dict[str, int]:
-        """Returns the number of images of each class; images without a label (-1) are not counted."""
-        labels = self._labels[self._labels >= 0]
-        return dict(zip(self.class_names, np.bincount(labels, minlength=len(self.class_names)).tolist(), strict=False))
 
     def set_epoch(self, epoch: int) -> None:
         """Moves to the start of another epoch. Does nothing for the current epoch, so that a resumed loop may call this too."""
