@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastbyol.augment.parameters import NUM_COLUMNS
 from fastbyol.config.views import ViewPair
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.evaluation.features import Features
@@ -50,22 +49,12 @@ def display_pixels(images: torch.Tensor, *, views: ViewPair) -> np.ndarray:
 
 
 def draw_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> torch.Tensor:
-    """Returns (N, 2 epochs, 3, S, S) normalised: view 1 and view 2 of these images in epochs 0, 1, …, as the loader draws them.
-
-    The loader must be built with global_batch 1; it jumps to each image, so nothing else is decoded. Its position changes.
-    """
+    """Returns (N, 2 epochs, 3, S, S) normalised: view 1 and view 2 of these images in epochs 0, 1, …, as the loader draws them."""
     return draw_parameters_and_views(loader, index=index, epochs=epochs)[1]
 
 
 def draw_parameters_and_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the parameters of the views of `draw_views`, (N, 2 epochs, P) (columns: `augment.parameters.COLUMNS`), and the views."""
-    drawn = torch.empty(len(index), 2 * epochs, 3, loader.views.size_px, loader.views.size_px)
-    parameters = torch.empty(len(index), 2 * epochs, NUM_COLUMNS)
-    for epoch in range(epochs):
-        place = {int(sample): batch for batch, sample in enumerate(loader.traversal.order(epoch))}
-        for row, sample in enumerate(index):
-            loader.load_state_dict({"epoch": epoch, "batch": place[sample]})
-            batch = next(iter(loader))
-            drawn[row, 2 * epoch : 2 * epoch + 2] = torch.cat([batch.view1, batch.view2])
-            parameters[row, 2 * epoch : 2 * epoch + 2] = batch.parameters[0]
-    return parameters, drawn
+    batches = [batch for epoch in range(epochs) for batch in loader.views_of(index, epoch=epoch, batch=len(index))]
+    drawn = torch.stack([view for batch in batches for view in (batch.view1, batch.view2)], dim=1)
+    return torch.cat([batch.parameters for batch in batches], dim=1), drawn
