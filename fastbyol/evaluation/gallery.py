@@ -7,15 +7,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from fastbyol.config.views import ViewPair
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.knn import nearest
 
+THUMBNAIL_PX = 96
+"""Side above which an image is made smaller for a page: it is shown at 76 px."""
+
 
 class Neighbours(NamedTuple):
-    """Q queries and their k nearest training images: positions in val (Q,) and in train (Q, k), cosine similarity (Q, k)."""
+    """Q queries and their k nearest training images: positions in val (Q,) and in train (Q, k), cosine similarity (Q, k).
+
+    Without val images the queries are training images, too, and are not their own neighbours.
+    """
 
     query: torch.Tensor
     neighbour: torch.Tensor
@@ -23,9 +30,18 @@ class Neighbours(NamedTuple):
 
 
 def nearest_neighbours(train: Features, val: Features, *, queries: int, k: int, seed: int = 0) -> Neighbours:
-    """Returns the nearest training images of `queries` random val images that cover as many classes as possible. Seeded."""
-    query = _one_of_each_class(val.label, count=queries, seed=seed)
-    similarity, position = nearest(train.feature, val.feature[query], k=min(k, len(train.label)))
+    """Returns the nearest training images of `queries` random val images that cover as many classes as possible. Seeded.
+
+    val: may be empty; the queries are then training images.
+    """
+    own = not len(val.label)
+    asked = train if own else val
+    query = _one_of_each_class(asked.label, count=queries, seed=seed)
+    similarity, position = nearest(train.feature, asked.feature[query], k=min(k + own, len(train.label)))
+    if own:
+        others = position != query[:, None]
+        others[others.all(dim=1), -1] = False  # an equal image stood in the query's place
+        similarity, position = (part[others].view(len(query), -1) for part in (similarity, position))
     return Neighbours(query=query, neighbour=position, similarity=similarity)
 
 
@@ -46,6 +62,13 @@ def display_pixels(images: torch.Tensor, *, views: ViewPair) -> np.ndarray:
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (views.mean, views.std))
     pixels = (images.float().cpu() * std + mean).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def thumbnails(images: torch.Tensor, *, views: ViewPair) -> np.ndarray:
+    """Returns normalised images (N, 3, S, S) as (N, T, T, 3) uint8 for a page, averaged down to at most THUMBNAIL_PX."""
+    if images.shape[-1] > THUMBNAIL_PX:
+        images = F.adaptive_avg_pool2d(images.float(), THUMBNAIL_PX)
+    return display_pixels(images, views=views)
 
 
 def draw_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> torch.Tensor:
