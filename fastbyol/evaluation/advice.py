@@ -17,7 +17,7 @@ from fastbyol.monitors.collapse import what_to_try
 FEW_STEPS = 3000
 """Our demo's runs, on small and easy images, take about so many steps."""
 SMALL_PX = 64
-SMALLEST_CROP = 0.3
+SMALLEST_CROP, LARGER_CROPS = 0.3, "'[0.4,1.0]'"
 GREY_LEVELS = 8
 """Largest mean difference between the channels of a grey image, of 255: JPEG's colours are not exactly neutral."""
 MOST_IDEAS = 4
@@ -69,7 +69,7 @@ def first_ideas(facts: RunFacts) -> list[str]:
     if _any(views, "flip_p"):
         ideas.append(f"if left and right differ in your images (characters, drawings, maps), do not mirror them: {_both('flip_p', 0)}")
     if min(view.crop_area[0] for view in _pair(views)) < SMALLEST_CROP:
-        ideas.append(f"larger crops, so that both views show the same thing: {_both('crop_area', "'[0.4,1.0]'")}")
+        ideas.append(f"larger crops, so that both views show the same thing: {_both('crop_area', LARGER_CROPS)}")
     if views.size_px <= SMALL_PX and _any(views, "blur_p"):
         ideas.append(f"no blur, which takes much of {views.size_px} px: {_both('blur_p', 0)}")
     if 0 < facts.step < 4 * FEW_STEPS and optim.tau_base > 0.95:
