@@ -133,12 +133,11 @@ def evaluate_run(options: argparse.Namespace) -> None:
     if options.protocol in ("linear", "labelfree") and knn_options:
         raise UserError(f"--{next(iter(knn_options))}: has no effect on the {options.protocol} protocol; leave it out, or evaluate knn")
     with _opened(options, scored=options.protocol != "labelfree") as (run, bank):
-        results, verdict = evaluate(
-            run, bank, options.protocol, data=options.data, out=options.out or run.results, command=options.typed, knn_options=knn_options
-        )
+        where = {"checkpoint": options.checkpoint, "data": options.data, "out": options.out or run.results, "command": options.typed}
+        results, verdict = evaluate(run, bank, options.protocol, **where, knn_options=knn_options)
     for table in result_tables(results):
         Console().print(table)
-    say(*verdict.lines(), f"next: {next_command(run, options.data)}")
+    say(*verdict.lines(), f"next: {next_command(options.checkpoint, options.data)}")
 
 
 def report_run(options: argparse.Namespace) -> None:
@@ -151,6 +150,7 @@ def report_run(options: argparse.Namespace) -> None:
     from fastbyol.evaluation.evaluate import result_tables
     from fastbyol.evaluation.report import build_report
     from fastbyol.evaluation.summary import headline_table
+    from fastbyol.run.next_command import embed
 
     with _opened(options) as (run, bank):
         report = build_report(run, bank, data=options.data, command=options.typed, out=options.out)
@@ -159,7 +159,7 @@ def report_run(options: argparse.Namespace) -> None:
     for table in result_tables(report.results):
         console.print(table)
     console.print(headline_table(report.headline()))
-    say(*report.verdict.lines(), f"report: {path}")
+    say(*report.verdict.lines(), f"report: {path}", f"next: {embed(options.checkpoint, report.bank.splits.train.source)}")
 
 
 def draw_views(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.evaluation.advice import RunFacts
 from fastbyol.evaluation.protocols import PROTOCOLS, SCORED
 from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result, write_or_say
-from fastbyol.evaluation.splits import Splits
+from fastbyol.evaluation.splits import Splits, split_paths
 from fastbyol.evaluation.subjects import FeatureBank
 from fastbyol.evaluation.summary import label_free_table, score_table
 from fastbyol.evaluation.verdict import Verdict, verdict_on
@@ -27,15 +27,23 @@ log = logging.getLogger("fastbyol")
 
 
 def evaluate(
-    run: RunState, bank: FeatureBank, protocol: str, *, data: str, out: Path, command: str, knn_options: dict[str, Any] | None = None
+    run: RunState,
+    bank: FeatureBank,
+    protocol: str,
+    *,
+    checkpoint: str,
+    data: str,
+    out: Path,
+    command: str,
+    knn_options: dict[str, Any] | None = None,
 ) -> tuple[list[Result], Verdict]:
     """Evaluates the run in one protocol, or in 'all' that its data allow, writes a file of each, and returns them with the verdict.
 
-    Raises UserError if the protocol needs labels that the data do not have.
+    checkpoint, data, command: as typed. out: folder of the files. Raises UserError if the protocol needs labels that the data do not have.
     """
     wanted = tuple(PROTOCOLS) if protocol == "all" else (protocol,)
     if bank.splits.unscored and protocol in SCORED:
-        way_out = following.typed("evaluate", "labelfree", "--checkpoint", run.folder, "--data", data)
+        way_out = following.typed("evaluate", "labelfree", "--checkpoint", checkpoint, "--data", data)
         raise UserError(f"--data {data}: {bank.splits.unscored}, so there is no accuracy to measure; without labels: {way_out}")
     facts = facts_of(run, bank)
     results: list[Result] = []
@@ -78,6 +86,8 @@ def result_tables(results: Sequence[Result]) -> Iterator[RenderableType]:
     yield from (label_free_table(result) for result in results if isinstance(result, LabelFreeResult))
 
 
-def next_command(run: RunState, data: str) -> str:
-    """Returns the command to type after an evaluation."""
-    return following.report(run.folder, data)
+def next_command(checkpoint: str, data: str) -> str:
+    """Returns the command to type after an evaluation: a run has a report, a file alone has none."""
+    if Path(checkpoint).is_dir():
+        return following.report(checkpoint, data)
+    return following.embed(checkpoint, split_paths(data)[0])

@@ -22,6 +22,13 @@ def report(run: str | Path, data: str | Path) -> str:
     return typed("report", "--run", run, "--data", data)
 
 
+def embed(checkpoint: str | Path, data: str | Path) -> str:
+    """Returns the command that writes the features of all images beside the run or file."""
+    path = Path(checkpoint)
+    out = path / "features.npz" if path.is_dir() else path.with_name(f"{path.stem}.features.npz")
+    return typed("embed", "--checkpoint", checkpoint, "--data", data, "--out", out)
+
+
 def folder_of_splits(train: str) -> Path | None:
     """Returns the folder that holds this path, named train or train.beton, and val images beside it; None if it is another path."""
     path = Path(train)
