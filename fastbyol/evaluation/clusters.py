@@ -11,8 +11,12 @@ from fastbyol.evaluation.knn import nearest
 
 NEIGHBOUR = 5
 """An image is as odd as its distance to this neighbour: not the first, so that a pair of odd twins counts too."""
-DUPLICATE_COSINE = 0.99
-"""Cosine of the centred features above which two images are shown as near-duplicates."""
+SIMILAR_COSINE = 0.95
+"""Cosine of the centred features from which on two images are compared by their pixels."""
+COMPARED_PX = 16
+SAME_PIXELS = 0.95
+"""Correlation of the pixels, averaged down to COMPARED_PX, from which on two images show the same: a copy, resized or compressed again."""
+DISTANCES_AT_ONCE = 2**26
 
 
 class Cluster(NamedTuple):
@@ -20,17 +24,6 @@ class Cluster(NamedTuple):
 
     size: int
     nearest: torch.Tensor
-
-
-class OddImages(NamedTuple):
-    """outlier: rows, oddest first. distance: 1 - cosine to the NEIGHBOURth neighbour, of each. pair: rows (P, 2) of all near-duplicates, most
-    similar first. cosine: of each pair.
-    """
-
-    outlier: torch.Tensor
-    distance: torch.Tensor
-    pair: torch.Tensor
-    cosine: torch.Tensor
 
 
 def centred(feature: torch.Tensor) -> torch.Tensor:
@@ -53,24 +46,42 @@ def find_clusters(feature: torch.Tensor, *, count: int, shown: int, seed: int = 
     return sorted(clusters, key=lambda cluster: -cluster.size)
 
 
-def find_odd_images(feature: torch.Tensor, *, outliers: int, threshold: float = DUPLICATE_COSINE, device: str = "cpu") -> OddImages:
-    """Returns the images that are least like any other, and the pairs that are almost equal, among (N, D) features with N >= 2.
+def find_outliers(feature: torch.Tensor, *, count: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the rows of the images that are farthest from their NEIGHBOURth neighbour, farthest first, and those distances.
 
-    Of a group of equal images each is paired with its NEIGHBOUR nearest at most.
+    The features (N, D) are standardised and compared by their Euclidean distance: an image that is nothing like the others often has
+    features of an unusual size, which a cosine does not see. Source: Ramaswamy et al., Efficient algorithms for mining outliers, 2000.
+    """
+    std, mean = torch.std_mean(feature.double(), dim=0)
+    standard = ((feature - mean) / std.clamp_min(1e-6)).float().to(device)
+    k = min(NEIGHBOUR + 1, len(standard))  # an image is its own nearest neighbour
+    parts = standard.split(max(1, DISTANCES_AT_ONCE // len(standard)))
+    distance = torch.cat([torch.cdist(part, standard).kthvalue(k, dim=1).values.cpu() for part in parts])
+    farthest = distance.argsort(descending=True)[:count]
+    return farthest, distance[farthest]
+
+
+def similar_pairs(feature: torch.Tensor, *, at_most: int, device: str = "cpu") -> torch.Tensor:
+    """Returns the pairs of rows (P, 2), most similar first, whose cosine is at least SIMILAR_COSINE; of each image its NEIGHBOUR nearest.
+
+    feature: (N, D) with N >= 2. They are candidates for `show_the_same`: an encoder is trained to give different views one feature.
     """
     unit = centred(feature)
-    k = min(NEIGHBOUR + 1, len(unit))
-    similarity, position = nearest(unit, unit, k=k, device=device)
-    own = torch.arange(len(unit))
-    # An image is its own nearest neighbour, except that an equal one may stand in its place.
-    is_self = position == own[:, None]
-    is_self[~is_self.any(dim=1), -1] = True
-    similarity, position = similarity[~is_self].view(len(unit), k - 1), position[~is_self].view(len(unit), k - 1)
-    distance = 1 - similarity[:, -1]
-    oddest = distance.argsort(descending=True)[:outliers]
-    close = similarity >= threshold
-    pairs = torch.stack([own[:, None].expand_as(position)[close], position[close]], dim=1).sort(dim=1).values
-    pairs, inverse = pairs.unique(dim=0, return_inverse=True)
+    similarity, position = nearest(unit, unit, k=min(NEIGHBOUR + 1, len(unit)), device=device)
+    own = torch.arange(len(unit))[:, None].expand_as(position)
+    close = (similarity >= SIMILAR_COSINE) & (position != own)
+    pairs, inverse = torch.stack([own[close], position[close]], dim=1).sort(dim=1).values.unique(dim=0, return_inverse=True)
     cosine = torch.zeros(len(pairs)).scatter_(0, inverse, similarity[close])
-    order = cosine.argsort(descending=True)
-    return OddImages(oddest, distance[oddest], pairs[order], cosine[order])
+    return pairs[cosine.argsort(descending=True)][:at_most]
+
+
+def show_the_same(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Returns (N,) bool: whether the normalised images (N, 3, S, S) of each pair are the same picture, see SAME_PIXELS."""
+
+    def small(images: torch.Tensor) -> torch.Tensor:
+        pixels = F.adaptive_avg_pool2d(images.double(), min(COMPARED_PX, images.shape[-1])).flatten(1)
+        return F.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1)
+
+    # Two images of one even colour have no pattern to correlate; then their colours are compared.
+    correlation, colours = (small(first) * small(second)).sum(dim=1), (first - second).abs().amax(dim=(1, 2, 3)) < 0.1
+    return (correlation >= SAME_PIXELS) | colours

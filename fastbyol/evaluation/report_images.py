@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from fastbyol.evaluation import page
-from fastbyol.evaluation.clusters import DUPLICATE_COSINE, NEIGHBOUR, find_clusters, find_odd_images
+from fastbyol.evaluation.clusters import NEIGHBOUR, find_clusters, find_outliers, show_the_same, similar_pairs
 from fastbyol.evaluation.feature_map import HEIGHT_PX, TILE_PX, WIDTH_PX, cells, coordinates, map_methods, map_picture
+from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.figures import picture
 from fastbyol.evaluation.gallery import Neighbours, nearest_neighbours, thumbnails
 from fastbyol.evaluation.subjects import FeatureBank
@@ -17,8 +18,10 @@ NEIGHBOURS = 7
 CLUSTERS, CLUSTER_IMAGES = 10, 10
 MAP_IMAGES = 4000
 """Images that compete for a place on the map."""
-OUTLIERS, PAIRS = 20, 10
-GRID_COLUMNS = 10
+SEARCHED = 20_000
+"""Images among which clusters, outliers and near-duplicates are looked for: a random choice, because all are compared with all."""
+OUTLIERS, CANDIDATES, PAIRS = 20, 200, 12
+GRID_COLUMNS, PAIRS_A_ROW = 10, 4
 MAP_TITLES = {"pca": "The first two principal components.", "umap": "UMAP."}
 
 
@@ -62,14 +65,17 @@ def _class(bank: FeatureBank, label: int, *, otherwise: str = "no label") -> str
 
 def clusters_section(bank: FeatureBank) -> str:
     """Returns the section with the images nearest to the centre of each cluster of k-means."""
-    train = bank.of("byol").train
+    train = _searched(bank)
     clusters = find_clusters(train.feature, count=CLUSTERS, shown=CLUSTER_IMAGES, seed=bank.config.seed)
     rows = []
     for number, cluster in enumerate(clusters, start=1):
-        label = train.label[cluster.nearest]
-        images = _cells(bank, cluster.nearest, [_class(bank, value, otherwise="") for value in label.tolist()])
-        rows.append([page.escape(f"{number}: {cluster.size:,} images"), *images])
-    text = f"The images in {len(clusters)} groups (k-means on the features); of each group those nearest to its centre, nearest first."
+        shown = train.rows(cluster.nearest)
+        images = _cells(bank, shown.index, [_class(bank, value, otherwise="") for value in shown.label.tolist()])
+        rows.append([page.escape(f"{number}: {cluster.size:,}"), *images])
+    text = (
+        f"{len(train.label):,} images in {len(clusters)} groups (k-means on the features), with the number of images of each; of each group "
+        "those nearest to its centre, nearest first."
+    )
     return page.section("clusters", title="Clusters", parts=[page.paragraph(text), page.image_grid([], rows=rows, gaps=frozenset({1}))])
 
 
@@ -91,30 +97,34 @@ def map_section(bank: FeatureBank) -> str:
 
 def odd_images_section(bank: FeatureBank) -> str:
     """Returns the section with outliers and near-duplicates."""
-    feature = bank.of("byol").train.feature
-    if len(feature) < 3:
+    train = _searched(bank)
+    if len(train.label) < 3:
         return ""
-    found = find_odd_images(feature, outliers=OUTLIERS, device=bank.device)
-    captions = [f"{value:.2f}" for value in found.distance.tolist()]
-    images = _cells(bank, found.outlier, captions)
-    parts = [
-        page.paragraph(
-            f"The images farthest from their {NEIGHBOUR}th neighbour (1 - cosine of the centred features): damaged, rare, or alien."
-        ),
-        page.image_grid([], rows=[images[first : first + GRID_COLUMNS] for first in range(0, len(images), GRID_COLUMNS)]),
-    ]
-    num = len(found.pair)
-    said = f"{num:,} pairs have a cosine of {DUPLICATE_COSINE} or more" + (
-        f"; the {PAIRS} most similar:" if num > PAIRS else ":" if num else "."
-    )
-    parts.append(page.paragraph(f"Near-duplicates: {said}"))
-    if num:
-        pairs = found.pair[:PAIRS]
-        names = [bank.splits.train.name(row) for row in pairs.flatten().tolist()]
-        images = _cells(bank, pairs.flatten(), names)
-        rows = [[f"{cosine:.4f}", *images[2 * i : 2 * i + 2]] for i, cosine in enumerate(found.cosine[:PAIRS].tolist())]
-        parts.append(page.image_grid(["cosine", "", ""], rows=rows))
+    outlier, distance = find_outliers(train.feature, count=OUTLIERS, device=bank.device)
+    images = _cells(bank, train.index[outlier], [f"{value:.1f}" for value in distance.tolist()])
+    text = f"Of {len(train.label):,} images those farthest from their {NEIGHBOUR}th neighbour (standardised features): damaged, rare, or alien."
+    parts = [page.paragraph(text), page.image_grid([], rows=_in_rows(images, GRID_COLUMNS))]
+    pairs = train.index[similar_pairs(train.feature, at_most=CANDIDATES, device=bank.device)].view(-1, 2)
+    if len(pairs):
+        pairs = pairs[show_the_same(*(bank.splits.train.pick(side) for side in pairs.T))]
+    said = f"{len(pairs):,} pairs show the same picture" + (f", {PAIRS} of them:" if len(pairs) > PAIRS else ":" if len(pairs) else ".")
+    parts.append(page.paragraph(f"Near-duplicates, among the {CANDIDATES} pairs with the most similar features: {said}"))
+    rows = pairs[:PAIRS].flatten()
+    if len(rows):
+        cells = _cells(bank, rows, [bank.splits.train.name(row) for row in rows.tolist()])
+        gaps = frozenset(range(0, 2 * PAIRS_A_ROW, 2))
+        parts.append(page.image_grid([], rows=_in_rows(cells, 2 * PAIRS_A_ROW), gaps=gaps))
     return page.section("odd", title="Outliers and near-duplicates", parts=parts)
+
+
+def _searched(bank: FeatureBank) -> Features:
+    """Returns the trained encoder's features of at most SEARCHED random train images."""
+    train = bank.of("byol").train
+    return train.rows(torch.randperm(len(train.label), generator=torch.Generator().manual_seed(bank.config.seed))[:SEARCHED].sort().values)
+
+
+def _in_rows(cells: list[str], columns: int) -> list[list[str]]:
+    return [cells[first : first + columns] for first in range(0, len(cells), columns)]
 
 
 def _cells(bank: FeatureBank, rows: torch.Tensor, captions: list[str]) -> list[str]:

@@ -227,9 +227,12 @@ def open_splits(
         positions = np.arange(train.num_samples)
         if subset is not None:
             positions = named_positions(Path(subset), train.image_names(), source=paths[0])
-        unscored = _missing(data, "val") if paths[0] != str(data) else "it has no train and val"
         if len(loaders) == 2:
             unscored = why_unscored(_counts(train.class_names, train.labels[positions]), loaders[1].class_counts())
+        elif (train.labels < 0).all():
+            unscored = "its images have no labels"
+        else:
+            unscored = _missing(data, "val") if paths[0] != str(data) else "it has no train and val"
         if unscored and at_most is not None and len(positions) > at_most:
             positions = np.sort(np.random.default_rng(0).choice(positions, size=at_most, replace=False))
         if unscored:

@@ -9,7 +9,7 @@ from fastbyol.evaluation.advice import RunFacts, first_ideas
 from fastbyol.evaluation.comparison import Comparison
 from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result
 
-PROTOCOL_TITLES = {"linear": "linear", "knn": "kNN", "labelfree": "finding an image's other view"}
+PROTOCOL_TITLES = {"linear": "linear", "knn": "kNN", "labelfree": "finding other views"}
 BASELINES = {"untrained": "the untrained encoder", "pca": "raw pixels (PCA)", "pixels": "raw pixels"}
 OUTCOMES = {"worse": "worse than", "same": "no better than", "better": "better than"}
 LOW_RANK = 0.5
@@ -45,7 +45,7 @@ def verdict_on(results: Sequence[Result], facts: RunFacts) -> Verdict:
         for baseline, protocols in baselines.items()
     )
     if not scored:
-        headline += " (no labels, so no accuracy: whether this helps a task, only labels can say)"
+        headline += "; without labels there is no accuracy, and whether this helps a task is not known"
     details = [_detail(result) for result in results if result.comparisons]
     details += [word for result in results if isinstance(result, LabelFreeResult) and (word := _rank_word(result))]
     return Verdict(headline, details, [] if good else first_ideas(facts))
