@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastbyol.config.console import say
 from fastbyol.config.errors import UserError
 from fastbyol.evaluation.advice import RunFacts
 from fastbyol.evaluation.protocols import PROTOCOLS, SCORED
@@ -22,8 +23,6 @@ from fastbyol.run.log import read_metrics
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-log = logging.getLogger("fastbyol")
 
 
 def evaluate(
@@ -57,7 +56,7 @@ def evaluate(
 def possible(protocols: Sequence[str], splits: Splits) -> list[str]:
     """Returns the protocols that the data allow, and says which are left out and why."""
     if splits.unscored and (left_out := [name for name in protocols if name in SCORED]):
-        log.warning("%s left out: %s", " and ".join(left_out), splits.unscored)
+        say(f"{' and '.join(left_out)} left out: {splits.unscored}", file=sys.stderr)
         return [name for name in protocols if name not in SCORED]
     return list(protocols)
 
