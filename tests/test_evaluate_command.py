@@ -161,10 +161,10 @@ def test_views_without_labels_are_those_of_the_run_and_features_those_of_both_en
         with build_loader(
             DataConfig(train=str(data / "train")), views=state.config.views, seed=state.config.seed, global_batch=1
         ) as loader:
-            drawn = draw_views(loader, index=[3, 30], epochs=2)
+            drawn = draw_views(loader, index=[3, 30], epochs=1)
         for row in range(2):
             expected = bank.encoder(drawn[row]).detach()
             torch.testing.assert_close(features["byol"][row], expected, rtol=1e-4, atol=1e-5)
         untrained = bank.network("untrained")(drawn[1]).detach()
     torch.testing.assert_close(features["untrained"][1], untrained, rtol=1e-4, atol=1e-5)
-    assert features[PIXELS].shape == (2, 4, 3 * 32 * 32)
+    assert features[PIXELS].shape == (2, 2, 3 * 32 * 32)

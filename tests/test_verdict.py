@@ -101,11 +101,11 @@ def test_what_is_not_better_comes_first_and_is_followed_by_advice():
 
 
 def test_without_labels_the_verdict_says_what_it_cannot_say_and_names_a_low_rank():
-    measures = {"byol": {"rankme": 3.0}, "untrained": {"rankme": 30.0}}
+    measures = {"byol": {"rankme": 1.2}, "untrained": {"rankme": 30.0}}
     free = LabelFreeResult("labelfree", measures, 100, 50, {}, {"untrained": Comparison(0.5, 0.4, 0.6, 9, 1)})
     verdict = verdict_on([free], FACTS)
     assert verdict.headline.startswith("better than the untrained encoder in finding other views; without labels there is no accuracy")
-    assert "RankMe: 3.0" in verdict.details[-1]
+    assert "RankMe is 1.20" in verdict.details[-1]
     with_labels = verdict_on([result("knn", untrained=-0.1, pca=-0.1), free], FACTS)
     assert with_labels.headline.startswith("worse than"), "with labels, the accuracies decide"
 

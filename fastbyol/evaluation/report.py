@@ -162,10 +162,10 @@ def _verdict_parts(verdict: Verdict) -> list[str]:
 
 
 def _label_free_section(result: LabelFreeResult) -> str:
-    available = f"Ranks of the features of {result.num_images:,} images; the other rows of {result.settings['views']} views of each of "
     text = (
-        f"{available}{result.num_pairs:,} images, drawn as in training. These tell an encoder that collapsed or learnt nothing from one that "
-        "learnt what its views ask for; whether that helps a task, only labels can say."
+        f"Ranks of the features of {result.num_images:,} images; the other rows of two views each of {result.num_pairs:,}, drawn as in "
+        "training. They tell an encoder that collapsed or learnt nothing from one that learnt what its views ask for; whether that helps a "
+        "task, only labels can say."
     )
     header, rows = label_free_header(), label_free_rows(result)
     parts = [page.table(header, rows=rows, numbers=frozenset({1, 2, 3})), page.paragraph(text, kind="note")]

@@ -55,7 +55,7 @@ class ProtocolResult:
 class LabelFreeResult:
     """Measures that need no labels, for the trained and the untrained encoder, by subject and name.
 
-    num_images: images of the ranks. num_pairs: images of which several views were drawn. comparisons: whose features find an image's other
+    num_images: images of the ranks. num_pairs: images of which two views were drawn. comparisons: whose features find an image's other
     view more often.
     """
 

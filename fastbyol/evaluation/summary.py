@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 
 MEASURES: dict[str, tuple[str, str, str]] = {
     "other_view_top1": ("other view found", "{:.1f} %", "images whose two views find each other; higher: the encoder knows images again"),
-    "rankme": ("RankMe", "{:.1f}", "directions that the features use; much lower than untrained: partial collapse"),
-    "effective_rank": ("effective rank", "{:.1f}", "the same around their mean"),
-    "participation_ratio": ("participation ratio", "{:.1f}", "directions that hold most of the variance"),
-    "lidar": ("LiDAR", "{:.1f}", "directions that tell images apart, whatever the views change"),
     "alignment": ("alignment", "{:.3f}", "distance between two views of an image; lower: ignores what the views change"),
     "uniformity": ("uniformity", "{:.3f}", "lower: spread over the whole sphere; 0: all images in one point"),
+    "rankme": ("RankMe", "{:.1f}", "directions in use; 1: collapsed; to compare runs with each other, not with an untrained one"),
+    "effective_rank": ("effective rank", "{:.1f}", "the same around their mean"),
+    "participation_ratio": ("participation ratio", "{:.1f}", "directions that hold most of the variance"),
 }
 """Title, format and meaning of each measure without labels."""
 
@@ -98,7 +97,7 @@ def label_free_table(result: LabelFreeResult) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    title = f"{result.num_images:,} images, {result.settings['views']} views each of {result.num_pairs:,}"
+    title = f"{result.num_images:,} images, two views each of {result.num_pairs:,}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for position, name in enumerate(label_free_header()):
         table.add_column(name, justify="right" if 0 < position < 4 else "left", no_wrap=position < 4)
