@@ -84,12 +84,7 @@ def headline(results: Iterable[Result], speed: Throughput) -> list[tuple[str, st
 def _label_free_headline(result: LabelFreeResult) -> list[tuple[str, str]]:
     found = {name: measures["other_view_top1"] for name, measures in result.measures.items()}
     others = f"untrained {percent(found['untrained'])}; raw pixels {percent(found['pixels'])}; chance {percent(1 / result.num_pairs)}"
-    rank = [result.measures[name]["rankme"] for name in ("byol", "untrained")]
-    dim = result.measures["byol"]["feature_dim"]
-    return [
-        (percent(found["byol"]), f"of {result.num_pairs:,} images are found again by their other view; {others}"),
-        (f"{rank[0]:.1f}", f"RankMe of the features, of {dim:,.0f}; untrained {rank[1]:.1f}"),
-    ]
+    return [(percent(found["byol"]), f"of {result.num_pairs:,} images are found again by their other view; {others}")]
 
 
 def label_free_table(result: LabelFreeResult) -> RenderableType:
