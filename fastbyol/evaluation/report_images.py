@@ -107,9 +107,8 @@ def odd_images_section(bank: FeatureBank) -> str:
     pairs = train.index[similar_pairs(train.feature, at_most=CANDIDATES, device=bank.device)].view(-1, 2)
     if len(pairs):
         pairs = pairs[show_the_same(*(bank.splits.train.pick(side) for side in pairs.T))]
-    said = f"{len(pairs):,} {'shows' if len(pairs) == 1 else 'show'} the same picture" + (
-        f", {PAIRS} of them:" if len(pairs) > PAIRS else ":" if len(pairs) else "."
-    )
+    more = f", {PAIRS} of them:" if len(pairs) > PAIRS else ":" if len(pairs) else "."
+    said = f"{len(pairs):,} {'shows' if len(pairs) == 1 else 'show'} the same picture{more}"
     parts.append(page.paragraph(f"Near-duplicates, among the {CANDIDATES} pairs with the most similar features: {said}"))
     rows = pairs[:PAIRS].flatten()
     if len(rows):
