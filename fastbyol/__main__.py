@@ -2,6 +2,7 @@
 
 python -m fastbyol evaluate linear --checkpoint runs/demo --data demo
 python -m fastbyol evaluate all --checkpoint runs/demo --data demo
+python -m fastbyol evaluate labelfree --checkpoint runs/demo --data photos
 python -m fastbyol report --run runs/demo --data demo
 python -m fastbyol views --data demo/train.beton --preset cpu_demo --out views.png
 python -m fastbyol tune --data demo/train.beton --preset cpu_demo --out tuned.yaml
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fastbyol.evaluation.subjects import FeatureBank
     from fastbyol.run.checkpoint import RunState
 
-DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton"
+DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton; without labels any images"
 
 
 @one_line_errors
@@ -55,12 +56,16 @@ def _build_parser() -> OneLineParser:
     parser.add_argument("--version", action="version", version=f"fastbyol {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    what = "linear or kNN accuracy of a run, against two baselines"
-    evaluate = commands.add_parser("evaluate", help=what, description=evaluate_run.__doc__)
-    evaluate.add_argument("protocol", choices=("linear", "knn", "all"))
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="linear or kNN accuracy of a run, or its quality without labels, against baselines",
+        description=evaluate_run.__doc__,
+    )
+    evaluate.add_argument("protocol", choices=("linear", "knn", "labelfree", "all"))
     evaluate.add_argument("--checkpoint", required=True, type=path_text, help="run folder (its newest checkpoint) or one checkpoint file")
     evaluate.add_argument("--k", type=int, help="number of neighbours in kNN (20)")
     evaluate.add_argument("--temperature", type=float, help="temperature of the kNN votes (0.07)")
+    evaluate.add_argument("--subset", type=path_text, metavar="LIST", help="use only the train images that this file names, one a line")
     evaluate.set_defaults(command=evaluate_run)
 
     report = commands.add_parser("report", help="RUN/report.html and a summary", description=report_run.__doc__, allow_abbrev=False)
@@ -100,44 +105,49 @@ def _build_parser() -> OneLineParser:
 
 
 def evaluate_run(options: argparse.Namespace) -> None:
-    """Reports top-1 and top-5 accuracy on val of the trained encoder, the same encoder untrained, and a PCA of the raw pixels.
+    """Reports top-1 and top-5 accuracy on val of the trained encoder, the same encoder untrained, and a PCA of the raw pixels; and how good
+    the encoder is without labels (labelfree), for images that have none. Ends with a verdict in words.
 
-    Prints a table and writes RUN/evaluation/*.json, one file per data set. For a checkpoint file outside a run folder the results go
-    beside it: best.pt gets best.evaluation/*.json.
+    Prints tables and writes RUN/evaluation/*.json, one file per protocol, data set and settings. For a checkpoint file outside a run folder
+    the results go beside it: best.pt gets best.evaluation/*.json.
     """
     from rich.console import Console
 
-    from fastbyol.evaluation.protocols import PROTOCOLS, write_or_say
-    from fastbyol.evaluation.summary import score_table
+    from fastbyol.evaluation.evaluate import evaluate, next_command, result_tables
 
     if options.k is not None:
         require_at_least("k", options.k, 1)  # checked before the slow feature extraction
     knn_options = {name: getattr(options, name) for name in ("k", "temperature") if getattr(options, name) is not None}
-    if options.protocol == "linear" and knn_options:
-        raise UserError(f"--{next(iter(knn_options))}: has no effect on the linear protocol; leave it out, or evaluate knn")
-    results = []
-    with _opened(options) as (run, bank):
-        for protocol in PROTOCOLS if options.protocol == "all" else (options.protocol,):
-            result = PROTOCOLS[protocol](bank, **(knn_options if protocol == "knn" else {}))
-            write_or_say(result, options.out or run.results, data=options.data, step=run.step, command=options.typed)
-            results.append(result)
-    Console().print(score_table(results))
+    if options.protocol in ("linear", "labelfree") and knn_options:
+        raise UserError(f"--{next(iter(knn_options))}: has no effect on the {options.protocol} protocol; leave it out, or evaluate knn")
+    with _opened(options, scored=options.protocol != "labelfree") as (run, bank):
+        where = {"checkpoint": options.checkpoint, "data": options.data, "out": options.out or run.results, "command": options.typed}
+        results, verdict = evaluate(run, bank, options.protocol, **where, knn_options=knn_options)
+    for table in result_tables(results):
+        Console().print(table)
+    say(*verdict.lines(), f"next: {next_command(options.checkpoint, options.data)}")
 
 
 def report_run(options: argparse.Namespace) -> None:
-    """Writes RUN/report.html, one self-contained page, and prints its headline figures. Runs the evaluations that RUN/evaluation lacks."""
+    """Writes RUN/report.html, one self-contained page, and prints its headline figures and a verdict in words.
+
+    Runs the evaluations that RUN/evaluation lacks. Of images without labels the page has all that needs none.
+    """
     from rich.console import Console
 
+    from fastbyol.evaluation.evaluate import result_tables
     from fastbyol.evaluation.report import build_report
-    from fastbyol.evaluation.summary import headline_table, score_table
+    from fastbyol.evaluation.summary import headline_table
+    from fastbyol.run.next_command import embed
 
     with _opened(options) as (run, bank):
         report = build_report(run, bank, data=options.data, command=options.typed, out=options.out)
         path = report.write()
     console = Console()
-    console.print(score_table(report.results))
+    for table in result_tables(report.results):
+        console.print(table)
     console.print(headline_table(report.headline()))
-    say(f"report: {path}")
+    say(*report.verdict.lines(), f"report: {path}", f"next: {embed(options.checkpoint, report.bank.splits.train.source)}")
 
 
 def draw_views(options: argparse.Namespace) -> None:
@@ -205,10 +215,12 @@ def print_presets(word: str = "") -> None:
 
 
 @contextmanager
-def _opened(options: argparse.Namespace) -> Iterator[tuple[RunState, FeatureBank]]:
+def _opened(options: argparse.Namespace, *, scored: bool = True) -> Iterator[tuple[RunState, FeatureBank]]:
     """Yields the run's newest checkpoint and the features, extracted on demand, of its encoder and of the baselines."""
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
+    from fastbyol.evaluation.evaluate import subset_settings
+    from fastbyol.evaluation.label_free import RANK_IMAGES
     from fastbyol.evaluation.splits import open_splits
     from fastbyol.evaluation.subjects import FeatureBank
     from fastbyol.export import encoder_of
@@ -216,8 +228,11 @@ def _opened(options: argparse.Namespace) -> Iterator[tuple[RunState, FeatureBank
 
     device = _device(options.device)
     run = load_run(options.checkpoint)
-    with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers) as splits:
-        yield run, FeatureBank(encoder_of(run), config=run.config, splits=splits, device=device, announce=_announce)
+    subset = getattr(options, "subset", None)
+    chosen = {"subset": subset, "at_most": RANK_IMAGES, "scored": scored}
+    with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers, **chosen) as splits:
+        settings = subset_settings(subset)
+        yield run, FeatureBank(encoder_of(run), config=run.config, splits=splits, device=device, announce=_announce, data_settings=settings)
 
 
 def _device(name: str) -> str:

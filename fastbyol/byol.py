@@ -38,7 +38,7 @@ class BYOLOutput(NamedTuple):
     loss: the objective; BYOL's regression loss in [0, 8] unless the config chooses another one.
     alignment: mean cosine between each prediction and the projection it predicts, in [-1, 1].
     probe_loss: cross-entropy of the linear probe on view 1, over the labelled images; its gradient stops at the feature.
-    probe_correct: (N,) 1 if the probe's first guess is the label, else 0; NaN for an unlabelled image.
+    probe_correct: (N,) 1 if the probe's first guess is the label, else 0; NaN for an unlabelled image, and for all if there is one class.
     projection: (N, D) online projection of view 1.
     feature: (N, F) encoder output for view 1.
     """
@@ -146,7 +146,8 @@ class BYOL(nn.Module):
             # regression = 4 - 2 (cos1 + cos2), so this is the mean of both cosines.
             alignment=1 - regression.detach() / 4,
             probe_loss=_probe_loss(logits if logits.dtype == torch.float64 else logits.float(), label),
-            probe_correct=torch.where(label >= 0, (logits.detach().argmax(dim=1) == label).float(), torch.nan),
+            # Of one class every guess is right, which would look like success.
+            probe_correct=torch.where((label >= 0) & (logits.shape[1] > 1), (logits.detach().argmax(dim=1) == label).float(), torch.nan),
             projection=online1.projection.detach(),
             feature=online1.feature.detach(),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 
@@ -18,8 +19,9 @@ from fastbyol.data.batch import ImageBatch
 from fastbyol.evaluation.features import Features, extract_features, pixel_features
 from fastbyol.evaluation.knn import knn_predict, nearest
 from fastbyol.evaluation.linear import fit_linear, held_out_mask
-from fastbyol.evaluation.protocols import evaluate_knn, evaluate_linear, read_current, read_result, top_k_accuracy, write_or_say
-from fastbyol.evaluation.splits import Split, Splits, common_classes, split_paths
+from fastbyol.evaluation.protocols import DEFAULT_SETTINGS, evaluate_knn, evaluate_linear, top_k_accuracy
+from fastbyol.evaluation.result_file import read_current, read_result, write_or_say, write_result
+from fastbyol.evaluation.splits import Split, Splits, common_classes, split_paths, why_unscored
 from fastbyol.evaluation.subjects import FeatureBank, pca_features, set_batchnorm_statistics, untrained_encoder
 
 NUM_CLASSES = 3
@@ -44,9 +46,15 @@ class StoredImages:
         self.image = noise * 0.1 + nn.functional.one_hot(self.label, 3).view(num, 3, 1, 1)  # a colour for each class
 
     def __iter__(self):
+        return self.batches_of(np.arange(self.num_samples))
+
+    def batches_of(self, index):
         self.passes += 1
-        for rows in torch.arange(self.num_samples).split(self.batch):
+        for rows in torch.from_numpy(index).split(self.batch):
             yield ImageBatch(self.image[rows], self.label[rows], rows)
+
+    def image_names(self) -> list[str]:
+        return [f"{number}.jpg" for number in range(self.num_samples)]
 
     def close(self) -> None:
         pass
@@ -244,11 +252,13 @@ def test_protocols_score_every_subject_and_share_one_pass_over_the_images(tmp_pa
         assert result.scores["byol"].top1 == 1.0  # the mean colour tells the class
         assert (result.num_train, result.num_val, result.num_classes) == (30, 12, 3)
         assert result.chance_top1 == pytest.approx(1 / 3)
-    path = linear.write(tmp_path, step=7, data="d", command="c")
+    path = write_result(linear, tmp_path, step=7, data="d", command="c")
     assert read_result(path) == (linear, {"step": 7, "data": "d", "command": "c"})
-    assert read_current(tmp_path, "linear", step=7, data="d") is not None
-    assert read_current(tmp_path, "linear", step=8, data="d") is None
-    assert read_current(tmp_path, "knn", step=7, data="d") is None
+    settings = DEFAULT_SETTINGS["linear"]
+    assert linear.settings == settings
+    assert read_current(tmp_path, "linear", step=7, data="d", settings=settings) is not None
+    assert read_current(tmp_path, "linear", step=8, data="d", settings=settings) is None
+    assert read_current(tmp_path, "knn", step=7, data="d", settings=settings) is None
     path.write_text("{}")
     with pytest.raises(UserError, match="evaluate again"):
         read_result(path)
@@ -271,15 +281,50 @@ def test_a_split_too_large_for_memory_is_read_again_and_gives_the_same():
     assert loader.passes == 2
 
 
+def test_a_split_of_some_images_numbers_them_from_0_and_asks_for_no_others():
+    loader = StoredImages(10)
+    split = Split(loader, size_px=SIZE_PX, held_bytes=0, positions=np.array([2, 5, 9]))
+    features = pixel_features(split)
+    assert features.index.tolist() == [0, 1, 2]
+    assert features.label.tolist() == loader.label[[2, 5, 9]].tolist()
+    assert torch.equal(features.feature, loader.image[[2, 5, 9]].flatten(1))
+    assert torch.equal(split.pick(torch.tensor([2, 0, 2])), loader.image[[9, 2, 9]])
+    assert [split.name(row) for row in range(3)] == ["2.jpg", "5.jpg", "9.jpg"]
+
+
+def test_a_loader_that_yields_other_images_than_it_was_asked_for_is_refused():
+    loader = StoredImages(10)
+    loader.batches_of = lambda index: StoredImages.batches_of(loader, index[::-1].copy())
+    with pytest.raises(RuntimeError, match="in that order"):
+        list(Split(loader, size_px=SIZE_PX))
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "says"),
+    [
+        ({"a": 2, "b": 1}, {"b": 1, "a": 1}, ""),
+        ({}, {"a": 1}, "train has no labels"),
+        ({"a": 2, "b": 1}, {"a": 0}, "val has no labels"),
+        ({"a": 2, "b": 0}, {"a": 1, "b": 1}, "all labelled images of train are of one class, 'a'"),
+        ({"a": 2, "b": 1}, {"c": 1, "d": 1}, "no class is in both train and val, such as ['a', 'b', 'c', 'd']"),
+        ({"a": 2, "b": 1}, {"b": 1, "d": 1}, "only the class 'b' is in both train and val"),
+    ],
+)
+def test_accuracy_needs_two_classes_with_images_in_both_splits(train, val, says):
+    assert why_unscored(train, val) == says
+
+
 def test_splits_are_found_as_files_or_folders_and_a_missing_one_names_both_places(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "val.beton").write_bytes(b"x")
-    assert split_paths(tmp_path) == (tmp_path / "train", tmp_path / "val.beton")
-    (tmp_path / "val.beton").unlink()
+    assert split_paths(tmp_path) == (str(tmp_path / "train"), str(tmp_path / "val.beton"))
+    (tmp_path / "train").rename(tmp_path / "photos")
     with pytest.raises(UserError) as error:
         split_paths(tmp_path)
-    assert str(tmp_path / "val") in str(error.value)
-    assert str(tmp_path / "val.beton") in str(error.value)
+    assert str(tmp_path / "train") in str(error.value)
+    assert str(tmp_path / "train.beton") in str(error.value)
+    (tmp_path / "val.beton").unlink()
+    assert split_paths(tmp_path) == (str(tmp_path), ""), "a folder of neither is the images themselves"
 
 
 def test_train_and_val_of_different_classes_are_refused():
@@ -324,15 +369,30 @@ def test_splits_are_evaluated_on_the_classes_that_both_have_and_the_others_are_r
         common_classes(("a",), ("b",))
 
 
-def test_each_data_set_has_a_file_of_its_own_and_a_later_result_on_it_replaces_the_earlier_one(tmp_path, capsys):
-    result = evaluate_knn(make_bank()[0], k=5)
-    paths = [result.write(tmp_path, data=data, step=step) for data, step in (("a", 1), ("b", 1), ("a", 2), ("c", 1), ("b", 1))]
-    assert [path.name for path in paths] == ["knn.json", "knn-2.json", "knn.json", "knn-3.json", "knn-2.json"]
-    assert read_current(tmp_path, "knn", step=1, data="b") == (result, {"data": "b", "step": 1})
-    assert read_current(tmp_path, "knn", step=1, data="a") is None
-    assert read_current(tmp_path, "knn", step=2, data="a") is not None
+def test_each_data_set_and_settings_have_a_file_of_their_own_and_a_later_result_on_them_replaces_the_earlier_one(tmp_path, capsys):
+    bank = make_bank()[0]
+    five, seven = evaluate_knn(bank, k=5), evaluate_knn(bank, k=7)
+    writes = [(five, "a", 1), (five, "b", 1), (five, "a", 2), (seven, "a", 2), (five, "b", 1), (seven, "a", 3)]
+    paths = [write_result(result, tmp_path, data=data, step=step) for result, data, step in writes]
+    assert [path.name for path in paths] == ["knn.json", "knn-2.json", "knn.json", "knn-3.json", "knn-2.json", "knn-3.json"]
+    assert read_current(tmp_path, "knn", step=1, data="b", settings=five.settings) == (five, {"data": "b", "step": 1})
+    assert read_current(tmp_path, "knn", step=1, data="b", settings=seven.settings) == (five, {"data": "b", "step": 1}), "the only one"
+    assert read_current(tmp_path, "knn", step=1, data="a", settings=five.settings) is None
+    write_result(seven, tmp_path, data="a", step=2)
+    assert read_current(tmp_path, "knn", step=2, data="a", settings=seven.settings) == (seven, {"data": "a", "step": 2})
     (tmp_path / "knn.json").write_text("damaged")
-    assert result.write(tmp_path, data="d", step=1).name == "knn.json"
+    assert write_result(five, tmp_path, data="d", step=1).name == "knn.json"
+
+
+def test_a_result_of_an_earlier_version_is_read_but_computed_anew(tmp_path):
+    result = evaluate_knn(make_bank()[0], k=5)
+    path = write_result(result, tmp_path, data="a", step=1)
+    record = json.loads(path.read_text())
+    del record["comparisons"]
+    path.write_text(json.dumps(record))
+    assert read_result(path)[0].scores == result.scores
+    assert read_current(tmp_path, "knn", step=1, data="a", settings=result.settings) is None
+    assert write_result(result, tmp_path, data="a", step=1) == path
 
 
 def test_figures_that_cannot_be_written_are_still_shown(tmp_path, capsys):

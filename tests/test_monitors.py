@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
 import time
 from dataclasses import replace
@@ -17,9 +18,10 @@ from fastbyol.config.errors import DIVERGED_EXIT, Diverged
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import ModelConfig, MonitorsConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from fastbyol.monitors import Monitor
-from fastbyol.monitors.collapse import COLLAPSED_STD, FINAL_STD, RECORDS_IN_A_ROW, SIGNS, CollapseRule, collapse_signs
+from fastbyol.monitors.collapse import COLLAPSED_STD, FINAL_STD, RANKME_IMAGES, RECORDS_IN_A_ROW, SIGNS, CollapseRule, collapse_signs
 from fastbyol.monitors.compute import ComputeMeter, flop_per_image, peak_flop_per_s, peak_memory_gib
 from fastbyol.monitors.monitor import StepNorms, global_norm
+from fastbyol.monitors.spectrum import effective_rank, participation_ratio, rankme
 from fastbyol.monitors.stopwatch import STEPS_KEPT, Stopwatch
 from fastbyol.run.checkpoint import checkpoint_path
 from fastbyol.run.log import read_metrics
@@ -61,6 +63,32 @@ def test_the_effective_rank_is_that_of_the_singular_values(shape):
     singular = torch.linalg.svdvals(unit - unit.mean(dim=0))
     share = singular[singular > 1e-9] / singular.sum()
     assert _signs(projection, projection)["effective_rank"] == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-6)
+
+
+def test_rankme_counts_the_directions_of_the_features_whatever_their_mean_and_scale():
+    generator = torch.Generator().manual_seed(2)
+    isotropic = torch.randn(20_000, 12, generator=generator, dtype=torch.float64)
+    assert float(rankme(isotropic)) == pytest.approx(12, abs=0.01)
+    assert float(effective_rank(isotropic + 100)) == pytest.approx(12, abs=0.01)
+    assert float(participation_ratio(7 * isotropic + 100)) == pytest.approx(12, abs=0.05)
+    line = isotropic[:, :1] * torch.ones(12, dtype=torch.float64)
+    for rank in (rankme, effective_rank, participation_ratio):
+        assert float(rank(line)) == pytest.approx(1, abs=1e-4)
+        assert 0 <= float(rank(torch.zeros(5, 3))) < 1.01, "finite where all features are equal"
+
+
+def test_ranks_of_two_unequal_directions_are_those_of_the_closed_form():
+    rows = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # singular values 3 and 1, variances 9 : 1
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert float(rankme(rows)) == pytest.approx(expected, rel=1e-5)
+    assert float(effective_rank(rows)) == pytest.approx(expected, rel=1e-9)
+    assert float(participation_ratio(rows)) == pytest.approx(10**2 / (9**2 + 1**2), rel=1e-9)
+
+
+def test_the_record_has_rankme_of_at_most_the_first_256_features():
+    feature = torch.randn(600, 300, generator=torch.Generator().manual_seed(3))
+    feature[RANKME_IMAGES:] = 1e6  # never looked at
+    assert _signs(torch.randn(600, 4), feature)["rankme"] == pytest.approx(float(rankme(feature[:RANKME_IMAGES])))
 
 
 def test_mean_cosine_equals_the_loop_over_all_pairs():
@@ -297,7 +325,7 @@ def test_the_probes_accuracy_is_a_share_of_the_images_with_a_label():
     assert _record(monitor, step=1, last=_output(1.0))["probe_top1"] == pytest.approx(5 / 6)
     monitor.add(_output(1.0)._replace(probe_correct=torch.full((4,), torch.nan)))
     record = _record(monitor, step=2, last=_output(1.0))
-    assert (record["probe_top1"], record["probe_loss"]) == (None, None)
+    assert (record["probe_top1"], record["probe_loss"]) == (None, None), "no image with a label: unknown, not 0 %"
 
 
 def test_a_record_averages_its_interval_and_the_next_one_starts_anew():

@@ -37,6 +37,7 @@ def test_a_line_says_where_the_run_is_how_it_learns_and_how_fast():
     assert "kNN" not in line
     assert "mfu" not in line
     assert "320 images/s per device  mfu 41%  data wait" in progress_line({**RECORD, "mfu": 0.412}, total_steps=100)
+    assert "probe" not in progress_line({**RECORD, "probe_top1": None}, total_steps=100), "one class, or no labels"
     assert "probe 50.0%  kNN 61.2%  proj-std 0.80" in progress_line({**RECORD, "knn_top1": 0.612}, total_steps=100)
 
 

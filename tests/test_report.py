@@ -86,7 +86,10 @@ def test_the_report_is_one_page_with_every_section_and_nothing_from_outside(run,
     assert code == 0, err
     html = (run / "report.html").read_text()
     names = re.findall(r'<section id="(\w+)">', html)
-    assert names == ["headline", "views", "training", "collapse", "neighbours", "configuration", "provenance", "commands"]
+    assert names == [
+        *("headline", "labelfree", "views", "training", "collapse", "neighbours", "clusters", "map", "odd"),
+        *("configuration", "provenance", "commands"),
+    ]
     assert not re.search(r'(?:src|href)="(?!data:image/png;base64,)|url\(|<script|@import|https?://', html)
     assert "torchrun --nproc-per-node 2 fastbyol/train.py --out run" in html
     assert f"python -m fastbyol report --run {run}" in html
@@ -115,7 +118,9 @@ def test_the_report_takes_what_evaluate_has_written_and_evaluates_anew_after_mor
     assert json.loads(path.read_text()) == written
     path.write_text(json.dumps(written | {"step": 10}))
     assert call(["report", "--run", str(run), *arguments], capsys)[0] == 0
-    assert json.loads(path.read_text())["step"] == 20
+    assert json.loads(path.read_text())["step"] == 10, "of other settings than the report's own, which has a file beside it"
+    again = json.loads(path.with_name("knn-2.json").read_text())
+    assert (again["step"], again["settings"]["k"]) == (20, 20)
 
 
 @pytest.mark.parametrize("command", [("evaluate", "knn", "--checkpoint"), ("report", "--run")])
@@ -208,7 +213,7 @@ def test_text_in_tables_is_escaped_and_numbers_are_aligned():
     ("arguments", "said"),
     [
         (["evaluate", "linear", "--checkpoint", "missing", "--data", "DATA"], "missing"),
-        (["evaluate", "linear", "--checkpoint", "RUN", "--data", "nowhere"], "nowhere/train.beton"),
+        (["evaluate", "linear", "--checkpoint", "RUN", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["evaluate", "knn", "--checkpoint", "RUN", "--data", "DATA", "--k", "999"], "k = 999"),
         (["evaluate", "linear", "--checkpoint", "RUN", "--data", "DATA", "--k", "5"], "no effect"),
         (["evaluate", "linear", "--checkpoint", "RUN", "--data", "DATA", "--batch", "0"], "--batch = 0"),

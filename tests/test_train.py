@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,29 @@ def test_the_script_works_as_typed_from_a_checkout(data_paths, tmp_path):
     done = run_python("fastbyol/train.py", *SMALL_RUN, *options)
     assert done.returncode == 0, done.stderr
     assert "step 3/3" in done.stderr
+
+
+def test_the_last_line_of_a_run_says_where_it_is_and_the_next_command(data_paths, tmp_path, capsys):
+    data, run = tmp_path / "my images", tmp_path / "run"
+    for split in ("train", "val"):
+        shutil.copytree(data_paths["folder"], data / split)
+    for _ in range(2):  # the second one finds it complete
+        main([*SMALL, "--data.train", str(data / "train"), "--out", str(run)])
+        said = capsys.readouterr().err.splitlines()[-1]
+        following = f"next: python -m fastbyol evaluate all --checkpoint {run} --data '{data}'"
+        assert said.endswith(f"complete: all 6 steps, in {checkpoint_path(run, 6)}; {following}")
+    assert (run / "train.log").read_text().endswith(said + "\n")
+
+
+def test_a_run_on_one_class_shows_no_accuracy_and_its_next_command_needs_none(data_paths, tmp_path, capsys):
+    one = tmp_path / "train"
+    shutil.copytree(data_paths["folder"] / "bee", one / "bee")
+    shutil.copytree(one, tmp_path / "val")
+    knn = ["--data.val", str(tmp_path / "val"), "--monitors.knn_every_epochs", "1"]
+    main([*SMALL, *knn, "--data.train", str(one), "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "9 images of one class, so the probe is off" in said
+    assert re.search("knn_every_epochs: left out, because data.train and data.val have only one class in common", said)
+    assert not re.search(r"(probe|kNN) \d", said)
+    assert said.rstrip().endswith(f"next: python -m fastbyol report --run {tmp_path / 'run'} --data {one}")
+    assert all((r["probe_top1"], r["probe_loss"], r.get("knn_top1")) == (None, None, None) for r in read_metrics(tmp_path / "run"))

@@ -30,9 +30,23 @@ class _Loader:
         self.num_samples, self.class_names, self._labels = source.num_samples, source.class_names, source.labels
         self._renderer = renderer
 
+    def class_counts(self) -> dict[str, int]:
+        """Returns the number of images of each class; images without a label (-1) are not counted."""
+        labels = self._labels[self._labels >= 0]
+        return dict(zip(self.class_names, np.bincount(labels, minlength=len(self.class_names)).tolist(), strict=False))
+
     def fingerprint(self) -> dict[str, str]:
         """Returns short texts that identify the data set, see `Source.fingerprint`."""
         return self._renderer.source.fingerprint()
+
+    def image_names(self) -> list[str]:
+        """Returns the name of every image in the listing, in index order, see `Source.image_name`."""
+        return [self._renderer.source.image_name(index) for index in range(self.num_samples)]
+
+    @property
+    def labels(self) -> Indices:
+        """(num_samples,) int64 class of each image, -1 for none."""
+        return self._labels
 
     def close(self) -> None:
         """Stops the threads and closes the files."""
@@ -70,11 +84,6 @@ class TwoViewLoader(_Loader):
         """Returns the number of micro-batches of this rank in a whole epoch."""
         return self.traversal.micro_batches
 
-    def class_counts(self) -> dict[str, int]:
-        """Returns the number of images of each class; images without a label (-1) are not counted."""
-        labels = self._labels[self._labels >= 0]
-        return dict(zip(self.class_names, np.bincount(labels, minlength=len(self.class_names)).tolist(), strict=False))
-
     def set_epoch(self, epoch: int) -> None:
         """Moves to the start of another epoch. Does nothing for the current epoch, so that a resumed loop may call this too."""
         require_at_least("epoch", epoch, 0)
@@ -94,14 +103,21 @@ class TwoViewLoader(_Loader):
 
     def __iter__(self) -> Iterator[ViewBatch]:
         epoch, first = self._epoch, self._batch
-        views, seed = self.views, self.traversal.seed
-        rendering = self._renderer.batches(
-            self._plan(epoch, first),
-            lambda index, height, width: draw_parameters(views, seed=seed, epoch=epoch, index=index, height=height, width=width),
-        )
-        for batch, rendered in enumerate(rendering, start=first):
+        for batch, views in enumerate(self._rendered(self._plan(epoch, first), epoch), start=first):
             # Before the yield: a checkpoint that is saved in the loop's body must continue after this batch.
             self._epoch, self._batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
+            yield views
+
+    def views_of(self, index: Sequence[int], *, epoch: int, batch: int) -> Iterator[ViewBatch]:
+        """Yields the views of these images, in this order, as that epoch draws them, `batch` images at once. The loader's position stays."""
+        chosen = np.asarray(index, dtype=np.int64)
+        return self._rendered((chosen[first : first + batch] for first in range(0, len(chosen), batch)), epoch)
+
+    def _rendered(self, plan: Iterable[Indices], epoch: int) -> Iterator[ViewBatch]:
+        views, seed = self.views, self.traversal.seed
+        for rendered in self._renderer.batches(
+            plan, lambda index, height, width: draw_parameters(views, seed=seed, epoch=epoch, index=index, height=height, width=width)
+        ):
             # NHWC memory seen as NCHW is channels-last: no copy.
             view1, view2 = (view.permute(0, 3, 1, 2) for view in rendered.views)
             label, index = self._labels[rendered.indices], rendered.indices.copy()

@@ -28,7 +28,11 @@ class Features(NamedTuple):
     def labelled(self) -> Features:
         """Returns only the labelled images; the same object if all are labelled."""
         has_label = self.label >= 0
-        return self if bool(has_label.all()) else Features(*(part[has_label] for part in self))
+        return self if bool(has_label.all()) else self.rows(has_label)
+
+    def rows(self, chosen: torch.Tensor | slice) -> Features:
+        """Returns only these rows: a mask (N,), row numbers, or a slice."""
+        return Features(*(part[chosen] for part in self))
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ COLLAPSE_PANELS = (
     Panel("mean_cosine", "cosine between different images", ((1.0, "collapsed"), (0.0, "unrelated"))),
     Panel("alignment", "alignment of the two views"),
     Panel("feature_std", "feature std"),
+    Panel("rankme", "RankMe of the features"),
 )
 
 

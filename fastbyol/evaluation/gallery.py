@@ -7,16 +7,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from fastbyol.augment.parameters import NUM_COLUMNS
 from fastbyol.config.views import ViewPair
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.knn import nearest
 
+THUMBNAIL_PX = 96
+"""Side above which an image is made smaller for a page: it is shown at 76 px."""
+
 
 class Neighbours(NamedTuple):
-    """Q queries and their k nearest training images: positions in val (Q,) and in train (Q, k), cosine similarity (Q, k)."""
+    """Q queries and their k nearest training images: positions in val (Q,) and in train (Q, k), cosine similarity (Q, k).
+
+    Without val images the queries are training images, too, and are not their own neighbours.
+    """
 
     query: torch.Tensor
     neighbour: torch.Tensor
@@ -24,9 +30,18 @@ class Neighbours(NamedTuple):
 
 
 def nearest_neighbours(train: Features, val: Features, *, queries: int, k: int, seed: int = 0) -> Neighbours:
-    """Returns the nearest training images of `queries` random val images that cover as many classes as possible. Seeded."""
-    query = _one_of_each_class(val.label, count=queries, seed=seed)
-    similarity, position = nearest(train.feature, val.feature[query], k=min(k, len(train.label)))
+    """Returns the nearest training images of `queries` random val images that cover as many classes as possible. Seeded.
+
+    val: may be empty; the queries are then training images.
+    """
+    own = not len(val.label)
+    asked = train if own else val
+    query = _one_of_each_class(asked.label, count=queries, seed=seed)
+    similarity, position = nearest(train.feature, asked.feature[query], k=min(k + own, len(train.label)))
+    if own:
+        others = position != query[:, None]
+        others[others.all(dim=1), -1] = False  # an equal image stood in the query's place
+        similarity, position = (part[others].view(len(query), -1) for part in (similarity, position))
     return Neighbours(query=query, neighbour=position, similarity=similarity)
 
 
@@ -49,23 +64,20 @@ def display_pixels(images: torch.Tensor, *, views: ViewPair) -> np.ndarray:
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def draw_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> torch.Tensor:
-    """Returns (N, 2 epochs, 3, S, S) normalised: view 1 and view 2 of these images in epochs 0, 1, …, as the loader draws them.
+def thumbnails(images: torch.Tensor, *, views: ViewPair) -> np.ndarray:
+    """Returns normalised images (N, 3, S, S) as (N, T, T, 3) uint8 for a page, averaged down to at most THUMBNAIL_PX."""
+    if images.shape[-1] > THUMBNAIL_PX:
+        images = F.adaptive_avg_pool2d(images.float(), THUMBNAIL_PX)
+    return display_pixels(images, views=views)
 
-    The loader must be built with global_batch 1; it jumps to each image, so nothing else is decoded. Its position changes.
-    """
+
+def draw_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> torch.Tensor:
+    """Returns (N, 2 epochs, 3, S, S) normalised: view 1 and view 2 of these images in epochs 0, 1, …, as the loader draws them."""
     return draw_parameters_and_views(loader, index=index, epochs=epochs)[1]
 
 
 def draw_parameters_and_views(loader: TwoViewLoader, *, index: Sequence[int], epochs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the parameters of the views of `draw_views`, (N, 2 epochs, P) (columns: `augment.parameters.COLUMNS`), and the views."""
-    drawn = torch.empty(len(index), 2 * epochs, 3, loader.views.size_px, loader.views.size_px)
-    parameters = torch.empty(len(index), 2 * epochs, NUM_COLUMNS)
-    for epoch in range(epochs):
-        place = {int(sample): batch for batch, sample in enumerate(loader.traversal.order(epoch))}
-        for row, sample in enumerate(index):
-            loader.load_state_dict({"epoch": epoch, "batch": place[sample]})
-            batch = next(iter(loader))
-            drawn[row, 2 * epoch : 2 * epoch + 2] = torch.cat([batch.view1, batch.view2])
-            parameters[row, 2 * epoch : 2 * epoch + 2] = batch.parameters[0]
-    return parameters, drawn
+    batches = [batch for epoch in range(epochs) for batch in loader.views_of(index, epoch=epoch, batch=len(index))]
+    drawn = torch.stack([view for batch in batches for view in (batch.view1, batch.view2)], dim=1)
+    return torch.cat([batch.parameters for batch in batches], dim=1), drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from functools import partial
 
 import numpy as np
@@ -21,6 +22,7 @@ from fastbyol.evaluation.splits import common_classes, renumbered
 from fastbyol.ranks.process_group import Process, all_gather_rows, all_reduce_mean, copy_from_main
 from fastbyol.run.rank_agreement import opened_alike
 
+log = logging.getLogger("fastbyol")
 BATCH = 256
 
 
@@ -70,6 +72,11 @@ class OnlineKnn:
             choose_images(loader.num_samples, at_most=config.monitors.knn_images) for loader in (self._train, self._val)
         )
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that both sets of images have."""
+        return len(self._class_names)
+
     def due(self, done: int) -> bool:
         """Returns True if a multiple of `knn_every_epochs` was passed since the last call, or if the run has ended. done: steps taken."""
         period, self._period = self._period, int(done * self._periods_per_step)
@@ -110,10 +117,18 @@ class OnlineKnn:
 
 
 def build_online_knn(config: TrainConfig, process: Process, *, num_samples: int, first_step: int, total_steps: int) -> OnlineKnn | None:
-    """Returns the run's kNN monitor, or None if `monitors.knn_every_epochs` is 0."""
+    """Returns the run's kNN monitor, or None if `monitors.knn_every_epochs` is 0, or with a warning if there is one class."""
     if not config.monitors.knn_every_epochs:
         return None
-    return OnlineKnn(config, process, num_samples=num_samples, first_step=first_step, total_steps=total_steps)
+    monitor = OnlineKnn(config, process, num_samples=num_samples, first_step=first_step, total_steps=total_steps)
+    if monitor.num_classes > 1:
+        return monitor
+    monitor.close()
+    if process.is_main:
+        log.warning(
+            "monitors.knn_every_epochs: left out, because data.train and data.val have only one class in common: all would be right"
+        )
+    return None
 
 
 def choose_images(num: int, *, at_most: int) -> NDArray[np.int64]:

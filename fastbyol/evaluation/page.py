@@ -19,6 +19,7 @@ section { margin: 18px 0; padding: 18px 22px; background: #fff; border: 1px soli
 p { margin: 6px 0 12px; max-width: 86ch; }
 .lead, .note { color: #5a6575; }
 .note { font-size: 13px; }
+.verdict { font-size: 17px; font-weight: 600; }
 .alarm { color: #a3261b; font-weight: 600; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; margin: 14px 0; }
 .card { padding: 12px 16px; background: #f6f8fb; border: 1px solid #e1e5ea; border-radius: 8px; }
@@ -62,6 +63,11 @@ def paragraph(text: str, *, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
+def numbered(texts: Iterable[str]) -> str:
+    """Returns a numbered list of plain texts."""
+    return f"<ol>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ol>"
+
+
 def cards(figures: Iterable[tuple[str, str]]) -> str:
     """Returns boxes for headline figures, each (value, what it is)."""
     boxes = (f'<div class="card"><b>{escape(value)}</b><span>{escape(meaning)}</span></div>' for value, meaning in figures)
@@ -91,7 +97,7 @@ def image_grid(header: Sequence[str], *, rows: Iterable[Sequence[str]], gaps: fr
     """Returns rows of HTML cells (an `image`, a caption) under plain-text headers; the columns in `gaps` get some space on the left."""
     kinds = dict.fromkeys(gaps, "gap")
     head, body = _row("th", [escape(h) for h in header], kinds), "".join(_row("td", row, kinds) for row in rows)
-    return f'<table class="grid"><thead>{head}</thead><tbody>{body}</tbody></table>'
+    return f'<table class="grid">{f"<thead>{head}</thead>" if header else ""}<tbody>{body}</tbody></table>'
 
 
 def command(text: str) -> str:

@@ -16,13 +16,16 @@ from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.data.build import build_loader
 from fastbyol.evaluation import page
+from fastbyol.evaluation.evaluate import facts_of, keep, possible
 from fastbyol.evaluation.figures import COLLAPSE_PANELS, TRAINING_PANELS, curves, picture
-from fastbyol.evaluation.gallery import Neighbours, display_pixels, draw_views, nearest_neighbours
-from fastbyol.evaluation.protocols import PROTOCOLS, ProtocolResult, read_current, write_or_say
-from fastbyol.evaluation.splits import split_paths
+from fastbyol.evaluation.gallery import draw_views, thumbnails
+from fastbyol.evaluation.protocols import DEFAULT_SETTINGS, PROTOCOLS
+from fastbyol.evaluation.report_images import clusters_section, map_section, neighbours_section, odd_images_section
+from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result, read_current
 from fastbyol.evaluation.subjects import FeatureBank
-from fastbyol.evaluation.summary import headline, score_header, score_rows
+from fastbyol.evaluation.summary import headline, label_free_header, label_free_rows, score_header, score_rows
 from fastbyol.evaluation.training_log import Record, alarms, logged_steps, read_provenance, throughput
+from fastbyol.evaluation.verdict import Verdict, verdict_on
 from fastbyol.host.durable_files import write_durably
 from fastbyol.run.checkpoint import RunState
 from fastbyol.run.folder import flatten
@@ -30,8 +33,6 @@ from fastbyol.run.folder import flatten
 REPORT_FILE = "report.html"
 VIEW_EPOCHS = 3
 VIEW_ROWS = 6
-QUERIES = 10
-NEIGHBOURS = 7
 SHOWN_ALARMS = 3
 
 
@@ -39,13 +40,14 @@ SHOWN_ALARMS = 3
 class Report:
     """Everything that the page shows.
 
-    results: one per protocol. view_rows: (N, 1 + 2 epochs, S, S, 3) uint8: centre crop, then the views. commands: as typed, in order.
+    results: one per protocol that the data allow. view_rows: (N, 1 + 2 epochs, S, S, 3) uint8: centre crop, then the views. commands: as typed, in order.
     out: the folder to write the page to; None: the run's own.
     """
 
     run: RunState
     bank: FeatureBank
-    results: list[ProtocolResult]
+    results: list[Result]
+    verdict: Verdict
     view_rows: np.ndarray
     commands: list[str]
     out: Path | None = None
@@ -73,18 +75,25 @@ def build_report(run: RunState, bank: FeatureBank, *, data: str, command: str, o
     run has logged no step.
     """
     logged_steps(run.folder)
-    folder, results, commands = out or run.results, [], [_training_command(read_provenance(run.folder))]
-    for protocol, evaluate in PROTOCOLS.items():
-        current = read_current(folder, protocol, step=run.step, data=data)
-        if current is None:
-            result, facts = evaluate(bank), {"step": run.step, "command": command}
-            write_or_say(result, folder, data=data, **facts)
-        else:
-            result, facts = current
-        results.append(result)
-        commands.append(str(facts.get("command", "")))
-    known = [text for text in dict.fromkeys([*commands, command]) if text]
-    return Report(run=run, bank=bank, results=results, view_rows=_view_rows(bank, data), commands=known, out=out)
+    folder, facts = out or run.results, facts_of(run, bank)
+    results: list[Result] = []
+    commands = [_training_command(read_provenance(run.folder))]
+    for protocol in possible(tuple(PROTOCOLS), bank.splits):
+        known = read_current(folder, protocol, step=run.step, data=data, settings=DEFAULT_SETTINGS[protocol])
+        if known is None:
+            known = PROTOCOLS[protocol](bank), {"command": command}
+            keep(known[0], folder, data=data, run=run, command=command, facts=facts)
+        results.append(known[0])
+        commands.append(str(known[1].get("command", "")))
+    return Report(
+        run=run,
+        bank=bank,
+        results=results,
+        verdict=verdict_on(results, facts),
+        view_rows=_view_rows(bank),
+        commands=[text for text in dict.fromkeys([*commands, command]) if text],
+        out=out,
+    )
 
 
 def _training_command(provenance: Record) -> str:
@@ -94,15 +103,16 @@ def _training_command(provenance: Record) -> str:
     return f"{launcher} {provenance['command']}" if provenance.get("command") else ""
 
 
-def _view_rows(bank: FeatureBank, data: str) -> np.ndarray:
+def _view_rows(bank: FeatureBank) -> np.ndarray:
     """Returns (N, 1 + 2 epochs, S, S, 3) uint8: the centre crop of some training images, then their views."""
     config, train = bank.config, bank.splits.train
     index = torch.randperm(train.num_samples, generator=torch.Generator().manual_seed(config.seed))[:VIEW_ROWS]
-    source = DataConfig(train=str(split_paths(data)[0]), workers=1, prefetch=1)
-    with build_loader(source, views=config.views, seed=config.seed, global_batch=1) as loader:
-        views = draw_views(loader, index=index.tolist(), epochs=VIEW_EPOCHS)
+    source = DataConfig(train=train.source, workers=1, prefetch=1)
+    with build_loader(source, views=config.views, seed=config.seed, global_batch=1, option="--data") as loader:
+        views = draw_views(loader, index=train.positions[index.numpy()].tolist(), epochs=VIEW_EPOCHS)
     rows = torch.cat([train.pick(index)[:, None], views], dim=1)
-    return display_pixels(rows.flatten(0, 1), views=config.views).reshape(*rows.shape[:2], *rows.shape[3:], 3)
+    pixels = thumbnails(rows.flatten(0, 1), views=config.views)
+    return pixels.reshape(*rows.shape[:2], *pixels.shape[1:])
 
 
 def report_page(report: Report) -> str:
@@ -111,10 +121,14 @@ def report_page(report: Report) -> str:
     lead = f"{run.config.model.encoder}, {run.step:,} optimizer steps of {run.config.global_batch:,} images, seed {run.config.seed}"
     sections = [
         _headline_section(report),
+        *(_label_free_section(result) for result in report.results if isinstance(result, LabelFreeResult)),
         _views_section(report.view_rows),
         _training_section(records),
         _collapse_section(records),
-        _neighbours_section(report.bank),
+        neighbours_section(report.bank),
+        clusters_section(report.bank),
+        map_section(report.bank),
+        odd_images_section(report.bank),
         _configuration_section(run.config),
         _provenance_section(read_provenance(run.folder)),
         _commands_section(report.commands),
@@ -123,19 +137,39 @@ def report_page(report: Report) -> str:
 
 
 def _headline_section(report: Report) -> str:
-    results = report.results
-    header, rows = score_header(results), score_rows(results)
-    note = (
-        f"{results[0].num_train:,} train and {results[0].num_val:,} val images of {results[0].num_classes} classes; every row is "
-        "evaluated by the same code on the same images. Linear: logistic regression on frozen, standardised features, penalty "
-        "chosen on a held-out part of train. kNN: weighted votes in cosine similarity. The encoder never saw a label."
-    )
-    parts = [
-        page.cards(report.headline()),
-        page.table(header, rows=rows, numbers=frozenset(range(1, len(header)))),
-        page.paragraph(note, kind="note"),
-    ]
+    parts = [page.cards(report.headline()), *_verdict_parts(report.verdict)]
+    if results := [result for result in report.results if isinstance(result, ProtocolResult)]:
+        header, rows = score_header(results), score_rows(results)
+        settings = "; ".join(f"{result.protocol}: {_settings_text(result)}" for result in results)
+        note = (
+            f"{results[0].num_train:,} train and {results[0].num_val:,} val images of {results[0].num_classes} classes; every row is "
+            "evaluated by the same code on the same images. Linear: logistic regression on frozen, standardised features, penalty "
+            f"chosen on a held-out part of train. kNN: weighted votes in cosine similarity ({settings}). The encoder never saw a label."
+        )
+        parts += [page.table(header, rows=rows, numbers=frozenset(range(1, len(header)))), page.paragraph(note, kind="note")]
+    else:
+        parts.append(page.paragraph(f"No linear or kNN accuracy: {report.bank.splits.unscored}.", kind="note"))
     return page.section("headline", title="What was learnt, how fast", parts=parts)
+
+
+def _settings_text(result: Result) -> str:
+    return ", ".join(f"{name} {_text(value)}" for name, value in result.settings.items())
+
+
+def _verdict_parts(verdict: Verdict) -> list[str]:
+    parts = [page.paragraph(f"Verdict: {verdict.headline}.", kind="verdict"), *(page.paragraph(text) for text in verdict.details)]
+    return [*parts, *([page.paragraph("Try first:"), page.numbered(verdict.ideas)] if verdict.ideas else [])]
+
+
+def _label_free_section(result: LabelFreeResult) -> str:
+    text = (
+        f"Ranks of the features of {result.num_images:,} images; the other rows of two views each of {result.num_pairs:,}, drawn as in "
+        "training. They tell an encoder that collapsed or learnt nothing from one that learnt what its views ask for; whether that helps a "
+        "task, only labels can say."
+    )
+    header, rows = label_free_header(), label_free_rows(result)
+    parts = [page.table(header, rows=rows, numbers=frozenset({1, 2, 3})), page.paragraph(text, kind="note")]
+    return page.section("labelfree", title="Quality without labels", parts=parts)
 
 
 def _views_section(view_rows: np.ndarray) -> str:
@@ -159,31 +193,6 @@ def _collapse_section(records: list[Record]) -> str:
         verdict.append(page.paragraph(f"and {len(said) - SHOWN_ALARMS} more like these", kind="alarm"))
     figure = page.image(curves(records, COLLAPSE_PANELS), alt="signs of collapse", kind="figure")
     return page.section("collapse", title="Signs of collapse", parts=[*(verdict or [page.paragraph("No alarm was raised.")]), figure])
-
-
-def _neighbours_section(bank: FeatureBank) -> str:
-    features, views = bank.of("byol"), bank.config.views
-    count = min(QUERIES, bank.splits.val.num_samples)
-    found = nearest_neighbours(features.train, features.val, queries=count, k=NEIGHBOURS, seed=bank.config.seed)
-    queries = display_pixels(bank.splits.val.pick(found.query), views=views)
-    neighbours = display_pixels(bank.splits.train.pick(found.neighbour.flatten()), views=views)
-    neighbours = neighbours.reshape(*found.neighbour.shape, *neighbours.shape[1:])
-    rows = [_neighbour_cells(bank, found, row, queries[row], neighbours[row]) for row in range(count)]
-    text = "A val image and the training images with the nearest features, with their cosine. Green frame: same class; red frame: another class."
-    header = ["class", "val image", *(f"neighbour {i + 1}" for i in range(neighbours.shape[1]))]
-    parts = [page.paragraph(text), page.image_grid(header, rows=rows, gaps=frozenset({2}))]
-    return page.section("neighbours", title="Nearest neighbours", parts=parts)
-
-
-def _neighbour_cells(bank: FeatureBank, found: Neighbours, row: int, query: np.ndarray, neighbours: np.ndarray) -> list[str]:
-    features, names = bank.of("byol"), bank.splits.class_names
-    label = int(features.val.label[found.query[row]])
-    cells = [page.escape(names[label] if label >= 0 else "no label"), page.image(picture(query), alt=f"val image {int(found.query[row])}")]
-    for pixels, position, similarity in zip(neighbours, found.neighbour[row], found.similarity[row].tolist(), strict=True):
-        other = int(features.train.label[position])
-        alt = f"train image {int(position)}: {names[other] if other >= 0 else 'no label'}, cosine {similarity:.3f}"
-        cells.append(page.image(picture(pixels), alt=alt, kind="hit" if other == label >= 0 else "miss") + f"{similarity:.2f}")
-    return cells
 
 
 def _configuration_section(config: TrainConfig) -> str:

@@ -24,7 +24,7 @@ SUBJECT_TITLES = {"byol": "BYOL", "untrained": "untrained encoder", "pca": "PCA 
 
 
 class SubjectFeatures(NamedTuple):
-    """One subject's features of both splits, and the seconds their extraction took."""
+    """One subject's features of both splits (of val no rows, if there is none), and the seconds their extraction took."""
 
     train: Features
     val: Features
@@ -40,6 +40,7 @@ class FeatureBank:
         splits: the labelled images.
         device: where the encoders run; features are returned on the CPU.
         announce: called with a short text when something slow starts.
+        data_settings: what was chosen of the data, to be stored with each result.
     """
 
     def __init__(
@@ -50,32 +51,43 @@ class FeatureBank:
         splits: Splits,
         device: str = "cpu",
         announce: Callable[[str], None] = lambda _: None,
+        data_settings: dict[str, str] | None = None,
     ) -> None:
         self.encoder = encoder
         self.config = config
         self.splits = splits
         self.device = device
         self.announce = announce
+        self.data_settings = data_settings or {}
         self._known: dict[str, SubjectFeatures] = {}
+        self._untrained: nn.Module | None = None
 
     def of(self, subject: str) -> SubjectFeatures:
         """Returns the features of one of SUBJECTS."""
         require_choice("subject", subject, SUBJECTS)
         if subject not in self._known:
-            num_images = self.splits.train.num_samples + self.splits.val.num_samples
-            self.announce(f"features of {num_images:,} images: {SUBJECT_TITLES[subject]}")
+            self.announce(f"features of {self.splits.num_samples:,} images: {SUBJECT_TITLES[subject]}")
             start = time.perf_counter()
             train, val = self._extract(subject)
             self._known[subject] = SubjectFeatures(train, val, seconds=time.perf_counter() - start)
         return self._known[subject]
 
+    def network(self, subject: str) -> nn.Module:
+        """Returns the encoder of 'byol' or 'untrained', in eval mode."""
+        if subject == "byol":
+            return self.encoder
+        if self._untrained is None:
+            self._untrained = untrained_encoder(self.config, random_images(self.splits.train, seed=self.config.seed))
+        return self._untrained
+
     def _extract(self, subject: str) -> tuple[Features, Features]:
         train, val = self.splits.train, self.splits.val
         if subject == "pca":
-            return pca_features(pixel_features(train), pixel_features(val))
-        encoder = self.encoder if subject == "byol" else untrained_encoder(self.config, random_images(train, seed=self.config.seed))
-        extract = functools.partial(extract_features, encoder, device=self.device)
-        return extract(train), extract(val)
+            of_train = pixel_features(train)
+            return pca_features(of_train, pixel_features(val) if val else of_train.rows(slice(0)))
+        extract = functools.partial(extract_features, self.network(subject), device=self.device)
+        of_train = extract(train)
+        return of_train, extract(val) if val else of_train.rows(slice(0))
 
 
 def random_images(split: Split, *, count: int = CALIBRATION_IMAGES, seed: int = 0) -> torch.Tensor:
@@ -126,5 +138,8 @@ def pca_features(train: Features, val: Features, *, components: int = PCA_COMPON
 
     components = min(components, *train.feature.shape)
     pca = PCA(n_components=components, svd_solver="randomized", random_state=0).fit(train.feature.numpy())
-    projected = [torch.from_numpy(pca.transform(part.feature.numpy())).float() for part in (train, val)]
+    projected = [
+        torch.from_numpy(pca.transform(part.feature.numpy())).float() if len(part.feature) else torch.empty(0, components)
+        for part in (train, val)
+    ]
     return train._replace(feature=projected[0]), val._replace(feature=projected[1])

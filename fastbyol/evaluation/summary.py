@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from fastbyol.evaluation.protocols import ProtocolResult
+from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result
 from fastbyol.evaluation.subjects import SUBJECT_TITLES
 from fastbyol.evaluation.training_log import Throughput
+from fastbyol.evaluation.verdict import PROTOCOL_TITLES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-PROTOCOL_TITLES = {"linear": "linear", "knn": "kNN"}
+MEASURES: dict[str, tuple[str, str, str]] = {
+    "other_view_top1": ("other view found", "{:.1f} %", "images whose two views find each other; higher: the encoder knows images again"),
+    "alignment": ("alignment", "{:.3f}", "distance between two views of an image; lower: ignores what the views change"),
+    "uniformity": ("uniformity", "{:.3f}", "lower: spread over the whole sphere; 0: all images in one point"),
+    "rankme": ("RankMe", "{:.1f}", "directions in use; 1: collapsed; to compare runs with each other, not with an untrained one"),
+    "effective_rank": ("effective rank", "{:.1f}", "the same around their mean"),
+    "participation_ratio": ("participation ratio", "{:.1f}", "directions that hold most of the variance"),
+}
+"""Title, format and meaning of each measure without labels."""
 
 
 def percent(share: float) -> str:
@@ -40,10 +49,28 @@ def _top5(share: float, num_classes: int) -> str:
     return percent(share) if num_classes > 5 else "-"
 
 
-def headline(results: list[ProtocolResult], speed: Throughput) -> list[tuple[str, str]]:
+def label_free_header() -> list[str]:
+    """Returns the column titles of `label_free_rows`."""
+    return ["without labels", SUBJECT_TITLES["byol"], "untrained", "pixels", ""]
+
+
+def label_free_rows(result: LabelFreeResult) -> list[list[str]]:
+    """Returns a row for each measure: its value for the trained and the untrained encoder and raw pixels, and what it says."""
+    rows = []
+    for key, (title, form, meaning) in MEASURES.items():
+        scale = 100 if form.endswith("%") else 1
+        values = [result.measures[subject].get(key) for subject in ("byol", "untrained", "pixels")]
+        rows.append([title, *("" if value is None else form.format(scale * value) for value in values), meaning])
+    return rows
+
+
+def headline(results: Iterable[Result], speed: Throughput) -> list[tuple[str, str]]:
     """Returns (figure, what it is): each protocol compared with its baselines, then speed."""
     lines = []
     for result in results:
+        if isinstance(result, LabelFreeResult):
+            lines += _label_free_headline(result)
+            continue
         scores = {name: score.top1 for name, score in result.scores.items()}
         others = ", ".join(f"{SUBJECT_TITLES[name]} {percent(top1)}" for name, top1 in scores.items() if name != "byol")
         title = PROTOCOL_TITLES[result.protocol]
@@ -52,6 +79,26 @@ def headline(results: list[ProtocolResult], speed: Throughput) -> list[tuple[str
     lines.append((per_device, f"training speed per {speed.per}, {speed.devices} in the run; one image = two views"))
     lines.append((percent(speed.data_wait_share), "of the training time spent waiting for data"))
     return lines
+
+
+def _label_free_headline(result: LabelFreeResult) -> list[tuple[str, str]]:
+    found = {name: measures["other_view_top1"] for name, measures in result.measures.items()}
+    others = f"untrained {percent(found['untrained'])}; raw pixels {percent(found['pixels'])}; chance {percent(1 / result.num_pairs)}"
+    return [(percent(found["byol"]), f"of {result.num_pairs:,} images are found again by their other view; {others}")]
+
+
+def label_free_table(result: LabelFreeResult) -> RenderableType:
+    """Returns the measures without labels as a table for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"{result.num_images:,} images, two views each of {result.num_pairs:,}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for position, name in enumerate(label_free_header()):
+        table.add_column(name, justify="right" if 0 < position < 4 else "left", no_wrap=position < 4)
+    for row in label_free_rows(result):
+        table.add_row(*row)
+    return table
 
 
 def score_table(results: list[ProtocolResult]) -> RenderableType:

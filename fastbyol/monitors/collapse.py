@@ -11,8 +11,11 @@ from torch import Tensor
 
 from fastbyol.config.errors import Diverged
 from fastbyol.config.schema import TrainConfig
+from fastbyol.monitors.spectrum import effective_rank, rankme
 
-SIGNS = ("projection_std", "feature_std", "effective_rank", "mean_cosine")
+SIGNS = ("projection_std", "feature_std", "effective_rank", "mean_cosine", "rankme")
+RANKME_IMAGES = 256
+"""Images of the last micro-batch whose features RankMe is taken of: the time grows with the cube of this."""
 COLLAPSED_ALIGNMENT = 0.98
 COLLAPSED_STD = 0.1
 """A projection_std below this together with an alignment above COLLAPSED_ALIGNMENT raises the alarm."""
@@ -24,12 +27,13 @@ RECORDS_IN_A_ROW = 3
 
 @torch.no_grad()
 def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
-    """Returns `SIGNS` as a tensor (4,) float64 on the inputs' device. Each reaches an extreme when every image gets the same output.
+    """Returns `SIGNS` as a tensor (5,) float64 on the inputs' device. All but rankme reach an extreme when every image gets the same output.
 
     projection_std: mean over dimensions of the batch's std of unit projections, times sqrt(D): 1 if spread evenly, 0 if collapsed.
     feature_std: mean std of the encoder's features (the encoder keeps it even when the projections collapse).
-    effective_rank: exp of the entropy of the centred projections' singular values, 1 to min(N, D) (Roy and Vetterli, 2007).
+    effective_rank: that of the unit projections, 1 to min(N, D).
     mean_cosine: mean cosine between projections of different images, -1 to 1; 1 if collapsed.
+    rankme: RankMe of the features of the first RANKME_IMAGES images, 1 to min(N, RANKME_IMAGES, F).
 
     projection is (N, D), feature (N, F). With N < 2 all values are 0.
     """
@@ -38,19 +42,15 @@ def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
     # NaN becomes 0, because eigvalsh may raise on it; the monitor reports a loss that is not finite by itself.
     unit = F.normalize(projection.double(), dim=1).nan_to_num()
     num, dim = unit.shape
-    centred = unit - unit.mean(dim=0)
-    # Singular values from the smaller Gram matrix: a tenth of the time of an SVD. Squares lose half of the digits, hence float64.
-    gram = centred.T @ centred if dim <= num else centred @ centred.T
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    share = singular / singular.sum().clamp_min(1e-12)
     # The squared norm of the sum holds all pairs, those of a row with itself too; no (N, N) matrix is made.
     cosine_sum = unit.sum(dim=0).square().sum() - unit.square().sum()
     return torch.stack(
         [
             unit.std(dim=0).mean() * dim**0.5,
             feature.double().std(dim=0).mean(),
-            torch.exp(-(share * share.clamp_min(1e-12).log()).sum()),
+            effective_rank(unit),
             cosine_sum / (num * (num - 1)),
+            rankme(feature[:RANKME_IMAGES]),
         ]
     )
 

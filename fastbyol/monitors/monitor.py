@@ -101,7 +101,7 @@ class Monitor:
             "step": step,
             "epoch": round(epoch, 4),
             "loss": read["loss"],
-            # None where no image had a label, for then the probe learnt nothing.
+            # Unknown where no image has a label that the probe can learn from.
             "probe_loss": read["probe_loss"] if read["labelled"] else None,
             "probe_top1": read["probe_correct"] / read["labelled"] if read["labelled"] else None,
             "lr": lr,

@@ -20,12 +20,14 @@ from fastbyol.run.checkpoint_writer import CheckpointWriter
 from fastbyol.run.folder import CONFIG_FILE, check_run_folder, flatten, locked_run_folder, open_run_folder
 from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.log import RunLog
+from fastbyol.run.next_command import after_training
 from fastbyol.run.plan import RunPlan
 from fastbyol.run.profiling import StepProfiler
 from fastbyol.run.state import TrainState
 from fastbyol.run.wandb_log import check_wandb
 
 log = logging.getLogger("fastbyol")
+_CLASSES = ("without labels", "of one class")
 
 
 def check_run(config: TrainConfig) -> None:
@@ -125,8 +127,17 @@ class Session:
         broadcast_from_main(None)  # launchers end all ranks when one exits, so none may exit before rank 0 has saved
         total_steps, name = self._plan.total_steps, self._stop.name or "another rank"
         if self.done < total_steps:
-            log.info("stopped (%s): saved after step %d of %d; the same command continues", name, self.done, total_steps)
-        return self.done >= total_steps
+            text = "stopped (%s): saved after step %d of %d; the same command continues the run in %s"
+            log.info(text, name, self.done, total_steps, self._folder)
+            return False
+        following = after_training(self._config, labelled=self._num_classes > 1)
+        log.info("complete: all %d steps, in %s; next: %s", total_steps, checkpoint_path(self._folder, self.done), following)
+        return True
+
+    @property
+    def _num_classes(self) -> int:
+        """Number of classes that have a training image."""
+        return sum(count > 0 for count in self._state.loader.class_counts().values())
 
     def _diverged(self, verdict: Verdict) -> Diverged:
         steps, scaler = self.saved_steps(), self._state.scaler
@@ -145,8 +156,10 @@ class Session:
         defaults = flatten(to_plain(TrainConfig()))
         chosen = [f"{name}={value}" for name, value in flatten(to_plain(config)).items() if value != defaults[name]]
         log.info("config, all of it in %s: %s", self._folder / CONFIG_FILE, " ".join(chosen))
-        classes = f"{len(loader.class_names)} classes (data.labels chooses them)" if loader.class_names else "no labels: no probe"
-        log.info("%s: %d images, %s, backend %s", config.data.train, loader.num_samples, classes, loader.backend)
+        classes = (
+            f"of {len(loader.class_names)} classes" if self._num_classes > 1 else f"{_CLASSES[self._num_classes]}, so the probe is off"
+        )
+        log.info("%s: %d images %s, backend %s", config.data.train, loader.num_samples, classes, loader.backend)
         ranks, accumulate = self._process.world_size, self._state.accumulate
         each = config.global_batch // (ranks * accumulate)
         batch = f"global batch {config.global_batch} = {ranks} ranks x {accumulate} micro-batches x {each} images"

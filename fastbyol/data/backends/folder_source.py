@@ -80,3 +80,6 @@ class FolderSource(Source):
         location = self._listing.location(index)
         inside = "" if location.size is None else f", {location.name}"
         return f"image {index} ({location.path}{inside})"
+
+    def image_name(self, index: int) -> str:
+        return self._listing.files[index]

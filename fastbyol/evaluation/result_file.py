@@ -1,0 +1,141 @@
+"""The files that hold results: JSON in the run's folder, one for each protocol, data set and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastbyol.config.console import say
+from fastbyol.config.errors import UserError
+from fastbyol.evaluation.comparison import Comparison
+from fastbyol.host.durable_files import write_durably
+
+log = logging.getLogger("fastbyol")
+
+
+@dataclass(frozen=True)
+class SubjectScore:
+    """Result of one subject on val.
+
+    top1, top5: share in [0, 1]. seconds: features and protocol together. chosen: hyperparameters that the protocol selected.
+    """
+
+    top1: float
+    top5: float
+    feature_dim: int
+    seconds: float
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProtocolResult:
+    """Accuracy of all subjects in one protocol.
+
+    chance_top1: accuracy of always predicting the most frequent class of val. comparisons: the trained encoder against each baseline.
+    """
+
+    protocol: str
+    scores: dict[str, SubjectScore]
+    num_train: int
+    num_val: int
+    num_classes: int
+    chance_top1: float
+    settings: dict[str, Any]
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LabelFreeResult:
+    """Measures that need no labels, for the trained and the untrained encoder, by subject and name.
+
+    num_images: images of the ranks. num_pairs: images of which two views were drawn. comparisons: whose features find an image's other
+    view more often.
+    """
+
+    protocol: str
+    measures: dict[str, dict[str, float]]
+    num_images: int
+    num_pairs: int
+    settings: dict[str, Any]
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+
+Result = ProtocolResult | LabelFreeResult
+
+
+def write_result(result: Result, folder: Path, *, data: str, **facts: object) -> Path:
+    """Writes the result with data and `facts` (step, command, ...) to a file in `folder`, atomically, and returns its path.
+
+    The first data set and settings get <protocol>.json, the next ones <protocol>-2.json, and so on; only a later result on the same data
+    with the same settings replaces an earlier one. Raises OSError if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = next(path for path in _paths(folder, result.protocol) if not path.exists() or _is_for(path, data=data, settings=result.settings))
+    if path.exists() and (before := _record(path)) and before.get("step") != facts.get("step"):
+        log.warning("%s: replaces the figures of step %s on the same data", path, before.get("step"))
+    write_durably(path, json.dumps({"data": data, **facts, **dataclasses.asdict(result)}, indent=2) + "\n")
+    return path
+
+
+def _paths(folder: Path, protocol: str) -> Iterator[Path]:
+    return (folder / f"{protocol}{'' if number == 1 else f'-{number}'}.json" for number in itertools.count(1))
+
+
+def _is_for(path: Path, *, data: str, settings: dict[str, Any]) -> bool:
+    """Returns True if the file holds the result of the same data and settings, or none that can be read."""
+    record = _record(path)
+    return not record or (record.get("data", data) == data and record.get("settings") == settings)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Returns the content of a result file, or {} if the file is not a result."""
+    try:
+        read_result(path)
+        return json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        return {}
+
+
+def write_or_say(result: Result, folder: Path, *, data: str, **facts: object) -> None:
+    """Writes the result and prints its path, or a message if it cannot be written: the figures cost too much time to end with an error."""
+    try:
+        say(f"wrote {write_result(result, folder, data=data, **facts)}", file=sys.stderr)
+    except OSError as error:
+        say(
+            f"{folder}: cannot be written ({error.strerror}), so the {result.protocol} figures are only shown; use --out to save them elsewhere",
+            file=sys.stderr,
+        )
+
+
+def read_result(path: Path) -> tuple[Result, dict[str, Any]]:
+    """Reads a file of `write_result`: the result and its facts. Raises UserError if it is not such a file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["comparisons"] = {name: Comparison(**values) for name, values in record.get("comparisons", {}).items()}
+        kind = LabelFreeResult if "measures" in record else ProtocolResult
+        if kind is ProtocolResult:
+            record["scores"] = {name: SubjectScore(**score) for name, score in record["scores"].items()}
+        result = kind(**{f.name: record.pop(f.name) for f in dataclasses.fields(kind)})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not an evaluation result ({error}); delete it and evaluate again") from error
+    return result, record
+
+
+def read_current(folder: Path, protocol: str, *, step: int, data: str, settings: dict[str, Any]) -> tuple[Result, dict[str, Any]] | None:
+    """Returns the existing result and facts for this step and data, or None if it still has to be computed.
+
+    Of several, the one with these settings, else the one with the lowest number. Results without comparisons are of an earlier version.
+    """
+    found = []
+    for path in itertools.takewhile(Path.is_file, _paths(folder, protocol)):
+        result, facts = read_result(path)
+        if (facts.get("step"), facts.get("data")) == (step, data) and result.comparisons and not result.settings.get("subset"):
+            found.append((result, facts))
+    return next((one for one in found if one[0].settings == settings), found[0] if found else None)
