@@ -34,6 +34,15 @@ class _Loader:
         """Returns short texts that identify the data set, see `Source.fingerprint`."""
         return self._renderer.source.fingerprint()
 
+    def image_names(self) -> list[str]:
+        """Returns the name of every image in the listing, in index order, see `Source.image_name`."""
+        return [self._renderer.source.image_name(index) for index in range(self.num_samples)]
+
+    @property
+    def labels(self) -> Indices:
+        """(num_samples,) int64 class of each image, -1 for none."""
+        return self._labels
+
     def close(self) -> None:
         """Stops the threads and closes the files."""
         self._renderer.close()

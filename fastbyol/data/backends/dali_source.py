@@ -73,6 +73,9 @@ class DaliSource(Source):
     def sample_name(self, index: int) -> str:
         return f"image {index} ({self._listed[index]:08d}.jpg of {self._files[self._table['shard'][index]].path})"
 
+    def image_name(self, index: int) -> str:
+        return f"{self._listed[index]:08d}"
+
     def close(self) -> None:
         for file in self._files:
             file.close()

@@ -65,3 +65,6 @@ class FolderSource(Source):
 
     def sample_name(self, index: int) -> str:
         return f"image {index} ({self._listing.path(index)})"
+
+    def image_name(self, index: int) -> str:
+        return self._listing.files[index]

@@ -54,6 +54,10 @@ class Source(ABC):
     def sample_name(self, index: int) -> str:
         """Returns the sample's index and file, as a user would look for it."""
 
+    def image_name(self, index: int) -> str:
+        """Returns the image's name in the listing, by which results name it; its number where the format keeps no names."""
+        return f"{index:08d}"
+
     def fingerprint(self) -> dict[str, str]:
         """Returns short texts that identify this data set: number of images; digests of class names, labels and image identity."""
         texts = {"class names": repr(self.class_names).encode(), "labels": self.labels.tobytes(), "images": self.identity()}

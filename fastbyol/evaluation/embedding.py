@@ -1,0 +1,277 @@
+"""Embeds a data set: one row an image, in index order, by any number of ranks; a command that was killed goes on where it stopped.
+
+The images are cut into parts of a fixed number of rows, whatever the number of ranks; rank r embeds parts r, r + ranks, ... A part is a
+file in a hidden folder beside the output, complete or absent. At the end rank 0 joins the parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastbyol import __version__
+from fastbyol.config.errors import UserError, first_line, require_choice
+from fastbyol.data.build import build_image_loader
+from fastbyol.data.loader import ImageLoader
+from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, write_features
+from fastbyol.export import CROP, networks_of
+from fastbyol.host.durable_files import durable_file, locked_file, write_durably
+from fastbyol.host.progress import Progress
+from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
+from fastbyol.run.checkpoint import RunState
+from fastbyol.run.foreign_weights import load_run_or_weights
+
+log = logging.getLogger("fastbyol")
+PART_ROWS = 2048
+"""Images of a part: what a kill can cost each rank. At 2,048 features of 4 bytes a part has 16 MiB."""
+_PLAN, _LOCK = "plan.json", "lock"
+_BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def embed(
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    out: str | Path,
+    dtype: str = "float32",
+    projection: bool = False,
+    changes: Mapping[str, Any] | None = None,
+    batch: int = 256,
+    workers: int = 0,
+    process: Process | None = None,
+) -> FeatureFile:
+    """Writes the features of every image of the data, centre-cropped and normalised as the encoder expects, and returns the file, opened.
+
+    Args:
+        checkpoint: run folder, checkpoint file, or another program's weights, as for `load_encoder`.
+        data: anything that a run can train from, labelled or not.
+        out: file to write; its suffix chooses the format, see `feature_file`.
+        dtype: of the features, 'float32' or 'float16'; the encoder runs in float32.
+        projection: add the online projector's output, (N, projection_dim). Checkpoints of ours only.
+        changes: as for `load_encoder`.
+        batch: images per forward.
+        workers: decoding threads; 0: all cores.
+        process: this rank and its device; None: one process, on the GPU if there is one. Every rank must call with the same arguments.
+
+    Raises:
+        UserError: an input cannot be read, the output exists or cannot be written, or features are not finite.
+    """
+    out = Path(out)
+    check_output(out)
+    require_choice("dtype", dtype, DTYPES)
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; remove it or choose another file")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it or choose another")
+    process = process or Process(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    run = load_run_or_weights(checkpoint, changes=changes)
+    encoder, projector = networks_of(run)
+    if projection and projector is None:
+        raise UserError(f"--projection: {checkpoint} holds an encoder without a projector; leave it out")
+    with build_image_loader(data, views=run.config.views, batch=batch, workers=workers, option="--data") as loader:
+        projection_dim = run.config.model.projection_dim if projection else 0
+        facts = _facts(
+            run, encoder, loader, checkpoint=checkpoint, data=data, dtype=dtype, projection_dim=projection_dim, changes=changes or {}
+        )
+        work = _WorkFolder(out, facts, process=process)
+        networks = [encoder, *([projector] if projection and projector is not None else [])]
+        try:
+            _embed_missing(loader, networks, work, process=process, dtype=dtype)
+            gather_on_main(0)  # rank 0 waits here for the parts of the others
+            if process.is_main:
+                parts = (work.read(part) for part in range(work.num_parts))
+                write_features(out, parts, names=loader.image_names(), labels=loader.labels, facts=facts)
+                work.remove()
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); make room and repeat the command") from error
+        finally:
+            work.close()
+    broadcast_from_main(0)  # the file is there for every rank
+    return FeatureFile(out)
+
+
+def weights_digest(encoder: nn.Module) -> str:
+    """Returns a digest of an encoder's tensors: equal for equal features."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _facts(
+    run: RunState,
+    encoder: nn.Module,
+    loader: ImageLoader,
+    *,
+    checkpoint: str | Path,
+    data: str | Path,
+    dtype: str,
+    projection_dim: int,
+    changes: Mapping[str, Any],
+) -> Facts:
+    views = run.config.views
+    return Facts(
+        checkpoint=os.path.abspath(checkpoint),
+        step=run.step,
+        weights=weights_digest(encoder),
+        encoder=run.config.model.encoder,
+        changes=json.loads(json.dumps(dict(changes))),
+        data=os.path.abspath(data),
+        fingerprint=loader.fingerprint(),
+        num_images=loader.num_samples,
+        class_names=list(loader.class_names),
+        size_px=views.size_px,
+        interpolation=views.interpolation,
+        antialias=views.antialias,
+        mean=list(views.mean),
+        std=list(views.std),
+        crop=CROP,
+        dtype=dtype,
+        feature_dim=int(encoder.feature_dim),  # type: ignore[arg-type]
+        projection_dim=projection_dim,
+        version=__version__,
+    )
+
+
+@torch.inference_mode()
+def _embed_missing(loader: ImageLoader, networks: list[nn.Module], work: _WorkFolder, *, process: Process, dtype: str) -> None:
+    """Embeds this rank's parts that are not on the disk yet."""
+    mine = [part for part in range(process.rank, work.num_parts, process.world_size) if not work.has(part)]
+    ranges = [work.rows(part) for part in mine]
+    for network in networks:
+        network.to(device=process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # One pass over all parts, not one for each: the loader decodes ahead while the encoder works, across the parts' ends too.
+    index = np.concatenate([np.arange(rows.start, rows.stop, dtype=np.int64) for rows in ranges] or [np.empty(0, np.int64)])
+    held: list[list[Tensor]] = []
+    with Progress("embedding", len(index), unit="images") if process.is_main else _Silent() as progress:
+        pending = iter(zip(mine, ranges, strict=True))
+        part, rows = next(pending, (0, range(0)))
+        for batch in loader.batches_of(index):
+            x = batch.image.to(device=process.device, memory_format=torch.channels_last)
+            outputs = []
+            for network in networks:
+                x = network(x)
+                outputs.append(x.float().cpu())
+            held.append(outputs)
+            while sum(len(each[0]) for each in held) >= len(rows) > 0:
+                joined = [torch.cat(columns) for columns in zip(*held, strict=True)]
+                work.write(part, [_checked(block[: len(rows)], dtype) for block in joined])
+                held = [[block[len(rows) :] for block in joined]]
+                part, rows = next(pending, (0, range(0)))
+            progress.advance(len(batch.index))
+
+
+class _Silent:
+    """A progress that shows nothing, for ranks other than 0."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def advance(self, more: int) -> None: ...
+
+
+def _checked(block: Tensor, dtype: str) -> NDArray[Any]:
+    """Returns the features as stored. Raises UserError if one is not finite."""
+    if not bool(torch.isfinite(block).all()):
+        raise UserError("the encoder's features are not finite: its run diverged; take an earlier checkpoint")
+    stored = block.numpy().astype(dtype)
+    if not np.isfinite(stored).all():
+        raise UserError(f"features of up to {float(block.abs().max()):g} do not fit float16; take --dtype float32")
+    return stored
+
+
+class _WorkFolder:
+    """The hidden folder beside the output in which the parts lie. It is locked for one command; ranks of one command share it."""
+
+    def __init__(self, out: Path, facts: Facts, *, process: Process) -> None:
+        self.path, self._facts, self._lock = out.with_name(f".{out.name}.partial"), facts, -1
+        self.num_parts = -(-facts.num_images // PART_ROWS)
+        problem = self._open(out) if process.is_main else None
+        # Every rank must hear of it, or the others would wait for rank 0.
+        if problem := broadcast_from_main(problem):
+            self.close()
+            raise UserError(problem)
+        found = sum(self.has(part) for part in range(self.num_parts))
+        if found and process.is_main:
+            log.info("%s: goes on after %d of %d parts", out, found, self.num_parts)
+
+    def _open(self, out: Path) -> str | None:
+        """Makes or continues the folder; returns what is wrong."""
+        try:
+            self._lock = locked_file(self.path / _LOCK)
+            plan = self.path / _PLAN
+            wanted = {"part_rows": PART_ROWS} | asdict(self._facts)
+            if not plan.exists():
+                write_durably(plan, json.dumps(wanted))
+                return None
+            held = json.loads(plan.read_text(encoding="utf-8"))
+        except BlockingIOError as error:
+            return f"--out {out}: {error.strerror} is embedding to it; wait for it, or choose another file"
+        except (OSError, ValueError) as error:
+            return f"--out {out}: {self.path} cannot be used ({first_line(error)}); remove it or choose another file"
+        # Where the checkpoint and the data lie does not matter, only what they hold.
+        free = {"checkpoint", "data", "changes"}
+        if not isinstance(held, dict):
+            held = {}
+        if differing := [name for name, value in wanted.items() if name not in free and held.get(name) != value]:
+            return (
+                f"--out {out}: {self.path} holds the parts of another embedding (it differs in {', '.join(differing[:5])}); remove that "
+                "folder, or choose another file"
+            )
+        return None
+
+    def rows(self, part: int) -> range:
+        return range(part * PART_ROWS, min((part + 1) * PART_ROWS, self._facts.num_images))
+
+    def has(self, part: int) -> bool:
+        return self._file(part).exists()
+
+    def write(self, part: int, blocks: list[NDArray[Any]]) -> None:
+        """Writes a part so that it survives a kill or a power cut: features, and projections if there are any."""
+        with durable_file(self._file(part)) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
+            for name, block in zip(Rows._fields, blocks, strict=False):
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, block, allow_pickle=False)
+
+    def read(self, part: int) -> Rows:
+        """Returns a part. Raises UserError, and removes the part, if it is damaged."""
+        widths = {"feature": self._facts.feature_dim, "projection": self._facts.projection_dim}
+        try:
+            with np.load(self._file(part), allow_pickle=False) as arrays:
+                blocks = {name: arrays[name] for name, width in widths.items() if width}
+            for name, block in blocks.items():
+                if block.shape != (len(self.rows(part)), widths[name]) or block.dtype != self._facts.dtype:
+                    raise ValueError(f"{name} is {block.dtype} {block.shape}")
+        except _BROKEN as error:
+            self._file(part).unlink(missing_ok=True)
+            raise UserError(f"{self._file(part)}: was damaged and is removed ({first_line(error)}); repeat the command") from error
+        return Rows(blocks["feature"], blocks.get("projection"))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _file(self, part: int) -> Path:
+        return self.path / f"part-{part:06d}.npz"
