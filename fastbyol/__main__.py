@@ -249,7 +249,7 @@ def _opened(options: argparse.Namespace) -> Iterator[tuple[RunState, FeatureBank
     changes = changes_from(options.run_options)
     run = load_run(options.checkpoint) if options.command is report_run else load_run_or_weights(options.checkpoint, changes=changes)
     with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers) as splits:
-        yield run, FeatureBank(encoder_of(run), config=run.config, splits=splits, device=device, announce=_announce)
+        yield run, FeatureBank(encoder_of(run, announce=_announce), config=run.config, splits=splits, device=device, announce=_announce)
 
 
 def _device(name: str) -> str:

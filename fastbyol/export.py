@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,18 +79,22 @@ def load_encoder(path_or_run: str | Path, *, changes: Mapping[str, Any] | None =
     return encoder_of(load_run_or_weights(path_or_run, changes=changes))
 
 
-def encoder_of(run: RunState) -> nn.Module:
-    """Returns the encoder of a loaded run, as `load_encoder` does. Raises UserError if its weights do not match its config."""
-    return networks_of(run)[0]
+def encoder_of(run: RunState, *, announce: Callable[[str], None] = log.info) -> nn.Module:
+    """Returns the encoder of a loaded run, as `load_encoder` does. Raises UserError if its weights do not match its config.
+
+    announce: called with a line that says what was taken of another program's weights.
+    """
+    return networks_of(run, announce=announce)[0]
 
 
-def networks_of(run: RunState) -> tuple[nn.Module, nn.Module | None]:
+def networks_of(run: RunState, *, announce: Callable[[str], None] = log.info) -> tuple[nn.Module, nn.Module | None]:
     """Returns encoder and projector of a loaded run, both in eval mode; no projector of another program's weights."""
     projector = None
     if "encoder" in run.state:
         encoder, found = match_encoder(run)
         load_matching(encoder, found.weights, source=run.state["source"])
-        log.info("%s: %s, %s; every key: python -m fastbyol weights", run.state["source"], run.config.model.encoder, found.summary())
+        size = f"images of {run.config.views.size_px} px"
+        announce(f"{run.state['source']}: {run.config.model.encoder}, {size}, {found.summary()}; every key: python -m fastbyol weights")
     else:
         bias = run.state["byol"].get("probe.bias")
         byol = build_byol(run.config.model, num_classes=len(bias) if bias is not None and bias.ndim else 1)

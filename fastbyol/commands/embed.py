@@ -64,6 +64,7 @@ def embed_images(options: argparse.Namespace) -> None:
                 batch=options.batch,
                 workers=options.workers,
                 process=process,
+                announce=lambda text: say(f"... {text}", file=sys.stderr),
             )
     except KeyboardInterrupt:
         say("fastbyol: interrupted; the same command goes on", file=sys.stderr)

@@ -13,7 +13,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, cast
@@ -53,6 +53,7 @@ def embed(
     batch: int = 256,
     workers: int = 0,
     process: Process | None = None,
+    announce: Callable[[str], None] = log.info,
 ) -> FeatureFile:
     """Writes the features of every image of the data, centre-cropped and normalised as the encoder expects, and returns the file, opened.
 
@@ -66,6 +67,7 @@ def embed(
         batch: images per forward.
         workers: decoding threads; 0: all cores.
         process: this rank and its device; None: one process, on the GPU if there is one. Every rank must call with the same arguments.
+        announce: called by rank 0 with a line that says what was taken of another program's weights, and one when the work goes on.
 
     Raises:
         UserError: an input cannot be read, the output exists or cannot be written, or features are not finite.
@@ -79,7 +81,8 @@ def embed(
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it or choose another")
     process = process or Process(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     run = load_run_or_weights(checkpoint, changes=changes)
-    encoder, projector = networks_of(run)
+    announce = announce if process.is_main else log.debug
+    encoder, projector = networks_of(run, announce=announce)
     if projection and projector is None:
         raise UserError(f"--projection: {checkpoint} holds an encoder without a projector; leave it out")
     with build_image_loader(data, views=run.config.views, batch=batch, workers=workers, option="--data") as loader:
@@ -88,6 +91,8 @@ def embed(
             run, encoder, loader, checkpoint=checkpoint, data=data, dtype=dtype, projection_dim=projection_dim, changes=changes or {}
         )
         work = _WorkFolder(out, facts, process=process)
+        if found := sum(map(work.has, range(work.num_parts))):
+            announce(f"{out}: goes on after {found:,} of {work.num_parts:,} parts of {PART_ROWS:,} images")
         networks = [encoder, *([projector] if projection and projector is not None else [])]
         try:
             _embed_missing(loader, networks, work, process=process, dtype=dtype)
@@ -209,9 +214,6 @@ class _WorkFolder:
         if problem := broadcast_from_main(problem):
             self.close()
             raise UserError(problem)
-        found = sum(self.has(part) for part in range(self.num_parts))
-        if found and process.is_main:
-            log.info("%s: goes on after %d of %d parts", out, found, self.num_parts)
 
     def _open(self, out: Path) -> str | None:
         """Makes or continues the folder; returns what is wrong."""

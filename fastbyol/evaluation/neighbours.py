@@ -82,11 +82,10 @@ def write_neighbours(
         images = loader.pick(rows if row is None else [row, *rows]).image
     pixels = display_pixels(images if image is None else torch.cat([image, images]), views=views)
     query_label = "" if row is None else _label(file, row)
+    title = f"{file.path.name}: {facts.encoder}" + (f", step {facts.step:,}" if facts.step else "")
     try:
         with durable_file(out) as png:
-            _sheet(pixels, found, query=query, label=query_label, title=f"{file.path.name}: {facts.encoder}, step {facts.step}").save(
-                png, "png"
-            )
+            _sheet(pixels, found, query=query, label=query_label, title=title).save(png, "png")
         write_durably(out.with_suffix(".json"), json.dumps(_record(file, query, query_label, found), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); choose another file") from error

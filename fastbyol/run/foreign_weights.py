@@ -7,6 +7,7 @@ parts, as nn.Sequential does. DeepMind's checkpoints have Haiku's names; they ar
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
 import zlib
@@ -36,6 +37,7 @@ from fastbyol.run.checkpoint import (
     why_not_loaded,
 )
 
+log = logging.getLogger("fastbyol")
 FOREIGN_VIEWS = TORCHVISION
 """Size and normalisation of images for weights that come without: ImageNet's 224 px, antialiased as Pillow and torchvision resize."""
 
@@ -128,6 +130,8 @@ LAYOUTS: dict[str, Callable[[str], str]] = {
     "numbered as lightly's ResNetGenerator": lambda name: _numbered(_with_shortcut(name), _LIGHTLY),
 }
 """What each layout calls one of our parameters, apart from a prefix."""
+HAIKU = "Haiku's names"
+_AVERAGE = re.compile(r"momentum|teacher|target|(^|[._])(ema|encoder_k)([._]|$)")
 
 
 def _from_haiku(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -264,7 +268,8 @@ def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: 
         # Everything that stands in front of one of these names is a candidate; the one in front of most of them wins.
         prefixes = dict.fromkeys(name.removesuffix(mine) for name in named.tensors for mine in wanted if name.endswith(mine))
         held = {prefix: sum(prefix + mine in named.tensors for mine in wanted) for prefix in prefixes if not prefix or prefix.endswith(".")}
-        prefix = max(held, key=lambda each: held[each], default="")  # on a tie the first one: programs write the trained network first
+        # On a tie the trained network, not its average; else the first one, as programs write it first.
+        prefix = max(held, key=lambda each: (held[each], not _is_average(each)), default="")
         count = held.get(prefix, 0)
         if best is None or count > best[0]:
             best = count, layout, prefix, [each for each, other in held.items() if each != prefix and other == count]
@@ -283,8 +288,15 @@ def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: 
         else:
             left_out[theirs] = _reason(name, prefix)
     counters = [name for name in own if name.endswith("num_batches_tracked") and name not in taken]
+    if named.origin:
+        layout = HAIKU
     missing = dict.fromkeys(counters, "stays 0, only batch norm without momentum reads it")
     return Matching(weights | {name: own[name] for name in counters}, taken, left_out, missing, named.key, layout, prefix, tuple(others))
+
+
+def _is_average(prefix: str) -> bool:
+    """Returns True if a prefix names the slowly moving copy of a network; .safetensors files keep no order that could tell."""
+    return bool(_AVERAGE.search(prefix))
 
 
 def _reason(name: str, prefix: str) -> str:
@@ -309,7 +321,7 @@ def encoder_of_shapes(state: Mapping[Any, Any], *, source: str) -> ModelConfig:
     expected = "expected a ResNet with torchvision's, timm's, solo-learn's or lightly's names; for another of timm's models give model.encoder timm/NAME"
     if not tensors:
         raise CheckpointError(f"{source}: is not a state dict (names to tensors)")
-    found = next(_stems(tensors), None)
+    found = min(_stems(tensors), key=lambda each: _is_average(each[1]), default=None)
     if found is None:
         raise UserError(
             f"{source}: no encoder found among its {len(tensors)} tensors (the first: {shortened(next(iter(tensors)))}); {expected}"
@@ -376,6 +388,8 @@ def load_run_or_weights(path: str | Path, *, changes: Mapping[str, Any] | None =
             raise UserError(f"{name}: is no option of weights{nearest_name(name, WEIGHTS_OPTIONS)}; those are {', '.join(WEIGHTS_OPTIONS)}")
     source = f"checkpoint = {str(path)!r}"
     model = ModelConfig() if "model.encoder" in changes else encoder_of_shapes(state, source=source)
+    if model.stem == "small" and "model.stem" not in changes:
+        log.warning("%s: its first convolution is 3x3 and taken to have stride 1; if it has stride 2, give model.stem small2", source)
     config = TrainConfig(
         model=_changed(model, changes, "model"),
         views=_changed(FOREIGN_VIEWS if model.padding == "symmetric" else ViewPair(), changes, "views"),

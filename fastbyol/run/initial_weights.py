@@ -13,7 +13,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.saved_structure import tensor_difference
 from fastbyol.run.checkpoint import REQUIRED, checkpoint_steps
-from fastbyol.run.foreign_weights import match_names, read_weights
+from fastbyol.run.foreign_weights import HAIKU, match_names, read_weights
 
 log = logging.getLogger("fastbyol")
 OPTION = "init_from"
@@ -68,6 +68,8 @@ def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: st
     found = match_names(state, own, source=source)
     if found.place() or found.left_out or found.missing:
         log.info("%s: %s; every key: python -m fastbyol weights", source, found.summary())
+    if found.layout == HAIKU:
+        log.info("%s: DeepMind's weights were trained with TensorFlow's padding, which is model.padding same", source)
     if found.others:
         log.warning("%s: %s would fit as well as %r", source, ", ".join(map(repr, found.others[:3])), found.prefix)
     return found.weights
