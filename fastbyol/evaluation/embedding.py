@@ -13,7 +13,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fastbyol import __version__
 from fastbyol.config.errors import UserError, first_line, require_choice
+from fastbyol.data.batch import ImageBatch
 from fastbyol.data.build import build_image_loader
 from fastbyol.data.loader import ImageLoader
 from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, write_features
@@ -159,27 +160,38 @@ def _embed_missing(loader: ImageLoader, networks: list[nn.Module], work: _WorkFo
     """Embeds this rank's parts that are not on the disk yet."""
     mine = [part for part in range(process.rank, work.num_parts, process.world_size) if not work.has(part)]
     ranges = [work.rows(part) for part in mine]
-    for network in networks:
-        network.to(device=process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # One pass over all parts, not one for each: the loader decodes ahead while the encoder works, across the parts' ends too.
     index = np.concatenate([np.arange(rows.start, rows.stop, dtype=np.int64) for rows in ranges] or [np.empty(0, np.int64)])
     held: list[list[Tensor]] = []
     with Progress("embedding", len(index), unit="images") if process.is_main else _Silent() as progress:
         pending = iter(zip(mine, ranges, strict=True))
         part, rows = next(pending, (0, range(0)))
-        for batch in loader.batches_of(index):
-            x = batch.image.to(device=process.device, memory_format=torch.channels_last)
-            outputs = []
-            for network in networks:
-                x = network(x)
-                outputs.append(x.float().cpu())
+        for outputs in _outputs(loader.batches_of(index), networks, device=process.device):
             held.append(outputs)
             while sum(len(each[0]) for each in held) >= len(rows) > 0:
                 joined = [torch.cat(columns) for columns in zip(*held, strict=True)]
                 work.write(part, [_checked(block[: len(rows)], dtype) for block in joined])
                 held = [[block[len(rows) :] for block in joined]]
                 part, rows = next(pending, (0, range(0)))
-            progress.advance(len(batch.index))
+            progress.advance(len(outputs[0]))
+
+
+def _outputs(batches: Iterable[ImageBatch], networks: list[nn.Module], *, device: torch.device) -> Iterator[list[Tensor]]:
+    """Yields each network's output for every batch, float32 on the CPU; each network reads the output of the one before."""
+    for network in networks:
+        network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before: list[Tensor] = []
+    for batch in batches:
+        x, launched = batch.image.to(device=device, memory_format=torch.channels_last), []
+        for network in networks:
+            x = network(x)
+            launched.append(x)
+        # Only now: .cpu() waits for the device, which must have the next batch to work on meanwhile.
+        if before:
+            yield [output.float().cpu() for output in before]
+        before = launched
+    if before:
+        yield [output.float().cpu() for output in before]
 
 
 class _Silent:
@@ -197,7 +209,8 @@ def _checked(block: Tensor, dtype: str) -> NDArray[Any]:
     """Returns the features as stored. Raises UserError if one is not finite."""
     if not bool(torch.isfinite(block).all()):
         raise UserError("the encoder's features are not finite: its run diverged; take an earlier checkpoint")
-    stored = block.numpy().astype(dtype)
+    with np.errstate(over="ignore"):
+        stored = block.numpy().astype(dtype)
     if not np.isfinite(stored).all():
         raise UserError(f"features of up to {float(block.abs().max()):g} do not fit float16; take --dtype float32")
     return stored
