@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from fastbyol.evaluation.neighbours import write_neighbours
 from fastbyol.export import load_encoder
 from fastbyol.run.checkpoint import checkpoint_path
 from fastbyol.train import main as train_command
-from tests.commands import SMALL_RUN, run_python
+from tests.commands import SMALL_RUN, files_no_larger_than, run_python
 
 LAUNCH = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 NAMES = [f"{name}/{i:03d}.jpg" for name, count in {"ant": 8, "bee": 9, "cat": 8}.items() for i in range(count)]
@@ -259,6 +260,51 @@ def test_the_parts_of_another_embedding_are_not_used(run, data_paths, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "npz", "npy"])
+def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(suffix, run, data_paths, expected, tmp_path):
+    out = tmp_path / f"f.{suffix}"
+    with files_no_larger_than(13_000), pytest.raises(UserError, match="cannot be written .*; make room and repeat the command"):
+        embed(run, data_paths["folder"], out=out, workers=1)
+    assert not out.exists()
+    work = tmp_path / f".f.{suffix}.partial"
+    assert work.is_dir()
+    announced: list[str] = []
+    file = embed(run, data_paths["folder"], out=out, workers=1, announce=announced.append)
+    np.testing.assert_allclose(file.read(), expected, rtol=1e-5, atol=1e-5)
+    assert not work.exists()
+
+
+def test_the_end_of_the_disk_while_the_parts_are_joined_loses_no_part(run, data_paths, expected, tmp_path, monkeypatch):
+    from fastbyol.evaluation import embedding
+
+    monkeypatch.setattr(embedding, "PART_ROWS", 4)
+    for suffix in ("parquet", "npz", "npy"):
+        out, announced = tmp_path / f"f.{suffix}", []
+        with files_no_larger_than(6_000), pytest.raises(UserError, match="cannot be written .*; make room and repeat the command"):
+            embed(run, data_paths["folder"], out=out, workers=1)
+        assert not out.exists()
+        file = embed(run, data_paths["folder"], out=out, workers=1, announce=announced.append)
+        assert announced == [f"{out}: goes on after 7 of 7 parts of 4 images"]
+        np.testing.assert_allclose(file.read(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_that_lies_where_one_belongs_is_not_replaced(run, data_paths, tmp_path):
+    (tmp_path / "f.json").write_text("mine")
+    with pytest.raises(UserError, match="f.json: exists already; remove it or choose another file"):
+        embed(run, data_paths["folder"], out=tmp_path / "f.npy", workers=1)
+    assert (tmp_path / "f.json").read_text() == "mine"
+
+
+def test_two_commands_do_not_write_to_one_file(run, data_paths, tmp_path):
+    from fastbyol.host.durable_files import locked_file
+
+    held = locked_file(tmp_path / ".f.npz.partial" / "lock")
+    with pytest.raises(UserError, match="process [0-9]+ on .* is embedding to it"):
+        embed(run, data_paths["folder"], out=tmp_path / "f.npz", workers=1)
+    os.close(held)
+    embed(run, data_paths["folder"], out=tmp_path / "f.npz", workers=1)
+
+
 def test_features_that_do_not_fit_float16_are_refused(run, data_paths, tmp_path):
     encoder = load_encoder(run)
     weights = encoder.state_dict()
@@ -268,6 +314,9 @@ def test_features_that_do_not_fit_float16_are_refused(run, data_paths, tmp_path)
     known = {"views.size_px": 32, "model.stem": "small2"}
     with pytest.raises(UserError, match="do not fit float16; take --dtype float32"):
         embed(tmp_path / "w.pt", data_paths["folder"], out=tmp_path / "f.npz", dtype="float16", changes=known, workers=1)
+    # As it says: nothing of the first attempt is in the way.
+    file = embed(tmp_path / "w.pt", data_paths["folder"], out=tmp_path / "f.npz", changes=known, workers=1)
+    assert file.read().max() > 65504
 
 
 @pytest.mark.parametrize(
@@ -288,18 +337,14 @@ def test_features_that_do_not_fit_float16_are_refused(run, data_paths, tmp_path)
     ],
 )
 def test_mistakes_end_in_one_line(arguments, says, run, data_paths, tmp_path, capsys, monkeypatch):
-    import re
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "there.npz").write_bytes(b"")
     (tmp_path / "text").write_text("no weights")
     torch.save(load_encoder(run).state_dict(), tmp_path / "bare.pt")
     given = {"--checkpoint": str(run), "--data": str(data_paths["folder"]), "--out": "f.npz"}
-    rest = dict(zip(arguments[::2], arguments[1::2], strict=False))
-    flags = arguments[2:] if arguments[-1] == "--projection" else []
-    options = [item for pair in (given | {name: value for name, value in rest.items() if name != "--projection"}).items() for item in pair]
-    code, said = _ends(["embed", *options, *flags], capsys)
+    own = [item for name, value in given.items() if name not in arguments for item in (name, value)]
+    code, said = _ends(["embed", *own, *arguments], capsys)
     assert code == 2
     last = said.splitlines()[-1]
     assert re.search(says, last), said

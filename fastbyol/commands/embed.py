@@ -14,6 +14,9 @@ from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.host.signals import INTERRUPTED_EXIT, end_with_torchrun
 
+PATIENCE_S = 6 * 3600.0
+"""Longest wait of a rank for another, as for rank 0 when it joins the parts. Where a rank dies, torchrun ends the others at once."""
+
 
 def add_embed(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
@@ -49,7 +52,7 @@ def embed_images(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible to PyTorch; leave it out to run on the CPU")
     end_with_torchrun()
-    process = join_process_group()
+    process = join_process_group(timeout_s=PATIENCE_S)
     if options.device == "cpu":
         process = Process(process.rank, process.world_size, torch.device("cpu"))
     try:

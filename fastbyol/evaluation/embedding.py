@@ -1,7 +1,7 @@
 """Embeds a data set: one row an image, in index order, by any number of ranks; a command that was killed goes on where it stopped.
 
-The images are cut into parts of a fixed number of rows, whatever the number of ranks; rank r embeds parts r, r + ranks, ... A part is a
-file in a hidden folder beside the output, complete or absent. At the end rank 0 joins the parts.
+The images are cut into parts of a fixed number of rows, whatever the number of ranks; the missing parts are dealt out to the ranks. A part
+is a file in a hidden folder beside the output, complete or absent. At the end rank 0 joins them.
 """
 
 from __future__ import annotations
@@ -74,12 +74,8 @@ def embed(
         UserError: an input cannot be read, the output exists or cannot be written, or features are not finite.
     """
     out = Path(out)
-    check_output(out)
+    check_output(out, unfinished=_work_path(out).exists())
     require_choice("dtype", dtype, DTYPES)
-    if out.exists():
-        raise UserError(f"--out {out}: exists already; remove it or choose another file")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it or choose another")
     process = process or Process(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     run = load_run_or_weights(checkpoint, changes=changes)
     announce = announce if process.is_main else log.debug
@@ -92,13 +88,20 @@ def embed(
             run, encoder, loader, checkpoint=checkpoint, data=data, dtype=dtype, projection_dim=projection_dim, changes=changes or {}
         )
         work = _WorkFolder(out, facts, process=process)
-        if found := sum(map(work.has, range(work.num_parts))):
+        missing = broadcast_from_main(work.missing())
+        if found := work.num_parts - len(missing):
             announce(f"{out}: goes on after {found:,} of {work.num_parts:,} parts of {PART_ROWS:,} images")
         networks = [encoder, *([projector] if projection and projector is not None else [])]
         try:
-            _embed_missing(loader, networks, work, process=process, dtype=dtype)
+            # Dealt out anew, so that every rank has as much to do, whatever an earlier run left.
+            mine = missing[process.rank :: process.world_size]
+            _embed_parts(mine, loader, networks, work, process=process, dtype=dtype)
             gather_on_main(0)  # rank 0 waits here for the parts of the others
             if process.is_main:
+                if missing := work.missing():
+                    raise UserError(
+                        f"--out {out}: {len(missing)} parts of other ranks are not in {work.path}; all ranks must write to one folder"
+                    )
                 parts = (work.read(part) for part in range(work.num_parts))
                 write_features(out, parts, names=loader.image_names(), labels=loader.labels, facts=facts)
                 work.remove()
@@ -156,9 +159,10 @@ def _facts(
 
 
 @torch.inference_mode()
-def _embed_missing(loader: ImageLoader, networks: list[nn.Module], work: _WorkFolder, *, process: Process, dtype: str) -> None:
-    """Embeds this rank's parts that are not on the disk yet."""
-    mine = [part for part in range(process.rank, work.num_parts, process.world_size) if not work.has(part)]
+def _embed_parts(
+    mine: list[int], loader: ImageLoader, networks: list[nn.Module], work: _WorkFolder, *, process: Process, dtype: str
+) -> None:
+    """Embeds this rank's parts and writes them."""
     ranges = [work.rows(part) for part in mine]
     # One pass over all parts, not one for each: the loader decodes ahead while the encoder works, across the parts' ends too.
     index = np.concatenate([np.arange(rows.start, rows.stop, dtype=np.int64) for rows in ranges] or [np.empty(0, np.int64)])
@@ -216,11 +220,15 @@ def _checked(block: Tensor, dtype: str) -> NDArray[Any]:
     return stored
 
 
+def _work_path(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
 class _WorkFolder:
     """The hidden folder beside the output in which the parts lie. It is locked for one command; ranks of one command share it."""
 
     def __init__(self, out: Path, facts: Facts, *, process: Process) -> None:
-        self.path, self._facts, self._lock = out.with_name(f".{out.name}.partial"), facts, -1
+        self.path, self._facts, self._lock = _work_path(out), facts, -1
         self.num_parts = -(-facts.num_images // PART_ROWS)
         problem = self._open(out) if process.is_main else None
         # Every rank must hear of it, or the others would wait for rank 0.
@@ -234,7 +242,7 @@ class _WorkFolder:
             self._lock = locked_file(self.path / _LOCK)
             plan = self.path / _PLAN
             wanted = {"part_rows": PART_ROWS} | asdict(self._facts)
-            if not plan.exists():
+            if not plan.exists() or not any(self.path.glob("part-*.npz")):
                 write_durably(plan, json.dumps(wanted))
                 return None
             held = json.loads(plan.read_text(encoding="utf-8"))
@@ -256,8 +264,9 @@ class _WorkFolder:
     def rows(self, part: int) -> range:
         return range(part * PART_ROWS, min((part + 1) * PART_ROWS, self._facts.num_images))
 
-    def has(self, part: int) -> bool:
-        return self._file(part).exists()
+    def missing(self) -> list[int]:
+        """Returns the parts that are not on the disk."""
+        return [part for part in range(self.num_parts) if not self._file(part).exists()]
 
     def write(self, part: int, blocks: list[NDArray[Any]]) -> None:
         """Writes a part so that it survives a kill or a power cut: features, and projections if there are any."""

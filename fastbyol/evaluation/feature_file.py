@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -26,6 +27,7 @@ from fastbyol.host.durable_files import durable_file, write_durably
 SUFFIXES = (".parquet", ".npz", ".npy")
 DTYPES = ("float32", "float16")
 _FACTS = "facts"
+_BUFFER_BYTES = 1 << 20
 _BROKEN = (
     OSError,
     ValueError,
@@ -88,12 +90,20 @@ class Facts:
         return json.dumps(asdict(self))
 
 
-def check_output(out: Path) -> None:
-    """Raises UserError unless the file can be written: its suffix is one of SUFFIXES and what it needs is installed."""
+def check_output(out: Path, *, unfinished: bool) -> None:
+    """Raises UserError unless the file can be written: its suffix is one of SUFFIXES, what it needs is installed, and nothing is in its
+    place. unfinished: an embedding was killed here, which may have left the files beside an .npy.
+    """
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: must end in {', '.join(SUFFIXES)}")
     if out.suffix == ".parquet":
         _pyarrow()
+    beside = (_facts_beside(out), _projections(out)) if out.suffix == ".npy" and not unfinished else ()
+    for path in (out, *beside):
+        if path.exists():
+            raise UserError(f"--out {path}: exists already; remove it or choose another file")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it or choose another")
 
 
 def _pyarrow() -> Any:
@@ -122,6 +132,15 @@ def write_features(out: Path, parts: Iterator[Rows], *, names: Sequence[str], la
     writer(out, parts, names, labels, facts)
 
 
+@contextmanager
+def _new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yields a file that gets its name when the block ends, buffered: an unbuffered one may take less than it is given."""
+    with durable_file(path) as raw:
+        file = io.BufferedWriter(cast(io.RawIOBase, raw), _BUFFER_BYTES)
+        yield cast(IO[bytes], file)
+        file.detach()  # flushes, and leaves closing to durable_file
+
+
 def _write_parquet(out: Path, parts: Iterator[Rows], names: Sequence[str], labels: NDArray[np.int64], facts: Facts) -> None:
     pa = _pyarrow()
     value = {"float32": pa.float32(), "float16": pa.float16()}[facts.dtype]
@@ -129,7 +148,7 @@ def _write_parquet(out: Path, parts: Iterator[Rows], names: Sequence[str], label
     if facts.projection_dim:
         columns.append(("projection", pa.list_(value, facts.projection_dim)))
     schema = pa.schema(columns, metadata={"fastbyol": facts.text()})
-    with durable_file(out) as file, pa.parquet.ParquetWriter(pa.PythonFile(file, mode="w"), schema) as writer:
+    with _new_file(out) as file, pa.parquet.ParquetWriter(pa.PythonFile(file, mode="w"), schema) as writer:
         done = 0
         for part in parts:
             end = done + len(part.feature)
@@ -143,7 +162,7 @@ def _write_parquet(out: Path, parts: Iterator[Rows], names: Sequence[str], label
 
 def _write_npz(out: Path, parts: Iterator[Rows], names: Sequence[str], labels: NDArray[np.int64], facts: Facts) -> None:
     held: list[NDArray[Any]] = []
-    with durable_file(out) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
+    with _new_file(out) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("feature.npy", "w", force_zip64=True) as member:
             _write_header(member, (facts.num_images, facts.feature_dim), facts.dtype)
             for part in parts:
@@ -159,17 +178,18 @@ def _write_npz(out: Path, parts: Iterator[Rows], names: Sequence[str], labels: N
 def _write_npy(out: Path, parts: Iterator[Rows], names: Sequence[str], labels: NDArray[np.int64], facts: Facts) -> None:
     # The features last: a features.npy that is there has everything beside it.
     with ExitStack() as files:
-        projection = files.enter_context(durable_file(_projections(out))) if facts.projection_dim else None
-        beside = {"names": list(names), "labels": labels.tolist(), _FACTS: asdict(facts)}
-        write_durably(out.with_suffix(".json"), json.dumps(beside))
-        file = files.enter_context(cast(AbstractContextManager[IO[bytes]], durable_file(out)))
+        file = files.enter_context(_new_file(out))
         _write_header(file, (facts.num_images, facts.feature_dim), facts.dtype)
-        if projection is not None:
+        projection = None
+        if facts.projection_dim:
+            projection = files.enter_context(_new_file(_projections(out)))
             _write_header(projection, (facts.num_images, facts.projection_dim), facts.dtype)
         for part in parts:
-            _write_whole(file, part.feature)
+            file.write(part.feature.tobytes())
             if projection is not None and part.projection is not None:
-                _write_whole(projection, part.projection)
+                projection.write(part.projection.tobytes())
+        beside = {"names": list(names), "labels": labels.tolist(), _FACTS: asdict(facts)}
+        write_durably(_facts_beside(out), json.dumps(beside))
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, int], dtype: str) -> None:
@@ -177,10 +197,8 @@ def _write_header(file: IO[bytes], shape: tuple[int, int], dtype: str) -> None:
     np.lib.format.write_array_header_2_0(file, header)
 
 
-def _write_whole(file: IO[bytes], block: NDArray[Any]) -> None:
-    rest = memoryview(block.tobytes())
-    while rest:  # an unbuffered file may take less than it is given
-        rest = rest[file.write(rest) :]
+def _facts_beside(out: Path) -> Path:
+    return out.with_suffix(".json")
 
 
 def _projections(out: Path) -> Path:
@@ -263,7 +281,7 @@ class FeatureFile:
             return Facts.read(str(arrays[_FACTS])), arrays["name"].tolist(), arrays["label"].astype(np.int64)
 
     def _open_npy(self) -> tuple[Facts, list[str], NDArray[np.int64]]:
-        beside = self.path.with_suffix(".json")
+        beside = _facts_beside(self.path)
         if not beside.is_file():
             raise UserError(f"{self.path}: its names are missing; {beside.name} must lie beside it, as python -m fastbyol embed writes it")
         held = json.loads(beside.read_text(encoding="utf-8"))
