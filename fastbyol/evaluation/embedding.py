@@ -141,7 +141,7 @@ def _facts(
         weights=weights_digest(encoder),
         encoder=run.config.model.encoder,
         changes=json.loads(json.dumps(dict(changes))),
-        data=os.path.abspath(data),
+        data="::".join(os.path.abspath(each) for each in str(data).split("::")),  # several roots are one text
         fingerprint=loader.fingerprint(),
         num_images=loader.num_samples,
         class_names=list(loader.class_names),
