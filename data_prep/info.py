@@ -16,7 +16,7 @@ from typing import Any
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.data.inputs.images import INPUTS, add_label_arguments, label_options, listing_from
+from fastbyol.data.inputs.images import INPUTS, add_label_arguments, label_options, listing_from, source_text
 from fastbyol.data.inspection.converted import is_converted
 from fastbyol.data.inspection.inventory import Inventory, take_inventory
 from fastbyol.data.inspection.picture_grid import write_picture_grid
@@ -35,8 +35,8 @@ examples:
 @one_line_errors
 def main() -> None:
     parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
-    what = "FILE.beton, folder of tar shards, folder of class folders, or a tar of images"
-    parser.add_argument("data", type=Path, metavar="PATH", help=what)
+    what = "FILE.beton, folder of tar shards, or images that were not converted"
+    parser.add_argument("data", type=source_text, metavar="PATH", help=what)
     add_label_arguments(parser)
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a picture: some images of some classes")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, with the count of each class")
@@ -44,17 +44,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="PIL")  # the converters report odd images
     given = label_options(arguments)
     notes: list[str] = []
-    if not arguments.data.exists():
-        raise UserError(
-            f"{arguments.data}: no such file or folder; give a .beton, a folder of tar shards, a folder of images, or a tar of images"
-        )
-    converted = is_converted(arguments.data)
+    path = Path(arguments.data)
+    converted = path.exists() and is_converted(path)
     if converted and given:
-        raise UserError(f"--{given[0]}: {arguments.data} is converted and has its labels; only folders and tars of images take it")
-    listing = None if converted else listing_from(arguments, tell=notes.append)
-    inventory = take_inventory(arguments.data, listing=listing)
+        raise UserError(f"--{given[0]}: {path} is converted and has its labels; only images that were not converted take it")
+    listing = None if converted else listing_from(arguments, option="data", tell=notes.append)
+    inventory = take_inventory(path, listing=listing)
     if arguments.grid:
-        write_picture_grid(arguments.data, listing=listing, out=arguments.grid)
+        write_picture_grid(path, listing=listing, out=arguments.grid)
     if arguments.json:
         say(*json.dumps(asdict(inventory) | {"notes": notes}, indent=1).split("\n"))
         return
@@ -74,11 +71,13 @@ def _rows(inventory: Inventory, notes: list[str]) -> list[tuple[str, str]]:
     names = inventory.class_names
     shown = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])} … {names[-1]}"
     empty = f"; {inventory.empty_classes:,} classes have none" if inventory.empty_classes else ""
+    per_class = f"{inventory.class_min:,} to {inventory.class_max:,}, median {inventory.class_median:,g}{empty}"
     rows = [
         ("data", f"{inventory.path} ({inventory.kind})"),
         ("images", f"{inventory.images:,}"),
-        ("classes", f"{inventory.classes:,}: {shown}"),
-        ("per class", f"{inventory.class_min:,} to {inventory.class_max:,}, median {inventory.class_median:,g}{empty}"),
+        ("classes", f"{inventory.classes:,}: {shown}" if names else "no labels"),
+        *([("per class", per_class)] if names else []),
+        *([("unlabelled", f"{inventory.unlabelled:,} of the images")] if names and inventory.unlabelled else []),
         ("bytes", f"{inventory.image_bytes:,} of images, {inventory.image_bytes / inventory.images:,.0f} each"),
     ]
     if sides := inventory.sides:

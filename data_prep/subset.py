@@ -68,8 +68,10 @@ def main() -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
     counts = Counter(listing.labels).values()
     each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    images = f"{len(listing.files):,} images of {len(counts):,} classes ({each} of each)"
-    say(f"{out}: {images}, of {len(listing.class_names):,} in all")
+    classes = (
+        f"of {len(counts):,} classes ({each} of each), of {len(listing.class_names):,} in all" if listing.class_names else "without labels"
+    )
+    say(f"{out}: {len(listing.files):,} images {classes}")
 
 
 def _classes(text: str) -> int | list[str]:

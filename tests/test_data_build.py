@@ -90,10 +90,7 @@ def test_the_listing_equals_torchvisions(image_folder: Path, make_folder: Callab
 
 
 def test_a_folder_that_is_not_an_image_folder_is_a_one_line_error(tmp_path: Path, image_folder: Path) -> None:
-    with pytest.raises(UserError, match="has no sub-folders"):
-        build(tmp_path)
-    (tmp_path / "empty_class").mkdir()
-    with pytest.raises(UserError, match="empty_class: no image in this class folder"):
+    with pytest.raises(UserError, match="no image found"):
         build(tmp_path)
     for split in ("train", "val"):
         (tmp_path / "whole" / split).mkdir(parents=True)

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -165,22 +166,47 @@ def test_converted_data_give_the_same_features_under_the_images_numbers(backend,
     np.testing.assert_allclose(file.read(), expected[order] if backend == "dali" else expected, rtol=1e-2, atol=1e-2)
 
 
-def test_images_without_a_label_have_minus_one(run, data_paths, tmp_path, monkeypatch):
-    from fastbyol.data.backends.folder_source import FolderSource
+def _as_list(flat: Path, folder: Path) -> str:
+    (folder / "list.csv").write_text("path\n" + "".join(f"{path}\n" for path in sorted(flat.iterdir())))
+    return str(folder / "list.csv")
 
-    inner = FolderSource.__init__
 
-    def unlabelled(self, path):
-        inner(self, path)
-        self.labels, self.class_names = np.full_like(self.labels, -1), ()
+def _as_shards(flat: Path, folder: Path) -> str:
+    files = sorted(flat.iterdir())
+    for shard, members in enumerate((files[:10], files[10:])):
+        with tarfile.open(folder / f"part-{shard}.tar", "w") as tar:
+            for path in members:
+                tar.add(path, path.name)
+    return str(folder / "part-{0..1}.tar")
 
-    monkeypatch.setattr(FolderSource, "__init__", unlabelled)
-    for suffix in ("parquet", "npz", "npy"):
-        file = embed(run, data_paths["folder"], out=tmp_path / f"f.{suffix}", workers=1)
-        assert set(file.labels.tolist()) == {-1}
-        assert file.facts.class_names == []
-    found = write_neighbours(tmp_path / "f.npz", NAMES[0], out=tmp_path / "n.png", k=3)
+
+UNLABELLED = {"flat": lambda flat, _: str(flat), "list": _as_list, "shards": _as_shards}
+
+
+@pytest.mark.parametrize("source", UNLABELLED)
+@pytest.mark.parametrize("suffix", ["parquet", "npz", "npy"])
+def test_images_without_a_label_have_minus_one_whatever_they_come_from(source, suffix, run, data_paths, expected, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in NAMES:
+        shutil.copy(data_paths["folder"] / name, flat / name.replace("/", "-"))
+    data = UNLABELLED[source](flat, tmp_path)
+    file = embed(run, data, out=tmp_path / f"f.{suffix}", workers=1)
+    assert set(file.labels.tolist()) == {-1}
+    assert file.facts.class_names == []
+    assert [name.rpartition("/")[2] for name in file.names] == [name.replace("/", "-") for name in NAMES]
+    np.testing.assert_allclose(file.read(), expected, rtol=1e-5, atol=1e-5)
+    found = write_neighbours(tmp_path / f"f.{suffix}", file.names[3], out=tmp_path / "n.png", k=3)
     assert {each.label for each in found} == {""}
+
+
+def test_labels_are_left_out_on_request_also_where_the_neighbours_are_drawn(run, data_paths, tmp_path):
+    data = data_paths["folder"]
+    arguments = ["embed", "--checkpoint", run, "--data", data, "--labels", "none", "--out", tmp_path / "f.npz", "--workers", "1"]
+    fastbyol_command(list(map(str, arguments)))
+    file = FeatureFile(tmp_path / "f.npz")
+    assert (set(file.labels.tolist()), file.facts.labels, sorted(file.names)) == ({-1}, "none", NAMES)
+    assert write_neighbours(tmp_path / "f.npz", "ant/000.jpg", out=tmp_path / "n.png", k=2)[0].label == ""
 
 
 def test_a_name_that_is_not_utf8_is_written_with_its_bytes_escaped(run, tmp_path):

@@ -406,3 +406,33 @@ def test_the_jpeg_header_is_found_after_fill_bytes_and_previews_and_only_in_jpeg
     assert read_jpeg_header(filled) == read_jpeg_header(PLAIN["baseline"])
     assert read_jpeg_header(PLAIN["baseline"][:100]) is None
     assert read_jpeg_header(ODD["PNG"][0]) is None
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("white", [255, 4095, 65535])
+def test_gray_ramps_of_more_than_8_bits_keep_their_order_and_span(kind: str, white: int) -> None:
+    ramp = np.linspace(0, white, 256).round().astype(np.uint16)
+    pixels = decode_with_pillow(saved(Image.fromarray(np.tile(ramp, (4, 1))), kind))
+    assert pixels.shape == (4, 256, 3)
+    levels = pixels[0, :, 0].astype(int)
+    assert (levels[0], levels[-1]) == (0, 255)
+    assert np.abs(levels - np.arange(256)).max() <= 1
+    assert (np.diff(levels) >= 0).all()
+    assert (pixels == pixels[:1, :, :1]).all()
+
+
+def test_a_transparent_palette_entry_has_its_own_colour() -> None:
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([200, 10, 20, 30, 40, 250])
+    image.putpixel((3, 1), 1)
+    for kind in ("PNG", "GIF"):
+        pixels = decode_with_pillow(saved(image, kind, transparency=0))
+        assert pixels[0, 0].tolist() == [200, 10, 20]
+        assert pixels[1, 3].tolist() == [30, 40, 250]
+
+
+def test_the_first_picture_of_an_mpo_and_of_an_animation_is_taken() -> None:
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ((250, 10, 10), (10, 10, 250)))
+    for kind in ("MPO", "GIF", "WEBP"):
+        pixels = decode_with_pillow(saved(first, kind, save_all=True, append_images=[second]))
+        assert np.abs(pixels.astype(int) - [250, 10, 10]).max() <= 6, kind

@@ -51,7 +51,7 @@ def test_folders_of_splits_are_refused_with_the_way_out(splits: tuple[str, str],
             list_images(path)
         assert len(list_images(path, splits="classes").class_names) == 3
     with pytest.raises(UserError, match="holds splits"):
-        FolderSource(paths[0])
+        FolderSource(list_images(paths[0]))
 
 
 @pytest.mark.parametrize(
@@ -93,15 +93,17 @@ def test_a_tar_with_one_split_is_read_as_that_split(tmp_path: Path) -> None:
 
 def test_a_folder_one_level_too_high_is_reported(tmp_path: Path) -> None:
     folder, _ = in_folder_and_tar(tmp_path, "images/cat/1.jpg", "images/dog/2.jpg")
-    assert list_images(folder).notes == (
-        f"{folder}: one class, 'images', with 2 folders in it; if they are the classes, give {folder}/images",
+    listing = list_images(folder)
+    assert listing.class_names == ()
+    assert listing.notes == (
+        f"{folder}: no labels: all images are in one folder, 'images', with 2 folders in it; if they are the classes, give {folder}/images",
     )
 
 
-def test_a_split_without_class_folders_is_one_class_with_a_note(tmp_path: Path) -> None:
+def test_a_split_without_class_folders_has_no_labels(tmp_path: Path) -> None:
     folder, _ = in_folder_and_tar(tmp_path, "train/1.jpg", "train/2.jpg")
-    (note,) = list_images(folder).notes
-    assert note == f"{folder}: one class, 'train', which is the name of a split: all images have the same label, which means nothing"
+    listing = list_images(folder)
+    assert (listing.labels, listing.notes) == ((-1, -1), (f"{folder}: no labels: all images are in one folder, 'train'",))
 
 
 def test_system_folders_and_thumbnails_are_neither_classes_nor_images(tmp_path: Path) -> None:
@@ -128,7 +130,7 @@ def test_images_outside_class_folders_are_counted_in_every_command(tmp_path: Pat
     of_both(paths)
     (paths[0] / "cat" / "gone.jpg").symlink_to("nowhere")
     with caplog.at_level(logging.WARNING, logger="fastbyol"):
-        FolderSource(paths[0])
+        FolderSource(list_images(paths[0]))
     told = f"{paths[0]}: left out: 2 in no class folder (the first: 'loose1.jpg'), 1 a broken link (the first: 'cat/gone.jpg')"
     assert [record.message for record in caplog.records] == [told]
     done = run_here("to_ffcv.py", "--data", paths[0], "--out", tmp_path / "x.beton", "--workers", "1")

@@ -137,7 +137,7 @@ def test_unsafe_names_and_members_that_are_not_files_are_skipped_and_reported(tm
         sparse.size = 1
         tar.addfile(sparse, io.BytesIO(b"3"))
         add_file(tar, "a/\udcff.jpg", b"4")
-    listing = list_images(path)
+    listing = list_images(path, labels="folders")
     assert samples(listing) == [(b"1", 0), (b"4", 0)]
     assert dict(listing.skipped) == {
         "/etc/a.jpg": "an absolute name",
@@ -174,7 +174,6 @@ def test_a_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
         (b"hello" * 400, "is not a complete tar"),
         (b"\x1f\x8b\x08" + bytes(600), r"compressed \(gzip\)"),
         (tar_bytes({"read.me": b"x"}), "no image in it"),
-        (tar_bytes({"a.jpg": b"x"}), r"not in class folders \(the first: a.jpg\); give --labels or --devkit"),
         (tar_bytes({"train/a/1.jpg": b"x", "val/a/1.jpg": b"x"}), "holds splits"),
         (tar_bytes({"a.tar": tar_bytes({"1.jpg": b"x"}), "b.tar": tar_bytes({"1.txt": b"x"})}), "b: no image in this class folder"),
     ],
@@ -281,10 +280,10 @@ def test_unreadable_folders_are_reported_and_an_unreadable_class_is_an_error(tmp
     ("files", "message"),
     [
         ({}, "no such file or folder"),
-        ({"1.jpg": b""}, "has no sub-folders.* give their labels"),
-        ({"a.tar": b""}, "holds tars"),
-        ({"a/1.jpg": b"", "b/x.txt": b""}, "b: no image in this class folder .*skipped b/x.txt: not an image"),
-        ({"a/1.jpg": b"", "b": "a"}, "b: no image in this class folder .*skipped b: the same folder as a"),
+        ({"1.txt": b""}, "no image found; instead: 1 not an image by its extension"),
+        ({"a.tar": b""}, "a.tar: is not a complete tar"),
+        ({"a/1.jpg": b"", "c/1.jpg": b"", "b/x.txt": b""}, "b: no image in this class folder .*skipped b/x.txt: not an image"),
+        ({"a/1.jpg": b"", "c/1.jpg": b"", "b": "a"}, "b: no image in this class folder .*skipped b: the same folder as a"),
         ({"train/1.jpg": b"", "val/1.jpg": b""}, r"holds splits \(train, val\)"),
         ({"a\nb/1.jpg": b""}, "a class name may not hold a line break"),
     ],

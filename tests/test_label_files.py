@@ -144,7 +144,7 @@ def test_the_user_chooses_a_column_by_name_or_number(tmp_path: Path) -> None:
         labelled(tmp_path, content, *XYZ, label_column="breed")
     with pytest.raises(UserError, match="cannot be the same column"):
         labelled(tmp_path, content, *XYZ, path_column="1", label_column="image")
-    with pytest.raises(UserError, match="--label-column: has no effect without --labels"):
+    with pytest.raises(UserError, match="--label-column: has no effect without a table of images"):
         list_images(tmp_path / "data", label_column="1")
 
 

@@ -296,7 +296,8 @@ def test_the_probes_accuracy_is_a_share_of_the_images_with_a_label():
         monitor.step()
     assert _record(monitor, step=1, last=_output(1.0))["probe_top1"] == pytest.approx(5 / 6)
     monitor.add(_output(1.0)._replace(probe_correct=torch.full((4,), torch.nan)))
-    assert _record(monitor, step=2, last=_output(1.0))["probe_top1"] == 0
+    record = _record(monitor, step=2, last=_output(1.0))
+    assert (record["probe_top1"], record["probe_loss"]) == (None, None)
 
 
 def test_a_record_averages_its_interval_and_the_next_one_starts_anew():

@@ -17,6 +17,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig, OptimConfig, TrainConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_image_loader
+from fastbyol.data.inputs.images import list_images
 from fastbyol.ranks.process_group import Process
 from fastbyol.run import provenance, rank_agreement
 from fastbyol.run.folder import FREE_TO_CHANGE
@@ -136,7 +137,7 @@ def test_data_of_every_backend_have_a_fingerprint_that_their_labels_and_images_c
     from fastbyol.data.build import _open_source
 
     for backend, path in data_paths.items():
-        source = _open_source(str(path), backend, option="data")
+        source = _open_source(str(path), DataConfig(backend=backend), option="data")
         facts = source.fingerprint()
         assert facts == source.fingerprint()
         assert facts["number of images"] == "25"
@@ -152,7 +153,7 @@ def test_images_of_the_same_names_and_file_sizes_have_another_fingerprint(tmp_pa
     for copy, colour in (("a", "red"), ("b", "blue")):
         (tmp_path / copy / "class").mkdir(parents=True)
         Image.new("RGB", (8, 8), colour).save(tmp_path / copy / "class" / "1.bmp")
-        facts.append(FolderSource(tmp_path / copy).fingerprint())
+        facts.append(FolderSource(list_images(tmp_path / copy)).fingerprint())
     assert {name for name in facts[0] if facts[0][name] != facts[1][name]} == {"images"}
 
 

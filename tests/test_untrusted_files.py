@@ -26,6 +26,7 @@ from fastbyol.data.formats import beton as beton_format
 from fastbyol.data.formats.beton import read_beton
 from fastbyol.data.formats.manifest import MAX_CLASSES, read_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, read_tar_shards
+from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inspection.inventory import take_inventory
 from fastbyol.data.inspection.verification import verify
 from tests.images import smooth_image
@@ -383,7 +384,7 @@ def test_a_tiff_that_is_turned_has_the_size_of_its_pixels(make_folder: Callable[
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(folder / "class" / "turned.tif", exif=exif)
-    source = FolderSource(folder)
+    source = FolderSource(list_images(folder))
     height, width = source.sizes(np.array([0]))
     (pixels,) = source.decode(np.array([0]))
     assert pixels.shape == (int(height[0]), int(width[0]), 3)
@@ -404,6 +405,6 @@ def test_an_image_on_which_pillow_fails_is_a_one_line_error_that_names_it(
 ) -> None:
     folder = make_folder(**{f"bad_{extension}": data})
     with pytest.raises(UserError, match=rf"image 0 \(.*bad\.{extension}\) does not decode"):
-        FolderSource(folder).sizes(np.array([0]))
+        FolderSource(list_images(folder)).sizes(np.array([0]))
     with pytest.raises(UserError, match=rf"image 0 \(.*bad\.{extension}\) does not decode"):
-        decode_all(FolderSource(folder))
+        decode_all(FolderSource(list_images(folder)))

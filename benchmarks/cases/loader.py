@@ -54,7 +54,11 @@ from fastbyol.data.renderer import MAX_CHUNK
 from fastbyol.tuning.candidates import worker_counts
 
 REFERENCE, CEILING = "torchvision on Pillow: views", "TurboJPEG: decode only, bytes in memory"
-SOURCES: dict[str, Callable[[Path], Source]] = {"ffcv": FfcvSource, "dali": DaliSource, "folder": FolderSource}
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    "ffcv": FfcvSource,
+    "dali": DaliSource,
+    "folder": lambda path: FolderSource(list_image_folder(path)),
+}
 OURS = tuple(f"{backend}: views" for backend in SOURCES)
 OUTPUTS = {"crops": "uint8", "views": "float32"}
 LIGHTLY, DALI_NATIVE, STOCK_FFCV = "lightly: views", "dali, its own operations: views", "ffcv's own Loader: views"

@@ -24,6 +24,9 @@ def add_embed(commands: Any) -> None:
     parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
     parser.add_argument("--data", required=True, type=path_text, help="the images: whatever a run can train from, labelled or not")
     parser.add_argument("--out", required=True, type=Path, help="file to write, .parquet, .npz or .npy")
+    parser.add_argument(
+        "--labels", default="auto", metavar="HOW", help="of images not converted: auto, folders, none or a file (%(default)s)"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the features (%(default)s)")
     parser.add_argument("--projection", action="store_true", help="add the projector's output as a second block (checkpoints of ours)")
     parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
@@ -63,6 +66,7 @@ def embed_images(options: argparse.Namespace) -> None:
                 out=options.out,
                 dtype=options.dtype,
                 projection=options.projection,
+                labels=options.labels,
                 changes=changes,
                 batch=options.batch,
                 workers=options.workers,

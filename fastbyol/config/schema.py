@@ -32,7 +32,17 @@ class DataConfig:
     """Location of the images and how they are read."""
 
     train: str = ""
-    """A .beton file, a folder of tar shards made by to_dali.py, or an ImageFolder."""
+    """A .beton file, a folder of tar shards made by to_dali.py, or images that were not converted: a folder, tars, a list or Parquet files
+    (docs/data.md lists them); 'a::b' joins several.
+    """
+    labels: str = "auto"
+    """Labels of images that were not converted, for the probe; training does not use them. auto: what the source has; folders: its
+    top-level folders; none; or a file of labels.
+    """
+    path_column: str = ""
+    """Column of image paths, where `train` or `labels` is a table; empty: found by its header."""
+    label_column: str = ""
+    """Column of labels, likewise; empty: none where `train` is a table."""
     backend: str = "auto"
     """auto, ffcv, dali or folder; auto chooses the one that reads the format of `train`."""
     workers: int = 0
@@ -53,7 +63,7 @@ class DataConfig:
     """Labelled images of the same classes for monitors.knn_every_epochs; training does not use them."""
 
     def __post_init__(self) -> None:
-        _expand_home(self, "data.train", "data.val")
+        _expand_home(self, "data.train", "data.val", "data.labels")
         require_choice("data.backend", self.backend, BACKENDS)
         require_choice("data.traversal", self.traversal, TRAVERSALS)
         require_choice("data.dali_ops", self.dali_ops, DALI_OPS)

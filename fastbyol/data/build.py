@@ -11,7 +11,8 @@ from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig, TrainConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Source
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES
-from fastbyol.data.formats.manifest import TAR_MANIFEST
+from fastbyol.data.formats.tar_shards import is_shard_folder
+from fastbyol.data.inputs.sources import is_original
 from fastbyol.data.loader import ImageLoader, Readahead, TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Traversal, group_into_blocks
@@ -21,7 +22,7 @@ from fastbyol.ranks.process_group import Process
 _READS = {
     "ffcv": "a .beton file",
     "dali": "a folder of tar shards made by data_prep/to_dali.py",
-    "folder": "a folder with one sub-folder per class",
+    "folder": "images that were not converted",
 }
 
 
@@ -61,7 +62,7 @@ def build_loader(
     Raises:
         UserError: the data does not exist or is not what the backend reads, the backend isn't installed, or the batch does not divide evenly.
     """
-    source = _open_source(config.train, config.backend, option=option)
+    source = _open_source(config.train, config, option=option)
     try:
         require_choice("data.traversal", traversal, TRAVERSALS)
         require_at_least("data.window_mib", window_mib, 1)
@@ -114,13 +115,20 @@ def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int
 
 
 def build_image_loader(
-    path: str | Path, *, views: ViewPair, batch: int, backend: str = "auto", workers: int = 0, option: str = "data"
+    path: str | Path,
+    *,
+    views: ViewPair,
+    batch: int,
+    backend: str = "auto",
+    workers: int = 0,
+    labels: str = "auto",
+    option: str = "data",
 ) -> ImageLoader:
-    """Returns a loader for evaluation: every labelled image of `path` once, centre-cropped.
+    """Returns a loader for evaluation: every image of `path` once, centre-cropped. labels: as `DataConfig.labels`.
 
     Raises UserError in the same cases as `build_loader`; its message names `option`.
     """
-    source = _open_source(str(path), backend, option=option)
+    source = _open_source(str(path), DataConfig(backend=backend, labels=labels), option=option)
     try:
         return ImageLoader(source, views=views, batch=batch, workers=workers or default_workers())
     except BaseException:
@@ -128,39 +136,49 @@ def build_image_loader(
         raise
 
 
-def _open_source(location: str, backend: str, *, option: str) -> Source:
+def _open_source(location: str, config: DataConfig, *, option: str) -> Source:
     """Opens the data with its backend. Each backend is imported only where it is used: a missing optional one must not break the others."""
     if not location:
-        raise UserError(
-            f"{option} is not given: a .beton file, a folder of tar shards, or a folder with one sub-folder of images per class"
-        )
+        raise UserError(f"{option} is not given: a .beton file, a folder of tar shards, or images: a folder, tars, or a list of them")
+    backend = config.backend
     require_choice("data.backend", backend, BACKENDS)
-    path = Path(location)
-    fitting = backend_of(path, option=option)
+    fitting, path = backend_of(location, option=option), Path(location)
     if backend not in ("auto", fitting):
         raise UserError(
             f"data.backend = {backend!r}: {path} is {_READS[fitting]}, this backend reads {_READS[backend]}; use auto or {fitting}"
         )
+    if fitting == "folder":
+        from fastbyol.data.backends.folder_source import FolderSource
+        from fastbyol.data.inputs.images import list_images
+
+        return FolderSource(
+            list_images(
+                location,
+                labels=config.labels,
+                path_column=config.path_column or None,
+                label_column=config.label_column or None,
+                option=option,
+            )
+        )
+    for name, unset in (("labels", "auto"), ("path_column", ""), ("label_column", "")):
+        if (value := getattr(config, name)) != unset:
+            raise UserError(f"data.{name} = {value!r}: {path} is converted and has its labels; leave it out")
     if fitting == "ffcv":
         from fastbyol.data.backends.ffcv_source import FfcvSource
 
         return FfcvSource(path)
-    if fitting == "dali":
-        from fastbyol.data.backends.dali_source import DaliSource
+    from fastbyol.data.backends.dali_source import DaliSource
 
-        return DaliSource(path)
-    from fastbyol.data.backends.folder_source import FolderSource
-
-    return FolderSource(path)
+    return DaliSource(path)
 
 
 def backend_of(path: str | Path, *, option: str) -> str:
     """Returns the name of the backend that reads this path. Raises UserError, naming the option, if the path does not exist."""
+    if is_original(str(path)):
+        return "folder"
     path = Path(path)
     if not path.exists():
         raise UserError(f"{option} = {path}: no such file or folder")
     if path.is_file():
         return "ffcv"
-    if (path / TAR_MANIFEST).exists() or any(path.glob("*.tar")):
-        return "dali"
-    return "folder"
+    return "dali" if is_shard_folder(path) else "folder"

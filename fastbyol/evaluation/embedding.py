@@ -27,6 +27,7 @@ from fastbyol import __version__
 from fastbyol.config.errors import UserError, first_line, require_choice
 from fastbyol.data.batch import ImageBatch
 from fastbyol.data.build import build_image_loader
+from fastbyol.data.inputs.images import LABEL_MODES
 from fastbyol.data.loader import ImageLoader
 from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, write_features
 from fastbyol.export import CROP, networks_of
@@ -50,6 +51,7 @@ def embed(
     out: str | Path,
     dtype: str = "float32",
     projection: bool = False,
+    labels: str = "auto",
     changes: Mapping[str, Any] | None = None,
     batch: int = 256,
     workers: int = 0,
@@ -64,6 +66,7 @@ def embed(
         out: file to write; its suffix chooses the format, see `feature_file`.
         dtype: of the features, 'float32' or 'float16'; the encoder runs in float32.
         projection: add the online projector's output, (N, projection_dim). Checkpoints of ours only.
+        labels: of images that were not converted, as `DataConfig.labels`: auto, folders, none, or a file.
         changes: as for `load_encoder`.
         batch: images per forward.
         workers: decoding threads; 0: all cores.
@@ -82,10 +85,18 @@ def embed(
     encoder, projector = networks_of(run, announce=announce)
     if projection and projector is None:
         raise UserError(f"--projection: {checkpoint} holds an encoder without a projector; leave it out")
-    with build_image_loader(data, views=run.config.views, batch=batch, workers=workers, option="--data") as loader:
+    with build_image_loader(data, views=run.config.views, batch=batch, workers=workers, labels=labels, option="--data") as loader:
         projection_dim = run.config.model.projection_dim if projection else 0
         facts = _facts(
-            run, encoder, loader, checkpoint=checkpoint, data=data, dtype=dtype, projection_dim=projection_dim, changes=changes or {}
+            run,
+            encoder,
+            loader,
+            checkpoint=checkpoint,
+            data=data,
+            labels=labels,
+            dtype=dtype,
+            projection_dim=projection_dim,
+            changes=changes or {},
         )
         work = _WorkFolder(out, facts, process=process)
         missing = broadcast_from_main(work.missing())
@@ -130,6 +141,7 @@ def _facts(
     *,
     checkpoint: str | Path,
     data: str | Path,
+    labels: str,
     dtype: str,
     projection_dim: int,
     changes: Mapping[str, Any],
@@ -142,6 +154,7 @@ def _facts(
         encoder=run.config.model.encoder,
         changes=json.loads(json.dumps(dict(changes))),
         data="::".join(os.path.abspath(each) for each in str(data).split("::")),  # several roots are one text
+        labels=labels if labels in LABEL_MODES else os.path.abspath(labels),
         fingerprint=loader.fingerprint(),
         num_images=loader.num_samples,
         class_names=list(loader.class_names),
@@ -251,7 +264,7 @@ class _WorkFolder:
         except (OSError, ValueError) as error:
             return f"--out {out}: {self.path} cannot be used ({first_line(error)}); remove it or choose another file"
         # Where the checkpoint and the data lie does not matter, only what they hold.
-        free = {"checkpoint", "data", "changes"}
+        free = {"checkpoint", "data", "labels", "changes"}
         if not isinstance(held, dict):
             held = {}
         if differing := [name for name, value in wanted.items() if name not in free and held.get(name) != value]:

@@ -60,6 +60,7 @@ class Facts:
     encoder: str
     changes: dict[str, Any]
     data: str
+    labels: str
     fingerprint: dict[str, str]
     num_images: int
     class_names: list[str]

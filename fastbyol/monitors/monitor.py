@@ -115,8 +115,10 @@ class Monitor:
         record = {
             "step": step,
             "epoch": round(epoch, 4),
-            **{name: read[name] for name in ("loss", "probe_loss")},
-            "probe_top1": read["probe_correct"] / read["labelled"] if read["labelled"] else 0.0,
+            "loss": read["loss"],
+            # None where no image had a label, for then the probe learnt nothing.
+            "probe_loss": read["probe_loss"] if read["labelled"] else None,
+            "probe_top1": read["probe_correct"] / read["labelled"] if read["labelled"] else None,
             "lr": lr,
             "tau": tau,
             # Infinite in a step that fp16's gradient scaler skips, and JSON has no infinity.

@@ -22,11 +22,12 @@ PROGRESS = {"progress": True}
 def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
     """Formats the main figures of a logged step as one line."""
     knn = f"kNN {record['knn_top1']:.1%}  " if record.get("knn_top1") is not None else ""
+    probe = f"probe {record['probe_top1']:.1%}  " if record.get("probe_top1") is not None else ""
     mfu = f"mfu {record['mfu']:.0%}  " if record.get("mfu") is not None else ""
     return (
         f"step {record['step'] + 1}/{total_steps}  epoch {record['epoch']:.2f}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  "
         f"tau {record['tau']:.4f}  {record['images_per_s_per_device']:.0f} images/s per device  {mfu}data wait {record['data_wait_share']:.0%}  "
-        f"probe {record['probe_top1']:.1%}  {knn}proj-std {record['projection_std']:.2f}  rank {record['effective_rank']:.1f}  "
+        f"{probe}{knn}proj-std {record['projection_std']:.2f}  rank {record['effective_rank']:.1f}  "
         f"cos {record['mean_cosine']:.2f}"
     )
 
@@ -61,9 +62,10 @@ class LiveLine:
     def show(self, record: dict[str, Any]) -> None:
         """Shows one logged step; the share of time spent waiting for data appears only if it is above WAIT_SHOWN."""
         knn = f" kNN {record['knn_top1']:.0%}" if record.get("knn_top1") is not None else ""
+        probe = f" probe {record['probe_top1']:.0%}" if record.get("probe_top1") is not None else ""
         wait = f" waits {record['data_wait_share']:.0%}" if record["data_wait_share"] > WAIT_SHOWN else ""
         speed = f"{record['images_per_s']:.0f} images/s"
-        text = f"epoch {record['epoch']:.2f} loss {record['loss']:.3f} {speed}{wait} probe {record['probe_top1']:.0%}{knn}"
+        text = f"epoch {record['epoch']:.2f} loss {record['loss']:.3f} {speed}{wait}{probe}{knn}"
         self._bar.update(self._task, completed=record["step"] + 1, description=text[: self._text_width])
 
     def handler(self) -> logging.Handler:

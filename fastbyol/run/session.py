@@ -145,7 +145,8 @@ class Session:
         defaults = flatten(to_plain(TrainConfig()))
         chosen = [f"{name}={value}" for name, value in flatten(to_plain(config)).items() if value != defaults[name]]
         log.info("config, all of it in %s: %s", self._folder / CONFIG_FILE, " ".join(chosen))
-        log.info("%s: %d images of %d classes, backend %s", config.data.train, loader.num_samples, len(loader.class_names), loader.backend)
+        classes = f"{len(loader.class_names)} classes (data.labels chooses them)" if loader.class_names else "no labels: no probe"
+        log.info("%s: %d images, %s, backend %s", config.data.train, loader.num_samples, classes, loader.backend)
         ranks, accumulate = self._process.world_size, self._state.accumulate
         log.info(
             "%d x %s: global batch %d = %d ranks x %d micro-batches x %d images; %d steps",

@@ -1,4 +1,4 @@
-"""The folder backend: reads an ImageFolder with Pillow. It needs no conversion, and is the reference for the two fast backends."""
+"""The folder backend: reads images where they are, in folders, tars or lists, with Pillow. It is the reference for the two fast backends."""
 
 from __future__ import annotations
 
@@ -6,37 +6,36 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
 from fastbyol.data.backends.source import Indices, Pixels, Source, damaged, some_of
-from fastbyol.data.formats.manifest import sha256_of
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
-from fastbyol.data.inputs.folder import list_image_folder
-from fastbyol.data.inputs.listing import left_out_text
+from fastbyol.data.inputs.listing import ImageListing, left_out_text
 
 log = logging.getLogger("fastbyol")
 _COMPARED_BYTES = 1 << 20
 
 
 class FolderSource(Source):
-    """An ImageFolder as a source; sample i is the i-th file of its listing."""
+    """A listing of original images as a source; sample i is the i-th image of the listing."""
 
-    def __init__(self, path: Path) -> None:
-        self._listing = list_image_folder(path)
+    def __init__(self, listing: ImageListing) -> None:
+        self._listing = listing
         super().__init__(labels=np.array(self._listing.labels, dtype=np.int64), class_names=self._listing.class_names)
         for note in self._listing.notes:
             log.warning("%s", note)
         if text := left_out_text(self._listing.skipped):
-            log.warning("%s: left out: %s", path, text)
+            log.warning("%s: left out: %s", listing.root, text)
         # (height, width), filled as images are first used: opening a million files in advance would take too long.
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int64)
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
         for index in indices[self._sizes[indices, 0] == 0].tolist():
             try:
-                self._sizes[index] = image_size(self._listing.path(index))
+                location = self._listing.location(index)
+                # Pillow reads only the header of a file; a byte range of a tar is read whole, and comes from the page cache when it is decoded.
+                self._sizes[index] = image_size(location.path if location.size is None else location.read())
             except (UndecodableImage, OSError) as error:
                 raise damaged(self.sample_name(index), error) from error
         height, width = self._sizes[indices].T
@@ -46,15 +45,15 @@ class FolderSource(Source):
         """Returns a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""
         digest = hashlib.sha256("\0".join(self._listing.files).encode(errors="surrogateescape"))
         for index in some_of(self.num_samples):
-            path = self._listing.path(index)
             with suppress(OSError):  # a file that cannot be read is named by whoever decodes it
-                digest.update(f"{path.stat().st_size} {sha256_of(path, size=_COMPARED_BYTES)}".encode())
+                data = self._listing.location(index).read()
+                digest.update(f"{len(data)} {hashlib.sha256(data[:_COMPARED_BYTES]).hexdigest()}".encode())
         return digest.digest()
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         for index in indices.tolist():
             try:
-                image = decode_with_pillow(self._listing.path(index).read_bytes())
+                image = decode_with_pillow(self._listing.location(index).read())
             except (UndecodableImage, OSError) as error:
                 raise damaged(self.sample_name(index), error) from error
             height, width = self._sizes[index].tolist()
@@ -64,7 +63,9 @@ class FolderSource(Source):
             yield image
 
     def sample_name(self, index: int) -> str:
-        return f"image {index} ({self._listing.path(index)})"
+        location = self._listing.location(index)
+        inside = "" if location.size is None else f", {location.name}"
+        return f"image {index} ({location.path}{inside})"
 
     def image_name(self, index: int) -> str:
         return self._listing.files[index]

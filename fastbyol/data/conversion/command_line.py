@@ -80,6 +80,7 @@ def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:
     """Prints the table of the report and a summary line."""
     say(*report_table(json.loads(report.read_text(encoding="ascii"))).split("\n"))
     size = sum(shard.bytes for shard in manifest.shards)
-    counts = f"{manifest.num_samples:,} images of {len(manifest.class_names):,} classes"
+    classes = f"of {len(manifest.class_names):,} classes" if manifest.class_names else "without labels"
+    counts = f"{manifest.num_samples:,} images {classes}"
     shards = f", {count_text(len(manifest.shards), 'shard')}" if manifest.kind == "tar" else ""
-    say(f"{out}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {report}")
+    say(f"{out}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {report}; for other labels, or none: --labels")

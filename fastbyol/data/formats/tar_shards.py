@@ -33,6 +33,11 @@ def shard_name(number: int, *, part: str = "") -> str:
     return f"shard-{part}-{number:05d}.tar" if part else f"shard-{number:05d}.tar"
 
 
+def is_shard_folder(path: Path) -> bool:
+    """Returns True if the folder holds our converted shards, also with some of their files missing: whoever reads them says which."""
+    return (path / TAR_MANIFEST).exists() or (path / SAMPLE_TABLE).exists() or any(path.glob(PARTS)) or any(path.glob("shard-*.idx"))
+
+
 def index_path(tar: Path) -> Path:
     """Returns the path of the DALI index beside a tar."""
     return tar.with_suffix(".idx")

@@ -1,4 +1,4 @@
-"""Lists image files in a folder: one sub-folder per class, as torchvision.datasets.ImageFolder does, or all in one folder.
+"""Lists image files in a folder: one sub-folder per class, as torchvision.datasets.ImageFolder does, or any tree, without labels.
 
 It walks the folder itself because torch takes seconds to import, because os.walk follows a loop of links until the path is too long, and
 because skipped files should be reported. A test compares it with torchvision's listing.
@@ -13,8 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.listing import EXTENSIONS, ImageListing, has_line_break, in_sample_order, why_not_a_folder, why_not_an_image
-from fastbyol.data.inputs.splits import is_split, refuse_splits
+from fastbyol.data.inputs.listing import (
+    EXTENSIONS,
+    ImageListing,
+    has_line_break,
+    in_sample_order,
+    left_out_text,
+    why_not_a_folder,
+    why_not_an_image,
+)
+from fastbyol.data.inputs.splits import refuse_splits
 
 Identity = tuple[int, int]
 """(device, inode): equal for two names of the same file or folder."""
@@ -43,34 +51,72 @@ def list_image_folder(root: Path, *, splits: str = "refuse") -> ImageListing:
     return by_class_folder(replace(found, class_names=class_names))
 
 
+def list_folder(root: Path, *, labels: str = "auto", splits: str = "refuse") -> ImageListing:
+    """Returns the images below `root`, in order.
+
+    Args:
+        root: any folder of images.
+        labels: 'folders' as `list_image_folder`; 'none' takes every image of the tree, without labels; 'auto' takes the sub-folders as
+            classes if at least two of them have images and these are most of the images, else no labels.
+        splits: as for `list_image_folder`.
+    """
+    if labels == "folders":
+        return list_image_folder(root, splits=splits)
+    class_names = _class_names(root, required=False)
+    if splits == "refuse":
+        refuse_splits(root, class_names, ())
+    found = scan_folder(root)
+    if not found.files:
+        told = left_out_text(sorted(found.skipped))
+        raise UserError(
+            f"{root}: no image found" + (f"; instead: {told}" if told else "; it is empty") + f" (looked for {' '.join(EXTENSIONS)})"
+        )
+    if splits == "refuse":
+        refuse_splits(root, class_names, found.files)
+    with_images = {name.partition("/")[0] for name in found.files if "/" in name}
+    directly = sum("/" not in name for name in found.files)
+    if labels == "none" or len(with_images) < 2 or directly > len(found.files) // 2:
+        notes = () if labels == "none" else (*found.notes, _why_no_labels(found, with_images))
+        return without_labels(replace(found, notes=notes))
+    return by_class_folder(replace(found, class_names=class_names))
+
+
+def _why_no_labels(found: ImageListing, with_images: set[str]) -> str:
+    """Returns the note on images whose folders were not taken as classes."""
+    if len(with_images) == 1 and not any("/" not in name for name in found.files):
+        (only,) = with_images
+        folders = {name.split("/", 2)[1] if name.count("/") > 1 else "" for name in found.files}
+        inside = (
+            f", with {len(folders):,} folders in it; if they are the classes, give {found.root}/{only}"
+            if "" not in folders and len(folders) > 1
+            else ""
+        )
+        return f"{found.root}: no labels: all images are in one folder, {only!r}{inside}"
+    where = "most of its images are in no folder" if with_images else "its images are in no folders"
+    return f"{found.root}: no labels: {where} that could be classes; --labels FILE gives labels"
+
+
+def without_labels(found: ImageListing) -> ImageListing:
+    """Returns the images in order, all with the label -1."""
+    return in_sample_order(replace(found, class_names=()), [-1] * len(found.files))
+
+
 def by_class_folder(found: ImageListing) -> ImageListing:
     """Returns the images in order, labelled by the first folder of their names. Raises UserError for a class without images."""
     label_of = {name: label for label, name in enumerate(found.class_names)}
     classes = [name.partition("/")[0] if "/" in name else "" for name in found.files]
     outside = tuple((name, "in no class folder") for name in found.files if "/" not in name)
-    found = replace(found, skipped=found.skipped + outside, notes=found.notes + _one_level_too_high(found))
+    found = replace(found, skipped=found.skipped + outside)
     if empty := sorted(label_of.keys() - set(classes)):
         told = next((f"; skipped {name}: {reason}" for name, reason in sorted(found.skipped) if name.split("/")[0] == empty[0]), "")
         looked_for = f"looked for {' '.join(EXTENSIONS)}"
-        raise UserError(f"{found.root / empty[0]}: no image in this class folder ({looked_for}{told}); fill or remove it")
+        raise UserError(
+            f"{found.root / empty[0]}: no image in this class folder ({looked_for}{told}); fill or remove it, or give --labels none"
+        )
     return in_sample_order(found, [label_of.get(name) for name in classes])
 
 
-def _one_level_too_high(found: ImageListing) -> tuple[str, ...]:
-    """Returns a note if the only class has the name of a split, or contains only folders, which may be the real classes."""
-    if len(found.class_names) != 1:
-        return ()
-    (only,) = found.class_names
-    if is_split(only):
-        return (f"{found.root}: one class, {only!r}, which is the name of a split: all images have the same label, which means nothing",)
-    folders = {name.split("/", 2)[1] if name.count("/") > 1 else "" for name in found.files if "/" in name}
-    if "" in folders or len(folders) < 2:
-        return ()
-    inner = f"{found.root}/{only}"
-    return (f"{found.root}: one class, {only!r}, with {len(folders):,} folders in it; if they are the classes, give {inner}",)
-
-
-def _class_names(root: Path) -> tuple[str, ...]:
+def _class_names(root: Path, *, required: bool = True) -> tuple[str, ...]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder with one sub-folder of images per class")
     try:
@@ -79,13 +125,8 @@ def _class_names(root: Path) -> tuple[str, ...]:
         names = sorted(entry.name for entry in wanted if entry.is_dir())
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
-    if not names and any(root.glob("*.tar")):
-        raise UserError(f"{root}: holds tars; give one, such as ILSVRC2012_img_train.tar as downloaded: it is read in place")
-    if not names:
-        raise UserError(
-            f"{root}: has no sub-folders; an ImageFolder has one folder of images per class. For images in one folder, give their labels"
-            " (--labels or --devkit)"
-        )
+    if not names and required:
+        raise UserError(f"{root}: has no sub-folders, which --labels folders takes as classes; give --labels none, or a file of labels")
     for name in names:
         if has_line_break(name):
             raise UserError(f"{str(root / name)!r}: a class name may not hold a line break; rename the folder")

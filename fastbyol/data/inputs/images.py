@@ -1,30 +1,36 @@
-"""Command-line options that describe the input images, and the function that lists these images.
-
-Inputs are a folder of class folders, ImageNet's tars, or images with a file of labels; each in full or as a subset.
-"""
+"""Command-line options that describe the input images, and the function that lists these images, in full or as a subset."""
 
 from __future__ import annotations
 
+import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
+from fastbyol.config.arguments import path_text
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require_choice
-from fastbyol.data.inputs.folder import by_class_folder, list_image_folder, scan_folder
+from fastbyol.data.inputs.folder import list_folder, scan_folder
 from fastbyol.data.inputs.labels import LabelFile, label_images, read_devkit
-from fastbyol.data.inputs.listing import ImageListing, left_out_text
+from fastbyol.data.inputs.listing import ImageListing, Places, in_sample_order, left_out_text
 from fastbyol.data.inputs.name_matching import read_text
-from fastbyol.data.inputs.splits import refuse_splits
+from fastbyol.data.inputs.parquet import list_parquet
+from fastbyol.data.inputs.path_list import list_paths
+from fastbyol.data.inputs.sources import Data, GivenSource, given_sources
 from fastbyol.data.inputs.subset import drop_empty_classes, read_subset, restrict
-from fastbyol.data.inputs.tar import TarScan
+from fastbyol.data.inputs.tars import list_tars, read_tars, tar_images
 
+LABEL_MODES = ("auto", "folders", "none")
 INPUTS = """\
 inputs:
-  a folder          one sub-folder of images per class, as torchvision.datasets.ImageFolder reads it
-  a tar             ILSVRC2012_img_train.tar as downloaded (138 GB, read in place, nothing is unpacked), or any tar of class folders
+  a folder          images in it or anywhere below; sub-folders are taken as classes, as torchvision.datasets.ImageFolder does, if at least two
+                    have images. --labels folders or none decides; labels are never used for training
+  a tar             ILSVRC2012_img_train.tar as downloaded (138 GB, read in place, nothing is unpacked), or any tar of images
+  shards            a folder of tars, or 'part-{00000..00099}.tar' in quotes: WebDataset's, as img2dataset writes them; labels from .cls members
+  a list            .txt with a path in each line; .csv or .tsv with a column of paths, and labels with --label-column NAME
+  Parquet           a file, a folder or a pattern: Hugging Face's image data sets (needs pyarrow)
+  several           --data photos more/photos 'shards-*.tar'; in one text, 'photos::more/photos'
   with --devkit     ILSVRC2012_img_val.tar, or its images in one folder, with ILSVRC2012_devkit_t12.tar.gz
   with --labels     images in one folder or tar, with a table of names and classes (comma, semicolon, tab or blanks between; the header
                     names the columns, as 'filename,label' does) or a class per line in the order of the names; a label is a class name,
@@ -38,16 +44,17 @@ LABEL_OPTIONS = ("labels", "path_column", "label_column", "devkit", "subset", "d
 
 def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", required: bool = True) -> None:
     """Adds --data or --source, and the options of `add_label_arguments`; `listing_from` reads them."""
-    where = "folder of class folders, or a tar" if option == "--data" else "the original images: the path that the conversion had as --data"
-    parser.add_argument(option, type=Path, required=required, metavar="PATH", help=where)
+    where = "folder, tar, shards, list or Parquet files" if option == "--data" else "the original images: what the conversion had as --data"
+    parser.add_argument(option, type=source_text, nargs="+", required=required, metavar="PATH", help=where)
     add_label_arguments(parser)
 
 
 def add_label_arguments(parser: ArgumentParser) -> None:
     """Adds --labels, --path-column, --label-column, --devkit, --subset, --drop-empty-classes and --splits-are-classes."""
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="labels of images in one folder or tar: a table, or a class per line")
+    how = "auto (default), folders: top-level folders are the classes, none, or a file of labels: a table, or a class per line"
+    parser.add_argument("--labels", type=path_text, metavar="HOW", help=how)
     for option, what in (("path", "names of the images"), ("label", "classes")):
-        column = f"the column of --labels that has the {what}, by name or by number from 1 (default: by its header)"
+        column = f"the column of a table that has the {what}, by name or by number from 1 (default: by its header)"
         parser.add_argument(f"--{option}-column", f"--{option}_column", metavar="NAME", help=column)
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
     names = "use only the images that this file names, one per line (data_prep/subset.py)"
@@ -56,6 +63,13 @@ def add_label_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--drop-empty-classes", action="store_true", help=renumber)
     accept = "accept folders such as train/ and val/ as classes (default: refuse them)"
     parser.add_argument("--splits-are-classes", action="store_true", help=accept)
+
+
+def source_text(text: str) -> str:
+    """Returns a source as typed with '~' expanded, for argparse's `type`."""
+    if not text:  # usually an unset shell variable
+        raise ArgumentTypeError("is empty; give a path")
+    return path_text(text)
 
 
 def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] | None = None) -> ImageListing:
@@ -73,6 +87,7 @@ def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable
         subset=arguments.subset,
         empty_classes="drop" if arguments.drop_empty_classes else "keep",
         splits="classes" if arguments.splits_are_classes else "refuse",
+        option=option,
     )
     for note in (*listing.notes, *([f"{listing.root}: left out: {text}"] if (text := left_out_text(listing.skipped)) else [])):
         tell(note)
@@ -94,48 +109,50 @@ def label_options(arguments: Namespace) -> list[str]:
 
 
 def list_images(
-    data: Path,
+    data: Data,
     *,
-    labels: Path | None = None,
+    labels: str | Path | None = None,
     path_column: str | None = None,
     label_column: str | None = None,
     devkit: Path | None = None,
     subset: Path | None = None,
     empty_classes: str = "keep",
     splits: str = "refuse",
+    option: str = "--data",
 ) -> ImageListing:
-    """Returns the images of a folder or tar, in order, with labels.
+    """Returns the images of one or several sources (`INPUTS` says of which kinds), in order, with labels where there are any.
 
     Args:
-        data: a folder or a tar.
-        labels: file of labels, if the images are not in class folders.
-        path_column: its column of image names, by name or by number from 1; None detects it, or raises an error if that is ambiguous.
-        label_column: its column of classes, likewise.
+        data: a path or a pattern, several of them, or a text with '::' between several.
+        labels: 'auto' (as None), 'folders', 'none', or a file of labels.
+        path_column: column of image names in `labels`, or in the table that `data` is, by name or by number from 1; None detects it, or raises
+            an error if that is ambiguous.
+        label_column: the column of classes, likewise; a table given as `data` has labels only if this is given.
         devkit: ImageNet's development kit, instead of `labels`.
         subset: a file of names; only these images are used.
         empty_classes: 'keep' keeps the labels and class names of the full set, so that they mean the same in a subset; 'drop' removes classes
             without images and renumbers the others.
         splits: 'refuse' raises an error for folders such as train/ and val/; 'classes' accepts them as classes.
+        option: name of the option behind `data`, for error messages.
 
     Raises:
         UserError: something is missing, damaged, ambiguous or inconsistent.
     """
     require_choice("splits", splits, ("refuse", "classes"))
-    if (path_column or label_column) and not labels:
-        raise UserError(f"--{'path' if path_column else 'label'}-column: has no effect without --labels")
-    if labels and devkit:
+    mode = str(labels) if labels is not None and str(labels) in LABEL_MODES else "auto"
+    label_path = None if labels is None or str(labels) in LABEL_MODES else Path(labels)
+    if label_path and devkit:
         raise UserError("--labels and --devkit: both give labels; give one of them")
     label_file = read_devkit(devkit) if devkit else None
-    if labels:
-        label_file = LabelFile(labels, read_text(labels), path_column, label_column)
-    if not data.exists():
-        raise UserError(f"{data}: no such file or folder; give a folder with one sub-folder of images per class, or a tar")
-    if data.is_file():
-        listing = _list_tar(data, label_file, splits)
-    elif label_file:
-        listing = label_images(scan_folder(data), label_file)
-    else:
-        listing = list_image_folder(data, splits=splits)
+    if label_path:
+        label_file = LabelFile(label_path, read_text(label_path), path_column, label_column)
+    sources = given_sources(data, option=option)
+    if not label_file:
+        _refuse_columns_without_use(sources, path_column, label_column, mode)
+    listings = [
+        _list_source(source, mode, label_file, splits=splits, path_column=path_column, label_column=label_column) for source in sources
+    ]
+    listing = listings[0] if len(listings) == 1 else join_listings(listings)
     if subset:
         listing = restrict(listing, read_subset(subset), source=subset)
     if empty_classes == "drop":
@@ -145,21 +162,66 @@ def list_images(
     return listing
 
 
-def _list_tar(path: Path, labels: LabelFile | None, splits: str) -> ImageListing:
-    scan = TarScan(path)
-    scan.read()
-    found = ImageListing(path, (), tuple(scan.names), (), tuple(scan.skipped), scan.offsets, scan.sizes)
-    if not found.files:
-        raise UserError(f"{path}: no image in it; give a tar of images, of class folders, or of one tar per class")
-    if labels is not None:
-        return label_images(found, labels)
-    names = found.files
-    # 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all images are in images/train.
-    while (top := names[0].partition("/")[0] + "/") and all(name.startswith(top) and name.count("/") > 1 for name in names):
-        names = tuple(name.removeprefix(top) for name in names)
-    class_names = tuple(sorted({name.partition("/")[0] for name in names if "/" in name} | scan.class_tars))
-    if not class_names:
-        raise UserError(f"{path}: its images are not in class folders (the first: {min(names)}); give --labels or --devkit")
-    if splits == "refuse":
-        refuse_splits(path, class_names, names)
-    return by_class_folder(replace(found, files=names, class_names=class_names))
+def _list_source(
+    source: GivenSource, mode: str, label_file: LabelFile | None, *, splits: str, path_column: str | None, label_column: str | None
+) -> ImageListing:
+    if label_file and source.kind in ("list", "parquet"):
+        raise UserError(
+            f"--labels {label_file.path}: has no effect on {source.given}; a list or table has its labels in a column, --label-column"
+        )
+    if source.kind == "list":
+        column = label_column if mode != "none" else None
+        return list_paths(source.paths[0], path_column=path_column, label_column=column)
+    if source.kind == "parquet":
+        return list_parquet(source.paths, root=source.given, label_column=label_column, labels=mode)
+    if source.kind == "tar":
+        return (
+            label_images(tar_images(read_tars(source.paths)), label_file)
+            if label_file
+            else list_tars(source.paths, labels=mode, splits=splits)
+        )
+    (folder,) = source.paths
+    return label_images(scan_folder(folder), label_file) if label_file else list_folder(folder, labels=mode, splits=splits)
+
+
+def _refuse_columns_without_use(sources: list[GivenSource], path_column: str | None, label_column: str | None, mode: str) -> None:
+    kinds = {source.kind for source in sources}
+    if path_column and "list" not in kinds:
+        raise UserError("--path-column: has no effect without a table of images or --labels FILE")
+    if label_column and (mode == "none" or not kinds & {"list", "parquet"}):
+        raise UserError("--label-column: has no effect without a table of images or --labels FILE")
+
+
+def join_listings(listings: list[ImageListing]) -> ImageListing:
+    """Returns the images of several sources as one data set, in order. Classes of the same name are one class.
+
+    Raises UserError if some of the sources have labels and others have none.
+    """
+    labelled = [listing for listing in listings if listing.class_names]
+    if labelled and len(labelled) < len(listings):
+        without = next(listing.root for listing in listings if not listing.class_names)
+        raise UserError(f"{labelled[0].root} has labels and {without} has none; give --labels none, or sources that are alike")
+    root = Path(
+        os.path.commonpath([os.path.abspath(listing.root if listing.root.is_dir() else listing.root.parent) for listing in listings])
+    )
+    class_names = tuple(sorted({name for listing in listings for name in listing.class_names}))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    names: dict[str, int] = {}
+    skipped: list[tuple[str, str]] = []
+    kept: list[tuple[int, int]] = []
+    for number, listing in enumerate(listings):
+        top = os.path.relpath(listing.root, root)
+        top = "" if top == "." else top.removesuffix(".tar") + "/"
+        skipped += [(top + name, reason) for name, reason in listing.skipped]
+        for index, (name, label) in enumerate(zip(listing.files, listing.labels, strict=True)):
+            if top + name in names:
+                skipped.append((top + name, "the same image again"))
+            else:
+                names[top + name] = label_of[listing.class_names[label]] if label >= 0 else -1
+                kept.append((number, index))
+    places = None
+    if any(listing.places is not None for listing in listings):
+        places = Places.of_locations([listings[number].location(index) for number, index in kept])
+    notes = tuple(note for listing in listings for note in listing.notes)
+    found = ImageListing(root, class_names, tuple(names), (), tuple(skipped), places, notes)
+    return in_sample_order(found, list(names.values()))

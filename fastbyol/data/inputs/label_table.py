@@ -22,7 +22,7 @@ from fastbyol.data.inputs.name_matching import MISSING, NameIndex, lines_of
 _FILE = ("filename", "file_name", "file", "filepath", "file_path", "path", "image", "images", "img", "image_path", "img_path", "imagepath",
          "image_name", "image_index", "image_file", "image_filename", "imagename", "image_id", "imageid", "img_id", "img_name", "fname", "relpath",
          "relative_path", "photo", "picture")  # fmt: skip
-"""Headers (as normalised by `_plain`) of the column of names; `_CLASS`: of the column of classes. The `_PERHAPS_` ones count if no other matches."""
+"""Headers (as normalised by `plain_header`) of the column of names; `_CLASS`: of the column of classes. The `_PERHAPS_` ones count if no other matches."""
 _PERHAPS_FILE = ("id", "name", "key")
 _CLASS = ("label", "labels", "target", "class", "category", "predictionstring")
 _PERHAPS_CLASS = ("class_name", "classname", "class_label", "label_name", "category_name", "classes", "targets", "y")
@@ -91,10 +91,16 @@ def read_label_rows(
 
 def is_class_header(word: str) -> bool:
     """Returns True if the first line of a list of classes may be a header."""
-    return _plain(word) in (*_CLASS, *_PERHAPS_CLASS)
+    return plain_header(word) in (*_CLASS, *_PERHAPS_CLASS)
 
 
-def _plain(cell: str) -> str:
+def is_path_header(word: str) -> bool:
+    """Returns True if the header is one of a column of image names or paths."""
+    return plain_header(word) in _FILE
+
+
+def plain_header(cell: str) -> str:
+    """Returns a header in lower case with '_' for blanks and dashes."""
     return re.sub(r"[\s-]+", "_", cell.strip().lstrip("#").strip().lower())
 
 
@@ -156,7 +162,7 @@ def _words(path: Path, lines: list[tuple[int, str]], index: NameIndex, *, named:
     if _split_at_name(lines[0][1], index) is None:
         lines = [(lines[0][0], lines[0][1].lstrip("# ")), *lines[1:]]  # numpy's savetxt writes '# filename label'
         first = lines[0][1].split()
-        known = len(first) > 2 and any(_plain(word) in (*_FILE, *_CLASS) for word in first)
+        known = len(first) > 2 and any(plain_header(word) in (*_FILE, *_CLASS) for word in first)
     else:
         first, known = lines[0][1].split(), False
     even = len(first) > 2 and all(len(line.split()) == len(first) for _, line in lines)
@@ -193,7 +199,7 @@ class _Columns:
     def __init__(self, path: Path, rows: list[Row], index: NameIndex, *, path_column: str | None, label_column: str | None) -> None:
         self.path, self.rows, self.index = path, rows, index
         self.first = rows[0][1]
-        self.words = [_plain(cell) for cell in self.first]
+        self.words = [plain_header(cell) for cell in self.first]
         self.sample = [row for _, row in rows[:: max(1, len(rows) // _SAMPLED)]]
         if len(self.first) < 2:
             raise UserError(f"{path}: row {rows[0][0]} has no label: there is one column, {self._seen()}; give columns filename,label")
@@ -253,7 +259,7 @@ class _Columns:
 
     def _place(self, column: str, option: str) -> int:
         wanted = [at for at, cell in enumerate(self.first) if cell.strip() == column] or [
-            at for at, word in enumerate(self.words) if word == _plain(column)
+            at for at, word in enumerate(self.words) if word == plain_header(column)
         ]
         if len(wanted) == 1:
             return wanted[0]

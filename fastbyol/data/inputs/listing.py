@@ -16,14 +16,24 @@ from pathlib import Path
 
 from fastbyol.config.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""File extensions that torchvision accepts as images, in upper or lower case."""
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jfif", ".jp2")
+"""File extensions of images, in upper or lower case: torchvision's, and others that Pillow reads."""
+_UNREADABLE_EXTENSIONS = (".heic", ".heif")
+"""Extensions of images that Pillow does not read: the reason for skipping them says so."""
 _FOREIGN_FOLDERS = frozenset(
     ("lost+found", "@eadir", "__macosx", "$recycle.bin", "recycler", "system volume information", "#recycle", "#snapshot", "@recycle",
      "@recently-snapshot", "@__thumb", "network trash folder", "temporary items", "__pycache__")
 )  # fmt: skip
 """Folders that file systems, Synology, QNAP, macOS, Windows and Python create among the user's files, in lower case."""
 _THUMBNAILS = ("SYNOFILE_THUMB", "SYNOPHOTO_THUMB")
+
+
+Stamp = tuple[int, int]
+"""(size in bytes, time of the last change in ns) of a file: another stamp means another content."""
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +46,17 @@ class ImageLocation:
     offset: int = 0
     size: int | None = None
     """Number of bytes; None for the whole file."""
+    stamp: Stamp | None = None
+    """Stamp of the container when it was listed; None if it is not compared."""
 
     def read(self) -> bytes:
-        """Returns the image's bytes. Raises OSError if they cannot be read completely."""
+        """Returns the image's bytes. Raises OSError if they cannot be read completely, or if the container has changed since it was listed."""
         with open(self.path, "rb", buffering=0) as file:
             if self.size is None:
                 return file.readall()
+            # One system call of 1 us: a shard that was written anew holds other bytes at this offset, perhaps those of another image.
+            if self.stamp is not None and stamp_of(os.fstat(file.fileno())) != self.stamp:
+                raise OSError(f"{self.path} has changed since it was listed")
             data = os.pread(file.fileno(), self.size, self.offset)
         if len(data) != self.size:
             raise OSError(f"{self.path} has {len(data)} of {self.size} bytes at offset {self.offset}: it was cut or replaced")
@@ -49,39 +64,94 @@ class ImageLocation:
 
 
 @dataclass(frozen=True)
+class Places:
+    """The byte ranges of images in files that hold many: container number, offset and size of each image, 20 bytes in memory."""
+
+    containers: tuple[Path, ...]
+    stamps: tuple[Stamp, ...]
+    """Stamp of each container when it was listed."""
+    container: array[int]
+    """Number of each image's container."""
+    offsets: array[int]
+    sizes: array[int]
+
+    @classmethod
+    def of_one(cls, path: Path, offsets: array[int], sizes: array[int], *, stamp: Stamp) -> Places:
+        """Returns the places of images that are all in one file."""
+        return cls((path,), (stamp,), array("i", [0]) * len(offsets), offsets, sizes)
+
+    @classmethod
+    def of_locations(cls, locations: Sequence[ImageLocation]) -> Places:
+        """Returns the places of these images, some of which may be files of their own."""
+        numbers: dict[tuple[Path, Stamp], int] = {}
+        container, offsets, sizes = _arrays()
+        for location in locations:
+            stamp = location.stamp or stamp_of(location.path.stat())
+            container.append(numbers.setdefault((location.path, stamp), len(numbers)))
+            offsets.append(location.offset)
+            sizes.append(stamp[0] if location.size is None else location.size)
+        return cls(tuple(path for path, _ in numbers), tuple(stamp for _, stamp in numbers), container, offsets, sizes)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Places]) -> Places:
+        """Returns the places of all parts, one after the other."""
+        places = cls(tuple(path for part in parts for path in part.containers), tuple(s for part in parts for s in part.stamps), *_arrays())
+        first = 0
+        for part in parts:
+            places.container.extend(number + first for number in part.container)
+            places.offsets.extend(part.offsets)
+            places.sizes.extend(part.sizes)
+            first += len(part.containers)
+        return places
+
+    def location(self, index: int, name: str) -> ImageLocation:
+        number = self.container[index]
+        return ImageLocation(name, self.containers[number], self.offsets[index], self.sizes[index], self.stamps[number])
+
+    def restricted(self, indices: Sequence[int]) -> Places:
+        container, offsets, sizes = _arrays()
+        for index in indices:
+            container.append(self.container[index])
+            offsets.append(self.offsets[index])
+            sizes.append(self.sizes[index])
+        return replace(self, container=container, offsets=offsets, sizes=sizes)
+
+
+def _arrays() -> tuple[array[int], array[int], array[int]]:
+    return array("i"), array("q"), array("q")
+
+
+@dataclass(frozen=True)
 class ImageListing:
     """The images of a data set in order; sample i is file i. Takes about 120 bytes of memory per image."""
 
     root: Path
-    """Path of the folder or tar."""
+    """The folder, tar or other source that was listed; images that are files of their own have their names relative to it."""
     class_names: tuple[str, ...]
-    """Class names in label order."""
+    """Class names in label order; () if no image has a label."""
     files: tuple[str, ...]
-    """Names relative to the root, with '/', unique, without line breaks. Bytes that are not UTF-8 are kept with surrogateescape."""
+    """Names with '/', unique, without line breaks. Bytes that are not UTF-8 are kept with surrogateescape."""
     labels: tuple[int, ...]
+    """Class of each image; -1 for an image without a label."""
     skipped: tuple[tuple[str, str], ...] = ()
     """(name, reason) of every entry below the root that is not a sample."""
-    offsets: Sequence[int] | None = field(default=None, repr=False)
-    """Offset of each image's first byte in a tar; None if each image is its own file."""
-    sizes: Sequence[int] = field(default=(), repr=False)
-    """Size of each image in a tar, in bytes."""
+    places: Places | None = field(default=None, repr=False)
+    """Places of images in tars and the like; None if each image is a file of its own."""
     notes: tuple[str, ...] = ()
     """Messages on how the input was interpreted, to be shown to the user before work starts."""
 
     def location(self, index: int) -> ImageLocation:
         name = self.files[index]
-        if self.offsets is None:
-            return ImageLocation(name, self.root / name)
-        return ImageLocation(name, self.root, self.offsets[index], self.sizes[index])
+        return ImageLocation(name, self.root / name) if self.places is None else self.places.location(index, name)
 
     def path(self, index: int) -> Path:
         """Returns the path of the file that contains the image."""
-        return self.root / self.files[index] if self.offsets is None else self.root
+        return self.location(index).path
 
     def num_bytes(self, index: int) -> int:
         """Returns the image's size in bytes. Raises UserError if its file no longer exists."""
-        if self.offsets is not None:
-            return self.sizes[index]
+        if (size := self.location(index).size) is not None:
+            return size
         path = self.path(index)
         try:
             return path.stat().st_size
@@ -101,8 +171,7 @@ class ImageListing:
             self,
             files=tuple(self.files[i] for i in indices),
             labels=tuple(self.labels[i] for i in indices),
-            offsets=None if self.offsets is None else array("q", (self.offsets[i] for i in indices)),
-            sizes=() if self.offsets is None else array("q", (self.sizes[i] for i in indices)),
+            places=None if self.places is None else self.places.restricted(indices),
         )
 
 
@@ -115,11 +184,14 @@ def names_digest(names: Iterable[str]) -> str:
 
 
 def in_sample_order(found: ImageListing, labels: Sequence[int | None]) -> ImageListing:
-    """Returns the images that have a label, sorted into the order of samples. `found` may have any order; labels[i] belongs to its image i."""
-    members: list[list[int]] = [[] for _ in found.class_names]
+    """Returns the images in the order of samples. `found` may have any order; labels[i] belongs to its image i.
+
+    An image whose label is None is left out; -1 keeps it without a label, before those of the classes.
+    """
+    members: list[list[int]] = [[] for _ in range(len(found.class_names) + 1)]
     for index, label in enumerate(labels):
         if label is not None:
-            members[label].append(index)
+            members[label + 1].append(index)
     # torchvision's order within a class: by the folder's path, then by the file's name.
     order = [index for indices in members for index in sorted(indices, key=lambda index: found.files[index].rpartition("/")[::2])]
     labelled = replace(found, labels=tuple(-1 if label is None else label for label in labels), skipped=tuple(sorted(found.skipped)))
@@ -134,6 +206,8 @@ def why_not_an_image(file_name: str) -> str:
         return "a thumbnail"
     if has_line_break(file_name):
         return "a line break in its name: a list of names could not hold it"
+    if file_name.lower().endswith(_UNREADABLE_EXTENSIONS):
+        return "HEIC, which Pillow does not read"
     return "" if file_name.lower().endswith(EXTENSIONS) else "not an image by its extension"
 
 

@@ -36,7 +36,7 @@ def draw_images(listing: ImageListing, num_images: int, *, seed: int) -> ImageLi
     members: dict[int, list[int]] = {}
     for index, label in enumerate(listing.labels):
         members.setdefault(label, []).append(index)
-    order = sorted(members, key=lambda label: _rank(seed, listing.class_names[label]))
+    order = sorted(members, key=lambda label: _rank(seed, listing.class_names[label] if label >= 0 else ""))
     takes = balanced_counts([len(members[label]) for label in order], num_images)
     chosen: list[int] = []
     for label, take in zip(order, takes, strict=True):
@@ -95,8 +95,8 @@ def restrict(listing: ImageListing, names: Iterable[str], *, source: Path) -> Im
 
 def drop_empty_classes(listing: ImageListing) -> ImageListing:
     """Returns the same images without the empty classes; the other classes are renumbered in their order."""
-    used = sorted(set(listing.labels))
-    label_of = {old: new for new, old in enumerate(used)}
+    used = sorted(set(listing.labels) - {-1})
+    label_of = {-1: -1} | {old: new for new, old in enumerate(used)}
     class_names = tuple(listing.class_names[label] for label in used)
     return replace(listing, class_names=class_names, labels=tuple(label_of[label] for label in listing.labels))
 

@@ -1,11 +1,12 @@
-"""Lists the images inside a tar, which are then read in place. Nothing is unpacked, so a malicious name cannot write outside a folder.
+"""Finds the images inside a tar, which are then read in place. Nothing is unpacked, so a malicious name cannot write outside a folder.
 
-Three layouts: ImageNet's ILSVRC2012_img_train.tar (a tar of one tar per class), a tar of class folders, and images without class folders
-(ILSVRC2012_img_val.tar), whose labels come from another file.
+Layouts: ImageNet's ILSVRC2012_img_train.tar (a tar of one tar per class), a tar of class folders, images without class folders
+(ILSVRC2012_img_val.tar), and WebDataset's samples, whose members have one key: '7.jpg', '7.json', '7.txt', and in '7.cls' the label.
 """
 
 from __future__ import annotations
 
+import os
 import posixpath
 import tarfile
 from array import array
@@ -15,11 +16,13 @@ from typing import BinaryIO
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
-from fastbyol.data.inputs.listing import why_not_a_folder, why_not_an_image
+from fastbyol.data.inputs.listing import has_line_break, why_not_a_folder, why_not_an_image
 from fastbyol.host.progress import Progress
 
 _MOST_LINKS = 40
 """Longest chain of links that is followed, as in Linux."""
+_LABEL, _LONGEST_LABEL = ".cls", 100
+"""Extension of WebDataset's member with a sample's label, and the most bytes of one that is read."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -37,6 +40,8 @@ class TarScan:
         self.skipped: list[tuple[str, str]] = []
         self.class_tars: set[str] = set()
         """Names of the classes that have their own tar."""
+        self.labels: dict[str, str] = {}
+        """Label of each WebDataset sample that has one, by its key."""
         self._path = path
         self._rows: dict[str, int] = {}
         """Row in `offsets` and `sizes` of each image, by name."""
@@ -45,28 +50,61 @@ class TarScan:
         self._links: dict[str, tuple[bool, str, str]] = {}
         """(is it symbolic, target as a name within the tar, target as written in the tar) of each link, by name."""
 
-    def read(self) -> None:
-        """Reads every header once. Raises UserError if the tar is truncated, damaged or compressed."""
+    def read(self, progress: Progress) -> None:
+        """Reads every header once, and adds the tar's bytes to `progress`. Raises UserError if the tar is truncated, damaged or compressed."""
+        self._reached = 0
         try:
-            with (
-                open(self._path, "rb", buffering=0) as file,
-                Progress(f"{self._path.name}: headers", self._path.stat().st_size) as progress,
-            ):
-                start = file.read(8)
+            with open(self._path, "rb", buffering=0) as file:
+                start, size = file.read(8), os.fstat(file.fileno()).st_size
                 if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), ""):
                     raise UserError(
                         f"{self._path}: is compressed ({kind}); images are read in place, so decompress it to a plain .tar first"
                     )
-                for member in self._members(file, 0, self._path.stat().st_size, within=self._path.name):
-                    progress.reach(member.offset_data)
+                for member in self._members(file, 0, size, within=self._path.name):
+                    self._show(member, progress)
                     name = self._safe_name(member, member.name)
                     if name.endswith(".tar") and "/" not in name and not why_not_a_folder(name):
                         self._take_class_tar(file, member, name, progress)
                     elif name:
                         self._take(member, name, top="")
+                self._follow_links()
+                self._keep_one_image_of_each_key()
+                self._read_labels(file)
+                progress.advance(size - self._reached)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be read ({error.strerror or error}); check the file") from error
-        self._follow_links()
+
+    def _show(self, member: tarfile.TarInfo, progress: Progress) -> None:
+        progress.advance(member.offset_data - self._reached)
+        self._reached = member.offset_data
+
+    def _keep_one_image_of_each_key(self) -> None:
+        """Skips all but one image of each WebDataset key, for example 'x.mask.png' beside 'x.jpg'.
+
+        Only where images and other files share keys: elsewhere 'trip.1.jpg' and 'trip.2.jpg' are two photographs.
+        """
+        keys = {_split_key(name)[0] for name in self._others}.intersection(_split_key(name)[0] for name in self.names)
+        if not keys:
+            return
+        # Captions and the like belong to a sample: to name each as left out would take more memory than the images' names.
+        self.skipped = [entry for entry in self.skipped if entry[0] not in self._others or _split_key(entry[0])[0] not in keys]
+        best: dict[str, tuple[bool, int]] = {}
+        for row, name in enumerate(self.names):
+            key, extension = _split_key(name)
+            # The one whose whole extension is an image's comes first, then the first in the tar.
+            best[key] = min(best.get(key, (True, row)), ("." in extension, row))
+        kept = sorted(row for _, row in best.values())
+        self.skipped += [(self.names[row], "a further image of its key") for row in sorted(set(range(len(self.names))) - set(kept))]
+        self.names = [self.names[row] for row in kept]
+        self.offsets, self.sizes = (array("q", (column[row] for row in kept)) for column in (self.offsets, self.sizes))
+
+    def _read_labels(self, file: BinaryIO) -> None:
+        for name, (offset, size) in self._others.items():
+            key, extension = _split_key(name)
+            if f".{extension}" == _LABEL and 0 < size <= _LONGEST_LABEL:
+                text = os.pread(file.fileno(), size, offset).decode("utf-8", "replace").strip()
+                if text and text != "-1" and not has_line_break(text):  # our own shards have -1 for an image without a label
+                    self.labels[key] = text
 
     def _take_class_tar(self, file: BinaryIO, class_tar: tarfile.TarInfo, name: str, progress: Progress) -> None:
         if not class_tar.isreg() or class_tar.issparse():
@@ -75,7 +113,7 @@ class TarScan:
         start, class_name = class_tar.offset_data, name.removesuffix(".tar")
         self.class_tars.add(class_name)
         for member in self._members(file, start, start + class_tar.size, within=name):
-            progress.reach(member.offset_data)
+            self._show(member, progress)
             inner = self._safe_name(member, f"{class_name}/{member.name}")
             if inner:
                 self._take(member, inner, top=f"{class_name}/")
@@ -139,6 +177,18 @@ class TarScan:
         except DamagedTarError as error:
             where = "" if within == self._path.name else f" (in {within})"
             raise UserError(f"{self._path}: is not a complete tar: {error}{where}; download or copy it again") from error
+
+
+def _split_key(name: str) -> tuple[str, str]:
+    """Returns WebDataset's key and extension of a member: everything up to the first dot of the file's name, and the rest in lower case."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def key_of(name: str) -> str:
+    """Returns WebDataset's key of a member."""
+    return _split_key(name)[0]
 
 
 def _why_no_sample(name: str) -> str:

@@ -14,7 +14,7 @@ from fastbyol.data.backends.source import Indices, Pixels
 from fastbyol.data.formats.beton import RAW_MODE, read_beton
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
 from fastbyol.data.formats.pillow_decoding import decode_with_pillow
-from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, read_sample_table
+from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, is_shard_folder, read_sample_table
 from fastbyol.data.inputs.listing import ImageLocation
 from fastbyol.data.traversal import seeded_permutation
 
@@ -67,8 +67,8 @@ def listed_positions(manifest: Manifest) -> Indices:
 
 
 def is_converted(path: Path) -> bool:
-    """Returns True if the path looks like converted data: a .beton, or a folder with a manifest or with tars."""
-    return path.suffix == ".beton" if path.is_file() else (path / TAR_MANIFEST).is_file() or any(path.glob("*.tar"))
+    """Returns True if the path looks like converted data: a .beton, or a folder of our tar shards."""
+    return path.suffix == ".beton" if path.is_file() else is_shard_folder(path)
 
 
 def manifest_path(path: Path) -> Path:

@@ -41,7 +41,7 @@ class Inventory:
 
     path: str
     kind: str
-    """'beton', 'tar shards', 'folder' or 'tar'."""
+    """'beton', 'tar shards', 'folder', 'images in tars' or 'image files' (of a list or of several folders)."""
     images: int
     classes: int
     empty_classes: int
@@ -97,7 +97,7 @@ def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
                 rows.append((*image_size(data), len(data)))
         height, width, size = np.array(rows, dtype=np.int64).reshape(-1, 3).T
         image_bytes = sum(map(found.num_bytes, range(num)))
-        kind = "folder" if path.is_dir() else "tar"
+        kind = "images in tars" if found.places else "folder" if path.is_dir() else "image files"
     sides = None
     if len(size):
         pixels = height * width

@@ -22,7 +22,8 @@ def checked_manifest(path: Path, found: Findings) -> Manifest | None:
         raise UserError(f"{path}: no such file or folder; give what data_prep/to_ffcv.py or data_prep/to_dali.py made")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: may not be read; check its permissions")
-    if not is_converted(path):
+    # Shards of other tools have no manifest.
+    if not (is_converted(path) or any(path.glob("*.tar"))):
         raise UserError(
             f"{path}: is neither a .beton nor a folder of tar shards; give what data_prep/to_ffcv.py or data_prep/to_dali.py made"
         )

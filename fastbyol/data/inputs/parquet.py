@@ -1,0 +1,170 @@
+"""Lists the images in Parquet files, as Hugging Face's image data sets are stored: a column with each image's bytes, perhaps one of labels.
+
+Parquet compresses many rows together, so one image cannot be read alone. The images are therefore copied once to a tar, which is then read as
+any other; it takes as much space as the images.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.inputs.listing import ImageListing, Stamp, stamp_of
+from fastbyol.data.inputs.tars import list_tars
+from fastbyol.host.cache_files import cache_file
+from fastbyol.host.durable_files import durable_file
+from fastbyol.host.progress import Progress
+
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
+_ROWS = 64
+"""Rows that are decoded at a time: some megabytes."""
+_STAMPS = "parquet.json"
+"""First member of the tar: the stamps of the Parquet files, and the label column."""
+_MAGIC = {
+    b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif", b"RIFF": "webp",
+    b"P5": "pgm", b"P6": "ppm", b"\0\0\0\x0cjP": "jp2",
+}  # fmt: skip
+
+
+def list_parquet(paths: Sequence[Path], *, root: Path, label_column: str | None = None, labels: str = "auto") -> ImageListing:
+    """Returns the images of the Parquet files, in the order of their rows.
+
+    Args:
+        paths: the files, which have the same columns.
+        root: what the user gave, for messages.
+        label_column: column of labels; None takes the one that Hugging Face marks or names so.
+        labels: 'none' ignores labels.
+
+    Raises:
+        UserError: pyarrow is missing, a file is damaged, or no column holds images.
+    """
+    try:
+        stamps = [stamp_of(path.stat()) for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
+    facts = {"stamps": [list(stamp) for stamp in stamps], "label_column": label_column}
+    with cache_file(paths[0].parent, name="fastbyol-images", of=[*paths, Path(label_column or "")]) as tar:
+        if tar is None:
+            raise UserError(
+                f"{root}: the images in Parquet files are copied to a tar first, and no folder for it can be written; set XDG_CACHE_HOME"
+            )
+        if _facts_of(tar) != facts:
+            try:
+                _write_tar(tar, paths, stamps, facts, label_column)
+            except OSError as error:
+                raise UserError(f"{tar}: the images cannot be copied there ({error.strerror or error}); free some space") from error
+    listing = list_tars([tar], labels="none" if labels == "none" else "auto", splits="classes")
+    kept = tuple((name, why) for name, why in listing.skipped if name != _STAMPS)
+    note = f"{root}: the images of {len(paths):,} Parquet files are read from {tar}, to which they were copied once"
+    return replace(listing, root=root, skipped=kept, notes=(note,))
+
+
+def _facts_of(tar: Path) -> dict[str, Any] | None:
+    """Returns the first member of the tar, or None if there is no such tar."""
+    try:
+        with tarfile.open(tar) as archive:
+            first = archive.next()
+            content = archive.extractfile(first) if first and first.name == _STAMPS else None
+            return json.loads(content.read(1 << 20)) if content else None
+    except (OSError, tarfile.TarError, ValueError):
+        return None
+
+
+def _write_tar(tar: Path, paths: Sequence[Path], stamps: Sequence[Stamp], facts: dict[str, Any], label_column: str | None) -> None:
+    with durable_file(tar) as file, Progress(f"{tar.name}: images", sum(size for size, _ in stamps)) as progress:
+        buffered = io.BufferedWriter(file)  # type: ignore[arg-type]  # a plain write of an unbuffered file may stop early
+        with tarfile.open(fileobj=buffered, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            _add(archive, _STAMPS, json.dumps(facts).encode())
+            row = 0
+            for path, (size, _) in zip(paths, stamps, strict=True):
+                for data, label in _rows(path, label_column):
+                    if data:
+                        _add(archive, f"{row:09d}.{_extension(data)}", data)
+                    if data and label is not None:
+                        _add(archive, f"{row:09d}.cls", label.encode())
+                    row += 1
+                progress.advance(size)
+        buffered.flush()
+        buffered.detach()  # durable_file flushes it to the disk and closes it
+
+
+def _extension(data: bytes) -> str:
+    if data[4:12] == b"ftypavif":
+        return "avif"
+    return next((extension for magic, extension in _MAGIC.items() if data.startswith(magic)), "unknown")
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def _rows(path: Path, label_column: str | None) -> Iterator[tuple[bytes, str | None]]:
+    """Yields the bytes of each image (b'' if it has none) and its label as text."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(f"{path}: pyarrow, which reads Parquet, is not installed; pip install 'fastbyol[parquet]'") from error
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            image, label = _image_column(path, schema, pa), _label_column(path, schema, label_column)
+            names = _class_names(schema, label)
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[image, *([label] if label else [])]):
+                column = batch.column(0)
+                data = column.field("bytes") if pa.types.is_struct(column.type) else column
+                values = batch.column(1).to_pylist() if label else [None] * len(batch)
+                for content, value in zip(data.to_pylist(), values, strict=True):
+                    yield content or b"", _label_text(value, names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: is not a readable Parquet file ({' '.join(str(error).split())[:200]}); copy it again") from error
+
+
+def _image_column(path: Path, schema: Any, pa: Any) -> str:
+    def holds_images(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return any(kind.field(i).name == "bytes" and holds_images(kind.field(i).type) for i in range(kind.num_fields))
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    found = [field.name for field in schema if holds_images(field.type)]
+    named = [name for name in found if name.lower() in _IMAGE_COLUMNS]
+    if len(named or found) != 1:
+        what = "several columns hold" if found else "no column holds"
+        raise UserError(
+            f"{path}: {what} images as bytes (its columns: {', '.join(schema.names)}); give Parquet files with one column 'image'"
+        )
+    return (named or found)[0]
+
+
+def _label_column(path: Path, schema: Any, wanted: str | None) -> str | None:
+    if wanted is not None and wanted not in schema.names:
+        raise UserError(f"--label-column {wanted}: {path} has no such column; its columns are {', '.join(schema.names)}")
+    return wanted or next((name for name in _LABEL_COLUMNS if name in schema.names), None)
+
+
+def _class_names(schema: Any, label: str | None) -> list[str] | None:
+    """Returns the names of the classes that Hugging Face stores beside the columns, or None."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[label]["names"]]
+    except (TypeError, KeyError, ValueError):
+        return None
+
+
+def _label_text(value: object, names: list[str] | None) -> str | None:
+    if value is None or value == -1:  # Hugging Face's test splits have -1
+        return None
+    if names and isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    return str(value)

@@ -1,0 +1,132 @@
+"""What a user may give as data: folders, tars, shards, Parquet files and lists, one or several at once. Finds out which of these it is.
+
+`a::b` gives several at once, as WebDataset writes it; `part-{00000..00099}.tar` and `part-*.tar` stand for many files.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from fastbyol.config.arguments import expand_home
+from fastbyol.config.errors import UserError
+from fastbyol.data.inputs.listing import EXTENSIONS
+from fastbyol.data.inputs.splits import is_split
+
+SEPARATOR = "::"
+LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".lst")
+_KIND_OF = {".tar": "tar", ".parquet": "parquet"} | dict.fromkeys(LIST_EXTENSIONS, "list")
+_MOST_FILES = 1_000_000
+"""Most files that one pattern may stand for: {0..999999999} would fill the memory."""
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
+_NUMBERS = re.compile(r"[-_.]?\d+([-_.]?of[-_.]?\d+)?$")
+Data = Path | str | Sequence[Path | str]
+
+
+@dataclass(frozen=True)
+class GivenSource:
+    """One thing to list."""
+
+    kind: str
+    """'folder', 'tar', 'parquet' or 'list'."""
+    paths: tuple[Path, ...]
+    """The tars or Parquet files; otherwise one path."""
+    given: Path
+    """What the user wrote, for messages."""
+
+
+def given_sources(data: Data, *, option: str = "--data") -> list[GivenSource]:
+    """Returns what `data` stands for, in the order given. Raises UserError, naming the option, if something does not exist or is unclear."""
+    texts = [data] if isinstance(data, str | Path) else list(data)
+    parts = [part for text in texts for part in str(text).split(SEPARATOR)]
+    if not all(parts):
+        raise UserError(f"{option} = {os.fspath(texts[0])!r}: names nothing on one side of '{SEPARATOR}'; give paths on both")
+    return [source for part in parts for source in _sources_of(expand_home(part), option)]
+
+
+def is_original(data: str) -> bool:
+    """Returns True if `data` can only mean images that were not converted: several sources, a pattern, a tar, a Parquet file or a list."""
+    path = Path(data)
+    if SEPARATOR in data or not path.exists():
+        return SEPARATOR in data or bool(re.search(r"[*?\[{]", data))
+    return path.is_file() and path.suffix.lower() in _KIND_OF
+
+
+def _sources_of(text: str, option: str) -> list[GivenSource]:
+    path = Path(text)
+    if path.exists():
+        return [_source_of(path)]
+    if not re.search(r"[*?\[{]", text):
+        raise UserError(f"{option} = {text}: no such file or folder")
+    names = [name for pattern in _brace_expanded(text) for name in (sorted(glob.glob(pattern)) or [pattern])]
+    missing = [name for name in names if not os.path.exists(name)]
+    if missing and len(missing) == len(names):
+        raise UserError(f"{option} = {text}: no file or folder has such a name (the first would be {missing[0]}); check the pattern")
+    if missing:
+        raise UserError(
+            f"{option} = {text}: {len(missing):,} of its {len(names):,} files are missing, the first {missing[0]}; copy them, or correct the numbers"
+        )
+    found = [_source_of(Path(name)) for name in names]
+    if len({source.kind for source in found}) > 1 or found[0].kind not in ("tar", "parquet"):
+        return found
+    return [GivenSource(found[0].kind, tuple(path for source in found for path in source.paths), path)]
+
+
+def _brace_expanded(text: str) -> Iterator[str]:
+    """Yields the names that braces stand for: '{a,b}' and '{000..099}', whose numbers keep their width."""
+    pieces = _BRACES.split(text)
+    choices: list[list[str]] = []
+    for inside in pieces[1::2]:
+        if bounds := _RANGE.fullmatch(inside):
+            first, last = bounds.groups()
+            if abs(int(last) - int(first)) >= _MOST_FILES:
+                raise UserError(f"{text}: {{{inside}}} stands for more than {_MOST_FILES:,} files; correct the numbers")
+            width = len(first) if first.startswith("0") or len(first) == len(last) else 1
+            choices.append([f"{number:0{width}d}" for number in range(int(first), int(last) + 1)])
+        else:
+            choices.append(inside.split(","))
+    for chosen in product(*choices):
+        yield "".join(part for pair in zip(pieces[::2], (*chosen, ""), strict=True) for part in pair)
+
+
+def _source_of(path: Path) -> GivenSource:
+    if path.is_dir():
+        return _shards_in(path) or GivenSource("folder", (path,), path)
+    # A file of another name is read as a tar, whose reader says what is wrong with it.
+    return GivenSource(_KIND_OF.get(path.suffix.lower(), "tar"), (path,), path)
+
+
+def _shards_in(folder: Path) -> GivenSource | None:
+    """Returns the tars or Parquet files of a folder that has no images of its own; None if it is a folder of images.
+
+    Hugging Face's data sets have their Parquet files in a folder 'data'.
+    """
+    for place in (folder, folder / "data"):
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError:
+            return None
+        for extension in (".tar", ".parquet"):
+            files = [entry for entry in entries if entry.name.endswith(extension) and not entry.name.startswith(".")]
+            others = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")] if extension == ".tar" else []
+            if files and not others and not any(entry.name.lower().endswith(EXTENSIONS) for entry in entries):
+                _refuse_several_splits(place, [entry.name.removesuffix(extension) for entry in files], extension)
+                return GivenSource(_KIND_OF[extension], tuple(Path(entry.path) for entry in files), folder)
+    return None
+
+
+def _refuse_several_splits(folder: Path, stems: list[str], extension: str) -> None:
+    """Raises UserError if the files are those of train and val: training on both would put validation images into pre-training."""
+    groups = {_NUMBERS.sub("", stem) for stem in stems}
+    words = {word for group in groups for word in re.split(r"[\W_]+", group) if is_split(word)}
+    if len(groups) > 1 and words:
+        chosen = min((group for group in groups if "train" in group.lower()), default=min(groups))
+        raise UserError(
+            f"{folder}: holds the files of several splits ({', '.join(sorted(groups))}); give one of them, such as '{folder / chosen}*{extension}'"
+        )

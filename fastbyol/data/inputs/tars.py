@@ -1,0 +1,212 @@
+"""Lists the images of one or several tars: class folders, WebDataset's shards, or images without labels.
+
+Reading the headers of a terabyte of shards takes minutes, so their names and places are kept in an index file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import zipfile
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastbyol.config.errors import UserError
+from fastbyol.data.inputs.folder import by_class_folder, without_labels
+from fastbyol.data.inputs.listing import ImageListing, Places, Stamp, in_sample_order, stamp_of
+from fastbyol.data.inputs.splits import refuse_splits
+from fastbyol.data.inputs.tar import TarScan, key_of
+from fastbyol.host.cache_files import cache_file
+from fastbyol.host.durable_files import durable_file
+from fastbyol.host.progress import Progress
+
+log = logging.getLogger("fastbyol")
+_FORMAT = 1
+
+
+class TarContent:
+    """What a scan found in one tar: the images' names and places, what was skipped, the class tars and WebDataset's labels."""
+
+    def __init__(self, path: Path, stamp: Stamp, scan: TarScan) -> None:
+        self.path, self.stamp = path, stamp
+        self.names, self.offsets, self.sizes = scan.names, scan.offsets, scan.sizes
+        self.skipped, self.class_tars, self.labels = scan.skipped, scan.class_tars, scan.labels
+
+
+def list_tars(paths: Sequence[Path], *, labels: str, splits: str) -> ImageListing:
+    """Returns the images of the tars, in order; several tars are one data set of shards, whose names begin with the shard's.
+
+    Args:
+        paths: the tars.
+        labels: 'auto' takes WebDataset's .cls members if there are any, else the class folders of a single tar, else none; 'folders' the
+            class folders; 'none' no labels.
+        splits: 'refuse' raises an error for folders such as train/ and val/; 'classes' accepts them as classes.
+    """
+    found = tar_images(contents := read_tars(paths))
+    if labels == "none":
+        return without_labels(found)
+    if labels == "auto" and any(content.labels for content in contents):
+        return _by_label_member(found, contents)
+    if len(paths) > 1:
+        if labels == "auto":
+            return without_labels(found)
+        return _by_folder_in_shard(found)
+    names = found.files
+    # 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all images are in images/train.
+    while (top := names[0].partition("/")[0] + "/") and all(name.startswith(top) and name.count("/") > 1 for name in names):
+        names = tuple(name.removeprefix(top) for name in names)
+    class_names = tuple(sorted({name.partition("/")[0] for name in names if "/" in name} | contents[0].class_tars))
+    if splits == "refuse":
+        refuse_splits(found.root, class_names, names)
+    if labels == "auto" and len(class_names) < 2:
+        return without_labels(found)
+    if not class_names:
+        raise UserError(
+            f"{found.root}: its images are not in class folders (the first: {min(names)}); give --labels FILE or --devkit, or --labels none"
+        )
+    return by_class_folder(replace(found, files=names, class_names=class_names))
+
+
+def _by_folder_in_shard(found: ImageListing) -> ImageListing:
+    """Returns the images of several tars labelled by their folders in the tar; without one, the tar's own name is the class."""
+    classes = [name.split("/")[1] if name.count("/") > 1 else name.partition("/")[0] for name in found.files]
+    class_names = tuple(sorted(set(classes)))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    return in_sample_order(replace(found, class_names=class_names), [label_of[name] for name in classes])
+
+
+def tar_images(contents: Sequence[TarContent]) -> ImageListing:
+    """Returns the images of all tars, in no particular order and without labels. Raises UserError if there are none."""
+    one = len(contents) == 1
+    stems = [""] if one else [f"{content.path.name.removesuffix('.tar')}/" for content in contents]
+    if len(set(stems)) != len(stems):
+        stems = [f"{content.path.as_posix().lstrip('/').removesuffix('.tar')}/" for content in contents]
+    root = contents[0].path if one else Path(os.path.commonpath([os.path.abspath(content.path.parent) for content in contents]))
+    pairs = list(zip(stems, contents, strict=True))
+    names = tuple(stem + name for stem, content in pairs for name in content.names)
+    skipped = tuple((stem + name, why) for stem, content in pairs for name, why in content.skipped)
+    if not names:
+        told = f" (what is in it: {', '.join(name for name, _ in skipped[:3])})" if skipped else ""
+        raise UserError(f"{root}: no image in it{told}; give a tar of images, of class folders, or of one tar per class")
+    places = Places.joined([Places.of_one(c.path, c.offsets, c.sizes, stamp=c.stamp) for c in contents])
+    return ImageListing(root, (), names, (), skipped, places)
+
+
+def _by_label_member(found: ImageListing, contents: Sequence[TarContent]) -> ImageListing:
+    """Returns the images labelled by WebDataset's .cls members: class numbers, or names."""
+    values = [content.labels.get(key_of(name)) for content in contents for name in content.names]
+    given = {value for value in values if value is not None}
+    by_number = all(value.isdecimal() for value in given)
+    class_names = tuple(sorted(given, key=lambda value: (int(value), value) if by_number else (0, value)))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    without = sum(value is None for value in values)
+    note = f"{found.root}: labels from .cls members: {len(class_names):,} classes" + (f"; {without:,} images have none" if without else "")
+    labels = [-1 if value is None else label_of[value] for value in values]
+    return in_sample_order(replace(found, class_names=class_names, notes=(*found.notes, note)), labels)
+
+
+def read_tars(paths: Sequence[Path]) -> list[TarContent]:
+    """Returns the content of each tar, from the index file if it has one and the tar has not changed since. Writes the index file."""
+    try:
+        stamps = [stamp_of(path.stat()) for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
+    if len(paths) == 1:
+        return _scan(paths, stamps)
+    with cache_file(paths[0].parent, name="fastbyol-index", of=paths) as index:
+        known = _read_index(index) if index else {}
+        fresh = {path: known.get(str(path.absolute())) for path in paths}
+        outdated = [path for path, stamp in zip(paths, stamps, strict=True) if (c := fresh[path]) is not None and c.stamp != stamp]
+        for path in outdated:
+            log.warning("%s: has changed since it was indexed; it is indexed again", path)
+        stale = [(path, stamp) for path, stamp in zip(paths, stamps, strict=True) if fresh[path] is None or path in outdated]
+        if stale:
+            for content in _scan([path for path, _ in stale], [stamp for _, stamp in stale]):
+                fresh[content.path] = content
+            if index:
+                _write_index(index, [content for content in fresh.values() if content])
+    return [content for content in fresh.values() if content is not None]
+
+
+def _scan(paths: Sequence[Path], stamps: Sequence[Stamp]) -> list[TarContent]:
+    what = f"{paths[0].name}: headers" if len(paths) == 1 else f"{paths[0].parent.name}: headers of {len(paths):,} tars"
+    with Progress(what, sum(size for size, _ in stamps)) as progress:
+        contents = []
+        for path, stamp in zip(paths, stamps, strict=True):
+            scan = TarScan(path)
+            scan.read(progress)
+            contents.append(TarContent(path, stamp, scan))
+    return contents
+
+
+def _write_index(index: Path, contents: Sequence[TarContent]) -> None:
+    facts = [
+        {
+            "path": str(content.path.absolute()),
+            "stamp": content.stamp,
+            "images": len(content.names),
+            "skipped": content.skipped,
+            "class_tars": sorted(content.class_tars),
+            "labels": content.labels,
+        }
+        for content in contents
+    ]
+    columns = {
+        "facts": _as_bytes(json.dumps({"format": _FORMAT, "tars": facts})),
+        "names": _as_bytes("\0".join(name for content in contents for name in content.names)),
+        "offsets": np.concatenate([np.array(content.offsets, dtype=np.int64) for content in contents]),
+        "sizes": np.concatenate([np.array(content.sizes, dtype=np.int64) for content in contents]),
+    }
+    try:
+        with durable_file(index) as file:
+            np.savez(file, allow_pickle=False, **columns)
+    except OSError as error:
+        log.warning("%s: cannot be written (%s); the tars will be read again next time", index, error.strerror)
+
+
+def _read_index(index: Path) -> dict[str, TarContent]:
+    """Returns the indexed tars by their paths; {} if there is no index or it is damaged: then everything is read again."""
+    if not index.exists():
+        return {}
+    try:
+        data = index.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # refuse what is compressed: a small file could unpack to fill the memory
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            facts: dict[str, Any] = json.loads(arrays["facts"].tobytes())
+            text = arrays["names"].tobytes().decode(errors="surrogateescape")
+            names = text.split("\0") if text else []
+            offsets, sizes = arrays["offsets"], arrays["sizes"]
+        if facts["format"] != _FORMAT or not len(offsets) == len(sizes) == len(names) == sum(fact["images"] for fact in facts["tars"]):
+            raise ValueError("its columns do not fit together")
+        found, first = {}, 0
+        for fact in facts["tars"]:
+            path, stamp, end = Path(fact["path"]), (int(fact["stamp"][0]), int(fact["stamp"][1])), first + int(fact["images"])
+            scan = TarScan(path)
+            scan.names = names[first:end]
+            scan.offsets, scan.sizes = array("q", offsets[first:end].tolist()), array("q", sizes[first:end].tolist())
+            if end > first and (min(scan.offsets) < 0 or min(scan.sizes) < 0 or int((offsets + sizes)[first:end].max()) > stamp[0]):
+                raise ValueError("a place beyond its tar")
+            scan.skipped = [(str(name), str(why)) for name, why in fact["skipped"]]
+            scan.class_tars, scan.labels = (
+                set(map(str, fact["class_tars"])),
+                {str(key): str(value) for key, value in fact["labels"].items()},
+            )
+            found[fact["path"]] = TarContent(path, stamp, scan)
+            first = end
+    except Exception as error:  # a damaged zip file or array header raises anything
+        log.warning("%s: is damaged (%s); the tars are read again", index, error)
+        return {}
+    return found
+
+
+def _as_bytes(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(text.encode(errors="surrogateescape"), dtype=np.uint8)

@@ -1,0 +1,410 @@
+"""Data as people have them: without labels, in any kind of container. The same images give the same views, whatever they come from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import webdataset
+
+from fastbyol import train
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import DataConfig
+from fastbyol.config.views import ViewPair
+from fastbyol.data import build_image_loader, build_loader
+from fastbyol.data.inputs.images import list_images
+from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.sources import given_sources, is_original
+from tests.commands import ROOT, SMALL_RUN, files_no_larger_than, run_here
+from tests.images import encoded, smooth_image, write_files
+
+NUM, PER_SHARD = 24, 8
+VIEWS = ViewPair(size_px=16)
+SOURCES = ("flat", "tree", "list.txt", "list.csv", "list.tsv", "roots", "shards", "pattern", "one.tar", "parquet", "parquet_file")
+
+
+def picture(index: int) -> bytes:
+    return encoded(smooth_image(index, 24 + index % 11, 40 - index % 7))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same 24 pictures in every kind of source, by name: what a user would give as data."""
+    root = tmp_path_factory.mktemp("sources")
+    names = [f"{index:04d}.jpg" for index in range(NUM)]
+    pictures = dict(zip(names, map(picture, range(NUM)), strict=True))
+    write_files(root / "flat", pictures)
+    write_files(root / "tree", {f"{'2019/spring' if name < '0010' else '2020'}/{name}": data for name, data in pictures.items()})
+    (root / "list.txt").write_text("".join(f"flat/{name}\n" for name in reversed(names)))
+    rows = "".join(f"{number},flat/{name},kind {number % 3}\n" for number, name in enumerate(names))
+    (root / "list.csv").write_text("number,path,kind\n" + rows)
+    (root / "list.tsv").write_text("".join(f"{root}/flat/{name}\tx\n" for name in names))
+    (root / "wds").mkdir()
+    for shard in range(NUM // PER_SHARD):
+        with webdataset.TarWriter(str(root / f"wds/part-{shard:05d}.tar")) as writer:
+            for index in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
+                writer.write({"__key__": f"{index:04d}", "jpg": picture(index), "json": {"number": index}, "txt": f"picture {index}"})
+    with tarfile.open(root / "one.tar", "w") as tar:
+        tar.add(root / "flat", arcname=".")
+    (root / "hf" / "data").mkdir(parents=True)
+    for part in range(2):
+        images = [{"bytes": picture(index), "path": f"{index}.jpg"} for index in range(part * 12, part * 12 + 12)]
+        pq.write_table(pa.table({"image": images}), root / f"hf/data/train-{part:05d}-of-00002.parquet")
+    pq.write_table(pa.table({"img": [picture(index) for index in range(NUM)]}), root / "all.parquet")
+    return {
+        "flat": f"{root}/flat",
+        "tree": f"{root}/tree",
+        **{name: f"{root}/{name}" for name in ("list.txt", "list.csv", "list.tsv", "one.tar")},
+        "roots": f"{root}/tree/2019::{root}/tree/2020",
+        "shards": f"{root}/wds",
+        "pattern": f"{root}/wds/part-{{00000..00002}}.tar",
+        "parquet": f"{root}/hf",
+        "parquet_file": f"{root}/all.parquet",
+    }
+
+
+def listed(data: str) -> ImageListing:
+    return list_images(data, labels="none")
+
+
+def first_views(data: str, **settings: str) -> list[np.ndarray]:
+    with build_loader(DataConfig(train=data, workers=1, **settings), views=VIEWS, seed=5, global_batch=8) as loader:
+        assert loader.class_names == ()
+        return [view.numpy() for batch in loader for view in (batch.view1, batch.view2)]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_same_images_have_the_same_bytes_and_views_from_every_source(name: str, sources: dict[str, str], tmp_path: Path) -> None:
+    listing = listed(sources[name])
+    assert [listing.location(index).read() for index in range(NUM)] == [picture(index) for index in range(NUM)]
+    assert set(listing.labels) == {-1}
+    assert listing.class_names == ()
+    expected = first_views(sources["flat"])
+    assert len(expected) == 2 * NUM // 8
+    seen = first_views(sources[name], labels="none")
+    assert all(np.array_equal(view, other) for view, other in zip(seen, expected, strict=True))
+    given = sources[name].split("::")
+    for script, out in (("to_ffcv.py", tmp_path / "x.beton"), ("to_dali.py", tmp_path / "x_tar")):
+        done = run_here(script, "--data", *given, "--labels", "none", "--out", out, "--workers", "1")
+        assert f"{NUM} images without labels" in done.stdout
+        # Their decoder is not Pillow: a few levels apart, and the crops are the same.
+        assert all(np.abs(view - other).max() < 0.5 for view, other in zip(first_views(str(out)), expected, strict=True))
+        verified = run_here("verify.py", out, "--source", *given, "--labels", "none")
+        assert "all is well" in verified.stdout
+        assert "no labels" in run_here("info.py", out).stdout
+
+
+@pytest.mark.parametrize("name", ["flat", "pattern", "roots"])
+def test_a_run_trains_on_unlabelled_images_without_a_probe(name: str, sources: dict[str, str], tmp_path: Path) -> None:
+    train.main([*SMALL_RUN, "--epochs", "1", "--data.train", sources[name], "--data.labels", "none", "--out", str(tmp_path / "run")])
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert len(steps) == NUM // 8
+    assert {(record["probe_loss"], record["probe_top1"]) for record in steps} == {(None, None)}
+
+
+def test_the_evaluation_loader_reads_every_source(sources: dict[str, str]) -> None:
+    for name in SOURCES:
+        with build_image_loader(sources[name], views=VIEWS, batch=8, workers=1, labels="none") as loader:
+            assert [batch.index.tolist() for batch in loader] == [list(range(first, first + 8)) for first in range(0, NUM, 8)]
+            assert all((batch.label == -1).all() for batch in loader)
+
+
+# ---- labels where there are some
+
+
+def test_folders_are_classes_only_where_they_look_like_classes(tmp_path: Path) -> None:
+    jpeg = picture(0)
+    classes = write_files(tmp_path / "classes", {"cat/1.jpg": jpeg, "dog/1.jpg": jpeg, "stray.jpg": jpeg})
+    assert list_images(classes).class_names == ("cat", "dog")
+    assert dict(list_images(classes).skipped) == {"stray.jpg": "in no class folder"}
+    assert list_images(classes, labels="none").files == ("stray.jpg", "cat/1.jpg", "dog/1.jpg")
+    mostly_flat = write_files(tmp_path / "flat", {"a/1.jpg": jpeg, "b/1.jpg": jpeg, "1.jpg": jpeg, "2.jpg": jpeg, "3.jpg": jpeg})
+    listing = list_images(mostly_flat)
+    assert (len(listing.files), listing.class_names) == (5, ())
+    assert listing.notes == (
+        f"{mostly_flat}: no labels: most of its images are in no folder that could be classes; --labels FILE gives labels",
+    )
+    assert list_images(mostly_flat, labels="folders").class_names == ("a", "b")
+
+
+def test_cls_members_are_the_labels_of_shards(tmp_path: Path) -> None:
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"x-{shard}.tar")) as writer:
+            for index in range(5):
+                label = {"cls": 10 * index} if index < 4 else {}
+                writer.write({"__key__": f"{shard}{index}", "jpg": picture(index), **label})
+    listing = list_images(f"{tmp_path}/x-{{0..1}}.tar")
+    assert listing.class_names == ("0", "10", "20", "30")
+    found = dict(zip(listing.files, listing.labels, strict=True))
+    assert found == {f"x-{shard}/{shard}{index}.jpg": index if index < 4 else -1 for shard in range(2) for index in range(5)}
+    assert any("4 classes; 2 images have none" in note for note in listing.notes)
+
+
+def test_a_list_has_the_labels_of_the_column_that_is_named(sources: dict[str, str]) -> None:
+    listing = list_images(sources["list.csv"], label_column="kind")
+    assert listing.class_names == ("kind 0", "kind 1", "kind 2")
+    assert all(listing.labels[i] == int(Path(name).stem) % 3 for i, name in enumerate(listing.files))
+
+
+def test_parquet_has_the_labels_and_class_names_of_hugging_face(tmp_path: Path) -> None:
+    features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": [{"bytes": picture(i), "path": None} for i in range(6)], "label": [1, 0, 1, 0, -1, 0]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "x.parquet")
+    listing = list_images(tmp_path / "x.parquet")
+    assert listing.class_names == ("cat", "dog")
+    assert listing.labels == (-1, 0, 0, 0, 1, 1)
+    order = [4, 1, 3, 5, 0, 2]
+    assert [listing.location(place).read() for place in range(6)] == [picture(index) for index in order]
+    assert list_images(tmp_path / "x.parquet", labels="none").labels == (-1,) * 6
+
+
+def test_classes_of_several_roots_are_joined_by_name(tmp_path: Path) -> None:
+    jpeg = picture(0)
+    write_files(tmp_path / "one", {"cat/1.jpg": jpeg, "dog/1.jpg": jpeg})
+    write_files(tmp_path / "two", {"bird/1.jpg": jpeg, "cat/2.jpg": jpeg})
+    listing = list_images([tmp_path / "one", tmp_path / "two"])
+    found = {name: listing.class_names[label] for name, label in zip(listing.files, listing.labels, strict=True)}
+    assert found == {"two/bird/1.jpg": "bird", "one/cat/1.jpg": "cat", "two/cat/2.jpg": "cat", "one/dog/1.jpg": "dog"}
+    again = list_images(f"{tmp_path}/one::{tmp_path}/one")
+    assert (len(again.files), {reason for _, reason in again.skipped}) == (2, {"the same image again"})
+
+
+def test_one_image_of_each_key_is_taken(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for index in range(3):
+            writer.write(
+                {"__key__": str(index), "mask.png": encoded(smooth_image(9, 8, 8), "PNG"), "jpg": picture(index), "txt": "a caption"}
+            )
+    listing = list_images(tmp_path / "x.tar")
+    assert [listing.location(index).read() for index in range(3)] == [picture(index) for index in range(3)]
+    assert dict(listing.skipped) == {f"{index}.mask.png": "a further image of its key" for index in range(3)}
+
+
+def test_photographs_with_dots_in_their_names_are_not_taken_for_members_of_one_key(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(write_files(tmp_path / "x", {"trip.1.jpg": picture(1), "trip.2.jpg": picture(2)}), arcname=".")
+    assert list_images(tmp_path / "x.tar").files == ("trip.1.jpg", "trip.2.jpg")
+
+
+# ---- the index of shards
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """100 shards of three samples."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(100):
+        with webdataset.TarWriter(str(folder / f"part-{shard:05d}.tar")) as writer:
+            for index in range(3):
+                writer.write({"__key__": f"{shard:03d}{index}", "jpg": picture(shard + index), "cls": shard % 5})
+    return folder
+
+
+def indices_of(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(".fastbyol-index-*") if path.suffix != ".lock"]
+
+
+def test_shards_are_read_once_and_then_from_their_index(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastbyol.data.inputs.tar import TarScan
+
+    read: list[Path] = []
+    scan = TarScan.read
+    monkeypatch.setattr(TarScan, "read", lambda self, progress: (read.append(self._path), scan(self, progress))[1])
+    first = list_images(shards)
+    assert (len(first.files), len(read)) == (300, 100)
+    (index,) = indices_of(shards)
+    again = list_images(shards)
+    assert len(read) == 100
+    assert (again.files, again.labels, again.class_names, again.places) == (first.files, first.labels, first.class_names, first.places)
+    index.write_bytes(index.read_bytes()[:-100])
+    assert list_images(shards).files == first.files
+    assert len(read) == 200
+    assert not list(shards.glob("*.lock"))
+
+
+def test_a_shard_that_changed_after_indexing_is_noticed_at_the_next_start_and_while_it_is_read(
+    shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = list_images(shards)
+    changed = shards / "part-00007.tar"
+    with webdataset.TarWriter(str(changed)) as writer:
+        writer.write({"__key__": "0070", "jpg": picture(55), "cls": 2})
+    location = next(before.location(i) for i, name in enumerate(before.files) if name.startswith("part-00007"))
+    with pytest.raises(OSError, match=r"part-00007.tar has changed since it was listed"):
+        location.read()
+    after = list_images(shards)
+    assert len(after.files) == 298
+    assert f"{changed}: has changed since it was indexed; it is indexed again" in caplog.messages
+    caplog.clear()
+    assert list_images(shards).files == after.files
+    assert not caplog.messages
+
+
+def test_indexing_that_is_killed_leaves_nothing_that_hinders_the_next(shards: Path) -> None:
+    code = (
+        "import sys, time; from fastbyol.data.inputs import tar, images\n"
+        "scan = tar.TarScan.read\n"
+        "def slow(self, progress):\n"
+        "    print('reading', flush=True); time.sleep(0.05); scan(self, progress)\n"
+        "tar.TarScan.read = slow\n"
+        "images.list_images(sys.argv[1])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(shards)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(10):
+            assert process.stdout.readline() == b"reading\n"
+        process.send_signal(signal.SIGKILL)
+    assert not indices_of(shards)
+    assert len(list_images(shards).files) == 300
+    assert len(indices_of(shards)) == 1
+
+
+def test_two_ranks_index_once_and_see_the_same(shards: Path) -> None:
+    code = (
+        "import sys; from fastbyol.data.inputs import tar, images\n"
+        "count = 0\n"
+        "scan = tar.TarScan.read\n"
+        "def counted(self, progress):\n"
+        "    global count; count += 1; scan(self, progress)\n"
+        "tar.TarScan.read = counted\n"
+        "print(images.list_images(sys.argv[1]).digest(), count)"
+    )
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(shards)], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [rank.communicate(timeout=120)[0].split() for rank in ranks]
+    assert said[0][0] == said[1][0] == list_images(shards).digest()
+    assert sorted(int(count) for _, count in said) == [0, 100]
+
+
+def test_read_only_shards_are_indexed_in_the_cache_folder(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastbyol.host import cache_files
+
+    locked = cache_files.locked_file
+
+    def refused(path: Path, **options: float) -> int:
+        if path.parent == shards:  # root may write anywhere, so the read-only folder is simulated
+            raise PermissionError(13, "Permission denied", str(path))
+        return locked(path, **options)
+
+    monkeypatch.setattr(cache_files, "locked_file", refused)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(list_images(shards).files) == 300
+    assert not indices_of(shards)
+    assert len(list((tmp_path / "cache" / "fastbyol").glob("fastbyol-index-*"))) == 1
+
+
+def test_an_index_that_points_beyond_its_shard_is_not_believed(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = list_images(shards).places
+    (index,) = indices_of(shards)
+    with np.load(index) as arrays:
+        columns = {name: arrays[name].copy() for name in arrays.files}
+    columns["offsets"][5] = 1 << 40
+    with index.open("wb") as file:
+        np.savez(file, **columns)
+    assert list_images(shards).places == wanted
+    assert any("is damaged (a place beyond its tar)" in message for message in caplog.messages)
+
+
+# ---- errors
+
+
+def test_each_mistake_is_one_line_that_names_the_way_out(sources: dict[str, str], tmp_path: Path) -> None:
+    root = Path(sources["flat"]).parent
+    (tmp_path / "gone.txt").write_text(f"{root}/flat/0000.jpg\nnone.jpg\nnone/2.jpg\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("\n")
+    write_files(tmp_path / "texts", {"a/1.txt": b"x", "b.docx": b"x"})
+    write_files(tmp_path / "labelled", {"a/1.jpg": picture(0), "b/1.jpg": picture(0)})
+    (tmp_path / "splits").mkdir()
+    for split in ("train", "val"):
+        shutil.copy(root / "one.tar", tmp_path / "splits" / f"{split}-00000.tar")
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "texts.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1" + bytes(100))
+    expected = {
+        f"{tmp_path}/texts": "no image found; instead: 2 not an image by its extension (the first: 'a/1.txt')",
+        f"{tmp_path}/empty": "no image found; it is empty",
+        f"{tmp_path}/empty.txt": "names no image",
+        f"{tmp_path}/gone.txt": "2 of its 3 files are missing, the first 'none.jpg'",
+        f"{tmp_path}/nothing": "no such file or folder",
+        f"{root}/wds/part-{{00000..00004}}.tar": "2 of its 5 files are missing, the first",
+        f"{root}/wds/none-*.tar": "no file or folder has such a name",
+        f"{root}/wds/part-{{0..99999999}}.tar": "stands for more than 1,000,000 files",
+        f"{tmp_path}/labelled::{root}/flat": "has labels and",
+        f"{root}/flat::": "names nothing on one side of '::'",
+        f"{tmp_path}/splits": "holds the files of several splits (train, val); give one of them",
+        f"{tmp_path}/texts.parquet": "no column holds images as bytes (its columns: text)",
+        f"{tmp_path}/damaged.parquet": "is not a readable Parquet file",
+    }
+    for data, message in expected.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            list_images(data)
+    for options, message in (
+        ({"label_column": "colour"}, "has no column of this name; its columns are 'number', 'path', 'kind'"),
+        ({"path_column": "file"}, "--path-column file"),
+        ({"labels": f"{root}/list.csv"}, "has no effect on"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            list_images(sources["list.csv"], **options)
+    with pytest.raises(UserError, match="--label-column: has no effect without a table"):
+        list_images(sources["flat"], label_column="kind")
+
+
+def test_a_full_disk_ends_the_copy_of_parquet_files_in_one_line(sources: dict[str, str], tmp_path: Path) -> None:
+    shutil.copy(sources["parquet_file"], tmp_path / "x.parquet")
+    with files_no_larger_than(4096), pytest.raises(UserError, match="cannot be copied there .*free some space"):
+        list_images(tmp_path / "x.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
+    assert len(list_images(tmp_path / "x.parquet").files) == NUM
+
+
+def test_parquet_files_that_change_are_copied_again(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [picture(0), picture(1)]}), file)
+    assert len(list_images(file).files) == 2
+    pq.write_table(pa.table({"image": [picture(2)]}), file)
+    (only,) = [list_images(file).location(0).read()]
+    assert only == picture(2)
+
+
+def test_patterns_stand_for_the_files_that_shells_and_webdataset_mean(tmp_path: Path) -> None:
+    for name in ("a-8.tar", "a-9.tar", "a-10.tar", "b-08.tar", "b-09.tar"):
+        (tmp_path / name).write_bytes(bytes(1024))
+    names = {
+        "a-{8..10}.tar": ["a-8.tar", "a-9.tar", "a-10.tar"],
+        "b-{08..09}.tar": ["b-08.tar", "b-09.tar"],
+        "{a-8,b-0*}.tar": ["a-8.tar", "b-08.tar", "b-09.tar"],
+        "a-?.tar": ["a-8.tar", "a-9.tar"],
+    }
+    for pattern, wanted in names.items():
+        (source,) = given_sources(f"{tmp_path}/{pattern}")
+        assert (source.kind, [path.name for path in source.paths]) == ("tar", wanted)
+        assert is_original(f"{tmp_path}/{pattern}")
+    write_files(tmp_path / "odd{1..2}", {"1.jpg": picture(0)})
+    (source,) = given_sources(f"{tmp_path}/odd{{1..2}}")
+    assert source.kind == "folder"
+
+
+def test_formats_without_an_extension_of_torchvision_are_read(tmp_path: Path) -> None:
+    image = smooth_image(3, 20, 20)
+    files = {
+        f"a.{kind}": encoded(image, {"jp2": "JPEG2000", "jfif": "JPEG"}.get(kind, kind.upper())) for kind in ("gif", "avif", "jfif", "jp2")
+    }
+    write_files(tmp_path / "x", {**files, "b.heic": b"x"})
+    listing = list_images(tmp_path / "x")
+    assert len(listing.files) == 4
+    assert dict(listing.skipped) == {"b.heic": "HEIC, which Pillow does not read"}
+    with build_image_loader(tmp_path / "x", views=VIEWS, batch=4, workers=1) as loader:
+        (batch,) = loader
+    assert torch.isfinite(batch.image).all()
