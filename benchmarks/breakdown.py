@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from benchmarks.record import CaseResult, Row
 
@@ -19,7 +20,7 @@ WATERFALLS: dict[str, tuple[tuple[str, str], ...]] = {
     "fused_update": (("fastbyol LARS.step, then ema_update", "all tensors at once"), ("fastbyol lars_ema", "one pass")),
 }
 """Steps from the reference to our fastest variant, by case: the row, and the change that it adds."""
-STAGES = (("decode", "decode only"), ("crop", "crops"), ("augment", "views"))
+STAGES = {"decode": "decode only", "crop": "crops", "augment": "views"}
 """Rows of a backend in the loader case; each includes the work of the ones before it."""
 BACKENDS = ("ffcv", "dali", "folder")
 HEADLINES = {
@@ -42,36 +43,28 @@ LEAST_SHARE = 1e-3
 """Parts with a smaller share are not drawn."""
 
 
-@dataclass(frozen=True)
-class Headline:
-    """One headline figure with its explanation."""
-
+class Headline(NamedTuple):
     value: str
     meaning: str
 
 
-@dataclass(frozen=True)
-class ScalingPoint:
-    """One point of a scaling curve; images_per_s is the total over all ranks."""
-
+class ScalingPoint(NamedTuple):
     ranks: int
     images_per_s: float
+    """Of all ranks together."""
     efficiency: float
 
 
-@dataclass(frozen=True)
-class RooflinePoint:
-    """One row in a roofline plot: rate in the roofline's unit, intensity in operations per byte."""
-
+class RooflinePoint(NamedTuple):
     name: str
     role: str
     intensity: float
+    """Operations per byte."""
     rate: float
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """A roofline: peak in `unit`, bandwidth in `unit` per operation per byte; the names say what was measured."""
+class Roofline(NamedTuple):
+    """Rates in `unit`, and the bandwidth in `unit` per operation per byte; the names say what was measured."""
 
     points: tuple[RooflinePoint, ...]
     peak: float
@@ -83,30 +76,27 @@ class Roofline:
 
 def roofline(result: CaseResult) -> Roofline | None:
     """Returns the rows with known operations and bytes under both limits measured in the same rounds; None if the case lacks them."""
-    ceiling = next((row for row in result.rows if row.role == "ceiling"), None)
+    ceiling = result.with_role("ceiling")
     copy = next((row for row in result.rows if COPIED in row.extra), None)
     unit = next((name for name in RATES if ceiling is not None and name in ceiling.extra), None)
     if ceiling is None or copy is None or unit is None:
         return None
     clock, giga = RATES[unit]
-    points = [
+    points = tuple(
         RooflinePoint(row.name, row.role, row.extra[unit] * giga * row.ms[clock].median / row.extra[MEGABYTES], row.extra[unit])
         for row in result.rows
         if MEGABYTES in row.extra and unit in row.extra
-    ]
-    return Roofline(tuple(points), ceiling.extra[unit], ceiling.name, copy.extra[COPIED] / giga, copy.name, unit) if points else None
+    )
+    return Roofline(points, ceiling.extra[unit], ceiling.name, copy.extra[COPIED] / giga, copy.name, unit) if points else None
 
 
 def waterfall(result: CaseResult) -> list[tuple[str, float]]:
-    """Returns (change, ms per unit) from the reference to our fastest row on the case's first clock; empty if none of our rows was
-    measured.
-    """
-    reference = next((row for row in result.rows if row.role == "reference"), None)
-    known = [(result.find(name), new) for name, new in WATERFALLS.get(result.case, ())]
-    steps = [(new, row.ms[result.primary].median) for row, new in known if row is not None]
-    while (
-        len(steps) > 1 and steps[-1][1] >= steps[-2][1]
-    ):  # a last change that made it slower, such as compiling on a CPU, is not our default
+    """Returns (change, ms per unit) from the reference to our fastest row on the case's first clock; empty without one of our rows."""
+    reference = result.with_role("reference")
+    changes = WATERFALLS.get(result.case, ())
+    steps = [(new, row.ms[result.primary].median) for name, new in changes if (row := result.find(name)) is not None]
+    # A last change that made it slower, such as compiling on a CPU, is not our default.
+    while len(steps) > 1 and steps[-1][1] >= steps[-2][1]:
         steps.pop()
     return [(reference.name, reference.ms[result.primary].median), *steps] if reference and steps else []
 
@@ -115,11 +105,11 @@ def loader_shares(result: CaseResult) -> dict[str, dict[str, float]]:
     """Returns each backend's CPU-ms per image by stage: the time of a stage's row minus that of the row before it."""
     shares: dict[str, dict[str, float]] = {}
     for backend in BACKENDS:
-        rows = [result.find(f"{backend}: {name}") for _, name in STAGES]
-        if any(row is None for row in rows):
-            continue
-        totals = [0.0, *(row.ms["cpu"].median for row in rows if row is not None)]
-        shares[backend] = {stage: max(0.0, after - before) for (stage, _), before, after in zip(STAGES, totals, totals[1:], strict=False)}
+        rows = list(filter(None, (result.find(f"{backend}: {name}") for name in STAGES.values())))
+        if len(rows) == len(STAGES):
+            totals = [0.0, *(row.ms["cpu"].median for row in rows)]
+            # Noise may put a stage below the one before it.
+            shares[backend] = {stage: max(0.0, after - before) for stage, (before, after) in zip(STAGES, pairwise(totals), strict=True)}
     return shares
 
 
@@ -142,23 +132,19 @@ def scaling_points(result: CaseResult) -> list[ScalingPoint]:
 
 
 def headlines(results: Sequence[CaseResult], *, owner_of: dict[str, str]) -> list[Headline]:
-    """Returns the fastest of our rows in each case of `HEADLINES`, as images/s, and its MFU if the row has one.
-
-    Args:
-        results: the cases of one record.
-        owner_of: by case, what its rates are per: 'GPU' or 'CPU process (2 threads)'.
-    """
+    """Returns the fastest of our rows in each case of `HEADLINES`, as images/s per its `owner_of`, with its share of the peak if known."""
     by_case = {result.case: result for result in results}
     found: list[Headline] = []
     for case, (what, ours) in HEADLINES.items():
         rows = [row for row in by_case[case].rows if re.search(ours, row.name)] if case in by_case else []
         if rows:
             best = min(rows, key=lambda row: row.ms[by_case[case].primary].median)
-            found.append(Headline(_rate(best), f"images/s per {owner_of[case]}, {what}: {best.name}; {by_case[case].title}"))
-            found += [Headline(f"{best.extra['mfu']:.1%}", f"MFU, {what}: {best.name}")] if "mfu" in best.extra else []
+            named = f"{what}: {best.name}"
+            found.append(Headline(_rate(best), f"images/s per {owner_of[case]}, {named}; {by_case[case].title}"))
+            if "mfu" in best.extra:
+                found.append(Headline(f"{best.extra['mfu']:.1%}", f"MFU, {named}"))
             if OF_PEAK in best.extra:
-                meaning = f"of the bf16 rate that this CPU reached in the same rounds, {what}: {best.name}"
-                found.append(Headline(f"{best.extra[OF_PEAK]:.1f}%", meaning))
+                found.append(Headline(f"{best.extra[OF_PEAK]:.1f}%", f"of the bf16 rate that this CPU reached in the same rounds, {named}"))
     return found
 
 
@@ -169,25 +155,21 @@ def _rate(row: Row) -> str:
 
 def verdict(results: Sequence[CaseResult]) -> list[str]:
     """Returns a sentence for each row that trains from files: data-bound or not, and the next thing to change; or that no row does."""
-    sentences = [text for case in ("gpu.end_to_end", "end_to_end", "demo_step") for text in _verdicts(results, case)]
-    return sentences or [
-        "Nothing in this record trains from files, so it does not say whether data or the step is the limit: run end_to_end."
-    ]
-
-
-def _verdicts(results: Sequence[CaseResult], case: str) -> list[str]:
-    result = next((one for one in results if one.case == case), None)
-    if result is None or result.find(STEPS_ALONE) is None:
-        return []
-    return [
-        f"{case}, {row.name}: {_judge(result, row)}"
-        for row in result.rows
+    by_case = {result.case: result for result in results if result.find(STEPS_ALONE) is not None}
+    sentences = [
+        f"{case}, {row.name}: {_judge(by_case[case], row)}"
+        for case in ("gpu.end_to_end", "end_to_end", "demo_step")
+        if case in by_case
+        for row in by_case[case].rows
         if row.name.endswith("end to end") or row.name == "end to end, .beton"
     ]
+    nothing = "Nothing in this record trains from files, so it does not say whether data or the step is the limit: run end_to_end."
+    return sentences or [nothing]
 
 
 def _judge(result: CaseResult, row: Row) -> str:
     over = row.over_ceiling["wall"]
+    # The step's own waits and the ratio of rows may differ: the loader's thread also slows the step that it works beside.
     waits = f", {row.extra['data_wait_share']:.0%} of it waiting for data" if "data_wait_share" in row.extra else ""
     figure = f"{over.median:.2f} x the steps alone ({over.low:.2f} to {over.high:.2f}){waits}"
     if over.low <= DATA_BOUND:
@@ -202,9 +184,8 @@ def _next_change(result: CaseResult, row: Row) -> str:
     if alone is None or steps is None:
         return "more data.workers, or data.prefetch"
     need = alone.ms["wall"].median / steps.ms["wall"].median
-    if need > 1:
-        others = {other: result.find(f"{other}: loader alone") for other in BACKENDS}
-        faster = min((name for name, one in others.items() if one), key=lambda name: others[name].ms["wall"].median)  # type: ignore[union-attr]
-        more = f"{need:.1f} times the data.workers"
-        return more if faster == backend else f"backend {faster}, or {more}"
-    return "a core for each loader thread (alone it is fast enough), then data.prefetch"
+    if need <= 1:
+        return "a core for each loader thread (alone it is fast enough), then data.prefetch"
+    loaders = {one.name: one.ms["wall"].median for one in result.rows if one.name.endswith(": loader alone")}
+    faster, more = min(loaders, key=loaders.__getitem__).split(":")[0], f"{need:.1f} times the data.workers"
+    return more if faster == backend else f"backend {faster}, or {more}"

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import CaseResult, Row
+from benchmarks.record import Row
 from benchmarks.record_file import read_record, results_of
+from benchmarks.report_text import log_console
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_positive
 from fastbyol.tuning.comparison import Estimate
@@ -46,7 +46,6 @@ ONLY_PRECISION = {"rounds", "more_rounds"}
 class Yardstick:
     """A row's time over another row's time in the same run, before and after."""
 
-    name: str
     before: Estimate
     after: Estimate
 
@@ -72,9 +71,7 @@ class Change:
     yardsticks: tuple[Yardstick, ...]
 
     def verdict(self, threshold: float) -> str:
-        """Returns 'slower' or 'faster' if all ratios agree, 'within noise' if all moved the same way but not all significantly, else
-        'same'.
-        """
+        """Returns what all ratios agree on; 'within noise' if all moved the same way but not all significantly; else 'same'."""
         verdicts = {yardstick.verdict(threshold) for yardstick in self.yardsticks}
         directions = {yardstick.factor > 1 for yardstick in self.yardsticks}
         if len(verdicts) == 1:
@@ -112,11 +109,13 @@ def require_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
         for field in MEANING:
             _require_equal(f"{field} of {name}", getattr(ours[name], field), getattr(theirs[name], field))
         for role in ("reference", "ceiling"):  # they differ if a package was missing in one run
-            _require_equal(f"the {role} of {name}", ours[name].named(role), theirs[name].named(role))
+            rows = [result.with_role(role) for result in (ours[name], theirs[name])]
+            _require_equal(f"the {role} of {name}", *(row.name if row else "" for row in rows))
 
 
 def _require_equal(what: str, before: object, after: object) -> None:
     if isinstance(before, dict) and isinstance(after, dict):
+        # A setting that only one version of the code has is a difference too, unless it is null.
         for key in sorted({*before, *after} - ONLY_PRECISION):
             _require_equal(f"{what}, {key}", before.get(key), after.get(key))
     elif before != after:
@@ -126,24 +125,23 @@ def _require_equal(what: str, before: object, after: object) -> None:
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     """Returns every row that is in both records and has a ratio; call `require_comparable` first."""
     later = {result.case: result for result in results_of(after)}
-    return [change for result in results_of(before) if result.case in later for change in _changes(result, later[result.case])]
-
-
-def _changes(before: CaseResult, after: CaseResult) -> Iterator[Change]:
-    for row in before.rows:
-        now = after.find(row.name)
-        if now is not None and not row.role.endswith("ceiling"):
-            yield Change(before.case, row.name, tuple(_yardsticks(row, now, before.primary)))
+    return [
+        Change(result.case, row.name, tuple(_yardsticks(row, now, result.primary)))
+        for result in results_of(before)
+        for row in result.rows
+        if result.case in later and not row.role.endswith("ceiling")
+        if (now := later[result.case].find(row.name)) is not None
+    ]
 
 
 def _yardsticks(before: Row, after: Row, clock: str) -> Iterator[Yardstick]:
-    yield Yardstick("ceiling", before.over_ceiling[clock], after.over_ceiling[clock])
+    yield Yardstick(before.over_ceiling[clock], after.over_ceiling[clock])
     if before.role != "reference":
-        yield Yardstick("reference", _inverse(before.speedup[clock]), _inverse(after.speedup[clock]))
+        yield Yardstick(_inverse(before.speedup[clock]), _inverse(after.speedup[clock]))
 
 
 def _inverse(value: Estimate) -> Estimate:
-    return Estimate(1 / value.median, 1 / value.high, 1 / value.low)
+    return Estimate(1 / value.median, 1 / value.high, 1 / value.low)  # the bounds change places
 
 
 def only_in_one(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -157,7 +155,7 @@ def only_in_one(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _print(before: dict[str, Any], after: dict[str, Any], changes: list[Change], *, threshold: float) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=180)
+    console = log_console()
     console.print(_table(changes, threshold), markup=False)
     for name, version in before["provenance"]["versions"].items():
         now = after["provenance"]["versions"].get(name)
@@ -180,15 +178,11 @@ def _table(changes: list[Change], threshold: float) -> Table:
     for title in ("case", "subject", "over ceiling", "change", "over reference", "change", "verdict"):
         table.add_column(title, justify="left" if title in ("case", "subject", "verdict") else "right")
     for change in changes:
-        cells = [text for yardstick in change.yardsticks for text in _cells(yardstick)]
-        cells += [""] * (4 - len(cells))
-        table.add_row(change.case, change.subject, *cells, change.verdict(threshold))
+        cells = []
+        for one in change.yardsticks:
+            cells += [f"{one.before.median:.3g} -> {one.after.median:.3g}", f"{one.factor - 1:+.0%}"]
+        table.add_row(change.case, change.subject, *cells, *[""] * (4 - len(cells)), change.verdict(threshold))
     return table
-
-
-def _cells(yardstick: Yardstick) -> tuple[str, str]:
-    before, after = yardstick.before.median, yardstick.after.median
-    return f"{before:.3g} -> {after:.3g}", f"{yardstick.factor - 1:+.0%}"
 
 
 if __name__ == "__main__":

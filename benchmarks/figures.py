@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 from benchmarks import roofline
 from benchmarks.record import CaseResult, Row
 from benchmarks.record_file import KEPT, newest_kept, read_record, results_of
-from benchmarks.report_text import number
+from benchmarks.report_text import markdown_table, number
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
 
@@ -88,11 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def with_figures(text: str, blocks: dict[str, Callable[[], str]]) -> str:
-    """Returns the text with every table up to date.
-
-    Raises:
-        UserError: an unknown table name.
-    """
+    """Returns the text with every table up to date. Raises UserError for an unknown table."""
 
     def filled(match: re.Match[str]) -> str:
         if match["name"] not in blocks:
@@ -104,30 +101,29 @@ def with_figures(text: str, blocks: dict[str, Callable[[], str]]) -> str:
 
 def measured_table(kept: Path = KEPT) -> str:
     """Returns a line for each quote whose case has a kept record, from the newest one, followed by the sources."""
-    lines = ["| | ours | reference | ceiling |", "|---|---|---|---|"]
-    cases: dict[Path, list[str]] = {}
-    for quote in QUOTES:
-        folder = newest_kept(quote.case, folder=kept)
-        if folder is None:
-            continue
-        cases.setdefault(folder, []).append(quote.case)
-        lines.append(_line(quote, next(result for result in results_of(read_record(folder)) if result.case == quote.case)))
-    return "\n".join([*lines, "", *(_source(*source) for source in cases.items())])
+    found = [(quote, newest_kept(quote.case, folder=kept)) for quote in QUOTES]
+    rows, cases = [], defaultdict[Path, list[str]](list)
+    for quote, folder in found:
+        if folder is not None:
+            cases[folder].append(quote.case)
+            rows.append(_cells(quote, _result(folder, quote.case)))
+    table = markdown_table(("", "ours", "reference", "ceiling"), rows, text_columns=4)
+    return "\n".join([table, "", *(_source(*source) for source in cases.items())])
 
 
-def _line(quote: Quote, result: CaseResult) -> str:
-    ours = ", ".join(
-        f"{label} {_figure(quote, result, result.row(name))}".strip() for label, name in quote.ours.items() if _measured(result, name)
-    )
-    others = [next(row for row in result.rows if row.role == role) for role in ("reference", "ceiling")]
+def _cells(quote: Quote, result: CaseResult) -> list[str]:
+    ours = [(label, result.row(name)) for label, name in quote.ours.items() if _measured(result, name)]
+    texts = [f"{label} {_figure(quote, result, row)}".strip() for label, row in ours]
+    others = [row for role in ("reference", "ceiling") if (row := result.with_role(role)) is not None]
     what = quote.what.format(clock="CPU" if result.primary == "cpu" else "wall")
-    return f"| {what} | {ours} | " + " | ".join(f"{row.name} {_figure(quote, result, row)}" for row in others) + " |"
+    return [what, ", ".join(texts), *(f"{row.name} {_figure(quote, result, row)}" for row in others)]
 
 
 def _measured(result: CaseResult, name: str) -> bool:
     """Returns False if the row was skipped, for which the record gives a reason. Raises UserError for a row that does not exist."""
     if result.find(name) is not None:
         return True
+    # A backend is skipped by its name, which its rows begin with.
     if not any(name.startswith(skipped) for skipped in result.skipped):
         raise UserError(f"figures: case {result.case} has no row {name!r} (it has {', '.join(row.name for row in result.rows)})")
     return False
@@ -146,33 +142,34 @@ def _source(folder: Path, cases: list[str]) -> str:
 
 def gpu_rates_table(kept: Path = KEPT) -> str:
     """Returns images/s per GPU from the newest kept record of each part, or 'not measured yet'."""
-    lines = ["| part of the GPU plan | subject | images/s per GPU |", "|---|---|---:|"]
+    rows = []
     for case in ("gpu.step", "gpu.step_compiled", "gpu.end_to_end", "gpu.decode"):
-        result = _newest(case, kept)
-        if result is None:
-            lines.append(f"| `{case.removeprefix('gpu.')}` | | not measured yet |")
+        if (result := _newest(case, kept)) is None:
+            rows.append([f"`{case.removeprefix('gpu.')}`", "", "not measured yet"])
         else:
-            rows = [row for row in result.rows if row.role != "memory ceiling"]
-            lines += [f"| {result.title} | {row.name} | {number(1000 / row.ms['wall'].median)} |" for row in rows]
-    return "\n".join(lines)
+            # The memory ceiling is a copy: its images are only as many bytes as theirs.
+            rows += [_rate(result, row, "wall") for row in result.rows if row.role != "memory ceiling"]
+    return markdown_table(("part of the GPU plan", "subject", "images/s per GPU"), rows, text_columns=2)
 
 
 def cpu_rates_table(kept: Path = KEPT) -> str:
     """Returns images per second of CPU time from the newest kept record of each case that has one."""
-    lines = ["| case | subject | images per CPU-second |", "|---|---|---:|"]
-    for case in ("loader", "step", "end_to_end"):
-        if (result := _newest(case, kept)) is not None:
-            lines += [
-                f"| {result.title} | {row.name} | {number(1000 / row.ms['cpu'].median)} |"
-                for row in result.rows
-                if row.role in ("", "rival")
-            ]
-    return "\n".join(lines)
+    results = [result for case in ("loader", "step", "end_to_end") if (result := _newest(case, kept)) is not None]
+    rows = [_rate(result, row, "cpu") for result in results for row in result.rows if row.role in ("", "rival")]
+    return markdown_table(("case", "subject", "images per CPU-second"), rows, text_columns=2)
+
+
+def _rate(result: CaseResult, row: Row, clock: str) -> list[str]:
+    return [result.title, row.name, number(1000 / row.ms[clock].median)]
 
 
 def _newest(case: str, kept: Path = KEPT) -> CaseResult | None:
     folder = newest_kept(case, folder=kept)
-    return None if folder is None else next(result for result in results_of(read_record(folder)) if result.case == case)
+    return None if folder is None else _result(folder, case)
+
+
+def _result(folder: Path, case: str) -> CaseResult:
+    return next(result for result in results_of(read_record(folder)) if result.case == case)
 
 
 def input_table() -> str:

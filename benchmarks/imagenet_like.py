@@ -38,13 +38,8 @@ SEARCH_STEPS = 6
 def write_imagenet_like(out: Path, *, images: int, classes: int = 10, scale: float = 1.0, seed: int = 0, workers: int = 1) -> Path:
     """Writes `images` files into `classes` folders below `out` and returns `out`; the same arguments give the same files.
 
-    Args:
-        out: created if it does not exist.
-        images: number of images, distributed over the classes in turn; at least one each.
-        classes: each has its own hue and texture direction.
-        scale: factor for both sides; 0.1 gives thumbnails of about 47 x 40 px.
-        seed: seed of everything.
-        workers: number of processes; does not affect the files.
+    Classes have their own hue and texture direction. `scale` is a factor for both sides: 0.1 gives thumbnails of about 47 x 40 px. The
+    number of processes does not affect the files.
     """
     require_at_least("classes", classes, 1)
     require_at_least("images", images, classes)
@@ -54,6 +49,7 @@ def write_imagenet_like(out: Path, *, images: int, classes: int = 10, scale: flo
         for index in range(images):
             write(index)
         return out
+    # Spawned: a fork of a process whose libraries have threads may hang.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(write, range(images), chunksize=8))
     return out
@@ -69,13 +65,11 @@ def _write_image(out: Path, index: int, *, classes: int, scale: float, seed: int
 
 def stored_for(backend: str, folder: Path, *, out: Path, workers: int = 1) -> Path:
     """Returns the images of a folder as the backend reads them, converted into `out` if needed."""
-    if backend == "ffcv":
-        write_beton(folder, out=out / "images.beton", workers=workers)
-        return out / "images.beton"
-    if backend == "dali":
-        write_tar_shards(folder, out=out / "shards", workers=workers)
-        return out / "shards"
-    return folder
+    if backend == "folder":
+        return folder
+    write, name = (write_beton, "images.beton") if backend == "ffcv" else (write_tar_shards, "shards")
+    write(folder, out=out / name, workers=workers)
+    return out / name
 
 
 def draw_jpeg(rng: np.random.Generator, *, direction: float, hue: float, scale: float) -> bytes:
@@ -86,6 +80,7 @@ def draw_jpeg(rng: np.random.Generator, *, direction: float, hue: float, scale: 
     quality = int(rng.choice(QUALITIES))
     # The mean of a log-normal is exp(mu + sigma^2 / 2).
     target = width * height * BYTES_PER_PIXEL * np.exp(rng.normal(-(BYTES_SPREAD**2) / 2, BYTES_SPREAD))
+    # A decoder's time goes with the bytes, so the noise is searched that gives the file its drawn size.
     low, high, jpeg = 0.0, STRONGEST_TEXTURE, b""
     for _ in range(SEARCH_STEPS):
         gain = (low + high) / 2
@@ -122,6 +117,7 @@ def _draw_texture(rng: np.random.Generator, width: int, height: int, direction: 
     tile = _noise_tile(round(direction, 6))
     top, left = rng.integers(0, TILE_PX, 2)
     luminance = tile.take(range(top, top + height), axis=0, mode="wrap").take(range(left, left + width), axis=1, mode="wrap")
+    # A colour's noise costs JPEG little: the chroma planes have a quarter of the samples.
     return luminance[:, :, None] * rng.uniform(0.8, 1.2, 3).astype(np.float32)
 
 

@@ -19,13 +19,7 @@ from fastbyol.config.errors import UserError
 
 
 def start_process(serve: Callable[..., None], *arguments: Any, daemon: bool) -> tuple[Any, Connection]:
-    """Starts a process that runs `serve(pipe, *arguments)`, and returns it with the other end of the pipe.
-
-    Args:
-        serve: importable by name, as are the classes of its arguments; ends when the pipe is closed.
-        arguments: passed to it.
-        daemon: it ends with this process and may start none itself.
-    """
+    """Starts a process that runs `serve(pipe, *arguments)` until the pipe is closed; returns it with the other end. daemon: may start none itself."""
     # Spawned, because a forked child cannot use CUDA once the parent has initialised it.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -37,12 +31,7 @@ def start_process(serve: Callable[..., None], *arguments: Any, daemon: bool) -> 
 
 @contextlib.contextmanager
 def in_own_process(make: Callable[..., Callable[[], object]], *arguments: Any) -> Iterator[Callable[[], None]]:
-    """Yields a function that calls `make(*arguments)()` in the other process, where `make` runs once, at the first call. Its CPU time
-    counts as if spent here.
-
-    Args:
-        make: importable by name; its arguments must be picklable.
-    """
+    """Yields a function that calls `make(*arguments)()`, made once, in the other process. Its CPU time counts as if spent here."""
     process, pipe = start_process(_serve, make, arguments, daemon=True)
 
     def call() -> None:
@@ -67,7 +56,7 @@ def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], argument
             pipe.recv()
         except EOFError:
             return
-        start = time.process_time()
+        start = time.process_time()  # without what `make` and the imports took
         work()
         pipe.send(time.process_time() - start)
 
@@ -79,15 +68,7 @@ class PartFailed(Exception):
 def run_isolated(function: Callable[..., Any], *arguments: Any, limit_s: float, log: Path) -> Any:
     """Returns the function's result; a crash, a hang or a broken CUDA context ends only its process. Output and traceback go to the log.
 
-    Args:
-        function: importable by name, as are the classes of its arguments.
-        arguments: passed to the function.
-        limit_s: seconds after which the process and all its children are killed.
-        log: a file that is created or emptied.
-
-    Raises:
-        UserError: the function raised it.
-        PartFailed: the function raised something else, ran too long, or died.
+    Raises UserError if the function did, and PartFailed if it raised something else, died, or ran longer than `limit_s` seconds.
     """
     process, pipe = start_process(_run, function, arguments, str(log), daemon=False)
     try:
@@ -100,7 +81,7 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, limit_s: float, 
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # it leads a process group of its own: everything that it started
-        process.kill()
+        process.kill()  # if it has not become a group's leader yet
         process.join()
     if kind == "user error":
         raise UserError(value)

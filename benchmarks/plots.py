@@ -60,7 +60,7 @@ def stacked(bars: dict[str, dict[str, float]], *, axis: str) -> bytes:
             left += value
         axes.text(left, place, f" {number(total)}", va="center", fontsize=8)
     handles, names = axes.get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
+    unique = dict(zip(names, handles, strict=True))  # each bar has drawn its parts anew
     axes.legend(unique.values(), unique.keys(), fontsize=7, ncols=len(unique), loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     _label(axes, list(bars), axis)
     axes.margins(x=0.12)
@@ -70,33 +70,30 @@ def stacked(bars: dict[str, dict[str, float]], *, axis: str) -> bytes:
 def over_ceiling(result: CaseResult) -> bytes:
     """Plots every row's time over the ceiling's on a logarithmic axis, with its interval."""
     figure, axes = _canvas(rows=len(result.rows))
-    for place, row in enumerate(result.rows):
-        value = row.over_ceiling[result.primary]
-        axes.barh(place, value.median, color=ROLE_COLOURS[row.role], height=0.6)
-        axes.plot([value.low, value.high], [place, place], color="#1d2430", linewidth=1.2)
-        axes.text(max(value.high, value.median), place, f" {value.median:.2f}", va="center", fontsize=8)
+    values = [row.over_ceiling[result.primary] for row in result.rows]
+    medians, highest = [value.median for value in values], max(value.high for value in values)
+    errors = [[value.median - value.low for value in values], [value.high - value.median for value in values]]
+    colours = [ROLE_COLOURS[row.role] for row in result.rows]
+    bars = axes.barh(range(len(values)), medians, xerr=errors, color=colours, ecolor="#1d2430", height=0.6)
+    axes.bar_label(bars, [f"{median:.2f}" for median in medians], padding=3, fontsize=8)
     axes.axvline(1, color=CEILING, linestyle="--", linewidth=1)
-    medians = [row.over_ceiling[result.primary].median for row in result.rows]
     if max(medians) > 8 * min(medians):
         axes.set_xscale("log")
         _label_decades(axes.xaxis)
-        axes.set_xlim(min(0.7, 0.8 * min(medians)), 2.2 * max(row.over_ceiling[result.primary].high for row in result.rows))
+        axes.set_xlim(min(0.7, 0.8 * min(medians)), 2.2 * highest)
     else:
-        axes.set_xlim(0, 1.15 * max(row.over_ceiling[result.primary].high for row in result.rows))
-    _label(
-        axes,
-        [f"{row.name} ({row.role})" if row.role else row.name for row in result.rows],
-        f"time over the ceiling's ({result.primary} clock)",
-    )
+        axes.set_xlim(0, 1.15 * highest)
+    labels = [f"{row.name} ({row.role})" if row.role else row.name for row in result.rows]
+    _label(axes, labels, f"time over the ceiling's ({result.primary} clock)")
     return _png(figure)
 
 
 def roofline(found: Roofline) -> bytes:
     """Plots each row's rate over its operations per byte, below the machine's two limits: arithmetic and memory bandwidth."""
     figure, axes = _canvas(rows=9)
-    xs = [point.intensity for point in found.points]
-    left, right = 0.4 * min(*xs, found.peak / found.bandwidth), 2.5 * max(*xs, found.peak / found.bandwidth)
-    ridge = found.peak / found.bandwidth
+    ridge = found.peak / found.bandwidth  # with fewer operations per byte, memory is the limit
+    xs = [ridge, *(point.intensity for point in found.points)]
+    left, right = 0.4 * min(xs), 2.5 * max(xs)
     axes.plot([left, ridge, right], [left * found.bandwidth, found.peak, found.peak], color=CEILING, linewidth=1.5)
     axes.text(right, found.peak, f"{found.peak_name} ", ha="right", va="bottom", fontsize=8, color=CEILING)
     axes.text(left, left * found.bandwidth, f"  {found.bandwidth_name}", va="top", fontsize=8, color=CEILING)
@@ -105,8 +102,7 @@ def roofline(found: Roofline) -> bytes:
         axes.annotate(str(place + 1), (point.intensity, point.rate), ha="center", va="center", fontsize=6, color="white")
     names = [f"{place + 1}  {point.name}" for place, point in enumerate(found.points)]
     axes.text(1.02, 0.5, "\n".join(names), transform=axes.transAxes, va="center", fontsize=7, linespacing=1.8)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
     axes.set_ylim(0.7 * min(found.bandwidth * left, *(point.rate for point in found.points)), 1.6 * found.peak)
     for axis in (axes.xaxis, axes.yaxis):
         _label_decades(axis)
@@ -137,11 +133,10 @@ def scaling(points: Sequence[ScalingPoint], *, owner: str) -> bytes:
 
 
 def _canvas(*, rows: int) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Not by pyplot, which would look for a screen and keep every figure alive.
     figure = Figure(figsize=(WIDTH, 0.75 + 0.27 * rows), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 

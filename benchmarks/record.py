@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from benchmarks.timing import CLOCKS, Subject, Timings, same_round_ratios
+from benchmarks.timing import CLOCKS, Subject, Timings, measure, same_round_ratios
 from fastbyol.config.errors import require_choice
 from fastbyol.config.plain import to_plain
 from fastbyol.tuning.comparison import Estimate, dropped_extremes, estimate, interval_coverage
@@ -62,20 +62,40 @@ class CaseResult:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def row(self, name: str) -> Row:
-        return next(row for row in self.rows if row.name == name)
-
-    def named(self, role: str) -> str:
-        """Returns the name of the row with that role, or ''."""
-        return next((row.name for row in self.rows if row.role == role), "")
-
     def find(self, name: str) -> Row | None:
         """Returns the row of that name, or None if it was not measured."""
         return next((row for row in self.rows if row.name == name), None)
 
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def with_role(self, role: str) -> Row | None:
+        """Returns the row with that role, or None; every measured case has one 'reference' and one 'ceiling'."""
+        return next((row for row in self.rows if row.role == role), None)
+
+    def with_extra(self, extra: Mapping[str, Mapping[str, float]], **fields: Any) -> CaseResult:
+        """Returns a copy with further figures, by row, and with the given fields replaced."""
+        rows = tuple(replace(row, extra={**row.extra, **extra.get(row.name, {})}) for row in self.rows)
+        return replace(self, rows=rows, **fields)
+
 
 def _estimates(by_clock: dict[str, dict[str, float]]) -> dict[str, Estimate]:
     return {clock: Estimate(**value) for clock, value in by_clock.items()}
+
+
+def measured(
+    case: str,
+    title: str,
+    subjects: Sequence[Subject],
+    *,
+    settings: Any,
+    warmup: int = 1,
+    warmed_up: Callable[[], object] = lambda: None,
+    **given: Any,
+) -> CaseResult:
+    """Times the subjects for `settings.rounds` rounds and returns `make_result` of the timings, with what else it is given."""
+    timings = measure(subjects, rounds=settings.rounds, warmup=warmup, warmed_up=warmed_up)
+    return make_result(case, title, subjects, timings, settings=settings, **given)
 
 
 def make_result(
@@ -86,30 +106,16 @@ def make_result(
     *,
     reference: str,
     ceiling: str,
-    threads: int,
     settings: Any,
+    threads: int = 1,
     unit: str = "image",
     primary: str = "cpu",
-    extra: dict[str, dict[str, float]] | None = None,
     skipped: dict[str, str] | None = None,
     device: str = "cpu",
 ) -> CaseResult:
-    """Builds the rows of all subjects in order, each compared with the subjects named as reference and ceiling.
+    """Builds the rows of all subjects in order, each compared with the ones named as reference and ceiling.
 
-    Args:
-        case: the case's name on the command line.
-        title: one line for the head of the table.
-        subjects: the subjects that were timed.
-        timings: result of `measure` for them.
-        reference: name of the subject that speed-ups are relative to.
-        ceiling: name of the subject that nothing can be faster than.
-        threads: number of threads that a subject may use.
-        settings: a dataclass with everything the figures depend on.
-        unit: name of the unit, singular.
-        primary: 'cpu' or 'wall'.
-        extra: further figures by subject.
-        skipped: what was left out, with the reason.
-        device: 'cpu' or 'cuda', where the subjects ran.
+    `settings` is a dataclass with everything that the figures depend on; `threads` is how many a subject may use.
     """
     require_choice("primary", primary, tuple(CLOCKS))
     roles = {reference: "reference", ceiling: "ceiling"}
@@ -121,24 +127,12 @@ def make_result(
             speedup=_ratios(timings[reference], timings[subject.name]),
             over_ceiling=_ratios(timings[subject.name], timings[ceiling]),
             note=subject.note,
-            extra=(extra or {}).get(subject.name, {}),
         )
         for subject in subjects
     )
     rounds = len(timings[reference].ms[primary])
-    return CaseResult(
-        case=case,
-        title=title,
-        unit=unit,
-        threads=threads,
-        primary=primary,
-        rounds=rounds,
-        coverage=interval_coverage(rounds, drop=dropped_extremes(rounds)),
-        settings=to_plain(settings),
-        rows=rows,
-        skipped=skipped or {},
-        device=device,
-    )
+    coverage = interval_coverage(rounds, drop=dropped_extremes(rounds))
+    return CaseResult(case, title, unit, threads, primary, rounds, coverage, to_plain(settings), rows, skipped or {}, device)
 
 
 def _ratios(numerator: Timings, denominator: Timings) -> dict[str, Estimate]:

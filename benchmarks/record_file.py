@@ -26,18 +26,8 @@ MACHINE = ("command", "commit", "versions", "cpu", "cores", "gpu")
 """Fields of every record, and of its provenance."""
 KEPT = Path(__file__).parent / "results"
 CPU_CLOCKS = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-GPU_FIELDS = (
-    "name",
-    "driver_version",
-    "memory.total",
-    "clocks.sm",
-    "clocks.mem",
-    "clocks.max.sm",
-    "clocks.max.mem",
-    "power.limit",
-    "temperature.gpu",
-    "persistence_mode",
-)
+GPU_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+GPU_FIELDS = ("name", "driver_version", "memory.total", *GPU_CLOCKS, "power.limit", "temperature.gpu", "persistence_mode")
 """Fields of nvidia-smi, read at the start of the run; an idle GPU shows low clocks."""
 
 
@@ -60,18 +50,14 @@ def new_record(*, quick: bool, command: str) -> dict[str, Any]:
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
     """Writes records.json to the folder with everything measured so far."""
-    written = {name: value for name, value in record.items() if name != "start_s"}
+    written = {name: value for name, value in record.items() if name != "start_s"}  # a clock that only this process knows
     written["seconds"] = round(time.perf_counter() - record["start_s"], 1)
     written["load_average"] = {**record["load_average"], "end": os.getloadavg()}
     (out / FILE).write_text(json.dumps(written, indent=1) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Returns the record in a file, or in a folder's records.json.
-
-    Raises:
-        UserError: nothing there, not a record, or a record of another format.
-    """
+    """Returns the record in a file, or in a folder's records.json. Raises UserError for anything that is not one of this format."""
     file = path / FILE if path.is_dir() else path
     try:
         record = json.loads(file.read_text())
@@ -110,7 +96,7 @@ def newest_kept(case: str, *, folder: Path = KEPT) -> Path | None:
     found = []
     for path in folder.glob(f"*/{FILE}"):
         record = read_record(path)
-        if case in record["cases"] and not record["quick"]:
+        if case in record["cases"] and not record["quick"]:  # quick figures are not quoted
             found.append((record["started"], path.parent))
     return max(found)[1] if found else None
 

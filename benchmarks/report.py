@@ -21,7 +21,7 @@ from fastbyol.config.errors import one_line_errors
 from fastbyol.evaluation.page import cards, command, image, page, paragraph, section, table
 
 NO_GPU = "No GPU in this record: rates are per CPU process, and say nothing about images/s per GPU."
-NOT_BROKEN = "\u00a0..\u00a0"
+NOT_BROKEN = "\u00a0..\u00a0"  # an interval stays in one line of its cell
 
 
 @one_line_errors

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import case_docstring
@@ -13,6 +15,7 @@ from fastbyol.tuning.comparison import Estimate
 HOW_TO_READ = """CPU-ms: user and system time of all threads. Figures are medians over interleaved rounds with the interval of order statistics;
 speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios. Every subject runs
 at least one whole untimed round first: set-up, compilation and the first touch of memory and files are not included in any figure."""
+LOG_COLUMNS = 180
 QUICK = "Quick settings: small and few, to check that everything runs and find gross errors. Do not quote these figures; use full settings."
 
 
@@ -55,44 +58,32 @@ def cells(result: CaseResult, row: Row) -> list[str]:
 
 def _named_figure(name: str, value: float) -> str:
     """Formats an extra figure: '% of peak 12.3', or 'data wait 4.5%' if its name ends in '_share'."""
-    if name == "mfu":
-        return f"MFU {value:.1%}"
-    return f"{name.removesuffix('_share').replace('_', ' ')} {value:.1%}" if name.endswith("_share") else f"{name} {number(value)}"
+    is_share = name.endswith("_share") or name == "mfu"
+    text = "MFU" if name == "mfu" else name.removesuffix("_share").replace("_", " ") if is_share else name
+    return f"{text} {value:.1%}" if is_share else f"{text} {number(value)}"
 
 
 def circumstances(record: dict[str, Any]) -> list[str]:
     """Returns lines with command, time, commit, machine, load and versions."""
-    provenance, load = record["provenance"], record["load_average"]
+    provenance, load, seconds = record["provenance"], record["load_average"], record.get("case_seconds")
     commit = f"{provenance['commit'] or 'unknown'}{' with uncommitted changes' if provenance['uncommitted_changes'] else ''}"
     return [
         f"`{provenance['command']}`",
         f"{record['started']}, {record['seconds']:.0f} s, {'quick' if record['quick'] else 'full'} settings, commit {commit}",
         f"{provenance['cpu']}, {provenance['cores']} cores, GPU: {provenance['gpu'] or 'none'}; {provenance['system']}",
-        *_clocks(record.get("machine")),
+        *(_clocks(record["machine"]) if "machine" in record else []),
         f"load average at the start {_loads(load['start'])}, at the end {_loads(load['end'])} (1, 5, 15 min; ours included)",
         ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
         f"measuring itself costs {1000 * record['measuring_overhead_ms']:.1f} us per sample of several milliseconds",
-        *_case_seconds(record),
+        # Records before December 2026 do not contain the seconds, those before November not the clocks.
+        *([f"seconds by case: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}"] if seconds else []),
     ]
 
 
-def _case_seconds(record: dict[str, Any]) -> list[str]:
-    """Returns how long each case took, including set-up; records before December 2026 do not contain it."""
-    seconds = record.get("case_seconds")
-    return [f"seconds by case: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}"] if seconds else []
-
-
-def _clocks(machine: dict[str, Any] | None) -> list[str]:
-    """Returns the machine's clocks; records before November 2026 do not contain them."""
-    if machine is None:
-        return []
-    known = [
-        f"{machine['memory_gib']} GiB memory",
-        f"CPU at {machine['cpu_mhz']} MHz",
-        f"governor {machine['cpu_governor'] or 'not visible'}",
-    ]
+def _clocks(machine: dict[str, Any]) -> list[str]:
+    governor = machine["cpu_governor"] or "not visible"
     cards = [", ".join(f"{name} {value}" for name, value in card.items()) for card in machine["gpus"]]
-    return [", ".join(known), *cards]
+    return [f"{machine['memory_gib']} GiB memory, CPU at {machine['cpu_mhz']} MHz, governor {governor}", *cards]
 
 
 def interval(value: Estimate) -> str:
@@ -112,6 +103,12 @@ def _loads(values: list[float]) -> str:
     return " ".join(f"{value:.1f}" for value in values)
 
 
+def log_console() -> Console:
+    """Returns a console as wide as the terminal; in a log, which has no width, lines are not wrapped."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_COLUMNS)
+
+
 def case_table(result: CaseResult) -> Table:
     """Returns the case as a table for the terminal."""
     table = Table(title=f"{result.case}: {result.title} ({result.rounds} rounds)", title_justify="left")
@@ -128,22 +125,23 @@ def report_markdown(record: dict[str, Any], results: list[CaseResult]) -> str:
     parts += [QUICK] if record["quick"] else []
     parts += [_case_markdown(result) for result in results]
     for finding in record.get("findings", {}).values():
-        lines = [_line([what, found]) for what, found in finding["found"].items()]
-        parts.append("\n".join([f"## {finding['title']}", "", _line(["what", "found"]), _line(["---", "---"]), *lines]))
+        parts += [f"## {finding['title']}", markdown_table(("what", "found"), finding["found"].items(), text_columns=2)]
     if record["skipped"]:
         parts.append("## Skipped\n" + "\n".join(f"- {name}: {why}" for name, why in record["skipped"].items()))
     return "\n\n".join(parts) + "\n"
 
 
 def _case_markdown(result: CaseResult) -> str:
-    titles = headers(result)
-    lines = [f"## {result.case}: {result.title}", "", f"{result.rounds} rounds, {threads_text(result)}.", "", _line(titles)]
-    lines.append(_line(["---"] + ["---:"] * (len(titles) - 2) + ["---"]))
-    lines += [_line(cells(result, row)) for row in result.rows]
+    parts = [f"## {result.case}: {result.title}", f"{result.rounds} rounds, {threads_text(result)}."]
+    parts.append(markdown_table(headers(result), (cells(result, row) for row in result.rows)))
     if result.skipped:
-        lines += ["", *(f"Skipped: {name}: {why}" for name, why in result.skipped.items())]
-    return "\n".join([*lines, "", case_docstring(result.case)])
+        parts.append("\n".join(f"Skipped: {name}: {why}" for name, why in result.skipped.items()))
+    return "\n\n".join([*parts, case_docstring(result.case)])
 
 
-def _line(texts: list[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
+def markdown_table(titles: Sequence[str], rows: Iterable[Iterable[str]], *, text_columns: int = 1) -> str:
+    """Returns a table whose first columns are text, and the others numbers, except notes."""
+    alignment = ["---" if place < text_columns or title == "note" else "---:" for place, title in enumerate(titles)]
+    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (titles, *rows)]
+    lines.insert(1, f"|{'|'.join(alignment)}|")
+    return "\n".join(lines)

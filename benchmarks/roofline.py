@@ -9,15 +9,17 @@ sheets.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.report_text import markdown_table
 from fastbyol.byol import build_byol
 from fastbyol.config.schema import ModelConfig
 from fastbyol.models import encoder_from
@@ -56,8 +58,7 @@ CARDS = (Card("A100", 2.04e12, 300e9, 25e9), Card("H100", 3.35e12, 450e9, 50e9),
 ENCODERS = (ModelConfig(encoder="resnet50"), ModelConfig(encoder="resnet50", width=2), ModelConfig(encoder="resnet200", width=2))
 
 
-@dataclass(frozen=True)
-class Elements:
+class Elements(NamedTuple):
     """Numbers in the activations of one forward pass of one view, by the operation that reads or writes them."""
 
     conv_in: int
@@ -67,8 +68,7 @@ class Elements:
     add: int
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Work for one image (two views): operations, and bytes of activations in 16 bits."""
 
     flop: float
@@ -82,8 +82,7 @@ def count_elements(module: nn.Module, view: Tensor) -> Elements:
     """Counts the elements of one forward pass of `view` (N, 3, H, W), per image; meta tensors are enough."""
     with _ElementCounter() as counter:
         module(view)
-    per_image = {name: count // len(view) for name, count in counter.counts.items()}
-    return Elements(*(per_image.get(name, 0) for name in ("conv_in", "conv_out", "norm", "relu", "add")))
+    return Elements(*(counter.counts[name] // len(view) for name in Elements._fields))
 
 
 class _ElementCounter(TorchDispatchMode):
@@ -94,13 +93,12 @@ class _ElementCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
+        # Four dimensions: the heads' norms and the counters of batches are no activations of the encoder.
         if name == "convolution":
             self.counts["conv_in"] += args[0].numel()
             self.counts["conv_out"] += result.numel()
-        elif name == "native_batch_norm" and args[0].dim() == 4:
-            self.counts["norm"] += args[0].numel()
-        elif name in ("relu", "add") and args[0].dim() == 4:
-            self.counts[name] += args[0].numel()
+        elif name in ("native_batch_norm", "relu", "add") and args[0].dim() == 4:
+            self.counts[name.removeprefix("native_batch_")] += args[0].numel()
         return result
 
 
@@ -117,18 +115,14 @@ def separate_passes(n: Elements) -> tuple[int, int]:
 
 
 def fused_passes(n: Elements) -> tuple[int, int]:
-    """Returns the same with ReLU and residual sum fused into batch norm's second pass, forward and backward; the sum's other operand is
-    still read.
-    """
+    """Returns the same if batch norm's second pass includes ReLU and residual sum, whose other operand is still read."""
     conv = n.conv_in + n.conv_out
     return conv + 3 * n.norm + n.add, 2 * conv + 5 * n.norm + 3 * n.add
 
 
 @functools.cache
 def work_of(model: ModelConfig, *, size_px: int = 224) -> Work:
-    """Returns the work of a BYOL step per image: for each view online forward and backward, and the target's forward. The heads'
-    activations are left out.
-    """
+    """Returns the work per image: for each view online forward and backward, and the target's forward, without the heads' activations."""
     with torch.device("meta"):
         elements = count_elements(encoder_from(model), torch.empty(2, 3, size_px, size_px))
     moved = [HALF * VIEWS * (2 * forward + backward) for forward, backward in (separate_passes(elements), fused_passes(elements))]
@@ -145,9 +139,7 @@ def limits(work: Work, card: Card) -> dict[str, float]:
 
 
 def attainable(flop: float, num_bytes: float, card: Card) -> tuple[float, float]:
-    """Returns the images/s to expect at the shares of the peaks above, if convolutions and memory passes do not overlap, and if they
-    overlap fully.
-    """
+    """Returns images/s at the shares of the peaks above if convolutions and memory passes do not overlap, and if they overlap fully."""
     compute_s, memory_s = flop / (CONV_SHARE * card.flop_per_s), num_bytes / (MEMORY_SHARE * card.memory)
     return 1 / (compute_s + memory_s), 1 / max(compute_s, memory_s)
 
@@ -198,59 +190,45 @@ def all_gather_s(num_bytes: float, *, ranks: int, bytes_per_s: float) -> float:
 
 
 def work_table(models: Sequence[ModelConfig] = ENCODERS) -> str:
-    lines = ["| encoder | GFLOP an image | MB an image, separate kernels | MB an image, fused |", "|---|---:|---:|---:|"]
-    for model in models:
-        work = work_of(model)
-        lines.append(f"| {_name(model)} | {work.flop / 1e9:.1f} | {work.separate_bytes / 1e6:,.0f} | {work.fused_bytes / 1e6:,.0f} |")
-    return "\n".join(lines)
+    titles = ("encoder", "GFLOP an image", "MB an image, separate kernels", "MB an image, fused")
+    works = [(_name(model), work_of(model)) for model in models]
+    rows = [(name, f"{w.flop / 1e9:.1f}", f"{w.separate_bytes / 1e6:,.0f}", f"{w.fused_bytes / 1e6:,.0f}") for name, w in works]
+    return markdown_table(titles, rows)
 
 
 def limits_table(models: Sequence[ModelConfig] = ENCODERS, cards: Sequence[Card] = CARDS) -> str:
-    lines = [
-        "| encoder, card | operations | memory, separate | memory, fused | to expect, separate | to expect, fused |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for model in models:
+    kinds = ("memory, separate", "memory, fused", "to expect, separate", "to expect, fused")
+    rows = []
+    for model, card in itertools.product(models, cards):
         work = work_of(model)
-        for card in cards:
-            bounds = " | ".join(f"{value:,.0f}" for value in limits(work, card).values())
-            expected = (attainable(work.flop, moved, card) for moved in (work.separate_bytes, work.fused_bytes))
-            lines.append(
-                f"| {_name(model)}, {card.name} | {bounds} | " + " | ".join(f"{low:,.0f} to {high:,.0f}" for low, high in expected) + " |"
-            )
-    return "\n".join(lines)
+        bounds = [f"{value:,.0f}" for value in limits(work, card).values()]
+        expected = [attainable(work.flop, moved, card) for moved in (work.separate_bytes, work.fused_bytes)]
+        rows.append([f"{_name(model)}, {card.name}", *bounds, *(f"{low:,.0f} to {high:,.0f}" for low, high in expected)])
+    return markdown_table(("encoder, card", "operations", *kinds), rows)
 
 
 def input_table(rates: Sequence[int] = (1000, 2000, 3000, 4000), *, size_px: int = 224, core_images_per_s: float) -> str:
     """Returns the data rates that a GPU needs at given images/s. core_images_per_s: rate of a CPU core that makes both views."""
-    lines = [
-        "| images/s per GPU | JPEG files, MB/s | uint8 crops to the GPU, MB/s | float32 views instead, MB/s | CPU cores for whole views |"
-    ]
-    lines.append("|---:|---:|---:|---:|---:|")
+    per_s = ("JPEG files, MB/s", "uint8 crops to the GPU, MB/s", "float32 views instead, MB/s")
     numbers = VIEWS * 3 * size_px**2
-    for rate in rates:
-        crops, views = rate * numbers / 1e6, SINGLE * rate * numbers / 1e6
-        lines.append(f"| {rate:,} | {rate * JPEG_BYTES / 1e6:,.0f} | {crops:,.0f} | {views:,.0f} | {rate / core_images_per_s:.1f} |")
-    return "\n".join(lines)
+    each = [num_bytes / 1e6 for num_bytes in (JPEG_BYTES, numbers, SINGLE * numbers)]
+    rows = [[f"{rate:,}", *(f"{rate * mb:,.0f}" for mb in each), f"{rate / core_images_per_s:.1f}"] for rate in rates]
+    return markdown_table(("images/s per GPU", *per_s, "CPU cores for whole views"), rows, text_columns=0)
 
 
 def messages_table(model: ModelConfig = ENCODERS[0], card: Card = CARDS[1], *, global_batch: int = 4096, images_per_s: float = 2000) -> str:
     """Returns milliseconds of a step's messages by bandwidth alone, compared with the step's own at the given rate per GPU."""
-    sent = messages_of(model)
-    lines = [
-        "| GPUs | images a GPU | step alone, ms | gradients, ms | BN statistics, ms | BN backward, ms | messages of BN |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    titles = ("GPUs", "images a GPU", "step alone, ms", "gradients, ms", "BN statistics, ms", "BN backward, ms", "messages of BN")
+    sent, rows = messages_of(model), []
     for ranks in (8, 64, 512):
-        link = card.nvlink if ranks <= 8 else card.network
-        step_ms = 1000 * global_batch / ranks / images_per_s
-        gradients = 1000 * all_reduce_s(sent.gradient_bytes, ranks=ranks, bytes_per_s=link)
-        forward = 1000 * all_gather_s(sent.norm_bytes, ranks=ranks, bytes_per_s=link)
-        backward = 1000 * all_reduce_s(sent.norm_backward_bytes, ranks=ranks, bytes_per_s=link)
-        lines.append(
-            f"| {ranks} | {global_batch // ranks} | {step_ms:.1f} | {gradients:.2f} | {forward:.2f} | {backward:.2f} | {sent.norm_messages} |"
-        )
-    return "\n".join(lines)
+        link = card.nvlink if ranks <= 8 else card.network  # 8 GPUs share a machine
+        share = global_batch // ranks
+        gradients = all_reduce_s(sent.gradient_bytes, ranks=ranks, bytes_per_s=link)
+        forward = all_gather_s(sent.norm_bytes, ranks=ranks, bytes_per_s=link)
+        backward = all_reduce_s(sent.norm_backward_bytes, ranks=ranks, bytes_per_s=link)
+        messages = [f"{1000 * seconds:.2f}" for seconds in (gradients, forward, backward)]
+        rows.append([str(ranks), str(share), f"{1000 * global_batch / ranks / images_per_s:.1f}", *messages, str(sent.norm_messages)])
+    return markdown_table(titles, rows, text_columns=0)
 
 
 def _name(model: ModelConfig) -> str:

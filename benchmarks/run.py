@@ -11,54 +11,40 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from benchmarks.cases import CASES, check_names, load_case
+from benchmarks.gpu import Findings
+from benchmarks.own_process import PartFailed
 from benchmarks.record import CaseResult
 from benchmarks.record_file import FILE, new_record, read_record, write_record
 from benchmarks.report import write_reports
-from benchmarks.report_text import case_table
+from benchmarks.report_text import case_table, log_console
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.host.signals import INTERRUPTED_EXIT
-
-LOG_COLUMNS = 180
 
 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     names = list(dict.fromkeys(options.cases)) or list(CASES)
-    check_names(names)
+    check_names("CASE", names, CASES)
     make_folder(options.out)
     console = log_console()
-    typed = sys.argv[1:] if arguments is None else arguments
-    record = new_record(quick=options.quick, command=shlex.join(["python", "-m", "benchmarks.run", *typed]))
+    record = new_record(quick=options.quick, command=typed_command("benchmarks.run", arguments))
     failed: list[str] = []
     for name in names:
-        console.print(f"[bold]{name}[/bold] ...")
-        start = time.perf_counter()
         try:
-            result = _run_case(name, quick=options.quick)
-        except UserError as error:  # an optional package is missing: the other cases can still run
-            record["skipped"][name] = str(error)
-            console.print(f"{name} skipped: {error}", markup=False)
-        except KeyboardInterrupt:
+            failed += [] if keep_result(name, partial(_run_case, name, quick=options.quick), record, console) else [name]
+        except KeyboardInterrupt:  # no Exception, so `keep_result` lets it through
             console.print(f"interrupted in {name}; the record in {options.out} holds the cases before it", markup=False)
             sys.exit(INTERRUPTED_EXIT)
-        except Exception as error:  # a bug in one case must not lose the results of the others
-            traceback.print_exc()
-            record["skipped"][name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
-            failed.append(name)
-        else:
-            record["cases"][name] = result.as_dict()
-            record["case_seconds"][name] = round(time.perf_counter() - start, 1)
-            console.print(case_table(result))
-            print_skipped(console, result)
-            console.print(f"{name}: {record['case_seconds'][name]} s, set-up and warm-up included", markup=False)
         write_record(options.out, record)  # after every case, so that a later crash loses nothing
     written = read_record(options.out)
     write_reports(options.out, written)
@@ -67,24 +53,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"failed: {', '.join(failed)}; see above")
 
 
+def keep_result(name: str, measure: Callable[[], CaseResult | Findings], record: dict[str, Any], console: Console) -> bool:
+    """Measures, keeps the result in the record, or why there is none, and prints it; returns False if the case failed."""
+    console.print(f"[bold]{name}[/bold] ...")
+    start, failed = time.perf_counter(), False
+    try:
+        result = measure()
+    except UserError as error:  # an optional package is missing: the other cases can still run
+        record["skipped"][name] = str(error)
+        console.print(f"{name} skipped: {error}", markup=False)
+    except PartFailed as error:  # its traceback is in its log
+        failed, record["skipped"][name] = True, f"failed: {error}"
+        console.print(f"{name} failed: {error}", markup=False)
+    except Exception as error:  # a bug in one case must not lose the results of the others
+        traceback.print_exc()
+        failed, record["skipped"][name] = True, f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+    else:
+        if isinstance(result, Findings):
+            record["findings"][name] = {"title": result.title, "found": result.found}
+            found = [f"  {what}: {text}" for what, text in result.found.items()]
+        else:
+            record["cases"][name] = result.as_dict()
+            console.print(case_table(result))
+            found = [f"{row} skipped: {why}" for row, why in result.skipped.items()]
+        for line in found:
+            console.print(line, markup=False)
+    record["case_seconds"][name] = round(time.perf_counter() - start, 1)
+    console.print(f"{name}: {record['case_seconds'][name]} s, set-up and warm-up included", markup=False)
+    return not failed
+
+
+def typed_command(module: str, arguments: Sequence[str] | None) -> str:
+    """Returns the command that starts this run again."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
+
+
 def _parser() -> OneLineParser:
     parser = OneLineParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join(CASES)} (default: all)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), metavar="DIR", help="folder for the record (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small settings: all cases in under 3 minutes on 2 cores")
     return parser
-
-
-def log_console() -> Console:
-    """Returns a console as wide as the terminal; in a log, which has no width, lines are not wrapped."""
-    console = Console()
-    return console if console.is_terminal else Console(width=LOG_COLUMNS)
-
-
-def print_skipped(console: Console, result: CaseResult) -> None:
-    """Prints the rows that were skipped, each with the reason."""
-    for row, why in result.skipped.items():
-        console.print(f"{row} skipped: {why}", markup=False)
 
 
 def make_folder(out: Path) -> None:

@@ -1,7 +1,7 @@
 """Times subjects in interleaved rounds (`fastbyol.tuning.comparison`) by two clocks.
 
-The CPU clock (user + system time of all threads of this process and of its finished children) is hardly affected
-by other load; the wall clock is, and it is what a user waits for.
+The CPU clock (user + system time of all threads of this process and of its finished children) is hardly affected by other load; the
+wall clock is, and it is what a user waits for.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import gc
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from types import MappingProxyType
 
 import torch
 
@@ -23,6 +24,7 @@ from fastbyol.tuning.comparison import Estimate, estimate, take_turns
 
 def cpu_seconds() -> float:
     """Returns CPU seconds of this process, of its finished children, and those added by `count_cpu_seconds`."""
+    # One clock for all subjects: converters work in child processes, loaders in threads, and some rivals in both.
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime + _elsewhere_s
 
@@ -40,24 +42,32 @@ CLOCKS: dict[str, Callable[[], float]] = {"cpu": cpu_seconds, "wall": time.perf_
 
 @dataclass(frozen=True)
 class Subject:
-    """A piece of work to be timed.
-
-    Args:
-        name: name in the table.
-        run: the work, without set-up; it is called repeatedly, so it must leave everything ready for the next call.
-        units: number of images, updates, ... per call.
-        calls: calls per round, enough for several milliseconds.
-        note: what differs from the other subjects.
-        role: 'rival' for another implementation, 'memory ceiling' for a second ceiling; the case itself names the reference and the
-            ceiling.
-    """
+    """A piece of work to be timed. It is called repeatedly, so it must leave everything ready for the next call."""
 
     name: str
     run: Callable[[], object]
     units: float = 1.0
+    """Number of images, updates, ... per call."""
     calls: int = 1
+    """Calls per round, enough for several milliseconds."""
     note: str = ""
     role: str = ""
+    """'rival' for another implementation, 'memory ceiling' for a second ceiling; the case names the reference and the ceiling."""
+
+
+def subjects_of(
+    work: Mapping[str, Callable[[], object]],
+    *,
+    units: float = 1.0,
+    calls: int = 1,
+    notes: Mapping[str, str] = MappingProxyType({}),
+    rivals: Collection[str] = (),
+) -> list[Subject]:
+    """Returns the pieces of work as subjects, in order; `notes` and `rivals` go by name."""
+    return [
+        Subject(name, run, units=units, calls=calls, note=notes.get(name, ""), role="rival" if name in rivals else "")
+        for name, run in work.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -70,18 +80,16 @@ class Timings:
 def measure(
     subjects: Sequence[Subject], *, rounds: int, warmup: int = 1, warmed_up: Callable[[], object] = lambda: None
 ) -> dict[str, Timings]:
-    """Times every subject once per round, in order; returns the timings by name.
+    """Times every subject once per round, in order, after `warmup` untimed rounds; returns the timings by name.
 
-    Args:
-        subjects: at least one, with different names.
-        rounds: number of timed rounds; 6 or more give a 95 % interval.
-        warmup: number of untimed rounds before them, for compilation, first touch of memory and the file cache.
-        warmed_up: called after the warm-up; subjects that keep their own counts reset them here.
+    6 or more rounds give a 95 % interval. `warmed_up` is called before them, for subjects that keep counts of their own.
     """
     require_at_least("rounds", rounds, 1)
     names = [subject.name for subject in subjects]
+    # Records, figures and reports find a row by its name.
     require(len(set(names)) == len(names) > 0, "subjects", names, "at least one, with different names")
     samples = {subject.name: partial(_time_once, subject) for subject in subjects}
+    # Whole rounds, in the order of the timed ones: each subject also evicts the caches that the next one finds.
     take_turns(samples, _rounds(warmup))
     warmed_up()
     taken, _ = take_turns(samples, _rounds(rounds))
@@ -103,6 +111,7 @@ def _time_once(subject: Subject) -> dict[str, float]:
 
 def same_round_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Estimate:
     """Returns the median of the ratios taken within each round."""
+    # A ratio of medians would set one subject's quiet round against another's busy one.
     return estimate([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 

@@ -1,10 +1,12 @@
-"""Takes the product's own training steps (`fastbyol.tuning.stepper`) on batches that a benchmark case provides; counts the bytes they move."""
+"""Takes the product's own training steps (`fastbyol.tuning.stepper`) on noise or given batches; counts the bytes they move."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.config.plain import to_plain
-from fastbyol.config.schema import TrainConfig, accumulation_of
+from fastbyol.config.schema import ModelConfig, TrainConfig, accumulation_of
+from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import Monitor
@@ -29,11 +32,26 @@ from fastbyol.tuning.stepper import LR, TAU, Stepper, Timed
 CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class StepSize:
+    """The settings that cases and parts with training steps share."""
+
+    model: ModelConfig
+    size_px: int
+    batch: int
+    rounds: int
+
+    def config(self, **fields: Any) -> TrainConfig:
+        """Returns the config of such a step, with other fields as given."""
+        shape: dict[str, Any] = {"global_batch": self.batch, "model": self.model, "views": ViewPair(size_px=self.size_px)}
+        return TrainConfig(**(shape | fields))
+
+
 class TrainingStep(Stepper):
     """The product's training step for a config whose data are not read, with its working and waiting times (of the host; a GPU may lag behind)."""
 
     def __init__(self, config: TrainConfig, *, num_classes: int, device: torch.device = CPU) -> None:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # all variants of a case start from the same weights
         byol = build_byol(config.model, num_classes=num_classes)
         prepare_model(byol, config.precision, device=device)
         loader = cast(TwoViewLoader, None)  # the steps take their batches from an iterator
@@ -41,7 +59,16 @@ class TrainingStep(Stepper):
         state = TrainState(byol=byol, model=byol, optimizer=build_optimizer(config.optim, byol), scaler=scaler, loader=loader)
         super().__init__(config, Process(rank=0, world_size=1, device=device), networks=lambda: state)
         self._last: BYOLOutput
+        self._num_classes = num_classes
         self.forget_times()
+
+    @functools.cached_property
+    def noise(self) -> ViewBatch:
+        return noise_batch(self.config, num_classes=self._num_classes, device=self.process.device)
+
+    def run_on_noise(self, steps: int = 1) -> None:
+        """Takes optimizer steps on the same batch of noise; nothing waits for data."""
+        self.run(itertools.repeat(self.noise, steps))
 
     def state(self) -> dict[str, object]:
         """Returns everything that `TrainState.snapshot` collects for a checkpoint, except the loader's position."""
@@ -58,6 +85,7 @@ class TrainingStep(Stepper):
     def run(self, batches: Iterable[ViewBatch]) -> None:
         """Takes one optimizer step per batch; a config that accumulates uses the batch for each of its forward passes."""
         forwards = accumulation_of(self.config, world_size=1)
+        # Host time: no synchronisation here, which a run does not have either.
         start, timed = time.perf_counter(), Timed(iter(batches))
         for batch in timed:
             self._last = self.step(itertools.repeat(batch, forwards))
@@ -75,10 +103,7 @@ class TrainingStep(Stepper):
         return self._wait_s / self._total_s
 
     def time_shares(self) -> dict[str, float]:
-        """Returns the shares of time since the last call: data_wait_share, forward_backward_share, update_share; their sum is 1.
-
-        Waits for the device. On a GPU the last two are device time, the first is host time.
-        """
+        """Returns shares of time since the last call, which sum to 1; waits for the device. On a GPU only data_wait_share is host time."""
         record = self.monitor.record(step=0, epoch=0.0, lr=LR, tau=TAU, last=self._last)
         computing_ms = record["forward_backward_ms"] + record["update_ms"]
         wait = self.data_wait_share
@@ -86,10 +111,16 @@ class TrainingStep(Stepper):
         return {"data_wait_share": wait, **{f"{name}_share": share for name, share in parts.items()}}
 
 
-def synthetic_batch(*, num: int, size_px: int, num_classes: int, channels_last: bool, device: torch.device = CPU) -> ViewBatch:
-    """Returns a batch of normal noise in both views, already on the device and in the step's memory layout."""
+def forget_times(steps: Iterable[TrainingStep]) -> None:
+    for step in steps:
+        step.forget_times()
+
+
+def noise_batch(config: TrainConfig, *, num_classes: int, device: torch.device = CPU) -> ViewBatch:
+    """Returns the batch of one forward pass: normal noise in both views, already on the device and in the step's memory layout."""
     generator = torch.Generator(device).manual_seed(0)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+    num, size_px = config.rank_batch or config.global_batch, config.views.size_px
     shape = (num, 3, size_px, size_px)
     view1, view2 = (torch.randn(shape, generator=generator, device=device).contiguous(memory_format=layout) for _ in range(2))
     index = torch.arange(num, device=device)
@@ -97,10 +128,7 @@ def synthetic_batch(*, num: int, size_px: int, num_classes: int, channels_last: 
 
 
 def bytes_moved(work: Callable[[], object]) -> int:
-    """Returns the bytes that `work` moves if no cache helps: of all operands and results of its tensor operations, forward and backward.
-
-    Views and allocations count nothing. Only torch operations are seen; the fused update's kernel is not.
-    """
+    """Returns the bytes of all operands and results of torch's operations in `work`, forward and backward: what moves if no cache helps."""
     with _TrafficCounter() as counter:
         work()
     return counter.num_bytes

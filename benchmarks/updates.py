@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.packages import import_rival
+from benchmarks.rivals import import_rival
 from fastbyol.byol import Target, build_byol
 from fastbyol.config.schema import ModelConfig, OptimConfig
 from fastbyol.optim.build import build_optimizer
@@ -22,6 +22,20 @@ from fastbyol.optim.param_groups import byol_param_groups
 LR, TAU = 1e-3, 0.99
 """Thousands of updates with so small a learning rate change little; their cost does not depend on it."""
 CPU = torch.device("cpu")
+CEILING, RIVAL, BY_TENSOR = "copy_", "torch-optimizer LARS", "the rule, a tensor at a time"
+"""Rows of both the cases and the parts."""
+
+
+def target_title(target: Sequence[Tensor]) -> str:
+    return f"the target's update, {_size_of(target)}"
+
+
+def lars_title(updates: OnlineUpdates) -> str:
+    return f"one LARS step, {_size_of(updates.params)}"
+
+
+def _size_of(tensors: Sequence[Tensor]) -> str:
+    return f"{sum(tensor.numel() for tensor in tensors) / 1e6:.1f} M parameters in {len(tensors)} tensors"
 
 
 def target_and_online(model: ModelConfig, *, device: torch.device = CPU) -> tuple[nn.Module, nn.Module]:
@@ -30,7 +44,7 @@ def target_and_online(model: ModelConfig, *, device: torch.device = CPU) -> tupl
     followed = Target(byol.online)  # the same two parts, as one module
     with torch.no_grad():
         for parameter in followed.parameters():
-            parameter.add_(0.01)
+            parameter.add_(0.01)  # they start equal, and an update between equal networks changes nothing
     return byol.target, followed
 
 
@@ -94,11 +108,8 @@ def in_order(*steps: Callable[[], object]) -> Callable[[], None]:
 
 
 def solo_learn_update(target: Sequence[Tensor], online: Sequence[Tensor], tau: float) -> None:
-    """Updates the target as solo-learn does (solo/utils/momentum.py, MomentumUpdater.update): a new tensor for each parameter, from two
-    temporaries.
-
-    Copied from its source, because the package pins other versions of torch and Lightning.
-    """
+    """Updates the target as solo-learn does (solo/utils/momentum.py, MomentumUpdater.update): each parameter anew, from two temporaries."""
+    # Copied from its source, because the package pins other versions of torch and Lightning.
     for op, mp in zip(online, target, strict=True):
         mp.data = tau * mp.data + (1 - tau) * op.data
 
@@ -110,14 +121,8 @@ def lightly_update(target: nn.Module, online: nn.Module, tau: float) -> Callable
 
 
 def ema_pytorch_update(target: nn.Module, online: nn.Module, tau: float, *, use_foreach: bool) -> Callable[[], None]:
-    """Returns ema-pytorch's EMA.update with the fixed rate tau from its second call on (the first one copies). Raises UserError if it is
-    not installed.
-
-    Args:
-        target: the network that follows; buffers are updated too, the package's default.
-        online: the network that is followed.
-        tau: decay rate.
-        use_foreach: the package's option to update all tensors in one call instead of one after another.
+    """Returns ema-pytorch's EMA.update with the fixed rate tau from its second call on (the first one copies); buffers are updated too,
+    its default. use_foreach: its option to update all tensors in one call. Raises UserError if it is not installed.
     """
     package = import_rival("ema_pytorch")
     # Both bounds of its warm-up are set to tau to keep the rate constant, and it updates at every call.
@@ -126,9 +131,7 @@ def ema_pytorch_update(target: nn.Module, online: nn.Module, tau: float, *, use_
 
 
 def lightly_lars(online: nn.Module, *, lr: float) -> Callable[[], object]:
-    """Returns lightly's LARS.step, which scales the layers that have weight decay, as ours does. Raises UserError if lightly is not
-    installed.
-    """
+    """Returns lightly's LARS.step, which scales the layers that have weight decay, as ours does. Raises UserError without lightly."""
     lars = import_rival("lightly.utils.lars").LARS
     config = OptimConfig()
     groups = [
@@ -140,21 +143,12 @@ def lightly_lars(online: nn.Module, *, lr: float) -> Callable[[], object]:
 def lars_by_tensor(params: Sequence[Tensor], *, lr: float) -> Callable[[], None]:
     """Returns the LARS rule, one tensor at a time, with its own momentum buffers; needs no package."""
     config = OptimConfig()
+    rates = {name: getattr(config, name) for name in ("momentum", "weight_decay", "trust_coefficient")}
     momenta = [torch.zeros_like(param) for param in params]
 
     def step() -> None:
         for param, buffer in zip(params, momenta, strict=True):
-            grad = param.grad
-            assert grad is not None
-            lars_step_reference(
-                param,
-                grad,
-                buffer,
-                lr=lr,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                trust_coefficient=config.trust_coefficient,
-                adapt=param.ndim > 1,
-            )
+            assert param.grad is not None
+            lars_step_reference(param, param.grad, buffer, lr=lr, adapt=param.ndim > 1, **rates)
 
     return step

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastbyol presets | head` ends quietly
     parser = _build_parser()
+    # `views` and `tune` take options of a run too, which parse_train_config checks.
     options, options.run_options = parser.parse_known_args(arguments)
     if options.run_options and options.command not in (draw_views, tune_run, evaluate_run, embed_images, list_weights):
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
@@ -61,9 +62,8 @@ def _build_parser() -> OneLineParser:
     parser.add_argument("--version", action="version", version=f"fastbyol {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    evaluate = commands.add_parser(
-        "evaluate", help="linear or kNN accuracy of a run, against two baselines", description=evaluate_run.__doc__
-    )
+    what = "linear or kNN accuracy of a run, against two baselines"
+    evaluate = commands.add_parser("evaluate", help=what, description=evaluate_run.__doc__)
     evaluate.add_argument("protocol", choices=("linear", "knn", "all"))
     evaluate.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
     evaluate.add_argument("--k", type=int, help="number of neighbours in kNN (20)")
@@ -85,35 +85,22 @@ def _build_parser() -> OneLineParser:
         add(commands)
 
     views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)
-    views.add_argument(
-        "--data",
-        required=True,
-        type=path_text,
-        nargs="+",
-        help="a .beton file, tar shards or an image folder; give several to compare them side by side",
-    )
+    what = "a .beton file, tar shards or an image folder; give several to compare them side by side"
+    views.add_argument("--data", required=True, type=path_text, nargs="+", help=what)
     views.add_argument("--out", required=True, type=Path, help="PNG file to write")
     views.add_argument("--backend", choices=BACKENDS, default="auto", help="loader that reads --data (%(default)s)")
     views.add_argument("--rows", type=int, default=6, help="number of images (%(default)s)")
     views.add_argument("--epochs", type=int, default=2, help="pairs of views of each image (%(default)s)")
     views.set_defaults(command=draw_views)
 
-    tune = commands.add_parser(
-        "tune", help="measure the fastest settings on this machine and write them to a file", description=tune_run.__doc__
-    )
-    tune.add_argument(
-        "--data",
-        required=True,
-        type=path_text,
-        action="append",
-        help="a .beton file, tar shards or an image folder; repeat it for each format the images are stored in",
-    )
+    what = "measure the fastest settings on this machine and write them to a file"
+    tune = commands.add_parser("tune", help=what, description=tune_run.__doc__)
+    what = "a .beton file, tar shards or an image folder; repeat it for each format the images are stored in"
+    tune.add_argument("--data", required=True, type=path_text, action="append", help=what)
     tune.add_argument("--out", type=Path, default=Path("tuned.yaml"), help="YAML file to write (%(default)s)")
     tune.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     tune.add_argument("--seconds", type=float, default=10.0, help="seconds per comparison (%(default)g)")
-    tune.add_argument(
-        "--ranks", type=int, help="number of processes of the planned run (default: one per GPU of this machine, or one on a CPU)"
-    )
+    tune.add_argument("--ranks", type=int, help="processes of the planned run (default: one per GPU of this machine, or one on a CPU)")
     tune.set_defaults(command=tune_run)
 
     presets = commands.add_parser("presets", help="the named runs, with their commands and expected figures")
@@ -175,15 +162,8 @@ def draw_views(options: argparse.Namespace) -> None:
         if name not in ("--preset", "--config", "--seed") and not name.startswith("--views."):
             raise UserError(f"{name}: has no effect on views; the options of a run that do are --preset, --config, --seed and --views.…")
     config = parse_train_config(options.run_options, usage="")
-    write_contact_sheet(
-        options.data,
-        out=options.out,
-        views=config.views,
-        backend=options.backend,
-        rows=options.rows,
-        epochs=options.epochs,
-        seed=config.seed,
-    )
+    shown = {name: getattr(options, name) for name in ("out", "backend", "rows", "epochs")}
+    write_contact_sheet(options.data, views=config.views, seed=config.seed, **shown)
     say(f"views: {options.out}")
 
 

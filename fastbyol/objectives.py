@@ -1,7 +1,6 @@
 """Loss functions: BYOL's regression and the InfoNCE-beta family around it (Grill et al., equations 2 and 6 to 9).
 
-Also the alternatives that the paper tries: other normalisations in the loss (appendix F.6) and a predictor in closed form (appendix
-I.2).
+Also the alternatives that the paper tries: other normalisations in the loss (appendix F.6), a predictor in closed form (appendix I.2).
 """
 
 from __future__ import annotations
@@ -63,15 +62,11 @@ def regression_loss(prediction: Tensor, projection: Tensor, *, normalization: st
 def byol_loss(prediction1: Tensor, prediction2: Tensor, projection1: Tensor, projection2: Tensor, *, normalization: str = "l2") -> Tensor:
     """Mean over the batch of the sum of both directions: a scalar, in [0, 8] for unit vectors.
 
-    Args:
-        prediction1, prediction2: online predictions of each view, (N, D).
-        projection1, projection2: *target* projections of each view, (N, D), without gradient.
-        normalization: one of NORMALIZATIONS.
-
-    The sum is not halved: halving it once cost another library 11 points of accuracy (lightly, pull request 1286).
+    All are (N, D): the online predictions of each view, and the *target* projections, without gradient.
     """
     forward = regression_loss(prediction1, projection2, normalization=normalization)
     backward = regression_loss(prediction2, projection1, normalization=normalization)
+    # The sum is not halved: halving it once cost another library 11 points of accuracy (lightly, pull request 1286).
     return (forward + backward).mean()
 
 
@@ -82,11 +77,7 @@ def infonce_beta_loss(
 
     beta = 0 is byol_loss - 4; beta = 1 with predictions = projections = online projections is SimCLR times 2 alpha. Each of this
     rank's N rows is compared with the 2M - 1 other rows of all ranks, where M = N * ranks; gradients flow back to the rows of other
-    ranks.
-
-    Args:
-        beta: weight of the negative term.
-        alpha: temperature, > 0.
+    ranks. beta weighs the negative term; alpha > 0 is the temperature.
     """
     keys1, keys2 = all_ranks(l2_normalize(projection1)), all_ranks(l2_normalize(projection2))
     forward = _one_direction(l2_normalize(prediction1), same_view=keys1, other_view=keys2, beta=beta, alpha=alpha)
@@ -108,19 +99,17 @@ def _one_direction(query: Tensor, *, same_view: Tensor, other_view: Tensor, beta
 def least_squares_prediction(projection: Tensor, predicted: Tensor) -> Tensor:
     """Returns (N, D): projection times the linear map Q that brings all ranks' projections closest to the predicted ones (appendix I.2).
 
-    Args:
-        projection: (N, D) online projections; gradients flow through them, not through Q.
-        predicted: (N, D) the same images' projections of the other view.
-
-    With fewer rows than D, several maps are equally close and Q is the one with the smallest norm. It is solved in float64 because
-    the condition number of the product matrix is the square of that of the projections.
+    projection: (N, D), online; gradients flow through it, not through Q. predicted: (N, D), the same images' other view. With fewer rows
+    than D, several maps are equally close and Q is the one with the smallest norm.
     """
+    # In float64: the condition number of the product matrix is the square of that of the projections.
     linear_map = _least_squares_map(projection.detach().double(), predicted.detach().double())
     return (projection.double() @ linear_map).to(at_least_float32(projection).dtype)
 
 
 def _least_squares_map(projection: Tensor, predicted: Tensor) -> Tensor:
     products = torch.cat([projection.T @ projection, projection.T @ predicted], dim=1)
+    # Those of all ranks' rows, so the map is the same on every rank.
     if dist.is_initialized() and dist.get_world_size() > 1:
         products = summed(products)
     own, across = products.chunk(2, dim=1)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
 from benchmarks import breakdown, compare, figures, plots, report  # noqa: E402
-from benchmarks.cases import ema  # noqa: E402
+from benchmarks.cases import updates  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.record_file import new_record, newest_kept, read_record, results_of, write_record  # noqa: E402
 from benchmarks.report import report_page  # noqa: E402
@@ -50,7 +50,7 @@ def case(
         ceiling="ceiling",
         unit=unit,
         threads=1,
-        settings=ema.Size(rounds=9),
+        settings=updates.Size(rounds=9),
         device=device,
         primary=primary,
     )

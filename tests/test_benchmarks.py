@@ -29,30 +29,28 @@ from benchmarks.cases import (  # noqa: E402
     case_docstring,
     checkpoint,
     convert,
-    demo_step,
-    ema,
     end_to_end,
     evaluate,
-    fused_update,
-    lars,
     loader,
     monitors,
     scaling,
     step,
+    updates,
 )
+from benchmarks.cases.updates import Ema, FusedUpdate, Lars  # noqa: E402
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
 from benchmarks.own_process import in_own_process  # noqa: E402
-from benchmarks.packages import INSTALL, those_installed  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report_text import (  # noqa: E402
     case_table,
     headers,
     report_markdown,
 )
+from benchmarks.rivals import INSTALL, those_installed  # noqa: E402
 from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
 from benchmarks.rivals.views import KorniaViews  # noqa: E402
 from benchmarks.timing import Subject, Timings, cpu_seconds, measure, same_round_ratios, torch_threads  # noqa: E402
-from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
+from benchmarks.training_step import TrainingStep  # noqa: E402
 from benchmarks.updates import ema_pytorch_update, lightly_lars, lightly_update, target_and_online  # noqa: E402
 from fastbyol.config.errors import UserError  # noqa: E402
 from fastbyol.config.schema import DataConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
@@ -66,13 +64,13 @@ TINY_CASES = {
     "convert": (convert, convert.Size(images=10, copies=2, rounds=1, workers=1, scale=0.1)),
     "loader": (loader, loader.Size(images=10, batch=5, rounds=1, size_px=16, scale=0.1)),
     "augment": (augment, augment.Size(images=2, rounds=1, size_px=16, scale=0.1)),
-    "ema": (ema, ema.Size(rounds=2, model=TINY_MODEL)),
-    "lars": (lars, lars.Size(rounds=2, model=TINY_MODEL)),
-    "fused_update": (fused_update, fused_update.Size(rounds=2, more_rounds=1, model=TINY_MODEL)),
+    "ema": (Ema, updates.Size(rounds=2, model=TINY_MODEL)),
+    "lars": (Lars, updates.Size(rounds=2, model=TINY_MODEL)),
+    "fused_update": (FusedUpdate, updates.FusedSize(rounds=2, more_rounds=1, model=TINY_MODEL)),
     "batchnorm": (batchnorm, batchnorm.Size(rounds=2, batch=2, shapes=((8, 6), (16, 3)))),
     "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
     "step_resnet18": (step.ResNet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
-    "demo_step": (demo_step, demo_step.Size(steps=2, rounds=1, batch=8)),
+    "demo_step": (end_to_end.DemoStep, end_to_end.DemoSize(steps=2, rounds=1, batch=8)),
     "end_to_end": (end_to_end, end_to_end.Size(steps=2, rounds=1, model=TINY_MODEL, size_px=32, batch=4, scale=0.1)),
     "evaluate": (evaluate, evaluate.Size(images=8, batch=4, rounds=1, encoder="resnet8", size_px=32, scale=0.1)),
     "monitors": (monitors, monitors.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
@@ -99,11 +97,11 @@ EXPECTED_ROWS = {
 OPTIONAL_RIVALS = {
     loader.LIGHTLY,
     augment.KORNIA,
-    ema.LIGHTLY,
-    ema.EMA_PYTORCH,
-    ema.EMA_PYTORCH_FOREACH,
-    lars.LIGHTLY,
-    fused_update.LIGHTLY,
+    Ema.LIGHTLY,
+    Ema.PACKAGE,
+    Ema.PACKAGE_FOREACH,
+    Lars.LIGHTLY,
+    FusedUpdate.LIGHTLY,
 }
 """Rows that need packages which `make install` does not install."""
 NEVER_HERE = {"fp16, channels-last", step.COMPILED}
@@ -176,7 +174,7 @@ def test_rows_hold_speed_up_over_the_reference_and_time_over_the_ceiling():
     subjects = [Subject(name, int) for name in ("slow", "ours", "limit")]
     timings = {"slow": Timings(_same((8.0, 16.0))), "ours": Timings(_same((2.0, 4.0))), "limit": Timings(_same((1.0, 2.0)))}
     result = make_result(
-        "x", "t", subjects, timings, reference="slow", ceiling="limit", unit="image", threads=2, settings=ema.Size(rounds=2)
+        "x", "t", subjects, timings, reference="slow", ceiling="limit", unit="image", threads=2, settings=updates.Size(rounds=2)
     )
     ours = result.row("ours")
     assert (ours.speedup["cpu"].median, ours.over_ceiling["cpu"].median) == (4.0, 2.0)
@@ -246,10 +244,10 @@ def test_every_case_measures_each_subject_against_one_reference_and_one_ceiling(
 @pytest.mark.parametrize(
     ("case", "packages", "skipped"),
     [
-        (ema, ("lightly", "ema_pytorch"), {ema.LIGHTLY, ema.EMA_PYTORCH, ema.EMA_PYTORCH_FOREACH}),
+        (Ema, ("lightly", "ema_pytorch"), {Ema.LIGHTLY, Ema.PACKAGE, Ema.PACKAGE_FOREACH}),
         (augment, ("kornia",), {augment.KORNIA}),
-        (lars, ("torch_optimizer", "lightly"), {lars.RIVAL, lars.LIGHTLY}),
-        (fused_update, ("torch_optimizer", "lightly"), {fused_update.RIVAL, fused_update.LIGHTLY}),
+        (Lars, ("torch_optimizer", "lightly"), {updates.RIVAL, Lars.LIGHTLY}),
+        (FusedUpdate, ("torch_optimizer", "lightly"), {FusedUpdate.RIVAL, FusedUpdate.LIGHTLY}),
     ],
 )
 def test_a_row_whose_package_is_missing_is_skipped_by_name_with_what_installs_it(
@@ -343,27 +341,26 @@ def test_a_subjects_own_counts_start_after_the_warm_up():
 
 
 def test_shares_of_a_steps_time_cover_the_steps_since_the_last_reset():
-    taken = TrainingStep(TrainConfig(global_batch=4, model=TINY_MODEL), num_classes=2)
-    batch = synthetic_batch(num=4, size_px=32, num_classes=2, channels_last=True)
+    taken = TrainingStep(TrainConfig(global_batch=4, model=TINY_MODEL, views=ViewPair(size_px=32)), num_classes=2)
 
     def slow() -> Iterator[ViewBatch]:
         time.sleep(1.0)
-        yield batch
+        yield taken.noise
 
     taken.run(slow())
     assert taken.data_wait_share > 0.1
     taken.forget_times()
-    taken.run([batch])
+    taken.run_on_noise()
     assert taken.data_wait_share < 0.1
     assert taken.time_shares()["data_wait_share"] == taken.data_wait_share
 
 
 def test_a_step_that_accumulates_takes_its_batch_for_each_forward():
-    config = TrainConfig(global_batch=8, rank_batch=4, model=TINY_MODEL)
+    config = TrainConfig(global_batch=8, rank_batch=4, model=TINY_MODEL, views=ViewPair(size_px=32))
     taken = TrainingStep(config, num_classes=2)
     forwards: list[int] = []
     taken.networks().byol.register_forward_hook(lambda _, views, __: forwards.append(len(views[0])))
-    taken.run([synthetic_batch(num=4, size_px=32, num_classes=2, channels_last=True)] * 3)
+    taken.run_on_noise(3)
     assert forwards == [4] * 6
 
 
@@ -376,7 +373,7 @@ def test_every_case_says_what_it_measures_how_with_which_command_and_why():
 
 
 def test_a_run_writes_a_record_with_provenance_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    monkeypatch.setattr(Ema, "QUICK", TINY_CASES["ema"][1])
     command.main(["ema", "--quick", "--out", str(tmp_path / "new")])
     record = json.loads((tmp_path / "new" / "records.json").read_text())
     assert record["quick"] is True
@@ -386,17 +383,17 @@ def test_a_run_writes_a_record_with_provenance_and_a_report(tmp_path: Path, monk
     assert record["machine"]["memory_gib"] > 0
     assert (tmp_path / "new" / "report.html").read_text().count("data:image/png") == 1
     rows = {row["name"]: row for row in record["cases"]["ema"]["rows"]}
-    assert rows[ema.OURS]["ms"]["cpu"]["median"] > 0
+    assert rows[Ema.OURS]["ms"]["cpu"]["median"] > 0
     assert record["case_seconds"]["ema"] > 0
     assert record["cases"]["ema"]["settings"]["model"]["encoder"] == "resnet8"
     report = (tmp_path / "new" / "report.md").read_text()
-    assert f"| {ema.OURS} |" in report
+    assert f"| {Ema.OURS} |" in report
     assert "python -m benchmarks.run ema" in report
     for words in ("measuring itself costs", "compilation and the first touch", "Quick settings:", "seconds by case: ema "):
         assert words in report
         assert words in (tmp_path / "new" / "report.html").read_text()
     out = capsys.readouterr().out
-    assert ema.OURS in out
+    assert Ema.OURS in out
     assert re.search(r"^ema: \d+\.\d s, set-up and warm-up included$", out, re.MULTILINE)
     assert re.search(r"report.html; \d+ s in all", out.replace("\n", " "))
 
@@ -405,8 +402,8 @@ def test_a_case_that_lacks_a_package_is_skipped_by_name_and_the_others_run(tmp_p
     def missing(size: object, *, scratch: Path) -> CaseResult:
         raise UserError("torch-optimizer is not installed")
 
-    monkeypatch.setattr(lars, "run", missing)
-    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    monkeypatch.setattr(Lars, "run", missing)
+    monkeypatch.setattr(Ema, "QUICK", TINY_CASES["ema"][1])
     command.main(["lars", "ema", "--quick", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "records.json").read_text())
     assert record["skipped"] == {"lars": "torch-optimizer is not installed"}
@@ -420,8 +417,8 @@ def test_ctrl_c_ends_a_run_in_one_line_and_keeps_what_was_measured(
     def interrupted(size: object, *, scratch: Path) -> CaseResult:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lars, "run", interrupted)
-    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    monkeypatch.setattr(Lars, "run", interrupted)
+    monkeypatch.setattr(Ema, "QUICK", TINY_CASES["ema"][1])
     with pytest.raises(SystemExit) as stopped:
         command.main(["ema", "lars", "--quick", "--out", str(tmp_path)])
     assert stopped.value.code == 130
@@ -435,8 +432,8 @@ def test_a_case_that_fails_is_reported_and_loses_neither_the_other_cases_nor_the
     def broken(size: object, *, scratch: Path) -> CaseResult:
         raise ZeroDivisionError("no rows")
 
-    monkeypatch.setattr(lars, "run", broken)
-    monkeypatch.setattr(ema, "QUICK", TINY_CASES["ema"][1])
+    monkeypatch.setattr(Lars, "run", broken)
+    monkeypatch.setattr(Ema, "QUICK", TINY_CASES["ema"][1])
     with pytest.raises(SystemExit) as stopped:
         command.main(["lars", "ema", "--quick", "--out", str(tmp_path)])
     assert stopped.value.code == "failed: lars; see above"
@@ -492,7 +489,9 @@ def test_a_case_from_files_says_whether_it_is_limited_by_data_or_computing():
 def test_efficiency_compares_a_rank_with_one_that_runs_alone():
     """8 s for one rank that does 4 images, 10 s for two that do twice the work, 8 s for two that do not speak: 2, 1.25 and 1 s an image."""
     timings = {name: Timings(_same((1000 * s,))) for name, s in {"1": 2.0, "2": 1.25, "2, alone": 1.0}.items()}
-    assert scaling.efficiency(timings, {"1": 1, "2": 2, "2, alone": 2}, reference="1") == {"1": 1.0, "2": 0.8, "2, alone": 1.0}
+    subjects = [Subject(name, int) for name in timings]
+    result = make_result("scaling", "t", subjects, timings, reference="1", ceiling="2, alone", settings=updates.Size(rounds=1))
+    assert scaling.efficiency(result, {"1": 1, "2": 2, "2, alone": 2}) == {"1": 1.0, "2": 0.8, "2, alone": 1.0}
 
 
 def test_executors_of_the_augment_case_render_the_same_views():

@@ -354,7 +354,7 @@ def test_features_that_do_not_fit_float16_are_refused(run, data_paths, tmp_path)
         (["--data", "none"], "--data = none: no such file or folder"),
         (["--data", "empty"], "empty"),
         (["--checkpoint", "none"], "checkpoint = 'none': no such file or folder"),
-        (["--checkpoint", "text"], "checkpoint = 'text': is not a file of weights .torch.save did not write it"),
+        (["--checkpoint", "text"], "checkpoint text: is not a file of weights .torch.save did not write it"),
         (["--checkpoint", "bare.pt", "--projection"], "bare.pt holds an encoder without a projector"),
         (["--views.size_px", "64"], "views.size_px: has no effect on a run"),
         (["--views.flip_p", "0"], "unrecognized arguments: --views.flip_p"),

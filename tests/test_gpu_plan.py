@@ -22,9 +22,10 @@ from benchmarks.gpu.subjects import calls_for, captures, fitting_batch, largest_
 from benchmarks.imagenet_like import write_imagenet_like  # noqa: E402
 from benchmarks.own_process import PartFailed, run_isolated  # noqa: E402
 from benchmarks.record import CaseResult  # noqa: E402
-from benchmarks.training_step import TrainingStep, synthetic_batch  # noqa: E402
+from benchmarks.training_step import TrainingStep  # noqa: E402
 from fastbyol.config.errors import UserError, require  # noqa: E402
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig  # noqa: E402
+from fastbyol.config.views import ViewPair  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
 from fastbyol.tuning.stepper import is_out_of_memory  # noqa: E402
 
@@ -54,12 +55,12 @@ def test_a_part_measures_each_subject_against_its_reference_and_ceiling(part: st
 
 def test_the_shares_of_a_step_are_of_its_parts_and_sum_to_one():
     model = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
-    taken = TrainingStep(TrainConfig(global_batch=4, model=model), num_classes=2)
+    taken = TrainingStep(TrainConfig(global_batch=4, model=model, views=ViewPair(size_px=32)), num_classes=2)
 
     def slow(batches: int) -> Iterator[ViewBatch]:
         for _ in range(batches):
             time.sleep(0.2)
-            yield synthetic_batch(num=4, size_px=32, num_classes=2, channels_last=True)
+            yield taken.noise
 
     taken.run(slow(2))
     shares = taken.time_shares()

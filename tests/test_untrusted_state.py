@@ -96,6 +96,12 @@ def test_buffers_that_share_their_own_elements_are_refused(name):
         assert state_difference(optimizer, bad) == f"optimizer.state.{index}.{buffer} does not hold each of its elements once", change
 
 
+def test_elements_that_repeat_within_a_span_of_the_right_length_are_refused_and_any_order_is_not():
+    own, repeating = torch.zeros(2, 3), torch.zeros(6).as_strided((2, 3), (5, 0))
+    assert first_difference({"x": repeating}, {"x": own}, "saved") == "saved.x does not hold each of its elements once"
+    assert first_difference({"x": own.t().contiguous().t()}, {"x": own}, "saved") is None
+
+
 def test_a_number_of_steps_that_is_none_is_refused():
     _, optimizer = _stepped("adamw")
     for steps in (-5.0, float("nan"), float("inf")):

@@ -1,6 +1,6 @@
 """The benchmark cases: each measures one subject, with a reference and a ceiling in the same run.
 
-A case is a module with `QUICK` and `FULL`, its settings, and `run(size, *, scratch)`, which returns a `CaseResult`. Its docstring
+A case is a module or a class with `QUICK` and `FULL`, its settings, and `run(size, *, scratch)`, which returns a `CaseResult`. Its docstring
 says what is measured, how, with which command, and why the result looks as it does; the report quotes it.
 """
 
@@ -8,63 +8,50 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from pathlib import Path
-from typing import Any, Protocol, cast
+from collections.abc import Collection
+from typing import Any
 
-from benchmarks.gpu import load_part
-from benchmarks.record import CaseResult
+from benchmarks.gpu import PARTS
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
 
-CASES = (
-    "convert",
-    "loader",
-    "augment",
-    "ema",
-    "lars",
-    "fused_update",
-    "batchnorm",
-    "step",
-    "step_resnet18",
-    "demo_step",
-    "end_to_end",
-    "evaluate",
-    "monitors",
-    "scaling",
-    "checkpoint",
-)
-IN_MODULE = {"step_resnet18": ("step", "ResNet18")}
-"""The module and the class of a case that has no module of its own."""
+CASES = {
+    "convert": "convert",
+    "loader": "loader",
+    "augment": "augment",
+    "ema": "updates.Ema",
+    "lars": "updates.Lars",
+    "fused_update": "updates.FusedUpdate",
+    "batchnorm": "batchnorm",
+    "step": "step",
+    "step_resnet18": "step.ResNet18",
+    "demo_step": "end_to_end.DemoStep",
+    "end_to_end": "end_to_end",
+    "evaluate": "evaluate",
+    "monitors": "monitors",
+    "scaling": "scaling",
+    "checkpoint": "checkpoint",
+}
+"""The module, or the class in it, of each case, in the order in which they run."""
 
 
-class Case(Protocol):
-    """Interface of every module of this package, and of the classes in `IN_MODULE`."""
-
-    __doc__: str | None
-    QUICK: Any
-    FULL: Any
-
-    def run(self, size: Any, *, scratch: Path) -> CaseResult:
-        """Measures with the given settings; `scratch` is an empty folder of its own. Raises UserError if something it needs is not
-        installed.
-        """
-        ...
-
-
-def check_names(names: list[str]) -> None:
-    """Raises UserError for the first unknown case; the message names the nearest one."""
+def check_names(what: str, names: Collection[str], known: Collection[str]) -> None:
+    """Raises UserError for the first unknown name; the message names the nearest one."""
     for name in names:
-        if name not in CASES:
-            raise UserError(f"CASE = {name!r}: no such case{nearest_name(name, CASES)}; one of {', '.join(CASES)}")
+        if name not in known:
+            kind = what.lower()
+            raise UserError(f"{what} = {name!r}: no such {kind}{nearest_name(name, known)}; one of {', '.join(known)}")
 
 
-def load_case(name: str) -> Case:
-    """Returns the case's module or class. It is imported only when it runs, since some imports take seconds or need optional packages."""
-    module, variant = IN_MODULE.get(name, (name, ""))
-    case = importlib.import_module(f"benchmarks.cases.{module}")
-    return cast(Case, getattr(case, variant) if variant else case)
+def load_case(name: str) -> Any:
+    """Returns the module or class of a case, or of a part of the GPU plan ('gpu.NAME')."""
+    where = f"gpu.{PARTS[name.removeprefix('gpu.')]}" if name.startswith("gpu.") else f"cases.{CASES[name]}"
+    folder, module, *variant = where.split(".")
+    # Imported only when it runs, since some imports take seconds or need optional packages.
+    case = importlib.import_module(f"benchmarks.{folder}.{module}")
+    return getattr(case, variant[0]) if variant else case
 
 
 def case_docstring(name: str) -> str:
     """Returns the docstring of a case, or of a part of the GPU plan ('gpu.NAME')."""
-    return inspect.getdoc(load_part(name.removeprefix("gpu.")) if name.startswith("gpu.") else load_case(name)) or ""
+    return inspect.getdoc(load_case(name)) or ""

@@ -18,7 +18,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +29,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.imagenet_like import draw_jpeg
-from benchmarks.packages import those_installed
-from benchmarks.record import CaseResult, make_result
+from benchmarks.record import CaseResult, measured
+from benchmarks.rivals import those_installed
 from benchmarks.rivals.views import KORNIA_DIFFERENCES, KorniaViews
-from benchmarks.timing import Subject, measure, torch_threads
+from benchmarks.timing import subjects_of, torch_threads
 from fastbyol.augment.parameters import draw_parameters
 from fastbyol.augment.view_kernel import ViewKernel
 from fastbyol.config.views import ViewPair
@@ -42,13 +44,13 @@ KORNIA = "kernel's crops + kornia"
 
 @dataclass(frozen=True)
 class Size:
-    """Settings. images: number of different images, each rendered `calls` times per round. scale: scale of ImageNet's image sides."""
-
     images: int
+    """Number of different images, each rendered `calls` times per round."""
     rounds: int
     calls: int = 1
     size_px: int = 224
     scale: float = 1.0
+    """Scale of ImageNet's image sides."""
     seed: int = 0
 
 
@@ -57,23 +59,20 @@ FULL = Size(images=32, rounds=15, calls=4)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
-    del scratch  # nothing is written
     views = ViewPair(size_px=size.size_px)
     executors = Executors(views, _draw_images(size), seed=size.seed)
-    subjects = [
-        Subject(CEILING, executors.crop, units=size.images, calls=size.calls),
-        Subject(KERNEL, executors.render, units=size.images, calls=size.calls),
-        Subject(REFERENCE, executors.crop_and_augment, units=size.images, note="all operations for all images"),
-    ]
     skipped: dict[str, str] = {}
-    for name, kornia in those_installed({KORNIA: lambda: KorniaViews(views)}, skipped).items():
-        subjects.append(
-            Subject(name, lambda kornia=kornia: executors.crop_and(kornia), units=size.images, note=KORNIA_DIFFERENCES, role="rival")
-        )
-    with torch_threads(1):
-        timings = measure(subjects, rounds=size.rounds)
+    rivals = {
+        name: partial(executors.crop_and, kornia) for name, kornia in those_installed({KORNIA: lambda: KorniaViews(views)}, skipped).items()
+    }
+    units, notes = size.images, {REFERENCE: "all operations for all images", KORNIA: KORNIA_DIFFERENCES}
+    subjects = [
+        *subjects_of({CEILING: executors.crop, KERNEL: executors.render}, units=units, calls=size.calls),
+        *subjects_of({REFERENCE: executors.crop_and_augment, **rivals}, units=units, notes=notes, rivals=rivals),
+    ]
     title = f"two {size.size_px} px views of a decoded image"
-    return make_result("augment", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, threads=1, settings=size, skipped=skipped)
+    with torch_threads(1):
+        return measured("augment", title, subjects, reference=REFERENCE, ceiling=CEILING, settings=size, skipped=skipped)
 
 
 class Executors:
@@ -88,11 +87,14 @@ class Executors:
         self.crops, self.views = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.float32)
 
     def crop(self) -> None:
-        for image, row, out in zip(self.images, self.parameters, self.crops, strict=True):
-            self.kernel.render(image, row, out)
+        self._render(self.crops)
 
     def render(self) -> None:
-        for image, row, out in zip(self.images, self.parameters, self.views, strict=True):
+        self._render(self.views)
+
+    def _render(self, outputs: NDArray[Any]) -> None:
+        # The type of the output tells the kernel where to stop: uint8 crops are not augmented.
+        for image, row, out in zip(self.images, self.parameters, outputs, strict=True):
             self.kernel.render(image, row, out)
 
     def crop_and_augment(self) -> None:

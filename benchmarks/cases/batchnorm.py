@@ -18,7 +18,7 @@ that arithmetic, but limits the step beyond some 16 GPUs.
 from __future__ import annotations
 
 import multiprocessing as mp
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.record import CaseResult, make_result
-from benchmarks.timing import Subject, measure, torch_threads
+from benchmarks.record import CaseResult, measured
+from benchmarks.timing import subjects_of, torch_threads
 from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.view_batchnorm import ViewBatchNorm
 from fastbyol.run.precision import keep_freed_memory
@@ -54,18 +54,18 @@ FULL = Size(rounds=15)
 def run(size: Size, *, scratch: Path) -> CaseResult:
     keep_freed_memory()  # as a run does
     copies = [(torch.empty_like(x), x.detach()) for x in _activations(size)]
-    with torch_threads(1), _second_rank(size, scratch):
-        subjects = [
-            Subject(CEILING, lambda: [out.copy_(x) for out, x in copies for _ in range(5)]),
-            Subject(REFERENCE, _by_view(size, lambda channels: nn.BatchNorm2d(channels))),
-            Subject(OURS, _both_views(size, across_ranks=False)),
-            *(Subject(name, work) for name, work in _across_ranks(size).items()),
-        ]
-        timings = measure(subjects, rounds=size.rounds, warmup=_WARMUP)
     title = f"batch norm and ReLU of two views, forward and backward, {len(size.shapes)} layers, batch {size.batch} a view"
-    return make_result(
-        "batchnorm", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, unit="step", threads=1, settings=size, primary="wall"
-    )
+    with torch_threads(1), _second_rank(size, scratch):
+        work = {
+            CEILING: lambda: [out.copy_(x) for out, x in copies for _ in range(5)],
+            REFERENCE: _by_view(size, lambda channels: nn.BatchNorm2d(channels)),
+            OURS: _both_views(size, across_ranks=False),
+            **_across_ranks(size),
+        }
+        subjects = subjects_of(work)
+        return measured(
+            "batchnorm", title, subjects, reference=REFERENCE, ceiling=CEILING, unit="step", settings=size, primary="wall", warmup=_WARMUP
+        )
 
 
 def _across_ranks(size: Size) -> dict[str, Callable[[], object]]:
@@ -76,15 +76,17 @@ def _across_ranks(size: Size) -> dict[str, Callable[[], object]]:
 
 def _both_views(size: Size, *, across_ranks: bool) -> Callable[[], object]:
     layers = [ViewBatchNorm(channels, views=2, across_ranks=across_ranks) for channels, _ in size.shapes]
-    work = list(zip(layers, _activations(size), strict=True))
-    return lambda: [torch.autograd.backward(norm_relu(layer, x), x.detach()) for layer, x in work]
+    return _forward_backward(list(zip(layers, _activations(size), strict=True)))
 
 
 def _by_view(size: Size, make: Callable[[int], nn.Module]) -> Callable[[], object]:
     layers = [make(channels) for channels, _ in size.shapes]
-    work = [(layer, view) for layer, x in zip(layers, _activations(size), strict=True) for view in x.detach().chunk(2)]
-    for _, view in work:
-        view.requires_grad_()
+    work = [(layer, view.requires_grad_()) for layer, x in zip(layers, _activations(size), strict=True) for view in x.detach().chunk(2)]
+    return _forward_backward(work)
+
+
+def _forward_backward(work: Sequence[tuple[nn.Module, Tensor]]) -> Callable[[], object]:
+    # The input serves as the output's gradient: some tensor of the same shape and layout.
     return lambda: [torch.autograd.backward(norm_relu(layer, x), x.detach()) for layer, x in work]
 
 
@@ -118,6 +120,7 @@ def _follow(size: Size, store: str) -> None:
     torch.set_num_threads(1)
     _join_group(1, store)
     work = _across_ranks(size)
+    # As often as rank 0 times it: one call more or less, and both would wait for the other's message for ever.
     for _round in range(_WARMUP + size.rounds):
         for step in work.values():
             step()

@@ -19,15 +19,15 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.imagenet_like import write_imagenet_like
-from benchmarks.record import CaseResult, make_result
+from benchmarks.record import CaseResult, measured
 from benchmarks.rivals.read_and_decode import read_and_decode
 from benchmarks.rivals.stock_ffcv import MISSING, QUALITY, write_with_stock_ffcv
-from benchmarks.timing import Subject, measure
+from benchmarks.timing import subjects_of
 from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.encode import find_turbojpeg
@@ -40,13 +40,14 @@ BETON, TAR = "to_ffcv", "to_dali"
 
 @dataclass(frozen=True)
 class Size:
-    """Settings. images: number of different images. copies: names of each. scale: scale of ImageNet's image sides."""
-
     images: int
+    """Number of different images."""
     copies: int
+    """Names of each: a process decodes by another way after its first 1,000 images, so there must be many."""
     rounds: int
     workers: int = 2
     scale: float = 1.0
+    """Scale of ImageNet's image sides."""
     seed: int = 0
 
 
@@ -58,28 +59,23 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     if find_turbojpeg() is None:
         raise UserError(f"without TurboJPEG there is no ceiling to compare with: {MISSING}")
     folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
-    _copy_names(folder, size.copies)
+    _copy_names(folder, size.copies)  # thousands of different images would take longer to draw than to convert
     outputs = {REFERENCE: scratch / "stock.beton", BETON: scratch / "ours.beton", TAR: scratch / "ours"}
     listing = list_image_folder(folder)
-    num = len(listing.files)
-    subjects = [
-        Subject(
-            REFERENCE,
-            lambda: write_with_stock_ffcv(listing, outputs[REFERENCE], workers=size.workers),
-            units=num,
-            note=f"re-encodes, quality {QUALITY}",
-        ),
-        Subject(BETON, _quietly(lambda: write_beton(folder, out=outputs[BETON], workers=size.workers, overwrite="replace")), units=num),
-        Subject(TAR, _quietly(lambda: write_tar_shards(folder, out=outputs[TAR], workers=size.workers, overwrite="replace")), units=num),
-        Subject(CEILING, lambda: read_and_decode(folder, workers=size.workers), units=num, note="writes nothing"),
-    ]
-    timings = measure(subjects, rounds=size.rounds)
-    source_bytes = sum(os.path.getsize(listing.path(index)) for index in range(num))
-    extra = {name: {"bytes for a byte of input": _bytes_of(out) / source_bytes} for name, out in outputs.items()}
+    given: dict[str, Any] = {"workers": size.workers, "overwrite": "replace"}
+    work = {
+        REFERENCE: lambda: write_with_stock_ffcv(listing, outputs[REFERENCE], workers=size.workers),
+        BETON: lambda: write_beton(folder, out=outputs[BETON], **given),
+        TAR: lambda: write_tar_shards(folder, out=outputs[TAR], **given),
+        CEILING: lambda: read_and_decode(folder, workers=size.workers),
+    }
+    notes = {REFERENCE: f"re-encodes, quality {QUALITY}", CEILING: "writes nothing"}
+    subjects = subjects_of(work, units=len(listing.files), notes=notes)
     title = f"an image folder converted by {size.workers} worker processes"
-    return make_result(
-        "convert", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, threads=size.workers, settings=size, extra=extra
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # the converters' progress
+        result = measured("convert", title, subjects, reference=REFERENCE, ceiling=CEILING, threads=size.workers, settings=size)
+    source_bytes = sum(os.path.getsize(listing.path(index)) for index in range(len(listing.files)))
+    return result.with_extra({name: {"bytes for a byte of input": _bytes_of(out) / source_bytes} for name, out in outputs.items()})
 
 
 def _copy_names(folder: Path, copies: int) -> None:
@@ -87,14 +83,6 @@ def _copy_names(folder: Path, copies: int) -> None:
     for path in list(folder.rglob("*.jpg")):
         for copy in range(1, copies):
             os.link(path, path.with_name(f"{path.stem}_{copy}.jpg"))
-
-
-def _quietly(convert: Callable[[], object]) -> Callable[[], None]:
-    def run() -> None:
-        with contextlib.redirect_stderr(io.StringIO()):
-            convert()
-
-    return run
 
 
 def _bytes_of(out: Path) -> int:

@@ -15,21 +15,23 @@ times faster and the loader becomes the first thing to look at (not measured yet
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.imagenet_like import stored_for, write_imagenet_like
-from benchmarks.record import CaseResult, make_result
+from benchmarks.record import CaseResult, measured
 from benchmarks.rivals.views import TorchvisionLoader
-from benchmarks.timing import Subject, measure, torch_threads
-from benchmarks.training_step import TrainingStep, synthetic_batch
+from benchmarks.timing import Subject, torch_threads
+from benchmarks.training_step import StepSize, TrainingStep, forget_times
 from fastbyol.config.errors import UserError
+from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
-from fastbyol.config.views import PAPER
 from fastbyol.data import build_loader
+from fastbyol.data.batch import ViewBatch
 
 REFERENCE, CEILING = "end to end, torchvision on Pillow", "steps alone"
 DATA_BOUND_SHARE = 0.05
@@ -37,38 +39,31 @@ NUM_CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Size:
-    """Settings. steps: steps per epoch. workers: threads of the loader. scale: scale of ImageNet's image sides."""
-
-    steps: int
-    rounds: int
-    model: ModelConfig
-    size_px: int
-    batch: int
+class Size(StepSize):
+    steps: int = 8
+    """Steps per epoch."""
     backends: tuple[str, ...] = ("ffcv", "dali", "folder")
     torch_threads: int = 1
     workers: int = 1
+    """Threads of the loader."""
     scale: float = 1.0
+    """Scale of ImageNet's image sides."""
     seed: int = 0
 
 
 QUICK = Size(steps=2, rounds=6, model=ModelConfig(encoder="resnet18", hidden_dim=512), size_px=64, batch=4, backends=("ffcv",))
-FULL = Size(steps=8, rounds=9, model=ModelConfig(encoder="resnet18"), size_px=224, batch=8)
+FULL = Size(rounds=9, model=ModelConfig(encoder="resnet18"), size_px=224, batch=8)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     images = size.steps * size.batch
     folder = write_imagenet_like(scratch / "images", images=images, classes=min(NUM_CLASSES, images), scale=size.scale, seed=size.seed)
-    config = TrainConfig(global_batch=size.batch, model=size.model, views=replace(PAPER, size_px=size.size_px))
-    batch = synthetic_batch(num=size.batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=config.precision.channels_last)
-    torchvision = TorchvisionLoader(folder, config.views, batch=size.batch)
-    steps = {name: TrainingStep(config, num_classes=NUM_CLASSES) for name in (CEILING, REFERENCE, *map(_name, size.backends))}
-    subjects = [
-        Subject(CEILING, lambda: steps[CEILING].run(itertools.repeat(batch, size.steps)), units=images),
-        Subject(REFERENCE, lambda: steps[REFERENCE].run(torchvision), units=images, note="not beside the step"),
-    ]
+    config = size.config()
+    training = Training(config, size.steps)
+    training.add(CEILING)
+    training.add(REFERENCE, TorchvisionLoader(folder, config.views, batch=size.batch), note="not beside the step")
     skipped: dict[str, str] = {}
-    with ExitStack() as opened, torch_threads(size.torch_threads):
+    with ExitStack() as opened:
         for backend in size.backends:
             try:
                 data = DataConfig(train=str(stored_for(backend, folder, out=scratch)), backend=backend, workers=size.workers)
@@ -76,25 +71,38 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
             except UserError as error:
                 skipped[backend] = str(error)
                 continue
-            step = steps[_name(backend)]
-            subjects.append(Subject(_name(backend), lambda step=step, loader=loader: step.run(loader), units=images))
-            subjects.append(Subject(f"{backend}: loader alone", lambda loader=loader: deque(loader, maxlen=0), units=images))
-        timings = measure(subjects, rounds=size.rounds, warmed_up=lambda: [step.forget_times() for step in steps.values()])
-    waits = {name: step.data_wait_share for name, step in steps.items() if name in timings and name != CEILING}
-    ours = {name: share for name, share in waits.items() if name != REFERENCE}
-    return make_result(
-        "end_to_end",
-        f"{size.model.encoder} from JPEG files, {size.size_px} px, batch {size.batch}: {verdict(ours)}",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        threads=size.torch_threads + size.workers,
-        primary="wall",
-        settings=size,
-        extra={name: {"data_wait_share": share} for name, share in waits.items()},
-        skipped=skipped,
-    )
+            training.add(f"{backend}: end to end", loader)
+            training.subjects.append(Subject(f"{backend}: loader alone", partial(deque, loader, maxlen=0), units=images))
+        result = training.measured(
+            "end_to_end", f"{size.model.encoder} from JPEG files, {size.size_px} px, batch {size.batch}", size, skipped
+        )
+    ours = {row.name: row.extra["data_wait_share"] for row in result.rows if row.role == "" and "data_wait_share" in row.extra}
+    return replace(result, title=f"{result.title}: {verdict(ours)}")
+
+
+class Training:
+    """Subjects that take the same steps, each with networks of its own, from different sources of batches."""
+
+    def __init__(self, config: TrainConfig, steps: int) -> None:
+        self._config, self._num_steps = config, steps
+        self._steps: dict[str, TrainingStep] = {}
+        self.subjects: list[Subject] = []
+
+    def add(self, name: str, batches: Iterable[ViewBatch] | None = None, *, note: str = "") -> None:
+        """Adds the steps of an epoch on these batches; None: on one repeated batch of noise."""
+        step = self._steps[name] = TrainingStep(self._config, num_classes=NUM_CLASSES)
+        run = partial(step.run_on_noise, self._num_steps) if batches is None else partial(step.run, batches)
+        self.subjects.append(Subject(name, run, units=self._num_steps * self._config.global_batch, note=note))
+
+    def measured(self, case: str, title: str, size: Size | DemoSize, skipped: dict[str, str]) -> CaseResult:
+        """Returns the result, with the share of its time that each but the ceiling waited for data."""
+        with torch_threads(size.torch_threads):
+            # In the first epoch a step waits for kernels to be compiled and files to be read into the cache.
+            given = {"warmed_up": partial(forget_times, self._steps.values()), "skipped": skipped, "settings": size, "primary": "wall"}
+            threads = size.torch_threads + size.workers
+            result = measured(case, title, self.subjects, reference=REFERENCE, ceiling=CEILING, threads=threads, **given)
+        waits = {name: {"data_wait_share": step.data_wait_share} for name, step in self._steps.items() if name != CEILING}
+        return result.with_extra(waits)
 
 
 def verdict(data_wait_share: dict[str, float]) -> str:
@@ -105,5 +113,44 @@ def verdict(data_wait_share: dict[str, float]) -> str:
     return f"data-bound ({', '.join(bound)} of the time waiting); more data.workers, smaller files, or data.prefetch"
 
 
-def _name(backend: str) -> str:
-    return f"{backend}: end to end"
+@dataclass(frozen=True)
+class DemoSize:
+    steps: int
+    rounds: int
+    batch: int = 64
+    torch_threads: int = 1
+    workers: int = 1
+    seed: int = 0
+
+
+class DemoStep:
+    """Measures the demo's training (preset cpu_demo: ResNet-8, 32 px, batch 64), from given views and from files.
+
+    How: the product's `train_step` and loader, one epoch per round; one thread computes, one loads; JPEG files of about 47 x 40 px.
+    Reference: the same steps fed by torchvision.transforms on Pillow images in the training thread. Ceiling: the steps alone, on one
+    repeated batch. Read the wall clock: the loader's thread works beside the step.
+
+        python -m benchmarks.run demo_step
+
+    Why: the loader costs a fraction of the step and runs beside it, so end to end is close to the steps alone if a core is free. What
+    remains is the start of each epoch, when nothing is prefetched, and other load on the machine. One thread computes because the network
+    is tiny and on a busy machine two threads lose far more at barriers (6.7 s instead of 0.13 s per step, seen at load 5).
+    `data_wait_share` is the share of the time that the step waited for a batch.
+    """
+
+    PRESET, OURS = "cpu_demo", "end to end, .beton"
+    QUICK, FULL = DemoSize(steps=2, rounds=6, batch=32), DemoSize(steps=40, rounds=9)
+
+    @classmethod
+    def run(cls, size: DemoSize, *, scratch: Path) -> CaseResult:
+        images = size.steps * size.batch
+        # A tenth of ImageNet's sides: about the demo's images.
+        folder = write_imagenet_like(scratch / "images", images=images, classes=NUM_CLASSES, scale=0.1, seed=size.seed)
+        config = replace(preset_config(cls.PRESET), global_batch=size.batch)
+        data = DataConfig(train=str(stored_for("ffcv", folder, out=scratch)), workers=size.workers)
+        training = Training(config, size.steps)
+        with build_loader(data, views=config.views, seed=size.seed, global_batch=size.batch) as loader:
+            training.add(CEILING)
+            training.add(cls.OURS, loader)
+            training.add(REFERENCE, TorchvisionLoader(folder, config.views, batch=size.batch), note="not beside the step")
+            return training.measured("demo_step", f"preset {cls.PRESET}, batch {size.batch}", size, {})

@@ -22,13 +22,12 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from benchmarks.imagenet_like import write_imagenet_like
-from benchmarks.record import CaseResult, make_result
-from benchmarks.timing import Subject, measure, torch_threads
+from benchmarks.imagenet_like import stored_for, write_imagenet_like
+from benchmarks.record import CaseResult, measured
+from benchmarks.timing import subjects_of, torch_threads
 from fastbyol.config.views import PAPER, ViewPair
 from fastbyol.data import build_image_loader
 from fastbyol.data.batch import ImageBatch
-from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.evaluation.features import extract_features
 from fastbyol.models import build_encoder
@@ -40,9 +39,8 @@ SHORT_SIDE = 256 / 224
 
 @dataclass(frozen=True)
 class Size:
-    """Settings. images: a multiple of batch. scale: scale of ImageNet's image sides."""
-
     images: int
+    """A multiple of batch."""
     batch: int
     rounds: int
     encoder: str
@@ -50,6 +48,7 @@ class Size:
     torch_threads: int = 1
     workers: int = 1
     scale: float = 1.0
+    """Scale of ImageNet's image sides."""
     seed: int = 0
 
 
@@ -59,34 +58,27 @@ FULL = Size(images=64, batch=16, rounds=9, encoder="resnet50", size_px=224)
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     folder = write_imagenet_like(scratch / "images", images=size.images, classes=2, scale=size.scale, seed=size.seed)
-    write_beton(folder, out=scratch / "images.beton", workers=1)
+    beton = stored_for("ffcv", folder, out=scratch)
     views = replace(PAPER, size_px=size.size_px)
     torch.manual_seed(size.seed)
+    # Two: `extract_features` leaves its encoder in channels-last layout, and the reference is NCHW.
     encoder, theirs = build_encoder(size.encoder), build_encoder(size.encoder).eval()
     held = [torch.randn(size.batch, 3, size.size_px, size.size_px) for _ in range(size.images // size.batch)]
     batches = [ImageBatch(image, torch.zeros(size.batch, dtype=torch.int64), torch.arange(size.batch)) for image in held]
     with (
-        build_image_loader(scratch / "images.beton", views=views, batch=size.batch, workers=size.workers) as loader,
+        build_image_loader(beton, views=views, batch=size.batch, workers=size.workers) as loader,
         torch_threads(size.torch_threads),
     ):
-        subjects = [
-            Subject(CEILING, lambda: extract_features(encoder, batches, every_image=False), units=size.images),
-            Subject(OURS, lambda: extract_features(encoder, loader), units=size.images),
-            Subject(LOADER, lambda: deque(loader, maxlen=0), units=size.images),
-            Subject(REFERENCE, _torchvision_features(folder, theirs, views, size.batch), units=size.images, note="not beside the encoder"),
-        ]
-        timings = measure(subjects, rounds=size.rounds)
-    return make_result(
-        "evaluate",
-        f"features of {size.encoder} at {size.size_px} px from JPEG files, batch {size.batch}",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        threads=size.torch_threads + size.workers,
-        primary="wall",
-        settings=size,
-    )
+        work = {
+            CEILING: lambda: extract_features(encoder, batches, every_image=False),
+            OURS: lambda: extract_features(encoder, loader),
+            LOADER: lambda: deque(loader, maxlen=0),
+            REFERENCE: _torchvision_features(folder, theirs, views, size.batch),
+        }
+        title = f"features of {size.encoder} at {size.size_px} px from JPEG files, batch {size.batch}"
+        subjects = subjects_of(work, units=size.images, notes={REFERENCE: "not beside the encoder"})
+        threads = size.torch_threads + size.workers
+        return measured("evaluate", title, subjects, reference=REFERENCE, ceiling=CEILING, threads=threads, primary="wall", settings=size)
 
 
 def _torchvision_features(folder: Path, encoder: torch.nn.Module, views: ViewPair, batch: int) -> Callable[[], torch.Tensor]:

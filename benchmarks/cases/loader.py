@@ -19,6 +19,7 @@ clock sees all of it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -31,13 +32,13 @@ from statistics import median
 import numpy as np
 
 from benchmarks.imagenet_like import stored_for, write_imagenet_like
-from benchmarks.packages import those_installed
-from benchmarks.record import CaseResult, make_result
+from benchmarks.record import CaseResult, measured
+from benchmarks.rivals import those_installed
 from benchmarks.rivals.dali_native_views import DIFFERENCES as DALI_DIFFERENCES
 from benchmarks.rivals.dali_native_views import dali_native_loader
 from benchmarks.rivals.stock_ffcv import DIFFERENCES, StockFfcvLoader
 from benchmarks.rivals.views import LightlyLoader, TorchvisionLoader
-from benchmarks.timing import Subject, measure, torch_threads
+from benchmarks.timing import measure, subjects_of, torch_threads
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
@@ -60,13 +61,19 @@ SOURCES: dict[str, Callable[[Path], Source]] = {
     "folder": lambda path: FolderSource(list_image_folder(path)),
 }
 OURS = tuple(f"{backend}: views" for backend in SOURCES)
-OUTPUTS = {"crops": "uint8", "views": "float32"}
 LIGHTLY, DALI_NATIVE, STOCK_FFCV = "lightly: views", "dali, its own operations: views", "ffcv's own Loader: views"
+NOTES = {
+    CEILING: "no file read, no CRC",
+    REFERENCE: "antialiased, other colour operations",
+    LIGHTLY: "bilinear, other colour operations",
+    STOCK_FFCV: DIFFERENCES,
+    DALI_NATIVE: DALI_DIFFERENCES,
+}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Settings. images: a multiple of batch. scale: scale of ImageNet's image sides. slow: include rows and columns that take long."""
+    """images: a multiple of batch. scale: scale of ImageNet's image sides. slow: include rows and columns that take long."""
 
     images: int
     batch: int
@@ -85,48 +92,55 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
     paths = {backend: stored_for(backend, folder, out=scratch) for backend in SOURCES}
     views = ViewPair(size_px=size.size_px)
-    torchvision = TorchvisionLoader(folder, views, batch=size.batch)
     skipped: dict[str, str] = {}
-    subjects = [
-        Subject(CEILING, _turbojpeg_pass(folder), units=size.images, note="no file read, no CRC"),
-        Subject(REFERENCE, partial(_consume, torchvision), units=size.images, note="antialiased, other colour operations"),
-    ]
-    subjects += _rivals(paths, size, views, skipped)
-    opened: list[Source | TwoViewLoader] = []
-    extra: dict[str, dict[str, float]] = {}
-    try:
+    work = {CEILING: _turbojpeg_pass(folder), REFERENCE: _epochs(TorchvisionLoader(folder, views, batch=size.batch))}
+    rivals = {name: _epochs(loader) for name, loader in those_installed(_rivals(paths, size, views, skipped), skipped).items()}
+    work |= rivals
+    with ExitStack() as opened:
         for backend, path in paths.items():
             try:
-                subjects += _backend_subjects(backend, path, size, views, opened)
+                work |= _backend(backend, path, size, views, opened)
             except UserError as error:
                 skipped[backend] = str(error)
+        subjects = subjects_of(work, units=size.images, notes=NOTES, rivals={*rivals, DALI_NATIVE})
+        title = f"two {size.size_px} px views of an image from its JPEG file"
         with torch_threads(1):
-            timings = measure(subjects, rounds=size.rounds)
+            result = measured("loader", title, subjects, reference=REFERENCE, ceiling=CEILING, settings=size, skipped=skipped)
             if size.slow:
-                extra = _rates_by_threads({name: path for name, path in paths.items() if name not in skipped}, size, views)
-            for one in subjects:
-                if one.name in OURS:
-                    extra[one.name] = extra.get(one.name, {}) | {"MiB of growth in 3 epochs": _growth_mib(one.run)}
-    finally:
-        for one in opened:
-            one.close()
-    title = f"two {size.size_px} px views of an image from its JPEG file"
-    return make_result(
-        "loader", title, subjects, timings, reference=REFERENCE, ceiling=CEILING, threads=1, settings=size, extra=extra, skipped=skipped
-    )
+                result = result.with_extra(_rates_by_threads({name: paths[name] for name in paths if name not in skipped}, size, views))
+            # After the timed rounds, so that every cache and ring of buffers has its usual size.
+            return result.with_extra({name: {"MiB of growth in 3 epochs": _growth_mib(work[name])} for name in OURS if name in work})
 
 
-def _rivals(paths: dict[str, Path], size: Size, views: ViewPair, skipped: dict[str, str]) -> list[Subject]:
+def _rivals(paths: dict[str, Path], size: Size, views: ViewPair, skipped: dict[str, str]) -> dict[str, Callable[[], Iterable[object]]]:
+    """Returns makers of the loaders that are there only if their package is."""
     makers: dict[str, Callable[[], Iterable[object]]] = {
         LIGHTLY: lambda: LightlyLoader(paths["folder"], size_px=size.size_px, batch=size.batch)
     }
-    notes = {LIGHTLY: "bilinear, other colour operations", STOCK_FFCV: DIFFERENCES}
     if size.slow:
         makers[STOCK_FFCV] = lambda: StockFfcvLoader(paths["ffcv"], views, batch=size.batch, seed=size.seed)
     else:
         skipped[STOCK_FFCV] = "compiles for 20 s: only without --quick"
-    rivals = those_installed(makers, skipped)
-    return [Subject(name, partial(_consume, loader), units=size.images, note=notes[name], role="rival") for name, loader in rivals.items()]
+    return makers
+
+
+def _backend(backend: str, path: Path, size: Size, views: ViewPair, opened: ExitStack) -> dict[str, Callable[[], None]]:
+    """Returns the backend's three subjects, and DALI's own way of making views."""
+    source = SOURCES[backend](path)
+    opened.callback(source.close)
+    loaders = {
+        f"{backend}: {what}": _open(backend, path, size, views, workers=1, output=output)
+        for what, output in (("crops", "uint8"), ("views", "float32"))
+    }
+    if backend == "dali":
+        loaders[DALI_NATIVE] = dali_native_loader(path, views, batch=size.batch, workers=1, seed=size.seed)
+    epochs = {name: _epochs(opened.enter_context(loader)) for name, loader in loaders.items()}
+    return {f"{backend}: decode only": partial(_decode_all, source), **epochs}
+
+
+def _open(backend: str, path: Path, size: Size, views: ViewPair, *, workers: int, output: str = "float32") -> TwoViewLoader:
+    config = DataConfig(train=str(path), backend=backend, workers=workers)
+    return build_loader(config, views=views, seed=size.seed, global_batch=size.batch, output=output)
 
 
 def _rates_by_threads(paths: dict[str, Path], size: Size, views: ViewPair) -> dict[str, dict[str, float]]:
@@ -134,31 +148,13 @@ def _rates_by_threads(paths: dict[str, Path], size: Size, views: ViewPair) -> di
     rates: dict[str, dict[str, float]] = {f"{backend}: views": {} for backend in paths}
     for threads in worker_counts(len(os.sched_getaffinity(0)))[1:]:
         with ExitStack() as opened:
-            subjects = []
-            for backend, path in paths.items():
-                config = DataConfig(train=str(path), backend=backend, workers=threads)
-                loader = opened.enter_context(build_loader(config, views=views, seed=size.seed, global_batch=size.batch))
-                subjects.append(Subject(f"{backend}: views", partial(_consume, loader), units=size.images))
-            for name, timing in measure(subjects, rounds=size.rounds).items():
+            work = {
+                f"{backend}: views": _epochs(opened.enter_context(_open(backend, path, size, views, workers=threads)))
+                for backend, path in paths.items()
+            }
+            for name, timing in measure(subjects_of(work, units=size.images), rounds=size.rounds).items():
                 rates[name][f"images/s with {threads} threads"] = 1000 / median(timing.ms["wall"])
     return rates
-
-
-def _backend_subjects(backend: str, path: Path, size: Size, views: ViewPair, opened: list[Source | TwoViewLoader]) -> list[Subject]:
-    """Returns the backend's three subjects; what they opened is appended to `opened`, for the caller to close."""
-    source = SOURCES[backend](path)
-    opened.append(source)
-    subjects = [Subject(f"{backend}: decode only", partial(_decode_all, source), units=size.images)]
-    for what, output in OUTPUTS.items():
-        config = DataConfig(train=str(path), backend=backend, workers=1)
-        loader = build_loader(config, views=views, seed=size.seed, global_batch=size.batch, output=output)
-        opened.append(loader)
-        subjects.append(Subject(f"{backend}: {what}", partial(_consume, loader), units=size.images))
-    if backend == "dali":
-        native = dali_native_loader(path, views, batch=size.batch, workers=1, seed=size.seed)
-        opened.append(native)
-        subjects.append(Subject(DALI_NATIVE, partial(_consume, native), units=size.images, note=DALI_DIFFERENCES, role="rival"))
-    return subjects
 
 
 def _growth_mib(epoch: Callable[[], object]) -> float:
@@ -179,15 +175,16 @@ def _resident_mib() -> float:
 def _decode_all(source: Source) -> None:
     """Decodes all images in index order, in the chunks that a loader's thread takes."""
     for first in range(0, source.num_samples, MAX_CHUNK):
-        _consume(source.decode(np.arange(first, min(first + MAX_CHUNK, source.num_samples))))
+        deque(source.decode(np.arange(first, min(first + MAX_CHUNK, source.num_samples))), maxlen=0)
 
 
 def _turbojpeg_pass(folder: Path) -> Callable[[], None]:
     listing = list_image_folder(folder)
     jpegs = [listing.path(index).read_bytes() for index in range(len(listing.files))]
-    outputs = [np.empty_like(decode_with_pillow(jpeg)) for jpeg in jpegs]
-    largest = np.empty(max(out.size for out in outputs), dtype=np.uint8)
-    jobs = [(jpeg, largest[: out.size].reshape(out.shape)) for jpeg, out in zip(jpegs, outputs, strict=True)]
+    shapes = [decode_with_pillow(jpeg).shape for jpeg in jpegs]
+    # One output for all images, as in a loader's thread: it stays in cache, and no page of it is touched for the first time.
+    largest = np.empty(max(map(math.prod, shapes)), dtype=np.uint8)
+    jobs = [(jpeg, largest[: math.prod(shape)].reshape(shape)) for jpeg, shape in zip(jpegs, shapes, strict=True)]
     decoder = TurboJpeg()
 
     def decode_all() -> None:
@@ -197,6 +194,6 @@ def _turbojpeg_pass(folder: Path) -> Callable[[], None]:
     return decode_all
 
 
-def _consume(iterable: Iterable[object]) -> None:
-    """Runs the next epoch of a loader, with new crops and a new order."""
-    deque(iterable, maxlen=0)
+def _epochs(loader: Iterable[object]) -> Callable[[], None]:
+    """Returns a function that runs the loader's next epoch, with new crops and a new order."""
+    return lambda: deque(loader, maxlen=0).clear()

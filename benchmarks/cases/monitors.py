@@ -15,35 +15,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
-import torch
-
-from benchmarks.record import CaseResult, make_result
-from benchmarks.timing import Subject, measure, same_round_ratios, torch_threads
-from benchmarks.training_step import synthetic_batch
-from fastbyol.byol import BYOL, BYOLOutput, build_byol
+from benchmarks.record import CaseResult, measured
+from benchmarks.timing import Subject, torch_threads
+from benchmarks.training_step import CPU, StepSize, TrainingStep
+from fastbyol.byol import BYOLOutput
 from fastbyol.config.schema import ModelConfig, TrainConfig
-from fastbyol.config.views import PAPER
 from fastbyol.monitors import build_monitor
 from fastbyol.ranks.process_group import Process
 from fastbyol.run.log import RunLog, close_logging
-from fastbyol.run.precision import autocast, prepare_model
+from fastbyol.run.precision import autocast
 
 OURS, REFERENCE, CEILING = "one step in ten logged", "every step logged", "the step: four forwards, backward"
 LOG_EVERY = TrainConfig().log_every
 NUM_CLASSES, TOTAL_STEPS = 10, 1000
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Size:
-    model: ModelConfig
-    size_px: int
-    batch: int
-    rounds: int
+class Size(StepSize):
     threads: int = 1
 
 
@@ -52,31 +43,21 @@ FULL = Size(model=ModelConfig(), size_px=64, batch=16, rounds=15)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
-    config = TrainConfig(global_batch=size.batch, model=size.model, views=replace(PAPER, size_px=size.size_px))
+    config = size.config()
     with torch_threads(size.threads), log_to_files(scratch, config) as run_log:
-        byol = build_byol(config.model, num_classes=NUM_CLASSES)
-        prepare_model(byol, config.precision, device=CPU)
-        watched = Watched(config, byol, run_log)
+        watched = Watched(config, run_log)
         subjects = [
             Subject(CEILING, watched.compute, note="without the optimizer's update"),
             Subject(OURS, lambda: watched.watch(log_every=LOG_EVERY), units=LOG_EVERY),
             Subject(REFERENCE, lambda: watched.watch(log_every=1), units=LOG_EVERY),
         ]
-        timings = measure(subjects, rounds=size.rounds)
-    shares = {name: same_round_ratios(timings[name].ms["cpu"], timings[CEILING].ms["cpu"]).median for name in (OURS, REFERENCE)}
-    step_ms = median(timings[CEILING].ms["cpu"])
-    return make_result(
-        "monitors",
-        f"watching a step of {size.model.encoder}, {size.size_px} px, batch {size.batch}",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        unit="step",
-        threads=size.threads,
-        settings=size,
-        extra={name: {"% of a step": 100 * share, "of CPU-ms": step_ms} for name, share in shares.items()},
-    )
+        title = f"watching a step of {size.model.encoder}, {size.size_px} px, batch {size.batch}"
+        result = measured(
+            "monitors", title, subjects, reference=REFERENCE, ceiling=CEILING, unit="step", threads=size.threads, settings=size
+        )
+    step_ms = result.row(CEILING).ms["cpu"].median
+    shares = {name: result.row(name).over_ceiling["cpu"].median for name in (OURS, REFERENCE)}
+    return result.with_extra({name: {"% of a step": 100 * share, "of CPU-ms": step_ms} for name, share in shares.items()})
 
 
 @contextmanager
@@ -95,12 +76,10 @@ def log_to_files(folder: Path, config: TrainConfig) -> Iterator[RunLog]:
 class Watched:
     """A step's forward and backward, and separately the monitor's calls for it."""
 
-    def __init__(self, config: TrainConfig, byol: BYOL, run_log: RunLog) -> None:
-        self._config, self._byol, self._run_log = config, byol, run_log
+    def __init__(self, config: TrainConfig, run_log: RunLog) -> None:
+        step = TrainingStep(config, num_classes=NUM_CLASSES)
+        self._config, self._run_log, self._byol, self._batch = config, run_log, step.networks().byol, step.noise
         self._monitor = build_monitor(config, Process(rank=0, world_size=1, device=CPU))
-        self._batch = synthetic_batch(
-            num=config.global_batch, size_px=config.views.size_px, num_classes=NUM_CLASSES, channels_last=config.precision.channels_last
-        )
         self._output = self.compute()
 
     def compute(self) -> BYOLOutput:
@@ -113,11 +92,11 @@ class Watched:
         return output
 
     def watch(self, *, log_every: int) -> None:
-        """Makes all monitor calls of `LOG_EVERY` steps, without the steps."""
+        """Makes all monitor calls of `LOG_EVERY` steps, in the order of `train_step`, without the steps."""
         for step in range(LOG_EVERY):
             logged = (step + 1) % log_every == 0
             self._monitor.start_step(logged=logged)
-            with self._monitor.waiting():
+            with self._monitor.waiting():  # its clock is read here even if nothing waits
                 pass
             self._monitor.add(self._output)
             self._monitor.gradients_ready(self._byol.online)

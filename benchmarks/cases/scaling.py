@@ -25,15 +25,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 
 import torch
 
 from benchmarks.imagenet_like import write_imagenet_like
 from benchmarks.own_process import start_process
-from benchmarks.record import CaseResult, make_result
-from benchmarks.timing import Subject, Timings, count_cpu_seconds, measure
-from benchmarks.training_step import synthetic_batch
+from benchmarks.record import CaseResult, measured
+from benchmarks.timing import Subject, count_cpu_seconds
+from benchmarks.training_step import noise_batch
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.config.views import PAPER
@@ -43,21 +42,20 @@ from fastbyol.tuning.stepper import Stepper
 REFERENCE = "1 rank"
 ANSWER_S = 300.0
 """Seconds after which a rank that does not answer has failed."""
-TINY_IMAGES = 0.05
-"""Scale of the images that `build` needs to see but nobody reads."""
 NUM_CLASSES = 2
 
 
 @dataclass(frozen=True)
 class Size:
-    """Settings. rank_batch: images per rank and step. steps: steps per round. ranks: 0 means one per core, 8 at most."""
-
     steps: int
+    """Steps per round."""
     rounds: int
     rank_batch: int
+    """Images per rank and step."""
     size_px: int
     model: ModelConfig
     ranks: int = 0
+    """0 means one per core, 8 at most."""
     seed: int = 0
 
 
@@ -67,50 +65,32 @@ FULL = Size(steps=4, rounds=9, rank_batch=16, size_px=64, model=ModelConfig(enco
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     ranks = size.ranks or min(8, len(os.sched_getaffinity(0)))
-    data = write_imagenet_like(
-        scratch / "images", images=max(NUM_CLASSES, ranks * size.rank_batch), classes=NUM_CLASSES, scale=TINY_IMAGES, seed=size.seed
-    )
+    images = max(NUM_CLASSES, ranks * size.rank_batch)
+    # `build` needs to see a data set, but nobody reads it.
+    data = write_imagenet_like(scratch / "images", images=images, classes=NUM_CLASSES, scale=0.05, seed=size.seed)
     counts = [n for n in (2, 4, 8) if n < ranks] + ([ranks] if ranks > 1 else [])
     with ExitStack() as stack:
         groups = {n: stack.enter_context(RankGroup(n, size, data)) for n in counts or [1]}
-        smallest = groups[min(groups)]
 
-        def subject(name: str, group: RankGroup, how: str, ranks: int) -> Subject:
-            return Subject(name, lambda: count_cpu_seconds(sum(group.run(how, ranks=ranks))), units=ranks * size.steps * size.rank_batch)
+        def work_of(group: RankGroup, how: str, ranks: int) -> Callable[[], None]:
+            # The ranks go on living, so the system has not added their time to ours.
+            return lambda: count_cpu_seconds(sum(group.run(how, ranks=ranks)))
 
-        subjects = [subject(REFERENCE, smallest, "alone", 1)]
-        at_work = {REFERENCE: 1} | {name: n for n in counts for name in (_joined(n), _alone(n))}
+        work = {REFERENCE: (1, work_of(groups[min(groups)], "alone", 1))}
         for n in counts:
-            subjects += [subject(_joined(n), groups[n], "joined", n), subject(_alone(n), groups[n], "alone", n)]
-        timings = measure(subjects, rounds=size.rounds)
-    return make_result(
-        "scaling",
-        f"{size.model.encoder} at {size.size_px} px, {size.rank_batch} images a rank",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=_alone(counts[-1]) if counts else REFERENCE,
-        threads=ranks,
-        primary="wall",
-        settings=size,
-        extra={name: {"efficiency": share} for name, share in efficiency(timings, at_work, reference=REFERENCE).items()},
-    )
+            work[f"{n} ranks"] = n, work_of(groups[n], "joined", n)
+            work[f"{n}, nobody speaks"] = n, work_of(groups[n], "alone", n)
+        subjects = [Subject(name, run, units=n * size.steps * size.rank_batch) for name, (n, run) in work.items()]
+        title = f"{size.model.encoder} at {size.size_px} px, {size.rank_batch} images a rank"
+        ceiling = subjects[-1].name  # as many processes as there are ranks at most
+        result = measured("scaling", title, subjects, reference=REFERENCE, ceiling=ceiling, threads=ranks, primary="wall", settings=size)
+    shares = efficiency(result, {name: n for name, (n, _) in work.items()})
+    return result.with_extra({name: {"efficiency": share} for name, share in shares.items()})
 
 
-def efficiency(timings: dict[str, Timings], ranks: dict[str, int], *, reference: str) -> dict[str, float]:
-    """Returns images/s per rank over the reference's, the median of the rounds; 1 if other ranks cost nothing. ranks: number of working
-    ranks, by subject.
-    """
-    first = timings[reference].ms["wall"]
-    return {name: median(a / b for a, b in zip(first, timings[name].ms["wall"], strict=True)) / n for name, n in ranks.items()}
-
-
-def _joined(n: int) -> str:
-    return f"{n} ranks"
-
-
-def _alone(n: int) -> str:
-    return f"{n}, nobody speaks"
+def efficiency(result: CaseResult, ranks: dict[str, int]) -> dict[str, float]:
+    """Returns images/s per rank over the reference's, by row; 1 if other ranks cost nothing. ranks: number of working ranks, by row."""
+    return {name: result.row(name).speedup["wall"].median / num for name, num in ranks.items()}
 
 
 class RankGroup:
@@ -121,7 +101,7 @@ class RankGroup:
         ranks = [start_process(_serve, rank, n, port, size, str(data), daemon=True) for rank in range(n)]
         self._processes, self._pipes = zip(*ranks, strict=True)
         for pipe in self._pipes:
-            _answer(pipe)
+            _answer(pipe)  # all have joined and built, so that no round waits for that
 
     def run(self, how: str, *, ranks: int) -> list[float]:
         """Runs a round on the first `ranks` processes, 'joined' (only with all of them) or 'alone'; returns the CPU seconds of each."""
@@ -156,9 +136,10 @@ def _free_port() -> int:
 def _serve(pipe: Connection, rank: int, world_size: int, port: int, size: Size, data: str) -> None:
     """Runs a rank: joins as under torchrun, then works on request until the pipe is closed."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     joined = join_process_group()
+    # 'Alone' is a rank of a world of one: the step then sends no message, though the process has joined the group.
     do = {"joined": _make_steps(size, data, joined), "alone": _make_steps(size, data, replace(joined, rank=0, world_size=1))}
     pipe.send(0.0)
     try:
@@ -182,9 +163,7 @@ def _make_steps(size: Size, data: str, process: Process) -> Callable[[], None]:
     )
     stepper = Stepper(config, process)
     stepper.networks()  # built here, together on all ranks, and not in the first step
-    batch = synthetic_batch(
-        num=size.rank_batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=config.precision.channels_last
-    )
+    batch = noise_batch(replace(config, global_batch=size.rank_batch), num_classes=NUM_CLASSES)  # a rank's share
 
     def steps() -> None:
         for _ in range(size.steps):

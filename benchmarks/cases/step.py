@@ -1,7 +1,7 @@
 """Measures a whole optimizer step of BYOL on the CPU, views given: both views through both networks, backward, LARS, the target's update.
 
 How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as in most libraries
-(`rivals/plain_step.py`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's
+(`PlainStep`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's
 loop over the target; in a process of its own, because the product's step changes how memory is managed. Ours in float32 and in bf16
 autocast (the product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of half the size (rank_batch); and bf16
 compiled (not with --quick). fp16 needs a GPU. Ceiling: the step's floating-point operations, counted by torch, at the rate of a
@@ -28,8 +28,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +37,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.breakdown import COPIED, MEGABYTES, OF_PEAK
 from benchmarks.own_process import in_own_process
-from benchmarks.packages import those_installed
-from benchmarks.record import CaseResult, make_result
-from benchmarks.rivals.plain_step import PlainStep
-from benchmarks.timing import Subject, measure, same_round_ratios, torch_threads
-from benchmarks.training_step import TrainingStep, bytes_moved, synthetic_batch
+from benchmarks.record import CaseResult, measured
+from benchmarks.rivals import those_installed
+from benchmarks.timing import Subject, subjects_of, torch_threads
+from benchmarks.training_step import StepSize, TrainingStep, bytes_moved, forget_times, noise_batch
+from benchmarks.updates import solo_learn_update
+from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
-from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
+from fastbyol.config.schema import ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
+from fastbyol.data.batch import ViewBatch
+from fastbyol.models.view_batchnorm import convert_to_batchnorm
+from fastbyol.objectives import byol_loss
+from fastbyol.optim.build import build_optimizer
 from fastbyol.tuning.candidates import reason_not_to_compile
 from fastbyol.tuning.stepper import LR, TAU
 
@@ -56,18 +61,13 @@ VARIANTS = {
     "fp16, channels-last": PrecisionConfig(autocast="fp16", channels_last=True),
 }
 NUM_CLASSES = 10
-CPU = torch.device("cpu")
 MEMORY, COPY_BYTES = "copy of as many bytes", 64 << 20
 CONV_BATCH, CONV_CHANNELS, CONV_PX, CONV_CALLS = 16, 512, 7, 8
 """Shape of the ceiling's convolution: the fastest of eight tried, from 64 channels at 56 px to this one; their rates differ by 10 %."""
 
 
 @dataclass(frozen=True)
-class Size:
-    model: ModelConfig
-    size_px: int
-    batch: int
-    rounds: int
+class Size(StepSize):
     threads: int = 1
     compile: bool = True
 
@@ -77,39 +77,30 @@ FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=16, rounds
 
 
 def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
-    del scratch  # nothing is written
     with torch_threads(size.threads), in_own_process(_plain_step, size) as plain_step:
         skipped: dict[str, str] = {}
-        training = those_installed(_variants(size), skipped)
-        ours = {name: _on_noise(step, size) for name, step in training.items()}
-        flop_per_image = _count_flop(ours[OURS]) / size.batch
-        moved = {REFERENCE: _plain_step(size), **ours}
-        mb = {name: bytes_moved(step) / size.batch / 1e6 for name, step in moved.items() if name != COMPILED}
-        steps = {REFERENCE: plain_step, **ours}
-        subjects = [Subject(name, step, units=size.batch) for name, step in steps.items()]
+        ours = those_installed(_variants(size), skipped)
+        flop_per_image = _count_flop(ours[OURS].run_on_noise) / size.batch
+        work = {name: step.run_on_noise for name, step in ours.items()}
+        # Counted here and not in the reference's own process, where torch's dispatch cannot be watched; compiled code has no operations to see.
+        counted = {REFERENCE: _plain_step(size), **{name: run for name, run in work.items() if name != COMPILED}}
+        mb = {name: bytes_moved(run) / size.batch / 1e6 for name, run in counted.items()}
+        subjects = subjects_of({REFERENCE: plain_step, **work}, units=size.batch)
         subjects += [_convolution(flop_per_image), _copy(mb[OURS])]
-        timings = measure(subjects, rounds=size.rounds, warmed_up=lambda: [step.forget_times() for step in training.values()])
-    rate = {name: flop_per_image / median(timing.ms["cpu"]) / 1e6 for name, timing in timings.items()}
-    peak = {name: same_round_ratios(timings[CEILING].ms["cpu"], timings[name].ms["cpu"]).median for name in steps}
-    extra = {name: {"GFLOP/CPU-s": rate[name], OF_PEAK: 100 * peak[name]} for name in steps}
-    for name, megabytes in mb.items():
-        extra[name][MEGABYTES] = megabytes
-    for name, step in training.items():
-        extra[name] |= step.time_shares()
-    extra[CEILING] = {"GFLOP/CPU-s": rate[CEILING]}
-    extra[MEMORY] = {COPIED: mb[OURS] / median(timings[MEMORY].ms["cpu"])}
-    return make_result(
-        case,
-        f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {size.batch}, {flop_per_image / 1e9:.1f} GFLOP an image",
-        subjects,
-        timings,
-        reference=REFERENCE,
-        ceiling=CEILING,
-        threads=size.threads,
-        settings=size,
-        extra=extra,
-        skipped=skipped,
-    )
+        title = f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {size.batch}, {flop_per_image / 1e9:.1f} GFLOP an image"
+        given = {"settings": size, "threads": size.threads, "skipped": skipped, "warmed_up": partial(forget_times, ours.values())}
+        result = measured(case, title, subjects, reference=REFERENCE, ceiling=CEILING, **given)
+    extra: dict[str, dict[str, float]] = {MEMORY: {COPIED: mb[OURS] / result.row(MEMORY).ms["cpu"].median}}
+    for row in result.rows:
+        if row.name != MEMORY:
+            extra[row.name] = {"GFLOP/CPU-s": flop_per_image / row.ms["cpu"].median / 1e6}
+        if row.name in (REFERENCE, *ours):
+            extra[row.name][OF_PEAK] = 100 / row.over_ceiling["cpu"].median
+        if row.name in mb:
+            extra[row.name][MEGABYTES] = mb[row.name]
+        if row.name in ours:
+            extra[row.name] |= ours[row.name].time_shares()
+    return result.with_extra(extra)
 
 
 def _variants(size: Size) -> dict[str, Callable[[], TrainingStep]]:
@@ -118,37 +109,50 @@ def _variants(size: Size) -> dict[str, Callable[[], TrainingStep]]:
     def compiled() -> TrainingStep:
         if not size.compile:
             raise UserError("takes a minute to compile: only without --quick")
-        if reason := reason_not_to_compile(CPU, seconds=math.inf):
+        if reason := reason_not_to_compile(torch.device("cpu"), seconds=math.inf):
             raise UserError(reason)
         return _make_step(size, replace(VARIANTS[OURS], compile=True))
 
-    variants: dict[str, Callable[[], TrainingStep]] = {
-        name: lambda precision=precision: _make_step(size, precision) for name, precision in VARIANTS.items()
-    }
-    return variants | {ACCUMULATED: lambda: _make_step(size, VARIANTS[OURS], micro_batches=2), COMPILED: compiled}
+    variants: dict[str, Callable[[], TrainingStep]] = {name: partial(_make_step, size, precision) for name, precision in VARIANTS.items()}
+    return variants | {ACCUMULATED: partial(_make_step, size, VARIANTS[OURS], rank_batch=size.batch // 2), COMPILED: compiled}
 
 
 def _plain_step(size: Size) -> Callable[[], None]:
-    torch.set_num_threads(size.threads)
-    plain = PlainStep(TrainConfig(global_batch=size.batch, model=size.model), num_classes=NUM_CLASSES, lr=LR, tau=TAU)
-    batch = synthetic_batch(num=size.batch, size_px=size.size_px, num_classes=NUM_CLASSES, channels_last=False)
+    torch.set_num_threads(size.threads)  # for the other process, which starts with a thread per core
+    config = size.config(precision=PrecisionConfig(channels_last=False))
+    plain, batch = PlainStep(config, num_classes=NUM_CLASSES, lr=LR, tau=TAU), noise_batch(config, num_classes=NUM_CLASSES)
     return lambda: plain.run(batch)
 
 
-def _make_step(size: Size, precision: PrecisionConfig, *, micro_batches: int = 1) -> TrainingStep:
-    rank_batch = size.batch // micro_batches if micro_batches > 1 else 0
-    config = TrainConfig(global_batch=size.batch, rank_batch=rank_batch, model=size.model, precision=precision)
-    return TrainingStep(config, num_classes=NUM_CLASSES)
+class PlainStep:
+    """A step as in most libraries: the product's networks and loss, torch's own batch norm, torch-optimizer's LARS, solo-learn's update."""
+
+    def __init__(self, config: TrainConfig, *, num_classes: int, lr: float, tau: float) -> None:
+        torch.manual_seed(config.seed)
+        self._byol = build_byol(config.model, num_classes=num_classes)
+        convert_to_batchnorm(self._byol)
+        self._optimizer = build_optimizer(OptimConfig(name="torch_optimizer_lars"), self._byol)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._tau = tau
+
+    def run(self, batch: ViewBatch) -> None:
+        """Takes one optimizer step."""
+        online, target, views = self._byol.online, self._byol.target, (batch.view1, batch.view2)
+        features = [online.encoder(view) for view in views]
+        predictions = [online.predictor(online.projector(feature)) for feature in features]
+        with torch.no_grad():
+            projections = [target.projector(target.encoder(view)) for view in views]
+        probe_loss = F.cross_entropy(self._byol.probe(features[0].detach()), batch.label)
+        (byol_loss(*predictions, *projections) + probe_loss).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for source, follower in ((online.encoder, target.encoder), (online.projector, target.projector)):
+            solo_learn_update(list(follower.parameters()), list(source.parameters()), self._tau)
 
 
-def _on_noise(step: TrainingStep, size: Size) -> Callable[[], None]:
-    batch = synthetic_batch(
-        num=step.config.rank_batch or step.config.global_batch,
-        size_px=size.size_px,
-        num_classes=NUM_CLASSES,
-        channels_last=step.config.precision.channels_last,
-    )
-    return lambda: step.run([batch])
+def _make_step(size: Size, precision: PrecisionConfig, *, rank_batch: int = 0) -> TrainingStep:
+    return TrainingStep(size.config(precision=precision, rank_batch=rank_batch), num_classes=NUM_CLASSES)
 
 
 def _count_flop(step: Callable[[], None]) -> int:

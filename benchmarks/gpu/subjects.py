@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.gpu import Place
-from benchmarks.record import CaseResult, make_result
-from benchmarks.timing import Subject, Timings
+from benchmarks.record import CaseResult, measured
+from benchmarks.timing import Subject
+from fastbyol.augment.parameters import draw_parameters
 from fastbyol.config.errors import UserError
-from fastbyol.tuning.stepper import is_out_of_memory, synchronize
+from fastbyol.config.views import ViewPair
+from fastbyol.data.batch import ViewBatch
+from fastbyol.tuning.stepper import is_out_of_memory, release_memory, synchronize
 
 ENOUGH_S = 0.05
 """Minimum duration of a sample in seconds."""
@@ -37,26 +40,25 @@ def device_subject(
     note: str = "",
     role: str = "",
 ) -> Subject:
-    """Returns a subject that repeats the work, then waits once for the device. The work already runs twice here: to compile, and to see
-    how long it takes.
+    """Returns a subject that repeats the work, then waits once for the device; nothing in the work itself should wait.
 
-    Args:
-        name: name in the table.
-        work: launches kernels only; nothing in it should wait.
-        device: where it runs.
-        units: units per call.
-        enough_s: minimum duration of a sample; 0 for a single call.
-        note: note in the table.
-        role: role of the subject.
+    The work already runs twice here: to compile, and to see how often it fits into `enough_s` seconds (0: a single call).
     """
     calls = calls_for(_seconds(work, device), enough_s=enough_s)
 
     def repeated() -> None:
         for _ in range(calls):
             work()
+        # Once a sample, not once a call: the launches of a training step overlap with the work before them too.
         synchronize(device)
 
+    # In one call: `Subject.calls` would wait for the device after each.
     return Subject(name, repeated, units=units * calls, note=note, role=role)
+
+
+def device_subjects(work: Mapping[str, Callable[[], object]], **given: Any) -> list[Subject]:
+    """Returns `device_subject` of each piece of work, in order."""
+    return [device_subject(name, do, **given) for name, do in work.items()]
 
 
 def calls_for(seconds: float, *, enough_s: float) -> int:
@@ -65,7 +67,7 @@ def calls_for(seconds: float, *, enough_s: float) -> int:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    work()
+    work()  # compiles
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -110,12 +112,8 @@ def captured(work: Callable[[], object], device: torch.device) -> Callable[[], o
 
 
 def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
-    """Returns the largest multiple of 32 whose step runs. It is predicted from two small batches and then tried, with a smaller one
-    after each failure.
-
-    Args:
-        step: runs one or more steps of a batch and keeps nothing.
-        device: a CUDA device.
+    """Returns the largest multiple of 32 whose step runs on the CUDA device: predicted from two small batches, then tried, with a smaller
+    one after each failure. `step` runs a batch of the given size and keeps nothing.
     """
     free, _ = torch.cuda.mem_get_info(device)
     batch = fitting_batch({n: _peak_bytes(step, n, device) for n in PROBES}, limit=SHARE * (free + torch.cuda.memory_reserved(device)))
@@ -132,9 +130,7 @@ def largest_batch(step: Callable[[int], object], device: torch.device) -> int:
 
 
 def fitting_batch(peaks: dict[int, int], *, limit: float) -> int:
-    """Returns the largest multiple of 32, at most 2048, that a straight line through the two measured peaks (bytes, by batch) puts under
-    the limit.
-    """
+    """Returns the largest multiple of 32, at most 2048, that a straight line through two peaks (bytes, by batch) puts under the limit."""
     (small, low), (large, high) = sorted(peaks.items())
     per_image = (high - low) / (large - small)
     fixed = low - small * per_image
@@ -142,24 +138,27 @@ def fitting_batch(peaks: dict[int, int], *, limit: float) -> int:
 
 
 def _peak_bytes(step: Callable[[int], object], batch: int, device: torch.device) -> int:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
+    release_memory()
     step(batch)
     torch.cuda.synchronize(device)
+    # Reserved, not allocated: what the allocator's gaps take is not there for a larger batch either.
     return torch.cuda.max_memory_reserved(device)
 
 
-def part_result(
-    part: str,
-    title: str,
-    subjects: Sequence[Subject],
-    timings: dict[str, Timings],
-    *,
-    place: Place,
-    threads: int | None = None,
-    **given: Any,
+def crops_batch(views: ViewPair, num: int, *, num_classes: int = 1, seed: int = 0) -> ViewBatch:
+    """Returns a batch as the loader gives it for a GPU: uint8 crops (of noise) in channels-last memory, and parameters drawn for them."""
+    side = np.full(num, 2 * views.size_px)
+    drawn = draw_parameters(views, seed=seed, epoch=0, index=np.arange(num), height=side, width=side)
+    generator = torch.Generator().manual_seed(seed)
+    crops = torch.randint(0, 256, (2, num, views.size_px, views.size_px, 3), dtype=torch.uint8, generator=generator).permute(0, 1, 4, 2, 3)
+    index = torch.arange(num)
+    return ViewBatch(crops[0], crops[1], index % num_classes, index, torch.from_numpy(drawn))
+
+
+def measured_part(
+    part: str, title: str, subjects: Sequence[Subject], *, place: Place, threads: int | None = None, **given: Any
 ) -> CaseResult:
-    """Returns `make_result` of a part of the plan, by the wall clock. threads: None means those of torch."""
+    """Returns `measured` of a part of the plan, by the wall clock. threads: None means those of torch."""
+    # The CPU clock sees only the launches of kernels.
     device, threads = place.device.type, threads or torch.get_num_threads()
-    return make_result(f"gpu.{part}", title, subjects, timings, threads=threads, primary="wall", device=device, **given)
+    return measured(f"gpu.{part}", title, subjects, threads=threads, primary="wall", device=device, **given)

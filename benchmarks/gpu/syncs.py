@@ -13,40 +13,29 @@ Steps of other libraries have hundreds of waits (one for each batch norm across 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from benchmarks.gpu import TINY_MODEL, Findings, Place
-from benchmarks.training_step import TrainingStep
-from fastbyol.augment.parameters import draw_parameters
-from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
-from fastbyol.config.views import ViewPair
+from benchmarks.gpu.subjects import crops_batch
+from benchmarks.training_step import StepSize, TrainingStep
+from fastbyol.byol import BYOLOutput
+from fastbyol.config.schema import ModelConfig
 from fastbyol.data.batch import ViewBatch, views_on_device
-from fastbyol.monitors import Monitor
-from fastbyol.optim.build import build_optimizer
-from fastbyol.run.precision import autocast, prepare_model
-from fastbyol.tuning.stepper import LR, TAU, synchronize
+from fastbyol.run.precision import autocast
+from fastbyol.tuning.stepper import TAU, synchronize
 
 CLEAN, UNCHECKED = "no wait", "ran; not checked, because only CUDA has the mode"
 NUM_CLASSES = 10
 
 
-@dataclass(frozen=True)
-class Size:
-    model: ModelConfig
-    size_px: int
-    batch: int
+FULL = StepSize(model=ModelConfig(encoder="resnet50"), size_px=224, batch=32, rounds=1)
+TINY = StepSize(model=TINY_MODEL, size_px=32, batch=4, rounds=1)
 
 
-FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=32)
-TINY = Size(model=TINY_MODEL, size_px=32, batch=4)
-
-
-def run(size: Size, *, place: Place) -> Findings:
+def run(size: StepSize, *, place: Place) -> Findings:
     pieces = _Pieces(size, place.device)
+    # Twice: the first step creates momentum buffers, loads kernels and grows the allocator's pools, all of which may wait.
     for do in 2 * [*pieces.in_order.values()]:
         do()
     synchronize(place.device)
@@ -55,7 +44,7 @@ def run(size: Size, *, place: Place) -> Findings:
 
 
 def check(piece: Callable[[], object], device: torch.device) -> str:
-    """Returns 'no wait', or 'waits: ' and torch's message."""
+    """Returns 'no wait', or 'waits: ' and torch's message; only CUDA can be checked."""
     if device.type != "cuda":
         piece()
         return UNCHECKED
@@ -73,51 +62,35 @@ def check(piece: Callable[[], object], device: torch.device) -> str:
 class _Pieces:
     """A training step divided into pieces; each leaves what the next one needs."""
 
-    def __init__(self, size: Size, device: torch.device) -> None:
-        self.device = device
-        config = TrainConfig(global_batch=size.batch, model=size.model, precision=PrecisionConfig(), views=ViewPair(size_px=size.size_px))
-        self.config, self.batch = config, crops_batch(size, config.views, device)
-        self.byol = build_byol(config.model, num_classes=NUM_CLASSES)
-        prepare_model(self.byol, config.precision, device=device)
-        self.optimizer = build_optimizer(config.optim, self.byol)
-        for group in self.optimizer.param_groups:
-            group["lr"] = LR
-        self.monitor = Monitor(global_batch=size.batch, world_size=1, device=device)
-        self.whole = TrainingStep(config, num_classes=NUM_CLASSES, device=device)
+    output: BYOLOutput
+
+    def __init__(self, size: StepSize, device: torch.device) -> None:
+        self.config = size.config()
+        step = TrainingStep(self.config, num_classes=NUM_CLASSES, device=device)
+        batch = crops_batch(self.config.views, size.batch, num_classes=NUM_CLASSES)
+        # A copy from memory that is not pinned waits: the loader pins its batches, and the last control shows the wait.
+        self.batch = ViewBatch(*(x.pin_memory() for x in batch)) if device.type == "cuda" else batch
+        self.device, self.state = device, step.networks()
         self.in_order: dict[str, Callable[[], object]] = {
             "copy and augmentation": self.copy_and_augment,
             "forward and loss": self.forward,
-            "backward": self.backward,
-            "monitor": lambda: self.monitor.add(self.output),
+            "backward": lambda: (self.output.loss + self.output.probe_loss).backward(),
+            "monitor": lambda: step.monitor.add(self.output),
             "LARS": self.update,
-            "the target's update": lambda: self.byol.update_target(TAU),
-            "the whole train_step": lambda: self.whole.run([self.batch]),
+            "the target's update": lambda: self.state.byol.update_target(TAU),
+            "the whole train_step": lambda: step.run([self.batch]),
         }
-        self.output: BYOLOutput
 
     def copy_and_augment(self) -> None:
         self.views = views_on_device(self.batch, self.config.views, self.device)
 
     def forward(self) -> None:
         with autocast(self.config.precision, device=self.device):
-            self.output = self.byol(*self.views)
-
-    def backward(self) -> None:
-        (self.output.loss + self.output.probe_loss).backward()
+            self.output = self.state.byol(*self.views)
 
     def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def crops_batch(size: Size, views: ViewPair, device: torch.device) -> ViewBatch:
-    """Returns uint8 crops of noise with drawn parameters, in pinned memory if there is a GPU."""
-    side = np.full(size.batch, 2 * size.size_px)
-    drawn = draw_parameters(views, seed=0, epoch=0, index=np.arange(size.batch), height=side, width=side)
-    crops = torch.randint(0, 256, (2, size.batch, size.size_px, size.size_px, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-    index = torch.arange(size.batch)
-    batch = ViewBatch(crops[0], crops[1], index % NUM_CLASSES, index, torch.from_numpy(drawn))
-    return ViewBatch(*(tensor.pin_memory() for tensor in batch)) if device.type == "cuda" else batch
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
 
 
 def _controls(device: torch.device) -> dict[str, Callable[[], object]]:

@@ -33,6 +33,7 @@ def _decode_share(folder: Path, number: int, count: int) -> None:
         header = read_jpeg_header(jpeg)
         assert header is not None
         size = header.height * header.width * 3
+        # One output, which grows: new memory for each image would have to be cleared by the system first.
         if len(scratch) < size:
             scratch = np.empty(size, dtype=np.uint8)
         decoder.decode(jpeg, scratch[:size].reshape(header.height, header.width, 3))

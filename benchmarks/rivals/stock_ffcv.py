@@ -47,7 +47,7 @@ class StockFfcvLoader:
             str(beton),
             batch_size=batch,
             num_workers=1,
-            os_cache=True,
+            os_cache=True,  # the file is mapped, as ours is
             order=OrderOption.RANDOM,
             seed=seed,
             pipelines=pipelines,
@@ -112,5 +112,6 @@ def write_with_stock_ffcv(listing: ImageListing, out: Path, *, workers: int) -> 
             str(out), {"image": RGBImageField(write_mode="jpg", jpeg_quality=QUALITY), "label": IntField()}, num_workers=workers
         )
         writer.from_indexed_dataset(PillowImages(listing))
+    # The writer returns before its processes have ended, and the system counts the CPU time of ended ones only.
     for process in multiprocessing.active_children():
         process.join()

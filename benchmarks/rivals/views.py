@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.packages import import_rival
+from benchmarks.rivals import import_rival
 from fastbyol.config.views import ViewPair, ViewSpec
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.inputs.folder import list_image_folder
@@ -95,6 +95,7 @@ class LightlyLoader:
     def __init__(self, folder: Path, *, size_px: int, batch: int) -> None:
         byol = import_rival("lightly.transforms.byol_transform")
         transform = byol.BYOLTransform(byol.BYOLView1Transform(input_size=size_px), byol.BYOLView2Transform(input_size=size_px))
+        # Without workers, as ours has one thread: the CPU clock sees the time of another process only when it has ended.
         self._loader: DataLoader[Any] = DataLoader(ImageFolder(str(folder), transform), batch_size=batch, drop_last=True)
 
     def __iter__(self) -> Iterator[Any]:

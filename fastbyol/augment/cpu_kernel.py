@@ -34,9 +34,7 @@ from fastbyol.augment.transpose_kernel import OPTIONS, transpose
 from fastbyol.host.compile_cache import njit
 
 LANES = 32
-"""Rows of the output that are resized together. A loop of constant length compiles to straight vector code; with 16 the loop overhead
-becomes noticeable.
-"""
+"""Rows of the output that are resized together; with 16 the overhead of the loops becomes noticeable."""
 TAP_GROUP = 4
 """Filter taps summed in one pass; the number of taps is padded to a multiple with zero weights."""
 NEGLIGIBLE = 1e-7
@@ -68,9 +66,8 @@ def _filter(distance, cubic):
 
 @njit(**OPTIONS)
 def _resize_taps(n_in, n_out, cubic, antialias, gain):
-    """Returns source positions and weights (n_out, taps): half-pixel centres; taps outside [0, n_in) are dropped and the rest sum to
-    gain.
-    """
+    """Returns source positions and weights (n_out, taps): half-pixel centres; taps outside [0, n_in) are dropped, the rest sum to gain."""
+    # As tf.image.resize does; torch's bicubic without antialias has a = -0.75.
     scale = n_in / n_out
     stretch = max(scale, 1.0) if antialias else 1.0
     support = (2.0 if cubic else 1.0) * stretch
@@ -133,9 +130,7 @@ def _sum_columns(columns, position, weight, planes, y):
 
 @njit(**OPTIONS)
 def _crop_resize(image, row, flip, cubic, antialias, planes, rows, columns):
-    """Resizes the crop box of the parameter row from image (H, 3 W) uint8 to planes in [0, 1], clipped. rows, columns: scratch (see
-    `_carve`).
-    """
+    """Resizes the crop box of the parameter row from image (H, 3 W) uint8 to planes in [0, 1], clipped. rows, columns: see `_carve`."""
     size = planes.shape[1]
     crop_y, crop_x, width = int(row[CROP_Y]), 3 * int(row[CROP_X]), 3 * int(row[CROP_W])
     y_position, y_weight = _resize_taps(int(row[CROP_H]), size, cubic, antialias, 1.0 / 255.0)
@@ -143,6 +138,7 @@ def _crop_resize(image, row, flip, cubic, antialias, planes, rows, columns):
     if flip:
         x_position, x_weight = x_position[::-1].copy(), x_weight[::-1].copy()
     for block in range(0, size, LANES):
+        # The last block overlaps the one before, so that every block is whole.
         y = max(min(block, size - LANES), 0)
         for j in range(min(LANES, size)):
             _sum_rows(image, crop_y, crop_x, y_position[y + j], y_weight[y + j], rows[j, :width])
@@ -155,9 +151,7 @@ def _crop_resize(image, row, flip, cubic, antialias, planes, rows, columns):
 
 @njit(**OPTIONS)
 def _rotate(source, degrees, out):
-    """Rotates bilinearly, counter-clockwise about the centre, edge pixels repeated; at least 2 px. Planes are transposed: the first axis
-    is x.
-    """
+    """Rotates bilinearly, counter-clockwise about the centre, edge pixels repeated; at least 2 px. The planes' first axis is x."""
     size, area = source.shape[1], source.shape[1] * source.shape[1]
     flat = source.reshape(-1)
     centre, last = 0.5 * (size - 1), size - 1.0  # float64: at 224 px a float32 position is off by up to 1e-5 px
@@ -331,10 +325,9 @@ def _gaussian(sigma, radius):
 
 @njit(**OPTIONS)
 def _blur(planes, sigma, radius, reflect, padded, out):
-    """Blurs with a separable Gaussian over zero or reflected padding; the latter needs radius < S. Planes [c][x][y] -> out [c][y][x];
-    planes are overwritten.
+    """Blurs with a separable Gaussian over zero or reflected padding; the latter needs radius < S. Planes [c][x][y] -> out [c][y][x].
 
-    padded: (S + 2 (radius + TAP_GROUP), S) scratch.
+    Overwrites planes and padded, (S + 2 (radius + TAP_GROUP), S).
     """
     size, edge = planes.shape[1], radius + TAP_GROUP
     w, reach = _gaussian(sigma, radius)

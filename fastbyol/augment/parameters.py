@@ -18,20 +18,8 @@ from fastbyol.config.errors import require
 from fastbyol.config.views import ViewPair
 
 COLUMNS = (
-    "crop_y",
-    "crop_x",
-    "crop_h",
-    "crop_w",
-    "flip",
-    "rotation_deg",
-    "order",
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-    "gray",
-    "sigma",
-    "solarize",
+    *("crop_y", "crop_x", "crop_h", "crop_w", "flip", "rotation_deg", "order"),
+    *("brightness", "contrast", "saturation", "hue", "gray", "sigma", "solarize"),
 )
 """Meaning of a parameter row, in order.
 
@@ -51,29 +39,13 @@ NO_JITTER = -1.0
 SOLARIZE_OFF = 2.0
 
 SLOTS = (
-    "area",
-    "aspect",
-    "offset_y",
-    "offset_x",
-    "flip",
-    "rotation",
-    "jitter",
-    "order",
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-    "gray",
-    "blur",
-    "sigma",
-    "solarize",
+    *("area", "aspect", "offset_y", "offset_x", "flip", "rotation", "jitter", "order"),
+    *("brightness", "contrast", "saturation", "hue", "gray", "blur", "sigma", "solarize"),
 )
 """Counter of each draw. Append only: the position of a slot is part of what a seed means."""
 RETRIES = 9
-"""Number of retries of torchvision's rejected crop. Try t >= 1 draws its area from counter 1000 + 2t and its aspect from the next, far
-from SLOTS.
-"""
-_FIRST_RETRY = 1000
+"""Number of retries of torchvision's rejected crop."""
+_FIRST_RETRY = 1000  # counter of the first retry's area, far from SLOTS; its aspect has the next, the second retry's area the one after
 _SLOT = {name: np.uint64(place) for place, name in enumerate(SLOTS)}
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -83,14 +55,13 @@ _ORDER_CODES = np.array([64 * a + 16 * b + 4 * c + d for a, b, c, d in permutati
 _NEUTRAL = {ORDER: NO_JITTER, CONTRAST: 1.0, SATURATION: 1.0, SOLARIZE: SOLARIZE_OFF}
 _EVAL_SHARE = 0.875  # DeepMind: 224 / (224 + 32 px of padding), whatever the view's size
 
-Words = NDArray[np.uint64]
+Words, Integers = NDArray[np.uint64], NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
 def _mix(x: Words) -> Words:
-    """Applies the finaliser of splitmix64. Only for arrays of at least one dimension: numpy wraps those silently but warns about
-    scalars.
-    """
+    """Applies the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
+    # Overflow is meant. numpy wraps arrays of at least one dimension silently, but warns about scalars.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -98,6 +69,7 @@ def _mix(x: Words) -> Words:
 
 def _uniforms(*, seed: int, epoch: int, index: NDArray[np.int64], views: int, slots: range) -> Floats:
     """Returns (N, views, len(slots)) uniform draws in [0, 1) of 53 random bits."""
+    # Each part of the key is mixed before the next joins it: a plain sum would give seed 1, epoch 0 the draws of seed 0, epoch 1.
     run = _mix(np.array([seed], dtype=np.uint64) + _GOLDEN)
     run = _mix(run ^ _mix(np.array([epoch], dtype=np.uint64) + _EPOCH_SALT))
     sample = index.astype(np.uint64)[:, None] * np.uint64(views) + np.arange(views, dtype=np.uint64)
@@ -118,18 +90,10 @@ def _per_view(pair: ViewPair, name: str) -> Floats:
     return np.array([getattr(pair.view1, name), getattr(pair.view2, name)], dtype=np.float64)
 
 
-def draw_parameters(
-    pair: ViewPair, *, seed: int, epoch: int, index: NDArray[np.int64], height: NDArray[np.int64], width: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def draw_parameters(pair: ViewPair, *, seed: int, epoch: int, index: Integers, height: Integers, width: Integers) -> NDArray[np.float32]:
     """Draws the parameters of both views of each image, (N, 2, NUM_COLUMNS) float32 (columns: `COLUMNS`).
 
-    Args:
-        pair: the distribution of the two views.
-        seed: the run's seed, 0 to 2^63 - 1.
-        epoch: pass over the data, from 0.
-        index: (N,) position of each image in the data set.
-        height: (N,) height of the decoded image in pixels, at least 1.
-        width: (N,) width likewise.
+    index: (N,) positions of the images in the data set. height, width: (N,) of the decoded images in pixels, at least 1.
 
     Source: Grill et al., appendix B and table 6; DeepMind's code for the crop, or torchvision's (`ViewPair.semantics`). An operation
     of probability p is applied if its uniform draw u < p.
@@ -150,19 +114,16 @@ def draw_parameters(
     return rows
 
 
-def _clamped_boxes(pair: ViewPair, uniform: Floats, height: NDArray[np.int64], width: NDArray[np.int64]) -> Floats:
-    """Returns boxes (N, 2, 4) of y, x, h, w: sides clamped to the image and at least 1 px, no rejection; offsets uniform over all
-    integer positions.
-    """
+def _clamped_boxes(pair: ViewPair, uniform: Floats, height: Integers, width: Integers) -> Floats:
+    """Returns boxes (N, 2, 4) of y, x, h, w: sides clamped to the image and at least 1 px; offsets uniform over all integer positions."""
+    # The paper's crop: no rejection, no tries, no central fallback, so its crops are larger than torchvision's.
     crop_h, crop_w = _drawn_sides(pair, uniform[..., _SLOT["area"]], uniform[..., _SLOT["aspect"]], height, width)
     crop_h, crop_w = np.clip(crop_h, 1, height), np.clip(crop_w, 1, width)
     return np.stack([*_drawn_offsets(uniform, height - crop_h, width - crop_w), crop_h, crop_w], axis=-1)
 
 
-def _fitting_boxes(pair: ViewPair, uniform: Floats, retries: Floats, height: NDArray[np.int64], width: NDArray[np.int64]) -> Floats:
-    """Returns boxes (N, 2, 4) of y, x, h, w as torchvision does: the first try that fits, else the largest central crop of an allowed
-    aspect.
-    """
+def _fitting_boxes(pair: ViewPair, uniform: Floats, retries: Floats, height: Integers, width: Integers) -> Floats:
+    """Returns boxes (N, 2, 4) of y, x, h, w as torchvision does: the first try that fits, else a central one."""
     # (N, tries, 2): the views stay last, as in `_per_view`.
     area, aspect = (
         np.concatenate([uniform[..., None, _SLOT[name]], retries[..., first::2]], axis=-1).swapaxes(1, 2)
@@ -180,9 +141,7 @@ def _fitting_boxes(pair: ViewPair, uniform: Floats, retries: Floats, height: NDA
     return np.stack([crop_y, crop_x, crop_h, crop_w], axis=-1)
 
 
-def _drawn_sides(
-    pair: ViewPair, area: Floats, aspect: Floats, height: NDArray[np.int64], width: NDArray[np.int64]
-) -> tuple[Floats, Floats]:
+def _drawn_sides(pair: ViewPair, area: Floats, aspect: Floats, height: Integers, width: Integers) -> tuple[Floats, Floats]:
     """Returns height and width of the drawn area and aspect in whole pixels, which may exceed the image or be 0."""
     area_range, aspect_range = _per_view(pair, "crop_area"), np.log(_per_view(pair, "crop_aspect"))
     area = _between(area_range, area) * height * width
@@ -194,7 +153,7 @@ def _drawn_offsets(uniform: Floats, spare_h: NDArray[Any], spare_w: NDArray[Any]
     return np.floor(uniform[..., _SLOT["offset_y"]] * (spare_h + 1)), np.floor(uniform[..., _SLOT["offset_x"]] * (spare_w + 1))
 
 
-def _central_sides(pair: ViewPair, height: NDArray[np.int64], width: NDArray[np.int64]) -> tuple[Floats, Floats]:
+def _central_sides(pair: ViewPair, height: Integers, width: Integers) -> tuple[Floats, Floats]:
     """Returns the sides of the whole image, or as much of its longer side as the aspect range allows."""
     narrowest, widest = _per_view(pair, "crop_aspect").T
     ratio = width / height
@@ -208,9 +167,7 @@ def _between(bounds: Floats, uniform: Floats) -> Floats:
 
 
 def _fill_colour(rows: NDArray[np.float32], pair: ViewPair, uniform: Floats) -> None:
-    """Fills the jitter columns: one Bernoulli draw for the four operations together, one of 24 orders, each magnitude symmetric about
-    neutral.
-    """
+    """Fills the jitter columns: whether all four operations are applied or none, one of 24 orders, magnitudes symmetric about neutral."""
     fires = uniform[..., _SLOT["jitter"]] < _per_view(pair, "jitter_p")
     order = _ORDER_CODES[(uniform[..., _SLOT["order"]] * len(_ORDER_CODES)).astype(np.int64)]
     rows[..., ORDER] = np.where(fires, order, NO_JITTER)
@@ -230,14 +187,10 @@ def _fill_rest(rows: NDArray[np.float32], pair: ViewPair, uniform: Floats) -> No
     rows[..., SOLARIZE] = np.where(solarized, _per_view(pair, "solarize_threshold"), SOLARIZE_OFF)
 
 
-def centre_crop_parameters(*, height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Returns (N, 1, NUM_COLUMNS) float32 for DeepMind's evaluation crop: a centred square of 7/8 of the short side, at least 1 px.
+def centre_crop_parameters(*, height: Integers, width: Integers) -> NDArray[np.float32]:
+    """Returns (N, 1, NUM_COLUMNS) float32 for DeepMind's evaluation crop and nothing else: a centred square of 7/8 of the short side.
 
-    No other operation is applied.
-
-    Args:
-        height: (N,) height of the decoded image in pixels, at least 1.
-        width: (N,) width likewise.
+    height, width: (N,) of the decoded images in pixels, at least 1.
     """
     height, width = np.asarray(height, dtype=np.int64), np.asarray(width, dtype=np.int64)
     side = np.maximum((_EVAL_SHARE * np.minimum(height, width)).astype(np.int64), 1)

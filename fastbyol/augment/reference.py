@@ -1,5 +1,4 @@
-"""The augmentation as one simple function per operation: slow, for any float type, and the reference that the fast executors are tested
-against.
+"""The augmentation as one simple function per operation, slow and for any float type: what the fast executors are tested against.
 
 Images are (N, 3, H, W) tensors in [0, 1]; parameters are (N,) tensors or plain numbers. No operation clips unless its own formula
 does: `render_view` clips where the paper's code does. Source: Grill et al., appendix B;
@@ -45,9 +44,8 @@ def adjust_contrast(x: Tensor, factor: Number) -> Tensor:
 
 
 def rgb_to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns hue in [0, 1), saturation and value, each (N, 1, H, W), as TensorFlow does: the largest channel decides, ties go to R, G,
-    B in this order; hue is 0 for grey.
-    """
+    """Returns hue in [0, 1), 0 for grey, saturation and value, each (N, 1, H, W), as TensorFlow does."""
+    # The largest channel decides about the hue; ties go to R, G, B in this order.
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
@@ -171,9 +169,7 @@ def rotate(x: Tensor, degrees: Number) -> Tensor:
 
 
 def resize_matrix(n_in: int, n_out: int, *, interpolation: str, antialias: bool) -> NDArray[np.float64]:
-    """Returns (n_out, n_in) weights: half-pixel centres, Keys cubic (a = -0.5) or triangle; taps outside are dropped and the rest
-    renormalised.
-    """
+    """Returns (n_out, n_in) weights: half-pixel centres, Keys cubic (a = -0.5) or triangle; taps outside are dropped, the rest sum to 1."""
     require_choice("interpolation", interpolation, ("bicubic", "bilinear"))
     scale = n_in / n_out
     stretch = max(scale, 1.0) if antialias else 1.0
@@ -194,13 +190,12 @@ def _filter(distance: float, interpolation: str) -> float:
 
 
 def crop_resize(image: Tensor, box: tuple[int, int, int, int], size_px: int, interpolation: str, antialias: bool) -> Tensor:
-    """Crops the box (y, x, h, w) of an (H, W, 3) uint8 image and resizes it as tf.image.resize does: (3, S, S) float64 in [0, 1],
-    clipped.
-    """
+    """Crops the box (y, x, h, w) of an (H, W, 3) uint8 image and resizes it as tf.image.resize does: (3, S, S) float64 in [0, 1]."""
     y, x, h, w = box
     crop = image[y : y + h, x : x + w].to(torch.float64) / 255
     down = torch.from_numpy(resize_matrix(h, size_px, interpolation=interpolation, antialias=antialias))
     across = torch.from_numpy(resize_matrix(w, size_px, interpolation=interpolation, antialias=antialias))
+    # The cubic overshoots at edges; the official code clips here, before the first random operation.
     return torch.einsum("oh,hwc,pw->cop", down, crop, across).clamp(0, 1)
 
 
@@ -210,9 +205,7 @@ def jitter_order(code: float) -> list[int]:
 
 
 def render_view(image: Tensor, parameters_row: Tensor | NDArray[np.float32], pair: ViewPair) -> Tensor:
-    """Applies the whole augmentation of one parameter row to an (H, W, 3) uint8 image, in the paper's order: (3, S, S) float64,
-    normalised.
-    """
+    """Applies the whole augmentation of one parameter row to an (H, W, 3) uint8 image: (3, S, S) float64, normalised."""
     row = [float(value) for value in parameters_row]
     y, x, h, w = (int(row[column]) for column in (columns.CROP_Y, columns.CROP_X, columns.CROP_H, columns.CROP_W))
     view = crop_resize(image, (y, x, h, w), pair.size_px, pair.interpolation, pair.antialias).unsqueeze(0)
@@ -237,6 +230,7 @@ def augment_view(
     semantics: str = "paper",
 ) -> Tensor:
     """Applies everything after crop and resize to one view in [0, 1]: (1, 3, S, S), normalised."""
+    # In the order of appendix B; each operation of the jitter clips, as in the official code.
     if row[columns.FLIP] > 0:
         view = view.flip(3)
     if row[columns.ROTATION_DEG] != 0:

@@ -14,18 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbyol.augment.parameters import (
-    BRIGHTNESS,
-    CONTRAST,
-    FLIP,
-    GRAY,
-    HUE,
-    ORDER,
-    ROTATION_DEG,
-    SATURATION,
-    SIGMA,
-    SOLARIZE,
-)
+from fastbyol.augment.parameters import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, ORDER, ROTATION_DEG, SATURATION, SIGMA, SOLARIZE
 from fastbyol.config.errors import require_choice
 from fastbyol.config.views import SEMANTICS
 
@@ -46,22 +35,18 @@ def augment_batch(
     rotate: bool = False,
     semantics: str = "paper",
 ) -> Tensor:
-    """Applies everything after crop and resize: (N, 3, S, S) in channels-last memory, normalised.
-
-    Computed in float32 whatever `dtype` is: half precision is too coarse for thresholds and hues.
+    """Applies everything after crop and resize: (N, 3, S, S) in channels-last memory and of this dtype, normalised.
 
     Args:
         crops: (N, 3, S, S) uint8, channels-last, on any device.
         parameters: (N, NUM_COLUMNS) float32 on the same device (columns: `parameters.COLUMNS`); the crop columns are not used.
-        blur_taps: window of the Gaussian blur, odd (`ViewPair.blur_taps`).
-        mean: per channel, in [0, 1].
-        std: per channel.
+        blur_taps, mean, std, semantics: as in `ViewPair`; torchvision's blur needs blur_taps < 2 S.
         dtype: dtype of the result.
         rotate: apply the rotation column; without it the graph contains no rotation.
-        semantics: 'paper' or 'torchvision', see `config.views.SEMANTICS`. The latter's blur needs blur_taps < 2 S.
     """
     require_choice("semantics", semantics, SEMANTICS)
     torchvision = semantics == "torchvision"
+    # In float32 whatever `dtype` is: half precision is too coarse for thresholds and hues.
     x = crops.to(torch.float32) / 255
     x = torch.where(_column(parameters, FLIP) > 0, x.flip(3), x)
     if rotate:

@@ -19,15 +19,7 @@ _CACHE_LINE_BYTES = 64
 class ViewKernel:
     """Renders the views of one decoded image. One object serves any number of threads; each thread has its own scratch memory.
 
-    Args:
-        size_px: side S of the square output.
-        interpolation: 'bicubic' (Keys, a = -0.5) or 'bilinear'; half-pixel centres; taps outside the crop are dropped and the rest
-            renormalised.
-        antialias: widen the filter if a crop is larger than the output.
-        mean: per channel, in [0, 1].
-        std: per channel.
-        blur_taps: window of the Gaussian blur, odd.
-        semantics: 'paper' or 'torchvision', see `config.views.SEMANTICS`. The latter's blur needs blur_taps < 2 size_px.
+    The arguments are those of `ViewPair`; torchvision's blur needs blur_taps < 2 size_px.
     """
 
     def __init__(
@@ -46,9 +38,8 @@ class ViewKernel:
         require(size_px >= 1, "size_px", size_px, "at least 1")
         require(blur_taps >= 1 and blur_taps % 2 == 1, "blur_taps", blur_taps, "an odd number >= 1")
         self._torchvision = semantics == "torchvision"
-        require(
-            not self._torchvision or blur_taps < 2 * size_px, "blur_taps", blur_taps, "less than twice size_px to reflect at the border"
-        )
+        fits = not self._torchvision or blur_taps < 2 * size_px
+        require(fits, "blur_taps", blur_taps, "less than twice size_px to reflect at the border")
         self.size_px = size_px
         self._cubic, self._antialias, self._radius = interpolation == "bicubic", bool(antialias), blur_taps // 2
         self._gain = (1.0 / np.asarray(std, dtype=np.float64)).astype(np.float32)

@@ -22,10 +22,8 @@ log = logging.getLogger("fastbyol")
 
 @cache
 def private_folder() -> Path | None:
-    """Returns a folder in the system's temporary folder that only this user can write to, creating it if needed, or None.
-
-    Cached files are executed as code, so a folder of that name created by another user is not used.
-    """
+    """Returns a folder in the system's temporary folder that only this user can write to, creating it if needed, or None."""
+    # Cached files are executed as code, so a folder of that name created by another user is not used.
     try:
         folder = Path(tempfile.gettempdir(), f"fastbyol-cache-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -38,9 +36,8 @@ def private_folder() -> Path | None:
 
 
 def can_write(folder: Path) -> bool:
-    """Returns True if a file can be created in the folder, which is created if needed. Trying is the only reliable test for a read-only
-    file system.
-    """
+    """Returns True if a file can be created in the folder, which is created if needed."""
+    # Tried, because os.access allows root to write on a read-only file system.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -58,6 +55,7 @@ def njit(*signature: Any, cache: bool = False, **options: Any) -> Callable[[Call
         if kernel is function:  # NUMBA_DISABLE_JIT
             return function
         if cache and (found := _numba_cache(function)):
+            # What numba.njit(cache=True) does too (Dispatcher.enable_caching), with its own class of cache.
             kernel._cache = found
         if signature:
             kernel.compile(*signature)
@@ -100,6 +98,7 @@ def _forgiving_cache() -> Any:
                 return super().load_overload(sig, target_context)
             except Exception as error:  # unpickling a truncated file may raise anything
                 log.debug("numba's cache in %s: not readable (%r)", self.cache_path, error)
+                # Emptied, or the damaged file would be found again at each start.
                 with suppress(OSError):
                     self.flush()
                 return None

@@ -32,6 +32,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+    # The new name is part of the folder, which has to reach the disk by itself.
     flush_to_disk(path.parent)
 
 
@@ -39,6 +40,7 @@ def write_durably(path: Path, text: str) -> None:
     """Writes the text as UTF-8, or leaves the file as it was. Raises OSError if the disk is full or not writable."""
     with durable_file(path) as file:
         rest = memoryview(text.encode("utf-8", errors="surrogateescape"))
+        # An unbuffered file may write less than it was given.
         while rest:
             rest = rest[file.write(rest) :]
 
@@ -55,11 +57,8 @@ def flush_to_disk(path: Path) -> None:
 def locked_file(path: Path, *, patience_s: float = 0.0) -> int:
     """Locks a file for this process, in a folder that is created if needed; returns a descriptor whose closing releases the lock.
 
-    flock instead of a file that exists or not: the system releases it when the process ends, even by SIGKILL. The file then names its
-    holder. A file system without locks is used unlocked, with a warning.
-
-    Raises:
-        BlockingIOError: another process has not released the lock within `patience_s`; `strerror` says which.
+    A file system without locks is used unlocked, with a warning. Raises BlockingIOError, whose `strerror` names the other process, if that
+    has not released the lock within `patience_s`.
     """
     deadline, waits = time.monotonic() + patience_s, False
     while True:
@@ -68,6 +67,7 @@ def locked_file(path: Path, *, patience_s: float = 0.0) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS can only lock a file that is open for writing
         except FileNotFoundError:
             continue  # its holder has just finished and removed the folder
+        # flock, and not a file that exists or not: the system releases it when the process ends, even by SIGKILL.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

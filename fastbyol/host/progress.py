@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fastbyol.config.console import printable, say
 from fastbyol.host.quantities import bytes_text, duration_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_BARS = 0.1
@@ -29,13 +32,15 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            self._bar = _bar(self._what, done=self._done, total=self._total)
+        if console := bar_console():
+            self._bar = text_bar(console, bar_width=_BAR_WIDTH)
+            self._bar.add_task(f"{printable(self._what)}:", completed=self._done, total=self._total)
             self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar:
+            # Work that was quick leaves nothing behind.
             self._bar.live.transient = time.monotonic() - self._start < _SECONDS_BETWEEN_LINES
             self._bar.stop()
 
@@ -45,7 +50,7 @@ class Progress:
         now = time.monotonic()
         is_last = done == self._total
         if self._bar and (now - self._shown >= _SECONDS_BETWEEN_BARS or is_last):
-            self._bar.update(self._bar.task_ids[0], completed=done, text=self._text(now))
+            self._bar.update(self._bar.task_ids[0], completed=done, description=f"{printable(self._what)}: {self._text(now)}")
             self._shown = now
         elif not self._bar and now - (self._start if is_last else self._shown) >= _SECONDS_BETWEEN_LINES:
             say(f"{self._what}: {self._text(now)}", file=sys.stderr)
@@ -80,14 +85,23 @@ class Progress:
         return self._number(count) if self._unit == "bytes" else f"{self._number(count)} {self._unit}"
 
 
-def _bar(what: str, *, done: int, total: int) -> Any:
+def bar_console() -> Console | None:
+    """Returns stderr's console if that is a terminal that can draw a bar, else None."""
+    # Not rich's own test: with FORCE_COLOR, as in many CI jobs, it takes a log for a terminal.
+    if not sys.stderr.isatty():
+        return None
     from rich.console import Console
+
+    console = Console(stderr=True)
+    return None if console.is_dumb_terminal else console
+
+
+def text_bar(console: Console, *columns: Any, bar_width: int, refresh_per_s: float = 10) -> Any:
+    """Returns rich's progress display: the columns, a bar, and the task's description, whose end a narrow terminal cuts."""
     from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as Display
     from rich.table import Column
 
-    bar_column = BarColumn(bar_width=_BAR_WIDTH, table_column=Column(min_width=_BAR_WIDTH))
-    text = TextColumn("{task.description} {task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    bar = Bar(bar_column, text, console=Console(stderr=True))
-    bar.add_task(f"{printable(what)}:", completed=done, total=total, text="")
-    return bar
+    bar = BarColumn(bar_width=bar_width, table_column=Column(min_width=bar_width))
+    text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    return Display(*columns, bar, text, console=console, refresh_per_second=refresh_per_s)

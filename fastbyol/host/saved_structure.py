@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +13,15 @@ from fastbyol.config.errors import shown
 def first_difference(saved: object, own: object, where: str, *, missing_allowed: bool = False) -> str | None:
     """Returns where saved values first differ in structure from the program's own, or None if they agree.
 
-    They agree if dicts have the same keys, lists the same length, tensors the same shape and dtype, and numbers are finite (an
-    integer may stand for a float, None for anything). Values inside tensors are not compared. Recursion is only as deep as the
-    program's own values.
-
-    Args:
-        saved: read from a file; may be anything.
-        own: this program's value in its place.
-        where: name of the values, for the message.
-        missing_allowed: keys of the outermost dict may be missing in the saved one.
+    They agree if dicts have the same keys (or, in the outermost one with `missing_allowed`, some of them), lists the same length, tensors
+    the same shape and dtype, and numbers are finite (an integer may stand for a float, None for anything).
     """
     if isinstance(own, Tensor):
-        wrong = tensor_difference(saved, own, where)
-        return wrong or (f"{where} does not hold each of its elements once" if not _is_dense(saved) else None)
+        if wrong := tensor_difference(saved, own, where):
+            return wrong
+        # Kernels use its memory as it is, which elements that share some, or are only marked as negated or conjugated, do not allow.
+        each_once = isinstance(saved, Tensor) and is_dense(saved) and not saved.is_neg() and not saved.is_conj()
+        return None if each_once else f"{where} does not hold each of its elements once"
     if isinstance(own, dict):
         if not isinstance(saved, dict):
             return f"{where} is {shown(saved)}, must be a dict"
@@ -41,14 +36,12 @@ def first_difference(saved: object, own: object, where: str, *, missing_allowed:
         pairs = [(f"{where}.{i}", value, mine) for i, (value, mine) in enumerate(zip(saved, own, strict=True))]
     else:
         return None if saved is None or own is None or _same_kind(saved, own) else f"{where} is {shown(saved)}, must be like {shown(own)}"
+    # Only as deep as the program's own values: the saved ones may be nested, or contain themselves, without end.
     return next((found for name, value, mine in pairs if (found := first_difference(value, mine, name))), None)
 
 
 def tensor_difference(saved: object, own: Tensor, where: str, *, any_float: bool = False) -> str | None:
-    """Returns why a value from a file cannot replace this tensor, or None if it can.
-
-    any_float: accept another floating-point dtype, which will be converted.
-    """
+    """Returns why a value from a file cannot replace this tensor (with any floating-point dtype if `any_float`), or None if it can."""
     if not isinstance(saved, Tensor):
         return f"{where} is {shown(saved)}, must be a tensor"
     if saved.layout != torch.strided or saved.is_meta or saved.is_quantized:
@@ -61,14 +54,21 @@ def tensor_difference(saved: object, own: Tensor, where: str, *, any_float: bool
 
 
 def is_count(value: object) -> bool:
-    """Returns True if a value from a file is a plausible count: a non-negative integer below 2^53 and not a bool."""
+    """Returns True if a value from a file is a plausible count: a non-negative integer and not a bool."""
+    # Below 2^53, up to which float64, and so JSON in other programs, is exact.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
-def _is_dense(saved: Any) -> bool:
-    """Returns whether a tensor's elements fill its memory without gaps or overlaps; others cannot be updated in place."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.stride(), strict=True))
-    return not saved.numel() or (span == saved.numel() and not saved.is_neg() and not saved.is_conj())
+def is_dense(tensor: Tensor) -> bool:
+    """Returns True if the elements fill their part of memory without gaps or overlaps, in any order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _same_kind(saved: object, own: object) -> bool:

@@ -44,11 +44,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def end_at_once_when_stopped() -> None:
-    """Makes SIGINT and SIGTERM end the process immediately, for times when there is nothing to lose.
-
-    Scripts call it before their imports, which take a third of a second: an exception there would print the traceback of the module
-    being imported.
-    """
+    """Makes SIGINT and SIGTERM end the process immediately, for times when there is nothing to lose."""
+    # Scripts call it before their imports, where an exception would print the traceback of the module being imported.
     for number in COMMAND_SIGNALS:
         signal.signal(number, _end)
 
@@ -77,6 +74,7 @@ def stoppable(main: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own flush at exit would fail again
             sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
+            # A full disk is the user's to mend; any other error keeps its traceback.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -148,11 +146,7 @@ def deferred_stop() -> Iterator[DeferredStop]:
 class StopRequest:
     """While this context is active, RUN_SIGNALS set `requested` instead of ending the process. A second Ctrl-C ends it at once.
 
-    A thread reads the signals from a pipe. Python runs signal handlers only in the main thread and between two bytecode instructions, so
-    a process waiting in a collective for a dead rank would never run one.
-
-    Args:
-        grace_s: seconds after the first signal when a process that is still running is ended, saved or not.
+    A process that is still running `grace_s` seconds after the first signal is ended, saved or not.
     """
 
     def __init__(self, *, grace_s: float) -> None:
@@ -167,6 +161,8 @@ class StopRequest:
         return self._requested.is_set()
 
     def __enter__(self) -> Self:
+        # A thread reads the signals from a pipe: Python runs handlers only in the main thread and between two bytecode instructions, so a
+        # process that waits in a collective for a dead rank would never run one.
         self._read, write = os.pipe()
         # set_wakeup_fd requires it: a signal handler must never block on a full pipe.
         os.set_blocking(write, False)
@@ -208,10 +204,7 @@ class StopRequest:
 
 
 def leave_at_once_on_signals() -> None:
-    """Makes RUN_SIGNALS end this process with the exit code of a stopped run.
-
-    Scripts call it before imports that take seconds, when there is nothing to save. It lasts until `StopRequest` is entered.
-    """
+    """Makes RUN_SIGNALS end this process, which has nothing to save yet, as a stopped run; it lasts until `StopRequest` is entered."""
     for number in RUN_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _leave_at_once)
@@ -224,9 +217,7 @@ def _leave_at_once(number: int, _frame: object) -> None:
 
 
 def end_with_torchrun() -> None:
-    """Makes the kernel send SIGTERM to this process when torchrun dies, even by SIGKILL; otherwise workers would train on as orphans.
-    Linux only.
-    """
+    """Makes Linux send SIGTERM to this process when torchrun dies, even by SIGKILL; otherwise workers would train on as orphans."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
@@ -236,7 +227,5 @@ def end_with_torchrun() -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    """Ends the process from a thread; checkpoints on the disk are complete at any time."""
-    # os._exit below, because sys.exit would end only this thread.
     say(f"fastbyol: error: {message}; earlier checkpoints are complete", file=sys.stderr)
-    os._exit(code)
+    os._exit(code)  # sys.exit would end only the thread that calls this

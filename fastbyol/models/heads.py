@@ -17,6 +17,7 @@ def mlp_head(in_dim: int, *, hidden_dim: int = 4096, out_dim: int = 256, layers:
     require_at_least("layers", layers, 1)
     modules: list[nn.Module] = []
     dim = in_dim
+    # The paper's heads have two layers; other depths are for its ablation (appendix F).
     for _ in range(layers - 1):
         modules += [nn.Linear(dim, hidden_dim), nn.BatchNorm1d(hidden_dim, eps=BN_EPS, momentum=BN_MOMENTUM), nn.ReLU(inplace=True)]
         dim = hidden_dim

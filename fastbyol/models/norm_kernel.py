@@ -128,9 +128,7 @@ def _mask_row(gradient: Any, y: Any, x: Any, masked: Any, mean: F32, total: F32,
 
 @njit(cache=True, nogil=True)
 def mask_gradient(gradient: Any, y: Any, x: Any, masked: Any, mean: F32) -> F64:
-    """Writes the gradient where the ReLU's output y is positive, else 0, to masked; returns its sums over all rows, alone and times x -
-    mean, (2, channels).
-    """
+    """Sets masked = gradient where y > 0, else 0; returns its sums over all rows, alone and times x - mean, (2, channels)."""
     sums, run = np.zeros((2, mean.size)), np.empty((2, mean.size), np.float32)
     for start in range(0, len(x), _RUN):
         run[:] = 0

@@ -29,12 +29,9 @@ _SAMPLE = 16
 
 
 def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """Returns relu(norm(x) + shortcut) and updates the norm's running statistics, as calling the norm would.
+    """Returns relu(norm(x) + shortcut) and updates the norm's running statistics, as calling a batch norm of any kind would.
 
-    Args:
-        norm: a batch norm of any kind.
-        x: (N, C, H, W); in training with a `ViewBatchNorm`, (views * N, C, H, W), one view after the other.
-        shortcut: a tensor like x, or None.
+    x: (N, C, H, W); in training with a `ViewBatchNorm`, (views * N, C, H, W), one view after the other.
     """
     if isinstance(norm, ViewBatchNorm) and not torch.compiler.is_compiling() and _fits_kernel(norm, x, shortcut):
         output, mean, variance, _ = _norm_relu(x, norm.weight, norm.bias, shortcut, norm.eps, norm.views)
@@ -84,6 +81,7 @@ def _norm_relu_backward(
     """Returns the gradients of x, weight, bias and shortcut (an empty tensor if there is none)."""
     masked, of_x = torch.empty_like(x), torch.empty_like(x)
     views, count = len(mean), _rows_per_view(x, len(mean))
+    # The encoder's last gradient is that of the mean over pixels: expanded, without memory of its own.
     incoming = gradient.contiguous(memory_format=torch.channels_last)
     views_rows = _rows_of((incoming, output, x, masked), views)
     sums = [_sums(norm_kernel.mask_gradient, *rows, channels=mu) for rows, mu in zip(views_rows, mean.numpy(), strict=True)]
@@ -102,6 +100,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, weight, _, shortcut, _, _ = inputs
     result, mean, variance, inverse_std = output
     ctx.mark_non_differentiable(mean, variance, inverse_std)
+    # The output, not the mask of the ReLU: it is kept anyway as the input of the next convolution.
     ctx.save_for_backward(x, result, weight, mean, inverse_std)
     ctx.has_shortcut = shortcut is not None
 
@@ -127,9 +126,8 @@ def _rows_of(tensors: Iterable[Tensor], views: int) -> list[tuple[Rows, ...]]:
 
 
 def _moments(x: Rows) -> tuple[F64, F64]:
-    """Returns mean and biased variance of each channel. Sums are taken relative to the mean of a few rows, so that a large mean costs no
-    precision.
-    """
+    """Returns mean and biased variance of each channel."""
+    # Sums are taken relative to the mean of a few rows, so that a large mean costs no precision.
     few = x[:: -(-len(x) // _SAMPLE)]
     shift = ((few.astype(np.uint32) << 16).view(np.float32) if few.dtype == np.uint16 else few).mean(0, dtype=np.float64)
     shift = shift.astype(np.float32).astype(np.float64)
@@ -144,11 +142,9 @@ def _sums(kernel: Callable[..., F64], *rows: Rows, channels: F64 | F32) -> F64:
 
 
 def _in_pieces(kernel: Callable[..., Any], *rows: Rows, channels: Iterable[F64 | F32]) -> list[Any]:
-    """Returns the kernel's result for each piece of the rows.
-
-    If there are few channels, several pixels are treated as one row so that the kernel's inner loop is long enough.
-    """
+    """Returns the kernel's result for each piece of the rows."""
     num_rows, width = rows[0].shape
+    # With few channels several pixels are treated as one row, so that the kernel's inner loop is long enough.
     fold = math.gcd(num_rows, _WIDTH // width) if width < _WIDTH else 1
     values = [np.tile(v.astype(np.float32), fold) for v in channels]
     wide = [array.reshape(-1, fold * width) for array in rows]

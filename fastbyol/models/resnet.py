@@ -37,24 +37,15 @@ class SameConv2d(nn.Conv2d):
     """Convolution that pads as TensorFlow does: a 3x3 one of stride 2 pads even inputs by (0, 1), where PyTorch pads by (1, 1)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        kernel, stride, dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
-        return F.conv2d(
-            pad_same(input, kernel=kernel, stride=stride, dilation=dilation),
-            self.weight,
-            self.bias,
-            self.stride,
-            0,
-            self.dilation,
-            self.groups,
-        )
+        return super().forward(pad_same(input, kernel=self.kernel_size[0], stride=self.stride[0], dilation=self.dilation[0]))
 
 
 class SameMaxPool2d(nn.MaxPool2d):
     """Max-pool with SAME padding; padded positions never win."""
 
     def forward(self, input: Tensor) -> Tensor:
-        padded = pad_same(input, kernel=int(self.kernel_size), stride=int(self.stride), value=float("-inf"))  # type: ignore[arg-type]
-        return F.max_pool2d(padded, self.kernel_size, self.stride)
+        kernel, stride = int(self.kernel_size), int(self.stride)  # type: ignore[arg-type]
+        return F.max_pool2d(pad_same(input, kernel=kernel, stride=stride, value=float("-inf")), kernel, stride)
 
 
 BN_EPS = 1e-5
@@ -62,8 +53,12 @@ BN_MOMENTUM = 0.1
 """Weight of the new batch in the running statistics (torch's convention); the official decay rate is 0.9."""
 
 
-def _convolution(padding: str) -> Callable[..., nn.Conv2d]:
-    """Returns a constructor of bias-free k x k convolutions with the chosen padding."""
+_batch_norm = partial(nn.BatchNorm2d, eps=BN_EPS, momentum=BN_MOMENTUM)
+Convolution = Callable[..., nn.Conv2d]
+"""Constructor of bias-free k x k convolutions with the chosen padding."""
+
+
+def _convolution(padding: str) -> Convolution:
 
     def build(in_channels: int, out_channels: int, kernel: int, *, stride: int = 1) -> nn.Conv2d:
         if padding == "same":
@@ -78,19 +73,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, channels: int, *, stride: int, conv: Callable[..., nn.Conv2d], downsample: nn.Module | None
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, *, stride: int, conv: Convolution, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 3, stride=stride)
-        self.bn1 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.bn1 = _batch_norm(channels)
         self.conv2 = conv(channels, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.bn2 = _batch_norm(channels)
         self.downsample = downsample
-
-    @property
-    def last_bn(self) -> nn.Module:
-        return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -103,21 +92,16 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self, in_channels: int, channels: int, *, stride: int, conv: Callable[..., nn.Conv2d], downsample: nn.Module | None
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, *, stride: int, conv: Convolution, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 1)
-        self.bn1 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.bn1 = _batch_norm(channels)
+        # The stride is here and not in the first convolution, as in the official code (torchvision's ResNet v1.5).
         self.conv2 = conv(channels, channels, 3, stride=stride)
-        self.bn2 = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.bn2 = _batch_norm(channels)
         self.conv3 = conv(channels, channels * self.expansion, 1)
-        self.bn3 = nn.BatchNorm2d(channels * self.expansion, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.bn3 = _batch_norm(channels * self.expansion)
         self.downsample = downsample
-
-    @property
-    def last_bn(self) -> nn.Module:
-        return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -126,7 +110,8 @@ class Bottleneck(nn.Module):
         return norm_relu(self.bn3, self.conv3(x), shortcut)
 
 
-DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+Block = type[BasicBlock] | type[Bottleneck]
+DEPTHS: dict[str, tuple[Block, tuple[int, ...]]] = {
     # Not from the paper: three groups for images of 32 px, for demos that train in minutes on a CPU.
     "resnet8": (BasicBlock, (1, 1, 1)),
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -155,7 +140,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: Block,
         blocks: tuple[int, ...],
         *,
         stem: str = "imagenet",
@@ -168,7 +153,7 @@ class ResNet(nn.Module):
         conv = _convolution(padding)
         kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small2": (3, 2)}[stem]
         self.conv1 = conv(3, stem_channels, kernel, stride=stride)
-        self.bn1 = nn.BatchNorm2d(stem_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.bn1 = _batch_norm(stem_channels)
         self.maxpool: nn.Module = nn.Identity()
         if stem == "imagenet":
             self.maxpool = SameMaxPool2d(3, 2) if padding == "same" else nn.MaxPool2d(3, 2, padding=1)
@@ -191,24 +176,22 @@ class ResNet(nn.Module):
 
 
 def _group(
-    block: type[BasicBlock] | type[Bottleneck],
-    in_channels: int,
-    channels: int,
-    count: int,
-    *,
-    stride: int,
-    conv: Callable[..., nn.Conv2d],
-    force_projection: bool,
+    block: Block, in_channels: int, channels: int, count: int, *, stride: int, conv: Convolution, force_projection: bool
 ) -> nn.Sequential:
     out_channels = channels * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels or force_projection:
-        downsample = nn.Sequential(
-            conv(in_channels, out_channels, 1, stride=stride), nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
-        )
+        downsample = nn.Sequential(conv(in_channels, out_channels, 1, stride=stride), _batch_norm(out_channels))
     first = block(in_channels, channels, stride=stride, conv=conv, downsample=downsample)
     rest = [block(out_channels, channels, stride=1, conv=conv, downsample=None) for _ in range(count - 1)]
     return nn.Sequential(first, *rest)
+
+
+def layers_of(name: str) -> tuple[Block, tuple[int, ...]]:
+    """Returns the kind of block of an encoder and the number of blocks in each of its groups. Raises UserError for an unknown name."""
+    if name not in DEPTHS:
+        raise UserError(f"model.encoder = {name!r}: unknown; choose one of {', '.join(DEPTHS)}, or timm/NAME")
+    return DEPTHS[name]
 
 
 def build_encoder(
@@ -229,24 +212,20 @@ def build_encoder(
         stem, padding, projection_in_group1: see `ResNet`.
         zero_init_last_gamma: initialise the last batch-norm scale of each residual branch to zero.
         initialisation: kaiming (torchvision's) or truncated_normal (the official code's).
-
-    Raises:
-        UserError: unknown name or option.
     """
-    if name not in DEPTHS:
-        raise UserError(f"model.encoder = {name!r}: unknown; choose one of {', '.join(DEPTHS)}, or timm/NAME")
+    block, blocks = layers_of(name)
     require_at_least("model.width", width, 1)
     require_choice("model.stem", stem, tuple(STEM_STRIDES))
     require_choice("model.padding", padding, ("symmetric", "same"))
     require_choice("model.initialisation", initialisation, ("kaiming", "truncated_normal"))
-    block, blocks = DEPTHS[name]
     channels = STEM_CHANNELS.get(name, 64) * width
     encoder = ResNet(block, blocks, stem=stem, padding=padding, stem_channels=channels, projection_in_group1=projection_in_group1)
     encoder.apply(partial(_initialise, how=initialisation))
     if zero_init_last_gamma:
+        # Each block then begins as its shortcut. Haiku's default for bottlenecks, but the paper's results are with 1 (official README).
         for module in encoder.modules():
             if isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_(module.last_bn.weight)  # type: ignore[arg-type]
+                nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
     return encoder
 
 
@@ -264,10 +243,8 @@ def _initialise(module: nn.Module, *, how: str) -> None:
 
 @torch.no_grad()
 def truncated_normal_(weight: Tensor) -> None:
-    """Haiku's default initialisation: a normal of standard deviation 1/sqrt(fan_in), cut at two standard deviations.
-
-    It is not rescaled, so the actual standard deviation is 0.88 of that.
-    """
+    """Haiku's default initialisation: a normal of standard deviation 1/sqrt(fan_in), cut at two standard deviations."""
+    # Not rescaled after the cut, as in Haiku, so the actual standard deviation is 0.88 of that.
     # Fan-in: inputs of one output, which is everything but the first dimension of the weight.
     sigma = 1 / math.sqrt(weight[0].numel())
     nn.init.trunc_normal_(weight, std=sigma, a=-2 * sigma, b=2 * sigma)

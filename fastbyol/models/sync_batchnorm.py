@@ -17,10 +17,7 @@ from fastbyol.ranks.collectives import gathered, summed
 
 
 class Normalised(NamedTuple):
-    """Result of a batch norm over all ranks.
-
-    output: like the input. mean, variance (biased): (views, C). count: (1,) number of elements behind each of them.
-    """
+    """Output, like the input; mean and biased variance, (views, C); and the number of elements behind each of them, (1,)."""
 
     output: Tensor
     mean: Tensor
@@ -29,13 +26,9 @@ class Normalised(NamedTuple):
 
 
 def cross_replica_normalise(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, views: int) -> Normalised:
-    """Normalises each view with its statistics over all ranks, then scales and shifts it.
+    """Normalises each view with its statistics over all ranks, then scales and shifts it with weight and bias, (C,), or both None.
 
-    Args:
-        input: (views * N, C, ...), one view after the other; N may differ between ranks and be 0.
-        weight, bias: (C,), or both None.
-        eps: added to the variance.
-        views: number of views in the batch.
+    input: (views * N, C, ...), one view after the other; N may differ between ranks and be 0.
     """
     output, mean, variance, count = _CrossReplicaNormalise.apply(input, weight, bias, eps, views)  # type: ignore[misc]
     # Flatten outside the Function: an output that is a view cannot be modified by an in-place ReLU.
@@ -43,9 +36,7 @@ def cross_replica_normalise(input: Tensor, weight: Tensor | None, bias: Tensor |
 
 
 class _CrossReplicaNormalise(torch.autograd.Function):
-    """Autograd function that returns the output as (views, N, C, ...). Statistics and arithmetic are in float32, or float64 for float64
-    input.
-    """
+    """Returns the output as (views, N, C, ...). Statistics and arithmetic are in float32, or float64 for float64 input."""
 
     @staticmethod
     def forward(
@@ -97,19 +88,17 @@ def _per_channel(v: Tensor, x: Tensor) -> Tensor:
 
 
 def _local_statistics(x: Tensor) -> Tensor:
-    """Returns this rank's statistics, (2 views C + 1,): each view's channel means and sums of squared deviations, then the number of
-    elements.
-    """
+    """Returns this rank's (2 views C + 1,): each view's channel means and sums of squared deviations, then the number of elements."""
     count = x.new_full((1,), x.numel() // (x.shape[0] * x.shape[2]))
+    # A rank without images has sums of 0, and its count of 0 gives them no weight.
     mean = x.sum(_within_view(x)) / count.clamp_min(1)
     deviation = (x - _per_channel(mean, x)).square().sum(_within_view(x))
     return torch.cat([mean.flatten(), deviation.flatten(), count])
 
 
 def _combine(statistics: Tensor, *, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Combines (ranks, 2 views C + 1) into mean and biased variance (views, C) and the total count (Chan et al.'s parallel formula, in
-    rank order).
-    """
+    """Combines (ranks, 2 views C + 1) into mean and biased variance (views, C) and the total count."""
+    # Chan et al.'s parallel formula. In rank order, so that every rank gets the same bits.
     half = statistics.shape[1] // 2
     means, deviations, counts = statistics.split([half, half, 1], dim=1)
     count = counts.sum(0)

@@ -24,18 +24,14 @@ class ViewBatchNorm(_BatchNorm):
 
     In training the input is (views * N, C, ...), one view after the other, and the running statistics are updated with the views in
     that order. In evaluation it is plain batch norm. It must not subclass nn.SyncBatchNorm: DDP refuses that class on the CPU.
-
-    Attributes:
-        views: number of views in a training batch.
-        across_ranks: compute statistics over all ranks of the process group, if there is one.
-        activation: dropout and activation of a layer that also activates (timm's BatchNormAct2d); else None.
-        plain_class: class that `convert_to_batchnorm` converts it back to.
     """
 
     def __init__(self, num_features: int, *, views: int = 1, across_ranks: bool = False, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.views, self.across_ranks = views, across_ranks
+        # Dropout and activation of a layer that also activates (timm's BatchNormAct2d).
         self.activation: nn.Sequential | None = None
+        # What `convert_to_batchnorm` converts it back to.
         self.plain_class: type[_BatchNorm] = nn.BatchNorm2d
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -84,11 +80,8 @@ class ViewBatchNorm(_BatchNorm):
 def convert_to_view_batchnorm(module: nn.Module, *, views: int) -> nn.Module:
     """Replaces each batch norm in the module, in place if it has children, and returns the module.
 
-    The replacement takes over the same Parameter and buffer objects: new ones would unfreeze the target, and DDP would fail at the
-    second step. nn.SyncBatchNorm and timm's norms with an activation are converted too.
-
-    Raises:
-        ValueError: a batch norm of a class that does more than normalise.
+    nn.SyncBatchNorm and timm's norms with an activation are converted too. Raises ValueError for any other class that does more than
+    normalise.
     """
     if isinstance(module, _BatchNorm) and not isinstance(module, ViewBatchNorm):
         return _converted(module, views=views)
@@ -132,6 +125,7 @@ def _options(module: _BatchNorm) -> dict[str, Any]:
 
 
 def _with_tensors_of(source: _BatchNorm, module: Norm) -> Norm:
+    # The same objects: new Parameters would unfreeze the target, and DDP would fail at the second step.
     module.weight, module.bias = source.weight, source.bias
     module.running_mean, module.running_var = source.running_mean, source.running_var
     module.num_batches_tracked = source.num_batches_tracked

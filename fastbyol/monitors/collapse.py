@@ -31,8 +31,7 @@ def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
     effective_rank: exp of the entropy of the centred projections' singular values, 1 to min(N, D) (Roy and Vetterli, 2007).
     mean_cosine: mean cosine between projections of different images, -1 to 1; 1 if collapsed.
 
-    Args:
-        projection: (N, D). feature: (N, F). With N < 2 all values are 0.
+    projection is (N, D), feature (N, F). With N < 2 all values are 0.
     """
     if len(projection) < 2:
         return torch.zeros(len(SIGNS), dtype=torch.float64, device=projection.device)
@@ -44,6 +43,7 @@ def collapse_signs(projection: Tensor, feature: Tensor) -> Tensor:
     gram = centred.T @ centred if dim <= num else centred @ centred.T
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-12)
+    # The squared norm of the sum holds all pairs, those of a row with itself too; no (N, N) matrix is made.
     cosine_sum = unit.sum(dim=0).square().sum() - unit.square().sum()
     return torch.stack(
         [
@@ -61,9 +61,6 @@ class CollapseRule:
     docs/monitors.md explains how the numbers were chosen. Runs that collapse for good pass both thresholds within one or two hundred
     steps. Runs that learn may pass them too, early on (heads of one linear layer do); the longest such spell was 400 steps, hence the
     patience.
-
-    Args:
-        config: `monitors` holds the patience; the advice in the alarm looks at the rest.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -85,17 +82,11 @@ class CollapseRule:
         )
 
     def stop_when_due(self, checkpoint_steps: Callable[[], Sequence[int]]) -> None:
-        """Ends a run that has been collapsed for `monitors.collapse_patience` steps after its warm-up, if the config asks for it.
+        """Raises Diverged, if the config asks for it, in a run that is collapsed for `monitors.collapse_patience` steps after its warm-up.
 
-        Every rank decides the same, because the signs are means over all ranks.
-
-        Args:
-            checkpoint_steps: returns the steps that have a checkpoint, to name the last one from before the collapse; called only
-                when the run ends.
-
-        Raises:
-            Diverged: names the steps, what to try, the checkpoint, and how to continue regardless.
+        Its message names the steps, what to try, the last checkpoint from before (of `checkpoint_steps`), and how to continue regardless.
         """
+        # Every rank decides the same, because the signs are means over all ranks.
         monitors, final = self._config.monitors, self._final
         long_enough = final.records >= RECORDS_IN_A_ROW and final.last - final.first >= monitors.collapse_patience
         if not (monitors.stop_on_collapse and long_enough) or self._in_warmup:
@@ -110,9 +101,7 @@ class CollapseRule:
 
 @dataclass
 class _Spell:
-    """Consecutive records for which a condition holds: their number, the steps of the first and the last, and of the last record before
-    (-1: none).
-    """
+    """Consecutive records for which a condition holds: their number, the steps of the first, the last, and the one before (-1: none)."""
 
     records: int = 0
     first: int = 0

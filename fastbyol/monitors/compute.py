@@ -47,17 +47,18 @@ def peak_flop_per_s(device_name: str, *, autocast: str) -> float | None:
     if autocast not in ("bf16", "fp16"):
         return None
     for name, tflop in PEAK_TFLOP_PER_S:
+        # Whole words: an L4 is no L40.
         if re.search(rf"\b{name}\b", device_name):
             return 1e12 * tflop
     return None
 
 
 def flop_per_image(model: ModelConfig, *, size_px: int, target: str = "ema") -> float:
-    """Counts the operations of convolutions and matrix products for both views of an image: all forward passes and the backward, two per
-    multiply-add.
+    """Counts the operations of convolutions and matrix products for both views of an image, in all passes, two per multiply-add.
 
-    torch counts them on the meta device, so nothing is computed. The probe and the negative term of InfoNCE are left out (below 0.1 %).
+    The probe and the negative term of InfoNCE are left out (below 0.1 %).
     """
+    # On the meta device nothing is computed. Building the networks draws numbers, which must not change those of the run.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         byol = build_byol(model, num_classes=1, objective=ObjectiveConfig(target=target))
         view = torch.empty(COUNTED_BATCH, 3, size_px, size_px)
@@ -67,12 +68,7 @@ def flop_per_image(model: ModelConfig, *, size_px: int, target: str = "ema") -> 
 
 
 class ComputeMeter:
-    """Measures achieved operations per second and, if the GPU's peak is known, their share of it.
-
-    Args:
-        config: model, image size and precision are used.
-        device: this rank's device.
-    """
+    """Measures achieved operations per second and, if the GPU's peak is known, their share of it."""
 
     def __init__(self, config: TrainConfig, *, device: torch.device) -> None:
         self._config = config

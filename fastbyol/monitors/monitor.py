@@ -27,15 +27,7 @@ NORMS = ("gradient_norm", "update_norm")
 
 
 class Monitor:
-    """Collects the outputs of every step and turns them into one record per logged step.
-
-    Args:
-        global_batch: images per optimizer step.
-        world_size: number of devices.
-        device: device on which the sums are kept.
-        compute: meter of operations per second, or None.
-        collapse: rule that raises an alarm and stops the run, or None.
-    """
+    """Collects the outputs of every step, as sums on the device, and turns them into one record per logged step."""
 
     def __init__(
         self,
@@ -77,15 +69,14 @@ class Monitor:
 
     def add(self, output: BYOLOutput) -> None:
         """Adds the output of one micro-batch."""
+        # Correct and labelled images are counted apart, because a micro-batch may have no labelled one. NaN stands for unlabelled.
         correct = output.probe_correct.float()
         values = (output.loss, output.alignment, output.probe_loss, correct.nan_to_num().mean(), (~correct.isnan()).float().mean())
         self._sums += torch.stack([v.detach().float() for v in values])
         self._micro_batches += 1
 
     def gradients_ready(self, online: nn.Module) -> None:
-        """Marks that the step's gradients are complete: reduced over ranks, unscaled, not yet used. `online` is the network whose norms
-        are taken.
-        """
+        """Marks that the step's gradients are complete: reduced over ranks, unscaled, not yet used. Norms are those of `online`."""
         self._stopwatch.gradients_ready()
         if self._logged:
             self._norms.before_update(online.parameters())
@@ -97,12 +88,7 @@ class Monitor:
         self._steps += 1
 
     def record(self, *, step: int, epoch: float, lr: float, tau: float, last: BYOLOutput) -> dict[str, Any]:
-        """Returns the record of the interval since the last one. Every rank must call it: means and signs of collapse are averaged over
-        all ranks.
-
-        Raises:
-            Diverged: the loss is not finite.
-        """
+        """Returns the record of the interval since the last one; Diverged if the loss is not finite. Every rank must call it."""
         read = self._read(last)
         if not math.isfinite(read["loss"]):
             raise Diverged(
@@ -110,8 +96,7 @@ class Monitor:
             )
         alarm = None
         if self._collapse is not None:
-            signs = {name: read[name] for name in ("alignment", "projection_std")}
-            alarm = self._collapse.check(step=step, epoch=epoch, **signs)
+            alarm = self._collapse.check(step=step, epoch=epoch, alignment=read["alignment"], projection_std=read["projection_std"])
         record = {
             "step": step,
             "epoch": round(epoch, 4),
@@ -186,10 +171,7 @@ class StepNorms:
 
     @torch.no_grad()
     def before_update(self, parameters: Iterable[Tensor]) -> None:
-        """Records the gradient's norm and copies the weights.
-
-        Call it between the last backward (gradients reduced and unscaled) and the optimizer; parameters without a gradient are ignored.
-        """
+        """Records the gradient's norm and copies the weights; call it between the last backward and the optimizer."""
         self._parameters = [p for p in parameters if p.grad is not None]
         self.gradient = global_norm([p.grad for p in self._parameters if p.grad is not None])
         if [b.shape for b in self._before] != [p.shape for p in self._parameters]:
@@ -198,9 +180,7 @@ class StepNorms:
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Computes the norm of the weight change. Call it after the optimizer; does nothing unless `before_update` was called in this
-        step.
-        """
+        """Computes the norm of the weight change, after the optimizer; does nothing unless `before_update` was called in this step."""
         if not self._parameters:
             return
         torch._foreach_sub_(self._before, self._parameters)

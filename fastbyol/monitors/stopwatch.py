@@ -41,6 +41,7 @@ class Stopwatch:
         yield
         waited_s = time.perf_counter() - start
         self.wait_s += waited_s
+        # A step begins when its first batch has come; waits for its other micro-batches lie inside it.
         if self._first is None:
             self._first = self._mark()
         else:

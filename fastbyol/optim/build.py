@@ -22,16 +22,18 @@ TIMM_PREFIX = "timm_"
 def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
     """Returns an optimizer over the module's trainable parameters, whose `step` takes LARS's `target_update`.
 
-    Its learning rate is 0 until the schedule sets it, times a group's `lr_factor`.
-
-    Raises:
-        UserError: the library that the name needs is not installed, or has no such optimizer.
+    Its learning rate is 0 until the schedule sets it, times a group's `lr_factor`. Raises UserError if the library that the name needs is
+    not installed or has no such optimizer.
     """
     factors = {"online.projector": config.projector_lr_factor, "online.predictor": config.predictor_lr_factor}
     groups = byol_param_groups(module, lr_factors=factors)
     if config.name == "lars":
         return LARS(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay, trust_coefficient=config.trust_coefficient)
-    return _with_target_update(_other_optimizer(config, groups))
+    optimizer = _other_optimizer(config, groups)
+    # The target moves inside the step, because a gradient scaler leaves out a step that has overflowed and tells nobody: outside of it,
+    # the target would move alone.
+    optimizer.step = MethodType(_step_and_target, optimizer)  # type: ignore[method-assign]
+    return optimizer
 
 
 def _other_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
@@ -42,16 +44,6 @@ def _other_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optim
     if config.name.startswith(TIMM_PREFIX):
         return _timm_optimizer(config, groups)
     return _torch_optimizer_lars(config, groups)
-
-
-def _with_target_update(optimizer: Optimizer) -> Optimizer:
-    """Returns the optimizer itself; its step now takes a `target_update`, as that of LARS, and moves the target after the parameters.
-
-    The target moves inside the step because a gradient scaler leaves out a step that has overflowed and tells nobody: outside of it, the
-    target would move alone.
-    """
-    optimizer.step = MethodType(_step_and_target, optimizer)  # type: ignore[method-assign]
-    return optimizer
 
 
 def _step_and_target(optimizer: Optimizer, *, target_update: TargetUpdate | None = None) -> None:
@@ -92,6 +84,7 @@ def _timm_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimi
     if name not in known:
         near = nearest_name(config.name, [TIMM_PREFIX + each for each in known])
         raise UserError(f"optim.name = {config.name!r}: timm {timm.__version__} has no such optimizer{near}")
+    # Other optimizers refuse the argument.
     trust: dict[str, Any] = {"trust_coeff": config.trust_coefficient} if name in ("lars", "larc", "nlars", "nlarc") else {}
     try:
         return timm.optim.create_optimizer_v2(groups, opt=name, lr=0.0, weight_decay=config.weight_decay, momentum=config.momentum, **trust)

@@ -70,13 +70,9 @@ class TargetUpdate:
 
 
 def ema_update(target: Sequence[Tensor], online: Sequence[Tensor], tau: float | Tensor, *, backend: str = "auto") -> None:
-    """Moves the target towards the online tensors, in place, in one pass over memory; see `TargetUpdate` for the arguments.
+    """Moves the target towards the online tensors, in place, in one pass over memory; see `TargetUpdate` for arguments and errors.
 
     Call it after the optimizer's step, on parameters only: BN statistics are each network's own.
-
-    Raises:
-        UserError: the backend is unknown, or what it needs is missing.
-        ValueError: the lists differ in length, or two tensors in shape or device.
     """
     TargetUpdate(target, online, tau, backend).apply()
 
@@ -89,11 +85,7 @@ def ema_update_reference(target: Sequence[Tensor], online: Sequence[Tensor], tau
 
 
 def check_update(backend: str, device: torch.device) -> None:
-    """Tries the backend on a small tensor of the device, so that what it lacks is said before a run and not in its first step.
-
-    Raises:
-        UserError: it is unknown, needs another device, is not installed, does not work here, or computes something else.
-    """
+    """Tries the backend on a small tensor of the device, so that UserError says what it lacks before a run and not in its first step."""
     require_choice("optim.update", backend, UPDATES)
     if backend == "apex" and device.type != "cuda":
         raise UserError(f"optim.update = 'apex': needs a GPU, and the device is {device}; take auto")
@@ -111,11 +103,9 @@ def check_update(backend: str, device: torch.device) -> None:
 
 @contextmanager
 def one_thread_on_cpu(device: torch.device) -> Iterator[None]:
-    """Lets torch's CPU operations run on the calling thread inside; nothing changes for another device.
-
-    An update is limited by memory, which one core nearly saturates, while every tensor's parallel region waits at a barrier of its own:
-    with the other core busy the same updates took two to four times the CPU time on two threads.
-    """
+    """Lets torch's CPU operations run on the calling thread inside; nothing changes for another device."""
+    # An update is limited by memory, which one core nearly saturates, while every tensor's parallel region waits at a barrier of its own:
+    # with the other core busy the same updates took two to four times the CPU time on two threads.
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
         yield
@@ -128,11 +118,8 @@ def one_thread_on_cpu(device: torch.device) -> Iterator[None]:
 
 
 def _foreach_lerp_(target: list[Tensor], online: list[Tensor], weight: float | Tensor) -> None:
-    """Takes one fused launch for a number, and one per tensor for a weight on a device.
-
-    torch's fused form takes a number only: handed a tensor, it reads it on the host and so waits for the device.
-    """
     with one_thread_on_cpu(target[0].device):
+        # torch's fused form takes a number only: handed a tensor, it reads it on the host and so waits for the device.
         if isinstance(weight, Tensor) and target[0].device.type != "cpu":
             weight = weight.to(target[0])
             for t, o in zip(target, online, strict=True):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastbyol.config.errors import require
 from fastbyol.host.saved_structure import tensor_difference
 from fastbyol.optim.ema import TargetUpdate
 from fastbyol.optim.memory_order import laid_out_like
@@ -49,14 +50,11 @@ class LARS(Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
     ) -> None:
-        if not isinstance(lr, Tensor) and not lr >= 0:
-            raise ValueError(f"lr = {lr}: must be >= 0")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum = {momentum}: must be in [0, 1)")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay = {weight_decay}: must be >= 0")
-        if not trust_coefficient > 0:
-            raise ValueError(f"trust_coefficient = {trust_coefficient}: must be > 0")
+        # A tensor is not looked at: that would wait for its device.
+        require(isinstance(lr, Tensor) or lr >= 0, "lr", lr, ">= 0")
+        require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        require(weight_decay >= 0, "weight_decay", weight_decay, ">= 0")
+        require(trust_coefficient > 0, "trust_coefficient", trust_coefficient, "> 0")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient, "adapt": True}
         super().__init__(params, defaults)
 
@@ -64,34 +62,28 @@ class LARS(Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, target_update: TargetUpdate | None = None
     ) -> float | None:
-        """Updates every parameter that has a gradient, then the target; gradients keep their values.
+        """Updates every parameter that has a gradient, then the target; gradients keep their values. Returns the closure's loss, if any.
 
-        Args:
-            closure: computes the loss again; its value is returned.
-            target_update: which tensors follow which. On a CPU in float32 each block of weights moves its target while it is in cache;
-                elsewhere one runs after the other. Online tensors that the optimizer does not update (frozen, or without gradient) pull
-                their target all the same.
+        Online tensors of `target_update` that the optimizer does not update (frozen, or without gradient) pull their target all the same.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # On a CPU in float32 each block of weights has moved its target while it was in cache; what is left follows at the end.
         moved: set[int] = set()
         for group in self.param_groups:
             # Frozen parameters have no gradient; they keep their weights and get no buffer.
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                moved |= apply_update(self._update_of(group, params), target_update)
+                grads, momenta = [p.grad for p in params if p.grad is not None], [self._momentum_of(p) for p in params]
+                moved |= apply_update(Update(params, grads, momenta, **{name: group[name] for name in _GROUP}), target_update)
         if target_update is not None:
             target_update.apply(moved=moved)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state that was saved for the same parameters.
-
-        Raises:
-            ValueError: the groups differ, or a buffer is not a tensor of its parameter's shape.
-        """
+        """Loads a state of the same parameters. Raises ValueError if the groups differ or a buffer has not its parameter's shape."""
         params = [param for group in self.param_groups for param in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         if lacking := [name for group in state_dict["param_groups"] for name in _GROUP if name not in group]:
@@ -102,18 +94,6 @@ class LARS(Optimizer):
             if wrong := tensor_difference(buffer, param, f"the momentum buffer of parameter {number}", any_float=True):
                 raise ValueError(wrong)
         super().load_state_dict(state_dict)
-
-    def _update_of(self, group: dict[str, Any], params: list[Tensor]) -> Update:
-        return Update(
-            params=params,
-            grads=[p.grad for p in params if p.grad is not None],
-            momenta=[self._momentum_of(p) for p in params],
-            lr=group["lr"],
-            momentum=group["momentum"],
-            adapt=group["adapt"],
-            weight_decay=group["weight_decay"],
-            trust_coefficient=group["trust_coefficient"],
-        )
 
     def _momentum_of(self, param: Tensor) -> Tensor:
         state = self.state[param]

@@ -83,12 +83,9 @@ class Update:
 def apply_update(update: Update, target_update: TargetUpdate | None) -> frozenset[int]:
     """Moves momenta and parameters, in place, and on a CPU in float32 the targets of adapted parameters in the same pass.
 
-    Returns:
-        the ids of the parameters whose target has moved.
-
-    Raises:
-        ValueError: shapes, dtypes, devices or layouts do not pair.
+    Returns the ids of the parameters whose target has moved. Raises ValueError if shapes, dtypes, devices or layouts do not pair.
     """
+    # A gradient may come in any memory order; a momentum is ours, and a copy of it would be updated in vain.
     update = replace(update, grads=[laid_out_like(p, g) for p, g in zip(update.params, update.grads, strict=True)])
     for p, m in zip(update.params, update.momenta, strict=True):
         if laid_out_like(p, m) is not m:
@@ -107,12 +104,27 @@ def apply_update(update: Update, target_update: TargetUpdate | None) -> frozense
 def _apply_at_once(update: Update) -> None:
     """Takes a few launches for all tensors: one for the decayed gradients (a temporary), their norms, the update."""
     grads = _scaled(update) if update.adapt else update.grads
-    lr = _lr_on(update.params[0].device, update.lr)
-    _sgd_(update.params, grads, update.momenta, lr=lr, momentum=update.momentum)
+    lr, device = update.lr, update.params[0].device
+    if isinstance(lr, Tensor):
+        # The forms that the fused kernel takes without a sync: a number on the CPU, a float32 tensor on a device.
+        lr = lr.item() if device.type == "cpu" else lr.to(device, torch.float32, non_blocking=True)
+    torch._fused_sgd_(
+        update.params,
+        grads,
+        update.momenta,
+        weight_decay=0.0,
+        # The kernel refuses a buffer where momentum is 0, so it gets the smallest positive number instead.
+        momentum=update.momentum or math.ulp(0.0),
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
 
 
 def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float) -> None:
-    """Computes a tensor's norms and then at once its update (and its target's), while part of w and g is still in cache; one tensor per thread."""
+    """Computes a tensor's norms and at once its update and its target's, while part of w and g is in cache; one tensor per thread."""
     lr, momentum, decay = (np.float32(x) for x in (float(update.lr), update.momentum, update.weight_decay))
 
     def apply(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
@@ -144,32 +156,6 @@ def _scaled(update: Update) -> list[Tensor]:
     return list(u)
 
 
-def _sgd_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momenta: list[Tensor],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-) -> None:
-    """Sets m = momentum * m + g, then w -= lr * m, by torch's fused SGD kernel.
-
-    That kernel refuses a buffer where momentum is 0, so the smallest positive number is passed instead.
-    """
-    torch._fused_sgd_(
-        params,
-        grads,
-        momenta,
-        weight_decay=0.0,
-        momentum=momentum or math.ulp(0.0),
-        lr=lr,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-    )
-
-
 def _flat(tensor: Tensor) -> NDArray[np.float32]:
     """Returns the memory of a dense tensor as an array of one dimension."""
     return tensor.detach().as_strided((tensor.numel(),), (1,)).numpy()
@@ -179,10 +165,3 @@ def _fits_blocks(param: Tensor, target: Tensor | None) -> bool:
     """Says whether the CPU kernel can take them: float32, and in the same memory order. Everything else takes `_apply_at_once`."""
     on_cpu = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (param, target) if x is not None)
     return on_cpu and (target is None or same_order(param, target))
-
-
-def _lr_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
-    """Returns the learning rate in the form that the fused kernel takes without a sync: a float on the CPU, a float32 tensor on a device."""
-    if not isinstance(lr, Tensor):
-        return lr
-    return lr.item() if device.type == "cpu" else lr.to(device, torch.float32, non_blocking=True)

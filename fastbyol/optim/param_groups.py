@@ -14,13 +14,8 @@ NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 def byol_param_groups(module: nn.Module, *, lr_factors: Mapping[str, float] = NO_FACTORS) -> list[dict[str, Any]]:
     """Returns groups of the module's trainable parameters: weights; and biases with BN scales and offsets, without decay and trust scaling.
 
-    Args:
-        module: the module that holds the parameters.
-        lr_factors: what to multiply the learning rate of a submodule by. Each submodule gets two groups of its own with that `lr_factor`; the
-            code that sets the groups' `lr` applies it. A factor of 1 makes no group.
-
-    Source: the official utils/optimizers.py excludes leaves named `b` and parents named `*norm*`; in PyTorch these are the tensors with one
-    dimension or none.
+    lr_factors: what to multiply the learning rate of a submodule by. Unless that is 1, it gets two groups of its own with that `lr_factor`,
+    which the code that sets the groups' `lr` applies.
     """
     apart = {name: factor for name, factor in lr_factors.items() if factor != 1}
     owners = {id(p): name for name in apart for p in module.get_submodule(name).parameters()}
@@ -31,6 +26,7 @@ def byol_param_groups(module: nn.Module, *, lr_factors: Mapping[str, float] = NO
 
 
 def _two_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    # The official utils/optimizers.py excludes leaves named `b` and parents named `*norm*`: in PyTorch, tensors of at most one dimension.
     trainable = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "adapt": True},

@@ -15,17 +15,14 @@ from fastbyol.host.saved_structure import first_difference
 
 
 def state_difference(optimizer: Optimizer, saved: object) -> str | None:
-    """Returns why `saved` cannot be a state of this optimizer, or None if it can. The optimizer stays as it is.
-
-    This works for every optimizer: a copy of it takes one step, which shows what buffers it keeps, and of what shapes.
-    """
+    """Returns why `saved` cannot be a state of this optimizer, or None if it can. The optimizer stays as it is."""
+    # A copy takes one step, which shows for every optimizer what buffers it keeps, and of what shapes.
     one = _after_a_step(optimizer)
     own = one.state_dict()
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
         return f"optimizer is {shown(saved)}, must hold state and param_groups"
-    if wrong := first_difference(
-        _with_flags(saved.get("param_groups"), own["param_groups"]), own["param_groups"], "optimizer.param_groups"
-    ):
+    groups = _with_flags(saved.get("param_groups"), own["param_groups"])
+    if wrong := first_difference(groups, own["param_groups"], "optimizer.param_groups"):
         return wrong
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
         return "optimizer.param_groups has the parameters in another order"
@@ -54,6 +51,7 @@ def state_difference(optimizer: Optimizer, saved: object) -> str | None:
 
 def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Takes over the buffers and counters of a state that has no `state_difference`; rates and switches stay as the config has them."""
+    # torch's own loader would also take over the saved groups' options.
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, options in zip(optimizer.param_groups, own, strict=True):
@@ -73,6 +71,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _after_a_step(optimizer: Optimizer) -> Optimizer:
+    # An optimizer may draw numbers, and a resumed run must draw the same ones as without this check.
     generators = torch.get_rng_state()
     one = copy.deepcopy(optimizer)
     for param in _params(one):

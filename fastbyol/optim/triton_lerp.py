@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastbyol.config.errors import UserError
 from fastbyol.host.compile_cache import give_triton_a_cache
-from fastbyol.optim.memory_order import is_dense, same_order
+from fastbyol.host.saved_structure import is_dense
+from fastbyol.optim.memory_order import same_order
 
 CHUNK = 4096
 _TABLES_KEPT = 4
@@ -39,10 +40,7 @@ def _lerp_kernel(table, weight, CHUNK: tl.constexpr):
 def multi_tensor_lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weight: float | Tensor) -> None:
     """Sets target <- target + weight (online - target), in place.
 
-    The first call for a set of tensors copies their table to the device; later ones only launch.
-
-    Raises:
-        UserError: a tensor is not on CUDA, not float32, not dense, or lies elsewhere than its partner.
+    Raises UserError if a tensor is not on CUDA, not float32, not dense, or laid out in another order than its partner.
     """
     if not target:
         return
@@ -56,7 +54,8 @@ def multi_tensor_lerp_(target: Sequence[Tensor], online: Sequence[Tensor], weigh
 
 
 def _table_of(target: Sequence[Tensor], online: Sequence[Tensor]) -> Tensor:
-    """Returns the kernel's table, (chunks, 3) int64 on the device; it is kept while the tensors stay at their addresses."""
+    """Returns the kernel's table, (chunks, 3) int64 on the device."""
+    # Kept while the tensors stay at their addresses, so only the first step copies it to the device.
     key = tuple((t.data_ptr(), o.data_ptr(), t.shape, t.stride(), o.stride()) for t, o in zip(target, online, strict=True))
     if key not in _tables:
         rows = [row for t, o in zip(target, online, strict=True) for row in _rows(t, o)]

@@ -13,14 +13,11 @@ from fastbyol.config.schema import PrecisionConfig
 
 
 def replicate(module: nn.Module, config: PrecisionConfig, *, accumulate: int) -> nn.Module:
-    """Wraps the module in DistributedDataParallel over all ranks. Frozen parameters, and so the target's, are not synchronised.
-
-    Args:
-        accumulate: micro-batches per optimizer step. With one, the graph is declared static, so DDP can skip its search for unused
-            parameters; with more, torch's no_sync fails on a static graph ('INTERNAL ASSERT FAILED', torch 2.14).
-    """
-    # BN buffers are equal on all ranks by construction (or each rank's own), so no broadcast before each forward. torch 2.14 has a new name
-    # for the option, which 2.11 does not know, and warns.
+    """Wraps the module in DistributedDataParallel over all ranks. Frozen parameters, and so the target's, are not synchronised."""
+    # static_graph spares DDP the search for unused parameters. But torch's no_sync, which micro-batches need, fails on a static graph
+    # ('INTERNAL ASSERT FAILED', torch 2.14).
+    # broadcast_buffers: those of BN are equal on all ranks by construction, or each rank's own. torch 2.14 has a new name for the option,
+    # which 2.11 does not know, and warns.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=accumulate == 1)

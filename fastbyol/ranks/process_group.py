@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -41,12 +41,8 @@ class Process:
 def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
     """Reads the environment of torchrun or srun and joins the process group; plain `python` is a single process without a group.
 
-    Args:
-        timeout_s: seconds after which a rank that dies or hangs ends the others; torch's default for gloo is 30 minutes.
-
-    Raises:
-        UserError: the environment is not a launcher's, or incomplete.
-        Lost: the other ranks did not join in time.
+    A rank that dies or hangs ends the others after `timeout_s`. Raises UserError if the environment is not a launcher's or incomplete, Lost
+    if the other ranks did not join in time.
     """
     from_slurm = adopt_slurm_environment(os.environ)
     rank, world_size, local_rank = _place_in_environment()
@@ -60,11 +56,19 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
         # could not end gloo's threads. One that takes the interpreter lock after Python's shutdown aborts a finished run with exit code 134.
         importlib.import_module("torch.distributed.nn.functional")
         timeout = timedelta(seconds=timeout_s)
-        with _slurm_named(world_size) if from_slurm else nullcontext(), lost_ranks_named(process):
-            store = _meeting_point(process, timeout)
-            # gloo beside NCCL, so that messages between hosts need not wait for a device.
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        try:
+            with lost_ranks_named(process):
+                store = _meeting_point(process, timeout)
+                # gloo beside NCCL, so that messages between hosts need not wait for a device.
+                backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        except Lost as error:
+            if not from_slurm:
+                raise
+            raise Lost(
+                f"{error}. Other ranks were expected because SLURM_STEP_NUM_TASKS = {world_size}: start all of them with `srun python "
+                "fastbyol/train.py …`, or one process alone with `env -u SLURM_STEP_NUM_TASKS python fastbyol/train.py …`"
+            ) from error
     return process
 
 
@@ -84,18 +88,6 @@ def _place_in_environment() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-@contextmanager
-def _slurm_named(tasks: int) -> Iterator[None]:
-    """Adds to the error of a failed join that SLURM's environment is why other ranks were expected."""
-    try:
-        yield
-    except Lost as error:
-        raise Lost(
-            f"{error}. Other ranks were expected because SLURM_STEP_NUM_TASKS = {tasks}: start all of them with `srun python fastbyol/train.py …`, "
-            "or one process alone with `env -u SLURM_STEP_NUM_TASKS python fastbyol/train.py …`"
-        ) from error
-
-
 def _meeting_point(process: Process, timeout: timedelta) -> dist.Store:
     """Returns a store without keys of an earlier attempt."""
     address, port = os.environ["MASTER_ADDR"], environment_integer("MASTER_PORT", 0)
@@ -105,13 +97,11 @@ def _meeting_point(process: Process, timeout: timedelta) -> dist.Store:
 
 
 def fresh_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: float) -> dist.Store:
-    """Returns the store under a prefix that only the ranks of this attempt know.
-
-    torchrun restarts its workers with the store of the dead ones. They would read the old addresses and hang (pytorch issue 135712).
-    torchrun's restart count cannot serve as a prefix, because the agents of several machines may disagree on it. So rank 0 names the
-    attempt, every other rank signs it, and it begins once rank 0 has published all signatures: a leftover name can never show the
-    signature of a rank that has just joined.
-    """
+    """Returns the store under a prefix that only the ranks of this attempt know."""
+    # torchrun restarts its workers with the store of the dead ones. They would read the old addresses and hang (pytorch issue 135712).
+    # torchrun's restart count cannot serve as a prefix, because the agents of several machines may disagree on it. So rank 0 names the
+    # attempt, every other rank signs it, and it begins once rank 0 has published all signatures: a leftover name can never show the
+    # signature of a rank that has just joined.
     mine = uuid.uuid4().hex
     if rank == 0:
         store.set(_ATTEMPT, mine)
@@ -162,9 +152,7 @@ def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_rows(values: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of all ranks in rank order, on every rank; each rank must bring the same number. With one process, returns the
-    tensor unchanged.
-    """
+    """Returns the rows of all ranks in rank order, on every rank; each must bring the same number. With one process, the tensor itself."""
     return gathered(values) if dist.is_initialized() else values
 
 
@@ -176,9 +164,7 @@ def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def gather_on_main(value: Any) -> list[Any]:
-    """Returns the values of all ranks, in rank order, on the main process, and an empty list elsewhere. For plain values and CPU tensors
-    of a few kilobytes.
-    """
+    """Returns the values (plain ones and CPU tensors, of a few kilobytes) of all ranks, in rank order, on the main process; else []."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
@@ -191,5 +177,6 @@ def broadcast_from_main(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     held = [value]
+    # Through gloo, so that it need not wait for a GPU.
     dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
     return held[0]

@@ -20,22 +20,18 @@ FIRST_PORT, NUM_PORTS = 20000, 10000
 def adopt_slurm_environment(environment: MutableMapping[str, str]) -> bool:
     """Adds RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT if srun started several tasks without torchrun.
 
-    Only srun sets SLURM_STEP_NUM_TASKS, so python started by a batch script or salloc stays a single process. So does the first task
-    of `srun --pty`, the only one with a terminal. Returns True if the variables were set from srun's.
-
-    Raises:
-        UserError: variables that srun sets are missing or malformed, or this is a task of `srun --pty` other than the first.
+    Returns True if it did. Raises UserError if variables that srun sets are missing or malformed, or in a task of `srun --pty` other than
+    the first, which is the only one with a terminal and trains alone.
     """
+    # Only srun sets this one, so python started by a batch script or salloc stays a single process.
     tasks = environment_integer("SLURM_STEP_NUM_TASKS", 1, environment)
     if environment.get("RANK") or tasks < 2:
         return False
     if environment.get("SLURM_PTY_PORT"):
         if environment_integer("SLURM_PROCID", 0, environment):
             raise UserError(f"SLURM_PROCID = {environment['SLURM_PROCID']}: srun --pty serves its first task only; leave out --pty")
-        log.warning(
-            "SLURM: srun --pty has %d tasks, but only this one has a terminal, so it trains alone; leave out --pty to use all of them",
-            tasks,
-        )
+        why = "only this one has a terminal, so it trains alone; leave out --pty to use all of them"
+        log.warning("SLURM: srun --pty has %d tasks, but %s", tasks, why)
         return False
     try:
         environment.update(_torchrun_names(environment))

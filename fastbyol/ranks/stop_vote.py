@@ -34,10 +34,7 @@ class StopVote:
     def cast(self, *, stop: bool, bad_step: int | None, settle: bool) -> Verdict:
         """Votes, and returns the result of the previous step's vote, or of this one if it settles. Every rank calls it after every step.
 
-        Args:
-            stop: this rank was asked to stop.
-            bad_step: this rank's first step that was not finite, or None.
-            settle: wait for this step's vote; must be equal on all ranks.
+        bad_step: this rank's first step that was not finite, or None. settle: wait for this step's vote; must be equal on all ranks.
         """
         # One number for step and rank: the smaller step wins, then the smaller rank.
         bad = _NEVER if bad_step is None else -(bad_step * self.world_size + self.rank)
@@ -45,7 +42,9 @@ class StopVote:
         if self.world_size == 1:
             return self._read(said)
         verdict = self._collect()
-        self._pending = (_begin_maximum(said), said)
+        work = dist.all_reduce(said, op=dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        self._pending = (work, said)
         # All ranks read the same verdict, so if one settles here they all do, and none waits alone.
         if settle or verdict.stop or verdict.bad_step is not None:
             verdict = self._collect()
@@ -65,9 +64,3 @@ class StopVote:
             return Verdict(stop=bool(stop), bad_step=None, bad_rank=None)
         step, rank = divmod(-bad, self.world_size)
         return Verdict(stop=bool(stop), bad_step=step, bad_rank=rank)
-
-
-def _begin_maximum(values: torch.Tensor) -> dist.Work:
-    work = dist.all_reduce(values, op=dist.ReduceOp.MAX, async_op=True)
-    assert work is not None
-    return work

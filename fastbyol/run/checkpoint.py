@@ -46,10 +46,7 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class RunState:
-    """A run read back from disk.
-
-    config, state, step: those of its newest good checkpoint. folder: the run folder. results: the folder for its evaluation results.
-    """
+    """A run read back from disk: its config and newest good checkpoint, the run folder, and the folder of its evaluation results."""
 
     config: TrainConfig
     state: dict[str, Any]
@@ -69,20 +66,18 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, stays: Callable[[int], bool] = lambda step: False) -> Path:
-    """Writes the state after `step` optimizer steps durably, then deletes old checkpoints.
+    """Writes the state after `step` optimizer steps durably, then deletes checkpoints but the newest `keep` and those whose step `stays`.
 
-    The newest `keep` checkpoints are kept, and those whose step `stays`.
-
-    Raises:
-        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+    Raises CheckpointError if the disk is full or not writable; earlier checkpoints are untouched then.
     """
     path = checkpoint_path(run, step)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_durably(path, state)
     except OSError as error:
+        needed = sum(tensor.nbytes for tensor in _tensors(state)) / 1e6
         raise CheckpointError(
-            f"checkpoint {path} ({_megabytes(state):.0f} MB, {_free_megabytes(run):.0f} MB free): {error.strerror}; "
+            f"checkpoint {path} ({needed:.0f} MB, {_free_megabytes(run):.0f} MB free): {error.strerror}; "
             f"make room or choose another --out. Earlier checkpoints are untouched: {checkpoint_steps(run)}"
         ) from error
     # Files of later steps were skipped as damaged when the run was resumed, so they do not count towards `keep`.
@@ -93,9 +88,12 @@ def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, s
     return path
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Loads the state in one file on the CPU, after checking its digest. Without a .sha256 file the zip checksums are checked, with a
-    warning.
+def load_checkpoint(path: Path, *, or_weights: bool = False) -> Any:
+    """Loads the state in one file on the CPU, after checking its digest; without one the zip checksums are checked, with a warning.
+
+    Args:
+        path: the file.
+        or_weights: without a digest, also return whatever plain values and tensors another program saved.
 
     Raises:
         CheckpointError: missing, truncated, altered, holds more than tensors and plain values, or was written by another program.
@@ -113,22 +111,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint {path} ({len(payload)} bytes): truncated or altered, its sha256 is not the recorded one "
             f"(if {_digest_path(path).name} belongs to another file, remove that)"
         )
+    foreign = or_weights and digest is None
     try:
+        state = load_weights(io.BytesIO(payload))
+        if foreign and not (isinstance(state, dict) and set(REQUIRED) <= state.keys()):
+            return state
+        # torch.load itself does not compare the archive's checksums.
         if digest is None and (broken := zipfile.ZipFile(io.BytesIO(payload)).testzip()):
             raise ValueError(f"damaged at {broken}")
-        state = load_weights(io.BytesIO(payload))
         _refuse_other_structure(state, path)
     except Exception as error:
-        raise CheckpointError(f"checkpoint {path}: not a checkpoint of fastbyol ({why_not_loaded(error)})") from error
+        what = "a file of weights" if foreign else "a checkpoint of fastbyol"
+        raise CheckpointError(f"checkpoint {path}: is not {what} ({_why_not_loaded(error)})") from error
     if digest is None:
         log.warning("checkpoint %s has no valid .sha256 beside it; its internal checksums match, so it is used", path)
     return state
 
 
 def load_weights(file: IO[bytes]) -> Any:
-    """Returns what torch.load reads (tensors and plain values only, on the CPU). Raises ValueError if it would unpack to far more than
-    the file's size.
-    """
+    """Returns the tensors and plain values in a file of torch.save, on the CPU. Raises ValueError if they unpack to far more than the file."""
     held = file.seek(0, os.SEEK_END)
     allowed = max(_UNPACKED_FREELY, _MOST_UNPACKED * held)
     file.seek(0)
@@ -183,8 +184,8 @@ def _refuse_other_structure(state: Any, path: Path) -> None:
     from_plain(TrainConfig, state["config"], where="config.")
 
 
-def why_not_loaded(error: Exception) -> str:
-    """Summarises torch.load's error in a few words; its own text suggests loading the untrusted file anyway."""
+def _why_not_loaded(error: Exception) -> str:
+    # torch's own text advises to load the file with weights_only=False, which would run the code in it.
     if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"it asks for {wanted[1]}, but only tensors and plain values are accepted"
     if isinstance(error, UnpicklingError | EOFError):
@@ -199,11 +200,10 @@ def load_newest(
 
     Args:
         run: the run folder.
-        config: the run's config; None reads it from the folder. A checkpoint with another config is not one of this run.
+        config: the run's config, which a good checkpoint shares; None reads it from the folder.
         check: returns what else is wrong with a state, or None.
 
-    Raises:
-        CheckpointError: there are checkpoints but none is good.
+    Raises CheckpointError if there are checkpoints but none is good.
     """
     steps = checkpoint_steps(run)
     config = config or (_recorded_config(run) if steps else None)
@@ -235,11 +235,9 @@ def _recorded_config(run: Path) -> TrainConfig | None:
 
 
 def mend_config(run: Path) -> None:
-    """Rewrites a missing or unreadable config.yaml from the newest good checkpoint, if there is one.
+    """Rewrites a missing or unreadable config.yaml from the newest good checkpoint, if the run has one.
 
-    Raises:
-        CheckpointError: there are checkpoints but none is good.
-        UserError: the folder cannot be written.
+    Raises UserError if none of its checkpoints is good or the folder cannot be written.
     """
     try:
         if not checkpoint_steps(run) or _recorded_config(run):
@@ -250,6 +248,7 @@ def mend_config(run: Path) -> None:
     assert state is not None
     path = run / CONFIG_FILE
     try:
+        # Kept under another name, so that nothing that someone may have written into it is lost.
         if path.exists() and path.stat().st_size:
             path.replace(path.with_name(f"{CONFIG_FILE}.damaged"))
         write_config(run, from_plain(TrainConfig, state["config"]))
@@ -258,34 +257,30 @@ def mend_config(run: Path) -> None:
     log.warning("%s could not be read; it is restored from the checkpoint after step %d", path, state["step"])
 
 
-def load_run(path: str | Path) -> RunState:
+def load_run(path: str | Path, *, option: str = "checkpoint") -> RunState:
     """Loads a run from its folder (newest good checkpoint) or from a single checkpoint file, which may be stored anywhere.
 
-    Raises:
-        UserError: no such path, or nothing to load there.
+    Raises UserError, naming the option, if there is no such path or nothing to load there.
     """
     path = Path(path)
     if path.is_dir():
         state = load_newest(path)
         if state is None:
-            raise UserError(f"checkpoint = {str(path)!r}: no checkpoints/step-*.pt in it; give a run folder or a checkpoint file")
+            raise UserError(f"{option} = {str(path)!r}: no checkpoints/step-*.pt in it; give a run folder or a checkpoint file")
         folder, results = path, path / RESULTS
     elif path.is_file():
         state, folder, results = load_checkpoint(path), path.parent, path.with_name(f"{path.stem}.{RESULTS}")
+        # One that still lies in its run has its results there; one that was copied elsewhere has them beside it.
         if _NAME.match(path.name) and path.parent.name == FOLDER and (path.parent.parent / CONFIG_FILE).exists():
             folder, results = path.parent.parent, path.parent.parent / RESULTS
     else:
-        raise UserError(f"checkpoint = {str(path)!r}: no such file or folder; give a run folder or a checkpoint file")
+        raise UserError(f"{option} = {str(path)!r}: no such file or folder; give a run folder or a checkpoint file")
     config = from_plain(TrainConfig, state["config"])
     return RunState(config=config, state=state, step=state["step"], folder=folder, results=results)
 
 
 def check_resume(config: TrainConfig) -> None:
-    """Checks `resume` against the run folder; a restart by torchrun or SLURM always continues.
-
-    Raises:
-        UserError: 'must' without a checkpoint, 'never' with one.
-    """
+    """Raises UserError for `resume` 'must' without a checkpoint or 'never' with one; a restart by torchrun or SLURM always continues."""
     steps = checkpoint_steps(Path(config.out))
     if config.resume == "must" and not steps:
         raise UserError(f"resume = 'must': {config.out} holds no checkpoint; leave it out to start the run")
@@ -323,22 +318,18 @@ class _DigestingFile(io.RawIOBase):
         try:
             # In pieces, so that the training thread gets the interpreter lock in between.
             for start in range(0, len(view), _PIECE_BYTES):
-                self._write_whole(view[start : start + _PIECE_BYTES])
+                piece = view[start : start + _PIECE_BYTES]
+                self.digest.update(piece)
+                # An unbuffered file may write less than it was given, for example when the disk fills up.
+                while piece:
+                    piece = piece[self._file.write(piece) or 0 :]
         except OSError as error:
             self.error = error
             raise
         return len(view)
 
-    def _write_whole(self, piece: memoryview) -> None:
-        self.digest.update(piece)
-        while piece:
-            piece = piece[self._file.write(piece) or 0 :]
-
 
 def _write_durably(path: Path, state: dict[str, Any]) -> None:
-    """Writes the state and its digest. The digest is complete before the checkpoint gets its name, so one of ours lacks it only if it
-    was copied without.
-    """
     with durable_file(path) as file:
         through = _DigestingFile(cast(io.RawIOBase, file))
         try:
@@ -347,7 +338,7 @@ def _write_durably(path: Path, state: dict[str, Any]) -> None:
             # torch's zip writer reports the file's OSError as a RuntimeError without errno.
             raise through.error or error from error
         # The order matters: the state, then its digest, then (leaving the block) the checkpoint's name. A crash in between leaves only
-        # files that sweep_unfinished removes.
+        # files that sweep_unfinished removes, and a checkpoint without its digest can only be a copy.
         os.fsync(file.fileno())
         write_durably(_digest_path(path), through.digest.hexdigest() + "\n")
 
@@ -356,15 +347,8 @@ def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _megabytes(state: Any) -> float:
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size() / 1e6
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return sum(_megabytes(value) for value in values)
-
-
 def _free_megabytes(folder: Path) -> float:
     try:
         return shutil.disk_usage(folder).free / 1e6
-    except OSError:
+    except OSError:  # the folder itself could not be made
         return 0.0

@@ -19,14 +19,10 @@ log = logging.getLogger("fastbyol")
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time in the background. A failed write is logged; earlier checkpoints and the training are not affected.
+    """Writes one checkpoint at a time in the background; leaving the context waits for the last one.
 
-    Leaving the context waits for the last write.
-
-    Args:
-        run: the run folder; nothing else may write there.
-        keep: number of newest checkpoints to keep.
-        stays: returns True for a step whose checkpoint is kept permanently.
+    A failed write is logged; earlier checkpoints and the training are not affected. `keep` and `stays` say what `save_checkpoint` keeps.
+    Nothing else may write to the run folder.
     """
 
     def __init__(self, run: Path, *, keep: int, stays: Callable[[int], bool] = lambda step: False) -> None:
@@ -37,10 +33,7 @@ class CheckpointWriter:
         sweep_unfinished(run)
 
     def save(self, state: dict[str, Any], *, step: int) -> None:
-        """Copies the state and returns; the copy is then written as the checkpoint after `step` optimizer steps.
-
-        The caller may change its tensors immediately. Waits if the previous checkpoint is still being written.
-        """
+        """Waits for the last write, then copies the state, which may change from then on; the copy is written after this returns."""
         self.wait()
         # The previous copy is on the disk by now, so its memory can be overwritten.
         self._copy = copy_to_host(state, into=self._copy)
@@ -51,12 +44,7 @@ class CheckpointWriter:
         return self._pending.result() if self._pending is not None else None
 
     def close(self) -> None:
-        """Waits for the last checkpoint.
-
-        Raises:
-            NotSaved: it could not be written.
-            Diverged: it held a tensor that is not finite, so it was not written.
-        """
+        """Waits for the last checkpoint. Raises NotSaved if it could not be written, Diverged if it held a tensor that is not finite."""
         error = self.wait()
         self._pool.shutdown()
         if isinstance(error, Diverged):
@@ -92,12 +80,8 @@ class CheckpointWriter:
 
 
 def copy_to_host(state: Any, *, into: Any = None) -> Any:
-    """Copies nested dicts and lists with their tensors to the host, keeping memory layouts.
-
-    Args:
-        state: tensors on any device, and plain values.
-        into: an earlier copy whose tensors are reused if they fit: allocating fresh pages costs more than the copy itself.
-    """
+    """Copies nested dicts and lists with their tensors to the host, keeping memory layouts; reuses tensors of an earlier copy that fit."""
+    # Allocating fresh pages would cost more than the copy itself.
     copied = _copied(state, into)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # copies to pinned memory are asynchronous

@@ -32,14 +32,9 @@ PRINT_CONFIG = "--print_config"
 
 
 def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainConfig:
-    """Returns the config of the run that the arguments describe.
+    """Returns the config of the run that the arguments (None: those of sys.argv) describe; --help shows the usage.
 
-    Args:
-        arguments: the command line without the program's name; None means sys.argv's.
-        usage: shown by --help.
-
-    Raises:
-        UserError: an unknown option (the message names the nearest one), or a value of the wrong type or out of range.
+    Raises UserError for an unknown option (naming the nearest one), or a value of the wrong type or out of range.
     """
     import jsonargparse
 
@@ -53,13 +48,19 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     parser.add_argument("--config", action="config", help="a YAML file of options, for example a run folder's config.yaml")
     parser.add_class_arguments(TrainConfig, as_group=False)
     if {"-h", "--help"} & set(arguments):
-        _explain(parser)
+        docs = field_docs(TrainConfig)
+        for action in parser._actions:
+            if action.dest in docs:
+                # argparse formats help texts with %, so one of ours that stands for itself is doubled.
+                action.help = docs[action.dest].replace("%", "%%") + " (default: %(default)s)"
     _refuse_unknown(arguments, parser)
     _refuse_too_much(arguments)
     repeated = _repeated(arguments)
-    paths, typed = _files_apart(arguments)
-    files = [_read_file(path) for path in paths]
-    preset = _preset_name(arguments, files)
+    named, typed = _presets_and_files_apart(arguments)
+    files = [_read_file(expand_home(path, name="config")) for path in named.config]
+    # The preset supplies the defaults of the real parser, so it has to be known first.
+    in_files = [file["preset"] for file in files if "preset" in file]
+    preset = str([DEFAULT_PRESET, *in_files][-1] if named.preset is None else named.preset)
     parser.set_defaults({"preset": preset, **flatten(to_plain(preset_config(preset)))})
     try:
         # Files first: the later argument wins, and the command line must win over a file.
@@ -73,45 +74,21 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     return config
 
 
-def _explain(parser: argparse.ArgumentParser) -> None:
-    """Sets each option's help text to the docstring below its config field."""
-    docs = field_docs(TrainConfig)
-    for action in parser._actions:
-        if action.dest in docs:
-            action.help = docs[action.dest].replace("%", "%%") + " (default: %(default)s)"
-
-
-def _preset_name(arguments: Sequence[str], files: list[dict[str, Any]]) -> str:
-    """Returns the preset named on the command line, else the one in the last config file that names one, else the default."""
-    # The preset supplies the defaults of the real parser, so it has to be known first.
+def _presets_and_files_apart(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Splits the arguments into the values of --preset and --config and all other arguments."""
+    needs = {"--preset": f"preset: needs a name, for example --preset {DEFAULT_PRESET}", "--config": "config: needs a YAML file of options"}
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset", default=next((file["preset"] for file in reversed(files) if "preset" in file), DEFAULT_PRESET))
-    try:
-        name = early.parse_known_args(arguments)[0].preset
-    except argparse.ArgumentError as error:
-        raise UserError(f"preset: needs a name, for example --preset {DEFAULT_PRESET}") from error
-    return str(name)
-
-
-def _files_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits the arguments into the values of --config and all other arguments."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset")
     early.add_argument("--config", action="append", default=[])
     try:
-        known, rest = early.parse_known_args(list(arguments))
+        return early.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise UserError("config: needs a YAML file of options") from error
-    return [expand_home(file, name="config") for file in known.config], rest
+        raise UserError(needs[str(error.argument_name)]) from error
 
 
 def _as_typed(files: list[dict[str, Any]]) -> list[str]:
-    """Returns the options of the config files as command-line arguments.
-
-    jsonargparse could read the files itself, but it rejects text that is not UTF-8, which a path may contain.
-
-    Raises:
-        UserError: a plain value where a group of options is expected.
-    """
+    """Returns the options of the config files as arguments. Raises UserError for a plain value where a group of options is expected."""
+    # jsonargparse could read the files itself, but it rejects text that is not UTF-8, which a path may contain.
     values = [item for file in files for item in flatten(file).items() if item[0] != "preset"]
     for name, value in values:
         if name not in flatten(to_plain(TrainConfig())):
@@ -120,9 +97,7 @@ def _as_typed(files: list[dict[str, Any]]) -> list[str]:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    """Returns the options in a YAML file. Names are checked here because jsonargparse's errors name neither the file nor the nearest
-    option.
-    """
+    """Returns the options in a YAML file."""
     where = f"config = {path!r}"
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -136,6 +111,7 @@ def _read_file(path: str) -> dict[str, Any]:
     if repeated:
         raise UserError(f"{where}: {repeated}: is given twice, and only one of them could count; leave one out")
     known = flatten(to_plain(TrainConfig()))
+    # Names are checked here, because jsonargparse's errors name neither the file nor the nearest option.
     for name in flatten(values):
         if name != "preset" and name not in known and not any(option.startswith(f"{name}.") for option in known):
             raise UserError(f"{where}: {name}: no such option{nearest_name(name, known)}")
@@ -152,7 +128,8 @@ def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -
 
 
 def _refuse_too_much(arguments: Sequence[str]) -> None:
-    """Raises UserError for a value of aliases or levels without end, as in a file: jsonargparse, which reads every value as YAML, writes them out."""
+    """Raises UserError for a value of aliases or levels without end, as in a file."""
+    # jsonargparse reads every value as YAML and expands its aliases without a limit.
     option = ""
     for argument in arguments:
         value = argument
@@ -167,12 +144,8 @@ def _refuse_too_much(arguments: Sequence[str]) -> None:
 
 
 def _repeated(arguments: Sequence[str]) -> list[str]:
-    """Returns the options that are given more than once. The last one wins, so a launch script's options can be overridden by appending
-    to them.
-
-    Raises:
-        UserError: a second --preset or --config, each of which is a whole set of options.
-    """
+    """Returns the options that are given more than once. Raises UserError for a second --preset or --config."""
+    # Those two are whole sets of options. Of others the last one wins, so a launch script's options can be overridden by appending to them.
     given = [argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")]
     repeated = [name for name in dict.fromkeys(given) if given.count(name) > 1]
     for name in repeated:
@@ -208,7 +181,8 @@ def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
 
 
 def _texts_below_fields(cls: type) -> dict[str, str]:
-    """Returns {field: docstring on one line}. Python does not keep these docstrings at run time, so they are read from the source."""
+    """Returns {field: docstring on one line}."""
+    # Python keeps no docstrings of fields at run time, so they are read from the source.
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     found = {}

@@ -13,11 +13,7 @@ from torch import Tensor
 
 
 class FiniteCheck:
-    """Counts the forward passes with a finite loss, up to the first that is not.
-
-    Args:
-        forwards_per_step: micro-batches per optimizer step.
-    """
+    """Counts the forward passes with a finite loss, up to the first that is not; a step consists of `forwards_per_step`."""
 
     def __init__(self, *, forwards_per_step: int = 1) -> None:
         self.forwards_per_step = forwards_per_step
@@ -27,15 +23,14 @@ class FiniteCheck:
     def add(self, loss: Tensor) -> None:
         """Adds the loss of one forward pass, a scalar on any device; a non-finite input makes the loss non-finite."""
         finite = torch.isfinite(loss.detach())
+        # Made by the first loss, on its device. Both counters stay there: reading them in every step would make the host wait.
         if self._alive is None or self._finite_forwards is None:
             self._alive, self._finite_forwards = torch.ones_like(finite), torch.zeros_like(finite, dtype=torch.int64)
         self._alive &= finite
         self._finite_forwards += self._alive
 
     def first_bad_step(self) -> int | None:
-        """Returns how many steps were finite before the first that was not, counted from the first `add`, or None if all were. Waits for
-        the device.
-        """
+        """Returns how many steps were finite before the first that was not, or None if all were. Waits for the device."""
         if self._alive is None or self._finite_forwards is None or self._alive.item():
             return None
         return int(self._finite_forwards.item()) // self.forwards_per_step

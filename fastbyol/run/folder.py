@@ -29,27 +29,9 @@ LOCK_PATIENCE_S = 15.0
 """Seconds to wait for the lock: a job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(
     {
-        *(
-            "out",
-            "resume",
-            "timeout_s",
-            "grace_s",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "keep_every_epochs",
-            "profile_steps",
-        ),
-        *(
-            "rank_batch",
-            "data.train",
-            "data.val",
-            "data.backend",
-            "data.workers",
-            "data.prefetch",
-            "precision.compile_cache",
-            "optim.update",
-        ),
+        *("out", "resume", "timeout_s", "grace_s", "profile_steps", "rank_batch", "optim.update", "precision.compile_cache"),
+        *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every_epochs"),
+        *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch"),
         *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
     }
 )
@@ -59,11 +41,7 @@ reported, and optim.update, whose choices compute one formula and agree to the l
 
 
 def check_run_folder(config: TrainConfig) -> None:
-    """Raises the errors of `open_run_folder` before any work is done, without creating anything.
-
-    Raises:
-        UserError: no folder given, a folder that cannot be created, or one that belongs to another run.
-    """
+    """Raises UserError for no folder, one that cannot be created, or another run's; called before any work, it creates nothing."""
     if not config.out:
         raise UserError("out = '': name the run's folder, for example --out runs/r50")
     folder = Path(config.out)
@@ -75,7 +53,8 @@ def check_run_folder(config: TrainConfig) -> None:
             f"out = {config.out!r}: cannot be used ({getattr(error, 'strerror', None) or error}); choose another folder"
         ) from error
     if not _is_blank(folder / CONFIG_FILE):
-        _refuse_other_config(config, folder)
+        if changed := config_changes(read_config(folder), config):
+            raise UserError(f"out = {config.out!r}: holds a run with another config ({'; '.join(changed[:5])}); choose a new folder")
     elif folder.exists() and not _is_cut_off_start(folder):
         raise UserError(f"out = {config.out!r}: exists and is not a run of fastbyol; choose a new folder")
     target = Path(os.path.realpath(folder))  # through a dangling link, so that the folder is created at its target
@@ -88,11 +67,8 @@ def check_run_folder(config: TrainConfig) -> None:
 
 
 def open_run_folder(config: TrainConfig) -> Path:
-    """Creates the run folder, or reopens it if it holds the same config (then the run continues where it stopped).
-
-    Raises:
-        UserError: as in `check_run_folder`.
-    """
+    """Creates the run folder, or reopens it if it holds the same config (then the run continues where it stopped)."""
+    # Checked again, although the run has checked it: reading the data has taken a while, and another job may have taken the folder.
     check_run_folder(config)
     folder = Path(config.out)
     if not _is_blank(folder / CONFIG_FILE):
@@ -108,16 +84,11 @@ def open_run_folder(config: TrainConfig) -> Path:
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    """Writes the run's config.yaml; it is complete and on the disk when this returns."""
     write_durably(folder / CONFIG_FILE, yaml.safe_dump(to_plain(config), sort_keys=False))
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """Returns the config stored in a run folder.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
+    """Returns the config stored in a run folder. Raises UserError if there is none or it cannot be read."""
     path = folder / CONFIG_FILE
     try:
         return from_plain(TrainConfig, read_yaml(path.read_text(encoding="utf-8")))  # type: ignore[arg-type]
@@ -128,11 +99,7 @@ def read_config(folder: Path) -> TrainConfig:
 
 @contextmanager
 def locked_run_folder(folder: Path) -> Iterator[None]:
-    """Locks the folder so that no other job writes to it; the operating system releases the lock when the process ends, however it ends.
-
-    Raises:
-        UserError: another job holds the lock and does not release it within LOCK_PATIENCE_S.
-    """
+    """Keeps other jobs from writing to the folder. Raises UserError if another one holds the lock for longer than LOCK_PATIENCE_S."""
     try:
         descriptor = locked_file(folder / LOCK_FILE, patience_s=LOCK_PATIENCE_S)
     except BlockingIOError as error:
@@ -149,19 +116,15 @@ def _is_blank(path: Path) -> bool:
         return not path.read_bytes().strip(b"\0 \r\n")
     except (FileNotFoundError, NotADirectoryError):
         return True
-    except OSError:
+    except OSError:  # it is there; read_config says what is wrong with it
         return False
 
 
 def _is_cut_off_start(folder: Path) -> bool:
     """Returns True if a run may start in this folder because it holds nothing that a run could be continued from."""
+    # A power cut may leave a config of zeros beside a complete log; without a checkpoint there is still nothing to lose.
     lost_config = (folder / CONFIG_FILE).exists() and not any(folder.glob("checkpoints/*.pt"))
     return lost_config or (folder.is_dir() and all(p.name.split(UNFINISHED)[0] in CUT_OFF_START for p in folder.iterdir()))
-
-
-def _refuse_other_config(config: TrainConfig, folder: Path) -> None:
-    if changed := config_changes(read_config(folder), config):
-        raise UserError(f"out = {config.out!r}: holds a run with another config ({'; '.join(changed[:5])}); choose a new folder")
 
 
 def config_changes(old: TrainConfig, new: TrainConfig, *, free: frozenset[str] = FREE_TO_CHANGE) -> list[str]:

@@ -25,17 +25,7 @@ from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.schema import WEIGHTS_OPTIONS, ModelConfig, TrainConfig
 from fastbyol.config.views import TORCHVISION, ViewPair
 from fastbyol.models.resnet import DEPTHS, STEM_CHANNELS, Bottleneck
-from fastbyol.run.checkpoint import (
-    REQUIRED,
-    RESULTS,
-    CheckpointError,
-    RunState,
-    load_checkpoint,
-    load_newest,
-    load_run,
-    load_weights,
-    why_not_loaded,
-)
+from fastbyol.run.checkpoint import REQUIRED, RESULTS, CheckpointError, RunState, load_checkpoint, load_run
 
 log = logging.getLogger("fastbyol")
 FOREIGN_VIEWS = TORCHVISION
@@ -55,37 +45,26 @@ def read_weights(path: Path, *, option: str) -> dict[Any, Any]:
     Raises:
         UserError: no such path, or nothing to load there.
     """
-    name = f"{option} = {str(path)!r}"
-    if path.is_dir():
-        state = load_newest(path)
-        if state is None:
-            raise UserError(f"{name}: no checkpoints/step-*.pt in it; give a run folder, a checkpoint or an encoder's weights")
-        return state
     if not path.is_file():
-        raise UserError(f"{name}: no such file or folder; give a run folder, a checkpoint or an encoder's weights")
-    if path.with_suffix(".sha256").exists():
-        return load_checkpoint(path)
+        return load_run(path, option=option).state
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix == ".npz":
+        return _read_npz(path)
     try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        if path.suffix == ".npz":
-            return _read_npz(path)
-        with path.open("rb") as file:
-            state = load_weights(file)
-    except UserError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{name}: is not a file of weights ({why_not_loaded(error)}){_way_out(path, error)}") from error
+        state = load_checkpoint(path, or_weights=True)
+    except CheckpointError as error:
+        raise CheckpointError(("" if option == "checkpoint" else f"{option}: ") + f"{error}{_way_out(path, error)}") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{name}: is not a state dict (names to tensors)")
-    return load_checkpoint(path) if set(REQUIRED) <= state.keys() else state
+        raise CheckpointError(f"{option} = {str(path)!r}: is not a state dict (names to tensors)")
+    return state
 
 
 def _way_out(path: Path, error: Exception) -> str:
     """Returns how to make a file that can be read of one that holds more than tensors, or ''."""
     if path.suffix == ".pkl":
         return "; a pickle can run code, so it is not read: docs/guide.md shows how to make an .npz of DeepMind's weights"
-    if "GLOBAL" in str(error):
+    if "it asks for" in str(error):
         return "; where you trust it, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
     return ""
 
@@ -95,7 +74,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
     except ImportError as error:
         raise UserError(f"{path}: safetensors is not installed; pip install 'fastbyol[safetensors]'") from error
-    return load_file(path)
+    try:
+        return load_file(path)
+    except Exception as error:  # its Rust part has an exception class of its own
+        raise CheckpointError(f"{path}: is not a file of weights ({first_line(error)})") from error
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

@@ -21,14 +21,11 @@ MARGIN_S = 5.0
 
 
 class HangWatch:
-    """While this context is active, more than limit_s between two beats prints all threads' stacks and an error line, and ends the process.
-
-    The thread that creates it is the one it watches.
-    """
+    """While this context is active, more than limit_s between two beats ends the process, with all threads' stacks and an error line."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
-        self._watched = threading.get_ident()
+        self._watched = threading.get_ident()  # the thread that creates it: the one that trains
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fastbyol-hang-watch", daemon=True)
         self.beat()
@@ -70,6 +67,7 @@ class HangWatch:
             "the same command continues from the last checkpoint",
             file=sys.stderr,
         )
+        # sys.exit would end this thread only, and an exception does not reach a thread that waits in native code.
         os._exit(LOST_EXIT)
 
 

@@ -22,14 +22,10 @@ OPTION = "init_from"
 def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
     """Loads the weights that `init_from` names into the networks, in place; nothing if it is empty or the run has a checkpoint of its own.
 
-    Args:
-        byol: freshly built networks.
-        config: `init_from` is a run folder or checkpoint of fastbyol: loads both networks, and the probe if the number of classes is equal. Or any
-            file of torch.save with an encoder's weights (loaded with weights_only): loads the encoder of both networks and leaves the
-            heads. See `encoder_weights`.
+    A run folder or checkpoint of fastbyol has both networks, and the probe if the number of classes is equal. Any other file of torch.save
+    has an encoder's weights, which both networks get; their heads stay as they are (see `encoder_weights`).
 
-    Raises:
-        UserError: no such path, no usable weights in it, or networks of another shape (with the first names that differ).
+    Raises UserError if there is no such path, no usable weights in it, or networks of another shape (with the first names that differ).
     """
     source = config.init_from
     if not source or checkpoint_steps(Path(config.out)):
@@ -38,6 +34,7 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
     if set(REQUIRED) <= state.keys():
         weights = dict(state["byol"])
         own = byol.state_dict()
+        # The probe does not influence the networks, so another data set's number of classes is no reason to refuse them.
         for name in ("probe.weight", "probe.bias"):
             if name in weights and weights[name].shape != own[name].shape:
                 log.info("%s = %s: the probe of %d classes is not loaded", OPTION, source, len(own["probe.bias"]))
@@ -45,13 +42,9 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
         load_matching(byol, weights, source=f"{OPTION} = {source!r}")
         log.info("%s = %s: loaded both networks, after its step %d", OPTION, source, state["step"])
         return
-    online = byol.online.encoder
-    assert isinstance(online, nn.Module)
-    weights = encoder_weights(state, online.state_dict(), source=f"{OPTION} = {source!r}")
+    weights = encoder_weights(state, byol.online.encoder.state_dict(), source=f"{OPTION} = {source!r}")
     for network in (byol.online, byol.target):
-        encoder = network.encoder
-        assert isinstance(encoder, nn.Module)
-        load_matching(encoder, weights, source=f"{OPTION} = {source!r}")
+        load_matching(network.encoder, weights, source=f"{OPTION} = {source!r}")
     log.info("%s = %s: loaded the encoder of both networks", OPTION, source)
 
 
@@ -60,10 +53,7 @@ def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: st
 
     The file may store them under a key (state_dict, model, ...), with a prefix before the names (module., encoder., backbone., ...),
     numbered, together with heads and other networks, in another floating-point type, and without num_batches_tracked of batch norm, like
-    PyTorch before 0.4.1 and some converters; see `foreign_weights`.
-
-    Raises:
-        UserError: the file holds no named tensors.
+    PyTorch before 0.4.1 and some converters; see `foreign_weights`. Raises UserError if the file holds no named tensors.
     """
     found = match_names(state, own, source=source)
     if found.place() or found.left_out or found.missing:
@@ -76,11 +66,7 @@ def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: st
 
 
 def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
-    """Calls `load_state_dict`, with its errors condensed into one line.
-
-    Raises:
-        UserError: names, shapes or types differ; other floating-point types are converted.
-    """
+    """Calls `load_state_dict`; one-line UserError if names, shapes or types differ. Other floating-point types are converted."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     pairs = [(name, weights[name], value) for name, value in own.items() if name in weights]

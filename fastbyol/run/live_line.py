@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fastbyol.host.progress import bar_console, text_bar
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,28 +35,17 @@ def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
 
 
 class LiveLine:
-    """A progress bar with step, epoch, loss, accuracy, images/s and remaining time; log messages are printed above it.
-
-    Args:
-        total_steps: number of steps of the run.
-        first_step: step at which this process starts.
-        console: the terminal to draw on; 80 columns are enough.
-    """
+    """A progress bar with step, epoch, loss, accuracy, images/s and remaining time in 80 columns; log messages are printed above it."""
 
     def __init__(self, *, total_steps: int, first_step: int, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TextColumn, TimeRemainingColumn
 
         self._console = console
         bar_width = max(4, console.width - WIDTH_WITHOUT_BAR)
         # On a narrow terminal we cut the text on the right; rich would cut the step and the time first.
         self._text_width = max(0, console.width - len(f"step {total_steps}/{total_steps}  00:00:00  ") - bar_width)
-        columns = [
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            BarColumn(bar_width=bar_width),
-            TextColumn("{task.description}"),
-        ]
-        self._bar = Progress(*columns, console=console, refresh_per_second=REFRESH_PER_S)
+        columns = TextColumn("step {task.completed:.0f}/{task.total:.0f}"), TimeRemainingColumn(elapsed_when_finished=True)
+        self._bar = text_bar(console, *columns, bar_width=bar_width, refresh_per_s=REFRESH_PER_S)
         self._task = self._bar.add_task("", total=total_steps, completed=first_step)
         self._bar.start()
         atexit.register(self.close)  # gives the terminal its cursor back however the process ends
@@ -95,9 +86,5 @@ class _AboveTheBar(logging.Handler):
 
 def live_line(*, total_steps: int, first_step: int) -> LiveLine | None:
     """Returns a live line on stderr if that is a terminal that can draw one, else None."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal or console.is_dumb_terminal:
-        return None
-    return LiveLine(total_steps=total_steps, first_step=first_step, console=console)
+    console = bar_console()
+    return LiveLine(total_steps=total_steps, first_step=first_step, console=console) if console else None

@@ -27,13 +27,9 @@ UNCOUNTED_STEPS, ESTIMATE_STEPS = 5, 50
 
 
 class RunLog:
-    """Writes one record per logged step; only the main process has one.
+    """Writes one record per logged step to metrics.jsonl, TensorBoard, Weights & Biases if the config asks for it, and the live line.
 
-    Args:
-        folder: the run folder.
-        config: the run's config; it may name a Weights & Biases project that gets the records too.
-        total_steps: number of steps of the run, shown in the progress line.
-        first_step: step at which this process starts; records of later steps, left by an interrupted run, are dropped.
+    Only the main process has one. This process starts at `first_step`.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, *, total_steps: int, first_step: int) -> None:
@@ -58,14 +54,9 @@ class RunLog:
         configure_logging(folder / "train.log", screen=self._live.handler() if self._live else None)
 
     def estimate(self, done: int) -> None:
-        """Logs once, ESTIMATE_STEPS after the start of this process, how long the remaining steps will take.
-
-        The first steps, which compile and fill queues, do not count.
-
-        Args:
-            done: number of steps of the run that are done.
-        """
+        """Logs once, ESTIMATE_STEPS after the start of this process, how long the steps after the first `done` of the run will take."""
         taken = done - self.first_step
+        # The first steps compile, touch memory for the first time and fill queues.
         if taken == UNCOUNTED_STEPS:
             self._counted_from = time.perf_counter()
         if taken == ESTIMATE_STEPS:
@@ -80,24 +71,23 @@ class RunLog:
         """Writes the record of one logged step: `step` (0-based, just taken) and numbers, texts or None."""
         record = {**record, "time_s": round(self._earlier_s + time.perf_counter() - self._start, 3)}
         try:
-            self._keep(record)
+            self._file.write(json.dumps(record) + "\n")
+            # Flushed at once, so that the record of the step that kills the process is in the file, and others can follow it.
+            self._file.flush()
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+            if self._wandb is not None:
+                self._wandb.write(record)
+            if self._live is not None:
+                self._live.show(record)
         except OSError as error:
             log.warning("%s: step %d could not be recorded (%s); training goes on", self._file.name, record["step"] + 1, error.strerror)
         log.info(progress_line(record, total_steps=self.total_steps), extra=PROGRESS)
+        # Once per spell: the alarm stands in every record of it.
         if record["alarm"] and not self._alarmed:
             log.warning("ALARM %s", record["alarm"])
         self._alarmed = bool(record["alarm"])
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, record["step"])
-        if self._wandb is not None:
-            self._wandb.write(record)
-        if self._live is not None:
-            self._live.show(record)
 
     def __enter__(self) -> Self:
         return self
@@ -117,16 +107,13 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the records of metrics.jsonl in order. Damaged lines (cut by a kill or a full disk) are skipped with a warning.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Returns the records of metrics.jsonl in order; UserError if it cannot be read. Damaged lines are skipped with a warning."""
     path = folder / METRICS_FILE
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); move it away to continue without it") from error
+    # A kill or a full disk may cut a line, which must not end the run that is resumed.
     records = [record for line in lines if (record := _record_in(line)) is not None]
     if len(records) < len(lines):
         log.warning("%s: %d of %d lines are damaged and left out", path, len(lines) - len(records), len(lines))

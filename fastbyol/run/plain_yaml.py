@@ -13,16 +13,13 @@ class StandsForTooMuch(ValueError):
 
 
 def read_yaml(text: str) -> object:
-    """Returns the plain values of one YAML document.
-
-    Raises:
-        ValueError: it is not YAML, or with its aliases expanded it has more than MAX_VALUES values or more than MAX_DEPTH levels.
-    """
+    """Returns the plain values of one YAML document. Raises ValueError if it is none, or if its expanded form is beyond the limits."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
+        # Counted on the graph of nodes, in which an alias is a reference: construct_document would expand merges.
         _written_out(node, depth=0, known={})
         return loader.construct_document(node)
     except RecursionError as error:

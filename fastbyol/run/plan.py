@@ -22,20 +22,17 @@ class RunPlan:
     @classmethod
     def of(cls, config: TrainConfig, *, num_samples: int) -> Self:
         """Builds the plan for a data set of `num_samples` images. Raises UserError if the run would not have a single step."""
-        steps = [
-            total_steps_at(e, num_samples=num_samples, global_batch=config.global_batch)
-            for e in (config.epochs, config.optim.warmup_epochs)
-        ]
-        require(steps[0] > 0, "epochs", config.epochs, f"enough for one step of {config.global_batch} of the {num_samples} images")
-        return cls(config, num_samples, total_steps=steps[0], warmup_steps=steps[1])
+        batch = config.global_batch
+        total_steps = total_steps_at(config.epochs, num_samples=num_samples, global_batch=batch)
+        warmup_steps = total_steps_at(config.optim.warmup_epochs, num_samples=num_samples, global_batch=batch)
+        require(total_steps > 0, "epochs", config.epochs, f"enough for one step of {batch} of the {num_samples} images")
+        return cls(config, num_samples, total_steps, warmup_steps)
 
     def lr(self, step: int) -> float:
-        """Returns the learning rate of this step."""
         base_lr, global_batch = self.config.optim.base_lr, self.config.global_batch
         return lr_at(step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, base_lr=base_lr, global_batch=global_batch)
 
     def tau(self, step: int) -> float:
-        """Returns the target decay rate of this step."""
         return tau_at(step, total_steps=self.total_steps, tau_base=self.config.optim.tau_base)
 
     def epoch(self, done: int) -> float:

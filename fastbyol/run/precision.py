@@ -27,24 +27,24 @@ def autocast(config: PrecisionConfig, *, device: torch.device) -> contextlib.Abs
 
 
 def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
-    """Returns a gradient scaler, enabled for fp16 only. Unscale before LARS: updates of batch-norm parameters and biases depend on the
-    scale.
-    """
+    """Returns a gradient scaler, enabled for fp16 only: the smallest gradients would be 0 in its narrow range."""
     if config.autocast == "fp16" and device.type == "cpu":
         raise UserError("precision.autocast = 'fp16': needs a GPU; use bf16 (the default) or off")
     return torch.amp.GradScaler(device.type, enabled=config.autocast == "fp16")  # type: ignore[attr-defined]
 
 
 def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> nn.Module:
-    """Moves the module to its device and memory layout, and compiles it in place if the config asks for it.
+    """Moves the module to its device and memory layout, and compiles it in place if the config asks for it; call it before DDP wraps it.
 
-    Call it before DDP wraps the module, so that the compiled graph is a single one. Sets torch's float32 matrix products in this
-    process to TF32 for 'tf32' and to float32 otherwise; on a CPU, lets the process keep freed memory.
-
-    Raises:
-        UserError: tf32 or CUDA graphs without a GPU; a cache folder that cannot be written.
+    Sets this process's float32 matrix products to TF32 or to float32; on a CPU, lets the process keep freed memory. Raises UserError for
+    tf32 or CUDA graphs without a GPU, and for a cache folder that cannot be written.
     """
-    _set_float32_products(config, device=device)
+    tf32 = config.autocast == "tf32"
+    if tf32 and device.type != "cuda":
+        raise UserError(f"precision.autocast = 'tf32': a number format of CUDA's tensor cores, and the device is {device}; use bf16 or off")
+    # Both are set, for torch's own defaults disagree: TF32 is off in matrix products and on in cuDNN's convolutions.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     if device.type == "cpu":
         keep_freed_memory()
     module = module.to(device)
@@ -55,23 +55,17 @@ def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.d
     return module
 
 
-def _set_float32_products(config: PrecisionConfig, *, device: torch.device) -> None:
-    tf32 = config.autocast == "tf32"
-    if tf32 and device.type != "cuda":
-        raise UserError(f"precision.autocast = 'tf32': a number format of CUDA's tensor cores, and the device is {device}; use bf16 or off")
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-
-
 def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> None:
     """Compiles the whole forward pass and loss as one graph with fixed shapes; stays eager if this machine cannot compile."""
     if config.compile_mode == "reduce-overhead" and device.type != "cuda":
         raise UserError(f"precision.compile_mode = 'reduce-overhead': means CUDA graphs, and the device is {device}; use default")
-    if config.compile_cache:
-        _use_cache(config.compile_cache)
-    else:
+    if not config.compile_cache:
         give_inductor_a_cache()
-    if reason := _cannot_compile(device):
+    elif can_write(path := Path(config.compile_cache).resolve()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
+    else:
+        raise UserError(f"precision.compile_cache = {config.compile_cache!r}: cannot be made or written; choose another folder")
+    if reason := why_nothing_compiles(device):
         log.warning("precision.compile: nothing compiles on this machine (%s); the run goes on in eager mode", reason)
         return
     # fullgraph: a graph break is an error, not a silent slow-down. dynamic=False: all batches have one shape, and code for variable shapes
@@ -84,19 +78,7 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
-def _use_cache(folder: str) -> None:
-    """Stores compiled code in this folder and reuses what is there."""
-    path = Path(folder).resolve()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"precision.compile_cache = {folder!r}: cannot be made ({error.strerror}); choose another folder") from error
-    if not can_write(path):  # os.access is no test: it allows root to write on a read-only file system
-        raise UserError(f"precision.compile_cache = {folder!r}: cannot be written; choose another folder")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
-
-
-def _cannot_compile(device: torch.device) -> str | None:
+def why_nothing_compiles(device: torch.device) -> str | None:
     """Returns why nothing compiles on this device (no C++ compiler, no Triton), or None; it tries a sum of two numbers."""
     try:
         torch.compile(torch.add, dynamic=False)(torch.ones(2, device=device), 1.0)
@@ -111,6 +93,7 @@ _LARGEST = 2**31 - 1
 
 def keep_freed_memory() -> None:
     """Keeps freed memory for the next step; the process never shrinks again. No effect with a C library other than glibc."""
+    # glibc returns large blocks to the system, and the next step then pays for fresh pages: zeroed ones, one fault each.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_MAX, 0)

@@ -27,9 +27,7 @@ SYNCS = frozenset({"aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDe
 
 @dataclass(frozen=True)
 class Span:
-    """One kind of event in a trace: its name, total self time in microseconds on the working device (the GPU if there is one), and
-    count.
-    """
+    """One kind of event in a trace; its self time, over all `count` events, is on the working device (the GPU if there is one)."""
 
     name: str
     self_us: float
@@ -37,16 +35,10 @@ class Span:
 
 
 class StepProfiler:
-    """Records some steps of a run, from the sixth on. Only those steps are slowed down.
+    """Records `steps` steps of a run (0: none), from the sixth on; only those are slowed down.
 
-    The parts of the networks are named in the trace (and as NVTX ranges on a GPU, for Nsight), unless compiled, because a compiled
-    graph has no such parts.
-
-    Args:
-        folder: the run folder; gets profile/trace.json.gz, for Perfetto or chrome://tracing, and profile/table.txt.
-        steps: number of steps to record; 0 disables the profiler.
-        parts: modules to name in the trace.
-        device: the device that trains.
+    The run folder gets profile/trace.json.gz, for Perfetto or chrome://tracing, and profile/table.txt. The trace names the `parts` of the
+    networks, and on a GPU NVTX ranges do so for Nsight.
     """
 
     def __init__(self, folder: Path, *, steps: int, parts: dict[str, nn.Module], device: torch.device) -> None:
@@ -75,7 +67,8 @@ class StepProfiler:
         self._leaving.close()
 
     def _write(self, taken: profile) -> None:
-        spans = [Span(event.key, self._self_us(event), event.count) for event in taken.key_averages()]
+        time = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
+        spans = [Span(event.key, getattr(event, time), event.count) for event in taken.key_averages()]
         table = profile_table(spans, steps=self._steps, span_us=_recorded_us(taken), device="GPU" if self._on_gpu else "CPU")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -87,13 +80,11 @@ class StepProfiler:
         for line in table.split("\n"):
             log.info("%s", line)
 
-    def _self_us(self, event: Any) -> float:
-        return event.self_device_time_total if self._on_gpu else event.self_cpu_time_total
-
 
 def profile_table(spans: Iterable[Span], *, steps: int, span_us: float, device: str) -> str:
     """Formats per step the slowest operations, the share of time that the device works, and how often the host waits for it."""
     spans = sorted(spans, key=lambda span: -span.self_us)
+    # torch.profiler's own span of each step contains all others.
     working = [span for span in spans if not span.name.startswith("ProfilerStep")]
     busy_us = sum(span.self_us for span in working)
     lines = [f"{'operation':<44}{'ms a step':>10}{'share':>8}{'calls a step':>14}"]

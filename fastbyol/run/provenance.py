@@ -15,16 +15,8 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "fastbyol",
-    "torch",
-    "torchvision",
-    "numpy",
-    "numba",
-    "pillow",
-    "nvidia-dali-cuda130",
-    "nvidia-dali-cuda120",
-    "ffcv",
-    "torch-optimizer",
+    *("fastbyol", "torch", "torchvision", "numpy", "numba", "pillow"),
+    *("nvidia-dali-cuda130", "nvidia-dali-cuda120", "ffcv", "torch-optimizer"),
 )
 
 
@@ -52,6 +44,7 @@ def package_versions() -> dict[str, str]:
 
 def source_digest() -> str:
     """Returns twelve hexadecimal digits that change with any line of the package's source."""
+    # Not the commit: an installed copy has none, and a checkout may have uncommitted changes.
     package, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())

@@ -21,9 +21,7 @@ FREE_ON_EACH_RANK = frozenset(
         *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "precision.compile_cache"),
     }
 )
-"""Options that may differ between machines: paths, threads, and what only rank 0 does. The data behind the paths are compared
-separately.
-"""
+"""Options that may differ between machines: paths, threads, what only rank 0 does. The data behind the paths are compared separately."""
 
 
 class Fingerprinted(Protocol):
@@ -36,10 +34,9 @@ Opened = TypeVar("Opened", bound=Fingerprinted)
 
 
 def require_same_start(config: TrainConfig, process: Process) -> None:
-    """Checks before any work that every rank has the same options and code. Differing versions of dependencies are only reported.
+    """Checks before any work that every rank has the same options and code; other versions of dependencies are only reported.
 
-    Raises:
-        UserError: raised on every rank; names what differs and on which rank.
+    Raises UserError on every rank, which names what differs and where.
     """
     if process.world_size == 1:
         return
@@ -56,10 +53,9 @@ def require_same_start(config: TrainConfig, process: Process) -> None:
 
 
 def opened_alike(open_data: Callable[[], Opened], process: Process, *, option: str = "data.train") -> Opened:
-    """Opens the data on every rank and checks that all ranks have the same images.
+    """Opens the data on every rank and checks that all have the same images.
 
-    Raises:
-        UserError: raised on every rank; names what differs and where, or why a rank cannot open its data.
+    Raises UserError on every rank, which names what differs and where, or why a rank cannot open its data.
     """
     if process.world_size == 1:
         return open_data()
@@ -82,15 +78,13 @@ def opened_alike(open_data: Callable[[], Opened], process: Process, *, option: s
 
 
 def require_agreement(facts: dict[str, str], process: Process) -> None:
-    """Compares each rank's facts with those of rank 0, by one broadcast and one gather of a few kilobytes.
-
-    Raises:
-        UserError: raised on every rank; names the facts that differ and on which rank.
-    """
+    """Compares each rank's facts with those of rank 0. Raises UserError on every rank, which names those that differ and where."""
+    # Each rank finds its own differences, so that what travels stays at a few kilobytes with a thousand ranks.
     main = broadcast_from_main(facts)
     mine = [f"{name} = {facts.get(name)}, where rank 0 has {main.get(name)}" for name in facts | main if facts.get(name) != main.get(name)]
     differing = gather_on_main(mine)
     lines = [f"rank {rank}: {'; '.join(found[:5])}" for rank, found in enumerate(differing) if found]
+    # Sent back to all, so that every rank ends with the same error instead of waiting for those that have ended.
     verdict = broadcast_from_main(" | ".join(lines[:4]) + (f" | and {len(lines) - 4} more ranks" if len(lines) > 4 else ""))
     if verdict:
         raise UserError(f"the ranks do not run the same thing ({verdict}); start all of them with the same options, data and code")

@@ -82,12 +82,12 @@ class Session:
     def end_step(self, done: int) -> None:
         """Reports that `done` steps are taken, and learns what the other ranks reported after the step before.
 
-        Raises:
-            Diverged: a loss was not finite on some rank; nothing of that step is saved.
+        Raises Diverged if a loss was not finite on some rank; nothing of that step is saved.
         """
         self.done = done
         self._hang_watch.beat()
         self._profiler.step()
+        # Before a record or a checkpoint the ranks wait for each other's verdict on this very step, so that neither holds a bad one.
         settle = self._plan.logs(done) or self._plan.saves(done)
         # On a GPU the loss is read only where the host waits for the device anyhow.
         bad_step = self._state.finite.first_bad_step() if settle or self._process.device.type == "cpu" else None
@@ -148,18 +148,9 @@ class Session:
         classes = f"{len(loader.class_names)} classes (data.labels chooses them)" if loader.class_names else "no labels: no probe"
         log.info("%s: %d images, %s, backend %s", config.data.train, loader.num_samples, classes, loader.backend)
         ranks, accumulate = self._process.world_size, self._state.accumulate
-        log.info(
-            "%d x %s: global batch %d = %d ranks x %d micro-batches x %d images; %d steps",
-            *(
-                ranks,
-                self._process.device,
-                config.global_batch,
-                ranks,
-                accumulate,
-                config.global_batch // (ranks * accumulate),
-                total_steps,
-            ),
-        )
+        each = config.global_batch // (ranks * accumulate)
+        batch = f"global batch {config.global_batch} = {ranks} ranks x {accumulate} micro-batches x {each} images"
+        log.info("%d x %s: %s; %d steps", ranks, self._process.device, batch, total_steps)
         warmup_epochs = config.optim.warmup_epochs
         if warmup_epochs >= config.epochs:
             log.warning("optim.warmup_epochs = %g of %g epochs: the learning rate never reaches its peak", warmup_epochs, config.epochs)

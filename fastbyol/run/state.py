@@ -33,9 +33,8 @@ REMOVED_SHARE, REMOVED_IMAGES = 0.01, 16
 
 @dataclass
 class TrainState:
-    """The changing parts of a run.
+    """The changing parts of a run: `model`, which the step calls, is `byol` itself, inside DDP if there are several ranks.
 
-    byol: the networks. model: what the training step calls; the same networks, inside DDP if there are several ranks.
     accumulate: micro-batches per optimizer step.
     """
 
@@ -51,9 +50,7 @@ class TrainState:
         self.finite = FiniteCheck(forwards_per_step=self.accumulate)
 
     def snapshot(self, *, step: int, config: TrainConfig, process: Process) -> dict[str, Any]:
-        """Returns the state after `step` optimizer steps as tensors and plain values. Every rank must call it; only the main rank's
-        result is complete.
-        """
+        """Returns the state after `step` optimizer steps as tensors and plain values; complete on the main rank only."""
         # A collective, so every rank must get here.
         ranks = gather_on_main(rng_state())
         return {
@@ -72,12 +69,10 @@ class TrainState:
     def restore(self, folder: Path, *, config: TrainConfig, process: Process) -> int:
         """Loads the newest good checkpoint of the run, if there is one, and returns the number of steps done.
 
-        The main process reads it and broadcasts it, so all ranks continue from the same checkpoint and only rank 0 needs the folder.
-
-        Raises:
-            UserError: the data are not those the run was started with, or no checkpoint belongs to this run.
+        Raises UserError if the data are not those the run was started with, or no checkpoint belongs to this run.
         """
         state: dict[str, Any] | None = None
+        # Read by one and sent to all: a rank that found the newest damaged would continue from another one. Only rank 0 needs the folder.
         if process.is_main:
             state = load_newest(folder, config=config, check=self._difference)
         state = broadcast_from_main(state)
@@ -94,16 +89,14 @@ class TrainState:
             set_rng_state(generators[process.rank])
         if process.is_main:
             if fewer:
-                log.warning(
-                    "data.train holds %d images, %d fewer than at the checkpoint: the run continues with these, in a new order",
-                    self.loader.num_samples,
-                    fewer,
-                )
+                now = f"{self.loader.num_samples} images, {fewer} fewer than at the checkpoint"
+                log.warning("data.train holds %s: the run continues with these, in a new order", now)
             _announce_differences(state, config=config, process=process)
         return int(state["step"])
 
     def _difference(self, state: dict[str, Any]) -> str | None:
         """Returns the first reason why a checkpoint's state cannot continue this run, or None."""
+        # Everything that is used below is checked first: a checkpoint may come from anyone.
         if missing := [name for name in REQUIRED if name not in state]:
             return f"it lacks {', '.join(missing)}"
         ranks, versions, loader = state["ranks"], state["versions"], state["loader"]
@@ -130,11 +123,7 @@ class TrainState:
         )
 
     def _removed_images(self, state: dict[str, Any], folder: Path) -> int:
-        """Returns how many images were removed since the checkpoint.
-
-        Raises:
-            UserError: the data are different: more images, too few, or other classes.
-        """
+        """Returns how many images were removed since the checkpoint. Raises UserError for more images, too few, or other classes."""
         before, now = state["num_samples"], self.loader.num_samples
         if now == before:
             return 0
@@ -150,12 +139,9 @@ class TrainState:
         return before - now
 
     def _restore_loader(self, saved: dict[str, int], *, steps_per_epoch: int) -> None:
-        """Continues with the same images even if the number of micro-batches per step has changed. If images were removed, it keeps only
-        the position within the epoch.
-        """
         per_epoch_now = self.loader.traversal.num_samples // self.loader.traversal.global_batch
-        # The position is converted to optimizer steps, because the number of micro-batches per step may differ now. If it lies beyond the
-        # end of an epoch that lost images, the next epoch starts.
+        # The position is converted to optimizer steps, because the number of micro-batches per step may differ now; the images are the
+        # same then. If it lies beyond the end of an epoch that lost images, the next epoch starts.
         steps = saved["batch"] * steps_per_epoch // saved["batches_per_epoch"]
         epoch, steps = (saved["epoch"], steps) if steps < per_epoch_now else (saved["epoch"] + 1, 0)
         self.loader.load_state_dict({"epoch": epoch, "batch": steps * len(self.loader) // per_epoch_now})
@@ -163,13 +149,15 @@ class TrainState:
 
 def bn_images(config: TrainConfig, process: Process) -> int:
     """Number of images over which batch norm computes its statistics."""
+    # A micro-batch's: the paper's ablation of the batch size also accumulates gradients and not statistics (section 5).
     accumulate = accumulation_of(config, world_size=process.world_size)
     per_rank = config.global_batch // (process.world_size * accumulate)
     return per_rank * (process.world_size if config.precision.cross_replica_bn else 1)
 
 
 def check_bn_images(config: TrainConfig, process: Process) -> None:
-    """Raises UserError if batch norm would see only one image: its output would then be the same for every image."""
+    """Raises UserError if batch norm would see only one image at a time."""
+    # The heads' output would then be the same for every image: one value minus itself.
     if bn_images(config, process) == 1:
         raise UserError(
             f"global_batch = {config.global_batch}, rank_batch = {config.rank_batch}: a batch norm would see one image at a time; it needs two or more"

@@ -28,15 +28,9 @@ def check_wandb(config: TrainConfig) -> None:
 
 
 class WandbLog:
-    """A run at Weights & Biases. Its id is stored in the run folder, so a resumed run continues there too.
+    """A run at Weights & Biases, named after its folder, which stores its id, so a resumed run continues there too.
 
-    Args:
-        folder: the run folder; its name becomes the run's name.
-        project: created if it does not exist.
-        config: shown as the run's config.
-
-    Raises:
-        UserError: wandb does not start (no key, no network).
+    Raises UserError if wandb does not start (no key, no network).
     """
 
     def __init__(self, folder: Path, *, project: str, config: dict[str, Any]) -> None:

@@ -7,10 +7,11 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastbyol.config.schema import DataConfig, OptimConfig, PrecisionConfig, TrainConfig
+from fastbyol.config.schema import DataConfig, PrecisionConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.ranks.process_group import Process
 from fastbyol.tuning.comparison import Comparison, Trial, compare
@@ -19,37 +20,32 @@ from fastbyol.tuning.stepper import Stepper, release_memory
 
 @dataclass(frozen=True)
 class Request:
-    """The request that a user makes of `tune`.
-
-    Args:
-        config: the config of the run to come; its data.train is not read.
-        paths: the same images, one path for each form they are stored in.
-        ranks: processes of the run, one per GPU; None means one for each GPU here, or one on a CPU.
-        seconds: time for each comparison.
-        kept: dotted names of the options that are not tuned.
-    """
+    """The request that a user makes of `tune`: the config of the run to come, whose data.train is not read, and how to measure."""
 
     config: TrainConfig
     paths: Sequence[str]
+    """The same images, one path for each form they are stored in."""
     ranks: int | None = None
+    """Processes of the run, one per GPU; None means one for each GPU here, or one on a CPU."""
     seconds: float = 10.0
+    """Time for each comparison."""
     kept: frozenset[str] = frozenset()
+    """Dotted names of the options that are not tuned."""
 
 
 @dataclass
 class Findings:
-    """The measurements and choices made so far.
-
-    config: the run with the best settings so far. per: the unit that images per second refer to. notes: the reason for a setting, by its
-    dotted name. lines: the conclusion in words.
-    """
+    """The measurements made so far, and the config with the best settings so far."""
 
     config: TrainConfig
     per: str
+    """The unit that images per second refer to."""
     ranks: int
     comparisons: list[Comparison] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    """The reason for a setting, by its dotted name."""
     lines: list[str] = field(default_factory=list)
+    """The conclusion in words."""
 
     def add(self, comparison: Comparison, *names: str) -> str:
         """Keeps the comparison, notes it as the reason for these settings, and returns its best candidate."""
@@ -58,17 +54,9 @@ class Findings:
             self.notes[name] = "; ".join([self.notes.get(name, f"images/s per {self.per}"), comparison.summary])
         return comparison.best
 
-    def choose(
-        self,
-        *,
-        precision: PrecisionConfig | None = None,
-        data: DataConfig | None = None,
-        rank_batch: int | None = None,
-        optim: OptimConfig | None = None,
-    ) -> None:
+    def choose(self, **parts: Any) -> None:
         """Puts the given parts into the config."""
-        given = {"precision": precision, "data": data, "rank_batch": rank_batch, "optim": optim}
-        self.config = replace(self.config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        self.config = replace(self.config, **parts)
 
     def command(self, path: Path) -> str:
         """Returns the command that starts the run from the config file at the path."""
@@ -108,14 +96,9 @@ class Bench:
     def trial_config(self, batch: int, *, data: DataConfig | None = None, precision: PrecisionConfig | None = None) -> TrainConfig:
         """Returns the config so far for one process that starts from fresh weights, with this many images in one forward pass and step."""
         config = self.found.config
-        return replace(
-            config,
-            global_batch=batch,
-            rank_batch=0,
-            init_from="",
-            data=data or config.data,
-            precision=precision or config.precision,
-        )
+        parts = {"data": data or config.data, "precision": precision or config.precision}
+        # Fresh weights compute as fast as trained ones, and need no file.
+        return replace(config, global_batch=batch, rank_batch=0, init_from="", **parts)
 
     def stepper(self, batch: int, *, precision: PrecisionConfig | None = None) -> Stepper:
         """Returns networks of their own for `trial_config`."""

@@ -9,14 +9,15 @@ from typing import TypeVar
 
 import torch
 
-from fastbyol.config.errors import first_line
 from fastbyol.config.schema import UPDATES, PrecisionConfig
+from fastbyol.run.precision import why_nothing_compiles
 
 Value = TypeVar("Value")
 AUTOCAST = {"cuda": ("bf16", "fp16", "off"), "cpu": ("bf16", "off")}
 """fp16 needs a gradient scaler, which a run has on a GPU only."""
 SMALLEST_RANK_BATCH = 16
 PREFETCH = (2, 4, 8)
+"""Numbers of batches made ahead, ascending, because batches cost memory and the first of equally fast candidates is taken."""
 COMPILE_NEEDS_S = 30.0
 """torch.compile of the networks takes a minute or more: not worth it for a quick look."""
 AUTOTUNE_NEEDS_S = 120.0
@@ -40,14 +41,13 @@ def rank_batches(share: int) -> list[int]:
 
 def precisions(own: PrecisionConfig, *, device: str, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
     """Returns each number format in both memory layouts by name, the config's own first; options in `kept` stay as they are."""
-    formats = [own.autocast] if "precision.autocast" in kept else _own_first(own.autocast, AUTOCAST[device])
-    layouts = [own.channels_last] if "precision.channels_last" in kept else _own_first(own.channels_last, (True, False))
-    variants = [replace(own, autocast=autocast, channels_last=layout) for autocast in formats for layout in layouts]
-    return {precision_name(variant): variant for variant in variants}
-
-
-def precision_name(precision: PrecisionConfig) -> str:
-    return f"{precision.autocast} {'channels_last' if precision.channels_last else 'channels_first'}"
+    formats = [own.autocast] if "precision.autocast" in kept else own_first(own.autocast, AUTOCAST[device])
+    layouts = [own.channels_last] if "precision.channels_last" in kept else own_first(own.channels_last, (True, False))
+    return {
+        f"{autocast} {'channels_last' if layout else 'channels_first'}": replace(own, autocast=autocast, channels_last=layout)
+        for autocast in formats
+        for layout in layouts
+    }
 
 
 def eager(own: PrecisionConfig) -> PrecisionConfig:
@@ -57,7 +57,7 @@ def eager(own: PrecisionConfig) -> PrecisionConfig:
 
 def compiled(own: PrecisionConfig, *, device: str, seconds: float, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
     """Returns ways to compile by name, the config's own mode first; other modes that take too long for `seconds` are left out."""
-    modes = _own_first(own.compile_mode, COMPILE_MODES[device])
+    modes = own_first(own.compile_mode, COMPILE_MODES[device])
     if "precision.compile_mode" in kept:
         modes = [own.compile_mode]
     elif seconds < AUTOTUNE_NEEDS_S:
@@ -70,40 +70,30 @@ def step_name(precision: PrecisionConfig) -> str:
     return f"compiled, {precision.compile_mode}" if precision.compile else "eager"
 
 
-def prefetches(own: int) -> list[int]:
-    """Returns numbers of batches made ahead, the config's own first, then in ascending order, because batches cost memory."""
-    return _own_first(own, PREFETCH)
-
-
 def updates(own: str) -> list[str]:
     """Returns the values of optim.update that differ on a GPU, the config's own first; auto is foreach there."""
     same = "auto" if own == "foreach" else "foreach"
-    return [update for update in _own_first(own, UPDATES) if update != same]
+    return [update for update in own_first(own, UPDATES) if update != same]
 
 
 def reason_not_to_compile(device: torch.device, *, seconds: float) -> str | None:
-    """Returns why torch.compile is not worth a try, or None if it is. Compiles one small function to see whether a compiler works."""
+    """Returns why torch.compile is not worth a try, or None if it is."""
     if seconds < COMPILE_NEEDS_S:
         return f"not tried, it takes minutes (--seconds {COMPILE_NEEDS_S:g} or more)"
-    try:
-        torch.compile(torch.add, dynamic=False)(torch.ones(2, device=device), 1.0)
-    except Exception as error:  # torch raises a class of its own for each thing that may be missing
-        return f"no compiler works here ({first_line(error)})"
-    return None
+    reason = why_nothing_compiles(device)
+    return f"no compiler works here ({reason})" if reason else None
 
 
 def workers_to_feed(rates: Mapping[int, float], *, step_rate: float) -> int:
     """Returns the fewest loader threads that feed a step of `step_rate` images per second, with `FEED_MARGIN` to spare.
 
-    Args:
-        rates: images per second of the loader alone, by threads. Each thread beyond the most that were measured is assumed to add the average
-            of those.
-        step_rate: images per second of the step alone.
+    `rates`: images per second of the loader alone, by threads.
     """
     wanted = FEED_MARGIN * step_rate
     enough = [workers for workers, rate in sorted(rates.items()) if rate >= wanted]
     if enough:
         return enough[0]
+    # Each thread beyond those measured is assumed to add as much as they do on average.
     most = max(rates)
     return math.ceil(wanted / (rates[most] / most))
 
@@ -113,5 +103,7 @@ def doubled_batches(first: int, *, most: int) -> list[int]:
     return sorted({*(first * 2**power for power in range(most.bit_length()) if first * 2**power < most), most})
 
 
-def _own_first(own: Value, values: tuple[Value, ...]) -> list[Value]:
+def own_first(own: Value, values: tuple[Value, ...]) -> list[Value]:
+    """Returns the values with the config's own in front."""
+    # Of equally fast candidates the first is taken, so nothing changes without a gain.
     return [own, *(value for value in values if value != own)]

@@ -67,16 +67,10 @@ class Comparison:
 
 
 def compare(title: str, trials: Sequence[Trial], *, seconds: float, clock: Callable[[], float] = time.perf_counter) -> Comparison:
-    """Times every candidate once a round.
+    """Times every candidate, given in order of preference, once a round; UserError if all of them fail.
 
-    Args:
-        title: what is compared.
-        trials: the candidates in order of preference: the first of those that are equally fast is the best.
-        seconds: time for all rounds together. Warming up comes on top, and slow candidates take longer because there are at least `MIN_ROUNDS`.
-        clock: returns seconds.
-
-    Raises:
-        UserError: every candidate failed.
+    `seconds` is the time for all rounds together. Warming up comes on top, and slow candidates take longer because there are at least
+    `MIN_ROUNDS`.
     """
     _, failed = take_turns({trial.name: partial(trial.run, 0.0) for trial in trials}, range(WARMUPS))
     usable = [trial for trial in trials if trial.name not in failed]
@@ -98,14 +92,9 @@ def _rounds(seconds: float, clock: Callable[[], float]) -> Iterator[int]:
 
 
 def take_turns(samples: Mapping[str, Callable[[], Value]], rounds: Iterable[object]) -> tuple[dict[str, tuple[Value, ...]], dict[str, str]]:
-    """Calls every function once a round, in order.
+    """Calls every function once a round, in order; one that raises TrialFailed is not called again.
 
-    Args:
-        samples: the functions, each of which measures its work once. One that raises TrialFailed is not called again.
-        rounds: yields once before each round.
-
-    Returns:
-        The values of those that never failed, one a round, and the reasons of the others.
+    Returns the values of those that never failed, one a round, and the reasons of the others.
     """
     values: dict[str, list[Value]] = {name: [] for name in samples}
     failed: dict[str, str] = {}
@@ -144,7 +133,5 @@ def dropped_extremes(num: int) -> int:
 
 
 def interval_coverage(num: int, *, drop: int) -> float:
-    """Returns the probability that the true median lies between the order statistics left after dropping `drop` at each end; valid for
-    any distribution.
-    """
+    """Returns the probability that the true median of any distribution lies between the extremes left after dropping `drop` at each end."""
     return 1 - 2 * sum(math.comb(num, k) for k in range(drop + 1)) / 2**num

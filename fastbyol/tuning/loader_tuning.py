@@ -11,7 +11,6 @@ from pathlib import Path
 from fastbyol.config.schema import DataConfig
 from fastbyol.data.build import backend_of, build_run_loader
 from fastbyol.data.loader import TwoViewLoader
-from fastbyol.ranks.process_group import Process
 from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench
 from fastbyol.tuning.comparison import Comparison, Trial
@@ -40,7 +39,7 @@ class Reading:
 
 
 def readings(paths: Sequence[str], data: DataConfig, *, device: str, kept: frozenset[str]) -> list[Reading]:
-    """Returns every way to read the paths on this device ('cpu' or 'cuda'), in the order of the paths. UserError for a path that does not exist."""
+    """Returns every way to read the paths on this device ('cpu' or 'cuda'), in their order. UserError for a path that does not exist."""
     found = []
     for path in paths:
         fitting = backend_of(path, option="--data")
@@ -77,20 +76,18 @@ def _loaders_alone(bench: Bench, title: str, variants: Mapping[str, DataConfig])
     with ExitStack() as leaving:
         trials = []
         for number, (name, data) in enumerate(variants.items()):
-            config = bench.trial_config(trial_batch(bench.micro_batch, data, bench.process), data=data)
+            # A small batch, as the cost per image is the same; but the whole one where a GPU decodes it, which is faster with more at once.
+            decodes_on_gpu = bench.on_gpu and data.backend == "dali" and data.dali_ops != "decode"
+            batch = bench.micro_batch if decodes_on_gpu else min(bench.micro_batch, IMAGES_PER_WORKER * data.workers)
+            config = bench.trial_config(batch, data=data)
             loader = leaving.enter_context(build_run_loader(config, bench.process, option="--data"))
             trials.append(Trial(name, loader_alone(loader, epoch=number)))
         return bench.compare(title, trials)
 
 
-def trial_batch(whole: int, data: DataConfig, process: Process) -> int:
-    """Returns the batch size for timing the loader alone: small, as the cost per image is the same, but `whole` where a GPU decodes the batch."""
-    on_gpu = process.device.type == "cuda" and data.backend == "dali" and data.dali_ops != "decode"
-    return whole if on_gpu else min(whole, IMAGES_PER_WORKER * data.workers)
-
-
 def loader_alone(loader: TwoViewLoader, *, epoch: int) -> Callable[[float], float]:
-    """Returns a trial's `run`. Each trial starts in another epoch, so that none reads what another has just brought into the file cache."""
+    """Returns a trial's `run`, which takes the loader's batches from this epoch on."""
+    # Each trial starts in another epoch, so that none reads what another has just brought into the file cache.
     loader.set_epoch(epoch)
 
     def run(seconds: float) -> float:

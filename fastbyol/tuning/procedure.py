@@ -21,19 +21,15 @@ SAMPLE_IMAGES = 32
 
 
 def tune(request: Request, *, announce: Callable[[str], None]) -> Findings:
-    """Returns the fastest settings, with the measurements they were chosen by.
+    """Returns the fastest settings, with the measurements they were chosen by; announces what happens next, and first how long it takes.
 
-    Args:
-        request: what the user asks for.
-        announce: called with a line about what happens next; the first line says how long everything takes.
-
-    Raises:
-        UserError: before any measurement, for anything that a run with this config would refuse, and for paths that hold different images.
+    Raises UserError, before any measurement, for anything that a run with this config would refuse, and for paths with different images.
     """
     bench = _set_up(request, announce)
     ways = readings(request.paths, request.config.data, device=bench.process.device.type, kept=request.kept)
     check_images(bench, ways)
     announce(_plan(bench, ways))
+    # The step first: how many loader threads are enough depends on its speed.
     stepper, step_rate = tune_step(bench)
     tune_reading(bench, ways)
     loader_rates = tune_workers(bench, step_rate=step_rate)
@@ -64,6 +60,7 @@ def _set_up(request: Request, announce: Callable[[str], None]) -> Bench:
 
 def check_images(bench: Bench, ways: Sequence[Reading]) -> None:
     """Opens everything that a run would open, so that a run's errors come before the measurements; keeps a batch of real images."""
+    # Batches of one, so that a data set of any size opens: whether it fills a global batch is said below.
     data = bench.found.config.data
     num_images: dict[str, int] = {}
     for way in ways:

@@ -49,16 +49,11 @@ def write_config(path: Path, text: str) -> None:
 
 
 def config_yaml(config: TrainConfig, notes: Mapping[str, str], *, head: list[str]) -> str:
-    """Returns the whole config as YAML, without `out`, which each run names itself; a setting's note follows it as a comment.
-
-    Args:
-        config: the run to start.
-        notes: the notes, by the setting's dotted name.
-        head: lines of comment at the top.
-    """
+    """Returns the whole config as YAML, without `out`, which each run names itself; notes, by settings' dotted names, become comments."""
     values = {name: value for name, value in to_plain(config).items() if name != "out"}
     lines = [f"# {printable(' '.join(line.split()))}" for line in head]
     section = ""
+    # A width without end, so that every setting is one line; a note would break a text that yaml had wrapped.
     for line in yaml.safe_dump(values, sort_keys=False, width=10**6, allow_unicode=True).splitlines():
         key = line.strip().partition(":")[0]
         if not line.startswith((" ", "-")):
@@ -85,26 +80,24 @@ def comparison_table(comparisons: list[Comparison], *, per: str) -> Table:
 
 
 def _plain(text: str) -> Text:
-    """Returns a file's name or an error's text for a table, in which rich would read [brackets] as markup."""
     from rich.text import Text
 
+    # Not a str: rich would read [brackets] in a file's name or an error's text as markup.
     return Text(printable(text))
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Images per second of one process: the loader alone, the step alone, both together, and the share of the time that the step waits.
-
-    workers: threads with which the loader was measured. workers_needed: threads that would feed the step. cores: cores of this process.
-    torch_threads: threads that the step computes with, on a CPU.
-    """
+    """Images per second of one process: the loader alone, the step alone, both together, and the share of the time that the step waits."""
 
     loader: float
     step: float
     whole: float
     wait_share: float
     workers: int
+    """Threads with which the loader was measured."""
     workers_needed: int
+    """Threads that would feed the step."""
     cores: int
     torch_threads: int
     on_gpu: bool
@@ -120,9 +113,8 @@ def verdict(speeds: Speeds) -> str:
         return f"compute-bound: the step waits {speeds.wait_share:.0%} of the time for data. {_faster_step(speeds)}"
     waits = f"data-bound: the step waits {speeds.wait_share:.0%} of the time"
     if speeds.loader >= speeds.step:
-        return (
-            f"{waits}, though the loader alone is faster than the step: other work takes their cores. Next: more cores, or fewer processes"
-        )
+        reason = "though the loader alone is faster than the step: other work takes their cores"
+        return f"{waits}, {reason}. Next: more cores, or fewer processes"
     return f"{waits}. {_cheaper_data(speeds)}"
 
 

@@ -62,11 +62,7 @@ def quick_batch(bench: Bench) -> int:
 
 
 def fitting_batches(bench: Bench) -> list[int]:
-    """Returns the batches that fit into the device's memory in the precision so far, ascending; only the user's own if they have set one.
-
-    Raises:
-        UserError: even the smallest does not fit.
-    """
+    """Returns the batches that fit the device's memory in the precision so far, ascending, or the user's own; UserError if none does."""
     release_memory()  # what earlier candidates held
     wanted = [bench.micro_batch] if bench.keeps("rank_batch") else candidates.rank_batches(bench.share)
     precision = bench.found.config.precision
@@ -84,12 +80,10 @@ def fitting_batches(bench: Bench) -> list[int]:
 
 
 def tune_rank_batch(bench: Bench) -> tuple[Stepper, float]:
-    """Returns the networks with the fastest of the largest batches that fit, and images per second.
-
-    Every candidate accumulates as many images per update as the largest has.
-    """
+    """Returns the networks with the fastest of the largest batches that fit, and images per second."""
     largest, *smaller = fitting_batches(bench)[-3:][::-1]
     stepper = bench.stepper(largest)
+    # Each accumulates as many images per update as the largest has, or it would pay for the update more often.
     batches = [largest, *(batch for batch in smaller if largest % batch == 0)]
     trials = [Trial(str(batch), stepper.with_batch(largest, rank_batch=batch).alone(bench.sample[0])) for batch in batches]
     comparison = bench.compare("step alone, rank_batch", trials)
@@ -108,20 +102,14 @@ def tune_compile(
 ) -> tuple[Stepper, float]:
     """Returns the same networks, compiled if any mode is faster than eager, and images per second.
 
-    Each mode is compared with the best so far, so that no more than two copies are in memory at once.
-
-    Args:
-        bench: number format, layout and batch are chosen by now.
-        stepper: the networks with those settings.
-        rate: images per second of the stepper.
-        own: the config's precision before anything was chosen: its compile mode is tried first.
-        why_not: says why torch.compile is not worth a try here, or None.
+    `own` is the config's precision before anything was chosen: its compile mode is tried first.
     """
     if bench.keeps("precision.compile") and not own.compile:
         return stepper, rate
     if reason := why_not(bench.process.device, seconds=bench.request.seconds):
         bench.found.notes["precision.compile_mode" if own.compile and bench.keeps("precision.compile") else "precision.compile"] = reason
         return stepper, rate
+    # Each with the best so far, so that no more than two copies of the networks are in memory at once.
     for variant in _ways_to_compile(bench, own):
         stepper, rate = _try_compiled(bench, stepper, variant, rate=rate)
     return stepper, rate
@@ -194,6 +182,7 @@ def tune_update(bench: Bench, stepper: Stepper, ways: Sequence[str], *, rate: fl
     """Returns the same networks with the fastest of the ways to move the target, and images per second."""
     if len(ways) == 1:
         return stepper, rate
+    # The same networks for all: what an update costs does not depend on their weights.
     steppers = {way: stepper.with_update(way) for way in ways}
     trials = [Trial(way, each.alone(bench.sample[0])) for way, each in steppers.items()]
     comparison = bench.compare(f"step by optim.update, batch {stepper.config.global_batch}", trials)

@@ -45,13 +45,9 @@ def build_networks(config: TrainConfig, process: Process) -> TrainState:
 
 
 class Stepper:
-    """Takes training steps with the networks and the optimizer of a config, and writes nothing.
+    """Takes training steps with the networks and the optimizer of a config, whose global batch is this process's share; writes nothing.
 
-    Args:
-        config: the config of one process: its global batch is this process's share.
-        process: exchanges messages with other ranks if it has any; `tune` has none.
-        networks: returns the networks, such as those of another stepper, whose config may differ in the batch and optim.update only; None
-            builds new ones.
+    `networks` returns those of another stepper, whose config may differ in the batch and optim.update only; None builds new ones.
     """
 
     def __init__(self, config: TrainConfig, process: Process, *, networks: Callable[[], TrainState] | None = None) -> None:
@@ -100,6 +96,7 @@ class Stepper:
     def _steps(self, batches: Iterator[ViewBatch], seconds: float) -> Pace:
         self.networks()
         timed, images = Timed(batches), 0
+        # A GPU works behind the host: without waiting, the clock would miss the queued work, or count that of the candidate before.
         synchronize(self.process.device)
         start = time.perf_counter()
         while not images or time.perf_counter() - start < seconds:

@@ -26,10 +26,7 @@ REFERENCE = "step alone"
 def tune_whole(bench: Bench, stepper: Stepper, *, loader_rates: Mapping[int, float]) -> None:
     """Chooses the threads (the fewest that feed the step, or the fastest loader's), then the length of the queue, and concludes.
 
-    Args:
-        bench: everything else is chosen by now.
-        stepper: the networks with those settings.
-        loader_rates: images per second of the loader alone, by threads.
+    `loader_rates`: images per second of the loader alone, by threads.
     """
     data = bench.found.config.data
     fastest = max(loader_rates, key=lambda count: loader_rates[count])
@@ -41,7 +38,7 @@ def tune_whole(bench: Bench, stepper: Stepper, *, loader_rates: Mapping[int, flo
     if reason:
         bench.found.notes["data.prefetch"] = reason
     else:
-        queues = {str(n): replace(data, prefetch=n) for n in candidates.prefetches(data.prefetch)}
+        queues = {str(n): replace(data, prefetch=n) for n in candidates.own_first(data.prefetch, candidates.PREFETCH)}
         comparison, waits = _fed(bench, stepper, "prefetch", queues)
         chosen = bench.found.add(comparison, "data.prefetch")
         data = queues[chosen]
