@@ -51,22 +51,23 @@ def read_weights(path: Path, *, option: str) -> dict[Any, Any]:
         return _read_safetensors(path)
     if path.suffix == ".npz":
         return _read_npz(path)
+    if path.suffix == ".pkl":
+        npz = "docs/guide.md shows how to make an .npz of DeepMind's weights"
+        raise CheckpointError(f"{option} = {str(path)!r}: a pickle can run code, so it is not read: {npz}")
     try:
         state = load_checkpoint(path, or_weights=True)
     except CheckpointError as error:
-        raise CheckpointError(("" if option == "checkpoint" else f"{option}: ") + f"{error}{_way_out(path, error)}") from error
+        raise CheckpointError(("" if option == "checkpoint" else f"{option}: ") + f"{error}{_way_out(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{option} = {str(path)!r}: is not a state dict (names to tensors)")
     return state
 
 
-def _way_out(path: Path, error: Exception) -> str:
+def _way_out(error: Exception) -> str:
     """Returns how to make a file that can be read of one that holds more than tensors, or ''."""
-    if path.suffix == ".pkl":
-        return "; a pickle can run code, so it is not read: docs/guide.md shows how to make an .npz of DeepMind's weights"
-    if "it asks for" in str(error):
-        return "; where you trust it, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
-    return ""
+    if "it asks for" not in str(error):
+        return ""
+    return "; where you trust it, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
