@@ -1,9 +1,12 @@
-"""The command line: `python -m fastbyol evaluate | report | views | tune | presets`. Training is `fastbyol/train.py`.
+"""The command line: `python -m fastbyol evaluate | report | embed | neighbours | weights | views | tune | presets`. Training is `fastbyol/train.py`.
 
 python -m fastbyol evaluate linear --checkpoint runs/demo --data demo
 python -m fastbyol evaluate all --checkpoint runs/demo --data demo
 python -m fastbyol evaluate labelfree --checkpoint runs/demo --data photos
 python -m fastbyol report --run runs/demo --data demo
+python -m fastbyol embed --checkpoint runs/demo --data photos --out features.parquet
+python -m fastbyol neighbours --features features.parquet --query photos/a.jpg --out neighbours.png
+python -m fastbyol weights resnet50.pth
 python -m fastbyol views --data demo/train.beton --preset cpu_demo --out views.png
 python -m fastbyol tune --data demo/train.beton --preset cpu_demo --out tuned.yaml
 python -m fastbyol presets
@@ -21,6 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastbyol import __version__
+from fastbyol.commands.embed import add_embed, embed_images
+from fastbyol.commands.neighbours import add_neighbours
+from fastbyol.commands.weights import add_weights, list_weights
+from fastbyol.commands.weights_options import CHECKPOINT_HELP, changes_from
 from fastbyol.config.arguments import OneLineParser, path_text
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors, require_at_least
@@ -40,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _build_parser()
     # `views` and `tune` take options of a run too, which parse_train_config checks.
     options, options.run_options = parser.parse_known_args(arguments)
-    if options.run_options and options.command not in (draw_views, tune_run):
+    if options.run_options and options.command not in (draw_views, tune_run, evaluate_run, embed_images, list_weights):
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
     if options.command is None:
         parser.print_help()
@@ -62,7 +69,7 @@ def _build_parser() -> OneLineParser:
         description=evaluate_run.__doc__,
     )
     evaluate.add_argument("protocol", choices=("linear", "knn", "labelfree", "all"))
-    evaluate.add_argument("--checkpoint", required=True, type=path_text, help="run folder (its newest checkpoint) or one checkpoint file")
+    evaluate.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
     evaluate.add_argument("--k", type=int, help="number of neighbours in kNN (20)")
     evaluate.add_argument("--temperature", type=float, help="temperature of the kNN votes (0.07)")
     evaluate.add_argument("--subset", type=path_text, metavar="LIST", help="use only the train images that this file names, one a line")
@@ -78,6 +85,9 @@ def _build_parser() -> OneLineParser:
         command.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
         command.add_argument("--workers", type=int, default=0, help="decoding threads; 0: all cores")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    for add in (add_embed, add_neighbours, add_weights):
+        add(commands)
 
     views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)
     what = "a .beton file, tar shards or an image folder; give several to compare them side by side"
@@ -225,14 +235,16 @@ def _opened(options: argparse.Namespace, *, scored: bool = True) -> Iterator[tup
     from fastbyol.evaluation.subjects import FeatureBank
     from fastbyol.export import encoder_of
     from fastbyol.run.checkpoint import load_run
+    from fastbyol.run.foreign_weights import load_run_or_weights
 
     device = _device(options.device)
-    run = load_run(options.checkpoint)
+    changes = changes_from(options.run_options)
+    run = load_run(options.checkpoint) if options.command is report_run else load_run_or_weights(options.checkpoint, changes=changes)
     subset = getattr(options, "subset", None)
     chosen = {"subset": subset, "at_most": RANK_IMAGES, "scored": scored}
     with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers, **chosen) as splits:
-        settings = subset_settings(subset)
-        yield run, FeatureBank(encoder_of(run), config=run.config, splits=splits, device=device, announce=_announce, data_settings=settings)
+        encoder, settings = encoder_of(run, announce=_announce), subset_settings(subset)
+        yield run, FeatureBank(encoder, config=run.config, splits=splits, device=device, announce=_announce, data_settings=settings)
 
 
 def _device(name: str) -> str:

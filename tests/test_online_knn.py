@@ -24,6 +24,7 @@ from fastbyol.ranks.process_group import Process
 from fastbyol.run.log import read_metrics
 from fastbyol.train import main
 from tests.commands import SMALL_RUN, state_digest
+from tests.images import write_files
 
 MAIN = Process(rank=0, world_size=1, device=torch.device("cpu"))
 SMALL = (*SMALL_RUN, "--epochs", "2", "--checkpoint_every", "100", "--precision.autocast", "off")
@@ -129,9 +130,9 @@ def test_no_period_means_no_knn(data_paths):
     assert build_online_knn(config, MAIN, num_samples=25, first_step=0, total_steps=6) is None
 
 
-def test_val_with_other_classes_or_missing_is_refused_by_its_name(data_paths, make_folder):
-    other = make_folder(a_jpg=Image.new("RGB", (32, 32)))
-    with pytest.raises(UserError, match=r"data.val = .*classes differ from data.train's in \['ant', 'bee', 'cat', 'class'\]"):
+def test_val_with_other_classes_or_missing_is_refused_by_its_name(data_paths, tmp_path):
+    other = write_files(tmp_path / "other", {f"{name}/1.jpg": Image.new("RGB", (32, 32)) for name in ("dog", "eel")})
+    with pytest.raises(UserError, match=r"data.val = .*classes differ from data.train's in \['ant', 'bee', 'cat', 'dog', 'eel'\]"):
         _online_knn(_config(data_paths["folder"], other))
     with pytest.raises(UserError, match="data.val = none: no such file or folder"):
         _online_knn(_config(data_paths["folder"], Path("none")))

@@ -105,6 +105,13 @@ class ModelConfig:
             require_between(f"model.{name}", getattr(self, name), 1, 2**17)
 
 
+WEIGHTS_OPTIONS = (
+    *("model.encoder", "model.width", "model.stem", "model.padding"),
+    *("views.size_px", "views.interpolation", "views.antialias", "views.mean", "views.std"),
+)
+"""Options that another program's weights may need and their file cannot tell."""
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """BYOL's regression, or another member of the InfoNCE-beta family (section 5, equations 6 to 9).

@@ -12,7 +12,8 @@ from fastbyol.byol import BYOL
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.saved_structure import tensor_difference
-from fastbyol.run.checkpoint import REQUIRED, CheckpointError, checkpoint_steps, load_checkpoint, load_run
+from fastbyol.run.checkpoint import REQUIRED, checkpoint_steps
+from fastbyol.run.foreign_weights import HAIKU, match_names, read_weights
 
 log = logging.getLogger("fastbyol")
 OPTION = "init_from"
@@ -29,7 +30,7 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
     source = config.init_from
     if not source or checkpoint_steps(Path(config.out)):
         return
-    state = _read(Path(source))
+    state = read_weights(Path(source), option=OPTION)
     if set(REQUIRED) <= state.keys():
         weights = dict(state["byol"])
         own = byol.state_dict()
@@ -41,7 +42,7 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
         load_matching(byol, weights, source=f"{OPTION} = {source!r}")
         log.info("%s = %s: loaded both networks, after its step %d", OPTION, source, state["step"])
         return
-    weights = encoder_weights(state, byol.online.encoder.state_dict(), source=source)
+    weights = encoder_weights(state, byol.online.encoder.state_dict(), source=f"{OPTION} = {source!r}")
     for network in (byol.online, byol.target):
         load_matching(network.encoder, weights, source=f"{OPTION} = {source!r}")
     log.info("%s = %s: loaded the encoder of both networks", OPTION, source)
@@ -51,47 +52,17 @@ def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: st
     """Returns the encoder's weights from another program's file under our names; logs what was taken and what was not.
 
     The file may store them under a key (state_dict, model, ...), with a prefix before the names (module., encoder., backbone., ...),
-    together with heads and other networks, in another floating-point type, and without num_batches_tracked of batch norm, like
-    PyTorch before 0.4.1 and some converters. Raises UserError if the file holds no named tensors.
+    numbered, together with heads and other networks, in another floating-point type, and without num_batches_tracked of batch norm, like
+    PyTorch before 0.4.1 and some converters; see `foreign_weights`. Raises UserError if the file holds no named tensors.
     """
-    key, tensors = _most_tensors(state)
-    if not tensors:
-        raise CheckpointError(f"{OPTION} = {source!r}: is not a state dict (names to tensors)")
-    # Everything that stands in front of one of our names is a candidate; the one in front of most of them wins.
-    prefixes = dict.fromkeys(name.removesuffix(mine) for name in tensors for mine in own if name.endswith(mine))
-    held = {prefix: sum(prefix + mine in tensors for mine in own) for prefix in prefixes if not prefix or prefix.endswith(".")}
-    prefix = max(held, key=lambda each: held[each], default="")  # on a tie the first one: programs write the trained network first
-    others = [each for each, count in held.items() if each != prefix and count == held[prefix]]
-    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    parts = {name.split(".")[0] for name in own}
-    heads = sorted({name.split(".")[0] for name in inside} - parts)
-    taken = {name: tensor for name, tensor in inside.items() if name.split(".")[0] in parts}
-    counters = [name for name in own if name.endswith("num_batches_tracked") and name not in taken]
-    if key or prefix or heads or counters or len(inside) < len(tensors):
-        log.info(
-            "%s = %s: loads %d tensors%s%s%s%s",
-            OPTION,
-            source,
-            len(taken),
-            f" from {'.'.join(filter(None, [key, prefix.rstrip('.')]))!r}" if key or prefix else "",
-            f", but not {', '.join(map(repr, heads[:5]))} in the same file" if heads else "",
-            f", nor {len(tensors) - len(inside)} of other networks" if len(inside) < len(tensors) else "",
-            f"; {len(counters)} num_batches_tracked are missing and stay 0" if counters else "",
-        )
-    if others:
-        log.warning("%s = %s: %s would fit as well as %r", OPTION, source, ", ".join(map(repr, others[:3])), prefix)
-    return taken | {name: own[name] for name in counters}
-
-
-def _most_tensors(state: dict[Any, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Returns the key that holds the most named tensors ('' for the file's top level), and those tensors."""
-    groups = {"": state} | {key: value for key, value in state.items() if isinstance(value, dict)}
-    named = {
-        str(key): {name: value for name, value in group.items() if isinstance(name, str) and isinstance(value, Tensor)}
-        for key, group in groups.items()
-    }
-    key = max(named, key=lambda each: len(named[each]))
-    return key, named[key]
+    found = match_names(state, own, source=source)
+    if found.place() or found.left_out or found.missing:
+        log.info("%s: %s; every key: python -m fastbyol weights", source, found.summary())
+    if found.layout == HAIKU:
+        log.info("%s: DeepMind's weights were trained with TensorFlow's padding, which is model.padding same", source)
+    if found.others:
+        log.warning("%s: %s would fit as well as %r", source, ", ".join(map(repr, found.others[:3])), found.prefix)
+    return found.weights
 
 
 def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str) -> None:
@@ -106,15 +77,3 @@ def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str)
         more = f" and {len(complaints) - 5} more" if len(complaints) > 5 else ""
         raise UserError(f"{source}: holds other networks ({'; '.join(complaints[:5])}{more}); give the model.… options of that run")
     module.load_state_dict(weights)
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        return load_run(path, option=OPTION).state
-    try:
-        state = load_checkpoint(path, or_weights=True)
-    except CheckpointError as error:
-        raise CheckpointError(f"{OPTION}: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{OPTION} = {str(path)!r}: is not a state dict (names to tensors)")
-    return state

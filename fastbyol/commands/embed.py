@@ -1,0 +1,87 @@
+"""python -m fastbyol embed: the features of every image of a data set, one row an image."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastbyol.commands.weights_options import CHECKPOINT_HELP, changes_from
+from fastbyol.config.arguments import path_text
+from fastbyol.config.console import say
+from fastbyol.config.errors import UserError, require_at_least
+from fastbyol.host.signals import INTERRUPTED_EXIT, end_with_torchrun
+
+PATIENCE_S = 6 * 3600.0
+"""Longest wait of a rank for another, as for rank 0 when it joins the parts. Where a rank dies, torchrun ends the others at once."""
+
+
+def add_embed(commands: Any) -> None:
+    """Adds the command to the parser's sub-commands."""
+    parser = commands.add_parser("embed", help="features of every image, to Parquet, npz or npy", description=embed_images.__doc__)
+    parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
+    parser.add_argument("--data", required=True, type=path_text, help="the images: whatever a run can train from, labelled or not")
+    parser.add_argument("--out", required=True, type=Path, help="file to write, .parquet, .npz or .npy")
+    parser.add_argument(
+        "--labels", default="auto", metavar="HOW", help="of images not converted: auto, folders, none or a file (%(default)s)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the features (%(default)s)")
+    parser.add_argument("--projection", action="store_true", help="add the projector's output as a second block (checkpoints of ours)")
+    parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads of each process; 0: all cores")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(command=embed_images)
+
+
+def embed_images(options: argparse.Namespace) -> None:
+    """Writes the encoder's features of every image, centre-cropped: one row an image, with its name in the data and its label if it has one.
+
+    .parquet   columns name, label (-1: none), feature, projection; class names and all settings in the schema's metadata
+    .npz       arrays name, label, feature, projection, facts (JSON)
+    .npy       the features alone; names, labels and settings lie beside it in a .json of the same name
+
+    Under torchrun each process embeds its share. A command that was killed goes on when it is repeated.
+    """
+    require_at_least("--batch", options.batch, 1)
+    require_at_least("--workers", options.workers, 0)
+    changes = changes_from(options.run_options)
+    import torch
+
+    from fastbyol.evaluation.embedding import embed
+    from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to PyTorch; leave it out to run on the CPU")
+    end_with_torchrun()
+    process = join_process_group(timeout_s=PATIENCE_S)
+    if options.device == "cpu":
+        process = Process(process.rank, process.world_size, torch.device("cpu"))
+    try:
+        with lost_ranks_named(process):
+            file = embed(
+                options.checkpoint,
+                options.data,
+                out=options.out,
+                dtype=options.dtype,
+                projection=options.projection,
+                labels=options.labels,
+                changes=changes,
+                batch=options.batch,
+                workers=options.workers,
+                process=process,
+                announce=lambda text: say(f"... {text}", file=sys.stderr),
+            )
+    except KeyboardInterrupt:
+        say("fastbyol: interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT)
+    finally:
+        leave_process_group()
+    if process.is_main:
+        facts = file.facts
+        say(f"embedded: {facts.num_images:,} images, {facts.feature_dim} numbers of {facts.dtype} each: {options.out}")
+        if file.path.suffix == ".npy":
+            say(f"names, labels and settings: {file.path.with_suffix('.json')}")
+        query = shlex.quote(file.names[0])
+        say(f"next: python -m fastbyol neighbours --features {shlex.quote(str(options.out))} --query {query} --out neighbours.png")

@@ -1,0 +1,31 @@
+"""The options that describe weights of other programs, for every command that takes --checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import WEIGHTS_OPTIONS
+
+CHECKPOINT_HELP = (
+    "run folder (its newest checkpoint), one checkpoint file, or a ResNet's weights of torchvision, timm, solo-learn, lightly or DeepMind; "
+    "for those, what the file cannot tell is given as for training: --views.size_px 32 --model.stem small2"
+)
+
+
+def changes_from(run_options: Sequence[str]) -> dict[str, Any]:
+    """Returns the options typed as for training, by dotted name. Raises UserError for one that weights do not have, or a bad value."""
+    typed = [argument.split("=")[0].removeprefix("--") for argument in run_options if argument.startswith("--")]
+    for name in typed:
+        if name not in WEIGHTS_OPTIONS:
+            raise UserError(
+                f"unrecognized arguments: --{name}; options of weights are {', '.join(f'--{each}' for each in WEIGHTS_OPTIONS)}"
+            )
+    if not run_options:
+        return {}
+    from fastbyol.run.command_line import parse_train_config
+
+    config = parse_train_config(run_options, usage="")
+    groups = {"model": config.model, "views": config.views}
+    return {name: getattr(groups[name.partition(".")[0]], name.partition(".")[2]) for name in typed}

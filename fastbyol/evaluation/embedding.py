@@ -1,0 +1,314 @@
+"""Embeds a data set: one row an image, in index order, by any number of ranks; a command that was killed goes on where it stopped.
+
+The images are cut into parts of a fixed number of rows, whatever the number of ranks; the missing parts are dealt out to the ranks. A part
+is a file in a hidden folder beside the output, complete or absent. At the end rank 0 joins them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastbyol import __version__
+from fastbyol.config.errors import UserError, first_line, require_choice
+from fastbyol.data.batch import ImageBatch
+from fastbyol.data.build import build_image_loader
+from fastbyol.data.inputs.images import LABEL_MODES
+from fastbyol.data.loader import ImageLoader
+from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, write_features
+from fastbyol.export import CROP, networks_of
+from fastbyol.host.durable_files import durable_file, locked_file, write_durably
+from fastbyol.host.progress import Progress
+from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
+from fastbyol.run.checkpoint import RunState
+from fastbyol.run.foreign_weights import load_run_or_weights
+
+log = logging.getLogger("fastbyol")
+PART_ROWS = 2048
+"""Images of a part: what a kill can cost each rank. At 2,048 features of 4 bytes a part has 16 MiB."""
+_PLAN, _LOCK = "plan.json", "lock"
+_BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def embed(
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    out: str | Path,
+    dtype: str = "float32",
+    projection: bool = False,
+    labels: str = "auto",
+    changes: Mapping[str, Any] | None = None,
+    batch: int = 256,
+    workers: int = 0,
+    process: Process | None = None,
+    announce: Callable[[str], None] = log.info,
+) -> FeatureFile:
+    """Writes the features of every image of the data, centre-cropped and normalised as the encoder expects, and returns the file, opened.
+
+    Args:
+        checkpoint: run folder, checkpoint file, or another program's weights, as for `load_encoder`.
+        data: anything that a run can train from, labelled or not.
+        out: file to write; its suffix chooses the format, see `feature_file`.
+        dtype: of the features, 'float32' or 'float16'; the encoder runs in float32.
+        projection: add the online projector's output, (N, projection_dim). Checkpoints of ours only.
+        labels: of images that were not converted, as `DataConfig.labels`: auto, folders, none, or a file.
+        changes: as for `load_encoder`.
+        batch: images per forward.
+        workers: decoding threads; 0: all cores.
+        process: this rank and its device; None: one process, on the GPU if there is one. Every rank must call with the same arguments.
+        announce: called by rank 0 with a line that says what was taken of another program's weights, and one when the work goes on.
+
+    Raises:
+        UserError: an input cannot be read, the output exists or cannot be written, or features are not finite.
+    """
+    out = Path(out)
+    check_output(out, unfinished=_work_path(out).exists())
+    require_choice("dtype", dtype, DTYPES)
+    process = process or Process(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    run = load_run_or_weights(checkpoint, changes=changes)
+    announce = announce if process.is_main else log.debug
+    encoder, projector = networks_of(run, announce=announce)
+    if projection and projector is None:
+        raise UserError(f"--projection: {checkpoint} holds an encoder without a projector; leave it out")
+    with build_image_loader(data, views=run.config.views, batch=batch, workers=workers, labels=labels, option="--data") as loader:
+        projection_dim = run.config.model.projection_dim if projection else 0
+        facts = _facts(
+            run,
+            encoder,
+            loader,
+            checkpoint=checkpoint,
+            data=data,
+            labels=labels,
+            dtype=dtype,
+            projection_dim=projection_dim,
+            changes=changes or {},
+        )
+        work = _WorkFolder(out, facts, process=process)
+        missing = broadcast_from_main(work.missing())
+        if found := work.num_parts - len(missing):
+            announce(f"{out}: goes on after {found:,} of {work.num_parts:,} parts of {PART_ROWS:,} images")
+        networks = [encoder, *([projector] if projection and projector is not None else [])]
+        try:
+            # Dealt out anew, so that every rank has as much to do, whatever an earlier run left.
+            mine = missing[process.rank :: process.world_size]
+            _embed_parts(mine, loader, networks, work, process=process, dtype=dtype)
+            gather_on_main(0)  # rank 0 waits here for the parts of the others
+            if process.is_main:
+                if missing := work.missing():
+                    raise UserError(
+                        f"--out {out}: {len(missing)} parts of other ranks are not in {work.path}; all ranks must write to one folder"
+                    )
+                parts = (work.read(part) for part in range(work.num_parts))
+                write_features(out, parts, names=loader.image_names(), labels=loader.labels, facts=facts)
+                work.remove()
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); make room and repeat the command") from error
+        finally:
+            work.close()
+    broadcast_from_main(0)  # the file is there for every rank
+    return FeatureFile(out)
+
+
+def weights_digest(encoder: nn.Module) -> str:
+    """Returns a digest of an encoder's tensors: equal for equal features."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _facts(
+    run: RunState,
+    encoder: nn.Module,
+    loader: ImageLoader,
+    *,
+    checkpoint: str | Path,
+    data: str | Path,
+    labels: str,
+    dtype: str,
+    projection_dim: int,
+    changes: Mapping[str, Any],
+) -> Facts:
+    views = run.config.views
+    return Facts(
+        checkpoint=os.path.abspath(checkpoint),
+        step=run.step,
+        weights=weights_digest(encoder),
+        encoder=run.config.model.encoder,
+        changes=json.loads(json.dumps(dict(changes))),
+        data="::".join(os.path.abspath(each) for each in str(data).split("::")),  # several roots are one text
+        labels=labels if labels in LABEL_MODES else os.path.abspath(labels),
+        fingerprint=loader.fingerprint(),
+        num_images=loader.num_samples,
+        class_names=list(loader.class_names),
+        size_px=views.size_px,
+        interpolation=views.interpolation,
+        antialias=views.antialias,
+        mean=list(views.mean),
+        std=list(views.std),
+        crop=CROP,
+        dtype=dtype,
+        feature_dim=int(encoder.feature_dim),  # type: ignore[arg-type]
+        projection_dim=projection_dim,
+        version=__version__,
+    )
+
+
+@torch.inference_mode()
+def _embed_parts(
+    mine: list[int], loader: ImageLoader, networks: list[nn.Module], work: _WorkFolder, *, process: Process, dtype: str
+) -> None:
+    """Embeds this rank's parts and writes them."""
+    ranges = [work.rows(part) for part in mine]
+    # One pass over all parts, not one for each: the loader decodes ahead while the encoder works, across the parts' ends too.
+    index = np.concatenate([np.arange(rows.start, rows.stop, dtype=np.int64) for rows in ranges] or [np.empty(0, np.int64)])
+    held: list[list[Tensor]] = []
+    with Progress("embedding", len(index), unit="images") if process.is_main else _Silent() as progress:
+        pending = iter(zip(mine, ranges, strict=True))
+        part, rows = next(pending, (0, range(0)))
+        for outputs in _outputs(loader.batches_of(index), networks, device=process.device):
+            held.append(outputs)
+            while sum(len(each[0]) for each in held) >= len(rows) > 0:
+                joined = [torch.cat(columns) for columns in zip(*held, strict=True)]
+                work.write(part, [_checked(block[: len(rows)], dtype) for block in joined])
+                held = [[block[len(rows) :] for block in joined]]
+                part, rows = next(pending, (0, range(0)))
+            progress.advance(len(outputs[0]))
+
+
+def _outputs(batches: Iterable[ImageBatch], networks: list[nn.Module], *, device: torch.device) -> Iterator[list[Tensor]]:
+    """Yields each network's output for every batch, float32 on the CPU; each network reads the output of the one before."""
+    for network in networks:
+        network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before: list[Tensor] = []
+    for batch in batches:
+        x, launched = batch.image.to(device=device, memory_format=torch.channels_last), []
+        for network in networks:
+            x = network(x)
+            launched.append(x)
+        # Only now: .cpu() waits for the device, which must have the next batch to work on meanwhile.
+        if before:
+            yield [output.float().cpu() for output in before]
+        before = launched
+    if before:
+        yield [output.float().cpu() for output in before]
+
+
+class _Silent:
+    """A progress that shows nothing, for ranks other than 0."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def advance(self, more: int) -> None: ...
+
+
+def _checked(block: Tensor, dtype: str) -> NDArray[Any]:
+    """Returns the features as stored. Raises UserError if one is not finite."""
+    if not bool(torch.isfinite(block).all()):
+        raise UserError("the encoder's features are not finite: its run diverged; take an earlier checkpoint")
+    with np.errstate(over="ignore"):
+        stored = block.numpy().astype(dtype)
+    if not np.isfinite(stored).all():
+        raise UserError(f"features of up to {float(block.abs().max()):g} do not fit float16; take --dtype float32")
+    return stored
+
+
+def _work_path(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+class _WorkFolder:
+    """The hidden folder beside the output in which the parts lie. It is locked for one command; ranks of one command share it."""
+
+    def __init__(self, out: Path, facts: Facts, *, process: Process) -> None:
+        self.path, self._facts, self._lock = _work_path(out), facts, -1
+        self.num_parts = -(-facts.num_images // PART_ROWS)
+        problem = self._open(out) if process.is_main else None
+        # Every rank must hear of it, or the others would wait for rank 0.
+        if problem := broadcast_from_main(problem):
+            self.close()
+            raise UserError(problem)
+
+    def _open(self, out: Path) -> str | None:
+        """Makes or continues the folder; returns what is wrong."""
+        try:
+            self._lock = locked_file(self.path / _LOCK)
+            plan = self.path / _PLAN
+            wanted = {"part_rows": PART_ROWS} | asdict(self._facts)
+            if not plan.exists() or not any(self.path.glob("part-*.npz")):
+                write_durably(plan, json.dumps(wanted))
+                return None
+            held = json.loads(plan.read_text(encoding="utf-8"))
+        except BlockingIOError as error:
+            return f"--out {out}: {error.strerror} is embedding to it; wait for it, or choose another file"
+        except (OSError, ValueError) as error:
+            return f"--out {out}: {self.path} cannot be used ({first_line(error)}); remove it or choose another file"
+        # Where the checkpoint and the data lie does not matter, only what they hold.
+        free = {"checkpoint", "data", "labels", "changes"}
+        if not isinstance(held, dict):
+            held = {}
+        if differing := [name for name, value in wanted.items() if name not in free and held.get(name) != value]:
+            return (
+                f"--out {out}: {self.path} holds the parts of another embedding (it differs in {', '.join(differing[:5])}); remove that "
+                "folder, or choose another file"
+            )
+        return None
+
+    def rows(self, part: int) -> range:
+        return range(part * PART_ROWS, min((part + 1) * PART_ROWS, self._facts.num_images))
+
+    def missing(self) -> list[int]:
+        """Returns the parts that are not on the disk."""
+        return [part for part in range(self.num_parts) if not self._file(part).exists()]
+
+    def write(self, part: int, blocks: list[NDArray[Any]]) -> None:
+        """Writes a part so that it survives a kill or a power cut: features, and projections if there are any."""
+        with durable_file(self._file(part)) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
+            for name, block in zip(Rows._fields, blocks, strict=False):
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, block, allow_pickle=False)
+
+    def read(self, part: int) -> Rows:
+        """Returns a part. Raises UserError, and removes the part, if it is damaged."""
+        widths = {"feature": self._facts.feature_dim, "projection": self._facts.projection_dim}
+        try:
+            with np.load(self._file(part), allow_pickle=False) as arrays:
+                blocks = {name: arrays[name] for name, width in widths.items() if width}
+            for name, block in blocks.items():
+                if block.shape != (len(self.rows(part)), widths[name]) or block.dtype != self._facts.dtype:
+                    raise ValueError(f"{name} is {block.dtype} {block.shape}")
+        except _BROKEN as error:
+            self._file(part).unlink(missing_ok=True)
+            raise UserError(f"{self._file(part)}: was damaged and is removed ({first_line(error)}); repeat the command") from error
+        return Rows(blocks["feature"], blocks.get("projection"))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _file(self, part: int) -> Path:
+        return self.path / f"part-{part:06d}.npz"
