@@ -131,6 +131,13 @@ def test_the_first_idea_fits_the_run(changes, first):
     assert 1 <= len(ideas) <= MOST_IDEAS
 
 
+@pytest.mark.parametrize(("epoch", "step", "unfinished"), [(3.84, 18, False), (3.4, 16, True), (4.0, 20, False)])
+def test_a_run_whose_last_epoch_lacks_less_than_a_step_is_complete(epoch, step, unfinished):
+    """300 images in batches of 64 are 18 steps of 4 epochs: 3.84 epochs are all of them."""
+    facts = replace(FACTS, config=replace(FACTS.config, epochs=4.0), epoch=epoch, step=step)
+    assert any("let it finish" in idea for idea in first_ideas(facts)) == unfinished
+
+
 @pytest.mark.parametrize("grey", [False, True])
 @pytest.mark.parametrize(
     "config", [preset_config("cpu_demo"), preset_config("r50_100ep"), replace(TrainConfig(), views=replace(PAPER, size_px=32))]

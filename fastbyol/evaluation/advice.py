@@ -57,7 +57,8 @@ def first_ideas(facts: RunFacts) -> list[str]:
     ideas = []
     if facts.alarms:
         ideas.append(f"the log has {len(facts.alarms)} alarms of collapse; {what_to_try(config)}")
-    if 0 < facts.epoch < 0.99 * config.epochs:
+    # A complete run ends less than a step before its last epoch does: a smaller batch is left out.
+    if facts.epoch > 0 and facts.epoch * (1 + 1 / max(facts.step, 1)) <= config.epochs:
         ideas.append(f"the run stopped after {facts.epoch:.3g} of {config.epochs:g} epochs: let it finish (the same command continues)")
     elif 0 < facts.step < FEW_STEPS:
         more = config.epochs * FEW_STEPS / facts.step

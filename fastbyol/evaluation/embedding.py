@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fastbyol import __version__
 from fastbyol.config.errors import UserError, first_line, require_choice
+from fastbyol.config.schema import DataConfig
 from fastbyol.data.batch import ImageBatch
 from fastbyol.data.build import build_image_loader
 from fastbyol.data.inputs.images import LABEL_MODES
@@ -85,7 +86,8 @@ def embed(
     encoder, projector = networks_of(run, announce=announce)
     if projection and projector is None:
         raise UserError(f"--projection: {checkpoint} holds an encoder without a projector; leave it out")
-    with build_image_loader(data, views=run.config.views, batch=batch, workers=workers, labels=labels, option="--data") as loader:
+    source = DataConfig(train=str(data), labels=labels)
+    with build_image_loader(source, views=run.config.views, batch=batch, workers=workers, option="--data") as loader:
         projection_dim = run.config.model.projection_dim if projection else 0
         facts = _facts(
             run,

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.plain import nearest_name
+from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data.build import build_image_loader
 from fastbyol.evaluation.embedding import weights_digest
@@ -74,7 +75,7 @@ def write_neighbours(
     else:
         image, feature = None, _feature(file, row)
     found = _nearest(file, feature, k=k, without=row)
-    with build_image_loader(data or facts.data, views=views, batch=1, labels=facts.labels, option="--data") as loader:
+    with build_image_loader(DataConfig(train=data or facts.data, labels=facts.labels), views=views, batch=1, option="--data") as loader:
         if loader.fingerprint() != facts.fingerprint:
             where = "--data" if data else "the data"
             raise UserError(f"{where} {data or facts.data}: holds other images than when {file.path} was made; embed again, or give --data")
