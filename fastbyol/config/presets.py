@@ -76,6 +76,19 @@ _DEMO = TrainConfig(
 _SCENES_VIEW = replace(_DEMO_VIEW, crop_area=(0.5, 1.0), rotation_deg=20.0, jitter_p=1.0, saturation=0.5, hue=0.5, gray_p=0.8)
 _SCENES = replace(_DEMO, epochs=10, views=replace(_DEMO.views, view1=_SCENES_VIEW, view2=_SCENES_VIEW))
 
+_OWN_TINY_VIEW = ViewSpec(
+    crop_area=(0.4, 1.0), flip_p=0.0, rotation_deg=10.0, jitter_p=0.8, gray_p=0.1, blur_p=0.0, solarize_p=0.0
+)
+_OWN_TINY = TrainConfig(
+    epochs=0,
+    steps=2500,
+    global_batch=64,
+    log_every=50,
+    model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=512, projection_dim=128),
+    views=ViewPair(view1=_OWN_TINY_VIEW, view2=_OWN_TINY_VIEW, size_px=32),
+    optim=OptimConfig(base_lr=8.0, warmup_epochs=0, warmup_steps=150, tau_base=0.9),
+)
+
 PRESETS: dict[str, Preset] = {
     "r50_40ep": Preset(
         what="ResNet-50, 40 epochs, batch 4096",
@@ -128,6 +141,7 @@ PRESETS: dict[str, Preset] = {
         source="ours",
         run_here="68.0 to 73.5 top-1 linear, 59.3 to 61.9 kNN, three seeds",
     ),
+    "own_tiny": Preset(what="tbd", config=_OWN_TINY, expected="none published", source="ours"),
     **ablation_presets(),
 }
 

@@ -148,6 +148,9 @@ class OptimConfig:
     base_lr: float = 0.3
     """Learning rate per 256 images: the peak is base_lr * global_batch / 256."""
     warmup_epochs: float = 10.0
+    """Passes over the images in which the learning rate rises from 0 to its peak."""
+    warmup_steps: int = 0
+    """The same in optimizer steps; 0: as many as warmup_epochs makes."""
     momentum: float = 0.9
     weight_decay: float = 1e-6
     trust_coefficient: float = 1e-3
@@ -172,6 +175,7 @@ class OptimConfig:
         for name in ("warmup_epochs", "weight_decay", "trust_coefficient"):
             require_at_least(f"optim.{name}", getattr(self, name), 0.0)
         require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
+        require_between("optim.warmup_steps", self.warmup_steps, 0, 10**9)
         require_probability("optim.tau_base", self.tau_base)
         for name in ("projector_lr_factor", "predictor_lr_factor"):
             require_between(f"optim.{name}", getattr(self, name), 0.0, 1e4)
@@ -235,7 +239,9 @@ class TrainConfig:
     out: str = ""
     """Run folder."""
     epochs: float = 300.0
-    """Passes over the training images; the run ends after int(epochs * images) // global_batch optimizer steps."""
+    """Passes over the training images; the run ends after int(epochs * images) // global_batch optimizer steps. 0 where steps is given."""
+    steps: int = 0
+    """Optimizer steps of the run, whatever the number of images: the usual budget for a small set. 0: as many as epochs makes."""
     global_batch: int = 4096
     """Images per optimizer step, over all devices and accumulated micro-batches."""
     rank_batch: int = 0
@@ -274,7 +280,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _expand_home(self, "out", "init_from")
-        require_positive("epochs", self.epochs)
+        for name, passes, steps in (
+            ("epochs", self.epochs, self.steps),
+            ("optim.warmup_epochs", self.optim.warmup_epochs, self.optim.warmup_steps),
+        ):
+            counted = name.replace("epochs", "steps")
+            if passes and steps:
+                raise UserError(f"{name} = {passes:g}: has no effect where {counted} is {steps}; give one of them, and 0 for the other")
+        require_at_least("epochs", self.epochs, 0.0)
+        require_between("steps", self.steps, 0, 10**9)
+        require(self.epochs > 0 or self.steps > 0, "epochs", self.epochs, "a number > 0 where steps is 0")
         for name in ("global_batch", "log_every", "checkpoint_every"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("rank_batch", self.rank_batch, 0)
