@@ -15,7 +15,6 @@ import os
 import resource
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +61,7 @@ def supervised_encoder(config: TrainConfig, splits: Splits, *, steps: int) -> nn
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=PEAK_LR, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    loader = build_loader(
-        config.data, views=config.views, global_batch=config.global_batch, seed=config.seed
-    )
+    loader = build_loader(config.data, views=config.views, global_batch=config.global_batch, seed=config.seed)
     with loader:
         batches = loader.endless()
         for _ in range(steps):

@@ -37,15 +37,13 @@ ICON_PACKAGES = (
 )
 ICON_CLASSES = {"mimes": "mimetypes", **{name: name for name in ("actions", "apps", "devices", "emblems", "mimetypes", "places", "status")}}
 """Folder of a theme -> class."""
-FONT_PACKAGES = tuple(
-    f"fonts-{name}"
-    for name in (
-        "adf-baskervald adf-universalis cabin cantarell comfortaa crosextra-caladea crosextra-carlito dejavu-core dejavu-extra dustin ebgaramond "
-        "ecolier-court fantasque-sans femkeklaver freefont-ttf georgewilliams goudybookletter hack humor-sans inter isabella junicode "
-        "klaudia-berenika lato league-spartan liberation lindenhill linuxlibertine mononoki oldstandard open-sans play prociono quattrocento "
-        "radisnoir roboto-unhinted rufscript sil-gentium texgyre tomsontalks vollkorn"
-    ).split()
-)
+_FONTS = """
+adf-baskervald adf-universalis cabin cantarell comfortaa crosextra-caladea crosextra-carlito dejavu-core dejavu-extra
+dustin ebgaramond ecolier-court fantasque-sans femkeklaver freefont-ttf georgewilliams goudybookletter hack humor-sans
+inter isabella junicode klaudia-berenika lato league-spartan liberation lindenhill linuxlibertine mononoki oldstandard
+open-sans play prociono quattrocento radisnoir roboto-unhinted rufscript sil-gentium texgyre tomsontalks vollkorn
+"""
+FONT_PACKAGES = tuple(f"fonts-{name}" for name in _FONTS.split())
 FONTS_OF_A_PACKAGE = 10
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LETTER_CANVAS_PX = 40

@@ -287,9 +287,9 @@ class TrainConfig:
             counted = name.replace("epochs", "steps")
             if passes and steps:
                 raise UserError(f"{name} = {passes:g}: has no effect where {counted} is {steps}; give one of them, and 0 for the other")
-        require_at_least("epochs", self.epochs, 0.0)
         require_between("steps", self.steps, 0, 10**9)
-        require(self.epochs > 0 or self.steps > 0, "epochs", self.epochs, "a number > 0 where steps is 0")
+        if not self.steps:
+            require_positive("epochs", self.epochs)
         for name in ("global_batch", "log_every", "checkpoint_every"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("rank_batch", self.rank_batch, 0)
@@ -349,8 +349,12 @@ class Preset:
     expected: str
     source: str
     run_here: str = "not yet run"
+    first: str = ""
+    """What to change first, for images that are not the source's; empty where the preset reproduces a figure."""
 
     def command(self, name: str) -> str:
+        if name in ("own_tiny", "own_small"):
+            return f"python fastbyol/train.py --preset {name} --data.train IMAGES --out runs/mine"
         if name.startswith("cpu_demo"):
             kind = "scenes" if name.endswith("scenes") else "fashion"
             return f"python fastbyol/train.py --preset {name} --data.train demo/{kind}/train.beton --out runs/demo"
