@@ -5,7 +5,7 @@
 Each is a folder with train/CLASS/*.jpg|png and val/CLASS/*. Everything comes from this repository and from Debian packages, which
 `apt-get download` fetches into OUT/packages and `dpkg-deb -x` unpacks there; nothing is installed. The same packages give the same images.
 
-What val holds is never a copy of train's: other garments, other scenes, icons of other names (one drawing in several themes is on one side),
+What val holds is never a copy of train's: other garments, other scenes, icons of other names (with other first words) and no near-duplicate,
 letters of other packages' fonts, another part of each photograph.
 """
 
@@ -25,6 +25,7 @@ from fastbyol.config.errors import UserError, one_line_errors
 from fastbyol.data.demo.fashion import write_fashion
 from fastbyol.data.demo.folder import DemoSettings, save_jpeg
 from fastbyol.data.demo.scenes import write_scenes
+from fastbyol.data.inspection.sample import near_duplicates
 
 SEED = 0
 ICON_PX = 48
@@ -67,7 +68,7 @@ def write_drawn_scenes(out: Path, packages: Path) -> None:
 
 def write_icons(out: Path, packages: Path) -> None:
     """Icons of five themes on white: 7 classes, what they are for (actions, apps, devices, …)."""
-    seen: set[bytes] = set()
+    pictures: dict[tuple[str, str, str], Image.Image] = {}
     for package in ICON_PACKAGES:
         for path in sorted(unpacked(package, packages).rglob("*.png")):
             parts = path.relative_to(packages).parts
@@ -76,12 +77,17 @@ def write_icons(out: Path, packages: Path) -> None:
                 continue
             with Image.open(path) as icon:
                 picture = on_white(icon)
-            if picture.size != (ICON_PX, ICON_PX) or (digest := hashlib.sha256(picture.tobytes()).digest()) in seen:
-                continue
-            seen.add(digest)
-            folder = out / split_of(path.stem) / group
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"{package.partition('-')[0]}_{path.stem}.png")
+            if picture.size == (ICON_PX, ICON_PX):
+                # By the first word: format-justify-left and format-justify-right are one drawing but for a line.
+                pictures[split_of(path.stem.split("-")[0]), group, f"{package.partition('-')[0]}_{path.stem}"] = picture
+    ordered = sorted(pictures)  # train before val, which loses what train has
+    thumbnails = [np.asarray(pictures[key].resize((9, 9), Image.Resampling.BOX), dtype=np.float32) for key in ordered]
+    for key, again in zip(ordered, near_duplicates(thumbnails), strict=True):
+        split, group, name = key
+        folder = out / split / group
+        folder.mkdir(parents=True, exist_ok=True)
+        if not again:
+            pictures[key].save(folder / f"{name}.png")
 
 
 def on_white(icon: Image.Image) -> Image.Image:
@@ -107,7 +113,7 @@ def write_letters(out: Path, packages: Path) -> None:
 def has_letters(path: Path) -> bool:
     """Returns True if the font draws 26 different small letters; symbol fonts draw none, or one box for all."""
     font = ImageFont.truetype(path, 24)
-    return len({bytes(font.getmask(letter)) for letter in LETTERS}) == len(LETTERS)
+    return len({np.array(font.getmask(letter), dtype=np.uint8).tobytes() for letter in LETTERS}) == len(LETTERS)
 
 
 def draw_letter(path: Path, letter: str, rng: np.random.Generator) -> np.ndarray:

@@ -76,17 +76,18 @@ _DEMO = TrainConfig(
 _SCENES_VIEW = replace(_DEMO_VIEW, crop_area=(0.5, 1.0), rotation_deg=20.0, jitter_p=1.0, saturation=0.5, hue=0.5, gray_p=0.8)
 _SCENES = replace(_DEMO, epochs=10, views=replace(_DEMO.views, view1=_SCENES_VIEW, view2=_SCENES_VIEW))
 
-_OWN_TINY_VIEW = ViewSpec(crop_area=(0.4, 1.0), flip_p=0.0, rotation_deg=10.0, jitter_p=0.8, gray_p=0.1, blur_p=0.0, solarize_p=0.0)
+# Chosen on five sets of images, one recipe for all (docs/recipes.md). A fast target and a bias in the heads learn more in so few steps. No
+# mirroring: it costs half a point where it would have helped (table 17), and letters what they are. No blur: its window has 3 taps at 32 px.
+_OWN_TINY_VIEW = ViewSpec(crop_area=(0.3, 1.0), flip_p=0.0, rotation_deg=15.0, saturation=0.3, blur_p=0.0, solarize_p=0.0)
 _OWN_TINY = TrainConfig(
     epochs=0,
-    steps=2500,
+    steps=2000,
     global_batch=64,
     log_every=50,
-    model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=512, projection_dim=128),
+    model=ModelConfig(encoder="resnet8", stem="small2", hidden_dim=512, projection_dim=128, head_bias=True),
     views=ViewPair(view1=_OWN_TINY_VIEW, view2=_OWN_TINY_VIEW, size_px=32),
-    optim=OptimConfig(base_lr=8.0, warmup_epochs=0, warmup_steps=150, tau_base=0.9),
+    optim=OptimConfig(base_lr=8.0, warmup_epochs=0, warmup_steps=100, tau_base=0.8),
 )
-
 _OWN_SMALL = replace(
     _IMAGENETTE, epochs=0, steps=40_000, checkpoint_every=1000, optim=replace(_IMAGENETTE.optim, warmup_epochs=0, warmup_steps=400)
 )

@@ -91,6 +91,8 @@ class ModelConfig:
     projector_layers: int = 2
     predictor_layers: int = 2
     """0: no predictor (an ablation; the run collapses without a negative term)."""
+    head_bias: bool = False
+    """Give the last linear layer of projector and predictor a bias, as the paper's pseudo-code has it (appendix J.2); its code has none."""
     hidden_dim: int = 4096
     projection_dim: int = 256
 
