@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,16 @@ def test_grey_images_get_no_colour_jitter_and_coloured_ones_do(colour, grey, tmp
     assert [views[1][name] for name in ("saturation", "hue", "gray_p")] == [0, 0, 0]
     assert look_at(str(grey)).grey == 1
     assert look_at(str(colour)).grey == 0
+
+
+def test_a_sample_shows_the_same_whatever_the_images_are_stored_in(data_paths, tmp_path):
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(data_paths["folder"].rglob("*.jpg"))))
+    seen = {name: look_at(str(path)) for name, path in data_paths.items()}
+    assert seen["ffcv"] == seen["folder"]
+    assert seen["dali"] == seen["folder"]
+    assert seen["folder"].class_names == ("ant", "bee", "cat")
+    assert replace(look_at(str(tmp_path / "list.txt")), class_names=seen["folder"].class_names) == seen["folder"]
+    assert seen["folder"].grey == pytest.approx(1 / 25)
 
 
 def test_the_same_picture_in_another_size_or_quality_is_a_near_duplicate_and_others_are_not(tmp_path):
