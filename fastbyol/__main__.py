@@ -1,4 +1,8 @@
-"""The command line: `python -m fastbyol evaluate | report | embed | neighbours | weights | views | tune | presets`. Training is `fastbyol/train.py`.
+"""The command line: `python -m fastbyol suggest | evaluate | report | embed | neighbours | weights | views | tune | presets`.
+
+Training is `fastbyol/train.py`.
+
+python -m fastbyol suggest --data photos --out suggested.yaml
 
 python -m fastbyol evaluate linear --checkpoint runs/demo --data demo
 python -m fastbyol evaluate all --checkpoint runs/demo --data demo
@@ -30,7 +34,7 @@ from fastbyol.commands.weights import add_weights, list_weights
 from fastbyol.commands.weights_options import CHECKPOINT_HELP, changes_from
 from fastbyol.config.arguments import OneLineParser, path_text
 from fastbyol.config.console import say
-from fastbyol.config.errors import UserError, one_line_errors, require_at_least
+from fastbyol.config.errors import UserError, one_line_errors, require_at_least, require_between
 from fastbyol.config.schema import BACKENDS
 
 if TYPE_CHECKING:
@@ -107,6 +111,16 @@ def _build_parser() -> OneLineParser:
     tune.add_argument("--seconds", type=float, default=10.0, help="seconds per comparison (%(default)g)")
     tune.add_argument("--ranks", type=int, help="processes of the planned run (default: one per GPU of this machine, or one on a CPU)")
     tune.set_defaults(command=tune_run)
+
+    suggest = commands.add_parser(
+        "suggest", help="settings for your own images and this machine, each with its reason, in a file", description=suggest_run.__doc__
+    )
+    suggest.add_argument("--data", required=True, type=path_text, help="the images: a folder, tars, a list, a .beton file (docs/data.md)")
+    suggest.add_argument("--devices", type=int, help="GPUs of the planned run, 0: a CPU (default: those of this machine)")
+    suggest.add_argument("--hours", type=float, help="length of the run; steps are timed here (default: the preset's number of steps)")
+    suggest.add_argument("--out", type=Path, default=Path("suggested.yaml"), help="YAML file to write (%(default)s)")
+    suggest.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    suggest.set_defaults(command=suggest_run)
 
     presets = commands.add_parser("presets", help="the named runs, with their commands and expected figures")
     presets.add_argument("word", nargs="?", default="", help="list only presets whose name contains this, for example ablation_tau")
@@ -211,6 +225,41 @@ def tune_run(options: argparse.Namespace) -> None:
     say(*found.lines, f"tuned: {options.out}", f"next: {found.command(options.out)}")
 
 
+def suggest_run(options: argparse.Namespace) -> None:
+    """Looks at a sample of the images and at this machine, and writes the settings of a first run, each with its reason.
+
+    Labels are not needed, and not used. Then: python fastbyol/train.py --config suggested.yaml --out runs/mine
+    """
+    from fastbyol.tuning.report import check_output, write_config
+
+    check_output(options.out, overwrite=options.overwrite)
+    if options.devices is not None:
+        require_between("--devices", options.devices, 0, 2**16)
+    if options.hours is not None:
+        require_between("--hours", options.hours, 0.001, 10_000.0)
+    from fastbyol.data.inspection.sample import look_at
+    from fastbyol.tuning.suggestion import fit_hours, suggest
+
+    _announce("looking at a sample of the images")
+    sample = look_at(options.data)
+    import torch
+
+    here = torch.cuda.device_count()
+    gpus = here if options.devices is None else options.devices
+    found = suggest(options.data, sample, gpus=gpus)
+    if options.hours is not None:
+        if gpus and not here:
+            raise UserError(
+                "--hours: a step can be timed on a machine with a GPU only; leave it out, or say --devices 0 for a run on this CPU"
+            )
+        fit_hours(found, options.hours, announce=_announce)
+    config = found.config()
+    write_config(options.out, found.yaml(head=[options.typed]))
+    say(found.reasons["data.train"], f"preset {found.preset}: {found.reasons['preset']}", *found.remarks)
+    say(f"views.view1.flip_p, views.view2.flip_p = {config.views.view1.flip_p:g}: {found.reasons['views.view1.flip_p']}")
+    say(f"suggested: {options.out}, with a reason for each setting", f"next: {found.command(options.out)}")
+
+
 def print_presets(word: str = "") -> None:
     """Prints each preset whose name contains the word: description, published figure, source, our own result, command."""
     from fastbyol.config.plain import nearest_name
@@ -221,7 +270,8 @@ def print_presets(word: str = "") -> None:
         raise UserError(f"presets {word}: no preset's name contains this{nearest_name(word, PRESETS)}")
     for name, preset in chosen.items():
         say(name, f"    what      {preset.what}", f"    expected  {preset.expected} ({preset.source})")
-        say(f"    here      {preset.run_here}", f"    command   {preset.command(name)}", "")
+        say(f"    here      {preset.run_here}", *([f"    change    {preset.first}"] if preset.first else []))
+        say(f"    command   {preset.command(name)}", "")
 
 
 @contextmanager

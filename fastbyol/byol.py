@@ -6,6 +6,7 @@ Source: Grill et al., sections 3.1 and 3.2.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,7 @@ class BYOL(nn.Module):
         encoder: (N, 3, H, W) -> (N, F); has `feature_dim`.
         hidden_dim, projection_dim: width of the heads' hidden layers and of the projection.
         projector_layers, predictor_layers: number of linear layers; 0 predictor layers means no predictor.
+        head_bias: gives the last linear layer of both heads a bias.
         num_classes: number of classes of the probe.
         objective: BYOL's regression, or another member of the InfoNCE-beta family.
 
@@ -111,15 +113,17 @@ class BYOL(nn.Module):
         projection_dim: int = 256,
         projector_layers: int = 2,
         predictor_layers: int = 2,
+        head_bias: bool = False,
         objective: ObjectiveConfig = BYOL_OBJECTIVE,
     ) -> None:
         super().__init__()
         self.objective = objective
         feature_dim = int(encoder.feature_dim)  # type: ignore[arg-type]
-        projector = mlp_head(feature_dim, hidden_dim=hidden_dim, out_dim=projection_dim, layers=projector_layers)
+        head = partial(mlp_head, hidden_dim=hidden_dim, out_dim=projection_dim, last_bias=head_bias)
+        projector = head(feature_dim, layers=projector_layers)
         predictor: nn.Module = nn.Identity()
         if predictor_layers:
-            predictor = mlp_head(projection_dim, hidden_dim=hidden_dim, out_dim=projection_dim, layers=predictor_layers)
+            predictor = head(projection_dim, layers=predictor_layers)
         self.online = Online(encoder, projector, predictor)
         # Before the target is copied, so that both networks have statistics per view.
         convert_to_view_batchnorm(self.online, views=NUM_VIEWS)
@@ -196,6 +200,7 @@ def build_byol(config: ModelConfig, *, num_classes: int, objective: ObjectiveCon
         projection_dim=config.projection_dim,
         projector_layers=config.projector_layers,
         predictor_layers=config.predictor_layers,
+        head_bias=config.head_bias,
         objective=objective,
     )
     if config.initialisation == "truncated_normal":

@@ -35,6 +35,18 @@ def test_options_win_over_a_file_and_a_file_over_the_preset(tmp_path):
     assert config.views.view1.crop_area == (0.08, 1.0)
 
 
+def test_steps_take_the_place_of_the_epochs_of_a_file_or_preset_and_the_other_way_round(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"preset": "own_small", "epochs": 7, "optim": {"warmup_steps": 20}}))
+    budgets = [
+        (c.epochs, c.steps) for c in (_parse("--steps", "9"), _parse("--preset=own_small", "--epochs=3"), _parse("--config", str(file)))
+    ]
+    assert budgets == [(0, 9), (3, 0), (7, 0)]
+    assert _parse("--config", str(file), "--steps=5", "--optim.warmup_epochs=1").steps == 5
+    assert _parse("--config", str(file), "--optim.warmup_epochs=1").optim.warmup_steps == 0
+    assert _parse("--optim.warmup_steps=4").optim.warmup_epochs == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -48,6 +60,12 @@ def test_options_win_over_a_file_and_a_file_over_the_preset(tmp_path):
         (["--optim.momentum", "1"], "optim.momentum = 1.0"),
         (["--optim.name", "adam"], "optim.name = 'adam': must be one of lars"),
         (["--epochs", "0"], "epochs = 0.0"),
+        (["--steps", "3", "--epochs", "2"], "epochs = 2: has no effect where steps is 3; give one of them"),
+        (
+            ["--optim.warmup_steps", "3", "--optim.warmup_epochs", "2"],
+            "optim.warmup_epochs = 2: has no effect where optim.warmup_steps is 3",
+        ),
+        (["--steps", "-1"], "steps = -1"),
         (["--global_batch", "0"], "global_batch = 0"),
         (["--global_batch", "1.5"], "global_batch.*Expected a int"),
         (["--rank_batch", "-4"], "rank_batch = -4"),

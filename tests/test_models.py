@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,14 @@ def test_heads_of_any_depth_end_in_a_bare_linear(layers):
     assert head[-1] is linears[-1]
     assert linears[-1].bias is None
     assert head(torch.randn(3, 8)).shape == (3, 4)
+
+
+def test_head_bias_gives_both_heads_and_the_target_the_bias_of_the_pseudo_code():
+    config = ModelConfig(encoder="resnet8", hidden_dim=16, projection_dim=4)
+    plain, biased = (build_byol(replace(config, head_bias=bias), num_classes=2) for bias in (False, True))
+    counts = [[sum(p.numel() for p in part.parameters()) for part in (byol.online, byol.target)] for byol in (plain, biased)]
+    more = [after - before for before, after in zip(*counts, strict=True)]
+    assert more == [2 * 4, 4], "projector and predictor online, the projector in the target"
 
 
 @pytest.mark.parametrize("size", [7, 8, 32, 33])

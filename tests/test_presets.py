@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from fastbyol.config.views import ABLATIONS, PAPER
 from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.folder import flatten
 from fastbyol.schedules import total_steps_at
+from fastbyol.train import main as train
 
 NUM_IMAGENET = 1_281_167
 
@@ -254,6 +256,30 @@ def test_a_preset_without_options_is_the_preset_itself():
 def test_every_preset_survives_yaml():
     for preset in PRESETS.values():
         assert from_plain(TrainConfig, yaml.safe_load(yaml.safe_dump(to_plain(preset.config)))) == preset.config
+
+
+@pytest.mark.parametrize("name", ["own_tiny", "own_small", "own", "own_large"])
+def test_the_presets_for_own_images_train_a_step_and_say_what_to_change_first(name, image_folder, tmp_path, capsys):
+    smaller = (
+        "--global_batch=4",
+        "--model.hidden_dim=16",
+        "--views.size_px=32",
+        "--steps=1",
+        "--optim.warmup_epochs=0",
+        "--data.workers=1",
+    )
+    train(["--preset", name, *smaller, "--data.train", str(image_folder), "--out", str(tmp_path / name)])
+    assert "step 1/1" in capsys.readouterr().err
+    main(["presets", name])
+    assert f"    change    {PRESETS[name].first}\n" in capsys.readouterr().out
+
+
+def test_the_rates_of_the_presets_for_own_images_are_those_of_their_sources():
+    own, small, large = (preset_config(name) for name in ("own", "own_small", "own_large"))
+    assert (own.global_batch, own.optim.base_lr, own.optim.weight_decay) == (512, 0.4, 1.5e-6), "appendix G"
+    assert own.optim.tau_base == pytest.approx(0.99 ** (512 / 4096), abs=5e-5)
+    assert abs(small.steps * small.global_batch / 9469 - 1000) < 100, "a thousand epochs of Imagenette"
+    assert replace(large, epochs=300) == preset_config("r50_300ep")
 
 
 def test_presets_are_listed_with_command_figure_and_source(capsys):

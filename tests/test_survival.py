@@ -127,6 +127,31 @@ def test_a_run_cut_off_after_any_step_ends_bitwise_the_same(step, arguments, who
     assert [r["loss"] for r in read_metrics(out)] == [r["loss"] for r in read_metrics(whole)]
 
 
+def test_a_run_counted_in_steps_is_the_same_and_continues_bitwise(data_paths, whole, tmp_path):
+    """5 steps are those of a run of 40 images' worth of epochs; 3 of its checkpoints are removed, as if it had been killed after step 2."""
+    arguments = [
+        *SMALL_RUN,
+        "--checkpoint_every",
+        "1",
+        "--data.train",
+        str(data_paths["folder"]),
+        "--steps",
+        "5",
+        "--optim.warmup_steps",
+        "2",
+    ]
+    main([*arguments, "--out", str(tmp_path / "steps")])
+    digest, losses = state_digest(tmp_path / "steps"), [record["loss"] for record in read_metrics(tmp_path / "steps")]
+    assert len(losses) == 5
+    assert losses[:2] == [record["loss"] for record in read_metrics(whole)][:2], "lr 0 in the first step, whatever the warm-up"
+    assert [record["lr"] for record in read_metrics(tmp_path / "steps")][:3] == pytest.approx([0, 0.125, 0.25])
+    for later in (3, 4, 5):
+        checkpoint_path(tmp_path / "steps", later).unlink()
+    main([*arguments, "--out", str(tmp_path / "steps")])
+    assert state_digest(tmp_path / "steps") == digest
+    assert [record["loss"] for record in read_metrics(tmp_path / "steps")] == losses
+
+
 def test_a_checkpoint_holds_all_that_changes_and_only_finite_numbers(whole):
     state = load_checkpoint(checkpoint_path(whole, 4))
     names = state["byol"].keys()

@@ -91,6 +91,8 @@ class ModelConfig:
     projector_layers: int = 2
     predictor_layers: int = 2
     """0: no predictor (an ablation; the run collapses without a negative term)."""
+    head_bias: bool = False
+    """Give the last linear layer of projector and predictor a bias, as the paper's pseudo-code has it (appendix J.2); its code has none."""
     hidden_dim: int = 4096
     projection_dim: int = 256
 
@@ -155,6 +157,9 @@ class OptimConfig:
     base_lr: float = 0.3
     """Learning rate per 256 images: the peak is base_lr * global_batch / 256."""
     warmup_epochs: float = 10.0
+    """Passes over the images in which the learning rate rises from 0 to its peak."""
+    warmup_steps: int = 0
+    """The same in optimizer steps; 0: as many as warmup_epochs makes."""
     momentum: float = 0.9
     weight_decay: float = 1e-6
     trust_coefficient: float = 1e-3
@@ -179,6 +184,7 @@ class OptimConfig:
         for name in ("warmup_epochs", "weight_decay", "trust_coefficient"):
             require_at_least(f"optim.{name}", getattr(self, name), 0.0)
         require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
+        require_between("optim.warmup_steps", self.warmup_steps, 0, 10**9)
         require_probability("optim.tau_base", self.tau_base)
         for name in ("projector_lr_factor", "predictor_lr_factor"):
             require_between(f"optim.{name}", getattr(self, name), 0.0, 1e4)
@@ -242,7 +248,9 @@ class TrainConfig:
     out: str = ""
     """Run folder."""
     epochs: float = 300.0
-    """Passes over the training images; the run ends after int(epochs * images) // global_batch optimizer steps."""
+    """Passes over the training images; the run ends after int(epochs * images) // global_batch optimizer steps. 0 where steps is given."""
+    steps: int = 0
+    """Optimizer steps of the run, whatever the number of images: the usual budget for a small set. 0: as many as epochs makes."""
     global_batch: int = 4096
     """Images per optimizer step, over all devices and accumulated micro-batches."""
     rank_batch: int = 0
@@ -281,7 +289,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _expand_home(self, "out", "init_from")
-        require_positive("epochs", self.epochs)
+        for name, passes, steps in (
+            ("epochs", self.epochs, self.steps),
+            ("optim.warmup_epochs", self.optim.warmup_epochs, self.optim.warmup_steps),
+        ):
+            counted = name.replace("epochs", "steps")
+            if passes and steps:
+                raise UserError(f"{name} = {passes:g}: has no effect where {counted} is {steps}; give one of them, and 0 for the other")
+        require_between("steps", self.steps, 0, 10**9)
+        if not self.steps:
+            require_positive("epochs", self.epochs)
         for name in ("global_batch", "log_every", "checkpoint_every"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("rank_batch", self.rank_batch, 0)
@@ -341,8 +358,12 @@ class Preset:
     expected: str
     source: str
     run_here: str = "not yet run"
+    first: str = ""
+    """What to change first, for images that are not the source's; empty where the preset reproduces a figure."""
 
     def command(self, name: str) -> str:
+        if name in ("own_tiny", "own_small"):
+            return f"python fastbyol/train.py --preset {name} --data.train IMAGES --out runs/mine"
         if name.startswith("cpu_demo"):
             kind = "scenes" if name.endswith("scenes") else "fashion"
             return f"python fastbyol/train.py --preset {name} --data.train demo/{kind}/train.beton --out runs/demo"

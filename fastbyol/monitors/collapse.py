@@ -73,7 +73,8 @@ class CollapseRule:
         aligned = alignment > COLLAPSED_ALIGNMENT
         self._seen.go_on(step, holds=aligned and projection_std < COLLAPSED_STD)
         self._final.go_on(step, holds=aligned and projection_std < FINAL_STD)
-        self._in_warmup = epoch < self._config.optim.warmup_epochs
+        optim = self._config.optim
+        self._in_warmup = step < optim.warmup_steps or epoch < optim.warmup_epochs
         if self._seen.records < RECORDS_IN_A_ROW:
             return None
         return (

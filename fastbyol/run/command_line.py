@@ -68,10 +68,38 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(_first_cause(str(error)) + _minus_hint(str(error), arguments)) from error
     values = namespace.as_dict()
+    _settle_budgets(values, [*(set(flatten(file)) for file in files), {a.split("=", 1)[0].removeprefix("--") for a in typed}])
     config = from_plain(TrainConfig, {name: value for name, value in values.items() if name not in ("preset", "config")})
     if repeated and (os.environ.get("RANK") or "0") == "0":
         log.warning("%s: given more than once, the last one counts", ", ".join(repeated))
     return config
+
+
+_BUDGETS = (("epochs", "steps"), ("optim.warmup_epochs", "optim.warmup_steps"))
+"""Two options each for one thing: where one of them is set, the other must be 0."""
+
+
+def _settle_budgets(values: dict[str, Any], layers: list[set[str]]) -> None:
+    """Sets to 0, in place, a number of epochs for which a later layer gives steps, and the other way round.
+
+    So `--steps 1000` suffices where the preset has epochs. layers: names of the options that each file and the command line give, the
+    later ones win. Two that one layer gives are left to the config's own check.
+    """
+    for pair in _BUDGETS:
+        given = next((layer & set(pair) for layer in reversed(layers) if layer & set(pair)), set())
+        if len(given) == 1:
+            (name,) = given
+            (other,) = set(pair) - given
+            if _option(values, name)[name.rpartition(".")[2]]:
+                _option(values, other)[other.rpartition(".")[2]] = 0
+
+
+def _option(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns the group of options, a part of `values`, that holds the one of this dotted name."""
+    *groups, _ = name.split(".")
+    for group in groups:
+        values = values[group]
+    return values
 
 
 def _presets_and_files_apart(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

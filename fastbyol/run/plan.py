@@ -22,11 +22,12 @@ class RunPlan:
     @classmethod
     def of(cls, config: TrainConfig, *, num_samples: int) -> Self:
         """Builds the plan for a data set of `num_samples` images. Raises UserError if the run would not have a single step."""
-        batch = config.global_batch
-        total_steps = total_steps_at(config.epochs, num_samples=num_samples, global_batch=batch)
-        warmup_steps = total_steps_at(config.optim.warmup_epochs, num_samples=num_samples, global_batch=batch)
-        require(total_steps > 0, "epochs", config.epochs, f"enough for one step of {batch} of the {num_samples} images")
-        return cls(config, num_samples, total_steps, warmup_steps)
+        total, warmup = (
+            steps or total_steps_at(epochs, num_samples=num_samples, global_batch=config.global_batch)
+            for steps, epochs in ((config.steps, config.epochs), (config.optim.warmup_steps, config.optim.warmup_epochs))
+        )
+        require(total > 0, "epochs", config.epochs, f"enough for one step of {config.global_batch} of the {num_samples} images")
+        return cls(config, num_samples, total_steps=total, warmup_steps=warmup)
 
     def lr(self, step: int) -> float:
         base_lr, global_batch = self.config.optim.base_lr, self.config.global_batch

@@ -164,9 +164,11 @@ class Session:
         each = config.global_batch // (ranks * accumulate)
         batch = f"global batch {config.global_batch} = {ranks} ranks x {accumulate} micro-batches x {each} images"
         log.info("%d x %s: %s; %d steps", ranks, self._process.device, batch, total_steps)
-        warmup_epochs = config.optim.warmup_epochs
-        if warmup_epochs >= config.epochs:
-            log.warning("optim.warmup_epochs = %g of %g epochs: the learning rate never reaches its peak", warmup_epochs, config.epochs)
+        warmup_steps = self._plan.warmup_steps
+        if warmup_steps >= total_steps:
+            unit = "steps" if config.optim.warmup_steps else "epochs"
+            warmup = config.optim.warmup_steps or config.optim.warmup_epochs
+            log.warning("optim.warmup_%s = %g: with %d steps the learning rate never reaches its peak", unit, warmup, total_steps)
         if self.first_step >= total_steps:
             log.info("already complete at step %d", self.first_step)
         elif self.first_step:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -49,18 +49,37 @@ def write_config(path: Path, text: str) -> None:
 
 
 def config_yaml(config: TrainConfig, notes: Mapping[str, str], *, head: list[str]) -> str:
-    """Returns the whole config as YAML, without `out`, which each run names itself; notes, by settings' dotted names, become comments."""
-    values = {name: value for name, value in to_plain(config).items() if name != "out"}
+    """Returns the whole config as YAML, without `out`, which each run names itself; a setting's note follows it as a comment.
+
+    Args:
+        config: the run to start.
+        notes: the notes, by the setting's dotted name.
+        head: lines of comment at the top.
+    """
+    return options_yaml({name: value for name, value in to_plain(config).items() if name != "out"}, notes, head=head)
+
+
+def options_yaml(values: Mapping[str, Any], notes: Mapping[str, str], *, head: list[str]) -> str:
+    """Returns options as YAML that `--config` reads, with notes and head as in `config_yaml`.
+
+    Args:
+        values: options in groups, as `to_plain` gives them; any part of them.
+    """
     lines = [f"# {printable(' '.join(line.split()))}" for line in head]
-    section = ""
-    # A width without end, so that every setting is one line; a note would break a text that yaml had wrapped.
-    for line in yaml.safe_dump(values, sort_keys=False, width=10**6, allow_unicode=True).splitlines():
-        key = line.strip().partition(":")[0]
-        if not line.startswith((" ", "-")):
-            section = key
-        name = key if section == key else f"{section}.{key}"
-        lines.append(f"{line}  # {printable(' '.join(notes[name].split()))}" if name in notes else line)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_lines(values, notes, prefix="")]) + "\n"
+
+
+def _lines(values: Mapping[str, Any], notes: Mapping[str, str], *, prefix: str) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield f"{indent}{key}:"
+            yield from _lines(value, notes, prefix=f"{name}.")
+            continue
+        # In a list, because a lone value would end with the mark of a document's end.
+        text = f"{key}: {yaml.safe_dump([value], width=10**6, allow_unicode=True, default_flow_style=True).strip()[1:-1]}"
+        yield f"{indent}{text}  # {printable(' '.join(notes[name].split()))}" if name in notes else f"{indent}{text}"
 
 
 def comparison_table(comparisons: list[Comparison], *, per: str) -> Table:

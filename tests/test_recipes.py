@@ -1,0 +1,62 @@
+"""docs/recipes.md against what it is about: the presets, and the kept records of the runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.recipes import table
+from benchmarks.small_sets import SETS, draw_letter, on_white, random_piece, split_of
+from fastbyol.config.presets import preset_config
+from tests.commands import ROOT
+
+PAGE = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+RECORDS = json.loads((ROOT / "docs" / "recipes.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_of_the_page_is_that_of_the_kept_records():
+    assert "\n".join(table(RECORDS)) in PAGE
+    assert {record["set"] for record in RECORDS if record["recipe"] == "suggested"} == set(SETS)
+    assert all(record["scores"]["byol"]["linear"] <= 100 for record in RECORDS)
+
+
+@pytest.mark.parametrize("name", ["own_tiny", "own_small", "own", "own_large"])
+def test_the_table_of_presets_has_their_numbers(name):
+    config = preset_config(name)
+    length = f"{config.steps:,} steps" if config.steps else f"{config.epochs:g} epochs"
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
+    assert f"| {config.global_batch} | {length} | {config.optim.base_lr:g}, {config.optim.tau_base:g} |" in row
+    assert f"{config.model.encoder.replace('resnet', 'ResNet-')}, {config.views.size_px} px" in row
+
+
+def test_a_row_has_the_mean_and_the_extremes_over_the_seeds():
+    runs = [
+        {"set": "a", "recipe": "r", "seed": seed, "steps": 10, "cpu_s": 60, "scores": {"byol": {"linear": 50.0 + 2 * seed, "knn": 40.0}}}
+        for seed in (0, 1)
+    ]
+    assert table(runs)[2] == "| a | r | 2 | 10 | 1.0 | 51.0 (50.0 to 52.0) / 40.0 | - | - | - |"
+    assert re.fullmatch(r"(\|---)+\|", table(runs)[1])
+
+
+def test_letters_are_whole_pieces_come_from_the_picture_and_icons_lie_on_white():
+    rng = np.random.default_rng(0)
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    for letter in "bdpq":
+        pixels = draw_letter(font, letter, rng)
+        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        assert edge.min() > 100, "no stroke leaves the canvas"
+        assert pixels.min() < 60
+    picture = np.zeros((200, 300, 3), dtype=np.uint8)
+    picture[..., 1] = 90
+    piece = random_piece(picture, rng)
+    assert piece.shape == (48, 48, 3)
+    assert np.unique(piece[..., 1]).tolist() == [90]
+    assert on_white(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    share = np.mean([split_of(f"name{i}") == "val" for i in range(2000)])
+    assert share == pytest.approx(0.25, abs=0.03)
