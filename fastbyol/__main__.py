@@ -3,7 +3,6 @@
 Training is `fastbyol/train.py`.
 
 python -m fastbyol suggest --data photos --out suggested.yaml
-
 python -m fastbyol evaluate linear --checkpoint runs/demo --data demo
 python -m fastbyol evaluate all --checkpoint runs/demo --data demo
 python -m fastbyol evaluate labelfree --checkpoint runs/demo --data photos

@@ -115,7 +115,7 @@ def test_without_labels_the_verdict_says_what_it_cannot_say_and_names_a_low_rank
     [
         ({"alarms": ["step 4: collapse"]}, "the log has 1 alarms of collapse; try this"),
         ({"epoch": 7.0}, "the run stopped after 7 of 20 epochs"),
-        ({}, "90 steps are few: train longer, --epochs 667 gives 3,000"),
+        ({}, "90 steps are few: train longer, --steps 3000"),
         ({"step": 5000, "grey": True}, "the images are grey, so colour jitter only changes"),
         ({"step": 5000}, "if colour tells your images apart"),
         ({"step": 0, "epoch": 0.0}, "if colour tells"),  # another program's weights have no log
@@ -129,6 +129,12 @@ def test_the_first_idea_fits_the_run(changes, first):
     ideas = first_ideas(facts)
     assert ideas[0].startswith(first)
     assert 1 <= len(ideas) <= MOST_IDEAS
+
+
+def test_a_run_in_steps_is_unfinished_before_its_last_step():
+    facts = replace(FACTS, config=replace(FACTS.config, epochs=0.0, steps=100))
+    assert "stopped after 90 of 100 steps" in first_ideas(facts)[0]
+    assert not any("let it finish" in idea for idea in first_ideas(replace(facts, step=100)))
 
 
 @pytest.mark.parametrize(("epoch", "step", "unfinished"), [(3.84, 18, False), (3.4, 16, True), (4.0, 20, False)])

@@ -57,12 +57,10 @@ def first_ideas(facts: RunFacts) -> list[str]:
     ideas = []
     if facts.alarms:
         ideas.append(f"the log has {len(facts.alarms)} alarms of collapse; {what_to_try(config)}")
-    # A complete run ends less than a step before its last epoch does: a smaller batch is left out.
-    if facts.epoch > 0 and facts.epoch * (1 + 1 / max(facts.step, 1)) <= config.epochs:
-        ideas.append(f"the run stopped after {facts.epoch:.3g} of {config.epochs:g} epochs: let it finish (the same command continues)")
+    if where := _stopped_at(facts):
+        ideas.append(f"the run stopped after {where}: let it finish (the same command continues)")
     elif 0 < facts.step < FEW_STEPS:
-        more = config.epochs * FEW_STEPS / facts.step
-        ideas.append(f"{facts.step:,} steps are few: train longer, --epochs {more:.0f} gives {FEW_STEPS:,}")
+        ideas.append(f"{facts.step:,} steps are few: train longer, --steps {FEW_STEPS}")
     if facts.grey and _any(views, "jitter_p"):
         ideas.append(f"the images are grey, so colour jitter only changes their brightness: {_both('jitter_p', 0)}")
     elif not facts.grey and _any(views, "jitter_p"):
@@ -75,12 +73,22 @@ def first_ideas(facts: RunFacts) -> list[str]:
         ideas.append(f"no blur, which takes much of {views.size_px} px: {_both('blur_p', 0)}")
     if 0 < facts.step < 4 * FEW_STEPS and optim.tau_base > 0.95:
         ideas.append(f"a target that moves faster in a short run: --optim.tau_base 0.9 (it is {optim.tau_base:g})")
-    if optim.warmup_epochs > config.epochs / 4:
+    if optim.warmup_epochs > config.epochs / 4 and not config.steps:
         ideas.append(
             f"a shorter warm-up: --optim.warmup_epochs {config.epochs / 20:.3g} (it is {optim.warmup_epochs:g} of {config.epochs:g})"
         )
     ideas.append("look at what the network sees: python -m fastbyol views, with this run's options")
     return ideas[:MOST_IDEAS]
+
+
+def _stopped_at(facts: RunFacts) -> str:
+    """Returns how far a run came that is not complete, else ''."""
+    config = facts.config
+    if config.steps:
+        return f"{facts.step:,} of {config.steps:,} steps" if 0 < facts.step < config.steps else ""
+    # A complete run ends less than a step before its last epoch does: a smaller batch is left out.
+    unfinished = facts.epoch > 0 and facts.epoch * (1 + 1 / max(facts.step, 1)) <= config.epochs
+    return f"{facts.epoch:.3g} of {config.epochs:g} epochs" if unfinished else ""
 
 
 def _pair(views: ViewPair) -> tuple[ViewSpec, ViewSpec]:
