@@ -91,7 +91,7 @@ def test_a_stop_is_one_line_with_the_progress_and_the_same_command_continues(
     assert len(workers) == 2
     await_gone(workers)
     done = command.done()
-    assert 100 <= done < IMAGES
+    assert 100 <= done <= IMAGES  # all of them, if it came after the last image and before the end
     assert err.splitlines()[1:] == [f"fastbyol: {command.out}: stopped at {done:,} of {IMAGES:,} images; the same command continues"]
     assert not command.out.exists()
     assert command.run().returncode == 0
@@ -307,7 +307,7 @@ def test_stock_ffcv_reads_a_beton_with_fewer_rows_than_its_table_has_room_for_an
     difference = np.abs(image.numpy().astype(int) - expected[:, :, 4:44])
     assert difference[table.mode == 1].max() == 0
     assert difference.mean() < 2
-    assert label.flatten().tolist() == [0] * 9
+    assert label.flatten().tolist() == [-1] * 9  # one folder: no labels
 
 
 def test_too_many_dropped_images_or_an_emptied_class_is_an_error_that_keeps_the_work(tmp_path: Path) -> None:

@@ -150,9 +150,9 @@ class ImageListing:
 
     def num_bytes(self, index: int) -> int:
         """Returns the image's size in bytes. Raises UserError if its file no longer exists."""
-        if (size := self.location(index).size) is not None:
-            return size
-        path = self.path(index)
+        if self.places is not None:
+            return self.places.sizes[index]
+        path = self.root / self.files[index]
         try:
             return path.stat().st_size
         except OSError as error:
