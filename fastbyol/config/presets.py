@@ -152,7 +152,7 @@ PRESETS: dict[str, Preset] = {
         config=_OWN_TINY,
         expected="none published",
         source="ours: docs/recipes.md has five sets of images",
-        run_here="docs/recipes.md",
+        run_here="with 1,000 steps on garments 69.3 top-1 linear, 64.6 kNN; four other sets in docs/recipes.md, where it is not always better than pixels",
         first="views.view1/2.flip_p 0.5 if a mirrored image is still the same thing; views.view1/2.crop_area; then steps",
     ),
     "own_small": Preset(
