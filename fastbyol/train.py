@@ -37,6 +37,7 @@ from fastbyol.optim import build_optimizer, check_update
 from fastbyol.ranks.data_parallel import gradient_reduction, replicate
 from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.run.command_line import parse_train_config
+from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.initial_weights import load_initial_weights
 from fastbyol.run.log import close_logging, configure_logging
 from fastbyol.run.plan import RunPlan
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with StopRequest(grace_s=config.grace_s) as stop:
         process = join_process_group(timeout_s=config.timeout_s)
         configure_logging(quiet=not process.is_main)
+        complete = None
         try:
             with lost_ranks_named(process):
                 complete = train(config, process, stop)
@@ -62,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         finally:
             close_logging()
-            leave_process_group()
+            # The session's own watch is over, and leaving may hang where a peer or a device does.
+            with HangWatch(config.timeout_s):
+                leave_process_group(failed=complete is None)
     if not complete:
         sys.exit(STOPPED_EXIT)
 

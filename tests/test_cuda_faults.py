@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.autograd import DeviceType
 
 from benchmarks.gpu.syncs import PINNED
+from fastbyol.config.errors import LOST_EXIT, Lost
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader, dali_renderer
+from fastbyol.host import cores
+from fastbyol.ranks.process_group import Process, leave_process_group, lost_ranks_named
+from fastbyol.run.log import close_logging, configure_logging
+from fastbyol.run.profiling import profile_table, spans_of
+from tests.commands import run_python
 
 VIEWS = ViewPair(size_px=32)
 
@@ -67,3 +79,146 @@ def test_dalis_thread_works_on_the_ranks_own_gpu(tar_folder: Path, pinned: list[
     ) as loader:
         assert len(list(loader)) == len(recorded_on)
     assert set(recorded_on) == {gpu}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (dist.DistBackendError, "NCCL error in: ProcessGroupNCCL.cpp:77, ncclRemoteError: A call failed possibly due to a network error"),
+        (dist.DistBackendError, "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12, OpType=ALLREDUCE)"),
+        (dist.DistBackendError, "NCCL communicator was aborted on rank 3."),
+        (RuntimeError, "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.4]:3921"),
+        (RuntimeError, "[gloo/transport/tcp/pair.cc:547] Read error [10.0.0.4]:3921: Connection reset by peer"),
+        (RuntimeError, "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation to complete"),
+        (dist.DistNetworkError, "failed to recv, got 0 bytes"),
+        (dist.DistStoreError, "wait timeout after 600000ms, keys: /0"),
+    ],
+)
+def test_a_peer_that_is_gone_is_a_lost_rank(kind: type[Exception], text: str) -> None:
+    with pytest.raises(Lost, match="continues from the last checkpoint"), lost_ranks_named(Process(0, 2, torch.device("cpu"))):
+        raise kind(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (
+            dist.DistBackendError,
+            "NCCL error in: NCCLUtils.cpp:93, invalid usage, NCCL version 2.27.5. Duplicate GPU detected: rank 0 and rank 1",
+        ),
+        (dist.DistBackendError, "NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details). Cuda failure 'out of memory'"),
+        (RuntimeError, "ProcessGroupNCCL is only supported with GPUs, no GPUs found!"),
+        (RuntimeError, "[enforce fail at ../third_party/gloo/gloo/allreduce.cc:21] op.preamble.length <= op.nbytes. 8 vs 4"),
+    ],
+)
+def test_an_error_of_the_settings_is_not_a_lost_rank_which_launchers_would_start_again_for_ever(kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text[:20].replace("[", r"\[")), lost_ranks_named(Process(0, 2, torch.device("cpu"))):
+        raise kind(text)
+
+
+@pytest.mark.parametrize(("failed", "calls"), [(True, ["abort", "destroy"]), (False, ["destroy"])])
+def test_after_a_failure_nccl_is_aborted_instead_of_waited_for(failed: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=SimpleNamespace(abort=lambda: made.append("abort"))))
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: made.append("destroy"))
+    leave_process_group(failed=failed)
+    assert made == calls
+
+
+def test_a_group_that_cannot_be_left_after_a_failure_does_not_hold_the_process(tmp_path: Path) -> None:
+    """The hang watch is on until the group is left: here destroying it hangs, as NCCL's does where a peer is dead."""
+    code = (
+        "import time, torch.distributed as dist; import fastbyol.train as train, fastbyol.run.hang_watch as watch\n"
+        "from fastbyol.config.errors import Lost\n"
+        "def lost(*_): raise Lost('a peer is gone')\n"
+        "train.train, train.leave_process_group, watch.MARGIN_S = lost, lambda **_: time.sleep(1000), 0.2\n"
+        f"train.main(['--preset', 'cpu_demo', '--data.train', 'x', '--timeout_s', '1', '--out', {str(tmp_path / 'run')!r}])\n"
+    )
+    done = run_python("-c", code, timeout=60)
+    assert done.returncode == LOST_EXIT
+    assert "no step for 1 s (timeout_s)" in done.stderr
+
+
+def test_a_first_step_that_compiles_may_take_longer_than_the_others() -> None:
+    code = (
+        "import time, fastbyol.run.hang_watch as watch\n"
+        "watch.MARGIN_S = 0.1\n"
+        "with watch.HangWatch(0.5, first_s=30) as watching:\n"
+        "    time.sleep(1.5)\n"
+        "    watching.beat()\n"
+        "    print('compiled', flush=True)\n"
+        "    time.sleep(30)\n"
+    )
+    done = run_python("-c", code, timeout=25)
+    assert (done.returncode, done.stdout) == (LOST_EXIT, "compiled\n")
+    assert "no step for 0.5 s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("of_all", "workers"),
+    [
+        ([("a", range(16))] * 4, 4),  # torchrun: all ranks may use all cores
+        ([("a", range(16)), *(("a", range(16 * n, 16 * n + 16)) for n in range(1, 4))], 16),  # srun --cpus-per-task 16: bound to their own
+        ([("a", range(16)), ("a", range(16)), ("b", range(16)), ("b", range(16))], 8),  # two machines whose cores have the same numbers
+        ([("a", range(16)), ("a", range(8, 24))], 8),  # they share half of them
+    ],
+)
+def test_cores_are_divided_by_the_ranks_that_share_them(of_all: list, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(cores, "_sharing", None)
+    everyone = [(machine, frozenset(numbers)) for machine, numbers in of_all]
+    cores.share_cores(everyone[0], everyone)
+    assert cores.default_workers() == workers
+
+
+@pytest.mark.distributed
+def test_ranks_bound_to_one_core_each_have_one_thread_each_and_ranks_on_two_share_them() -> None:
+    code = (
+        "import os; from fastbyol.host.cores import default_workers; from fastbyol.ranks.process_group import *\n"
+        "bound = os.environ['BOUND'] == '1'\n"
+        "os.sched_getaffinity = lambda pid: {int(os.environ['RANK']) + 2 * core for core in range(4)} if bound else set(range(8))\n"
+        "join_process_group(timeout_s=60); print(default_workers(), flush=True); leave_process_group()\n"
+    )
+    for bound in ("1", "0"):
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code)
+        done = run_python(*launcher, env={**os.environ, "BOUND": bound}, timeout=120)
+        assert done.stdout.split() == ["4", "4"], done.stderr
+
+
+def test_kernel_times_are_counted_once() -> None:
+    """torch.profiler gives a kernel's time to its own event, to the operation that launched it, and to annotations around both."""
+
+    def event(key: str, device: DeviceType, time: float, *, annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, device_type=device, self_device_time_total=time, self_cpu_time_total=9.0, count=2, is_user_annotation=annotation
+        )
+
+    events = [
+        event("aten::add", DeviceType.CPU, 300.0),
+        event("add_kernel", DeviceType.CUDA, 300.0),
+        event("encoder", DeviceType.CUDA, 300.0, annotation=True),
+        event("cudaStreamSynchronize", DeviceType.CPU, 0.0),
+    ]
+    spans = spans_of(events, on_gpu=True)
+    assert sum(span.self_us for span in spans) == 300.0
+    table = profile_table(spans, steps=2, span_us=600.0, device="GPU")
+    assert "GPU works 50% of the time" in table
+    assert "host waits for the device: 1.0 times a step" in table
+    assert table.splitlines()[1].split() == ["add_kernel", "0.150", "100.0%", "1.0"]
+
+
+def test_a_quiet_rank_repeats_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    said = logging.getLogger("fastbyol")
+    with warnings.catch_warnings():
+        configure_logging(quiet=True)
+        said.warning("seen by all ranks")
+        warnings.warn("torch's, on all ranks", stacklevel=1)
+        said.error("an error of this rank")
+    configure_logging(quiet=False)
+    said.warning("rank 0 says it")
+    close_logging()
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == ["an error of this rank", "rank 0 says it"]

@@ -259,7 +259,9 @@ class TrainConfig:
     resumed.
     """
     timeout_s: float = 600.0
-    """Seconds after which the run is ended if a rank, a data source or a device does not respond; compilation counts too."""
+    """Seconds after which the run is ended if a rank, a data source or a device does not respond. A first step that compiles has an hour,
+    but no rank may compile for this much longer than another.
+    """
     grace_s: float = 60.0
     """Seconds to finish and save the current step after SIGTERM, SIGINT, SIGHUP or SIGUSR1; then the process exits without saving it."""
     profile_steps: int = 0
