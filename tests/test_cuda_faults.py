@@ -7,8 +7,10 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,14 +19,22 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 
 from benchmarks.gpu.syncs import PINNED
-from fastbyol.config.errors import LOST_EXIT, Lost
-from fastbyol.config.schema import DataConfig
+from fastbyol.augment.torch_graph import augment_batch
+from fastbyol.config.errors import LOST_EXIT, Lost, UserError
+from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.config.schema import DataConfig, ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader, dali_renderer
+from fastbyol.data.batch import views_on_device
 from fastbyol.host import cores
-from fastbyol.ranks.process_group import Process, leave_process_group, lost_ranks_named
+from fastbyol.monitors.compute import largest_activation
+from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
+from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.log import close_logging, configure_logging
+from fastbyol.run.precision import check_compile, resolved, use_compile_threads
 from fastbyol.run.profiling import profile_table, spans_of
+from fastbyol.tuning.candidates import most_images, rank_batches
+from fastbyol.tuning.stepper import Stepper
 from tests.commands import run_python
 
 VIEWS = ViewPair(size_px=32)
@@ -222,3 +232,116 @@ def test_a_quiet_rank_repeats_no_warning(capfd: pytest.CaptureFixture[str]) -> N
     close_logging()
     lines = capfd.readouterr().err.splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == ["an error of this rank", "rank 0 says it"]
+
+
+GPU = torch.device("cuda", 1)
+
+
+def test_cuda_graphs_with_micro_batches_are_refused() -> None:
+    graphs = PrecisionConfig(compile_mode="reduce-overhead")
+    check_compile(graphs, device=GPU)
+    with pytest.raises(
+        UserError, match="'reduce-overhead': CUDA graphs keep the outputs of one forward pass, and rank_batch makes 2 a step"
+    ):
+        check_compile(graphs, device=GPU, accumulate=2)
+
+
+def test_a_gpu_compiles_unless_told_not_to_and_a_cpu_only_if_told() -> None:
+    for device, compiled in ((GPU, ["yes", "yes", "no"]), (torch.device("cpu"), ["no", "yes", "no"])):
+        assert [resolved(PrecisionConfig(compile=how), device=device).compile for how in ("auto", "yes", "no")] == compiled
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "yes"), (False, "no")])
+def test_configs_of_earlier_versions_with_true_and_false_still_load(old: bool, new: str, tmp_path: Path) -> None:
+    plain = to_plain(TrainConfig())
+    plain["precision"]["compile"] = old
+    assert from_plain(TrainConfig, plain).precision.compile == new
+    (tmp_path / "config.yaml").write_text(f"precision:\n  compile: {str(old).lower()}\n")
+    (tmp_path / "yaml.yaml").write_text(f"precision:\n  compile: {new}\n")
+    for typed in (
+        ["--config", str(tmp_path / "config.yaml")],
+        ["--config", str(tmp_path / "yaml.yaml")],
+        ["--precision.compile", str(old).lower()],
+        ["--precision.compile", new],
+    ):
+        assert parse_train_config(typed, usage="").precision.compile == new
+
+
+def test_each_ranks_compile_workers_are_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(96)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(cores, "_sharing", None)
+    monkeypatch.setattr(inductor, "compile_threads", 32)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "32")
+    use_compile_threads()
+    assert inductor.compile_threads == 32, "the user's own"
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    use_compile_threads()
+    assert inductor.compile_threads == 12
+
+
+@pytest.fixture
+def float32_format() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_each_of_the_tuners_rounds_has_the_number_format_of_its_own_candidate(
+    float32_format: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The switches are the process's, and were set when a candidate's networks were built: by the time of its rounds they were another's."""
+    seen = []
+    for config in (TrainConfig(precision=PrecisionConfig(autocast=name)) for name in ("tf32", "off")):
+        stepper = Stepper(config, Process(0, 1, torch.device("cpu")), networks=lambda: cast(Any, None))
+        monkeypatch.setattr(
+            stepper, "step", lambda batches: seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        )
+        seen.append(stepper)
+    tf32, off = seen
+    seen.clear()
+    for stepper in (tf32, off, tf32):
+        stepper._steps(iter(()), 0.0)
+    assert seen == [("high", True), ("highest", False), ("high", True)]
+
+
+def test_the_search_for_a_batch_ends_where_a_tensor_would_have_two_to_the_31_numbers() -> None:
+    largest = largest_activation(ModelConfig(encoder="resnet50"), size_px=224)
+    assert largest == 256 * 56 * 56 == 64 * 112 * 112
+    most = most_images(largest)
+    assert 2 * most * largest < 2**31 <= 2 * (most + 1) * largest
+    assert rank_batches(4096, most=most) == [16, 32, 64, 128, 256, 512, 1024]
+    assert rank_batches(512, most=most)[-1] == 512
+    assert rank_batches(2 * 1399, most=most) == [2], "1399 is prime"
+
+
+def test_training_on_a_gpu_asks_for_expandable_segments_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.append(os.environ.get("PYTORCH_ALLOC_CONF")))
+    join_process_group()
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "mine")
+    join_process_group()
+    assert asked == ["expandable_segments:True", "mine"]
+
+
+@pytest.mark.parametrize("output", ["uint8", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_views_reach_the_network_as_one_batch_in_its_number_format(image_folder: Path, output: str, dtype: torch.dtype) -> None:
+    """The reference: each view augmented on its own, put together and converted."""
+    with build_loader(DataConfig(train=str(image_folder), workers=1), views=VIEWS, seed=0, global_batch=4, output=output) as loader:
+        batch = next(iter(loader))
+    both, label = views_on_device(batch, VIEWS, torch.device("cpu"), dtype=dtype)
+    singles = [batch.view1, batch.view2]
+    if output == "uint8":
+        how = {"blur_taps": VIEWS.blur_taps, "mean": VIEWS.mean, "std": VIEWS.std}
+        singles = [augment_batch(view, batch.parameters[:, v], **how) for v, view in enumerate(singles)]
+    assert torch.equal(both, torch.cat(singles).to(dtype))
+    assert both.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(label, batch.label)

@@ -57,6 +57,8 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
     rank, world_size, local_rank = _place_in_environment()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        # Before CUDA starts: at the largest batch, a fragmented memory would run out.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         # Before NCCL starts: otherwise every rank opens a context on GPU 0.
         torch.cuda.set_device(device)
     process = Process(rank=rank, world_size=world_size, device=device)
