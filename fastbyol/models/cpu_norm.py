@@ -63,9 +63,9 @@ def _norm_relu(
     mean, variance = (np.stack(v) for v in zip(*map(_moments, _by_view(x, views)), strict=True))
     count = weight.new_full((1,), _rows_per_view(x, views))
     if across_ranks:
-        local = (torch.from_numpy(v).to(weight.dtype) for v in (mean, variance * _rows_per_view(x, views)))
-        whole = combined_over_ranks(*local, count)
-        mean, variance, count = whole[0].double().numpy(), whole[1].double().numpy(), whole[2]
+        own_mean, deviation = (torch.from_numpy(v).to(weight.dtype) for v in (mean, variance * _rows_per_view(x, views)))
+        *whole, count = combined_over_ranks(own_mean, deviation, count)
+        mean, variance = (v.double().numpy() for v in whole)
     inverse_std = 1 / np.sqrt(variance + eps)
     scale = weight.detach().numpy() * inverse_std
     offset = bias.detach().numpy() - scale * mean

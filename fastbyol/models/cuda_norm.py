@@ -67,8 +67,9 @@ class _Normalise(torch.autograd.Function):
         for view, (x, place) in enumerate(zip(inputs, output.chunk(views), strict=True)):
             statistics = means[:, view], inverse_stds[:, view]
             # It also moves the running statistics, by the unbiased variance of all ranks.
-            total.append(torch.batch_norm_gather_stats_with_counts(x, *statistics, running_mean, running_var, momentum, eps, counts))
-            torch.batch_norm_elemt(x, weight, bias, *total[-1], eps, out=place)
+            mean, inverse_std = torch.batch_norm_gather_stats_with_counts(x, *statistics, running_mean, running_var, momentum, eps, counts)
+            torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps, out=place)
+            total.append((mean, inverse_std))
         mean, inverse_std = (torch.stack(parts) for parts in zip(*total, strict=True))
         ctx.save_for_backward(input, weight, mean, inverse_std, counts.sum(0, keepdim=True).to(torch.int32))
         ctx.views, ctx.across_ranks = views, across_ranks
