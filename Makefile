@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+OLDEST := .venv-oldest
 DEMO_KIND ?= fashion
 DEMO_DATA := demo/$(DEMO_KIND)
 DEMO_RUN := runs/demo
 DEMO_PRESET := $(if $(filter scenes,$(DEMO_KIND)),cpu_demo_scenes,cpu_demo)
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-oldest lint bench clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP) ## .venv with torch, DALI, ffcv and the tools; Debian packages where apt-get can install them
 
@@ -24,6 +25,13 @@ demo: $(STAMP) ## images -> .beton -> BYOL -> evaluation -> runs/demo/report.htm
 
 test: $(STAMP) ## the tests, in two processes: most of them wait for processes of their own
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-oldest: ## the tests with the lowest versions that pyproject.toml allows, in an environment of its own (OLDEST=.venv-oldest)
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) scripts/lowest_versions.py > $(OLDEST)/lowest.txt
+	PKG_CONFIG_PATH="$(CURDIR)/scripts/ffcv_build/pc:$$PKG_CONFIG_PATH" $(OLDEST)/bin/python -m pip install --quiet \
+	  --constraint $(OLDEST)/lowest.txt --editable '.[dev,dali,ffcv]'
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff, pyright, layers
 	$(BIN)/ruff check .

@@ -52,6 +52,11 @@ class BYOLOutput(NamedTuple):
     feature: Tensor
 
 
+def one_batch(view1: Tensor, view2: Tensor | None) -> Tensor:
+    """Returns both views as one batch (2N, ...), view 1 first; view2 None: `view1` is that batch already."""
+    return view1 if view2 is None else torch.cat([view1, view2])
+
+
 class Online(nn.Module):
     """Online network: encoder, projector and predictor. In training, batch-norm statistics are computed for each view separately."""
 
@@ -61,10 +66,10 @@ class Online(nn.Module):
         self.projector = projector
         self.predictor = predictor
 
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[OnlineOutput, OnlineOutput]:
-        """Returns the outputs for both views, each (N, 3, H, W). The views go through the network as one batch."""
+    def forward(self, view1: Tensor, view2: Tensor | None = None) -> tuple[OnlineOutput, OnlineOutput]:
+        """Returns the outputs for both views, each (N, 3, H, W), or given as one batch (2N, 3, H, W), view 1 first."""
         # One forward pass over 2N images is faster than two over N. It gives the same result because batch norm sees each view separately.
-        feature = self.encoder(torch.cat([view1, view2]))
+        feature = self.encoder(one_batch(view1, view2))
         projection = self.projector(feature)
         halves = (x.chunk(NUM_VIEWS) for x in (feature, projection, self.predictor(projection)))
         output1, output2 = (OnlineOutput(*half) for half in zip(*halves, strict=True))
@@ -83,9 +88,9 @@ class Target(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the projection (N, D) of each view, without gradient."""
-        projection1, projection2 = self.projector(self.encoder(torch.cat([view1, view2]))).chunk(NUM_VIEWS)
+    def forward(self, view1: Tensor, view2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the projection (N, D) of each view, without gradient. The views are given as to `Online`."""
+        projection1, projection2 = self.projector(self.encoder(one_batch(view1, view2))).chunk(NUM_VIEWS)
         return projection1, projection2
 
 
@@ -130,13 +135,15 @@ class BYOL(nn.Module):
         self.target = Target(self.online)
         self.probe = nn.Linear(feature_dim, num_classes)
 
-    def forward(self, view1: Tensor, view2: Tensor, label: Tensor) -> BYOLOutput:
-        """Runs both views, (N, 3, H, W) normalised, through both networks.
+    def forward(self, view1: Tensor, view2: Tensor | None, label: Tensor) -> BYOLOutput:
+        """Runs both views, normalised, through both networks.
 
+        view1, view2: (N, 3, H, W) each; or view1 (2N, 3, H, W), one view after the other, and view2 None, which saves a copy.
         label: (N,) int64, used by the probe only; negative for an unlabelled image.
         """
-        online1, online2 = self.online(view1, view2)
-        projections = self._predicted(view1, view2, online1, online2)
+        views = one_batch(view1, view2)
+        online1, online2 = self.online(views)
+        projections = self._predicted(views, online1, online2)
         predictions = online1.prediction, online2.prediction
         if self.objective.predictor == "least_squares":
             # Each view predicts the other one, as in the loss.
@@ -164,10 +171,10 @@ class BYOL(nn.Module):
             return byol_loss(*predictions, *projections, normalization=self.objective.normalization)
         return regression
 
-    def _predicted(self, view1: Tensor, view2: Tensor, online1: OnlineOutput, online2: OnlineOutput) -> tuple[Tensor, Tensor]:
+    def _predicted(self, views: Tensor, online1: OnlineOutput, online2: OnlineOutput) -> tuple[Tensor, Tensor]:
         """Returns the projections (N, D) of both views that the predictions are compared with."""
         if self.objective.target == "ema":
-            return self.target(view1, view2)
+            return self.target(views)
         if self.objective.target == "online":
             return online1.projection, online2.projection
         return online1.projection.detach(), online2.projection.detach()

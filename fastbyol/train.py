@@ -37,10 +37,11 @@ from fastbyol.optim import build_optimizer, check_update
 from fastbyol.ranks.data_parallel import gradient_reduction, replicate
 from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
 from fastbyol.run.command_line import parse_train_config
+from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.initial_weights import load_initial_weights
 from fastbyol.run.log import close_logging, configure_logging
 from fastbyol.run.plan import RunPlan
-from fastbyol.run.precision import autocast, build_scaler, is_compiled, prepare_model
+from fastbyol.run.precision import autocast, build_scaler, check_compile, compiles_augmentation, input_dtype, prepare_model
 from fastbyol.run.rank_agreement import opened_alike, require_same_start
 from fastbyol.run.session import Session, check_run
 from fastbyol.run.state import TrainState, check_bn_images
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with StopRequest(grace_s=config.grace_s) as stop:
         process = join_process_group(timeout_s=config.timeout_s)
         configure_logging(quiet=not process.is_main)
+        complete = None
         try:
             with lost_ranks_named(process):
                 complete = train(config, process, stop)
@@ -62,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         finally:
             close_logging()
-            leave_process_group()
+            # The session's own watch is over, and leaving may hang where a peer or a device does.
+            with HangWatch(config.timeout_s):
+                leave_process_group(failed=complete is None)
     if not complete:
         sys.exit(STOPPED_EXIT)
 
@@ -115,10 +119,16 @@ def train_step(
     for micro in range(state.accumulate):
         with monitor.waiting():
             batch = next(batches)
-        view1, view2, label = views_on_device(batch, config.views, process.device, compiled=is_compiled(state.byol))
+        views, label = views_on_device(
+            batch,
+            config.views,
+            process.device,
+            dtype=input_dtype(config.precision, device=process.device),
+            compiled=compiles_augmentation(process.device),
+        )
         with gradient_reduction(state.model, now=micro == state.accumulate - 1):
             with autocast(config.precision, device=process.device):
-                output: BYOLOutput = state.model(view1, view2, label)
+                output: BYOLOutput = state.model(views, None, label)
             # One backward for both: the probe reads a detached feature, so its gradient stays in its own weights.
             loss = output.loss + output.probe_loss
             state.scaler.scale(loss / state.accumulate).backward()
@@ -143,6 +153,7 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     check_update(config.optim.update, process.device)
     loader = opened_alike(partial(build_run_loader, config, process), process)
     accumulate = accumulation_of(config, world_size=process.world_size)
+    check_compile(config.precision, device=process.device, accumulate=accumulate)
     # Set right before the networks are built, so that they get the same weights on every rank.
     torch.manual_seed(config.seed)
     byol = build_byol(config.model, num_classes=max(1, len(loader.class_names)), objective=config.objective)

@@ -267,7 +267,7 @@ class _Smallest(nn.Module):
 def test_the_whole_forward_and_loss_compile_into_one_graph_and_agree_with_eager_within_bf16_rounding():
     """prepare_model compiles with fullgraph=True, which raises where the graph breaks."""
     torch.manual_seed(0)
-    config = PrecisionConfig(autocast="bf16", compile=True)
+    config = PrecisionConfig(autocast="bf16", compile="yes")
     eager = BYOL(_Smallest(), num_classes=3, hidden_dim=16, projection_dim=8)
     compiled = prepare_model(copy.deepcopy(eager), config, device=torch.device("cpu"))
     batch = (*torch.randn(2, 8, 3, 16, 16), torch.zeros(8, dtype=torch.long))
@@ -287,7 +287,7 @@ def test_without_a_compiler_a_run_goes_on_in_eager_mode_with_one_message(tmp_pat
     code = (
         "import logging, torch; logging.basicConfig(); from fastbyol.run.precision import prepare_model; "
         "from fastbyol.config.schema import PrecisionConfig; "
-        "m = prepare_model(torch.nn.Linear(3, 2), PrecisionConfig(compile=True), device=torch.device('cpu')); print(m(torch.ones(1, 3)).shape)"
+        "m = prepare_model(torch.nn.Linear(3, 2), PrecisionConfig(compile='yes'), device=torch.device('cpu')); print(m(torch.ones(1, 3)).shape)"
     )
     environment = {**os.environ, "CXX": str(tmp_path / "no-such-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120)
@@ -301,11 +301,14 @@ def test_without_a_compiler_a_run_goes_on_in_eager_mode_with_one_message(tmp_pat
     ("options", "says"),
     [
         ({"autocast": "tf32"}, "precision.autocast = 'tf32'.*the device is cpu; use bf16 or off"),
-        ({"compile": True, "compile_mode": "reduce-overhead"}, "precision.compile_mode = 'reduce-overhead': means CUDA graphs"),
-        ({"compile": True, "compile_cache": "{file}/below"}, "precision.compile_cache = .*cannot be made"),
-        ({"compile_mode": "max-autotune"}, "precision.compile_mode = 'max-autotune': must be 'default' where precision.compile is off"),
-        ({"compile_cache": "cache"}, "precision.compile_cache = 'cache': must be '' where precision.compile is off"),
-        ({"compile": True, "compile_mode": "fastest"}, "must be one of default, reduce-overhead, max-autotune"),
+        ({"compile": "yes", "compile_mode": "reduce-overhead"}, "precision.compile_mode = 'reduce-overhead': means CUDA graphs"),
+        ({"compile": "yes", "compile_cache": "{file}/below"}, "precision.compile_cache = .*cannot be made"),
+        (
+            {"compile_mode": "max-autotune"},
+            "precision.compile_mode = 'max-autotune': must be 'default' where precision.compile is auto and the device cpu",
+        ),
+        ({"compile_cache": "cache"}, "precision.compile_cache = 'cache': must be '' where precision.compile is auto and the device cpu"),
+        ({"compile": "yes", "compile_mode": "fastest"}, "must be one of default, reduce-overhead, max-autotune"),
         ({"gradient_messages": "fp8"}, "precision.gradient_messages = 'fp8': must be one of float32, bf16"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -37,6 +38,19 @@ def on_path(tmp_path):
     return put
 
 
+KNOWS_TIMEOUT = "--shutdown-timeout" in get_args_parser().format_help()
+WAITS_S = 30
+"""Seconds that a torchrun waits which knows no such option: torch 2.11's."""
+
+
+def _torchrun(option: str) -> str:
+    """Returns a torchrun that prints its arguments, and whose help names the option."""
+    return f"""if [ "$1" = --help ]; then echo "usage: {option}"; else printf '%s\\n' "$@"; fi"""
+
+
+TORCHRUN = _torchrun("--shutdown-timeout SECONDS" if KNOWS_TIMEOUT else "")
+
+
 def _check_command(torchrun_and_ours: list[str], *, preset: str, train: str) -> None:
     """Checks that both parsers accept the command, each its own part."""
     known = get_args_parser().parse_args(torchrun_and_ours)
@@ -46,7 +60,8 @@ def _check_command(torchrun_and_ours: list[str], *, preset: str, train: str) -> 
     assert ours[ours.index("--preset") + 1] == preset
     assert config.data.train == train
     assert "SIGTERM" in known.signals_to_handle
-    assert config.grace_s < known.shutdown_timeout, "torchrun must not kill who may still be saving"
+    if KNOWS_TIMEOUT:
+        assert config.grace_s < known.shutdown_timeout, "torchrun must not kill who may still be saving"
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in SCRIPTS.iterdir() if p.suffix in (".sh", ".sbatch")))
@@ -66,7 +81,7 @@ def test_every_script_is_valid_bash(script):
     ],
 )
 def test_the_torchrun_scripts_pass_on_what_was_typed(script, environment, torchrun, on_path):
-    env = on_path("torchrun", 'printf "%s\\n" "$@"') | environment
+    env = on_path("torchrun", TORCHRUN) | environment
     done = subprocess.run(["bash", SCRIPTS / script, *TYPED], env=env, capture_output=True, text=True, check=True)
     command = done.stdout.splitlines()
     _check_command(command, preset="r50_100ep", train="a folder/train.beton")
@@ -77,10 +92,21 @@ def test_the_torchrun_scripts_pass_on_what_was_typed(script, environment, torchr
 
 @pytest.mark.parametrize("typed", [["--grace_s", "60"], ["--grace_s=60"]])
 def test_a_grace_time_that_is_typed_takes_the_place_of_the_scripts_own(typed, on_path):
-    env = on_path("torchrun", 'printf "%s\\n" "$@"') | {"GPUS": "8"}
+    env = on_path("torchrun", TORCHRUN) | {"GPUS": "8"}
     done = subprocess.run(["bash", SCRIPTS / "one_node.sh", *TYPED, *typed], env=env, capture_output=True, text=True, check=True)
     ours = get_args_parser().parse_args(done.stdout.splitlines()).training_script_args
     assert parse_train_config(ours, usage="").grace_s == 60
+
+
+@pytest.mark.parametrize("script", ["one_node.sh", "several_nodes.sh"])
+@pytest.mark.parametrize(("option", "passed", "grace_s"), [("--shutdown-timeout SECONDS", ["120"], "110"), ("", [], "20")])
+def test_torchrun_is_told_how_long_to_wait_only_if_it_knows_the_option(script, option, passed, grace_s, on_path):
+    """Otherwise it would refuse the command; and the workers must be done before it kills them."""
+    env = on_path("torchrun", _torchrun(option)) | {"GPUS": "8", "NODES": "2", "HOST": "node0"}
+    done = subprocess.run(["bash", SCRIPTS / script, *TYPED], env=env, capture_output=True, text=True, check=True)
+    words = done.stdout.splitlines()
+    assert [after for word, after in itertools.pairwise(words) if word == "--shutdown-timeout"] == passed
+    assert words[words.index("--grace_s") + 1] == grace_s
 
 
 def test_several_nodes_asks_for_what_it_needs(on_path):
@@ -120,7 +146,7 @@ def test_the_slurm_directives_exist_and_leave_time_to_save():
     assert "requeue" in options
 
 
-def test_the_kubernetes_manifest_is_a_pytorchjob_whose_command_both_parsers_know():
+def test_the_kubernetes_manifest_is_a_pytorchjob_whose_command_both_parsers_know(monkeypatch):
     (job,) = yaml.safe_load_all((SCRIPTS / "kubernetes.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
@@ -131,9 +157,11 @@ def test_the_kubernetes_manifest_is_a_pytorchjob_whose_command_both_parsers_know
     launcher, *command = container["command"]
     assert launcher == "torchrun"
     assert all(isinstance(word, str) for word in command), "Kubernetes refuses numbers in a command"
+    for variable in container["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])  # torchrun reads its options from PET_ variables too
     _check_command(command, preset="r50_300ep", train="/data/train.beton")
     known = get_args_parser().parse_args(command)
-    assert known.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    assert (known.shutdown_timeout if KNOWS_TIMEOUT else WAITS_S) < pod["terminationGracePeriodSeconds"]
     assert int(known.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert f"WORKDIR {container['workingDir']}\n" in (SCRIPTS.parent / "Dockerfile").read_text()

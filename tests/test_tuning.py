@@ -111,9 +111,9 @@ def test_loader_threads_go_up_in_powers_of_two_to_the_cores() -> None:
 
 
 def test_rank_batches_are_powers_of_two_that_divide_the_share_of_a_rank_and_the_share_itself() -> None:
-    assert candidates.rank_batches(4096 // 8) == [16, 32, 64, 128, 256, 512]
-    assert candidates.rank_batches(96) == [16, 32, 96]
-    assert candidates.rank_batches(8) == [8]
+    assert candidates.rank_batches(4096 // 8, most=10_000) == [16, 32, 64, 128, 256, 512]
+    assert candidates.rank_batches(96, most=10_000) == [16, 32, 96]
+    assert candidates.rank_batches(8, most=10_000) == [8]
 
 
 def test_the_preset_s_own_precision_comes_first_and_fp16_needs_a_gpu() -> None:
@@ -171,17 +171,17 @@ def test_ways_to_compile_are_the_own_mode_and_those_of_the_device_that_the_time_
     def modes(device: str, seconds: float, *kept: str, own: PrecisionConfig = own) -> list[str]:
         found = candidates.compiled(own, device=device, seconds=seconds, kept=frozenset(kept))
         assert list(found) == [f"compiled, {variant.compile_mode}" for variant in found.values()]
-        assert all(variant.compile for variant in found.values())
+        assert all(variant.compile == "yes" for variant in found.values())
         return [variant.compile_mode for variant in found.values()]
 
     assert modes("cpu", 30) == ["default"]
     assert modes("cpu", 120) == ["default", "max-autotune"]
     assert modes("cuda", 30) == ["default", "reduce-overhead"]
     assert modes("cuda", 120) == ["default", "reduce-overhead", "max-autotune"]
-    graphs = PrecisionConfig(compile=True, compile_mode="reduce-overhead", compile_cache="c")
+    graphs = PrecisionConfig(compile="yes", compile_mode="reduce-overhead", compile_cache="c")
     assert modes("cuda", 30, own=graphs) == ["reduce-overhead", "default"]
     assert modes("cuda", 300, "precision.compile_mode", own=graphs) == ["reduce-overhead"]
-    assert candidates.eager(graphs) == PrecisionConfig()
+    assert candidates.eager(graphs) == PrecisionConfig(compile="no")
     assert (candidates.step_name(own), candidates.step_name(graphs)) == ("eager", "compiled, reduce-overhead")
 
 
@@ -206,38 +206,38 @@ class FakeStepper:
 @pytest.mark.parametrize(
     ("own", "kept", "speeds", "failing", "chosen"),
     [
-        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 151}, {}, (True, "default")),
-        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 170}, {}, (True, "max-autotune")),
-        ({}, (), {"eager": 100, "compiled, default": 90, "compiled, max-autotune": 170}, {}, (True, "max-autotune")),
-        ({}, (), {"eager": 100, "compiled, default": 90, "compiled, max-autotune": 95}, {}, (False, "default")),
-        ({}, ("precision.compile",), {"eager": 100, "compiled, default": 900}, {}, (False, "default")),
+        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 151}, {}, ("yes", "default")),
+        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 170}, {}, ("yes", "max-autotune")),
+        ({}, (), {"eager": 100, "compiled, default": 90, "compiled, max-autotune": 170}, {}, ("yes", "max-autotune")),
+        ({}, (), {"eager": 100, "compiled, default": 90, "compiled, max-autotune": 95}, {}, ("no", "default")),
+        ({"compile": "no"}, ("precision.compile",), {"eager": 100, "compiled, default": 900}, {}, ("no", "default")),
         (
-            {"compile": True},
+            {"compile": "yes"},
             ("precision.compile",),
             {"compiled, default": 100, "compiled, max-autotune": 120},
             {},
-            (True, "max-autotune"),
+            ("yes", "max-autotune"),
         ),
         (
-            {"compile": True, "compile_mode": "max-autotune"},
+            {"compile": "yes", "compile_mode": "max-autotune"},
             (),
             {"eager": 100, "compiled, default": 102, "compiled, max-autotune": 120},
             {},
-            (True, "max-autotune"),
+            ("yes", "max-autotune"),
         ),
         (
             {},
             (),
             {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 170},
             {"compiled, default": "at once"},
-            (True, "max-autotune"),
+            ("yes", "max-autotune"),
         ),
-        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 95}, {"compiled, default": "late"}, (False, "default")),
-        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 95}, {"eager": "late"}, (False, "default")),
+        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 95}, {"compiled, default": "late"}, ("no", "default")),
+        ({}, (), {"eager": 100, "compiled, default": 150, "compiled, max-autotune": 95}, {"eager": "late"}, ("no", "default")),
     ],
 )
 def test_the_way_to_compile_is_chosen_by_measurement_and_the_config_holds_it(
-    own: dict, kept: tuple[str, ...], speeds: dict, failing: dict, chosen: tuple[bool, str], bench: Bench
+    own: dict, kept: tuple[str, ...], speeds: dict, failing: dict, chosen: tuple[str, str], bench: Bench
 ) -> None:
     """The last one: what leaves eager no memory in the rounds has not been compared with it."""
     precision = PrecisionConfig(autocast="off", **own)

@@ -111,7 +111,7 @@ def _variants(size: Size) -> dict[str, Callable[[], TrainingStep]]:
             raise UserError("takes a minute to compile: only without --quick")
         if reason := reason_not_to_compile(torch.device("cpu"), seconds=math.inf):
             raise UserError(reason)
-        return _make_step(size, replace(VARIANTS[OURS], compile=True))
+        return _make_step(size, replace(VARIANTS[OURS], compile="yes"))
 
     variants: dict[str, Callable[[], TrainingStep]] = {name: partial(_make_step, size, precision) for name, precision in VARIANTS.items()}
     return variants | {ACCUMULATED: partial(_make_step, size, VARIANTS[OURS], rank_batch=size.batch // 2), COMPILED: compiled}

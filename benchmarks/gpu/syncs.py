@@ -13,6 +13,7 @@ Steps of other libraries have hundreds of waits (one for each batch norm across 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,12 +22,14 @@ from benchmarks.gpu.subjects import crops_batch
 from benchmarks.training_step import StepSize, TrainingStep
 from fastbyol.byol import BYOLOutput
 from fastbyol.config.schema import ModelConfig
-from fastbyol.data.batch import ViewBatch, views_on_device
-from fastbyol.run.precision import autocast
+from fastbyol.data.batch import views_on_device
+from fastbyol.run.precision import autocast, compiles_augmentation, input_dtype
 from fastbyol.tuning.stepper import TAU, synchronize
 
 CLEAN, UNCHECKED = "no wait", "ran; not checked, because only CUDA has the mode"
 NUM_CLASSES = 10
+PINNED = ("view1", "view2", "label", "parameters")
+"""What the loader pins of a batch; a test holds it to this."""
 
 
 FULL = StepSize(model=ModelConfig(encoder="resnet50"), size_px=224, batch=32, rounds=1)
@@ -68,9 +71,15 @@ class _Pieces:
         self.config = size.config()
         step = TrainingStep(self.config, num_classes=NUM_CLASSES, device=device)
         batch = crops_batch(self.config.views, size.batch, num_classes=NUM_CLASSES)
-        # A copy from memory that is not pinned waits: the loader pins its batches, and the last control shows the wait.
-        self.batch = ViewBatch(*(x.pin_memory() for x in batch)) if device.type == "cuda" else batch
+        # A copy from memory that is not pinned waits: the loader pins all that is copied (not the index), and the last control shows the wait.
+        copied = {name: getattr(batch, name).pin_memory() for name in PINNED} if device.type == "cuda" else {}
+        self.batch = batch._replace(**copied)
         self.device, self.state = device, step.networks()
+        # As the step calls it.
+        self.formats: dict[str, Any] = {
+            "dtype": input_dtype(self.config.precision, device=device),
+            "compiled": compiles_augmentation(device),
+        }
         self.in_order: dict[str, Callable[[], object]] = {
             "copy and augmentation": self.copy_and_augment,
             "forward and loss": self.forward,
@@ -82,11 +91,11 @@ class _Pieces:
         }
 
     def copy_and_augment(self) -> None:
-        self.views = views_on_device(self.batch, self.config.views, self.device)
+        self.views, self.label = views_on_device(self.batch, self.config.views, self.device, **self.formats)
 
     def forward(self) -> None:
         with autocast(self.config.precision, device=self.device):
-            self.output = self.state.byol(*self.views)
+            self.output = self.state.byol(self.views, None, self.label)
 
     def update(self) -> None:
         self.state.optimizer.step()

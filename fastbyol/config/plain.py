@@ -65,6 +65,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         except OverflowError as error:
             raise UserError(f"{where} = {shown(value)}: must be a number below 1e308") from error
+    if hint is str and isinstance(value, bool):
+        value = str(value).lower()  # an option that was true or false in an earlier version; what is no such option refuses the text
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{where} = {shown(value)}: must be of type {hint.__name__}")
     return value

@@ -190,6 +190,9 @@ class OptimConfig:
             require_between(f"optim.{name}", getattr(self, name), 0.0, 1e4)
 
 
+_YES_NO = {"true": "yes", "on": "yes", "false": "no", "off": "no"}
+
+
 @dataclass(frozen=True)
 class PrecisionConfig:
     """Number formats and memory layout of the training step."""
@@ -197,9 +200,9 @@ class PrecisionConfig:
     autocast: str = "bf16"
     """bf16; fp16 (GPU, with a gradient scaler); tf32 (GPU: float32 with matrix products on tensor cores); off: float32."""
     channels_last: bool = True
-    compile: bool = False
-    """Use torch.compile for the whole forward pass and loss, and for the augmentation on a GPU; the first step then takes a minute or
-    more.
+    compile: str = "auto"
+    """Use torch.compile for the whole forward pass and loss: yes; no; auto: on a GPU. The first step then takes a minute or more. The
+    augmentation on a GPU is always compiled.
     """
     compile_mode: str = "default"
     """default; reduce-overhead: CUDA graphs (GPU); max-autotune: tries several kernels, so the first step takes longer."""
@@ -215,9 +218,9 @@ class PrecisionConfig:
         require_choice("precision.autocast", self.autocast, ("bf16", "fp16", "tf32", "off"))
         require_choice("precision.compile_mode", self.compile_mode, ("default", "reduce-overhead", "max-autotune"))
         require_choice("precision.gradient_messages", self.gradient_messages, ("float32", "bf16"))
-        for name, unset in (("compile_mode", "default"), ("compile_cache", "")):
-            value = getattr(self, name)
-            require(self.compile or value == unset, f"precision.{name}", value, f"{unset!r} where precision.compile is off")
+        # Earlier versions wrote true and false, and YAML takes a plain yes for true.
+        object.__setattr__(self, "compile", _YES_NO.get(str(self.compile).lower(), self.compile))
+        require_choice("precision.compile", self.compile, ("auto", "yes", "no"))
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,9 @@ class TrainConfig:
     resumed.
     """
     timeout_s: float = 600.0
-    """Seconds after which the run is ended if a rank, a data source or a device does not respond; compilation counts too."""
+    """Seconds after which the run is ended if a rank, a data source or a device does not respond. A first step that compiles has an hour,
+    but no rank may compile for this much longer than another.
+    """
     grace_s: float = 60.0
     """Seconds to finish and save the current step after SIGTERM, SIGINT, SIGHUP or SIGUSR1; then the process exits without saving it."""
     profile_steps: int = 0

@@ -38,34 +38,43 @@ class ImageBatch(NamedTuple):
 
 
 def views_on_device(
-    batch: ViewBatch, views: ViewPair, device: torch.device, *, compiled: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (view1, view2, label) on the device, views normalised (N, 3, S, S) channels-last; copies do not block the host.
+    batch: ViewBatch, views: ViewPair, device: torch.device, *, dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the normalised views as one batch (2N, 3, S, S), view 1 first, and the labels (N,), on the device.
 
-    We have not run this on a GPU yet. uint8 crops go through `augment.torch_graph`, which is tested against the reference on the CPU.
+    Copies do not block the host. We have not run this on a GPU yet. uint8 crops go through `augment.torch_graph`, which is tested against
+    the reference on the CPU.
 
     Args:
-        compiled: compile the augmentation with Inductor, one graph per view: a few passes over the batch in memory instead of about 300.
+        dtype: number format of the views: that of the network's first layer, which would convert them at the cost of another pass.
+        compiled: compile the augmentation with Inductor: a few passes over the batch in memory instead of about 300.
     """
     label = batch.label.to(device, non_blocking=True)
     if batch.view1.dtype != torch.uint8:
-        return batch.view1.to(device, non_blocking=True), batch.view2.to(device, non_blocking=True), label
+        return _one_batch(batch.view1, batch.view2, device, dtype), label
     parameters = batch.parameters.to(device, non_blocking=True)
-    rotate = max(views.view1.rotation_deg, views.view2.rotation_deg) > 0
     augment = _compiled_augment() if compiled else augment_batch
-    view1, view2 = (
-        augment(
-            crops.to(device, non_blocking=True),
-            parameters[:, v],
-            blur_taps=views.blur_taps,
-            mean=views.mean,
-            std=views.std,
-            rotate=rotate,
-            semantics=views.semantics,
-        )
-        for v, crops in enumerate((batch.view1, batch.view2))
+    both = augment(
+        _one_batch(batch.view1, batch.view2, device, torch.uint8),
+        parameters.transpose(0, 1).flatten(0, 1),
+        blur_taps=views.blur_taps,
+        mean=views.mean,
+        std=views.std,
+        dtype=dtype,
+        rotate=max(views.view1.rotation_deg, views.view2.rotation_deg) > 0,
+        semantics=views.semantics,
     )
-    return view1, view2, label
+    return both, label
+
+
+def _one_batch(view1: torch.Tensor, view2: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Returns both views one after the other, in the memory layout of view 1, each written to its place by its only copy."""
+    layout = torch.channels_last if view1.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    both = torch.empty((2 * len(view1), *view1.shape[1:]), dtype=dtype, device=device, memory_format=layout)
+    for place, view in zip(both.chunk(2), (view1, view2), strict=True):
+        # A copy to a GPU that also converts would do so on the host, into memory that is not pinned, and block.
+        place.copy_(view if view.dtype == dtype else view.to(device, non_blocking=True), non_blocking=True)
+    return both
 
 
 @cache

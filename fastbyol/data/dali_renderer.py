@@ -39,8 +39,10 @@ class DaliRenderer(Renderer):
     """
 
     def __init__(self, source: DaliSource, pair: ViewPair, *, batch: int, workers: int, prefetch: int, device: torch.device) -> None:
-        super().__init__(source, threads=1, prefetch=prefetch)
-        self._jpeg, self._on_gpu = source.jpeg, device.type == "cuda"
+        on_gpu = device.type == "cuda"
+        super().__init__(source, threads=1, prefetch=prefetch, device=device if on_gpu else None)
+        self._jpeg, self._on_gpu = source.jpeg, on_gpu
+        self.pinned = on_gpu
         self._held: deque[tuple[Any, Any]] = deque()
         try:
             device_id = (device.index or 0) if self._on_gpu else None
@@ -76,7 +78,7 @@ class DaliRenderer(Renderer):
             self._held.append((copied, outputs))
             while self._held and self._held[0][0].query():
                 self._held.popleft()
-        return Rendered(indices, views, torch.from_numpy(parameters))
+        return Rendered(indices, views, self.hosted(torch.from_numpy(parameters)))
 
 
 def box_arguments(rows: NDArray[np.float32], view: int) -> dict[str, NDArray[np.float32]]:

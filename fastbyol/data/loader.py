@@ -120,8 +120,8 @@ class TwoViewLoader(_Loader):
         ):
             # NHWC memory seen as NCHW is channels-last: no copy.
             view1, view2 = (view.permute(0, 3, 1, 2) for view in rendered.views)
-            label, index = self._labels[rendered.indices], rendered.indices.copy()
-            yield ViewBatch(view1, view2, torch.from_numpy(label), torch.from_numpy(index), rendered.parameters)
+            label, index = self._renderer.hosted(torch.from_numpy(self._labels[rendered.indices])), rendered.indices.copy()
+            yield ViewBatch(view1, view2, label, torch.from_numpy(index), rendered.parameters)
 
     def endless(self) -> Generator[ViewBatch, None, None]:
         """Yields batches from the loader's position on, epoch after epoch."""

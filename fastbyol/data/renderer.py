@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -56,14 +57,24 @@ class Renderer(ABC):
         source: decodes the images.
         threads: size of the thread pool.
         prefetch: batches prepared ahead of the consumer.
+        device: GPU that the pool's threads work on; None if they do not use one.
     """
 
-    def __init__(self, source: Source, *, threads: int, prefetch: int) -> None:
+    pinned = False
+    """True if batches are read by a GPU, and so live in pinned memory: only from there are copies to a GPU asynchronous."""
+
+    def __init__(self, source: Source, *, threads: int, prefetch: int, device: torch.device | None = None) -> None:
         require_at_least("workers", threads, 1)
         require_at_least("prefetch", prefetch, 1)
         self.source = source
         self._prefetch = prefetch
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-data")
+        # CUDA's current device is a property of each thread, and 0 in a new one.
+        start = partial(torch.cuda.set_device, device) if device is not None else None
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-data", initializer=start)
+
+    def hosted(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the small tensor (labels, parameters) of a batch in the kind of memory that the batch lives in."""
+        return tensor.pin_memory() if self.pinned else tensor
 
     def batches(self, plan: Iterable[Indices], draw: Draw) -> Iterator[Rendered]:
         """Yields the planned batches in order, each in its own memory. An exception of a worker thread is raised here, at its batch."""
@@ -112,13 +123,13 @@ class KernelRenderer(Renderer):
         require_choice("output", output, tuple(OUTPUTS))
         self._kernel = ViewKernel.of(pair)
         self._num_views, self._size_px, self._workers = num_views, pair.size_px, workers
-        # uint8 crops will be copied to a GPU; only from pinned memory is that copy asynchronous.
-        self._memory = BatchMemory(OUTPUTS[output], pinned=output == "uint8" and torch.cuda.is_available(), spare=prefetch + 1)
+        self.pinned = output == "uint8" and torch.cuda.is_available()  # uint8 crops will be copied to a GPU
+        self._memory = BatchMemory(OUTPUTS[output], pinned=self.pinned, spare=prefetch + 1)
 
     def _submit(self, indices: Indices, draw: Draw) -> Pending:
         shape = (self._num_views, len(indices), self._size_px, self._size_px, 3)
         views = self._memory.lend(shape)
-        parameters = torch.empty((len(indices), self._num_views, NUM_COLUMNS))
+        parameters = self.hosted(torch.empty((len(indices), self._num_views, NUM_COLUMNS)))
         chunk = min(MAX_CHUNK, -(-len(indices) // self._workers))
         jobs = [
             self._pool.submit(

@@ -90,50 +90,50 @@ def moments(x: Any, shift: F32) -> F64:
 
 
 @njit(fastmath=_FAST, nogil=True)
-def _normalise_row(x: Any, out: Any, scale: F32, offset: F32) -> None:
+def _normalise_row(x: Any, out: Any, scale: F32, offset: F32, floor: np.float32) -> None:
     for c in range(out.size):
         y = scale[c] * _wide(x[c]) + offset[c]
-        out[c] = _stored(_ZERO if y < _ZERO else y, x[c])
+        out[c] = _stored(floor if y < floor else y, x[c])
 
 
 @njit(cache=True, nogil=True)
-def normalise(x: Any, out: Any, scale: F32, offset: F32) -> None:
-    """Computes out = relu(scale * x + offset)."""
+def normalise(x: Any, out: Any, scale: F32, offset: F32, floor: np.float32) -> None:
+    """Computes out = max(scale * x + offset, floor); a floor of 0 is a ReLU."""
     for r in range(len(x)):
-        _normalise_row(x[r], out[r], scale, offset)
+        _normalise_row(x[r], out[r], scale, offset, floor)
 
 
 @njit(fastmath=_FAST, nogil=True)
-def _normalise_add_row(x: Any, shortcut: Any, out: Any, scale: F32, offset: F32) -> None:
+def _normalise_add_row(x: Any, shortcut: Any, out: Any, scale: F32, offset: F32, floor: np.float32) -> None:
     for c in range(out.size):
         y = scale[c] * _wide(x[c]) + offset[c] + _wide(shortcut[c])
-        out[c] = _stored(_ZERO if y < _ZERO else y, x[c])
+        out[c] = _stored(floor if y < floor else y, x[c])
 
 
 @njit(cache=True, nogil=True)
-def normalise_add(x: Any, shortcut: Any, out: Any, scale: F32, offset: F32) -> None:
-    """Computes out = relu(scale * x + offset + shortcut)."""
+def normalise_add(x: Any, shortcut: Any, out: Any, scale: F32, offset: F32, floor: np.float32) -> None:
+    """Computes out = max(scale * x + offset + shortcut, floor)."""
     for r in range(len(x)):
-        _normalise_add_row(x[r], shortcut[r], out[r], scale, offset)
+        _normalise_add_row(x[r], shortcut[r], out[r], scale, offset, floor)
 
 
 @njit(fastmath=_FAST, nogil=True)
-def _mask_row(gradient: Any, y: Any, x: Any, masked: Any, mean: F32, total: F32, product: F32) -> None:
+def _mask_row(gradient: Any, y: Any, x: Any, masked: Any, mean: F32, floor: np.float32, total: F32, product: F32) -> None:
     for c in range(total.size):
-        g = _ZERO if _wide(y[c]) <= _ZERO else _wide(gradient[c])
+        g = _ZERO if _wide(y[c]) <= floor else _wide(gradient[c])
         masked[c] = _stored(g, gradient[c])
         total[c] += g
         product[c] += g * (_wide(x[c]) - mean[c])
 
 
 @njit(cache=True, nogil=True)
-def mask_gradient(gradient: Any, y: Any, x: Any, masked: Any, mean: F32) -> F64:
-    """Sets masked = gradient where y > 0, else 0; returns its sums over all rows, alone and times x - mean, (2, channels)."""
+def mask_gradient(gradient: Any, y: Any, x: Any, masked: Any, mean: F32, floor: np.float32) -> F64:
+    """Sets masked = gradient where y > floor, else 0; returns its sums over all rows, alone and times x - mean, (2, channels)."""
     sums, run = np.zeros((2, mean.size)), np.empty((2, mean.size), np.float32)
     for start in range(0, len(x), _RUN):
         run[:] = 0
         for r in range(start, min(start + _RUN, len(x))):
-            _mask_row(gradient[r], y[r], x[r], masked[r], mean, run[0], run[1])
+            _mask_row(gradient[r], y[r], x[r], masked[r], mean, floor, run[0], run[1])
         sums += run
     return sums
 

@@ -1,31 +1,17 @@
 """relu(norm(x) + shortcut), which ends every convolution of a ResNet, in as few passes over memory as possible.
 
-These operations do little arithmetic, so memory bandwidth limits them. In training on a CPU they are one operation here, with its own
-backward, for statistics per view, channels-last, in bfloat16 or float32. Everywhere else they are separate torch operations, which
-Inductor fuses if the step is compiled.
+These operations do little arithmetic, so memory bandwidth limits them. In training on a CPU they are one operation, `cpu_norm.py`, for
+statistics per view, channels-last, in bfloat16 or float32. Everywhere else they are separate operations, which Inductor fuses if the
+step is compiled.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
-
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbyol.host.kernel_threads import in_threads
-from fastbyol.models import norm_kernel
-from fastbyol.models.norm_kernel import F32, F64, Rows
-from fastbyol.models.sync_batchnorm import Normalised
+from fastbyol.models.cpu_norm import fits_cpu, normalise_on_cpu
 from fastbyol.models.view_batchnorm import ViewBatchNorm
-
-# Elements that a thread takes at once. Sums are taken per piece, so the result does not depend on the number of threads.
-_PIECE = 1 << 20
-_WIDTH = 512  # minimum length of the kernel's inner loop
-_SAMPLE = 16
 
 
 def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -33,124 +19,9 @@ def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Ten
 
     x: (N, C, H, W); in training with a `ViewBatchNorm`, (views * N, C, H, W), one view after the other.
     """
-    if isinstance(norm, ViewBatchNorm) and not torch.compiler.is_compiling() and _fits_kernel(norm, x, shortcut):
-        output, mean, variance, _ = _norm_relu(x, norm.weight, norm.bias, shortcut, norm.eps, norm.views)
-        norm.update_running(Normalised(output, mean, variance, count=mean.new_full((1,), _rows_per_view(x, norm.views))))
-        return output
+    if isinstance(norm, ViewBatchNorm) and fits_cpu(norm, x, shortcut, views=norm.views, across_ranks=norm.sees_other_ranks):
+        result = normalise_on_cpu(norm, x, shortcut, views=norm.views, across_ranks=norm.sees_other_ranks, relu=True)
+        norm.update_running(result)
+        return result.output
     output = norm(x)
     return F.relu(output if shortcut is None else output + shortcut, inplace=True)
-
-
-def _fits_kernel(norm: ViewBatchNorm, x: Tensor, shortcut: Tensor | None) -> bool:
-    alone = norm.training and norm.affine and norm.weight.dtype == torch.float32 and not norm.sees_other_ranks and len(x) % norm.views == 0
-    right_kind = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
-    same = shortcut is None or (shortcut.dtype == x.dtype and shortcut.shape == x.shape and _is_in_rows(shortcut))
-    return alone and right_kind and same and _is_in_rows(x) and _rows_per_view(x, norm.views) > 1
-
-
-def _is_in_rows(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _rows_per_view(x: Tensor, views: int) -> int:
-    return x.numel() // (x.shape[1] * views)
-
-
-@torch.library.custom_op("fastbyol::norm_relu", mutates_args=())
-def _norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, views: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the output, and mean, biased variance and 1 / std, each (views, C) float32."""
-    output = torch.empty_like(x)
-    mean, variance = (np.stack(v) for v in zip(*map(_moments, _by_view(x, views)), strict=True))
-    inverse_std = 1 / np.sqrt(variance + eps)
-    scale = weight.detach().numpy() * inverse_std
-    offset = bias.detach().numpy() - scale * mean
-    kernel = norm_kernel.normalise if shortcut is None else norm_kernel.normalise_add
-    tensors = (x, output) if shortcut is None else (x, shortcut, output)
-    for *channels, rows in zip(scale, offset, _rows_of(tensors, views), strict=True):
-        _in_pieces(kernel, *rows, channels=channels)
-    mean, variance, inverse_std = (torch.from_numpy(v).to(weight.dtype) for v in (mean, variance, inverse_std))
-    return output, mean, variance, inverse_std
-
-
-@torch.library.custom_op("fastbyol::norm_relu_backward", mutates_args=())
-def _norm_relu_backward(
-    gradient: Tensor, x: Tensor, output: Tensor, weight: Tensor, mean: Tensor, inverse_std: Tensor, has_shortcut: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, weight, bias and shortcut (an empty tensor if there is none)."""
-    masked, of_x = torch.empty_like(x), torch.empty_like(x)
-    views, count = len(mean), _rows_per_view(x, len(mean))
-    # The encoder's last gradient is that of the mean over pixels: expanded, without memory of its own.
-    incoming = gradient.contiguous(memory_format=torch.channels_last)
-    views_rows = _rows_of((incoming, output, x, masked), views)
-    sums = [_sums(norm_kernel.mask_gradient, *rows, channels=mu) for rows, mu in zip(views_rows, mean.numpy(), strict=True)]
-    total, product = np.stack(sums, axis=1)
-    product *= inverse_std.numpy()
-    a = weight.detach().numpy() * inverse_std.numpy().astype(np.float64)
-    b = -a * inverse_std.numpy() * product / count
-    c = -a * total / count - b * mean.numpy()
-    for *channels, rows in zip(a, b, c, _rows_of((masked, x, of_x), views), strict=True):
-        _in_pieces(norm_kernel.input_gradient, *rows, channels=channels)
-    of_weight, of_bias = (torch.from_numpy(v.sum(0)).to(weight.dtype) for v in (product, total))
-    return of_x, of_weight, of_bias, masked if has_shortcut else masked.new_empty(0)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, shortcut, _, _ = inputs
-    result, mean, variance, inverse_std = output
-    ctx.mark_non_differentiable(mean, variance, inverse_std)
-    # The output, not the mask of the ReLU: it is kept anyway as the input of the next convolution.
-    ctx.save_for_backward(x, result, weight, mean, inverse_std)
-    ctx.has_shortcut = shortcut is not None
-
-
-def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    x, result, weight, mean, inverse_std = ctx.saved_tensors
-    of_x, of_weight, of_bias, of_shortcut = _norm_relu_backward(gradients[0], x, result, weight, mean, inverse_std, ctx.has_shortcut)
-    return of_x, of_weight, of_bias, of_shortcut if ctx.has_shortcut else None, None, None
-
-
-_norm_relu.register_autograd(_backward, setup_context=_save)
-
-
-def _by_view(x: Tensor, views: int) -> Sequence[Rows]:
-    """Returns each view's pixels as rows of channels; bfloat16 as its bits in uint16."""
-    rows = x.detach().permute(0, 2, 3, 1).view(views, -1, x.shape[1])
-    return list((rows.view(torch.uint16) if x.dtype == torch.bfloat16 else rows).numpy())
-
-
-def _rows_of(tensors: Iterable[Tensor], views: int) -> list[tuple[Rows, ...]]:
-    """Returns, for each view, its rows in every tensor."""
-    return list(zip(*(_by_view(tensor, views) for tensor in tensors), strict=True))
-
-
-def _moments(x: Rows) -> tuple[F64, F64]:
-    """Returns mean and biased variance of each channel."""
-    # Sums are taken relative to the mean of a few rows, so that a large mean costs no precision.
-    few = x[:: -(-len(x) // _SAMPLE)]
-    shift = ((few.astype(np.uint32) << 16).view(np.float32) if few.dtype == np.uint16 else few).mean(0, dtype=np.float64)
-    shift = shift.astype(np.float32).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinities and NaN are passed on, not reported
-        mean, square = _sums(norm_kernel.moments, x, channels=shift) / len(x)
-        return mean + shift, np.maximum(square - mean**2, 0)
-
-
-def _sums(kernel: Callable[..., F64], *rows: Rows, channels: F64 | F32) -> F64:
-    """Returns the sum of the kernel's results over all pieces, (2, channels)."""
-    return np.sum(_in_pieces(kernel, *rows, channels=[channels]), axis=0).reshape(2, -1, len(channels)).sum(1)
-
-
-def _in_pieces(kernel: Callable[..., Any], *rows: Rows, channels: Iterable[F64 | F32]) -> list[Any]:
-    """Returns the kernel's result for each piece of the rows."""
-    num_rows, width = rows[0].shape
-    # With few channels several pixels are treated as one row, so that the kernel's inner loop is long enough.
-    fold = math.gcd(num_rows, _WIDTH // width) if width < _WIDTH else 1
-    values = [np.tile(v.astype(np.float32), fold) for v in channels]
-    wide = [array.reshape(-1, fold * width) for array in rows]
-    step = max(1, _PIECE // (fold * width))
-
-    def work(start: int) -> Any:
-        return kernel(*(array[start : start + step] for array in wide), *values)
-
-    return in_threads(work, range(0, num_rows // fold, step))

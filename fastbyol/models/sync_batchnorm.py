@@ -1,9 +1,9 @@
 """Batch norm over all ranks: the same statistics as one device with the whole batch.
 
 torch's nn.SyncBatchNorm does not run on the CPU, synchronises the host in every forward and breaks torch.compile's graph. This one
-gathers (mean, M2, count) once per forward and sums two vectors once per backward, for both views in one message, without host sync,
-on gloo and NCCL. Shares of unequal size are exact. It consists of plain tensor operations, so Inductor can fuse them with the ReLU
-and the sum around them (not measured on a GPU yet).
+exchanges (mean, M2, count) once per forward and sums two vectors once per backward, for both views in one message, without host sync,
+on gloo and NCCL. Shares of unequal size are exact. There are three forms of it: plain tensor operations, here, which Inductor fuses with
+the ReLU and the sum around them; torch's CUDA kernels for eager mode (`cuda_norm.py`); our kernel on a CPU (`cpu_norm.py`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastbyol.ranks.collectives import gathered, summed
+
+GATHERED_RANKS = 16
+"""Largest number of ranks that gather all statistics: their bytes grow with the ranks, and above it a sum is sent instead."""
 
 
 class Normalised(NamedTuple):
@@ -35,21 +39,51 @@ def cross_replica_normalise(input: Tensor, weight: Tensor | None, bias: Tensor |
     return Normalised(output.flatten(0, 1), mean, variance, count)
 
 
+def combined_over_ranks(mean: Tensor, deviation: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Combines each rank's means and sums of squared deviations from them, (views, C), and its number of elements, (1,).
+
+    Returns mean and biased variance (views, C) and the count, over all ranks and the same bits on each of them. The message is the same
+    whatever form computed the statistics, so ranks may use different ones.
+    """
+    if dist.get_world_size() > GATHERED_RANKS:
+        return _sum_statistics(mean, deviation, count)
+    parts = gathered(torch.cat([mean.flatten(), deviation.flatten(), count])).view(-1, 2 * mean.numel() + 1)
+    # Chan et al.'s parallel formula. In rank order, so that every rank gets the same bits.
+    means, deviations, counts = parts.split([mean.numel(), mean.numel(), 1], dim=1)
+    count = counts.sum(0)
+    total = (means * counts).sum(0) / count
+    # Means and squared deviations instead of sums and sums of squares, whose difference loses precision when the mean is large.
+    variance = (deviations + counts * (means - total).square()).sum(0) / count
+    return total.view_as(mean), variance.view_as(mean), count
+
+
+def _sum_statistics(mean: Tensor, deviation: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Combines the same by one sum over ranks, whose bytes do not grow with their number."""
+    # In float64, where the difference of squares loses nothing: float32 means are exact in it, and their squares too.
+    size, precise = mean.numel(), torch.float64
+    mean64, count64 = mean.flatten().to(precise), count.to(precise)
+    sums = summed(torch.cat([count64 * mean64, deviation.flatten().to(precise) + count64 * mean64.square(), count64]))
+    total = sums[:size] / sums[-1]
+    variance = (sums[size:-1] / sums[-1] - total.square()).clamp_min(0)
+    return total.to(mean.dtype).view_as(mean), variance.to(mean.dtype).view_as(mean), sums[-1:].to(mean.dtype)
+
+
 class _CrossReplicaNormalise(torch.autograd.Function):
     """Returns the output as (views, N, C, ...). Statistics and arithmetic are in float32, or float64 for float64 input."""
+
+    # Written so that the compiler keeps nothing but the 16-bit input for the backward. The forward uses a scale and an offset, the
+    # backward the normalised input: one expression in both would be saved as a float32 tensor of its own, twice the input's memory.
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = _by_view(input, views)
-        local = _local_statistics(x)
-        # Means and squared deviations instead of sums and sums of squares, whose difference loses precision when the mean is large.
-        mean, variance, count = _combine(gathered(local).view(-1, len(local)), views=views)
+        mean, variance, count = combined_over_ranks(*_local_statistics(x))
         inverse_std = torch.rsqrt(variance + eps)
-        output = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)
-        if weight is not None and bias is not None:
-            output = output * _per_channel(weight.to(x.dtype)[None], x) + _per_channel(bias.to(x.dtype)[None], x)
+        scale = inverse_std if weight is None else inverse_std * weight.to(x.dtype)
+        offset = -mean * scale if bias is None else bias.to(x.dtype) - mean * scale
+        output = x * _per_channel(scale, x) + _per_channel(offset, x)
         ctx.save_for_backward(input, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
         ctx.views = views
@@ -87,21 +121,11 @@ def _per_channel(v: Tensor, x: Tensor) -> Tensor:
     return v.view([len(v), 1, -1] + [1] * (x.dim() - 3))
 
 
-def _local_statistics(x: Tensor) -> Tensor:
-    """Returns this rank's (2 views C + 1,): each view's channel means and sums of squared deviations, then the number of elements."""
+def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns this rank's means and sums of squared deviations, (views, C), and the number of elements behind each, (1,)."""
     count = x.new_full((1,), x.numel() // (x.shape[0] * x.shape[2]))
-    # A rank without images has sums of 0, and its count of 0 gives them no weight.
-    mean = x.sum(_within_view(x)) / count.clamp_min(1)
-    deviation = (x - _per_channel(mean, x)).square().sum(_within_view(x))
-    return torch.cat([mean.flatten(), deviation.flatten(), count])
-
-
-def _combine(statistics: Tensor, *, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Combines (ranks, 2 views C + 1) into mean and biased variance (views, C) and the total count."""
-    # Chan et al.'s parallel formula. In rank order, so that every rank gets the same bits.
-    half = statistics.shape[1] // 2
-    means, deviations, counts = statistics.split([half, half, 1], dim=1)
-    count = counts.sum(0)
-    mean = (means * counts).sum(0) / count
-    variance = (deviations + counts * (means - mean).square()).sum(0) / count
-    return mean.view(views, -1), variance.view(views, -1), count
+    if x.shape[1] == 0:  # a rank without images: its count of 0 gives its statistics no weight, unless they are NaN
+        nothing = x.new_zeros(x.shape[0], x.shape[2])
+        return nothing, nothing, count
+    variance, mean = torch.var_mean(x, _within_view(x), correction=0)
+    return mean, variance * count, count

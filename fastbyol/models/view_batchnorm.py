@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastbyol.models.cpu_norm import fits_cpu, normalise_on_cpu
+from fastbyol.models.cuda_norm import fits_cuda, normalise_on_cuda
 from fastbyol.models.sync_batchnorm import Normalised, cross_replica_normalise
 
 Norm = TypeVar("Norm", bound=_BatchNorm)
@@ -47,13 +49,21 @@ class ViewBatchNorm(_BatchNorm):
             return super().forward(input)
         if len(input) % self.views:
             raise ValueError(f"a training batch of {len(input)} does not hold {self.views} views of equal size")
-        if self.sees_other_ranks:
+        across = self.sees_other_ranks
+        if fits_cuda(self, input):
+            return normalise_on_cuda(self, input, views=self.views, across_ranks=across)
+        if across:
+            if fits_cpu(self, input, views=self.views, across_ranks=True):
+                normalised = normalise_on_cpu(self, input, views=self.views, across_ranks=True, relu=False)
+                self.update_running(normalised)
+                return normalised.output
             normalised = cross_replica_normalise(input, self.weight, self.bias, eps=self.eps, views=self.views)
             self.update_running(normalised)
             return normalised.output
         if self.views == 1:
             return super().forward(input)
-        # torch's own kernels, view by view: on the CPU they are faster than any composition of smaller operations, compiled or not.
+        # torch's own kernels, view by view: on the CPU they are faster than any composition of smaller operations, compiled or not; and
+        # the compiler knows them.
         plain = super().forward
         return torch.cat([plain(view) for view in input.chunk(self.views)])
 

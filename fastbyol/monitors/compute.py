@@ -9,10 +9,12 @@ import resource
 import sys
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbyol.byol import build_byol
 from fastbyol.config.schema import ModelConfig, ObjectiveConfig, TrainConfig
+from fastbyol.models import encoder_from
 
 log = logging.getLogger("fastbyol")
 PEAK_TFLOP_PER_S = (
@@ -65,6 +67,17 @@ def flop_per_image(model: ModelConfig, *, size_px: int, target: str = "ema") -> 
         with FlopCounterMode(display=False) as counter:
             byol(view, view, torch.zeros(COUNTED_BATCH, dtype=torch.int64)).loss.backward()
     return counter.get_total_flops() / COUNTED_BATCH
+
+
+def largest_activation(model: ModelConfig, *, size_px: int) -> int:
+    """Counts the numbers in the largest tensor that a module of the encoder returns for one view of an image."""
+    sizes = [0]
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        encoder = encoder_from(model)
+        for module in encoder.modules():
+            module.register_forward_hook(lambda _, inputs, output: sizes.append(output.numel()) if isinstance(output, Tensor) else None)
+        encoder(torch.empty(COUNTED_BATCH, 3, size_px, size_px))
+    return max(sizes) // COUNTED_BATCH
 
 
 class ComputeMeter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -17,12 +18,20 @@ import torch
 import torch.distributed as dist
 
 from fastbyol.config.errors import Lost, UserError, environment_integer, first_line, require, require_between
+from fastbyol.host.cores import share_cores, usable_cores
 from fastbyol.ranks.collectives import gathered
 from fastbyol.ranks.slurm_environment import adopt_slurm_environment
 
 TIMEOUT_S = 600.0
 _ATTEMPT = "fastbyol/attempt"
-_COLLECTIVE_COMPLAINTS = ("gloo", "connection closed by peer", "connection reset by peer", "timed out waiting", "nccl", "broken pipe")
+_PEER_LOST = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed out|timeout|remote process exited|ncclRemoteError|"
+    r"connectFullMesh failed|communicator was aborted",
+    re.IGNORECASE,
+)
+"""What gloo, NCCL and the store say if another rank is gone. Their complaints about settings (two ranks on one GPU, sizes that differ) and
+devices are errors of this run, which a restart would meet again.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
     rank, world_size, local_rank = _place_in_environment()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        # Before CUDA starts: at the largest batch, a fragmented memory would run out.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         # Before NCCL starts: otherwise every rank opens a context on GPU 0.
         torch.cuda.set_device(device)
     process = Process(rank=rank, world_size=world_size, device=device)
@@ -62,6 +73,7 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
                 # gloo beside NCCL, so that messages between hosts need not wait for a device.
                 backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+                share_cores(usable_cores(), gather_everywhere(usable_cores()))
         except Lost as error:
             if not from_slurm:
                 raise
@@ -121,10 +133,13 @@ def fresh_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: flo
     raise Lost(f"rank {rank}: not all of the {world_size} ranks connected within timeout_s = {timeout_s:g} s")
 
 
-def leave_process_group() -> None:
-    """Closes the group, if there is one, and ends its threads."""
+def leave_process_group(*, failed: bool = False) -> None:
+    """Closes the group, if there is one, and ends its threads. failed: do not wait for messages that are under way; a peer may be gone."""
     if dist.is_initialized():
         gc.collect()  # free DDP's reference cycles first: the last reference to the group must be dropped by Python code, which releases the interpreter lock
+        if failed and dist.group.WORLD is not None and "nccl" in dist.get_backend_config(dist.group.WORLD):
+            # destroy_process_group waits for NCCL's queue, and for ever if a peer that should answer is dead.
+            dist.group.WORLD.abort()
         dist.destroy_process_group()
 
 
@@ -134,8 +149,8 @@ def lost_ranks_named(process: Process) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if not isinstance(error, dist.DistError) and not any(words in text.lower() for words in _COLLECTIVE_COMPLAINTS):
+        connection = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
+        if not connection and not _PEER_LOST.search(str(error)):
             raise
         raise Lost(
             f"rank {process.rank} got no answer from another rank: it ended, hangs, or cannot be reached ({first_line(error, limit=160)}); "
@@ -169,6 +184,15 @@ def gather_on_main(value: Any) -> list[Any]:
         return [value]
     values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
     dist.gather_object(value, values or None, dst=0)
+    return values
+
+
+def gather_everywhere(value: Any) -> list[Any]:
+    """Returns the values (plain ones, small) of all ranks, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 

@@ -21,18 +21,22 @@ MARGIN_S = 5.0
 
 
 class HangWatch:
-    """While this context is active, more than limit_s between two beats ends the process, with all threads' stacks and an error line."""
+    """While this context is active, more than limit_s between two beats ends the process, with all threads' stacks and an error line.
 
-    def __init__(self, limit_s: float) -> None:
+    first_s: the limit before the first beat, if that is longer: the first step may compile.
+    """
+
+    def __init__(self, limit_s: float, *, first_s: float = 0.0) -> None:
         self.limit_s = limit_s
+        self._extra_s = max(0.0, first_s - limit_s)
         self._watched = threading.get_ident()  # the thread that creates it: the one that trains
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fastbyol-hang-watch", daemon=True)
-        self.beat()
+        self._last = time.monotonic()
 
     def beat(self) -> None:
         """Reports that a step is done."""
-        self._last = time.monotonic()
+        self._last, self._extra_s = time.monotonic(), 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -44,7 +48,7 @@ class HangWatch:
             self.beat()
 
     def __enter__(self) -> Self:
-        self.beat()
+        self._last = time.monotonic()
         self._thread.start()
         return self
 
@@ -55,7 +59,7 @@ class HangWatch:
     def _watch(self) -> None:
         limit_s = self.limit_s + MARGIN_S
         while not self._closed.wait(min(limit_s / 10, 5.0)):
-            if time.monotonic() - self._last > limit_s:
+            if time.monotonic() - self._last > limit_s + self._extra_s:
                 self._end()
 
     def _end(self) -> None:
@@ -63,7 +67,7 @@ class HangWatch:
         # It writes straight to stderr's descriptor, so a thread that hangs inside logging or print cannot block it.
         faulthandler.dump_traceback(all_threads=True)
         say(
-            f"fastbyol: error: no step for {self.limit_s:g} s (timeout_s), the process waits in {place} (all stacks above); "
+            f"fastbyol: error: no step for {self.limit_s + self._extra_s:g} s (timeout_s), the process waits in {place} (all stacks above); "
             "the same command continues from the last checkpoint",
             file=sys.stderr,
         )

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -132,8 +133,11 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
 
 
 def configure_logging(file: Path | None = None, *, quiet: bool = False, screen: logging.Handler | None = None) -> None:
-    """Sets up plain log lines on stderr (or `screen`) and in `file` if given; a quiet rank logs warnings only."""
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    """Sets up plain log lines on stderr (or `screen`) and in `file` if given; a quiet rank logs errors only, and shows no warnings."""
+    # What one rank warns about, all of them do, and once is enough.
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    if quiet:
+        warnings.simplefilter("ignore")
     log.propagate = False
     close_logging()
     handlers: list[logging.Handler] = [screen or logging.StreamHandler(sys.stderr)]

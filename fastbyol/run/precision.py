@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fastbyol.config.errors import UserError, first_line
+from fastbyol.config.errors import UserError, first_line, require
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.host.compile_cache import can_write, give_inductor_a_cache
+from fastbyol.host.cores import default_workers
 
 log = logging.getLogger("fastbyol")
+MOST_COMPILE_THREADS = 32
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,6 +30,11 @@ def autocast(config: PrecisionConfig, *, device: torch.device) -> contextlib.Abs
     return torch.autocast(device.type, dtype=_DTYPES[config.autocast])
 
 
+def input_dtype(config: PrecisionConfig, *, device: torch.device) -> torch.dtype:
+    """Returns the number format that the networks' first layer converts its input to."""
+    return _DTYPES.get(config.autocast, torch.float32)
+
+
 def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
     """Returns a gradient scaler, enabled for fp16 only: the smallest gradients would be 0 in its narrow range."""
     if config.autocast == "fp16" and device.type == "cpu":
@@ -34,48 +43,102 @@ def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.
 
 
 def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> nn.Module:
-    """Moves the module to its device and memory layout, and compiles it in place if the config asks for it; call it before DDP wraps it.
+    """Moves the module to its device and memory layout, and compiles it in place if the config says so; call it before DDP wraps it.
 
-    Sets this process's float32 matrix products to TF32 or to float32; on a CPU, lets the process keep freed memory. Raises UserError for
-    tf32 or CUDA graphs without a GPU, and for a cache folder that cannot be written.
+    Sets this process's float32 format (`use_float32_format`); on a CPU, lets the process keep freed memory. Raises UserError for what
+    `check_compile` refuses, for tf32 without a GPU, and for a cache folder that cannot be written.
     """
-    tf32 = config.autocast == "tf32"
-    if tf32 and device.type != "cuda":
+    if config.autocast == "tf32" and device.type != "cuda":
         raise UserError(f"precision.autocast = 'tf32': a number format of CUDA's tensor cores, and the device is {device}; use bf16 or off")
-    # Both are set, for torch's own defaults disagree: TF32 is off in matrix products and on in cuDNN's convolutions.
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    check_compile(config, device=device)
+    use_float32_format(config)
     if device.type == "cpu":
         keep_freed_memory()
     module = module.to(device)
     if config.channels_last:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.compile:
-        _compile(module, config, device=device)
+    whole = resolved(config, device=device).compile == "yes"
+    if whole or device.type == "cuda":
+        _compile(module if whole else None, config, device=device)
     return module
 
 
-def _compile(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> None:
-    """Compiles the whole forward pass and loss as one graph with fixed shapes; stays eager if this machine cannot compile."""
+def use_float32_format(config: PrecisionConfig) -> None:
+    """Sets whether this process's float32 products use TF32; whoever takes steps of several configs in turn calls it before each."""
+    tf32 = config.autocast == "tf32"
+    # Both are set, for torch's own defaults disagree: TF32 is off in matrix products and on in cuDNN's convolutions.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def resolved(config: PrecisionConfig, *, device: torch.device) -> PrecisionConfig:
+    """Returns the precision with the compile that `auto` means on this device: yes on a GPU, no on a CPU."""
+    return replace(config, compile="yes" if device.type == "cuda" else "no") if config.compile == "auto" else config
+
+
+def check_compile(config: PrecisionConfig, *, device: torch.device, accumulate: int = 1) -> None:
+    """Raises UserError for options of the compiler that have no effect or do harm on this device."""
+    compiled = resolved(config, device=device).compile == "yes"
+    off = f"where precision.compile is {config.compile} and the device {device}"
+    require(compiled or config.compile_mode == "default", "precision.compile_mode", config.compile_mode, f"'default' {off}")
+    anything = compiled or device.type == "cuda"
+    require(anything or not config.compile_cache, "precision.compile_cache", config.compile_cache, f"'' {off}")
     if config.compile_mode == "reduce-overhead" and device.type != "cuda":
         raise UserError(f"precision.compile_mode = 'reduce-overhead': means CUDA graphs, and the device is {device}; use default")
+    if config.compile_mode == "reduce-overhead" and accumulate > 1:
+        # The second forward pass would overwrite what the first one's backward and the monitor still read (pytorch issue 169545).
+        raise UserError(
+            f"precision.compile_mode = 'reduce-overhead': CUDA graphs keep the outputs of one forward pass, and rank_batch makes {accumulate} a step; "
+            "use default, or a larger rank_batch"
+        )
+
+
+def _compile(module: nn.Module | None, config: PrecisionConfig, *, device: torch.device) -> None:
+    """Prepares the compiler for the augmentation, and compiles the module's forward pass and loss, if given, as one graph with fixed shapes.
+
+    Everything stays eager if this machine cannot compile.
+    """
     if not config.compile_cache:
         give_inductor_a_cache()
     elif can_write(path := Path(config.compile_cache).resolve()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     else:
         raise UserError(f"precision.compile_cache = {config.compile_cache!r}: cannot be made or written; choose another folder")
+    use_compile_threads()
     if reason := why_nothing_compiles(device):
         log.warning("precision.compile: nothing compiles on this machine (%s); the run goes on in eager mode", reason)
         return
-    # fullgraph: a graph break is an error, not a silent slow-down. dynamic=False: all batches have one shape, and code for variable shapes
-    # is slower.
-    module.compile(fullgraph=True, dynamic=False, mode=config.compile_mode)
+    what = "the step" if module is not None else "the augmentation"
+    log.info("the first step compiles %s and takes a minute or more; later starts find the code in its cache", what)
+    if module is not None:
+        # fullgraph: a graph break is an error, not a silent slow-down. dynamic=False: all batches have one shape, and code for variable
+        # shapes is slower.
+        module.compile(fullgraph=True, dynamic=False, mode=config.compile_mode)
+
+
+def use_compile_threads() -> None:
+    """Gives Inductor this process's share of the cores for its compile workers, unless TORCHINDUCTOR_COMPILE_THREADS says otherwise."""
+    import torch._inductor.config as inductor
+
+    # Inductor's own choice is one for each usable core and at most 32, in every process: 256 on a machine with eight GPUs.
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        inductor.compile_threads = min(MOST_COMPILE_THREADS, default_workers())
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Returns True if `prepare_model` was asked to compile the module and could."""
     return module._compiled_call_impl is not None
+
+
+def compiles_augmentation(device: torch.device) -> bool:
+    """Returns True if the augmentation on this device is compiled: on every GPU where anything compiles, whatever precision.compile is."""
+    # Eager, it reads and writes 741 MB an image in a thousand launches; compiled, it is a few kernels.
+    return device.type == "cuda" and _nothing_compiles(device) is None
+
+
+@functools.cache
+def _nothing_compiles(device: torch.device) -> str | None:
+    return why_nothing_compiles(device)
 
 
 def why_nothing_compiles(device: torch.device) -> str | None:

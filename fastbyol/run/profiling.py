@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from fastbyol.config.console import in_utf8
@@ -67,8 +68,7 @@ class StepProfiler:
         self._leaving.close()
 
     def _write(self, taken: profile) -> None:
-        time = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
-        spans = [Span(event.key, getattr(event, time), event.count) for event in taken.key_averages()]
+        spans = spans_of(taken.key_averages(), on_gpu=self._on_gpu)
         table = profile_table(spans, steps=self._steps, span_us=_recorded_us(taken), device="GPU" if self._on_gpu else "CPU")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,19 @@ class StepProfiler:
         log.info("profile of %d steps in %s", self._steps, self._folder)
         for line in table.split("\n"):
             log.info("%s", line)
+
+
+def spans_of(events: Iterable[Any], *, on_gpu: bool) -> list[Span]:
+    """Returns torch.profiler's averaged events with the time that each works on the device itself."""
+    if not on_gpu:
+        return [Span(event.key, event.self_cpu_time_total, event.count) for event in events]
+    # A kernel's time is reported twice, by the kernel's own event and by the operation on the host that launched it; and an annotation
+    # (record_function) has a span on the device too, which contains those of its kernels.
+    return [
+        Span(event.key, 0.0 if event.device_type == DeviceType.CPU else event.self_device_time_total, event.count)
+        for event in events
+        if not event.is_user_annotation
+    ]
 
 
 def profile_table(spans: Iterable[Span], *, steps: int, span_us: float, device: str) -> str:

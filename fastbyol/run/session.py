@@ -22,12 +22,15 @@ from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.log import RunLog
 from fastbyol.run.next_command import after_training
 from fastbyol.run.plan import RunPlan
+from fastbyol.run.precision import is_compiled
 from fastbyol.run.profiling import StepProfiler
 from fastbyol.run.state import TrainState
 from fastbyol.run.wandb_log import check_wandb
 
 log = logging.getLogger("fastbyol")
 _CLASSES = ("without labels", "of one class")
+COMPILE_S = 3600.0
+"""Time for the first step where it compiles: max-autotune on few cores takes longer than timeout_s."""
 
 
 def check_run(config: TrainConfig) -> None:
@@ -64,12 +67,13 @@ class Session:
             self.first_step = self.done = self._state.restore(self._folder, config=config, process=process)
             self._announce()
             # Entered first, so that it still watches while the writer and the log are being closed.
-            self._hang_watch = leaving.enter_context(HangWatch(config.timeout_s))
+            compiles = is_compiled(self._state.byol) or process.device.type == "cuda"  # there the augmentation always is
+            self._hang_watch = leaving.enter_context(HangWatch(config.timeout_s, first_s=COMPILE_S if compiles else 0.0))
             if process.is_main:
                 self._writer = leaving.enter_context(CheckpointWriter(self._folder, keep=config.keep_checkpoints, stays=plan.stays))
                 self._log = leaving.enter_context(RunLog(self._folder, config, total_steps=plan.total_steps, first_step=self.first_step))
             # A compiled graph has no parts that a trace could name.
-            parts = {} if config.precision.compile else dict(self._state.byol.named_children())
+            parts = {} if is_compiled(self._state.byol) else dict(self._state.byol.named_children())
             steps = config.profile_steps if process.is_main else 0
             self._profiler = leaving.enter_context(StepProfiler(self._folder, steps=steps, parts=parts, device=process.device))
             self._vote = StopVote(rank=process.rank, world_size=process.world_size)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from fastbyol.byol import NUM_VIEWS
 from fastbyol.config.schema import UPDATES, PrecisionConfig
 from fastbyol.run.precision import why_nothing_compiles
 
@@ -16,6 +17,7 @@ Value = TypeVar("Value")
 AUTOCAST = {"cuda": ("bf16", "fp16", "off"), "cpu": ("bf16", "off")}
 """fp16 needs a gradient scaler, which a run has on a GPU only."""
 SMALLEST_RANK_BATCH = 16
+INDEX_LIMIT = 2**31
 PREFETCH = (2, 4, 8)
 """Numbers of batches made ahead, ascending, because batches cost memory and the first of equally fast candidates is taken."""
 COMPILE_NEEDS_S = 30.0
@@ -33,10 +35,19 @@ def worker_counts(cores: int) -> list[int]:
     return sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {max(1, cores)})
 
 
-def rank_batches(share: int) -> list[int]:
-    """Returns batch sizes that divide a rank's share of the global batch: powers of two from `SMALLEST_RANK_BATCH` on, and the share itself."""
+def rank_batches(share: int, *, most: int) -> list[int]:
+    """Returns batch sizes up to `most` that divide a rank's share of the global batch: powers of two from `SMALLEST_RANK_BATCH` on, and the
+    share itself; if none is that small, the largest divisor that is.
+    """
     powers = [2**power for power in range(share.bit_length()) if 2**power >= SMALLEST_RANK_BATCH and share % 2**power == 0]
-    return sorted({*powers, share})
+    fitting = sorted(batch for batch in {*powers, share} if batch <= most)
+    return fitting or [next(batch for batch in range(most, 0, -1) if share % batch == 0)]
+
+
+def most_images(activation: int) -> int:
+    """Returns how many images of both views, each with this many numbers in its largest activation, stay below 2^31 numbers."""
+    # Beyond that, kernels that count in 32 bits overflow, and cuDNN and Triton switch to slower ones.
+    return max(1, (INDEX_LIMIT - 1) // (NUM_VIEWS * activation))
 
 
 def precisions(own: PrecisionConfig, *, device: str, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
@@ -52,7 +63,7 @@ def precisions(own: PrecisionConfig, *, device: str, kept: frozenset[str]) -> di
 
 def eager(own: PrecisionConfig) -> PrecisionConfig:
     """Returns the same precision without torch.compile and its options."""
-    return replace(own, compile=False, compile_mode="default", compile_cache="")
+    return replace(own, compile="no", compile_mode="default", compile_cache="")
 
 
 def compiled(own: PrecisionConfig, *, device: str, seconds: float, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
@@ -62,12 +73,12 @@ def compiled(own: PrecisionConfig, *, device: str, seconds: float, kept: frozens
         modes = [own.compile_mode]
     elif seconds < AUTOTUNE_NEEDS_S:
         modes = [own.compile_mode, *(mode for mode in modes[1:] if mode != "max-autotune")]
-    return {step_name(variant): variant for variant in (replace(own, compile=True, compile_mode=mode) for mode in modes)}
+    return {step_name(variant): variant for variant in (replace(own, compile="yes", compile_mode=mode) for mode in modes)}
 
 
 def step_name(precision: PrecisionConfig) -> str:
     """Returns 'eager', or the mode it is compiled in."""
-    return f"compiled, {precision.compile_mode}" if precision.compile else "eager"
+    return f"compiled, {precision.compile_mode}" if precision.compile == "yes" else "eager"
 
 
 def updates(own: str) -> list[str]:

@@ -12,7 +12,9 @@ import torch
 
 from fastbyol.config.errors import UserError, first_line
 from fastbyol.config.schema import PrecisionConfig
+from fastbyol.monitors.compute import largest_activation
 from fastbyol.optim.ema import check_update
+from fastbyol.run.precision import resolved
 from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench
 from fastbyol.tuning.comparison import MIN_ROUNDS, Trial, TrialFailed
@@ -23,6 +25,7 @@ SMALLEST_CPU_BATCH = 8
 
 def tune_step(bench: Bench) -> tuple[Stepper, float]:
     """Returns the networks with the best settings for the step, and images per second of the step alone."""
+    bench.found.choose(precision=resolved(bench.found.config.precision, device=bench.process.device))
     own = bench.found.config.precision
     if not bench.keeps("precision.compile"):
         bench.found.choose(precision=candidates.eager(own))
@@ -64,7 +67,8 @@ def quick_batch(bench: Bench) -> int:
 def fitting_batches(bench: Bench) -> list[int]:
     """Returns the batches that fit the device's memory in the precision so far, ascending, or the user's own; UserError if none does."""
     release_memory()  # what earlier candidates held
-    wanted = [bench.micro_batch] if bench.keeps("rank_batch") else candidates.rank_batches(bench.share)
+    most = candidates.most_images(largest_activation(bench.found.config.model, size_px=bench.found.config.views.size_px))
+    wanted = [bench.micro_batch] if bench.keeps("rank_batch") else candidates.rank_batches(bench.share, most=most)
     precision = bench.found.config.precision
     bench.announce(f"rank_batch that fits {bench.process.device} in {precision.autocast}: {', '.join(map(str, wanted))}")
     stepper = bench.stepper(wanted[0], precision=candidates.eager(precision))
@@ -104,10 +108,11 @@ def tune_compile(
 
     `own` is the config's precision before anything was chosen: its compile mode is tried first.
     """
-    if bench.keeps("precision.compile") and not own.compile:
+    compiles = resolved(own, device=bench.process.device).compile == "yes"
+    if bench.keeps("precision.compile") and not compiles:
         return stepper, rate
     if reason := why_not(bench.process.device, seconds=bench.request.seconds):
-        bench.found.notes["precision.compile_mode" if own.compile and bench.keeps("precision.compile") else "precision.compile"] = reason
+        bench.found.notes["precision.compile_mode" if compiles and bench.keeps("precision.compile") else "precision.compile"] = reason
         return stepper, rate
     # Each with the best so far, so that no more than two copies of the networks are in memory at once.
     for variant in _ways_to_compile(bench, own):
@@ -117,8 +122,8 @@ def tune_compile(
 
 def num_ways_to_compile(bench: Bench) -> int:
     """Returns how many comparisons with compiled networks there will be at most."""
-    own = bench.found.config.precision
-    if bench.request.seconds < candidates.COMPILE_NEEDS_S or (bench.keeps("precision.compile") and not own.compile):
+    own = resolved(bench.found.config.precision, device=bench.process.device)
+    if bench.request.seconds < candidates.COMPILE_NEEDS_S or (bench.keeps("precision.compile") and own.compile == "no"):
         return 0
     kept = bench.keeps("precision.compile")  # then the first way is what the others are compared with
     return len(candidates.compiled(own, device=bench.process.device.type, seconds=bench.request.seconds, kept=bench.request.kept)) - kept
@@ -127,7 +132,7 @@ def num_ways_to_compile(bench: Bench) -> int:
 def _ways_to_compile(bench: Bench, own: PrecisionConfig) -> list[PrecisionConfig]:
     """Returns the precisions to compare with the best so far, in that order."""
     best = bench.found.config.precision
-    wanted = replace(best, compile=True, compile_mode=own.compile_mode, compile_cache=own.compile_cache)
+    wanted = replace(best, compile="yes", compile_mode=own.compile_mode, compile_cache=own.compile_cache)
     ways = candidates.compiled(wanted, device=bench.process.device.type, seconds=bench.request.seconds, kept=bench.request.kept)
     return [variant for variant in ways.values() if variant != best]
 

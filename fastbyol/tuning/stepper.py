@@ -19,6 +19,7 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import Monitor
 from fastbyol.ranks.process_group import Process
+from fastbyol.run.precision import use_float32_format
 from fastbyol.run.state import TrainState
 from fastbyol.train import build, train_step
 from fastbyol.tuning.comparison import TrialFailed
@@ -96,6 +97,7 @@ class Stepper:
     def _steps(self, batches: Iterator[ViewBatch], seconds: float) -> Pace:
         self.networks()
         timed, images = Timed(batches), 0
+        use_float32_format(self.config.precision)  # steppers of other formats take their turns between ours
         # A GPU works behind the host: without waiting, the clock would miss the queued work, or count that of the candidate before.
         synchronize(self.process.device)
         start = time.perf_counter()

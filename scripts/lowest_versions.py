@@ -1,0 +1,30 @@
+"""Prints pip constraints that pin every dependency in pyproject.toml to the lowest version it allows: `make test-oldest` installs those.
+
+python scripts/lowest_versions.py > constraints.txt
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+TOOLS = ("ruff", "pyright", "import-linter", "pre-commit")
+"""Not pinned, for they check the code and no test needs an old one."""
+
+
+def lowest_versions() -> list[str]:
+    """Returns one constraint for each dependency, those of the optional parts included."""
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    pins = {}
+    for requirement in (line for group in groups for line in group):
+        name, lowest = re.match(r"([\w.-]+)(?:\[\w+\])?(?:>=|==)([\d.]+)", requirement).groups()  # type: ignore[union-attr]
+        if name not in TOOLS:
+            pins[name] = f"{name}=={lowest}"  # '2.11' is 2.11.0 to pip
+    return sorted(pins.values())
+
+
+if __name__ == "__main__":
+    print("\n".join(lowest_versions()))
