@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import roofline
+from benchmarks import derived, roofline
 from benchmarks.record import CaseResult, Row
 from benchmarks.record_file import KEPT, newest_kept, read_record, results_of
 from benchmarks.report_text import markdown_table, number
@@ -184,6 +184,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "measured": measured_table,
     "gpu_rates": gpu_rates_table,
     "cpu_rates": cpu_rates_table,
+    "derived": derived.derived_table,
     "work": roofline.work_table,
     "limits": roofline.limits_table,
     "input": input_table,

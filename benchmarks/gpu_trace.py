@@ -79,7 +79,8 @@ class _Watch(TorchDispatchMode):
 
     def _note_wait(self, name: str, args: Any, kwargs: Any, read: list[Tensor], written: list[Tensor]) -> None:
         by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if name in WAITING or by_mask:
+        # An optimizer may count its steps in a tensor on the host.
+        if (name in WAITING or by_mask) and any(t.device.type != "cpu" for t in read):
             self.stage.waits.append(name)
         if name in ("_to_copy", "copy_") and {t.device.type for t in read + written} == {"cpu", "cuda"}:
             non_blocking = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
