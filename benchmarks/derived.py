@@ -96,7 +96,7 @@ def _group_code() -> dict[str, Any]:
     """Returns bytes an image and what is saved for the backward, of the first group of blocks, compiled for `RANKS` ranks."""
     channels, px = GROUP_INPUT
     with torch.device("meta"):
-        group = encoder_from(MODEL).layer1
+        group: Any = encoder_from(MODEL).layer1
         plain = roofline.count_elements(group, torch.empty(2, channels, px, px))
     convert_to_view_batchnorm(group, views=2)
     use_all_ranks(group)

@@ -151,13 +151,14 @@ def training_code(module: nn.Module, call: Callable[..., Tensor], *inputs: Tenso
         codes.append(code)
         return lambda *_: [_empty_like(node) for node in outputs]
 
+    # Its types describe other versions of torch's compiler interface than its callers use.
+    take: Any = compiler
+    partition: Any = min_cut_rematerialization_partition
     compiled = aot_function(
         work,
-        fw_compiler=compiler,
-        bw_compiler=compiler,
-        partition_fn=lambda graph, joint, **options: min_cut_rematerialization_partition(
-            graph, joint, **{"compiler": "inductor"} | options
-        ),
+        fw_compiler=take,
+        bw_compiler=take,
+        partition_fn=lambda graph, joint, **options: partition(graph, joint, **{"compiler": "inductor"} | options),
         decompositions=select_decomp_table(),
         keep_inference_input_mutations=True,
     )

@@ -149,7 +149,8 @@ def _trace(config: TrainConfig, device: torch.device, *, world_size: int, batch:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         for group in optimizer.param_groups:
             group["lr"] = 0.1
-        step = functools.partial(optimizer.step, target_update=byol.target_update(0.99))
+        take_step: Any = optimizer.step
+        step = functools.partial(take_step, target_update=byol.target_update(0.99))
         step()  # makes the momentum buffers
         stage("update", step)
     return stages
@@ -167,7 +168,8 @@ def _move(module: nn.Module, device: torch.device) -> None:
     """Gives the module new, empty parameters and buffers on the device, in channels-last memory."""
     # Module.to swaps the data of parameters, which fake tensors refuse.
     for layer in module.modules():
-        for tensors in (layer._parameters, layer._buffers):
+        both: list[dict[str, Any]] = [layer._parameters, layer._buffers]
+        for tensors in both:
             for name, old in tensors.items():
                 if old is not None:
                     layout = torch.channels_last if old.dim() == 4 else torch.contiguous_format

@@ -101,6 +101,7 @@ def measure(data: Path, run: Path, options: list[str], *, baselines: bool, super
         if supervised:
             trained = supervised_encoder(state.config, splits, steps=state.step)
             scores["supervised"] = scores_of(FeatureBank(trained, config=state.config, splits=splits), ("byol",))["byol"]
+        assert splits.val is not None
         num_val = splits.val.num_samples
     return {"scores": scores, "val": num_val, "steps": state.step, "cpu_s": round(cpu_s), "options": options}
 

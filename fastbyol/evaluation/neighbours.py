@@ -75,7 +75,9 @@ def write_neighbours(
     else:
         image, feature = None, _feature(file, row)
     found = _nearest(file, feature, k=k, without=row)
-    with build_image_loader(DataConfig(train=data or facts.data, labels=facts.labels), views=views, batch=1, option="--data") as loader:
+    with build_image_loader(
+        DataConfig(train=str(data or facts.data), labels=facts.labels), views=views, batch=1, option="--data"
+    ) as loader:
         if loader.fingerprint() != facts.fingerprint:
             where = "--data" if data else "the data"
             raise UserError(f"{where} {data or facts.data}: holds other images than when {file.path} was made; embed again, or give --data")
