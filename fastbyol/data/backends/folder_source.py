@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 
 import numpy as np
 
@@ -17,6 +18,12 @@ log = logging.getLogger("fastbyol")
 _COMPARED_BYTES = 1 << 20
 
 
+@cache
+def _warn_once(text: str) -> None:
+    """Logs a warning, once in a process: a report opens the same images several times."""
+    log.warning("%s", text)
+
+
 class FolderSource(Source):
     """A listing of original images as a source; sample i is the i-th image of the listing."""
 
@@ -24,9 +31,9 @@ class FolderSource(Source):
         self._listing = listing
         super().__init__(labels=np.array(self._listing.labels, dtype=np.int64), class_names=self._listing.class_names)
         for note in self._listing.notes:
-            log.warning("%s", note)
+            _warn_once(note)
         if text := left_out_text(self._listing.skipped):
-            log.warning("%s: left out: %s", listing.root, text)
+            _warn_once(f"{listing.root}: left out: {text}")
         # (height, width), filled as images are first used: opening a million files in advance would take too long.
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int64)
 
