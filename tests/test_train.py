@@ -175,7 +175,7 @@ def test_a_run_on_one_class_shows_no_accuracy_and_its_next_command_needs_none(da
     one = tmp_path / "train"
     shutil.copytree(data_paths["folder"] / "bee", one / "bee")
     shutil.copytree(one, tmp_path / "val")
-    knn = ["--data.val", str(tmp_path / "val"), "--monitors.knn_every_epochs", "1"]
+    knn = ["--data.labels", "folders", "--data.val", str(tmp_path / "val"), "--monitors.knn_every_epochs", "1"]
     main([*SMALL, *knn, "--data.train", str(one), "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
     assert "9 images of one class, so the probe is off" in said

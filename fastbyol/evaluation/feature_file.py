@@ -228,6 +228,8 @@ class FeatureFile:
             self.facts, self.names, self.labels = opened()
             if not len(self.names) == len(self.labels) == self.facts.num_images:
                 raise ValueError(f"{len(self.names)} names and {len(self.labels)} labels for {self.facts.num_images} images")
+        except UserError:  # which is a ValueError, and says what is missing
+            raise
         except _BROKEN as error:
             raise self._broken(error) from error
 

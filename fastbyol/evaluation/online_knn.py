@@ -52,8 +52,9 @@ class OnlineKnn:
         self._process, self._total_steps = process, total_steps
         self._periods_per_step = config.global_batch / (num_samples * config.monitors.knn_every_epochs)
         self._period = int(first_step * self._periods_per_step)
-        # The labels of train come from where the run has them, those of val from val itself.
-        sources = (config.data, "data.train"), (DataConfig(train=config.data.val), "data.val")
+        # A file of labels names the images of train only.
+        labels = config.data.labels if config.data.labels == "folders" else "auto"
+        sources = (config.data, "data.train"), (DataConfig(train=config.data.val, labels=labels), "data.val")
         self._train, self._val = (
             opened_alike(
                 partial(build_image_loader, data, views=config.views, batch=BATCH, workers=config.data.workers, option=option),
