@@ -28,8 +28,7 @@ from torch import nn
 from fastbyol.byol import BYOLOutput, build_byol
 from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Lost, one_line_errors
 from fastbyol.config.schema import TrainConfig, accumulation_of
-from fastbyol.data.batch import ViewBatch, views_on_device
-from fastbyol.data.build import build_run_loader
+from fastbyol.data import ViewBatch, build_run_loader, views_on_device
 from fastbyol.evaluation.online_knn import build_online_knn, check_online_knn
 from fastbyol.models import check_image_size, use_all_ranks
 from fastbyol.monitors import Monitor, build_monitor

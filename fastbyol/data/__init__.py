@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastbyol.data.batch import ImageBatch, ViewBatch
-    from fastbyol.data.build import build_image_loader, build_loader
+    from fastbyol.data.batch import ImageBatch, ViewBatch, views_on_device
+    from fastbyol.data.build import build_image_loader, build_loader, build_run_loader
 
-__all__ = ["ImageBatch", "ViewBatch", "build_image_loader", "build_loader"]
+__all__ = ["ImageBatch", "ViewBatch", "build_image_loader", "build_loader", "build_run_loader", "views_on_device"]
 
 
 def __getattr__(name: str) -> Any:
