@@ -359,9 +359,9 @@ def test_a_step_that_accumulates_takes_its_batch_for_each_forward():
     config = TrainConfig(global_batch=8, rank_batch=4, model=TINY_MODEL, views=ViewPair(size_px=32))
     taken = TrainingStep(config, num_classes=2)
     forwards: list[int] = []
-    taken.networks().byol.register_forward_hook(lambda _, views, __: forwards.append(len(views[0])))
+    taken.networks().byol.register_forward_hook(lambda _, given, __: forwards.append(len(given[0])))
     taken.run_on_noise(3)
-    assert forwards == [4] * 6
+    assert forwards == [2 * 4] * 6, "both views of 4 images in each forward"
 
 
 def test_every_case_says_what_it_measures_how_with_which_command_and_why():
