@@ -51,7 +51,7 @@ class Headline(NamedTuple):
 class ScalingPoint(NamedTuple):
     ranks: int
     images_per_s: float
-    """Of all ranks together."""
+    """Sum over all ranks."""
     efficiency: float
 
 

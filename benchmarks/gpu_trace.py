@@ -43,7 +43,7 @@ _NO_WORK = ("empty", "detach", "_reshape_alias", "new_empty", "lift_fresh", "wai
 
 @dataclass
 class Stage:
-    """What one part of a step does: launches of operations, bytes that they read and write if no cache helps, and what makes the host wait."""
+    """The work of one part of a step: launches of operations, bytes that they read and write if no cache helps, and what makes the host wait."""
 
     launches: int = 0
     num_bytes: int = 0

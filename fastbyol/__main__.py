@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 from fastbyol import __version__
 from fastbyol.commands.embed import add_embed, embed_images
 from fastbyol.commands.neighbours import add_neighbours
+from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
 from fastbyol.commands.weights import add_weights, list_weights
-from fastbyol.commands.weights_options import CHECKPOINT_HELP, changes_from
 from fastbyol.config.arguments import OneLineParser, path_text
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors, require_at_least, require_between
@@ -286,7 +286,7 @@ def _opened(options: argparse.Namespace, *, scored: bool = True) -> Iterator[tup
     from fastbyol.run.checkpoint import load_run
     from fastbyol.run.foreign_weights import load_run_or_weights
 
-    device = _device(options.device)
+    device = device_named(options.device)
     changes = changes_from(options.run_options)
     run = load_run(options.checkpoint) if options.command is report_run else load_run_or_weights(options.checkpoint, changes=changes)
     subset = getattr(options, "subset", None)
@@ -294,14 +294,6 @@ def _opened(options: argparse.Namespace, *, scored: bool = True) -> Iterator[tup
     with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers, **chosen) as splits:
         encoder, settings = encoder_of(run, announce=_announce), subset_settings(subset)
         yield run, FeatureBank(encoder, config=run.config, splits=splits, device=device, announce=_announce, data_settings=settings)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to PyTorch; leave it out to run on the CPU")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _announce(text: str) -> None:

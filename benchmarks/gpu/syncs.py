@@ -29,7 +29,7 @@ from fastbyol.tuning.stepper import TAU, synchronize
 CLEAN, UNCHECKED = "no wait", "ran; not checked, because only CUDA has the mode"
 NUM_CLASSES = 10
 PINNED = ("view1", "view2", "label", "parameters")
-"""What the loader pins of a batch; a test holds it to this."""
+"""Fields of a batch that the loader pins; a test holds it to this."""
 
 
 FULL = StepSize(model=ModelConfig(encoder="resnet50"), size_px=224, batch=32, rounds=1)

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastbyol.commands.weights_options import CHECKPOINT_HELP, changes_from
+from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
 from fastbyol.config.arguments import path_text
 from fastbyol.config.console import say
-from fastbyol.config.errors import UserError, require_at_least
+from fastbyol.config.errors import require_at_least
 from fastbyol.host.signals import INTERRUPTED_EXIT, end_with_torchrun
 
 PATIENCE_S = 6 * 3600.0
@@ -52,8 +52,7 @@ def embed_images(options: argparse.Namespace) -> None:
     from fastbyol.evaluation.embedding import embed
     from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to PyTorch; leave it out to run on the CPU")
+    device_named(options.device)  # refused before the ranks join
     end_with_torchrun()
     process = join_process_group(timeout_s=PATIENCE_S)
     if options.device == "cpu":

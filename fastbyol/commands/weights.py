@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastbyol.commands.weights_options import CHECKPOINT_HELP, changes_from
+from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from
 from fastbyol.config.arguments import path_text
 from fastbyol.config.console import say
 

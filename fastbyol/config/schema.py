@@ -364,7 +364,7 @@ class Preset:
     source: str
     run_here: str = "not yet run"
     first: str = ""
-    """What to change first, for images that are not the source's; empty where the preset reproduces a figure."""
+    """The first settings to change for images other than the source's; empty for a preset that reproduces a figure."""
 
     def command(self, name: str) -> str:
         if name in ("own_tiny", "own_small"):

@@ -1,4 +1,4 @@
-"""What to try first when a run has not learnt more than its baselines: derived from its options, its log and its images."""
+"""Advice on what to try first when a run has not learnt more than its baselines: derived from its options, its log and its images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOOKED_AT = 64
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the advice looks at.
+    """Facts of a run that the advice depends on.
 
     step: optimizer steps taken. epoch: passes over the images. alarms: those of the log. grey: all images looked at are grey.
     """

@@ -1,4 +1,4 @@
-"""Whether one subject is better than another on the same images, beyond the noise of that many images."""
+"""Compares two subjects on the same images: tells a real difference from the noise of that many images."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _BROKEN = (
     struct.error,
     NotImplementedError,
 )
-"""What numpy, zipfile, json and pyarrow raise on damaged files; pyarrow's errors are subclasses of these."""
+"""Exceptions that numpy, zipfile, json and pyarrow raise on damaged files; pyarrow's errors are subclasses of these."""
 
 
 class Rows(NamedTuple):
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """Where the features of a file come from. weights: digest of the encoder's tensors. fingerprint: of the data set's loader."""
+    """Origin of the features in a file. weights: digest of the encoder's tensors. fingerprint: of the data set's loader."""
 
     checkpoint: str
     step: int

@@ -28,7 +28,7 @@ def cache_file(beside: Path, *, name: str, of: Sequence[Path]) -> Iterator[Path 
     digest = hashlib.sha256("\0".join(os.path.abspath(path) for path in of).encode(errors="surrogateescape")).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fastbyol"
     places = [beside / f".{name}-{digest}", cache / f"{name}-{digest}"]
-    # An existing file first: the folder of the data may have become read-only since, or the other way round.
+    # An existing file first: the folder of the data may have become writable since the one in the cache was made.
     places.sort(key=lambda path: not path.exists())
     for path in places:
         lock = path.with_name(path.name + ".lock")

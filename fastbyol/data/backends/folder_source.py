@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged, some_of
+from fastbyol.data.formats.manifest import sha256_of
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing, left_out_text
 
@@ -67,8 +68,10 @@ class FolderSource(Source):
         digest = hashlib.sha256("\0".join(self._listing.files).encode(errors="surrogateescape"))
         for index in some_of(self.num_samples):
             with suppress(OSError):  # a file that cannot be read is named by whoever decodes it
-                data = self._listing.location(index).read()
-                digest.update(f"{len(data)} {hashlib.sha256(data[:_COMPARED_BYTES]).hexdigest()}".encode())
+                location = self._listing.location(index)
+                size = location.path.stat().st_size if location.size is None else location.size
+                first = sha256_of(location.path, start=location.offset, size=min(size, _COMPARED_BYTES))
+                digest.update(f"{size} {first}".encode())
         return digest.digest()
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:

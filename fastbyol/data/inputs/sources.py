@@ -1,4 +1,4 @@
-"""What a user may give as data: folders, tars, shards, Parquet files and lists, one or several at once. Finds out which of these it is.
+"""Finds out what a user gave as data: folders, tars, shards, Parquet files or lists, one or several at once.
 
 `a::b` gives several at once, as WebDataset writes it; `part-{00000..00099}.tar` and `part-*.tar` stand for many files.
 """
@@ -38,7 +38,7 @@ class GivenSource:
     paths: tuple[Path, ...]
     """The tars or Parquet files; otherwise one path."""
     given: Path
-    """What the user wrote, for messages."""
+    """The path or pattern as the user wrote it, for messages."""
 
 
 def given_sources(data: Data, *, option: str = "--data") -> list[GivenSource]:

@@ -32,7 +32,7 @@ _FORMAT = 1
 
 
 class TarContent:
-    """What a scan found in one tar: the images' names and places, what was skipped, the class tars and WebDataset's labels."""
+    """Content of one scanned tar: the images' names and places, what was skipped, the class tars and WebDataset's labels."""
 
     def __init__(self, path: Path, stamp: Stamp, scan: TarScan) -> None:
         self.path, self.stamp = path, stamp

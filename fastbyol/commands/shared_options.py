@@ -1,4 +1,4 @@
-"""The options that describe weights of other programs, for every command that takes --checkpoint."""
+"""The options that every command with --checkpoint shares: those that describe weights of other programs, and the device."""
 
 from __future__ import annotations
 
@@ -29,3 +29,12 @@ def changes_from(run_options: Sequence[str]) -> dict[str, Any]:
     config = parse_train_config(run_options, usage="")
     groups = {"model": config.model, "views": config.views}
     return {name: getattr(groups[name.partition(".")[0]], name.partition(".")[2]) for name in typed}
+
+
+def device_named(name: str) -> str:
+    """Returns 'cuda' or 'cpu' for a value of --device; 'auto' takes the GPU if there is one. Raises UserError for 'cuda' without a GPU."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to PyTorch; leave it out to run on the CPU")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
