@@ -273,13 +273,14 @@ def test_each_ranks_compile_workers_are_its_share_of_the_cores(monkeypatch: pyte
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(96)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(cores, "_sharing", None)
-    monkeypatch.setattr(inductor, "compile_threads", 32)
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "32")
-    use_compile_threads()
-    assert inductor.compile_threads == 32, "the user's own"
-    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
-    use_compile_threads()
-    assert inductor.compile_threads == 12
+    # Inductor's own patch: this module keeps its options outside __dict__, so monkeypatch would delete the option when it undoes its change.
+    with inductor.patch(compile_threads=32):
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "32")
+        use_compile_threads()
+        assert inductor.compile_threads == 32, "the user's own"
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+        use_compile_threads()
+        assert inductor.compile_threads == 12
 
 
 @pytest.fixture
