@@ -21,26 +21,22 @@ import argparse
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastbyol import __version__
 from fastbyol.commands.embed import add_embed, embed_images
+from fastbyol.commands.evaluate import add_data_options, add_evaluate, announce, opened_bank
 from fastbyol.commands.neighbours import add_neighbours
-from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
 from fastbyol.commands.weights import add_weights, list_weights
 from fastbyol.config.arguments import OneLineParser, path_text
 from fastbyol.config.console import say
-from fastbyol.config.errors import UserError, one_line_errors, require_at_least, require_between
+from fastbyol.config.errors import UserError, one_line_errors, require_between
 from fastbyol.config.schema import BACKENDS
 
 if TYPE_CHECKING:
-    from fastbyol.evaluation.subjects import FeatureBank
-    from fastbyol.run.checkpoint import RunState
-
-DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton; without labels any images"
+    pass
 
 
 @one_line_errors
@@ -50,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _build_parser()
     # `views` and `tune` take options of a run too, which parse_train_config checks.
     options, options.run_options = parser.parse_known_args(arguments)
-    if options.run_options and options.command not in (draw_views, tune_run, evaluate_run, embed_images, list_weights):
+    if options.run_options and options.command not in (draw_views, tune_run, embed_images, list_weights):
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
     if options.command is None:
         parser.print_help()
@@ -66,28 +62,12 @@ def _build_parser() -> OneLineParser:
     parser.add_argument("--version", action="version", version=f"fastbyol {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="linear or kNN accuracy of a run, or its quality without labels, against baselines",
-        description=evaluate_run.__doc__,
-    )
-    evaluate.add_argument("protocol", choices=("linear", "knn", "labelfree", "all"))
-    evaluate.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
-    evaluate.add_argument("--k", type=int, help="number of neighbours in kNN (20)")
-    evaluate.add_argument("--temperature", type=float, help="temperature of the kNN votes (0.07)")
-    evaluate.add_argument("--subset", type=path_text, metavar="LIST", help="use only the train images that this file names, one a line")
-    evaluate.set_defaults(command=evaluate_run)
-
+    add_evaluate(commands)
     report = commands.add_parser("report", help="RUN/report.html and a summary", description=report_run.__doc__, allow_abbrev=False)
     report.add_argument("--run", required=True, type=path_text, dest="checkpoint", help="run folder")
     report.set_defaults(command=report_run)
 
-    for command in (evaluate, report):
-        command.add_argument("--data", required=True, type=path_text, help=DATA_HELP)
-        command.add_argument("--out", type=Path, help="folder to write to (default: the run folder)")
-        command.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
-        command.add_argument("--workers", type=int, default=0, help="decoding threads; 0: all cores")
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_data_options(report)
 
     for add in (add_embed, add_neighbours, add_weights):
         add(commands)
@@ -127,30 +107,6 @@ def _build_parser() -> OneLineParser:
     return parser
 
 
-def evaluate_run(options: argparse.Namespace) -> None:
-    """Reports top-1 and top-5 accuracy on val of the trained encoder, the same encoder untrained, and a PCA of the raw pixels; and how good
-    the encoder is without labels (labelfree), for images that have none. Ends with a verdict in words.
-
-    Prints tables and writes RUN/evaluation/*.json, one file per protocol, data set and settings. For a checkpoint file outside a run folder
-    the results go beside it: best.pt gets best.evaluation/*.json.
-    """
-    from rich.console import Console
-
-    from fastbyol.evaluation.evaluate import evaluate, next_command, result_tables
-
-    if options.k is not None:
-        require_at_least("k", options.k, 1)  # checked before the slow feature extraction
-    knn_options = {name: getattr(options, name) for name in ("k", "temperature") if getattr(options, name) is not None}
-    if options.protocol in ("linear", "labelfree") and knn_options:
-        raise UserError(f"--{next(iter(knn_options))}: has no effect on the {options.protocol} protocol; leave it out, or evaluate knn")
-    with _opened(options, scored=options.protocol != "labelfree") as (run, bank):
-        where = {"checkpoint": options.checkpoint, "data": options.data, "out": options.out or run.results, "command": options.typed}
-        results, verdict = evaluate(run, bank, options.protocol, **where, knn_options=knn_options)
-    for table in result_tables(results):
-        Console().print(table)
-    say(*verdict.lines(), f"next: {next_command(options.checkpoint, options.data)}")
-
-
 def report_run(options: argparse.Namespace) -> None:
     """Writes RUN/report.html, one self-contained page, and prints its headline figures and a verdict in words.
 
@@ -163,7 +119,7 @@ def report_run(options: argparse.Namespace) -> None:
     from fastbyol.evaluation.summary import headline_table
     from fastbyol.run.next_command import embed
 
-    with _opened(options) as (run, bank):
+    with opened_bank(options, foreign=False) as (run, bank):
         report = build_report(run, bank, data=options.data, command=options.typed, out=options.out)
         path = report.write()
     console = Console()
@@ -215,7 +171,7 @@ def tune_run(options: argparse.Namespace) -> None:
     from fastbyol.tuning.procedure import tune
 
     try:
-        found = tune(Request(config, options.data, ranks=options.ranks, seconds=options.seconds, kept=typed), announce=_announce)
+        found = tune(Request(config, options.data, ranks=options.ranks, seconds=options.seconds, kept=typed), announce=announce)
     except KeyboardInterrupt:
         say("fastbyol: interrupted; nothing was written", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT)
@@ -239,7 +195,7 @@ def suggest_run(options: argparse.Namespace) -> None:
     from fastbyol.data.inspection.sample import look_at
     from fastbyol.tuning.suggestion import fit_hours, suggest
 
-    _announce("looking at a sample of the images")
+    announce("looking at a sample of the images")
     sample = look_at(options.data)
     import torch
 
@@ -251,7 +207,7 @@ def suggest_run(options: argparse.Namespace) -> None:
             raise UserError(
                 "--hours: a step can be timed on a machine with a GPU only; leave it out, or say --devices 0 for a run on this CPU"
             )
-        fit_hours(found, options.hours, announce=_announce)
+        fit_hours(found, options.hours, announce=announce)
     config = found.config()
     write_config(options.out, found.yaml(head=[options.typed]))
     say(found.reasons["data.train"], f"preset {found.preset}: {found.reasons['preset']}", *found.remarks)
@@ -271,33 +227,6 @@ def print_presets(word: str = "") -> None:
         say(name, f"    what      {preset.what}", f"    expected  {preset.expected} ({preset.source})")
         say(f"    here      {preset.run_here}", *([f"    change    {preset.first}"] if preset.first else []))
         say(f"    command   {preset.command(name)}", "")
-
-
-@contextmanager
-def _opened(options: argparse.Namespace, *, scored: bool = True) -> Iterator[tuple[RunState, FeatureBank]]:
-    """Yields the run's newest checkpoint and the features, extracted on demand, of its encoder and of the baselines."""
-    require_at_least("--batch", options.batch, 1)
-    require_at_least("--workers", options.workers, 0)
-    from fastbyol.evaluation.evaluate import subset_settings
-    from fastbyol.evaluation.label_free import RANK_IMAGES
-    from fastbyol.evaluation.splits import open_splits
-    from fastbyol.evaluation.subjects import FeatureBank
-    from fastbyol.export import encoder_of
-    from fastbyol.run.checkpoint import load_run
-    from fastbyol.run.foreign_weights import load_run_or_weights
-
-    device = device_named(options.device)
-    changes = changes_from(options.run_options)
-    run = load_run(options.checkpoint) if options.command is report_run else load_run_or_weights(options.checkpoint, changes=changes)
-    subset = getattr(options, "subset", None)
-    chosen = {"subset": subset, "at_most": RANK_IMAGES, "scored": scored}
-    with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers, **chosen) as splits:
-        encoder, settings = encoder_of(run, announce=_announce), subset_settings(subset)
-        yield run, FeatureBank(encoder, config=run.config, splits=splits, device=device, announce=_announce, data_settings=settings)
-
-
-def _announce(text: str) -> None:
-    say(f"... {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

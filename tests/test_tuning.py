@@ -500,7 +500,7 @@ def test_ctrl_c_ends_it_in_one_line_and_nothing_is_left(
             else:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("fastbyol.__main__._announce", announce)
+    monkeypatch.setattr("fastbyol.__main__.announce", announce)
     kept = ("--precision.autocast", "off", "--precision.channels_last", "false", "--data.workers", "1")
     with pytest.raises(SystemExit) as ended:
         main(["tune", "--data", str(beton), *SMALL, *kept, "--seconds", seconds, "--out", str(tmp_path / "x.yaml")])

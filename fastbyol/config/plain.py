@@ -57,6 +57,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return from_plain(hint, value, where=f"{where}.")  # type: ignore[type-var]
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
+        if len(items) == 2 and items[1] is Ellipsis and isinstance(value, list | tuple):  # of any length
+            items = items[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(items):
             raise UserError(f"{where} = {shown(value)}: must be {len(items)} values")
         return tuple(_convert(v, t, where) for v, t in zip(value, items, strict=True))

@@ -9,10 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastbyol.data.batch import ImageBatch, ViewBatch, views_on_device
-    from fastbyol.data.build import build_image_loader, build_loader, build_run_loader
+    from fastbyol.data.batch import CropBatch, ImageBatch, ViewBatch, crops_on_device, views_on_device
+    from fastbyol.data.build import build_crop_loader, build_image_loader, build_loader, build_run_loader
 
-__all__ = ["ImageBatch", "ViewBatch", "build_image_loader", "build_loader", "build_run_loader", "views_on_device"]
+__all__ = [
+    "CropBatch",
+    "ImageBatch",
+    "ViewBatch",
+    "build_crop_loader",
+    "build_image_loader",
+    "build_loader",
+    "build_run_loader",
+    "crops_on_device",
+    "views_on_device",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,15 @@ class ImageBatch(NamedTuple):
     index: torch.Tensor
 
 
+class CropBatch(NamedTuple):
+    """One view of N images for training with labels; image: float32 views or uint8 crops as in `ViewBatch`, parameters: (N, P)."""
+
+    image: torch.Tensor
+    label: torch.Tensor
+    index: torch.Tensor
+    parameters: torch.Tensor
+
+
 def views_on_device(
     batch: ViewBatch, views: ViewPair, device: torch.device, *, dtype: torch.dtype = torch.float32, compiled: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,11 +61,26 @@ def views_on_device(
     label = batch.label.to(device, non_blocking=True)
     if batch.view1.dtype != torch.uint8:
         return _one_batch(batch.view1, batch.view2, device, dtype), label
-    parameters = batch.parameters.to(device, non_blocking=True)
+    parameters = batch.parameters.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+    both = _one_batch(batch.view1, batch.view2, device, torch.uint8)
+    return _augmented(both, parameters, views, dtype=dtype, compiled=compiled), label
+
+
+def crops_on_device(
+    batch: CropBatch, views: ViewPair, device: torch.device, *, dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the normalised views (N, 3, S, S) and the labels (N,) on the device, as `views_on_device` does for two views."""
+    image, label = batch.image.to(device, non_blocking=True), batch.label.to(device, non_blocking=True)
+    if image.dtype != torch.uint8:
+        return image.to(dtype), label
+    return _augmented(image, batch.parameters.to(device, non_blocking=True), views, dtype=dtype, compiled=compiled), label
+
+
+def _augmented(crops: torch.Tensor, parameters: torch.Tensor, views: ViewPair, *, dtype: torch.dtype, compiled: bool) -> torch.Tensor:
     augment = _compiled_augment() if compiled else augment_batch
-    both = augment(
-        _one_batch(batch.view1, batch.view2, device, torch.uint8),
-        parameters.transpose(0, 1).flatten(0, 1),
+    return augment(
+        crops,
+        parameters,
         blur_taps=views.blur_taps,
         mean=views.mean,
         std=views.std,
@@ -64,7 +88,6 @@ def views_on_device(
         rotate=max(views.view1.rotation_deg, views.view2.rotation_deg) > 0,
         semantics=views.semantics,
     )
-    return both, label
 
 
 def _one_batch(view1: torch.Tensor, view2: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

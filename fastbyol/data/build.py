@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig, TrainConfig, accumulation_of
 from fastbyol.config.views import ViewPair
-from fastbyol.data.backends.source import Source
+from fastbyol.data.backends.source import Indices, Source
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES
 from fastbyol.data.formats.tar_shards import is_shard_folder
 from fastbyol.data.inputs.sources import is_original
-from fastbyol.data.loader import ImageLoader, Readahead, TwoViewLoader
+from fastbyol.data.loader import CropLoader, ImageLoader, Readahead, TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Traversal, group_into_blocks
 from fastbyol.host.cores import default_workers, place_on_machine
@@ -127,6 +128,34 @@ def build_image_loader(
     source = _open_source(config, option=option)
     try:
         return ImageLoader(source, views=views, batch=batch, workers=workers or default_workers())
+    except BaseException:
+        source.close()
+        raise
+
+
+def build_crop_loader(
+    data: str | Path | DataConfig,
+    *,
+    views: ViewPair,
+    seed: int,
+    global_batch: int,
+    rows: Indices | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+    workers: int = 0,
+    option: str = "--data",
+) -> CropLoader:
+    """Returns a loader for training with labels on view 1 of the chosen images (rows, by index; None: all), as `build_loader` does for
+    two views. A batch larger than the images is refused.
+    """
+    config = data if isinstance(data, DataConfig) else DataConfig(train=str(data))
+    source = _open_source(config, option=option)
+    try:
+        rows = np.arange(source.num_samples) if rows is None else np.asarray(rows, dtype=np.int64)
+        walk = Traversal(len(rows), seed, global_batch, rank=rank, world_size=world_size)
+        output = "uint8" if device is not None and device.type == "cuda" else "float32"
+        return CropLoader(source, views=views, rows=rows, traversal=walk, output=output, workers=workers or default_workers())
     except BaseException:
         source.close()
         raise

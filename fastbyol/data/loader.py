@@ -12,12 +12,13 @@ from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastbyol.augment.parameters import centre_crop_parameters, draw_parameters
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
-from fastbyol.data.batch import ImageBatch, ViewBatch
+from fastbyol.data.batch import CropBatch, ImageBatch, ViewBatch
 from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Blocks, Traversal, block_order
 
@@ -179,6 +180,62 @@ class ImageLoader(_Loader):
             index = rendered.indices
             image, label = rendered.views[0].permute(0, 3, 1, 2), self._labels[index]
             yield ImageBatch(image, torch.from_numpy(label), torch.from_numpy(index.copy()))
+
+
+class CropLoader(_Loader):
+    """Loader for training with labels: one augmented view of each of the chosen images, in random order, epoch after epoch.
+
+    The order and the crops are pure functions of (seed, step), so training can go on from any step. They are those of view 1 of a run's
+    `TwoViewLoader`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        views: ViewPair,
+        rows: Indices,
+        traversal: Traversal,
+        output: str = "float32",
+        workers: int = 1,
+        prefetch: int = 3,
+    ) -> None:
+        """Takes ownership of the source: `close` closes it.
+
+        Args:
+            source: decodes the images.
+            views: view 1 is drawn.
+            rows: the images to use, by their index in the source.
+            traversal: over positions in `rows`; without micro-batches.
+            output: 'float32', or 'uint8' crops for a GPU, see `KernelRenderer`.
+            workers, prefetch: threads, and batches prepared ahead.
+        """
+        super().__init__(KernelRenderer(source, views, num_views=1, output=output, workers=workers, prefetch=prefetch))
+        self.views, self.rows, self.traversal = views, rows, traversal
+
+    def __len__(self) -> int:
+        """Returns the number of steps in an epoch; the last incomplete batch is left out."""
+        return self.traversal.micro_batches
+
+    def batches_from(self, step: int) -> Generator[CropBatch, None, None]:
+        """Yields this rank's batches from a step on, without end."""
+        while True:
+            epoch, first = divmod(step, len(self))
+            for batch in self._epoch(epoch, first):
+                yield batch
+                step += 1
+
+    def _epoch(self, epoch: int, first: int) -> Iterator[CropBatch]:
+        order = self.traversal.order(epoch)
+        plan = (self.rows[self.traversal.share(order, batch)] for batch in range(first, len(self)))
+
+        def draw(index: Indices, height: Indices, width: Indices) -> NDArray[np.float32]:
+            return draw_parameters(self.views, seed=self.traversal.seed, epoch=epoch, index=index, height=height, width=width)[:, :1]
+
+        for rendered in self._renderer.batches(plan, draw):
+            label = self._renderer.hosted(torch.from_numpy(self._labels[rendered.indices]))
+            image, index = rendered.views[0].permute(0, 3, 1, 2), torch.from_numpy(rendered.indices.copy())
+            yield CropBatch(image, label, index, rendered.parameters[:, 0])
 
 
 class Readahead:

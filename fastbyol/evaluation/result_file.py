@@ -67,10 +67,41 @@ class LabelFreeResult:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class SubjectResult:
+    """One encoder in a task: scores by column (`TaskResult.columns`), what was chosen on held-out images, seconds, and further figures."""
+
+    title: str
+    scores: dict[str, float]
+    seconds: float
+    chosen: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Scores of all encoders in a task of the paper.
+
+    protocol: name of the task. version: 'paper' or 'quick'. columns: title of each score, a share in [0, 1] where it ends with ' %', lower is
+    better where it begins with '-'. sizes: number of images by split. paper: its rows, by title, in the unit of the titles (per cent).
+    comparisons: the trained encoder against the others on the same test images. notes: what a reader must know to compare with the paper.
+    """
+
+    protocol: str
+    version: str
+    settings: dict[str, Any]
+    columns: dict[str, str]
+    subjects: dict[str, SubjectResult]
+    sizes: dict[str, int]
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
 Result = ProtocolResult | LabelFreeResult
 
 
-def write_result(result: Result, folder: Path, *, data: str, **facts: object) -> Path:
+def write_result(result: Result | TaskResult, folder: Path, *, data: str, **facts: object) -> Path:
     """Writes the result with data and `facts` (step, command, ...) to a file in `folder`, atomically, and returns its path.
 
     The first data set and settings get <protocol>.json, the next ones <protocol>-2.json, and so on; only a later result on the same data
@@ -103,7 +134,7 @@ def _record(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write_or_say(result: Result, folder: Path, *, data: str, **facts: object) -> None:
+def write_or_say(result: Result | TaskResult, folder: Path, *, data: str, **facts: object) -> None:
     """Writes the result and prints its path, or a message if it cannot be written: the figures cost too much time to end with an error."""
     try:
         say(f"wrote {write_result(result, folder, data=data, **facts)}", file=sys.stderr)
@@ -114,12 +145,14 @@ def write_or_say(result: Result, folder: Path, *, data: str, **facts: object) ->
         )
 
 
-def read_result(path: Path) -> tuple[Result, dict[str, Any]]:
+def read_result(path: Path) -> tuple[Result | TaskResult, dict[str, Any]]:
     """Reads a file of `write_result`: the result and its facts. Raises UserError if it is not such a file."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["comparisons"] = {name: Comparison(**values) for name, values in record.get("comparisons", {}).items()}
-        kind = LabelFreeResult if "measures" in record else ProtocolResult
+        kind = LabelFreeResult if "measures" in record else TaskResult if "subjects" in record else ProtocolResult
+        if kind is TaskResult:
+            record["subjects"] = {name: SubjectResult(**subject) for name, subject in record["subjects"].items()}
         if kind is ProtocolResult:
             record["scores"] = {name: SubjectScore(**score) for name, score in record["scores"].items()}
         result = kind(**{f.name: record.pop(f.name) for f in dataclasses.fields(kind)})
@@ -136,6 +169,8 @@ def read_current(folder: Path, protocol: str, *, step: int, data: str, settings:
     found = []
     for path in itertools.takewhile(Path.is_file, _paths(folder, protocol)):
         result, facts = read_result(path)
+        if isinstance(result, TaskResult):
+            continue
         if (facts.get("step"), facts.get("data")) == (step, data) and result.comparisons and not result.settings.get("subset"):
             found.append((result, facts))
     return next((one for one in found if one[0].settings == settings), found[0] if found else None)

@@ -1,0 +1,203 @@
+"""python -m fastbyol evaluate: the quick protocols on frozen features, and the tasks of the paper."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
+from fastbyol.config.arguments import OneLineParser, path_text
+from fastbyol.config.console import say
+from fastbyol.config.errors import UserError, require_at_least
+from fastbyol.config.schema import WEIGHTS_OPTIONS
+
+if TYPE_CHECKING:
+    from fastbyol.evaluation.subjects import FeatureBank
+    from fastbyol.run.checkpoint import RunState
+
+DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton; without labels any images"
+PATIENCE_S = 6 * 3600.0
+"""Longest wait of a rank for another: rank 0 tests and writes while the others wait. Where a rank dies, torchrun ends the others."""
+GRACE_S = 60.0
+WHAT = {
+    "linear": "a linear classifier on frozen features (--settings paper: SGD, rates swept side by side)",
+    "knn": "weighted k-nearest neighbours on frozen features",
+    "labelfree": "quality of the features of images that have no labels",
+    "all": "linear, knn and labelfree, as far as the images allow",
+}
+"""What each task does, for --help."""
+QUICK = ("linear", "knn", "labelfree", "all")
+"""Tasks with a quick protocol on features that are extracted once, compared with an untrained encoder and raw pixels."""
+
+
+def add_evaluate(commands: Any) -> None:
+    """Adds the command to the parser's sub-commands. Each task has options of its own: evaluate TASK --help lists them."""
+    tasks = "\n".join(f"  {name:<20} {what}" for name, what in WHAT.items())
+    parser = commands.add_parser(
+        "evaluate",
+        help="accuracy of a run in the paper's tasks, or its quality without labels, against baselines",
+        description=f"{evaluate_run.__doc__}\n\ntasks (evaluate TASK --help lists the options of each):\n{tasks}",
+    )
+    parser.add_argument("task", choices=tuple(dict.fromkeys(name.partition(" ")[0] for name in WHAT)), metavar="TASK")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="options of the task")
+    parser.set_defaults(command=evaluate_run)
+
+
+def evaluate_run(options: argparse.Namespace) -> None:
+    """Scores the trained encoder, the same encoder untrained, and raw pixels or the encoders of --compare, in one task.
+
+    Prints tables and a verdict in words, and writes RUN/evaluation/TASK.json, one file per task, data set and settings. For a checkpoint file
+    outside a run folder the results go beside it: best.pt gets best.evaluation/*.json.
+    """
+    typed = options.typed
+    name, rest = _whole_name(options.task, options.rest)
+    options, rest = _task_parser(name).parse_known_args(rest)
+    for option in (argument.split("=")[0] for argument in rest if argument.startswith("-")):
+        if option.removeprefix("--") not in WEIGHTS_OPTIONS:
+            raise UserError(f"{option}: is no option of evaluate {name} (python -m fastbyol evaluate {name} --help lists them)")
+    options.typed, options.run_options = typed, rest
+    if getattr(options, "settings", "quick") == "paper" or name not in QUICK:
+        _run_task(name, options)
+    else:
+        _run_quick(name, options)
+
+
+def _whole_name(task: str, rest: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the task's name and its arguments: transfer has a second word, linear or finetune."""
+    methods = [name.partition(" ")[2] for name in WHAT if name.startswith(f"{task} ")]
+    if not methods:
+        return task, list(rest)
+    if not rest or rest[0] not in methods:
+        raise UserError(f"evaluate {task}: say which, {' or '.join(f'evaluate {task} {method}' for method in methods)}")
+    return f"{task} {rest[0]}", list(rest[1:])
+
+
+def _task_parser(name: str) -> OneLineParser:
+    from fastbyol.evaluation.tasks.registry import MODULES, task_named
+    from fastbyol.evaluation.tasks.settings import add_settings
+
+    parser = OneLineParser(prog=f"fastbyol evaluate {name}", description=WHAT[name])
+    parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
+    add_data_options(parser)
+    if name in ("knn", "all"):
+        parser.add_argument("--k", type=int, help="number of neighbours in kNN (20)")
+        parser.add_argument("--temperature", type=float, help="temperature of the kNN votes (0.07)")
+    if name in QUICK:
+        parser.add_argument("--subset", type=path_text, metavar="LIST", help="use only the train images that this file names, one a line")
+    if name in MODULES:
+        task = task_named(name)
+        add_settings(parser, task.versions)
+        parser.add_argument(
+            "--compare", action="append", default=[], metavar="[NAME=]PATH", help="evaluate another encoder too; repeatable"
+        )
+        parser.add_argument("--seed", type=int, default=0, help="of all random choices of the task (%(default)s)")
+        parser.add_argument("--dry_run", action="store_true", help="say how much there is to do, from a step measured here, and end")
+        parser.add_argument("--again", action="store_true", help="compute the result anew where it is already there")
+    return parser
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which images are evaluated, and how."""
+    parser.add_argument("--data", required=True, type=path_text, help=DATA_HELP)
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the run folder)")
+    parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: all cores")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _run_quick(protocol: str, options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fastbyol.evaluation.evaluate import evaluate, next_command, result_tables
+    from fastbyol.evaluation.tasks.settings import PREFIX
+
+    for setting, value in vars(options).items():
+        if setting.startswith(PREFIX) and value is not None:
+            raise UserError(
+                f"--{setting.removeprefix(PREFIX)}: has no effect on the quick {protocol} protocol; add --settings paper, or leave it out"
+            )
+    knn_options = {name: value for name in ("k", "temperature") if (value := getattr(options, name, None)) is not None}
+    if "k" in knn_options:
+        require_at_least("k", knn_options["k"], 1)  # checked before the slow feature extraction
+    with opened_bank(options, scored=protocol != "labelfree") as (run, bank):
+        where = {"checkpoint": options.checkpoint, "data": options.data, "out": options.out or run.results, "command": options.typed}
+        results, verdict = evaluate(run, bank, protocol, **where, knn_options=knn_options)
+    for table in result_tables(results):
+        Console().print(table)
+    say(*verdict.lines(), f"next: {next_command(options.checkpoint, options.data)}")
+
+
+def _run_task(name: str, options: argparse.Namespace) -> None:
+    require_at_least("--batch", options.batch, 1)
+    require_at_least("--workers", options.workers, 0)
+    changes = changes_from(options.run_options)
+    import torch
+
+    from fastbyol.evaluation.tasks.registry import TaskOptions, run_task, task_named
+    from fastbyol.evaluation.tasks.settings import settings_from
+    from fastbyol.host.signals import StopRequest, end_with_torchrun
+    from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
+
+    task = task_named(name)
+    if options.settings not in task.versions:
+        raise UserError(f"--settings {options.settings}: {name} has {' and '.join(task.versions)} only")
+    settings = settings_from(options, task.versions)
+    device_named(options.device)  # refused before the ranks join
+    end_with_torchrun()
+    with StopRequest(grace_s=GRACE_S) as stop:
+        process = join_process_group(timeout_s=PATIENCE_S)
+        if options.device == "cpu":
+            process = Process(process.rank, process.world_size, torch.device("cpu"))
+        complete = False
+        try:
+            with lost_ranks_named(process):
+                given = {
+                    key: getattr(options, key)
+                    for key in ("checkpoint", "data", "compare", "out", "batch", "workers", "seed", "dry_run", "again")
+                }
+                run_task(
+                    name,
+                    task,
+                    settings,
+                    TaskOptions(**given, version=options.settings, changes=changes, command=options.typed),
+                    process=process,
+                    stop=stop,
+                    announce=announce,
+                )
+            complete = True
+        finally:
+            leave_process_group(failed=not complete)
+
+
+@contextmanager
+def opened_bank(options: argparse.Namespace, *, scored: bool = True, foreign: bool = True) -> Iterator[tuple[RunState, FeatureBank]]:
+    """Yields the run's newest checkpoint and the features, extracted on demand, of its encoder and of the baselines.
+
+    foreign: the checkpoint may be another program's weights.
+    """
+    require_at_least("--batch", options.batch, 1)
+    require_at_least("--workers", options.workers, 0)
+    from fastbyol.evaluation.evaluate import subset_settings
+    from fastbyol.evaluation.label_free import RANK_IMAGES
+    from fastbyol.evaluation.splits import open_splits
+    from fastbyol.evaluation.subjects import FeatureBank
+    from fastbyol.export import encoder_of
+    from fastbyol.run.checkpoint import load_run
+    from fastbyol.run.foreign_weights import load_run_or_weights
+
+    device = device_named(options.device)
+    changes = changes_from(options.run_options)
+    run = load_run_or_weights(options.checkpoint, changes=changes) if foreign else load_run(options.checkpoint)
+    subset = getattr(options, "subset", None)
+    chosen = {"subset": subset, "at_most": RANK_IMAGES, "scored": scored}
+    with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers, **chosen) as splits:
+        encoder, settings = encoder_of(run, announce=announce), subset_settings(subset)
+        yield run, FeatureBank(encoder, config=run.config, splits=splits, device=device, announce=announce, data_settings=settings)
+
+
+def announce(text: str) -> None:
+    say(f"... {text}", file=sys.stderr)

@@ -1,0 +1,165 @@
+"""A job: one task on one data set for some encoders, with the ranks that share it and the folder in which it goes on after a stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbyol.config.errors import UserError
+from fastbyol.config.schema import PrecisionConfig
+from fastbyol.config.views import ViewPair
+from fastbyol.evaluation.subjects import untrained_encoder
+from fastbyol.export import encoder_of
+from fastbyol.host.durable_files import write_durably
+from fastbyol.host.signals import StopRequest
+from fastbyol.ranks.process_group import Process, broadcast_from_main
+from fastbyol.run.checkpoint import RunState
+from fastbyol.run.foreign_weights import load_run_or_weights
+
+Images = Callable[[], torch.Tensor]
+"""Returns a random sample of the task's training images (N, 3, S, S), normalised; called only where it is needed."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One encoder to evaluate.
+
+    name: short and unique in the job. title: for tables. views: size, interpolation and normalisation of its images. identity: changes
+    with its weights.
+    """
+
+    name: str
+    title: str
+    views: ViewPair
+    identity: str
+    build: Callable[[Images], nn.Module] = field(repr=False)
+
+    def encoder(self, images: Images) -> nn.Module:
+        """Returns a new copy of the encoder in eval mode on the CPU: (N, 3, S, S) -> (N, feature_dim). images: for an untrained encoder,
+        whose batch norms need statistics.
+        """
+        return self.build(images)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a task needs to know beside its settings. Every rank has one, with the same fields but `process`.
+
+    data: as typed. folder: of result files. precision: number formats and compilation, as in training. batch: images per forward pass
+    without gradients. workers: decoding threads or processes of this rank; 0: its share of the cores. seed: of all random choices.
+    """
+
+    task: str
+    data: str
+    settings: Mapping[str, Any]
+    subjects: tuple[Subject, ...]
+    step: int
+    process: Process
+    stop: StopRequest
+    precision: PrecisionConfig
+    folder: Path
+    command: str
+    batch: int = 256
+    workers: int = 0
+    seed: int = 0
+    announce: Callable[[str], None] = lambda _: None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on: the same task, data, settings and encoders continue each other's work."""
+        return {
+            "task": self.task,
+            "data": self.data,
+            "settings": dict(self.settings),
+            "subjects": {subject.name: subject.identity for subject in self.subjects},
+            "seed": self.seed,
+        }
+
+    @property
+    def digest(self) -> str:
+        """Short text that stands for the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def work(self) -> Path:
+        """The folder of finished parts and training states; it is deleted once the result is written."""
+        return self.folder / f"{self.task}.work-{self.digest}"
+
+    def once(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns the finished part of this name, or computes it and keeps it, so that a job that was stopped does not repeat it.
+
+        Every rank calls it; all get rank 0's value, which must be plain (JSON).
+        """
+        path = self.part(key, ".json")
+        known = broadcast_from_main(_read_part(path) if self.process.is_main else None)
+        if known is not None:
+            return known
+        found = compute()
+        if self.process.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, json.dumps(found) + "\n")
+            self.part(key, ".pt").unlink(missing_ok=True)
+        return broadcast_from_main(found)
+
+    def part(self, key: str, suffix: str) -> Path:
+        """Returns the path of a file of unfinished work."""
+        return self.work / f"{re.sub(r'[^A-Za-z0-9.,=+-]+', '_', key)}{suffix}"
+
+    def clear(self) -> None:
+        """Deletes the unfinished work, on the main rank."""
+        if self.process.is_main:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _read_part(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # not there, or damaged: it is computed again
+
+
+def subjects_of(run: RunState, compare: Sequence[str], *, untrained: bool = True) -> tuple[Subject, ...]:
+    """Returns the encoders of a job: the checkpoint's, the same untrained, and one for each `compare`, [NAME=]PATH of a run or weights.
+
+    Raises UserError if there is nothing to load at a path, or two have one name.
+    """
+    subjects = [_trained("byol", run)]
+    if untrained:
+        build = partial(_untrained, run)
+        identity = f"seed {run.config.seed} {run.config.model}"
+        subjects.append(Subject("untrained", "untrained encoder", run.config.views, identity, build))
+    for text in compare:
+        name, _, path = text.rpartition("=")
+        other = load_run_or_weights(path)
+        subjects.append(_trained(name or Path(path).stem, other, title=name or Path(path).stem))
+    names = [subject.name for subject in subjects]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--compare: two encoders are named {name!r}; give one another name: --compare NAME=PATH")
+    return tuple(subjects)
+
+
+def _trained(name: str, run: RunState, *, title: str = "") -> Subject:
+    foreign = "encoder" in run.state
+    weights = run.state["encoder"] if foreign else run.state["byol"]
+    digest = hashlib.sha256(f"{run.config.model} {run.step}".encode())
+    for key, value in sorted(weights.items(), key=lambda item: str(item[0])):
+        # Sum and first values instead of all bytes: enough to tell two checkpoints apart, and cheap for hundreds of megabytes.
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            digest.update(f"{key} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
+    title = title or (run.folder.name if foreign else "BYOL")
+    return Subject(name, title, run.config.views, digest.hexdigest()[:16], lambda _: encoder_of(run, announce=lambda _: None))
+
+
+def _untrained(run: RunState, images: Images) -> nn.Module:
+    return untrained_encoder(run.config, images())

@@ -1,0 +1,178 @@
+"""The tasks by name, and how one runs: estimate, subjects, result file, table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastbyol.config.console import say
+from fastbyol.config.errors import UserError
+from fastbyol.config.plain import to_plain
+from fastbyol.evaluation.evaluate import next_command
+from fastbyol.evaluation.result_file import TaskResult, read_result, write_or_say
+from fastbyol.evaluation.tasks.job import Job, subjects_of
+from fastbyol.host.signals import StopRequest
+from fastbyol.ranks.process_group import Process, broadcast_from_main
+from fastbyol.run.foreign_weights import load_run_or_weights
+from fastbyol.run.provenance import collect_provenance
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the paper, the value TASK of its module.
+
+    title: for tables. what: one line for --help. versions: the settings of 'paper' and 'quick', frozen dataclasses. run: computes the
+    result; every rank calls it, rank 0's is used. plan: lines that say how much a job is (images, steps, hours from a measured step, disk, memory),
+    without starting it. untrained: whether the same encoder untrained is a subject too.
+    """
+
+    title: str
+    what: str
+    versions: Mapping[str, Any]
+    run: Callable[[Job, Any], TaskResult]
+    plan: Callable[[Job, Any], list[str]]
+    untrained: bool = True
+
+
+MODULES: dict[str, str] = {}
+"""Module of each task, imported when it is chosen: a task must not make the others wait for its libraries."""
+
+
+def task_named(name: str) -> Task:
+    return import_module(f"fastbyol.evaluation.tasks.{MODULES[name]}").TASKS[name]
+
+
+def task_table(result: TaskResult, *, title: str) -> RenderableType:
+    """Returns the scores of all encoders and the paper's rows as a table for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    sizes = ", ".join(f"{count:,} {name}" for name, count in result.sizes.items())
+    table = Table(title=f"{title}: {sizes}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for column in result.columns.values():
+        table.add_column(column.removeprefix("-"), justify="right")
+    for name, subject in result.subjects.items():
+        cells = [_cell(subject.scores.get(key), column, scale=100.0) for key, column in result.columns.items()]
+        table.add_row(subject.title, *cells, style="bold" if name == "byol" else None)
+    for row, values in result.paper.items():
+        table.add_row(row, *(_cell(values.get(key), column, scale=1.0) for key, column in result.columns.items()), style="dim")
+    return table
+
+
+def _cell(value: float | None, column: str, *, scale: float) -> str:
+    """Returns a share as per cent without the sign, which the column's title has, and another number with three digits."""
+    if value is None:
+        return "-"
+    return f"{scale * value:.1f}" if column.endswith("%") else f"{value:.3f}"
+
+
+def result_settings(settings: Any, version: str) -> dict[str, Any]:
+    """Returns the settings as a result stores them."""
+    return {"version": version, **to_plain(settings)}
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What the command line says beside the task's settings; see `commands/evaluate.py` for each."""
+
+    checkpoint: str
+    data: str
+    compare: Sequence[str]
+    out: Path | None
+    batch: int
+    workers: int
+    seed: int
+    dry_run: bool
+    again: bool
+    version: str
+    changes: Mapping[str, Any]
+    command: str
+
+
+def run_task(
+    name: str,
+    task: Task,
+    settings: Any,
+    options: TaskOptions,
+    *,
+    process: Process,
+    stop: StopRequest,
+    announce: Callable[[str], None],
+) -> None:
+    """Runs a task, writes its result and prints it; or, for a dry run, prints what it would do. A result that is there is only printed."""
+    run = load_run_or_weights(options.checkpoint, changes=options.changes)
+    job = Job(
+        task=name.replace(" ", "-"),
+        data=options.data,
+        settings=result_settings(settings, options.version),
+        subjects=subjects_of(run, options.compare, untrained=task.untrained),
+        step=run.step,
+        process=process,
+        stop=stop,
+        precision=run.config.precision,
+        folder=options.out or run.results,
+        command=options.command,
+        batch=options.batch,
+        workers=options.workers,
+        seed=options.seed,
+        announce=announce if process.is_main else lambda _: None,
+    )
+    if options.dry_run:
+        lines = task.plan(job, settings)
+        if process.is_main:
+            say(*lines)
+        return
+    # Rank 0 decides for all: another rank must not wait for it in a collective.
+    known = broadcast_from_main(not options.again and process.is_main and known_result(job) is not None)
+    result = known_result(job) if known else task.run(job, settings)
+    if not process.is_main:
+        return
+    assert result is not None
+    if known:
+        say(f"{task.title}: already evaluated with these settings; --again computes it anew", file=sys.stderr)
+    else:
+        write_or_say(
+            replace(result, settings=result.settings | {"identity": job.digest}),
+            job.folder,
+            data=job.data,
+            step=job.step,
+            command=job.command,
+            checkpoint=options.checkpoint,
+            provenance=collect_provenance(),
+        )
+        job.clear()
+    from rich.console import Console
+
+    Console().print(task_table(result, title=f"{task.title}, {result.version} settings"))
+    say(*result.notes, *comparison_lines(result), f"next: {next_command(options.checkpoint, options.data)}")
+
+
+def known_result(job: Job) -> TaskResult | None:
+    """Returns the result of the same encoders, data and settings that lies in the job's folder, or None."""
+    for path in sorted(job.folder.glob(f"{job.task}*.json")):
+        try:
+            result, _ = read_result(path)
+        except UserError:
+            continue
+        if isinstance(result, TaskResult) and result.protocol == job.task and result.settings.get("identity") == job.digest:
+            return result
+    return None
+
+
+def comparison_lines(result: TaskResult) -> list[str]:
+    """Returns a sentence for each encoder that the first one is compared with, on the same test images."""
+    lines = []
+    for name, comparison in result.comparisons.items():
+        title = result.subjects[name].title if name in result.subjects else name
+        interval = f"{100 * comparison.difference:+.1f} points ({100 * comparison.low:+.1f} to {100 * comparison.high:+.1f})"
+        words = {"better": "better than", "worse": "worse than", "same": "no better than"}[comparison.outcome]
+        lines.append(f"verdict: {words} {title}: {interval}, a 95 % interval for these test images")
+    return lines
