@@ -194,6 +194,7 @@ def test_a_class_without_training_images_is_named(run, tmp_path, capsys):
     data = noisy_colours(tmp_path / "data", train=4, val=2)
     for path in (data / "train" / "red").iterdir():
         path.unlink()
+    (data / "train" / "red").rmdir()
     typed = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), "--out", str(tmp_path), *FAST]
     code, _, err = call(typed, capsys)
     assert code == 2

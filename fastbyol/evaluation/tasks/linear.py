@@ -151,8 +151,8 @@ class _Evaluation:
         """The frozen encoder on the device, in eval mode; made only if some part is not done yet."""
         if self._encoder is None:
             rows = self.images.labelled_rows
-            encoder = self.subject.encoder(lambda: self.images.sample(rows)).eval().requires_grad_(False)
-            self._encoder = encoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._encoder = self.subject.encoder(lambda: self.images.sample(rows)).eval().requires_grad_(False)
+            self._encoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self._encoder
 
     @property

@@ -41,7 +41,7 @@ class Task:
     untrained: bool = True
 
 
-MODULES: dict[str, str] = {"linear": "linear"}
+MODULES: dict[str, str] = {"linear": "linear", "knn": "knn_sweep"}
 """Module of each task, imported when it is chosen: a task must not make the others wait for its libraries."""
 
 
