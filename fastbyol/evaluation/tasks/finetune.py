@@ -102,6 +102,10 @@ class LabelledPart:
         return f"{self.name}: top-{k} %" if self.name else f"top-{k} %"
 
 
+QUICK: dict[str, Any] = {"rates": (0.2, 0.8), "global_batch": 64, "smallest_crop": 0.4, "held_out": 0.1}
+"""For thousands of images of 32 to 64 px. Of the rates 0.05, 0.2 and 0.8 the higher ones did better with 1 % and 10 % of the demo's labels, from
+scratch too, and so did a smallest crop of 0.4 than one of 0.08.
+"""
 PartsOf = Callable[[LabelledImages], list[LabelledPart]]
 
 
@@ -384,7 +388,7 @@ TASKS = {
     "finetune": Task(
         title="fine-tuning",
         what="the whole network fine-tuned with all labels",
-        versions={"paper": FinetuneSettings(), "quick": FinetuneSettings(rates=(0.05, 0.2), epochs=(5,), global_batch=64, held_out=0.1)},
+        versions={"paper": FinetuneSettings(), "quick": FinetuneSettings(epochs=(5,), **QUICK)},
         run=_run,
         plan=_plan,
     )

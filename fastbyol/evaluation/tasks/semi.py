@@ -12,7 +12,7 @@ from fastbyol.data.backends.source import Indices
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.subset import draw_fraction, read_subset, restrict
 from fastbyol.evaluation.result_file import TaskResult
-from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, plan_parts, tune_parts
+from fastbyol.evaluation.tasks.finetune import QUICK, FinetuneSettings, LabelledPart, plan_parts, tune_parts
 from fastbyol.evaluation.tasks.images import LabelledImages
 from fastbyol.evaluation.tasks.job import Job
 from fastbyol.evaluation.tasks.registry import Task
@@ -132,7 +132,7 @@ TASKS = {
     "semi": Task(
         title="semi-supervised",
         what="the whole network fine-tuned with 1 % and 10 % of the labels",
-        versions={"paper": SemiSettings(), "quick": SemiSettings(rates=(0.05, 0.2), epochs=(30,), global_batch=64, held_out=0.1)},
+        versions={"paper": SemiSettings(), "quick": SemiSettings(epochs=(30,), **QUICK)},
         run=_run,
         plan=_plan,
     )
