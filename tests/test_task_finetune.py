@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from fastbyol.__main__ import main
@@ -39,6 +38,7 @@ from fastbyol.ranks.process_group import Process
 from fastbyol.schedules import lr_at
 from fastbyol.train import main as train_main
 from tests.commands import ROOT, SMALL_RUN, run_here, run_python
+from tests.conftest import noisy_colours
 from tests.ranks_of_a_classifier import VIEWS, encoder_without_norm, job_of, trained_scores
 from tests.test_report import call
 
@@ -52,16 +52,7 @@ COLOURS = ("blue", "green", "red")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Train and val with 40 + 20 images of three classes: a colour, under noise."""
-    root, rng = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
-    for split, num in (("train", 40), ("val", 20)):
-        for channel, name in enumerate(reversed(COLOURS)):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(num):
-                pixels = rng.integers(0, 200, (36, 40, 3), dtype=np.uint8)
-                pixels[..., channel] //= 2
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
+    return noisy_colours(tmp_path_factory.mktemp("coloured"), train=40, val=20)
 
 
 @pytest.fixture(scope="module")

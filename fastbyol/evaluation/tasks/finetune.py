@@ -24,21 +24,12 @@ from fastbyol.evaluation.tasks.classifier import LR_BATCH, batches_on_device, bu
 from fastbyol.evaluation.tasks.estimate import measure_step, probe_batch
 from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, held_out_rows, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
+from fastbyol.evaluation.tasks.paper import FRACTIONS
 from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.scoring import packed, unpacked
 from fastbyol.evaluation.tasks.training import raise_if_stopped
 from fastbyol.host.quantities import count_text
 from fastbyol.schedules import total_steps_at
-
-PAPER: dict[str, dict[float, tuple[float, ...]]] = {
-    "BYOL R50": {0.01: (53.2, 78.4), 0.1: (68.8, 89.0), 1.0: (77.7, 93.9)},
-    "SimCLR R50": {0.01: (48.3, 75.5), 0.1: (65.6, 87.8), 1.0: (76.0, 93.1)},
-    "SimCLR R50, repeated": {1.0: (76.5, 93.5)},
-    "supervised R50": {0.01: (25.4, 48.4), 0.1: (56.4, 80.4), 1.0: (76.5,)},
-    "BYOL R50 2x": {0.01: (62.2, 84.1), 0.1: (73.5, 91.7)},
-    "BYOL R50 4x": {0.01: (69.1, 87.9), 0.1: (75.7, 92.5)},
-    "BYOL R200 2x": {0.01: (71.2, 89.5), 0.1: (77.7, 93.7)},
-}
-"""Tables 2 and 8 (100 %): (top-1, top-5) in per cent on ImageNet, by the share of its labels."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +118,7 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
             outcomes = {part.name: tuned.outcome(part) for part in parts}
             sizes = {"train": len(images.labelled_rows), **{part.name: len(part.rows) for part in parts if part.name}}
             sizes |= {"val": len(tuned.test_rows), "classes": len(images.class_names)}
-        hits[subject.name] = {name: _as_hits(outcome["tested"]["top1_hits"]) for name, outcome in outcomes.items()}
+        hits[subject.name] = {name: unpacked(outcome["tested"]["top1_hits"]) for name, outcome in outcomes.items()}
         subjects[subject.name] = _subject_result(subject, parts, outcomes)
     first = job.subjects[0].name
     comparisons = {
@@ -154,12 +145,12 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
 def paper_rows(parts: Sequence[LabelledPart]) -> dict[str, dict[str, float]]:
     """Returns the paper's rows that have a figure for one of these shares of the labels."""
     rows = {}
-    for title, figures in PAPER.items():
+    for title, figures in FRACTIONS.items():
         values = {
             part.column(k): value for part in parts if part.share in figures for k, value in zip((1, 5), figures[part.share], strict=False)
         }
         if values:
-            rows[f"paper: {title}"] = values
+            rows[title] = values
     return rows
 
 
@@ -192,7 +183,7 @@ def _subject_result(subject: Subject, parts: Sequence[LabelledPart], outcomes: d
     for part in parts:
         outcome = outcomes[part.name]
         for k in (1, 5):
-            scores[part.column(k)] = _as_hits(outcome["tested"][f"top{k}_hits"]).double().mean().item()
+            scores[part.column(k)] = unpacked(outcome["tested"][f"top{k}_hits"]).double().mean().item()
         chosen[part.label] = {name: outcome["chosen"][name] for name in ("rate", "epochs", "held_out_top1", "held_out_images")}
         details[part.label] = {"trials": outcome["trials"], "images_per_s": outcome["tested"]["images_per_s"]}
         seconds += sum(trial["seconds"] for trial in outcome["trials"]) + outcome["tested"]["seconds"]
@@ -253,12 +244,12 @@ class _Tuning:
         return {**found, "images_per_s": images_per_s, "seconds": round(time.perf_counter() - start, 3)}
 
     def _tested(self, key: str, rows: Indices, *, rate: float, epochs: int) -> dict[str, Any]:
-        """Trains on all these images and returns which test images are right, a digit each."""
+        """Trains on all these images and returns which test images are right."""
         start = time.perf_counter()
         with self.crops(rows) as crops:
             network, images_per_s = self._fitted(key, crops, rate=rate, epochs=epochs)
         scores = scores_of(self.job, network, self.images.test, rows=self.test_rows)
-        hits = {f"top{k}_hits": _as_text(top_k_hits(scores, self.test_labels, k=k)) for k in (1, 5)}
+        hits = {f"top{k}_hits": packed(top_k_hits(scores, self.test_labels, k=k)) for k in (1, 5)}
         return {**hits, "images_per_s": images_per_s, "seconds": round(time.perf_counter() - start, 3)}
 
     def crops(self, rows: Indices, *, global_batch: int = 0) -> CropLoader:
@@ -302,14 +293,6 @@ def held_out_for(rows: Indices, labelled: Indices, *, held_out: float, seed: int
     if len(beside) > len(drawn):
         _, drawn = held_out_rows(beside, held_out=len(drawn), seed=seed)
     return np.setdiff1d(rows, drawn), drawn
-
-
-def _as_text(hits: torch.Tensor) -> str:
-    return "".join(map(str, hits.int().tolist()))
-
-
-def _as_hits(text: str) -> torch.Tensor:
-    return torch.tensor([digit == "1" for digit in text])
 
 
 def plan_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> list[str]:

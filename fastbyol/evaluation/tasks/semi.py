@@ -44,7 +44,7 @@ def labelled_parts(job: Job, settings: SemiSettings, images: LabelledImages) -> 
     """Returns the images of each fraction, from the lists or, without, chosen at random. Raises UserError for a list that does not fit the
     data, and for a class without an image.
     """
-    # Labels of the classes that train and val both have; -1 for all other images, whose names count when a list is matched.
+    # The names of images without a label (-1) count when a list is matched.
     listing = ImageListing(
         root=Path(images.train_path),
         class_names=images.class_names,
@@ -99,9 +99,7 @@ def _listed(job: Job, file: Path, listing: ImageListing, fraction: float) -> Ima
         raise UserError(f"--lists {error}{hint}") from error
     chosen = named.restricted(np.flatnonzero(np.array(named.labels) >= 0).tolist())
     if left_out := len(named.files) - len(chosen.files):
-        job.announce(
-            f"{file}: {left_out:,} of its {len(named.files):,} images are left out: val has none of their class, or they have no label"
-        )
+        job.announce(f"{file}: {left_out:,} of its {len(named.files):,} images are left out: they have no label")
     available = sum(label >= 0 for label in listing.labels)
     if abs(len(chosen.files) - fraction * available) > max(SIZE_TOLERANCE * fraction * available, len(listing.class_names)):
         raise UserError(
