@@ -37,19 +37,19 @@ class FinetuneSettings:
     """How the network is fine-tuned; the defaults are the paper's (appendix C.1)."""
 
     rates: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.005)
-    """learning rates to choose from, per 256 images: multiplied by global_batch / 256"""
+    """Learning rates to choose from, per 256 images: multiplied by global_batch / 256."""
     epochs: tuple[int, ...] = (30, 50)
-    """lengths to choose from, in passes over the labelled images"""
+    """Lengths to choose from, in passes over the labelled images."""
     global_batch: int = 1024
-    """images per step on all devices together"""
+    """Images of all ranks in a step; fewer where there are fewer labelled images."""
     momentum: float = 0.9
-    """Nesterov momentum of SGD"""
+    """Nesterov momentum of SGD."""
     weight_decay: float = 0.0
-    """of SGD, on all weights"""
+    """Of SGD, on all weights."""
     smallest_crop: float = 0.08
-    """area of the smallest random crop, as a share of the image's (appendix B)"""
+    """Area of the smallest random crop, as a share of the image's (appendix B)."""
     held_out: float = 10_009
-    """training images on which rate and length are chosen: a number, or a share below 1"""
+    """Training images on which rate and length are chosen: a number, or a share below 1."""
 
     def __post_init__(self) -> None:
         for name in ("rates", "epochs"):
@@ -116,15 +116,13 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
             parts = parts_of(images)
             tuned = _Tuning(job, settings, subject, images)
             outcomes = {part.name: tuned.outcome(part) for part in parts}
-            sizes = {"train": len(images.labelled_rows), **{part.name: len(part.rows) for part in parts if part.name}}
-            sizes |= {"val": len(tuned.test_rows), "classes": len(images.class_names)}
+            sizes = {"train": len(images.labelled_rows), **{f"at {part.name}": len(part.rows) for part in parts if part.name}}
+            sizes["val"] = len(tuned.test_rows)
         hits[subject.name] = {name: unpacked(outcome["tested"]["top1_hits"]) for name, outcome in outcomes.items()}
         subjects[subject.name] = _subject_result(subject, parts, outcomes)
     first = job.subjects[0].name
     comparisons = {
-        ", with ".join(filter(None, [other.title, part.name and f"{part.name} of the labels"])): compare_hits(
-            hits[first][part.name], hits[name][part.name]
-        )
+        f"{other.title}, with {part.name} of the labels" if part.name else name: compare_hits(hits[first][part.name], hits[name][part.name])
         for name, other in subjects.items()
         if name != first
         for part in parts
