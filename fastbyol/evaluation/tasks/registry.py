@@ -41,7 +41,12 @@ class Task:
     untrained: bool = True
 
 
-MODULES: dict[str, str] = {"linear": "linear", "knn": "knn_sweep"}
+MODULES: dict[str, str] = {
+    "linear": "linear",
+    "knn": "knn_sweep",
+    "finetune": "finetune",
+    "semi": "semi",
+}
 """Module of each task, imported when it is chosen: a task must not make the others wait for its libraries."""
 
 

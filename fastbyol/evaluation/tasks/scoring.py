@@ -16,7 +16,7 @@ from fastbyol.evaluation.protocols import top_k_hits
 from fastbyol.evaluation.splits import renumbered
 from fastbyol.evaluation.tasks.job import Job
 from fastbyol.ranks.process_group import gather_everywhere
-from fastbyol.run.precision import autocast
+from fastbyol.run.precision import autocast, is_compiled
 
 
 class Hits(NamedTuple):
@@ -42,9 +42,13 @@ def outputs(job: Job, network: nn.Module, loader: ImageLoader, rows: Indices) ->
     """
     device, waiting = job.process.device, None
     for batch in loader.batches_of(rows):
-        image = batch.image.to(device, non_blocking=True)
+        image, count = batch.image, len(batch.image)
+        if count < job.batch and is_compiled(network):
+            # Code is compiled for one shape: without these images the last batch would be compiled anew.
+            image = torch.cat([image, image.new_zeros(job.batch - count, *image.shape[1:])])
+        image = image.to(device, non_blocking=True, memory_format=torch.channels_last)
         with autocast(job.precision, device=device):
-            output = network(image)
+            output = network(image)[:count]
         if waiting is not None:
             yield waiting[0].float().cpu(), waiting[1]
         waiting = output, batch.label
