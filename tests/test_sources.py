@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_image_loader, build_loader
-from fastbyol.data.inputs.images import list_images
+from fastbyol.data.inputs.images import join_listings, list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.sources import given_sources, is_original
 from tests.commands import ROOT, SMALL_RUN, files_no_larger_than, run_here
@@ -212,6 +213,14 @@ def test_classes_of_several_roots_are_joined_by_name(tmp_path: Path) -> None:
     assert (len(again.files), {reason for _, reason in again.skipped}) == (2, {"the same image again"})
 
 
+def test_a_file_that_vanishes_while_sources_are_joined_is_named_in_one_line(sources: dict[str, str], tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "x", {"1.jpg": picture(1), "2.jpg": picture(2)})
+    listings = [listed(sources["one.tar"]), listed(str(folder))]
+    (folder / "2.jpg").unlink()
+    with pytest.raises(UserError, match=r"x/2.jpg: was listed a moment ago and is gone \(No such file or directory\)"):
+        join_listings(listings)
+
+
 def test_one_image_of_each_key_is_taken(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
         for index in range(3):
@@ -319,21 +328,84 @@ def test_two_ranks_index_once_and_see_the_same(shards: Path) -> None:
     assert sorted(int(count) for _, count in said) == [0, 100]
 
 
-def test_read_only_shards_are_indexed_in_the_cache_folder(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], None]:
+    """Makes a folder refuse locks, as a read-only one does (root may write anywhere), and gives the user an empty cache folder."""
     from fastbyol.host import cache_files
 
     locked = cache_files.locked_file
-
-    def refused(path: Path, **options: float) -> int:
-        if path.parent == shards:  # root may write anywhere, so the read-only folder is simulated
-            raise PermissionError(13, "Permission denied", str(path))
-        return locked(path, **options)
-
-    monkeypatch.setattr(cache_files, "locked_file", refused)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def refuse(folder: Path) -> None:
+        def refused(path: Path, **options: float) -> int:
+            if path.parent == folder:
+                raise PermissionError(13, "Permission denied", str(path))
+            return locked(path, **options)
+
+        monkeypatch.setattr(cache_files, "locked_file", refused)
+
+    return refuse
+
+
+def test_read_only_shards_are_indexed_in_the_cache_folder(shards: Path, read_only: Callable[[Path], None], tmp_path: Path) -> None:
+    read_only(shards)
     assert len(list_images(shards).files) == 300
     assert not indices_of(shards)
     assert len(list((tmp_path / "cache" / "fastbyol").glob("fastbyol-index-*"))) == 1
+
+
+def test_an_index_is_used_after_its_folder_has_become_read_only(
+    shards: Path, read_only: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fastbyol.data.inputs.tar import TarScan
+
+    first = list_images(shards)
+    read_only(shards)
+    read: list[Path] = []
+    scan = TarScan.read
+    monkeypatch.setattr(TarScan, "read", lambda self, progress: (read.append(self._path), scan(self, progress))[1])
+    assert list_images(shards).places == first.places
+    assert not read
+    assert not (tmp_path / "cache").exists()
+    changed = shards / "part-00042.tar"
+    with webdataset.TarWriter(str(changed)) as writer:
+        writer.write({"__key__": "x", "jpg": picture(55), "cls": 2})
+    for _ in range(2):
+        assert len(list_images(shards).files) == 298
+        assert read == [changed], "the others come from the index beside them, this one from the new index in the cache folder"
+    assert caplog.messages == [f"{changed}: has changed since it was indexed; it is indexed again"]
+
+
+def test_the_copy_of_parquet_files_is_used_after_their_folder_has_become_read_only(
+    sources: dict[str, str], read_only: Callable[[Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    file = Path(shutil.copy(sources["parquet_file"], tmp_path / "data"))
+    first = list_images(file)
+    read_only(file.parent)
+    assert list_images(file).places == first.places
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_lock_that_another_process_does_not_release_is_one_line_that_names_it(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastbyol.host import cache_files
+
+    monkeypatch.setattr(cache_files, "_PATIENCE_S", 0.0)
+    list_images(shards)
+    (index,) = indices_of(shards)
+    index.unlink()
+    lock = index.with_name(index.name + ".lock")
+    code = (
+        "import sys; from pathlib import Path; from fastbyol.host.durable_files import locked_file\n"
+        "locked_file(Path(sys.argv[1])); print(1, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"1\n"
+        with pytest.raises(UserError, match=rf"^{re.escape(str(lock))}: process {holder.pid} on .* end that process, or delete the file"):
+            list_images(shards)
+        holder.kill()
+    assert len(list_images(shards).files) == 300
 
 
 def test_an_index_that_points_beyond_its_shard_is_not_believed(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
