@@ -146,7 +146,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
     with _opened(options, scored=options.protocol != "labelfree") as (run, bank):
         where = {"checkpoint": options.checkpoint, "data": options.data, "out": options.out or run.results, "command": options.typed}
         results, verdict = evaluate(run, bank, options.protocol, **where, knn_options=knn_options)
-    for table in result_tables(results):
+    for table in result_tables(results, title=run.title):
         Console().print(table)
     say(*verdict.lines(), f"next: {next_command(options.checkpoint, options.data)}")
 
@@ -293,7 +293,12 @@ def _opened(options: argparse.Namespace, *, scored: bool = True) -> Iterator[tup
     chosen = {"subset": subset, "at_most": RANK_IMAGES, "scored": scored}
     with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers, **chosen) as splits:
         encoder, settings = encoder_of(run, announce=_announce), subset_settings(subset)
-        yield run, FeatureBank(encoder, config=run.config, splits=splits, device=device, announce=_announce, data_settings=settings)
+        yield (
+            run,
+            FeatureBank(
+                encoder, config=run.config, splits=splits, device=device, announce=_announce, data_settings=settings, title=run.title
+            ),
+        )
 
 
 def _announce(text: str) -> None:

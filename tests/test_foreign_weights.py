@@ -331,6 +331,9 @@ def test_evaluate_and_weights_take_them_from_the_command_line(resnet18, image_fo
     arguments = ["--checkpoint", str(tmp_path / "tv.pth"), "--data", str(tmp_path / "data"), "--views.size_px", "32", "--workers", "1"]
     fastbyol_command(["evaluate", "knn", *arguments, "--k", "1"])
     said = capsys.readouterr()
+    assert "weights tv.pth" in said.out
+    assert "knn: weights tv.pth" in said.err
+    assert "BYOL" not in said.out + said.err
     assert "tv.pth': resnet18, images of 32 px, loads 120 tensors, but not 'fc' in the same file" in said.err
     record = json.loads((tmp_path / "tv.evaluation" / "knn.json").read_text())
     # The nearest neighbour of each image of val is itself in train.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,36 @@ def test_folders_are_classes_only_where_they_look_like_classes(tmp_path: Path) -
         f"{mostly_flat}: no labels: most of its images are in no folder that could be classes; --labels FILE gives labels",
     )
     assert list_images(mostly_flat, labels="folders").class_names == ("a", "b")
+
+
+def test_what_is_said_about_labels_names_the_option_of_the_command_that_was_typed(
+    sources: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastbyol.__main__ import main
+    from fastbyol.data.backends import folder_source
+
+    def said_by(command: Callable[[list[str]], object], *arguments: str) -> str:
+        folder_source._warn_once.cache_clear()
+        with suppress(SystemExit):
+            command(list(arguments))
+        return " ".join(capfd.readouterr().err.split())
+
+    flat, out, several = sources["flat"], str(tmp_path / "run"), [f"{sources['tree']}/2019", f"{tmp_path}/labelled"]
+    write_files(tmp_path / "labelled", {"a/1.jpg": picture(0), "b/1.jpg": picture(0)})
+    no_labels, mixed = "that could be classes; {} FILE gives labels", "has none; give {} none, or sources that are alike"
+    small = [*SMALL_RUN, "--epochs", "1", "--out"]
+    assert no_labels.format("--data.labels") in said_by(train.main, *small, out, "--data.train", flat)
+    assert mixed.format("--data.labels") in said_by(train.main, *small, f"{out}2", "--data.train", "::".join(several))
+    assert "give --data.labels none, or a file" in said_by(train.main, *small, f"{out}2", "--data.train", flat, "--data.labels", "folders")
+    assert "--data.label_column: has no effect" in said_by(train.main, *small, f"{out}2", "--data.train", flat, "--data.label_column", "x")
+    embed = ["embed", "--checkpoint", out, "--data", flat, "--out", f"{tmp_path}/f.npz", "--workers", "1"]
+    assert no_labels.format("--labels") in said_by(main, *embed)
+    without = "data_prep/to_ffcv.py --labels"
+    assert no_labels.format(without) in said_by(main, "evaluate", "labelfree", "--checkpoint", out, "--data", flat, "--workers", "1")
+    assert mixed.format(without) in said_by(main, "suggest", "--data", "::".join(several), "--out", f"{tmp_path}/s.yaml")
+    assert mixed.format("--labels") in run_here("to_ffcv.py", "--data", *several, "--out", tmp_path / "x.beton").stderr
+    folder_source._warn_once.cache_clear()
+    build_image_loader(flat, views=VIEWS, batch=8).close()
 
 
 def test_cls_members_are_the_labels_of_shards(tmp_path: Path) -> None:

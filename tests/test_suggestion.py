@@ -139,7 +139,7 @@ def test_hours_become_as_many_steps_as_this_machine_takes_in_them(colour, tmp_pa
         (["--data", "none"], "none: no such file or folder"),
         (["--data", "{empty}"], "has no images|no image"),
         (["--data", "{broken}"], "none of 3 images can be read"),
-        (["--data", "{one}"], "1 image for 1 devices; BYOL needs some hundreds"),
+        (["--data", "{one}"], "1 image for 1 device; BYOL needs some hundreds"),
         (["--data", "{colour}", "--devices", "-1"], "--devices = -1: must be"),
         (["--data", "{colour}", "--devices", "100"], "40 images for 100 devices"),
         (["--data", "{colour}", "--hours", "0"], "--hours = 0.0: must be"),

@@ -15,7 +15,7 @@ from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.knn import DEFAULT_K, DEFAULT_TEMPERATURE, knn_predict
 from fastbyol.evaluation.linear import HELD_OUT_SHARE, L2_GRID, fit_linear
 from fastbyol.evaluation.result_file import ProtocolResult, Result, SubjectScore
-from fastbyol.evaluation.subjects import SUBJECT_TITLES, SUBJECTS, FeatureBank
+from fastbyol.evaluation.subjects import SUBJECTS, FeatureBank
 
 DEFAULT_SETTINGS: dict[str, dict[str, Any]] = {
     "linear": {"l2_grid": list(L2_GRID), "held_out_share": HELD_OUT_SHARE, "seed": 0},
@@ -57,7 +57,7 @@ def _evaluate(protocol: str, bank: FeatureBank, *, subjects: tuple[str, ...], sc
     scores, hits, num_train, label = {}, {}, 0, torch.empty(0, dtype=torch.int64)
     for subject in subjects:
         features = bank.of(subject)
-        bank.announce(f"{protocol}: {SUBJECT_TITLES[subject]}")
+        bank.announce(f"{protocol}: {bank.titles[subject]}")
         train, val = features.train.labelled(), features.val.labelled()
         start, num_train, label = time.perf_counter(), len(train.label), val.label
         if not num_train or not len(label):

@@ -20,7 +20,7 @@ from fastbyol.models import encoder_from
 CALIBRATION_IMAGES = 2048
 CALIBRATION_BATCH = 256
 SUBJECTS = ("byol", "untrained", "pca")
-SUBJECT_TITLES = {"byol": "BYOL", "untrained": "untrained encoder", "pca": "PCA of raw pixels"}
+BASELINE_TITLES = {"untrained": "untrained encoder", "pca": "PCA of raw pixels"}
 
 
 class SubjectFeatures(NamedTuple):
@@ -41,6 +41,7 @@ class FeatureBank:
         device: where the encoders run; features are returned on the CPU.
         announce: called with a short text when something slow starts.
         data_settings: what was chosen of the data, to be stored with each result.
+        title: what the trained encoder is called.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class FeatureBank:
         device: str = "cpu",
         announce: Callable[[str], None] = lambda _: None,
         data_settings: dict[str, str] | None = None,
+        title: str = "BYOL",
     ) -> None:
         self.encoder = encoder
         self.config = config
@@ -59,6 +61,7 @@ class FeatureBank:
         self.device = device
         self.announce = announce
         self.data_settings = data_settings or {}
+        self.titles = {"byol": title, **BASELINE_TITLES}
         self._known: dict[str, SubjectFeatures] = {}
         self._untrained: nn.Module | None = None
 
@@ -66,7 +69,7 @@ class FeatureBank:
         """Returns the features of one of SUBJECTS."""
         require_choice("subject", subject, SUBJECTS)
         if subject not in self._known:
-            self.announce(f"features of {self.splits.num_samples:,} images: {SUBJECT_TITLES[subject]}")
+            self.announce(f"features of {self.splits.num_samples:,} images: {self.titles[subject]}")
             start = time.perf_counter()
             train, val = self._extract(subject)
             self._known[subject] = SubjectFeatures(train, val, seconds=time.perf_counter() - start)

@@ -69,9 +69,7 @@ def list_tars(paths: Sequence[Path], *, labels: str, splits: str) -> ImageListin
     if labels == "auto" and len(class_names) < 2:
         return without_labels(found)
     if not class_names:
-        raise UserError(
-            f"{found.root}: its images are not in class folders (the first: {min(names)}); give --labels FILE or --devkit, or --labels none"
-        )
+        raise UserError(f"{found.root}: its images are not in class folders (the first: {min(names)}); give --labels FILE or --labels none")
     return by_class_folder(replace(found, files=names, class_names=class_names))
 
 
