@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.recipes import table
+from benchmarks.recipes import differences, table
 from benchmarks.small_sets import SETS, draw_letter, on_white, random_piece, split_of
 from fastbyol.config.presets import preset_config
 from tests.commands import ROOT
@@ -43,6 +44,21 @@ def test_a_row_has_the_mean_and_the_extremes_over_the_seeds():
     ]
     assert table(runs)[2] == "| a | r | 2 | 10 | 1.0 | 51.0 (50.0 to 52.0) / 40.0 | - | - | - |"
     assert re.fullmatch(r"(\|---)+\|", table(runs)[1])
+
+
+def test_a_difference_is_settled_beyond_two_standard_errors_of_the_same_seeds():
+    def run(recipe: str, seed: int, linear: float, knn: float, **more: dict[str, float]) -> dict[str, Any]:
+        return {"set": "a", "recipe": recipe, "seed": seed, "scores": {"byol": {"linear": linear, "knn": knn}, **more}}
+
+    whole = {"byol_whole": {"linear": 49.0, "knn": 41.0}}
+    records = [run("base", seed, 50.0 + 10 * seed, 40.0, **(whole if seed < 2 else {})) for seed in range(4)]
+    # Linear +1, +2, +3: mean 2, standard deviation 1, error 1/sqrt(3). kNN -1, 0, +1: mean 0. Seed 7 has no base.
+    records += [run("other", seed, 51.0 + 11 * seed, 39.0 + seed) for seed in (0, 1, 2)] + [run("other", 7, 0.0, 0.0), run("once", 0, 1, 1)]
+    lines = differences(records, base="base")
+    assert lines[2:] == [
+        "| a | other | 3 | +2.0 ± 0.6, better | +0.0 ± 0.6, not settled |",
+        "| a | whole image at evaluation | 2 | -6.0 ± 5.0, not settled | +1.0 ± 0.0, better |",
+    ]
 
 
 def test_letters_are_whole_pieces_come_from_the_picture_and_icons_lie_on_white():
