@@ -89,7 +89,7 @@ EXPECTED_ROWS = {
     "step_resnet18": 9,
     "demo_step": 3,
     "end_to_end": 8,
-    "evaluate": 4,
+    "evaluate": 5,
     "monitors": 3,
     "scaling": 3,
     "checkpoint": 6,

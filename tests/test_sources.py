@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from fastbyol import train
+from fastbyol.__main__ import main as fastbyol_command
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
@@ -28,6 +30,7 @@ from fastbyol.data import build_image_loader, build_loader
 from fastbyol.data.inputs.images import join_listings, list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.sources import given_sources, is_original
+from fastbyol.evaluation.feature_file import FeatureFile
 from tests.commands import ROOT, SMALL_RUN, files_no_larger_than, run_here
 from tests.images import encoded, smooth_image, write_files
 
@@ -84,6 +87,58 @@ def first_views(data: str, **settings: str) -> list[np.ndarray]:
     with build_loader(DataConfig(train=data, workers=1, **settings), views=VIEWS, seed=5, global_batch=8) as loader:
         assert loader.class_names == ()
         return [view.numpy() for batch in loader for view in (batch.view1, batch.view2)]
+
+
+def losses(data: str, run: Path, *options: str) -> list[float]:
+    """Trains for one epoch and returns the loss of each step."""
+    train.main([*SMALL_RUN, "--epochs", "1", "--data.train", data, "--out", str(run), *options])
+    return [record["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in (record := json.loads(line))]
+
+
+def embedded(run: Path, data: str, out: Path, *options: str) -> FeatureFile:
+    fastbyol_command(["embed", "--checkpoint", str(run), "--data", data, "--out", str(out), "--workers", "1", *options])
+    return FeatureFile(out)
+
+
+@pytest.fixture(scope="module")
+def of_flat(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], np.ndarray]:
+    """A run on the flat folder, its losses, and its features of that folder."""
+    root = tmp_path_factory.mktemp("of_flat")
+    loss = losses(sources["flat"], root / "run")
+    return root / "run", loss, embedded(root / "run", sources["flat"], root / "features.npz").read()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_same_images_give_the_same_run_features_and_report_from_every_source_and_backend(
+    name: str,
+    sources: dict[str, str],
+    of_flat: tuple[Path, list[float], np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, expected_loss, expected = of_flat
+    data, given = sources[name], sources[name].split("::")
+    assert losses(data, tmp_path / "run", "--data.labels", "none") == expected_loss
+    file = embedded(run, data, tmp_path / "f.npz", "--labels", "none")
+    assert np.array_equal(file.read(), expected)
+    assert not file.facts.class_names
+    for script, out in (("to_ffcv.py", tmp_path / "x.beton"), ("to_dali.py", tmp_path / "x_tar")):
+        run_here(script, "--data", *given, "--labels", "none", "--out", out, "--workers", "1")
+        # Their decoder is not Pillow: a few levels apart.
+        assert losses(str(out), tmp_path / f"run_{out.stem}") == pytest.approx(expected_loss, abs=0.02)
+        assert np.abs(embedded(run, str(out), tmp_path / f"{out.stem}.npz").read() - expected).max() < 0.02 * np.abs(expected).max()
+    fastbyol_command(["views", "--data", data, "--out", str(tmp_path / "views.png"), "--rows", "3"])
+    with Image.open(tmp_path / "views.png") as sheet:
+        assert sheet.size[1] > 3 * VIEWS.size_px
+    capsys.readouterr()
+    if name != "flat":  # the curves of the training take half the time of a report and read no image
+        monkeypatch.setattr("fastbyol.evaluation.report.curves", lambda *_, **__: b"")
+    fastbyol_command(["report", "--run", str(tmp_path / "run"), "--data", data, "--workers", "1"])
+    said, page = capsys.readouterr(), (tmp_path / "run" / "report.html").read_text()
+    assert "linear and knn left out" in said.err
+    assert f"of {NUM} images are found again by their other view" in said.out
+    assert re.findall(r'<section id="(\w+)">', page)[5:9] == ["neighbours", "clusters", "map", "odd"]
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -2,7 +2,8 @@
 
 How: the product's `build_image_loader` and `extract_features`, float32, one thread each. Reference: torchvision's resize and centre
 crop on Pillow images in the same thread, float32, NCHW. Ceiling: the encoder's forward alone, on images in memory. Read the wall
-clock: the loader works beside the encoder.
+clock: the loader works beside the encoder. `embed` is the whole command but for Python's own start: the weights are read and digested, the
+data opened, features written to parts and then to one file; its fixed costs weigh on so few images.
 
     python -m benchmarks.run evaluate
 
@@ -29,10 +30,14 @@ from fastbyol.config.views import PAPER, ViewPair
 from fastbyol.data import build_image_loader
 from fastbyol.data.batch import ImageBatch
 from fastbyol.data.inputs.folder import list_image_folder
+from fastbyol.evaluation.embedding import embed
+from fastbyol.evaluation.feature_file import FeatureFile
 from fastbyol.evaluation.features import extract_features
 from fastbyol.models import build_encoder
+from fastbyol.ranks.process_group import Process
 
 REFERENCE, CEILING, OURS, LOADER = "torchvision on Pillow, NCHW", "forward alone", "extract_features, .beton", "decode and crop alone"
+EMBED = "embed, .beton to .npz"
 SHORT_SIDE = 256 / 224
 """Short side of torchvision's usual resize before a centre crop, relative to the crop's side."""
 
@@ -72,6 +77,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         work = {
             CEILING: lambda: extract_features(encoder, batches, every_image=False),
             OURS: lambda: extract_features(encoder, loader),
+            EMBED: _embedding(beton, encoder, size, scratch=scratch),
             LOADER: lambda: deque(loader, maxlen=0),
             REFERENCE: _torchvision_features(folder, theirs, views, size.batch),
         }
@@ -79,6 +85,20 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         subjects = subjects_of(work, units=size.images, notes={REFERENCE: "not beside the encoder"})
         threads = size.torch_threads + size.workers
         return measured("evaluate", title, subjects, reference=REFERENCE, ceiling=CEILING, threads=threads, primary="wall", settings=size)
+
+
+def _embedding(beton: Path, encoder: torch.nn.Module, size: Size, *, scratch: Path) -> Callable[[], FeatureFile]:
+    """Returns a function that embeds the data set to a new file, from a file of the encoder's weights."""
+    weights, out = scratch / "encoder.pt", scratch / "features.npz"
+    torch.save(encoder.state_dict(), weights)
+    process = Process(rank=0, world_size=1, device=torch.device("cpu"))
+
+    def embedded() -> FeatureFile:
+        out.unlink(missing_ok=True)
+        changes = {"views.size_px": size.size_px}
+        return embed(weights, beton, out=out, changes=changes, batch=size.batch, workers=size.workers, process=process)
+
+    return embedded
 
 
 def _torchvision_features(folder: Path, encoder: torch.nn.Module, views: ViewPair, batch: int) -> Callable[[], torch.Tensor]:
