@@ -55,6 +55,7 @@ def test_40_flat_images_get_a_file_that_training_takes_with_a_reason_on_each_lin
     settings = [line for line in text.splitlines() if not line.startswith("#") and not line.endswith(":")]
     assert len(settings) > 10
     assert all(re.search(r"\S  # \S", line) for line in settings), "every setting has its reason"
+    assert "1 devices" not in text
     train(
         [
             "--config",
