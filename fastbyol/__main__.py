@@ -22,7 +22,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from fastbyol.commands.neighbours import add_neighbours
 from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
 from fastbyol.commands.weights import add_weights, list_weights
 from fastbyol.config.arguments import OneLineParser, path_text
-from fastbyol.config.console import say
+from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError, one_line_errors, require_at_least, require_between
 from fastbyol.config.schema import BACKENDS
 
@@ -76,6 +76,8 @@ def _build_parser() -> OneLineParser:
     evaluate.add_argument("--k", type=int, help="number of neighbours in kNN (20)")
     evaluate.add_argument("--temperature", type=float, help="temperature of the kNN votes (0.07)")
     evaluate.add_argument("--subset", type=path_text, metavar="LIST", help="use only the train images that this file names, one a line")
+    other = "a further baseline for linear and kNN: another run, checkpoint or weights file, evaluated on the same images at its own size"
+    evaluate.add_argument("--baseline", type=path_text, help=other)
     evaluate.set_defaults(command=evaluate_run)
 
     report = commands.add_parser("report", help="RUN/report.html and a summary", description=report_run.__doc__, allow_abbrev=False)
@@ -143,6 +145,10 @@ def evaluate_run(options: argparse.Namespace) -> None:
     knn_options = {name: getattr(options, name) for name in ("k", "temperature") if getattr(options, name) is not None}
     if options.protocol in ("linear", "labelfree") and knn_options:
         raise UserError(f"--{next(iter(knn_options))}: has no effect on the {options.protocol} protocol; leave it out, or evaluate knn")
+    if options.protocol == "labelfree" and options.baseline:
+        raise UserError(
+            "--baseline: has no effect on the labelfree protocol, whose views are the run's own; leave it out, or evaluate linear or knn"
+        )
     with _opened(options, scored=options.protocol != "labelfree") as (run, bank):
         where = {"checkpoint": options.checkpoint, "data": options.data, "out": options.out or run.results, "command": options.typed}
         results, verdict = evaluate(run, bank, options.protocol, **where, knn_options=knn_options)
@@ -278,25 +284,45 @@ def _opened(options: argparse.Namespace, *, scored: bool = True) -> Iterator[tup
     """Yields the run's newest checkpoint and the features, extracted on demand, of its encoder and of the baselines."""
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
+    from fastbyol.evaluation.embedding import weights_digest
     from fastbyol.evaluation.evaluate import subset_settings
     from fastbyol.evaluation.label_free import RANK_IMAGES
     from fastbyol.evaluation.splits import open_splits
-    from fastbyol.evaluation.subjects import FeatureBank
+    from fastbyol.evaluation.subjects import FeatureBank, OtherEncoder
     from fastbyol.export import encoder_of
     from fastbyol.run.checkpoint import load_run
     from fastbyol.run.foreign_weights import load_run_or_weights
 
     device = device_named(options.device)
     changes = changes_from(options.run_options)
-    run = load_run(options.checkpoint) if options.command is report_run else load_run_or_weights(options.checkpoint, changes=changes)
-    subset = getattr(options, "subset", None)
-    chosen = {"subset": subset, "at_most": RANK_IMAGES, "scored": scored}
-    with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers, **chosen) as splits:
-        encoder, settings = encoder_of(run, announce=_announce), subset_settings(subset)
+    subset, baseline = getattr(options, "subset", None), getattr(options, "baseline", None)
+    # Beside a run, which has its own config, options describe the weights that are its baseline.
+    own = {} if baseline and Path(options.checkpoint).is_dir() else changes
+    run = load_run(options.checkpoint) if options.command is report_run else load_run_or_weights(options.checkpoint, changes=own)
+    settings = subset_settings(subset)
+    opened_with = {"batch": options.batch, "workers": options.workers, "subset": subset, "at_most": RANK_IMAGES, "scored": scored}
+    with ExitStack() as opened:
+        splits = opened.enter_context(open_splits(options.data, views=run.config.views, **opened_with))
+        other = None
+        if baseline:
+            rival = load_run_or_weights(baseline, changes=changes)
+            encoder = encoder_of(rival, announce=_announce)
+            images = opened.enter_context(open_splits(options.data, views=rival.config.views, **opened_with))
+            other = OtherEncoder(
+                f"{'run' if rival.title == 'BYOL' else 'weights'} {printable(Path(baseline).name)}, baseline", encoder, images
+            )
+            settings |= {"baseline": baseline, "baseline_weights": weights_digest(encoder)}
         yield (
             run,
             FeatureBank(
-                encoder, config=run.config, splits=splits, device=device, announce=_announce, data_settings=settings, title=run.title
+                encoder_of(run, announce=_announce),
+                config=run.config,
+                splits=splits,
+                device=device,
+                announce=_announce,
+                data_settings=settings,
+                title=run.title,
+                other=other,
             ),
         )
 

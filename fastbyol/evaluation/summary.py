@@ -40,7 +40,7 @@ def score_rows(results: list[ProtocolResult], *, title: str = "BYOL") -> list[li
     for subject in results[0].scores:
         scores = [result.scores[subject] for result in results]
         cells = [cell for result, s in zip(results, scores, strict=True) for cell in (percent(s.top1), _top5(s.top5, result.num_classes))]
-        rows.append([BASELINE_TITLES.get(subject, title), *cells, f"{scores[0].feature_dim:,}"])
+        rows.append([title if subject == "byol" else BASELINE_TITLES.get(subject, subject), *cells, f"{scores[0].feature_dim:,}"])
     chance = [cell for r in results for cell in (percent(r.chance_top1), _top5(5 / r.num_classes, r.num_classes))]
     return [*rows, ["chance", *chance, ""]]
 
@@ -72,7 +72,7 @@ def headline(results: Iterable[Result], speed: Throughput) -> list[tuple[str, st
             lines += _label_free_headline(result)
             continue
         scores = {name: score.top1 for name, score in result.scores.items()}
-        others = ", ".join(f"{BASELINE_TITLES[name]} {percent(top1)}" for name, top1 in scores.items() if name != "byol")
+        others = ", ".join(f"{BASELINE_TITLES.get(name, name)} {percent(top1)}" for name, top1 in scores.items() if name != "byol")
         title = PROTOCOL_TITLES[result.protocol]
         lines.append((percent(scores["byol"]), f"{title} top-1 on val; {others}; chance {percent(result.chance_top1)}"))
     per_device = f"{speed.images_per_s_per_device:,.0f} images/s"
