@@ -3,8 +3,8 @@
     python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --supervised
     python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --name bias --byol-only -- --model.head_bias true
     python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --only demo_scenes --preset cpu_demo_scenes --name cpu_demo_scenes
-    python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --keep docs/recipes.json     # the records in one file, and the table
-    python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/leads --against base                 # what the other recipes change, seed by seed
+    python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --keep docs/recipes.json --table recipes    # into one file
+    python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/leads --against base        # what the other recipes change, seed by seed
 
 Each run is what a user types: `fastbyol suggest --devices 0`, then `fastbyol/train.py` with the file that it wrote (or with `--preset`) and what
 follows `--`, in a process of its own with one thread. Figures are top-1 on val, in percent, of logistic regression and of 20 nearest neighbours on frozen
@@ -19,6 +19,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -186,7 +187,7 @@ def _spread(values: list[float]) -> str:
 
 
 @one_line_errors
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="benchmarks.recipes", description=__doc__)
     parser.add_argument("--sets", type=Path, required=True, help="folder of the sets; what is missing is made")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and records")
@@ -201,14 +202,18 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, metavar="FILE.json", help="train nothing; write all records of --out to a file and print the table"
     )
+    parser.add_argument("--table", default="recipes", help="with --keep: records of the file that those of --out replace (%(default)s)")
     parser.add_argument("options", nargs="*", help="options of the run, after --")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     records = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*-*-*.json"))]
     if arguments.against:
         say(*differences(records, base=arguments.against))
         return
     if arguments.keep:
-        arguments.keep.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+        kept = json.loads(arguments.keep.read_text()) if arguments.keep.exists() else []
+        kept = [record for record in kept if record["table"] != arguments.table]
+        kept += [{"table": arguments.table, **record} for record in records]
+        arguments.keep.write_text("[\n" + ",\n".join(json.dumps(record) for record in kept) + "\n]\n")
         say(*table(records))
         return
     torch.set_num_threads(1)

@@ -158,7 +158,7 @@ def test_the_same_images_have_the_same_bytes_and_views_from_every_source(name: s
         # Their decoder is not Pillow: a few levels apart, and the crops are the same.
         assert all(np.abs(view - other).max() < 0.5 for view, other in zip(first_views(str(out)), expected, strict=True))
         verified = run_here("verify.py", out, "--source", *given, "--labels", "none")
-        assert "all is well" in verified.stdout
+        assert f"all is well: {NUM} images without labels" in verified.stdout
         assert "no labels" in run_here("info.py", out).stdout
 
 
@@ -398,7 +398,7 @@ def test_indexing_that_is_killed_leaves_nothing_that_hinders_the_next(shards: Pa
     assert len(indices_of(shards)) == 1
 
 
-def test_two_ranks_index_once_and_see_the_same(shards: Path) -> None:
+def test_two_ranks_index_once_and_read_each_image_once_between_them(shards: Path) -> None:
     code = (
         "import sys; from fastbyol.data.inputs import tar, images\n"
         "count = 0\n"
@@ -412,6 +412,14 @@ def test_two_ranks_index_once_and_see_the_same(shards: Path) -> None:
     said = [rank.communicate(timeout=120)[0].split() for rank in ranks]
     assert said[0][0] == said[1][0] == list_images(shards).digest()
     assert sorted(int(count) for _, count in said) == [0, 100]
+    read = [
+        build_loader(DataConfig(train=str(shards), workers=1), views=VIEWS, seed=5, global_batch=10, rank=rank, world_size=2)
+        for rank in (0, 1)
+    ]
+    seen = [[index for batch in loader for index in batch.index.tolist()] for loader in read]
+    for loader in read:
+        loader.close()
+    assert sorted(seen[0] + seen[1]) == list(range(300))
 
 
 @pytest.fixture
