@@ -333,7 +333,10 @@ def test_evaluate_and_weights_take_them_from_the_command_line(resnet18, image_fo
     said = capsys.readouterr()
     assert "weights tv.pth" in said.out
     assert "knn: weights tv.pth" in said.err
-    assert "BYOL" not in said.out + said.err
+    fastbyol_command(["evaluate", "labelfree", *arguments])
+    free = capsys.readouterr()
+    assert "two views each of 25 images: weights tv.pth and untrained encoder" in free.err
+    assert "byol" not in (said.out + said.err + free.out + free.err).lower().replace("fastbyol", "")
     assert "tv.pth': resnet18, images of 32 px, loads 120 tensors, but not 'fc' in the same file" in said.err
     record = json.loads((tmp_path / "tv.evaluation" / "knn.json").read_text())
     # The nearest neighbour of each image of val is itself in train.
