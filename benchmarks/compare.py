@@ -8,7 +8,8 @@ Exit code: 0 nothing got slower, 1 something got slower, 2 the records cannot be
 Compared are each row's time over the ceiling's and over the reference's of the same run, on the case's first clock, because a busier
 machine slows all of them; milliseconds of different runs are not compared. A row counts as slower if for both ratios the medians
 differ by more than the threshold and the intervals do not overlap: if only the ceiling or the reference changed, only one ratio
-changes. The reference row has one ratio, to the ceiling, which shows what slows reference and subject alike. A note is printed if the
+changes. A setting that only one of the records has came with a later version of the code: it is named, and taken as what the other version
+did without it. The reference row has one ratio, to the ceiling, which shows what slows reference and subject alike. A note is printed if the
 machine was much busier in one of the two runs, because other processes slow cache-resident work more than the rest. Extra figures
 (memory, shares of time) are not compared.
 """
@@ -115,9 +116,8 @@ def require_comparable(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 def _require_equal(what: str, before: object, after: object) -> None:
     if isinstance(before, dict) and isinstance(after, dict):
-        # A setting that only one version of the code has is a difference too, unless it is null.
-        for key in sorted({*before, *after} - ONLY_PRECISION):
-            _require_equal(f"{what}, {key}", before.get(key), after.get(key))
+        for key in sorted((before.keys() & after.keys()) - ONLY_PRECISION):
+            _require_equal(f"{what}, {key}", before[key], after[key])
     elif before != after:
         raise UserError(f"the records cannot be compared: {what} is {before} before and {after} after; measure both alike")
 
@@ -144,6 +144,22 @@ def _inverse(value: Estimate) -> Estimate:
     return Estimate(1 / value.median, 1 / value.high, 1 / value.low)  # the bounds change places
 
 
+def settings_of_one(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Returns texts that name the settings, of cases in both records, which only one version of the code had, with their values."""
+    ours, theirs = ({result.case: result.settings for result in results_of(record)} for record in (before, after))
+    return [text for name in ours if name in theirs for text in _lone_settings(f"settings of {name}", ours[name], theirs[name])]
+
+
+def _lone_settings(what: str, before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    for when, mine, other in (("before", before, after), ("after", after, before)):
+        for key in sorted(mine.keys() - other.keys() - ONLY_PRECISION):
+            if mine[key] is not None:
+                yield f"{what}, {key}: {mine[key]} {when}, unknown to the other version of the code"
+    for key in sorted(before.keys() & after.keys()):
+        if isinstance(before[key], dict) and isinstance(after[key], dict):
+            yield from _lone_settings(f"{what}, {key}", before[key], after[key])
+
+
 def only_in_one(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Returns texts that name the cases and rows found in only one of the records."""
     named = [{result.case: {row.name for row in result.rows} for result in results_of(record)} for record in (before, after)]
@@ -164,6 +180,8 @@ def _print(before: dict[str, Any], after: dict[str, Any], changes: list[Change],
     loads = [max(load[0] for load in record["load_average"].values()) for record in (before, after)]
     if max(loads) > LOAD_FACTOR * max(min(loads), 1.0):
         console.print(f"note: load average {loads[0]:.1f} before, {loads[1]:.1f} after: {LOAD_NOTE}", markup=False)
+    for text in settings_of_one(before, after):
+        console.print(f"note: {text}", markup=False)
     for text in only_in_one(before, after):
         console.print(f"note: not compared: {text}", markup=False)
     verdicts = [change.verdict(threshold) for change in changes]

@@ -2,20 +2,24 @@
 
     python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --supervised
     python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --name bias --byol-only -- --model.head_bias true
-    python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --keep docs/recipes.json     # the records in one file, and the table
+    python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --only demo_scenes --preset cpu_demo_scenes --name cpu_demo_scenes
+    python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/recipes --keep docs/recipes.json --table recipes    # into one file
+    python -m benchmarks.recipes --sets /tmp/small_sets --out /tmp/leads --against base        # what the other recipes change, seed by seed
 
-Each run is what a user types: `fastbyol suggest --devices 0`, then `fastbyol/train.py` with the file that it wrote and what follows `--`, in a
-process of its own with one thread. Figures are top-1 on val, in percent, of logistic regression and of 20 nearest neighbours on frozen
+Each run is what a user types: `fastbyol suggest --devices 0`, then `fastbyol/train.py` with the file that it wrote (or with `--preset`) and what
+follows `--`, in a process of its own with one thread. Figures are top-1 on val, in percent, of logistic regression and of 20 nearest neighbours on frozen
 features (`fastbyol evaluate`'s protocols). One JSON file a run in OUT; a run that is there is not repeated.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,14 +27,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.small_sets import SETS, write_sets
+from benchmarks.small_sets import DEMO_SETS, SETS, write_sets
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.console import say
 from fastbyol.config.errors import one_line_errors
 from fastbyol.config.schema import TrainConfig
-from fastbyol.data import build_loader
+from fastbyol.data import build_image_loader, build_loader
 from fastbyol.evaluation.protocols import evaluate_knn, evaluate_linear
-from fastbyol.evaluation.splits import Splits, open_splits
+from fastbyol.evaluation.splits import Split, Splits, common_classes, open_splits
 from fastbyol.evaluation.subjects import FeatureBank
 from fastbyol.export import encoder_of
 from fastbyol.models import encoder_from
@@ -39,18 +43,24 @@ from fastbyol.run.precision import autocast
 
 ROOT = Path(__file__).resolve().parents[1]
 SUBJECTS = ("byol", "untrained", "pca", "supervised")
+WHOLE_IMAGE = "whole image at evaluation"
+MAX_SEED = 100
 PEAK_LR = 0.1
 """Peak learning rate of the training with labels, as He et al. (2016) have it for CIFAR at 128 images a step: two views of 64 here."""
 
 
-def train(data: Path, run: Path, options: list[str]) -> float:
-    """Trains a run with the suggested settings and these options, and returns its CPU seconds, of the loader's threads and the start too."""
+def train(data: Path, run: Path, options: list[str], *, preset: str) -> float:
+    """Trains a run with these options on top of the preset, or of the suggested settings where it is empty, and returns its CPU seconds, of
+    the loader's threads and the start too.
+    """
     run.parent.mkdir(parents=True, exist_ok=True)
     suggested = run.parent / f"{run.name}.yaml"
+    settings: list[str | Path] = ["--preset", preset, "--data.train", data / "train"] if preset else ["--config", suggested]
     with (run.parent / f"{run.name}.log").open("w") as log:
-        _python(log, "-m", "fastbyol", "suggest", "--data", data / "train", "--devices", "0", "--out", suggested, "--overwrite")
+        if not preset:
+            _python(log, "-m", "fastbyol", "suggest", "--data", data / "train", "--devices", "0", "--out", suggested, "--overwrite")
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        _python(log, ROOT / "fastbyol" / "train.py", "--config", suggested, "--out", run, *options)
+        _python(log, ROOT / "fastbyol" / "train.py", *settings, "--out", run, *options)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
@@ -91,9 +101,19 @@ def scores_of(bank: FeatureBank, subjects: tuple[str, ...]) -> dict[str, dict[st
     return {subject: {name: round(100 * result.scores[subject].top1, 1) for name, result in results.items()} for subject in subjects}
 
 
-def measure(data: Path, run: Path, options: list[str], *, baselines: bool, supervised: bool) -> dict[str, Any]:
+def whole_images(data: Path, config: TrainConfig) -> Splits:
+    """Returns the splits with the largest centred square of each image instead of the evaluation's crop of 7/8."""
+    train, val = (build_image_loader(data / split, views=config.views, batch=256, crop_share=1.0) for split in ("train", "val"))
+    names = common_classes(train.class_names, val.class_names)
+    first, second = (Split(loader, size_px=config.views.size_px, class_names=names) for loader in (train, val))
+    return Splits(first, second)
+
+
+def measure(
+    data: Path, run: Path, options: list[str], *, preset: str = "", baselines: bool, supervised: bool, whole: bool = False
+) -> dict[str, Any]:
     """Trains and evaluates one run and returns its record."""
-    cpu_s = train(data, run, options)
+    cpu_s = train(data, run, options, preset=preset)
     state = load_run(str(run))
     with open_splits(data, views=state.config.views, batch=256) as splits:
         bank = FeatureBank(encoder_of(state), config=state.config, splits=splits)
@@ -103,6 +123,9 @@ def measure(data: Path, run: Path, options: list[str], *, baselines: bool, super
             scores["supervised"] = scores_of(FeatureBank(trained, config=state.config, splits=splits), ("byol",))["byol"]
         assert splits.val is not None
         num_val = splits.val.num_samples
+    if whole:
+        with whole_images(data, state.config) as splits:
+            scores["byol_whole"] = scores_of(FeatureBank(encoder_of(state), config=state.config, splits=splits), ("byol",))["byol"]
     return {"scores": scores, "val": num_val, "steps": state.step, "cpu_s": round(cpu_s), "options": options}
 
 
@@ -122,6 +145,38 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def differences(records: list[dict[str, Any]], *, base: str) -> list[str]:
+    """Returns a Markdown table of what each recipe changes against `base`: mean over the common seeds of the differences of the same seed,
+    plus or minus its standard error; settled where that mean is more than two standard errors from 0.
+
+    The whole image at evaluation, where it was measured, is a row of its own, against the crop on the same encoders.
+    """
+    scores = {(record["set"], record["recipe"], record["seed"]): record["scores"]["byol"] for record in records}
+    scores |= {
+        (record["set"], WHOLE_IMAGE, record["seed"]): record["scores"]["byol_whole"]
+        for record in records
+        if record["recipe"] == base and "byol_whole" in record["scores"]
+    }
+    lines = ["| set | instead of the base | seeds | linear | kNN |", "|---|---|---|---|---|"]
+    for name, recipe in sorted({(name, recipe) for name, recipe, _ in scores if recipe != base}):
+        seeds = [seed for seed in range(MAX_SEED) if (name, recipe, seed) in scores and (name, base, seed) in scores]
+        if len(seeds) < 2:
+            continue
+        cells = [
+            _difference([scores[name, recipe, seed][protocol] - scores[name, base, seed][protocol] for seed in seeds])
+            for protocol in ("linear", "knn")
+        ]
+        lines.append(f"| {name} | {recipe} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _difference(values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    verdict = "not settled" if abs(mean) <= 2 * error else "better" if mean > 0 else "worse"
+    return f"{mean:+.1f} ± {error:.1f}, {verdict}"
+
+
 def _cell(scores: list[dict[str, float]]) -> str:
     return " / ".join(_spread([score[protocol] for score in scores]) for protocol in ("linear", "knn")) if scores else "-"
 
@@ -132,23 +187,33 @@ def _spread(values: list[float]) -> str:
 
 
 @one_line_errors
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="benchmarks.recipes", description=__doc__)
     parser.add_argument("--sets", type=Path, required=True, help="folder of the sets; what is missing is made")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and records")
     parser.add_argument("--name", default="suggested", help="name of what is tried, in the table (%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=tuple(SETS), default=list(SETS), help="sets to take")
+    parser.add_argument("--only", nargs="+", choices=(*SETS, *DEMO_SETS), default=list(SETS), help="sets to take")
+    parser.add_argument("--preset", default="", help="preset to run, instead of what suggest writes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds (0 1)")
     parser.add_argument("--byol-only", action="store_true", help="leave out the baselines, which hardly depend on the recipe")
     parser.add_argument("--supervised", action="store_true", help="also train the encoder with labels, for as many steps")
+    parser.add_argument("--whole-image", action="store_true", help="also evaluate on whole images instead of the crop of 7/8")
+    parser.add_argument("--against", metavar="NAME", help="train nothing; print what the recipes of --out change against this one")
     parser.add_argument(
         "--keep", type=Path, metavar="FILE.json", help="train nothing; write all records of --out to a file and print the table"
     )
+    parser.add_argument("--table", default="recipes", help="with --keep: records of the file that those of --out replace (%(default)s)")
     parser.add_argument("options", nargs="*", help="options of the run, after --")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    records = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*-*-*.json"))]
+    if arguments.against:
+        say(*differences(records, base=arguments.against))
+        return
     if arguments.keep:
-        records = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("*-*-*.json"))]
-        arguments.keep.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+        kept = json.loads(arguments.keep.read_text()) if arguments.keep.exists() else []
+        kept = [record for record in kept if record["table"] != arguments.table]
+        kept += [{"table": arguments.table, **record} for record in records]
+        arguments.keep.write_text("[\n" + ",\n".join(json.dumps(record) for record in kept) + "\n]\n")
         say(*table(records))
         return
     torch.set_num_threads(1)
@@ -158,7 +223,15 @@ def main() -> None:
             if path.exists():
                 continue
             options = [*arguments.options, "--seed", str(seed)]
-            record = measure(data, path.with_suffix(""), options, baselines=not arguments.byol_only, supervised=arguments.supervised)
+            record = measure(
+                data,
+                path.with_suffix(""),
+                options,
+                preset=arguments.preset,
+                baselines=not arguments.byol_only,
+                supervised=arguments.supervised,
+                whole=arguments.whole_image,
+            )
             record = {"set": data.name, "recipe": arguments.name, "seed": seed, **record}
             path.write_text(json.dumps(record, indent=1) + "\n")
             say(f"{data.name} {arguments.name} {seed}: {record['scores']} {record['cpu_s']} s")

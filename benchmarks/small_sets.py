@@ -192,6 +192,11 @@ SETS: dict[str, Callable[[Path, Path], None]] = {
     "letters": write_letters,
     "pieces": write_pieces,
 }
+DEMO_SETS: dict[str, Callable[[Path, Path], None]] = {
+    "demo_fashion": lambda out, _: write_fashion(out, settings=DemoSettings(), overwrite=False),
+    "demo_scenes": lambda out, _: write_scenes(out, settings=DemoSettings(), overwrite=False),
+}
+"""The images of `make demo`, for its own presets."""
 
 
 def write_sets(out: Path, names: tuple[str, ...] = tuple(SETS)) -> Iterator[Path]:
@@ -200,7 +205,7 @@ def write_sets(out: Path, names: tuple[str, ...] = tuple(SETS)) -> Iterator[Path
         folder = out / name
         if not folder.is_dir():
             partial = out / f"{name}.partial"
-            SETS[name](partial, out / "packages")
+            {**SETS, **DEMO_SETS}[name](partial, out / "packages")
             partial.rename(folder)
         yield folder
 

@@ -50,7 +50,9 @@ def main() -> None:
     for fault in found.faults[: arguments.faults]:
         say(str(fault))
     images_per_s = found.num_images / max(time.monotonic() - start, 1e-9)
-    images = f"{found.num_images:,} images" + (f" of {found.num_classes:,} classes" if found.num_classes else "")
+    # None: nothing beside the data names the classes, so whether there are any is not known.
+    labels = "" if found.num_classes is None else f" of {found.num_classes:,} classes" if found.num_classes else " without labels"
+    images = f"{found.num_images:,} images{labels}"
     more = f", the first {arguments.faults} shown" if found.num_faults > arguments.faults else ""
     outcome = f"{count_text(found.num_faults, 'fault')}{more}" if found.num_faults else "all is well"
     say(f"{arguments.path}: {outcome}: {images}, {found.num_bytes:,} bytes of them, {images_per_s:,.0f} images/s")

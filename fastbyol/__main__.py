@@ -123,7 +123,7 @@ def report_run(options: argparse.Namespace) -> None:
         report = build_report(run, bank, data=options.data, command=options.typed, out=options.out)
         path = report.write()
     console = Console()
-    for table in result_tables(report.results):
+    for table in result_tables(report.results, title=run.title):
         console.print(table)
     console.print(headline_table(report.headline()))
     say(*report.verdict.lines(), f"report: {path}", f"next: {embed(options.checkpoint, report.bank.splits.train.source)}")

@@ -169,6 +169,17 @@ def test_more_rounds_are_comparable_and_rows_or_cases_of_one_side_are_named(comp
     assert "not compared: ema: after only" in text
 
 
+@pytest.mark.parametrize(("newer", "value"), [("after", False), ("before", "none")])
+def test_a_setting_that_one_version_of_the_code_lacks_is_named_and_refuses_nothing(compared, newer: str, value: object):
+    records = {when: json.loads(json.dumps(record_of(case(ours=2.0)) | {"start_s": 0.0})) for when in ("before", "after")}
+    records[newer]["cases"]["loader"]["settings"]["model"]["later"] = value
+    code, text = compared(records["before"], records["after"])
+    assert code == 0
+    text = " ".join(text.split())
+    assert f"note: settings of loader, model, later: {value} {newer}, unknown to the other version of the code" in text
+    assert "unknown to the other" not in compared(records["after"], records["after"])[1]
+
+
 def test_a_machine_that_was_much_busier_in_one_of_the_runs_is_noted(compared, monkeypatch: pytest.MonkeyPatch):
     before, after = (record_of(case(ours=2.0)) | {"load_average": {"start": [load, 1.0, 1.0]}} for load in (12.0, 3.0))
     monkeypatch.setattr("os.getloadavg", lambda: (2.0, 1.0, 1.0))  # at the end of both

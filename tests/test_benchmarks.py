@@ -91,7 +91,7 @@ EXPECTED_ROWS = {
     "step_resnet18": 9,
     "demo_step": 3,
     "end_to_end": 8,
-    "evaluate": 4,
+    "evaluate": 5,
     "linear_sweep": 4,
     "monitors": 3,
     "scaling": 3,

@@ -77,6 +77,19 @@ def test_without_val_an_image_is_not_its_own_neighbour_even_among_equal_ones():
     assert not (found.neighbour == found.query[:, None]).any()
 
 
+@pytest.mark.parametrize("images", [3, 4, 80])
+def test_umap_puts_groups_apart_however_few_images_there_are(images: int, recwarn: pytest.WarningsRecorder):
+    pytest.importorskip("umap", reason="pip install 'fastbyol[umap]'")
+    place = coordinates(groups(images // 2, images - images // 2), method="umap")
+    assert place.shape == (images, 2)
+    assert np.isfinite(place).all()
+    assert not [str(warned.message) for warned in recwarn if "n_jobs" in str(warned.message)]
+    if images == 80:
+        apart = np.linalg.norm(place[:40].mean(axis=0) - place[40:].mean(axis=0))
+        assert apart > 3 * place[:40].std(axis=0).max()
+        assert np.array_equal(place, coordinates(groups(40, 40), method="umap")), "the same seed, the same map"
+
+
 def test_the_map_puts_groups_apart_and_one_image_into_each_cell():
     feature = groups(20, 20)
     place = coordinates(feature, method="pca")

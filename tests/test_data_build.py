@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ffcv.fields import IntField, RGBImageField
 from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
 from PIL import Image
@@ -192,3 +193,14 @@ def test_a_tar_folder_with_a_missing_or_foreign_file_is_a_one_line_error(
     damage(folder)
     with pytest.raises(UserError, match=message):
         build(folder)
+
+
+def test_evaluation_takes_the_whole_image_where_it_is_told_to(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "1.png")
+    views = ViewPair(size_px=16)
+    with build_image_loader(tmp_path, views=views, batch=1, workers=1, crop_share=1.0) as loader:
+        (batch,) = loader
+    mean, std = (torch.tensor(values)[:, None, None] for values in (views.mean, views.std))
+    wanted = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
+    torch.testing.assert_close(batch.image[0].contiguous(), wanted, atol=1e-5, rtol=0)

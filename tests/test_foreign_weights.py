@@ -331,6 +331,12 @@ def test_evaluate_and_weights_take_them_from_the_command_line(resnet18, image_fo
     arguments = ["--checkpoint", str(tmp_path / "tv.pth"), "--data", str(tmp_path / "data"), "--views.size_px", "32", "--workers", "1"]
     fastbyol_command(["evaluate", "knn", *arguments, "--k", "1"])
     said = capsys.readouterr()
+    assert "weights tv.pth" in said.out
+    assert "knn: weights tv.pth" in said.err
+    fastbyol_command(["evaluate", "labelfree", *arguments])
+    free = capsys.readouterr()
+    assert "two views each of 25 images: weights tv.pth and untrained encoder" in free.err
+    assert "byol" not in (said.out + said.err + free.out + free.err).lower().replace("fastbyol", "")
     assert "tv.pth': resnet18, images of 32 px, loads 120 tensors, but not 'fc' in the same file" in said.err
     record = json.loads((tmp_path / "tv.evaluation" / "knn.json").read_text())
     # The nearest neighbour of each image of val is itself in train.
@@ -342,6 +348,34 @@ def test_evaluate_and_weights_take_them_from_the_command_line(resnet18, image_fo
     assert [line.split()[0] for line in lines if "left out" in line] == ["fc.weight", "fc.bias"]
     assert lines[-1] == "encoder: resnet18, width 1, stem imagenet, padding symmetric; images of 32 px"
     assert not said.err
+
+
+def test_weights_are_a_baseline_of_a_run_at_their_own_size(resnet18, image_folder, tmp_path, capsys):
+    torch.save(LAYOUTS["torchvision"](resnet18), tmp_path / "tv.pth")
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for split in ("train", "val"):
+        (data / split).symlink_to(image_folder)
+    train_command([*SMALL_RUN, "--epochs", "1", "--data.train", str(image_folder), "--out", str(run)])
+    options = ["--data", str(data), "--workers", "1", "--k", "3"]
+    fastbyol_command(["evaluate", "knn", "--checkpoint", str(tmp_path / "tv.pth"), "--views.size_px", "48", *options])
+    alone = json.loads((tmp_path / "tv.evaluation" / "knn.json").read_text())["scores"]["byol"]
+    capsys.readouterr()
+    beside = ["--checkpoint", str(run), "--compare", str(tmp_path / "tv.pth"), "--views.size_px", "48"]
+    fastbyol_command(["evaluate", "knn", *beside, *options])
+    said = capsys.readouterr()
+    record = json.loads((run / "evaluation" / "knn.json").read_text())
+    name = "weights tv.pth, baseline"
+    assert list(record["scores"]) == ["byol", "untrained", "pca", name]
+    assert (record["scores"][name]["top1"], record["scores"][name]["feature_dim"]) == (alone["top1"], 512)
+    assert record["comparisons"][name]["difference"] == pytest.approx(record["scores"]["byol"]["top1"] - alone["top1"])
+    assert f"than {name}" in said.out
+    assert [line.split("  ")[1].strip() for line in said.out.splitlines() if "128" in line or "512" in line][-1] == name
+    fastbyol_command(["evaluate", "knn", "--checkpoint", str(run), *options])
+    assert len(list((run / "evaluation").glob("knn*.json"))) == 2, "a result without the baseline has a file of its own"
+    with pytest.raises(SystemExit, match="2"):
+        fastbyol_command(["evaluate", "labelfree", *beside, *options[:2]])
+    assert "--compare: has no effect on labelfree" in capsys.readouterr().err
 
 
 def test_a_network_is_unchanged_by_its_way_through_a_file_of_ours(tmp_path):

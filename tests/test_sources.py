@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from fastbyol import train
+from fastbyol.__main__ import main as fastbyol_command
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_image_loader, build_loader
-from fastbyol.data.inputs.images import list_images
+from fastbyol.data.inputs.images import join_listings, list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.sources import given_sources, is_original
+from fastbyol.evaluation.feature_file import FeatureFile
 from tests.commands import ROOT, SMALL_RUN, files_no_larger_than, run_here
 from tests.images import encoded, smooth_image, write_files
 
@@ -84,6 +89,58 @@ def first_views(data: str, **settings: str) -> list[np.ndarray]:
         return [view.numpy() for batch in loader for view in (batch.view1, batch.view2)]
 
 
+def losses(data: str, run: Path, *options: str) -> list[float]:
+    """Trains for one epoch and returns the loss of each step."""
+    train.main([*SMALL_RUN, "--epochs", "1", "--data.train", data, "--out", str(run), *options])
+    return [record["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in (record := json.loads(line))]
+
+
+def embedded(run: Path, data: str, out: Path, *options: str) -> FeatureFile:
+    fastbyol_command(["embed", "--checkpoint", str(run), "--data", data, "--out", str(out), "--workers", "1", *options])
+    return FeatureFile(out)
+
+
+@pytest.fixture(scope="module")
+def of_flat(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], np.ndarray]:
+    """A run on the flat folder, its losses, and its features of that folder."""
+    root = tmp_path_factory.mktemp("of_flat")
+    loss = losses(sources["flat"], root / "run")
+    return root / "run", loss, embedded(root / "run", sources["flat"], root / "features.npz").read()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_same_images_give_the_same_run_features_and_report_from_every_source_and_backend(
+    name: str,
+    sources: dict[str, str],
+    of_flat: tuple[Path, list[float], np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, expected_loss, expected = of_flat
+    data, given = sources[name], sources[name].split("::")
+    assert losses(data, tmp_path / "run", "--data.labels", "none") == expected_loss
+    file = embedded(run, data, tmp_path / "f.npz", "--labels", "none")
+    assert np.array_equal(file.read(), expected)
+    assert not file.facts.class_names
+    for script, out in (("to_ffcv.py", tmp_path / "x.beton"), ("to_dali.py", tmp_path / "x_tar")):
+        run_here(script, "--data", *given, "--labels", "none", "--out", out, "--workers", "1")
+        # Their decoder is not Pillow: a few levels apart.
+        assert losses(str(out), tmp_path / f"run_{out.stem}") == pytest.approx(expected_loss, abs=0.02)
+        assert np.abs(embedded(run, str(out), tmp_path / f"{out.stem}.npz").read() - expected).max() < 0.02 * np.abs(expected).max()
+    fastbyol_command(["views", "--data", data, "--out", str(tmp_path / "views.png"), "--rows", "3"])
+    with Image.open(tmp_path / "views.png") as sheet:
+        assert sheet.size[1] > 3 * VIEWS.size_px
+    capsys.readouterr()
+    if name != "flat":  # the curves of the training take half the time of a report and read no image
+        monkeypatch.setattr("fastbyol.evaluation.report.curves", lambda *_, **__: b"")
+    fastbyol_command(["report", "--run", str(tmp_path / "run"), "--data", data, "--workers", "1"])
+    said, page = capsys.readouterr(), (tmp_path / "run" / "report.html").read_text()
+    assert "linear and knn left out" in said.err
+    assert f"of {NUM} images are found again by their other view" in said.out
+    assert re.findall(r'<section id="(\w+)">', page)[5:9] == ["neighbours", "clusters", "map", "odd"]
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_same_images_have_the_same_bytes_and_views_from_every_source(name: str, sources: dict[str, str], tmp_path: Path) -> None:
     listing = listed(sources[name])
@@ -101,7 +158,7 @@ def test_the_same_images_have_the_same_bytes_and_views_from_every_source(name: s
         # Their decoder is not Pillow: a few levels apart, and the crops are the same.
         assert all(np.abs(view - other).max() < 0.5 for view, other in zip(first_views(str(out)), expected, strict=True))
         verified = run_here("verify.py", out, "--source", *given, "--labels", "none")
-        assert "all is well" in verified.stdout
+        assert f"all is well: {NUM} images without labels" in verified.stdout
         assert "no labels" in run_here("info.py", out).stdout
 
 
@@ -170,6 +227,36 @@ def test_folders_are_classes_only_where_they_look_like_classes(tmp_path: Path) -
     assert list_images(mostly_flat, labels="folders").class_names == ("a", "b")
 
 
+def test_what_is_said_about_labels_names_the_option_of_the_command_that_was_typed(
+    sources: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastbyol.__main__ import main
+    from fastbyol.data.backends import folder_source
+
+    def said_by(command: Callable[[list[str]], object], *arguments: str) -> str:
+        folder_source._warn_once.cache_clear()
+        with suppress(SystemExit):
+            command(list(arguments))
+        return " ".join(capfd.readouterr().err.split())
+
+    flat, out, several = sources["flat"], str(tmp_path / "run"), [f"{sources['tree']}/2019", f"{tmp_path}/labelled"]
+    write_files(tmp_path / "labelled", {"a/1.jpg": picture(0), "b/1.jpg": picture(0)})
+    no_labels, mixed = "that could be classes; {} FILE gives labels", "has none; give {} none, or sources that are alike"
+    small = [*SMALL_RUN, "--epochs", "1", "--out"]
+    assert no_labels.format("--data.labels") in said_by(train.main, *small, out, "--data.train", flat)
+    assert mixed.format("--data.labels") in said_by(train.main, *small, f"{out}2", "--data.train", "::".join(several))
+    assert "give --data.labels none, or a file" in said_by(train.main, *small, f"{out}2", "--data.train", flat, "--data.labels", "folders")
+    assert "--data.label_column: has no effect" in said_by(train.main, *small, f"{out}2", "--data.train", flat, "--data.label_column", "x")
+    embed = ["embed", "--checkpoint", out, "--data", flat, "--out", f"{tmp_path}/f.npz", "--workers", "1"]
+    assert no_labels.format("--labels") in said_by(main, *embed)
+    without = "data_prep/to_ffcv.py --labels"
+    assert no_labels.format(without) in said_by(main, "evaluate", "labelfree", "--checkpoint", out, "--data", flat, "--workers", "1")
+    assert mixed.format(without) in said_by(main, "suggest", "--data", "::".join(several), "--out", f"{tmp_path}/s.yaml")
+    assert mixed.format("--labels") in run_here("to_ffcv.py", "--data", *several, "--out", tmp_path / "x.beton").stderr
+    folder_source._warn_once.cache_clear()
+    build_image_loader(flat, views=VIEWS, batch=8).close()
+
+
 def test_cls_members_are_the_labels_of_shards(tmp_path: Path) -> None:
     for shard in range(2):
         with webdataset.TarWriter(str(tmp_path / f"x-{shard}.tar")) as writer:
@@ -210,6 +297,14 @@ def test_classes_of_several_roots_are_joined_by_name(tmp_path: Path) -> None:
     assert found == {"two/bird/1.jpg": "bird", "one/cat/1.jpg": "cat", "two/cat/2.jpg": "cat", "one/dog/1.jpg": "dog"}
     again = list_images(f"{tmp_path}/one::{tmp_path}/one")
     assert (len(again.files), {reason for _, reason in again.skipped}) == (2, {"the same image again"})
+
+
+def test_a_file_that_vanishes_while_sources_are_joined_is_named_in_one_line(sources: dict[str, str], tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "x", {"1.jpg": picture(1), "2.jpg": picture(2)})
+    listings = [listed(sources["one.tar"]), listed(str(folder))]
+    (folder / "2.jpg").unlink()
+    with pytest.raises(UserError, match=r"x/2.jpg: was listed a moment ago and is gone \(No such file or directory\)"):
+        join_listings(listings)
 
 
 def test_one_image_of_each_key_is_taken(tmp_path: Path) -> None:
@@ -303,7 +398,7 @@ def test_indexing_that_is_killed_leaves_nothing_that_hinders_the_next(shards: Pa
     assert len(indices_of(shards)) == 1
 
 
-def test_two_ranks_index_once_and_see_the_same(shards: Path) -> None:
+def test_two_ranks_index_once_and_read_each_image_once_between_them(shards: Path) -> None:
     code = (
         "import sys; from fastbyol.data.inputs import tar, images\n"
         "count = 0\n"
@@ -317,23 +412,94 @@ def test_two_ranks_index_once_and_see_the_same(shards: Path) -> None:
     said = [rank.communicate(timeout=120)[0].split() for rank in ranks]
     assert said[0][0] == said[1][0] == list_images(shards).digest()
     assert sorted(int(count) for _, count in said) == [0, 100]
+    read = [
+        build_loader(DataConfig(train=str(shards), workers=1), views=VIEWS, seed=5, global_batch=10, rank=rank, world_size=2)
+        for rank in (0, 1)
+    ]
+    seen = [[index for batch in loader for index in batch.index.tolist()] for loader in read]
+    for loader in read:
+        loader.close()
+    assert sorted(seen[0] + seen[1]) == list(range(300))
 
 
-def test_read_only_shards_are_indexed_in_the_cache_folder(shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path], None]:
+    """Makes a folder refuse locks, as a read-only one does (root may write anywhere), and gives the user an empty cache folder."""
     from fastbyol.host import cache_files
 
     locked = cache_files.locked_file
-
-    def refused(path: Path, **options: float) -> int:
-        if path.parent == shards:  # root may write anywhere, so the read-only folder is simulated
-            raise PermissionError(13, "Permission denied", str(path))
-        return locked(path, **options)
-
-    monkeypatch.setattr(cache_files, "locked_file", refused)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def refuse(folder: Path) -> None:
+        def refused(path: Path, **options: float) -> int:
+            if path.parent == folder:
+                raise PermissionError(13, "Permission denied", str(path))
+            return locked(path, **options)
+
+        monkeypatch.setattr(cache_files, "locked_file", refused)
+
+    return refuse
+
+
+def test_read_only_shards_are_indexed_in_the_cache_folder(shards: Path, read_only: Callable[[Path], None], tmp_path: Path) -> None:
+    read_only(shards)
     assert len(list_images(shards).files) == 300
     assert not indices_of(shards)
     assert len(list((tmp_path / "cache" / "fastbyol").glob("fastbyol-index-*"))) == 1
+
+
+def test_an_index_is_used_after_its_folder_has_become_read_only(
+    shards: Path, read_only: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fastbyol.data.inputs.tar import TarScan
+
+    first = list_images(shards)
+    read_only(shards)
+    read: list[Path] = []
+    scan = TarScan.read
+    monkeypatch.setattr(TarScan, "read", lambda self, progress: (read.append(self._path), scan(self, progress))[1])
+    assert list_images(shards).places == first.places
+    assert not read
+    assert not (tmp_path / "cache").exists()
+    changed = shards / "part-00042.tar"
+    with webdataset.TarWriter(str(changed)) as writer:
+        writer.write({"__key__": "x", "jpg": picture(55), "cls": 2})
+    for _ in range(2):
+        assert len(list_images(shards).files) == 298
+        assert read == [changed], "the others come from the index beside them, this one from the new index in the cache folder"
+    assert caplog.messages == [f"{changed}: has changed since it was indexed; it is indexed again"]
+
+
+def test_the_copy_of_parquet_files_is_used_after_their_folder_has_become_read_only(
+    sources: dict[str, str], read_only: Callable[[Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    file = Path(shutil.copy(sources["parquet_file"], tmp_path / "data"))
+    first = list_images(file)
+    read_only(file.parent)
+    assert list_images(file).places == first.places
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_lock_that_another_process_does_not_release_is_one_line_that_names_it(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastbyol.host import cache_files
+
+    monkeypatch.setattr(cache_files, "_PATIENCE_S", 0.0)
+    list_images(shards)
+    (index,) = indices_of(shards)
+    index.unlink()
+    lock = index.with_name(index.name + ".lock")
+    code = (
+        "import sys; from pathlib import Path; from fastbyol.host.durable_files import locked_file\n"
+        "locked_file(Path(sys.argv[1])); print(1, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"1\n"
+        with pytest.raises(UserError, match=rf"^{re.escape(str(lock))}: process {holder.pid} on .* end that process, or delete the file"):
+            list_images(shards)
+        holder.kill()
+    assert len(list_images(shards).files) == 300
 
 
 def test_an_index_that_points_beyond_its_shard_is_not_believed(shards: Path, caplog: pytest.LogCaptureFixture) -> None:

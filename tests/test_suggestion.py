@@ -55,6 +55,7 @@ def test_40_flat_images_get_a_file_that_training_takes_with_a_reason_on_each_lin
     settings = [line for line in text.splitlines() if not line.startswith("#") and not line.endswith(":")]
     assert len(settings) > 10
     assert all(re.search(r"\S  # \S", line) for line in settings), "every setting has its reason"
+    assert "1 devices" not in text
     train(
         [
             "--config",
@@ -139,7 +140,7 @@ def test_hours_become_as_many_steps_as_this_machine_takes_in_them(colour, tmp_pa
         (["--data", "none"], "none: no such file or folder"),
         (["--data", "{empty}"], "has no images|no image"),
         (["--data", "{broken}"], "none of 3 images can be read"),
-        (["--data", "{one}"], "1 image for 1 devices; BYOL needs some hundreds"),
+        (["--data", "{one}"], "1 image for 1 device; BYOL needs some hundreds"),
         (["--data", "{colour}", "--devices", "-1"], "--devices = -1: must be"),
         (["--data", "{colour}", "--devices", "100"], "40 images for 100 devices"),
         (["--data", "{colour}", "--hours", "0"], "--hours = 0.0: must be"),

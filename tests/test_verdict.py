@@ -118,7 +118,7 @@ def test_without_labels_the_verdict_says_what_it_cannot_say_and_names_a_low_rank
         ({}, "90 steps are few: train longer, --steps 3000"),
         ({"step": 5000, "grey": True}, "the images are grey, so colour jitter only changes"),
         ({"step": 5000}, "if colour tells your images apart"),
-        ({"step": 0, "epoch": 0.0}, "if colour tells"),  # another program's weights have no log
+        ({"step": 0, "epoch": 0.0}, "train on from these weights with your own images"),  # another program's have no log
         ({"step": 50_000, "config": TrainConfig(views=both(PAPER, jitter_p=0.0))}, "if left and right differ"),
         ({"step": 50_000, "config": TrainConfig(views=both(PAPER, jitter_p=0.0, flip_p=0.0))}, "larger crops"),
     ],

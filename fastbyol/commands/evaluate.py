@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
 from fastbyol.config.arguments import OneLineParser, path_text
-from fastbyol.config.console import say
+from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.schema import WEIGHTS_OPTIONS
 
@@ -32,6 +32,8 @@ WHAT = {
     "all": "linear, knn and labelfree, as far as the images allow",
 }
 """What each task does, for --help."""
+TASK_OPTIONS = ("trained_only", "seed", "dry_run", "again")
+"""Options of tasks that the quick protocols do not have."""
 QUICK = ("linear", "knn", "labelfree", "all")
 """Tasks with a quick protocol on features that are extracted once, compared with an untrained encoder and raw pixels."""
 
@@ -90,12 +92,13 @@ def _task_parser(name: str) -> OneLineParser:
         parser.add_argument("--temperature", type=float, help="temperature of the kNN votes (0.07)")
     if name in QUICK:
         parser.add_argument("--subset", type=path_text, metavar="LIST", help="use only the train images that this file names, one a line")
+    other = (
+        "evaluate another run, checkpoint or weights file too, on the same images at its own size; may be repeated, but in quick protocols"
+    )
+    parser.add_argument("--compare", action="append", default=[], metavar="[NAME=]PATH", help=other)
     if name in MODULES:
         task = task_named(name)
         add_settings(parser, task.versions)
-        parser.add_argument(
-            "--compare", action="append", default=[], metavar="[NAME=]PATH", help="evaluate another encoder too; repeatable"
-        )
         parser.add_argument(
             "--trained_only", action="store_true", help="leave out the untrained encoder, which costs as much as the trained one"
         )
@@ -120,23 +123,37 @@ def _run_quick(protocol: str, options: argparse.Namespace) -> None:
     from fastbyol.evaluation.evaluate import evaluate, next_command, result_tables
     from fastbyol.evaluation.tasks.settings import PREFIX
 
-    for setting, value in vars(options).items():
-        if setting.startswith(PREFIX) and value is not None:
-            raise UserError(
-                f"--{setting.removeprefix(PREFIX)}: has no effect on the quick {protocol} protocol; add --settings paper, or leave it out"
-            )
+    _refuse(
+        options,
+        [name for name in vars(options) if name.startswith(PREFIX)] + list(TASK_OPTIONS),
+        f"the quick {protocol} protocol; add --settings paper",
+    )
+    if len(compared := getattr(options, "compare", [])) > 1:
+        raise UserError(
+            f"--compare {compared[1]}: the quick protocols compare with one encoder at a time; add --settings paper, or leave it out"
+        )
+    if compared and protocol == "labelfree":
+        raise UserError("--compare: has no effect on labelfree, whose views are the run's own; leave it out, or evaluate linear or knn")
     knn_options = {name: value for name in ("k", "temperature") if (value := getattr(options, name, None)) is not None}
     if "k" in knn_options:
         require_at_least("k", knn_options["k"], 1)  # checked before the slow feature extraction
     with opened_bank(options, scored=protocol != "labelfree") as (run, bank):
         where = {"checkpoint": options.checkpoint, "data": options.data, "out": options.out or run.results, "command": options.typed}
         results, verdict = evaluate(run, bank, protocol, **where, knn_options=knn_options)
-    for table in result_tables(results):
+    for table in result_tables(results, title=run.title):
         Console().print(table)
     say(*verdict.lines(), f"next: {next_command(options.checkpoint, options.data)}")
 
 
+def _refuse(options: argparse.Namespace, names: Sequence[str], on_what: str) -> None:
+    """Raises UserError for the first of these options that was given."""
+    for name in names:
+        if getattr(options, name, None):
+            raise UserError(f"--{name.removeprefix('setting_')}: has no effect on {on_what}, or leave it out")
+
+
 def _run_task(name: str, options: argparse.Namespace) -> None:
+    _refuse(options, ("k", "temperature", "subset"), f"--settings paper of {name}; use the quick protocol")
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
     changes = changes_from(options.run_options)
@@ -186,22 +203,47 @@ def opened_bank(options: argparse.Namespace, *, scored: bool = True, foreign: bo
     """
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
+    from fastbyol.evaluation.embedding import weights_digest
     from fastbyol.evaluation.evaluate import subset_settings
     from fastbyol.evaluation.label_free import RANK_IMAGES
     from fastbyol.evaluation.splits import open_splits
-    from fastbyol.evaluation.subjects import FeatureBank
+    from fastbyol.evaluation.subjects import FeatureBank, OtherEncoder
     from fastbyol.export import encoder_of
     from fastbyol.run.checkpoint import load_run
     from fastbyol.run.foreign_weights import load_run_or_weights
 
     device = device_named(options.device)
     changes = changes_from(options.run_options)
-    run = load_run_or_weights(options.checkpoint, changes=changes) if foreign else load_run(options.checkpoint)
-    subset = getattr(options, "subset", None)
-    chosen = {"subset": subset, "at_most": RANK_IMAGES, "scored": scored}
-    with open_splits(options.data, views=run.config.views, batch=options.batch, workers=options.workers, **chosen) as splits:
-        encoder, settings = encoder_of(run, announce=announce), subset_settings(subset)
-        yield run, FeatureBank(encoder, config=run.config, splits=splits, device=device, announce=announce, data_settings=settings)
+    subset, other_path = getattr(options, "subset", None), "".join(getattr(options, "compare", []))
+    # Beside a run, which has its own config, options describe the weights that it is compared with.
+    own = {} if other_path and Path(options.checkpoint).is_dir() else changes
+    run = load_run_or_weights(options.checkpoint, changes=own) if foreign else load_run(options.checkpoint)
+    settings = subset_settings(subset)
+    opened_with = {"batch": options.batch, "workers": options.workers, "subset": subset, "at_most": RANK_IMAGES, "scored": scored}
+    with ExitStack() as opened:
+        splits = opened.enter_context(open_splits(options.data, views=run.config.views, **opened_with))
+        other = None
+        if other_path:
+            name, _, path = other_path.rpartition("=")
+            rival = load_run_or_weights(path, changes=changes)
+            encoder = encoder_of(rival, announce=announce)
+            images = opened.enter_context(open_splits(options.data, views=rival.config.views, **opened_with))
+            title = name or f"{'run' if rival.title == 'BYOL' else 'weights'} {printable(Path(path).name)}"
+            other = OtherEncoder(f"{title}, baseline", encoder, images)
+            settings |= {"baseline": path, "baseline_weights": weights_digest(encoder)}
+        yield (
+            run,
+            FeatureBank(
+                encoder_of(run, announce=announce),
+                config=run.config,
+                splits=splits,
+                device=device,
+                announce=announce,
+                data_settings=settings,
+                title=run.title,
+                other=other,
+            ),
+        )
 
 
 def announce(text: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastbyol.augment.parameters import EVAL_SHARE
 from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig, TrainConfig, accumulation_of
 from fastbyol.config.views import ViewPair
@@ -54,7 +55,7 @@ def build_loader(
         world_size: number of processes that share the batch.
         device: device of the training step; None means the CPU. Views that DALI makes on a GPU stay there.
         output: 'float32' views or 'uint8' crops, see `KernelRenderer`; ignored if DALI does the cropping.
-        option: name of the option behind `config.train`, for error messages.
+        option: name of the option behind `config.train`, for error messages, which name the option for labels that goes with it.
         traversal: 'random' shuffles all images. 'local' shuffles blocks of 8 MiB (a .beton's pages), then the images within windows of many
             blocks: for data larger than memory on disks or network file systems that are slow at random reads. Both visit every image once
             per epoch, and neither order depends on the number of ranks.
@@ -116,18 +117,28 @@ def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int
 
 
 def build_image_loader(
-    data: str | Path | DataConfig, *, views: ViewPair, batch: int, backend: str = "auto", workers: int = 0, option: str = "data"
+    data: str | Path | DataConfig,
+    *,
+    views: ViewPair,
+    batch: int,
+    backend: str = "auto",
+    workers: int = 0,
+    crop_share: float = EVAL_SHARE,
+    option: str = "data",
+    label_option: str = "",
 ) -> ImageLoader:
     """Returns a loader for evaluation: every image once, centre-cropped.
 
-    data: anything that `DataConfig.train` may be; or a `DataConfig`, which also says where the labels are.
+    data: anything that `DataConfig.train` may be; or a `DataConfig`, which also says where the labels are. crop_share: side of the centred
+    crop over the image's short side; 1: as much as a square can hold. label_option: how labels are given in what the user typed, if that does
+    not follow from `option`.
 
     Raises UserError in the same cases as `build_loader`; its message names `option`.
     """
     config = data if isinstance(data, DataConfig) else DataConfig(train=str(data), backend=backend)
-    source = _open_source(config, option=option)
+    source = _open_source(config, option=option, label_option=label_option)
     try:
-        return ImageLoader(source, views=views, batch=batch, workers=workers or default_workers())
+        return ImageLoader(source, views=views, batch=batch, workers=workers or default_workers(), crop_share=crop_share)
     except BaseException:
         source.close()
         raise
@@ -161,7 +172,7 @@ def build_crop_loader(
         raise
 
 
-def _open_source(config: DataConfig, *, option: str) -> Source:
+def _open_source(config: DataConfig, *, option: str, label_option: str = "") -> Source:
     """Opens the data with its backend. Each backend is imported only where it is used: a missing optional one must not break the others."""
     location = config.train
     if not location:
@@ -175,8 +186,9 @@ def _open_source(config: DataConfig, *, option: str) -> Source:
         )
     if fitting == "folder":
         from fastbyol.data.backends.folder_source import FolderSource
-        from fastbyol.data.inputs.images import list_images
+        from fastbyol.data.inputs.images import NO_OPTION, PYTHON_OPTION, TRAINING_OPTION, list_images
 
+        usual = {"data.train": TRAINING_OPTION, "data.val": TRAINING_OPTION, "data": PYTHON_OPTION}
         return FolderSource(
             list_images(
                 location,
@@ -184,6 +196,7 @@ def _open_source(config: DataConfig, *, option: str) -> Source:
                 path_column=config.path_column or None,
                 label_column=config.label_column or None,
                 option=option,
+                label_option=label_option or usual.get(option, NO_OPTION),
             )
         )
     for name, unset in (("labels", "auto"), ("path_column", ""), ("label_column", "")):

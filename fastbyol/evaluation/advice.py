@@ -54,12 +54,18 @@ def first_ideas(facts: RunFacts) -> list[str]:
     """Returns what to try, most promising first, at most MOST_IDEAS; options are those of train.py."""
     config = facts.config
     views, optim = config.views, config.optim
+    if not facts.step:  # another program's weights: none of the options below has made them
+        size = f"they see images of {views.size_px} px here: give the size and normalisation that they were trained with"
+        return [
+            "train on from these weights with your own images: python fastbyol/train.py --init_from FILE",
+            f"{size}, --views.size_px {views.size_px}, --views.mean, --views.std",
+        ]
     ideas = []
     if facts.alarms:
         ideas.append(f"the log has {len(facts.alarms)} alarms of collapse; {what_to_try(config)}")
     if where := _stopped_at(facts):
         ideas.append(f"the run stopped after {where}: let it finish (the same command continues)")
-    elif 0 < facts.step < FEW_STEPS:
+    elif facts.step < FEW_STEPS:
         ideas.append(f"{facts.step:,} steps are few: train longer, --steps {FEW_STEPS}")
     if facts.grey and _any(views, "jitter_p"):
         ideas.append(f"the images are grey, so colour jitter only changes their brightness: {_both('jitter_p', 0)}")
@@ -71,7 +77,7 @@ def first_ideas(facts: RunFacts) -> list[str]:
         ideas.append(f"larger crops, so that both views show the same thing: {_both('crop_area', LARGER_CROPS)}")
     if views.size_px <= SMALL_PX and _any(views, "blur_p"):
         ideas.append(f"no blur, which takes much of {views.size_px} px: {_both('blur_p', 0)}")
-    if 0 < facts.step < 4 * FEW_STEPS and optim.tau_base > 0.95:
+    if facts.step < 4 * FEW_STEPS and optim.tau_base > 0.95:
         ideas.append(f"a target that moves faster in a short run: --optim.tau_base 0.9 (it is {optim.tau_base:g})")
     if optim.warmup_epochs > config.epochs / 4 and not config.steps:
         ideas.append(
@@ -85,7 +91,7 @@ def _stopped_at(facts: RunFacts) -> str:
     """Returns how far a run came that is not complete, else ''."""
     config = facts.config
     if config.steps:
-        return f"{facts.step:,} of {config.steps:,} steps" if 0 < facts.step < config.steps else ""
+        return f"{facts.step:,} of {config.steps:,} steps" if facts.step < config.steps else ""
     # A complete run ends less than a step before its last epoch does: a smaller batch is left out.
     unfinished = facts.epoch > 0 and facts.epoch * (1 + 1 / max(facts.step, 1)) <= config.epochs
     return f"{facts.epoch:.3g} of {config.epochs:g} epochs" if unfinished else ""

@@ -28,7 +28,7 @@ from fastbyol.config.errors import UserError, first_line, require_choice
 from fastbyol.config.schema import DataConfig
 from fastbyol.data.batch import ImageBatch
 from fastbyol.data.build import build_image_loader
-from fastbyol.data.inputs.images import LABEL_MODES
+from fastbyol.data.inputs.images import CONVERTERS_OPTION, LABEL_MODES
 from fastbyol.data.loader import ImageLoader
 from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, write_features
 from fastbyol.export import CROP, networks_of
@@ -87,7 +87,9 @@ def embed(
     if projection and projector is None:
         raise UserError(f"--projection: {checkpoint} holds an encoder without a projector; leave it out")
     source = DataConfig(train=str(data), labels=labels)
-    with build_image_loader(source, views=run.config.views, batch=batch, workers=workers, option="--data") as loader:
+    with build_image_loader(
+        source, views=run.config.views, batch=batch, workers=workers, option="--data", label_option=CONVERTERS_OPTION
+    ) as loader:
         projection_dim = run.config.model.projection_dim if projection else 0
         facts = _facts(
             run,

@@ -78,11 +78,11 @@ def subset_settings(subset: str | None) -> dict[str, str]:
     return {"subset": subset, "subset_sha256": hashlib.sha256(Path(subset).read_bytes()).hexdigest()[:12]}
 
 
-def result_tables(results: Sequence[Result]) -> Iterator[RenderableType]:
-    """Yields the results as tables for the terminal."""
+def result_tables(results: Sequence[Result], *, title: str = "BYOL") -> Iterator[RenderableType]:
+    """Yields the results as tables for the terminal. title: what the trained encoder is called."""
     if scored := [result for result in results if isinstance(result, ProtocolResult)]:
-        yield score_table(scored)
-    yield from (label_free_table(result) for result in results if isinstance(result, LabelFreeResult))
+        yield score_table(scored, title=title)
+    yield from (label_free_table(result, title=title) for result in results if isinstance(result, LabelFreeResult))
 
 
 def next_command(checkpoint: str, data: str) -> str:

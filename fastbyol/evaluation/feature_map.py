@@ -20,7 +20,10 @@ def coordinates(feature: torch.Tensor, *, method: str, seed: int = 0) -> np.ndar
     if method == "umap":
         from umap import UMAP  # type: ignore[import-not-found]  # an extra
 
-        return np.asarray(UMAP(n_neighbors=min(15, len(unit) - 1), metric="cosine", random_state=seed).fit_transform(unit))
+        # Its spectral start needs an eigenvector more than three images have. n_jobs: a seed leaves one, and another number is warned of.
+        start = "spectral" if len(unit) > 3 else "random"
+        umap = UMAP(n_neighbors=min(15, len(unit) - 1), metric="cosine", init=start, random_state=seed, n_jobs=1)
+        return np.asarray(umap.fit_transform(unit))
     from sklearn.decomposition import PCA
 
     return PCA(n_components=2, random_state=seed).fit_transform(unit)

@@ -62,7 +62,7 @@ def evaluate_label_free(bank: FeatureBank) -> LabelFreeResult:
 def view_features(bank: FeatureBank, index: list[int]) -> dict[str, Tensor]:
     """Returns the features (N, 2, D) of both views that the run draws of these images in its first epoch: of both encoders, and the pixels."""
     views = bank.config.views
-    bank.announce(f"two views each of {len(index):,} images: {' and '.join(NETWORKS)} encoder")
+    bank.announce(f"two views each of {len(index):,} images: {' and '.join(bank.titles[name] for name in NETWORKS)}")
     drawn: dict[str, list[Tensor]] = {name: [] for name in (*NETWORKS, PIXELS)}
     source = DataConfig(train=bank.splits.train.source, prefetch=1)
     with build_loader(source, views=views, seed=bank.config.seed, global_batch=1, option="--data") as loader:

@@ -15,7 +15,7 @@ from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.knn import DEFAULT_K, DEFAULT_TEMPERATURE, knn_predict
 from fastbyol.evaluation.linear import HELD_OUT_SHARE, L2_GRID, fit_linear
 from fastbyol.evaluation.result_file import ProtocolResult, Result, SubjectScore
-from fastbyol.evaluation.subjects import SUBJECT_TITLES, SUBJECTS, FeatureBank
+from fastbyol.evaluation.subjects import FeatureBank
 
 DEFAULT_SETTINGS: dict[str, dict[str, Any]] = {
     "linear": {"l2_grid": list(L2_GRID), "held_out_share": HELD_OUT_SHARE, "seed": 0},
@@ -25,9 +25,9 @@ DEFAULT_SETTINGS: dict[str, dict[str, Any]] = {
 """The settings under which a result is stored, by protocol, when nothing else is asked for."""
 
 
-def evaluate_linear(bank: FeatureBank, *, subjects: tuple[str, ...] = SUBJECTS, seed: int = 0) -> ProtocolResult:
+def evaluate_linear(bank: FeatureBank, *, subjects: tuple[str, ...] = (), seed: int = 0) -> ProtocolResult:
     """Fits logistic regression on frozen features; the penalty is chosen on a held-out part of train, val is scored once (see
-    `fit_linear`).
+    `fit_linear`). subjects: those to score, all of the bank's by default.
     """
 
     def score(train: Features, val: Features, num_classes: int) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -39,9 +39,9 @@ def evaluate_linear(bank: FeatureBank, *, subjects: tuple[str, ...] = SUBJECTS, 
 
 
 def evaluate_knn(
-    bank: FeatureBank, *, subjects: tuple[str, ...] = SUBJECTS, k: int = DEFAULT_K, temperature: float = DEFAULT_TEMPERATURE
+    bank: FeatureBank, *, subjects: tuple[str, ...] = (), k: int = DEFAULT_K, temperature: float = DEFAULT_TEMPERATURE
 ) -> ProtocolResult:
-    """Classifies by weighted k-nearest neighbours in cosine similarity; nothing is fitted (see `knn_predict`)."""
+    """Classifies by weighted k-nearest neighbours in cosine similarity; nothing is fitted (see `knn_predict`). subjects: as for linear."""
 
     def score(train: Features, val: Features, num_classes: int) -> tuple[torch.Tensor, dict[str, Any]]:
         return knn_predict(train, val.feature, num_classes=num_classes, k=k, temperature=temperature, device=bank.device), {}
@@ -54,10 +54,11 @@ _Score = Callable[[Features, Features, int], tuple[torch.Tensor, dict[str, Any]]
 
 def _evaluate(protocol: str, bank: FeatureBank, *, subjects: tuple[str, ...], score: _Score, settings: dict[str, Any]) -> ProtocolResult:
     num_classes = len(bank.splits.class_names)
+    subjects = subjects or bank.subjects
     scores, hits, num_train, label = {}, {}, 0, torch.empty(0, dtype=torch.int64)
     for subject in subjects:
         features = bank.of(subject)
-        bank.announce(f"{protocol}: {SUBJECT_TITLES[subject]}")
+        bank.announce(f"{protocol}: {bank.titles[subject]}")
         train, val = features.train.labelled(), features.val.labelled()
         start, num_train, label = time.perf_counter(), len(train.label), val.label
         if not num_train or not len(label):

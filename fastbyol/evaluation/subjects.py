@@ -20,7 +20,7 @@ from fastbyol.models import encoder_from
 CALIBRATION_IMAGES = 2048
 CALIBRATION_BATCH = 256
 SUBJECTS = ("byol", "untrained", "pca")
-SUBJECT_TITLES = {"byol": "BYOL", "untrained": "untrained encoder", "pca": "PCA of raw pixels"}
+BASELINE_TITLES = {"untrained": "untrained encoder", "pca": "PCA of raw pixels"}
 
 
 class SubjectFeatures(NamedTuple):
@@ -29,6 +29,14 @@ class SubjectFeatures(NamedTuple):
     train: Features
     val: Features
     seconds: float
+
+
+class OtherEncoder(NamedTuple):
+    """Another trained encoder to compare with, and the same images as it wants them: its own size and normalisation."""
+
+    title: str
+    encoder: nn.Module
+    splits: Splits
 
 
 class FeatureBank:
@@ -41,6 +49,8 @@ class FeatureBank:
         device: where the encoders run; features are returned on the CPU.
         announce: called with a short text when something slow starts.
         data_settings: what was chosen of the data, to be stored with each result.
+        title: what the trained encoder is called.
+        other: a further baseline; its title must differ.
     """
 
     def __init__(
@@ -52,6 +62,8 @@ class FeatureBank:
         device: str = "cpu",
         announce: Callable[[str], None] = lambda _: None,
         data_settings: dict[str, str] | None = None,
+        title: str = "BYOL",
+        other: OtherEncoder | None = None,
     ) -> None:
         self.encoder = encoder
         self.config = config
@@ -59,14 +71,20 @@ class FeatureBank:
         self.device = device
         self.announce = announce
         self.data_settings = data_settings or {}
+        self.titles = {"byol": title, **BASELINE_TITLES}
+        self.subjects = SUBJECTS
+        self._other = other
+        if other is not None:
+            self.titles[other.title] = other.title
+            self.subjects = (*SUBJECTS, other.title)
         self._known: dict[str, SubjectFeatures] = {}
         self._untrained: nn.Module | None = None
 
     def of(self, subject: str) -> SubjectFeatures:
-        """Returns the features of one of SUBJECTS."""
-        require_choice("subject", subject, SUBJECTS)
+        """Returns the features of one of `subjects`."""
+        require_choice("subject", subject, self.subjects)
         if subject not in self._known:
-            self.announce(f"features of {self.splits.num_samples:,} images: {SUBJECT_TITLES[subject]}")
+            self.announce(f"features of {self.splits.num_samples:,} images: {self.titles[subject]}")
             start = time.perf_counter()
             train, val = self._extract(subject)
             self._known[subject] = SubjectFeatures(train, val, seconds=time.perf_counter() - start)
@@ -81,11 +99,14 @@ class FeatureBank:
         return self._untrained
 
     def _extract(self, subject: str) -> tuple[Features, Features]:
-        train, val = self.splits.train, self.splits.val
+        splits, encoder = self.splits, None
+        if self._other is not None and subject == self._other.title:
+            splits, encoder = self._other.splits, self._other.encoder
+        train, val = splits.train, splits.val
         if subject == "pca":
             of_train = pixel_features(train)
             return pca_features(of_train, pixel_features(val) if val else of_train.rows(slice(0)))
-        extract = functools.partial(extract_features, self.network(subject), device=self.device)
+        extract = functools.partial(extract_features, encoder or self.network(subject), device=self.device)
         of_train = extract(train)
         return of_train, extract(val) if val else of_train.rows(slice(0))
 

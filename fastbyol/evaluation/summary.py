@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result
-from fastbyol.evaluation.subjects import SUBJECT_TITLES
+from fastbyol.evaluation.subjects import BASELINE_TITLES
 from fastbyol.evaluation.training_log import Throughput
 from fastbyol.evaluation.verdict import PROTOCOL_TITLES
 
@@ -34,13 +34,13 @@ def score_header(results: Iterable[ProtocolResult]) -> list[str]:
     return ["", *columns, "dim"]
 
 
-def score_rows(results: list[ProtocolResult]) -> list[list[str]]:
-    """Returns a row for each subject, then chance. Top-5 is meaningless with five classes or fewer and shown as '-'."""
+def score_rows(results: list[ProtocolResult], *, title: str = "BYOL") -> list[list[str]]:
+    """Returns a row for each subject, the first of them called `title`, then chance. Top-5 is meaningless with five classes or fewer and shown as '-'."""
     rows = []
     for subject in results[0].scores:
         scores = [result.scores[subject] for result in results]
         cells = [cell for result, s in zip(results, scores, strict=True) for cell in (percent(s.top1), _top5(s.top5, result.num_classes))]
-        rows.append([SUBJECT_TITLES[subject], *cells, f"{scores[0].feature_dim:,}"])
+        rows.append([title if subject == "byol" else BASELINE_TITLES.get(subject, subject), *cells, f"{scores[0].feature_dim:,}"])
     chance = [cell for r in results for cell in (percent(r.chance_top1), _top5(5 / r.num_classes, r.num_classes))]
     return [*rows, ["chance", *chance, ""]]
 
@@ -49,9 +49,9 @@ def _top5(share: float, num_classes: int) -> str:
     return percent(share) if num_classes > 5 else "-"
 
 
-def label_free_header() -> list[str]:
-    """Returns the column titles of `label_free_rows`."""
-    return ["without labels", SUBJECT_TITLES["byol"], "untrained", "pixels", ""]
+def label_free_header(*, title: str = "BYOL") -> list[str]:
+    """Returns the column titles of `label_free_rows`. title: what the trained encoder is called."""
+    return ["without labels", title, "untrained", "pixels", ""]
 
 
 def label_free_rows(result: LabelFreeResult) -> list[list[str]]:
@@ -72,7 +72,7 @@ def headline(results: Iterable[Result], speed: Throughput) -> list[tuple[str, st
             lines += _label_free_headline(result)
             continue
         scores = {name: score.top1 for name, score in result.scores.items()}
-        others = ", ".join(f"{SUBJECT_TITLES[name]} {percent(top1)}" for name, top1 in scores.items() if name != "byol")
+        others = ", ".join(f"{BASELINE_TITLES.get(name, name)} {percent(top1)}" for name, top1 in scores.items() if name != "byol")
         title = PROTOCOL_TITLES[result.protocol]
         lines.append((percent(scores["byol"]), f"{title} top-1 on val; {others}; chance {percent(result.chance_top1)}"))
     per_device = f"{speed.images_per_s_per_device:,.0f} images/s"
@@ -87,32 +87,32 @@ def _label_free_headline(result: LabelFreeResult) -> list[tuple[str, str]]:
     return [(percent(found["byol"]), f"of {result.num_pairs:,} images are found again by their other view; {others}")]
 
 
-def label_free_table(result: LabelFreeResult) -> RenderableType:
+def label_free_table(result: LabelFreeResult, *, title: str) -> RenderableType:
     """Returns the measures without labels as a table for the terminal."""
     from rich import box
     from rich.table import Table
 
-    title = f"{result.num_images:,} images, two views each of {result.num_pairs:,}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for position, name in enumerate(label_free_header()):
+    heading = f"{result.num_images:,} images, two views each of {result.num_pairs:,}"
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD)
+    for position, name in enumerate(label_free_header(title=title)):
         table.add_column(name, justify="right" if 0 < position < 4 else "left", no_wrap=position < 4)
     for row in label_free_rows(result):
         table.add_row(*row)
     return table
 
 
-def score_table(results: list[ProtocolResult]) -> RenderableType:
+def score_table(results: list[ProtocolResult], *, title: str) -> RenderableType:
     """Returns the scores as a table for the terminal."""
     from rich import box
     from rich.table import Table
 
     first = results[0]
-    title = f"{first.num_train:,} train and {first.num_val:,} val images, {first.num_classes} classes"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    heading = f"{first.num_train:,} train and {first.num_val:,} val images, {first.num_classes} classes"
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD)
     for position, name in enumerate(score_header(results)):
         table.add_column(name, justify="right" if position else "left", no_wrap=position == 0)
-    for row in score_rows(results):
-        table.add_row(*row, style="bold" if row[0] == SUBJECT_TITLES["byol"] else None)
+    for row in score_rows(results, title=title):
+        table.add_row(*row, style="bold" if row[0] == title else None)
     return table
 
 

@@ -9,11 +9,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastbyol.config.errors import UserError
 from fastbyol.host.durable_files import locked_file
 
 log = logging.getLogger("fastbyol")
 _PATIENCE_S = 6 * 3600.0
 """Longest wait for another process, such as the first rank, that is making the file."""
+
+
+def kept_files(beside: Path, *, name: str, of: Sequence[Path]) -> list[Path]:
+    """Returns the files that `cache_file` has made for the same arguments. They can be read without its lock, because it replaces a file as a
+    whole; so those in a folder that has become read-only are of use too.
+    """
+    return [path for path in _places(beside, name, of) if path.exists()]
 
 
 @contextmanager
@@ -24,10 +32,12 @@ def cache_file(beside: Path, *, name: str, of: Sequence[Path]) -> Iterator[Path 
         beside: folder that is tried first. The second is fastbyol's folder in $XDG_CACHE_HOME, usually ~/.cache.
         name: beginning of the file's name, which goes on with a digest of the paths.
         of: the files from which it is made.
+
+    Raises:
+        UserError: another process has held the file for hours.
     """
-    digest = hashlib.sha256("\0".join(os.path.abspath(path) for path in of).encode(errors="surrogateescape")).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fastbyol"
-    places = [beside / f".{name}-{digest}", cache / f"{name}-{digest}"]
+    places = _places(beside, name, of)
+    cache = places[1].parent
     # An existing file first: the folder of the data may have become writable since the one in the cache was made.
     places.sort(key=lambda path: not path.exists())
     for path in places:
@@ -36,8 +46,11 @@ def cache_file(beside: Path, *, name: str, of: Sequence[Path]) -> Iterator[Path 
             if path.parent == cache:
                 cache.mkdir(parents=True, exist_ok=True)
             descriptor = locked_file(lock, patience_s=_PATIENCE_S)
-        except BlockingIOError:
-            raise
+        except BlockingIOError as error:
+            raise UserError(
+                f"{lock}: {error.strerror} has held this lock for {_PATIENCE_S / 3600:g} hours; end that process, or delete the file if there is "
+                "no such process"
+            ) from error
         except OSError as error:
             refused = error
             continue
@@ -49,3 +62,10 @@ def cache_file(beside: Path, *, name: str, of: Sequence[Path]) -> Iterator[Path 
         return
     log.warning("%s and %s cannot be written (%s): what is found out about the files there is not kept", beside, cache, refused.strerror)
     yield None
+
+
+def _places(beside: Path, name: str, of: Sequence[Path]) -> list[Path]:
+    """Returns the two paths that the file may have: beside the data, and in the user's cache folder."""
+    digest = hashlib.sha256("\0".join(os.path.abspath(path) for path in of).encode(errors="surrogateescape")).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fastbyol"
+    return [beside / f".{name}-{digest}", cache / f"{name}-{digest}"]

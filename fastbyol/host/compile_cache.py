@@ -37,13 +37,18 @@ def private_folder() -> Path | None:
 
 def can_write(folder: Path) -> bool:
     """Returns True if a file can be created in the folder, which is created if needed."""
+    return not why_not_writable(folder)
+
+
+def why_not_writable(folder: Path) -> str:
+    """Returns the system's reason why no file can be created in the folder, which is created if needed; '' if one can."""
     # Tried, because os.access allows root to write on a read-only file system.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def njit(*signature: Any, cache: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:

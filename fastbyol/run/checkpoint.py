@@ -53,6 +53,8 @@ class RunState:
     step: int
     folder: Path
     results: Path
+    title: str = "BYOL"
+    """What its encoder is called in tables: another program's weights are not BYOL's."""
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

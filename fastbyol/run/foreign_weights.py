@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError, first_line, shortened
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.schema import WEIGHTS_OPTIONS, ModelConfig, TrainConfig
@@ -378,7 +379,8 @@ def load_run_or_weights(path: str | Path, *, changes: Mapping[str, Any] | None =
         views=_changed(FOREIGN_VIEWS if model.padding == "symmetric" else ViewPair(), changes, "views"),
     )
     state = {"encoder": state, "source": source}
-    return RunState(config=config, state=state, step=0, folder=path.parent, results=path.with_name(f"{path.stem}.{RESULTS}"))
+    results = path.with_name(f"{path.stem}.{RESULTS}")
+    return RunState(config=config, state=state, step=0, folder=path.parent, results=results, title=f"weights {printable(path.name)}")
 
 
 def _changed(config: Any, changes: Mapping[str, Any], group: str) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastbyol.config.errors import UserError, first_line, require
 from fastbyol.config.schema import PrecisionConfig
-from fastbyol.host.compile_cache import can_write, give_inductor_a_cache
+from fastbyol.host.compile_cache import give_inductor_a_cache, why_not_writable
 from fastbyol.host.cores import default_workers
 
 log = logging.getLogger("fastbyol")
@@ -100,10 +100,10 @@ def _compile(module: nn.Module | None, config: PrecisionConfig, *, device: torch
     """
     if not config.compile_cache:
         give_inductor_a_cache()
-    elif can_write(path := Path(config.compile_cache).resolve()):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
+    elif reason := why_not_writable(path := Path(config.compile_cache).resolve()):
+        raise UserError(f"precision.compile_cache = {config.compile_cache!r}: cannot be made or written ({reason}); choose another folder")
     else:
-        raise UserError(f"precision.compile_cache = {config.compile_cache!r}: cannot be made or written; choose another folder")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     use_compile_threads()
     if reason := why_nothing_compiles(device):
         log.warning("precision.compile: nothing compiles on this machine (%s); the run goes on in eager mode", reason)

@@ -121,9 +121,12 @@ def _seen(sample: Sample) -> str:
 def _set_batch(suggestion: Suggestion, base: TrainConfig, sample: Sample) -> None:
     """Sets the batch, and the rates that follow from it."""
     devices, planned = suggestion.devices, base.global_batch
+    shares = f", and {devices} devices share it" if devices > 1 else ""
     batch = max(1, min(planned, sample.images // FEWEST_BATCHES) // devices) * devices
     if batch > sample.images or batch < 2:
-        raise UserError(f"--data: {count_text(sample.images, 'image')} for {devices} devices; BYOL needs some hundreds at least")
+        raise UserError(
+            f"--data: {count_text(sample.images, 'image')} for {count_text(devices, 'device')}; BYOL needs some hundreds at least"
+        )
     if batch == planned:
         suggestion.set("global_batch", batch, f"the preset's; {batch // devices} on each of {devices}" if devices > 1 else "the preset's")
         suggestion.set("optim.base_lr", base.optim.base_lr, "the preset's, per 256 images")
@@ -131,9 +134,7 @@ def _set_batch(suggestion: Suggestion, base: TrainConfig, sample: Sample) -> Non
         return
     optim = base.optim
     lr, tau = rates_at_batch(batch, planned=planned, base_lr=optim.base_lr, tau_base=optim.tau_base)
-    suggestion.set(
-        "global_batch", batch, f"{planned} in the preset; so that a pass has {FEWEST_BATCHES} steps, and {devices} devices share it"
-    )
+    suggestion.set("global_batch", batch, f"{planned} in the preset; so that a pass has {FEWEST_BATCHES} steps{shares}")
     suggestion.set("optim.base_lr", lr, f"{optim.base_lr:g} at batch {planned}; smaller batches take more per image (appendix G)")
     suggestion.set("optim.tau_base", tau, f"{optim.tau_base:g} at batch {planned}, to the power {batch}/{planned} (appendix G)")
 

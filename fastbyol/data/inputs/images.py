@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fastbyol.config.arguments import path_text
@@ -22,6 +24,13 @@ from fastbyol.data.inputs.subset import drop_empty_classes, read_subset, restric
 from fastbyol.data.inputs.tars import list_tars, read_tars, tar_images
 
 LABEL_MODES = ("auto", "folders", "none")
+CONVERTERS_OPTION = "--labels"
+TRAINING_OPTION = "--data.labels"
+PYTHON_OPTION = "DataConfig.labels"
+NO_OPTION = "data_prep/to_ffcv.py --labels"
+"""How labels are given where messages about them are read: to the converters and `embed`, to train.py, from Python, and beside commands that
+have no such option, by converting the images first.
+"""
 INPUTS = """\
 inputs:
   a folder          images in it or anywhere below; sub-folders are taken as classes, as torchvision.datasets.ImageFolder does, if at least two
@@ -119,6 +128,7 @@ def list_images(
     empty_classes: str = "keep",
     splits: str = "refuse",
     option: str = "--data",
+    label_option: str = CONVERTERS_OPTION,
 ) -> ImageListing:
     """Returns the images of one or several sources (`INPUTS` says of which kinds), in order, with labels where there are any.
 
@@ -134,10 +144,49 @@ def list_images(
             without images and renumbers the others.
         splits: 'refuse' raises an error for folders such as train/ and val/; 'classes' accepts them as classes.
         option: name of the option behind `data`, for error messages.
+        label_option: how labels are given in what the user typed, for messages and notes.
 
     Raises:
         UserError: something is missing, damaged, ambiguous or inconsistent.
     """
+    try:
+        listing = _list_images(
+            data,
+            labels=labels,
+            path_column=path_column,
+            label_column=label_column,
+            devkit=devkit,
+            subset=subset,
+            empty_classes=empty_classes,
+            splits=splits,
+            option=option,
+        )
+    except UserError as error:
+        raise UserError(worded_for(label_option, str(error))) from error
+    return replace(listing, notes=tuple(worded_for(label_option, note) for note in listing.notes))
+
+
+def worded_for(label_option: str, text: str) -> str:
+    """Returns the text, which names the converters' options on labels, with those of the command that was typed."""
+    before = label_option.removesuffix("labels")
+    spelled = {"labels": "labels", "label-column": "label_column", "path-column": "path_column"}
+    if label_option in (CONVERTERS_OPTION, NO_OPTION):
+        spelled = {name: name for name in spelled}
+    return re.sub(rf"(?<!\S)--({'|'.join(spelled)})(?![\w-])", lambda found: before + spelled[found[1]], text)
+
+
+def _list_images(
+    data: Data,
+    *,
+    labels: str | Path | None,
+    path_column: str | None,
+    label_column: str | None,
+    devkit: Path | None,
+    subset: Path | None,
+    empty_classes: str,
+    splits: str,
+    option: str,
+) -> ImageListing:
     require_choice("splits", splits, ("refuse", "classes"))
     mode = str(labels) if labels is not None and str(labels) in LABEL_MODES else "auto"
     label_path = None if labels is None or str(labels) in LABEL_MODES else Path(labels)

@@ -82,11 +82,11 @@ class Places:
 
     @classmethod
     def of_locations(cls, locations: Sequence[ImageLocation]) -> Places:
-        """Returns the places of these images, some of which may be files of their own."""
+        """Returns the places of these images, some of which may be files of their own. Raises UserError if such a file no longer exists."""
         numbers: dict[tuple[Path, Stamp], int] = {}
         container, offsets, sizes = _arrays()
         for location in locations:
-            stamp = location.stamp or stamp_of(location.path.stat())
+            stamp = location.stamp or stamp_of(_listed_file(location.path))
             container.append(numbers.setdefault((location.path, stamp), len(numbers)))
             offsets.append(location.offset)
             sizes.append(stamp[0] if location.size is None else location.size)
@@ -152,11 +152,7 @@ class ImageListing:
         """Returns the image's size in bytes. Raises UserError if its file no longer exists."""
         if self.places is not None:
             return self.places.sizes[index]
-        path = self.root / self.files[index]
-        try:
-            return path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path}: was listed a moment ago and is gone ({error.strerror}); is the folder being changed?") from error
+        return _listed_file(self.root / self.files[index]).st_size
 
     def digest(self) -> str:
         """Returns the SHA-256 of every image's name, size and label in order; equal digests mean the same listing."""
@@ -173,6 +169,14 @@ class ImageListing:
             labels=tuple(self.labels[i] for i in indices),
             places=None if self.places is None else self.places.restricted(indices),
         )
+
+
+def _listed_file(path: Path) -> os.stat_result:
+    """Returns the status of an image's file. Raises UserError if it no longer exists."""
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: was listed a moment ago and is gone ({error.strerror}); is the folder being changed?") from error
 
 
 def names_digest(names: Iterable[str]) -> str:

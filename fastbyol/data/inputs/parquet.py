@@ -17,7 +17,7 @@ from typing import Any
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import ImageListing, Stamp, stamp_of
 from fastbyol.data.inputs.tars import list_tars
-from fastbyol.host.cache_files import cache_file
+from fastbyol.host.cache_files import cache_file, kept_files
 from fastbyol.host.durable_files import durable_file
 from fastbyol.host.progress import Progress
 
@@ -25,6 +25,7 @@ _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "phot
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 _ROWS = 64
 """Rows that are decoded at a time: some megabytes."""
+_TAR = "fastbyol-images"
 _STAMPS = "parquet.json"
 """First member of the tar: the stamps of the Parquet files, and the label column."""
 _MAGIC = {
@@ -50,16 +51,19 @@ def list_parquet(paths: Sequence[Path], *, root: Path, label_column: str | None 
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
     facts = {"stamps": [list(stamp) for stamp in stamps], "label_column": label_column}
-    with cache_file(paths[0].parent, name="fastbyol-images", of=[*paths, Path(label_column or "")]) as tar:
-        if tar is None:
-            raise UserError(
-                f"{root}: the images in Parquet files are copied to a tar first, and no folder for it can be written; set XDG_CACHE_HOME"
-            )
-        if _facts_of(tar) != facts:
-            try:
-                _write_tar(tar, paths, stamps, facts, label_column)
-            except OSError as error:
-                raise UserError(f"{tar}: the images cannot be copied there ({error.strerror or error}); free some space") from error
+    made_of = [*paths, Path(label_column or "")]
+    tar = next((path for path in kept_files(paths[0].parent, name=_TAR, of=made_of) if _facts_of(path) == facts), None)
+    if tar is None:
+        with cache_file(paths[0].parent, name=_TAR, of=made_of) as tar:
+            if tar is None:
+                raise UserError(
+                    f"{root}: the images in Parquet files are copied to a tar first, and no folder for it can be written; set XDG_CACHE_HOME"
+                )
+            if _facts_of(tar) != facts:  # another process may have written it meanwhile
+                try:
+                    _write_tar(tar, paths, stamps, facts, label_column)
+                except OSError as error:
+                    raise UserError(f"{tar}: the images cannot be copied there ({error.strerror or error}); free some space") from error
     listing = list_tars([tar], labels="none" if labels == "none" else "auto", splits="classes")
     kept = tuple((name, why) for name, why in listing.skipped if name != _STAMPS)
     note = f"{root}: the images of {len(paths):,} Parquet files are read from {tar}, to which they were copied once"

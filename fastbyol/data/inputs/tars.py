@@ -11,7 +11,7 @@ import logging
 import os
 import zipfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from fastbyol.data.inputs.folder import by_class_folder, without_labels
 from fastbyol.data.inputs.listing import ImageListing, Places, Stamp, in_sample_order, stamp_of
 from fastbyol.data.inputs.splits import refuse_splits
 from fastbyol.data.inputs.tar import TarScan, key_of
-from fastbyol.host.cache_files import cache_file
+from fastbyol.host.cache_files import cache_file, kept_files
 from fastbyol.host.durable_files import durable_file
 from fastbyol.host.progress import Progress
 
 log = logging.getLogger("fastbyol")
 _FORMAT = 1
+_INDEX = "fastbyol-index"
 
 
 class TarContent:
@@ -68,9 +69,7 @@ def list_tars(paths: Sequence[Path], *, labels: str, splits: str) -> ImageListin
     if labels == "auto" and len(class_names) < 2:
         return without_labels(found)
     if not class_names:
-        raise UserError(
-            f"{found.root}: its images are not in class folders (the first: {min(names)}); give --labels FILE or --devkit, or --labels none"
-        )
+        raise UserError(f"{found.root}: its images are not in class folders (the first: {min(names)}); give --labels FILE or --labels none")
     return by_class_folder(replace(found, files=names, class_names=class_names))
 
 
@@ -120,19 +119,33 @@ def read_tars(paths: Sequence[Path]) -> list[TarContent]:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
     if len(paths) == 1:
         return _scan(paths, stamps)
-    with cache_file(paths[0].parent, name="fastbyol-index", of=paths) as index:
-        known = _read_index(index) if index else {}
-        fresh = {path: known.get(str(path.absolute())) for path in paths}
-        outdated = [path for path, stamp in zip(paths, stamps, strict=True) if (c := fresh[path]) is not None and c.stamp != stamp]
+    stamp_of_path = dict(zip(paths, stamps, strict=True))
+    fresh: dict[Path, TarContent | None] = dict.fromkeys(paths)
+    for index in kept_files(paths[0].parent, name=_INDEX, of=paths):
+        _take_known(fresh, _read_index(index, tell=log.debug), stamp_of_path)
+    if all(content is not None and content.stamp == stamp_of_path[path] for path, content in fresh.items()):
+        return [content for content in fresh.values() if content is not None]
+    with cache_file(paths[0].parent, name=_INDEX, of=paths) as index:
+        if index:  # once more: another process may have written it meanwhile
+            _take_known(fresh, _read_index(index), stamp_of_path)
+        outdated = [path for path, content in fresh.items() if content is not None and content.stamp != stamp_of_path[path]]
         for path in outdated:
             log.warning("%s: has changed since it was indexed; it is indexed again", path)
-        stale = [(path, stamp) for path, stamp in zip(paths, stamps, strict=True) if fresh[path] is None or path in outdated]
+        stale = [(path, stamp) for path, stamp in stamp_of_path.items() if fresh[path] is None or path in outdated]
         if stale:
             for content in _scan([path for path, _ in stale], [stamp for _, stamp in stale]):
                 fresh[content.path] = content
             if index:
                 _write_index(index, [content for content in fresh.values() if content])
     return [content for content in fresh.values() if content is not None]
+
+
+def _take_known(fresh: dict[Path, TarContent | None], known: Mapping[str, TarContent], stamp_of_path: Mapping[Path, Stamp]) -> None:
+    """Takes the contents that an index knows into `fresh`, in place of none or of those that are out of date."""
+    for path, content in fresh.items():
+        found = known.get(str(path.absolute()))
+        if found is not None and (content is None or content.stamp != stamp_of_path[path]):
+            fresh[path] = found
 
 
 def _scan(paths: Sequence[Path], stamps: Sequence[Stamp]) -> list[TarContent]:
@@ -171,8 +184,8 @@ def _write_index(index: Path, contents: Sequence[TarContent]) -> None:
         log.warning("%s: cannot be written (%s); the tars will be read again next time", index, error.strerror)
 
 
-def _read_index(index: Path) -> dict[str, TarContent]:
-    """Returns the indexed tars by their paths; {} if there is no index or it is damaged: then everything is read again."""
+def _read_index(index: Path, *, tell: Callable[..., None] = log.warning) -> dict[str, TarContent]:
+    """Returns the indexed tars by their paths; {} if there is no index or it is damaged: then everything is read again, as `tell` is told."""
     if not index.exists():
         return {}
     try:
@@ -203,7 +216,7 @@ def _read_index(index: Path) -> dict[str, TarContent]:
             found[fact["path"]] = TarContent(path, stamp, scan)
             first = end
     except Exception as error:  # a damaged zip file or array header raises anything
-        log.warning("%s: is damaged (%s); the tars are read again", index, error)
+        tell("%s: is damaged (%s); the tars are read again", index, error)
         return {}
     return found
 

@@ -18,6 +18,7 @@ from torch import nn
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.config.views import ViewPair
+from fastbyol.evaluation.embedding import weights_digest
 from fastbyol.evaluation.subjects import untrained_encoder
 from fastbyol.export import encoder_of
 from fastbyol.host.durable_files import write_durably
@@ -150,15 +151,11 @@ def subjects_of(run: RunState, compare: Sequence[str], *, untrained: bool = True
 
 
 def _trained(name: str, run: RunState, *, title: str = "") -> Subject:
-    foreign = "encoder" in run.state
-    weights = run.state["encoder"] if foreign else run.state["byol"]
-    digest = hashlib.sha256(f"{run.config.model} {run.step}".encode())
-    for key, value in sorted(weights.items(), key=lambda item: str(item[0])):
-        # Sum and first values instead of all bytes: enough to tell two checkpoints apart, and cheap for hundreds of megabytes.
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            digest.update(f"{key} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
-    title = title or (run.folder.name if foreign else "BYOL")
-    return Subject(name, title, run.config.views, digest.hexdigest()[:16], lambda _: encoder_of(run, announce=lambda _: None))
+    def build(_: Images) -> nn.Module:
+        return encoder_of(run, announce=lambda _: None)
+
+    identity = weights_digest(encoder_of(run, announce=lambda _: None))
+    return Subject(name, title or run.title, run.config.views, identity, build)
 
 
 def _untrained(run: RunState, images: Images) -> nn.Module:
