@@ -17,11 +17,14 @@ from typing import Any
 from benchmarks.timing import count_cpu_seconds
 from fastbyol.config.errors import UserError
 
+PEAK = "MiB at its peak"
+"""Name of the figure that `OwnProcess.peak_mib` gives."""
 
-def start_process(serve: Callable[..., None], *arguments: Any, daemon: bool) -> tuple[Any, Connection]:
+
+def start_process(serve: Callable[..., None], *arguments: Any, daemon: bool, method: str = "spawn") -> tuple[Any, Connection]:
     """Starts a process that runs `serve(pipe, *arguments)` until the pipe is closed; returns it with the other end. daemon: may start none itself."""
-    # Spawned, because a forked child cannot use CUDA once the parent has initialised it.
-    context = multiprocessing.get_context("spawn")
+    # Never forked from here: a forked child cannot use CUDA once the parent has initialised it.
+    context = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, *arguments), daemon=daemon)
     process.start()
@@ -29,36 +32,68 @@ def start_process(serve: Callable[..., None], *arguments: Any, daemon: bool) -> 
     return process, ours
 
 
-@contextlib.contextmanager
-def in_own_process(make: Callable[..., Callable[[], object]], *arguments: Any) -> Iterator[Callable[[], None]]:
-    """Yields a function that calls `make(*arguments)()`, made once, in the other process. Its CPU time counts as if spent here."""
-    process, pipe = start_process(_serve, make, arguments, daemon=True)
+class OwnProcess:
+    """Calls work in the other process. Its CPU time counts as if spent here."""
 
-    def call() -> None:
+    def __init__(self, name: str, process: Any, pipe: Connection) -> None:
+        self._name, self._process, self._pipe = name, process, pipe
+
+    def __call__(self) -> None:
+        count_cpu_seconds(self._ask("work"))
+
+    def peak_mib(self) -> float:
+        """Returns the most memory that the process has had so far, in MiB: libraries, networks, and all that a step needs."""
+        return self._ask("peak")
+
+    def _ask(self, what: str) -> float:
         try:
-            pipe.send("go")
-            count_cpu_seconds(pipe.recv())
+            self._pipe.send(what)
+            return self._pipe.recv()
         except (EOFError, OSError):
-            process.join()
-            raise UserError(f"{make.__name__}: its process died (exit code {process.exitcode}); is memory short?") from None
+            self._process.join()
+            raise UserError(f"{self._name}: its process died (exit code {self._process.exitcode}); is memory short?") from None
 
+
+@contextlib.contextmanager
+def in_own_process(make: Callable[..., Callable[[], object]], *arguments: Any) -> Iterator[OwnProcess]:
+    """Yields what calls `make(*arguments)()`, made once, in the other process."""
+    # Forked from a server that has imported torch and done nothing else: a process of each row costs no import.
+    multiprocessing.set_forkserver_preload(["benchmarks.training_step"])
+    process, pipe = start_process(_serve, make, arguments, daemon=True, method="forkserver")
     try:
-        yield call
+        yield OwnProcess(make.__name__, process, pipe)
     finally:
         pipe.close()
         process.join()
+
+
+def peak_mib_of(make: Callable[..., Callable[[], object]], *arguments: Any, calls: int = 3) -> float:
+    """Returns the peak memory in MiB of a process of its own that calls `make(*arguments)()` a few times: the first call allocates state."""
+    with in_own_process(make, *arguments) as work:
+        for _ in range(calls):
+            work()
+        return work.peak_mib()
 
 
 def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:
     work = make(*arguments)
     while True:
         try:
-            pipe.recv()
+            asked = pipe.recv()
         except EOFError:
             return
+        if asked == "peak":
+            pipe.send(_peak_mib())
+            continue
         start = time.process_time()  # without what `make` and the imports took
         work()
         pipe.send(time.process_time() - start)
+
+
+def _peak_mib() -> float:
+    # Not getrusage's ru_maxrss: a process inherits that from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 class PartFailed(Exception):
