@@ -24,7 +24,7 @@ PEAK = "MiB at its peak"
 def start_process(serve: Callable[..., None], *arguments: Any, daemon: bool, method: str = "spawn") -> tuple[Any, Connection]:
     """Starts a process that runs `serve(pipe, *arguments)` until the pipe is closed; returns it with the other end. daemon: may start none itself."""
     # Never forked from here: a forked child cannot use CUDA once the parent has initialised it.
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, *arguments), daemon=daemon)
     process.start()

@@ -93,7 +93,7 @@ EXPECTED_ROWS = {
     "ema": 7,
     "lars": 5,
     "fused_update": 6,
-    "batchnorm": 5,
+    "batchnorm": 6,
     "step": 12,
     "step_resnet18": 12,
     "demo_step": 3,

@@ -6,6 +6,8 @@ its name, which the compiler takes for a constant; '' means all ranks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
@@ -17,21 +19,21 @@ _all_gather = getattr(functional, "all_gather_single", functional.all_gather_ten
 
 def gathered(x: Tensor, *, group: str = "") -> Tensor:
     """Returns every rank's x (N, ...) in rank order, (ranks * N, ...); N must be equal on all ranks."""
-    return functional.wait_tensor(_all_gather(x.contiguous(), gather_dim=0, group=group or _everybody()))
+    return functional.wait_tensor(_all_gather(x.contiguous(), gather_dim=0, group=_named(group)))
 
 
 def summed(x: Tensor, *, group: str = "") -> Tensor:
     """Returns the sum of every rank's x."""
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group=group or _everybody()))
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group=_named(group)))
 
 
 def num_ranks(group: str = "") -> int:
     """Returns the number of ranks in the group."""
-    return _get_group_size_by_name(group) if group else dist.get_world_size()
+    return _get_group_size_by_name(_named(group)) if group else dist.get_world_size()
 
 
-def _everybody() -> dist.ProcessGroup:
-    group = dist.group.WORLD
+def _named(name: str) -> Any:  # what torch's functions take, whose types differ between versions
+    group = name or dist.group.WORLD
     if group is None:
         raise RuntimeError("the process group is not initialised")
     return group
