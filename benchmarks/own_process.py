@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -100,42 +100,84 @@ class PartFailed(Exception):
     """The function gave no result; the message says why in one line."""
 
 
-def run_isolated(function: Callable[..., Any], *arguments: Any, limit_s: float, log: Path) -> Any:
-    """Returns the function's result; a crash, a hang or a broken CUDA context ends only its process. Output and traceback go to the log.
+class Isolated:
+    """A process that calls functions one after another: a crash, a hang or a broken CUDA context ends only it, and the next call has a new one.
 
-    Raises UserError if the function did, and PartFailed if it raised something else, died, or ran longer than `limit_s` seconds.
+    Loading torch and starting CUDA take ten seconds, which only the first call and those after a failure pay. Output and tracebacks go to
+    the log.
     """
-    process, pipe = start_process(_run, function, arguments, str(log), daemon=False)
-    try:
-        if not pipe.poll(limit_s):
-            raise PartFailed(f"stopped at its limit of {limit_s:.0f} s; see {log.name}")
-        kind, value = pipe.recv()
-    except EOFError:
-        process.join()
-        raise PartFailed(f"its process died (exit code {process.exitcode}); see {log.name}") from None
-    finally:
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._running: tuple[Any, Connection] | None = None
+        log.write_bytes(b"")
+
+    def call(self, function: Callable[..., Any], *arguments: Any, limit_s: float, kept: Callable[[Any], object] = lambda _: None) -> Any:
+        """Returns the function's result, or that of a generator's last step, whose results `kept` gets one by one as they come.
+
+        Raises UserError if the function did, and PartFailed if it raised something else, died, or ran longer than `limit_s` seconds.
+        """
+        if self._running is None:
+            self._running = start_process(_serve_calls, str(self._log), daemon=False)
+        process, pipe = self._running
+        deadline, failed = time.monotonic() + limit_s, True
+        try:
+            pipe.send((function, arguments))
+            while True:
+                if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                    raise PartFailed(f"stopped at its limit of {limit_s:.0f} s; see {self._log.name}")
+                kind, value = pipe.recv()
+                failed = kind == "failed"
+                if kind != "kept":
+                    break
+                kept(value)
+                failed = True
+        except (EOFError, OSError):
+            process.join()
+            raise PartFailed(f"its process died (exit code {process.exitcode}); see {self._log.name}") from None
+        finally:
+            if failed:
+                self.close()
+        if kind == "user error":
+            raise UserError(value)
+        if kind == "failed":
+            raise PartFailed(f"{value}; see {self._log.name}")
+        return value
+
+    def close(self) -> None:
+        """Ends the process, if there is one, and everything that it started."""
+        if self._running is None:
+            return
+        process, pipe = self._running
+        self._running = None
+        pipe.close()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it leads a process group of its own: everything that it started
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a process group of its own
         process.kill()  # if it has not become a group's leader yet
         process.join()
-    if kind == "user error":
-        raise UserError(value)
-    if kind == "failed":
-        raise PartFailed(f"{value}; see {log.name}")
-    return value
 
 
-def _run(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], log: str) -> None:
+def _serve_calls(pipe: Connection, log: str) -> None:
     os.setsid()  # so that the compiler's workers can be killed with it
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
     sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)
-    try:
-        pipe.send(("result", function(*arguments)))
-    except UserError as error:
-        pipe.send(("user error", str(error)))
-    except BaseException as error:
-        traceback.print_exc()
-        pipe.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
-    sys.stdout.flush()
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(*arguments)
+            if isinstance(result, Generator):
+                steps, result = result, None
+                for result in steps:
+                    pipe.send(("kept", result))
+            pipe.send(("result", result))
+        except UserError as error:
+            pipe.send(("user error", str(error)))
+        except BaseException as error:
+            traceback.print_exc()
+            pipe.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+        sys.stdout.flush()

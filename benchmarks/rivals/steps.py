@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.rivals import import_rival
-from benchmarks.updates import foreach_update, lightly_lars
+from benchmarks.updates import CPU, foreach_update, lightly_lars
 from fastbyol.config.schema import OptimConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.models import encoder_from
@@ -33,16 +33,17 @@ from fastbyol.optim.build import build_optimizer
 class RivalStep(ABC):
     """Networks of another library, and an optimizer step with them. They are named as ours are, for `byol_param_groups`."""
 
-    def __init__(self, config: TrainConfig, *, num_classes: int, lr: float, tau: float) -> None:
+    def __init__(self, config: TrainConfig, *, num_classes: int, lr: float, tau: float, device: torch.device = CPU) -> None:
         torch.manual_seed(config.seed)
+        self._device = device
         encoder = encoder_from(config.model)
         feature_dim = int(encoder.feature_dim)  # type: ignore[arg-type]
         projector, predictor = self.heads(feature_dim, hidden_dim=config.model.hidden_dim, out_dim=config.model.projection_dim)
         self.online = nn.ModuleDict({"encoder": encoder, "projector": projector, "predictor": predictor})
         self.target = copy.deepcopy(nn.ModuleDict({"encoder": encoder, "projector": projector})).requires_grad_(False)
-        self.probe = nn.Linear(feature_dim, num_classes)
+        self.probe = nn.Linear(feature_dim, num_classes).to(device)
         for network in (self.online, self.target):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._update = self.optimizer(lr=lr)
         pairs = [(self.target[part], self.online[part]) for part in ("encoder", "projector")]
         self._move_target = [self.target_update(*pair, tau) for pair in pairs]
@@ -65,7 +66,7 @@ class RivalStep(ABC):
 
     def run(self, batch: ViewBatch) -> None:
         """Takes one optimizer step."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(self._device.type, dtype=torch.bfloat16):
             loss = self.loss(batch)
         loss.backward()
         self._update()
