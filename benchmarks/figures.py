@@ -161,7 +161,7 @@ def _source(folder: Path, cases: list[str]) -> str:
 def gpu_rates_table(kept: Path = KEPT) -> str:
     """Returns images/s per GPU from the newest kept record of each part, or 'not measured yet'."""
     rows = []
-    for case in ("gpu.step", "gpu.step_compiled", "gpu.end_to_end", "gpu.decode"):
+    for case in ("gpu.crops", "gpu.step", "gpu.step_compiled", "gpu.end_to_end", "gpu.decode"):
         if (result := _newest(case, kept)) is None:
             rows.append([f"`{case.removeprefix('gpu.')}`", "", "not measured yet"])
         else:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -177,6 +177,7 @@ def one_after_another(
     # Not in rounds by turns, as elsewhere: two networks of this size do not fit at once, and a card with nobody else on it is steady.
     subjects, timings = [ceiling], measure([ceiling], rounds=settings.rounds)
     reference, skipped, peaks = next(iter(variants)), {}, {}
+    result, told = None, 0
     for name, variant in variants.items():
         release_memory()
         torch.compiler.reset()  # the same code for other networks would count as compiled again, and torch gives up after eight times
@@ -196,9 +197,13 @@ def one_after_another(
         # Only its name and numbers are kept: its work holds the networks.
         subjects.append(Subject(name, lambda: None, units=subject.units, note=f"batch {variant.images}"))
         del subject, work
+        told = len(skipped)
         given = {"settings": settings, "skipped": dict(skipped), "threads": torch.get_num_threads(), "device": place.device.type}
         result = make_result(f"gpu.{part}", title, subjects, timings, reference=reference, ceiling=ceiling.name, primary="wall", **given)
-        yield result.with_extra(peaks)
+        result = result.with_extra(peaks)
+        yield result
+    if result is not None and len(skipped) > told:
+        yield replace(result, skipped=skipped)
 
 
 def measured_part(
