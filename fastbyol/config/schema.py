@@ -212,8 +212,9 @@ class PrecisionConfig:
     """Compute batch-norm statistics over all devices, as the official code does. No effect on one device."""
     bn_ranks: int = 0
     """Share those statistics among groups of this many neighbouring ranks only, which must divide their number; 0: among all. Fewer ranks
-    wait for each other in every layer, but it changes the method: batch norm then sees bn_ranks / ranks of the batch at a time, and a
-    checkpoint has the running statistics of rank 0's group.
+    wait for each other in every layer, but it changes the method: batch norm then sees bn_ranks / ranks of the batch at a time (in the
+    paper's ablation 72.5 % top-1 with 4096 images, 71.8 with 256, 69.6 with 128, 59.7 with 64), and a checkpoint has the running
+    statistics of rank 0's group.
     """
     gradient_messages: str = "float32"
     """Data type in which ranks exchange gradients; bf16 halves the traffic. No effect on one device."""
