@@ -19,6 +19,7 @@ from benchmarks import derived, roofline
 from benchmarks.record import CaseResult, Row
 from benchmarks.record_file import KEPT, newest_kept, read_record, results_of
 from benchmarks.report_text import markdown_table, number
+from benchmarks.rivals.steps import LIGHTLY, SOLO_LEARN
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
 
@@ -69,6 +70,10 @@ QUOTES = (
 )
 
 
+RIVALS = (SOLO_LEARN, LIGHTLY)
+"""Rows of the case `step`: what others reach with bf16, channels-last and foreach, which is the fair ratio and stands first."""
+
+
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m benchmarks.figures", description=__doc__)
@@ -107,8 +112,21 @@ def measured_table(kept: Path = KEPT) -> str:
         if folder is not None:
             cases[folder].append(quote.case)
             rows.append(_cells(quote, _result(folder, quote.case)))
-    table = markdown_table(("", "ours", "reference", "ceiling"), rows, text_columns=4)
+    table = markdown_table(("", "ours", "reference", "ceiling"), [rivals_line(kept), *rows], text_columns=4)
     return "\n".join([table, "", *(_source(*source) for source in cases.items())])
+
+
+def rivals_line(kept: Path = KEPT) -> list[str]:
+    """Returns the table's first line: how many times as fast as rivals at their best the whole step is, in the newest record that says so."""
+    folder = newest_kept("step", folder=kept)
+    result = None if folder is None else _result(folder, "step")
+    what = "BYOL step beside rivals at their best (bf16, channels-last, foreach), times as fast"
+    if result is None or not any(result.find(name) for name in RIVALS):
+        return [what, "not in a kept record yet", ", ".join(RIVALS), ""]
+    ours = result.row("bf16, channels-last").speedup[result.primary].median
+    rivals = [row for name in RIVALS if (row := result.find(name)) is not None]
+    ratios = [number(ours / row.speedup[result.primary].median) for row in rivals]
+    return [f"{what} ({result.title.split(', ')[1]})", " and ".join(ratios), ", ".join(row.name for row in rivals), ""]
 
 
 def _cells(quote: Quote, result: CaseResult) -> list[str]:
@@ -143,7 +161,7 @@ def _source(folder: Path, cases: list[str]) -> str:
 def gpu_rates_table(kept: Path = KEPT) -> str:
     """Returns images/s per GPU from the newest kept record of each part, or 'not measured yet'."""
     rows = []
-    for case in ("gpu.step", "gpu.step_compiled", "gpu.end_to_end", "gpu.decode"):
+    for case in ("gpu.crops", "gpu.step", "gpu.step_compiled", "gpu.end_to_end", "gpu.decode"):
         if (result := _newest(case, kept)) is None:
             rows.append([f"`{case.removeprefix('gpu.')}`", "", "not measured yet"])
         else:

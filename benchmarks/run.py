@@ -69,11 +69,10 @@ def keep_result(name: str, measure: Callable[[], CaseResult | Findings], record:
         traceback.print_exc()
         failed, record["skipped"][name] = True, f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
     else:
+        put_result(name, result, record)
         if isinstance(result, Findings):
-            record["findings"][name] = {"title": result.title, "found": result.found}
             found = [f"  {what}: {text}" for what, text in result.found.items()]
         else:
-            record["cases"][name] = result.as_dict()
             console.print(case_table(result))
             found = [f"{row} skipped: {why}" for row, why in result.skipped.items()]
         for line in found:
@@ -81,6 +80,14 @@ def keep_result(name: str, measure: Callable[[], CaseResult | Findings], record:
     record["case_seconds"][name] = round(time.perf_counter() - start, 1)
     console.print(f"{name}: {record['case_seconds'][name]} s, set-up and warm-up included", markup=False)
     return not failed
+
+
+def put_result(name: str, result: CaseResult | Findings, record: dict[str, Any]) -> None:
+    """Puts the result into the record, in the place of what was there of it before."""
+    if isinstance(result, Findings):
+        record["findings"][name] = {"title": result.title, "found": result.found}
+    else:
+        record["cases"][name] = result.as_dict()
 
 
 def typed_command(module: str, arguments: Sequence[str] | None) -> str:

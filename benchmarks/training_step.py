@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -98,6 +99,11 @@ class TrainingStep(Stepper):
         self.monitor = Monitor(global_batch=self.config.global_batch, world_size=1, device=self.process.device)
 
     @property
+    def last(self) -> BYOLOutput:
+        """The output of the last forward pass."""
+        return self._last
+
+    @property
     def data_wait_share(self) -> float:
         """Share of the time in `run` that was spent waiting for a batch."""
         return self._wait_s / self._total_s
@@ -129,6 +135,11 @@ def noise_batch(config: TrainConfig, *, num_classes: int, device: torch.device =
 
 def bytes_moved(work: Callable[[], object]) -> int:
     """Returns the bytes of all operands and results of torch's operations in `work`, forward and backward: what moves if no cache helps."""
+    return sum(bytes_by_operation(work).values())
+
+
+def bytes_by_operation(work: Callable[[], object]) -> Counter[str]:
+    """Returns the same by the operation's name, as 'aten::add'."""
     with _TrafficCounter() as counter:
         work()
     return counter.num_bytes
@@ -137,12 +148,12 @@ def bytes_moved(work: Callable[[], object]) -> int:
 class _TrafficCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.num_bytes = 0
+        self.num_bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         is_view = any(argument.alias_info is not None and not argument.alias_info.is_write for argument in func._schema.arguments)
         if not is_view and not func._schema.name.startswith(("aten::empty", "aten::detach", "aten::_reshape_alias")):
             tensors = (leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor))
-            self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.num_bytes[func._schema.name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result

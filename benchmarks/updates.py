@@ -114,6 +114,29 @@ def solo_learn_update(target: Sequence[Tensor], online: Sequence[Tensor], tau: f
         mp.data = tau * mp.data + (1 - tau) * op.data
 
 
+def foreach_update(target: nn.Module, online: nn.Module, tau: float) -> Callable[[], None]:
+    """Returns the equation for all tensors at once: a product and a sum, two passes over memory."""
+    # The tensors are looked up once, not at every call.
+    targets, onlines = ([parameter.detach() for parameter in network.parameters()] for network in (target, online))
+
+    def update() -> None:
+        torch._foreach_mul_(targets, tau)
+        torch._foreach_add_(targets, onlines, alpha=1 - tau)
+
+    return update
+
+
+def averaged_model_update(target: nn.Module, online: nn.Module, tau: float) -> Callable[[], None]:
+    """Returns the update of torch's AveragedModel (swa_utils) with its multi_avg function for EMA, which takes all tensors at once."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    averaged = AveragedModel(online, multi_avg_fn=get_ema_multi_avg_fn(tau))
+    averaged.module = target  # so that all subjects move the same tensors
+    averaged.n_averaged.fill_(1)  # the first update would copy
+
+    return lambda: averaged.update_parameters(online)
+
+
 def lightly_update(target: nn.Module, online: nn.Module, tau: float) -> Callable[[], None]:
     """Returns lightly's update_momentum: two passes over memory. Raises UserError if lightly is not installed."""
     update_momentum = import_rival("lightly.models.utils").update_momentum

@@ -142,8 +142,10 @@ class BYOL(nn.Module):
         label: (N,) int64, used by the probe only; negative for an unlabelled image.
         """
         views = one_batch(view1, view2)
+        # The target first: its activations are freed before the online network's, which the backward needs, fill the memory.
+        of_target = self.target(views) if self.objective.target == "ema" else None
         online1, online2 = self.online(views)
-        projections = self._predicted(views, online1, online2)
+        projections = of_target or self._predicted(online1, online2)
         predictions = online1.prediction, online2.prediction
         if self.objective.predictor == "least_squares":
             # Each view predicts the other one, as in the loss.
@@ -171,10 +173,8 @@ class BYOL(nn.Module):
             return byol_loss(*predictions, *projections, normalization=self.objective.normalization)
         return regression
 
-    def _predicted(self, views: Tensor, online1: OnlineOutput, online2: OnlineOutput) -> tuple[Tensor, Tensor]:
-        """Returns the projections (N, D) of both views that the predictions are compared with."""
-        if self.objective.target == "ema":
-            return self.target(views)
+    def _predicted(self, online1: OnlineOutput, online2: OnlineOutput) -> tuple[Tensor, Tensor]:
+        """Returns the online network's own projections (N, D) of both views, for an objective that does without the target."""
         if self.objective.target == "online":
             return online1.projection, online2.projection
         return online1.projection.detach(), online2.projection.detach()

@@ -35,6 +35,7 @@ from fastbyol.monitors import Monitor, build_monitor
 from fastbyol.optim import build_optimizer, check_update
 from fastbyol.ranks.data_parallel import gradient_reduction, replicate
 from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
+from fastbyol.run.bn_statistics import bn_group, bn_ranks, check_bn_images
 from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.initial_weights import load_initial_weights
@@ -43,7 +44,7 @@ from fastbyol.run.plan import RunPlan
 from fastbyol.run.precision import autocast, build_scaler, check_compile, compiles_augmentation, input_dtype, prepare_model
 from fastbyol.run.rank_agreement import opened_alike, require_same_start
 from fastbyol.run.session import Session, check_run
-from fastbyol.run.state import TrainState, check_bn_images
+from fastbyol.run.state import TrainState
 
 
 @one_line_errors
@@ -158,8 +159,9 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     byol = build_byol(config.model, num_classes=max(1, len(loader.class_names)), objective=config.objective)
     if process.is_main:
         load_initial_weights(byol, config)  # DDP sends them to the other ranks
-    if config.precision.cross_replica_bn and process.world_size > 1:
-        use_all_ranks(byol)  # before compilation, which would otherwise trace statistics of this rank alone
+    if bn_ranks(config, process) > 1:
+        # Before compilation, which would otherwise trace statistics of this rank alone.
+        use_all_ranks(byol, group=bn_group(config, process))
     prepare_model(byol, config.precision, device=process.device)
     model: nn.Module = byol
     if process.world_size > 1:

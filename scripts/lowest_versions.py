@@ -10,8 +10,6 @@ import tomllib
 from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
-TOOLS = ("ruff", "pyright", "import-linter", "pre-commit")
-"""Not pinned, for they check the code and no test needs an old one."""
 
 
 def lowest_versions() -> list[str]:
@@ -21,8 +19,7 @@ def lowest_versions() -> list[str]:
     pins = {}
     for requirement in (line for group in groups for line in group):
         name, lowest = re.match(r"([\w.-]+)(?:\[\w+\])?(?:>=|==)([\d.]+)", requirement).groups()  # type: ignore[union-attr]
-        if name not in TOOLS:
-            pins[name] = f"{name}=={lowest}"  # '2.11' is 2.11.0 to pip
+        pins[name] = f"{name}=={lowest}"  # '2.11' is 2.11.0 to pip
     return sorted(pins.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -36,6 +37,24 @@ def test_the_readme_quotes_the_newest_record_digit_by_digit():
     line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| two 224 px views"))
     for label, row in (("FFCV", "ffcv: views"), ("DALI", "dali: views"), ("folder", "folder: views"), ("", "torchvision on Pillow: views")):
         assert f"{label or row} {rows[row]['ms']['cpu']['median']:#.3g}" in line
+
+
+def test_the_first_line_is_the_ratio_to_rivals_at_their_best_once_a_record_has_it(tmp_path: Path):
+    assert figures.rivals_line(tmp_path)[1:] == [
+        "not in a kept record yet",
+        "solo-learn's module at its best, lightly's blocks at their best",
+        "",
+    ]
+    record = json.loads(((newest_kept("step") or tmp_path) / "records.json").read_text())
+    rows = record["cases"]["step"]["rows"]
+    ours = next(row for row in rows if row["name"] == "bf16, channels-last")
+    for name, times_slower in (("solo-learn's module at its best", 1.25), ("lightly's blocks at their best", 1.1)):
+        speedup = {clock: {key: value / times_slower for key, value in each.items()} for clock, each in ours["speedup"].items()}
+        rows.append({**ours, "name": name, "role": "rival", "speedup": speedup})
+    (tmp_path / "2030-01-01_test").mkdir()
+    (tmp_path / "2030-01-01_test" / "records.json").write_text(json.dumps(record))
+    assert figures.rivals_line(tmp_path)[1] == "1.25 and 1.10"
+    assert figures.measured_table(tmp_path).splitlines()[2].startswith("| BYOL step beside rivals at their best")
 
 
 def test_a_changed_figure_is_found_and_put_right():

@@ -40,7 +40,7 @@ from benchmarks.cases import (  # noqa: E402
 )
 from benchmarks.cases.updates import Ema, FusedUpdate, Lars  # noqa: E402
 from benchmarks.imagenet_like import BYTES_PER_PIXEL, write_imagenet_like  # noqa: E402
-from benchmarks.own_process import in_own_process  # noqa: E402
+from benchmarks.own_process import PEAK, in_own_process, peak_mib_of  # noqa: E402
 from benchmarks.record import CaseResult, make_result  # noqa: E402
 from benchmarks.report_text import (  # noqa: E402
     case_table,
@@ -49,15 +49,24 @@ from benchmarks.report_text import (  # noqa: E402
 )
 from benchmarks.rivals import INSTALL, those_installed  # noqa: E402
 from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
+from benchmarks.rivals.steps import LIGHTLY, SOLO_LEARN, STEPS  # noqa: E402
 from benchmarks.rivals.views import KorniaViews  # noqa: E402
 from benchmarks.timing import Subject, Timings, cpu_seconds, measure, same_round_ratios, torch_threads  # noqa: E402
-from benchmarks.training_step import TrainingStep  # noqa: E402
-from benchmarks.updates import ema_pytorch_update, lightly_lars, lightly_update, target_and_online  # noqa: E402
+from benchmarks.training_step import TrainingStep, noise_batch  # noqa: E402
+from benchmarks.updates import (  # noqa: E402
+    averaged_model_update,
+    ema_pytorch_update,
+    foreach_update,
+    lightly_lars,
+    lightly_update,
+    target_and_online,
+)
 from fastbyol.config.errors import UserError  # noqa: E402
 from fastbyol.config.schema import DataConfig, ModelConfig, OptimConfig, TrainConfig  # noqa: E402
 from fastbyol.config.views import ViewPair, both  # noqa: E402
 from fastbyol.data import build_loader  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
+from fastbyol.objectives import byol_loss  # noqa: E402
 from fastbyol.tuning.comparison import Estimate, dropped_extremes, estimate, interval_coverage  # noqa: E402
 
 TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
@@ -69,10 +78,10 @@ TINY_CASES = {
     "lars": (Lars, updates.Size(rounds=2, model=TINY_MODEL)),
     "fused_update": (FusedUpdate, updates.FusedSize(rounds=2, more_rounds=1, model=TINY_MODEL)),
     "batchnorm": (batchnorm, batchnorm.Size(rounds=2, batch=2, shapes=((8, 6), (16, 3)))),
-    "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
-    "step_resnet18": (step.ResNet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False)),
+    "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False, every_peak=False)),
+    "step_resnet18": (step.ResNet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False, every_peak=False)),
     "demo_step": (end_to_end.DemoStep, end_to_end.DemoSize(steps=2, rounds=1, batch=8)),
-    "end_to_end": (end_to_end, end_to_end.Size(steps=2, rounds=1, model=TINY_MODEL, size_px=32, batch=4, scale=0.1)),
+    "end_to_end": (end_to_end, end_to_end.Size(steps=2, rounds=1, model=TINY_MODEL, size_px=32, batch=4, scale=0.1, peaks=False)),
     "evaluate": (evaluate, evaluate.Size(images=8, batch=4, rounds=1, encoder="resnet8", size_px=32, scale=0.1)),
     "linear_sweep": (linear_sweep, linear_sweep.Size(batch=4, rounds=1, encoder="resnet8", size_px=32, classes=5)),
     "monitors": (monitors, monitors.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1)),
@@ -83,12 +92,12 @@ EXPECTED_ROWS = {
     "convert": 4,
     "loader": 14,
     "augment": 4,
-    "ema": 6,
+    "ema": 7,
     "lars": 5,
     "fused_update": 6,
-    "batchnorm": 5,
-    "step": 9,
-    "step_resnet18": 9,
+    "batchnorm": 6,
+    "step": 12,
+    "step_resnet18": 12,
     "demo_step": 3,
     "end_to_end": 8,
     "evaluate": 5,
@@ -105,6 +114,7 @@ OPTIONAL_RIVALS = {
     Ema.PACKAGE_FOREACH,
     Lars.LIGHTLY,
     FusedUpdate.LIGHTLY,
+    LIGHTLY,
 }
 """Rows that need packages which `make install` does not install."""
 NEVER_HERE = {"fp16, channels-last", step.COMPILED}
@@ -152,6 +162,20 @@ def test_work_in_a_process_of_its_own_counts_as_cpu_time_each_time_and_its_death
     assert all(0.2 <= seconds < 0.4 for seconds in spent)  # without the start of the process
     with in_own_process(_dying) as work, pytest.raises(UserError, match=r"_dying: its process died \(exit code 3\)"):
         work()
+
+
+def _holding(mebibytes: int) -> Callable[[], None]:
+    return lambda: held.append(torch.ones(mebibytes << 18))
+
+
+held: list[torch.Tensor] = []
+
+
+def test_the_peak_of_a_process_is_that_of_its_own_work_and_not_of_the_process_that_started_it():
+    held.append(torch.ones(512 << 18))  # this process has 512 MiB more
+    held.clear()
+    small, large = (peak_mib_of(_holding, mebibytes, calls=2) for mebibytes in (1, 64))
+    assert 2 * 60 < large - small < 2 * 68
 
 
 def test_rounds_interleave_the_subjects_and_warm_up_is_not_counted():
@@ -239,6 +263,9 @@ def test_every_case_measures_each_subject_against_one_reference_and_one_ceiling(
         for estimates in (row.ms, row.speedup, row.over_ceiling):
             assert set(estimates) == {"cpu", "wall"}
             assert all(0 < e.low <= e.median <= e.high < math.inf for e in estimates.values())
+    if result.case in ("step", "step_resnet18"):
+        apart = {step.REFERENCE, *STEPS, step.OURS, step.RETURNING} - set(result.skipped)
+        assert {row.name for row in result.rows if row.extra.get(PEAK, 0) > 100} == apart
     reference = next(row for row in result.rows if row.role == "reference")
     assert reference.speedup["wall"] == Estimate(1.0, 1.0, 1.0)
     case_table(result)
@@ -316,6 +343,40 @@ def test_lightlys_lars_scales_weights_by_layer_and_leaves_biases_alone():
     trust = config.trust_coefficient * weight.norm() / (0.5 * math.sqrt(12) + config.weight_decay * weight.norm())
     torch.testing.assert_close(layer.weight.double(), weight - 0.1 * trust * (0.5 + config.weight_decay * weight), rtol=0, atol=1e-6)
     torch.testing.assert_close(layer.bias.double(), bias - 0.1 * 0.25, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_rivals_step_has_byols_loss_and_moves_both_networks(name: str):
+    """In float32: lightly's loss is BYOL's, 4 - 2 (cos1 + cos2), less 4 and a quarter of it; both add the probe's."""
+    config = TrainConfig(global_batch=4, model=TINY_MODEL, views=ViewPair(size_px=32))
+    rival = installed(lambda: STEPS[name](config, num_classes=2, lr=0.1, tau=0.9))
+    if rival is None:
+        return
+    batch = noise_batch(config, num_classes=2)
+    online, target = rival.online, rival.target
+    features = [online["encoder"](view) for view in (batch.view1, batch.view2)]
+    predictions = [online["predictor"](online["projector"](feature)) for feature in features]
+    projections = [target["projector"](target["encoder"](view)) for view in (batch.view1, batch.view2)]
+    probe = torch.nn.functional.cross_entropy(rival.probe(features[0]), batch.label)
+    byol = byol_loss(*predictions, *projections)
+    torch.testing.assert_close(rival.loss(batch), probe + (byol if name == SOLO_LEARN else (byol - 4) / 4), rtol=1e-4, atol=1e-5)
+    before = {part: [p.double() for p in network.parameters()] for part, network in (("online", online), ("target", target))}
+    rival.run(batch)
+    moved = [p for part in ("encoder", "projector") for p in online[part].parameters()]
+    assert all(not torch.equal(p.double(), b) for p, b in zip(online["encoder"].parameters(), before["online"], strict=False) if p.ndim > 1)
+    for t, o, b in zip(target.parameters(), moved, before["target"], strict=True):
+        torch.testing.assert_close(t.double(), 0.9 * b + 0.1 * o.double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [averaged_model_update, foreach_update])
+def test_torchs_own_updates_of_the_target_move_it_by_one_minus_tau_from_the_first_call_on(make: Any):
+    target, online = target_and_online(TINY_MODEL)
+    before = [t.double() for t in target.parameters()]
+    update = make(target, online, 0.75)
+    for _ in range(2):
+        update()
+    for t, o, b in zip(target.parameters(), online.parameters(), before, strict=True):
+        torch.testing.assert_close(t.double(), 0.75**2 * b + (1 - 0.75**2) * o.double(), rtol=0, atol=1e-6)
 
 
 def test_kornias_views_are_normalised_and_draw_for_each_image():
@@ -480,6 +541,13 @@ def test_the_convolution_of_the_step_case_counts_its_own_operations():
     with FlopCounterMode(display=False) as counter:
         subject.run()
     assert counter.get_total_flops() == pytest.approx(subject.units * 1e9)
+
+
+def test_memory_is_measured_for_training_from_files_in_a_process_of_its_own(tmp_path: Path):
+    folder = write_imagenet_like(tmp_path / "images", images=8, classes=2, scale=0.1)
+    size = end_to_end.Size(steps=2, rounds=1, model=TINY_MODEL, size_px=32, batch=4)
+    alone, fed = (peak_mib_of(end_to_end._epoch, size, *kind, calls=1) for kind in (("", ""), ("folder", str(folder))))
+    assert 100 < alone < fed
 
 
 def test_a_case_from_files_says_whether_it_is_limited_by_data_or_computing():

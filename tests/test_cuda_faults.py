@@ -190,7 +190,7 @@ def test_ranks_bound_to_one_core_each_have_one_thread_each_and_ranks_on_two_shar
         "import os; from fastbyol.host.cores import default_workers; from fastbyol.ranks.process_group import *\n"
         "bound = os.environ['BOUND'] == '1'\n"
         "os.sched_getaffinity = lambda pid: {int(os.environ['RANK']) + 2 * core for core in range(4)} if bound else set(range(8))\n"
-        "join_process_group(timeout_s=60); print(default_workers(), flush=True); leave_process_group()\n"
+        "join_process_group(timeout_s=60); print(f'{default_workers()}\\n', end='', flush=True); leave_process_group()\n"
     )
     for bound in ("1", "0"):
         launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import tarfile
+import threading
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +15,9 @@ import torch
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair, both
-from fastbyol.data import ViewBatch, build_loader
+from fastbyol.data import ViewBatch, build_loader, dali_renderer
+from fastbyol.data.backends.dali_source import DaliSource
+from fastbyol.data.backends.source import Pixels
 from fastbyol.data.batch import views_on_device
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.formats.tar_shards import shard_name
@@ -76,6 +82,36 @@ def test_order_ranks_and_resume_are_those_of_every_loader(tar_folder: Path) -> N
     with loader_at(tar_folder, "decode") as kernel:
         order = [batch.index.tolist() for batch in kernel]
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in order]
+
+
+@pytest.mark.parametrize("stop_after", [None, 1])
+def test_the_files_of_the_next_batch_are_read_while_one_is_decoded(
+    stop_after: int | None, tar_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder here ends only when an image of the batch after it has been read; it would wait for ever for the thread it runs on."""
+    read: dict[int, threading.Event] = defaultdict(threading.Event)
+    jpeg, waited = DaliSource.jpeg, []
+
+    def noted(source: DaliSource, index: int) -> Pixels:
+        read[int(index)].set()
+        return jpeg(source, index)
+
+    def decode(jpeg: list, **boxes: object) -> list:
+        if upcoming := wanted[len(waited) + 1 : len(waited) + 2]:
+            waited.append(all(read[index].wait(timeout=20) for index in upcoming[0]))
+        crops = torch.zeros(len(jpeg), 32, 32, 3, dtype=torch.uint8)
+        return [SimpleNamespace(as_tensor=lambda: crops)] * 2
+
+    with loader_at(tar_folder, "decode") as kernel:
+        wanted = [batch.index.tolist() for batch in kernel]
+    monkeypatch.setattr(DaliSource, "jpeg", noted)
+    monkeypatch.setattr(dali_renderer, "built_pipeline", lambda graph, **options: SimpleNamespace(run=decode))
+    with loader_at(tar_folder, "crop") as loader:
+        made = [batch.index.tolist() for batch in itertools.islice(loader, stop_after)]
+    assert made == wanted[:stop_after]
+    assert waited
+    assert all(waited)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("fastbyol-read")]
 
 
 def test_a_damaged_image_is_named(image_folder: Path, tmp_path: Path) -> None:

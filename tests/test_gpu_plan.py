@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the suite runs from a checkout and is not installed
 
 from benchmarks import gpu_plan  # noqa: E402
 from benchmarks.cases import case_docstring  # noqa: E402
-from benchmarks.gpu import PARTS, Findings, Place, step, syncs  # noqa: E402
+from benchmarks.gpu import PARTS, Findings, Place, correctness, crops, kernels, step, syncs  # noqa: E402
 from benchmarks.gpu.subjects import calls_for, captures, fitting_batch, largest_batch, why_it_fails  # noqa: E402
 from benchmarks.imagenet_like import write_imagenet_like  # noqa: E402
-from benchmarks.own_process import PartFailed, run_isolated  # noqa: E402
+from benchmarks.own_process import Isolated, PartFailed  # noqa: E402
 from benchmarks.record import CaseResult  # noqa: E402
 from benchmarks.training_step import TrainingStep  # noqa: E402
 from fastbyol.config.errors import UserError, require  # noqa: E402
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig  # noqa: E402
 from fastbyol.config.views import ViewPair  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
+from fastbyol.models import cpu_norm  # noqa: E402
+from fastbyol.models.view_batchnorm import ViewBatchNorm  # noqa: E402
 from fastbyol.tuning.stepper import is_out_of_memory  # noqa: E402
 
-ROWS = {"step": 6, "augment": 3, "ema": 3, "lars": 6, "decode": 3, "end_to_end": 8, "launches": 4}
+ROWS = {"norm": 4, "step": 6, "augment": 3, "ema": 3, "lars": 6, "decode": 3, "end_to_end": 8, "launches": 4}
+FINDINGS = ("kernels", "correctness", "syncs")
 COMPILES_FOR_A_MINUTE = "step_compiled"
 """Its dry run is for `gpu_plan --device cpu --tiny`; all but its second variant is the part `step`."""
 
@@ -41,9 +48,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(device=torch.device("cpu"), images=images, scratch=scratch, workers=1)
 
 
-@pytest.mark.parametrize("part", [part for part in PARTS if part not in ("syncs", COMPILES_FOR_A_MINUTE)])
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in (*FINDINGS, COMPILES_FOR_A_MINUTE, "crops")])
 def test_a_part_measures_each_subject_against_its_reference_and_ceiling(part: str, place: Place):
-    result = gpu_plan.measure_part(part, place, True)
+    *_, result = gpu_plan.measure_part(part, place, True)
     assert isinstance(result, CaseResult)
     assert result.case == f"gpu.{part}"
     assert len(result.rows) == ROWS[part]
@@ -71,7 +78,7 @@ def test_the_shares_of_a_step_are_of_its_parts_and_sum_to_one():
 
 
 def test_every_piece_of_a_step_runs_and_says_that_it_was_not_checked_without_cuda(place: Place):
-    result = gpu_plan.measure_part("syncs", place, True)
+    (result,) = gpu_plan.measure_part("syncs", place, True)
     assert isinstance(result, Findings)
     assert set(result.found.values()) == {syncs.UNCHECKED}
     assert {"backward", "LARS", "the whole train_step", "control, must wait: .item()"} <= set(result.found)
@@ -85,13 +92,14 @@ def test_every_part_says_what_it_measures_how_with_which_command_and_why():
             assert words in text, (name, words)
 
 
-def test_the_plan_writes_a_record_and_reports_with_each_part_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    gpu_plan.main(["ema", "--out", str(tmp_path), "--device", "cpu", "--tiny"])
+def test_the_plan_writes_a_record_and_reports_from_parts_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    gpu_plan.main(["ema", "kernels", "--out", str(tmp_path), "--device", "cpu", "--tiny"])
     record = json.loads((tmp_path / "records.json").read_text())
     assert list(record["cases"]) == ["gpu.ema"]
+    assert list(record["findings"]) == ["gpu.kernels"]
     assert record["cases"]["gpu.ema"]["device"] == "cpu"
     assert record["quick"] is True  # so that no page quotes it
-    assert (tmp_path / "ema.log").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.log", "records.json", "report.html", "report.md"]
     assert "gpu.ema: the target's update" in (tmp_path / "report.md").read_text()
     assert "gpu.ema" in (tmp_path / "report.html").read_text()
     assert "ema_update, foreach" in capsys.readouterr().out
@@ -133,23 +141,84 @@ def test_without_cuda_the_plan_ends_in_one_line_and_exit_code_2(tmp_path: Path, 
     assert not (tmp_path / "not made").exists()
 
 
-def test_a_process_of_its_own_returns_a_value_or_raises_in_one_line_what_happened_there(tmp_path: Path):
-    log = tmp_path / "part.log"
-    assert run_isolated(divmod, 7, 2, limit_s=60, log=log) == (3, 1)
-    with pytest.raises(PartFailed, match=r"ZeroDivisionError: .*; see part\.log"):
-        run_isolated(divmod, 7, 0, limit_s=60, log=log)
-    assert "Traceback" in log.read_text()
-    with pytest.raises(PartFailed, match=r"its process died \(exit code 3\)"):
-        run_isolated(os._exit, 3, limit_s=60, log=log)
-    with pytest.raises(UserError, match="x = 1: must be 2"):
-        run_isolated(require, False, "x", 1, "2", limit_s=60, log=log)
+def counting(most: int) -> Iterator[int]:
+    yield from range(1, most + 1)
+    if most == 3:
+        raise ValueError("three")
 
 
-def test_a_process_that_takes_too_long_is_killed(tmp_path: Path):
-    start = time.monotonic()
-    with pytest.raises(PartFailed, match="stopped at its limit of 1 s"):
-        run_isolated(time.sleep, 600, limit_s=1, log=tmp_path / "log")
-    assert time.monotonic() - start < 60
+def test_a_process_of_its_own_returns_values_or_raises_in_one_line_what_happened_and_a_new_one_takes_over(tmp_path: Path):
+    log = tmp_path / "plan.log"
+    with closing(Isolated(log)) as process:
+        assert process.call(divmod, 7, 2, limit_s=60) == (3, 1)
+        first = process.call(os.getpid, limit_s=60)
+        with pytest.raises(UserError, match="x = 1: must be 2"):
+            process.call(require, False, "x", 1, "2", limit_s=60)
+        kept: list[int] = []
+        assert process.call(counting, 2, limit_s=60, kept=kept.append) == 2
+        assert process.call(os.getpid, limit_s=60) == first != os.getpid()
+        with pytest.raises(PartFailed, match=r"ValueError: three; see plan\.log"):
+            process.call(counting, 3, limit_s=60, kept=kept.append)
+        assert kept == [1, 2, 1, 2, 3], "what came before the failure is kept"
+        assert "Traceback" in log.read_text()
+        with pytest.raises(PartFailed, match=r"its process died \(exit code 3\)"):
+            process.call(os._exit, 3, limit_s=60)
+        assert process.call(os.getpid, limit_s=60) != first
+        start = time.monotonic()
+        with pytest.raises(PartFailed, match="stopped at its limit of 1 s"):
+            process.call(time.sleep, 600, limit_s=1)
+        assert time.monotonic() - start < 60
+
+
+def test_the_step_over_ranks_takes_that_path_in_every_norm_and_averages_gradients(place: Place, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    normalise = cpu_norm.combined_over_ranks
+    monkeypatch.setattr(cpu_norm, "combined_over_ranks", lambda *given, **named: seen.append(1) or normalise(*given, **named))
+    with crops.crop_step(crops.TINY, 4, place, precision=crops.EAGER, over_ranks=True) as step:
+        step()
+        norms = [module for module in step.__closure__[1].cell_contents.networks().byol.modules() if isinstance(module, ViewBatchNorm)]
+        assert isinstance(step.__closure__[1].cell_contents.networks().model, DistributedDataParallel)
+    assert len(seen) == len(norms)
+    seen.clear()
+    with crops.crop_step(crops.TINY, 4, place, precision=crops.EAGER) as step:
+        step()
+    assert not seen
+
+
+def test_each_variant_is_given_out_as_it_ends_and_what_cannot_run_is_named(place: Place):
+    *results, last = gpu_plan.measure_part("crops", place, True)
+    assert set(last.skipped) == set(crops.variants(crops.TINY, place)) - {row.name for row in last.rows}
+    assert all("CUDA" in why for result in results for why in result.skipped.values())
+    assert [[row.name for row in result.rows][1:] for result in results] == [
+        ["over ranks, eager, 4"],
+        ["over ranks, eager, 4", f"{crops.RIVAL}, 4"],
+        ["over ranks, eager, 4", f"{crops.RIVAL}, 4", "one process, eager, 6"],
+    ]
+
+
+def test_kinds_of_operations_are_told_by_their_names_with_their_bandwidth():
+    names = ("aten::cudnn_convolution", "aten::batch_norm_elemt", "aten::addmm", "aten::_foreach_lerp_", "aten::copy_", "aten::relu_")
+    kinds = ["convolution", "batch norm", "matrix product", "optimizer and target", "copies and casts", "ReLU, sums and the rest"]
+    assert [kernels.kind_of(name) for name in names] == kinds
+    found = kernels.table(Counter({"convolution": 6.0, "batch norm": 2.0}), Counter({"convolution": 12 * 10**9, "batch norm": 10**9}))
+    assert found == {
+        "convolution": "6.00 ms, 75% of the step; 12.00 GB, 2000 GB/s",
+        "batch norm": "2.00 ms, 25% of the step; 1.00 GB, 500 GB/s",
+    }
+
+
+def test_a_step_is_divided_into_kinds_and_convolutions_are_among_them(place: Place):
+    (result,) = gpu_plan.measure_part("kernels", place, True)
+    assert isinstance(result, Findings)
+    assert {"convolution", "batch norm", "matrix product"} <= set(result.found)
+
+
+def test_what_can_be_checked_on_a_cpu_is_right_and_a_difference_is_called_wrong(place: Place):
+    *_, result = gpu_plan.measure_part("correctness", place, True)
+    assert isinstance(result, Findings)
+    assert [text.split(":")[0] for text in result.found.values()] == ["not checked", "right", "not checked", "right"]
+    assert correctness.verdict(0.5, most=0.1, unit="x") == "WRONG: differs by 0.5 x, at most 0.1 is rounding"
+    assert correctness.verdict(math.nan, most=0.1, unit="x").startswith("WRONG")
 
 
 @pytest.mark.parametrize(

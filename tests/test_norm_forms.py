@@ -174,7 +174,7 @@ def test_the_sum_over_many_ranks_loses_nothing_where_the_mean_is_large() -> None
     shares = [10_000 + torch.randn(50, CHANNELS, generator=generator, dtype=torch.float64) for _ in range(3)]
     parts = [(x.mean(0).float()[None], (x.var(0, correction=0) * len(x)).float()[None], torch.tensor([50.0])) for x in shares]
     sent: list[Tensor] = []
-    with mock.patch.object(sync_batchnorm, "summed", lambda x: sent.append(x) or x):
+    with mock.patch.object(sync_batchnorm, "summed", lambda x, **_: sent.append(x) or x):
         for part in parts:
             sync_batchnorm._sum_statistics(*part)
     with mock.patch.object(sync_batchnorm, "summed", return_value=torch.stack(sent).sum(0)):

@@ -32,7 +32,16 @@ from fastbyol.tuning.comparison import MIN_ROUNDS, ROUNDS, WARMUPS, Comparison, 
 from fastbyol.tuning.loader_tuning import readings
 from fastbyol.tuning.procedure import check_images
 from fastbyol.tuning.report import Speeds, config_yaml, verdict
-from fastbyol.tuning.step_tuning import fitting_batches, num_ways_to_compile, tune_compile, tune_rank_batch, tune_update, update_ways
+from fastbyol.tuning.step_tuning import (
+    fitting_batches,
+    num_ways_to_compile,
+    switches,
+    tune_compile,
+    tune_rank_batch,
+    tune_switches,
+    tune_update,
+    update_ways,
+)
 from fastbyol.tuning.stepper import Stepper, fits_memory, repeated, those_that_fit
 
 CPU = torch.device("cpu")
@@ -272,6 +281,63 @@ def test_compiled_networks_are_really_measured_and_the_written_config_trains(
     assert re.search(r"^  compile_mode: \S+  # .*step compiled, batch 8: eager [\d,]+, compiled, default [\d,]+$", text, re.MULTILINE)
     train(["--config", "tuned.yaml", "--out", "run", "--precision.compile", "false"])
     assert checkpoint_steps(tmp_path / "run") == [25 // 8]
+
+
+# A GPU's switches.
+
+
+def test_switches_are_tried_on_a_gpu_where_the_user_has_not_set_them_and_a_cpu_is_left_alone(bench: Bench) -> None:
+    on_gpu = replace(bench, process=Process(0, 1, torch.device("cuda", 0)))
+    assert switches(on_gpu) == ["cudnn_benchmark", "pad_stem"]
+    kept = replace(bench.request, kept=frozenset({"precision.cudnn_benchmark"}))
+    assert switches(replace(on_gpu, request=kept)) == ["pad_stem"]
+    assert switches(bench) == []
+    stepper = Stepper(bench.trial_config(8), bench.process)
+    assert tune_switches(bench, stepper, switches(bench), rate=7.0) == (stepper, 7.0)
+    assert not bench.found.notes
+    assert not bench.found.comparisons
+
+
+class Switched(Stepper):
+    """A stepper whose speed follows from its switches; where both are on, it runs out of memory."""
+
+    SPEEDS: dict[tuple[bool, bool], float]
+
+    def alone(self, sample: ViewBatch) -> Callable[[float], float]:
+        precision = self.config.precision
+        speed = self.SPEEDS.get((precision.cudnn_benchmark, precision.pad_stem))
+
+        def run(seconds: float) -> float:
+            if speed is None:
+                raise TrialFailed("out of memory")
+            return speed
+
+        return run
+
+    def with_search(self, *, search: bool) -> Stepper:
+        return type(self)(super().with_search(search=search).config, self.process, networks=self.networks)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen", "rate"),
+    [
+        ({(False, False): 100.0, (True, False): 90.0, (False, True): 120.0}, (False, True), 120.0),
+        ({(False, False): 100.0, (True, False): 130.0, (True, True): 131.0}, (True, False), 130.0),
+        ({(False, False): 100.0, (True, False): 130.0}, (True, False), 130.0),
+        ({(False, False): 100.0, (True, False): 110.0, (True, True): 140.0}, (True, True), 140.0),
+    ],
+)
+def test_a_switch_stays_where_whole_steps_are_faster_with_it(
+    speeds: dict, chosen: tuple[bool, bool], rate: float, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Switched, "SPEEDS", speeds, raising=False)
+    tried = replace(bench, make_stepper=Switched)
+    stepper, measured = tune_switches(tried, tried.stepper(8), ["cudnn_benchmark", "pad_stem"], rate=1.0)
+    found = tried.found.config.precision
+    assert (found.cudnn_benchmark, found.pad_stem) == chosen
+    assert stepper.config.precision == replace(found, bn_ranks=0)
+    assert measured == rate
+    assert "step by precision.pad_stem, batch 8: " in tried.found.notes["precision.pad_stem"]
 
 
 # The target's update.

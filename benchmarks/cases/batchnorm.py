@@ -3,16 +3,17 @@ each).
 
 How: bf16 activations, channels-last, float32 scale and offset, one thread, batch 16 per view. Reference: torch's nn.BatchNorm2d and
 in-place ReLU, one view at a time, as in the official code. Ours (`norm_relu`) takes both views as one batch, first on one process,
-then over two ranks on this machine (gloo), with one message for both views and with one for each. Ceiling: five copies of the
+then over two ranks on this machine (gloo), with one message for both views and with one for each, and in plain operations, as before
+the kernel could do it. Ceiling: five copies of the
 activations, about what the smallest number of passes moves. Across ranks read the wall clock (the CPU column sees this rank only).
 nn.SyncBatchNorm does not run on the CPU; the last row does what it would do, one message per view.
 
     python -m benchmarks.run batchnorm
 
-Why: on one process, norm and ReLU are one kernel that reads the activations only as often as the statistics require. Across ranks we
-use plain tensor operations in float32, several passes each, which Inductor can fuse on a GPU (not measured yet); on a CPU they cost a
-multiple of torch's kernel and exist for correctness. Half the messages save half the latency, which with gloo is small compared with
-that arithmetic, but limits the step beyond some 16 GPUs.
+Why: norm and ReLU are one kernel that reads the activations only as often as the statistics require; across ranks it is the same
+kernel with two messages in between (`models/cpu_norm.py`). Plain tensor operations take several float32 passes each, which Inductor can
+fuse on a GPU (not measured yet); on a CPU they cost a multiple, and are left for float64 and for networks that are not channels-last.
+Half the messages save half the latency, which with gloo is small beside the arithmetic, but limits the step beyond some 16 GPUs.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from torch import Tensor, nn
 from benchmarks.record import CaseResult, measured
 from benchmarks.timing import subjects_of, torch_threads
 from fastbyol.models.norm_relu import norm_relu
+from fastbyol.models.sync_batchnorm import cross_replica_normalise
 from fastbyol.models.view_batchnorm import ViewBatchNorm
 from fastbyol.run.precision import keep_freed_memory
 
 REFERENCE, CEILING, OURS = "nn.BatchNorm2d and ReLU, a view at a time", "five copies of the activations", "fastbyol, both views"
 TWO_RANKS = "fastbyol, both views, two ranks"
 TWO_RANKS_BY_VIEW = "fastbyol, a view at a time, two ranks"
+TWO_RANKS_PLAIN = "plain operations, both views, two ranks"
 _WARMUP = 1
 
 
@@ -71,7 +74,26 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
 def _across_ranks(size: Size) -> dict[str, Callable[[], object]]:
     """Returns the work of both ranks, which must call it in the same order."""
     by_view = _by_view(size, lambda channels: ViewBatchNorm(channels, views=1, across_ranks=True))
-    return {TWO_RANKS: _both_views(size, across_ranks=True), TWO_RANKS_BY_VIEW: by_view}
+    plain = [PlainOperations(channels) for channels, _ in size.shapes]
+    return {
+        TWO_RANKS: _both_views(size, across_ranks=True),
+        TWO_RANKS_BY_VIEW: by_view,
+        TWO_RANKS_PLAIN: _forward_backward(list(zip(plain, _activations(size), strict=True))),
+    }
+
+
+class PlainOperations(nn.Module):
+    """Batch norm of both views over all ranks by tensor operations alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self._norm = ViewBatchNorm(channels, views=2, across_ranks=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self._norm
+        normalised = cross_replica_normalise(x, norm.weight, norm.bias, eps=norm.eps, views=norm.views)
+        norm.update_running(normalised)
+        return normalised.output
 
 
 def _both_views(size: Size, *, across_ranks: bool) -> Callable[[], object]:

@@ -3,12 +3,13 @@
 How: the product's loader and `train_step`, one thread each; a round is an epoch. Reference: the same steps fed by
 torchvision.transforms on Pillow images in the training thread. Ceiling: the steps alone, on one repeated batch. `loader alone` is
 each backend without training: a run cannot be faster than the slower of the two. Read the wall clock, since the loader works beside
-the step.
+the step. MiB: the peak of resident memory of two epochs in a process of its own, libraries included.
 
     python -m benchmarks.run end_to_end
 
 Why: on a CPU a step takes many times longer than loading its images, so end to end is the step plus the first batch of each epoch,
-when nothing is prefetched, plus what the loader's thread takes from the cores of a busy machine. `data_wait_share` is the share of
+when nothing is prefetched, plus what the loader's thread takes from the cores of a busy machine. Memory is that of the steps, and of a
+loader data.prefetch + 1 batches of float32 views and as many that wait to be used again. `data_wait_share` is the share of
 the time that the step waited for a batch; above 5 % the title says data-bound, and what to change. On a GPU the step is a hundred
 times faster and the loader becomes the first thing to look at (not measured yet).
 """
@@ -16,13 +17,16 @@ times faster and the loader becomes the first thing to look at (not measured yet
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks.imagenet_like import stored_for, write_imagenet_like
+from benchmarks.own_process import PEAK, peak_mib_of
 from benchmarks.record import CaseResult, measured
 from benchmarks.rivals.views import TorchvisionLoader
 from benchmarks.timing import Subject, torch_threads
@@ -32,6 +36,7 @@ from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastbyol.data import build_loader
 from fastbyol.data.batch import ViewBatch
+from fastbyol.data.loader import TwoViewLoader
 
 REFERENCE, CEILING = "end to end, torchvision on Pillow", "steps alone"
 DATA_BOUND_SHARE = 0.05
@@ -49,6 +54,8 @@ class Size(StepSize):
     scale: float = 1.0
     """Scale of ImageNet's image sides."""
     seed: int = 0
+    peaks: bool = True
+    """Measure the memory of each training row, each in one more process."""
 
 
 QUICK = Size(steps=2, rounds=6, model=ModelConfig(encoder="resnet18", hidden_dim=512), size_px=64, batch=4, backends=("ffcv",))
@@ -58,26 +65,46 @@ FULL = Size(rounds=9, model=ModelConfig(encoder="resnet18"), size_px=224, batch=
 def run(size: Size, *, scratch: Path) -> CaseResult:
     images = size.steps * size.batch
     folder = write_imagenet_like(scratch / "images", images=images, classes=min(NUM_CLASSES, images), scale=size.scale, seed=size.seed)
-    config = size.config()
-    training = Training(config, size.steps)
+    config, training = size.config(), Training(size.config(), size.steps)
+    kinds: dict[str, tuple[str, str]] = {CEILING: ("", ""), REFERENCE: ("torchvision", str(folder))}
     training.add(CEILING)
     training.add(REFERENCE, TorchvisionLoader(folder, config.views, batch=size.batch), note="not beside the step")
     skipped: dict[str, str] = {}
     with ExitStack() as opened:
         for backend in size.backends:
             try:
-                data = DataConfig(train=str(stored_for(backend, folder, out=scratch)), backend=backend, workers=size.workers)
-                loader = opened.enter_context(build_loader(data, views=config.views, seed=size.seed, global_batch=size.batch))
+                stored = str(stored_for(backend, folder, out=scratch))
+                loader = opened.enter_context(_loader(size, backend, stored))
             except UserError as error:
                 skipped[backend] = str(error)
                 continue
             training.add(f"{backend}: end to end", loader)
+            kinds[f"{backend}: end to end"] = backend, stored
             training.subjects.append(Subject(f"{backend}: loader alone", partial(deque, loader, maxlen=0), units=images))
         result = training.measured(
             "end_to_end", f"{size.model.encoder} from JPEG files, {size.size_px} px, batch {size.batch}", size, skipped
         )
+    if size.peaks:
+        peaks = {name: {PEAK: peak_mib_of(_epoch, size, *kind, calls=2)} for name, kind in kinds.items()}
+        result = result.with_extra(peaks)
     ours = {row.name: row.extra["data_wait_share"] for row in result.rows if row.role == "" and "data_wait_share" in row.extra}
     return replace(result, title=f"{result.title}: {verdict(ours)}")
+
+
+def _loader(size: Size, backend: str, stored: str) -> TwoViewLoader:
+    data = DataConfig(train=stored, backend=backend, workers=size.workers)
+    return build_loader(data, views=size.config().views, seed=size.seed, global_batch=size.batch)
+
+
+def _epoch(size: Size, kind: str, stored: str) -> Callable[[], None]:
+    """Returns an epoch of the steps on these images, for another process. kind: a backend, torchvision, or '' for noise."""
+    torch.set_num_threads(size.torch_threads)
+    step = TrainingStep(size.config(), num_classes=NUM_CLASSES)
+    if not kind:
+        return partial(step.run_on_noise, size.steps)
+    if kind == "torchvision":
+        return partial(step.run, TorchvisionLoader(Path(stored), size.config().views, batch=size.batch))
+    return partial(step.run, _loader(size, kind, stored))
 
 
 class Training:

@@ -2,9 +2,12 @@
 
 How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as in most libraries
 (`PlainStep`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's
-loop over the target; in a process of its own, because the product's step changes how memory is managed. Ours in float32 and in bf16
-autocast (the product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of half the size (rank_batch); and bf16
-compiled (not with --quick). fp16 needs a GPU. Ceiling: the step's floating-point operations, counted by torch, at the rate of a
+loop over the target. Rivals: solo-learn's module and lightly's blocks at their best (`rivals/steps.py`): bf16, channels-last, the
+target by foreach. Each of the three is in a process of its own, because the product's step changes how memory is managed. Ours in
+float32 and in bf16 autocast (the product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of half the size
+(rank_batch); bf16 compiled (not with --quick). fp16 needs a GPU. MiB: the peak of resident memory after three steps in a process of its
+own, libraries included (with --quick, of our bf16 step and the others only); the last of our rows returns freed memory to the system
+(precision.freed_memory). Ceiling: the step's floating-point operations, counted by torch, at the rate of a
 single bf16 channels-last 3x3 convolution measured in the same rounds; 'of peak' is the share of that rate. A second ceiling, for
 memory: a copy of 64 MiB, converted to images by the bytes of our bf16 step. MB: bytes of all operands and results of torch's
 operations and our norm's (`training_step.py`), which is what moves if no cache helps; the fused update's kernel and code compiled by
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,9 +40,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.breakdown import COPIED, MEGABYTES, OF_PEAK
-from benchmarks.own_process import in_own_process
+from benchmarks.own_process import PEAK, in_own_process, peak_mib_of
 from benchmarks.record import CaseResult, measured
 from benchmarks.rivals import those_installed
+from benchmarks.rivals.steps import STEPS
 from benchmarks.timing import Subject, subjects_of, torch_threads
 from benchmarks.training_step import StepSize, TrainingStep, bytes_moved, forget_times, noise_batch
 from benchmarks.updates import solo_learn_update
@@ -54,6 +59,8 @@ from fastbyol.tuning.stepper import LR, TAU
 
 REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", "bf16 3x3 convolution, same operations"
 OURS, ACCUMULATED, COMPILED = "bf16, channels-last", "bf16, channels-last, 2 micro-batches", "bf16, channels-last, compiled"
+RETURNING = "bf16, channels-last, freed memory returned"
+"""Ours, in a process of its own as the rivals are, which keeps no freed memory."""
 VARIANTS = {
     "float32, channels-last": PrecisionConfig(autocast="off", channels_last=True),
     OURS: PrecisionConfig(autocast="bf16", channels_last=True),
@@ -70,37 +77,63 @@ CONV_BATCH, CONV_CHANNELS, CONV_PX, CONV_CALLS = 16, 512, 7, 8
 class Size(StepSize):
     threads: int = 1
     compile: bool = True
+    every_peak: bool = True
+    """Measure the memory of all our variants, each in one more process; False: of our bf16 step only."""
 
 
-QUICK = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=8, rounds=6, compile=False)
+QUICK = Size(model=ModelConfig(encoder="resnet18"), size_px=64, batch=8, rounds=6, compile=False, every_peak=False)
 FULL = Size(model=ModelConfig(encoder="resnet50"), size_px=224, batch=16, rounds=6)
 
 
 def run(size: Size, *, scratch: Path, case: str = "step") -> CaseResult:
-    with torch_threads(size.threads), in_own_process(_plain_step, size) as plain_step:
-        skipped: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    with torch_threads(size.threads), ExitStack() as opened:
+        # Counted here and not in their own processes, where torch's dispatch cannot be watched; compiled code has no operations to see.
+        others = those_installed({name: partial(_other_step, size, name) for name in (REFERENCE, *STEPS)}, skipped)
+        mb = {name: bytes_moved(others.pop(name)) / size.batch / 1e6 for name in list(others)}
+        apart = {name: opened.enter_context(in_own_process(_other_step, size, name)) for name in mb}
+        apart[RETURNING] = opened.enter_context(in_own_process(_own_step, size, RETURNING))
         ours = those_installed(_variants(size), skipped)
         flop_per_image = _count_flop(ours[OURS].run_on_noise) / size.batch
         work = {name: step.run_on_noise for name, step in ours.items()}
-        # Counted here and not in the reference's own process, where torch's dispatch cannot be watched; compiled code has no operations to see.
-        counted = {REFERENCE: _plain_step(size), **{name: run for name, run in work.items() if name != COMPILED}}
-        mb = {name: bytes_moved(run) / size.batch / 1e6 for name, run in counted.items()}
-        subjects = subjects_of({REFERENCE: plain_step, **work}, units=size.batch)
+        mb |= {name: bytes_moved(run) / size.batch / 1e6 for name, run in work.items() if name != COMPILED}
+        subjects = subjects_of({**apart, **work}, units=size.batch, rivals=STEPS)
         subjects += [_convolution(flop_per_image), _copy(mb[OURS])]
         title = f"one BYOL step, {size.model.encoder}, {size.size_px} px, batch {size.batch}, {flop_per_image / 1e9:.1f} GFLOP an image"
         given = {"settings": size, "threads": size.threads, "skipped": skipped, "warmed_up": partial(forget_times, ours.values())}
         result = measured(case, title, subjects, reference=REFERENCE, ceiling=CEILING, **given)
+        peaks = {name: process.peak_mib() for name, process in apart.items()}
+    # After the rounds: while they last, the memory of all of them is in use.
+    peaks |= {name: peak_mib_of(_own_step, size, name) for name in (ours if size.every_peak else [OURS])}
     extra: dict[str, dict[str, float]] = {MEMORY: {COPIED: mb[OURS] / result.row(MEMORY).ms["cpu"].median}}
     for row in result.rows:
         if row.name != MEMORY:
             extra[row.name] = {"GFLOP/CPU-s": flop_per_image / row.ms["cpu"].median / 1e6}
-        if row.name in (REFERENCE, *ours):
+        if row.name in work or row.name in apart:
             extra[row.name][OF_PEAK] = 100 / row.over_ceiling["cpu"].median
+        if row.name in peaks:
+            extra[row.name][PEAK] = peaks[row.name]
         if row.name in mb:
             extra[row.name][MEGABYTES] = mb[row.name]
         if row.name in ours:
             extra[row.name] |= ours[row.name].time_shares()
     return result.with_extra(extra)
+
+
+def _other_step(size: Size, name: str) -> Callable[[], None]:
+    """Returns the step of the reference or of a rival. Raises UserError if its package is missing."""
+    torch.set_num_threads(size.threads)  # for another process, which starts with a thread per core
+    config = size.config(precision=PrecisionConfig(channels_last=name in STEPS))
+    step = STEPS.get(name, PlainStep)(config, num_classes=NUM_CLASSES, lr=LR, tau=TAU)
+    return partial(step.run, noise_batch(config, num_classes=NUM_CLASSES))
+
+
+def _own_step(size: Size, name: str) -> Callable[[], None]:
+    """Returns one of our steps, for another process."""
+    torch.set_num_threads(size.threads)
+    if name == RETURNING:
+        return _make_step(size, replace(VARIANTS[OURS], freed_memory="return")).run_on_noise
+    return _variants(size)[name]().run_on_noise
 
 
 def _variants(size: Size) -> dict[str, Callable[[], TrainingStep]]:
@@ -115,13 +148,6 @@ def _variants(size: Size) -> dict[str, Callable[[], TrainingStep]]:
 
     variants: dict[str, Callable[[], TrainingStep]] = {name: partial(_make_step, size, precision) for name, precision in VARIANTS.items()}
     return variants | {ACCUMULATED: partial(_make_step, size, VARIANTS[OURS], rank_batch=size.batch // 2), COMPILED: compiled}
-
-
-def _plain_step(size: Size) -> Callable[[], None]:
-    torch.set_num_threads(size.threads)  # for the other process, which starts with a thread per core
-    config = size.config(precision=PrecisionConfig(channels_last=False))
-    plain, batch = PlainStep(config, num_classes=NUM_CLASSES, lr=LR, tau=TAU), noise_batch(config, num_classes=NUM_CLASSES)
-    return lambda: plain.run(batch)
 
 
 class PlainStep:
@@ -189,7 +215,7 @@ class ResNet18:
     Why: as in `step`. Its reference is closer to the peak, because a 3x3 convolution reorders its weights once for nine times the work.
     """
 
-    QUICK = Size(model=ModelConfig(encoder="resnet18", hidden_dim=512), size_px=64, batch=4, rounds=6, compile=False)
+    QUICK = Size(model=ModelConfig(encoder="resnet18", hidden_dim=512), size_px=64, batch=4, rounds=6, compile=False, every_peak=False)
     FULL = Size(model=ModelConfig(encoder="resnet18"), size_px=224, batch=16, rounds=6)
 
     @staticmethod

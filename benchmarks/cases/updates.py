@@ -35,18 +35,18 @@ class Ema:
 
     How: float32 on one thread, tau 0.99. Reference: the equation as solo-learn writes it, one tensor at a time: a new tensor tau t + (1 -
     tau) o. Ceiling: `copy_` of the same tensors, the usual unit; it moves as many bytes as the update must (a write first reads its cache
-    line). Rivals, if installed: lightly's update_momentum and ema-pytorch (its default loop, and its option use_foreach), the latter with
-    its rate fixed at tau.
+    line). Rivals: torch's AveragedModel (swa_utils, its multi_avg function, which takes all tensors at once), and if installed lightly's
+    update_momentum (by foreach) and ema-pytorch (its default loop, and its option use_foreach), the latter with its rate fixed at tau.
 
         python -m benchmarks.run ema
 
     Why: there is hardly any arithmetic, so only passes over memory count. The reference makes three temporaries per tensor, in fresh
-    memory that the system has to clear first; mul_ and add_ (lightly's) pass twice; a lerp (ema-pytorch's too) passes once, as a copy
+    memory that the system has to clear first; mul_ and add_ (lightly's) pass twice; a lerp (torch's and ema-pytorch's too) passes once, as a copy
     does. It may even be faster than the copy: it loads the lines that the copy only stores to, and a CPU prefetches loads best (one flat
     array shows the same).
     """
 
-    REFERENCE, OURS = "solo-learn's loop", "fastbyol ema_update"
+    REFERENCE, OURS, AVERAGED = "solo-learn's loop", "fastbyol ema_update", "torch AveragedModel, multi_avg"
     LIGHTLY, PACKAGE, PACKAGE_FOREACH = "lightly update_momentum", "ema-pytorch", "ema-pytorch, use_foreach"
     QUICK, FULL = Size(rounds=9, calls=2), Size(rounds=21, calls=3)
 
@@ -56,6 +56,7 @@ class Ema:
         target, online = ([parameter.detach() for parameter in network.parameters()] for network in (follower, followed))
         skipped: dict[str, str] = {}
         makers = {
+            cls.AVERAGED: lambda: ways.averaged_model_update(follower, followed, TAU),
             cls.LIGHTLY: lambda: ways.lightly_update(follower, followed, TAU),
             cls.PACKAGE: lambda: ways.ema_pytorch_update(follower, followed, TAU, use_foreach=False),
             cls.PACKAGE_FOREACH: lambda: ways.ema_pytorch_update(follower, followed, TAU, use_foreach=True),

@@ -1,6 +1,7 @@
 """The parts of `benchmarks.gpu_plan`: measurements that need a GPU.
 
-A part is a module or a class with `FULL` and `TINY`, its settings, and `run(size, *, place)`, which returns a `CaseResult` or `Findings`.
+A part is a module or a class with `FULL` and `TINY`, its settings, and `run(size, *, place)`, which returns a `CaseResult` or `Findings`,
+or yields what it has so far after each of its variants.
 `TINY` is for a dry run on the CPU, which finds mistakes in the part but gives meaningless figures. Its docstring says what is measured,
 how and why, as a case's does.
 """
@@ -15,8 +16,12 @@ import torch
 from fastbyol.config.schema import ModelConfig
 
 PARTS = {
-    "step": "step",
+    "crops": "crops",
+    "kernels": "kernels",
+    "norm": "norm",
+    "correctness": "correctness",
     "syncs": "syncs",
+    "step": "step",
     "augment": "augment",
     "ema": "updates.Ema",
     "lars": "updates.Lars",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.gpu import Place
-from benchmarks.record import CaseResult, measured
-from benchmarks.timing import Subject
+from benchmarks.own_process import PEAK
+from benchmarks.record import CaseResult, make_result, measured
+from benchmarks.timing import Subject, measure
 from fastbyol.augment.parameters import draw_parameters
 from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair
@@ -153,6 +156,54 @@ def crops_batch(views: ViewPair, num: int, *, num_classes: int = 1, seed: int = 
     crops = torch.randint(0, 256, (2, num, views.size_px, views.size_px, 3), dtype=torch.uint8, generator=generator).permute(0, 1, 4, 2, 3)
     index = torch.arange(num)
     return ViewBatch(crops[0], crops[1], index % num_classes, index, torch.from_numpy(drawn))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Work on the device that is made when its turn comes, and gone after it."""
+
+    make: Callable[[], AbstractContextManager[Callable[[], object]]]
+    images: int
+    """Images of one call."""
+
+
+def one_after_another(
+    part: str, title: str, variants: Mapping[str, Variant], ceiling: Subject, *, settings: Any, place: Place
+) -> Iterator[CaseResult]:
+    """Times each variant alone in the device's memory, and yields the result so far after each. The first one is the reference.
+
+    settings: has `rounds` and `enough_s`. Raises UserError if the reference does not run here.
+    """
+    # Not in rounds by turns, as elsewhere: two networks of this size do not fit at once, and a card with nobody else on it is steady.
+    subjects, timings = [ceiling], measure([ceiling], rounds=settings.rounds)
+    reference, skipped, peaks = next(iter(variants)), {}, {}
+    result, told = None, 0
+    for name, variant in variants.items():
+        release_memory()
+        torch.compiler.reset()  # the same code for other networks would count as compiled again, and torch gives up after eight times
+        try:
+            with variant.make() as work:
+                subject = device_subject(name, work, device=place.device, units=variant.images, enough_s=settings.enough_s)
+                timings |= measure([subject], rounds=settings.rounds)
+                if place.device.type == "cuda":
+                    peaks[name] = {PEAK: torch.cuda.max_memory_allocated(place.device) / 2**20}
+        except (UserError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            skipped[name] = str(error) if isinstance(error, UserError) else f"out of memory at batch {variant.images}"
+            if name == reference:
+                raise UserError(f"{name}: {skipped[name]}") from None
+            continue
+        # Only its name and numbers are kept: its work holds the networks.
+        subjects.append(Subject(name, lambda: None, units=subject.units, note=f"batch {variant.images}"))
+        del subject, work
+        told = len(skipped)
+        given = {"settings": settings, "skipped": dict(skipped), "threads": torch.get_num_threads(), "device": place.device.type}
+        result = make_result(f"gpu.{part}", title, subjects, timings, reference=reference, ceiling=ceiling.name, primary="wall", **given)
+        result = result.with_extra(peaks)
+        yield result
+    if result is not None and len(skipped) > told:
+        yield replace(result, skipped=skipped)
 
 
 def measured_part(

@@ -210,14 +210,37 @@ class PrecisionConfig:
     """Folder for compiled code, which later runs reuse; empty: torch's own folder, which a reboot may clear."""
     cross_replica_bn: bool = True
     """Compute batch-norm statistics over all devices, as the official code does. No effect on one device."""
+    bn_ranks: int = 0
+    """Share those statistics among groups of this many neighbouring ranks only, which must divide their number; 0: among all. Fewer ranks
+    wait for each other in every layer, but it changes the method: batch norm then sees bn_ranks / ranks of the batch at a time (in the
+    paper's ablation 72.5 % top-1 with 4096 images, 71.8 with 256, 69.6 with 128, 59.7 with 64), and a checkpoint has the running
+    statistics of rank 0's group.
+    """
     gradient_messages: str = "float32"
     """Data type in which ranks exchange gradients; bf16 halves the traffic. No effect on one device."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN try its algorithms on the first batch and keep the fastest (GPU). Not measured by us; `python -m fastbyol tune` measures it
+    on your card. Runs are then not repeatable to the bit.
+    """
+    pad_stem: bool = False
+    """Give the first convolution a fourth input channel of zeros, so that tensor cores can read pixels whole. The same results, weights and
+    files. Not measured by us on a GPU; `python -m fastbyol tune` measures it on your card.
+    """
+    freed_memory: str = "keep"
+    """What a run on a CPU does with the memory that a step frees. keep: it stays for the next step, which is faster; return: the system gets
+    it back, for a process that takes less (docs/performance.md has both figures).
+    """
 
     def __post_init__(self) -> None:
         _expand_home(self, "precision.compile_cache")
         require_choice("precision.autocast", self.autocast, ("bf16", "fp16", "tf32", "off"))
         require_choice("precision.compile_mode", self.compile_mode, ("default", "reduce-overhead", "max-autotune"))
         require_choice("precision.gradient_messages", self.gradient_messages, ("float32", "bf16"))
+        require_choice("precision.freed_memory", self.freed_memory, ("keep", "return"))
+        require_between("precision.bn_ranks", self.bn_ranks, 0, 2**20)
+        require(
+            self.cross_replica_bn or not self.bn_ranks, "precision.bn_ranks", self.bn_ranks, "0 where precision.cross_replica_bn is false"
+        )
         # Earlier versions wrote true and false, and YAML takes a plain yes for true.
         object.__setattr__(self, "compile", _YES_NO.get(str(self.compile).lower(), self.compile))
         require_choice("precision.compile", self.compile, ("auto", "yes", "no"))

@@ -9,6 +9,7 @@ We have not run this on a GPU yet, where the same graph decodes with nvJPEG ('mi
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,20 @@ from fastbyol.augment.parameters import CROP_H, CROP_W, CROP_X, CROP_Y
 from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.dali_source import DaliSource, built_pipeline, dali_reason, decoded_jpeg
-from fastbyol.data.backends.source import Indices
-from fastbyol.data.renderer import Draw, Pending, Rendered, Renderer
+from fastbyol.data.backends.source import Indices, Pixels
+from fastbyol.data.renderer import MAX_CHUNK, Draw, Pending, Rendered, Renderer
 
 
 class DaliRenderer(Renderer):
     """Makes two uint8 crops of each image from one decode, not mirrored, for `augment.torch_graph`, on one thread that keeps DALI's busy.
 
+    Other threads read and check the files of the batches to come while that one decodes.
+
     Args:
         source: gives the JPEGs.
         pair: what both views draw.
         batch: images of every batch.
-        workers: DALI's threads.
+        workers: DALI's threads, and as many that read.
         prefetch: batches made ahead.
         device: where the crops are made and left.
 
@@ -44,10 +47,12 @@ class DaliRenderer(Renderer):
         self._jpeg, self._on_gpu = source.jpeg, on_gpu
         self.pinned = on_gpu
         self._held: deque[tuple[Any, Any]] = deque()
+        self._readers = ThreadPoolExecutor(workers, thread_name_prefix="fastbyol-read")
         try:
             device_id = (device.index or 0) if self._on_gpu else None
             self._pipeline = built_pipeline(lambda: self._graph(pair), batch_size=batch, num_threads=workers, device_id=device_id)
         except RuntimeError as error:
+            self._readers.shutdown()
             raise UserError(f"data.dali_ops = 'crop': DALI cannot work on {device} ({dali_reason(error)}); use decode") from error
 
     def _graph(self, pair: ViewPair) -> list[Any]:
@@ -56,12 +61,15 @@ class DaliRenderer(Renderer):
         return [crop(image, view, pair) for view in range(2)]
 
     def _submit(self, indices: Indices, draw: Draw) -> Pending:
-        job = self._pool.submit(self._render, indices, draw)
-        return Pending([job], job.result)
+        chunks = [indices[first : first + MAX_CHUNK] for first in range(0, len(indices), MAX_CHUNK)]
+        # Submitted with the batch, and so up to data.prefetch batches before their turn to be decoded.
+        reads = [self._readers.submit(lambda chunk: [self._jpeg(index) for index in chunk], chunk) for chunk in chunks]
+        job = self._pool.submit(self._render, indices, draw, reads)
+        return Pending([*reads, job], job.result)
 
-    def _render(self, indices: Indices, draw: Draw) -> Rendered:
+    def _render(self, indices: Indices, draw: Draw, reads: list[Future[list[Pixels]]]) -> Rendered:
         parameters = draw(indices, *self.source.sizes(indices))
-        inputs = {"jpeg": [self._jpeg(index) for index in indices]}
+        inputs: dict[str, Any] = {"jpeg": [jpeg for read in reads for jpeg in read.result()]}
         for view in range(2):
             inputs |= box_arguments(parameters[:, view], view)
         try:
@@ -79,6 +87,11 @@ class DaliRenderer(Renderer):
             while self._held and self._held[0][0].query():
                 self._held.popleft()
         return Rendered(indices, views, self.hosted(torch.from_numpy(parameters)))
+
+    def close(self) -> None:
+        """Stops the threads and closes the source."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        super().close()
 
 
 def box_arguments(rows: NDArray[np.float32], view: int) -> dict[str, NDArray[np.float32]]:

@@ -39,10 +39,10 @@ def fits_cpu(norm: _BatchNorm, x: Tensor, shortcut: Tensor | None = None, *, vie
 
 
 def normalise_on_cpu(
-    norm: _BatchNorm, x: Tensor, shortcut: Tensor | None = None, *, views: int, across_ranks: bool, relu: bool
+    norm: _BatchNorm, x: Tensor, shortcut: Tensor | None = None, *, views: int, across_ranks: bool, group: str = "", relu: bool
 ) -> Normalised:
-    """Returns norm(x) + shortcut, through a ReLU if asked, and the statistics of each view, over all ranks if asked."""
-    output, mean, variance, _, count = _norm_relu(x, norm.weight, norm.bias, shortcut, norm.eps, views, across_ranks, relu)
+    """Returns norm(x) + shortcut, through a ReLU if asked, and the statistics of each view, over all ranks of the group if asked."""
+    output, mean, variance, _, count = _norm_relu(x, norm.weight, norm.bias, shortcut, norm.eps, views, across_ranks, group, relu)
     return Normalised(output, mean, variance, count)
 
 
@@ -56,7 +56,7 @@ def _rows_per_view(x: Tensor, views: int) -> int:
 
 @torch.library.custom_op("fastbyol::norm_relu", mutates_args=())
 def _norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, views: int, across_ranks: bool, relu: bool
+    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, views: int, across_ranks: bool, group: str, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the output; mean, biased variance and 1 / std, each (views, C) float32; and the number of elements behind them, (1,)."""
     output = torch.empty_like(x)
@@ -64,7 +64,7 @@ def _norm_relu(
     count = weight.new_full((1,), _rows_per_view(x, views))
     if across_ranks:
         own_mean, deviation = (torch.from_numpy(v).to(weight.dtype) for v in (mean, variance * _rows_per_view(x, views)))
-        *whole, count = combined_over_ranks(own_mean, deviation, count)
+        *whole, count = combined_over_ranks(own_mean, deviation, count, group=group)
         mean, variance = (v.double().numpy() for v in whole)
     inverse_std = 1 / np.sqrt(variance + eps)
     scale = weight.detach().numpy() * inverse_std
@@ -88,6 +88,7 @@ def _norm_relu_backward(
     count: Tensor,
     has_shortcut: bool,
     across_ranks: bool,
+    group: str,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight, bias and shortcut (an empty tensor if there is none)."""
@@ -103,7 +104,7 @@ def _norm_relu_backward(
     # Parameter gradients stay local: DDP averages them like all others.
     of_weight, of_bias = (torch.from_numpy(v.sum(0)).to(weight.dtype) for v in (product, total))
     if across_ranks:
-        total, product = summed(torch.from_numpy(np.stack([total, product])).to(weight.dtype)).double().numpy()
+        total, product = summed(torch.from_numpy(np.stack([total, product])).to(weight.dtype), group=group).double().numpy()
     a = weight.detach().numpy() * inverse_std.numpy().astype(np.float64)
     b = -a * inverse_std.numpy() * product / count.numpy()
     c = -a * total / count.numpy() - b * mean.numpy()
@@ -113,7 +114,7 @@ def _norm_relu_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, shortcut, _, _, ctx.across_ranks, ctx.relu = inputs
+    x, weight, _, shortcut, _, _, ctx.across_ranks, ctx.group, ctx.relu = inputs
     result, mean, variance, inverse_std, count = output
     ctx.mark_non_differentiable(mean, variance, inverse_std, count)
     # The output, not the mask of the ReLU: it is kept anyway as the input of the next convolution.
@@ -122,9 +123,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    options = ctx.has_shortcut, ctx.across_ranks, ctx.relu
+    options = ctx.has_shortcut, ctx.across_ranks, ctx.group, ctx.relu
     of_x, of_weight, of_bias, of_shortcut = _norm_relu_backward(gradients[0], *ctx.saved_tensors, *options)
-    return of_x, of_weight, of_bias, of_shortcut if ctx.has_shortcut else None, *[None] * 4
+    return of_x, of_weight, of_bias, of_shortcut if ctx.has_shortcut else None, *[None] * 5
 
 
 _norm_relu.register_autograd(_backward, setup_context=_save)

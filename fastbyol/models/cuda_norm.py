@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastbyol.models.sync_batchnorm import GATHERED_RANKS, combined_over_ranks
-from fastbyol.ranks.collectives import gathered, summed
+from fastbyol.ranks.collectives import gathered, num_ranks, summed
 
 
 def fits_cuda(norm: _BatchNorm, x: Tensor) -> bool:
@@ -24,15 +23,15 @@ def fits_cuda(norm: _BatchNorm, x: Tensor) -> bool:
     return x.is_cuda and len(x) > 0 and norm.affine and tracks and not torch.compiler.is_compiling()
 
 
-def normalise_on_cuda(norm: _BatchNorm, x: Tensor, *, views: int, across_ranks: bool) -> Tensor:
-    """Normalises each view of x, (views * N, C, ...), with its own statistics, over all ranks if asked, and updates the running ones.
+def normalise_on_cuda(norm: _BatchNorm, x: Tensor, *, views: int, across_ranks: bool, group: str = "") -> Tensor:
+    """Normalises each view of x, (views * N, C, ...), with its own statistics, over all ranks of the group if asked, and updates the running ones.
 
     N must be equal on all ranks.
     """
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(views)
     buffers = norm.running_mean, norm.running_var
-    return _Normalise.apply(x, norm.weight, norm.bias, *buffers, norm.momentum, norm.eps, views, across_ranks)  # type: ignore[return-value]
+    return _Normalise.apply(x, norm.weight, norm.bias, *buffers, norm.momentum, norm.eps, views, across_ranks, group)  # type: ignore[return-value]
 
 
 class _Normalise(torch.autograd.Function):
@@ -48,13 +47,14 @@ class _Normalise(torch.autograd.Function):
         eps: float,
         views: int,
         across_ranks: bool,
+        group: str,
     ) -> Tensor:
         input = _dense(input, like=input)
         inputs = input.chunk(views)
         local = [torch.batch_norm_stats(x, eps) for x in inputs]
         mean, inverse_std = (torch.stack(parts) for parts in zip(*local, strict=True))
         means, inverse_stds, counts = (
-            _of_all_ranks(mean, inverse_std, inputs[0], eps=eps)
+            _of_all_ranks(mean, inverse_std, inputs[0], eps=eps, group=group)
             if across_ranks
             else (
                 mean[None],
@@ -72,7 +72,7 @@ class _Normalise(torch.autograd.Function):
             total.append((mean, inverse_std))
         mean, inverse_std = (torch.stack(parts) for parts in zip(*total, strict=True))
         ctx.save_for_backward(input, weight, mean, inverse_std, counts.sum(0, keepdim=True).to(torch.int32))
-        ctx.views, ctx.across_ranks = views, across_ranks
+        ctx.views, ctx.across_ranks, ctx.group = views, across_ranks, group
         return output
 
     @staticmethod
@@ -86,12 +86,12 @@ class _Normalise(torch.autograd.Function):
         of_output, of_product, of_weight, of_bias = (torch.stack(parts) for parts in zip(*of_views, strict=True))
         sums = torch.stack([of_output, of_product])
         if ctx.across_ranks:
-            sums = summed(sums)
+            sums = summed(sums, group=ctx.group)
         result = torch.empty_like(input)
         for view, (g, x, place) in enumerate(zip(incoming, inputs, result.chunk(ctx.views), strict=True)):
             place.copy_(torch.batch_norm_backward_elemt(g, x, mean[view], inverse_std[view], weight, sums[0, view], sums[1, view], count))
         # Parameter gradients stay local: DDP averages them like all others.
-        return result, of_weight.sum(0), of_bias.sum(0), *[None] * 6
+        return result, of_weight.sum(0), of_bias.sum(0), *[None] * 7
 
 
 def _dense(x: Tensor, *, like: Tensor) -> Tensor:
@@ -105,13 +105,13 @@ def _count(x: Tensor, *, like: Tensor) -> Tensor:
     return like.new_full((1,), x.numel() // x.shape[1])
 
 
-def _of_all_ranks(mean: Tensor, inverse_std: Tensor, x: Tensor, *, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _of_all_ranks(mean: Tensor, inverse_std: Tensor, x: Tensor, *, eps: float, group: str) -> tuple[Tensor, Tensor, Tensor]:
     """Returns means and inverse deviations, (parts, views, C), and counts, (parts,): one part for each rank, or one for all of many."""
     count = _count(x, like=mean)
-    if dist.get_world_size() > GATHERED_RANKS:
+    if num_ranks(group) > GATHERED_RANKS:
         deviation = (inverse_std.pow(-2) - eps).clamp_min(0) * count
-        mean, variance, count = combined_over_ranks(mean, deviation, count)
+        mean, variance, count = combined_over_ranks(mean, deviation, count, group=group)
         return mean[None], torch.rsqrt(variance + eps)[None], count
-    parts = gathered(torch.cat([mean.flatten(), inverse_std.flatten(), count])).view(-1, 2 * mean.numel() + 1)
+    parts = gathered(torch.cat([mean.flatten(), inverse_std.flatten(), count]), group=group).view(-1, 2 * mean.numel() + 1)
     means, inverse_stds, counts = parts.split([mean.numel(), mean.numel(), 1], dim=1)
     return means.unflatten(1, mean.shape), inverse_stds.unflatten(1, mean.shape), counts.flatten()

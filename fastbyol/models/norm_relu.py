@@ -20,7 +20,8 @@ def norm_relu(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Ten
     x: (N, C, H, W); in training with a `ViewBatchNorm`, (views * N, C, H, W), one view after the other.
     """
     if isinstance(norm, ViewBatchNorm) and fits_cpu(norm, x, shortcut, views=norm.views, across_ranks=norm.sees_other_ranks):
-        result = normalise_on_cpu(norm, x, shortcut, views=norm.views, across_ranks=norm.sees_other_ranks, relu=True)
+        shared = {"across_ranks": norm.sees_other_ranks, "group": norm.group}
+        result = normalise_on_cpu(norm, x, shortcut, views=norm.views, relu=True, **shared)
         norm.update_running(result)
         return result.output
     output = norm(x)

@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from fastbyol.ranks.collectives import gathered, summed
+from fastbyol.ranks.collectives import gathered, num_ranks, summed
 
 GATHERED_RANKS = 16
 """Largest number of ranks that gather all statistics: their bytes grow with the ranks, and above it a sum is sent instead."""
@@ -29,25 +28,28 @@ class Normalised(NamedTuple):
     count: Tensor
 
 
-def cross_replica_normalise(input: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, views: int) -> Normalised:
+def cross_replica_normalise(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, views: int, group: str = ""
+) -> Normalised:
     """Normalises each view with its statistics over all ranks, then scales and shifts it with weight and bias, (C,), or both None.
 
-    input: (views * N, C, ...), one view after the other; N may differ between ranks and be 0.
+    input: (views * N, C, ...), one view after the other; N may differ between ranks and be 0. group: name of the process group that
+    shares its statistics; '' means all ranks.
     """
-    output, mean, variance, count = _CrossReplicaNormalise.apply(input, weight, bias, eps, views)  # type: ignore[misc]
+    output, mean, variance, count = _CrossReplicaNormalise.apply(input, weight, bias, eps, views, group)  # type: ignore[misc]
     # Flatten outside the Function: an output that is a view cannot be modified by an in-place ReLU.
     return Normalised(output.flatten(0, 1), mean, variance, count)
 
 
-def combined_over_ranks(mean: Tensor, deviation: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def combined_over_ranks(mean: Tensor, deviation: Tensor, count: Tensor, *, group: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """Combines each rank's means and sums of squared deviations from them, (views, C), and its number of elements, (1,).
 
     Returns mean and biased variance (views, C) and the count, over all ranks and the same bits on each of them. The message is the same
     whatever form computed the statistics, so ranks may use different ones.
     """
-    if dist.get_world_size() > GATHERED_RANKS:
-        return _sum_statistics(mean, deviation, count)
-    parts = gathered(torch.cat([mean.flatten(), deviation.flatten(), count])).view(-1, 2 * mean.numel() + 1)
+    if num_ranks(group) > GATHERED_RANKS:
+        return _sum_statistics(mean, deviation, count, group=group)
+    parts = gathered(torch.cat([mean.flatten(), deviation.flatten(), count]), group=group).view(-1, 2 * mean.numel() + 1)
     # Chan et al.'s parallel formula. In rank order, so that every rank gets the same bits.
     means, deviations, counts = parts.split([mean.numel(), mean.numel(), 1], dim=1)
     count = counts.sum(0)
@@ -57,12 +59,12 @@ def combined_over_ranks(mean: Tensor, deviation: Tensor, count: Tensor) -> tuple
     return total.view_as(mean), variance.view_as(mean), count
 
 
-def _sum_statistics(mean: Tensor, deviation: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sum_statistics(mean: Tensor, deviation: Tensor, count: Tensor, *, group: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """Combines the same by one sum over ranks, whose bytes do not grow with their number."""
     # In float64, where the difference of squares loses nothing: float32 means are exact in it, and their squares too.
     size, precise = mean.numel(), torch.float64
     mean64, count64 = mean.flatten().to(precise), count.to(precise)
-    sums = summed(torch.cat([count64 * mean64, deviation.flatten().to(precise) + count64 * mean64.square(), count64]))
+    sums = summed(torch.cat([count64 * mean64, deviation.flatten().to(precise) + count64 * mean64.square(), count64]), group=group)
     total = sums[:size] / sums[-1]
     variance = (sums[size:-1] / sums[-1] - total.square()).clamp_min(0)
     return total.to(mean.dtype).view_as(mean), variance.to(mean.dtype).view_as(mean), sums[-1:].to(mean.dtype)
@@ -76,17 +78,17 @@ class _CrossReplicaNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, views: int, group: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = _by_view(input, views)
-        mean, variance, count = combined_over_ranks(*_local_statistics(x))
+        mean, variance, count = combined_over_ranks(*_local_statistics(x), group=group)
         inverse_std = torch.rsqrt(variance + eps)
         scale = inverse_std if weight is None else inverse_std * weight.to(x.dtype)
         offset = -mean * scale if bias is None else bias.to(x.dtype) - mean * scale
         output = x * _per_channel(scale, x) + _per_channel(offset, x)
         ctx.save_for_backward(input, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        ctx.views = views
+        ctx.views, ctx.group = views, group
         if output.dtype != input.dtype:  # when compiling, torch 2.11 loses the gradient through a cast to the same type
             output = output.to(input.dtype)
         return output, mean, variance, count
@@ -100,10 +102,10 @@ class _CrossReplicaNormalise(torch.autograd.Function):
         sums = torch.stack([gradient.sum(_within_view(x)), (gradient * normalised).sum(_within_view(x))])
         # Parameter gradients stay local: DDP averages them like all others.
         bias_gradient, weight_gradient = sums.sum(1).to(weight.dtype) if weight is not None else (None, None)
-        mean_g, mean_gx = summed(sums) / count
+        mean_g, mean_gx = summed(sums, group=ctx.group) / count
         input_gradient = gradient - _per_channel(mean_g, x) - normalised * _per_channel(mean_gx, x)
         scale = inverse_std if weight is None else inverse_std * weight.to(x.dtype)
-        return (input_gradient * _per_channel(scale, x)).flatten(0, 1).to(input.dtype), weight_gradient, bias_gradient, None, None
+        return (input_gradient * _per_channel(scale, x)).flatten(0, 1).to(input.dtype), weight_gradient, bias_gradient, None, None, None
 
 
 def _by_view(x: Tensor, views: int) -> Tensor:

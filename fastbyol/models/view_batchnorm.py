@@ -31,6 +31,8 @@ class ViewBatchNorm(_BatchNorm):
     def __init__(self, num_features: int, *, views: int = 1, across_ranks: bool = False, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.views, self.across_ranks = views, across_ranks
+        # Name of the process group whose ranks share their statistics; '' means all ranks.
+        self.group = ""
         # Dropout and activation of a layer that also activates (timm's BatchNormAct2d).
         self.activation: nn.Sequential | None = None
         # What `convert_to_batchnorm` converts it back to.
@@ -51,13 +53,13 @@ class ViewBatchNorm(_BatchNorm):
             raise ValueError(f"a training batch of {len(input)} does not hold {self.views} views of equal size")
         across = self.sees_other_ranks
         if fits_cuda(self, input):
-            return normalise_on_cuda(self, input, views=self.views, across_ranks=across)
+            return normalise_on_cuda(self, input, views=self.views, across_ranks=across, group=self.group)
         if across:
             if fits_cpu(self, input, views=self.views, across_ranks=True):
-                normalised = normalise_on_cpu(self, input, views=self.views, across_ranks=True, relu=False)
+                normalised = normalise_on_cpu(self, input, views=self.views, across_ranks=True, group=self.group, relu=False)
                 self.update_running(normalised)
                 return normalised.output
-            normalised = cross_replica_normalise(input, self.weight, self.bias, eps=self.eps, views=self.views)
+            normalised = cross_replica_normalise(input, self.weight, self.bias, eps=self.eps, views=self.views, group=self.group)
             self.update_running(normalised)
             return normalised.output
         if self.views == 1:
@@ -100,11 +102,13 @@ def convert_to_view_batchnorm(module: nn.Module, *, views: int) -> nn.Module:
     return module
 
 
-def use_all_ranks(module: nn.Module) -> None:
-    """Makes every `ViewBatchNorm` in the module compute its training statistics over all ranks (no effect with one process)."""
+def use_all_ranks(module: nn.Module, *, group: str = "") -> None:
+    """Makes every `ViewBatchNorm` in the module compute its training statistics over all ranks (no effect with one process), or over those
+    of the process group with that name.
+    """
     for layer in module.modules():
         if isinstance(layer, ViewBatchNorm):
-            layer.across_ranks = True
+            layer.across_ranks, layer.group = True, group
 
 
 def convert_to_batchnorm(module: nn.Module) -> nn.Module:

@@ -133,13 +133,27 @@ def fresh_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: flo
     raise Lost(f"rank {rank}: not all of the {world_size} ranks connected within timeout_s = {timeout_s:g} s")
 
 
+_smaller_groups: list[dist.ProcessGroup] = []
+"""This rank's groups beside that of all ranks."""
+
+
+def rank_groups(size: int, *, timeout_s: float) -> str:
+    """Divides all ranks into groups of `size` neighbours, and returns the name of this rank's. Every rank must call it."""
+    # torch gives a new group its own default timeout, not that of the group of all ranks.
+    mine, _ = dist.new_subgroups(group_size=size, timeout=timedelta(seconds=timeout_s))
+    _smaller_groups.append(mine)
+    return mine.group_name
+
+
 def leave_process_group(*, failed: bool = False) -> None:
     """Closes the group, if there is one, and ends its threads. failed: do not wait for messages that are under way; a peer may be gone."""
     if dist.is_initialized():
         gc.collect()  # free DDP's reference cycles first: the last reference to the group must be dropped by Python code, which releases the interpreter lock
         if failed and dist.group.WORLD is not None and "nccl" in dist.get_backend_config(dist.group.WORLD):
             # destroy_process_group waits for NCCL's queue, and for ever if a peer that should answer is dead.
-            dist.group.WORLD.abort()
+            for group in (*_smaller_groups, dist.group.WORLD):
+                group.abort()
+        _smaller_groups.clear()
         dist.destroy_process_group()
 
 

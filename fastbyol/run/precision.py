@@ -17,6 +17,7 @@ from fastbyol.config.errors import UserError, first_line, require
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.host.compile_cache import give_inductor_a_cache, why_not_writable
 from fastbyol.host.cores import default_workers
+from fastbyol.models.padded_stem import pad_stem
 
 log = logging.getLogger("fastbyol")
 MOST_COMPILE_THREADS = 32
@@ -45,15 +46,17 @@ def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.
 def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> nn.Module:
     """Moves the module to its device and memory layout, and compiles it in place if the config says so; call it before DDP wraps it.
 
-    Sets this process's float32 format (`use_float32_format`); on a CPU, lets the process keep freed memory. Raises UserError for what
-    `check_compile` refuses, for tf32 without a GPU, and for a cache folder that cannot be written.
+    Sets this process's switches (`use_switches`); on a CPU, lets the process keep freed memory, unless the config returns it. Raises
+    UserError for what `check_compile` refuses, for a GPU's options without one and a CPU's without it, and for a cache folder that cannot
+    be written.
     """
-    if config.autocast == "tf32" and device.type != "cuda":
-        raise UserError(f"precision.autocast = 'tf32': a number format of CUDA's tensor cores, and the device is {device}; use bf16 or off")
+    _check_device(config, device)
     check_compile(config, device=device)
-    use_float32_format(config)
-    if device.type == "cpu":
+    use_switches(config)
+    if device.type == "cpu" and config.freed_memory == "keep":
         keep_freed_memory()
+    if config.pad_stem:
+        pad_stem(module)
     module = module.to(device)
     if config.channels_last:
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -63,12 +66,30 @@ def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.d
     return module
 
 
-def use_float32_format(config: PrecisionConfig) -> None:
-    """Sets whether this process's float32 products use TF32; whoever takes steps of several configs in turn calls it before each."""
+def _check_device(config: PrecisionConfig, device: torch.device) -> None:
+    """Raises UserError for options that have no effect on this device."""
+    if device.type != "cuda":
+        if config.autocast == "tf32":
+            raise UserError(
+                f"precision.autocast = 'tf32': a number format of CUDA's tensor cores, and the device is {device}; use bf16 or off"
+            )
+        if config.cudnn_benchmark:
+            raise UserError(f"precision.cudnn_benchmark = true: cuDNN needs a GPU, and the device is {device}; leave it out")
+    if device.type != "cpu" and config.freed_memory != "keep":
+        raise UserError(
+            f"precision.freed_memory = {config.freed_memory!r}: only for runs on a CPU, and the device is {device}; leave it out"
+        )
+
+
+def use_switches(config: PrecisionConfig) -> None:
+    """Sets this process's switches, TF32 in float32 products and cuDNN's search; whoever takes steps of several configs in turn calls it
+    before each.
+    """
     tf32 = config.autocast == "tf32"
     # Both are set, for torch's own defaults disagree: TF32 is off in matrix products and on in cuDNN's convolutions.
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
 
 
 def resolved(config: PrecisionConfig, *, device: torch.device) -> PrecisionConfig:

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from fastbyol.byol import BYOL
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import to_plain
-from fastbyol.config.schema import TrainConfig, accumulation_of
+from fastbyol.config.schema import TrainConfig
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.host.saved_structure import first_difference, is_count
 from fastbyol.optim.saved_state import load_optimizer_state, state_difference
 from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
+from fastbyol.run.bn_statistics import bn_images
 from fastbyol.run.checkpoint import load_newest
 from fastbyol.run.finite_check import FiniteCheck
 from fastbyol.run.provenance import package_versions
@@ -145,23 +146,6 @@ class TrainState:
         steps = saved["batch"] * steps_per_epoch // saved["batches_per_epoch"]
         epoch, steps = (saved["epoch"], steps) if steps < per_epoch_now else (saved["epoch"] + 1, 0)
         self.loader.load_state_dict({"epoch": epoch, "batch": steps * len(self.loader) // per_epoch_now})
-
-
-def bn_images(config: TrainConfig, process: Process) -> int:
-    """Number of images over which batch norm computes its statistics."""
-    # A micro-batch's: the paper's ablation of the batch size also accumulates gradients and not statistics (section 5).
-    accumulate = accumulation_of(config, world_size=process.world_size)
-    per_rank = config.global_batch // (process.world_size * accumulate)
-    return per_rank * (process.world_size if config.precision.cross_replica_bn else 1)
-
-
-def check_bn_images(config: TrainConfig, process: Process) -> None:
-    """Raises UserError if batch norm would see only one image at a time."""
-    # The heads' output would then be the same for every image: one value minus itself.
-    if bn_images(config, process) == 1:
-        raise UserError(
-            f"global_batch = {config.global_batch}, rank_batch = {config.rank_batch}: a batch norm would see one image at a time; it needs two or more"
-        )
 
 
 def _announce_differences(state: dict[str, Any], *, config: TrainConfig, process: Process) -> None:

@@ -97,6 +97,8 @@ class Bench:
         """Returns the config so far for one process that starts from fresh weights, with this many images in one forward pass and step."""
         config = self.found.config
         parts = {"data": data or config.data, "precision": precision or config.precision}
+        # One process has no ranks to share statistics with.
+        parts["precision"] = replace(parts["precision"], bn_ranks=0)
         # Fresh weights compute as fast as trained ones, and need no file.
         return replace(config, global_batch=batch, rank_batch=0, init_from="", **parts)
 

@@ -14,7 +14,7 @@ from fastbyol.ranks.process_group import Process
 from fastbyol.train import build
 from fastbyol.tuning.bench import Bench, Findings, Request, cores_per_rank
 from fastbyol.tuning.loader_tuning import Reading, readings, tune_reading, tune_workers
-from fastbyol.tuning.step_tuning import num_ways_to_compile, tune_step, update_ways
+from fastbyol.tuning.step_tuning import num_ways_to_compile, switches, tune_step, update_ways
 from fastbyol.tuning.whole_tuning import tune_whole
 
 SAMPLE_IMAGES = 32
@@ -80,7 +80,7 @@ def check_images(bench: Bench, ways: Sequence[Reading]) -> None:
 def _plan(bench: Bench, ways: Sequence[Reading]) -> str:
     seconds = bench.request.seconds
     compiled = num_ways_to_compile(bench)
-    most = 4 + (len(ways) > 1) + bench.on_gpu + compiled + (len(update_ways(bench)) > 1)
+    most = 4 + (len(ways) > 1) + bench.on_gpu + compiled + len(switches(bench)) + (len(update_ways(bench)) > 1)
     compiling = ", compilation" if compiled else ""
     return (
         f"at most {most} comparisons of {seconds:g} s, {most * seconds:.0f} s, and building and warming up between them{compiling}; "

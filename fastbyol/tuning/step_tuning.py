@@ -1,6 +1,7 @@
-"""Tunes the step alone: number format and memory layout, the batch that fits into memory, compilation, and how the target is moved.
+"""Tunes the step alone: number format and memory layout, the batch that fits into memory, compilation, a GPU's switches, and how the target
+is moved.
 
-Never run on a GPU by us: the search for the batch, fp16 and the ways to move the target happen only there.
+Never run on a GPU by us: the search for the batch, fp16, the switches and the ways to move the target happen only there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from fastbyol.tuning.comparison import MIN_ROUNDS, Trial, TrialFailed
 from fastbyol.tuning.stepper import Stepper, fits_memory, release_memory, those_that_fit
 
 SMALLEST_CPU_BATCH = 8
+SWITCHES = ("cudnn_benchmark", "pad_stem")
+"""Options of `precision` that are worth a trial on a GPU, one after another."""
 
 
 def tune_step(bench: Bench) -> tuple[Stepper, float]:
@@ -37,6 +40,7 @@ def tune_step(bench: Bench) -> tuple[Stepper, float]:
     else:
         stepper = bench.stepper(batch)
     stepper, rate = tune_compile(bench, stepper, rate=rate, own=own)
+    stepper, rate = tune_switches(bench, stepper, switches(bench), rate=rate)
     return tune_update(bench, stepper, update_ways(bench), rate=rate)
 
 
@@ -164,6 +168,36 @@ def _compiling(run: Callable[[float], float]) -> Callable[[float], float]:
             raise TrialFailed(f"does not compile ({first_line(error)})") from error
 
     return guarded
+
+
+def switches(bench: Bench) -> list[str]:
+    """Returns the switches to try on this GPU, which the user has not set; a CPU has none."""
+    return [name for name in SWITCHES if bench.on_gpu and not bench.keeps(f"precision.{name}")]
+
+
+def tune_switches(bench: Bench, stepper: Stepper, names: Sequence[str], *, rate: float) -> tuple[Stepper, float]:
+    """Returns networks with each switch as it is fastest, and images per second. Measured last, with everything else as it was chosen."""
+    for name in names:
+        own = bench.found.config.precision
+        other = replace(own, **{name: not getattr(own, name)})
+        if name == "cudnn_benchmark":  # a switch of the process: the same networks serve
+            challenger = stepper.with_search(search=other.cudnn_benchmark)
+        else:
+            challenger = bench.stepper(stepper.config.global_batch, precision=other)
+        steppers = {_switch(name, own): stepper, _switch(name, other): challenger}
+        trials = [Trial(title, _compiling(each.alone(bench.sample[0]))) for title, each in steppers.items()]
+        comparison = bench.compare(f"step by precision.{name}, batch {stepper.config.global_batch}", trials)
+        chosen = bench.found.add(comparison, f"precision.{name}")
+        if chosen == _switch(name, other) and not comparison.failed:
+            bench.found.choose(precision=other)
+        else:
+            chosen = _switch(name, own)
+        stepper, rate = steppers[chosen], comparison.rate(chosen) if chosen in comparison.rates else rate
+    return stepper, rate
+
+
+def _switch(name: str, precision: PrecisionConfig) -> str:
+    return f"{name} {'on' if getattr(precision, name) else 'off'}"
 
 
 def update_ways(bench: Bench, *, check: Callable[[str, torch.device], None] = check_update) -> list[str]:

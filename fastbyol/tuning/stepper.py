@@ -19,7 +19,7 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import Monitor
 from fastbyol.ranks.process_group import Process
-from fastbyol.run.precision import use_float32_format
+from fastbyol.run.precision import use_switches
 from fastbyol.run.state import TrainState
 from fastbyol.train import build, train_step
 from fastbyol.tuning.comparison import TrialFailed
@@ -48,7 +48,7 @@ def build_networks(config: TrainConfig, process: Process) -> TrainState:
 class Stepper:
     """Takes training steps with the networks and the optimizer of a config, whose global batch is this process's share; writes nothing.
 
-    `networks` returns those of another stepper, whose config may differ in the batch and optim.update only; None builds new ones.
+    `networks` returns those of another stepper, whose config may differ in the batch, precision.cudnn_benchmark and optim.update only; None builds new ones.
     """
 
     def __init__(self, config: TrainConfig, process: Process, *, networks: Callable[[], TrainState] | None = None) -> None:
@@ -61,6 +61,11 @@ class Stepper:
     def with_batch(self, global_batch: int, *, rank_batch: int = 0) -> Stepper:
         """Returns a stepper for another batch with the same networks: a second copy might not fit in memory."""
         return Stepper(replace(self.config, global_batch=global_batch, rank_batch=rank_batch), self.process, networks=self.networks)
+
+    def with_search(self, *, search: bool) -> Stepper:
+        """Returns a stepper with the same networks and precision.cudnn_benchmark as given."""
+        precision = replace(self.config.precision, cudnn_benchmark=search)
+        return Stepper(replace(self.config, precision=precision), self.process, networks=self.networks)
 
     def with_update(self, update: str) -> Stepper:
         """Returns a stepper with the same networks that moves the target by another optim.update."""
@@ -97,7 +102,7 @@ class Stepper:
     def _steps(self, batches: Iterator[ViewBatch], seconds: float) -> Pace:
         self.networks()
         timed, images = Timed(batches), 0
-        use_float32_format(self.config.precision)  # steppers of other formats take their turns between ours
+        use_switches(self.config.precision)  # steppers of other switches take their turns between ours
         # A GPU works behind the host: without waiting, the clock would miss the queued work, or count that of the candidate before.
         synchronize(self.process.device)
         start = time.perf_counter()
