@@ -26,6 +26,8 @@ GRACE_S = 60.0
 WHAT = {
     "linear": "a linear classifier on frozen features (--settings paper: SGD, rates swept side by side)",
     "knn": "weighted k-nearest neighbours on frozen features",
+    "finetune": "the whole network fine-tuned with all labels",
+    "semi": "the whole network fine-tuned with 1 % and 10 % of the labels",
     "labelfree": "quality of the features of images that have no labels",
     "all": "linear, knn and labelfree, as far as the images allow",
 }

@@ -197,7 +197,8 @@ def _first_cause(message: str) -> str:
 
 def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
     """Returns {dotted name: help text} for the documented fields of a dataclass and of the dataclasses nested in it."""
-    hints, texts = typing.get_type_hints(cls), _texts_below_fields(cls)
+    bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    hints, texts = typing.get_type_hints(cls), {name: text for base in bases for name, text in _texts_below_fields(base).items()}
     docs: dict[str, str] = {}
     for field in dataclasses.fields(cls):
         name = f"{prefix}{field.name}"

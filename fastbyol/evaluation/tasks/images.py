@@ -48,6 +48,11 @@ class LabelledImages:
         """(N,) indices of the training images that have a label."""
         return np.flatnonzero(self.labels >= 0)
 
+    @property
+    def test_labels(self) -> Indices:
+        """(num_test,) class of each test image by index, as `labels`."""
+        return renumbered(torch.from_numpy(self.test.labels), self.test.class_names, self.class_names).numpy()
+
     def label_of(self, loader_label: torch.Tensor, *, test: bool = False) -> torch.Tensor:
         """Returns labels of a batch of either loader as numbers of `class_names`."""
         return renumbered(loader_label, (self.test if test else self.train).class_names, self.class_names)

@@ -116,7 +116,14 @@ def train_network(
             source.close()
     copy_from_main(network.buffers())
     seconds, steps = time.monotonic() - start, total_steps - first
-    return TrainingFigures(steps, seconds, step_images * steps / seconds if steps else 0.0, float(loss))
+    return TrainingFigures(steps, seconds, step_images * steps / seconds if steps else 0.0, float(loss.detach()))
+
+
+def raise_if_stopped(job: Job) -> None:
+    """Ends the task between two of its parts if a signal has reached any rank. Raises TaskStopped; every rank calls it."""
+    vote = StopVote(rank=job.process.rank, world_size=job.process.world_size)
+    if vote.cast(stop=job.stop.requested, bad_step=None, settle=True).stop:
+        raise TaskStopped(f"{job.task}: stopped; what is finished is kept, and the same command goes on")
 
 
 def _require_finite(job: Job, key: str, loss: Tensor, done: int) -> None:

@@ -1,0 +1,373 @@
+"""Fine-tuning: the whole network trained with labels from the checkpoint's weights, rate and length chosen on held-out images (appendix C.1)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastbyol.config.errors import Diverged, UserError, require, require_at_least, require_positive
+from fastbyol.data.backends.source import Indices
+from fastbyol.data.loader import CropLoader
+from fastbyol.evaluation.comparison import compare_hits
+from fastbyol.evaluation.protocols import top_k_hits
+from fastbyol.evaluation.result_file import SubjectResult, TaskResult
+from fastbyol.evaluation.tasks.classifier import LR_BATCH, batches_on_device, build_classifier, build_sgd, fit_classifier, scores_of
+from fastbyol.evaluation.tasks.estimate import measure_step, probe_batch
+from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, held_out_rows, open_labelled
+from fastbyol.evaluation.tasks.job import Job, Subject
+from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.training import raise_if_stopped
+from fastbyol.host.quantities import count_text
+from fastbyol.schedules import total_steps_at
+
+PAPER: dict[str, dict[float, tuple[float, ...]]] = {
+    "BYOL R50": {0.01: (53.2, 78.4), 0.1: (68.8, 89.0), 1.0: (77.7, 93.9)},
+    "SimCLR R50": {0.01: (48.3, 75.5), 0.1: (65.6, 87.8), 1.0: (76.0, 93.1)},
+    "SimCLR R50, repeated": {1.0: (76.5, 93.5)},
+    "supervised R50": {0.01: (25.4, 48.4), 0.1: (56.4, 80.4), 1.0: (76.5,)},
+    "BYOL R50 2x": {0.01: (62.2, 84.1), 0.1: (73.5, 91.7)},
+    "BYOL R50 4x": {0.01: (69.1, 87.9), 0.1: (75.7, 92.5)},
+    "BYOL R200 2x": {0.01: (71.2, 89.5), 0.1: (77.7, 93.7)},
+}
+"""Tables 2 and 8 (100 %): (top-1, top-5) in per cent on ImageNet, by the share of its labels."""
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How the network is fine-tuned; the defaults are the paper's (appendix C.1)."""
+
+    rates: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.005)
+    """learning rates to choose from, per 256 images: multiplied by global_batch / 256"""
+    epochs: tuple[int, ...] = (30, 50)
+    """lengths to choose from, in passes over the labelled images"""
+    global_batch: int = 1024
+    """images per step on all devices together"""
+    momentum: float = 0.9
+    """Nesterov momentum of SGD"""
+    weight_decay: float = 0.0
+    """of SGD, on all weights"""
+    held_out: float = 10_009
+    """training images on which rate and length are chosen: a number, or a share below 1"""
+
+    def __post_init__(self) -> None:
+        for name in ("rates", "epochs"):
+            values = getattr(self, name)
+            require(len(values) > 0 and len(set(values)) == len(values), name, values, "one or several different numbers")
+        for rate in self.rates:
+            require_positive("rates", rate)
+        for epochs in self.epochs:
+            require_at_least("epochs", epochs, 1)
+        require_at_least("global_batch", self.global_batch, 1)
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        require_at_least("weight_decay", self.weight_decay, 0)
+        require_positive("held_out", self.held_out)
+
+    @property
+    def grid(self) -> list[tuple[float, int]]:
+        """All pairs of rate and epochs."""
+        return [(rate, epochs) for epochs in self.epochs for rate in self.rates]
+
+
+@dataclass(frozen=True)
+class LabelledPart:
+    """The training images whose labels are used.
+
+    name: for tables, '' where there is one part only. share: of the training images. rows: their indices.
+    """
+
+    name: str
+    share: float
+    rows: Indices
+
+    @property
+    def label(self) -> str:
+        return self.name or "100 %"
+
+    def column(self, k: int) -> str:
+        return f"top{k} {self.name}".strip()
+
+    def title(self, k: int) -> str:
+        return f"{self.name}: top-{k} %" if self.name else f"top-{k} %"
+
+
+PartsOf = Callable[[LabelledImages], list[LabelledPart]]
+
+
+def all_labelled(images: LabelledImages) -> list[LabelledPart]:
+    """Returns one part, all training images that have a label."""
+    return [LabelledPart("", 1.0, images.labelled_rows)]
+
+
+def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskResult:
+    """Fine-tunes each encoder on each part of the labels, and tests it once with the rate and length that did best on held-out images."""
+    subjects: dict[str, SubjectResult] = {}
+    hits: dict[str, dict[str, torch.Tensor]] = {}
+    parts: list[LabelledPart] = []
+    sizes: dict[str, int] = {}
+    for subject in job.subjects:
+        with open_labelled(job, subject.views) as images:
+            parts = parts_of(images)
+            tuned = _Tuning(job, settings, subject, images)
+            outcomes = {part.name: tuned.outcome(part) for part in parts}
+            sizes = {"train": len(images.labelled_rows), **{part.name: len(part.rows) for part in parts if part.name}}
+            sizes |= {"val": len(tuned.test_rows), "classes": len(images.class_names)}
+        hits[subject.name] = {name: _as_hits(outcome["tested"]["top1_hits"]) for name, outcome in outcomes.items()}
+        subjects[subject.name] = _subject_result(subject, parts, outcomes)
+    first = job.subjects[0].name
+    comparisons = {
+        ", with ".join(filter(None, [other.title, part.name and f"{part.name} of the labels"])): compare_hits(
+            hits[first][part.name], hits[name][part.name]
+        )
+        for name, other in subjects.items()
+        if name != first
+        for part in parts
+    }
+    return TaskResult(
+        protocol=job.task,
+        version=job.settings["version"],
+        settings=dict(job.settings),
+        columns={part.column(k): part.title(k) for part in parts for k in (1, 5)},
+        subjects=subjects,
+        sizes=sizes,
+        paper=paper_rows(parts),
+        comparisons=comparisons,
+        notes=_notes(job, settings),
+    )
+
+
+def paper_rows(parts: Sequence[LabelledPart]) -> dict[str, dict[str, float]]:
+    """Returns the paper's rows that have a figure for one of these shares of the labels."""
+    rows = {}
+    for title, figures in PAPER.items():
+        values = {
+            part.column(k): value for part in parts if part.share in figures for k, value in zip((1, 5), figures[part.share], strict=False)
+        }
+        if values:
+            rows[f"paper: {title}"] = values
+    return rows
+
+
+def _notes(job: Job, settings: FinetuneSettings) -> list[str]:
+    notes = [
+        "note: the paper's rows are ResNets (R50 2x: of width 2) on ImageNet, of tables 2 and 8",
+        f"note: rates are per {LR_BATCH} images and fall on a half cosine without warm-up, as in the official code; the paper does not say",
+        "note: batch-norm statistics are those of each device's images, as in the official code",
+    ]
+    if len(settings.grid) > 1:
+        notes.append("note: rate and length were chosen on held-out training images; the network was then trained again, and tested once")
+    if any(subject.name == "untrained" for subject in job.subjects):
+        notes.append("note: 'from scratch' is the same network from random weights, under the same settings and choice")
+    return notes
+
+
+def _subject_result(subject: Subject, parts: Sequence[LabelledPart], outcomes: dict[str, dict[str, Any]]) -> SubjectResult:
+    scores, chosen, details, seconds = {}, {}, {}, 0.0
+    for part in parts:
+        outcome = outcomes[part.name]
+        for k in (1, 5):
+            scores[part.column(k)] = _as_hits(outcome["tested"][f"top{k}_hits"]).double().mean().item()
+        chosen[part.label] = {name: outcome["chosen"][name] for name in ("rate", "epochs", "held_out_top1")}
+        details[part.label] = {"trials": outcome["trials"], "images_per_s": outcome["tested"]["images_per_s"]}
+        seconds += sum(trial["seconds"] for trial in outcome["trials"]) + outcome["tested"]["seconds"]
+    title = "the same network from scratch" if subject.name == "untrained" else subject.title
+    return SubjectResult(title, scores, round(seconds, 3), chosen, details)
+
+
+class _Tuning:
+    """The trainings of one encoder."""
+
+    def __init__(self, job: Job, settings: FinetuneSettings, subject: Subject, images: LabelledImages) -> None:
+        self.job, self.settings, self.subject, self.images = job, settings, subject, images
+        self.targets = torch.from_numpy(images.labels)
+        labels = images.test_labels
+        self.test_rows = np.flatnonzero(labels >= 0)
+        self.test_labels = torch.from_numpy(labels[self.test_rows])
+        if not len(self.test_rows):
+            raise UserError(f"--data {job.data}: no val image is of a class that train has")
+        self._encoder: nn.Module | None = None
+
+    def outcome(self, part: LabelledPart) -> dict[str, Any]:
+        """Returns every trial on held-out images, which one was chosen, and the test of that choice."""
+        settings = self.settings
+        trials: list[dict[str, Any]] = []
+        if len(settings.grid) > 1:
+            fitted, held_out = held_out_for(part.rows, self.images.labelled_rows, held_out=settings.held_out, seed=self.job.seed)
+            with self._crops(fitted) as crops:
+                for rate, epochs in settings.grid:
+                    key = f"{self.subject.name}, {part.label}, rate {rate:g}, {epochs} epochs"
+                    trials.append(self.job.once(key, partial(self._trial, key, crops, held_out, rate=rate, epochs=epochs)))
+                    raise_if_stopped(self.job)
+            finished = [trial for trial in trials if trial["held_out_top1"] is not None]
+            if not finished:
+                raise Diverged(
+                    f"{self.job.task}: {self.subject.title}, {part.label}: diverged with every one of the rates; give lower --rates"
+                )
+            # The first of equals: the order of the settings.
+            chosen = max(finished, key=lambda trial: trial["held_out_top1"])
+        else:
+            ((rate, epochs),) = settings.grid
+            chosen = {"rate": rate, "epochs": epochs, "held_out_top1": None}
+        key = f"{self.subject.name}, {part.label}, all, rate {chosen['rate']:g}, {chosen['epochs']} epochs"
+        tested = self.job.once(key, partial(self._tested, key, part.rows, rate=chosen["rate"], epochs=chosen["epochs"]))
+        raise_if_stopped(self.job)
+        return {"trials": trials, "chosen": chosen, "tested": tested}
+
+    def _trial(self, key: str, crops: CropLoader, held_out: Indices, *, rate: float, epochs: int) -> dict[str, Any]:
+        """Trains with this pair and returns the accuracy on the held-out images: None if the training diverged."""
+        start, top1, images_per_s = time.perf_counter(), None, 0.0
+        try:
+            network, images_per_s = self._fitted(key, crops, rate=rate, epochs=epochs)
+        except Diverged as error:
+            self.job.announce(str(error))
+        else:
+            scores = scores_of(self.job, network, self.images.train, rows=held_out)
+            top1 = top_k_hits(scores, self.targets[held_out], k=1).double().mean().item()
+        seconds = round(time.perf_counter() - start, 3)
+        return {"rate": rate, "epochs": epochs, "held_out_top1": top1, "images_per_s": images_per_s, "seconds": seconds}
+
+    def _tested(self, key: str, rows: Indices, *, rate: float, epochs: int) -> dict[str, Any]:
+        """Trains on all these images and returns which test images are right, a digit each."""
+        start = time.perf_counter()
+        with self._crops(rows) as crops:
+            network, images_per_s = self._fitted(key, crops, rate=rate, epochs=epochs)
+        scores = scores_of(self.job, network, self.images.test, rows=self.test_rows)
+        hits = {f"top{k}_hits": _as_text(top_k_hits(scores, self.test_labels, k=k)) for k in (1, 5)}
+        return {**hits, "images_per_s": images_per_s, "seconds": round(time.perf_counter() - start, 3)}
+
+    def _crops(self, rows: Indices) -> CropLoader:
+        return self.images.crops(self.job, rows, global_batch=self.settings.global_batch, views=crop_and_flip(self.images.views))
+
+    def _fitted(self, key: str, crops: CropLoader, *, rate: float, epochs: int) -> tuple[nn.Module, float]:
+        """Returns the network, trained from this encoder's weights, and the images per second of its training."""
+        batch = crops.traversal.global_batch
+        network = self.network()
+        figures = fit_classifier(
+            self.job,
+            key,
+            network=network,
+            crops=crops,
+            targets=self.targets,
+            lr=rate * batch / LR_BATCH,
+            total_steps=total_steps_at(epochs, num_samples=len(crops.rows), global_batch=batch),
+            momentum=self.settings.momentum,
+            weight_decay=self.settings.weight_decay,
+        )
+        return network, round(figures.images_per_s, 1)
+
+    def network(self) -> nn.Module:
+        """Returns a new classifier with this encoder's weights."""
+        if self._encoder is None:
+            self._encoder = self.subject.encoder(lambda: self.images.sample(self.images.labelled_rows, seed=self.job.seed))
+        # A copy: the next pair starts from the same weights.
+        return build_classifier(self.job, copy.deepcopy(self._encoder), num_classes=len(self.images.class_names))
+
+
+def held_out_for(rows: Indices, labelled: Indices, *, held_out: float, seed: int) -> tuple[Indices, Indices]:
+    """Returns (the images of `rows` to train on while rate and length are chosen, the held-out images), both ascending.
+
+    The held-out images are drawn from the labelled ones beside `rows`, so that none of a small part is lost; where those are too few, from
+    all, and they are then left out of the training. held_out: a share of the labelled images below 1, or a number.
+    """
+    _, drawn = held_out_rows(labelled, held_out=held_out, seed=seed)
+    beside = np.setdiff1d(labelled, rows)
+    if len(beside) > len(drawn):
+        _, drawn = held_out_rows(beside, held_out=len(drawn), seed=seed)
+    return np.setdiff1d(rows, drawn), drawn
+
+
+def _as_text(hits: torch.Tensor) -> str:
+    return "".join(map(str, hits.int().tolist()))
+
+
+def _as_hits(text: str) -> torch.Tensor:
+    return torch.tensor([digit == "1" for digit in text])
+
+
+def plan_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> list[str]:
+    """Returns how much there is to do: images, steps, and time, memory and disk from a few steps of the first encoder."""
+    subject, ranks = job.subjects[0], job.process.world_size
+    with open_labelled(job, subject.views) as images:
+        parts, tuning = parts_of(images), _Tuning(job, settings, subject, images)
+        num_train, num_test = len(images.labelled_rows), len(tuning.test_rows)
+        lines = [
+            f"{job.task}: {num_train:,} labelled training images of {len(images.class_names):,} classes, {num_test:,} test images, "
+            f"{count_text(len(job.subjects), 'encoder')}"
+        ]
+        trained = tested = 0
+        for part in parts:
+            fits = list(fits_of(len(part.rows), num_train, num_test=num_test, settings=settings))
+            steps = sum(fit.steps for fit in fits)
+            images_of = sum(fit.trained for fit in fits)
+            trained, tested = trained + images_of, tested + sum(fit.tested for fit in fits)
+            lines.append(
+                f"{part.label} of the labels: {len(part.rows):,} images, {count_text(len(fits), 'training')} of each encoder "
+                f"({len(fits) - 1} of them to choose), {steps:,} steps of {min(settings.global_batch, len(part.rows)):,}, {images_of:,} images"
+            )
+        job.announce("measuring a few steps")
+        rank_batch = max(1, min(settings.global_batch, max(len(part.rows) for part in parts)) // ranks)
+        network, batch = tuning.network(), probe_batch(job, rank_batch) * ranks
+        with images.crops(job, images.labelled_rows, global_batch=batch, views=crop_and_flip(images.views)) as crops:
+            cost = measure_step(
+                job,
+                network=network,
+                optimizer=build_sgd(network, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay),
+                batches=batches_on_device(job, crops, tuning.targets),
+                loss_of=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            )
+    encoders = len(job.subjects)
+    return [*lines, *cost.lines(trained=encoders * trained, tested=encoders * tested, ranks=ranks, rank_batch=rank_batch)]
+
+
+@dataclass(frozen=True)
+class FitSize:
+    """How much one training is: steps, images in them, and images that are then tested."""
+
+    steps: int
+    trained: int
+    tested: int
+
+
+def fits_of(num_rows: int, num_train: int, *, num_test: int, settings: FinetuneSettings) -> Iterator[FitSize]:
+    """Yields the size of every training of one encoder on a part of `num_rows` of `num_train` labelled images, the tested one last.
+
+    Until the choice is made, the longest `epochs` is taken for that one.
+    """
+
+    def fit(rows: int, epochs: int, tested: int) -> FitSize:
+        batch = min(settings.global_batch, rows)
+        steps = total_steps_at(epochs, num_samples=rows, global_batch=batch)
+        return FitSize(steps, steps * batch, tested)
+
+    if len(settings.grid) > 1:
+        rows, held_out = held_out_for(np.arange(num_rows), np.arange(num_train), held_out=settings.held_out, seed=0)
+        for _, epochs in settings.grid:
+            yield fit(len(rows), epochs, len(held_out))
+    yield fit(num_rows, max(settings.epochs), num_test)
+
+
+def _run(job: Job, settings: FinetuneSettings) -> TaskResult:
+    return tune_parts(job, settings, all_labelled)
+
+
+def _plan(job: Job, settings: FinetuneSettings) -> list[str]:
+    return plan_parts(job, settings, all_labelled)
+
+
+TASKS = {
+    "finetune": Task(
+        title="fine-tuning",
+        what="the whole network fine-tuned with all labels",
+        versions={"paper": FinetuneSettings(), "quick": FinetuneSettings(rates=(0.05, 0.2), epochs=(5,), global_batch=64, held_out=0.1)},
+        run=_run,
+        plan=_plan,
+    )
+}
