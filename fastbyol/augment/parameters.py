@@ -53,7 +53,7 @@ _EPOCH_SALT = np.uint64(0x632BE59BD9B4E019)
 _SAMPLE_SALT = np.uint64(0xD1B54A32D192ED03)
 _ORDER_CODES = np.array([64 * a + 16 * b + 4 * c + d for a, b, c, d in permutations(range(4))], dtype=np.float32)
 _NEUTRAL = {ORDER: NO_JITTER, CONTRAST: 1.0, SATURATION: 1.0, SOLARIZE: SOLARIZE_OFF}
-_EVAL_SHARE = 0.875  # DeepMind: 224 / (224 + 32 px of padding), whatever the view's size
+EVAL_SHARE = 0.875  # DeepMind: 224 / (224 + 32 px of padding), whatever the view's size
 
 Words, Integers = NDArray[np.uint64], NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -187,13 +187,13 @@ def _fill_rest(rows: NDArray[np.float32], pair: ViewPair, uniform: Floats) -> No
     rows[..., SOLARIZE] = np.where(solarized, _per_view(pair, "solarize_threshold"), SOLARIZE_OFF)
 
 
-def centre_crop_parameters(*, height: Integers, width: Integers) -> NDArray[np.float32]:
+def centre_crop_parameters(*, height: Integers, width: Integers, share: float = EVAL_SHARE) -> NDArray[np.float32]:
     """Returns (N, 1, NUM_COLUMNS) float32 for DeepMind's evaluation crop and nothing else: a centred square of 7/8 of the short side.
 
-    height, width: (N,) of the decoded images in pixels, at least 1.
+    height, width: (N,) of the decoded images in pixels, at least 1. share: of the short side; 1: the whole of it.
     """
     height, width = np.asarray(height, dtype=np.int64), np.asarray(width, dtype=np.int64)
-    side = np.maximum((_EVAL_SHARE * np.minimum(height, width)).astype(np.int64), 1)
+    side = np.maximum((share * np.minimum(height, width)).astype(np.int64), 1)
     rows = _neutral(len(side), 1)
     # The half pixel goes to the top left, as in DeepMind's code; a crop of the whole image must still start at 0.
     rows[:, 0, CROP_Y] = np.minimum((height - side + 1) // 2, height - side)

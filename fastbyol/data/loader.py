@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastbyol.augment.parameters import centre_crop_parameters, draw_parameters
+from fastbyol.augment.parameters import EVAL_SHARE, centre_crop_parameters, draw_parameters
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
@@ -152,11 +152,16 @@ class ImageLoader(_Loader):
     The last batch may be smaller.
     """
 
-    def __init__(self, source: Source, *, views: ViewPair, batch: int, workers: int = 1, prefetch: int = 2) -> None:
-        """Takes ownership of the source: `close` closes it. Only size, interpolation and normalisation of `views` are used."""
+    def __init__(
+        self, source: Source, *, views: ViewPair, batch: int, workers: int = 1, prefetch: int = 2, crop_share: float = EVAL_SHARE
+    ) -> None:
+        """Takes ownership of the source: `close` closes it. Only size, interpolation and normalisation of `views` are used.
+
+        crop_share: side of the centred square as a share of the short side.
+        """
         require_at_least("batch", batch, 1)
         super().__init__(KernelRenderer(source, views, num_views=1, workers=workers, prefetch=prefetch))
-        self._batch = batch
+        self._batch, self._crop_share = batch, crop_share
 
     def __len__(self) -> int:
         """Returns the number of batches in one pass over the data."""
@@ -176,7 +181,10 @@ class ImageLoader(_Loader):
         return batch
 
     def _render(self, plan: Iterable[Indices]) -> Iterator[ImageBatch]:
-        for rendered in self._renderer.batches(plan, lambda _, height, width: centre_crop_parameters(height=height, width=width)):
+        def draw(_: Indices, height: Indices, width: Indices) -> NDArray[np.float32]:
+            return centre_crop_parameters(height=height, width=width, share=self._crop_share)
+
+        for rendered in self._renderer.batches(plan, draw):
             index = rendered.indices
             image, label = rendered.views[0].permute(0, 3, 1, 2), self._labels[index]
             yield ImageBatch(image, torch.from_numpy(label), torch.from_numpy(index.copy()))

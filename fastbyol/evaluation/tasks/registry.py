@@ -44,6 +44,8 @@ class Task:
 MODULES: dict[str, str] = {
     "finetune": "finetune",
     "semi": "semi",
+    "transfer linear": "transfer.tasks",
+    "transfer finetune": "transfer.tasks",
 }
 """Module of each task, imported when it is chosen: a task must not make the others wait for its libraries."""
 
@@ -134,8 +136,9 @@ def run_task(
             say(*lines)
         return
     # Rank 0 decides for all: another rank must not wait for it in a collective.
-    known = broadcast_from_main(not options.again and process.is_main and known_result(job) is not None)
-    result = known_result(job) if known else task.run(job, settings)
+    found = known_result(job) if process.is_main and not options.again else None
+    known = broadcast_from_main(found is not None and not found.missing)
+    result = found if known else task.run(replace(job, earlier=found), settings)
     if not process.is_main:
         return
     assert result is not None
