@@ -114,8 +114,9 @@ class LogisticRegression:
         solution = free.detach() * units
         self._weight, self._bias = solution[:-1], solution[-1]
         if not self._binary:
-            # Adding a number to all logits changes nothing; scikit-learn's biases have the mean 0, and so do the weights at the minimum.
-            self._bias = self._bias - self._bias.mean()
+            # Adding the same to all logits changes nothing but the penalty, which is smallest where the classes' weights sum to 0. For biases
+            # it is scikit-learn's convention.
+            self._weight, self._bias = self._weight - self._weight.mean(1, keepdim=True), self._bias - self._bias.mean()
         weight = self._basis @ self._weight
         return Classifier(weight, self._bias - self._mean @ weight, converged, evaluations)
 

@@ -172,9 +172,9 @@ def _result(
             "note: metrics: " + ", ".join(f"{METRIC_TITLES[metric]} of {' '.join(names)}" for metric, names in _by_metric(opened).items()),
             *notes,
             *(["note: the paper's rows are ResNet-50 after ImageNet at 224 px, table 3"] if any(rows.values()) else []),
-            *(f"missing: {text}" for text in failed.values()),
+            *(f"missing: {failed[name]}" for name in wanted if name in failed),
         ],
-        missing=list(failed),
+        missing=[name for name in wanted if name in failed],
     )
 
 
