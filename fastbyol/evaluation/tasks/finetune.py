@@ -304,7 +304,9 @@ def plan_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> list[
         ]
         trained = tested = 0
         for part in parts:
-            fits = list(fits_of(len(part.rows), num_train, num_test=num_test, settings=settings))
+            fitted, held_out = held_out_for(part.rows, images.labelled_rows, held_out=settings.held_out, seed=job.seed)
+            split = {"num_fitted": len(fitted), "num_held_out": len(held_out)}
+            fits = list(fits_of(len(part.rows), **split, num_test=num_test, settings=settings))
             steps = sum(fit.steps for fit in fits)
             images_of = sum(fit.trained for fit in fits)
             trained, tested = trained + images_of, tested + sum(fit.tested for fit in fits)
@@ -336,10 +338,11 @@ class FitSize:
     tested: int
 
 
-def fits_of(num_rows: int, num_train: int, *, num_test: int, settings: FinetuneSettings) -> Iterator[FitSize]:
-    """Yields the size of every training of one encoder on a part of `num_rows` of `num_train` labelled images, the tested one last.
+def fits_of(num_rows: int, *, num_fitted: int, num_held_out: int, num_test: int, settings: FinetuneSettings) -> Iterator[FitSize]:
+    """Yields the size of every training of one encoder on a part of the labels, the tested one last.
 
-    Until the choice is made, the longest `epochs` is taken for that one.
+    num_rows: images of the part. num_fitted, num_held_out: as `held_out_for` splits them. The length of the last training is the longest
+    of `epochs`, because it is not chosen yet.
     """
 
     def fit(rows: int, epochs: int, tested: int) -> FitSize:
@@ -348,9 +351,8 @@ def fits_of(num_rows: int, num_train: int, *, num_test: int, settings: FinetuneS
         return FitSize(steps, steps * batch, tested)
 
     if len(settings.grid) > 1:
-        rows, held_out = held_out_for(np.arange(num_rows), np.arange(num_train), held_out=settings.held_out, seed=0)
         for _, epochs in settings.grid:
-            yield fit(len(rows), epochs, len(held_out))
+            yield fit(num_fitted, epochs, num_held_out)
     yield fit(num_rows, max(settings.epochs), num_test)
 
 

@@ -44,24 +44,22 @@ def labelled_parts(job: Job, settings: SemiSettings, images: LabelledImages) -> 
     """Returns the images of each fraction, from the lists or, without, chosen at random. Raises UserError for a list that does not fit the
     data, and for a class without an image.
     """
-    # The labelled images alone, under the names of the loader: labels count as those of the classes that train and val both have.
-    rows = images.labelled_rows
-    names = images.train.image_names()
+    # Labels of the classes that train and val both have; -1 for all other images, whose names count when a list is matched.
     listing = ImageListing(
         root=Path(images.train_path),
         class_names=images.class_names,
-        files=tuple(names[row] for row in rows.tolist()),
-        labels=tuple(images.labels[rows].tolist()),
+        files=tuple(images.train.image_names()),
+        labels=tuple(images.labels.tolist()),
     )
-    lists = lists_for(settings)
-    row_of = dict(zip(listing.files, rows.tolist(), strict=True))
-    parts = []
+    labelled = listing.restricted(images.labelled_rows.tolist())
+    row_of = {name: row for row, name in enumerate(listing.files)}
+    lists, parts = lists_for(settings), []
     for fraction in settings.fractions:
         file = lists.get(fraction)
-        chosen = _listed(file, listing, names, fraction) if file else draw_fraction(listing, fraction, seed=job.seed)
-        found = np.sort(np.array([row_of[name] for name in chosen.files], dtype=np.int64))
-        _require_every_class(found, images, fraction, file)
-        parts.append(LabelledPart(percent(fraction), fraction, found))
+        chosen = _listed(job, file, listing, fraction) if file else draw_fraction(labelled, fraction, seed=job.seed)
+        rows = np.sort(np.array([row_of[name] for name in chosen.files], dtype=np.int64))
+        _require_every_class(rows, images, fraction, file)
+        parts.append(LabelledPart(percent(fraction), fraction, rows))
     return parts
 
 
@@ -87,18 +85,27 @@ def lists_for(settings: SemiSettings) -> dict[float, Path]:
     return dict(zip(wanted, given, strict=True))
 
 
-def _listed(file: Path, listing: ImageListing, names: list[str], fraction: float) -> ImageListing:
-    """Returns the images that a list names. Raises UserError if a name is none of them, or there are too many or too few for the fraction."""
-    wanted = read_subset(file)
+def _listed(job: Job, file: Path, listing: ImageListing, fraction: float) -> ImageListing:
+    """Returns the labelled images that a list names. Raises UserError if a name is none of the images, or there are too many or too few for
+    the fraction.
+    """
+    names = read_subset(file)
     try:
-        chosen = restrict(listing, wanted, source=file)
+        named = restrict(listing, names, source=file)
     except UserError as error:
-        nameless = " (a .beton and tar shards keep no names: evaluate the folder that they were made from)" if names[0].isdecimal() else ""
-        raise UserError(f"--lists {error}{nameless}") from error
-    expected = fraction * len(listing.files)
-    if abs(len(chosen.files) - expected) > max(SIZE_TOLERANCE * expected, len(listing.class_names)):
+        hint = (
+            "; a .beton and tar shards keep no names: evaluate the folder that they were made from" if listing.files[0].isdecimal() else ""
+        )
+        raise UserError(f"--lists {error}{hint}") from error
+    chosen = named.restricted(np.flatnonzero(np.array(named.labels) >= 0).tolist())
+    if left_out := len(named.files) - len(chosen.files):
+        job.announce(
+            f"{file}: {left_out:,} of its {len(named.files):,} images are left out: val has none of their class, or they have no label"
+        )
+    available = sum(label >= 0 for label in listing.labels)
+    if abs(len(chosen.files) - fraction * available) > max(SIZE_TOLERANCE * fraction * available, len(listing.class_names)):
         raise UserError(
-            f"--lists {file}: names {len(chosen.files):,} of {len(listing.files):,} labelled training images, which is not {percent(fraction)}; "
+            f"--lists {file}: names {len(chosen.files):,} of {available:,} labelled training images, which is not {percent(fraction)}; "
             "give the lists in the order of --fractions"
         )
     return chosen
