@@ -78,13 +78,14 @@ def command(task: str, run: Path, data: Path, out: Path, *more: str) -> list[str
 
 
 def test_the_paper_settings_are_those_of_the_paper():
-    # Appendix C.1: SGD with Nesterov momentum 0.9, batch 1024, no regularisation, rates and epochs chosen on the 10,009 last train images.
+    # Appendix C.1: SGD with Nesterov momentum 0.9, batch 1024, no regularisation, crops as in appendix B, choice on 10,009 train images.
     paper = {
         "rates": (0.01, 0.02, 0.05, 0.1, 0.005),
         "epochs": (30, 50),
         "global_batch": 1024,
         "momentum": 0.9,
         "weight_decay": 0.0,
+        "smallest_crop": 0.08,
         "held_out": 10_009,
     }
     assert asdict(FINETUNE["finetune"].versions["paper"]) == paper
@@ -247,12 +248,15 @@ def test_fine_tuning_learns_the_classes_and_says_what_it_chose(tuned):
         assert [(trial["rate"], trial["epochs"]) for trial in trials] == [(0.05, 3), (0.2, 3), (1e30, 3)]
         assert trials[2]["held_out_top1"] is None  # it diverged
         best = max(trials[:2], key=lambda trial: trial["held_out_top1"])
-        assert subject.chosen["100 %"] == {name: best[name] for name in ("rate", "epochs", "held_out_top1")}
+        assert subject.chosen["100 %"] == {name: best[name] for name in ("rate", "epochs", "held_out_top1", "held_out_images")}
+        assert best["held_out_images"] == 12
     difference = result.comparisons["the same network from scratch"].difference
     assert difference == pytest.approx(result.subjects["byol"].scores["top1"] - result.subjects["untrained"].scores["top1"])
     assert facts["provenance"]["commit"]
     assert not list(tuned.glob("*.work-*"))
-    assert "paper: BYOL R50" in (tuned / "finetune.txt").read_text()
+    said = (tuned / "finetune.txt").read_text()
+    assert "paper: BYOL R50" in said
+    assert re.search(r"\nchosen: BYOL, 100 % of the labels: rate 0.\d+, 3 epochs \([0-9.]+ % of 12 held-out images\)\n", said)
 
 
 def test_a_fraction_has_columns_of_its_own_and_learns_the_classes(tuned):

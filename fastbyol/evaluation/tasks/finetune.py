@@ -55,6 +55,8 @@ class FinetuneSettings:
     """Nesterov momentum of SGD"""
     weight_decay: float = 0.0
     """of SGD, on all weights"""
+    smallest_crop: float = 0.08
+    """area of the smallest random crop, as a share of the image's (appendix B)"""
     held_out: float = 10_009
     """training images on which rate and length are chosen: a number, or a share below 1"""
 
@@ -69,6 +71,7 @@ class FinetuneSettings:
         require_at_least("global_batch", self.global_batch, 1)
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         require_at_least("weight_decay", self.weight_decay, 0)
+        require(0 < self.smallest_crop <= 1, "smallest_crop", self.smallest_crop, "in (0, 1]")
         require_positive("held_out", self.held_out)
 
     @property
@@ -140,7 +143,7 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
         sizes=sizes,
         paper=paper_rows(parts),
         comparisons=comparisons,
-        notes=_notes(job, settings),
+        notes=[*_notes(job, settings), *choice_lines(subjects)],
     )
 
 
@@ -169,13 +172,24 @@ def _notes(job: Job, settings: FinetuneSettings) -> list[str]:
     return notes
 
 
+def choice_lines(subjects: dict[str, SubjectResult]) -> list[str]:
+    """Returns a sentence for each choice that was made."""
+    return [
+        f"chosen: {subject.title}, {label} of the labels: rate {choice['rate']:g}, {choice['epochs']} epochs "
+        f"({100 * choice['held_out_top1']:.1f} % of {choice['held_out_images']:,} held-out images)"
+        for subject in subjects.values()
+        for label, choice in subject.chosen.items()
+        if choice["held_out_top1"] is not None
+    ]
+
+
 def _subject_result(subject: Subject, parts: Sequence[LabelledPart], outcomes: dict[str, dict[str, Any]]) -> SubjectResult:
     scores, chosen, details, seconds = {}, {}, {}, 0.0
     for part in parts:
         outcome = outcomes[part.name]
         for k in (1, 5):
             scores[part.column(k)] = _as_hits(outcome["tested"][f"top{k}_hits"]).double().mean().item()
-        chosen[part.label] = {name: outcome["chosen"][name] for name in ("rate", "epochs", "held_out_top1")}
+        chosen[part.label] = {name: outcome["chosen"][name] for name in ("rate", "epochs", "held_out_top1", "held_out_images")}
         details[part.label] = {"trials": outcome["trials"], "images_per_s": outcome["tested"]["images_per_s"]}
         seconds += sum(trial["seconds"] for trial in outcome["trials"]) + outcome["tested"]["seconds"]
     title = "the same network from scratch" if subject.name == "untrained" else subject.title
@@ -201,7 +215,7 @@ class _Tuning:
         trials: list[dict[str, Any]] = []
         if len(settings.grid) > 1:
             fitted, held_out = held_out_for(part.rows, self.images.labelled_rows, held_out=settings.held_out, seed=self.job.seed)
-            with self._crops(fitted) as crops:
+            with self.crops(fitted) as crops:
                 for rate, epochs in settings.grid:
                     key = f"{self.subject.name}, {part.label}, rate {rate:g}, {epochs} epochs"
                     trials.append(self.job.once(key, partial(self._trial, key, crops, held_out, rate=rate, epochs=epochs)))
@@ -215,7 +229,7 @@ class _Tuning:
             chosen = max(finished, key=lambda trial: trial["held_out_top1"])
         else:
             ((rate, epochs),) = settings.grid
-            chosen = {"rate": rate, "epochs": epochs, "held_out_top1": None}
+            chosen = {"rate": rate, "epochs": epochs, "held_out_top1": None, "held_out_images": 0}
         key = f"{self.subject.name}, {part.label}, all, rate {chosen['rate']:g}, {chosen['epochs']} epochs"
         tested = self.job.once(key, partial(self._tested, key, part.rows, rate=chosen["rate"], epochs=chosen["epochs"]))
         raise_if_stopped(self.job)
@@ -231,20 +245,22 @@ class _Tuning:
         else:
             scores = scores_of(self.job, network, self.images.train, rows=held_out)
             top1 = top_k_hits(scores, self.targets[held_out], k=1).double().mean().item()
-        seconds = round(time.perf_counter() - start, 3)
-        return {"rate": rate, "epochs": epochs, "held_out_top1": top1, "images_per_s": images_per_s, "seconds": seconds}
+        found = {"rate": rate, "epochs": epochs, "held_out_top1": top1, "held_out_images": len(held_out)}
+        return {**found, "images_per_s": images_per_s, "seconds": round(time.perf_counter() - start, 3)}
 
     def _tested(self, key: str, rows: Indices, *, rate: float, epochs: int) -> dict[str, Any]:
         """Trains on all these images and returns which test images are right, a digit each."""
         start = time.perf_counter()
-        with self._crops(rows) as crops:
+        with self.crops(rows) as crops:
             network, images_per_s = self._fitted(key, crops, rate=rate, epochs=epochs)
         scores = scores_of(self.job, network, self.images.test, rows=self.test_rows)
         hits = {f"top{k}_hits": _as_text(top_k_hits(scores, self.test_labels, k=k)) for k in (1, 5)}
         return {**hits, "images_per_s": images_per_s, "seconds": round(time.perf_counter() - start, 3)}
 
-    def _crops(self, rows: Indices) -> CropLoader:
-        return self.images.crops(self.job, rows, global_batch=self.settings.global_batch, views=crop_and_flip(self.images.views))
+    def crops(self, rows: Indices, *, global_batch: int = 0) -> CropLoader:
+        """Returns a loader of random views of these images, in batches of this size (0: that of the settings)."""
+        views = crop_and_flip(self.images.views, smallest=self.settings.smallest_crop)
+        return self.images.crops(self.job, rows, global_batch=global_batch or self.settings.global_batch, views=views)
 
     def _fitted(self, key: str, crops: CropLoader, *, rate: float, epochs: int) -> tuple[nn.Module, float]:
         """Returns the network, trained from this encoder's weights, and the images per second of its training."""
@@ -317,7 +333,7 @@ def plan_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> list[
         job.announce("measuring a few steps")
         rank_batch = max(1, min(settings.global_batch, max(len(part.rows) for part in parts)) // ranks)
         network, batch = tuning.network(), probe_batch(job, rank_batch) * ranks
-        with images.crops(job, images.labelled_rows, global_batch=batch, views=crop_and_flip(images.views)) as crops:
+        with tuning.crops(images.labelled_rows, global_batch=batch) as crops:
             cost = measure_step(
                 job,
                 network=network,

@@ -22,9 +22,12 @@ _HELD_OUT_STREAM = 0x68656C64  # "held" in ASCII, so that this permutation is in
 CALIBRATION_IMAGES = 2048
 
 
-def crop_and_flip(views: ViewPair) -> ViewPair:
-    """Returns the views with only random crops and flips: the paper's augmentation for training with labels (appendix C.1)."""
-    spec = ViewSpec(crop_area=(0.08, 1.0), crop_aspect=(3 / 4, 4 / 3), flip_p=0.5, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
+def crop_and_flip(views: ViewPair, *, smallest: float = 0.08) -> ViewPair:
+    """Returns the views with only random crops and flips: the paper's augmentation for training with labels (appendix C.1).
+
+    smallest: crop, as a share of the image's area.
+    """
+    spec = ViewSpec(crop_area=(smallest, 1.0), crop_aspect=(3 / 4, 4 / 3), flip_p=0.5, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
     return replace(views, view1=spec, view2=spec)
 
 
