@@ -228,6 +228,7 @@ def test_the_paper_settings_of_the_linear_transfer_are_those_of_appendix_d_2() -
 def test_the_paper_settings_of_fine_tuning_are_those_of_appendix_d_3() -> None:
     settings = TASKS["transfer finetune"].versions["paper"]
     assert (settings.steps, settings.global_batch, settings.momentum, settings.sets) == (20_000, 256, 0.9, ("all",))
+    assert settings.smallest_crop == 0.08
     np.testing.assert_allclose(settings.rates, [10 ** (-4 + k / 2) for k in range(7)], rtol=1e-5)
     assert settings.decays[-1] == 0.0
     np.testing.assert_allclose(settings.decays[:-1], [10 ** (-6 + k / 2) for k in range(7)], rtol=1e-5)

@@ -57,6 +57,8 @@ class TransferFinetuneSettings:
     """weight decays to choose from; each is divided by the learning rate"""
     momentum: float = 0.9
     """Nesterov momentum of SGD"""
+    smallest_crop: float = 0.08
+    """area of the smallest random crop, as a share of the image's (appendix B)"""
     scratch_steps: int = 40_000
     """length of each training of the untrained network"""
     scratch_rates: tuple[float, ...] = _spaced(1e-3, 1.0, 7)
@@ -75,6 +77,7 @@ class TransferFinetuneSettings:
         for decay in (*self.decays, *self.scratch_decays):
             require_at_least("decays", decay, 0)
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        require(0 < self.smallest_crop <= 1, "smallest_crop", self.smallest_crop, "in (0, 1]")
 
     def grid(self, subject: Subject) -> list[tuple[float, float]]:
         """All pairs of rate and weight decay for this encoder, the decay as the paper counts it."""
@@ -108,7 +111,7 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
     with image_loader(job, subject, images, crop_share=TEST_SHARE) as loader:
         tuning = _Tuning(job, settings, subject, images, loader)
         trials = []
-        with crop_loader(job, subject, images, images.train, global_batch=settings.global_batch) as crops:
+        with tuning.crops(images.train) as crops:
             for rate, decay in settings.grid(subject):
                 key = f"{images.name} {subject.name} rate {rate:g} decay {decay:g}"
                 trials.append(job.once(key, partial(tuning.trial, key, crops, rate=rate, decay=decay)))
@@ -131,7 +134,9 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
     }
 
 
-def crop_loader(job: Job, subject: Subject, images: TransferImages, rows: Indices, *, global_batch: int) -> CropLoader:
+def crop_loader(
+    job: Job, subject: Subject, images: TransferImages, rows: Indices, *, global_batch: int, smallest_crop: float
+) -> CropLoader:
     """Returns a loader of random crops and flips of these images; a batch larger than their number is reduced to it."""
     process = job.process
     batch = min(global_batch, len(rows)) // process.world_size * process.world_size
@@ -139,7 +144,7 @@ def crop_loader(job: Job, subject: Subject, images: TransferImages, rows: Indice
         raise UserError(f"{images.name}: {len(rows)} images are fewer than the {process.world_size} ranks")
     walk = Traversal(len(rows), job.seed, batch, rank=process.rank, world_size=process.world_size)
     output = "uint8" if process.device.type == "cuda" else "float32"
-    views, workers = crop_and_flip(subject.views), job.workers or default_workers()
+    views, workers = crop_and_flip(subject.views, smallest=smallest_crop), job.workers or default_workers()
     return CropLoader(images.open_source(), views=views, rows=rows, traversal=walk, output=output, workers=workers)
 
 
@@ -167,10 +172,15 @@ class _Tuning:
         """Trains on the training and validation images and scores the test images."""
         start = time.perf_counter()
         rows = np.sort(np.concatenate([self.images.train, self.images.valid]))
-        with crop_loader(self.job, self.subject, self.images, rows, global_batch=self.settings.global_batch) as crops:
+        with self.crops(rows) as crops:
             network, images_per_s = self._fitted(key, crops, rate=rate, decay=decay)
         score = self._score(network, self.images.test)
         return {"score": score, "images_per_s": images_per_s, "seconds": round(time.perf_counter() - start, 3)}
+
+    def crops(self, rows: Indices) -> CropLoader:
+        """Returns a loader of random views of these images in batches of the settings' size."""
+        how = {"global_batch": self.settings.global_batch, "smallest_crop": self.settings.smallest_crop}
+        return crop_loader(self.job, self.subject, self.images, rows, **how)
 
     def _fitted(self, key: str, crops: CropLoader, *, rate: float, decay: float) -> tuple[nn.Module, float]:
         network = self.network(steps_per_epoch=len(crops.rows) / self.settings.global_batch)
@@ -213,7 +223,7 @@ def measure_finetune(job: Job, settings: TransferFinetuneSettings, images: Trans
     batch = probe_batch(job, max(1, settings.global_batch // ranks)) * ranks
     with (
         image_loader(job, subject, images, crop_share=TEST_SHARE) as loader,
-        crop_loader(job, subject, images, images.train, global_batch=batch) as crops,
+        crop_loader(job, subject, images, images.train, global_batch=batch, smallest_crop=settings.smallest_crop) as crops,
     ):
         tuning = _Tuning(job, settings, subject, images, loader)
         network, loss = tuning.network(steps_per_epoch=1.0), set_loss(images.labels)
