@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -48,6 +49,20 @@ def triton_imported_anew() -> Iterator[None]:
 
 
 CLASS_SIZES = {"ant": 8, "bee": 9, "cat": 8}
+
+
+def noisy_colours(root: Path, *, train: int, val: int) -> Path:
+    """Writes train and val folders with so many images of each of three classes, a darker colour channel in noise, and returns their root."""
+    rng = np.random.default_rng(0)
+    for split, num in (("train", train), ("val", val)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(num):
+                pixels = rng.integers(0, 200, (36, 40, 3), dtype=np.uint8)
+                pixels[..., channel] //= 2
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
 
 
 @pytest.fixture(scope="session")

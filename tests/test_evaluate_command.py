@@ -7,10 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastbyol.config.schema import DataConfig
 from fastbyol.data import build_loader
@@ -24,6 +22,7 @@ from fastbyol.export import encoder_of
 from fastbyol.run.checkpoint import load_run
 from fastbyol.train import main as train_main
 from tests.commands import SMALL_RUN
+from tests.conftest import noisy_colours
 from tests.test_report import call
 from tests.test_untrusted_files import edit_rows
 
@@ -33,16 +32,7 @@ CPU = ("--batch", "8", "--device", "cpu", "--workers", "1")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Train and val with 12 + 8 images of three classes: a colour, with noise."""
-    root, rng = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
-    for split, num in (("train", 12), ("val", 8)):
-        for channel, name in enumerate(("red", "green", "blue")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(num):
-                pixels = rng.integers(0, 200, (36, 40, 3), dtype=np.uint8)
-                pixels[..., channel] //= 2
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
+    return noisy_colours(tmp_path_factory.mktemp("coloured"), train=12, val=8)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ PATIENCE_S = 6 * 3600.0
 GRACE_S = 60.0
 WHAT = {
     "linear": "a linear classifier on frozen features (--settings paper: SGD, rates swept side by side)",
-    "knn": "weighted k-nearest neighbours on frozen features",
+    "knn": "k-nearest neighbours on frozen features (--settings paper: a grid of k, temperature and votes)",
     "finetune": "the whole network fine-tuned with all labels",
     "semi": "the whole network fine-tuned with 1 % and 10 % of the labels",
     "transfer linear": "logistic regression on frozen features of the paper's other data sets, or your own",

@@ -13,10 +13,11 @@ from fastbyol.data import crops_on_device
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader, ImageLoader
 from fastbyol.evaluation.tasks.job import Job
+from fastbyol.evaluation.tasks.scoring import outputs
 from fastbyol.evaluation.tasks.training import TrainingFigures, train_network
 from fastbyol.models.resnet import truncated_normal_
 from fastbyol.ranks.process_group import all_gather_rows
-from fastbyol.run.precision import autocast, compiles_augmentation, input_dtype, is_compiled, prepare_model
+from fastbyol.run.precision import compiles_augmentation, input_dtype, prepare_model
 from fastbyol.schedules import lr_at
 
 LR_BATCH = 256
@@ -114,7 +115,6 @@ def batches_on_device(job: Job, crops: CropLoader, targets: Tensor, *, step: int
         yield images, targets[batch.index].to(device, non_blocking=True)
 
 
-@torch.no_grad()
 def scores_of(job: Job, network: nn.Module, loader: ImageLoader, *, rows: Indices) -> Tensor:
     """Returns the network's output (N, K) for these images of the loader, in their order, float32 on the CPU of every rank.
 
@@ -127,16 +127,6 @@ def scores_of(job: Job, network: nn.Module, loader: ImageLoader, *, rows: Indice
     own = filled[share * process.rank : share * (process.rank + 1)]
     was_training = network.training
     network.eval()
-    found = [_output(job, network, batch.image) for batch in loader.batches_of(own)]
+    found = [output for output, _ in outputs(job, network, loader, own)]
     network.train(was_training)
     return all_gather_rows(torch.cat(found))[: len(rows)]
-
-
-def _output(job: Job, network: nn.Module, image: Tensor) -> Tensor:
-    count = len(image)
-    if count < job.batch and is_compiled(network):
-        # Code is compiled for one shape: without these images the last batch would be compiled anew.
-        image = torch.cat([image, image.new_zeros(job.batch - count, *image.shape[1:])])
-    image = image.to(job.process.device, memory_format=torch.channels_last)
-    with autocast(job.precision, device=job.process.device):
-        return network(image)[:count].float().cpu()

@@ -15,7 +15,7 @@ from fastbyol.data import build_crop_loader, build_image_loader
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader, ImageLoader
 from fastbyol.data.traversal import seeded_permutation
-from fastbyol.evaluation.splits import common_classes, renumbered, split_paths
+from fastbyol.evaluation.splits import renumbered, split_paths
 from fastbyol.evaluation.tasks.job import Job
 
 _HELD_OUT_STREAM = 0x68656C64  # "held" in ASCII, so that this permutation is independent of others with the same seed
@@ -109,9 +109,15 @@ def open_labelled(job: Job, views: ViewPair) -> LabelledImages:
         for name, loader in (("train", train), ("val", test)):
             if not loader.class_names or (loader.labels < 0).all():
                 raise UserError(f"--data {job.data}: its {name} images have no labels, so there is nothing to score")
-        names = common_classes(train.class_names, test.class_names)
+        for name, loader, other in (("train", train, test), ("val", test, train)):
+            # A class left out would change the score without a word.
+            if lacking := sorted(set(loader.class_names) - set(other.class_names)):
+                raise UserError(
+                    f"--data {job.data}: {len(lacking)} classes have images in {name} only, the first is {lacking[0]!r}; both need the same classes"
+                )
+        names = train.class_names
         if len(names) < 2:
-            raise UserError(f"--data {job.data}: train and val have only the class {''.join(names)!r} in common; at least two are needed")
+            raise UserError(f"--data {job.data}: has only the class {''.join(names)!r}; at least two are needed")
         labels = renumbered(torch.from_numpy(train.labels), train.class_names, names).numpy()
         counts = np.bincount(labels[labels >= 0], minlength=len(names))
         if (counts == 0).any():

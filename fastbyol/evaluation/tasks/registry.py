@@ -42,6 +42,8 @@ class Task:
 
 
 MODULES: dict[str, str] = {
+    "linear": "linear",
+    "knn": "knn_sweep",
     "finetune": "finetune",
     "semi": "semi",
     "transfer linear": "transfer.tasks",
@@ -54,13 +56,12 @@ def task_named(name: str) -> Task:
     return import_module(f"fastbyol.evaluation.tasks.{MODULES[name]}").TASKS[name]
 
 
-def task_table(result: TaskResult, *, title: str) -> RenderableType:
+def task_table(result: TaskResult) -> RenderableType:
     """Returns the scores of all encoders and the paper's rows as a table for the terminal."""
     from rich import box
     from rich.table import Table
 
-    sizes = ", ".join(f"{count:,} {name}" for name, count in result.sizes.items())
-    table = Table(title=f"{title}: {sizes}", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for column in result.columns.values():
         table.add_column(column.removeprefix("-"), justify="right")
@@ -157,7 +158,10 @@ def run_task(
         job.clear()
     from rich.console import Console
 
-    Console().print(task_table(result, title=f"{task.title}, {result.version} settings"))
+    sizes = ", ".join(f"{count:,} {split}" for split, count in result.sizes.items())
+    # A line of its own: a table's title breaks where the table ends.
+    say(f"{task.title}, {result.version} settings; images: {sizes}")
+    Console().print(task_table(result))
     say(*result.notes, *comparison_lines(result), f"next: {next_command(options.checkpoint, options.data)}")
 
 

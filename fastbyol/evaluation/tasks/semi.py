@@ -12,7 +12,7 @@ from fastbyol.data.backends.source import Indices
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.subset import draw_fraction, read_subset, restrict
 from fastbyol.evaluation.result_file import TaskResult
-from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, plan_parts, tune_parts
+from fastbyol.evaluation.tasks.finetune import QUICK, FinetuneSettings, LabelledPart, plan_parts, tune_parts
 from fastbyol.evaluation.tasks.images import LabelledImages
 from fastbyol.evaluation.tasks.job import Job
 from fastbyol.evaluation.tasks.registry import Task
@@ -26,10 +26,10 @@ class SemiSettings(FinetuneSettings):
     """Which labels are used, and how the network is fine-tuned with them; the defaults are the paper's (appendix C.1)."""
 
     fractions: tuple[float, ...] = (0.01, 0.1)
-    """shares of the labels to train with, each on its own; 1 is all"""
+    """Shares of the labels to train with, each on its own; 1 is all."""
     lists: tuple[str, ...] = ()
-    """which images have labels: a folder with 1percent.txt and 10percent.txt, as SimCLR published them, or a list of names for each of
-    --fractions below 1, separated by commas (default: a class-balanced choice by --seed, as data_prep/subset.py makes it)
+    """Which images have labels: a folder with 1percent.txt and 10percent.txt, as SimCLR published them, or a list of names for each of
+    --fractions below 1, separated by commas (default: a class-balanced choice by --seed, as data_prep/subset.py makes it).
     """
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ def labelled_parts(job: Job, settings: SemiSettings, images: LabelledImages) -> 
     """Returns the images of each fraction, from the lists or, without, chosen at random. Raises UserError for a list that does not fit the
     data, and for a class without an image.
     """
-    # Labels of the classes that train and val both have; -1 for all other images, whose names count when a list is matched.
+    # The names of images without a label (-1) count when a list is matched.
     listing = ImageListing(
         root=Path(images.train_path),
         class_names=images.class_names,
@@ -99,9 +99,7 @@ def _listed(job: Job, file: Path, listing: ImageListing, fraction: float) -> Ima
         raise UserError(f"--lists {error}{hint}") from error
     chosen = named.restricted(np.flatnonzero(np.array(named.labels) >= 0).tolist())
     if left_out := len(named.files) - len(chosen.files):
-        job.announce(
-            f"{file}: {left_out:,} of its {len(named.files):,} images are left out: val has none of their class, or they have no label"
-        )
+        job.announce(f"{file}: {left_out:,} of its {len(named.files):,} images are left out: they have no label")
     available = sum(label >= 0 for label in listing.labels)
     if abs(len(chosen.files) - fraction * available) > max(SIZE_TOLERANCE * fraction * available, len(listing.class_names)):
         raise UserError(
@@ -132,7 +130,7 @@ TASKS = {
     "semi": Task(
         title="semi-supervised",
         what="the whole network fine-tuned with 1 % and 10 % of the labels",
-        versions={"paper": SemiSettings(), "quick": SemiSettings(rates=(0.05, 0.2), epochs=(30,), global_batch=64, held_out=0.1)},
+        versions={"paper": SemiSettings(), "quick": SemiSettings(epochs=(30,), **QUICK)},
         run=_run,
         plan=_plan,
     )

@@ -21,6 +21,7 @@ from fastbyol.data.loader import ImageLoader
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.evaluation.tasks.images import CALIBRATION_IMAGES
 from fastbyol.evaluation.tasks.job import Job, Subject
+from fastbyol.evaluation.tasks.scoring import outputs, rank_share
 from fastbyol.evaluation.tasks.training import TaskStopped
 from fastbyol.evaluation.tasks.transfer.metrics import METRICS
 from fastbyol.evaluation.tasks.transfer.opening import TransferImages
@@ -119,10 +120,9 @@ def cached_features(job: Job, key: str, encoder: nn.Module, loader: ImageLoader,
             paths.append(job.part(f"{key} {number:04d}", ".npy"))
             is_there = gather_everywhere(process.is_main and _holds(paths[-1], len(part)))[0]
             if not is_there:
-                mine = np.array_split(part, process.world_size)[process.rank]
                 found, error = None, None
                 try:
-                    found = features_of(encoder, loader, mine, device=process.device)
+                    found = features_of(job, encoder, loader, rank_share(part, job))
                 except UserError as raised:
                     error = raised
                 # A rank that cannot read an image must not leave the others waiting.
@@ -141,14 +141,10 @@ def cached_features(job: Job, key: str, encoder: nn.Module, loader: ImageLoader,
     return paths
 
 
-@torch.no_grad()
-def features_of(encoder: nn.Module, loader: ImageLoader, rows: Indices, *, device: torch.device) -> Tensor:
+def features_of(job: Job, encoder: nn.Module, loader: ImageLoader, rows: Indices) -> Tensor:
     """Returns the encoder's output for these images (N, D), float32 on the CPU. Raises UserError if it is not finite."""
-    found = [torch.empty((0, int(encoder.feature_dim)))]  # type: ignore[call-overload]
-    for batch in loader.batches_of(rows):
-        image = batch.image.to(device, memory_format=torch.channels_last, non_blocking=True)
-        found.append(encoder(image).float().cpu())
-    features = torch.cat(found)
+    empty = torch.empty((0, int(encoder.feature_dim)))  # type: ignore[call-overload]
+    features = torch.cat([empty, *(output for output, _ in outputs(job, encoder, loader, rows))])
     if not bool(torch.isfinite(features).all()):
         raise UserError("the encoder's features are not finite: the run diverged; take an earlier checkpoint or lower optim.base_lr")
     return features
@@ -206,9 +202,9 @@ def plan_linear(job: Job, settings: TransferLinearSettings, images: TransferImag
         encoder = subject.encoder(partial(sample, loader, images.train, seed=job.seed))
         encoder.to(job.process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         probe = images.train[:_PROBE_IMAGES]
-        features_of(encoder, loader, probe, device=job.process.device)
+        features_of(job, encoder, loader, probe)
         start = time.perf_counter()
-        feature = features_of(encoder, loader, probe, device=job.process.device)
+        feature = features_of(job, encoder, loader, probe)
         image_s = (time.perf_counter() - start) / len(probe)
     rows = len(images.train) + len(images.valid)
     # Random features of the real number and size: what an evaluation costs does not depend on their values.
