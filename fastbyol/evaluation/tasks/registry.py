@@ -73,6 +73,15 @@ def task_table(result: TaskResult) -> RenderableType:
     return table
 
 
+def print_table(table: RenderableType) -> None:
+    """Prints the table as wide as it is: in 80 columns, as in a log, a column for each of thirteen data sets would be a letter wide."""
+    from rich.console import Console
+
+    console = Console()
+    width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    Console(width=max(console.width, width)).print(table)
+
+
 def _cell(value: float | None, column: str, *, scale: float) -> str:
     """Returns a share as per cent without the sign, which the column's title has, and another number with three digits."""
     if value is None:
@@ -156,12 +165,10 @@ def run_task(
             provenance=collect_provenance(),
         )
         job.clear()
-    from rich.console import Console
-
     sizes = ", ".join(f"{count:,} {split}" for split, count in result.sizes.items())
     # A line of its own: a table's title breaks where the table ends.
     say(f"{task.title}, {result.version} settings; images: {sizes}")
-    Console().print(task_table(result))
+    print_table(task_table(result))
     say(*result.notes, *comparison_lines(result), f"next: {next_command(options.checkpoint, options.data)}")
 
 
