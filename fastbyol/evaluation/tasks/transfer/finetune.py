@@ -27,7 +27,7 @@ from fastbyol.evaluation.tasks.images import crop_and_flip
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.training import raise_if_stopped
 from fastbyol.evaluation.tasks.transfer.linear import image_loader, sample
-from fastbyol.evaluation.tasks.transfer.metrics import METRICS
+from fastbyol.evaluation.tasks.transfer.metrics import METRICS, packed_hits
 from fastbyol.evaluation.tasks.transfer.opening import TransferImages
 from fastbyol.host.cores import default_workers
 
@@ -127,6 +127,7 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
     seconds = sum(trial["seconds"] for trial in trials) + tested["seconds"]
     return {
         "score": tested["score"],
+        "hits": tested["hits"],
         "chosen": pair | {"valid": chosen["valid"]},
         "trials": trials,
         "images_per_s": tested["images_per_s"],
@@ -165,7 +166,7 @@ class _Tuning:
         except Diverged as error:
             self.job.announce(str(error))
         else:
-            valid = self._score(network, self.images.valid)
+            valid = METRICS[self.images.metric](*self._scored(network, self.images.valid))
         return {"rate": rate, "decay": decay, "valid": valid, "seconds": round(time.perf_counter() - start, 3)}
 
     def refit(self, key: str, *, rate: float, decay: float) -> dict[str, Any]:
@@ -174,8 +175,9 @@ class _Tuning:
         rows = np.sort(np.concatenate([self.images.train, self.images.valid]))
         with self.crops(rows) as crops:
             network, images_per_s = self._fitted(key, crops, rate=rate, decay=decay)
-        score = self._score(network, self.images.test)
-        return {"score": score, "images_per_s": images_per_s, "seconds": round(time.perf_counter() - start, 3)}
+        scores, truth = self._scored(network, self.images.test)
+        found = {"score": METRICS[self.images.metric](scores, truth), "hits": packed_hits(scores, truth)}
+        return {**found, "images_per_s": images_per_s, "seconds": round(time.perf_counter() - start, 3)}
 
     def crops(self, rows: Indices) -> CropLoader:
         """Returns a loader of random views of these images in batches of the settings' size."""
@@ -198,9 +200,9 @@ class _Tuning:
         )
         return network, round(figures.images_per_s, 1)
 
-    def _score(self, network: nn.Module, rows: Indices) -> float:
-        scores = scores_of(self.job, network, self.loader, rows=rows)
-        return METRICS[self.images.metric](scores, self.targets[torch.from_numpy(rows)])
+    def _scored(self, network: nn.Module, rows: Indices) -> tuple[Tensor, Tensor]:
+        """Returns the network's scores of these images and what they should be."""
+        return scores_of(self.job, network, self.loader, rows=rows), self.targets[torch.from_numpy(rows)]
 
     def network(self, *, steps_per_epoch: float) -> Classifier:
         """Returns the classifier with this encoder's weights and a new head."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +22,9 @@ from fastbyol.evaluation.tasks.images import CALIBRATION_IMAGES
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.scoring import outputs, rank_share
 from fastbyol.evaluation.tasks.training import TaskStopped
-from fastbyol.evaluation.tasks.transfer.metrics import METRICS
+from fastbyol.evaluation.tasks.transfer.metrics import METRICS, packed_hits
 from fastbyol.evaluation.tasks.transfer.opening import TransferImages
-from fastbyol.evaluation.tasks.transfer.regression import SWEEP_TOLERANCE, Classifier, LogisticRegression
+from fastbyol.evaluation.tasks.transfer.regression import SWEEP_TOLERANCE, LogisticRegression
 from fastbyol.host.cores import default_workers
 from fastbyol.host.durable_files import durable_file
 from fastbyol.host.progress import Progress
@@ -163,7 +162,7 @@ def choose_and_test(
         for l2 in settings.grid:
             fitted = regression.fit(l2, max_steps=settings.max_steps, tolerance=SWEEP_TOLERANCE)
             unfinished += not fitted.converged
-            scores[l2] = score_of(fitted, features["valid"], labels["valid"], metric)
+            scores[l2] = metric(fitted.scores(features["valid"]).cpu(), labels["valid"])
             progress.advance()
             if job.stop.requested:
                 raise TaskStopped(
@@ -180,18 +179,16 @@ def choose_and_test(
         )
         fitted = whole.fit(chosen, max_steps=10 * settings.max_steps)
         progress.advance()
+    tested = fitted.scores(features["test"]).cpu()
     return {
-        "score": score_of(fitted, features["test"], labels["test"], metric),
+        "score": metric(tested, labels["test"]),
+        "hits": packed_hits(tested, labels["test"]),
         "chosen": {"l2": chosen, "valid": scores[chosen]},
         "converged": fitted.converged,
         "evaluations": fitted.evaluations,
         "unfinished_fits": unfinished,
         "valid_scores": {f"{l2:.3g}": score for l2, score in scores.items()},
     }
-
-
-def score_of(fitted: Classifier, feature: Tensor, label: Tensor, metric: Callable[[Tensor, Tensor], float]) -> float:
-    return metric(fitted.scores(feature).cpu(), label)
 
 
 def plan_linear(job: Job, settings: TransferLinearSettings, images: TransferImages) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbyol.config.errors import UserError
+from fastbyol.evaluation.tasks.scoring import packed
 
 RECALL_LEVELS = 10
 """The eleven points are recall 0/10, 1/10 ... 10/10."""
@@ -53,6 +54,11 @@ def average_precision(score: Tensor, truth: Tensor) -> float:
     # In integers: 3/10 of ten images is a recall of 0.3, which as floating-point numbers 3 / 10 and 3 * 0.1 disagree about.
     reached = [precision[found * RECALL_LEVELS >= level * total].max().item() for level in range(RECALL_LEVELS + 1)]
     return sum(reached) / len(reached)
+
+
+def packed_hits(score: Tensor, label: Tensor) -> str:
+    """Returns which images' highest score is that of their label, as text for a part of a job; '' for labels of several classes."""
+    return packed(score.argmax(1) == label) if label.ndim == 1 else ""
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"top1": top1, "mean_per_class": mean_per_class, "map11": mean_ap}

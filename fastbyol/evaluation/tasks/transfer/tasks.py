@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from fastbyol.config.errors import Diverged, UserError, first_line
+from fastbyol.evaluation.comparison import Comparison, compare_hits
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.scoring import unpacked
 from fastbyol.evaluation.tasks.training import raise_if_stopped
 from fastbyol.evaluation.tasks.transfer.finetune import (
     TransferFinetuneSettings,
@@ -166,6 +168,7 @@ def _result(
         subjects=subjects,
         sizes={"sets": len(opened), "test images": sum(found["test"] for found in opened.values())},
         paper={title: row for title, row in rows.items() if row},
+        comparisons=_comparisons(job, scores),
         notes=[
             *(f"note: {text}" for found in opened.values() for text in found["notes"]),
             *([f"note: {unfinished} fits stopped at --max_steps before they had converged"] if unfinished else []),
@@ -176,6 +179,17 @@ def _result(
         ],
         missing=[name for name in wanted if name in failed],
     )
+
+
+def _comparisons(job: Job, scores: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Comparison]:
+    """Compares the first encoder with each other one on every set with one label an image, by what each got right."""
+    first, *others = job.subjects
+    return {
+        f"{other.title}, top-1 of {name}": compare_hits(unpacked(found["hits"]), unpacked(scores[other.name][name]["hits"]))
+        for name, found in scores[first.name].items()
+        for other in others
+        if found["hits"]
+    }
 
 
 def _by_metric(opened: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
