@@ -31,6 +31,7 @@ class Task:
     title: for tables. what: one line for --help. versions: the settings of 'paper' and 'quick', frozen dataclasses. run: computes the
     result; every rank calls it, rank 0's is used. plan: lines that say how much a job is (images, steps, hours from a measured step, disk, memory),
     without starting it. untrained: whether the same encoder untrained is a subject too.
+    reported: whether --data are images of which `report` makes a page.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Task:
     run: Callable[[Job, Any], TaskResult]
     plan: Callable[[Job, Any], list[str]]
     untrained: bool = True
+    reported: bool = True
 
 
 MODULES: dict[str, str] = {
@@ -169,7 +171,8 @@ def run_task(
     # A line of its own: a table's title breaks where the table ends.
     say(f"{task.title}, {result.version} settings; images: {sizes}")
     print_table(task_table(result))
-    say(*result.notes, *comparison_lines(result), f"next: {next_command(options.checkpoint, options.data)}")
+    following = [f"next: {next_command(options.checkpoint, options.data)}"] if task.reported else []
+    say(*result.notes, *comparison_lines(result), *following)
 
 
 def known_result(job: Job) -> TaskResult | None:

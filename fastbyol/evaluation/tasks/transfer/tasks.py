@@ -166,7 +166,7 @@ def _result(
         settings=dict(job.settings),
         columns=columns,
         subjects=subjects,
-        sizes={"sets": len(opened), "test images": sum(found["test"] for found in opened.values())},
+        sizes={"set" if len(opened) == 1 else "sets": len(opened), "test images": sum(found["test"] for found in opened.values())},
         paper={title: row for title, row in rows.items() if row},
         comparisons=_comparisons(job, scores),
         notes=[
@@ -269,6 +269,7 @@ TASKS = {
         },
         run=_run_linear,
         plan=_plan_linear,
+        reported=False,
     ),
     "transfer finetune": Task(
         title="transfer, fine-tuned",
@@ -287,5 +288,6 @@ TASKS = {
         },
         run=_run_finetune,
         plan=_plan_finetune,
+        reported=False,
     ),
 }
