@@ -28,6 +28,8 @@ WHAT = {
     "knn": "k-nearest neighbours on frozen features (--settings paper: a grid of k, temperature and votes)",
     "finetune": "the whole network fine-tuned with all labels",
     "semi": "the whole network fine-tuned with 1 % and 10 % of the labels",
+    "transfer linear": "logistic regression on frozen features of the paper's other data sets, or your own",
+    "transfer finetune": "the whole network fine-tuned on the paper's other data sets, or your own",
     "labelfree": "quality of the features of images that have no labels",
     "all": "linear, knn and labelfree, as far as the images allow",
 }

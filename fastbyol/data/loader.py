@@ -155,7 +155,10 @@ class ImageLoader(_Loader):
     def __init__(
         self, source: Source, *, views: ViewPair, batch: int, workers: int = 1, prefetch: int = 2, crop_share: float = EVAL_SHARE
     ) -> None:
-        """Takes ownership of the source: `close` closes it. Only size, interpolation and normalisation of `views` are used."""
+        """Takes ownership of the source: `close` closes it. Only size, interpolation and normalisation of `views` are used.
+
+        crop_share: side of the centred square as a share of the short side.
+        """
         require_at_least("batch", batch, 1)
         super().__init__(KernelRenderer(source, views, num_views=1, workers=workers, prefetch=prefetch))
         self._batch, self._crop_share = batch, crop_share
@@ -178,9 +181,10 @@ class ImageLoader(_Loader):
         return batch
 
     def _render(self, plan: Iterable[Indices]) -> Iterator[ImageBatch]:
-        for rendered in self._renderer.batches(
-            plan, lambda _, height, width: centre_crop_parameters(height=height, width=width, share=self._crop_share)
-        ):
+        def draw(_: Indices, height: Indices, width: Indices) -> NDArray[np.float32]:
+            return centre_crop_parameters(height=height, width=width, share=self._crop_share)
+
+        for rendered in self._renderer.batches(plan, draw):
             index = rendered.indices
             image, label = rendered.views[0].permute(0, 3, 1, 2), self._labels[index]
             yield ImageBatch(image, torch.from_numpy(label), torch.from_numpy(index.copy()))

@@ -85,6 +85,7 @@ class TaskResult:
     protocol: name of the task. version: 'paper' or 'quick'. columns: title of each score, a share in [0, 1] where it ends with ' %', lower is
     better where it begins with '-'. sizes: number of images by split. paper: its rows, by title, in the unit of the titles (per cent).
     comparisons: the trained encoder against the others on the same test images. notes: what a reader must know to compare with the paper.
+    missing: names of parts without a score, as data sets that are not there; the same command tries them again.
     """
 
     protocol: str
@@ -96,6 +97,7 @@ class TaskResult:
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 Result = ProtocolResult | LabelFreeResult

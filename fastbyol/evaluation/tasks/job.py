@@ -19,6 +19,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.evaluation.embedding import weights_digest
+from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.subjects import untrained_encoder
 from fastbyol.export import encoder_of
 from fastbyol.host.durable_files import write_durably
@@ -58,6 +59,7 @@ class Job:
 
     data: as typed. folder: of result files. precision: number formats and compilation, as in training. batch: images per forward pass
     without gradients. workers: decoding threads or processes of this rank; 0: its share of the cores. seed: of all random choices.
+    earlier: on rank 0, an incomplete result of this job, whose scores a task may keep.
     """
 
     task: str
@@ -74,6 +76,7 @@ class Job:
     workers: int = 0
     seed: int = 0
     announce: Callable[[str], None] = lambda _: None
+    earlier: TaskResult | None = None
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Task:
     title: for tables. what: one line for --help. versions: the settings of 'paper' and 'quick', frozen dataclasses. run: computes the
     result; every rank calls it, rank 0's is used. plan: lines that say how much a job is (images, steps, hours from a measured step, disk, memory),
     without starting it. untrained: whether the same encoder untrained is a subject too.
+    reported: whether --data are images of which `report` makes a page.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Task:
     run: Callable[[Job, Any], TaskResult]
     plan: Callable[[Job, Any], list[str]]
     untrained: bool = True
+    reported: bool = True
 
 
 MODULES: dict[str, str] = {
@@ -46,6 +48,8 @@ MODULES: dict[str, str] = {
     "knn": "knn_sweep",
     "finetune": "finetune",
     "semi": "semi",
+    "transfer linear": "transfer.tasks",
+    "transfer finetune": "transfer.tasks",
 }
 """Module of each task, imported when it is chosen: a task must not make the others wait for its libraries."""
 
@@ -69,6 +73,15 @@ def task_table(result: TaskResult) -> RenderableType:
     for row, values in result.paper.items():
         table.add_row(row, *(_cell(values.get(key), column, scale=1.0) for key, column in result.columns.items()), style="dim")
     return table
+
+
+def print_table(table: RenderableType) -> None:
+    """Prints the table as wide as it is: in 80 columns, as in a log, a column for each of thirteen data sets would be a letter wide."""
+    from rich.console import Console
+
+    console = Console()
+    width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    Console(width=max(console.width, width)).print(table)
 
 
 def _cell(value: float | None, column: str, *, scale: float) -> str:
@@ -136,8 +149,9 @@ def run_task(
             say(*lines)
         return
     # Rank 0 decides for all: another rank must not wait for it in a collective.
-    known = broadcast_from_main(not options.again and process.is_main and known_result(job) is not None)
-    result = known_result(job) if known else task.run(job, settings)
+    found = known_result(job) if process.is_main and not options.again else None
+    known = broadcast_from_main(found is not None and not found.missing)
+    result = found if known else task.run(replace(job, earlier=found), settings)
     if not process.is_main:
         return
     assert result is not None
@@ -154,13 +168,12 @@ def run_task(
             provenance=collect_provenance(),
         )
         job.clear()
-    from rich.console import Console
-
     sizes = ", ".join(f"{count:,} {split}" for split, count in result.sizes.items())
     # A line of its own: a table's title breaks where the table ends.
     say(f"{task.title}, {result.version} settings; images: {sizes}")
-    Console().print(task_table(result))
-    say(*result.notes, *comparison_lines(result), f"next: {next_command(options.checkpoint, options.data)}")
+    print_table(task_table(result))
+    following = [f"next: {next_command(options.checkpoint, options.data)}"] if task.reported else []
+    say(*result.notes, *comparison_lines(result), *following)
 
 
 def known_result(job: Job) -> TaskResult | None:
