@@ -122,7 +122,7 @@ def dilate_group(group: nn.Module, *, dilation: int = 2) -> None:
 def _timm_features(name: str, *, output_stride: int | None) -> Any:
     import timm
 
-    wish = {} if output_stride is None else {"output_stride": output_stride}
+    wish: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
     try:
         return timm.create_model(name, pretrained=False, features_only=True, **wish)
     except Exception as error:  # timm raises whatever the model's constructor does: TypeError, RuntimeError, AttributeError, AssertionError

@@ -41,7 +41,10 @@ class Task:
     untrained: bool = True
 
 
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "segmentation": "segmentation",
+    "depth": "depth",
+}
 """Module of each task, imported when it is chosen: a task must not make the others wait for its libraries."""
 
 

@@ -116,7 +116,7 @@ def train_network(
             source.close()
     copy_from_main(network.buffers())
     seconds, steps = time.monotonic() - start, total_steps - first
-    return TrainingFigures(steps, seconds, step_images * steps / seconds if steps else 0.0, float(loss))
+    return TrainingFigures(steps, seconds, step_images * steps / seconds if steps else 0.0, float(loss.detach()))
 
 
 def _require_finite(job: Job, key: str, loss: Tensor, done: int) -> None:
