@@ -44,6 +44,7 @@ class Task:
 MODULES: dict[str, str] = {
     "segmentation": "segmentation",
     "depth": "depth",
+    "detection": "detection",
 }
 """Module of each task, imported when it is chosen: a task must not make the others wait for its libraries."""
 

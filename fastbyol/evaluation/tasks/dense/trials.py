@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,31 +152,38 @@ def prepared(network: nn.Module, job: Job) -> nn.Module:
 # ---- comparison
 
 
-class Score(Protocol):
-    """Returns the score of a weighted set of images from their statistics, (N, ...); larger is better."""
-
-    def __call__(self, statistics: NDArray[np.float64], weights: NDArray[np.float64]) -> float: ...
+Score = Callable[[NDArray[np.float64]], float]
+"""Returns the score of a weighted set of images from the weight of each, (N,); larger is better."""
 
 
-def compare_statistics(subject: Sequence[NDArray[Any]], baseline: Sequence[NDArray[Any]], score: Score, *, seed: int = 0) -> Comparison:
+def compare_scores(
+    subject: Sequence[Score], baseline: Sequence[Score], *, alone: tuple[NDArray[Any], NDArray[Any]], resamples: int = RESAMPLES
+) -> Comparison:
     """Compares the mean score over seeds of two encoders on the same images; the interval is a bootstrap over the images.
 
-    subject, baseline: statistics of each seed, (N, ...) with a row for each image. gained, lost: images that alone score higher, or lower.
+    subject, baseline: of each seed. alone: (N,) figure of each image by itself; gained and lost are the images where it is higher, or lower.
     """
-    num = len(subject[0])
-    pairs = [[np.asarray(each, dtype=np.float64) for each in many] for many in (subject, baseline)]
+    num = len(alone[0])
 
     def difference(weights: NDArray[np.float64]) -> float:
-        mine, others = (np.mean([score(each, weights) for each in many]) for many in pairs)
-        return float(mine - others)
+        return float(np.mean([score(weights) for score in subject]) - np.mean([score(weights) for score in baseline]))
 
-    generator = np.random.default_rng(seed)
-    drawn = [difference(generator.multinomial(num, np.full(num, 1 / num)).astype(np.float64)) for _ in range(RESAMPLES)]
-    one = np.ones(1)
-    alone = [[np.mean([score(each[i : i + 1], one) for each in many]) for i in range(num)] for many in pairs]
-    better = [a - b for a, b in zip(*alone, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    generator = np.random.default_rng(0)
+    drawn = [difference(generator.multinomial(num, np.full(num, 1 / num)).astype(np.float64)) for _ in range(resamples)]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return Comparison(difference(np.ones(num)), float(low), float(high), int(sum(d > 0 for d in better)), int(sum(d < 0 for d in better)))
+    gained, lost = int((alone[0] > alone[1]).sum()), int((alone[0] < alone[1]).sum())
+    return Comparison(difference(np.ones(num)), float(low), float(high), gained, lost)
+
+
+def compare_statistics(
+    subject: Sequence[NDArray[Any]], baseline: Sequence[NDArray[Any]], score: Callable[[NDArray[Any], NDArray[np.float64]], float]
+) -> Comparison:
+    """Compares encoders by a score of weighted sums: `score(statistics, weights)` with a row of statistics for each image, (N, ...)."""
+    pairs = [[np.asarray(each, dtype=np.float64) for each in many] for many in (subject, baseline)]
+    one = np.ones(1)
+    alone = [np.array([np.mean([score(each[row : row + 1], one) for each in many]) for row in range(len(many[0]))]) for many in pairs]
+    mine, others = ([partial(score, each) for each in many] for many in pairs)
+    return compare_scores(mine, others, alone=(alone[0], alone[1]))
 
 
 # ---- estimates
