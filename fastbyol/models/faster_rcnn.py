@@ -7,6 +7,7 @@ Grill et al., section 4, and MoCo's detection code (detectron2's R50-C4): the ba
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Detector(nn.Module):
     [0, 1]; targets have 'boxes' and 'labels' (from 1). Frozen parts stay in evaluation mode.
     """
 
-    def __init__(self, network: nn.Module, *, frozen: list[nn.Module], fixed_norms: list[nn.Module]) -> None:
+    def __init__(self, network: nn.Module, *, frozen: Sequence[nn.Module], fixed_norms: Sequence[nn.Module]) -> None:
         super().__init__()
         self.network = network
         self._kept_in_eval = [*frozen, *fixed_norms]

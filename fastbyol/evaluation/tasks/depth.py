@@ -215,12 +215,11 @@ class DepthImages:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def _read(self, index: int) -> tuple[Any, Any]:
-        """Returns the frame in its reduced size; the depth, in metres, by nearest neighbours: a mean over an edge is the depth of nothing."""
+    def _reduced(self, image: Tensor, depth: Tensor) -> tuple[Any, Any]:
+        """Returns a frame in its reduced size; the depth by nearest neighbours: a mean over an edge is the depth of nothing."""
         from torchvision import tv_tensors
         from torchvision.transforms import v2
 
-        image, depth = self.frames.read(index)
         pair = tv_tensors.Image(image), tv_tensors.Mask(depth)
         if self.settings.frame_scale == 1:
             return pair
@@ -233,7 +232,7 @@ class DepthImages:
 
         settings = self.settings
         view = v2.Compose([v2.CenterCrop(list(settings.crop_px)), v2.RandomHorizontalFlip(settings.flip_p)])
-        image, depth = view(*self._read(index))
+        image, depth = view(*self._reduced(*self.frames.read(index)))
         return self._coloured(image.as_subclass(Tensor)), depth.as_subclass(Tensor)
 
     def _coloured(self, image: Tensor) -> Tensor:
@@ -252,8 +251,8 @@ class DepthImages:
         """Returns the reduced image, uint8 (3, h, w), and the depth it is scored with, in the frame's own resolution, float32 (H, W)."""
         from torchvision.transforms import v2
 
-        image, _ = self._read(index)
-        depth = self.frames.read(index)[1]
+        whole, depth = self.frames.read(index)
+        image, _ = self._reduced(whole, depth)
         if self.settings.test_view == "crop":
             image = v2.CenterCrop(list(self.settings.crop_px))(image)
             depth = v2.CenterCrop(

@@ -222,10 +222,10 @@ class SegmentationImages:
         from torchvision.transforms import v2
 
         image, labels = self._read(index)
-        size, crop_px = tuple(image.shape[-2:]), self.settings.crop_px
+        size, crop_px, (least, most) = tuple(image.shape[-2:]), self.settings.crop_px, self.settings.scale
         view = v2.Compose(
             [
-                v2.ScaleJitter(size, scale_range=self.settings.scale, antialias=True),
+                v2.ScaleJitter(size, scale_range=(least, most), antialias=True),
                 v2.RandomCrop(crop_px, pad_if_needed=True, fill=self._fills()),
                 v2.RandomHorizontalFlip(self.settings.flip_p),
             ]

@@ -23,7 +23,6 @@ from fastbyol.evaluation.tasks.dense.files import IMAGE_SUFFIXES, read_depth, re
 
 LABELLED, SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
 UNITS_PER_M = 1000.0
-MAX_DEPTH_M = 1000.0
 _MAX_SPLITS_BYTES = 2**20
 
 
@@ -158,13 +157,13 @@ def _open_hdf5(path: Path) -> Any:
         images, depths = file.get("images"), file.get("depths")
     except OSError as error:
         raise UserError(f"{printable(str(path))}: is not a MATLAB 7.3 file ({shortened(error)})") from error
-    shapes = [getattr(each, "shape", None) for each in (images, depths)]
-    if any(shape is None for shape in shapes):
+    if not isinstance(images, h5py.Dataset) or not isinstance(depths, h5py.Dataset):
         raise UserError(f"{printable(str(path))}: has no arrays 'images' and 'depths'")
-    sound = len(shapes[0]) == 4 and shapes[0][1] == 3 and shapes[1] == (shapes[0][0], *shapes[0][2:]) and min(shapes[0]) > 0
-    if not sound or images.dtype != np.uint8 or depths.dtype.kind != "f" or max(shapes[0][2:]) > 8192:
+    shape = images.shape
+    sound = len(shape) == 4 and shape[1] == 3 and depths.shape == (shape[0], *shape[2:]) and min(shape) > 0 and max(shape[2:]) <= 8192
+    if not sound or images.dtype != np.uint8 or depths.dtype.kind != "f":
         raise UserError(
-            f"{printable(str(path))}: images are {images.dtype} {shapes[0]} and depths {depths.dtype} {shapes[1]}; expected uint8 (frames, 3, W, H) and "
+            f"{printable(str(path))}: images are {images.dtype} {shape} and depths {depths.dtype} {depths.shape}; expected uint8 (frames, 3, W, H) and "
             "floats (frames, W, H)"
         )
     return file
