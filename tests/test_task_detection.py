@@ -314,7 +314,10 @@ def write_xml(folder: Path, *objects: tuple[object, ...], name: str = "a") -> No
         (lambda f: write_xml(f, ("dog", 0, 1, 1, 41, 30)), r"a\.xml: the box of dog 1, 1, 41, 30 is not in its image of 40 x 30 px"),
         (lambda f: write_xml(f, ("dog", 0, 0, 1, 10, 10)), "the box of dog 0, 1, 10, 10 is not in its image"),
         (lambda f: write_xml(f, ("dog", 0, 9, 1, 8, 10)), "the box of dog 9, 1, 8, 10"),
-        (lambda f: [write_xml(f, ("dog", 0, 9, 1, 99, 10), name=n) for n in "ab"], r"2 of 2 annotations of 2007_trainval have such a fault"),
+        (
+            lambda f: [write_xml(f, ("dog", 0, 9, 1, 99, 10), name=n) for n in "ab"],
+            r"2 of 2 annotations of 2007_trainval have such a fault",
+        ),
         (lambda f: write_xml(f, ("unicorn", 0, 1, 1, 9, 9)), "an object of class 'unicorn'; the classes are aeroplane"),
         (lambda f: write_xml(f, ("dog", 0, "x", 1, 9, 9)), "without the four corners"),
         (lambda f: write_xml(f, name="a"), "no training image has an object"),

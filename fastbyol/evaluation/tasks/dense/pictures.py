@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastbyol.data.demo.scene_layouts import voc_palette
 from fastbyol.data.traversal import Indices
+from fastbyol.evaluation.report_tasks import picture_file
 from fastbyol.evaluation.tasks.job import Job
 
 SAMPLES = 6
@@ -40,10 +41,6 @@ def kept_predictions(job: Job, key: str) -> dict[int, NDArray[Any]]:
             return {int(name): arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError):
         return {}
-
-
-def picture_path(job: Job) -> Path:
-    return job.folder / f"{job.task}-{job.digest}.png"
 
 
 def draw_samples(
@@ -85,7 +82,7 @@ def draw_samples(
         place.set_axis_off()
     if bar and described is not None:
         figure.colorbar(described, ax=axes, label=bar, shrink=0.6)
-    path = picture_path(job)
+    path = picture_file(job.folder, task=job.task, digest=job.digest)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
