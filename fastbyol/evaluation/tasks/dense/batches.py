@@ -68,6 +68,8 @@ def _loaded(job: Job, dataset: Dataset[Any], *, to_device: bool = True, **option
         # spawn: forking a process that runs torch's threads may deadlock.
         processes = {"num_workers": count, "multiprocessing_context": "spawn", "worker_init_fn": _ignore_signals}
     device = job.process.device
+    # A generator of its own: a DataLoader draws a number from the global one when it starts.
+    options["generator"] = torch.Generator()
     loader = DataLoader(dataset, pin_memory=to_device and device.type == "cuda", **processes, **options)
     # The workers start here and inherit the blocked signal: only this process answers Ctrl-C, and then ends them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
