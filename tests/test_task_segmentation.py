@@ -127,6 +127,20 @@ def test_mean_iou_equals_torchmetrics_and_weights_count_images_twice() -> None:
     assert mean_iou(confusions, weights) == pytest.approx(mean_iou(confusions[[0, 0, 1, 3, 4]].sum(axis=0)))
 
 
+@pytest.mark.parametrize(("encoder_rate", "moves"), [(0.0, False), (0.1, True)])
+def test_a_rate_of_0_freezes_the_encoder_with_its_statistics_and_another_scales_its_steps(encoder_rate: float, moves: bool) -> None:
+    network = SegmentationNetwork(backbone_of(tiny_encoder(), dilate_last=True), classes=3, channels=4, dilation=1)
+    optimizer = segmentation._optimizer(network, dataclasses.replace(SMALL, encoder_rate=encoder_rate))
+    assert [group.get("lr_factor", 1.0) for group in optimizer.param_groups] == ([1.0, 0.1] if moves else [1.0])
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    pixel_loss(network.train()(torch.rand(2, 3, 32, 32)), torch.ones(2, 32, 32).long()).backward()
+    optimizer.step()
+    changed = {name.split(".")[0] for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == ({"backbone", "head"} if moves else {"head"})
+
+
 # ---- images
 
 

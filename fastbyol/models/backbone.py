@@ -6,7 +6,7 @@ Parameters keep their names, so that the same weights load. The last group can b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -24,9 +24,18 @@ class Backbone(nn.Module):
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    frozen = False
 
     def forward(self, x: Tensor) -> list[Tensor]:
         raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Keeps the parameters as they are, and the batch norms at their running statistics, in training too."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self.frozen)
 
     def last(self, x: Tensor) -> Tensor:
         """Returns the coarsest map."""

@@ -44,6 +44,7 @@ from fastbyol.evaluation.tasks.dense.trials import (
     prepared,
     rate_at,
     run_trials,
+    sgd,
     spread_rows,
     state_mib,
 )
@@ -80,6 +81,8 @@ class DepthSettings:
     """steps of a linear warm-up (the paper states none)"""
     momentum: float = 0.9
     """of SGD (the paper does not state it)"""
+    encoder_rate: float = 1.0
+    """factor of the encoder's learning rate; 0: frozen, with its batch norms' running statistics"""
     weight_decay: float = 5e-4
     """of all parameters"""
     seeds: int = 1
@@ -112,7 +115,7 @@ class DepthSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_images", "seeds", "first_channels"):
             require_at_least(f"--{name}", getattr(self, name), 1)
-        for name in ("warmup_steps", "test_images", "weight_decay"):
+        for name in ("warmup_steps", "test_images", "weight_decay", "encoder_rate"):
             require_at_least(f"--{name}", getattr(self, name), 0)
         for name in ("lr", "frame_scale", "huber_share"):
             require_positive(f"--{name}", getattr(self, name))
@@ -127,11 +130,12 @@ class DepthSettings:
         require_choice("--test_view", self.test_view, VIEWS)
 
 
-# For 48 px and a small encoder of stride 8: two up-projections give maps of 24 x 24 positions.
+# For 48 px and a small encoder of stride 8: two up-projections give maps of 24 x 24 positions. The encoder is frozen, as in segmentation.
 QUICK = DepthSettings(
     steps=300,
     batch_images=16,
     lr=0.01,
+    encoder_rate=0.0,
     drop_at=(0.7, 0.9),
     frame_scale=1.0,
     crop_px=(48, 48),
@@ -298,7 +302,14 @@ def build_network(subject: Subject, settings: DepthSettings, images: DepthImages
 
 
 def _optimizer(network: nn.Module, settings: DepthSettings) -> torch.optim.Optimizer:
-    return torch.optim.SGD(network.parameters(), lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    assert isinstance(network, DepthNetwork)
+    return sgd(
+        network,
+        network.backbone,
+        encoder_rate=settings.encoder_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def _loss(subject: Subject, share: float, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from fastbyol.data.traversal import Indices, seeded_permutation
 from fastbyol.evaluation.comparison import Comparison
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.host.quantities import duration_text
+from fastbyol.models.backbone import Backbone
 from fastbyol.run.precision import autocast, prepare_model
 
 _HELD_OUT_STREAM, _CALIBRATION_STREAM = 0x76616C69, 0x63616C69  # "vali", "cali" in ASCII
@@ -144,6 +145,17 @@ def calibration_images(read: Callable[[int], Tensor], subject: Subject, *, num_t
         return normalised(torch.stack([read(int(row)) for row in order]), subject)
 
 
+def sgd(network: nn.Module, backbone: Backbone, *, encoder_rate: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Returns SGD over the network; the backbone's rate is `encoder_rate` times the others', and for 0 it is frozen here."""
+    if not encoder_rate:
+        backbone.freeze()
+    inner = {id(parameter) for parameter in backbone.parameters()}
+    groups: list[dict[str, Any]] = [{"params": [p for p in network.parameters() if id(p) not in inner]}]
+    if encoder_rate:
+        groups.append({"params": list(backbone.parameters()), "lr_factor": encoder_rate})
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+
+
 def prepared(network: nn.Module, job: Job) -> nn.Module:
     """Moves the network to the job's device and memory layout; compiled where the job's precision says so."""
     return prepare_model(network, job.precision, device=job.process.device)
@@ -208,9 +220,8 @@ def measure_training(
     loss_of: Callable[[nn.Module, Any], Tensor],
     batches: Iterator[Any],
     images: int,
-    repeats: int = 2,
 ) -> MeasuredStep:
-    """Takes a training step of `images` images on this rank once to warm up, then `repeats` times."""
+    """Takes a training step of `images` images on this rank once to warm up, then twice, or once if it takes longer than ten seconds."""
     device = job.process.device
 
     def step() -> None:
@@ -220,20 +231,21 @@ def measure_training(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    first = time.perf_counter()
     step()
     _settle(device)
     start = time.perf_counter()
+    repeats = 1 if start - first > 10 else 2
     for _ in range(repeats):
         step()
     _settle(device)
-    seconds = (time.perf_counter() - start) / repeats
-    return MeasuredStep(seconds, images, peak_memory_gib(device))
+    return MeasuredStep((time.perf_counter() - start) / repeats, images, peak_memory_gib(device))
 
 
 def measured_images(job: Job, batch_images: int, *, size_px: int) -> int:
-    """Returns how many images of a rank's share a measured step has: on a CPU the time is proportional, and large ones take minutes."""
+    """Returns how many images a measured step of this rank has: its share, but one on a CPU if they are large, for each takes a minute."""
     share = max(1, batch_images // job.process.world_size)
-    return min(share, 2) if job.process.device.type == "cpu" and size_px > 128 else share
+    return 1 if job.process.device.type == "cpu" and size_px > 128 else share
 
 
 def peak_memory_gib(device: torch.device) -> float:
