@@ -19,7 +19,7 @@ from fastbyol.data.demo.scenes import write_scenes
 EXAMPLES = """\
 examples:
   python data_prep/demo_data.py --out demo                  Fashion-MNIST's photographs at random places, sizes and angles: 10 classes
-  python data_prep/demo_data.py --out demo --kind scenes    drawn from code alone, with masks, boxes and depth: 16 classes
+  python data_prep/demo_data.py --out demo --kind scenes    drawn from code alone: 16 classes; voc/ and nyu/ have masks, boxes, depth
 """
 WRITERS = {"fashion": write_fashion, "scenes": write_scenes}
 

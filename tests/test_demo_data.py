@@ -7,6 +7,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from torchvision import datasets
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.demo import fashion, scenes
+from fastbyol.data.demo import fashion, scene_layouts, scenes
 from fastbyol.data.demo.folder import MANIFEST, DemoSettings, image_rng, write_image_folder
 from tests.commands import run_here
 
@@ -206,6 +207,46 @@ def check_annotations(annotations: Path, name: str, label: int) -> None:
     assert depth[mask > 0].max() <= 2700 < 4500 <= depth[mask == 0].min()
     assert depth[mask > 0].min() >= 1600
     assert depth.max() <= 8000
+
+
+def test_scenes_lie_in_vocs_and_nyus_layout_too_with_the_same_masks_boxes_and_depths(tmp_path: Path) -> None:
+    scenes.write_scenes(tmp_path / "out", settings=SMALL, overwrite=False)
+    voc, nyu = tmp_path / "out" / "voc", tmp_path / "out" / "nyu"
+    assert (voc / "classes.txt").read_text().split() == list(scenes.CLASS_NAMES)
+    for split, per_class in (("train", 2), ("val", 1)):
+        listed = (voc / "ImageSets" / "Main" / f"{split}.txt").read_text().split()
+        assert listed == (voc / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+        assert len(listed) == 16 * per_class
+        for identity in listed:
+            _, name = identity.split("_", 1)
+            class_name, number = name.rsplit("_", 1)
+            own = tmp_path / "out" / "annotations" / split / class_name
+            image = tmp_path / "out" / split / class_name / f"{number}.jpg"
+            assert (voc / "JPEGImages" / f"{identity}.jpg").read_bytes() == image.read_bytes()
+            assert (nyu / split / "images" / f"{identity}.jpg").read_bytes() == image.read_bytes()
+            assert (nyu / split / "depth" / f"{identity}.png").read_bytes() == (own / f"{number}_depth.png").read_bytes()
+            mask = Image.open(voc / "SegmentationClass" / f"{identity}.png")
+            assert mask.mode == "P"
+            assert mask.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+            np.testing.assert_array_equal(np.asarray(mask), np.asarray(Image.open(own / f"{number}_mask.png")))
+            found = ElementTree.parse(voc / "Annotations" / f"{identity}.xml").getroot().findall("object")
+            assert [each.findtext("name") for each in found] == [class_name]
+            corners = [int(found[0].findtext(f"bndbox/{corner}") or 0) for corner in ("xmin", "ymin", "xmax", "ymax")]
+            # VOC counts pixels from 1, and its last corner is inside the box.
+            x_min, y_min, x_max, y_max = json.loads((own / "boxes.json").read_text())[number][0]
+            assert corners == [x_min + 1, y_min + 1, x_max, y_max]
+            nearest = np.asarray(Image.open(own / f"{number}_depth.png"))[np.asarray(mask) > 0].min()
+            assert found[0].findtext("difficult") == str(int(nearest > 2400))
+
+
+def test_vocs_palette_has_the_devkits_first_colours() -> None:
+    assert scene_layouts.voc_palette()[[0, 1, 15, 20, 255]].tolist() == [
+        [0, 0, 0],
+        [128, 0, 0],
+        [192, 128, 128],
+        [0, 64, 128],
+        [224, 224, 192],
+    ]
 
 
 def test_another_seed_draws_other_scenes() -> None:

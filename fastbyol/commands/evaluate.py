@@ -32,6 +32,9 @@ WHAT = {
     "transfer finetune": "the whole network fine-tuned on the paper's other data sets, or your own",
     "labelfree": "quality of the features of images that have no labels",
     "all": "linear, knn and labelfree, as far as the images allow",
+    "segmentation": "the encoder with the paper's head, fine-tuned on images and masks in VOC's layout; mean IoU",
+    "detection": "Faster R-CNN on the encoder, trained on images and boxes in VOC's layout; average precision",
+    "depth": "the encoder with fast up-projections, fine-tuned on images with depth as of NYU v2; thresholds and errors",
 }
 """What each task does, for --help."""
 TASK_OPTIONS = ("trained_only", "seed", "dry_run", "again")

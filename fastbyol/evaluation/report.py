@@ -21,6 +21,7 @@ from fastbyol.evaluation.figures import COLLAPSE_PANELS, TRAINING_PANELS, curves
 from fastbyol.evaluation.gallery import draw_views, thumbnails
 from fastbyol.evaluation.protocols import DEFAULT_SETTINGS, PROTOCOLS
 from fastbyol.evaluation.report_images import clusters_section, map_section, neighbours_section, odd_images_section
+from fastbyol.evaluation.report_tasks import task_sections
 from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result, read_current
 from fastbyol.evaluation.subjects import FeatureBank
 from fastbyol.evaluation.summary import headline, label_free_header, label_free_rows, score_header, score_rows
@@ -122,6 +123,7 @@ def report_page(report: Report) -> str:
     sections = [
         _headline_section(report),
         *(_label_free_section(result) for result in report.results if isinstance(result, LabelFreeResult)),
+        *task_sections(report.out or run.results, step=run.step),
         _views_section(report.view_rows),
         _training_section(records),
         _collapse_section(records),

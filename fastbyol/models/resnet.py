@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -170,9 +171,22 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the representation (N, feature_dim) of normalised images (N, 3, H, W)."""
         x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
-        for g in range(self.num_groups):
-            x = self.get_submodule(f"layer{g + 1}")(x)
+        for group in self.groups():
+            x = group(x)
         return x.mean(dim=(2, 3))
+
+    def groups(self) -> list[nn.Sequential]:
+        """Returns the groups of residual blocks, in order."""
+        return [cast(nn.Sequential, self.get_submodule(f"layer{g + 1}")) for g in range(self.num_groups)]
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Returns the output of each group, (N, C, H, W), for normalised images (N, 3, H, W)."""
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
+        maps = []
+        for group in self.groups():
+            x = group(x)
+            maps.append(x)
+        return maps
 
 
 def _group(

@@ -7,6 +7,8 @@ learn nothing within minutes. Beside the ImageFolder of train/ and val/, each im
     annotations/<split>/<class>/<name>_mask.png     uint8: 0 background, else the class's index in CLASS_NAMES plus 1 (as in VOC)
     annotations/<split>/<class>/<name>_depth.png    uint16: distance in millimetres
     annotations/<split>/<class>/boxes.json          {name: [[x_min, y_min, x_max, y_max], …]} in px; x_max and y_max are exclusive
+
+The same images lie in voc/ and nyu/ too, in the layouts of the paper's dense tasks (`scene_layouts.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_rng, save_jpeg, write_image_folder
+from fastbyol.data.demo.scene_layouts import make_folders, scene_id, write_in_layouts, write_lists
 
 CANVAS_PX = 48
 SHAPES = ("cross", "disc", "star", "triangle")
@@ -72,25 +75,53 @@ class SceneClass:
         images, annotations = (root / top / self.split / CLASS_NAMES[self.label] for top in (".", "annotations"))
         images.mkdir(parents=True)
         annotations.mkdir(parents=True)
+        make_folders(root, split=self.split)
         boxes = {}
         for index in range(self.num_images):
             name = f"{index:05d}"
             scene = draw_scene(self.label, rng=image_rng(self.seed, self.split, self.label, index))
-            save_jpeg(scene.image, images / f"{name}.jpg")
-            Image.fromarray(scene.mask.astype(np.uint8) * (self.label + 1)).save(annotations / f"{name}_mask.png")
-            Image.fromarray(np.round(scene.depth * 1000).astype(np.uint16)).save(annotations / f"{name}_depth.png")
+            image_file, depth_file = images / f"{name}.jpg", annotations / f"{name}_depth.png"
+            mask = scene.mask.astype(np.uint8) * (self.label + 1)
+            save_jpeg(scene.image, image_file)
+            Image.fromarray(mask).save(annotations / f"{name}_mask.png")
+            Image.fromarray(np.round(scene.depth * 1000).astype(np.uint16)).save(depth_file)
             boxes[name] = scene.boxes
+            write_in_layouts(
+                root,
+                split=self.split,
+                identity=scene_id(self.split, CLASS_NAMES[self.label], index),
+                class_name=CLASS_NAMES[self.label],
+                mask=mask,
+                boxes=scene.boxes,
+                depth=scene.depth,
+                image_file=image_file,
+                depth_file=depth_file,
+            )
         (annotations / "boxes.json").write_text(json.dumps(boxes) + "\n")
 
 
+@dataclass(frozen=True)
+class SceneLists:
+    """Writes the lists of a split's ids into the layouts; a `folder.ClassWriter` of no image."""
+
+    split: str
+    per_class: int
+    num_images: int = 0
+
+    def write(self, root: Path) -> None:
+        identities = [scene_id(self.split, name, index) for name in CLASS_NAMES for index in range(self.per_class)]
+        write_lists(root, split=self.split, identities=identities, class_names=CLASS_NAMES)
+
+
 def write_scenes(out: Path, *, settings: DemoSettings, overwrite: bool) -> None:
-    """Writes the ImageFolder of sixteen classes and its annotations to `out`.
+    """Writes the ImageFolder of sixteen classes, its annotations, and the layouts voc/ and nyu/ to `out`.
 
     Raises:
         UserError: `out` can't be used.
     """
     writers = [SceneClass(split, label, settings.seed, settings.per_class(split)) for split in SPLITS for label in range(len(CLASS_NAMES))]
-    write_image_folder(out, kind="scenes", class_writers=writers, settings=settings, overwrite=overwrite)
+    lists = [SceneLists(split, settings.per_class(split)) for split in SPLITS]
+    write_image_folder(out, kind="scenes", class_writers=[*writers, *lists], settings=settings, overwrite=overwrite)
 
 
 def draw_scene(label: int, *, rng: np.random.Generator) -> Scene:

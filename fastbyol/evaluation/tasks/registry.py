@@ -50,6 +50,9 @@ MODULES: dict[str, str] = {
     "semi": "semi",
     "transfer linear": "transfer.tasks",
     "transfer finetune": "transfer.tasks",
+    "segmentation": "segmentation",
+    "depth": "depth",
+    "detection": "detection",
 }
 """Module of each task, imported when it is chosen: a task must not make the others wait for its libraries."""
 

@@ -28,10 +28,11 @@ Chosen = TypeVar("Chosen", bound=Settings)
 def add_settings(parser: argparse.ArgumentParser, versions: Mapping[str, Settings]) -> None:
     """Adds --settings, and an option for each field of the settings; its help is the text below the field."""
     cls = type(next(iter(versions.values())))
-    parser.add_argument("--settings", choices=VERSIONS, default="quick", help="the paper's protocol, or one for small sets (%(default)s)")
+    names = tuple(dict.fromkeys((*VERSIONS, *versions)))
+    parser.add_argument("--settings", choices=names, default="quick", help="the paper's protocol, or one for small sets (%(default)s)")
     docs = field_docs(cls)
     for field in dataclasses.fields(cls):
-        defaults = " | ".join(f"{name} {_text(getattr(versions[name], field.name))}" for name in VERSIONS if name in versions)
+        defaults = " | ".join(f"{name} {_text(getattr(versions[name], field.name))}" for name in names if name in versions)
         text = f"{docs.get(field.name, '')} ({defaults})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", dest=f"{PREFIX}{field.name}", metavar="VALUE", help=text)
 

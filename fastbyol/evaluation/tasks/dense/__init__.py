@@ -1,0 +1,1 @@
+"""What segmentation, detection and depth share: files and layouts, batches, trials, comparison, pictures."""

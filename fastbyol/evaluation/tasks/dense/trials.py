@@ -1,0 +1,284 @@
+"""Trains and tests every encoder of a job: rates on held-out images, then a training for each seed; compares them on the same images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastbyol.config.errors import Diverged, UserError, require, require_positive
+from fastbyol.data.traversal import Indices, seeded_permutation
+from fastbyol.evaluation.comparison import Comparison
+from fastbyol.evaluation.tasks.job import Job, Subject
+from fastbyol.host.quantities import duration_text
+from fastbyol.models.backbone import Backbone
+from fastbyol.run.precision import autocast, prepare_model
+
+_HELD_OUT_STREAM, _CALIBRATION_STREAM = 0x76616C69, 0x63616C69  # "vali", "cali" in ASCII
+RESAMPLES = 1000
+CALIBRATION_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training to do: its name in the job, and what differs between the trials of a task.
+
+    train_rows, test_rows: of the task's train images, or, where test_rows is None, all of its test images are tested.
+    """
+
+    key: str
+    lr: float
+    seed: int
+    train_rows: Indices
+    test_rows: Indices | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the trials of one encoder gave: the chosen rate, the parts of its seeds, the scores on held-out images by rate."""
+
+    lr: float
+    parts: list[dict[str, Any]]
+    held_out: dict[str, float | str] = field(default_factory=dict)
+
+    def mean(self, name: str) -> float:
+        return float(np.mean([part["scores"][name] for part in self.parts]))
+
+    @property
+    def seconds(self) -> float:
+        return float(sum(part["seconds"] for part in self.parts))
+
+
+def run_trials(
+    job: Job,
+    *,
+    lrs: Sequence[float],
+    seeds: int,
+    held_out: int,
+    num_train: int,
+    selected_by: str,
+    run: Callable[[Subject, Trial], dict[str, Any]],
+) -> dict[str, Outcome]:
+    """Returns the outcome of every subject. `run` trains and tests once, and returns a plain dict with 'scores' and 'seconds'.
+
+    With several rates each is first tried on the train images without `held_out` random ones, and the one with the best score
+    `selected_by` on those is used for all seeds, on all train images.
+    """
+    rows, outcomes = np.arange(num_train), {}
+    for subject in job.subjects:
+        lr, tried = float(lrs[0]), {}
+        if len(lrs) > 1:
+            rest, held = _held_out(rows, held_out, seed=job.seed)
+            for each in lrs:
+                trial = Trial(f"{subject.name} rate {each:g}", each, job.seed, rest, held)
+                part = job.once(trial.key, lambda s=subject, t=trial: _or_diverged(run, s, t))
+                tried[f"{each:g}"] = part.get("diverged") or part["scores"][selected_by]
+            good = {float(name): value for name, value in tried.items() if isinstance(value, float)}
+            if not good:
+                raise Diverged(f"{job.task}: {subject.title}: the loss is not finite at any of the rates {', '.join(tried)}")
+            lr = max(good, key=lambda each: good[each])
+        parts = []
+        for number in range(seeds):
+            trial = Trial(f"{subject.name} seed {job.seed + number}", lr, job.seed + number, rows)
+            parts.append(job.once(trial.key, lambda s=subject, t=trial: run(s, t)))
+        outcomes[subject.name] = Outcome(lr, parts, tried)
+    return outcomes
+
+
+def _or_diverged(run: Callable[[Subject, Trial], dict[str, Any]], subject: Subject, trial: Trial) -> dict[str, Any]:
+    try:
+        return run(subject, trial)
+    except Diverged as error:
+        return {"diverged": str(error)}
+
+
+def _held_out(rows: Indices, count: int, *, seed: int) -> tuple[Indices, Indices]:
+    if not 0 < count < len(rows):
+        raise UserError(f"--held_out {count}: of {len(rows):,} training images; both parts need images to choose a rate")
+    order = seeded_permutation(len(rows), _HELD_OUT_STREAM, seed)
+    return np.sort(rows[order[count:]]), np.sort(rows[order[:count]])
+
+
+def spread_rows(num: int, count: int) -> Indices:
+    """Returns `count` rows spread evenly over `num`, all of them for 0."""
+    return np.arange(num) if not 0 < count < num else np.linspace(0, num - 1, count).round().astype(np.int64)
+
+
+# ---- rates
+
+
+def check_drops(drop_at: tuple[float, ...], drop: float) -> None:
+    """Raises UserError unless the rate falls at increasing shares of the training."""
+    require(all(0 < a <= 1 for a in drop_at) and list(drop_at) == sorted(drop_at), "--drop_at", drop_at, "increasing shares in (0, 1]")
+    require_positive("--drop", drop)
+
+
+def rate_at(step: int, *, base: float, total_steps: int, drop_at: tuple[float, ...], drop: float, warmup_steps: int = 0) -> float:
+    """Returns the rate of a step: `base`, times `drop` at each share of the training in `drop_at`; linear from 1/1000 in the warm-up."""
+    passed = sum(step >= round(share * total_steps) for share in drop_at)
+    warm = 1.0 if step >= warmup_steps else 1e-3 + (1 - 1e-3) * step / warmup_steps
+    return base * drop**passed * warm
+
+
+# ---- networks and their images
+
+
+def normalised(images: Tensor, subject: Subject) -> Tensor:
+    """Returns uint8 images (N, 3, H, W) as the encoder takes them, channels last."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (subject.views.mean, subject.views.std))
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def calibration_images(read: Callable[[int], Tensor], subject: Subject, *, num_train: int, seed: int, size_px: int) -> Tensor:
+    """Returns some random training images, normalised: for the batch norms of an untrained encoder."""
+    count = CALIBRATION_IMAGES if size_px <= 128 else CALIBRATION_IMAGES // 8
+    order = seeded_permutation(num_train, _CALIBRATION_STREAM, seed)[:count]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return normalised(torch.stack([read(int(row)) for row in order]), subject)
+
+
+def sgd(network: nn.Module, backbone: Backbone, *, encoder_rate: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Returns SGD over the network; the backbone's rate is `encoder_rate` times the others', and for 0 it is frozen here."""
+    if not encoder_rate:
+        backbone.freeze()
+    inner = {id(parameter) for parameter in backbone.parameters()}
+    groups: list[dict[str, Any]] = [{"params": [p for p in network.parameters() if id(p) not in inner]}]
+    if encoder_rate:
+        groups.append({"params": list(backbone.parameters()), "lr_factor": encoder_rate})
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+
+
+def prepared(network: nn.Module, job: Job) -> nn.Module:
+    """Moves the network to the job's device and memory layout; compiled where the job's precision says so."""
+    return prepare_model(network, job.precision, device=job.process.device)
+
+
+# ---- comparison
+
+
+Score = Callable[[NDArray[np.float64]], float]
+"""Returns the score of a weighted set of images from the weight of each, (N,); larger is better."""
+
+
+def compare_scores(
+    subject: Sequence[Score], baseline: Sequence[Score], *, alone: tuple[NDArray[Any], NDArray[Any]], resamples: int = RESAMPLES
+) -> Comparison:
+    """Compares the mean score over seeds of two encoders on the same images; the interval is a bootstrap over the images.
+
+    subject, baseline: of each seed. alone: (N,) figure of each image by itself; gained and lost are the images where it is higher, or lower.
+    """
+    num = len(alone[0])
+
+    def difference(weights: NDArray[np.float64]) -> float:
+        return float(np.mean([score(weights) for score in subject]) - np.mean([score(weights) for score in baseline]))
+
+    generator = np.random.default_rng(0)
+    drawn = [difference(generator.multinomial(num, np.full(num, 1 / num)).astype(np.float64)) for _ in range(resamples)]
+    middle = difference(np.ones(num))
+    # Centred on what was counted: a resample lacks some images of rare classes, which shifts a mean over classes.
+    low, high = np.nanquantile(drawn, [0.025, 0.975]) - np.nanmean(drawn) + middle
+    gained, lost = int((alone[0] > alone[1]).sum()), int((alone[0] < alone[1]).sum())
+    return Comparison(middle, float(low), float(high), gained, lost)
+
+
+def compare_statistics(
+    subject: Sequence[NDArray[Any]], baseline: Sequence[NDArray[Any]], score: Callable[[NDArray[Any], NDArray[np.float64]], float]
+) -> Comparison:
+    """Compares encoders by a score of weighted sums: `score(statistics, weights)` with a row of statistics for each image, (N, ...)."""
+    pairs = [[np.asarray(each, dtype=np.float64) for each in many] for many in (subject, baseline)]
+    one = np.ones(1)
+    alone = [np.array([np.mean([score(each[row : row + 1], one) for each in many]) for row in range(len(many[0]))]) for many in pairs]
+    mine, others = ([partial(score, each) for each in many] for many in pairs)
+    return compare_scores(mine, others, alone=(alone[0], alone[1]))
+
+
+# ---- estimates
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Seconds of one training step of `images` images on this rank, as measured; memory: peak of the process, in GiB."""
+
+    seconds: float
+    images: int
+    memory_gib: float
+
+
+def measure_training(
+    job: Job,
+    network: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    batches: Iterator[Any],
+    images: int,
+) -> MeasuredStep:
+    """Takes a training step of `images` images on this rank once to warm up, then twice, or once if it takes longer than ten seconds."""
+    device = job.process.device
+
+    def step() -> None:
+        with autocast(job.precision, device=device):
+            loss = loss_of(network, next(batches))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    first = time.perf_counter()
+    step()
+    _settle(device)
+    start = time.perf_counter()
+    repeats = 1 if start - first > 10 else 2
+    for _ in range(repeats):
+        step()
+    _settle(device)
+    return MeasuredStep((time.perf_counter() - start) / repeats, images, peak_memory_gib(device))
+
+
+def measured_images(job: Job, batch_images: int, *, size_px: int) -> int:
+    """Returns how many images a measured step of this rank has: its share, but one on a CPU if they are large, for each takes a minute."""
+    share = max(1, batch_images // job.process.world_size)
+    return 1 if job.process.device.type == "cpu" and size_px > 128 else share
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Returns the largest memory in use so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def plan_lines(
+    job: Job, measured: MeasuredStep, *, trainings: int, steps: int, batch_images: int, num_train: int, num_test: int, state_mib: float
+) -> list[str]:
+    """Returns what a dry run prints: images, steps, hours from the measured step, disk and memory."""
+    per_step = measured.seconds * batch_images / (measured.images * job.process.world_size)
+    total = duration_text(trainings * steps * per_step)
+    return [
+        f"{job.task}: {num_train:,} train images, {num_test:,} test images; {len(job.subjects)} encoders",
+        f"{trainings} trainings of {steps:,} steps of {batch_images} images ({steps * batch_images / num_train:.1f} epochs)",
+        f"about {total} of training: a step of {measured.images} images takes {measured.seconds:.3f} s here, measured ({job.process.device.type}, "
+        f"{job.process.world_size} rank{'s' if job.process.world_size > 1 else ''}); the tests come on top",
+        f"disk: {state_mib:,.0f} MiB for the state of a training in {job.work}, deleted with the result; memory: {measured.memory_gib:.1f} GiB so far, "
+        f"for {measured.images} images on this rank",
+    ]
+
+
+def state_mib(network: nn.Module, *, moments: int) -> float:
+    """Returns the size of a saved training state with so many optimizer buffers per parameter."""
+    numbers = sum(p.numel() for p in network.parameters())
+    return (1 + moments) * numbers * 4 / 2**20

@@ -1,0 +1,584 @@
+"""Object detection on VOC with Faster R-CNN: the paper's frozen variant and MoCo's protocol, scored by VOC's and COCO's average precision.
+
+Grill et al., section 4 and appendix D.5; MoCo's detection code. Data in VOC's layout (`dense/voc.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastbyol.config.errors import (
+    UserError,
+    require,
+    require_at_least,
+    require_between,
+    require_choice,
+    require_positive,
+    require_probability,
+)
+from fastbyol.data.traversal import Indices
+from fastbyol.evaluation.comparison import Comparison
+from fastbyol.evaluation.result_file import SubjectResult, TaskResult
+from fastbyol.evaluation.tasks.dense.average_precision import (
+    ClassMatches,
+    Detections,
+    Objects,
+    average_precision,
+    coco_scores,
+    match_class,
+    mean_average_precision,
+)
+from fastbyol.evaluation.tasks.dense.batches import all_samples, moved, training_batches
+from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
+from fastbyol.evaluation.tasks.dense.pictures import coloured, draw_samples, keep_predictions, sample_rows
+from fastbyol.evaluation.tasks.dense.trials import (
+    Trial,
+    calibration_images,
+    check_drops,
+    compare_scores,
+    measure_training,
+    measured_images,
+    plan_lines,
+    prepared,
+    rate_at,
+    run_trials,
+    spread_rows,
+    state_mib,
+)
+from fastbyol.evaluation.tasks.dense.voc import BoxedImage, boxed_images, class_names, read_boxes, voc_folder
+from fastbyol.evaluation.tasks.job import Job, Subject
+from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.training import train_network
+from fastbyol.models import use_all_ranks
+from fastbyol.models.backbone import backbone_of
+from fastbyol.models.faster_rcnn import Detector, build_detector
+from fastbyol.models.view_batchnorm import convert_to_view_batchnorm
+from fastbyol.ranks.process_group import gather_everywhere
+from fastbyol.run.precision import autocast
+
+HEADS = ("c4", "fpn")
+FROZEN = ("none", "backbone", "encoder")
+NORMS = ("fixed", "rank", "all_ranks")
+EDGES = ("longest", "shortest")
+RESAMPLES = 300
+
+
+@dataclass(frozen=True)
+class DetectionSettings:
+    """Settings of detection; the defaults are the paper's (section 4, appendix D.5), as far as it states them."""
+
+    train_sets: tuple[str, ...] = ("2007_trainval",)
+    """lists to train on, LIST or YEAR_LIST"""
+    test_set: str = "2007_test"
+    """list to test on, LIST or YEAR_LIST"""
+    test_images: int = 0
+    """test on so many images, spread evenly over the list; 0: all"""
+    steps: int = 1_500_000
+    """length of the training"""
+    # The paper trains asynchronously with 9 workers and does not state their batch, momentum and weight decay.
+    batch_images: int = 1
+    """images of all ranks in a step (the paper: one worker's, not stated)"""
+    lr: float = 1e-3
+    """learning rate"""
+    drop_at: tuple[float, ...] = (2 / 3, 0.8)
+    """shares of the training at which the rate is multiplied by drop"""
+    drop: float = 0.1
+    """factor of the rate at each drop_at"""
+    warmup_steps: int = 0
+    """steps of a linear warm-up from a thousandth of the rate"""
+    momentum: float = 0.9
+    """of SGD (the paper does not state it)"""
+    weight_decay: float = 1e-4
+    """of all trained parameters (the paper does not state it)"""
+    seeds: int = 1
+    """trainings with different seeds, whose mean is reported"""
+    frozen: str = "backbone"
+    """none; backbone: the encoder up to conv4, conv5 is trained with the box head; encoder: all of it"""
+    norms: str = "fixed"
+    """batch norms of the encoder: fixed statistics; statistics of the rank's images; or of all ranks'"""
+    extra_norm: bool = False
+    """a batch norm behind conv5, as in MoCo's protocol"""
+    head: str = "c4"
+    """c4: conv5 is the box head; fpn: a feature pyramid with two fully connected layers"""
+    edge: str = "longest"
+    """which edge of the image is resized"""
+    train_px: tuple[int, ...] = tuple(range(480, 1025))
+    """lengths of that edge in training, one of which is drawn for each image"""
+    test_px: int = 1024
+    """length of that edge in tests (the paper does not state it)"""
+    longest_px: int = 1333
+    """limit of the longest edge, where the shortest is resized"""
+    flip_p: float = 0.0
+    """probability of a mirrored training image"""
+    anchor_px: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """sides of the anchors; with fpn one for each map"""
+    anchor_aspects: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """heights over widths of the anchors"""
+    region_px: int = 14
+    """side of a pooled region (fpn: usually 7)"""
+    proposals: tuple[int, ...] = (12_000, 2000, 6000, 1000)
+    """proposals before and after their suppression in training, and in tests"""
+    rpn_images: int = 256
+    """anchors of an image in the loss of the proposals"""
+    box_images: int = 512
+    """regions of an image in the loss of the boxes"""
+    detections: int = 100
+    """most detections of an image"""
+
+    def __post_init__(self) -> None:
+        at_least_1 = ("steps", "batch_images", "seeds", "test_px", "longest_px", "region_px", "rpn_images", "box_images", "detections")
+        for name in at_least_1:
+            require_at_least(f"--{name}", getattr(self, name), 1)
+        for name in ("test_images", "warmup_steps", "weight_decay"):
+            require_at_least(f"--{name}", getattr(self, name), 0)
+        require_positive("--lr", self.lr)
+        check_drops(self.drop_at, self.drop)
+        require_between("--momentum", self.momentum, 0.0, 1.0)
+        require_probability("--flip_p", self.flip_p)
+        for name, choices in (("frozen", FROZEN), ("norms", NORMS), ("head", HEADS), ("edge", EDGES)):
+            require_choice(f"--{name}", getattr(self, name), choices)
+        for name in ("train_sets", "train_px", "anchor_px", "anchor_aspects"):
+            require(bool(getattr(self, name)), f"--{name}", getattr(self, name), "at least one value")
+        for name in ("train_px", "anchor_px", "anchor_aspects", "proposals"):
+            require(min(getattr(self, name)) > 0, f"--{name}", getattr(self, name), "positive numbers")
+        require(len(self.proposals) == 4, "--proposals", self.proposals, "four numbers: before and after, in training, then in tests")
+        require(self.head == "c4" or not self.extra_norm, "--extra_norm", "yes", "no with --head fpn, which has no conv5 in its head")
+
+
+# MoCo's configs/coco... pascal_voc_R_50_C4_24k_moco.yaml: VOC07+12, everything trained. For trainval2007 alone: --train_sets 2007_trainval
+# --steps 9000 --seeds 5.
+MOCO = DetectionSettings(
+    train_sets=("2007_trainval", "2012_trainval"),
+    steps=24_000,
+    batch_images=16,
+    lr=0.02,
+    drop_at=(0.75, 22 / 24),
+    warmup_steps=100,
+    frozen="none",
+    norms="all_ranks",
+    extra_norm=True,
+    edge="shortest",
+    train_px=tuple(range(480, 801, 32)),
+    test_px=800,
+    flip_p=0.5,
+)
+# For 48 px and a small encoder of stride 4 in front of its last group; frozen as the paper's.
+QUICK = DetectionSettings(
+    train_sets=("train",),
+    test_set="val",
+    test_images=400,
+    steps=400,
+    batch_images=8,
+    lr=0.02,
+    drop_at=(0.7, 0.9),
+    warmup_steps=50,
+    norms="rank",
+    train_px=(44, 48, 52, 56),
+    test_px=48,
+    anchor_px=(20, 28, 36),
+    anchor_aspects=(1.0,),
+    region_px=6,
+    proposals=(200, 50, 100, 30),
+    rpn_images=64,
+    box_images=32,
+    detections=10,
+)
+PAPER_ROWS = {
+    "paper, BYOL ResNet-50": {"voc_ap50": 77.5},
+    "paper, SimCLR (reproduced)": {"voc_ap50": 75.2},
+    "paper, supervised ImageNet": {"voc_ap50": 74.4},
+    "paper, MoCo": {"voc_ap50": 74.9},
+}
+COLUMNS = {"voc_ap50": "VOC07 AP50 %", "ap": "AP %", "ap50": "AP50 %", "ap75": "AP75 %"}
+
+
+# ---- images
+
+
+@dataclass(frozen=True)
+class DetectionImages:
+    """Resized images with their objects; `batches.Source`."""
+
+    images: tuple[BoxedImage, ...]
+    settings: DetectionSettings
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _resize(self, length_px: int) -> Any:
+        from torchvision.transforms import v2
+
+        if self.settings.edge == "longest":
+            return v2.Resize(None, max_size=length_px, antialias=True)
+        # RandomShortestSize and not Resize, which refuses a limit below the length of the short edge.
+        return v2.RandomShortestSize([length_px], max_size=self.settings.longest_px, antialias=True)
+
+    def _pair(self, index: int) -> tuple[Any, Any]:
+        from torchvision import tv_tensors
+
+        item = self.images[index]
+        boxes = torch.tensor(item.boxes, dtype=torch.float32).reshape(-1, 4)
+        return (
+            tv_tensors.Image(read_image(item.image)),
+            tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=item.size),  # type: ignore[call-overload]
+        )
+
+    def train(self, index: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Returns uint8 (3, H, W), boxes (n, 4) in its px, labels (n,), and a random number for the network's own draws.
+
+        Difficult objects are trained on, as in detectron2.
+        """
+        from torchvision.transforms import v2
+
+        lengths = self.settings.train_px
+        length_px = lengths[int(torch.randint(len(lengths), ()))]
+        view = v2.Compose([self._resize(length_px), v2.RandomHorizontalFlip(self.settings.flip_p), v2.ClampBoundingBoxes()])
+        image, boxes = view(*self._pair(index))
+        boxes, labels = boxes.as_subclass(Tensor), torch.tensor(self.images[index].labels, dtype=torch.int64)
+        return image.as_subclass(Tensor), boxes, labels, int(torch.randint(2**31, ()))
+
+    def test(self, index: int) -> Tensor:
+        """Returns the resized image, uint8 (3, H, W)."""
+        return self._resize(self.settings.test_px)(self._pair(index)[0]).as_subclass(Tensor)
+
+    def objects(self, index: int) -> Objects:
+        """Returns the true objects in px of the original image."""
+        item = self.images[index]
+        boxes = np.array(item.boxes, dtype=np.float32).reshape(-1, 4)
+        return Objects(boxes, np.array(item.labels, dtype=np.int64), np.array(item.difficult, dtype=bool))
+
+
+Batch = tuple[list[Tensor], list[dict[str, Tensor]], int]
+
+
+def listed(samples: list[tuple[Tensor, Tensor, Tensor, int]]) -> Batch:
+    """Returns images, targets, and the first one's random number."""
+    return [each[0] for each in samples], [{"boxes": boxes, "labels": labels} for _, boxes, labels, _ in samples], samples[0][3]
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: DetectionImages
+    test: DetectionImages
+    test_rows: Indices
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _open(job: Job, settings: DetectionSettings) -> _Data:
+    names: tuple[str, ...] = ()
+    parts, empty = [], []
+    for each in (*settings.train_sets, settings.test_set):
+        year, name = _year_and_list(each)
+        folder = voc_folder(job.data, year=year)
+        names = names or class_names(folder)
+        pairs = boxed_images(folder, name)
+        require_sound(job, f"annotations of {each}", pairs, partial(_read_pair, classes=names))
+        items = [_read_pair(pair, classes=names) for pair in pairs]
+        parts.append(items)
+        empty += [xml for (_, xml), item in zip(pairs, items, strict=True) if not item.boxes]
+    notes = []
+    if empty:
+        notes.append(f"{len(empty):,} images have no objects and count as background, such as {empty[0]}")
+        job.announce(notes[0])
+    train = DetectionImages(tuple(item for items in parts[:-1] for item in items), settings)
+    if not any(item.boxes for item in train.images):
+        raise UserError(f"--data {job.data}: no training image has an object")
+    test = DetectionImages(tuple(parts[-1]), settings)
+    return _Data(train, test, spread_rows(len(test), settings.test_images), names, tuple(notes))
+
+
+def _read_pair(pair: tuple[Path, Path], *, classes: tuple[str, ...]) -> BoxedImage:
+    return read_boxes(*pair, classes=classes)
+
+
+def _year_and_list(text: str) -> tuple[str, str]:
+    found = re.fullmatch(r"(\d{4})_(.+)", text)
+    return (found[1], found[2]) if found else ("2007", text)
+
+
+# ---- the task
+
+
+def build_network(subject: Subject, classes: int, settings: DetectionSettings, images: DetectionImages, seed: int) -> Detector:
+    """Returns a new network of the subject in training mode, on the CPU; its heads are random by the seed."""
+    square = min(settings.test_px, 512)
+
+    def square_image(row: int) -> Tensor:
+        from torchvision.transforms import v2
+
+        return v2.Resize((square, square), antialias=True)(images.test(row))
+
+    def calibration() -> Tensor:
+        return calibration_images(square_image, subject, num_train=len(images), seed=seed, size_px=square)
+
+    backbone = backbone_of(subject.encoder(calibration))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_detector(
+            backbone,
+            classes=classes,
+            head=settings.head,
+            frozen=settings.frozen,
+            fixed_norms=settings.norms == "fixed",
+            extra_norm=settings.extra_norm,
+            anchor_px=settings.anchor_px,
+            anchor_aspects=settings.anchor_aspects,
+            region_px=settings.region_px,
+            proposals=settings.proposals,  # type: ignore[arg-type]
+            rpn_images=settings.rpn_images,
+            box_images=settings.box_images,
+            detections=settings.detections,
+            mean=subject.views.mean,
+            std=subject.views.std,
+        )
+    if settings.norms == "all_ranks":
+        convert_to_view_batchnorm(network, views=1)
+        use_all_ranks(network)
+    return network.train()
+
+
+def _optimizer(network: nn.Module, settings: DetectionSettings) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
+
+
+def _loss(network: nn.Module, batch: Batch) -> Tensor:
+    images, targets, draw = batch
+    device = images[0].device
+    # torchvision samples anchors and regions from the global generator; from the batch's number, a stopped training goes on the same.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(draw)
+        return network([image.float() / 255 for image in images], targets)
+
+
+def _train_and_test(job: Job, settings: DetectionSettings, data: _Data, subject: Subject, trial: Trial) -> dict[str, Any]:
+    start = time.monotonic()
+    network = build_network(subject, len(data.classes), settings, data.train, trial.seed)
+    network = _placed(network, job)
+    figures = train_network(
+        job,
+        trial.key,
+        network=network,
+        optimizer=_optimizer(network, settings),
+        lr_at=partial(
+            rate_at,
+            base=trial.lr,
+            total_steps=settings.steps,
+            drop_at=settings.drop_at,
+            drop=settings.drop,
+            warmup_steps=settings.warmup_steps,
+        ),
+        batches=training_batches(
+            job, data.train, rows=trial.train_rows, global_batch=settings.batch_images, seed=trial.seed, collate=listed
+        ),
+        loss_of=_loss,
+        total_steps=settings.steps,
+        step_images=settings.batch_images,
+    )
+    found = _test(job, network, data, key=trial.key)
+    objects = [data.test.objects(int(row)) for row in data.test_rows]
+    matches = [match_class(found, objects, label=label) for label in range(1, len(data.classes) + 1)]
+    return {
+        "scores": {"voc_ap50": mean_average_precision(matches), **coco_scores(found, objects)},
+        "seconds": time.monotonic() - start,
+        "images_per_s": figures.images_per_s,
+        "by_class": {name: _or_none(average_precision(each)) for name, each in zip(data.classes, matches, strict=True)},
+        "matches": [{name: value.tolist() for name, value in vars(each).items()} for each in matches],
+    }
+
+
+def _placed(network: Detector, job: Job) -> Detector:
+    """Moves the network to the device, channels last; not compiled, because images and proposals change their sizes in every step."""
+    eager = replace(job, precision=replace(job.precision, compile="no", compile_mode="default"))
+    return prepared(network, eager)  # type: ignore[return-value]
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+@torch.inference_mode()
+def _test(job: Job, network: Detector, data: _Data, *, key: str) -> list[Detections]:
+    """Returns the detections of each test image in the order of the rows, in px of the original image, on every rank."""
+    network.eval()
+    drawn, kept, found = sample_rows(len(data.test_rows), ranks=job.process.world_size), {}, {}
+    place = {int(row): at for at, row in enumerate(data.test_rows)}
+    batch = max(1, min(job.batch, 32 if data.test.settings.test_px <= 128 else 4))
+    for samples in all_samples(job, data.test, rows=data.test_rows, batch=batch):
+        images = [moved(image, job.process.device).float() / 255 for _, image in samples]
+        with autocast(job.precision, device=job.process.device):
+            results = network(images)
+        for (row, image), result in zip(samples, results, strict=True):
+            each = _in_original_px(result, image, data.test.images[row].size)
+            found[place[row]] = each
+            if place[row] in drawn:
+                kept[place[row]] = np.column_stack([each.boxes, each.labels, each.scores]).astype(np.float32)
+    network.train()
+    keep_predictions(job, key, kept)
+    everywhere = {at: value for part in gather_everywhere(found) for at, value in part.items()}
+    return [everywhere[at] for at in range(len(data.test_rows))]
+
+
+def _in_original_px(result: dict[str, Tensor], image: Tensor, size: tuple[int, int]) -> Detections:
+    from torchvision import tv_tensors
+    from torchvision.transforms.v2 import functional
+
+    canvas = (image.shape[-2], image.shape[-1])
+    boxes = tv_tensors.BoundingBoxes(result["boxes"].float().cpu(), format="XYXY", canvas_size=canvas)  # type: ignore[call-overload]
+    back = functional.resize(boxes, list(size)).as_subclass(Tensor)
+    return Detections(back.numpy(), result["labels"].cpu().numpy(), result["scores"].float().cpu().numpy())
+
+
+def run(job: Job, settings: DetectionSettings) -> TaskResult:
+    data = _open(job, settings)
+    outcomes = run_trials(
+        job,
+        lrs=(settings.lr,),
+        seeds=settings.seeds,
+        held_out=0,
+        num_train=len(data.train),
+        selected_by="voc_ap50",
+        run=partial(_train_and_test, job, settings, data),
+    )
+    first = job.subjects[0].name
+    matches = {name: [_matches(part) for part in outcome.parts] for name, outcome in outcomes.items()}
+    subjects, comparisons = {}, {}
+    for subject in job.subjects:
+        outcome = outcomes[subject.name]
+        subjects[subject.name] = SubjectResult(
+            subject.title,
+            {name: outcome.mean(name) for name in COLUMNS},
+            outcome.seconds,
+            chosen={"lr": outcome.lr},
+            details={
+                "seeds": [part["scores"] for part in outcome.parts],
+                "images_per_s": [part["images_per_s"] for part in outcome.parts],
+                "by_class": outcome.parts[0]["by_class"],
+            },
+        )
+        if subject.name != first:
+            comparisons[subject.name] = _compared(matches[first], matches[subject.name])
+    return TaskResult(
+        protocol=job.task,
+        version=str(job.settings["version"]),
+        settings=dict(job.settings),
+        columns=COLUMNS,
+        subjects=subjects,
+        sizes={"train": len(data.train), "test": len(data.test_rows)},
+        paper=PAPER_ROWS,
+        comparisons=comparisons,
+        notes=[*data.notes, *_notes(settings), *_picture(job, data)],
+    )
+
+
+def _matches(part: dict[str, Any]) -> list[ClassMatches]:
+    kinds = {"image": np.int64, "hit": bool, "counted": bool, "objects": np.int64}
+    return [ClassMatches(**{name: np.array(each[name], dtype=kind) for name, kind in kinds.items()}) for each in part["matches"]]
+
+
+def _compared(mine: list[list[ClassMatches]], others: list[list[ClassMatches]]) -> Comparison:
+    """Compares by VOC's AP50; gained and lost are the images in which more, or fewer, objects were found."""
+    alone = [sum(_found(each) for each in many) for many in (mine, others)]
+    scores: list[list[Callable[[NDArray[np.float64]], float]]]
+    scores = [[partial(mean_average_precision, each) for each in many] for many in (mine, others)]
+    return compare_scores(scores[0], scores[1], alone=(np.asarray(alone[0]), np.asarray(alone[1])), resamples=RESAMPLES)
+
+
+def _found(matches: list[ClassMatches]) -> NDArray[np.int64]:
+    return np.sum([np.bincount(each.image[each.hit], minlength=len(each.objects)) for each in matches], axis=0)
+
+
+def _notes(settings: DetectionSettings) -> list[str]:
+    return [
+        "VOC07 AP50: 11 points, difficult objects ignored, the paper's measure; AP, AP50 and AP75 are COCO's, in which they count as crowds",
+        "the paper trains asynchronously with 9 workers and states neither their batch, momentum and weight decay nor which parts are frozen: "
+        f"here {settings.batch_images} images a step, {settings.momentum:g}, {settings.weight_decay:g}, frozen: {settings.frozen}",
+    ]
+
+
+def _picture(job: Job, data: _Data) -> list[str]:
+    """Draws the first seed's detections and returns a note that says where."""
+    if not job.process.is_main:
+        return []
+
+    def image_and_truth(at: int) -> tuple[NDArray[np.uint8], Any]:
+        row = int(data.test_rows[at])
+        truth = data.test.objects(row)
+        image = read_image(data.test.images[row].image)
+        return image.permute(1, 2, 0).numpy(), np.column_stack([truth.boxes, truth.labels, np.full(len(truth.labels), np.nan)])
+
+    path = draw_samples(
+        job,
+        rows=sample_rows(len(data.test_rows), ranks=job.process.world_size),
+        image_and_truth=image_and_truth,
+        keys={subject.title: f"{subject.name} seed {job.seed}" for subject in job.subjects},
+        draw=partial(_draw_boxes, classes=data.classes),
+    )
+    return [f"picture: {path}"] if path else []
+
+
+def _draw_boxes(axes: Any, cell: Any, *, classes: tuple[str, ...], least_score: float = 0.3) -> None:
+    """Draws the true boxes (score NaN), or the predicted ones with a score of at least `least_score`, with class and score."""
+    from matplotlib.patches import Rectangle
+
+    pixels, boxes = cell
+    axes.imshow(pixels)
+    palette = coloured(np.arange(256))
+    for x_min, y_min, x_max, y_max, label, score in boxes.tolist():
+        if score < least_score:
+            continue
+        colour = tuple(palette[int(label)] / 255)
+        # Pixel centres are at whole numbers in matplotlib.
+        axes.add_patch(Rectangle((x_min - 0.5, y_min - 0.5), x_max - x_min, y_max - y_min, fill=False, edgecolor=colour, linewidth=1.5))
+        text = classes[int(label) - 1] + ("" if np.isnan(score) else f" {score:.2f}")
+        axes.text(
+            x_min, y_min - 1, text, fontsize=6, color="white", backgroundcolor=(*colour, 0.8), verticalalignment="bottom", clip_on=True
+        )
+
+
+def plan(job: Job, settings: DetectionSettings) -> list[str]:
+    data = _open(job, settings)
+    network = _placed(build_network(job.subjects[0], len(data.classes), settings, data.train, job.seed), job)
+    images = measured_images(job, settings.batch_images, size_px=settings.test_px)
+    batches = training_batches(
+        job,
+        data.train,
+        rows=np.arange(len(data.train)),
+        global_batch=images * job.process.world_size,
+        seed=job.seed,
+        collate=listed,
+    )
+    measured = measure_training(job, network, optimizer=_optimizer(network, settings), loss_of=_loss, batches=batches(0), images=images)
+    return plan_lines(
+        job,
+        measured,
+        trainings=len(job.subjects) * settings.seeds,
+        steps=settings.steps,
+        batch_images=settings.batch_images,
+        num_train=len(data.train),
+        num_test=len(data.test_rows),
+        state_mib=state_mib(network, moments=1),
+    )
+
+
+TASKS = {
+    "detection": Task(
+        title="VOC detection",
+        what="Faster R-CNN on the encoder; VOC's and COCO's average precision",
+        versions={"paper": DetectionSettings(), "moco": MOCO, "quick": QUICK},
+        run=run,
+        plan=plan,
+    )
+}
