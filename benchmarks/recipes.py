@@ -139,9 +139,10 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     for record in records:
         groups.setdefault((record["set"], record["recipe"]), []).append(record)
     for (name, recipe), runs in sorted(groups.items()):
-        minutes = sum(run["cpu_s"] for run in runs) / len(runs) / 60
+        timed = [run["cpu_s"] for run in runs if "cpu_s" in run]  # a run of `make demo` is not timed by itself
+        minutes = f"{sum(timed) / len(timed) / 60:.1f}" if timed else "-"
         cells = [_cell([run["scores"][subject] for run in runs if subject in run["scores"]]) for subject in SUBJECTS]
-        lines.append(f"| {name} | {recipe} | {len(runs)} | {runs[0]['steps']:,} | {minutes:.1f} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {recipe} | {len(runs)} | {runs[0]['steps']:,} | {minutes} | {' | '.join(cells)} |")
     return lines
 
 
