@@ -19,7 +19,7 @@ from benchmarks import derived, roofline
 from benchmarks.record import CaseResult, Row
 from benchmarks.record_file import KEPT, newest_kept, read_record, results_of
 from benchmarks.report_text import markdown_table, number
-from benchmarks.rivals.steps import LIGHTLY, SOLO_LEARN
+from benchmarks.rival_steps import LIGHTLY, SOLO_LEARN
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
 

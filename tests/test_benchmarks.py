@@ -47,9 +47,9 @@ from benchmarks.report_text import (  # noqa: E402
     headers,
     report_markdown,
 )
+from benchmarks.rival_steps import LIGHTLY, SOLO_LEARN, STEPS  # noqa: E402
 from benchmarks.rivals import INSTALL, those_installed  # noqa: E402
 from benchmarks.rivals.dali_native_views import dali_native_loader  # noqa: E402
-from benchmarks.rivals.steps import LIGHTLY, SOLO_LEARN, STEPS  # noqa: E402
 from benchmarks.rivals.views import KorniaViews  # noqa: E402
 from benchmarks.timing import Subject, Timings, cpu_seconds, measure, same_round_ratios, torch_threads  # noqa: E402
 from benchmarks.training_step import TrainingStep, noise_batch  # noqa: E402

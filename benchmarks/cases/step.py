@@ -2,7 +2,7 @@
 
 How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as in most libraries
 (`PlainStep`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's
-loop over the target. Rivals: solo-learn's module and lightly's blocks at their best (`rivals/steps.py`): bf16, channels-last, the
+loop over the target. Rivals: solo-learn's module and lightly's blocks at their best (`rival_steps.py`): bf16, channels-last, the
 target by foreach. Each of the three is in a process of its own, because the product's step changes how memory is managed. Ours in
 float32 and in bf16 autocast (the product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of half the size
 (rank_batch); bf16 compiled (not with --quick). fp16 needs a GPU. MiB: the peak of resident memory after three steps in a process of its
@@ -42,8 +42,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.breakdown import COPIED, MEGABYTES, OF_PEAK
 from benchmarks.own_process import PEAK, in_own_process, peak_mib_of
 from benchmarks.record import CaseResult, measured
+from benchmarks.rival_steps import STEPS
 from benchmarks.rivals import those_installed
-from benchmarks.rivals.steps import STEPS
 from benchmarks.timing import Subject, subjects_of, torch_threads
 from benchmarks.training_step import StepSize, TrainingStep, bytes_moved, forget_times, noise_batch
 from benchmarks.updates import solo_learn_update

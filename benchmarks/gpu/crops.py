@@ -32,7 +32,7 @@ from benchmarks.gpu.step import matrix_product
 from benchmarks.gpu.subjects import Variant, crops_batch, one_after_another
 from benchmarks.gpu.syncs import PINNED
 from benchmarks.record import CaseResult
-from benchmarks.rivals.steps import SoloLearnStep
+from benchmarks.rival_steps import SoloLearnStep
 from benchmarks.training_step import TrainingStep, noise_batch
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
