@@ -79,7 +79,9 @@ class Progress:
         return ", ".join(parts)
 
     def _number(self, count: float) -> str:
-        return bytes_text(count) if self._unit == "bytes" else f"{count:,.0f}"
+        if self._unit == "bytes":
+            return bytes_text(count)
+        return f"{count:,.0f}" if count >= 10 or count == int(count) else f"{count:.1f}"
 
     def _amount(self, count: float) -> str:
         return self._number(count) if self._unit == "bytes" else f"{self._number(count)} {self._unit}"

@@ -23,9 +23,9 @@ from fastbyol.evaluation.knn import nearest
 from fastbyol.evaluation.protocols import top_k_hits
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.splits import renumbered
+from fastbyol.evaluation.tasks.estimate import estimate_lines, seconds_per_image
 from fastbyol.evaluation.tasks.images import LabelledImages, held_out_rows, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
-from fastbyol.evaluation.tasks.planning import estimate_lines, seconds_per_image
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.scoring import Hits, outputs, packed, rank_share, unpacked
 from fastbyol.ranks.process_group import all_gather_rows, gather_everywhere

@@ -21,10 +21,10 @@ from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader
 from fastbyol.evaluation.comparison import compare_hits
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
+from fastbyol.evaluation.tasks.estimate import estimate_lines, seconds_per_image
 from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, held_out_rows, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.paper import LINEAR
-from fastbyol.evaluation.tasks.planning import estimate_lines, seconds_per_image
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.scoring import Hits, hits_of, packed, unpacked
 from fastbyol.evaluation.tasks.training import train_network
