@@ -147,12 +147,12 @@ def test_torchs_operations_replace_it_in_a_compiled_graph_and_agree():
     torch.testing.assert_close(compiled(x, shortcut), norm_relu(norm, x, shortcut), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("call", "keeps"), [("keep_freed_memory()", True), ("", False)])
+@pytest.mark.parametrize(("call", "keeps"), [("keep_freed_memory()", True), ("return_large_blocks()", False), ("", False)])
 def test_large_blocks_of_kept_memory_are_reused_without_page_faults(call, keeps):
     """Runs in a process of its own: eight blocks of 64 MiB cause 131,072 page faults of 4 KiB, or hardly any."""
     code = f"""
 import resource, torch
-from fastbyol.run.precision import keep_freed_memory
+from fastbyol.run.precision import keep_freed_memory, return_large_blocks
 {call}
 def faults_of_eight():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

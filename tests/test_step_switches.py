@@ -85,10 +85,11 @@ def test_cudnns_search_follows_the_config_and_needs_a_gpu(monkeypatch: pytest.Mo
 def test_freed_memory_is_kept_or_returned_as_the_config_says_and_only_a_cpu_has_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[str] = []
     monkeypatch.setattr(precision, "keep_freed_memory", lambda: kept.append("kept"))
+    monkeypatch.setattr(precision, "return_large_blocks", lambda: kept.append("returned"))
     prepare_model(nn.Linear(1, 1), PrecisionConfig(freed_memory="return"), device=CPU)
-    assert not kept
+    assert kept == ["returned"]
     prepare_model(nn.Linear(1, 1), PrecisionConfig(), device=CPU)
-    assert kept == ["kept"]
+    assert kept == ["returned", "kept"]
     with pytest.raises(UserError, match="precision.freed_memory = 'return': only for runs on a CPU, and the device is cuda"):
         prepare_model(nn.Linear(1, 1), PrecisionConfig(freed_memory="return"), device=torch.device("cuda"))
 

@@ -60,7 +60,7 @@ from fastbyol.tuning.stepper import LR, TAU
 REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", "bf16 3x3 convolution, same operations"
 OURS, ACCUMULATED, COMPILED = "bf16, channels-last", "bf16, channels-last, 2 micro-batches", "bf16, channels-last, compiled"
 RETURNING = "bf16, channels-last, freed memory returned"
-"""Ours, in a process of its own as the rivals are, which keeps no freed memory."""
+"""Ours, in a process of its own as the rivals are, with precision.freed_memory return."""
 VARIANTS = {
     "float32, channels-last": PrecisionConfig(autocast="off", channels_last=True),
     OURS: PrecisionConfig(autocast="bf16", channels_last=True),

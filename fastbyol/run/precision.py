@@ -46,15 +46,16 @@ def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.
 def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> nn.Module:
     """Moves the module to its device and memory layout, and compiles it in place if the config says so; call it before DDP wraps it.
 
-    Sets this process's switches (`use_switches`); on a CPU, lets the process keep freed memory, unless the config returns it. Raises
+    Sets this process's switches (`use_switches`); on a CPU, says what becomes of freed memory. Raises
     UserError for what `check_compile` refuses, for a GPU's options without one and a CPU's without it, and for a cache folder that cannot
     be written.
     """
     _check_device(config, device)
     check_compile(config, device=device)
     use_switches(config)
-    if device.type == "cpu" and config.freed_memory == "keep":
-        keep_freed_memory()
+    if device.type == "cpu":
+        manage = keep_freed_memory if config.freed_memory == "keep" else return_large_blocks
+        manage()
     if config.pad_stem:
         pad_stem(module)
     module = module.to(device)
@@ -171,8 +172,8 @@ def why_nothing_compiles(device: torch.device) -> str | None:
     return None
 
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # malloc.h
-_LARGEST = 2**31 - 1
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
+_LARGEST, _LARGE_BLOCK = 2**31 - 1, 8 << 20
 
 
 def keep_freed_memory() -> None:
@@ -181,4 +182,13 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, _LARGEST)
+
+
+def return_large_blocks() -> None:
+    """Returns freed blocks of 8 MiB and more to the system at once. No effect with a C library other than glibc."""
+    # By itself glibc raises this limit to 32 MiB, the size of many activations, which then leave gaps between what is in use.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
         mallopt(_TRIM_THRESHOLD, _LARGEST)
