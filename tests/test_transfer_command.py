@@ -154,6 +154,7 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_writes_nothing(run, sets, tm
         assert code == 0, err
         assert "4 classes, 104 train, 24 valid, 64 test; top-1" in out
         assert what in out
+        assert out.startswith(f"transfer-{task}: 1 set on disk, 2 encoders, about ")
         assert "memory" in out
         assert "disk" in out
     assert not (tmp_path / "no").exists()

@@ -238,8 +238,8 @@ def measure_finetune(job: Job, settings: TransferFinetuneSettings, images: Trans
         )
 
 
-def plan_finetune(job: Job, settings: TransferFinetuneSettings, images: TransferImages, cost: StepCost) -> list[str]:
-    """Returns how much there is to do on one set, at the cost of a step that was measured."""
+def plan_finetune(job: Job, settings: TransferFinetuneSettings, images: TransferImages, cost: StepCost) -> tuple[list[str], float]:
+    """Returns how much there is to do on one set, and its seconds, at the cost of a step that was measured."""
     batch = min(settings.global_batch, len(images.train))
     steps = trained = tested = trainings = 0
     for subject in job.subjects:
@@ -251,4 +251,4 @@ def plan_finetune(job: Job, settings: TransferFinetuneSettings, images: Transfer
     ranks = job.process.world_size
     head = f"{trainings} trainings of {len(job.subjects)} encoders, {steps:,} steps of {batch:,}, {trained:,} images; "
     first, *rest = cost.lines(trained=trained, tested=tested, ranks=ranks, rank_batch=max(1, batch // ranks))
-    return [head + first, *rest]
+    return [head + first, *rest], cost.seconds(trained=trained, tested=tested, ranks=ranks)
