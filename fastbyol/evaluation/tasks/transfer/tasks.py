@@ -284,10 +284,11 @@ TASKS = {
             "quick": TransferFinetuneSettings(
                 steps=200,
                 global_batch=64,
-                rates=(0.01, 0.05),
+                rates=(0.05, 0.2),
                 decays=(1e-5, 0.0),
+                smallest_crop=0.4,
                 scratch_steps=200,
-                scratch_rates=(0.01, 0.05),
+                scratch_rates=(0.05, 0.2),
                 scratch_decays=(1e-5, 0.0),
             ),
         },
