@@ -264,7 +264,7 @@ def test_a_fraction_has_columns_of_its_own_and_learns_the_classes(tuned):
     for subject in result.subjects.values():
         assert subject.scores["top1 50 %"] > 0.6
         assert set(subject.chosen) == {"10 %", "50 %"}
-    assert set(result.comparisons) == {f"the same network from scratch, with {part} of the labels" for part in ("10 %", "50 %")}
+    assert set(result.comparisons) == {f"training from scratch, with {part} of the labels" for part in ("10 %", "50 %")}
     assert "paper: BYOL R50" in result.paper
     assert result.paper["paper: BYOL R50"] == {"top1 10 %": 68.8, "top5 10 %": 89.0}
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +21,7 @@ from fastbyol.evaluation.tasks.linear import Heads, LinearSettings, build_sgd, h
 from fastbyol.evaluation.tasks.scoring import packed, unpacked
 from fastbyol.schedules import lr_at
 from fastbyol.train import main as train_main
-from tests.commands import SMALL_RUN, run_python
+from tests.commands import LIMIT_S, ROOT, SMALL_RUN, run_python
 from tests.conftest import noisy_colours
 from tests.test_report import call
 
@@ -118,7 +124,19 @@ def test_packed_hits_are_unpacked_whatever_their_number():
 
 
 def test_the_command_writes_scores_beside_the_papers_and_does_not_repeat_itself(run, data, tmp_path, capsys):
-    arguments = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), "--out", str(tmp_path), *FAST]
+    arguments = [
+        "evaluate",
+        "linear",
+        "--checkpoint",
+        str(run),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+        *FAST,
+        "--compare",
+        f"twin={run}",
+    ]
     code, out, err = call(arguments, capsys)
     assert code == 0, err
     for text in ("BYOL", "untrained encoder", "paper: BYOL", "74.3", "66 train, 6 held out, 24 val", "verdict: "):
@@ -126,7 +144,8 @@ def test_the_command_writes_scores_beside_the_papers_and_does_not_repeat_itself(
     record = json.loads((tmp_path / "linear.json").read_text())
     assert record["version"] == "paper"
     assert record["settings"]["epochs"] == 3
-    assert set(record["subjects"]) == {"byol", "untrained"}
+    assert list(record["subjects"]) == ["byol", "untrained", "twin"]
+    assert record["subjects"]["twin"]["scores"] == record["subjects"]["byol"]["scores"], "the same weights under another name"
     trained = record["subjects"]["byol"]
     assert trained["scores"]["top1"] == 1.0, "a darker channel is easily told"
     assert set(trained["chosen"]["held_out_top1"]) == {"0.4", "0.3", "0.2", "0.1", "0.05"}
@@ -147,6 +166,33 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_starts_nothing(run, data, tm
     # (3 x 66 + 3 x 72 + 6 + 24) images, for the trained and the untrained encoder
     assert "for 888 forward passes of the frozen encoder" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_as_an_undisturbed_one(run, data, tmp_path, capsys):
+    long = [word if word != "3" else "60" for word in FAST]
+    typed = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), *long, "--trained_only"]
+    code, _, err = call([*typed, "--out", str(tmp_path / "whole")], capsys)
+    assert code == 0, err
+    command = [sys.executable, "-m", "fastbyol", *typed, "--out", str(tmp_path / "stopped")]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
+    work = tmp_path / "stopped"
+    deadline = time.monotonic() + LIMIT_S
+    # In the final fit: the sweep is finished and kept.
+    while not list(work.glob("linear.work-*/byol_sweep.json")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(LIMIT_S) == 75, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert re.search(r"stopped after step \d+ of 270 of byol rate=0[.]\d+, saved; the same command goes on", said), said
+    assert not (work / "linear.json").exists()
+    code, _, err = call([*typed, "--out", str(work)], capsys)
+    assert code == 0, err
+    whole, stopped = (json.loads((tmp_path / name / "linear.json").read_text())["subjects"]["byol"] for name in ("whole", "stopped"))
+    for key in ("scores", "chosen"):
+        assert stopped[key] == whole[key]
 
 
 @pytest.mark.distributed

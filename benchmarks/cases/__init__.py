@@ -28,6 +28,7 @@ CASES = {
     "demo_step": "end_to_end.DemoStep",
     "end_to_end": "end_to_end",
     "evaluate": "evaluate",
+    "linear_sweep": "linear_sweep",
     "monitors": "monitors",
     "scaling": "scaling",
     "checkpoint": "checkpoint",

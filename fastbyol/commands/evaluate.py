@@ -98,6 +98,9 @@ def _task_parser(name: str) -> OneLineParser:
         parser.add_argument(
             "--compare", action="append", default=[], metavar="[NAME=]PATH", help="evaluate another encoder too; repeatable"
         )
+        parser.add_argument(
+            "--trained_only", action="store_true", help="leave out the untrained encoder, which costs as much as the trained one"
+        )
         parser.add_argument("--seed", type=int, default=0, help="of all random choices of the task (%(default)s)")
         parser.add_argument("--dry_run", action="store_true", help="say how much there is to do, from a step measured here, and end")
         parser.add_argument("--again", action="store_true", help="compute the result anew where it is already there")
@@ -161,7 +164,7 @@ def _run_task(name: str, options: argparse.Namespace) -> None:
             with lost_ranks_named(process):
                 given = {
                     key: getattr(options, key)
-                    for key in ("checkpoint", "data", "compare", "out", "batch", "workers", "seed", "dry_run", "again")
+                    for key in ("trained_only", "checkpoint", "data", "compare", "out", "batch", "workers", "seed", "dry_run", "again")
                 }
                 run_task(
                     name,

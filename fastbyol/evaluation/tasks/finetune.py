@@ -161,7 +161,7 @@ def _notes(job: Job, settings: FinetuneSettings) -> list[str]:
     if len(settings.grid) > 1:
         notes.append("note: rate and length were chosen on held-out training images; the network was then trained again, and tested once")
     if any(subject.name == "untrained" for subject in job.subjects):
-        notes.append("note: 'from scratch' is the same network from random weights, under the same settings and choice")
+        notes.append("note: 'training from scratch' is the same network from random weights, under the same settings and choice")
     return notes
 
 
@@ -185,7 +185,7 @@ def _subject_result(subject: Subject, parts: Sequence[LabelledPart], outcomes: d
         chosen[part.label] = {name: outcome["chosen"][name] for name in ("rate", "epochs", "held_out_top1", "held_out_images")}
         details[part.label] = {"trials": outcome["trials"], "images_per_s": outcome["tested"]["images_per_s"]}
         seconds += sum(trial["seconds"] for trial in outcome["trials"]) + outcome["tested"]["seconds"]
-    title = "the same network from scratch" if subject.name == "untrained" else subject.title
+    title = "training from scratch" if subject.name == "untrained" else subject.title
     return SubjectResult(title, scores, round(seconds, 3), chosen, details)
 
 

@@ -103,6 +103,7 @@ class TaskOptions:
     checkpoint: str
     data: str
     compare: Sequence[str]
+    trained_only: bool
     out: Path | None
     batch: int
     workers: int
@@ -130,7 +131,7 @@ def run_task(
         task=name.replace(" ", "-"),
         data=options.data,
         settings=result_settings(settings, options.version),
-        subjects=subjects_of(run, options.compare, untrained=task.untrained),
+        subjects=subjects_of(run, options.compare, untrained=task.untrained and not options.trained_only),
         step=run.step,
         process=process,
         stop=stop,

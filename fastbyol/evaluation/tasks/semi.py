@@ -130,7 +130,7 @@ TASKS = {
     "semi": Task(
         title="semi-supervised",
         what="the whole network fine-tuned with 1 % and 10 % of the labels",
-        versions={"paper": SemiSettings(), "quick": SemiSettings(epochs=(30,), **QUICK)},
+        versions={"paper": SemiSettings(), "quick": SemiSettings(epochs=(15,), **QUICK)},
         run=_run,
         plan=_plan,
     )
