@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastbyol.augment.parameters import CROP_H, CROP_W, CROP_X, CROP_Y, centre_crop_parameters
 from fastbyol.config.errors import UserError
 from fastbyol.evaluation.tasks.job import Subject
 from fastbyol.evaluation.tasks.transfer import metrics
-from fastbyol.evaluation.tasks.transfer.finetune import _binary_loss, bn_momentum
+from fastbyol.evaluation.tasks.transfer.finetune import TEST_SHARE, _binary_loss, bn_momentum
 from fastbyol.evaluation.tasks.transfer.opening import VOC_CLASSES, open_set
 from fastbyol.evaluation.tasks.transfer.regression import LogisticRegression
 from fastbyol.evaluation.tasks.transfer.sets import BY_NAME, PAPER_FINETUNE, PAPER_LINEAR, SETS
@@ -477,3 +478,76 @@ def test_each_set_is_read_in_its_real_layout_with_every_image_and_its_class(
         assert image.shape == (height, width, 3)
         label = int(np.flatnonzero(images.labels[row] == 1)[0]) if name == "voc2007" else int(images.labels[row])
         assert abs(int(image[10, 10, 0]) - 40 * label % 256) <= 6  # the colour says the class; JPEG changes it a little
+
+
+def make_own(root: Path, **counts: int) -> Path:
+    """Writes a folder of two classes in each split, with so many images of each."""
+    for split, count in counts.items():
+        for label, name in enumerate(("left", "right")):
+            for number in range(count):
+                put(root / split / name / f"{number}.jpg", label, number)
+    return root
+
+
+def test_a_folder_of_ones_own_keeps_its_three_splits_and_without_test_holds_a_fifth_of_each_class_out(tmp_path: Path) -> None:
+    three = open_set(make_own(tmp_path / "three", train=6, val=3, test=2), tmp_path, download=False, seed=0)
+    assert three.sizes == {"train": 12, "valid": 6, "test": 4}
+    assert three.labels[three.valid].tolist() == [0] * 3 + [1] * 3
+    two = open_set(make_own(tmp_path / "two", train=10, val=3), tmp_path, download=False, seed=0)
+    assert two.sizes == {"train": 16, "valid": 4, "test": 6}
+    assert np.bincount(two.labels[two.valid]).tolist() == [2, 2]
+    source = two.open_source()
+    assert {source.image_name(row).split("/")[0] for row in two.test.tolist()} == {"val"}
+    assert {source.image_name(row).split("/")[0] for row in [*two.train.tolist(), *two.valid.tolist()]} == {"train"}
+
+
+def test_split_files_say_which_images_are_for_validation_and_test(tmp_path: Path) -> None:
+    make_own(tmp_path / "own", images=6)
+    lines(tmp_path / "own" / "test.txt", "left/0.jpg", "right/5.jpg")
+    lines(tmp_path / "own" / "valid.txt", "left/1.jpg", "right/1.jpg", "right/2.jpg")
+    images = open_set(tmp_path / "own", tmp_path, download=False, seed=0)
+    assert images.sizes == {"train": 7, "valid": 3, "test": 2}
+    names = [images.open_source().image_name(row) for row in images.valid.tolist()]
+    assert names == ["left/1.jpg", "right/1.jpg", "right/2.jpg"]
+    lines(tmp_path / "own" / "valid.txt", "left/0.jpg", "right/1.jpg")
+    with pytest.raises(UserError, match="left/0.jpg is a test image too"):
+        open_set(tmp_path / "own", tmp_path, download=False, seed=0)
+
+
+def test_a_set_of_the_paper_may_lie_as_folders_of_its_name_with_the_papers_way_of_holding_out(tmp_path: Path) -> None:
+    make_own(tmp_path / "pets", train=22, test=3)
+    images = open_set(BY_NAME["pets"], tmp_path, download=False, seed=0)
+    assert images.sizes == {"train": 4, "valid": 40, "test": 6}
+    assert images.metric == "mean_per_class"
+
+
+def test_lists_that_name_files_elsewhere_or_classes_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    make_food101(tmp_path)
+    meta = tmp_path / "food-101" / "meta" / "train.json"
+    named = json.loads(meta.read_text())
+    meta.write_text(json.dumps(named | {"waffles": ["../../../secret"]}))
+    with pytest.raises(UserError, match="names .*secret.jpg, outside of it"):
+        open_set(BY_NAME["food101"], tmp_path, download=False, seed=0)
+    make_pets(tmp_path)
+    lines(tmp_path / "oxford-iiit-pet" / "annotations" / "test.txt", "Abyssinian_test0 7 1 1")
+    with pytest.raises(UserError, match="a label is 0 or 6, and there are 2 classes"):
+        open_set(BY_NAME["pets"], tmp_path, download=False, seed=0)
+
+
+def test_a_download_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import DTD
+
+    monkeypatch.setattr(DTD, "_URL", "http://127.0.0.1:9/dtd.tar.gz")
+    with pytest.raises(UserError, match=r"dtd: cannot be opened \(.*refused.*expected dtd/dtd/images"):
+        open_set(BY_NAME["dtd"], tmp_path, download=True, seed=0)
+    with pytest.raises(UserError, match="cars: not in"):
+        open_set(BY_NAME["cars"], tmp_path, download=True, seed=0)
+
+
+def test_the_linear_transfer_sees_the_whole_short_side_and_the_test_of_fine_tuning_seven_eighths() -> None:
+    height, width = np.array([300, 40]), np.array([500, 32])
+    whole = centre_crop_parameters(height=height, width=width, share=1.0)
+    columns = [CROP_Y, CROP_X, CROP_H, CROP_W]
+    assert whole[:, 0, columns].tolist() == [[0, 100, 300, 300], [4, 0, 32, 32]]
+    seven_eighths = centre_crop_parameters(height=height, width=width, share=TEST_SHARE)
+    assert seven_eighths[:, 0, CROP_H].tolist() == [262, 28]

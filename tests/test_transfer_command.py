@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastbyol.train import main as train_main
-from tests.commands import SMALL_RUN, run_here
+from tests.commands import SMALL_RUN, run_here, run_python
 from tests.test_report import call
 from tests.test_task_transfer import lines, make_dtd, make_pets, make_voc2007, put
 
@@ -113,6 +113,20 @@ def test_all_takes_what_is_on_disk_survives_a_broken_set_and_later_adds_what_has
     assert set(second["missing"]) == set(first["missing"]) - {"pets"}
 
 
+@pytest.mark.distributed
+def test_two_ranks_find_the_figures_of_one(run, sets, tmp_path, capsys):
+    arguments = command("linear", run, sets, "--sets", "patterns", "--penalties", "4")
+    code, _, err = call([*arguments, "--out", str(tmp_path / "one")], capsys)
+    assert code == 0, err
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastbyol")
+    done = run_python(*launcher, *arguments, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, two = (record(tmp_path / ranks, "linear")["subjects"] for ranks in ("one", "two"))
+    for name in ("byol", "untrained"):
+        assert two[name]["scores"] == one[name]["scores"]
+        assert two[name]["chosen"] == one[name]["chosen"]
+
+
 FINETUNE = ("--steps", "4", "--global_batch", "16", "--rates", "0.01,0.05", "--decays", "0.0001,0",
             "--scratch_steps", "4", "--scratch_rates", "0.05", "--scratch_decays", "0")  # fmt: skip
 
@@ -139,7 +153,7 @@ def test_a_fine_tuning_that_is_stopped_goes_on_to_the_figures_of_one_that_was_no
         code, _, err = call([*arguments, "--out", str(out)], capsys)
         assert code == 0, err
     figures = [record(out, "finetune")["subjects"] for out in (stopped, whole)]
-    for subject, pairs in (("byol", 4), ("untrained", 1)):
+    for subject, pairs in (("byol", 4), ("untrained", 0)):
         one, other = (found[subject]["details"]["shapes"] for found in figures)
         assert len(one["trials"]) == pairs
         assert [trial["valid"] for trial in one["trials"]] == [trial["valid"] for trial in other["trials"]]
@@ -154,6 +168,7 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_writes_nothing(run, sets, tm
         assert code == 0, err
         assert "4 classes, 104 train, 24 valid, 64 test; top-1" in out
         assert what in out
+        assert out.startswith(f"transfer-{task}: 1 set on disk, 2 encoders, about ")
         assert "memory" in out
         assert "disk" in out
     assert not (tmp_path / "no").exists()

@@ -110,17 +110,13 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
     start = time.perf_counter()
     with image_loader(job, subject, images, crop_share=TEST_SHARE) as loader:
         tuning = _Tuning(job, settings, subject, images, loader)
-        trials = []
-        with tuning.crops(images.train) as crops:
-            for rate, decay in settings.grid(subject):
-                key = f"{images.name} {subject.name} rate {rate:g} decay {decay:g}"
-                trials.append(job.once(key, partial(tuning.trial, key, crops, rate=rate, decay=decay)))
-                raise_if_stopped(job)
+        trials = tuning.trials(settings.grid(subject))
         finished = [trial for trial in trials if trial["valid"] is not None]
-        if not finished:
+        if trials and not finished:
             raise Diverged(f"{images.name}: {subject.title} diverged with every one of the {len(trials)} pairs; give lower --rates")
+        ((rate, decay), *_) = settings.grid(subject)
         # The first of equals: the smallest rate, then the settings' first decay.
-        chosen = max(finished, key=lambda trial: trial["valid"])
+        chosen = max(finished, key=lambda trial: trial["valid"]) if trials else {"rate": rate, "decay": decay, "valid": None}
         pair = {"rate": chosen["rate"], "decay": chosen["decay"]}
         key = f"{images.name} {subject.name} refit rate {pair['rate']:g} decay {pair['decay']:g}"
         tested = job.once(key, partial(tuning.refit, key, **pair))
@@ -157,6 +153,18 @@ class _Tuning:
         self.targets = torch.from_numpy(images.labels)
         self._network: Classifier | None = None
         self._initial: dict[str, Tensor] = {}
+
+    def trials(self, grid: list[tuple[float, float]]) -> list[dict[str, Any]]:
+        """Returns the trial of every pair, or none if there is only one: nothing is chosen then. Each is kept in the job."""
+        if len(grid) == 1:
+            return []
+        found = []
+        with self.crops(self.images.train) as crops:
+            for rate, decay in grid:
+                key = f"{self.images.name} {self.subject.name} rate {rate:g} decay {decay:g}"
+                found.append(self.job.once(key, partial(self.trial, key, crops, rate=rate, decay=decay)))
+                raise_if_stopped(self.job)
+        return found
 
     def trial(self, key: str, crops: CropLoader, *, rate: float, decay: float) -> dict[str, Any]:
         """Trains with this pair on the training images; 'valid' is the score on the validation images, None if the training diverged."""
@@ -238,12 +246,13 @@ def measure_finetune(job: Job, settings: TransferFinetuneSettings, images: Trans
         )
 
 
-def plan_finetune(job: Job, settings: TransferFinetuneSettings, images: TransferImages, cost: StepCost) -> list[str]:
-    """Returns how much there is to do on one set, at the cost of a step that was measured."""
+def plan_finetune(job: Job, settings: TransferFinetuneSettings, images: TransferImages, cost: StepCost) -> tuple[list[str], float]:
+    """Returns how much there is to do on one set, and its seconds, at the cost of a step that was measured."""
     batch = min(settings.global_batch, len(images.train))
     steps = trained = tested = trainings = 0
     for subject in job.subjects:
         pairs = len(settings.grid(subject))
+        pairs = pairs if pairs > 1 else 0  # nothing to choose
         trainings += pairs + 1
         steps += (pairs + 1) * settings.steps_for(subject)
         tested += pairs * len(images.valid) + len(images.test)
@@ -251,4 +260,4 @@ def plan_finetune(job: Job, settings: TransferFinetuneSettings, images: Transfer
     ranks = job.process.world_size
     head = f"{trainings} trainings of {len(job.subjects)} encoders, {steps:,} steps of {batch:,}, {trained:,} images; "
     first, *rest = cost.lines(trained=trained, tested=tested, ranks=ranks, rank_batch=max(1, batch // ranks))
-    return [head + first, *rest]
+    return [head + first, *rest], cost.seconds(trained=trained, tested=tested, ranks=ranks)

@@ -191,8 +191,8 @@ def choose_and_test(
     }
 
 
-def plan_linear(job: Job, settings: TransferLinearSettings, images: TransferImages) -> list[str]:
-    """Returns how long one set takes here, from a forward pass over some of its images and one evaluation of the objective."""
+def plan_linear(job: Job, settings: TransferLinearSettings, images: TransferImages) -> tuple[list[str], float]:
+    """Returns what one set takes, and its seconds here, from a forward pass over some of its images and a few evaluations of the objective."""
     num, num_classes = sum(images.sizes.values()), len(images.class_names)
     subject = job.subjects[0]
     with image_loader(job, subject, images, crop_share=1.0) as loader:
@@ -213,12 +213,13 @@ def plan_linear(job: Job, settings: TransferLinearSettings, images: TransferImag
     evaluation_s = (time.perf_counter() - start) / evaluations * rows / some
     subjects, ranks = len(job.subjects), job.process.world_size
     extract_s, fit_s = num * image_s / ranks * subjects, (settings.penalties + 1) * _FITTED_EVALUATIONS * evaluation_s * subjects
-    return [
+    lines = [
         f"{num:,} images x {subjects} encoders; {settings.penalties + 1} fits each; about {duration_text(extract_s + fit_s)}: "
         f"{duration_text(extract_s)} for features ({1 / image_s:.3g} images/s of a rank, measured), {duration_text(fit_s)} for "
         f"fits of {_FITTED_EVALUATIONS} evaluations ({1000 * evaluation_s:.3g} ms each, measured on {some:,} rows)",
         f"disk {bytes_text(4 * num * dims)} while it runs, memory of rank 0 about {bytes_text(4 * num * dims + 8 * rows * dims + 8 * dims**2)}",
     ]
+    return lines, extract_s + fit_s
 
 
 def _holds(path: Path, rows: int) -> bool:

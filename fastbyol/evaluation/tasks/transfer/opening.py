@@ -10,6 +10,7 @@ one of two layouts:
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from fastbyol.evaluation.linear import held_out_mask
 from fastbyol.evaluation.tasks.transfer.sets import CALTECH_TRAIN, TransferSet, missing_text
 from fastbyol.evaluation.tasks.transfer.split import OWN_SHARE, held_out_count, hold_out, hold_out_of_each
 
+DOWNLOAD_TIMEOUT_S = 30.0
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -79,12 +81,17 @@ def open_set(one: TransferSet | Path, root: Path, *, download: bool, seed: int) 
         raise UserError(missing_text(one, root))
     if place == root / one.name or one.name == "birdsnap":
         return open_folder(root / one.name, name=one.name, metric=one.metric, seed=seed, paper=one)
+    before = socket.getdefaulttimeout()
+    # torchvision downloads without a timeout: behind a firewall that drops packets it would wait for ever.
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
         found = _OPENERS[one.name](root, download)
     except UserError:
         raise
     except Exception as error:  # torchvision's readers raise many kinds: RuntimeError, OSError, KeyError, zlib.error, ValueError ...
         raise UserError(f"{one.name}: cannot be opened ({first_line(error)}); expected {one.layout} in {root}") from error
+    finally:
+        socket.setdefaulttimeout(before)
     return _with_splits(one, found, seed=seed)
 
 
@@ -118,7 +125,7 @@ def _open_split_folders(path: Path, *, name: str, metric: str, seed: int, paper:
     if len(rows) == 3:
         return _of_listing(listing, labels, rows["train"], rows["val"], rows["test"], name=name, metric=metric, paper=paper)
     train, valid = _held_out(rows["train"], labels, names, paper=paper, seed=seed)
-    return _of_listing(listing, labels, train, valid, rows.get("test", rows.get("val")), name=name, metric=metric, paper=paper)
+    return _of_listing(listing, labels, train, valid, rows["test" if "test" in rows else "val"], name=name, metric=metric, paper=paper)
 
 
 def _open_split_files(path: Path, *, name: str, metric: str, seed: int, paper: TransferSet | None) -> TransferImages:
@@ -162,13 +169,12 @@ def _of_listing(
     labels: NDArray[Any],
     train: Indices,
     valid: Indices,
-    test: Indices | None,
+    test: Indices,
     *,
     name: str,
     metric: str,
     paper: TransferSet | None,
 ) -> TransferImages:
-    assert test is not None
     notes = () if paper is None else _size_notes(paper, len(listing.class_names), (len(train), len(valid), len(test)))
     return TransferImages(name, metric, listing.class_names, labels, train, valid, test, lambda: FolderSource(listing), notes)
 

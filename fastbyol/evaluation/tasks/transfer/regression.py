@@ -4,9 +4,10 @@ It minimises sum_i loss_i + l2 / 2 |weight|^2; the bias is not penalised. This i
 Differs from the paper: it does not say whether the loss is a sum or a mean. With a sum, its range 1e-6 to 1e5 holds the best penalty of
 every set; with a mean, most of the range would be useless.
 
-Reaching the minimum takes L-BFGS thousands of steps on raw features, whose directions differ in scale by many orders. So it works in the basis
-of the principal components, in which each direction is scaled by the curvature expected there; the objective stays the same, and some
-dozens of steps reach it.
+On raw features, whose directions differ in scale by orders of magnitude, L-BFGS takes thousands of steps or ends above the minimum. So it works
+in the basis of the principal components, in which each direction is scaled by the curvature expected there; the objective stays the same.
+Measured on 940 x 512 synthetic features of 47 classes: 598 evaluations for the paper's 45 penalties; at a penalty of 1e-4 scikit-learn (tolerance
+1e-6) ends at an objective of 0.0559 after 16 steps, and the minimum, after 121 evaluations here, is 0.0444.
 """
 
 from __future__ import annotations

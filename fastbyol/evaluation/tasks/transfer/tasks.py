@@ -27,6 +27,7 @@ from fastbyol.evaluation.tasks.transfer.linear import TransferLinearSettings, ev
 from fastbyol.evaluation.tasks.transfer.metrics import METRIC_TITLES
 from fastbyol.evaluation.tasks.transfer.opening import TransferImages, open_set
 from fastbyol.evaluation.tasks.transfer.sets import BY_NAME, PAPER_FINETUNE, PAPER_LINEAR, SETS, TransferSet, chosen_sets, missing_text
+from fastbyol.host.quantities import count_text, duration_text
 from fastbyol.ranks.process_group import broadcast_from_main, gather_everywhere
 
 Evaluate = Callable[[Job, Any, TransferImages, Subject], dict[str, Any]]
@@ -202,18 +203,22 @@ def _by_metric(opened: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
 # ---- estimates
 
 
-def _plan_sets(job: Job, settings: Any, *, each: Callable[[TransferImages], list[str]]) -> list[str]:
+def _plan_sets(job: Job, settings: Any, *, each: Callable[[TransferImages], tuple[list[str], float]]) -> list[str]:
     chosen = _chosen(job, settings)
-    lines = [f"{job.task}: {len(chosen.present)} sets on disk, {len(job.subjects)} encoders; nothing is started"]
+    lines, total_s = [], 0.0
     for one in chosen.present:
         try:
             images = open_set(one, Path(job.data), download=False, seed=job.seed)
             sizes = ", ".join(f"{count:,} {split}" for split, count in images.sizes.items())
             lines.append(f"{images.name}: {len(images.class_names)} classes, {sizes}; {METRIC_TITLES[images.metric]}")
-            lines += [f"  {line}" for line in each(images)]
+            found, seconds = each(images)
+            total_s += seconds
+            lines += [f"  {line}" for line in found]
         except UserError as error:
             lines.append(f"failed: {error}")
-    return [*lines, *(f"missing: {text}" for text in chosen.missing.values())]
+    sets, encoders = count_text(len(chosen.present), "set"), count_text(len(job.subjects), "encoder")
+    head = f"{job.task}: {sets} on disk, {encoders}, about {duration_text(total_s)} in all; nothing is started"
+    return [head, *lines, *(f"missing: {text}" for text in chosen.missing.values())]
 
 
 def _plan_linear(job: Job, settings: TransferLinearSettings) -> list[str]:
@@ -224,7 +229,7 @@ def _plan_finetune(job: Job, settings: TransferFinetuneSettings) -> list[str]:
     # All sets have images of one size in the network, so one measurement serves them: the first set's.
     measured = []
 
-    def each(images: TransferImages) -> list[str]:
+    def each(images: TransferImages) -> tuple[list[str], float]:
         if not measured:
             job.announce("measuring a few steps")
             measured.append(measure_finetune(job, settings, images))
@@ -279,10 +284,11 @@ TASKS = {
             "quick": TransferFinetuneSettings(
                 steps=200,
                 global_batch=64,
-                rates=(0.01, 0.05),
+                rates=(0.05, 0.2),
                 decays=(1e-5, 0.0),
+                smallest_crop=0.4,
                 scratch_steps=200,
-                scratch_rates=(0.01, 0.05),
+                scratch_rates=(0.05, 0.2),
                 scratch_decays=(1e-5, 0.0),
             ),
         },
