@@ -43,7 +43,7 @@ class Classifier(nn.Module):
         feature = self.encoder(images)
         # In float32 whatever the encoder's format: among logits in bf16 the two highest are often equal.
         with torch.autocast(images.device.type, enabled=False):
-            return self.head(feature.float())
+            return self.head(feature.to(self.head.weight.dtype))
 
 
 def build_classifier(job: Job, encoder: nn.Module, *, num_classes: int) -> Classifier:
