@@ -145,6 +145,18 @@ def test_frozen_parts_and_fixed_norms_stay_as_they_are(
     assert any("box_predictor" in name for name in moved)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_images_keep_their_size_in_training_and_in_tests_and_are_normalised_and_padded(training: bool) -> None:
+    network = detector(tiny_encoder(), classes=2, anchor_px=(24,), region_px=4).network.train(training)
+    images = [torch.rand(3, 41, 48), torch.rand(3, 44, 40)]
+    batch, _ = network.transform(images, None)
+    assert batch.image_sizes == [(41, 48), (44, 40)]
+    assert batch.tensors.shape == (2, 3, 44, 48)
+    expected = (images[0] - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(batch.tensors[0, :, :41], expected)
+    assert not batch.tensors[0, :, 41:].any()
+
+
 # ---- average precision
 
 

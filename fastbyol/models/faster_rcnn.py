@@ -106,6 +106,18 @@ class Detector(nn.Module):
         return self
 
 
+def _normaliser(*, mean: tuple[float, ...], std: tuple[float, ...], size_divisible: int) -> nn.Module:
+    """Returns torchvision's transform, which normalises images and pads them to one size, without its resizing."""
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    class Unresized(GeneralizedRCNNTransform):
+        # The data set has resized the images with their boxes. torchvision's own switch, _skip_resize, works in training only.
+        def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
+            return image, target
+
+    return Unresized(1, 1, list(mean), list(std), size_divisible=size_divisible)
+
+
 def build_detector(
     backbone: Backbone,
     *,
@@ -182,12 +194,8 @@ def build_detector(
         box_predictor=InFloat32(FastRCNNPredictor(features, classes + 1)),
         box_batch_size_per_image=box_images,
         box_detections_per_img=detections,
-        image_mean=list(mean),
-        image_std=list(std),
-        # The data set has resized the images already, with their boxes.
-        _skip_resize=True,
-        size_divisible=stride,
     )
+    network.transform = _normaliser(mean=mean, std=std, size_divisible=stride)
     encoder_parts = [backbone, *([group] if group is not None else [])]
     kept = {"none": [], "backbone": [backbone], "encoder": encoder_parts}[frozen]
     norms = [module for part in encoder_parts for module in part.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

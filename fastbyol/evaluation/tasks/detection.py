@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,6 @@ from fastbyol.evaluation.tasks.dense.trials import (
     measure_training,
     measured_images,
     plan_lines,
-    prepared,
     rate_at,
     run_trials,
     spread_rows,
@@ -65,7 +64,7 @@ from fastbyol.models.backbone import backbone_of
 from fastbyol.models.faster_rcnn import Detector, build_detector
 from fastbyol.models.view_batchnorm import convert_to_view_batchnorm
 from fastbyol.ranks.process_group import gather_everywhere
-from fastbyol.run.precision import autocast
+from fastbyol.run.precision import autocast, use_float32_format
 
 HEADS = ("c4", "fpn")
 FROZEN = ("none", "backbone", "encoder")
@@ -400,9 +399,13 @@ def _train_and_test(job: Job, settings: DetectionSettings, data: _Data, subject:
 
 
 def _placed(network: Detector, job: Job) -> Detector:
-    """Moves the network to the device, channels last; not compiled, because images and proposals change their sizes in every step."""
-    eager = replace(job, precision=replace(job.precision, compile="no", compile_mode="default"))
-    return prepared(network, eager)  # type: ignore[return-value]
+    """Moves the network to the device, channels last.
+
+    Not by `prepare_model`: it compiles for one size of image, and on a CPU keeps freed memory, which grows where every batch has another
+    size.
+    """
+    use_float32_format(job.precision)
+    return network.to(job.process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _or_none(value: float) -> float | None:
