@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbyol.config.errors import STOPPED_EXIT, Diverged, RunError
+from fastbyol.config.errors import STOPPED_EXIT, Diverged, RunError, first_line
 from fastbyol.evaluation.tasks.job import Job
 from fastbyol.host.durable_files import durable_file
 from fastbyol.host.progress import Progress
@@ -79,8 +79,7 @@ def train_network(
     """
     process = job.process
     path, scaler = job.part(key, ".pt"), build_scaler(job.precision, device=process.device)
-    first = _restore(path, process.device, network=network, optimizer=optimizer, scaler=scaler)
-    first = broadcast_from_main(first)
+    first = _restore(job, path, network=network, optimizer=optimizer, scaler=scaler)
     model = replicate(network, job.precision, accumulate=1) if process.world_size > 1 else network
     vote = StopVote(rank=process.rank, world_size=process.world_size)
     start = saved = time.monotonic()
@@ -146,16 +145,22 @@ def _save(job: Job, path: Path, step: int, **parts: Any) -> None:
             rest = rest[file.write(rest) :]
 
 
-def _restore(path: Path, device: torch.device, **parts: Any) -> int:
-    """Loads the saved state into the parts and returns its step; 0 without one."""
-    if not path.is_file():
+def _restore(job: Job, path: Path, **parts: Any) -> int:
+    """Loads the state that rank 0 saved into the parts, on every rank, and returns its step; 0 without one."""
+    state = None
+    if job.process.is_main and path.is_file():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            # The file's parts, before any is loaded: a half-loaded state would be neither the old nor a new start.
+            state = {name: state[name] for name in ("step", *parts)}
+        except Exception as error:
+            log.warning("%s: cannot be read (%s); this part starts again", path, first_line(error))
+            path.unlink()
+            state = None
+    # Sent, because the ranks of other machines may not see rank 0's folder.
+    state = broadcast_from_main(state)
+    if state is None:
         return 0
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    except Exception as error:
-        log.warning("%s: cannot be read (%s); this part starts again", path, error)
-        path.unlink()
-        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state["step"]
