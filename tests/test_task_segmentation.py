@@ -14,11 +14,14 @@ import torchvision
 from PIL import Image
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.views import PAPER
 from fastbyol.data.demo.scene_layouts import voc_palette
+from fastbyol.evaluation.subjects import set_batchnorm_statistics
 from fastbyol.evaluation.tasks import segmentation
 from fastbyol.evaluation.tasks.dense.pictures import sample_rows
 from fastbyol.evaluation.tasks.dense.trials import rate_at
 from fastbyol.evaluation.tasks.dense.voc import VOC_CLASSES, class_names, labelled_images, voc_folder
+from fastbyol.evaluation.tasks.job import Images, Subject
 from fastbyol.evaluation.tasks.segmentation import (
     QUICK,
     SegmentationImages,
@@ -35,6 +38,7 @@ from fastbyol.models.backbone import backbone_of
 from tests.dense_jobs import TINY, make_job, scenes, tiny_encoder
 from tests.test_report import call
 
+GOLDEN = Path(__file__).parent / "golden"
 SMALL = dataclasses.replace(QUICK, steps=4, batch_images=4, test_images=6, head_channels=8, crop_px=32)
 
 
@@ -305,3 +309,25 @@ def test_the_command_writes_scores_a_picture_and_a_row_beside_the_papers_and_kno
     assert not list(file.parent.glob("*.work-*"))
     code, _, err = call([*command, *small], capsys)
     assert "already evaluated with these settings" in err
+
+
+def test_a_pre_trained_encoder_segments_scenes_better_than_an_untrained_one(tmp_path: Path) -> None:
+    # Pre-trained for 2,500 steps on other scenes (tests/golden/README.md); both are frozen, and the same head is trained.
+    trained = torch.load(GOLDEN / "scenes_encoder.pt", weights_only=True)
+
+    def pre_trained(_: Images) -> torch.nn.Module:
+        encoder = tiny_encoder()
+        encoder.load_state_dict(trained)
+        return encoder.eval()
+
+    def untrained(images: Images) -> torch.nn.Module:
+        encoder = tiny_encoder()
+        set_batchnorm_statistics(encoder, images())
+        return encoder.eval()
+
+    subjects = tuple(Subject(name, name, PAPER, name, build) for name, build in (("byol", pre_trained), ("untrained", untrained)))
+    settings = dataclasses.replace(QUICK, steps=60, test_images=0)
+    job = make_job("segmentation", settings, data=scenes(tmp_path, train=12, val=6), folder=tmp_path, subjects=subjects)
+    result = segmentation.run(job, settings)
+    assert result.comparisons["untrained"].low > 0.01
+    assert result.subjects["byol"].scores["miou"] > result.subjects["untrained"].scores["miou"] + 0.02

@@ -109,8 +109,8 @@ class SegmentationSettings:
         require_choice("--test_view", self.test_view, VIEWS)
 
 
-# For 48 px and a small encoder: one rate, a narrow head, half the dilation, because the maps have 12 x 12 positions. The encoder is frozen:
-# in so few steps fine-tuning would measure the head's luck more than the encoder.
+# For 48 px and a small encoder: one rate, a narrow head, half the dilation, because the maps have 12 x 12 positions. The encoder is frozen,
+# so that the score is about its features (docs/evaluation.md).
 QUICK = SegmentationSettings(
     train_set="train",
     test_images=800,
