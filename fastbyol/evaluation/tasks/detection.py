@@ -64,7 +64,7 @@ from fastbyol.models.backbone import backbone_of
 from fastbyol.models.faster_rcnn import Detector, build_detector
 from fastbyol.models.view_batchnorm import convert_to_view_batchnorm
 from fastbyol.ranks.process_group import gather_everywhere
-from fastbyol.run.precision import autocast, use_float32_format
+from fastbyol.run.precision import autocast, use_switches
 
 HEADS = ("c4", "fpn")
 FROZEN = ("none", "backbone", "encoder")
@@ -404,7 +404,7 @@ def _placed(network: Detector, job: Job) -> Detector:
     Not by `prepare_model`: it compiles for one size of image, and on a CPU keeps freed memory, which grows where every batch has another
     size.
     """
-    use_float32_format(job.precision)
+    use_switches(job.precision)
     return network.to(job.process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
