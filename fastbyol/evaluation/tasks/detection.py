@@ -546,9 +546,9 @@ def _draw_boxes(axes: Any, cell: Any, *, classes: tuple[str, ...], least_score: 
         # Pixel centres are at whole numbers in matplotlib.
         axes.add_patch(Rectangle((x_min - 0.5, y_min - 0.5), x_max - x_min, y_max - y_min, fill=False, edgecolor=colour, linewidth=1.5))
         text = classes[int(label) - 1] + ("" if np.isnan(score) else f" {score:.2f}")
-        axes.text(
-            x_min, y_min - 1, text, fontsize=6, color="white", backgroundcolor=(*colour, 0.8), verticalalignment="bottom", clip_on=True
-        )
+        # Above the box, but within the image.
+        top = max(y_min - 1, 0.06 * len(pixels))
+        axes.text(x_min, top, text, fontsize=6, color="white", backgroundcolor=(*colour, 0.8), verticalalignment="bottom", clip_on=True)
 
 
 def plan(job: Job, settings: DetectionSettings) -> list[str]:
