@@ -170,7 +170,7 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_starts_nothing(run, data, tm
 
 def test_a_stopped_evaluation_goes_on_and_ends_as_an_undisturbed_one(run, data, tmp_path, capsys):
     long = [word if word != "3" else "60" for word in FAST]
-    typed = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), *long, "--trained_only"]
+    typed = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), *long, "--init", "byol"]
     code, _, err = call([*typed, "--out", str(tmp_path / "whole")], capsys)
     assert code == 0, err
     command = [sys.executable, "-m", "fastbyol", *typed, "--out", str(tmp_path / "stopped")]
@@ -219,6 +219,7 @@ def test_two_ranks_find_what_one_finds(run, data, tmp_path, capsys):
         (["--tanh_logits", "perhaps"], "--tanh_logits perhaps: must be yes or no"),
         (["--k", "5"], "--k: is no option of evaluate linear"),
         (["--compare", "nowhere.pth"], "nowhere.pth"),
+        (["--compare", "byol=RUN"], "two encoders are named 'byol'"),
         (["--settings", "quick"], "--epochs: has no effect on the quick linear protocol; add --settings paper"),
         (["--data", "RUN"], "no val images; expected"),
     ],
@@ -230,7 +231,7 @@ def test_a_mistake_is_one_line(run, data, tmp_path, capsys, options, said):
             typed[typed.index(name) + 1] = value
         else:
             typed += [name, value]
-    code, out, err = call([str(run) if word == "RUN" else word for word in typed], capsys)
+    code, out, err = call([word.replace("RUN", str(run)) for word in typed], capsys)
     lines = [line for line in err.splitlines() if not line.startswith("...")]
     assert (code, out, len(lines)) == (2, "", 1)
     assert said in lines[0]

@@ -1,8 +1,8 @@
 """Measures a step of the paper's linear evaluation with one learning rate, and with all five trained side by side.
 
 How: the frozen encoder's forward in bf16 and channels-last on images in memory, then heads, loss, backward and SGD as in
-`fastbyol.evaluation.tasks.linear`. Reference: one rate. The rival is what a user of other libraries does: a run for each rate. Ceiling:
-the encoder's forward alone.
+`fastbyol.evaluation.tasks.linear`. Reference: one rate. Ceiling: the encoder's forward alone. The rival is what a user of other libraries
+does: a run for each rate.
 
     python -m benchmarks.run linear_sweep
 

@@ -132,24 +132,29 @@ def _read_part(path: Path) -> dict[str, Any] | None:
         return None  # not there, or damaged: it is computed again
 
 
-def subjects_of(run: RunState, compare: Sequence[str], *, untrained: bool = True) -> tuple[Subject, ...]:
-    """Returns the encoders of a job: the checkpoint's, the same untrained, and one for each `compare`, [NAME=]PATH of a run or weights.
+INITS = ("byol", "untrained")
+"""The checkpoint's encoder, and the same encoder untrained."""
+
+
+def subjects_of(run: RunState, inits: Sequence[str], compare: Sequence[str]) -> tuple[Subject, ...]:
+    """Returns the encoders of a job: those of `inits`, each one of INITS or [NAME=]PATH of a run or weights, then those of `compare`.
 
     Raises UserError if there is nothing to load at a path, or two have one name.
     """
-    subjects = [_trained("byol", run)]
-    if untrained:
-        build = partial(_untrained, run)
-        identity = f"seed {run.config.seed} {run.config.model}"
-        subjects.append(Subject("untrained", "untrained encoder", run.config.views, identity, build))
-    for text in compare:
+    subjects = []
+    for text in (*inits, *compare):
         name, _, path = text.rpartition("=")
-        other = load_run_or_weights(path)
-        subjects.append(_trained(name or Path(path).stem, other, title=name or Path(path).stem))
+        if text == "byol":
+            subjects.append(_trained("byol", run))
+        elif text == "untrained":
+            identity = f"seed {run.config.seed} {run.config.model}"
+            subjects.append(Subject(text, "untrained encoder", run.config.views, identity, partial(_untrained, run)))
+        else:
+            subjects.append(_trained(name or Path(path).stem, load_run_or_weights(path), title=name or Path(path).stem))
     names = [subject.name for subject in subjects]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--compare: two encoders are named {name!r}; give one another name: --compare NAME=PATH")
+            raise UserError(f"two encoders are named {name!r}; give one another name: --compare NAME=PATH")
     return tuple(subjects)
 
 

@@ -14,7 +14,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.evaluation.evaluate import next_command
 from fastbyol.evaluation.result_file import TaskResult, read_result, write_or_say
-from fastbyol.evaluation.tasks.job import Job, subjects_of
+from fastbyol.evaluation.tasks.job import INITS, Job, subjects_of
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.process_group import Process, broadcast_from_main
 from fastbyol.run.foreign_weights import load_run_or_weights
@@ -30,7 +30,7 @@ class Task:
 
     title: for tables. what: one line for --help. versions: the settings of 'paper' and 'quick', frozen dataclasses. run: computes the
     result; every rank calls it, rank 0's is used. plan: lines that say how much a job is (images, steps, hours from a measured step, disk, memory),
-    without starting it. untrained: whether the same encoder untrained is a subject too.
+    without starting it.
     reported: whether --data are images of which `report` makes a page.
     """
 
@@ -39,7 +39,6 @@ class Task:
     versions: Mapping[str, Any]
     run: Callable[[Job, Any], TaskResult]
     plan: Callable[[Job, Any], list[str]]
-    untrained: bool = True
     reported: bool = True
 
 
@@ -106,7 +105,7 @@ class TaskOptions:
     checkpoint: str
     data: str
     compare: Sequence[str]
-    trained_only: bool
+    init: Sequence[str]
     out: Path | None
     batch: int
     workers: int
@@ -134,7 +133,7 @@ def run_task(
         task=name.replace(" ", "-"),
         data=options.data,
         settings=result_settings(settings, options.version),
-        subjects=subjects_of(run, options.compare, untrained=task.untrained and not options.trained_only),
+        subjects=subjects_of(run, options.init or INITS, options.compare),
         step=run.step,
         process=process,
         stop=stop,
