@@ -216,6 +216,7 @@ def test_two_ranks_find_what_one_finds(run, data, tmp_path, capsys):
         (["--rates", "0.1,0.1"], "--rates = (0.1, 0.1): must be different numbers"),
         (["--epochs", "-1"], "--epochs = -1"),
         (["--views", "blurred"], "--views = 'blurred'"),
+        (["--held_out", "100"], "--held_out 100: 100 of 72 labelled training images"),
         (["--tanh_logits", "perhaps"], "--tanh_logits perhaps: must be yes or no"),
         (["--k", "5"], "--k: is no option of evaluate linear"),
         (["--compare", "nowhere.pth"], "nowhere.pth"),
