@@ -36,7 +36,7 @@ WHAT = {
     "detection": "Faster R-CNN on the encoder, trained on images and boxes in VOC's layout; average precision",
     "depth": "the encoder with fast up-projections, fine-tuned on images with depth as of NYU v2; thresholds and errors",
 }
-"""What each task does, for --help."""
+"""Describes each task in a line, for --help."""
 TASK_OPTIONS = ("init", "seed", "dry_run", "again")
 """Options of tasks that the quick protocols do not have."""
 QUICK = ("linear", "knn", "labelfree", "all")

@@ -227,7 +227,7 @@ class PrecisionConfig:
     files. Not measured by us on a GPU; `python -m fastbyol tune` measures it on your card.
     """
     freed_memory: str = "keep"
-    """What a run on a CPU does with the memory that a step frees. keep: it stays for the next step, which is faster; return: the system gets
+    """Use of the memory that a step frees, on a CPU. keep: it stays for the next step, which is faster; return: the system gets
     it back, for a process that takes less (docs/performance.md has both figures).
     """
 

@@ -20,9 +20,9 @@ from fastbyol.evaluation.subjects import FeatureBank
 from fastbyol.monitors.spectrum import effective_rank, participation_ratio, rankme
 
 RANK_IMAGES = 25_600
-"""At most so many images for the ranks: RankMe's own number (Garrido et al., section 3.2)."""
+"""Largest number of images for the ranks: RankMe's own (Garrido et al., section 3.2)."""
 PAIR_IMAGES = 1024
-"""At most so many images of which two views are drawn."""
+"""Largest number of images of which two views are drawn."""
 BATCH = 64
 PIXELS = "pixels"
 NETWORKS = ("byol", "untrained")

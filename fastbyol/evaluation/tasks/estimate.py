@@ -1,4 +1,4 @@
-"""What a task costs here, for --dry_run: seconds, memory and disk, from a few real training steps or forward passes."""
+"""Estimates the seconds, memory and disk of a task from a few real steps or forward passes on this machine, for --dry_run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MEASURED_IMAGES = 64
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step costs on this rank's device.
+    """Cost of a training step on this rank's device.
 
     batch: images of a measured step. image_s: seconds an image of this rank, with its loading. image_bytes: memory for the gradients of
     one image. state_bytes: weights, gradients and momentum. saved_bytes: weights and momentum on the disk.

@@ -45,7 +45,7 @@ class FinetuneSettings:
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
     weight_decay: float = 0.0
-    """Of SGD, on all weights."""
+    """Weight decay of SGD, on all weights."""
     smallest_crop: float = 0.08
     """Area of the smallest random crop, as a share of the image's (appendix B)."""
     held_out: float = 10_009

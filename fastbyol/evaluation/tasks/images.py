@@ -16,10 +16,10 @@ from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader, ImageLoader
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.evaluation.splits import renumbered, split_paths
+from fastbyol.evaluation.subjects import CALIBRATION_IMAGES
 from fastbyol.evaluation.tasks.job import Job
 
 _HELD_OUT_STREAM = 0x68656C64  # "held" in ASCII, so that this permutation is independent of others with the same seed
-CALIBRATION_IMAGES = 2048
 
 
 def crop_and_flip(views: ViewPair, *, smallest: float = 0.08) -> ViewPair:

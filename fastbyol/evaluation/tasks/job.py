@@ -55,7 +55,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Job:
-    """What a task needs to know beside its settings. Every rank has one, with the same fields but `process`.
+    """One task on one data set: encoders, ranks, precision and folder. Every rank has one, and only `process` differs between them.
 
     data: as typed. folder: of result files. precision: number formats and compilation, as in training. batch: images per forward pass
     without gradients. workers: decoding threads or processes of this rank; 0: its share of the cores. seed: of all random choices.
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a result depends on: the same task, data, settings and encoders continue each other's work."""
+        """Everything that a result depends on: jobs with the same task, data, settings and encoders continue each other's work."""
         return {
             "task": self.task,
             "data": self.data,

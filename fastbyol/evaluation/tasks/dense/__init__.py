@@ -1,1 +1,1 @@
-"""What segmentation, detection and depth share: files and layouts, batches, trials, comparison, pictures."""
+"""Shared parts of segmentation, detection and depth: files and layouts, batches, trials, comparison, pictures."""

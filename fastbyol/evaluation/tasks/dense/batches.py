@@ -18,7 +18,7 @@ from fastbyol.host.signals import COMMAND_SIGNALS
 
 _STREAM = 0x64656E73  # "dens" in ASCII: independent of other permutations of the same seed
 FEW_WORKERS = 2
-"""At most so many workers, and the process decodes itself: on few cores others would only compete with the training."""
+"""With this many workers or fewer the process decodes itself: on few cores others would only compete with the training."""
 
 
 class Source(Protocol):

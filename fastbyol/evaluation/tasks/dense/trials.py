@@ -42,7 +42,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the trials of one encoder gave: the chosen rate, the parts of its seeds, the scores on held-out images by rate."""
+    """Result of one encoder's trials: the chosen rate, the parts of its seeds, and the scores on held-out images by rate."""
 
     lr: float
     parts: list[dict[str, Any]]

@@ -18,7 +18,7 @@ from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import ImageLoader
 from fastbyol.data.traversal import seeded_permutation
-from fastbyol.evaluation.tasks.images import CALIBRATION_IMAGES
+from fastbyol.evaluation.subjects import CALIBRATION_IMAGES
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.scoring import outputs, rank_share
 from fastbyol.evaluation.tasks.training import TaskStopped
