@@ -410,10 +410,7 @@ def run(job: Job, settings: DepthSettings) -> TaskResult:
         )
         if subject.name != first:
             comparisons[subject.name] = compare_statistics(statistics[first], statistics[subject.name], _first_threshold)
-    return TaskResult(
-        protocol=job.task,
-        version=str(job.settings["version"]),
-        settings=dict(job.settings),
+    return job.result(
         columns=COLUMNS,
         subjects=subjects,
         sizes={"train": len(data.train), "test": len(data.test_rows)},

@@ -473,10 +473,7 @@ def run(job: Job, settings: DetectionSettings) -> TaskResult:
         )
         if subject.name != first:
             comparisons[subject.name] = _compared(matches[first], matches[subject.name])
-    return TaskResult(
-        protocol=job.task,
-        version=str(job.settings["version"]),
-        settings=dict(job.settings),
+    return job.result(
         columns=COLUMNS,
         subjects=subjects,
         sizes={"train": len(data.train), "test": len(data.test_rows)},

@@ -127,10 +127,7 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
         if name != first
         for part in parts
     }
-    return TaskResult(
-        protocol=job.task,
-        version=job.settings["version"],
-        settings=dict(job.settings),
+    return job.result(
         columns={part.column(k): part.title(k) for part in parts for k in (1, 5)},
         subjects=subjects,
         sizes=sizes,

@@ -119,6 +119,10 @@ class Job:
         """Returns the path of a file of unfinished work."""
         return self.work / f"{re.sub(r'[^A-Za-z0-9.,=+-]+', '_', key)}{suffix}"
 
+    def result(self, **parts: Any) -> TaskResult:
+        """Returns the result of this job with its scores; parts: the fields of `TaskResult` that a job does not know."""
+        return TaskResult(protocol=self.task, version=str(self.settings["version"]), settings=dict(self.settings), **parts)
+
     def clear(self) -> None:
         """Deletes the unfinished work, on the main rank."""
         if self.process.is_main:

@@ -17,7 +17,6 @@ from torch import Tensor
 from fastbyol.config.errors import UserError, require
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import ImageLoader
-from fastbyol.evaluation.comparison import compare_hits
 from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.knn import nearest
 from fastbyol.evaluation.protocols import top_k_hits
@@ -27,7 +26,7 @@ from fastbyol.evaluation.tasks.estimate import estimate_lines, seconds_per_image
 from fastbyol.evaluation.tasks.images import LabelledImages, held_out_rows, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
-from fastbyol.evaluation.tasks.scoring import Hits, outputs, packed, rank_share, unpacked
+from fastbyol.evaluation.tasks.scoring import Hits, compare_with_first, outputs, packed, rank_share, unpacked
 from fastbyol.ranks.process_group import all_gather_rows, gather_everywhere
 
 VOTES = ("weighted", "plain")
@@ -84,15 +83,11 @@ def run(job: Job, settings: KnnSettings) -> TaskResult:
                 chosen={"classifier": _name(best), "held_out_top1": part["grid"][_name(best)]["held_out"]},
                 details={"grid": part["grid"], "images_per_s": part["images_per_s"]},
             )
-    first, *others = job.subjects
-    return TaskResult(
-        protocol=job.task,
-        version=str(job.settings["version"]),
-        settings=dict(job.settings),
+    return job.result(
         columns={"top1": "top-1 %", "top5": "top-5 %"},
         subjects=results,
         sizes=sizes,
-        comparisons={other.name: compare_hits(hits[first.name], hits[other.name]) for other in others},
+        comparisons=compare_with_first(job, hits),
         notes=[*notes, "the paper has no kNN figures"],
     )
 

@@ -19,14 +19,13 @@ from fastbyol.config.errors import require, require_at_least, require_choice, re
 from fastbyol.data import crops_on_device
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader
-from fastbyol.evaluation.comparison import compare_hits
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.estimate import estimate_lines, seconds_per_image
 from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, held_out_rows, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.paper import LINEAR
 from fastbyol.evaluation.tasks.registry import Task
-from fastbyol.evaluation.tasks.scoring import Hits, hits_of, packed, unpacked
+from fastbyol.evaluation.tasks.scoring import Hits, compare_with_first, hits_of, packed, unpacked
 from fastbyol.evaluation.tasks.training import train_network
 from fastbyol.run.precision import autocast, compiles_augmentation, input_dtype
 from fastbyol.schedules import lr_at
@@ -116,16 +115,12 @@ def run(job: Job, settings: LinearSettings) -> TaskResult:
             sizes = {"train": len(fit), "held out": len(held_out), "val": images.test.num_samples}
             evaluation = _Evaluation(job, settings, subject, images)
             results[subject.name], hits[subject.name] = evaluation.result(fit, held_out)
-    first, *others = job.subjects
-    return TaskResult(
-        protocol=job.task,
-        version=str(job.settings["version"]),
-        settings=dict(job.settings),
+    return job.result(
         columns={"top1": "top-1 %", "top5": "top-5 %"},
         subjects=results,
         sizes=sizes,
         paper=LINEAR,
-        comparisons={other.name: compare_hits(hits[first.name], hits[other.name]) for other in others},
+        comparisons=compare_with_first(job, hits),
         notes=["the paper's rows are ImageNet, ResNet-50, 1000 epochs; ours are this run's images and length"],
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import ImageLoader
+from fastbyol.evaluation.comparison import Comparison, compare_hits
 from fastbyol.evaluation.protocols import top_k_hits
 from fastbyol.evaluation.splits import renumbered
 from fastbyol.evaluation.tasks.job import Job
@@ -77,6 +78,12 @@ def hits_of(
     everyone = [part for part in gather_everywhere(own) if part.shape[2]]
     top1, top5 = torch.cat(everyone, dim=2)
     return [Hits(*pair) for pair in zip(top1, top5, strict=True)]
+
+
+def compare_with_first(job: Job, hits: Mapping[str, Tensor]) -> dict[str, Comparison]:
+    """Compares the job's first encoder with each other one; hits: (N,) bool by name, on the same test images."""
+    first, *others = (subject.name for subject in job.subjects)
+    return {other: compare_hits(hits[first], hits[other]) for other in others}
 
 
 def packed(hits: Tensor) -> str:

@@ -400,10 +400,7 @@ def run(job: Job, settings: SegmentationSettings) -> TaskResult:
         )
         if subject.name != first:
             comparisons[subject.name] = compare_statistics(confusions[first], confusions[subject.name], mean_iou)
-    return TaskResult(
-        protocol=job.task,
-        version=str(job.settings["version"]),
-        settings=dict(job.settings),
+    return job.result(
         columns={"miou": "mIoU %", "accuracy": "pixel accuracy %"},
         subjects=subjects,
         sizes={"train": len(data.train), "test": len(data.test_rows)},

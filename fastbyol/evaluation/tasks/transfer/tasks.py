@@ -161,10 +161,7 @@ def _result(
     unfinished = sum(
         found.get("unfinished_fits", 0) + (not found.get("converged", True)) for sets in scores.values() for found in sets.values()
     )
-    return TaskResult(
-        protocol=job.task,
-        version=job.settings["version"],
-        settings=dict(job.settings),
+    return job.result(
         columns=columns,
         subjects=subjects,
         sizes={"set" if len(opened) == 1 else "sets": len(opened), "test images": sum(found["test"] for found in opened.values())},
