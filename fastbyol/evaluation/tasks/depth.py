@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,26 +27,24 @@ from fastbyol.config.errors import (
     require_range,
 )
 from fastbyol.data.traversal import Indices
-from fastbyol.evaluation.result_file import SubjectResult, TaskResult
+from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved, training_batches
 from fastbyol.evaluation.tasks.dense.files import require_sound
 from fastbyol.evaluation.tasks.dense.nyu import DepthFrames, open_frames, valid
-from fastbyol.evaluation.tasks.dense.pictures import draw_samples, keep_predictions, sample_rows
+from fastbyol.evaluation.tasks.dense.pictures import keep_predictions, picture_notes, sample_rows
+from fastbyol.evaluation.tasks.dense.plan import plan_training
 from fastbyol.evaluation.tasks.dense.trials import (
     Trial,
     calibration_images,
     check_drops,
     compare_statistics,
-    measure_training,
-    measured_images,
     normalised,
-    plan_lines,
     prepared,
     rate_at,
     run_trials,
     sgd,
     spread_rows,
-    state_mib,
+    trial_result,
 )
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
@@ -392,30 +390,15 @@ def run(job: Job, settings: DepthSettings) -> TaskResult:
         selected_by="pct1",
         run=partial(_train_and_test, job, settings, data),
     )
-    first = job.subjects[0].name
-    statistics = {name: [np.asarray(part["statistics"]) for part in outcome.parts] for name, outcome in outcomes.items()}
-    subjects, comparisons = {}, {}
-    for subject in job.subjects:
-        outcome = outcomes[subject.name]
-        subjects[subject.name] = SubjectResult(
-            subject.title,
-            {name: outcome.mean(name) for name in COLUMNS},
-            outcome.seconds,
-            chosen={"lr": outcome.lr},
-            details={
-                "seeds": [part["scores"] for part in outcome.parts],
-                "images_per_s": [part["images_per_s"] for part in outcome.parts],
-                "known_pixels": int(statistics[subject.name][0][:, 0].sum()),
-            },
-        )
-        if subject.name != first:
-            comparisons[subject.name] = compare_statistics(statistics[first], statistics[subject.name], _first_threshold)
-    return job.result(
+    return trial_result(
+        job,
+        outcomes,
         columns=COLUMNS,
-        subjects=subjects,
+        evidence=lambda part: np.asarray(part["statistics"]),
+        compare=partial(compare_statistics, score=_first_threshold),
+        details=lambda _, statistics: {"known_pixels": int(statistics[0][:, 0].sum())},
         sizes={"train": len(data.train), "test": len(data.test_rows)},
         paper=PAPER_ROWS,
-        comparisons=comparisons,
         notes=[*_notes(settings), *_picture(job, data)],
     )
 
@@ -430,53 +413,36 @@ def _notes(settings: DepthSettings) -> list[str]:
 
 
 def _picture(job: Job, data: _Data) -> list[str]:
-    """Draws the first seed's predictions and returns a note that says where."""
-    if not job.process.is_main:
-        return []
-    rows = sample_rows(len(data.test_rows), ranks=job.process.world_size)
-    truths = {at: data.test.test(int(data.test_rows[at])) for at in rows}
-    far = max(float(depth.max()) for _, depth in truths.values())
-    path = draw_samples(
-        job,
-        rows=rows,
-        image_and_truth=lambda at: (truths[at][0].permute(1, 2, 0).numpy(), truths[at][1].numpy()),
-        keys={subject.title: f"{subject.name} seed {job.seed}" for subject in job.subjects},
-        draw=lambda axes, cell: axes.imshow(np.asarray(cell[1], dtype=np.float32), vmin=0.0, vmax=far, cmap="viridis"),
-        bar="depth (m)",
-    )
-    return [f"picture: {path}"] if path else []
+    @cache
+    def image_and_truth(at: int) -> tuple[NDArray[np.uint8], Any]:
+        image, depth = data.test.test(int(data.test_rows[at]))
+        return image.permute(1, 2, 0).numpy(), depth.numpy()
+
+    rows = sample_rows(len(data.test_rows), ranks=job.process.world_size) if job.process.is_main else []
+    far = max((float(image_and_truth(at)[1].max()) for at in rows), default=0.0)
+
+    def draw(axes: Any, cell: Any) -> Any:
+        return axes.imshow(np.asarray(cell[1], dtype=np.float32), vmin=0.0, vmax=far, cmap="viridis")
+
+    return picture_notes(job, num_test=len(data.test_rows), image_and_truth=image_and_truth, draw=draw, bar="depth (m)")
 
 
 def plan(job: Job, settings: DepthSettings) -> list[str]:
     data = _open(job, settings)
     subject = job.subjects[0]
     network = prepared(build_network(subject, settings, data.train, job.seed), job)
-    images = measured_images(job, settings.batch_images, size_px=max(settings.crop_px))
-    batches = training_batches(
-        job,
-        data.train,
-        rows=np.arange(len(data.train)),
-        global_batch=images * job.process.world_size,
-        seed=job.seed,
-        collate=stacked,
-    )
-    measured = measure_training(
+    return plan_training(
         job,
         network,
         optimizer=_optimizer(network, settings),
         loss_of=partial(_loss, subject, settings.huber_share),
-        batches=batches(0),
-        images=images,
-    )
-    return plan_lines(
-        job,
-        measured,
+        source=data.train,
+        collate=stacked,
+        size_px=max(settings.crop_px),
         trainings=len(job.subjects) * settings.seeds,
         steps=settings.steps,
         batch_images=settings.batch_images,
-        num_train=len(data.train),
         num_test=len(data.test_rows),
-        state_mib=state_mib(network, moments=1),
     )
 
 

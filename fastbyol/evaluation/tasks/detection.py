@@ -29,7 +29,7 @@ from fastbyol.config.errors import (
 )
 from fastbyol.data.traversal import Indices
 from fastbyol.evaluation.comparison import Comparison
-from fastbyol.evaluation.result_file import SubjectResult, TaskResult
+from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.dense.average_precision import (
     ClassMatches,
     Detections,
@@ -41,19 +41,17 @@ from fastbyol.evaluation.tasks.dense.average_precision import (
 )
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved, training_batches
 from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
-from fastbyol.evaluation.tasks.dense.pictures import coloured, draw_samples, keep_predictions, sample_rows
+from fastbyol.evaluation.tasks.dense.pictures import coloured, keep_predictions, picture_notes, sample_rows
+from fastbyol.evaluation.tasks.dense.plan import plan_training
 from fastbyol.evaluation.tasks.dense.trials import (
     Trial,
     calibration_images,
     check_drops,
     compare_scores,
-    measure_training,
-    measured_images,
-    plan_lines,
     rate_at,
     run_trials,
     spread_rows,
-    state_mib,
+    trial_result,
 )
 from fastbyol.evaluation.tasks.dense.voc import BoxedImage, boxed_images, class_names, read_boxes, voc_folder
 from fastbyol.evaluation.tasks.job import Job, Subject
@@ -455,30 +453,15 @@ def run(job: Job, settings: DetectionSettings) -> TaskResult:
         selected_by="voc_ap50",
         run=partial(_train_and_test, job, settings, data),
     )
-    first = job.subjects[0].name
-    matches = {name: [_matches(part) for part in outcome.parts] for name, outcome in outcomes.items()}
-    subjects, comparisons = {}, {}
-    for subject in job.subjects:
-        outcome = outcomes[subject.name]
-        subjects[subject.name] = SubjectResult(
-            subject.title,
-            {name: outcome.mean(name) for name in COLUMNS},
-            outcome.seconds,
-            chosen={"lr": outcome.lr},
-            details={
-                "seeds": [part["scores"] for part in outcome.parts],
-                "images_per_s": [part["images_per_s"] for part in outcome.parts],
-                "by_class": outcome.parts[0]["by_class"],
-            },
-        )
-        if subject.name != first:
-            comparisons[subject.name] = _compared(matches[first], matches[subject.name])
-    return job.result(
+    return trial_result(
+        job,
+        outcomes,
         columns=COLUMNS,
-        subjects=subjects,
+        evidence=_matches,
+        compare=_compared,
+        details=lambda outcome, _: {"by_class": outcome.parts[0]["by_class"]},
         sizes={"train": len(data.train), "test": len(data.test_rows)},
         paper=PAPER_ROWS,
-        comparisons=comparisons,
         notes=[*data.notes, *_notes(settings), *_picture(job, data)],
     )
 
@@ -509,24 +492,14 @@ def _notes(settings: DetectionSettings) -> list[str]:
 
 
 def _picture(job: Job, data: _Data) -> list[str]:
-    """Draws the first seed's detections and returns a note that says where."""
-    if not job.process.is_main:
-        return []
-
     def image_and_truth(at: int) -> tuple[NDArray[np.uint8], Any]:
         row = int(data.test_rows[at])
         truth = data.test.objects(row)
         image = read_image(data.test.images[row].image)
         return image.permute(1, 2, 0).numpy(), np.column_stack([truth.boxes, truth.labels, np.full(len(truth.labels), np.nan)])
 
-    path = draw_samples(
-        job,
-        rows=sample_rows(len(data.test_rows), ranks=job.process.world_size),
-        image_and_truth=image_and_truth,
-        keys={subject.title: f"{subject.name} seed {job.seed}" for subject in job.subjects},
-        draw=partial(_draw_boxes, classes=data.classes),
-    )
-    return [f"picture: {path}"] if path else []
+    draw = partial(_draw_boxes, classes=data.classes)
+    return picture_notes(job, num_test=len(data.test_rows), image_and_truth=image_and_truth, draw=draw)
 
 
 def _draw_boxes(axes: Any, cell: Any, *, classes: tuple[str, ...], least_score: float = 0.3) -> None:
@@ -551,25 +524,18 @@ def _draw_boxes(axes: Any, cell: Any, *, classes: tuple[str, ...], least_score: 
 def plan(job: Job, settings: DetectionSettings) -> list[str]:
     data = _open(job, settings)
     network = _placed(build_network(job.subjects[0], len(data.classes), settings, data.train, job.seed), job)
-    images = measured_images(job, settings.batch_images, size_px=settings.test_px)
-    batches = training_batches(
+    return plan_training(
         job,
-        data.train,
-        rows=np.arange(len(data.train)),
-        global_batch=images * job.process.world_size,
-        seed=job.seed,
+        network,
+        optimizer=_optimizer(network, settings),
+        loss_of=_loss,
+        source=data.train,
         collate=listed,
-    )
-    measured = measure_training(job, network, optimizer=_optimizer(network, settings), loss_of=_loss, batches=batches(0), images=images)
-    return plan_lines(
-        job,
-        measured,
+        size_px=settings.test_px,
         trainings=len(job.subjects) * settings.seeds,
         steps=settings.steps,
         batch_images=settings.batch_images,
-        num_train=len(data.train),
         num_test=len(data.test_rows),
-        state_mib=state_mib(network, moments=1),
     )
 
 

@@ -146,7 +146,7 @@ def estimate_lines(job: Job, images: float, seconds: float, *, work_bytes: float
     """
     ranks = job.process.world_size
     total = images * seconds / ranks
-    peak = torch.cuda.max_memory_allocated(job.process.device) if job.process.device.type == "cuda" else _resident_bytes()
+    peak = peak_memory_bytes(job.process.device)
     folder = next(parent for parent in (job.folder, *job.folder.parents) if parent.exists())
     return [
         f"time: about {duration_text(total)} for {images:,.0f} {what} on {ranks} {job.process.device.type} rank{'s' if ranks > 1 else ''}, "
@@ -156,5 +156,8 @@ def estimate_lines(job: Job, images: float, seconds: float, *, work_bytes: float
     ]
 
 
-def _resident_bytes() -> int:
+def peak_memory_bytes(device: torch.device) -> int:
+    """Returns the largest memory in use so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,25 +18,23 @@ from torch import Tensor, nn
 
 from fastbyol.config.errors import require_at_least, require_between, require_choice, require_positive, require_probability, require_range
 from fastbyol.data.traversal import Indices
-from fastbyol.evaluation.result_file import SubjectResult, TaskResult
+from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved, training_batches
 from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
-from fastbyol.evaluation.tasks.dense.pictures import coloured, draw_samples, keep_predictions, sample_rows
+from fastbyol.evaluation.tasks.dense.pictures import coloured, keep_predictions, picture_notes, sample_rows
+from fastbyol.evaluation.tasks.dense.plan import plan_training
 from fastbyol.evaluation.tasks.dense.trials import (
     Trial,
     calibration_images,
     check_drops,
     compare_statistics,
-    measure_training,
-    measured_images,
     normalised,
-    plan_lines,
     prepared,
     rate_at,
     run_trials,
     sgd,
     spread_rows,
-    state_mib,
+    trial_result,
 )
 from fastbyol.evaluation.tasks.dense.voc import IGNORE, LabelledImage, class_names, labelled_images, voc_folder
 from fastbyol.evaluation.tasks.job import Job, Subject
@@ -381,31 +379,15 @@ def run(job: Job, settings: SegmentationSettings) -> TaskResult:
         selected_by="miou",
         run=partial(_train_and_test, job, settings, data),
     )
-    subjects, comparisons = {}, {}
-    first = job.subjects[0].name
-    confusions = {name: [np.asarray(part["confusion"]) for part in outcome.parts] for name, outcome in outcomes.items()}
-    for subject in job.subjects:
-        outcome = outcomes[subject.name]
-        subjects[subject.name] = SubjectResult(
-            subject.title,
-            {name: outcome.mean(name) for name in ("miou", "accuracy")},
-            outcome.seconds,
-            chosen={"lr": outcome.lr},
-            details={
-                "seeds": [part["scores"] for part in outcome.parts],
-                "held_out": outcome.held_out,
-                "images_per_s": [part["images_per_s"] for part in outcome.parts],
-                "iou": _class_ious(confusions[subject.name][0], data.classes),
-            },
-        )
-        if subject.name != first:
-            comparisons[subject.name] = compare_statistics(confusions[first], confusions[subject.name], mean_iou)
-    return job.result(
+    return trial_result(
+        job,
+        outcomes,
         columns={"miou": "mIoU %", "accuracy": "pixel accuracy %"},
-        subjects=subjects,
+        evidence=lambda part: np.asarray(part["confusion"]),
+        compare=partial(compare_statistics, score=mean_iou),
+        details=lambda outcome, confusions: {"held_out": outcome.held_out, "iou": _class_ious(confusions[0], data.classes)},
         sizes={"train": len(data.train), "test": len(data.test_rows)},
         paper=PAPER_ROWS,
-        comparisons=comparisons,
         notes=[*_notes(settings), *_picture(job, data)],
     )
 
@@ -426,50 +408,32 @@ def _notes(settings: SegmentationSettings) -> list[str]:
 
 
 def _picture(job: Job, data: _Data) -> list[str]:
-    """Draws the first seed's predictions and returns a note that says where."""
-    if not job.process.is_main:
-        return []
-
     def image_and_truth(at: int) -> tuple[NDArray[np.uint8], Any]:
         image, labels = data.test.test(int(data.test_rows[at]))
         return image.permute(1, 2, 0).numpy(), labels.numpy()
 
-    path = draw_samples(
-        job,
-        rows=sample_rows(len(data.test_rows), ranks=job.process.world_size),
-        image_and_truth=image_and_truth,
-        keys={subject.title: f"{subject.name} seed {job.seed}" for subject in job.subjects},
-        draw=lambda axes, cell: axes.imshow(coloured(cell[1]), interpolation="nearest") and None,
-    )
-    return [f"picture: {path}"] if path else []
+    def draw(axes: Any, cell: Any) -> None:
+        axes.imshow(coloured(cell[1]), interpolation="nearest")
+
+    return picture_notes(job, num_test=len(data.test_rows), image_and_truth=image_and_truth, draw=draw)
 
 
 def plan(job: Job, settings: SegmentationSettings) -> list[str]:
     data = _open(job, settings)
     subject = job.subjects[0]
     network = prepared(build_network(subject, len(data.classes), settings, data.train, job.seed), job)
-    images = measured_images(job, settings.batch_images, size_px=settings.crop_px)
-    batches = training_batches(
+    return plan_training(
         job,
-        data.train,
-        rows=np.arange(len(data.train)),
-        global_batch=images * job.process.world_size,
-        seed=job.seed,
+        network,
+        optimizer=_optimizer(network, settings),
+        loss_of=partial(_loss, subject),
+        source=data.train,
         collate=stacked,
-    )
-    measured = measure_training(
-        job, network, optimizer=_optimizer(network, settings), loss_of=partial(_loss, subject), batches=batches(0), images=images
-    )
-    trainings = len(job.subjects) * (settings.seeds + (len(settings.lrs) if len(settings.lrs) > 1 else 0))
-    return plan_lines(
-        job,
-        measured,
-        trainings=trainings,
+        size_px=settings.crop_px,
+        trainings=len(job.subjects) * (settings.seeds + (len(settings.lrs) if len(settings.lrs) > 1 else 0)),
         steps=settings.steps,
         batch_images=settings.batch_images,
-        num_train=len(data.train),
         num_test=len(data.test_rows),
-        state_mib=state_mib(network, moments=1),
     )
 
 

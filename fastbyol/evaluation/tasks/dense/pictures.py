@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.data.demo.scene_layouts import voc_palette
-from fastbyol.data.traversal import Indices
 from fastbyol.evaluation.report_tasks import picture_file
 from fastbyol.evaluation.tasks.job import Job
 
@@ -43,10 +42,27 @@ def kept_predictions(job: Job, key: str) -> dict[int, NDArray[Any]]:
         return {}
 
 
+def picture_notes(
+    job: Job, *, num_test: int, image_and_truth: Callable[[int], tuple[NDArray[np.uint8], Any]], draw: Draw, bar: str = ""
+) -> list[str]:
+    """Draws the first seed's predictions of sample rows, on the main rank, and returns a note that says where; see `draw_samples`."""
+    if not job.process.is_main:
+        return []
+    path = draw_samples(
+        job,
+        rows=sample_rows(num_test, ranks=job.process.world_size),
+        image_and_truth=image_and_truth,
+        keys={subject.title: f"{subject.name} seed {job.seed}" for subject in job.subjects},
+        draw=draw,
+        bar=bar,
+    )
+    return [f"picture: {path}"] if path else []
+
+
 def draw_samples(
     job: Job,
     *,
-    rows: Indices | Sequence[int],
+    rows: Sequence[int],
     image_and_truth: Callable[[int], tuple[NDArray[np.uint8], Any]],
     keys: Mapping[str, str],
     draw: Draw,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from fastbyol.config.errors import Diverged, UserError, require, require_positive
 from fastbyol.data.traversal import Indices, seeded_permutation
 from fastbyol.evaluation.comparison import Comparison
+from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.job import Job, Subject
-from fastbyol.host.quantities import duration_text
 from fastbyol.models.backbone import Backbone
-from fastbyol.run.precision import autocast, prepare_model
+from fastbyol.run.precision import prepare_model
 
 _HELD_OUT_STREAM, _CALIBRATION_STREAM = 0x76616C69, 0x63616C69  # "vali", "cali" in ASCII
 RESAMPLES = 1000
@@ -161,7 +160,49 @@ def prepared(network: nn.Module, job: Job) -> nn.Module:
     return prepare_model(network, job.precision, device=job.process.device)
 
 
-# ---- comparison
+# ---- results and their comparison
+
+
+def trial_result(
+    job: Job,
+    outcomes: Mapping[str, Outcome],
+    *,
+    columns: Mapping[str, str],
+    evidence: Callable[[dict[str, Any]], Any],
+    compare: Callable[[list[Any], list[Any]], Comparison],
+    details: Callable[[Outcome, list[Any]], dict[str, Any]],
+    **parts: Any,
+) -> TaskResult:
+    """Returns the result of a job: every encoder's mean scores over its seeds, and the first one compared with the others.
+
+    Args:
+        job: its encoders are those of `outcomes`.
+        outcomes: of `run_trials`.
+        columns: titles of the scores, by name.
+        evidence: a trained and tested part -> what the test images say, for `compare` and `details`.
+        compare: evidence of each seed of the first encoder and of another one -> their comparison.
+        details: further figures of an encoder.
+        parts: the other fields of the result.
+    """
+    found = {name: [evidence(part) for part in outcome.parts] for name, outcome in outcomes.items()}
+    first, *others = (subject.name for subject in job.subjects)
+    subjects = {
+        subject.name: SubjectResult(
+            subject.title,
+            {name: outcome.mean(name) for name in columns},
+            outcome.seconds,
+            chosen={"lr": outcome.lr},
+            details={
+                "seeds": [part["scores"] for part in outcome.parts],
+                "images_per_s": [part["images_per_s"] for part in outcome.parts],
+                **details(outcome, found[subject.name]),
+            },
+        )
+        for subject in job.subjects
+        for outcome in (outcomes[subject.name],)
+    }
+    comparisons = {name: compare(found[first], found[name]) for name in others}
+    return job.result(columns=dict(columns), subjects=subjects, comparisons=comparisons, **parts)
 
 
 Score = Callable[[NDArray[np.float64]], float]
@@ -198,87 +239,3 @@ def compare_statistics(
     alone = [np.array([np.mean([score(each[row : row + 1], one) for each in many]) for row in range(len(many[0]))]) for many in pairs]
     mine, others = ([partial(score, each) for each in many] for many in pairs)
     return compare_scores(mine, others, alone=(alone[0], alone[1]))
-
-
-# ---- estimates
-
-
-@dataclass(frozen=True)
-class MeasuredStep:
-    """Seconds of one training step of `images` images on this rank, as measured; memory: peak of the process, in GiB."""
-
-    seconds: float
-    images: int
-    memory_gib: float
-
-
-def measure_training(
-    job: Job,
-    network: nn.Module,
-    *,
-    optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[nn.Module, Any], Tensor],
-    batches: Iterator[Any],
-    images: int,
-) -> MeasuredStep:
-    """Takes a training step of `images` images on this rank once to warm up, then twice, or once if it takes longer than ten seconds."""
-    device = job.process.device
-
-    def step() -> None:
-        with autocast(job.precision, device=device):
-            loss = loss_of(network, next(batches))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    first = time.perf_counter()
-    step()
-    _settle(device)
-    start = time.perf_counter()
-    repeats = 1 if start - first > 10 else 2
-    for _ in range(repeats):
-        step()
-    _settle(device)
-    return MeasuredStep((time.perf_counter() - start) / repeats, images, peak_memory_gib(device))
-
-
-def measured_images(job: Job, batch_images: int, *, size_px: int) -> int:
-    """Returns how many images a measured step of this rank has: its share, but one on a CPU if they are large, for each takes a minute."""
-    share = max(1, batch_images // job.process.world_size)
-    return 1 if job.process.device.type == "cpu" and size_px > 128 else share
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Returns the largest memory in use so far: of the GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def plan_lines(
-    job: Job, measured: MeasuredStep, *, trainings: int, steps: int, batch_images: int, num_train: int, num_test: int, state_mib: float
-) -> list[str]:
-    """Returns what a dry run prints: images, steps, hours from the measured step, disk and memory."""
-    per_step = measured.seconds * batch_images / (measured.images * job.process.world_size)
-    total = duration_text(trainings * steps * per_step)
-    return [
-        f"{job.task}: {num_train:,} train images, {num_test:,} test images; {len(job.subjects)} encoders",
-        f"{trainings} trainings of {steps:,} steps of {batch_images} images ({steps * batch_images / num_train:.1f} epochs)",
-        f"about {total} of training: a step of {measured.images} images takes {measured.seconds:.3f} s here, measured ({job.process.device.type}, "
-        f"{job.process.world_size} rank{'s' if job.process.world_size > 1 else ''}); the tests come on top",
-        f"disk: {state_mib:,.0f} MiB for the state of a training in {job.work}, deleted with the result; memory: {measured.memory_gib:.1f} GiB so far, "
-        f"for {measured.images} images on this rank",
-    ]
-
-
-def state_mib(network: nn.Module, *, moments: int) -> float:
-    """Returns the size of a saved training state with so many optimizer buffers per parameter."""
-    numbers = sum(p.numel() for p in network.parameters())
-    return (1 + moments) * numbers * 4 / 2**20
