@@ -5,9 +5,7 @@ Grill et al., section 4 and appendix D.5; MoCo's detection code. Data in VOC's l
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,32 +26,31 @@ from fastbyol.config.errors import (
     require_probability,
 )
 from fastbyol.data.traversal import Indices
-from fastbyol.evaluation.comparison import Comparison
 from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.dense.average_precision import (
-    ClassMatches,
     Detections,
     Objects,
-    average_precision,
+    class_scores,
     coco_scores,
+    compare_matches,
+    kept_matches,
     match_class,
     mean_average_precision,
 )
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved, training_batches
 from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
-from fastbyol.evaluation.tasks.dense.pictures import coloured, keep_predictions, picture_notes, sample_rows
+from fastbyol.evaluation.tasks.dense.pictures import draw_boxes, keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
 from fastbyol.evaluation.tasks.dense.trials import (
     Trial,
     calibration_images,
     check_drops,
-    compare_scores,
     rate_at,
     run_trials,
     spread_rows,
     trial_result,
 )
-from fastbyol.evaluation.tasks.dense.voc import BoxedImage, boxed_images, class_names, read_boxes, voc_folder
+from fastbyol.evaluation.tasks.dense.voc import BoxedImage, boxed_images, class_names, read_boxes, voc_folder, year_and_list
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.training import train_network
@@ -68,7 +65,6 @@ HEADS = ("c4", "fpn")
 FROZEN = ("none", "backbone", "encoder")
 NORMS = ("fixed", "rank", "all_ranks")
 EDGES = ("longest", "shortest")
-RESAMPLES = 300
 
 
 @dataclass(frozen=True)
@@ -277,7 +273,7 @@ def _open(job: Job, settings: DetectionSettings) -> _Data:
     names: tuple[str, ...] = ()
     parts, empty = [], []
     for each in (*settings.train_sets, settings.test_set):
-        year, name = _year_and_list(each)
+        year, name = year_and_list(each)
         folder = voc_folder(job.data, year=year)
         names = names or class_names(folder)
         pairs = boxed_images(folder, name)
@@ -298,11 +294,6 @@ def _open(job: Job, settings: DetectionSettings) -> _Data:
 
 def _read_pair(pair: tuple[Path, Path], *, classes: tuple[str, ...]) -> BoxedImage:
     return read_boxes(*pair, classes=classes)
-
-
-def _year_and_list(text: str) -> tuple[str, str]:
-    found = re.fullmatch(r"(\d{4})_(.+)", text)
-    return (found[1], found[2]) if found else ("2007", text)
 
 
 # ---- the task
@@ -391,7 +382,7 @@ def _train_and_test(job: Job, settings: DetectionSettings, data: _Data, subject:
         "scores": {"voc_ap50": mean_average_precision(matches), **coco_scores(found, objects)},
         "seconds": time.monotonic() - start,
         "images_per_s": figures.images_per_s,
-        "by_class": {name: _or_none(average_precision(each)) for name, each in zip(data.classes, matches, strict=True)},
+        "by_class": class_scores(matches, data.classes),
         "matches": [{name: value.tolist() for name, value in vars(each).items()} for each in matches],
     }
 
@@ -404,10 +395,6 @@ def _placed(network: Detector, job: Job) -> Detector:
     """
     use_switches(job.precision)
     return network.to(job.process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else value
 
 
 @torch.inference_mode()
@@ -457,30 +444,13 @@ def run(job: Job, settings: DetectionSettings) -> TaskResult:
         job,
         outcomes,
         columns=COLUMNS,
-        evidence=_matches,
-        compare=_compared,
+        evidence=kept_matches,
+        compare=compare_matches,
         details=lambda outcome, _: {"by_class": outcome.parts[0]["by_class"]},
         sizes={"train": len(data.train), "test": len(data.test_rows)},
         paper=PAPER_ROWS,
         notes=[*data.notes, *_notes(settings), *_picture(job, data)],
     )
-
-
-def _matches(part: dict[str, Any]) -> list[ClassMatches]:
-    kinds = {"image": np.int64, "hit": bool, "counted": bool, "objects": np.int64}
-    return [ClassMatches(**{name: np.array(each[name], dtype=kind) for name, kind in kinds.items()}) for each in part["matches"]]
-
-
-def _compared(mine: list[list[ClassMatches]], others: list[list[ClassMatches]]) -> Comparison:
-    """Compares by VOC's AP50; gained and lost are the images in which more, or fewer, objects were found."""
-    alone = [sum(_found(each) for each in many) for many in (mine, others)]
-    scores: list[list[Callable[[NDArray[np.float64]], float]]]
-    scores = [[partial(mean_average_precision, each) for each in many] for many in (mine, others)]
-    return compare_scores(scores[0], scores[1], alone=(np.asarray(alone[0]), np.asarray(alone[1])), resamples=RESAMPLES)
-
-
-def _found(matches: list[ClassMatches]) -> NDArray[np.int64]:
-    return np.sum([np.bincount(each.image[each.hit], minlength=len(each.objects)) for each in matches], axis=0)
 
 
 def _notes(settings: DetectionSettings) -> list[str]:
@@ -498,27 +468,8 @@ def _picture(job: Job, data: _Data) -> list[str]:
         image = read_image(data.test.images[row].image)
         return image.permute(1, 2, 0).numpy(), np.column_stack([truth.boxes, truth.labels, np.full(len(truth.labels), np.nan)])
 
-    draw = partial(_draw_boxes, classes=data.classes)
+    draw = partial(draw_boxes, classes=data.classes)
     return picture_notes(job, num_test=len(data.test_rows), image_and_truth=image_and_truth, draw=draw)
-
-
-def _draw_boxes(axes: Any, cell: Any, *, classes: tuple[str, ...], least_score: float = 0.3) -> None:
-    """Draws the true boxes (score NaN), or the predicted ones with a score of at least `least_score`, with class and score."""
-    from matplotlib.patches import Rectangle
-
-    pixels, boxes = cell
-    axes.imshow(pixels)
-    palette = coloured(np.arange(256))
-    for x_min, y_min, x_max, y_max, label, score in boxes.tolist():
-        if score < least_score:
-            continue
-        colour = tuple(palette[int(label)] / 255)
-        # Pixel centres are at whole numbers in matplotlib.
-        axes.add_patch(Rectangle((x_min - 0.5, y_min - 0.5), x_max - x_min, y_max - y_min, fill=False, edgecolor=colour, linewidth=1.5))
-        text = classes[int(label) - 1] + ("" if np.isnan(score) else f" {score:.2f}")
-        # Above the box, but within the image.
-        top = max(y_min - 1, 0.06 * len(pixels))
-        axes.text(x_min, top, text, fontsize=6, color="white", backgroundcolor=(*colour, 0.8), verticalalignment="bottom", clip_on=True)
 
 
 def plan(job: Job, settings: DetectionSettings) -> list[str]:

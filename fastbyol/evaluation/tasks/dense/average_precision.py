@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbyol.config.errors import UserError
+from fastbyol.evaluation.comparison import Comparison
+from fastbyol.evaluation.tasks.dense.trials import Score, compare_scores
 
 POINTS = np.arange(11) / 10
+RESAMPLES = 300
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,33 @@ def average_precision(matches: ClassMatches, weights: NDArray[np.float64] | None
     return float(np.append(best, 0.0)[at].mean())
 
 
+def class_scores(matches: Sequence[ClassMatches], classes: Sequence[str]) -> dict[str, float | None]:
+    """Returns VOC2007's AP of each class by name, None for one without objects."""
+    found = (average_precision(each) for each in matches)
+    return {name: None if np.isnan(value) else value for name, value in zip(classes, found, strict=True)}
+
+
 def mean_average_precision(matches: Sequence[ClassMatches], weights: NDArray[np.float64] | None = None) -> float:
     """Returns the mean over the classes that have objects; NaN if none has."""
     found = [value for each in matches if not np.isnan(value := average_precision(each, weights))]
     return float(np.mean(found)) if found else float("nan")
+
+
+def kept_matches(part: dict[str, Any]) -> list[ClassMatches]:
+    """Returns the matches of each class that a part of a job keeps as plain lists."""
+    kinds = {"image": np.int64, "hit": bool, "counted": bool, "objects": np.int64}
+    return [ClassMatches(**{name: np.array(each[name], dtype=kind) for name, kind in kinds.items()}) for each in part["matches"]]
+
+
+def compare_matches(mine: list[list[ClassMatches]], others: list[list[ClassMatches]]) -> Comparison:
+    """Compares by VOC's AP50; gained and lost are the images in which more, or fewer, objects were found."""
+    alone = [sum(_found(each) for each in many) for many in (mine, others)]
+    scores: list[list[Score]] = [[partial(mean_average_precision, each) for each in many] for many in (mine, others)]
+    return compare_scores(scores[0], scores[1], alone=(np.asarray(alone[0]), np.asarray(alone[1])), resamples=RESAMPLES)
+
+
+def _found(matches: list[ClassMatches]) -> NDArray[np.int64]:
+    return np.sum([np.bincount(each.image[each.hit], minlength=len(each.objects)) for each in matches], axis=0)
 
 
 def coco_scores(detections: Sequence[Detections], objects: Sequence[Objects]) -> dict[str, float]:

@@ -104,6 +104,25 @@ def draw_samples(
     return path
 
 
+def draw_boxes(axes: Any, cell: Any, *, classes: tuple[str, ...], least_score: float = 0.3) -> None:
+    """Draws the true boxes (score NaN), or the predicted ones with a score of at least `least_score`, with class and score."""
+    from matplotlib.patches import Rectangle
+
+    pixels, boxes = cell
+    axes.imshow(pixels)
+    palette = coloured(np.arange(256))
+    for x_min, y_min, x_max, y_max, label, score in boxes.tolist():
+        if score < least_score:
+            continue
+        colour = tuple(palette[int(label)] / 255)
+        # Pixel centres are at whole numbers in matplotlib.
+        axes.add_patch(Rectangle((x_min - 0.5, y_min - 0.5), x_max - x_min, y_max - y_min, fill=False, edgecolor=colour, linewidth=1.5))
+        text = classes[int(label) - 1] + ("" if np.isnan(score) else f" {score:.2f}")
+        # Above the box, but within the image.
+        top = max(y_min - 1, 0.06 * len(pixels))
+        axes.text(x_min, top, text, fontsize=6, color="white", backgroundcolor=(*colour, 0.8), verticalalignment="bottom", clip_on=True)
+
+
 def coloured(labels: NDArray[Any]) -> NDArray[np.uint8]:
     """Returns label images (H, W) in VOC's palette, uint8 (H, W, 3)."""
     return voc_palette()[labels.astype(np.uint8)]

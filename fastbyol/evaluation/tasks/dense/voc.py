@@ -8,6 +8,7 @@ FOLDER is the data folder itself, its VOC<year> or VOCdevkit/VOC<year>, or its v
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ def voc_folder(data: str, *, year: str) -> Path:
         f"--data {printable(data)}: no images in Pascal VOC's layout; expected JPEGImages, Annotations, SegmentationClass and ImageSets in it, in its "
         f"VOCdevkit/VOC{year}, or in its voc (data_prep/demo_data.py --kind scenes)"
     )
+
+
+def year_and_list(text: str) -> tuple[str, str]:
+    """Returns the year and the list that a set is named by: 2012_train is (2012, train), and trainval alone is of 2007."""
+    found = re.fullmatch(r"(\d{4})_(.+)", text)
+    return (found[1], found[2]) if found else ("2007", text)
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
