@@ -66,6 +66,30 @@ def noisy_colours(root: Path, *, train: int, val: int) -> Path:
 
 
 @pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train and val with 24 + 8 images of three classes: a colour, with noise."""
+    return noisy_colours(tmp_path_factory.mktemp("colours"), train=24, val=8)
+
+
+@pytest.fixture(scope="session")
+def colours_run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs on `colours`."""
+    from fastbyol.train import main as train_main
+
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train_main([*SMALL_RUN, "--epochs", "2", "--checkpoint_every", "100", "--data.train", str(colours / "train"), "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's scenes in all layouts, two a class to train on and one to test."""
+    from tests.dense_jobs import scenes
+
+    return scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """25 JPEG files of three classes, 24 to 60 px a side; one is grayscale, one progressive."""
     root = tmp_path_factory.mktemp("images")

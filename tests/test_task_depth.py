@@ -33,15 +33,10 @@ from fastbyol.evaluation.tasks.training import TaskStopped
 from fastbyol.models import build_encoder
 from fastbyol.models.backbone import backbone_of
 from fastbyol.models.fast_up_projection import FastUpProjection, UpConvolution, UpProjectionDecoder
-from tests.dense_jobs import TINY, make_job, scenes, tiny_encoder
+from tests.dense_jobs import TINY, make_job, tiny_encoder
 from tests.test_report import call
 
 SMALL = dataclasses.replace(QUICK, steps=4, batch_images=4, test_images=6, first_channels=8, up_channels=(4,), crop_px=(32, 40))
-
-
-@pytest.fixture(scope="module")
-def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
 
 
 # ---- the paper's protocol

@@ -31,15 +31,10 @@ from fastbyol.evaluation.tasks.training import TaskStopped
 from fastbyol.models import build_encoder, encoder_from
 from fastbyol.models.backbone import backbone_of
 from fastbyol.models.faster_rcnn import Detector, build_detector
-from tests.dense_jobs import TINY, make_job, scenes, tiny_encoder
+from tests.dense_jobs import TINY, make_job, tiny_encoder
 from tests.test_report import call
 
 SMALL = dataclasses.replace(QUICK, steps=4, batch_images=2, test_images=6, rpn_images=16, box_images=8)
-
-
-@pytest.fixture(scope="module")
-def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
 
 
 # ---- the papers' protocols

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,24 +11,10 @@ from torch.nn import functional as F
 
 from fastbyol.evaluation.knn import nearest
 from fastbyol.evaluation.tasks.knn_sweep import KnnSettings, votes
-from fastbyol.train import main as train_main
-from tests.commands import SMALL_RUN, run_python
-from tests.conftest import noisy_colours
+from tests.commands import run_python
 from tests.test_report import call
 
 FAST = ("--settings", "paper", "--batch", "16", "--device", "cpu", "--workers", "1")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return noisy_colours(tmp_path_factory.mktemp("colours"), train=24, val=8)
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    train_main([*SMALL_RUN, "--epochs", "1", "--checkpoint_every", "100", "--data.train", str(data / "train"), "--out", str(out)])
-    return out
 
 
 @pytest.mark.parametrize("temperature", [None, 0.07, 0.2])
@@ -62,8 +47,8 @@ def test_the_grid_has_each_classifier_once_and_few_neighbours_first():
 
 
 @pytest.mark.distributed
-def test_the_command_keeps_the_grid_and_two_ranks_find_what_one_finds(run, data, tmp_path, capsys):
-    arguments = ["evaluate", "knn", "--checkpoint", str(run), "--data", str(data), *FAST]
+def test_the_command_keeps_the_grid_and_two_ranks_find_what_one_finds(colours_run, colours, tmp_path, capsys):
+    arguments = ["evaluate", "knn", "--checkpoint", str(colours_run), "--data", str(colours), *FAST]
     code, out, err = call([*arguments, "--out", str(tmp_path / "one")], capsys)
     assert code == 0, err
     assert "k of 100, 200 left out: there are 65 training images to choose from" in out
@@ -90,8 +75,8 @@ def test_the_command_keeps_the_grid_and_two_ranks_find_what_one_finds(run, data,
         (["--held_out", "100"], "--held_out 100: 100 of 72 labelled training images"),
     ],
 )
-def test_a_mistake_is_one_line(run, data, tmp_path, capsys, options, said):
-    typed = ["evaluate", "knn", "--checkpoint", str(run), "--data", str(data), "--out", str(tmp_path), *FAST, *options]
+def test_a_mistake_is_one_line(colours_run, colours, tmp_path, capsys, options, said):
+    typed = ["evaluate", "knn", "--checkpoint", str(colours_run), "--data", str(colours), "--out", str(tmp_path), *FAST, *options]
     code, out, err = call(typed, capsys)
     assert (code, out) == (2, "")
     assert said in err

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,25 +19,11 @@ from fastbyol.evaluation.tasks.images import held_out_rows
 from fastbyol.evaluation.tasks.linear import Heads, LinearSettings, build_sgd, heads_loss
 from fastbyol.evaluation.tasks.scoring import packed, unpacked
 from fastbyol.schedules import lr_at
-from fastbyol.train import main as train_main
-from tests.commands import LIMIT_S, ROOT, SMALL_RUN, run_python
+from tests.commands import LIMIT_S, ROOT, run_python
 from tests.conftest import noisy_colours
 from tests.test_report import call
 
 FAST = ("--settings", "paper", "--epochs", "3", "--global_batch", "16", "--batch", "16", "--device", "cpu", "--workers", "1")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Train and val with 24 + 8 images of three classes: a colour, with noise."""
-    return noisy_colours(tmp_path_factory.mktemp("colours"), train=24, val=8)
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    train_main([*SMALL_RUN, "--epochs", "2", "--checkpoint_every", "100", "--data.train", str(data / "train"), "--out", str(out)])
-    return out
 
 
 def test_the_paper_settings_are_the_papers():
@@ -123,19 +108,19 @@ def test_packed_hits_are_unpacked_whatever_their_number():
         assert torch.equal(unpacked(packed(hits)), hits)
 
 
-def test_the_command_writes_scores_beside_the_papers_and_does_not_repeat_itself(run, data, tmp_path, capsys):
+def test_the_command_writes_scores_beside_the_papers_and_does_not_repeat_itself(colours_run, colours, tmp_path, capsys):
     arguments = [
         "evaluate",
         "linear",
         "--checkpoint",
-        str(run),
+        str(colours_run),
         "--data",
-        str(data),
+        str(colours),
         "--out",
         str(tmp_path),
         *FAST,
         "--compare",
-        f"twin={run}",
+        f"twin={colours_run}",
     ]
     code, out, err = call(arguments, capsys)
     assert code == 0, err
@@ -157,8 +142,8 @@ def test_the_command_writes_scores_beside_the_papers_and_does_not_repeat_itself(
     assert (tmp_path / "linear.json").stat().st_mtime_ns == written
 
 
-def test_a_dry_run_says_how_much_there_is_to_do_and_starts_nothing(run, data, tmp_path, capsys):
-    arguments = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), "--out", str(tmp_path), *FAST, "--dry_run"]
+def test_a_dry_run_says_how_much_there_is_to_do_and_starts_nothing(colours_run, colours, tmp_path, capsys):
+    arguments = ["evaluate", "linear", "--checkpoint", str(colours_run), "--data", str(colours), "--out", str(tmp_path), *FAST, "--dry_run"]
     code, out, err = call(arguments, capsys)
     assert code == 0, err
     assert "images: 66 train, 6 held out, 24 val, 3 classes" in out
@@ -168,9 +153,9 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_starts_nothing(run, data, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stopped_evaluation_goes_on_and_ends_as_an_undisturbed_one(run, data, tmp_path, capsys):
+def test_a_stopped_evaluation_goes_on_and_ends_as_an_undisturbed_one(colours_run, colours, tmp_path, capsys):
     long = [word if word != "3" else "60" for word in FAST]
-    typed = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), *long, "--init", "byol"]
+    typed = ["evaluate", "linear", "--checkpoint", str(colours_run), "--data", str(colours), *long, "--init", "byol"]
     code, _, err = call([*typed, "--out", str(tmp_path / "whole")], capsys)
     assert code == 0, err
     command = [sys.executable, "-m", "fastbyol", *typed, "--out", str(tmp_path / "stopped")]
@@ -196,9 +181,9 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_an_undisturbed_one(run, data, 
 
 
 @pytest.mark.distributed
-def test_two_ranks_find_what_one_finds(run, data, tmp_path, capsys):
+def test_two_ranks_find_what_one_finds(colours_run, colours, tmp_path, capsys):
     # float32 and all images in each step: the ranks' mean gradient is then one rank's, whatever the batch's order.
-    arguments = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), *FAST]
+    arguments = ["evaluate", "linear", "--checkpoint", str(colours_run), "--data", str(colours), *FAST]
     assert call([*arguments, "--out", str(tmp_path / "one")], capsys)[0] == 0
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     done = run_python(*launcher, "-m", "fastbyol", *arguments, "--out", str(tmp_path / "two"))
@@ -225,25 +210,25 @@ def test_two_ranks_find_what_one_finds(run, data, tmp_path, capsys):
         (["--data", "RUN"], "no val images; expected"),
     ],
 )
-def test_a_mistake_is_one_line(run, data, tmp_path, capsys, options, said):
-    typed = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), "--out", str(tmp_path), *FAST]
+def test_a_mistake_is_one_line(colours_run, colours, tmp_path, capsys, options, said):
+    typed = ["evaluate", "linear", "--checkpoint", str(colours_run), "--data", str(colours), "--out", str(tmp_path), *FAST]
     for name, value in zip(options[::2], options[1::2], strict=True):
         if name in typed:
             typed[typed.index(name) + 1] = value
         else:
             typed += [name, value]
-    code, out, err = call([word.replace("RUN", str(run)) for word in typed], capsys)
+    code, out, err = call([word.replace("RUN", str(colours_run)) for word in typed], capsys)
     lines = [line for line in err.splitlines() if not line.startswith("...")]
     assert (code, out, len(lines)) == (2, "", 1)
     assert said in lines[0]
 
 
-def test_a_class_without_training_images_is_named(run, tmp_path, capsys):
+def test_a_class_without_training_images_is_named(colours_run, tmp_path, capsys):
     data = noisy_colours(tmp_path / "data", train=4, val=2)
     for path in (data / "train" / "red").iterdir():
         path.unlink()
     (data / "train" / "red").rmdir()
-    typed = ["evaluate", "linear", "--checkpoint", str(run), "--data", str(data), "--out", str(tmp_path), *FAST]
+    typed = ["evaluate", "linear", "--checkpoint", str(colours_run), "--data", str(data), "--out", str(tmp_path), *FAST]
     code, _, err = call(typed, capsys)
     assert code == 2
     assert "1 classes have images in val only, the first is 'red'" in err

@@ -42,11 +42,6 @@ GOLDEN = Path(__file__).parent / "golden"
 SMALL = dataclasses.replace(QUICK, steps=4, batch_images=4, test_images=6, head_channels=8, crop_px=32)
 
 
-@pytest.fixture(scope="module")
-def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scenes(tmp_path_factory.mktemp("scenes"))
-
-
 # ---- the paper's protocol
 
 
