@@ -12,7 +12,7 @@ from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, PrecisionConfig
 from fastbyol.models import build_encoder
-from fastbyol.models.padded_stem import pad_stem
+from fastbyol.models.encoder import pad_stem
 from fastbyol.run import precision
 from fastbyol.run.precision import prepare_model, use_switches
 

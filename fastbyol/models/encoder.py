@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastbyol.config.errors import UserError, require
 from fastbyol.config.plain import nearest_name
@@ -13,6 +15,8 @@ from fastbyol.models.resnet import STEM_STRIDES, build_encoder, layers_of
 
 PREFIX = "timm/"
 _FOR_RESNETS_ONLY = ("width", "stem", "padding", "zero_init_last_gamma", "initialisation")
+_ONE_CHANNEL_MORE = (0, 0, 0, 0, 0, 1)
+"""For F.pad of (N, C, H, W), which counts from the last dimension on."""
 
 
 def encoder_from(config: ModelConfig) -> nn.Module:
@@ -69,3 +73,20 @@ def _timm_and_name(encoder: str) -> tuple[Any, str]:
         near = nearest_name(name, timm.list_models())
         raise UserError(f"model.encoder = {encoder!r}: timm {timm.__version__} has no such model{near}; timm.list_models() lists them")
     return timm, name
+
+
+def pad_stem(module: nn.Module) -> None:
+    """Makes every convolution over three channels in the module read four, the last of them zero, in place; the results are the same.
+
+    Tensor cores read channels-last pixels in pieces of 4, 8 or 16 channels; with 3 of them cuDNN either pads a copy itself or takes a slower
+    kernel. Which is faster depends on the card, so it is a switch (`precision.pad_stem`) that `python -m fastbyol tune` measures.
+    Parameters keep their shapes: checkpoints, exports and the optimizer know nothing of it.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.groups == 1:
+            layer._conv_forward = MethodType(_with_fourth_channel, layer)  # type: ignore[method-assign]
+
+
+def _with_fourth_channel(layer: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    padded = F.pad(input, _ONE_CHANNEL_MORE), F.pad(weight, _ONE_CHANNEL_MORE)
+    return type(layer)._conv_forward(layer, *padded, bias)

@@ -17,7 +17,7 @@ from fastbyol.config.errors import UserError, first_line, require
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.host.compile_cache import give_inductor_a_cache, why_not_writable
 from fastbyol.host.cores import default_workers
-from fastbyol.models.padded_stem import pad_stem
+from fastbyol.models.encoder import pad_stem
 
 log = logging.getLogger("fastbyol")
 MOST_COMPILE_THREADS = 32
