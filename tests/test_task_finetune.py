@@ -30,6 +30,7 @@ from fastbyol.evaluation.tasks.classifier import Classifier, build_classifier, b
 from fastbyol.evaluation.tasks.finetune import TASKS as FINETUNE
 from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, fits_of, held_out_for, paper_rows
 from fastbyol.evaluation.tasks.images import crop_and_flip
+from fastbyol.evaluation.tasks.registry import result_settings
 from fastbyol.evaluation.tasks.semi import TASKS as SEMI
 from fastbyol.evaluation.tasks.semi import SemiSettings
 from fastbyol.evaluation.tasks.training import TaskStopped
@@ -88,6 +89,16 @@ def test_the_paper_settings_are_those_of_the_paper():
     }
     assert asdict(FINETUNE["finetune"].versions["paper"]) == paper
     assert asdict(SEMI["semi"].versions["paper"]) == {**paper, "fractions": (0.01, 0.1), "lists": ()}
+
+
+def test_a_list_with_another_content_is_another_job(tmp_path):
+    (tmp_path / "10percent.txt").write_text("a.png\n")
+    settings = replace(SEMI["semi"].versions["quick"], fractions=(0.1,), lists=(str(tmp_path),))
+    before = result_settings(settings, "quick")
+    assert result_settings(settings, "quick") == before
+    (tmp_path / "10percent.txt").write_text("b.png\n")
+    assert result_settings(settings, "quick") != before
+    assert "lists_sha256" not in result_settings(replace(settings, lists=()), "quick")
 
 
 def test_the_paper_rows_are_those_of_its_tables_2_and_8():

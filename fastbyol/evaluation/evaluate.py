@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError
+from fastbyol.data.inputs.subset import list_digest
 from fastbyol.evaluation.advice import RunFacts
 from fastbyol.evaluation.protocols import PROTOCOLS, SCORED
 from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result, write_or_say
@@ -75,7 +75,7 @@ def subset_settings(subset: str | None) -> dict[str, str]:
     """Returns the list that the train images were chosen by, and a digest of it, as settings of a result; {} without one."""
     if subset is None:
         return {}
-    return {"subset": subset, "subset_sha256": hashlib.sha256(Path(subset).read_bytes()).hexdigest()[:12]}
+    return {"subset": subset, "subset_sha256": list_digest(Path(subset))}
 
 
 def result_tables(results: Sequence[Result], *, title: str = "BYOL") -> Iterator[RenderableType]:

@@ -20,6 +20,11 @@ from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, li
 _SHOWN = 3
 
 
+def list_digest(path: Path) -> str:
+    """Returns a short digest of a list's content, by which results of different lists are told apart."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def draw_fraction(listing: ImageListing, fraction: float, *, seed: int) -> ImageListing:
     """Returns a class-balanced fraction of the images: equal numbers per class, to within one, or the whole class if it has fewer.
 

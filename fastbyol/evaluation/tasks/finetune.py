@@ -122,7 +122,7 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
     sizes: dict[str, int] = {}
     for subject in job.subjects:
         with open_labelled(job, subject.views) as images:
-            parts = parts_of(images)
+            parts = parts or parts_of(images)  # the same images for every encoder
             tuned = _Tuning(job, settings, subject, images)
             outcomes = {part.name: tuned.outcome(part) for part in parts}
             sizes = {"train": len(images.labelled_rows), **{f"at {part.name}": len(part.rows) for part in parts if part.name}}

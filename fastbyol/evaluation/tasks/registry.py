@@ -94,8 +94,9 @@ def _cell(value: float | None, column: str, *, scale: float) -> str:
 
 
 def result_settings(settings: Any, version: str) -> dict[str, Any]:
-    """Returns the settings as a result stores them."""
-    return {"version": version, **to_plain(settings)}
+    """Returns the settings as a result stores them, with a digest of the files that they name: another content is another job."""
+    contents = settings.contents() if hasattr(settings, "contents") else {}
+    return {"version": version, **to_plain(settings), **contents}
 
 
 @dataclass(frozen=True)

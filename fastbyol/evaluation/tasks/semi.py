@@ -10,7 +10,7 @@ import numpy as np
 from fastbyol.config.errors import UserError, require
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.inputs.listing import ImageListing
-from fastbyol.data.inputs.subset import draw_fraction, read_subset, restrict
+from fastbyol.data.inputs.subset import draw_fraction, list_digest, read_subset, restrict
 from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.finetune import QUICK, FinetuneSettings, LabelledPart, plan_parts, tune_parts
 from fastbyol.evaluation.tasks.images import LabelledImages
@@ -38,6 +38,11 @@ class SemiSettings(FinetuneSettings):
         require(len(fractions) > 0 and len(set(fractions)) == len(fractions), "fractions", fractions, "one or several different shares")
         for fraction in fractions:
             require(0 < fraction <= 1, "fractions", fraction, "in (0, 1]")
+
+    def contents(self) -> dict[str, list[str]]:
+        """Returns a digest of each list; {} without --lists."""
+        digests = [list_digest(file) for file in lists_for(self).values()]
+        return {"lists_sha256": digests} if digests else {}
 
 
 def labelled_parts(job: Job, settings: SemiSettings, images: LabelledImages) -> list[LabelledPart]:
