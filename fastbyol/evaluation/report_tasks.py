@@ -39,8 +39,7 @@ def _section(result: TaskResult, path: Path, *, data: str) -> str:
     ]
     sizes = ", ".join(f"{count:,} {name}" for name, count in result.sizes.items())
     parts = [page.table(header, rows=rows, numbers=frozenset(range(1, len(header))))]
-    notes = [f"{result.version} settings, {sizes} images of {data}", *(note.removeprefix("note: ") for note in result.notes)]
-    parts.append(page.paragraph(" ".join(f"{note[:1].upper()}{note[1:]}." for note in notes), kind="note"))
+    parts.append(page.paragraph(f"{result.version} settings, {sizes} images of {data}. {'. '.join(result.notes)}.", kind="note"))
     picture = picture_file(path.parent, task=result.protocol, digest=str(result.settings.get("identity", "")))
     if picture.is_file():
         parts.append(page.image(picture.read_bytes(), alt=f"{result.protocol}: test images, truth and predictions", kind="figure"))
