@@ -28,7 +28,7 @@ from fastbyol.config.errors import (
 )
 from fastbyol.data.traversal import Indices
 from fastbyol.evaluation.result_file import TaskResult
-from fastbyol.evaluation.tasks.dense.batches import all_samples, moved, training_batches
+from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
 from fastbyol.evaluation.tasks.dense.files import require_sound
 from fastbyol.evaluation.tasks.dense.nyu import DepthFrames, open_frames, valid
 from fastbyol.evaluation.tasks.dense.pictures import keep_predictions, picture_notes, sample_rows
@@ -40,15 +40,14 @@ from fastbyol.evaluation.tasks.dense.trials import (
     compare_statistics,
     normalised,
     prepared,
-    rate_at,
     run_trials,
     sgd,
     spread_rows,
+    train_trial,
     trial_result,
 )
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
-from fastbyol.evaluation.tasks.training import train_network
 from fastbyol.models.backbone import Backbone, backbone_of
 from fastbyol.models.fast_up_projection import UpProjectionDecoder
 from fastbyol.ranks.process_group import gather_everywhere
@@ -320,25 +319,16 @@ def _loss(subject: Subject, share: float, network: nn.Module, batch: tuple[Tenso
 def _train_and_test(job: Job, settings: DepthSettings, data: _Data, subject: Subject, trial: Trial) -> dict[str, Any]:
     start = time.monotonic()
     network = prepared(build_network(subject, settings, data.train, trial.seed), job)
-    figures = train_network(
+    figures = train_trial(
         job,
-        trial.key,
+        trial,
+        settings,
         network=network,
         optimizer=_optimizer(network, settings),
-        lr_at=partial(
-            rate_at,
-            base=trial.lr,
-            total_steps=settings.steps,
-            drop_at=settings.drop_at,
-            drop=settings.drop,
-            warmup_steps=settings.warmup_steps,
-        ),
-        batches=training_batches(
-            job, data.train, rows=trial.train_rows, global_batch=settings.batch_images, seed=trial.seed, collate=stacked
-        ),
         loss_of=partial(_loss, subject, settings.huber_share),
-        total_steps=settings.steps,
-        step_images=settings.batch_images,
+        source=data.train,
+        collate=stacked,
+        warmup_steps=settings.warmup_steps,
     )
     statistics = _test(job, subject, network, data, key=trial.key)
     return {
@@ -440,8 +430,7 @@ def plan(job: Job, settings: DepthSettings) -> list[str]:
         collate=stacked,
         size_px=max(settings.crop_px),
         trainings=len(job.subjects) * settings.seeds,
-        steps=settings.steps,
-        batch_images=settings.batch_images,
+        settings=settings,
         num_test=len(data.test_rows),
     )
 

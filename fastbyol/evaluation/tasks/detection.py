@@ -37,7 +37,7 @@ from fastbyol.evaluation.tasks.dense.average_precision import (
     match_class,
     mean_average_precision,
 )
-from fastbyol.evaluation.tasks.dense.batches import all_samples, moved, training_batches
+from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
 from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
 from fastbyol.evaluation.tasks.dense.pictures import draw_boxes, keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
@@ -45,15 +45,14 @@ from fastbyol.evaluation.tasks.dense.trials import (
     Trial,
     calibration_images,
     check_drops,
-    rate_at,
     run_trials,
     spread_rows,
+    train_trial,
     trial_result,
 )
 from fastbyol.evaluation.tasks.dense.voc import BoxedImage, boxed_images, class_names, read_boxes, voc_folder, year_and_list
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
-from fastbyol.evaluation.tasks.training import train_network
 from fastbyol.models import use_all_ranks
 from fastbyol.models.backbone import backbone_of
 from fastbyol.models.faster_rcnn import Detector, build_detector
@@ -355,25 +354,16 @@ def _train_and_test(job: Job, settings: DetectionSettings, data: _Data, subject:
     start = time.monotonic()
     network = build_network(subject, len(data.classes), settings, data.train, trial.seed)
     network = _placed(network, job)
-    figures = train_network(
+    figures = train_trial(
         job,
-        trial.key,
+        trial,
+        settings,
         network=network,
         optimizer=_optimizer(network, settings),
-        lr_at=partial(
-            rate_at,
-            base=trial.lr,
-            total_steps=settings.steps,
-            drop_at=settings.drop_at,
-            drop=settings.drop,
-            warmup_steps=settings.warmup_steps,
-        ),
-        batches=training_batches(
-            job, data.train, rows=trial.train_rows, global_batch=settings.batch_images, seed=trial.seed, collate=listed
-        ),
         loss_of=_loss,
-        total_steps=settings.steps,
-        step_images=settings.batch_images,
+        source=data.train,
+        collate=listed,
+        warmup_steps=settings.warmup_steps,
     )
     found = _test(job, network, data, key=trial.key)
     objects = [data.test.objects(int(row)) for row in data.test_rows]
@@ -484,8 +474,7 @@ def plan(job: Job, settings: DetectionSettings) -> list[str]:
         collate=listed,
         size_px=settings.test_px,
         trainings=len(job.subjects) * settings.seeds,
-        steps=settings.steps,
-        batch_images=settings.batch_images,
+        settings=settings,
         num_test=len(data.test_rows),
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastbyol.config.errors import require_at_least, require_between, require_choice, require_positive, require_probability, require_range
 from fastbyol.data.traversal import Indices
 from fastbyol.evaluation.result_file import TaskResult
-from fastbyol.evaluation.tasks.dense.batches import all_samples, moved, training_batches
+from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
 from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
 from fastbyol.evaluation.tasks.dense.pictures import coloured, keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
@@ -30,16 +30,15 @@ from fastbyol.evaluation.tasks.dense.trials import (
     compare_statistics,
     normalised,
     prepared,
-    rate_at,
     run_trials,
     sgd,
     spread_rows,
+    train_trial,
     trial_result,
 )
 from fastbyol.evaluation.tasks.dense.voc import IGNORE, LabelledImage, class_names, labelled_images, voc_folder
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
-from fastbyol.evaluation.tasks.training import train_network
 from fastbyol.models.backbone import Backbone, backbone_of
 from fastbyol.ranks.process_group import gather_everywhere
 from fastbyol.run.precision import autocast
@@ -311,18 +310,15 @@ def _loss(subject: Subject, network: nn.Module, batch: tuple[Tensor, Tensor]) ->
 def _train_and_test(job: Job, settings: SegmentationSettings, data: _Data, subject: Subject, trial: Trial) -> dict[str, Any]:
     start = time.monotonic()
     network = prepared(build_network(subject, len(data.classes), settings, data.train, trial.seed), job)
-    figures = train_network(
+    figures = train_trial(
         job,
-        trial.key,
+        trial,
+        settings,
         network=network,
         optimizer=_optimizer(network, settings),
-        lr_at=lambda step: rate_at(step, base=trial.lr, total_steps=settings.steps, drop_at=settings.drop_at, drop=settings.drop),
-        batches=training_batches(
-            job, data.train, rows=trial.train_rows, global_batch=settings.batch_images, seed=trial.seed, collate=stacked
-        ),
         loss_of=partial(_loss, subject),
-        total_steps=settings.steps,
-        step_images=settings.batch_images,
+        source=data.train,
+        collate=stacked,
     )
     source, rows = (data.test, data.test_rows) if trial.test_rows is None else (data.train, trial.test_rows)
     confusion = _test(job, settings, subject, network, source, rows, classes=len(data.classes), key=trial.key)
@@ -431,8 +427,7 @@ def plan(job: Job, settings: SegmentationSettings) -> list[str]:
         collate=stacked,
         size_px=settings.crop_px,
         trainings=len(job.subjects) * (settings.seeds + (len(settings.lrs) if len(settings.lrs) > 1 else 0)),
-        steps=settings.steps,
-        batch_images=settings.batch_images,
+        settings=settings,
         num_test=len(data.test_rows),
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.evaluation.tasks.dense.batches import Source, training_batches
+from fastbyol.evaluation.tasks.dense.trials import Schedule
 from fastbyol.evaluation.tasks.estimate import peak_memory_bytes
 from fastbyol.evaluation.tasks.job import Job
 from fastbyol.host.quantities import duration_text
@@ -37,15 +38,14 @@ def plan_training(
     collate: Callable[[list[Any]], Any],
     size_px: int,
     trainings: int,
-    steps: int,
-    batch_images: int,
+    settings: Schedule,
     num_test: int,
 ) -> list[str]:
     """Returns what a dry run prints, from a training step on real images here; the arguments are those of the training.
 
     size_px: side of the images. num_test: number of test images.
     """
-    images = measured_images(job, batch_images, size_px=size_px)
+    images = measured_images(job, settings.batch_images, size_px=size_px)
     global_batch = images * job.process.world_size
     batches = training_batches(job, source, rows=np.arange(len(source)), global_batch=global_batch, seed=job.seed, collate=collate)
     measured = measure_training(job, network, optimizer=optimizer, loss_of=loss_of, batches=batches(0), images=images)
@@ -53,8 +53,8 @@ def plan_training(
         job,
         measured,
         trainings=trainings,
-        steps=steps,
-        batch_images=batch_images,
+        steps=settings.steps,
+        batch_images=settings.batch_images,
         num_train=len(source),
         num_test=num_test,
         state_mib=state_mib(network, moments=1),

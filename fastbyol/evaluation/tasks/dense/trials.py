@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from fastbyol.config.errors import Diverged, UserError, require, require_positiv
 from fastbyol.data.traversal import Indices, seeded_permutation
 from fastbyol.evaluation.comparison import Comparison
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
+from fastbyol.evaluation.tasks.dense.batches import Source, training_batches
 from fastbyol.evaluation.tasks.job import Job, Subject
+from fastbyol.evaluation.tasks.training import TrainingFigures, train_network
 from fastbyol.models.backbone import Backbone
 from fastbyol.run.precision import prepare_model
 
@@ -124,6 +126,51 @@ def rate_at(step: int, *, base: float, total_steps: int, drop_at: tuple[float, .
     passed = sum(step >= round(share * total_steps) for share in drop_at)
     warm = 1.0 if step >= warmup_steps else 1e-3 + (1 - 1e-3) * step / warmup_steps
     return base * drop**passed * warm
+
+
+class Schedule(Protocol):
+    """The part of a task's settings that says how long a training is, and how its rate falls."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def batch_images(self) -> int: ...
+
+    @property
+    def drop_at(self) -> tuple[float, ...]: ...
+
+    @property
+    def drop(self) -> float: ...
+
+
+def train_trial(
+    job: Job,
+    trial: Trial,
+    settings: Schedule,
+    *,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    source: Source,
+    collate: Callable[[list[Any]], Any],
+    warmup_steps: int = 0,
+) -> TrainingFigures:
+    """Trains the network in place on the trial's images, as `train_network` does."""
+    rate = partial(
+        rate_at, base=trial.lr, total_steps=settings.steps, drop_at=settings.drop_at, drop=settings.drop, warmup_steps=warmup_steps
+    )
+    return train_network(
+        job,
+        trial.key,
+        network=network,
+        optimizer=optimizer,
+        lr_at=rate,
+        batches=training_batches(job, source, rows=trial.train_rows, global_batch=settings.batch_images, seed=trial.seed, collate=collate),
+        loss_of=loss_of,
+        total_steps=settings.steps,
+        step_images=settings.batch_images,
+    )
 
 
 # ---- networks and their images
