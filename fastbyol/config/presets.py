@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastbyol.config.ablations import BASE_FIGURE, ablation_presets
+from fastbyol.config.ablations import BASE_FIGURE, SIMCLR_BASE, SIMCLR_FIGURE, ablation_presets
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import nearest_name
 from fastbyol.config.schema import ModelConfig, OptimConfig, Preset, TrainConfig
@@ -114,6 +114,12 @@ PRESETS: dict[str, Preset] = {
         expected=BASE_FIGURE,
         source="paper, section 5",
     ),
+    "simclr_r50_300ep": Preset(
+        what="SimCLR as the paper reproduces it: the 300-epoch run without predictor and target network, with negatives (beta 1)",
+        config=SIMCLR_BASE,
+        expected=SIMCLR_FIGURE,
+        source="paper, tables 5b and 19",
+    ),
     "r50_1000ep": Preset(
         what="ResNet-50, 1000 epochs, batch 4096",
         config=_paper(1000, base_lr=0.2, tau_base=0.996, weight_decay=1.5e-6),
@@ -147,6 +153,17 @@ PRESETS: dict[str, Preset] = {
         source="ours",
         run_here="64.8 and 68.0 top-1 linear, 57.3 and 57.1 kNN, two runs",
     ),
+    **{
+        f"{name}_simclr": Preset(
+            what=f"SimCLR on the recipe of {name}: no predictor, no target network, negatives (beta 1)",
+            config=replace(
+                config, model=replace(config.model, predictor_layers=0), objective=replace(config.objective, target="online", beta=1.0)
+            ),
+            expected="none published",
+            source="ours",
+        )
+        for name, config in (("cpu_demo", _DEMO), ("cpu_demo_scenes", _SCENES))
+    },
     "own_tiny": Preset(
         what="your own images of 32 to 64 px, thousands of them: ResNet-8, minutes on two cores",
         config=_OWN_TINY,

@@ -1,0 +1,129 @@
+"""What a folder of runs holds beside them: the set-up they share, and a record of each finished run, from which the tables are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastbyol.config.errors import UserError, shown
+from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.config.schema import TrainConfig
+from fastbyol.host.durable_files import write_durably
+from fastbyol.reproduction.rows import SCALES
+from fastbyol.run.folder import FREE_TO_CHANGE, config_changes
+
+log = logging.getLogger("fastbyol")
+SETUP_FILE = "setup.json"
+RECORDS = "records"
+STATUSES = ("complete", "collapsed", "diverged", "failed")
+FREE = FREE_TO_CHANGE - {"rank_batch"} | {"seed"}
+"""Options in which a row may differ from its record: those that do not affect the result."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of a folder share.
+
+    scale: 'demo' or 'paper'. linear: protocol of the linear evaluation, 'quick' or 'paper'. ranks: processes of each run. base: config of
+    the run without any change.
+    """
+
+    scale: str
+    linear: str
+    ranks: int
+    data: str
+    base: TrainConfig
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a row with one seed.
+
+    status: complete; collapsed, trained to its end or not, with every image at one point; diverged, no longer finite; or failed, with the reason in
+    `why`. scores: top-1 shares on val by protocol, 'linear' and 'knn'. baselines: the same by subject, 'untrained', 'pca' and 'chance', where the
+    run is a base. signs: measures without labels (`label_free`), of the trained encoder. cpu_s: processor seconds of the training, of all
+    processes; wall_s: its wall-clock seconds; both scaled to the whole run where it was stopped and continued. num_train, num_val: images.
+    """
+
+    run: str
+    seed: int
+    status: str
+    config: TrainConfig
+    why: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    signs: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    num_train: int = 0
+    num_val: int = 0
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    device: str = ""
+    ranks: int = 1
+    command: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise UserError(f"status = {shown(self.status)}: must be one of {', '.join(STATUSES)}")
+        groups = (self.scores, self.signs, *self.baselines.values())
+        if not all(isinstance(value, int | float) for group in groups for value in group.values()):
+            raise UserError("scores, signs and baselines must be numbers")
+
+
+def write_setup(folder: Path, setup: Setup) -> None:
+    write_durably(folder / SETUP_FILE, json.dumps(to_plain(setup), indent=1) + "\n")
+
+
+def read_setup(folder: Path) -> Setup | None:
+    """Returns the set-up of a folder, None if it has none. Raises UserError if it cannot be read."""
+    path = folder / SETUP_FILE
+    if not path.exists():
+        return None
+    try:
+        setup = from_plain(Setup, json.loads(path.read_text(encoding="utf-8")))
+        if setup.scale not in SCALES:
+            raise UserError(f"scale = {shown(setup.scale)}: must be one of {', '.join(SCALES)}")
+        return setup
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: is not the set-up of a reproduction ({error}); choose another --out") from error
+
+
+def setup_changes(old: Setup, new: Setup) -> list[str]:
+    """Returns 'name was x, is y' for everything that may not change between two calls on one folder."""
+    plain = [f"{name} was {getattr(old, name)}, is {getattr(new, name)}" for name in ("scale", "linear", "ranks") if getattr(old, name) != getattr(new, name)]
+    return plain + config_changes(old.base, new.base, free=FREE)
+
+
+def record_path(folder: Path, run: str, seed: int) -> Path:
+    return folder / RECORDS / f"{run}-seed{seed}.json"
+
+
+def write_record(folder: Path, record: Record) -> None:
+    path = record_path(folder, record.run, record.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps({**dataclasses.asdict(record), "config": to_plain(record.config)}, indent=1) + "\n")
+
+
+def read_record(path: Path) -> Record:
+    """Reads a file of `write_record`. Raises UserError if it is not such a file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Record(**{**values, "config": from_plain(TrainConfig, values["config"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is not the record of a run ({error}); delete it, and the run is evaluated again") from error
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Returns all records of a folder, by run and seed; one that cannot be read is named in a warning and left out."""
+    found = []
+    for path in sorted((folder / RECORDS).glob("*.json")):
+        try:
+            found.append(read_record(path))
+        except UserError as error:
+            log.warning("%s", error)
+    return found
