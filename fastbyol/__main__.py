@@ -1,4 +1,4 @@
-"""The command line: `python -m fastbyol suggest | evaluate | report | embed | neighbours | weights | views | tune | presets`.
+"""The command line: `python -m fastbyol suggest | evaluate | report | compare | embed | neighbours | weights | views | tune | presets`.
 
 Training is `fastbyol/train.py`.
 
@@ -7,6 +7,7 @@ python -m fastbyol evaluate linear --checkpoint runs/demo --data demo
 python -m fastbyol evaluate all --checkpoint runs/demo --data demo
 python -m fastbyol evaluate labelfree --checkpoint runs/demo --data photos
 python -m fastbyol report --run runs/demo --data demo
+python -m fastbyol compare runs/* --out compare.html
 python -m fastbyol embed --checkpoint runs/demo --data photos --out features.parquet
 python -m fastbyol neighbours --features features.parquet --query photos/a.jpg --out neighbours.png
 python -m fastbyol weights resnet50.pth
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastbyol import __version__
+from fastbyol.commands.compare import add_compare
 from fastbyol.commands.embed import add_embed, embed_images
 from fastbyol.commands.evaluate import add_data_options, add_evaluate, announce, opened_bank
 from fastbyol.commands.neighbours import add_neighbours
@@ -69,7 +71,7 @@ def _build_parser() -> OneLineParser:
 
     add_data_options(report)
 
-    for add in (add_embed, add_neighbours, add_weights):
+    for add in (add_compare, add_embed, add_neighbours, add_weights):
         add(commands)
 
     views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)

@@ -185,10 +185,12 @@ def test_one_image_of_nan_ends_the_run_at_that_step_and_leaves_clean_checkpoints
         r"error: the loss is not finite in step 4 on rank 0 \(lr 0.25\): the run diverged; .*checkpoint is .*step-000000003.pt", error
     )
     assert checkpoint_steps(out) == [1, 2, 3]
+    assert run_folder.divergence_of(out).startswith("the loss is not finite in step 4 on rank 0")
     assert all(first_not_finite(load_checkpoint(checkpoint_path(out, s))) is None for s in (1, 2, 3))
     monkeypatch.undo()
     main([*arguments, "--out", str(out)])
     assert state_digest(out) == state_digest(whole), "one NaN leaves no trace"
+    assert run_folder.divergence_of(out) == ""
 
 
 def test_a_learning_rate_beyond_all_bounds_ends_with_the_divergence_named(arguments, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape as escape_markup
 
@@ -36,6 +37,19 @@ td.number, th.number { text-align: right; }
 .columns { display: flex; flex-wrap: wrap; gap: 8px 40px; align-items: flex-start; }
 .columns td, .columns th { padding: 2px 10px 2px 0; font-size: 13px; }
 img.figure { width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+.scroll td, .scroll th { padding: 4px 8px; }
+.scroll th { vertical-align: bottom; }
+.scroll td.number { white-space: nowrap; }
+.scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; z-index: 1; padding-left: 0; background: #fff; }
+.scroll th:first-child, .scroll td:first-child { min-width: 104px; max-width: 38vw; overflow-wrap: break-word; }
+.scroll .small { display: inline-block; min-width: 180px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 14px; }
+.key { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 6px 0 12px; font-size: 13px; overflow-wrap: anywhere; }
+.key svg, td svg, th svg { vertical-align: middle; margin-right: 6px; }
+.same { color: #97a1ae; }
+.small { color: #5a6575; font-size: 13px; }
+@media (max-width: 600px) { main { padding: 14px 8px 40px; } section { padding: 12px 12px; } h1 { font-size: 23px; } }
 pre { margin: 6px 0; padding: 10px 14px; background: #f6f8fb; border: 1px solid #e1e5ea; border-radius: 6px; overflow-x: auto; }
 """
 
@@ -43,6 +57,11 @@ pre { margin: 6px 0; padding: 10px 14px; background: #f6f8fb; border: 1px solid 
 def escape(text: str) -> str:
     """Escapes plain text for HTML; markup, control characters and non-UTF-8 bytes are shown as characters."""
     return escape_markup(printable(text))
+
+
+def breakable(text: str) -> str:
+    """Escapes plain text, as of a path or an option's name, so that it may break behind '_', '/' and '.'."""
+    return re.sub(r"([_/]|\.(?=\D))", r"\1<wbr>", escape(text))
 
 
 def page(title: str, *, lead: str, sections: Iterable[str]) -> str:
@@ -76,10 +95,20 @@ def cards(figures: Iterable[tuple[str, str]]) -> str:
 
 def table(header: Sequence[str], *, rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
     """Returns a table of plain text; the columns in `numbers` are right-aligned. An empty header is omitted."""
+    return html_table([escape(h) for h in header], rows=([escape(v) for v in row] for row in rows), numbers=numbers)
+
+
+def html_table(header: Sequence[str], *, rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
+    """Returns a table like `table`, of cells that are HTML."""
     kinds = dict.fromkeys(numbers, "number")
-    head = f"<thead>{_row('th', [escape(h) for h in header], kinds)}</thead>" if header else ""
-    body = "".join(_row("td", [escape(v) for v in row], kinds) for row in rows)
+    head = f"<thead>{_row('th', header, kinds)}</thead>" if header else ""
+    body = "".join(_row("td", row, kinds) for row in rows)
     return f"<table>{head}<tbody>{body}</tbody></table>"
+
+
+def wide(content: str) -> str:
+    """Returns a wide table in a box that scrolls sideways by itself; its first column stays in sight."""
+    return f'<div class="scroll">{content}</div>'
 
 
 def _row(tag: str, values: Sequence[str], kinds: dict[int, str]) -> str:

@@ -54,6 +54,21 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def holder_of_lock(path: Path) -> str:
+    """Returns the process that holds the lock of a file, as `locked_file` names it, or '' if nobody does or the file system has no locks."""
+    if not path.is_file():
+        return ""
+    try:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(200).decode(errors="replace").strip() or "another process"
+    except OSError:
+        pass
+    return ""
+
+
 def locked_file(path: Path, *, patience_s: float = 0.0) -> int:
     """Locks a file for this process, in a folder that is created if needed; returns a descriptor whose closing releases the lock.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from fastbyol.config.errors import UserError, shown
+from fastbyol.config.errors import UserError, shortened, shown
 from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.schema import MonitorsConfig, TrainConfig
 from fastbyol.host.durable_files import UNFINISHED, locked_file, write_durably
@@ -23,6 +23,8 @@ from fastbyol.run.provenance import collect_provenance
 CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = "lock"
+DIVERGED_FILE = "diverged.txt"
+"""Holds why a run ended that diverged or collapsed; the next start that goes on from there removes it."""
 CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, CONFIG_FILE, f"{CONFIG_FILE}.tmp", "lost+found"})
 """Files in the folder of a start that was killed before it wrote its config, or lost it in a power cut, and of a new volume."""
 LOCK_PATIENCE_S = 15.0
@@ -88,14 +90,32 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     write_durably(folder / CONFIG_FILE, yaml.safe_dump(to_plain(config), sort_keys=False))
 
 
-def read_config(folder: Path) -> TrainConfig:
-    """Returns the config stored in a run folder. Raises UserError if there is none or it cannot be read."""
+def read_config(folder: Path, *, way_out: str = "choose a new --out") -> TrainConfig:
+    """Returns the config stored in a run folder. Raises UserError, with the way out, if there is none or it cannot be read."""
     path = folder / CONFIG_FILE
     try:
         return from_plain(TrainConfig, read_yaml(path.read_text(encoding="utf-8")))  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"{path}: is not readable as a run's config ({why}); choose a new --out") from error
+        raise UserError(f"{path}: is not readable as a run's config ({why}); {way_out}") from error
+
+
+def note_divergence(folder: Path, why: str) -> None:
+    """Keeps in the run folder why the run diverged or collapsed, for those who look at it later; a full disk loses only this note."""
+    with suppress(OSError):
+        write_durably(folder / DIVERGED_FILE, f"{' '.join(why.split())}\n")
+
+
+def divergence_of(folder: Path) -> str:
+    """Returns why the run diverged or collapsed, or '' if it did not, in one line of at most 500 characters."""
+    path = folder / DIVERGED_FILE
+    if not path.is_file():
+        return ""
+    try:
+        with path.open("rb") as file:
+            return shortened(file.read(2000).decode("utf-8", errors="replace").strip() or "no reason is kept", limit=500)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
 
 
 @contextmanager

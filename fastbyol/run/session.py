@@ -17,7 +17,7 @@ from fastbyol.ranks.process_group import Process, broadcast_from_main
 from fastbyol.ranks.stop_vote import StopVote, Verdict
 from fastbyol.run.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config
 from fastbyol.run.checkpoint_writer import CheckpointWriter
-from fastbyol.run.folder import CONFIG_FILE, check_run_folder, flatten, locked_run_folder, open_run_folder
+from fastbyol.run.folder import CONFIG_FILE, DIVERGED_FILE, check_run_folder, flatten, locked_run_folder, note_divergence, open_run_folder
 from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.log import RunLog
 from fastbyol.run.next_command import after_training
@@ -70,6 +70,7 @@ class Session:
             compiles = is_compiled(self._state.byol) or process.device.type == "cuda"  # there the augmentation always is
             self._hang_watch = leaving.enter_context(HangWatch(config.timeout_s, first_s=COMPILE_S if compiles else 0.0))
             if process.is_main:
+                (self._folder / DIVERGED_FILE).unlink(missing_ok=True)
                 self._writer = leaving.enter_context(CheckpointWriter(self._folder, keep=config.keep_checkpoints, stays=plan.stays))
                 self._log = leaving.enter_context(RunLog(self._folder, config, total_steps=plan.total_steps, first_step=self.first_step))
             # A compiled graph has no parts that a trace could name.
@@ -83,6 +84,8 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
+        if self._process.is_main and isinstance(error[1], Diverged):
+            note_divergence(self._folder, str(error[1]))
         return self._leaving.__exit__(*error)
 
     def end_step(self, done: int) -> None:
