@@ -1,4 +1,5 @@
-"""The command line: `python -m fastbyol suggest | evaluate | report | compare | embed | neighbours | weights | views | tune | presets`.
+"""The command line: `python -m fastbyol suggest | evaluate | report | compare | reproduce | embed | neighbours | weights | views | tune |
+presets`.
 
 Training is `fastbyol/train.py`.
 
@@ -8,6 +9,7 @@ python -m fastbyol evaluate all --checkpoint runs/demo --data demo
 python -m fastbyol evaluate labelfree --checkpoint runs/demo --data photos
 python -m fastbyol report --run runs/demo --data demo
 python -m fastbyol compare runs/* --out compare.html
+python -m fastbyol reproduce batch tau --data demo --out tables
 python -m fastbyol embed --checkpoint runs/demo --data photos --out features.parquet
 python -m fastbyol neighbours --features features.parquet --query photos/a.jpg --out neighbours.png
 python -m fastbyol weights resnet50.pth
@@ -31,6 +33,7 @@ from fastbyol.commands.compare import add_compare
 from fastbyol.commands.embed import add_embed, embed_images
 from fastbyol.commands.evaluate import add_data_options, add_evaluate, announce, opened_bank
 from fastbyol.commands.neighbours import add_neighbours
+from fastbyol.commands.reproduce import add_reproduce, reproduce
 from fastbyol.commands.weights import add_weights, list_weights
 from fastbyol.config.arguments import OneLineParser, path_text
 from fastbyol.config.console import say
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _build_parser()
     # `views` and `tune` take options of a run too, which parse_train_config checks.
     options, options.run_options = parser.parse_known_args(arguments)
-    if options.run_options and options.command not in (draw_views, tune_run, embed_images, list_weights):
+    if options.run_options and options.command not in (draw_views, tune_run, embed_images, list_weights, reproduce):
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
     if options.command is None:
         parser.print_help()
@@ -71,7 +74,7 @@ def _build_parser() -> OneLineParser:
 
     add_data_options(report)
 
-    for add in (add_compare, add_embed, add_neighbours, add_weights):
+    for add in (add_compare, add_reproduce, add_embed, add_neighbours, add_weights):
         add(commands)
 
     views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)

@@ -218,7 +218,13 @@ def _leave_at_once(number: int, _frame: object) -> None:
 
 def end_with_torchrun() -> None:
     """Makes Linux send SIGTERM to this process when torchrun dies, even by SIGKILL; otherwise workers would train on as orphans."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Makes Linux send SIGTERM to this process when the one that started it dies, even by SIGKILL. Elsewhere it does nothing."""
+    if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -95,7 +95,11 @@ def read_setup(folder: Path) -> Setup | None:
 
 def setup_changes(old: Setup, new: Setup) -> list[str]:
     """Returns 'name was x, is y' for everything that may not change between two calls on one folder."""
-    plain = [f"{name} was {getattr(old, name)}, is {getattr(new, name)}" for name in ("scale", "linear", "ranks") if getattr(old, name) != getattr(new, name)]
+    plain = [
+        f"{name} was {getattr(old, name)}, is {getattr(new, name)}"
+        for name in ("scale", "linear", "ranks")
+        if getattr(old, name) != getattr(new, name)
+    ]
     return plain + config_changes(old.base, new.base, free=FREE)
 
 

@@ -19,7 +19,11 @@ UNCHANGED = ("byol", "r50_1000ep")
 """Runs without any change: the base of every table."""
 FEWEST_BN_IMAGES = 4
 """Batch norm over fewer images tells nothing about them: of two, every channel of the heads is plus or minus one."""
-RELATIVE = {"model.projection_dim": BASE.model.projection_dim, "optim.base_lr": BASE.optim.base_lr, "optim.weight_decay": BASE.optim.weight_decay}
+RELATIVE = {
+    "model.projection_dim": BASE.model.projection_dim,
+    "optim.base_lr": BASE.optim.base_lr,
+    "optim.weight_decay": BASE.optim.weight_decay,
+}
 """Options that a row changes by a factor of the paper's value; the demo's own value is changed by the same factor."""
 _BATCH_RUN = re.compile(r"(?:simclr_)?batch_(\d+)")
 _VIEWS_RUN = re.compile(r"(?:simclr_)?views_(\w+)")
@@ -54,7 +58,9 @@ def row_config(run: str, *, scale: str, base: TrainConfig, ranks: int = 1) -> Ch
     if batch := _BATCH_RUN.fullmatch(run):
         images = base.global_batch * int(batch[1]) // BASE.global_batch
         if images < FEWEST_BN_IMAGES or images % ranks:
-            return Choice(None, left_out=f"batch norm would see {images} of the {base.global_batch} images, in {ranks} process{'es' * (ranks > 1)}")
+            return Choice(
+                None, left_out=f"batch norm would see {images} of the {base.global_batch} images, in {ranks} process{'es' * (ranks > 1)}"
+            )
         changes["rank_batch"] = images // ranks
     plain = flatten(to_plain(base))
     changes = {name: value for name, value in changes.items() if plain[name] != value}

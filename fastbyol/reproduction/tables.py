@@ -198,7 +198,8 @@ TABLES: dict[str, Table] = {
             source="table 14b",
             columns=("dimensions",),
             rows=tuple(
-                _row("byol" if dim == _BASE_DIM else f"projection_dim_{dim}", dim) for dim in _ordered(_BASE_DIM, list(ablations.PROJECTION_DIM))
+                _row("byol" if dim == _BASE_DIM else f"projection_dim_{dim}", dim)
+                for dim in _ordered(_BASE_DIM, list(ablations.PROJECTION_DIM))
             ),
             options=("model.projection_dim",),
             hypothesis="The fewest dimensions lose a little; from a quarter of the base's on nothing changes.",
@@ -209,7 +210,8 @@ TABLES: dict[str, Table] = {
             source="table 15a",
             columns=("base_lr",),
             rows=tuple(
-                _row("byol" if lr == _BASE_LR else f"lr_{lr:g}", f"{lr:g}") for lr in _ordered(_BASE_LR, list(ablations.BASE_LR))  # type: ignore[str-format]
+                _row("byol" if lr == _BASE_LR else f"lr_{lr:g}", f"{lr:g}")
+                for lr in _ordered(_BASE_LR, list(ablations.BASE_LR))  # type: ignore[str-format]
             ),
             options=("optim.base_lr",),
             hypothesis="A tenth of the rate is far worse in so few steps; a third more or less changes little.",
@@ -220,7 +222,8 @@ TABLES: dict[str, Table] = {
             source="table 15b",
             columns=("weight decay",),
             rows=tuple(
-                _row("byol" if wd == _BASE_DECAY else f"wd_{wd:g}", f"{wd:g}") for wd in _ordered(_BASE_DECAY, list(ablations.WEIGHT_DECAY))  # type: ignore[str-format]
+                _row("byol" if wd == _BASE_DECAY else f"wd_{wd:g}", f"{wd:g}")
+                for wd in _ordered(_BASE_DECAY, list(ablations.WEIGHT_DECAY))  # type: ignore[str-format]
             ),
             options=("optim.weight_decay",),
             hypothesis="In so few steps weight decay has hardly time to matter, and its absence does not make a run diverge.",

@@ -226,8 +226,8 @@ def fit_hours(suggestion: Suggestion, hours: float, *, announce: Callable[[str],
     """
     config = suggestion.config()
     announce(f"timing steps for {TIMED_S:g} s")
-    images_per_s = _images_per_s(replace(config, global_batch=config.global_batch // suggestion.devices)) * suggestion.devices
-    per_step_s = config.global_batch / images_per_s
+    rate = images_per_s(replace(config, global_batch=config.global_batch // suggestion.devices)) * suggestion.devices
+    per_step_s = config.global_batch / rate
     steps = int(hours * 3600 / per_step_s)
     if steps < FEWEST_STEPS:
         fewest = f"the fewest that teach anything, {FEWEST_STEPS:,}, take {duration_text(FEWEST_STEPS * per_step_s)}"
@@ -238,7 +238,7 @@ def fit_hours(suggestion: Suggestion, hours: float, *, announce: Callable[[str],
     suggestion.set("optim.warmup_steps", max(1, round(WARMUP_SHARE * steps)), f"{WARMUP_SHARE:.0%} of the steps")
 
 
-def _images_per_s(config: TrainConfig) -> float:
+def images_per_s(config: TrainConfig) -> float:
     """Returns the images per second of one process that trains with this config on this machine."""
     import torch
 

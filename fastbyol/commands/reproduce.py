@@ -1,0 +1,192 @@
+"""python -m fastbyol reproduce: the paper's tables, row by row, and our figures beside the paper's."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastbyol.config.arguments import path_text
+from fastbyol.config.console import say
+from fastbyol.config.errors import UserError, require_between, shortened
+
+if TYPE_CHECKING:
+    from fastbyol.config.schema import TrainConfig
+    from fastbyol.reproduction.records import Setup
+    from fastbyol.reproduction.runner import PlannedRun
+
+PRESETS = {"demo": "cpu_demo", "paper": "r50_300ep"}
+DEMO_EPOCHS = 5.0
+DEMO_CHECKPOINT_EVERY = 250
+GRACE_S = 300.0
+"""Longest time to wait for a run to save itself, or for an evaluation to end, after a signal."""
+CPU_BATCH = 16
+"""Images in a timed step on a CPU; a larger batch takes as long for each image."""
+
+
+def add_reproduce(commands: Any) -> None:
+    """Adds the command to the parser's sub-commands."""
+    parser = commands.add_parser(
+        "reproduce",
+        help="a table of the paper: runs and evaluates its rows, and writes ours beside theirs",
+        description=reproduce.__doc__,
+        allow_abbrev=False,
+    )
+    from fastbyol.reproduction.tables import TABLES
+
+    names = "; ".join(f"{table.name}: {table.source}" for table in TABLES.values())
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"tables to make, or all. {names}")
+    parser.add_argument("--data", required=True, type=path_text, help="folder that holds labelled train and val images")
+    parser.add_argument("--out", required=True, type=Path, help="folder for runs, records and tables")
+    what = "demo: the table's changes made to a small recipe, minutes a row on a CPU; paper: its own runs, days a row on eight GPUs"
+    parser.add_argument("--scale", choices=tuple(PRESETS), default="demo", help=f"{what} (%(default)s)")
+    what = "rows to run: their names, or i/n for every n-th run from the i-th (0 to n - 1), one of n machines' share"
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help=what)
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds of each row (%(default)s)")
+    parser.add_argument("--ranks", type=int, help="processes of each run (default: one per GPU of this machine, or one on a CPU)")
+    parser.add_argument(
+        "--linear", choices=("quick", "paper"), help="linear evaluation (default: quick at demo scale, paper at the paper's)"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="list the rows and what they will take, from a step measured here, and end")
+    parser.set_defaults(command=reproduce)
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    """Trains every row of the tables in a run folder of its own, evaluates it, and writes OUT/tables.html and OUT/tables.md after each.
+
+    The same command continues where it was stopped and repeats no finished row; a row that fails or collapses is named, and the next one
+    is run. Several may work on one OUT at a time. At demo scale the rows change the preset cpu_demo with 5 epochs, or the run that --preset,
+    --config and other training options describe, as for training.
+    """
+    from fastbyol.host.signals import StopRequest
+    from fastbyol.reproduction.tables import TABLES, table_named
+
+    require_between("--seeds", options.seeds, 1, 100)
+    tables = list(TABLES.values()) if options.tables == ["all"] else [table_named(name) for name in dict.fromkeys(options.tables)]
+    base = _base(options.run_options, scale=options.scale)
+
+    from fastbyol.reproduction.page import write_tables
+    from fastbyol.reproduction.runner import Runner, part_of, planned_runs
+
+    setup = _setup(options, base)
+    planned = planned_runs(tables, setup, options.out, seeds=options.seeds)
+    runs = part_of(planned, options.rows)
+    if options.dry_run:
+        _list(runs, setup)
+        return
+    _open_folder(options.out, setup)
+    with StopRequest(grace_s=GRACE_S) as stop:
+        runner = Runner(
+            setup,
+            options.out,
+            stop,
+            announce=lambda line: say(line, file=sys.stderr),
+            after_each=lambda: write_tables(options.out),
+            command=options.typed,
+        )
+        records = runner.run_all(runs)
+    write_tables(options.out)
+    counts = Counter(record.status for record in records)
+    done = sum(run.done for run in runs)
+    say(f"{len(runs)} runs: {done} were done before" + "".join(f", {count} {status}" for status, count in counts.items()))
+    say(f"tables: {options.out / 'tables.html'} and tables.md")
+    if failed := [record for record in records if record.status == "failed"]:
+        reasons = "; ".join(f"{record.run} seed {record.seed}: {shortened(record.why)}" for record in failed[:3])
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed ({reasons}); the same command tries them again")
+
+
+def _base(run_options: Sequence[str], *, scale: str) -> TrainConfig:
+    """Returns the config of the run without any change. Raises UserError for an option that rows set themselves."""
+    from fastbyol.run.command_line import parse_train_config
+
+    typed = {argument.split("=")[0].removeprefix("--") for argument in run_options if argument.startswith("--")}
+    own = {
+        "data.train": "--data",
+        "data.val": "--data",
+        "out": "--out",
+        "seed": "--seeds",
+        "rank_batch": "--ranks",
+        "init_from": "",
+        "resume": "",
+    }
+    for name in sorted(typed & set(own)):
+        raise UserError(f"--{name}: is set for each row{f'; use {own[name]}' if own[name] else ''}")
+    described = bool(typed & {"preset", "config"})
+    if described and scale == "paper":
+        raise UserError(
+            "--preset, --config: have no effect at the paper's scale, whose rows are presets; leave them out, or use --scale demo"
+        )
+    options = [*([] if described else ["--preset", PRESETS[scale]]), *run_options]
+    if scale == "demo" and not described and not typed & {"epochs", "steps"}:
+        options += ["--epochs", str(DEMO_EPOCHS)]
+    config = parse_train_config(options, usage="")
+    if scale == "demo":
+        # No run is ended for its collapse, which is what some tables show: all rows are equally long.
+        config = replace(config, monitors=replace(config.monitors, stop_on_collapse=False))
+        config = replace(config, checkpoint_every=min(config.checkpoint_every, DEMO_CHECKPOINT_EVERY))
+    return config
+
+
+def _setup(options: argparse.Namespace, base: TrainConfig) -> Setup:
+    """Returns the set-up of this command. Raises UserError if the images have no labelled val, or the folder is of another set-up."""
+    import torch
+
+    from fastbyol.evaluation.splits import open_splits
+    from fastbyol.reproduction.records import Setup, read_setup, setup_changes
+
+    ranks = options.ranks or max(1, torch.cuda.device_count())
+    require_between("--ranks", ranks, 1, 2**16)
+    setup = Setup(options.scale, options.linear or ("paper" if options.scale == "paper" else "quick"), ranks, options.data, base)
+    before = read_setup(options.out)
+    if before is not None and (changed := setup_changes(before, setup)):
+        raise UserError(f"--out {options.out}: holds tables of another set-up ({'; '.join(changed[:5])}); choose a new folder")
+    with open_splits(options.data, views=base.views, batch=1) as splits:
+        if splits.unscored:
+            raise UserError(f"--data {options.data}: {splits.unscored}, so there is no accuracy for a table")
+    return setup
+
+
+def _open_folder(folder: Path, setup: Setup) -> None:
+    from fastbyol.reproduction.records import SETUP_FILE, write_setup
+
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / SETUP_FILE).exists())):
+        raise UserError(f"--out {folder}: exists and does not hold tables; choose a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_setup(folder, setup)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
+    """Prints the runs, their steps, and the hours that those which are not done will take."""
+    import torch
+
+    from fastbyol.data import build_image_loader
+    from fastbyol.host.quantities import duration_text
+    from fastbyol.run.plan import RunPlan
+    from fastbyol.tuning.suggestion import images_per_s
+
+    if not runs:
+        say("no runs")
+        return
+    with build_image_loader(runs[0].config.data.train, views=setup.base.views, batch=1, option="--data") as loader:
+        num_samples = loader.num_samples
+    share = setup.base.global_batch // setup.ranks if torch.cuda.is_available() else CPU_BATCH
+    say(f"timing steps of {share} images")
+    rate = setup.ranks * images_per_s(replace(runs[0].config, global_batch=share, rank_batch=0))
+    total_s = 0.0
+    for run in runs:
+        steps = RunPlan.of(run.config, num_samples=num_samples).total_steps
+        seconds = steps * run.config.global_batch / rate
+        total_s += 0.0 if run.done else seconds
+        say(f"{run.name:<50} {steps:>9,} steps  {'done' if run.done else duration_text(seconds)}")
+    to_do = sum(not run.done for run in runs)
+    say(
+        f"{to_do} runs to do, {duration_text(total_s)} of training with {setup.ranks} process{'es' * (setup.ranks > 1)}; from the step of one process and "
+        "the first row, without what processes exchange; evaluation comes on top"
+    )

@@ -1,0 +1,263 @@
+"""Runs the rows of the paper's tables: trains each in a run folder of its own, evaluates it, and keeps a record, so that nothing is done twice.
+
+Several processes, or several machines with a shared disk, may work on one folder: each run is locked by the one that does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from fastbyol.config.errors import DIVERGED_EXIT, STOPPED_EXIT, STORAGE_EXIT, RunError, UserError
+from fastbyol.config.plain import nearest_name, to_plain
+from fastbyol.config.schema import TrainConfig
+from fastbyol.evaluation.splits import Splits, open_splits, split_paths
+from fastbyol.evaluation.training_log import alarms
+from fastbyol.host.durable_files import locked_file, write_durably
+from fastbyol.host.signals import StopRequest, end_with_parent
+from fastbyol.reproduction.records import FREE, Record, Setup, read_record, record_path, write_record
+from fastbyol.reproduction.rows import row_config
+from fastbyol.reproduction.scoring import last_error, paper_linear, scores_of
+from fastbyol.reproduction.tables import BASE_RUNS, Table
+from fastbyol.run.checkpoint import checkpoint_steps, load_run
+from fastbyol.run.folder import config_changes
+from fastbyol.run.log import read_metrics
+from fastbyol.run.provenance import collect_provenance
+
+log = logging.getLogger("fastbyol")
+RUNS = "runs"
+BATCH = 256
+"""Images per forward of the evaluation."""
+
+
+class Stopped(RunError):
+    """A signal ended the command between two steps; the same command goes on from there."""
+
+    exit_code = STOPPED_EXIT
+
+
+class StorageFull(RunError):
+    """A run could not be saved, so no other could be."""
+
+    exit_code = STORAGE_EXIT
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a row with one seed, with its whole config; `done` where its record is there."""
+
+    run: str
+    seed: int
+    config: TrainConfig
+    done: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}-seed{self.seed}"
+
+
+def planned_runs(tables: Sequence[Table], setup: Setup, folder: Path, *, seeds: int) -> list[PlannedRun]:
+    """Returns the runs of the tables in the order in which they are done: all rows with the first seed, then with the next.
+
+    A run that several rows share is there once, one that has no meaning at the set-up's scale is left out.
+    Raises UserError if a record is of another config.
+    """
+    names = list(dict.fromkeys([row.base for table in tables for row in table.rows] + [row.run for table in tables for row in table.rows]))
+    found = []
+    for seed in range(seeds):
+        for name in names:
+            choice = row_config(name, scale=setup.scale, base=setup.base, ranks=setup.ranks)
+            if choice.config is None:
+                continue
+            data = replace(choice.config.data, train=split_paths(setup.data)[0])
+            config = replace(choice.config, seed=seed, data=data, out=str(folder / RUNS / f"{name}-seed{seed}"))
+            found.append(PlannedRun(name, seed, config, done=_is_done(folder, name, seed, config)))
+    return found
+
+
+def _is_done(folder: Path, run: str, seed: int, config: TrainConfig) -> bool:
+    path = record_path(folder, run, seed)
+    if not path.exists():
+        return False
+    record = read_record(path)
+    if changed := config_changes(record.config, config, free=FREE):
+        raise UserError(f"{path}: is of a run with other settings ({'; '.join(changed[:3])}); delete it, or choose another --out")
+    return record.status != "failed"
+
+
+def part_of(runs: Sequence[PlannedRun], rows: Sequence[str]) -> list[PlannedRun]:
+    """Returns the runs that --rows names: 'i/n' is every n-th from the i-th (0 to n - 1), else the names of runs. Raises UserError for a wrong one."""
+    if not rows:
+        return list(runs)
+    if len(rows) == 1 and (part := re.fullmatch(r"(\d+)/(\d+)", rows[0])):
+        number, of = int(part[1]), int(part[2])
+        if number >= of:
+            raise UserError(f"--rows {rows[0]}: must be i/n with i from 0 to n - 1")
+        return list(runs[number::of])
+    known = list(dict.fromkeys(run.run for run in runs))
+    if wrong := [name for name in rows if name not in known]:
+        raise UserError(f"--rows {wrong[0]}: no such row at this scale{nearest_name(wrong[0], known)}; there are {', '.join(known)}")
+    return [run for run in runs if run.run in rows]
+
+
+@dataclass
+class Runner:
+    """Does planned runs one after the other.
+
+    folder: where runs and records lie. stop: asked between and during runs. announce: called with a line for each run. after_each: called
+    after each record.
+    """
+
+    setup: Setup
+    folder: Path
+    stop: StopRequest
+    announce: Callable[[str], None]
+    after_each: Callable[[], None]
+    command: str
+    _splits: Splits | None = field(default=None, init=False)
+
+    def run_all(self, runs: Sequence[PlannedRun]) -> list[Record]:
+        """Does the runs that are not done and returns their records. Raises Stopped if it was asked to stop, StorageFull if the disk is full."""
+        records: list[Record] = []
+        with ExitStack() as leaving:
+            to_do = [run for run in runs if not run.done]
+            for number, run in enumerate(to_do, start=1):
+                if self.stop.requested:
+                    raise Stopped(f"stopped before {run.name}; the same command goes on from there")
+                with self._claimed(run) as is_ours:
+                    # Another process may have done it in the meantime.
+                    if not is_ours or _is_done(self.folder, run.run, run.seed, run.config):
+                        continue
+                    if self._splits is None:
+                        self._splits = leaving.enter_context(open_splits(self.setup.data, views=run.config.views, batch=BATCH))
+                    record = self._record(run)
+                    write_record(self.folder, record)
+                records.append(record)
+                self.announce(f"[{number}/{len(to_do)}] {run.name}: {_summary(record)}")
+                self.after_each()
+        return records
+
+    @contextmanager
+    def _claimed(self, run: PlannedRun) -> Iterator[bool]:
+        """Yields True while this process alone does the run, False if another one does it."""
+        try:
+            (self.folder / RUNS).mkdir(parents=True, exist_ok=True)
+            descriptor = locked_file(self.folder / RUNS / f"{run.name}.lock")
+        except BlockingIOError as error:
+            self.announce(f"{run.name}: is being done by {error.strerror}")
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            os.close(descriptor)
+
+    def _record(self, run: PlannedRun) -> Record:
+        """Trains and evaluates a run."""
+        output, folder = self.folder / RUNS / f"{run.name}.log", Path(run.config.out)
+        command = [*self._launcher(), "-m", "fastbyol.train", "--config", str(self._config_file(run)), "--out", str(folder)]
+        before = _last_step(folder)
+        start, cpu_before = time.perf_counter(), _cpu_s()
+        code = self._train(command, output)
+        wall_s, cpu_s = time.perf_counter() - start, _cpu_s() - cpu_before
+        if self.stop.requested or code == STOPPED_EXIT:
+            raise Stopped(f"stopped during {run.name}; the same command goes on from there")
+        why = "" if code == 0 else last_error(output)
+        if code == STORAGE_EXIT:
+            raise StorageFull(f"{run.name}: {why}")
+        record = Record(run.run, run.seed, "complete", run.config, why=why, ranks=self.setup.ranks, provenance=collect_provenance())
+        record = replace(record, command=self.command, device=_device_name())
+        collapsed = code == DIVERGED_EXIT and "collapse" in why
+        if code and not collapsed:
+            return replace(record, status="diverged" if code == DIVERGED_EXIT else "failed")
+        try:
+            record = self._scored(run, record)
+        except UserError as error:
+            return replace(record, status="failed", why=str(error))
+        # What the steps before a stop took is not known; all steps take alike.
+        share = 1.0 if before >= record.steps else record.steps / (record.steps - before)
+        metrics = read_metrics(folder)
+        if collapsed or (metrics and alarms(metrics[-1:])):
+            record = replace(record, status="collapsed", why=record.why or alarms(metrics[-1:])[0].partition(";")[0])
+        return replace(record, wall_s=round(share * wall_s, 1), cpu_s=round(share * cpu_s, 1))
+
+    def _scored(self, run: PlannedRun, record: Record) -> Record:
+        assert self._splits is not None and self._splits.val is not None
+        state = load_run(run.config.out)
+        is_base = run.run in (*BASE_RUNS.values(), "r50_1000ep")
+        paper = self.setup.linear == "paper"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = scores_of(
+            state, self._splits, device=device, quick_linear=not paper, baselines=is_base, data=self.setup.data, command=self.command
+        )
+        scores, signs = found.pop("byol"), found.pop("signs")
+        if paper:
+            output = self.folder / RUNS / f"{run.name}.log"
+            scores["linear"] = paper_linear(Path(run.config.out), data=self.setup.data, launcher=self._launcher(), log=output)
+        sizes = {"num_train": self._splits.train.num_samples, "num_val": self._splits.val.num_samples}
+        return replace(record, scores=scores, baselines=found, signs=signs, steps=state.step, **sizes)
+
+    def _launcher(self) -> list[str]:
+        if self.setup.ranks == 1:
+            return [sys.executable]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.setup.ranks)]
+
+    def _config_file(self, run: PlannedRun) -> Path:
+        path = self.folder / RUNS / f"{run.name}.yaml"
+        write_durably(path, yaml.safe_dump({**to_plain(run.config), "out": ""}, sort_keys=False))
+        return path
+
+    def _train(self, command: list[str], output: Path) -> int:
+        """Runs a command, passes a request to stop on to it, and returns its exit code, or that of its first rank to fail."""
+        environment = dict(os.environ)
+        if not torch.cuda.is_available():
+            # So small networks gain little from a second thread, and float32 sums depend on their number.
+            environment.setdefault("OMP_NUM_THREADS", "1")
+        told = False
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_parent
+            )
+            while True:
+                try:
+                    code = process.wait(0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    if self.stop.requested and not told:
+                        process.terminate()
+                        told = True
+        # torchrun itself ends with 1; its report has the exit codes of the ranks.
+        codes = re.findall(r"exitcode\s*:\s*(\d+)", output.read_text(errors="replace")) if code == 1 else []
+        return int(codes[-1]) if codes else code
+
+
+def _last_step(folder: Path) -> int:
+    """Returns the step from which a run will go on, 0 for a new one."""
+    return max(checkpoint_steps(folder), default=0)
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def _summary(record: Record) -> str:
+    figures = ", ".join(f"{name} {100 * value:.1f} %" for name, value in record.scores.items())
+    state = "" if record.status == "complete" else f"{record.status}: {record.why}"
+    return "; ".join(part for part in (figures, state, f"{record.wall_s:.0f} s" if record.wall_s else "") if part)
