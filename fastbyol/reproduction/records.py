@@ -110,7 +110,10 @@ def record_path(folder: Path, run: str, seed: int) -> Path:
 def write_record(folder: Path, record: Record) -> None:
     path = record_path(folder, record.run, record.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, json.dumps({**dataclasses.asdict(record), "config": to_plain(record.config)}, indent=1) + "\n")
+    values = {**dataclasses.asdict(record), "config": to_plain(record.config)}
+    # A line for each part, so that the differences between two records can be read.
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
+    write_durably(path, f"{{\n{lines}\n}}\n")
 
 
 def read_record(path: Path) -> Record:

@@ -177,7 +177,9 @@ class Runner:
         why = "" if code == 0 else last_error(output)
         if code == STORAGE_EXIT:
             raise StorageFull(f"{run.name}: {why}")
-        record = Record(run.run, run.seed, "complete", run.config, why=why, ranks=self.setup.ranks, provenance=collect_provenance())
+        # The command as typed stands beside it; this one's first word is a path of this machine.
+        provenance = {name: value for name, value in collect_provenance().items() if name != "command"}
+        record = Record(run.run, run.seed, "complete", run.config, why=why, ranks=self.setup.ranks, provenance=provenance)
         record = replace(record, command=self.command, device=_device_name())
         collapsed = code == DIVERGED_EXIT and "collapse" in why
         if code and not collapsed:
@@ -194,7 +196,8 @@ class Runner:
         return replace(record, wall_s=round(share * wall_s, 1), cpu_s=round(share * cpu_s, 1))
 
     def _scored(self, run: PlannedRun, record: Record) -> Record:
-        assert self._splits is not None and self._splits.val is not None
+        assert self._splits is not None
+        assert self._splits.val is not None
         state = load_run(run.config.out)
         is_base = run.run in (*BASE_RUNS.values(), "r50_1000ep")
         paper = self.setup.linear == "paper"

@@ -6,7 +6,6 @@ Source: Grill et al., tables 1, 5 and 14 to 22. The figures are those of the pre
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastbyol.config import ablations
@@ -103,11 +102,6 @@ def _infonce() -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _ordered(base: object, others: Sequence[object]) -> list[object]:
-    """Returns the values in ascending order, the base's among them."""
-    return sorted([*others, base])  # type: ignore[type-var]
-
-
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
@@ -188,7 +182,7 @@ TABLES: dict[str, Table] = {
             columns=("projector layers", "predictor layers"),
             rows=tuple(
                 _row("byol" if depth == _BASE_DEPTH else f"depth_{depth[0]}_{depth[1]}", *depth)
-                for depth in _ordered(_BASE_DEPTH, list(ablations.DEPTH))  # type: ignore[misc]
+                for depth in sorted([_BASE_DEPTH, *ablations.DEPTH])
             ),
             hypothesis="A projector of one layer is worst, whatever the predictor; the rest is close.",
         ),
@@ -198,8 +192,7 @@ TABLES: dict[str, Table] = {
             source="table 14b",
             columns=("dimensions",),
             rows=tuple(
-                _row("byol" if dim == _BASE_DIM else f"projection_dim_{dim}", dim)
-                for dim in _ordered(_BASE_DIM, list(ablations.PROJECTION_DIM))
+                _row("byol" if dim == _BASE_DIM else f"projection_dim_{dim}", dim) for dim in sorted([_BASE_DIM, *ablations.PROJECTION_DIM])
             ),
             options=("model.projection_dim",),
             hypothesis="The fewest dimensions lose a little; from a quarter of the base's on nothing changes.",
@@ -209,10 +202,7 @@ TABLES: dict[str, Table] = {
             title="Learning rate",
             source="table 15a",
             columns=("base_lr",),
-            rows=tuple(
-                _row("byol" if lr == _BASE_LR else f"lr_{lr:g}", f"{lr:g}")
-                for lr in _ordered(_BASE_LR, list(ablations.BASE_LR))  # type: ignore[str-format]
-            ),
+            rows=tuple(_row("byol" if lr == _BASE_LR else f"lr_{lr:g}", f"{lr:g}") for lr in sorted([_BASE_LR, *ablations.BASE_LR])),
             options=("optim.base_lr",),
             hypothesis="A tenth of the rate is far worse in so few steps; a third more or less changes little.",
         ),
@@ -222,8 +212,7 @@ TABLES: dict[str, Table] = {
             source="table 15b",
             columns=("weight decay",),
             rows=tuple(
-                _row("byol" if wd == _BASE_DECAY else f"wd_{wd:g}", f"{wd:g}")
-                for wd in _ordered(_BASE_DECAY, list(ablations.WEIGHT_DECAY))  # type: ignore[str-format]
+                _row("byol" if wd == _BASE_DECAY else f"wd_{wd:g}", f"{wd:g}") for wd in sorted([_BASE_DECAY, *ablations.WEIGHT_DECAY])
             ),
             options=("optim.weight_decay",),
             hypothesis="In so few steps weight decay has hardly time to matter, and its absence does not make a run diverge.",
