@@ -44,6 +44,7 @@ img.figure { width: 100%; height: auto; }
 .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0; z-index: 1; padding-left: 0; background: #fff; }
 .scroll th:first-child, .scroll td:first-child { min-width: 104px; max-width: 38vw; overflow-wrap: break-word; }
 .scroll .small { display: inline-block; min-width: 180px; }
+.plot { max-width: 640px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 14px; }
 .key { display: flex; flex-wrap: wrap; gap: 2px 18px; margin: 6px 0 12px; font-size: 13px; overflow-wrap: anywhere; }
 .key svg, td svg, th svg { vertical-align: middle; margin-right: 6px; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,13 @@ class Record:
         if self.status not in STATUSES:
             raise UserError(f"status = {shown(self.status)}: must be one of {', '.join(STATUSES)}")
         groups = (self.scores, self.signs, *self.baselines.values())
-        if not all(isinstance(value, int | float) for group in groups for value in group.values()):
-            raise UserError("scores, signs and baselines must be numbers")
+        counts = (self.seed, self.steps, self.num_train, self.num_val, self.cpu_s, self.wall_s, self.ranks)
+        if not all(isinstance(value, int | float) for value in (*counts, *(value for group in groups for value in group.values()))):
+            raise UserError("scores, signs, baselines, counts and seconds must be numbers")
+        if not all(map(math.isfinite, (*counts, *self.scores.values()))):  # signs of a collapsed run may be none
+            raise UserError("scores, counts and seconds must be finite")
+        if not all(isinstance(text, str) for text in (self.run, self.why, self.device)):
+            raise UserError("run, why and device must be texts")
 
 
 def write_setup(folder: Path, setup: Setup) -> None:
