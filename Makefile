@@ -9,7 +9,7 @@ DEMO_DATA := demo/$(DEMO_KIND)
 DEMO_RUN := runs/demo
 DEMO_PRESET := $(if $(filter scenes,$(DEMO_KIND)),cpu_demo_scenes,cpu_demo)
 
-.PHONY: help install demo test test-oldest lint bench clean
+.PHONY: help install demo test test-oldest lint docs docs-serve bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,8 +39,14 @@ lint: $(STAMP) ## ruff, pyright, layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+docs: $(STAMP) ## the documentation as a site, in site/; fails on a dead link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(STAMP) ## the same, shown at http://127.0.0.1:8000 while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 bench: $(STAMP) ## the benchmark suite (quick)
 	$(BIN)/python -m benchmarks.run --quick
 
 clean: ## remove the demo's data and runs
-	rm -rf demo runs/demo
+	rm -rf demo runs/demo site

@@ -38,7 +38,7 @@ debian_packages
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 PIP=("$VENV/bin/python" -m pip install --quiet --constraint constraints.txt)
 say "torch and the core"
-"${PIP[@]}" --editable '.[dev,lint]'
+"${PIP[@]}" --editable '.[dev,lint,docs]'
 say "DALI"
 "${PIP[@]}" --editable '.[dali]' || say "DALI could not be installed: the dali backend will say so when asked for"
 say "ffcv (built from source)"
