@@ -28,7 +28,7 @@ from fastbyol.data import build_crop_loader, build_image_loader
 from fastbyol.evaluation.result_file import TaskResult, read_result
 from fastbyol.evaluation.tasks.classifier import Classifier, build_classifier, build_sgd, fit_classifier, scores_of
 from fastbyol.evaluation.tasks.finetune import TASKS as FINETUNE
-from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, fits_of, held_out_for, paper_rows
+from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, fits_of, paper_rows
 from fastbyol.evaluation.tasks.images import crop_and_flip
 from fastbyol.evaluation.tasks.registry import result_settings
 from fastbyol.evaluation.tasks.semi import TASKS as SEMI
@@ -85,7 +85,7 @@ def test_the_paper_settings_are_those_of_the_paper():
         "momentum": 0.9,
         "weight_decay": 0.0,
         "smallest_crop": 0.08,
-        "held_out": 10_009,
+        "held_out": (10_009, 0.08),
     }
     assert asdict(FINETUNE["finetune"].versions["paper"]) == paper
     assert asdict(SEMI["semi"].versions["paper"]) == {**paper, "fractions": (0.01, 0.1), "lists": ()}
@@ -125,19 +125,6 @@ def test_the_work_on_imagenet_is_eleven_trainings_of_known_length():
     assert [fit.tested for fit in fits] == [10_009] * 10 + [50_000]
     assert [fit.steps for fit in fits_of(12_811, num_fitted=12_811, **choice, settings=paper)] == [375] * 5 + [625] * 6
     assert [fit.steps for fit in fits_of(500, num_fitted=500, **choice, settings=paper)] == [30] * 5 + [50] * 6  # a batch of all 500
-
-
-def test_held_out_images_are_beside_a_fraction_and_taken_from_the_whole():
-    labelled, part = np.arange(100), np.arange(0, 100, 10)
-    fitted, held_out = held_out_for(part, labelled, held_out=0.2, seed=0)
-    assert fitted.tolist() == part.tolist()
-    assert len(set(held_out)) == 20
-    assert not set(held_out) & set(part)
-    fitted, held_out = held_out_for(labelled, labelled, held_out=15, seed=0)
-    assert sorted([*fitted, *held_out]) == labelled.tolist()
-    assert len(held_out) == 15
-    with pytest.raises(UserError, match=r"--held_out 100: 100 of 100 labelled training images; both parts need images"):
-        held_out_for(part, labelled, held_out=100, seed=0)
 
 
 def test_sgd_follows_the_official_codes_trajectory():
