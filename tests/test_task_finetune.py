@@ -26,7 +26,7 @@ from fastbyol.__main__ import main
 from fastbyol.config.errors import Diverged, UserError
 from fastbyol.data import build_crop_loader, build_image_loader
 from fastbyol.evaluation.result_file import TaskResult, read_result
-from fastbyol.evaluation.tasks.classifier import Classifier, build_classifier, build_sgd, fit_classifier, scores_of
+from fastbyol.evaluation.tasks.classifier import Classifier, RestartedClassifier, build_classifier, build_sgd, fit_classifier, scores_of
 from fastbyol.evaluation.tasks.finetune import TASKS as FINETUNE
 from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, fits_of, paper_rows
 from fastbyol.evaluation.tasks.images import crop_and_flip
@@ -167,6 +167,24 @@ def test_a_training_is_a_loop_of_nesterov_steps_over_the_crops(image_folder, tmp
     with build_image_loader(image_folder, views=VIEWS, batch=100, workers=1) as loader:
         images = loader.pick(range(3, 25, 2)).image
     torch.testing.assert_close(found["scores"], network(images).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_every_training_of_a_grid_starts_from_the_same_weights_and_statistics(image_folder, tmp_path):
+    job = job_of(tmp_path, ALONE)
+    encoder = encoder_without_norm()
+    encoder.insert(0, nn.BatchNorm2d(3))  # type: ignore[operator]
+    first = {name: value.clone() for name, value in encoder.state_dict().items()}
+    restarted, found = RestartedClassifier(job, encoder, num_classes=3), []
+    for number in range(2):
+        network = restarted.network()
+        for name, value in network.encoder.state_dict().items():
+            assert torch.equal(value, first[name]), name
+        with build_crop_loader(image_folder, views=crop_and_flip(VIEWS), seed=0, global_batch=8, workers=1) as crops:
+            targets = torch.arange(25) % 3
+            fit_classifier(job, f"training {number}", network=network, crops=crops, targets=targets, lr=0.05, total_steps=3)
+        assert not torch.equal(network.encoder.state_dict()["0.running_mean"], first["0.running_mean"])
+        found.append({name: value.clone() for name, value in network.state_dict().items()})
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_logits_are_float32_under_autocast_so_that_the_best_class_is_one():
@@ -391,7 +409,14 @@ def test_a_missing_split_and_an_empty_class_are_named(data, run, tmp_path, capsy
 
 
 def test_settings_are_checked_when_they_are_built():
-    for changes in ({"rates": ()}, {"epochs": (30, 30)}, {"global_batch": 0}, {"weight_decay": -1.0}, {"held_out": float("nan")}):
+    for changes in (
+        {"rates": ()},
+        {"epochs": (30, 30)},
+        {"global_batch": 0},
+        {"weight_decay": -1.0},
+        {"held_out": (float("nan"),)},
+        {"held_out": ()},
+    ):
         with pytest.raises(UserError, match=next(iter(changes))):
             replace(SemiSettings(), **changes)
 
