@@ -300,12 +300,17 @@ def test_boxes_follow_their_image_through_resizing_and_mirroring(tmp_path: Path)
     assert (boxes.shape, labels.shape) == ((0, 4), (0,))
 
 
-def test_lists_of_two_years_are_put_together_and_images_without_objects_are_counted(tmp_path: Path) -> None:
+def test_lists_of_two_years_are_put_together_with_each_annotation_read_once_and_images_without_objects_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree(tmp_path, years=("2007", "2012"))
+    read, read_boxes = [], detection.read_boxes
+    monkeypatch.setattr(detection, "read_boxes", lambda *files, **more: [read.append(files), read_boxes(*files, **more)][1])
     settings = dataclasses.replace(SMALL, train_sets=("2007_trainval", "2012_trainval"), test_set="2007_test")
     job, said = make_job("detection", settings, data=tmp_path, folder=tmp_path), []
     data = detection._open(dataclasses.replace(job, announce=said.append), settings)
     assert (len(data.train), len(data.test)) == (4, 2)
+    assert len(read) == 6  # three lists of two images; 2007's two lists are of the same ones here
     assert data.train.images[2].image.parts[-3] == "VOC2012"
     assert said == [f"3 images have no objects and count as background, such as {tmp_path}/VOCdevkit/VOC2007/Annotations/b.xml"]
     assert list(data.notes) == said

@@ -26,9 +26,9 @@ from fastbyol.__main__ import main
 from fastbyol.config.errors import Diverged, UserError
 from fastbyol.data import build_crop_loader, build_image_loader
 from fastbyol.evaluation.result_file import TaskResult, read_result
-from fastbyol.evaluation.tasks.classifier import Classifier, build_classifier, build_sgd, fit_classifier, scores_of
+from fastbyol.evaluation.tasks.classifier import Classifier, RestartedClassifier, build_classifier, build_sgd, fit_classifier, scores_of
 from fastbyol.evaluation.tasks.finetune import TASKS as FINETUNE
-from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, fits_of, held_out_for, paper_rows
+from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, fits_of, paper_rows
 from fastbyol.evaluation.tasks.images import crop_and_flip
 from fastbyol.evaluation.tasks.registry import result_settings
 from fastbyol.evaluation.tasks.semi import TASKS as SEMI
@@ -85,7 +85,7 @@ def test_the_paper_settings_are_those_of_the_paper():
         "momentum": 0.9,
         "weight_decay": 0.0,
         "smallest_crop": 0.08,
-        "held_out": 10_009,
+        "held_out": (10_009, 0.08),
     }
     assert asdict(FINETUNE["finetune"].versions["paper"]) == paper
     assert asdict(SEMI["semi"].versions["paper"]) == {**paper, "fractions": (0.01, 0.1), "lists": ()}
@@ -125,19 +125,6 @@ def test_the_work_on_imagenet_is_eleven_trainings_of_known_length():
     assert [fit.tested for fit in fits] == [10_009] * 10 + [50_000]
     assert [fit.steps for fit in fits_of(12_811, num_fitted=12_811, **choice, settings=paper)] == [375] * 5 + [625] * 6
     assert [fit.steps for fit in fits_of(500, num_fitted=500, **choice, settings=paper)] == [30] * 5 + [50] * 6  # a batch of all 500
-
-
-def test_held_out_images_are_beside_a_fraction_and_taken_from_the_whole():
-    labelled, part = np.arange(100), np.arange(0, 100, 10)
-    fitted, held_out = held_out_for(part, labelled, held_out=0.2, seed=0)
-    assert fitted.tolist() == part.tolist()
-    assert len(set(held_out)) == 20
-    assert not set(held_out) & set(part)
-    fitted, held_out = held_out_for(labelled, labelled, held_out=15, seed=0)
-    assert sorted([*fitted, *held_out]) == labelled.tolist()
-    assert len(held_out) == 15
-    with pytest.raises(UserError, match=r"--held_out 100: 100 of 100 labelled training images; both parts need images"):
-        held_out_for(part, labelled, held_out=100, seed=0)
 
 
 def test_sgd_follows_the_official_codes_trajectory():
@@ -180,6 +167,24 @@ def test_a_training_is_a_loop_of_nesterov_steps_over_the_crops(image_folder, tmp
     with build_image_loader(image_folder, views=VIEWS, batch=100, workers=1) as loader:
         images = loader.pick(range(3, 25, 2)).image
     torch.testing.assert_close(found["scores"], network(images).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_every_training_of_a_grid_starts_from_the_same_weights_and_statistics(image_folder, tmp_path):
+    job = job_of(tmp_path, ALONE)
+    encoder = encoder_without_norm()
+    encoder.insert(0, nn.BatchNorm2d(3))  # type: ignore[operator]
+    first = {name: value.clone() for name, value in encoder.state_dict().items()}
+    restarted, found = RestartedClassifier(job, encoder, num_classes=3), []
+    for number in range(2):
+        network = restarted.network()
+        for name, value in network.encoder.state_dict().items():
+            assert torch.equal(value, first[name]), name
+        with build_crop_loader(image_folder, views=crop_and_flip(VIEWS), seed=0, global_batch=8, workers=1) as crops:
+            targets = torch.arange(25) % 3
+            fit_classifier(job, f"training {number}", network=network, crops=crops, targets=targets, lr=0.05, total_steps=3)
+        assert not torch.equal(network.encoder.state_dict()["0.running_mean"], first["0.running_mean"])
+        found.append({name: value.clone() for name, value in network.state_dict().items()})
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_logits_are_float32_under_autocast_so_that_the_best_class_is_one():
@@ -404,7 +409,14 @@ def test_a_missing_split_and_an_empty_class_are_named(data, run, tmp_path, capsy
 
 
 def test_settings_are_checked_when_they_are_built():
-    for changes in ({"rates": ()}, {"epochs": (30, 30)}, {"global_batch": 0}, {"weight_decay": -1.0}, {"held_out": float("nan")}):
+    for changes in (
+        {"rates": ()},
+        {"epochs": (30, 30)},
+        {"global_batch": 0},
+        {"weight_decay": -1.0},
+        {"held_out": (float("nan"),)},
+        {"held_out": ()},
+    ):
         with pytest.raises(UserError, match=next(iter(changes))):
             replace(SemiSettings(), **changes)
 

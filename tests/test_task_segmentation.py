@@ -49,7 +49,7 @@ def test_the_defaults_are_the_papers_settings() -> None:
     paper = SegmentationSettings()
     assert segmentation.TASKS["segmentation"].versions["paper"] == paper
     # Appendix D.4: R50, conv5 dilated, two 3x3 of 256 channels with dilation 6, train_aug2012 -> val2012.
-    assert (paper.train_set, paper.test_set, paper.held_out) == ("train_aug", "val", 2119)
+    assert (paper.train_set, paper.test_set, paper.held_out) == ("train_aug", "val", (2119, 0.08))
     assert (paper.head_channels, paper.head_dilation, paper.scale, paper.crop_px, paper.flip_p) == (256, 6, (0.5, 2.0), 513, 0.5)
     assert (paper.batch_images, paper.weight_decay, paper.steps, paper.drop_at, paper.drop) == (16, 1e-4, 30_000, (0.7, 0.9), 0.1)
     assert np.log10(paper.lrs) == pytest.approx([-3, -2.5, -2, -1.5, -1])
@@ -266,7 +266,7 @@ def test_a_folder_of_another_layout_is_told_what_must_lie_there(tmp_path: Path) 
 
 
 def test_a_stopped_training_goes_on_to_the_same_scores_and_the_grid_picks_the_best_rate(scene_folder: Path, tmp_path: Path) -> None:
-    settings = dataclasses.replace(SMALL, lrs=(1e-3, 1e-1), held_out=8)
+    settings = dataclasses.replace(SMALL, lrs=(1e-3, 1e-1), held_out=(8,))
     whole = segmentation.run(make_job("segmentation", settings, data=scene_folder, folder=tmp_path / "whole"), settings)
     stopped = make_job("segmentation", settings, data=scene_folder, folder=tmp_path / "part", stop=10)
     with pytest.raises(TaskStopped, match=r"stopped after step 2 of 4 of byol seed 0"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -51,6 +53,21 @@ def build_classifier(job: Job, encoder: nn.Module, *, num_classes: int) -> Class
     network = Classifier(encoder, num_classes, seed=job.seed)
     prepare_model(network, job.precision, device=job.process.device)
     return network
+
+
+class RestartedClassifier:
+    """One classifier for several trainings, each from the same weights: what is compiled once serves them all."""
+
+    def __init__(self, job: Job, encoder: nn.Module, *, num_classes: int) -> None:
+        torch.compiler.reset()  # code of earlier networks is of no use, and its number is limited
+        self._network = build_classifier(job, encoder, num_classes=num_classes)
+        self._initial = copy.deepcopy(self._network.state_dict())
+
+    def network(self) -> Classifier:
+        """Returns the classifier with its first weights; those of the training before are lost."""
+        gc.collect()  # frees the DDP wrapper of the training before, whose hooks are on the same parameters
+        self._network.load_state_dict(self._initial)
+        return self._network
 
 
 def build_sgd(network: nn.Module, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> torch.optim.SGD:

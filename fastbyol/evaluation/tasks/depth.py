@@ -375,7 +375,6 @@ def run(job: Job, settings: DepthSettings) -> TaskResult:
         job,
         lrs=(settings.lr,),
         seeds=settings.seeds,
-        held_out=0,
         num_train=len(data.train),
         selected_by="pct1",
         run=partial(_train_and_test, job, settings, data),

@@ -276,8 +276,7 @@ def _open(job: Job, settings: DetectionSettings) -> _Data:
         folder = voc_folder(job.data, year=year)
         names = names or class_names(folder)
         pairs = boxed_images(folder, name)
-        require_sound(job, f"annotations of {each}", pairs, partial(_read_pair, classes=names))
-        items = [_read_pair(pair, classes=names) for pair in pairs]
+        items: list[BoxedImage] = require_sound(job, f"annotations of {each}", pairs, partial(_read_pair, classes=names))
         parts.append(items)
         empty += [xml for (_, xml), item in zip(pairs, items, strict=True) if not item.boxes]
     notes = []
@@ -425,7 +424,6 @@ def run(job: Job, settings: DetectionSettings) -> TaskResult:
         job,
         lrs=(settings.lr,),
         seeds=settings.seeds,
-        held_out=0,
         num_train=len(data.train),
         selected_by="voc_ap50",
         run=partial(_train_and_test, job, settings, data),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from fastbyol.data.loader import CropLoader
 from fastbyol.evaluation.comparison import compare_hits
 from fastbyol.evaluation.protocols import top_k_hits
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
-from fastbyol.evaluation.tasks.classifier import LR_BATCH, batches_on_device, build_classifier, build_sgd, fit_classifier, scores_of
+from fastbyol.evaluation.tasks.classifier import LR_BATCH, RestartedClassifier, batches_on_device, build_sgd, fit_classifier, scores_of
 from fastbyol.evaluation.tasks.estimate import measure_step, probe_batch
-from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, held_out_rows, open_labelled
+from fastbyol.evaluation.tasks.held_out import IMAGENET, check_amounts, held_out_beside, held_out_notes
+from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.scoring import packed, unpacked
@@ -47,8 +47,10 @@ class FinetuneSettings:
     """Weight decay of SGD, on all weights."""
     smallest_crop: float = 0.08
     """Area of the smallest random crop, as a share of the image's (appendix B)."""
-    held_out: float = 10_009
-    """Training images on which rate and length are chosen: a number, or a share below 1."""
+    held_out: tuple[float, ...] = IMAGENET
+    """Training images on which rate and length are chosen: a number, or a share below 1; of two, the second where the first is more than a
+    quarter.
+    """
 
     def __post_init__(self) -> None:
         for name in ("rates", "epochs"):
@@ -62,7 +64,7 @@ class FinetuneSettings:
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         require_at_least("weight_decay", self.weight_decay, 0)
         require(0 < self.smallest_crop <= 1, "smallest_crop", self.smallest_crop, "in (0, 1]")
-        require_positive("held_out", self.held_out)
+        check_amounts("held_out", self.held_out)
 
     @property
     def grid(self) -> list[tuple[float, int]]:
@@ -92,7 +94,7 @@ class LabelledPart:
         return f"{self.name}: top-{k} %" if self.name else f"top-{k} %"
 
 
-QUICK: dict[str, Any] = {"rates": (0.2, 0.8), "global_batch": 64, "smallest_crop": 0.4, "held_out": 0.1}
+QUICK: dict[str, Any] = {"rates": (0.2, 0.8), "global_batch": 64, "smallest_crop": 0.4, "held_out": (0.1,)}
 """For thousands of images of 32 to 64 px. With 1 % of the labels of the demo's photographs, the higher of the rates 0.05, 0.2 and 0.8 did
 better, from scratch too, and a smallest crop of 0.4 better than one of 0.08; with 10 %, 0.8 did better than 0.2.
 """
@@ -142,7 +144,7 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
         sizes=sizes,
         paper=paper_rows(parts),
         comparisons=comparisons,
-        notes=[*_notes(job, settings), *choice_lines(subjects)],
+        notes=[*_notes(job, settings, num_labelled=sizes["train"]), *choice_lines(subjects)],
     )
 
 
@@ -158,7 +160,7 @@ def paper_rows(parts: Sequence[LabelledPart]) -> dict[str, dict[str, float]]:
     return rows
 
 
-def _notes(job: Job, settings: FinetuneSettings) -> list[str]:
+def _notes(job: Job, settings: FinetuneSettings, *, num_labelled: int) -> list[str]:
     notes = [
         "note: the paper's rows are ResNets (R50 2x: of width 2) on ImageNet, of tables 2 and 8",
         f"note: rates are per {LR_BATCH} images and fall on a half cosine without warm-up, as in the official code; the paper does not say",
@@ -166,6 +168,7 @@ def _notes(job: Job, settings: FinetuneSettings) -> list[str]:
     ]
     if len(settings.grid) > 1:
         notes.append("note: rate and length were chosen on held-out training images; the network was then trained again, and tested once")
+        notes += held_out_notes(num_labelled, settings.held_out)
     if any(subject.name == "untrained" for subject in job.subjects):
         notes.append("note: 'training from scratch' is the same network from random weights, under the same settings and choice")
     return notes
@@ -206,14 +209,14 @@ class _Tuning:
         self.test_labels = torch.from_numpy(labels[self.test_rows])
         if not len(self.test_rows):
             raise UserError(f"--data {job.data}: no val image is of a class that train has")
-        self._encoder: nn.Module | None = None
+        self._classifier: RestartedClassifier | None = None
 
     def outcome(self, part: LabelledPart) -> dict[str, Any]:
         """Returns every trial on held-out images, which one was chosen, and the test of that choice."""
         settings = self.settings
         trials: list[dict[str, Any]] = []
         if len(settings.grid) > 1:
-            fitted, held_out = held_out_for(part.rows, self.images.labelled_rows, held_out=settings.held_out, seed=self.job.seed)
+            fitted, held_out = held_out_beside(part.rows, self.images.labelled_rows, held_out=settings.held_out, seed=self.job.seed)
             with self.crops(fitted) as crops:
                 for rate, epochs in settings.grid:
                     key = f"{self.subject.name}, {part.label}, rate {rate:g}, {epochs} epochs"
@@ -279,29 +282,16 @@ class _Tuning:
         return network, round(figures.images_per_s, 1)
 
     def network(self) -> nn.Module:
-        """Returns a new classifier with this encoder's weights."""
-        if self._encoder is None:
-            self._encoder = self.subject.encoder(lambda: self.images.sample(self.images.labelled_rows, seed=self.job.seed))
-        # A copy: the next pair starts from the same weights.
-        return build_classifier(self.job, copy.deepcopy(self._encoder), num_classes=len(self.images.class_names))
-
-
-def held_out_for(rows: Indices, labelled: Indices, *, held_out: float, seed: int) -> tuple[Indices, Indices]:
-    """Returns (the images of `rows` to train on while rate and length are chosen, the held-out images), both ascending.
-
-    The held-out images are drawn from the labelled ones beside `rows`, so that none of a small part is lost; where those are too few, from
-    all, and they are then left out of the training. held_out: a share of the labelled images below 1, or a number.
-    """
-    _, drawn = held_out_rows(labelled, held_out=held_out, seed=seed)
-    beside = np.setdiff1d(labelled, rows)
-    if len(beside) > len(drawn):
-        _, drawn = held_out_rows(beside, held_out=len(drawn), seed=seed)
-    return np.setdiff1d(rows, drawn), drawn
+        """Returns the classifier with this encoder's weights and a new head; made only if some training is not done yet."""
+        if self._classifier is None:
+            encoder = self.subject.encoder(lambda: self.images.sample(self.images.labelled_rows, seed=self.job.seed))
+            self._classifier = RestartedClassifier(self.job, encoder, num_classes=len(self.images.class_names))
+        return self._classifier.network()
 
 
 def plan_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> list[str]:
     """Returns how much there is to do: images, steps, and time, memory and disk from a few steps of the first encoder."""
-    subject, ranks = job.subjects[0], job.process.world_size
+    subject, ranks, chosen = job.subjects[0], job.process.world_size, len(settings.grid) > 1
     with open_labelled(job, subject.views) as images:
         parts, tuning = parts_of(images), _Tuning(job, settings, subject, images)
         num_train, num_test = len(images.labelled_rows), len(tuning.test_rows)
@@ -311,7 +301,9 @@ def plan_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> list[
         ]
         trained = tested = 0
         for part in parts:
-            fitted, held_out = held_out_for(part.rows, images.labelled_rows, held_out=settings.held_out, seed=job.seed)
+            fitted, held_out = part.rows, np.arange(0)
+            if chosen:
+                fitted, held_out = held_out_beside(part.rows, images.labelled_rows, held_out=settings.held_out, seed=job.seed)
             split = {"num_fitted": len(fitted), "num_held_out": len(held_out)}
             fits = list(fits_of(len(part.rows), **split, num_test=num_test, settings=settings))
             steps = sum(fit.steps for fit in fits)
@@ -321,6 +313,8 @@ def plan_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> list[
                 f"{part.label} of the labels: {len(part.rows):,} images, {count_text(len(fits), 'training')} of each encoder "
                 f"({len(fits) - 1} of them to choose), {steps:,} steps of {min(settings.global_batch, len(part.rows)):,}, {images_of:,} images"
             )
+        if chosen:
+            lines += held_out_notes(num_train, settings.held_out)
         job.announce("measuring a few steps")
         rank_batch = max(1, min(settings.global_batch, max(len(part.rows) for part in parts)) // ranks)
         network, batch = tuning.network(), probe_batch(job, rank_batch) * ranks
@@ -348,7 +342,7 @@ class FitSize:
 def fits_of(num_rows: int, *, num_fitted: int, num_held_out: int, num_test: int, settings: FinetuneSettings) -> Iterator[FitSize]:
     """Yields the size of every training of one encoder on a part of the labels, the tested one last.
 
-    num_rows: images of the part. num_fitted, num_held_out: as `held_out_for` splits them. The length of the last training is the longest
+    num_rows: images of the part. num_fitted, num_held_out: as `held_out_beside` splits them. The length of the last training is the longest
     of `epochs`, because it is not chosen yet.
     """
 

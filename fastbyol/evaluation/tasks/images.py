@@ -1,4 +1,4 @@
-"""The labelled images of a classification task: train and test of a data folder, and a held-out part of train."""
+"""The labelled images of a classification task: train and test of a data folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastbyol.evaluation.splits import renumbered, split_paths
 from fastbyol.evaluation.subjects import CALIBRATION_IMAGES
 from fastbyol.evaluation.tasks.job import Job
 
-_HELD_OUT_STREAM = 0x68656C64  # "held" in ASCII, so that this permutation is independent of others with the same seed
+_SAMPLE_STREAM = 0x68656C64  # a constant, so that this permutation is independent of others with the same seed
 
 
 def crop_and_flip(views: ViewPair, *, smallest: float = 0.08) -> ViewPair:
@@ -82,7 +82,7 @@ class LabelledImages:
 
     def sample(self, rows: Indices, *, seed: int = 0) -> torch.Tensor:
         """Returns a random sample of these training images, centre-cropped (N, 3, S, S): for the batch norms of an untrained encoder."""
-        order = seeded_permutation(len(rows), _HELD_OUT_STREAM, seed)
+        order = seeded_permutation(len(rows), _SAMPLE_STREAM, seed)
         chosen = rows[order[:CALIBRATION_IMAGES]]
         return torch.cat([batch.image for batch in self.train.batches_of(chosen)])
 
@@ -125,16 +125,3 @@ def open_labelled(job: Job, views: ViewPair) -> LabelledImages:
             raise UserError(f"--data {job.data}: no training image of the class {empty[0]!r} ({len(empty)} such classes)")
         opened.pop_all()
     return LabelledImages(train_path, views, train, test, labels, names)
-
-
-def held_out_rows(rows: Indices, *, held_out: float, seed: int) -> tuple[Indices, Indices]:
-    """Splits row numbers at random into (train, held out), both ascending.
-
-    held_out: a share below 1, or a number of images. Differs from the paper: it holds out the last 10,009 images of a shuffled listing;
-    ours is sorted by class, so a seeded random choice stands for it.
-    """
-    count = round(held_out * len(rows)) if held_out < 1 else int(held_out)
-    if not 0 < count < len(rows):
-        raise UserError(f"--held_out {held_out:g}: {count:,} of {len(rows):,} labelled training images; both parts need images")
-    order = seeded_permutation(len(rows), _HELD_OUT_STREAM, seed)
-    return np.sort(rows[order[count:]]), np.sort(rows[order[:count]])

@@ -23,7 +23,8 @@ from fastbyol.evaluation.protocols import top_k_hits
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.splits import renumbered
 from fastbyol.evaluation.tasks.estimate import estimate_lines, seconds_per_image
-from fastbyol.evaluation.tasks.images import LabelledImages, held_out_rows, open_labelled
+from fastbyol.evaluation.tasks.held_out import check_amounts, held_out_rows
+from fastbyol.evaluation.tasks.images import LabelledImages, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.scoring import Hits, compare_with_first, outputs, packed, rank_share, unpacked
@@ -42,14 +43,14 @@ class KnnSettings:
     """Temperatures of weighted votes exp(similarity / temperature)."""
     votes: tuple[str, ...] = VOTES
     """weighted, plain, or both."""
-    held_out: float = 0.1
+    held_out: tuple[float, ...] = (0.1,)
     """Training images on which the classifier is chosen: a share below 1, or a number."""
 
     def __post_init__(self) -> None:
         require(bool(self.neighbours) and min(self.neighbours) >= 1, "neighbours", self.neighbours, "at least one number, each at least 1")
         require(bool(self.temperatures) and min(self.temperatures) > 0, "temperatures", self.temperatures, "at least one number above 0")
         require(bool(self.votes) and set(self.votes) <= set(VOTES), "votes", self.votes, f"of {', '.join(VOTES)}")
-        require(self.held_out > 0, "held_out", self.held_out, "a share or a number above 0")
+        check_amounts("held_out", self.held_out)
 
     def grid(self) -> list[tuple[int, float | None]]:
         """Returns (k, temperature) of each classifier, temperature None for plain votes; fewer neighbours first."""

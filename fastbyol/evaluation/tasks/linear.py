@@ -21,7 +21,8 @@ from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.estimate import estimate_lines, seconds_per_image
-from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, held_out_rows, open_labelled
+from fastbyol.evaluation.tasks.held_out import IMAGENET, check_amounts, held_out_notes, held_out_rows
+from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.scoring import Hits, compare_with_first, hits_of, packed, unpacked
@@ -50,8 +51,8 @@ class LinearSettings:
     """Learning rates per 256 images that are swept."""
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
-    held_out: float = 10009.0
-    """Training images on which the rate is chosen: a number, or a share below 1."""
+    held_out: tuple[float, ...] = IMAGENET
+    """Training images on which the rate is chosen: a number, or a share below 1; of two, the second where the first is more than a quarter."""
     views: str = "crop_flip"
     """Augmentation: crop_flip; pretraining: that of the run's view 1 (table 7)."""
     tanh_logits: bool = False
@@ -65,7 +66,7 @@ class LinearSettings:
         require(bool(self.rates) and all(rate > 0 for rate in self.rates), "rates", self.rates, "at least one number above 0")
         require(len(set(self.rates)) == len(self.rates), "rates", self.rates, "different numbers")
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        require_positive("held_out", self.held_out)
+        check_amounts("held_out", self.held_out)
         require_choice("views", self.views, ("crop_flip", "pretraining"))
         require(self.logit_penalty >= 0, "logit_penalty", self.logit_penalty, "a number >= 0")
 
@@ -116,7 +117,7 @@ def run(job: Job, settings: LinearSettings) -> TaskResult:
     sizes: dict[str, int] = {}
     for subject in job.subjects:
         with open_labelled(job, subject.views) as images:
-            fit, held_out = held_out_rows(images.labelled_rows, held_out=_held_out(settings, len(images.labelled_rows)), seed=job.seed)
+            fit, held_out = held_out_rows(images.labelled_rows, held_out=settings.held_out, seed=job.seed)
             sizes = {"train": len(fit), "held out": len(held_out), "val": images.test.num_samples}
             evaluation = _Evaluation(job, settings, subject, images)
             results[subject.name], hits[subject.name] = evaluation.result(fit, held_out)
@@ -126,13 +127,11 @@ def run(job: Job, settings: LinearSettings) -> TaskResult:
         sizes=sizes,
         paper=PAPER_ROWS,
         comparisons=compare_with_first(job, hits),
-        notes=["the paper's rows are ImageNet, ResNet-50, 1000 epochs; ours are this run's images and length"],
+        notes=[
+            "the paper's rows are ImageNet, ResNet-50, 1000 epochs; ours are this run's images and length",
+            *held_out_notes(sizes["train"] + sizes["held out"], settings.held_out),
+        ],
     )
-
-
-def _held_out(settings: LinearSettings, num: int) -> float:
-    """Returns the held-out number or share; where the paper's number was not changed and is more than a quarter of the images, 8 %."""
-    return 0.08 if settings.held_out == LinearSettings.held_out and settings.held_out > num / 4 else settings.held_out
 
 
 class _Evaluation:
@@ -226,7 +225,7 @@ def plan(job: Job, settings: LinearSettings) -> list[str]:
     subject = job.subjects[0]
     with open_labelled(job, subject.views) as images:
         rows = images.labelled_rows
-        fit, held_out = held_out_rows(rows, held_out=_held_out(settings, len(rows)), seed=job.seed)
+        fit, held_out = held_out_rows(rows, held_out=settings.held_out, seed=job.seed)
         evaluation = _Evaluation(job, settings, subject, images)
         speed = seconds_per_image(job, evaluation.encoder, images.train, rows)
         passes = settings.epochs * (len(fit) + len(rows)) + len(held_out) + images.test.num_samples

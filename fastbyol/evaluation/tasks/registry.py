@@ -111,6 +111,7 @@ class TaskOptions:
     batch: int
     workers: int
     seed: int
+    autocast: str
     dry_run: bool
     again: bool
     version: str
@@ -138,7 +139,7 @@ def run_task(
         step=run.step,
         process=process,
         stop=stop,
-        precision=run.config.precision,
+        precision=replace(run.config.precision, autocast=options.autocast or run.config.precision.autocast),
         folder=options.out or run.results,
         command=options.command,
         batch=options.batch,

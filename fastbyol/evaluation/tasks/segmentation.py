@@ -37,6 +37,7 @@ from fastbyol.evaluation.tasks.dense.trials import (
     trial_result,
 )
 from fastbyol.evaluation.tasks.dense.voc import IGNORE, LabelledImage, class_names, labelled_images, voc_folder
+from fastbyol.evaluation.tasks.held_out import check_amounts, held_out_notes
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.models.backbone import Backbone, backbone_of
@@ -63,8 +64,9 @@ class SegmentationSettings:
     """images of all ranks in a step"""
     lrs: tuple[float, ...] = (1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1)
     """learning rates, of which the best on held-out training images is used"""
-    held_out: int = 2119
-    """training images on which the rate is chosen, where there are several"""
+    held_out: tuple[float, ...] = (2119, 0.08)
+    """training images on which the rate is chosen, where there are several: a number, or a share below 1; of two, the second where the first
+    is more than a quarter"""
     seeds: int = 5
     """trainings with different seeds, whose mean is reported"""
     drop_at: tuple[float, ...] = (0.7, 0.9)
@@ -94,11 +96,12 @@ class SegmentationSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_images", "seeds", "crop_px", "head_channels", "head_dilation"):
             require_at_least(f"--{name}", getattr(self, name), 1)
-        for name in ("test_images", "held_out", "weight_decay", "encoder_rate"):
+        for name in ("test_images", "weight_decay", "encoder_rate"):
             require_at_least(f"--{name}", getattr(self, name), 0)
         require_at_least("--lrs", len(self.lrs), 1)
         for lr in self.lrs:
             require_positive("--lrs", lr)
+        check_amounts("--held_out", self.held_out)
         check_drops(self.drop_at, self.drop)
         require_between("--momentum", self.momentum, 0.0, 1.0)
         require_range("--scale", self.scale, 0.05, 20.0)  # type: ignore[arg-type]
@@ -384,7 +387,7 @@ def run(job: Job, settings: SegmentationSettings) -> TaskResult:
         details=lambda outcome, confusions: {"held_out": outcome.held_out, "iou": _class_ious(confusions[0], data.classes)},
         sizes={"train": len(data.train), "test": len(data.test_rows)},
         paper=PAPER_ROWS,
-        notes=[*_notes(settings), *_picture(job, data)],
+        notes=[*_notes(settings, num_train=len(data.train)), *_picture(job, data)],
     )
 
 
@@ -394,12 +397,13 @@ def _class_ious(confusions: NDArray[Any], classes: tuple[str, ...]) -> dict[str,
     return {name: float(b / u) if u else None for name, b, u in zip(classes, both, union, strict=True)}
 
 
-def _notes(settings: SegmentationSettings) -> list[str]:
+def _notes(settings: SegmentationSettings, *, num_train: int) -> list[str]:
     view = f"the {settings.crop_px} px centre crop (BYOL's)" if settings.test_view == "crop" else "the full size (MoCo's)"
     other = "full" if settings.test_view == "crop" else "crop"
     return [
         f"tested on {view}; figures of the other protocol (--test_view {other}) are not strictly comparable",
         "the paper does not state momentum, batch-norm mode, ignored pixels and upsampling: here 0.9, each rank's own statistics, 255, bilinear",
+        *(held_out_notes(num_train, settings.held_out) if len(settings.lrs) > 1 else ()),
     ]
 
 

@@ -87,33 +87,38 @@ def image_named(folder: Path, name: str) -> Path:
     raise UserError(f"{printable(str(folder / name))}.jpg: no such image, but it is listed")
 
 
-def require_sound(job: Job, what: str, items: Sequence[Any], check: Callable[[Any], object]) -> None:
-    """Calls the check with every item on rank 0, in threads, and raises one UserError on all ranks if any of them raised one.
+def require_sound(job: Job, what: str, items: Sequence[Any], check: Callable[[Any], Any]) -> list[Any]:
+    """Calls the check with every item on rank 0, in threads, and returns on every rank what it returned for each; raises one UserError on
+    all ranks if any of the calls raised one.
 
     Checked before the training starts: in the middle of it, hours would be lost. The message is the first complaint, with the number of
     items that have one.
     """
-    complaints = broadcast_from_main(_complaints(what, items, check) if job.process.is_main else None)
+    complaints, found = broadcast_from_main(_checked(what, items, check) if job.process.is_main else ([], []))
     if complaints:
         more = f" ({len(complaints):,} of {len(items):,} {what} have such a fault)" if len(complaints) > 1 else ""
         raise UserError(f"{complaints[0]}{more}; correct it, or take it off the list")
-
-
-def _complaints(what: str, items: Sequence[Any], check: Callable[[Any], object]) -> list[str]:
-    def complaint(item: Any) -> str | None:
-        try:
-            check(item)
-        except UserError as error:
-            return str(error)
-        return None
-
-    found: list[str] = []
-    with ThreadPoolExecutor(default_workers()) as pool, Progress(f"checking {what}", len(items), unit="files") as progress:
-        for text in pool.map(complaint, items):
-            progress.advance()
-            if text is not None:
-                found.append(text)
     return found
+
+
+def _checked(what: str, items: Sequence[Any], check: Callable[[Any], Any]) -> tuple[list[str], list[Any]]:
+    """Returns the complaints, and what the check returned for the items without one."""
+
+    def checked(item: Any) -> tuple[str | None, Any]:
+        try:
+            return None, check(item)
+        except UserError as error:
+            return str(error), None
+
+    complaints, found = [], []
+    with ThreadPoolExecutor(default_workers()) as pool, Progress(f"checking {what}", len(items), unit="files") as progress:
+        for complaint, value in pool.map(checked, items):
+            progress.advance()
+            if complaint is not None:
+                complaints.append(complaint)
+            else:
+                found.append(value)
+    return complaints, found
 
 
 def _load(path: Path) -> Image.Image:

@@ -12,17 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastbyol.config.errors import Diverged, UserError, require, require_positive
+from fastbyol.config.errors import Diverged, require, require_positive
 from fastbyol.data.traversal import Indices, seeded_permutation
 from fastbyol.evaluation.comparison import Comparison
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.dense.batches import Source, training_batches
+from fastbyol.evaluation.tasks.held_out import Amounts, held_out_rows
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.training import TrainingFigures, train_network
 from fastbyol.models.backbone import Backbone
 from fastbyol.run.precision import prepare_model
 
-_HELD_OUT_STREAM, _CALIBRATION_STREAM = 0x76616C69, 0x63616C69  # "vali", "cali" in ASCII
+_CALIBRATION_STREAM = 0x63616C69  # "cali" in ASCII
 RESAMPLES = 1000
 CALIBRATION_IMAGES = 256
 
@@ -62,21 +63,21 @@ def run_trials(
     *,
     lrs: Sequence[float],
     seeds: int,
-    held_out: int,
+    held_out: Amounts = (),
     num_train: int,
     selected_by: str,
     run: Callable[[Subject, Trial], dict[str, Any]],
 ) -> dict[str, Outcome]:
     """Returns the outcome of every subject. `run` trains and tests once, and returns a plain dict with 'scores' and 'seconds'.
 
-    With several rates each is first tried on the train images without `held_out` random ones, and the one with the best score
+    With several rates each is first tried on the train images without some random ones, as many as `held_out` says, and the one with the best score
     `selected_by` on those is used for all seeds, on all train images.
     """
     rows, outcomes = np.arange(num_train), {}
     for subject in job.subjects:
         lr, tried = float(lrs[0]), {}
         if len(lrs) > 1:
-            rest, held = _held_out(rows, held_out, seed=job.seed)
+            rest, held = held_out_rows(rows, held_out=held_out, seed=job.seed)
             for each in lrs:
                 trial = Trial(f"{subject.name} rate {each:g}", each, job.seed, rest, held)
                 part = job.once(trial.key, lambda s=subject, t=trial: _or_diverged(run, s, t))
@@ -98,13 +99,6 @@ def _or_diverged(run: Callable[[Subject, Trial], dict[str, Any]], subject: Subje
         return run(subject, trial)
     except Diverged as error:
         return {"diverged": str(error)}
-
-
-def _held_out(rows: Indices, count: int, *, seed: int) -> tuple[Indices, Indices]:
-    if not 0 < count < len(rows):
-        raise UserError(f"--held_out {count}: of {len(rows):,} training images; both parts need images to choose a rate")
-    order = seeded_permutation(len(rows), _HELD_OUT_STREAM, seed)
-    return np.sort(rows[order[count:]]), np.sort(rows[order[:count]])
 
 
 def spread_rows(num: int, count: int) -> Indices:

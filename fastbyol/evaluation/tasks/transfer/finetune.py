@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +19,14 @@ from fastbyol.config.errors import Diverged, UserError, require, require_at_leas
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader, ImageLoader
 from fastbyol.data.traversal import Traversal
-from fastbyol.evaluation.tasks.classifier import Classifier, batches_on_device, build_classifier, build_sgd, fit_classifier, scores_of
+from fastbyol.evaluation.tasks.classifier import (
+    Classifier,
+    RestartedClassifier,
+    batches_on_device,
+    build_sgd,
+    fit_classifier,
+    scores_of,
+)
 from fastbyol.evaluation.tasks.estimate import StepCost, measure_step, probe_batch
 from fastbyol.evaluation.tasks.images import crop_and_flip
 from fastbyol.evaluation.tasks.job import Job, Subject
@@ -146,13 +151,12 @@ def crop_loader(
 
 
 class _Tuning:
-    """The trainings of one encoder on one set, all with one network object: what is compiled once serves them all."""
+    """The trainings of one encoder on one set."""
 
     def __init__(self, job: Job, settings: TransferFinetuneSettings, subject: Subject, images: TransferImages, loader: ImageLoader) -> None:
         self.job, self.settings, self.subject, self.images, self.loader = job, settings, subject, images, loader
         self.targets = torch.from_numpy(images.labels)
-        self._network: Classifier | None = None
-        self._initial: dict[str, Tensor] = {}
+        self._classifier: RestartedClassifier | None = None
 
     def trials(self, grid: list[tuple[float, float]]) -> list[dict[str, Any]]:
         """Returns the trial of every pair, or none if there is only one: nothing is chosen then. Each is kept in the job."""
@@ -214,17 +218,14 @@ class _Tuning:
 
     def network(self, *, steps_per_epoch: float) -> Classifier:
         """Returns the classifier with this encoder's weights and a new head."""
-        if self._network is None:
+        if self._classifier is None:
             encoder = self.subject.encoder(partial(sample, self.loader, self.images.train, seed=self.job.seed))
-            torch.compiler.reset()  # code of earlier networks is of no use, and its number is limited
-            network = build_classifier(self.job, encoder, num_classes=len(self.images.class_names))
-            self._network, self._initial = network, copy.deepcopy(network.state_dict())
-        gc.collect()  # frees the DDP wrapper of the training before, whose hooks are on the same parameters
-        self._network.load_state_dict(self._initial)
-        for module in self._network.modules():
+            self._classifier = RestartedClassifier(self.job, encoder, num_classes=len(self.images.class_names))
+        network = self._classifier.network()
+        for module in network.modules():
             if isinstance(module, _BatchNorm):
                 module.momentum = bn_momentum(steps_per_epoch)
-        return self._network
+        return network
 
 
 def measure_finetune(job: Job, settings: TransferFinetuneSettings, images: TransferImages) -> StepCost:
