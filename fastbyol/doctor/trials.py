@@ -229,7 +229,7 @@ def _step_loss(device: str, *, autocast: str) -> tuple[Any, float]:
     with context(PrecisionConfig(autocast=autocast), device=torch.device(device)):
         loss = byol(views, None, torch.zeros(4, dtype=torch.int64, device=device)).loss
     loss.backward()
-    return byol, float(loss)
+    return byol, loss.item()
 
 
 def bf16_step(folder: Path, *, device: str) -> str:
