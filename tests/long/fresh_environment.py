@@ -1,5 +1,7 @@
 """Builds the wheel, installs it into a bare environment, and works with it there as a user would, without the checkout and without any extra.
 
+At the end it makes the environments that go wrong most, and reads what doctor says of them.
+
 python -m tests.long.fresh_environment                                (this Python; torch is lent by this environment: minutes)
 python -m tests.long.fresh_environment --install                      (everything from the package index: gigabytes)
 python -m tests.long.fresh_environment --python python3.13 --share SITE_PACKAGES --share MORE     (torch for that Python stands there)
@@ -115,11 +117,9 @@ def require(text: str, pattern: str) -> None:
 
 def work(shell: Shell) -> None:
     shell.run("python", "-c", "import fastbyol, sys; assert 'torch' not in sys.modules; assert 'site-packages' in fastbyol.__file__")
-    examined = json.loads(shell.run("bash", "-c", "fastbyol doctor --json --path . 2>doctor.txt"))
-    states = {finding["name"]: finding["state"] for finding in examined["findings"]}
-    if wrong := [name for name in MISSING if states.get(name) != "missing"]:
+    found = doctor(shell, "--path .", code=0)
+    if wrong := [name for name in MISSING if found[name]["state"] != "missing"]:
         sys.exit(f"the environment is not bare, or doctor does not see it: {wrong}")
-    print(f"          {examined['summary']}", flush=True)
     shell.run("fastbyol", "demo-data", "--kind", "scenes", "--out", "demo", "--train-per-class", "3", "--val-per-class", "1")
     require(
         shell.run("fastbyol", "convert", "--data", "demo/train", "--out", "train.beton", "--workers", "1"),
@@ -130,7 +130,22 @@ def work(shell: Shell) -> None:
     require(shell.run("fastbyol", "train", *RUN, "--data.train", "train.beton", "--out", "no", code=2), "ffcv is not installed")
     require(shell.run("fastbyol", "train", *RUN, "--data.train", "demo/train", "--out", "run"), r"fastbyol\[tensorboard\]")
     require(
-        shell.run("torchrun", "--nproc-per-node", "2", "-m", "fastbyol", "train", *RUN, "--data.train", "demo/train", "--out", "two"), "3/3"
+        shell.run(
+            "python",
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "fastbyol",
+            "train",
+            *RUN,
+            "--data.train",
+            "demo/train",
+            "--out",
+            "two",
+        ),
+        "3/3",
     )
     require(shell.run("fastbyol", "evaluate", "all", "--checkpoint", "run", "--data", "demo", "--workers", "1"), "next: python -m fastbyol")
     require(shell.run("fastbyol", "embed", "--checkpoint", "run", "--data", "demo/val", "--out", "features.npz"), "embedded: 16 images")
@@ -165,6 +180,35 @@ def work(shell: Shell) -> None:
         require(shell.run("fastbyol", *command, code=2), missing)
 
 
+def doctor(shell: Shell, *options: str, code: int) -> dict[str, dict[str, str]]:
+    """Returns what doctor found, by name."""
+    examined = json.loads(shell.run("bash", "-c", f"fastbyol doctor --json {' '.join(options)} 2>doctor.txt", code=code))
+    print(f"          {examined['summary']}", flush=True)
+    return {finding["name"]: finding for finding in examined["findings"]}
+
+
+def odd_parts(shell: Shell, share: Sequence[str], lent: Path) -> None:
+    """The environments that go wrong most: PyPI's apex, ffcv without DALI, and ffcv beside a package built against another numpy."""
+    pip = ("python", "-m", "pip")
+    shell.run(*pip, "install", "--quiet", "--no-deps", "apex")
+    require(doctor(shell, "--quick", code=1)["apex"]["text"], "the wrong apex")
+    shell.run(*pip, "uninstall", "--quiet", "--yes", "apex")
+    if lend(["ffcv"], share, lent) == 0:
+        print("          ffcv is not installed in the environment that lends: left out", flush=True)
+        return
+    found = doctor(shell, code=0)
+    states = {name: found[name]["state"] for name in ("ffcv", "ffcv backend", "nvidia-dali-cuda130")}
+    if states != {"ffcv": "ok", "ffcv backend": "ok", "nvidia-dali-cuda130": "missing"}:
+        sys.exit(f"{states}: {found}")
+    require(shell.run("fastbyol", "train", *RUN, "--data.train", "train.beton", "--out", "beton"), "3/3")
+    # A wheel of the days of numpy 1; ffcv's own package imports it.
+    shell.run(*pip, "install", "--quiet", "--no-deps", "opencv-python-headless==4.7.0.72")
+    found = doctor(shell, code=1)
+    require(found["ffcv"]["text"], "built against another numpy")
+    if found["ffcv backend"]["state"] != "ok":
+        sys.exit(f"only ffcv's C library is used here, and that does not know numpy: {found['ffcv backend']}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="Python of the environment (default: this one)")
@@ -190,6 +234,8 @@ def main() -> None:
         shell = Shell(programs, folder / "work")
         print(shell.run("python", "-VV").strip(), flush=True)
         work(shell)
+        if share:
+            odd_parts(shell, share, folder / "environment" / "lent")
     print(f"all well in {time.monotonic() - begin:.0f} s")
 
 
