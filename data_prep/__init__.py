@@ -1,1 +1,1 @@
-"""Scripts that prepare data: arguments, then one call into fastbyol.data. Run each as a script, not as a module."""
+"""Commands of `python -m fastbyol` that prepare data, as scripts of a checkout. Run each as a script, not as a module."""

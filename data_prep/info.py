@@ -1,4 +1,4 @@
-"""Prints statistics of a data set: a .beton, a folder of tar shards, a folder of images, or a tar of images."""
+"""`python -m fastbyol info`, from a checkout."""
 
 from __future__ import annotations
 
@@ -7,100 +7,9 @@ from fastbyol.host.signals import end_at_once_when_stopped, stoppable
 if __name__ == "__main__":
     end_at_once_when_stopped()  # the imports take a moment
 
-import json
-import warnings
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+import sys
 
-from fastbyol.config.arguments import OneLineParser
-from fastbyol.config.console import printable, say
-from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.data.inputs.images import INPUTS, add_label_arguments, label_options, listing_from, source_text
-from fastbyol.data.inspection.converted import is_converted
-from fastbyol.data.inspection.inventory import Inventory, take_inventory
-from fastbyol.data.inspection.picture_grid import write_picture_grid
-
-EXAMPLES = f"""\
-examples:
-  python data_prep/info.py train.beton
-  python data_prep/info.py train_tar --json | jq .class_counts
-  python data_prep/info.py imagenet/train --grid train.png                                  12 classes, 8 images of each
-  python data_prep/info.py ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
-
-{INPUTS}"""
-
-
-@stoppable
-@one_line_errors
-def main() -> None:
-    parser = OneLineParser(description=__doc__, epilog=EXAMPLES)
-    what = "FILE.beton, folder of tar shards, or images that were not converted"
-    parser.add_argument("data", type=source_text, metavar="PATH", help=what)
-    add_label_arguments(parser)
-    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a picture: some images of some classes")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, with the count of each class")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", module="PIL")  # the converters report odd images
-    given = label_options(arguments)
-    notes: list[str] = []
-    path = Path(arguments.data)
-    converted = path.exists() and is_converted(path)
-    if converted and given:
-        raise UserError(f"--{given[0]}: {path} is converted and has its labels; only images that were not converted take it")
-    listing = None if converted else listing_from(arguments, option="data", tell=notes.append)
-    inventory = take_inventory(path, listing=listing)
-    if arguments.grid:
-        write_picture_grid(path, listing=listing, out=arguments.grid)
-    if arguments.json:
-        say(*json.dumps(asdict(inventory) | {"notes": notes}, indent=1).split("\n"))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _rows(inventory, notes):
-        table.add_row(name, Text(printable(value)))
-    Console().print(table)
-
-
-def _rows(inventory: Inventory, notes: list[str]) -> list[tuple[str, str]]:
-    names = inventory.class_names
-    shown = ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:3])} … {names[-1]}"
-    empty = f"; {inventory.empty_classes:,} classes have none" if inventory.empty_classes else ""
-    per_class = f"{inventory.class_min:,} to {inventory.class_max:,}, median {inventory.class_median:,g}{empty}"
-    rows = [
-        ("data", f"{inventory.path} ({inventory.kind})"),
-        ("images", f"{inventory.images:,}"),
-        ("classes", f"{inventory.classes:,}: {shown}" if names else "no labels"),
-        *([("per class", per_class)] if names else []),
-        *([("unlabelled", f"{inventory.unlabelled:,} of the images")] if names and inventory.unlabelled else []),
-        ("bytes", f"{inventory.image_bytes:,} of images, {inventory.image_bytes / inventory.images:,.0f} each"),
-    ]
-    if sides := inventory.sides:
-        sample = "" if sides.looked_at == inventory.images else f" (of {sides.looked_at:,} images)"
-        rows += [
-            ("width", f"{sides.width_min:,} to {sides.width_max:,} px, median {sides.width_median:,}{sample}"),
-            ("height", f"{sides.height_min:,} to {sides.height_max:,} px, median {sides.height_median:,}{sample}"),
-            ("density", f"{sides.bytes_per_pixel:.3f} bytes per pixel, {sides.mean_pixels:,.0f} pixels each{sample}"),
-        ]
-    rows += [("note", note) for note in notes]
-    if manifest := inventory.manifest:
-        sizes = [shard["bytes"] for shard in manifest["shards"]]
-        shards = f"{len(sizes):,} of {min(sizes):,} to {max(sizes):,} bytes" if len(sizes) > 1 else f"1 of {sizes[0]:,} bytes"
-        rows += [("shards", shards), ("source", _pairs(manifest["source"])), ("settings", _pairs(manifest["settings"]))]
-        if manifest["dropped"]:
-            rows.append(("dropped", f"{len(manifest['dropped']):,} images of the source"))
-        rows.append(("software", _pairs(manifest["software"])))
-    return rows
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
+from fastbyol.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)(["info", *sys.argv[1:]])

@@ -1,9 +1,12 @@
-"""The command line: `python -m fastbyol suggest | evaluate | report | compare | reproduce | embed | neighbours | weights | views | tune |
-presets`.
+"""The command line: `fastbyol COMMAND`, or `python -m fastbyol COMMAND` where the script is not on the path. COMMAND --help shows more.
 
-Training is `fastbyol/train.py`.
-
+python -m fastbyol doctor
+python -m fastbyol demo-data --out demo
+python -m fastbyol convert --data photos --out photos.beton
+python -m fastbyol verify photos.beton
 python -m fastbyol suggest --data photos --out suggested.yaml
+python -m fastbyol train --config suggested.yaml --out runs/mine
+torchrun --nproc-per-node 8 -m fastbyol train --preset r50_300ep --data.train train.beton --out runs/r50
 python -m fastbyol evaluate linear --checkpoint runs/demo --data demo
 python -m fastbyol evaluate all --checkpoint runs/demo --data demo
 python -m fastbyol evaluate labelfree --checkpoint runs/demo --data photos
@@ -26,22 +29,25 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastbyol import __version__
 from fastbyol.commands.compare import add_compare
+from fastbyol.commands.convert import add_convert
+from fastbyol.commands.demo_data import add_demo_data
+from fastbyol.commands.doctor import add_doctor
 from fastbyol.commands.embed import add_embed, embed_images
 from fastbyol.commands.evaluate import add_data_options, add_evaluate, announce, opened_bank
+from fastbyol.commands.info import add_info
 from fastbyol.commands.neighbours import add_neighbours
 from fastbyol.commands.reproduce import add_reproduce, reproduce
+from fastbyol.commands.subset import add_subset
+from fastbyol.commands.train import add_train, train_run
+from fastbyol.commands.verify import add_verify
 from fastbyol.commands.weights import add_weights, list_weights
 from fastbyol.config.arguments import OneLineParser, path_text
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors, require_between
 from fastbyol.config.schema import BACKENDS
-
-if TYPE_CHECKING:
-    pass
 
 
 @one_line_errors
@@ -49,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastbyol presets | head` ends quietly
     parser = _build_parser()
-    # `views` and `tune` take options of a run too, which parse_train_config checks.
+    # These take options of a run too, which parse_train_config checks.
     options, options.run_options = parser.parse_known_args(arguments)
-    if options.run_options and options.command not in (draw_views, tune_run, embed_images, list_weights, reproduce):
+    if options.run_options and options.command not in (train_run, draw_views, tune_run, embed_images, list_weights, reproduce):
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
     if options.command is None:
         parser.print_help()
@@ -66,6 +72,9 @@ def _build_parser() -> OneLineParser:
     parser.set_defaults(command=None)
     parser.add_argument("--version", action="version", version=f"fastbyol {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    for add in (add_doctor, add_demo_data, add_convert, add_verify, add_info, add_subset, add_train):
+        add(commands)
 
     add_evaluate(commands)
     report = commands.add_parser("report", help="RUN/report.html and a summary", description=report_run.__doc__, allow_abbrev=False)
@@ -159,7 +168,7 @@ def tune_run(options: argparse.Namespace) -> None:
     run by us on a GPU).
     torch.compile is tried with --seconds 30 or more, its mode max-autotune with 120 or more: compiling takes minutes on top.
     Other ranks are not started, so communication between ranks is not measured.
-    Then: python fastbyol/train.py --config tuned.yaml --out runs/NAME
+    Then: python -m fastbyol train --config tuned.yaml --out runs/NAME
     """
     from rich.console import Console
 
@@ -188,7 +197,7 @@ def tune_run(options: argparse.Namespace) -> None:
 def suggest_run(options: argparse.Namespace) -> None:
     """Looks at a sample of the images and at this machine, and writes the settings of a first run, each with its reason.
 
-    Labels are not needed, and not used. Then: python fastbyol/train.py --config suggested.yaml --out runs/mine
+    Labels are not needed, and not used. Then: python -m fastbyol train --config suggested.yaml --out runs/mine
     """
     from fastbyol.tuning.report import check_output, write_config
 

@@ -4,6 +4,8 @@
     python fastbyol/train.py --preset cpu_demo --data.train demo/fashion/train.beton --out runs/demo
     torchrun --nproc-per-node 2 fastbyol/train.py --preset r50_100ep --data.train train.beton --out runs/r50 --rank_batch 128
 
+`python -m fastbyol train …` and `torchrun … -m fastbyol train …` are the same, wherever the package is installed.
+
 The same command again continues the run where it stopped: after Ctrl-C, SIGTERM or SIGUSR1 it finishes the step and saves it. Method: Grill
 et al., NeurIPS 2020, algorithm 1. Exit codes: 0 complete, 75 stopped and saved, 2 bad input, 3 diverged, 4 no room for the last checkpoint,
 5 a rank was lost, 1 an error in fastbyol; torchrun itself returns 1 for all but 0. scripts/README.md has launch files for one node, several

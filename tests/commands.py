@@ -108,7 +108,7 @@ def await_gone(pids: list[int], *, timeout_s: float = LIMIT_S) -> None:
 class LaunchedRun:
     """Runs `python fastbyol/train.py` (ranks 0) or torchrun with that many ranks; output goes to a file. Leaving it kills what still runs.
 
-    fault: as in faulty_train.py, 'kind:rank:step'.
+    fault: as in faulty_train.py, 'kind:rank:step'. script: what is run instead, a file or -m and a module with its first words.
     """
 
     def __init__(
@@ -118,12 +118,13 @@ class LaunchedRun:
         ranks: int = 0,
         launcher: tuple[str, ...] = ("--standalone",),
         fault: str = "",
+        script: tuple[str, ...] = ("fastbyol/train.py",),
         env: dict[str, str] | None = None,
     ) -> None:
         self.log_file = log
         torchrun = [*("-m", "torch.distributed.run", "--nproc-per-node", str(ranks)), *launcher]
-        script = "tests/faulty_train.py" if fault else "fastbyol/train.py"
-        command = [sys.executable, *(torchrun if ranks else []), script, *arguments]
+        script = ("tests/faulty_train.py",) if fault else script
+        command = [sys.executable, *(torchrun if ranks else []), *script, *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULT": fault, **(env or {})}
         with log.open("w") as file:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)

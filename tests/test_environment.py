@@ -476,7 +476,7 @@ def test_missing_ranks_that_slurm_announced_are_reported_as_slurms(no_launcher):
         no_launcher.setenv(name, value)
     for name in LAUNCHED:  # what is adopted goes with the test
         no_launcher.setenv(name, "")
-    with pytest.raises(Lost, match="because SLURM_STEP_NUM_TASKS = 8: .*srun python fastbyol/train.py"):
+    with pytest.raises(Lost, match="because SLURM_STEP_NUM_TASKS = 8: .*srun python -m fastbyol train"):
         join_process_group(timeout_s=1)
 
 

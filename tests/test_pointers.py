@@ -1,4 +1,4 @@
-"""Everything that messages and help texts refer to exists: pages and their sections, files of the repository, make targets, pip extras."""
+"""Everything that messages and help texts refer to exists: pages and their sections, files, make targets, pip extras, commands."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from fastbyol.__main__ import _build_parser
 from tests.commands import ROOT
 
 SOURCES = sorted(path for folder in ("fastbyol", "data_prep", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+COMMANDS = {name for action in _build_parser()._actions for name in action.choices or ()}
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
@@ -34,6 +36,8 @@ def pointers(text: str) -> Iterator[tuple[str, str]]:
         yield "make target", target
     for extra in re.findall(r"(?:fastbyol|\.)\[([\w-]+)\]'", text):
         yield "extra", extra
+    for command in re.findall(r"-m fastbyol ([a-z][a-z-]*)", text):
+        yield "command", command
 
 
 def is_there(kind: str, where: str) -> bool:
@@ -45,6 +49,8 @@ def is_there(kind: str, where: str) -> bool:
         return (ROOT / where).is_file()
     if kind == "make target":
         return re.search(rf"^{where}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M) is not None
+    if kind == "command":
+        return where in COMMANDS
     return where in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 
 
@@ -55,7 +61,7 @@ def test_all_that_messages_and_help_point_at_is_there():
         for text in texts(ast.parse(source.read_text(encoding="utf-8")))
         for pointer in pointers(text)
     }
-    assert {kind for _, (kind, _) in found} == {"page", "file", "make target", "extra"}
+    assert {kind for _, (kind, _) in found} == {"page", "file", "make target", "extra", "command"}
     assert not [f"{source.relative_to(ROOT)}: {' '.join(pointer)}" for source, pointer in sorted(found) if not is_there(*pointer)]
 
 

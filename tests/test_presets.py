@@ -290,7 +290,7 @@ def test_presets_are_listed_with_command_figure_and_source(capsys):
     listed = capsys.readouterr().out
     assert listed.count("    command   ") == 2  # 0.999 too
     assert "expected  68.4 top-1 linear (paper, table 5a)" in listed
-    assert "torchrun --nproc-per-node 8 fastbyol/train.py --preset ablation_tau_0.9 --data.train train.beton" in listed
+    assert "torchrun --nproc-per-node 8 -m fastbyol train --preset ablation_tau_0.9 --data.train train.beton" in listed
     with pytest.raises(SystemExit):
         main(["presets", "albation_tau_1"])
     assert "did you mean ablation_tau_1?" in capsys.readouterr().err

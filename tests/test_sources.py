@@ -249,7 +249,7 @@ def test_what_is_said_about_labels_names_the_option_of_the_command_that_was_type
     assert "--data.label_column: has no effect" in said_by(train.main, *small, f"{out}2", "--data.train", flat, "--data.label_column", "x")
     embed = ["embed", "--checkpoint", out, "--data", flat, "--out", f"{tmp_path}/f.npz", "--workers", "1"]
     assert no_labels.format("--labels") in said_by(main, *embed)
-    without = "data_prep/to_ffcv.py --labels"
+    without = "python -m fastbyol convert --labels"
     assert no_labels.format(without) in said_by(main, "evaluate", "labelfree", "--checkpoint", out, "--data", flat, "--workers", "1")
     assert mixed.format(without) in said_by(main, "suggest", "--data", "::".join(several), "--out", f"{tmp_path}/s.yaml")
     assert mixed.format("--labels") in run_here("to_ffcv.py", "--data", *several, "--out", tmp_path / "x.beton").stderr

@@ -51,7 +51,7 @@ def test_40_flat_images_get_a_file_that_training_takes_with_a_reason_on_each_lin
     assert "40 images, no labels; of 40 looked at: in colour" in said
     assert "Few images: 40." in said
     assert "cannot be seen from images: 0.5 if a mirrored image is still the same thing" in said
-    assert said.splitlines()[-1] == f"next: python fastbyol/train.py --config {tmp_path}/mine.yaml --out runs/mine"
+    assert said.splitlines()[-1] == f"next: python -m fastbyol train --config {tmp_path}/mine.yaml --out runs/mine"
     settings = [line for line in text.splitlines() if not line.startswith("#") and not line.endswith(":")]
     assert len(settings) > 10
     assert all(re.search(r"\S  # \S", line) for line in settings), "every setting has its reason"

@@ -472,8 +472,8 @@ def test_the_config_comes_back_from_its_yaml_as_it_was_with_the_figures_as_comme
 
 def test_the_command_that_follows_starts_as_many_processes_as_were_planned_for() -> None:
     found = Findings(TrainConfig(), per="GPU", ranks=8)
-    assert found.command(Path("t.yaml")) == "torchrun --nproc-per-node 8 fastbyol/train.py --config t.yaml --out runs/tuned"
-    assert replace(found, ranks=1).command(Path("t.yaml")).startswith("python fastbyol/train.py --config t.yaml")
+    assert found.command(Path("t.yaml")) == "torchrun --nproc-per-node 8 -m fastbyol train --config t.yaml --out runs/tuned"
+    assert replace(found, ranks=1).command(Path("t.yaml")).startswith("python -m fastbyol train --config t.yaml")
 
 
 # As a user runs it.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from fastbyol.config.errors import UserError
 
@@ -17,13 +17,18 @@ _GIVEN = "_given"
 class OneLineParser(argparse.ArgumentParser):
     """Argument parser that keeps line breaks in descriptions and refuses abbreviated options, and repeated ones unless they collect a list."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, *, later: Callable[[Self], None] | None = None, **options: object) -> None:
+        """later: adds the options when the command is really typed, for options whose modules take a moment to import."""
+        self._later = later
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})  # type: ignore[arg-type]
         for name, kind in ((None, _StoreOnce), ("store", _StoreOnce), ("store_true", _StoreTrueOnce)):
             self.register("action", name, kind)
         self.register("type", Path, _path)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        if self._later is not None:
+            add_options, self._later = self._later, None
+            add_options(self)
         found, rest = super().parse_known_args(args, namespace)
         vars(found).pop(_GIVEN, None)
         return found, rest

@@ -393,8 +393,8 @@ class Preset:
 
     def command(self, name: str) -> str:
         if name in ("own_tiny", "own_small"):
-            return f"python fastbyol/train.py --preset {name} --data.train IMAGES --out runs/mine"
+            return f"python -m fastbyol train --preset {name} --data.train IMAGES --out runs/mine"
         if name.startswith("cpu_demo"):
             kind = "scenes" if "scenes" in name else "fashion"
-            return f"python fastbyol/train.py --preset {name} --data.train demo/{kind}/train.beton --out runs/demo"
-        return f"torchrun --nproc-per-node {PAPER_RANKS} fastbyol/train.py --preset {name} --data.train train.beton --out runs/{name}"
+            return f"python -m fastbyol train --preset {name} --data.train demo/{kind}/train.beton --out runs/demo"
+        return f"torchrun --nproc-per-node {PAPER_RANKS} -m fastbyol train --preset {name} --data.train train.beton --out runs/{name}"

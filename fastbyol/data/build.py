@@ -23,7 +23,7 @@ from fastbyol.ranks.process_group import Process
 
 _READS = {
     "ffcv": "a .beton file",
-    "dali": "a folder of tar shards made by data_prep/to_dali.py",
+    "dali": "a folder of tar shards made by python -m fastbyol convert --to dali",
     "folder": "images that were not converted",
 }
 

@@ -57,7 +57,7 @@ def first_ideas(facts: RunFacts) -> list[str]:
     if not facts.step:  # another program's weights: none of the options below has made them
         size = f"they see images of {views.size_px} px here: give the size and normalisation that they were trained with"
         return [
-            "train on from these weights with your own images: python fastbyol/train.py --init_from FILE",
+            "train on from these weights with your own images: python -m fastbyol train --init_from FILE",
             f"{size}, --views.size_px {views.size_px}, --views.mean, --views.std",
         ]
     ideas = []

@@ -61,6 +61,7 @@ def stoppable(main: Callable[..., None]) -> Callable[..., None]:
         try:
             for number in COMMAND_SIGNALS:
                 signal.signal(number, _raise)
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a pipe that closes, a worker's too, raises and does not end the process
             try:
                 main(*args, **kwargs)
             finally:

@@ -78,8 +78,8 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
             if not from_slurm:
                 raise
             raise Lost(
-                f"{error}. Other ranks were expected because SLURM_STEP_NUM_TASKS = {world_size}: start all of them with `srun python "
-                "fastbyol/train.py …`, or one process alone with `env -u SLURM_STEP_NUM_TASKS python fastbyol/train.py …`"
+                f"{error}. Other ranks were expected because SLURM_STEP_NUM_TASKS = {world_size}: start all of them with `srun python -m "
+                "fastbyol train …`, or one process alone with `env -u SLURM_STEP_NUM_TASKS python -m fastbyol train …`"
             ) from error
     return process
 

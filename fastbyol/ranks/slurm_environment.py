@@ -1,4 +1,4 @@
-"""Translates srun's environment into torchrun's variables, so that `srun python fastbyol/train.py …` needs no other launcher.
+"""Translates srun's environment into torchrun's variables, so that `srun python -m fastbyol train …` needs no other launcher.
 
 Source: srun(1), output environment variables. Tested with a simulated environment only; we had no SLURM cluster.
 """

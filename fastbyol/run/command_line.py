@@ -42,7 +42,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     if PRINT_CONFIG in {argument.split("=", 1)[0] for argument in arguments}:  # it prints the config before checking it, so check first
         parse_train_config([argument for argument in arguments if argument.split("=", 1)[0] != PRINT_CONFIG], usage=usage)
     parser = jsonargparse.ArgumentParser(
-        prog="fastbyol/train.py", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
+        prog="fastbyol train", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help="a named run to start from (python -m fastbyol presets lists them)")
     parser.add_argument("--config", action="config", help="a YAML file of options, for example a run folder's config.yaml")

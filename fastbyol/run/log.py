@@ -10,7 +10,7 @@ import time
 import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fastbyol.config.console import PrintableFormatter, in_utf8
 from fastbyol.config.errors import UserError
@@ -21,6 +21,9 @@ from fastbyol.host.quantities import duration_text
 from fastbyol.host.saved_structure import is_count
 from fastbyol.run.live_line import PROGRESS, live_line, progress_line
 from fastbyol.run.wandb_log import WandbLog
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("fastbyol")
 METRICS_FILE = "metrics.jsonl"
@@ -34,8 +37,6 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: TrainConfig, *, total_steps: int, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.total_steps, self.first_step = total_steps, first_step
         path = folder / METRICS_FILE
         # Steps after the checkpoint are taken again: without this their records would appear twice.
@@ -48,11 +49,13 @@ class RunLog:
         self._start = self._counted_from = time.perf_counter()
         self._alarmed = False
         self._file = path.open("a")
-        self._board = SummaryWriter(f"{in_utf8(folder)}/tensorboard", purge_step=first_step)
+        self._board = _board(folder, first_step=first_step)
         project = config.monitors.wandb_project
         self._wandb = WandbLog(folder, project=project, config=to_plain(config)) if project else None
         self._live = live_line(total_steps=total_steps, first_step=first_step)
         configure_logging(folder / "train.log", screen=self._live.handler() if self._live else None)
+        if self._board is None:
+            log.info("TensorBoard's files are not written: pip install 'fastbyol[tensorboard]'; %s has the same figures", path)
 
     def estimate(self, done: int) -> None:
         """Logs once, ESTIMATE_STEPS after the start of this process, how long the steps after the first `done` of the run will take."""
@@ -76,7 +79,7 @@ class RunLog:
             # Flushed at once, so that the record of the step that kills the process is in the file, and others can follow it.
             self._file.flush()
             for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
+                if self._board is not None and isinstance(value, int | float) and name != "step":
                     self._board.add_scalar(name, value, record["step"])
             if self._wandb is not None:
                 self._wandb.write(record)
@@ -99,12 +102,22 @@ class RunLog:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # already reported when writing failed
             self._file.close()
-        with contextlib.suppress(OSError):
-            self._board.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.close()
         if self._live is not None:
             self._live.close()
+
+
+def _board(folder: Path, *, first_step: int) -> SummaryWriter | None:
+    """Returns TensorBoard's writer of the run, or None if tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(f"{in_utf8(folder)}/tensorboard", purge_step=first_step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

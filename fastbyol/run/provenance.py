@@ -23,7 +23,7 @@ PACKAGES = (
 def collect_provenance() -> dict[str, Any]:
     """Returns package versions, git commit and state, device, cores, threads and the command as typed, as plain values for JSON."""
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join([*script_typed(sys.argv[0]), *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "versions": package_versions(),
@@ -35,6 +35,11 @@ def collect_provenance() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "world_size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
     }
+
+
+def script_typed(path: str) -> list[str]:
+    """Returns what stands between `python` or `torchrun` and the options: a script's path, or for the command line itself `-m fastbyol`."""
+    return ["-m", "fastbyol"] if path == "fastbyol" or path.endswith(("/bin/fastbyol", "/fastbyol/__main__.py")) else [path]
 
 
 def package_versions() -> dict[str, str]:

@@ -61,7 +61,7 @@ class Findings:
     def command(self, path: Path) -> str:
         """Returns the command that starts the run from the config file at the path."""
         start = ["torchrun", "--nproc-per-node", str(self.ranks)] if self.ranks > 1 else ["python"]
-        return shlex.join([*start, "fastbyol/train.py", "--config", str(path), "--out", "runs/tuned"])
+        return shlex.join([*start, "-m", "fastbyol", "train", "--config", str(path), "--out", "runs/tuned"])
 
 
 @dataclass(frozen=True)

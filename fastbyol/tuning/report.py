@@ -1,4 +1,4 @@
-"""Says what the measurements mean: what limits the run, as a verdict; tables for the terminal; a YAML file that `fastbyol/train.py --config` reads."""
+"""Says what the measurements mean: what limits the run, as a verdict; tables for the terminal; a YAML file that `fastbyol train --config` reads."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _faster_step(speeds: Speeds) -> str:
 def _cheaper_data(speeds: Speeds) -> str:
     if speeds.workers < min(speeds.workers_needed, speeds.cores):
         return f"Next: data.workers {min(speeds.workers_needed, speeds.cores)}"
-    smaller = "images stored smaller (data_prep/to_ffcv.py --max-side)"
+    smaller = "images stored smaller (python -m fastbyol convert --max-side)"
     if speeds.on_gpu:
         return f"Next: {smaller}; tar shards, whose JPEGs DALI decodes on the GPU (data.dali_ops crop); a machine with more cores per GPU"
     return f"Next: {smaller}; more cores"

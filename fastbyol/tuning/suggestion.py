@@ -71,7 +71,7 @@ class Suggestion:
     def command(self, path: Path) -> str:
         """Returns the command that starts the run from the file at the path."""
         start = ["torchrun", "--nproc-per-node", str(self.devices)] if self.devices > 1 else ["python"]
-        return shlex.join([*start, "fastbyol/train.py", "--config", str(path), "--out", "runs/mine"])
+        return shlex.join([*start, "-m", "fastbyol", "train", "--config", str(path), "--out", "runs/mine"])
 
 
 def suggest(data: str, sample: Sample, *, gpus: int) -> Suggestion:
@@ -215,7 +215,7 @@ def _remark(suggestion: Suggestion, sample: Sample) -> None:
             "they count as more than one, and may be in train and val at once."
         )
     if sample.unreadable:
-        suggestion.remarks.append(f"{sample.unreadable:,} of the images looked at cannot be read; python data_prep/verify.py names them.")
+        suggestion.remarks.append(f"{sample.unreadable:,} of the images looked at cannot be read; python -m fastbyol verify names them.")
     suggestion.remarks.append("Look at the views before training: python -m fastbyol views --data IMAGES --config FILE --out views.png")
 
 

@@ -1,18 +1,17 @@
-"""Command-line options of both converters, and the summary that they print at the end."""
+"""Command-line options of a conversion, whatever it writes, and the summary that it prints at the end."""
 
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.console import say
 from fastbyol.data.conversion.encode import EXIF_MODES, MAX_CPU_S, MAX_PIXELS, EncodeSettings
 from fastbyol.data.conversion.report import report_table
 from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.manifest import Manifest
-from fastbyol.data.inputs.images import INPUTS, add_input_arguments
+from fastbyol.data.inputs.images import add_input_arguments
 from fastbyol.host.quantities import bytes_text, count_text
 
 WHAT_HAPPENS = """\
@@ -22,13 +21,9 @@ After a kill, Ctrl-C or a full disk, the same command continues, and writes the 
 """
 
 
-def conversion_parser(description: str, examples: str, *, data: str = "required") -> OneLineParser:
-    """Returns a parser with the options of both converters. The examples are shown at the end of --help.
-
-    data: 'required' or 'optional', for the option --data.
-    """
-    parser = OneLineParser(description=description, epilog="\n".join([examples, INPUTS, WHAT_HAPPENS]))
-    add_input_arguments(parser, required=data == "required")
+def add_conversion_arguments(parser: ArgumentParser) -> None:
+    """Adds the options that every format has. Which images is asked for later, since merging parts can do without."""
+    add_input_arguments(parser, required=False)
     work = parser.add_argument_group("the work")
     work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
     replace = "replace an existing output, once the new one is complete"
@@ -54,7 +49,6 @@ def conversion_parser(description: str, examples: str, *, data: str = "required"
     images.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=larger)
     slower = f"drop an image that takes more processor time to check (default: {MAX_CPU_S:g})"
     images.add_argument("--max-seconds", type=float, default=MAX_CPU_S, metavar="S", help=slower)
-    return parser
 
 
 def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> ConversionOptions:

@@ -73,20 +73,20 @@ def read_beton(path: Path) -> Beton:
     file_bytes = path.stat().st_size
     header = _read(path, HEADER, 1, 0)[0]
     if header["version"] != VERSION or not 0 < header["num_fields"] < 64:
-        raise UserError(f"{path}: not a .beton file of version {VERSION}; make one with data_prep/to_ffcv.py")
+        raise UserError(f"{path}: not a .beton file of version {VERSION}; make one with python -m fastbyol convert")
     if not header["num_samples"] or not header["alloc_table_ptr"]:
-        raise UserError(f"{path}: holds no finished data set (its writer did not end); make it again with data_prep/to_ffcv.py")
+        raise UserError(f"{path}: holds no finished data set (its writer did not end); make it again with python -m fastbyol convert")
     fields = _read(path, FIELD, int(header["num_fields"]), HEADER.itemsize)
     types = fields["type_id"].tolist()
     if unknown := [type_id for type_id in types if type_id not in _FIELD_TYPES]:
         raise UserError(
-            f"{path}: has a field of type {unknown[0]}; only images, integers and floats are read here. Use data_prep/to_ffcv.py"
+            f"{path}: has a field of type {unknown[0]}; only images, integers and floats are read here. Use python -m fastbyol convert"
         )
     row = np.dtype([("", _FIELD_TYPES[type_id]) for type_id in types], align=True)
     samples = _read(path, row, int(header["num_samples"]), HEADER.itemsize + fields.nbytes)
     for type_id, what in ((IMAGE_FIELD, "image"), (INT_FIELD, "integer label")):
         if type_id not in types:
-            raise UserError(f"{path}: has no {what} field; make it with data_prep/to_ffcv.py")
+            raise UserError(f"{path}: has no {what} field; make it with python -m fastbyol convert")
     image, label = (samples[f"f{types.index(type_id)}"] for type_id in (IMAGE_FIELD, INT_FIELD))
     size = _sizes(path, image["data_ptr"], int(header["alloc_table_ptr"]), file_bytes)
     arguments, checksums = fields["arguments"][types.index(IMAGE_FIELD)][:16].tobytes(), None
@@ -110,7 +110,7 @@ def read_beton(path: Path) -> Beton:
     ):
         if wrong.any():
             raise UserError(
-                f"{path}: image {int(wrong.argmax())} {what} (damaged, or another format); make it again with data_prep/to_ffcv.py"
+                f"{path}: image {int(wrong.argmax())} {what} (damaged, or another format); make it again with python -m fastbyol convert"
             )
     return beton
 
@@ -129,7 +129,7 @@ def refuse_impossible_sizes(path: Path, height: NDArray[np.int64], width: NDArra
 
 def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[Any]:
     if offset + count * dtype.itemsize > path.stat().st_size:
-        raise UserError(f"{path}: too short for a .beton file (cut, or another format); make it again with data_prep/to_ffcv.py")
+        raise UserError(f"{path}: too short for a .beton file (cut, or another format); make it again with python -m fastbyol convert")
     return np.fromfile(path, dtype=dtype, count=count, offset=offset)
 
 
@@ -137,7 +137,7 @@ def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: 
     """Returns the byte size of each image from the allocation table. Raises UserError if an image has no row there or exceeds the file."""
     beyond = np.flatnonzero(pointers >= file_bytes)
     lost = f"{len(beyond):,} images, the first of them image {beyond[0]}, lie beyond its end; " if len(beyond) else ""
-    cut = UserError(f"{path}: its tail is missing or damaged; {lost}copy it again, or make it again with data_prep/to_ffcv.py")
+    cut = UserError(f"{path}: its tail is missing or damaged; {lost}copy it again, or make it again with python -m fastbyol convert")
     if table_at >= file_bytes or (file_bytes - table_at) % ALLOCATION.itemsize:
         raise cut
     table = np.fromfile(path, dtype=ALLOCATION, offset=table_at)

@@ -145,7 +145,7 @@ def read_manifest(path: Path) -> Manifest:
         if any(position >= listed for position in manifest.dropped) or list(manifest.dropped) != sorted(set(manifest.dropped)):
             raise ValueError(f"its dropped images should be ascending positions below {listed:,}")
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; convert again with data_prep/to_dali.py or data_prep/to_ffcv.py") from None
+        raise UserError(f"{path}: missing; convert again with python -m fastbyol convert") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:

@@ -48,17 +48,17 @@ def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
     manifest = read_manifest(folder / TAR_MANIFEST)
     if manifest.kind != "tar":
         raise UserError(
-            f"{folder / TAR_MANIFEST}: describes {shortened(manifest.kind)!r}, not tar shards; convert again with data_prep/to_dali.py"
+            f"{folder / TAR_MANIFEST}: describes {shortened(manifest.kind)!r}, not tar shards; convert again with python -m fastbyol convert --to dali"
         )
     for shard in manifest.shards:
         tar = folder / shard.name
         if not tar.is_file():
-            raise UserError(f"{tar}: missing; copy the whole folder again, or convert again with data_prep/to_dali.py")
+            raise UserError(f"{tar}: missing; copy the whole folder again, or convert again with python -m fastbyol convert --to dali")
         if (size := tar.stat().st_size) != shard.bytes:
             raise UserError(f"{tar}: {size:,} bytes, the manifest says {shard.bytes:,} (cut or replaced); copy or convert it again")
         index = index_path(tar)
         if not index.is_file():
-            raise UserError(f"{index}: missing index; copy it again, or convert again with data_prep/to_dali.py")
+            raise UserError(f"{index}: missing index; copy it again, or convert again with python -m fastbyol convert --to dali")
         with index.open("rb") as file:
             first_line = file.readline(64).strip()
         if first_line != f"{INDEX_VERSION} {shard.samples}".encode():
@@ -68,7 +68,7 @@ def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
 
 def read_sample_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
     """Returns the sample table at `path`. Raises UserError if it is missing, damaged, or does not belong to the manifest's shards."""
-    again = "copy it again, or convert again with data_prep/to_dali.py"
+    again = "copy it again, or convert again with python -m fastbyol convert --to dali"
     foreign = UserError(f"{path}: not the sample table of these {manifest.num_samples} samples; {again}")
     try:
         with path.open("rb") as file:  # not np.load: given a zip file, it returns no array

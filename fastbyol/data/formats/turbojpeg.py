@@ -32,8 +32,8 @@ class TurboJpeg:
         libraries = [library for folder in folders for library in sorted(Path(folder).glob("_libffcv*.so"))]
         if not libraries:
             raise UserError(
-                "data.backend = 'ffcv': ffcv is not installed; 'make install' builds it, or install g++, pkg-config, TurboJPEG's and OpenCV's headers "
-                "(libturbojpeg0-dev, libopencv-dev) and pip install ffcv==1.0.2"
+                "data.backend = 'ffcv': ffcv is not installed; install g++, pkg-config, TurboJPEG's and OpenCV's headers (libturbojpeg0-dev, "
+                "libopencv-dev) and pip install 'fastbyol[ffcv]' (in a checkout: 'make install'), or train from the images or tar shards"
             )
         self._library = ctypes.CDLL(str(libraries[0]))
         self._library.tjInitDecompress.restype = ctypes.c_void_p

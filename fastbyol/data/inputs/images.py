@@ -27,7 +27,7 @@ LABEL_MODES = ("auto", "folders", "none")
 CONVERTERS_OPTION = "--labels"
 TRAINING_OPTION = "--data.labels"
 PYTHON_OPTION = "DataConfig.labels"
-NO_OPTION = "data_prep/to_ffcv.py --labels"
+NO_OPTION = "python -m fastbyol convert --labels"
 """How labels are given where messages about them are read: to the converters and `embed`, to train.py, from Python, and beside commands that
 have no such option, by converting the images first.
 """
@@ -66,7 +66,7 @@ def add_label_arguments(parser: ArgumentParser) -> None:
         column = f"the column of a table that has the {what}, by name or by number from 1 (default: by its header)"
         parser.add_argument(f"--{option}-column", f"--{option}_column", metavar="NAME", help=column)
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
-    names = "use only the images that this file names, one per line (data_prep/subset.py)"
+    names = "use only the images that this file names, one per line (python -m fastbyol subset)"
     parser.add_argument("--subset", type=Path, metavar="LIST", help=names)
     renumber = "renumber the classes if the subset leaves some without images (default: labels stay)"
     parser.add_argument("--drop-empty-classes", action="store_true", help=renumber)

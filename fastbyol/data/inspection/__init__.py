@@ -1,1 +1,1 @@
-"""Read-only checks and statistics of data sets, for `data_prep/verify.py` and `info.py`."""
+"""Read-only checks and statistics of data sets, for `python -m fastbyol verify` and `info`."""

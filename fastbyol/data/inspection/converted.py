@@ -82,7 +82,9 @@ def open_converted(path: Path) -> tuple[Converted, Manifest | None]:
     if path.is_file():
         return converted_beton(path, manifest), manifest
     if manifest is None:
-        raise UserError(f"{manifest_path(path)}: missing; copy the whole folder again, or convert again with data_prep/to_dali.py")
+        raise UserError(
+            f"{manifest_path(path)}: missing; copy the whole folder again, or convert again with python -m fastbyol convert --to dali"
+        )
     return converted_shards(path, manifest), manifest
 
 

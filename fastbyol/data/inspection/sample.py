@@ -71,7 +71,7 @@ def look_at(data: str, *, option: str = "--data", seed: int = 0) -> Sample:
     with ThreadPoolExecutor(default_workers()) as pool:
         looks = [look for look in pool.map(lambda index: _look(images, index), chosen) if look is not None]
     if not looks:
-        raise UserError(f"{option} {data}: none of {len(chosen):,} images can be read; python data_prep/verify.py names the faults")
+        raise UserError(f"{option} {data}: none of {len(chosen):,} images can be read; python -m fastbyol verify names the faults")
     return Sample(
         images=num,
         class_names=tuple(images.class_names) if (images.labels >= 0).any() else (),

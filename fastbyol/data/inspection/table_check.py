@@ -19,18 +19,18 @@ from fastbyol.data.inspection.shard_check import foreign_shard
 def checked_manifest(path: Path, found: Findings) -> Manifest | None:
     """Returns the manifest, or None if there is no usable one; adds its faults to `found`. Raises UserError if there is nothing to verify."""
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give what data_prep/to_ffcv.py or data_prep/to_dali.py made")
+        raise UserError(f"{path}: no such file or folder; give what `python -m fastbyol convert` made")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: may not be read; check its permissions")
     # Shards of other tools have no manifest.
     if not (is_converted(path) or any(path.glob("*.tar"))):
-        raise UserError(
-            f"{path}: is neither a .beton nor a folder of tar shards; give what data_prep/to_ffcv.py or data_prep/to_dali.py made"
-        )
+        raise UserError(f"{path}: is neither a .beton nor a folder of tar shards; give what `python -m fastbyol convert` made")
     where = manifest_path(path)
     if not where.exists():
         if any(path.glob(PARTS)):
-            raise UserError(f"{path}: holds parts of a conversion on many machines; merge them first (data_prep/to_dali.py --merge)")
+            raise UserError(
+                f"{path}: holds parts of a conversion on many machines; merge them first (python -m fastbyol convert --to dali --merge)"
+            )
         found.notes.append(f"no manifest {where.name}: cannot check that the files are complete, and the names of the classes are unknown")
         return None
     try:
@@ -76,7 +76,7 @@ def _foreign_shards(folder: Path, found: Findings) -> Converted:
         places += [(number, *place) for place in in_tar]
         found.add(faults)
     if not places:
-        raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that data_prep/to_dali.py made")
+        raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that python -m fastbyol convert --to dali made")
     file, offset, size = np.array(places, dtype=np.int64).T
     none, raw = np.zeros_like(file), np.zeros(len(file), dtype=np.bool_)
     return Converted(folder, tuple(files), file, offset, size, none, none, none, raw, None, np.arange(len(file)))

@@ -29,7 +29,7 @@ class SemiSettings(FinetuneSettings):
     """Shares of the labels to train with, each on its own; 1 is all."""
     lists: tuple[str, ...] = ()
     """Which images have labels: a folder with 1percent.txt and 10percent.txt, as SimCLR published them, or a list of names for each of
-    --fractions below 1, separated by commas (default: a class-balanced choice by --seed, as data_prep/subset.py makes it).
+    --fractions below 1, separated by commas (default: a class-balanced choice by --seed, as python -m fastbyol subset makes it).
     """
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
     DIR/nyu_depth_v2_labeled.mat, DIR/splits.mat: as downloaded, 795 training and 654 test frames of 640 x 480 px
     DIR/train/images/NAME.jpg, DIR/train/depth/NAME.png, and test/ or val/ beside train/: depth in millimetres, 0 where it is unknown
 
-DIR may have the folders in nyu/ (the scenes of data_prep/demo_data.py).
+DIR may have the folders in nyu/ (the scenes of python -m fastbyol demo-data).
 """
 
 from __future__ import annotations

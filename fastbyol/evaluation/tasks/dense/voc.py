@@ -3,7 +3,7 @@
     FOLDER/JPEGImages/ID.jpg    FOLDER/ImageSets/Main/LIST.txt, FOLDER/ImageSets/Segmentation/LIST.txt: an ID a line
     FOLDER/Annotations/ID.xml   FOLDER/SegmentationClass/ID.png   FOLDER/classes.txt: for other classes than VOC's twenty
 
-FOLDER is the data folder itself, its VOC<year> or VOCdevkit/VOC<year>, or its voc (the scenes of data_prep/demo_data.py).
+FOLDER is the data folder itself, its VOC<year> or VOCdevkit/VOC<year>, or its voc (the scenes of python -m fastbyol demo-data).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def voc_folder(data: str, *, year: str) -> Path:
             return folder
     raise UserError(
         f"--data {printable(data)}: no images in Pascal VOC's layout; expected JPEGImages, Annotations, SegmentationClass and ImageSets in it, in its "
-        f"VOCdevkit/VOC{year}, or in its voc (data_prep/demo_data.py --kind scenes)"
+        f"VOCdevkit/VOC{year}, or in its voc (python -m fastbyol demo-data --kind scenes)"
     )
 
 

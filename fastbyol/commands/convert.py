@@ -1,0 +1,154 @@
+"""python -m fastbyol convert: images to one .beton file, or to tar shards."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastbyol.config.arguments import OneLineParser, through_links
+from fastbyol.config.console import say
+from fastbyol.config.errors import UserError, require
+from fastbyol.host.signals import stoppable
+
+EXAMPLES = """\
+examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
+  python -m fastbyol convert --data imagenet/train --out train.beton                           148 GB: the images' own bytes
+  python -m fastbyol convert --data imagenet/train --out train.beton --max-side 512 --quality 90    about 65 GB
+  python -m fastbyol convert --data imagenet/train --out train.beton --max-side 256 --raw      about 170 GB: no decoding at all
+  python -m fastbyol convert --data ILSVRC2012_img_train.tar --out train.beton                 as downloaded, read in place
+  python -m fastbyol convert --data ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz --out val.beton    6.7 GB
+  python -m fastbyol convert --data imagenet/train --to dali --out train_tar                   150 GB in about 570 shards
+  python -m fastbyol convert --data demo/train --to dali --out demo/train_tar --shard-mb 16 --seed 1
+
+tar shards on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun or SLURM):
+  python -m fastbyol convert --data imagenet/train --to dali --out train_tar --shard 0/4       and 1/4, 2/4, 3/4
+  python -m fastbyol convert --to dali --out train_tar --merge                                 --data DIR as well: checked against it
+
+Beside train.beton: train.beton.json, the manifest (class names, settings, checksum), and train.beton.report.json. Beside the shards: one DALI
+index each, samples.npy (location of each image), manifest.json (class names, settings, checksums), report.json.
+
+"""
+WRITTEN = {"ffcv": "a .beton", "dali": "tar shards"}
+OPTIONS_OF = {"ffcv": ("shuffle_seed", "raw", "raw_fraction"), "dali": ("shard_mb", "seed", "shard", "merge")}
+"""Options that one format has and the other lacks."""
+
+
+def add_convert(commands: Any) -> None:
+    """Adds the command to the parser's sub-commands."""
+    what = "convert images to one .beton file or to tar shards, for fast reading"
+    commands.add_parser("convert", help=what, description=convert_images.__doc__, later=_add_options)
+
+
+def _add_options(parser: OneLineParser) -> None:
+    from fastbyol.data.conversion.command_line import WHAT_HAPPENS, add_conversion_arguments
+    from fastbyol.data.inputs.images import INPUTS
+
+    parser.epilog = "\n".join([EXAMPLES + INPUTS, WHAT_HAPPENS])
+    kind = "ffcv: one .beton file for the FFCV backend; dali: WebDataset tar shards with indices for DALI (default: ffcv if --out ends in .beton)"
+    parser.add_argument("--to", choices=tuple(WRITTEN), help=kind)
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the .beton file, or the folder of tar shards, to make")
+    add_conversion_arguments(parser)
+    beton = parser.add_argument_group("a .beton")
+    shuffle = (
+        "store the images in a random order with this seed, for readers that read the file sequentially (default: the listing's order; "
+    )
+    beton.add_argument("--shuffle-seed", type=int, metavar="N", help=f"{shuffle}our loader shuffles by itself)")
+    beton.add_argument("--raw", action="store_true", help="store pixels instead of JPEGs: at least 5 times the size, but no decoding")
+    beton.add_argument("--raw-fraction", type=float, metavar="SHARE", help="store this share of the images as pixels")
+    shards = parser.add_argument_group("tar shards")
+    shards.add_argument("--shard-mb", type=int, default=256, metavar="N", help="size of a shard in MiB (default: 256)")
+    shards.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images' random order in the shards (default: 0)")
+    shards.add_argument("--shard", metavar="I/N", help="convert only part I of N, counted from 0, or 'auto'; each machine a different one")
+    shards.add_argument("--merge", action="store_true", help="merge the parts in --out into one data set")
+    parser.set_defaults(command=convert_images, default_of=parser.get_default)
+
+
+@stoppable
+def convert_images(options: argparse.Namespace) -> None:
+    """Converts images to one .beton file for the FFCV backend, or to WebDataset tar shards with indices for the DALI backend."""
+    kind = options.to or ("ffcv" if options.out.suffix == ".beton" else "dali")
+    for other in OPTIONS_OF.keys() - {kind}:
+        _refuse_changed(options, OPTIONS_OF[other], f"has no effect on {WRITTEN[kind]}; leave it out, or --to {other}")
+    if not (options.merge or options.data):
+        but = " (only --merge can do without)" if kind == "dali" else ""
+        raise UserError(f"--data: missing; give the images to convert{but}")
+    if kind == "ffcv":
+        _to_beton(options)
+    elif options.merge:
+        _merge(options)
+    else:
+        _to_tar_shards(options)
+
+
+def _refuse_changed(options: argparse.Namespace, names: Collection[str], why: str) -> None:
+    """Raises UserError for the first of these options that was given another value than its default."""
+    for name in names:
+        if getattr(options, name) != options.default_of(name):
+            raise UserError(f"--{name.replace('_', '-')}: {why}")
+
+
+def _to_beton(options: argparse.Namespace) -> None:
+    from fastbyol.data.conversion.beton_writer import write_beton
+    from fastbyol.data.conversion.command_line import conversion_options, print_outcome
+    from fastbyol.data.conversion.report import report_path
+    from fastbyol.data.inputs.images import listing_from
+
+    require(not (options.raw and options.raw_fraction is not None), "raw-fraction", options.raw_fraction, "left out beside --raw")
+    out = through_links(options.out)
+    manifest = write_beton(
+        partial(listing_from, options),
+        out=out,
+        workers=options.workers,
+        overwrite=options.overwrite,
+        shuffle_seed=options.shuffle_seed,
+        options=conversion_options(options, raw_fraction=1.0 if options.raw else options.raw_fraction or 0.0),
+    )
+    print_outcome(out, manifest, report_path(out))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from fastbyol.data.conversion.command_line import conversion_options, print_outcome
+    from fastbyol.data.conversion.tar_parts import merge_tar_parts
+    from fastbyol.data.formats.tar_shards import TAR_REPORT
+    from fastbyol.data.inputs.images import LABEL_OPTIONS, optional_listing_from
+
+    if options.shard:
+        raise UserError("--merge comes after all --shard runs, in a command of its own")
+    kept = {"to", "merge", "out", "max_dropped", "data", *LABEL_OPTIONS, "command", "default_of", "run_options", "typed"}
+    _refuse_changed(
+        options, [name for name in vars(options) if name not in kept], "has no effect with --merge; the parts are as they were converted"
+    )
+    originals = optional_listing_from(options, option="--data")
+    manifest = merge_tar_parts(options.out, data=originals, options=conversion_options(options))
+    print_outcome(options.out, manifest, options.out / TAR_REPORT)
+
+
+def _to_tar_shards(options: argparse.Namespace) -> None:
+    from fastbyol.data.conversion.command_line import conversion_options, print_outcome
+    from fastbyol.data.conversion.tar_parts import parse_part, write_tar_part
+    from fastbyol.data.conversion.tar_writer import write_tar_shards
+    from fastbyol.data.formats.tar_shards import TAR_REPORT
+    from fastbyol.data.inputs.images import listing_from
+    from fastbyol.host.quantities import bytes_text, count_text
+
+    data, out = partial(listing_from, options), options.out
+    settings: dict[str, Any] = {
+        "workers": options.workers,
+        "shard_mib": options.shard_mb,
+        "seed": options.seed,
+        "options": conversion_options(options),
+    }
+    if not options.shard:
+        manifest = write_tar_shards(data, out=out, overwrite=options.overwrite, **settings)
+        print_outcome(out, manifest, out / TAR_REPORT)
+        return
+    if options.overwrite == "replace":
+        raise UserError("--overwrite does not go with --shard, whose folder belongs to several machines; remove the folder yourself")
+    part = parse_part(options.shard)
+    shards = write_tar_part(data, out=out, part=part, **settings)
+    size, images = sum(shard.bytes for shard in shards), sum(shard.samples for shard in shards)
+    told = f"{images:,} images, {count_text(len(shards), 'shard')}, {size:,} bytes ({bytes_text(size)})"
+    say(f"{out}: part {part.number}/{part.count}: {told}")

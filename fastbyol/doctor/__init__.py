@@ -1,0 +1,1 @@
+"""Says what of this installation and machine works, for `python -m fastbyol doctor`: packages, machine, disk, self tests."""

@@ -1,0 +1,200 @@
+"""The machine: Python, cores, memory and limits as a container sees them, compiler, GPUs and what torch was built for."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastbyol import __version__
+from fastbyol.doctor.finding import Finding
+from fastbyol.doctor.subprocesses import run_python
+from fastbyol.host.quantities import bytes_text
+
+MACHINE, GPU = "this machine", "GPU"
+LOW_MEMORY, LOW_SHM, LOW_FILES = 8 << 30, 1 << 30, 4096
+GPU_LIMIT_S = 90.0
+CGROUPS = Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 60
+"""cgroup v1 says 'no limit' as a number near 2**63."""
+
+
+def machine_findings() -> Iterator[Finding]:
+    """Yields the findings that need no torch."""
+    yield Finding(MACHINE, "fastbyol", "ok", f"{__version__} in {Path(__file__).parents[1]}")
+    yield Finding(MACHINE, "Python", "ok", f"{platform.python_version()}, {platform.platform()}")
+    yield _cores()
+    yield _memory()
+    yield _shared_memory()
+    yield _open_files()
+    yield _compiler()
+
+
+def _cores() -> Finding:
+    cores = len(os.sched_getaffinity(0))
+    quota = cgroup_value("cpu.max", "cpu/cpu.cfs_quota_us")
+    if quota and (found := re.fullmatch(r"(\d+)(?: (\d+))?", quota)):
+        allowed = int(found[1]) / int(found[2] or 100_000)
+        if allowed < cores:
+            way_out = f"start fewer workers: --data.workers {max(1, int(allowed))}, OMP_NUM_THREADS={max(1, int(allowed))}, or raise the container's limit"
+            return Finding(MACHINE, "cores", "low", f"{cores}, of which the container may use {allowed:g}", way_out)
+    return Finding(MACHINE, "cores", "ok", f"{cores}")
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = cgroup_value("memory.max", "memory/memory.limit_in_bytes")
+    allowed = min(total, int(limit)) if limit.isdecimal() and int(limit) < UNLIMITED else total
+    text = f"{bytes_text(allowed)}" + (f", the container's limit, of {bytes_text(total)}" if allowed < total else "")
+    if allowed < LOW_MEMORY:
+        return Finding(
+            MACHINE,
+            "memory",
+            "low",
+            f"{text}: a ResNet-50 needs more",
+            "raise the container's limit, or take a smaller encoder and --rank_batch",
+        )
+    return Finding(MACHINE, "memory", "ok", text)
+
+
+def cgroup_value(v2: str, v1: str) -> str:
+    """Returns a limit of this process's control group as its file has it: the lowest group that has one, '' if none does."""
+    try:
+        mine = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return ""
+    paths = [line.split(":", 2)[2].strip("/") for line in mine.splitlines() if line.count(":") >= 2]
+    for group in [path for path in dict.fromkeys([*paths, ""])]:
+        # Inside a container the group's own folder is mounted at the root, whatever the path says.
+        for file in (CGROUPS / group / v2, CGROUPS / Path(v1).parent / group / Path(v1).name):
+            try:
+                value = file.read_text().strip()
+            except OSError:
+                continue
+            if value and not value.startswith(("max", "-1")):
+                return value
+    return ""
+
+
+def _shared_memory() -> Finding:
+    try:
+        size = shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return Finding(MACHINE, "/dev/shm", "low", "is not there: several GPUs exchange gradients more slowly", "mount a tmpfs at /dev/shm")
+    if size < LOW_SHM:
+        text = f"{bytes_text(size)}: NCCL may fail with several GPUs; loading data does not use it"
+        return Finding(MACHINE, "/dev/shm", "low", text, "docker run --ipc=host, or --shm-size 8g")
+    return Finding(MACHINE, "/dev/shm", "ok", bytes_text(size))
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Tar shards are all kept open, some 570 for ImageNet, and the soft limit is raised as far as the hard one allows.
+    if hard != resource.RLIM_INFINITY and hard < LOW_FILES:
+        text = f"{soft}, at most {hard}: tar shards of large data sets are all kept open"
+        return Finding(MACHINE, "open files", "low", text, "ulimit -Hn 65536 as root, docker run --ulimit nofile=65536, or larger shards")
+    return Finding(MACHINE, "open files", "ok", f"{soft}, at most {'unlimited' if hard == resource.RLIM_INFINITY else hard}")
+
+
+def _compiler() -> Finding:
+    # Inductor asks CXX first, then for these.
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    if found := next(filter(None, map(shutil.which, names)), None):
+        return Finding(MACHINE, "C++ compiler", "ok", found)
+    text = "no torch.compile on a CPU, and no building of ffcv; training runs without"
+    return Finding(MACHINE, "C++ compiler", "missing", text, "apt-get install g++")
+
+
+_FACTS = """
+import warnings
+from fastbyol.doctor.subprocesses import report
+import torch
+facts = {"torch": torch.__version__, "cuda": torch.version.cuda, "built_for": torch.cuda.get_arch_list() if torch.version.cuda else []}
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    facts["usable"] = torch.cuda.is_available()
+facts["why_not"] = "; ".join(" ".join(str(warning.message).split()) for warning in said)
+if facts["usable"]:
+    facts["gpus"] = [
+        {"name": found.name, "capability": f"{found.major}{found.minor}", "bytes": found.total_memory}
+        for found in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
+report(**facts)
+flags = open("/proc/cpuinfo").read().split()
+report(bf16=[flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in flags])
+"""
+
+
+def gpu_findings() -> Iterator[Finding]:
+    """Yields what torch says of the GPUs here, asked in another process: a driver that hangs must not take this one with it."""
+    ended = run_python("-c", _FACTS, limit_s=GPU_LIMIT_S)
+    facts: dict[str, Any] = {name: value for report in ended.reports for name, value in report.items()}
+    if "torch" not in facts:
+        yield Finding(GPU, "torch", "broken", f"cannot be asked: {ended.fault}", "pip install --force-reinstall torch torchvision")
+        return
+    driver = driver_version()
+    build = f"for CUDA {facts['cuda']}" if facts["cuda"] else "for the CPU"
+    if not facts["usable"]:
+        if driver:
+            why = facts["why_not"] or ended.fault or f"torch {facts['torch']} was built {build}"
+            way_out = "install a torch that this driver can run (pytorch.org/get-started), or a newer driver"
+            yield Finding(GPU, "GPU", "broken", f"driver {driver} is here, but torch cannot use it: {why}", way_out)
+        else:
+            yield Finding(
+                GPU, "GPU", "missing", f"none: small images and the demo train on a CPU, ImageNet does not (torch {facts['torch']} {build})"
+            )
+    for number, gpu in enumerate(facts.get("gpus", [])):
+        yield gpu_finding(number, gpu, facts["built_for"])
+    if facts["usable"]:
+        yield Finding(GPU, "driver", "ok", f"{driver or 'of unknown version'}; torch {facts['torch']} {build}")
+        if facts["nccl"]:
+            yield Finding(GPU, "NCCL", "ok", facts["nccl"])
+        else:
+            yield Finding(
+                GPU, "NCCL", "missing", "this torch has none: several GPUs cannot train together", "install a CUDA build of torch"
+            )
+        yield _nvjpeg()
+    if facts.get("bf16"):
+        yield Finding(MACHINE, "bf16 on this CPU", "ok", f"in hardware ({', '.join(facts['bf16'])})")
+    else:
+        text = "not in hardware (no avx512_bf16, no amx_bf16): it saves memory, and may or may not save time"
+        yield Finding(MACHINE, "bf16 on this CPU", "low", text, "python -m fastbyol tune measures it")
+
+
+def gpu_finding(number: int, gpu: dict[str, Any], built_for: list[str]) -> Finding:
+    """Returns whether this build of torch has code for the GPU: of its own generation, or PTX that the driver compiles for it."""
+    capability = int(gpu["capability"])
+    text = f"{gpu['name']}, {bytes_text(gpu['bytes'])}, compute capability {capability // 10}.{capability % 10}"
+    codes = [(kind, int(code)) for kind, code in re.findall(r"(sm|compute)_(\d+)", " ".join(built_for))]
+    # Code of a lower minor version runs on a higher one of the same major version; PTX runs on everything newer.
+    fits = any(code <= capability and (kind == "compute" or code // 10 == capability // 10) for kind, code in codes)
+    if fits:
+        return Finding(GPU, f"GPU {number}", "ok", text)
+    way_out = "install a torch built for this GPU (pytorch.org/get-started)"
+    return Finding(GPU, f"GPU {number}", "broken", f"{text}: torch was built for {', '.join(built_for)} only", way_out)
+
+
+def _nvjpeg() -> Finding:
+    from fastbyol.doctor.packages import version_of
+
+    for package in ("nvidia-nvjpeg", "nvidia-nvjpeg-cu12"):
+        if version := version_of(package):
+            return Finding(GPU, "nvJPEG", "ok", f"{version} (DALI decodes with it)")
+    text = "no package of it: DALI then uses the CUDA toolkit's, or decodes on the CPU"
+    return Finding(GPU, "nvJPEG", "missing", text, "pip install 'fastbyol[dali]'")
+
+
+def driver_version() -> str:
+    """Returns the version of NVIDIA's kernel driver, '' where none is loaded."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else "of unknown version"

@@ -1,0 +1,181 @@
+"""Python packages: which are installed in which version, whether they import, and what each missing one costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastbyol.doctor.finding import Finding
+from fastbyol.doctor.subprocesses import run_each
+
+GROUPS = "packages that every run needs", "optional packages"
+IMPORT_LIMIT_S = 60.0
+ANOTHER_NUMPY = re.compile(
+    r"numpy\.core\.multiarray|_ARRAY_API|compiled (using|against)|numpy\.dtype size changed|numpy\.core\.umath", re.I
+)
+"""What Python says when a compiled package was built against another numpy than the one installed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A package. module: its import name; extra: the extra of fastbyol that brings it ('' for the core); without: what its absence costs."""
+
+    package: str
+    module: str
+    extra: str
+    without: str
+
+    @property
+    def command(self) -> str:
+        return f"pip install 'fastbyol[{self.extra}]'" if self.extra else f"pip install {self.package}"
+
+
+CORE = tuple(
+    Part(package, module, "", "nothing works")
+    for package, module in (
+        ("torch", "torch"),
+        ("torchvision", "torchvision"),
+        ("numpy", "numpy"),
+        ("numba", "numba"),
+        ("pillow", "PIL"),
+        ("jsonargparse", "jsonargparse"),
+        ("pyyaml", "yaml"),
+        ("packaging", "packaging"),
+        ("rich", "rich"),
+        ("scikit-learn", "sklearn"),
+        ("threadpoolctl", "threadpoolctl"),
+        ("matplotlib", "matplotlib"),
+    )
+)
+OPTIONAL = (
+    Part(
+        "ffcv",
+        "ffcv",
+        "ffcv",
+        "no .beton files: train from tar shards (dali) or from the images themselves (a quarter more CPU time an image)",
+    ),
+    Part("nvidia-dali-cuda130", "nvidia.dali", "dali", "no tar shards, and no decoding on the GPU: train from a .beton or from the images"),
+    Part("timm", "timm", "timm", "no encoders of timm, no optimizers but LARS, SGD and AdamW, no export to timm"),
+    Part("tensorboard", "tensorboard", "tensorboard", "no TensorBoard files; metrics.jsonl and the report have the same figures"),
+    Part("wandb", "wandb", "wandb", "no logging to Weights & Biases"),
+    Part("torchmetrics", "torchmetrics", "eval", "no evaluate detection"),
+    Part("pycocotools", "pycocotools", "eval", "no evaluate detection"),
+    Part("h5py", "h5py", "eval", "no NYU v2 from its labelled file in evaluate depth"),
+    Part("pyarrow", "pyarrow", "parquet", "no Parquet, neither data sets nor embeddings; .npz and .npy remain"),
+    Part("safetensors", "safetensors", "export", "no .safetensors, neither read nor written"),
+    Part("onnx", "onnx", "export", "no export to ONNX"),
+    Part("onnxscript", "onnxscript", "export", "no export to ONNX"),
+    Part("onnxruntime", "onnxruntime", "export", "an ONNX export cannot be compared with the encoder"),
+    Part("umap-learn", "umap", "umap", "the report's map of the images is by PCA only"),
+    Part("torch-optimizer", "torch_optimizer", "torch-optimizer", "no optim.name torch_optimizer_lars, a cross-check of ours"),
+)
+REBUILD_FFCV = "pip install --force-reinstall --no-cache-dir --no-deps --no-binary ffcv ffcv==1.0.2"
+FFCV_NEEDS = (
+    "apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev, then pip install 'fastbyol[ffcv]' (in a checkout: make install)"
+)
+
+
+def package_findings(*, imports: bool) -> Iterator[Finding]:
+    """Yields what there is to say about each package. imports: also import each installed one, in another process."""
+    parts = [*CORE, *_with_installed_dali(OPTIONAL)]
+    installed = {part.package: found for part in parts if (found := version_of(part.package))}
+    faults = import_faults([part.module for part in parts if part.package in installed]) if imports else {}
+    for group, members in zip(GROUPS, (CORE, _with_installed_dali(OPTIONAL)), strict=True):
+        for part in members:
+            yield _finding(part, group, installed.get(part.package, ""), faults.get(part.module, ""))
+    yield from apex_finding(GROUPS[1])
+
+
+def _finding(part: Part, group: str, version: str, fault: str) -> Finding:
+    if not version:
+        way_out = FFCV_NEEDS if part.package == "ffcv" else part.command
+        return Finding(group, part.package, "broken" if part in CORE else "missing", f"not installed: {part.without}", way_out)
+    if fault and ANOTHER_NUMPY.search(fault):
+        built = f"{version}, built against another numpy than the {version_of('numpy')} installed here ({fault})"
+        if part.package == "ffcv":
+            # Only its C library is loaded here, which does not know numpy; whether that works is a self test of its own.
+            return Finding(group, part.package, "broken", f"its Python package does not import: {built}", REBUILD_FFCV)
+        return Finding(group, part.package, "broken", built, f"pip install --force-reinstall --no-cache-dir {part.package}")
+    if fault:
+        return Finding(
+            group, part.package, "broken", f"{version}, does not import: {fault}", f"pip install --force-reinstall {part.package}"
+        )
+    if complaint := too_old(part.package, version):
+        return Finding(
+            group, part.package, "broken", f"{version}: {complaint}", f"pip install --upgrade '{complaint.removeprefix('needs ')}'"
+        )
+    return Finding(group, part.package, "ok", version)
+
+
+def _with_installed_dali(parts: Sequence[Part]) -> list[Part]:
+    """Returns the parts with the build of DALI that is installed, for CUDA 12 or 13."""
+    dali12 = version_of("nvidia-dali-cuda120")
+    return [
+        Part("nvidia-dali-cuda120", part.module, "dali-cu12", part.without) if dali12 and part.extra == "dali" else part for part in parts
+    ]
+
+
+def version_of(package: str) -> str:
+    """Returns the installed version of a package, '' if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def too_old(package: str, version: str) -> str:
+    """Returns 'needs package>=x' if the installed fastbyol asks for another version of this package, else ''."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        wanted = [Requirement(text) for text in importlib.metadata.requires("fastbyol") or []]
+    except (importlib.metadata.PackageNotFoundError, InvalidRequirement):  # a checkout that is not installed
+        return ""
+    for requirement in wanted:
+        same = requirement.name.lower().replace("_", "-") == package
+        if same and not requirement.specifier.contains(version, prereleases=True):
+            return f"needs {requirement.name}{requirement.specifier}"
+    return ""
+
+
+_IMPORT = """
+import importlib, sys
+from fastbyol.config.errors import shortened
+from fastbyol.doctor.subprocesses import report
+for name in sys.argv[1:]:
+    report(begun=name)
+    try:
+        importlib.import_module(name)
+        report(fault="")
+    except BaseException as error:
+        report(fault=f"{type(error).__name__}: {shortened(error)}")
+"""
+
+
+def import_faults(modules: Sequence[str]) -> dict[str, str]:
+    """Imports the modules one after another, and returns the reason for each that cannot be."""
+    results = run_each(modules, "-W", "ignore", "-c", _IMPORT, limit_s=IMPORT_LIMIT_S)
+    return {name: result["fault"] for name, result in results if result["fault"]}
+
+
+def apex_finding(group: str) -> Iterator[Finding]:
+    """Yields a finding if a package named apex is installed: NVIDIA's, or PyPI's web toolkit of the same name."""
+    version = version_of("apex")
+    if not version:
+        return  # nothing here needs it
+    if importlib.util.find_spec("amp_C") is not None:
+        yield Finding(group, "apex", "ok", f"{version}, NVIDIA's, with its CUDA extensions: --optim.update apex can use them on a GPU")
+        return
+    # Looked for as a folder: importing the wrong one would import a web framework.
+    spec = importlib.util.find_spec("apex")
+    ours = any(Path(folder, "optimizers").is_dir() for folder in (spec.submodule_search_locations if spec else None) or [])
+    way_out = "pip uninstall apex; fastbyol needs none: --optim.update auto has kernels of its own"
+    if ours:
+        text = f"{version}, NVIDIA's, but built without its CUDA extensions (no module amp_C): --optim.update apex cannot use it"
+    else:
+        text = f"{version} is the wrong apex: PyPI's package of that name is a web toolkit, NVIDIA's is at github.com/NVIDIA/apex only"
+    yield Finding(group, "apex", "broken", text, way_out)
