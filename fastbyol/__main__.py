@@ -1,4 +1,4 @@
-"""The command line: `python -m fastbyol suggest | evaluate | report | embed | neighbours | weights | views | tune | presets`.
+"""The command line: `python -m fastbyol suggest | evaluate | report | embed | export | neighbours | weights | views | tune | presets`.
 
 Training is `fastbyol/train.py`.
 
@@ -9,6 +9,7 @@ python -m fastbyol evaluate labelfree --checkpoint runs/demo --data photos
 python -m fastbyol report --run runs/demo --data demo
 python -m fastbyol embed --checkpoint runs/demo --data photos --out features.parquet
 python -m fastbyol neighbours --features features.parquet --query photos/a.jpg --out neighbours.png
+python -m fastbyol export --checkpoint runs/demo --to onnx --out encoder.onnx
 python -m fastbyol weights resnet50.pth
 python -m fastbyol views --data demo/train.beton --preset cpu_demo --out views.png
 python -m fastbyol tune --data demo/train.beton --preset cpu_demo --out tuned.yaml
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 from fastbyol import __version__
 from fastbyol.commands.embed import add_embed, embed_images
 from fastbyol.commands.evaluate import add_data_options, add_evaluate, announce, opened_bank
+from fastbyol.commands.export import add_export, export_encoder
 from fastbyol.commands.neighbours import add_neighbours
 from fastbyol.commands.weights import add_weights, list_weights
 from fastbyol.config.arguments import OneLineParser, path_text
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _build_parser()
     # `views` and `tune` take options of a run too, which parse_train_config checks.
     options, options.run_options = parser.parse_known_args(arguments)
-    if options.run_options and options.command not in (draw_views, tune_run, embed_images, list_weights):
+    if options.run_options and options.command not in (draw_views, tune_run, embed_images, export_encoder, list_weights):
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
     if options.command is None:
         parser.print_help()
@@ -69,7 +71,7 @@ def _build_parser() -> OneLineParser:
 
     add_data_options(report)
 
-    for add in (add_embed, add_neighbours, add_weights):
+    for add in (add_embed, add_export, add_neighbours, add_weights):
         add(commands)
 
     views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)

@@ -354,7 +354,9 @@ def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: 
     if named.origin:
         layout = HAIKU
     missing = dict.fromkeys(counters, "stays 0, only batch norm without momentum reads it")
-    return Matching(weights | {name: own[name] for name in counters}, taken, left_out, missing, named.key, layout, prefix, tuple(others), named.outside)
+    return Matching(
+        weights | {name: own[name] for name in counters}, taken, left_out, missing, named.key, layout, prefix, tuple(others), named.outside
+    )
 
 
 def _is_average(prefix: str) -> bool:
