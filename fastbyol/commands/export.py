@@ -10,7 +10,6 @@ from typing import Any
 from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from
 from fastbyol.config.arguments import path_text
 from fastbyol.config.console import printable, say
-from fastbyol.config.errors import UserError
 from fastbyol.exports.registry import WHAT
 
 
@@ -48,9 +47,7 @@ def export_encoder(options: argparse.Namespace) -> None:
     from fastbyol.run.foreign_weights import load_run_or_weights
 
     run = load_run_or_weights(options.checkpoint, changes=changes)
-    formats, left_out = formats_for(options.to, run.config.model)
-    if options.fold_bn != "auto" and not any(each.folds for each in formats.values()):
-        raise UserError(f"--fold_bn: has no effect on {', '.join(formats)}, which keeps every key; leave it out")
+    formats, left_out = formats_for(options.to, run.config.model, fold=options.fold_bn)
     where = places(formats, options.out, overwrite=options.overwrite)
     encoder = encoder_of(run, announce=announce).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     subject = Subject(encoder, run.config, fold=options.fold_bn)

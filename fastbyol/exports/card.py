@@ -181,7 +181,9 @@ def _score_lines(scores: list[dict[str, Any]]) -> Iterator[str]:
     for row in scores:
         yield f"- {row['task']} on `{row['data']}`"
         for name, figures in row["figures"].items():
-            shown = ", ".join(f"{title} {value:.4g}" for title, value in figures.items())
+            shown = ", ".join(
+                f"{title[:-2]} {value:.1f} %" if title.endswith(" %") else f"{title} {value:.4g}" for title, value in figures.items()
+            )
             yield f"  - {'this encoder' if name == 'byol' else name}: {shown}"
 
 

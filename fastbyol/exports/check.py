@@ -79,11 +79,8 @@ def checked(found: Format, features: Features, subject: Subject, given: CheckIma
             f"{found.limit * largest:.2g}; nothing was written. Please report this with the versions of torch and {found.checked_in}"
         )
     program = _with_version(found.checked_in)
-    words = (
-        f"Loaded back with {program}: the largest difference of a feature is {error:.2g}, the features reach {largest:.3g} ({given.title})."
-    )
-    if found.not_loaded:
-        words = f"{found.not_loaded[0].upper()}{found.not_loaded[1:]}; the largest difference of a feature is {error:.2g} ({given.title})."
+    how = found.not_loaded or f"Loaded back with {program}"
+    words = f"{how}: the largest difference of a feature is {error:.2g}, the features reach {largest:.3g} ({given.title})."
     return {"program": program, "images": given.title, "largest_difference": error, "largest_feature": largest, "words": words}
 
 

@@ -73,6 +73,6 @@ FORMATS = {
         save=_save,
         read=_read,
         lines=_lines,
-        not_loaded="Not loaded in detectron2, which is not on PyPI; its names, turned back into the encoder's",
+        not_loaded="Not loaded in detectron2, which is not on PyPI; with its names turned back into the encoder's",
     ),
 }

@@ -45,11 +45,7 @@ def _program(subject: Subject, *, fold: bool) -> Any:
     """Returns the encoder as an ExportedProgram with a free batch size, traced once."""
     key = f"program, folded {fold}"
     if key not in subject.made:
-        encoder = subject.encoder
-        if fold:
-            if not isinstance(encoder, ResNet):
-                raise UserError(f"--fold_bn yes: {subject.config.model.encoder} is not one of our ResNets; leave it out, runtimes fold too")
-            encoder = folded(encoder)
+        encoder = folded(cast(ResNet, subject.encoder)) if fold else subject.encoder
         with torch.no_grad():
             batch = torch.export.Dim("batch", min=1)
             program = torch.export.export(encoder, (subject.example(),), dynamic_shapes=({0: batch},))

@@ -42,10 +42,10 @@ def format_named(name: str) -> Format:
     return import_module(f"fastbyol.exports.{MODULES[name]}").FORMATS[name]
 
 
-def formats_for(names: list[str], model: ModelConfig) -> tuple[dict[str, Format], dict[str, str]]:
-    """Returns the chosen formats, and why others are left out of 'all'.
+def formats_for(names: list[str], model: ModelConfig, *, fold: str = "auto") -> tuple[dict[str, Format], dict[str, str]]:
+    """Returns the chosen formats, and why others are left out of 'all'. fold: whether batch norm is to be folded, as typed.
 
-    Raises UserError for one that cannot hold such an encoder, or whose library is missing.
+    Raises UserError for one that cannot hold such an encoder, or whose library is missing; and for folding that none of them can do.
     """
     everything = "all" in names
     if everything and len(names) > 1:
@@ -65,4 +65,8 @@ def formats_for(names: list[str], model: ModelConfig) -> tuple[dict[str, Format]
             left_out[name] = reason
         else:
             chosen[name] = found
+    if fold != "auto" and not any(each.folds for each in chosen.values()):
+        raise UserError(f"--fold_bn: has no effect on {', '.join(chosen)}, which keeps every key; leave it out")
+    if fold == "yes" and "torch_export" in chosen and model.encoder.startswith("timm/"):
+        raise UserError(f"--fold_bn yes: {model.encoder} is not one of our ResNets, so torch_export does not fold it; leave it out")
     return chosen, left_out

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError, first_line, shortened
@@ -316,8 +316,10 @@ class Matching:
 _HEAD, _OTHER, _RUNNING = "a head or another part that the encoder does not have", "of another network in the file", "Haiku's own counter"
 
 
-def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: str) -> Matching:
+def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: str, classifiers: tuple[str, ...] = ()) -> Matching:
     """Finds the tensors of a file that belong to the encoder `own`, whatever key, prefix and layout they have.
+
+    classifiers: what the names of a classifier begin with, if it is inside a part that the encoder has.
 
     Raises:
         UserError: the file holds no named tensors.
@@ -346,7 +348,7 @@ def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: 
         theirs, inside = named.origin.get(name, name), name.removeprefix(prefix)
         if name in ours:
             weights[ours[name]], taken[ours[name]] = tensor, theirs
-        elif name.startswith(prefix) and inside.split(".")[0] in parts:
+        elif name.startswith(prefix) and inside.split(".")[0] in parts and not inside.startswith(classifiers):
             weights[inside], taken[inside] = tensor, theirs
         else:
             left_out[theirs] = _reason(name, prefix)
@@ -357,6 +359,13 @@ def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: 
     return Matching(
         weights | {name: own[name] for name in counters}, taken, left_out, missing, named.key, layout, prefix, tuple(others), named.outside
     )
+
+
+def classifiers_of(encoder: nn.Module) -> tuple[str, ...]:
+    """Returns what the names of a timm model's classifier begin with: ConvNeXt's is inside a head that the encoder has too."""
+    settings: Any = getattr(encoder, "pretrained_cfg", None)
+    names = settings.get("classifier") if isinstance(settings, dict) else None
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names or ()))
 
 
 def _is_average(prefix: str) -> bool:
