@@ -15,6 +15,7 @@ python -m fastbyol compare runs/* --out compare.html
 python -m fastbyol reproduce batch tau --data demo --out tables
 python -m fastbyol embed --checkpoint runs/demo --data photos --out features.parquet
 python -m fastbyol neighbours --features features.parquet --query photos/a.jpg --out neighbours.png
+python -m fastbyol export --checkpoint runs/demo --to onnx --out encoder.onnx
 python -m fastbyol weights resnet50.pth
 python -m fastbyol views --data demo/train.beton --preset cpu_demo --out views.png
 python -m fastbyol tune --data demo/train.beton --preset cpu_demo --out tuned.yaml
@@ -37,6 +38,7 @@ from fastbyol.commands.demo_data import add_demo_data
 from fastbyol.commands.doctor import add_doctor
 from fastbyol.commands.embed import add_embed, embed_images
 from fastbyol.commands.evaluate import add_data_options, add_evaluate, announce, opened_bank
+from fastbyol.commands.export import add_export, export_encoder
 from fastbyol.commands.info import add_info
 from fastbyol.commands.neighbours import add_neighbours
 from fastbyol.commands.reproduce import add_reproduce, reproduce
@@ -55,9 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastbyol presets | head` ends quietly
     parser = _build_parser()
-    # These take options of a run too, which parse_train_config checks.
     options, options.run_options = parser.parse_known_args(arguments)
-    if options.run_options and options.command not in (train_run, draw_views, tune_run, embed_images, list_weights, reproduce):
+    if options.run_options and options.command not in WITH_RUN_OPTIONS:
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
     if options.command is None:
         parser.print_help()
@@ -83,7 +84,7 @@ def _build_parser() -> OneLineParser:
 
     add_data_options(report)
 
-    for add in (add_compare, add_reproduce, add_embed, add_neighbours, add_weights):
+    for add in (add_compare, add_reproduce, add_embed, add_export, add_neighbours, add_weights):
         add(commands)
 
     views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)
@@ -242,6 +243,9 @@ def print_presets(word: str = "") -> None:
         say(f"    here      {preset.run_here}", *([f"    change    {preset.first}"] if preset.first else []))
         say(f"    command   {preset.command(name)}", "")
 
+
+WITH_RUN_OPTIONS = (train_run, draw_views, tune_run, reproduce, embed_images, export_encoder, list_weights)
+"""Commands that take options of a run too, which parse_train_config checks."""
 
 if __name__ == "__main__":
     main()

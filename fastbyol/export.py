@@ -22,7 +22,7 @@ from fastbyol.data.formats.pillow_decoding import UndecodableImage, as_rgb, deco
 from fastbyol.models import encoder_from
 from fastbyol.models.view_batchnorm import convert_to_batchnorm
 from fastbyol.run.checkpoint import RunState
-from fastbyol.run.foreign_weights import Matching, load_run_or_weights, match_names
+from fastbyol.run.foreign_weights import Matching, classifiers_of, load_run_or_weights, match_names
 from fastbyol.run.initial_weights import load_matching
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def load_encoder(path_or_run: str | Path, *, changes: Mapping[str, Any] | None =
     `encoder(encoder.preprocess(image))` is the feature of a Pillow image.
 
     Args:
-        path_or_run: a run or checkpoint of ours; or a .pt, .pth, .ckpt, .safetensors or .npz file of torchvision, timm, solo-learn, lightly
-            or DeepMind, which is taken to see ImageNet's 224 px.
+        path_or_run: a run or checkpoint of ours, or an export; or a .pt, .pth, .ckpt, .safetensors or .npz file of torchvision, timm,
+            solo-learn, lightly, VISSL, mmselfsup or DeepMind, which is taken to see ImageNet's 224 px.
         changes: for such a file, what it cannot tell, for example {"views.size_px": 32, "model.stem": "small2"}.
     """
     return encoder_of(load_run_or_weights(path_or_run, changes=changes))
@@ -108,4 +108,4 @@ def networks_of(run: RunState, *, announce: Callable[[str], None] = log.info) ->
 def match_encoder(run: RunState) -> tuple[nn.Module, Matching]:
     """Returns the encoder for another program's weights, freshly initialised, and what of the file belongs to it."""
     encoder = encoder_from(run.config.model)
-    return encoder, match_names(run.state["encoder"], encoder.state_dict(), source=run.state["source"])
+    return encoder, match_names(run.state["encoder"], encoder.state_dict(), source=run.state["source"], classifiers=classifiers_of(encoder))

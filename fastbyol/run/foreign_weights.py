@@ -1,24 +1,26 @@
 """Weights files of other programs: finds the encoder in them, under our names, and says what became of every key.
 
-torchvision's and timm's ResNets have our names. solo-learn, lightly, MoCo and DDP put a prefix before them; lightly also numbers the
-parts, as nn.Sequential does. DeepMind's checkpoints have Haiku's names; they are pickles, which run code, so they are read from an .npz
-(docs/guide.md says how to make it).
+torchvision's and timm's ResNets have our names. solo-learn, lightly, VISSL, mmselfsup, MoCo and DDP put a prefix before them; lightly also
+numbers the parts, as nn.Sequential does. DeepMind's checkpoints have Haiku's names; they are pickles, which run code, so they are read from
+an .npz (docs/guide.md says how to make it). What `python -m fastbyol export` writes as .safetensors says itself what it holds.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError, first_line, shortened
@@ -31,6 +33,12 @@ from fastbyol.run.checkpoint import REQUIRED, RESULTS, CheckpointError, RunState
 log = logging.getLogger("fastbyol")
 FOREIGN_VIEWS = TORCHVISION
 """Size and normalisation of images for weights that come without: ImageNet's 224 px, antialiased as Pillow and torchvision resize."""
+EXPORTED = "model.safetensors"
+"""Name of the weights in a folder for Hugging Face."""
+METADATA = "fastbyol"
+"""Key of the JSON that our exports have in their metadata; its 'options' are `WEIGHTS_OPTIONS` by name."""
+_DEEPEST = 16
+"""Levels of a file's nested dicts that are searched for weights; VISSL nests them four deep."""
 
 
 # ---- reading
@@ -46,6 +54,7 @@ def read_weights(path: Path, *, option: str) -> dict[Any, Any]:
     Raises:
         UserError: no such path, or nothing to load there.
     """
+    path = weights_file(path)
     if not path.is_file():
         return load_run(path, option=option).state
     if path.suffix == ".safetensors":
@@ -64,6 +73,12 @@ def read_weights(path: Path, *, option: str) -> dict[Any, Any]:
     return state
 
 
+def weights_file(path: Path) -> Path:
+    """Returns the weights in a folder that was exported for Hugging Face; any other path unchanged."""
+    inside = path / EXPORTED
+    return inside if path.is_dir() and inside.is_file() else path
+
+
 def _way_out(error: Exception) -> str:
     """Returns how to make a file that can be read of one that holds more than tensors, or ''."""
     if "it asks for" not in str(error):
@@ -80,6 +95,35 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # its Rust part has an exception class of its own
         raise CheckpointError(f"{path}: is not a file of weights ({first_line(error)})") from error
+
+
+def description_of(path: Path) -> dict[str, Any]:
+    """Returns the options of `WEIGHTS_OPTIONS` that one of our exports states in its metadata, checked; {} for any other file.
+
+    Raises UserError if it states options that do not exist or values out of range.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA, "")
+        said = json.loads(text) if text else {}
+    except Exception as error:  # its Rust part has an exception class of its own
+        raise CheckpointError(f"{path}: its metadata cannot be read ({first_line(error)})") from error
+    said = said.get("options", {}) if isinstance(said, dict) else {}
+    groups: dict[str, dict[str, Any]] = {"model": {}, "views": {}}
+    for name, value in said.items() if isinstance(said, dict) else ():
+        if name in WEIGHTS_OPTIONS:
+            group, _, field = name.partition(".")
+            groups[group][field] = value
+    if not groups["model"]:
+        return {}
+    model = from_plain(ModelConfig, groups["model"], where=f"{printable(str(path))}: model.")
+    views = from_plain(ViewPair, groups["views"], where=f"{printable(str(path))}: views.")
+    configs = {"model": model, "views": views}
+    return {f"{group}.{field}": getattr(configs[group], field) for group, values in groups.items() for field in values}
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
@@ -124,9 +168,12 @@ def _from_haiku(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     Source: deepmind-research/byol/utils/networks.py; shapes: kernels are (H, W, in, out), batch norm's (1, 1, 1, C).
     """
     renamed, origin = {}, {}
-    for name, tensor in tensors.items():
-        mine = _name_from_haiku(name)
+    # A file may hold the target network too: the online network's names come first, and the others stay as they are.
+    for name in sorted(tensors, key=_is_average):
+        mine, tensor = _name_from_haiku(name), tensors[name]
         value = tensor
+        if mine in renamed:
+            mine = name
         if mine != name:
             value = tensor.permute(3, 2, 0, 1).contiguous() if name.endswith("/w") and tensor.ndim == 4 else tensor.flatten()
         renamed[mine], origin[mine] = value, name
@@ -163,25 +210,54 @@ def _name_from_haiku(name: str) -> str:
 @dataclass(frozen=True)
 class NamedWeights:
     """The named tensors of a file: those of the key that holds most of them. key: '' for the file's top level. origin: the file's name of
-    a tensor that has been renamed already.
+    a tensor that has been renamed already. outside: number of tensors by the key that they are under, where that is another one.
     """
 
     key: str
     tensors: dict[str, Tensor]
     origin: dict[str, str]
+    outside: dict[str, int]
 
     @classmethod
     def of(cls, state: Mapping[Any, Any]) -> NamedWeights:
-        groups = {"": state} | {key: value for key, value in state.items() if isinstance(value, dict)}
-        named = {
-            str(key): {name: value for name, value in group.items() if isinstance(name, str) and isinstance(value, Tensor)}
-            for key, group in groups.items()
-        }
-        key = max(named, key=lambda each: len(named[each]))
-        tensors, origin = named[key], {}
+        groups = dict(_groups(state))
+        # On a tie not the moving average (DINO's teacher, timm's state_dict_ema), else the one that was written first.
+        key = max(groups, key=lambda each: (len(groups[each].named), not _is_average(".".join(each))))
+        tensors, origin = groups[key].named, {}
         if any(_name_from_haiku(name) != name for name in tensors):
             tensors, origin = _from_haiku(tensors)
-        return cls(key, tensors, origin)
+        outside: dict[str, int] = {}
+        for path, group in groups.items():
+            if count := group.others + (len(group.named) if path != key else 0):
+                same = next((i for i, (a, b) in enumerate(zip(path, key, strict=False)) if a != b), min(len(path), len(key)))
+                place = ".".join(path[: same + 1]) or "(top level)"
+                outside[place] = outside.get(place, 0) + count
+        return cls(".".join(key), tensors, origin, outside)
+
+
+class _Group(NamedTuple):
+    """The tensors directly in one dict or list of a file: those with a name, and the number of the others."""
+
+    named: dict[str, Tensor]
+    others: int
+
+
+def _groups(state: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], _Group]]:
+    """Yields every dict and list of a file with its place, the outer ones first."""
+    # A loop, and each object once: a hostile file may nest deeply or contain itself.
+    left: deque[tuple[tuple[str, ...], Any]] = deque([((), state)])
+    seen: set[int] = set()
+    while left:
+        path, value = left.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        items = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value))
+        tensors = [(name, each) for name, each in items if isinstance(each, Tensor)]
+        named = {name: each for name, each in tensors if isinstance(name, str)}
+        yield path, _Group(named, len(tensors) - len(named))
+        if len(path) < _DEEPEST:
+            left += (((*path, str(name)), each) for name, each in items if isinstance(each, Mapping | list | tuple))
 
 
 @dataclass(frozen=True)
@@ -190,7 +266,7 @@ class Matching:
 
     weights: by our names; layers that the encoder does not have are among them, so that loading refuses a deeper network's file.
     taken: the file's name of each. left_out: why the others are not used. missing: our names that it lacks, with what happens.
-    layout, prefix: how the file names things. others: further prefixes that would fit as well.
+    layout, prefix: how the file names things. others: further prefixes that would fit as well. outside: as in `NamedWeights`.
     """
 
     weights: dict[str, Tensor]
@@ -201,6 +277,7 @@ class Matching:
     layout: str
     prefix: str
     others: tuple[str, ...]
+    outside: dict[str, int]
 
     def place(self) -> str:
         """Returns where in the file the weights are, for example state_dict.backbone; '' for plain names at the top level."""
@@ -230,6 +307,8 @@ class Matching:
             yield f"{theirs:{width}}  {'taken' if mine == theirs else f'taken as {mine}'}"
         for theirs, why in self.left_out.items():
             yield f"{theirs:{width}}  left out: {why}"
+        for key, count in self.outside.items():
+            yield f"{f'{key}.*':{width}}  left out: {count} tensors outside {self.key or 'the state dict'}"
         for mine, what in self.missing.items():
             yield f"{mine:{width}}  missing: {what}"
 
@@ -237,8 +316,10 @@ class Matching:
 _HEAD, _OTHER, _RUNNING = "a head or another part that the encoder does not have", "of another network in the file", "Haiku's own counter"
 
 
-def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: str) -> Matching:
+def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: str, classifiers: tuple[str, ...] = ()) -> Matching:
     """Finds the tensors of a file that belong to the encoder `own`, whatever key, prefix and layout they have.
+
+    classifiers: what the names of a classifier begin with, if it is inside a part that the encoder has.
 
     Raises:
         UserError: the file holds no named tensors.
@@ -267,7 +348,7 @@ def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: 
         theirs, inside = named.origin.get(name, name), name.removeprefix(prefix)
         if name in ours:
             weights[ours[name]], taken[ours[name]] = tensor, theirs
-        elif name.startswith(prefix) and inside.split(".")[0] in parts:
+        elif name.startswith(prefix) and inside.split(".")[0] in parts and not inside.startswith(classifiers):
             weights[inside], taken[inside] = tensor, theirs
         else:
             left_out[theirs] = _reason(name, prefix)
@@ -275,7 +356,16 @@ def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: 
     if named.origin:
         layout = HAIKU
     missing = dict.fromkeys(counters, "stays 0, only batch norm without momentum reads it")
-    return Matching(weights | {name: own[name] for name in counters}, taken, left_out, missing, named.key, layout, prefix, tuple(others))
+    return Matching(
+        weights | {name: own[name] for name in counters}, taken, left_out, missing, named.key, layout, prefix, tuple(others), named.outside
+    )
+
+
+def classifiers_of(encoder: nn.Module) -> tuple[str, ...]:
+    """Returns what the names of a timm model's classifier begin with: ConvNeXt's is inside a head that the encoder has too."""
+    settings: Any = getattr(encoder, "pretrained_cfg", None)
+    names = settings.get("classifier") if isinstance(settings, dict) else None
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names or ()))
 
 
 def _is_average(prefix: str) -> bool:
@@ -286,7 +376,7 @@ def _is_average(prefix: str) -> bool:
 def _reason(name: str, prefix: str) -> str:
     if name.rpartition("/")[2] in ("hidden", "counter"):
         return _RUNNING
-    return _HEAD if name.startswith(prefix) else _OTHER
+    return _HEAD if name.startswith(prefix) and not _HAIKU.fullmatch(name) else _OTHER
 
 
 # ---- an encoder without a config
@@ -357,7 +447,7 @@ def load_run_or_weights(path: str | Path, *, changes: Mapping[str, Any] | None =
     Raises:
         UserError: nothing to load there; no encoder found; changes for a run, which has its own config.
     """
-    path, changes = Path(path), dict(changes or {})
+    path, changes = weights_file(Path(path)), dict(changes or {})
     is_run = path.is_dir()
     state: dict[Any, Any] = {}
     if not is_run:
@@ -371,6 +461,7 @@ def load_run_or_weights(path: str | Path, *, changes: Mapping[str, Any] | None =
         if name not in WEIGHTS_OPTIONS:
             raise UserError(f"{name}: is no option of weights{nearest_name(name, WEIGHTS_OPTIONS)}; those are {', '.join(WEIGHTS_OPTIONS)}")
     source = f"checkpoint = {str(path)!r}"
+    changes = description_of(path) | changes
     model = ModelConfig() if "model.encoder" in changes else encoder_of_shapes(state, source=source)
     if model.stem == "small" and "model.stem" not in changes:
         log.warning("%s: its first convolution is 3x3 and taken to have stride 1; if it has stride 2, give model.stem small2", source)

@@ -13,7 +13,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.saved_structure import tensor_difference
 from fastbyol.run.checkpoint import REQUIRED, checkpoint_steps
-from fastbyol.run.foreign_weights import HAIKU, match_names, read_weights
+from fastbyol.run.foreign_weights import HAIKU, classifiers_of, match_names, read_weights
 
 log = logging.getLogger("fastbyol")
 OPTION = "init_from"
@@ -22,8 +22,8 @@ OPTION = "init_from"
 def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
     """Loads the weights that `init_from` names into the networks, in place; nothing if it is empty or the run has a checkpoint of its own.
 
-    A run folder or checkpoint of fastbyol has both networks, and the probe if the number of classes is equal. Any other file of torch.save
-    has an encoder's weights, which both networks get; their heads stay as they are (see `encoder_weights`).
+    A run folder or checkpoint of fastbyol has both networks, and the probe if the number of classes is equal. An export or another program's
+    file has an encoder's weights, which both networks get; their heads stay as they are (see `encoder_weights`).
 
     Raises UserError if there is no such path, no usable weights in it, or networks of another shape (with the first names that differ).
     """
@@ -42,20 +42,21 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
         load_matching(byol, weights, source=f"{OPTION} = {source!r}")
         log.info("%s = %s: loaded both networks, after its step %d", OPTION, source, state["step"])
         return
-    weights = encoder_weights(state, byol.online.encoder.state_dict(), source=f"{OPTION} = {source!r}")
+    own, classifiers = byol.online.encoder.state_dict(), classifiers_of(byol.online.encoder)
+    weights = encoder_weights(state, own, source=f"{OPTION} = {source!r}", classifiers=classifiers)
     for network in (byol.online, byol.target):
         load_matching(network.encoder, weights, source=f"{OPTION} = {source!r}")
     log.info("%s = %s: loaded the encoder of both networks", OPTION, source)
 
 
-def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: str) -> dict[str, Tensor]:
+def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: str, classifiers: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Returns the encoder's weights from another program's file under our names; logs what was taken and what was not.
 
     The file may store them under a key (state_dict, model, ...), with a prefix before the names (module., encoder., backbone., ...),
     numbered, together with heads and other networks, in another floating-point type, and without num_batches_tracked of batch norm, like
     PyTorch before 0.4.1 and some converters; see `foreign_weights`. Raises UserError if the file holds no named tensors.
     """
-    found = match_names(state, own, source=source)
+    found = match_names(state, own, source=source, classifiers=classifiers)
     if found.place() or found.left_out or found.missing:
         log.info("%s: %s; every key: python -m fastbyol weights", source, found.summary())
     if found.layout == HAIKU:

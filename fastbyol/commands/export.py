@@ -1,0 +1,64 @@
+"""python -m fastbyol export: the trained encoder in the format of another program, checked there, with a card."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from
+from fastbyol.config.arguments import path_text
+from fastbyol.config.console import printable, say
+from fastbyol.exports.registry import WHAT
+
+
+def add_export(commands: Any) -> None:
+    """Adds the command to the parser's sub-commands."""
+    formats = "\n".join(f"  {name:<14} {text}" for name, text in WHAT.items())
+    what = "the trained encoder for torchvision, timm, the Hugging Face Hub, ONNX and others, checked there, with a card"
+    parser = commands.add_parser("export", help=what, description=f"{export_encoder.__doc__}\n\nformats:\n{formats}")
+    parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
+    parser.add_argument("--to", required=True, nargs="+", metavar="FORMAT", help=f"one or more of {', '.join(WHAT)}; or all")
+    parser.add_argument("--out", required=True, type=Path, help="file to write (huggingface: folder); for several formats a folder")
+    parser.add_argument("--data", type=path_text, help="images to compare features on (default: the run's own)")
+    parser.add_argument(
+        "--fold_bn", choices=("auto", "yes", "no"), default="auto", help="join batch norm to convolutions (auto: in onnx only)"
+    )
+    parser.add_argument("--licence", default="", help="licence of the weights for the card, such as cc-by-4.0 (default: not stated)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what exists at --out")
+    parser.set_defaults(command=export_encoder)
+
+
+def export_encoder(options: argparse.Namespace) -> None:
+    """Writes the online encoder, which is the one that evaluate uses, in the format of another program, and a card beside it.
+
+    Each is loaded back by the program that it is for, and its features are compared with the encoder's before the file gets its name.
+    """
+    changes = changes_from(options.run_options)
+    import torch
+
+    from fastbyol.export import encoder_of
+    from fastbyol.exports.card import UNKNOWN_LICENCE, collect_facts
+    from fastbyol.exports.check import check_images
+    from fastbyol.exports.format import Subject
+    from fastbyol.exports.registry import formats_for
+    from fastbyol.exports.writing import places, write_exports
+    from fastbyol.run.foreign_weights import load_run_or_weights
+
+    run = load_run_or_weights(options.checkpoint, changes=changes)
+    formats, left_out = formats_for(options.to, run.config.model, fold=options.fold_bn)
+    where = places(formats, options.out, overwrite=options.overwrite)
+    encoder = encoder_of(run, announce=announce).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    subject = Subject(encoder, run.config, fold=options.fold_bn)
+    images = check_images(run, options.data)
+    facts = collect_facts(run, subject, licence=printable(options.licence) or UNKNOWN_LICENCE)
+    for name, reason in left_out.items():
+        announce(f"{name} is left out: {reason}")
+    for each in write_exports(subject, formats, where, facts, images, announce=announce):
+        say(f"exported: {each.path} ({each.size / 1e6:.1f} MB), for {each.name}", f"  {each.facts['check']['words']}", "  load it:")
+        say(*(f"    {line}" for line in each.facts["load"]), f"  card: {each.card}")
+
+
+def announce(text: str) -> None:
+    say(f"... {text}", file=sys.stderr)
