@@ -99,7 +99,7 @@ def lead_text(contents: Contents) -> str:
     first = next((record for record in contents.records if record.steps), None)
     images = f" of {first.num_train:,} images" if first else ""
     steps = f", {first.steps:,} steps" if first else ""
-    length = f"{base.steps:,} steps" if base.steps else f"{base.epochs:g} epochs{images}{steps}"
+    length = f"{base.steps:,} steps" if base.steps else f"{base.epochs:g} epoch{'s' * (base.epochs != 1)}{images}{steps}"
     scale = "at the paper's scale" if contents.setup.scale == "paper" else "at demo scale: the paper's changes made to a small recipe"
     return f"{base.model.encoder} at {base.views.size_px} px, batch {base.global_batch:,}, {length}; {scale}. Data: {contents.setup.data}"
 
