@@ -11,7 +11,7 @@ python -m fastbyol evaluate linear --checkpoint runs/demo --data demo
 python -m fastbyol evaluate all --checkpoint runs/demo --data demo
 python -m fastbyol evaluate labelfree --checkpoint runs/demo --data photos
 python -m fastbyol report --run runs/demo --data demo
-python -m fastbyol compare runs/* --out compare.html
+python -m fastbyol compare runs/*/ --out compare.html
 python -m fastbyol reproduce batch tau --data demo --out tables
 python -m fastbyol embed --checkpoint runs/demo --data photos --out features.parquet
 python -m fastbyol neighbours --features features.parquet --query photos/a.jpg --out neighbours.png

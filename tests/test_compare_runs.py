@@ -171,6 +171,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
         (["FIRST", "FIRST"], "is given twice; leave one out"),
         (["FIRST", "FIRST/../first"], "is given twice, as "),
         (["FIRST", "nowhere"], "nowhere: is no run folder (no such folder)"),
+        (["FIRST", "FIRST/config.yaml"], "is no run folder (it is a file; */ names folders only)"),
         (["FIRST", "FIRST/evaluation"], "is no run folder (it has no config.yaml)"),
         (["FIRST", "BROKEN"], "is not readable as a run's config"),
         (["FIRST", "SECOND", "--out", "page.txt"], "--out page.txt: must end in .html"),

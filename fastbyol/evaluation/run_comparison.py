@@ -169,7 +169,13 @@ def read_runs(folders: Sequence[str]) -> RunComparison:
     known: dict[Path, Path] = {}
     for path in paths:
         if not (path / CONFIG_FILE).is_file():
-            there = f"it has no {CONFIG_FILE}" if path.is_dir() else "no such folder"
+            there = (
+                f"it has no {CONFIG_FILE}"
+                if path.is_dir()
+                else "it is a file; */ names folders only"
+                if path.exists()
+                else "no such folder"
+            )
             raise UserError(f"{path}: is no run folder ({there}); give folders that fastbyol/train.py has written, or leave it out")
         if (resolved := path.resolve()) in known:
             also = f", as {known[resolved]}" if known[resolved] != path else ""

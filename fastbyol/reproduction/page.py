@@ -99,7 +99,7 @@ def lead_text(contents: Contents) -> str:
     first = next((record for record in contents.records if record.steps), None)
     images = f" of {first.num_train:,} images" if first else ""
     steps = f", {first.steps:,} steps" if first else ""
-    length = f"{base.steps:,} steps" if base.steps else f"{base.epochs:g} epochs{images}{steps}"
+    length = f"{base.steps:,} steps" if base.steps else f"{base.epochs:g} epoch{'s' * (base.epochs != 1)}{images}{steps}"
     scale = "at the paper's scale" if contents.setup.scale == "paper" else "at demo scale: the paper's changes made to a small recipe"
     return f"{base.model.encoder} at {base.views.size_px} px, batch {base.global_batch:,}, {length}; {scale}. Data: {contents.setup.data}"
 
@@ -131,9 +131,11 @@ def baselines_text(contents: Contents) -> str:
 
 def hours_text(hours: Mapping[str, float]) -> str:
     """Returns '1.3 CPU-hours', or '12 CPU-minutes' for less than an hour."""
-    parts = [
-        f"{value:.1f} {unit}" if value >= 1 else f"{60 * value:.2g} {unit.replace('hours', 'minutes')}" for unit, value in hours.items()
-    ]
+    parts = []
+    for unit, value in hours.items():
+        if value < 1:
+            value, unit = 60 * value, unit.replace("hours", "minutes")
+        parts.append(f"{value:,.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}")
     return " and ".join(parts)
 
 
@@ -240,10 +242,9 @@ def html_text(contents: Contents) -> str:
 def _section(contents: Contents, result: TableResult) -> str:
     table = result.table
     header = header_of(result)
-    parts = [
-        page.paragraph(f"Paper: {table.source}.", kind="note"),
-        f"<p><b>Expected before it was run.</b> {page.escape(table.hypothesis)}</p>",
-    ]
+    parts = [page.paragraph(f"Paper: {table.source}.", kind="note")]
+    if contents.setup.scale == "demo":  # the hypotheses are of that
+        parts.append(f"<p><b>Expected before it was run.</b> {page.escape(table.hypothesis)}</p>")
     if found := found_text(contents, result):
         parts.append(f"<p><b>Found.</b> {page.escape(found)}</p>")
     plot = table_plot(result)
@@ -296,7 +297,8 @@ def markdown_text(contents: Contents) -> str:
 def _markdown_section(contents: Contents, result: TableResult) -> Iterable[str]:
     header = header_of(result)
     yield from (f"## {result.table.title}", f"Paper: {result.table.source}.", "")
-    yield from (f"**Expected before it was run.** {_markdown(result.table.hypothesis)}", "")
+    if contents.setup.scale == "demo":
+        yield from (f"**Expected before it was run.** {_markdown(result.table.hypothesis)}", "")
     if found := found_text(contents, result):
         yield from (f"**Found.** {_markdown(found)}", "")
     yield _markdown_row(header)
