@@ -17,8 +17,6 @@ OPTIONS = (
     "64",
     "--device",
     "cpu",
-    "--autocast",
-    "off",
     "--workers",
     "1",
     # The size that the encoder was trained at.
