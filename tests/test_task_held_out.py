@@ -15,7 +15,7 @@ from fastbyol.evaluation.tasks.registry import MODULES, task_named
 from tests.dense_jobs import TINY, tiny_encoder
 from tests.test_report import call
 
-CPU = ("--batch", "16", "--device", "cpu", "--workers", "1", "--autocast", "off")
+CPU = ("--batch", "16", "--device", "cpu", "--workers", "1")
 
 
 def test_held_out_images_are_a_seeded_choice_and_both_parts_are_the_whole():
@@ -100,7 +100,7 @@ def test_the_papers_segmentation_chooses_its_rate_on_few_images_too(scene_folder
     torch.save(tiny_encoder().state_dict(), tmp_path / "weights.pt")
     typed = ["evaluate", "segmentation", "--checkpoint", str(tmp_path / "weights.pt"), "--data", str(scene_folder), "--init", "byol"]
     typed += ["--settings", "paper", "--train_set", "train", "--lrs", "0.01,0.1", "--steps", "1", "--seeds", "1", "--crop_px", "48"]
-    code, out, err = call([*typed, "--batch_images", "2", "--head_channels", "8", "--test_images", "2", *TINY, "--autocast", "off"], capsys)
+    code, out, err = call([*typed, "--batch_images", "2", "--head_channels", "8", "--test_images", "2", *TINY], capsys)
     assert code == 0, err
     assert "note: 3 of the 32 training images were held out to choose with" in out
     (file,) = tmp_path.rglob("segmentation.json")

@@ -17,8 +17,6 @@ OPTIONS = (
     "64",
     "--device",
     "cpu",
-    "--autocast",
-    "off",
     "--workers",
     "1",
     # The size that the encoder was trained at.
@@ -33,7 +31,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """The encoder after 2,500 steps on other scenes (tests/golden/README.md), as a weights file."""
+    """The encoder after 2,500 steps on the train scenes without labels (tests/golden/README.md), as a weights file."""
     path = tmp_path_factory.mktemp("weights") / "scenes.pth"
     kept = torch.load("tests/golden/scenes_encoder.pt", weights_only=True)
     torch.save({name: value.float() if value.is_floating_point() else value for name, value in kept.items()}, path)

@@ -37,7 +37,7 @@ WHAT = {
     "depth": "the encoder with fast up-projections, fine-tuned on images with depth as of NYU v2; thresholds and errors",
 }
 """Describes each task in a line, for --help."""
-TASK_OPTIONS = ("init", "seed", "autocast", "dry_run", "again")
+TASK_OPTIONS = ("init", "seed", "dry_run", "again")
 """Options of tasks that the quick protocols do not have."""
 QUICK = ("linear", "knn", "labelfree", "all")
 """Tasks with a quick protocol on features that are extracted once, compared with an untrained encoder and raw pixels."""
@@ -107,10 +107,6 @@ def _task_parser(name: str) -> OneLineParser:
         which = "byol, untrained, or [NAME=]PATH: encoder to evaluate instead of the trained and the untrained one; may be repeated"
         parser.add_argument("--init", action="append", default=[], help=which)
         parser.add_argument("--seed", type=int, default=0, help="of all random choices of the task (%(default)s)")
-        formats = (
-            "number format of the networks (that of the run; bf16 for weights); off, float32, is faster on a CPU without bf16 instructions"
-        )
-        parser.add_argument("--autocast", choices=("bf16", "fp16", "tf32", "off"), default="", help=formats)
         parser.add_argument("--dry_run", action="store_true", help="say how much there is to do, from a step measured here, and end")
         parser.add_argument("--again", action="store_true", help="compute the result anew where it is already there")
     return parser
@@ -187,7 +183,7 @@ def _run_task(name: str, options: argparse.Namespace) -> None:
             with lost_ranks_named(process):
                 given = {
                     key: getattr(options, key)
-                    for key in ("init", "checkpoint", "data", "compare", "out", "batch", "workers", "seed", "autocast", "dry_run", "again")
+                    for key in ("init", "checkpoint", "data", "compare", "out", "batch", "workers", "seed", "dry_run", "again")
                 }
                 run_task(
                     name,

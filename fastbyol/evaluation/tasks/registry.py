@@ -111,7 +111,6 @@ class TaskOptions:
     batch: int
     workers: int
     seed: int
-    autocast: str
     dry_run: bool
     again: bool
     version: str
@@ -139,7 +138,7 @@ def run_task(
         step=run.step,
         process=process,
         stop=stop,
-        precision=replace(run.config.precision, autocast=options.autocast or run.config.precision.autocast),
+        precision=run.config.precision,
         folder=options.out or run.results,
         command=options.command,
         batch=options.batch,
