@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,12 @@ def test_cocos_scores_by_hand() -> None:
     near = [found((0, 0, 10, 7.2, 1, 0.9)), found((0, 0, 20, 14.4, 1, 0.8))]
     assert coco_scores(near, objects) == pytest.approx({"ap": 0.5, "ap50": 1.0, "ap75": 0.0})
     assert coco_scores([found(), found()], objects) == {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
+
+
+def test_what_is_not_installed_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.detection", None)
+    with pytest.raises(UserError, match=r"torchmetrics is not installed; pip install 'fastbyol\[eval\]'"):
+        detection.run(None, None)  # type: ignore[arg-type]
 
 
 # ---- images

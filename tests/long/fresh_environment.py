@@ -234,7 +234,7 @@ def main() -> None:
         shell = Shell(programs, folder / "work")
         print(shell.run("python", "-VV").strip(), flush=True)
         work(shell)
-        if share:
+        if share and options.python == sys.executable:  # ffcv is built for this Python
             odd_parts(shell, share, folder / "environment" / "lent")
     print(f"all well in {time.monotonic() - begin:.0f} s")
 

@@ -31,6 +31,7 @@ from fastbyol.evaluation.tasks.dense.average_precision import (
     Detections,
     Objects,
     class_scores,
+    coco_metric,
     coco_scores,
     compare_matches,
     kept_matches,
@@ -419,6 +420,7 @@ def _in_original_px(result: dict[str, Tensor], image: Tensor, size: tuple[int, i
 
 
 def run(job: Job, settings: DetectionSettings) -> TaskResult:
+    coco_metric()  # what is not installed is said before the training
     data = _open(job, settings)
     outcomes = run_trials(
         job,

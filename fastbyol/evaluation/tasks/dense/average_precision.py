@@ -135,16 +135,21 @@ def _found(matches: list[ClassMatches]) -> NDArray[np.int64]:
     return np.sum([np.bincount(each.image[each.hit], minlength=len(each.objects)) for each in matches], axis=0)
 
 
-def coco_scores(detections: Sequence[Detections], objects: Sequence[Objects]) -> dict[str, float]:
-    """Returns COCO's AP (mean over overlaps 0.5 to 0.95), AP50 and AP75, by torchmetrics; difficult objects count as COCO's crowds, ignored."""
+def coco_metric() -> Any:
+    """Returns torchmetrics' metric of COCO. Raises UserError if it or pycocotools is not installed."""
     try:
         from torchmetrics.detection import MeanAveragePrecision
     except ImportError as error:
         raise UserError("evaluate detection: torchmetrics is not installed; pip install 'fastbyol[eval]'") from error
     try:
-        metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="pycocotools")
+        return MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="pycocotools")
     except ModuleNotFoundError as error:
         raise UserError("evaluate detection: pycocotools is not installed; pip install 'fastbyol[eval]'") from error
+
+
+def coco_scores(detections: Sequence[Detections], objects: Sequence[Objects]) -> dict[str, float]:
+    """Returns COCO's AP (mean over overlaps 0.5 to 0.95), AP50 and AP75, by torchmetrics; difficult objects count as COCO's crowds, ignored."""
+    metric = coco_metric()
     metric.warn_on_many_detections = False
     for found, truth in zip(detections, objects, strict=True):
         predicted = {"boxes": _tensor(found.boxes), "labels": _tensor(found.labels), "scores": _tensor(found.scores)}
