@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from golden_weights import encoder_name, regenerated, torch_layout
+from golden_weights import DebiasedStatistics, encoder_name, regenerated, torch_layout
 from safetensors.torch import save_file
 from torch import nn
 
@@ -93,7 +94,55 @@ LAYOUTS = {
         "arch": "resnet18",
         "state_dict": _prefixed(net.state_dict(), "module.encoder_q.") | _prefixed(net.state_dict(), "module.encoder_k.", 2),
     },
+    # vissl/models/trunks/resnext.py and extra_scripts/convert_vissl_to_torchvision.py.
+    "VISSL": lambda net: {
+        "phase_idx": 100,
+        "classy_state_dict": {
+            "train": True,
+            "base_model": {
+                "meters": {},
+                "model": {"trunk": _prefixed(net.state_dict(), "_feature_blocks."), "heads": _heads("0.clf.0", "0.clf.2")},
+            },
+            "optimizer": {"optim": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"params": [0]}]}},
+        },
+    },
+    # mmselfsup/models/algorithms/byol.py of version 1: the target is CosineEMA(nn.Sequential(backbone, neck)).
+    "mmselfsup": lambda net: {
+        "meta": {"epoch": 200},
+        "state_dict": {"target_net.steps": torch.tensor(5)}
+        | _prefixed(net.state_dict(), "target_net.module.0.", 2)
+        | _prefixed(net.state_dict(), "backbone.")
+        | _heads("neck.fc0", "head.predictor.fc0", "target_net.module.1.fc0"),
+    },
+    # The same of version 0: online_net and target_net are nn.Sequential(backbone, neck), and backbone is a part of the first.
+    "mmselfsup 0": lambda net: {
+        "state_dict": _prefixed(net.state_dict(), "target_net.0.", 2)
+        | _prefixed(net.state_dict(), "online_net.0.")
+        | _prefixed(net.state_dict(), "backbone.")
+        | _heads("online_net.1.fc0", "target_net.1.fc0"),
+    },
+    # mmselfsup/tools/model_converters/extract_backbone_weights.py.
+    "mmselfsup's extracted backbone": lambda net: {"state_dict": net.state_dict(), "author": "MMSelfSup"},
+    # A network and its average under keys of their own, the average first.
+    "timm's averaged": lambda net: {"epoch": 3, "state_dict_ema": _prefixed(net.state_dict(), "", 2), "state_dict": net.state_dict()},
+    "DINO": lambda net: {
+        "teacher": _prefixed(net.state_dict(), "backbone.", 2) | _heads("head.mlp.0"),
+        "student": _prefixed(net.state_dict(), "module.backbone.") | _heads("module.head.mlp.0"),
+    },
 }
+OUTSIDE = {
+    "VISSL": {"classy_state_dict.base_model.model.heads.*": 2, "classy_state_dict.optimizer.*": 1},
+    "timm's averaged": {"state_dict_ema.*": 120},
+    "DINO": {"teacher.*": 121},
+}
+"""Tensors of each layout that are under another key than the encoder's, as `weights` reports them."""
+
+
+def _main_tensors(state: dict) -> dict[str, torch.Tensor]:
+    """The named tensors of a layout that are beside the encoder's own."""
+    if "classy_state_dict" in state:
+        return state["classy_state_dict"]["base_model"]["model"]["trunk"]
+    return state.get("student", state.get("state_dict", state))
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -102,7 +151,7 @@ def test_an_encoder_of_each_layout_is_found_and_gives_the_features_it_gave_there
     state = LAYOUTS[layout](resnet18)
     path = tmp_path / f"w.{suffix}"
     if suffix == "safetensors":
-        state = state.get("state_dict", state)
+        state = _main_tensors(state)
         save_file({name: value.contiguous().clone() for name, value in state.items()}, path)
     else:
         torch.save(state, path)
@@ -110,12 +159,15 @@ def test_an_encoder_of_each_layout_is_found_and_gives_the_features_it_gave_there
     assert (run.config.model.encoder, run.config.model.stem, run.config.views.size_px) == ("resnet18", "imagenet", 224)
     encoder = load_encoder(path)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(image), resnet18(image), rtol=1e-4, atol=1e-5)
-    # Every key of the file is accounted for, once.
+        want = resnet18(image)
+        assert (encoder(image) - want).abs().max() <= 1e-5 * want.abs().max()
+    # Every key of the file is accounted for, once; those under other keys by their number.
     found = match_encoder(run)[1]
-    tensors = state.get("state_dict", state)
+    tensors, outside = _main_tensors(state), OUTSIDE.get(layout, {}) if suffix == "pth" else {}
     assert sorted([*found.taken.values(), *found.left_out]) == sorted(tensors)
-    assert len(list(found.lines())) == len(tensors)
+    lines = list(found.lines())
+    assert len(lines) == len(tensors) + len(outside)
+    assert {line.split()[0]: int(line.split("left out: ")[1].split()[0]) for line in lines if ".*" in line} == outside
     assert set(found.taken) == set(encoder.state_dict())
 
 
@@ -141,6 +193,13 @@ def test_another_of_timms_models_is_loaded_by_its_name(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), theirs.forward_head(theirs.forward_features(x), pre_logits=True))
     assert encoder.preprocess(smooth_image(0, 80, 90)).shape == (1, 3, 64, 64)  # type: ignore[operator]
+
+
+def test_a_classifier_inside_a_head_that_the_encoder_has_is_left_out(tmp_path):
+    theirs = timm.create_model("convnext_atto", pretrained=False, num_classes=3).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    run = load_run_or_weights(tmp_path / "w.pth", changes={"model.encoder": "timm/convnext_atto", "views.size_px": 32})
+    assert set(match_encoder(run)[1].left_out) == {"head.fc.weight", "head.fc.bias"}
 
 
 class _LightlyBlock(nn.Module):
@@ -213,6 +272,20 @@ def _official_file(path: Path) -> tuple[dict[str, torch.Tensor], np.lib.npyio.Np
     return parameters, golden
 
 
+def _after_a_step(official: Path, path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Writes the file with the running statistics of a state dict, each tree of the checkpoint in front, and a part of the target network."""
+    arrays = {}
+    for name, value in np.load(official).items():
+        tree = "state" if "_ema/" in name else "params"
+        if found := re.fullmatch(r"(.*)/~/(mean|var)_ema/average", name):
+            ours = encoder_name(f"{found[1]}|scale").replace("weight", f"running_{found[2]}")
+            value = state[ours].numpy().reshape(value.shape)
+        if "initial" in name:
+            arrays[f"target_{tree}/{name}"] = 2 * value
+        arrays[f"online_{tree}/{name}"] = value
+    np.savez(path, **arrays)
+
+
 def test_the_official_weights_are_read_from_an_npz_of_haikus_names(tmp_path):
     parameters, golden = _official_file(tmp_path / "byol.npz")
     run = load_run_or_weights(tmp_path / "byol.npz")
@@ -226,9 +299,20 @@ def test_the_official_weights_are_read_from_an_npz_of_haikus_names(tmp_path):
     torch.testing.assert_close(state["layer2.0.downsample.1.running_mean"], state["layer2.0.downsample.1.weight"] / 7)
     torch.testing.assert_close(state["layer4.2.bn3.running_var"], state["layer4.2.bn3.weight"].abs())
     # The official network's own output for its batch, with statistics of the batch.
-    x = np.random.RandomState(golden["x_seed"]).standard_normal(golden["x_shape"]).astype(np.float32)
-    out = encoder.train()(torch.tensor(x).permute(0, 3, 1, 2)).detach().numpy()
+    x = torch.tensor(np.random.RandomState(golden["x_seed"]).standard_normal(golden["x_shape"]).astype(np.float32)).permute(0, 3, 1, 2)
+    statistics = DebiasedStatistics(encoder)
+    out = encoder.train()(x).detach().numpy()
     assert np.linalg.norm(out - golden["train_out_0"]) <= 6e-4 * np.linalg.norm(golden["train_out_0"])
+    # And its features, with the averages that its state then holds, read from the file like the rest.
+    statistics.install(calls=1)
+    _after_a_step(tmp_path / "byol.npz", tmp_path / "after.npz", encoder.state_dict())
+    loaded_after = load_encoder(tmp_path / "after.npz")
+    with torch.no_grad():
+        feature, source = loaded_after(x), encoder.eval()(x)
+    assert (feature - source).abs().max() <= 1e-5 * source.abs().max()
+    assert np.linalg.norm(feature.numpy() - golden["eval_out_0_after"]) <= 6e-4 * np.linalg.norm(golden["eval_out_0_after"])
+    after = {line.split()[0]: line for line in match_encoder(load_run_or_weights(tmp_path / "after.npz"))[1].lines()}
+    assert after["target_params/r/~/initial_conv/w"].endswith("left out: of another network in the file")
     lines = list(match_encoder(run)[1].lines())
     assert any(
         line.split()

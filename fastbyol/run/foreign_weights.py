@@ -83,7 +83,10 @@ def _way_out(error: Exception) -> str:
     """Returns how to make a file that can be read of one that holds more than tensors, or ''."""
     if "it asks for" not in str(error):
         return ""
-    return "; where you trust it, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')"
+    return (
+        "; where you trust it, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt'), "
+        "or whatever key they are under"
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -308,7 +311,7 @@ class Matching:
         for theirs, why in self.left_out.items():
             yield f"{theirs:{width}}  left out: {why}"
         for key, count in self.outside.items():
-            yield f"{f'{key}.*':{width}}  left out: {count} tensors outside {self.key or 'the state dict'}"
+            yield f"{f'{key}.*':{width}}  left out: {count} tensor{'s' * (count > 1)} outside {self.key or 'the state dict'}"
         for mine, what in self.missing.items():
             yield f"{mine:{width}}  missing: {what}"
 
