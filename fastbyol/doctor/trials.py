@@ -224,7 +224,7 @@ def _step_loss(device: str, *, autocast: str) -> tuple[Any, float]:
 
     torch.manual_seed(0)
     byol = BYOL(build_encoder("resnet8", stem="small2"), hidden_dim=64, projection_dim=32, num_classes=1)
-    byol = byol.to(torch.device(device), memory_format=torch.channels_last)
+    byol = byol.to(torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     views = torch.rand(2 * 4, 3, SIZE_PX, SIZE_PX, device=device).contiguous(memory_format=torch.channels_last)
     with context(PrecisionConfig(autocast=autocast), device=torch.device(device)):
         loss = byol(views, None, torch.zeros(4, dtype=torch.int64, device=device)).loss
