@@ -23,7 +23,6 @@ PROGRESS = {"progress": True}
 
 def progress_line(record: dict[str, Any], *, total_steps: int) -> str:
     """Formats the main figures of a logged step as one line."""
-    probe = f"probe {record['probe_top1']:.1%}  " if record["probe_top1"] is not None else ""
     knn = f"kNN {record['knn_top1']:.1%}  " if record.get("knn_top1") is not None else ""
     probe = f"probe {record['probe_top1']:.1%}  " if record.get("probe_top1") is not None else ""
     mfu = f"mfu {record['mfu']:.0%}  " if record.get("mfu") is not None else ""
@@ -53,7 +52,6 @@ class LiveLine:
 
     def show(self, record: dict[str, Any]) -> None:
         """Shows one logged step; the share of time spent waiting for data appears only if it is above WAIT_SHOWN."""
-        probe = f" probe {record['probe_top1']:.0%}" if record["probe_top1"] is not None else ""
         knn = f" kNN {record['knn_top1']:.0%}" if record.get("knn_top1") is not None else ""
         probe = f" probe {record['probe_top1']:.0%}" if record.get("probe_top1") is not None else ""
         wait = f" waits {record['data_wait_share']:.0%}" if record["data_wait_share"] > WAIT_SHOWN else ""
