@@ -33,11 +33,12 @@ test-oldest: ## the tests with the lowest versions that pyproject.toml allows, i
 	  --constraint $(OLDEST)/lowest.txt --editable '.[dev,dali,ffcv]'
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile
 
-lint: $(STAMP) ## ruff, pyright, layers
+lint: $(STAMP) ## ruff, pyright, layers, hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 docs: $(STAMP) ## the documentation as a site, in site/; fails on a dead link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
