@@ -242,6 +242,21 @@ def _losses_of_fifty_steps(*, fast: bool) -> torch.Tensor:
     return torch.tensor(losses)
 
 
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_means_float32_on_a_cpu_without_instructions_for_it(fast, dtype, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "is_bf16_fast", lambda device: fast)
+    config, cpu = PrecisionConfig(autocast="bf16"), torch.device("cpu")
+    layer = prepare_model(nn.Conv2d(3, 4, 3), config, device=cpu)
+    with precision.autocast(config, device=cpu):
+        assert layer(torch.zeros(1, 3, 8, 8)).dtype == dtype
+    assert precision.input_dtype(config, device=cpu) == dtype
+    assert ("this CPU has no instructions for it" in caplog.text) == (not fast)
+
+
+def test_a_gpu_computes_in_bf16_whatever_the_cpu_can():
+    assert precision.input_dtype(PrecisionConfig(autocast="bf16"), device=torch.device("cuda")) == torch.bfloat16
+
+
 def test_fifty_steps_in_bf16_and_channels_last_follow_the_float32_ones():
     """float32 in another memory order differs from itself by up to 0.07 here, as training amplifies rounding; bf16 by 0.08 (0.01 in the mean)."""
     plain, fast = _losses_of_fifty_steps(fast=False), _losses_of_fifty_steps(fast=True)

@@ -198,7 +198,9 @@ class PrecisionConfig:
     """Number formats and memory layout of the training step."""
 
     autocast: str = "bf16"
-    """bf16; fp16 (GPU, with a gradient scaler); tf32 (GPU: float32 with matrix products on tensor cores); off: float32."""
+    """bf16, on a CPU only where it is faster than float32 (on x86 with AVX-512); fp16 (GPU, with a gradient scaler); tf32 (GPU: float32
+    with matrix products on tensor cores); off: float32.
+    """
     channels_last: bool = True
     compile: str = "auto"
     """Use torch.compile for the whole forward pass and loss: yes; no; auto: on a GPU. The first step then takes a minute or more. The

@@ -26,14 +26,21 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def autocast(config: PrecisionConfig, *, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Returns the autocast context for the forward pass; parameters and the target stay float32."""
-    if config.autocast not in _DTYPES:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=_DTYPES[config.autocast])
+    dtype = input_dtype(config, device=device)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def input_dtype(config: PrecisionConfig, *, device: torch.device) -> torch.dtype:
-    """Returns the number format that the networks' first layer converts its input to."""
+    """Returns the number format that the networks' first layer converts its input to: float32 for bf16 on a CPU that is slower with it."""
+    if config.autocast == "bf16" and not is_bf16_fast(device):
+        return torch.float32
     return _DTYPES.get(config.autocast, torch.float32)
+
+
+@functools.cache
+def is_bf16_fast(device: torch.device) -> bool:
+    """Returns False for a CPU whose bfloat16 convolutions oneDNN computes one by one (x86 without AVX-512: eight times as long as float32)."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.GradScaler:  # type: ignore[name-defined]
@@ -53,6 +60,8 @@ def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.d
     _check_device(config, device)
     check_compile(config, device=device)
     use_switches(config)
+    if config.autocast == "bf16" and not is_bf16_fast(device):
+        log.warning("precision.autocast = 'bf16': this CPU has no instructions for it, so the networks compute in float32, which is faster")
     if device.type == "cpu":
         manage = keep_freed_memory if config.freed_memory == "keep" else return_large_blocks
         manage()
