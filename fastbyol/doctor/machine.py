@@ -126,8 +126,8 @@ if facts["usable"]:
     ]
     facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else ""
 report(**facts)
-flags = open("/proc/cpuinfo").read().split()
-report(bf16=[flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if flag in flags])
+from fastbyol.run.precision import is_bf16_fast
+report(bf16=is_bf16_fast(torch.device("cpu")))
 """
 
 
@@ -161,10 +161,9 @@ def gpu_findings() -> Iterator[Finding]:
             )
         yield _nvjpeg()
     if facts.get("bf16"):
-        yield Finding(MACHINE, "bf16 on this CPU", "ok", f"in hardware ({', '.join(facts['bf16'])})")
+        yield Finding(MACHINE, "bf16 on this CPU", "ok", "oneDNN has kernels of it for this CPU")
     else:
-        text = "not in hardware (no avx512_bf16, no amx_bf16): it saves memory, and may or may not save time"
-        yield Finding(MACHINE, "bf16 on this CPU", "low", text, "python -m fastbyol tune measures it")
+        yield Finding(MACHINE, "bf16 on this CPU", "low", "no instructions for it: a run on this CPU computes in float32, which is faster")
 
 
 def gpu_finding(number: int, gpu: dict[str, Any], built_for: list[str]) -> Finding:

@@ -73,7 +73,7 @@ OPTIONAL = (
     Part("umap-learn", "umap", "umap", "the report's map of the images is by PCA only"),
     Part("torch-optimizer", "torch_optimizer", "torch-optimizer", "no optim.name torch_optimizer_lars, a cross-check of ours"),
 )
-REBUILD_FFCV = "pip install --force-reinstall --no-cache-dir --no-deps --no-binary ffcv ffcv==1.0.2"
+REBUILD_FFCV = "pip install --force-reinstall --no-cache-dir --no-deps ffcv==1.0.2; pip install --upgrade opencv-python numba"
 FFCV_NEEDS = (
     "apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev, then pip install 'fastbyol[ffcv]' (in a checkout: make install)"
 )
@@ -95,10 +95,12 @@ def _finding(part: Part, group: str, version: str, fault: str) -> Finding:
         way_out = FFCV_NEEDS if part.package == "ffcv" else part.command
         return Finding(group, part.package, "broken" if part in CORE else "missing", f"not installed: {part.without}", way_out)
     if fault and ANOTHER_NUMPY.search(fault):
-        built = f"{version}, built against another numpy than the {version_of('numpy')} installed here ({fault})"
+        built = f"built against another numpy than the {version_of('numpy')} installed here ({fault})"
         if part.package == "ffcv":
             # Only its C library is loaded here, which does not know numpy; whether that works is a self test of its own.
-            return Finding(group, part.package, "broken", f"its Python package does not import: {built}", REBUILD_FFCV)
+            text = f"{version}, its Python package does not import: it, or one that it needs, was {built}; training uses its C library only"
+            return Finding(group, part.package, "broken", text, REBUILD_FFCV)
+        built = f"{version}, {built}"
         return Finding(group, part.package, "broken", built, f"pip install --force-reinstall --no-cache-dir {part.package}")
     if fault:
         return Finding(

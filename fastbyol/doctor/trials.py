@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.config.schema import DataConfig, PrecisionConfig
+from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.doctor.subprocesses import report
 
@@ -216,25 +216,24 @@ def batch_norm(folder: Path) -> str:
     return f"output and gradients at most {worst:.1g} (relative) from torch's in float64"
 
 
-def _step_loss(device: str, *, autocast: str) -> tuple[Any, float]:
+def _step_loss(device: str, *, bf16: bool) -> tuple[Any, float]:
     """Returns a small BYOL and its loss on random images after a backward pass."""
     from fastbyol.byol import BYOL
     from fastbyol.models import build_encoder
-    from fastbyol.run.precision import autocast as context
 
     torch.manual_seed(0)
     byol = BYOL(build_encoder("resnet8", stem="small2"), hidden_dim=64, projection_dim=32, num_classes=1)
     byol = byol.to(torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     views = torch.rand(2 * 4, 3, SIZE_PX, SIZE_PX, device=device).contiguous(memory_format=torch.channels_last)
-    with context(PrecisionConfig(autocast=autocast), device=torch.device(device)):
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
         loss = byol(views, None, torch.zeros(4, dtype=torch.int64, device=device)).loss
     loss.backward()
     return byol, loss.item()
 
 
 def bf16_step(folder: Path, *, device: str) -> str:
-    _, right = _step_loss(device, autocast="off")
-    byol, loss = _step_loss(device, autocast="bf16")
+    _, right = _step_loss(device, bf16=False)
+    byol, loss = _step_loss(device, bf16=True)
     if not all(param.grad is None or bool(param.grad.isfinite().all()) for param in byol.parameters()):
         raise Wrong("a gradient is not finite")
     require_close("the loss's distance from float32's", abs(loss - right), 0.05)

@@ -25,6 +25,8 @@ from pathlib import Path
 from tests.commands import ROOT
 
 SHARED = ("torch", "torchvision")
+BARE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+"""pip, too, would take the checkout on PYTHONPATH for an installed fastbyol."""
 NAMESPACES = ("nvidia", "cuda")
 """Folders that several packages share: DALI lies in nvidia too, and must not be lent with it."""
 MISSING = (
@@ -80,14 +82,14 @@ def _plain(name: str) -> str:
 
 def make_environment(folder: Path, wheel: Path, *, python: str, share: Sequence[str]) -> Path:
     """Makes a bare environment with the wheel in it and returns its folder of programs."""
-    subprocess.run([python, "-m", "venv", folder], check=True)
+    subprocess.run([python, "-m", "venv", folder], env=BARE, check=True)
     programs = folder / "bin"
     if share:
         lent = folder / "lent"
         print(f"lent: {lend(SHARED, share, lent)} packages", flush=True)
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "lent.pth").write_text(f"{lent}\n")
-    subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", wheel], check=True)
+    subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", wheel], env=BARE, check=True)
     return programs
 
 
@@ -96,8 +98,7 @@ class Shell:
 
     def __init__(self, programs: Path, folder: Path) -> None:
         self.folder = folder
-        self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        self.environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        self.environment = BARE | {"PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
     def run(self, *command: str, code: int = 0) -> str:
         """Returns what the command printed; SystemExit if it ends with another code or a traceback."""
@@ -227,7 +228,7 @@ def main() -> None:
             if (ROOT / name).is_file() and not (ROOT / name).is_symlink():
                 (source / name).parent.mkdir(parents=True, exist_ok=True)
                 (source / name).write_bytes((ROOT / name).read_bytes())
-        subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source], env=BARE, check=True)
         (wheel,) = folder.glob("*.whl")
         programs = make_environment(folder / "environment", wheel, python=options.python, share=share)
         (folder / "work").mkdir()
