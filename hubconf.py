@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-dependencies = ["torch", "torchvision", "numpy", "numba", "PIL", "jsonargparse", "yaml", "threadpoolctl"]
+dependencies = ["torch", "numpy", "numba", "PIL", "yaml"]
 """Modules that torch.hub looks for before it loads an entry point."""
 
 

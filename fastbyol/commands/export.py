@@ -11,6 +11,7 @@ from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from
 from fastbyol.config.arguments import path_text
 from fastbyol.config.console import printable, say
 from fastbyol.exports.registry import WHAT
+from fastbyol.host.signals import INTERRUPTED_EXIT
 
 
 def add_export(commands: Any) -> None:
@@ -55,9 +56,13 @@ def export_encoder(options: argparse.Namespace) -> None:
     facts = collect_facts(run, subject, licence=printable(options.licence) or UNKNOWN_LICENCE)
     for name, reason in left_out.items():
         announce(f"{name} is left out: {reason}")
-    for each in write_exports(subject, formats, where, facts, images, announce=announce):
-        say(f"exported: {each.path} ({each.size / 1e6:.1f} MB), for {each.name}", f"  {each.facts['check']['words']}", "  load it:")
-        say(*(f"    {line}" for line in each.facts["load"]), f"  card: {each.card}")
+    try:
+        for each in write_exports(subject, formats, where, facts, images, announce=announce):
+            say(f"exported: {each.path} ({each.size / 1e6:.1f} MB), for {each.name}", f"  {each.facts['check']['words']}", "  load it:")
+            say(*(f"    {line}" for line in each.facts["load"]), f"  card: {each.card}")
+    except KeyboardInterrupt:
+        say("fastbyol: interrupted; what was not yet exported is not there", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT)
 
 
 def announce(text: str) -> None:

@@ -38,11 +38,13 @@ def check_images(run: RunState, data: str | None) -> CheckImages:
     if data is not None:
         return _of(DataConfig(train=data), views)
     if not run.config.data.train:
-        return CheckImages(generated_images(views), f"{NUM_IMAGES} generated images (--data gives real ones)")
+        return CheckImages(generated_images(views), f"{NUM_IMAGES} generated images; --data gives real ones")
     try:
         return _of(replace(run.config.data, val="", workers=0), views)
     except (UserError, OSError):
-        return CheckImages(generated_images(views), f"{NUM_IMAGES} generated images, for the run's own are not here (--data gives others)")
+        return CheckImages(
+            generated_images(views), f"{NUM_IMAGES} generated images, because the run's own are not here; --data gives others"
+        )
 
 
 def _of(data: DataConfig, views: ViewPair) -> CheckImages:
