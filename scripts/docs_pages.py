@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ _LINK = re.compile(r"\[([^\]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that no file in docs/ holds."""
     made = {"options.md": options_page(), "presets.md": presets_page(), "api.md": api_page()}
-    made |= {page: _moved((ROOT / path).read_text(), path) for path, page in OUTSIDE.items() if page != "index.md"}
+    made |= {page: _moved((ROOT / path).read_text(), path, page=page) for path, page in OUTSIDE.items() if page != "index.md"}
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files
@@ -39,19 +40,21 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Points links that leave docs/ to the pages that stand for those files."""
-    return _moved(markdown, f"docs/{page.file.src_uri}") if page.file.generated_by is None else markdown
+    return _moved(markdown, f"docs/{page.file.src_uri}", page=page.file.src_uri) if page.file.generated_by is None else markdown
 
 
-def _moved(markdown: str, path: str) -> str:
-    """Returns the text of a file of the repository with its links as the site has them; one to a file that is no page becomes plain text."""
+def _moved(markdown: str, path: str, *, page: str) -> str:
+    """Returns the text of a file of the repository, which is this page of the site, with its links as the site has them.
+
+    A link to a file that is no page becomes plain text.
+    """
 
     def link(match: re.Match[str]) -> str:
         text, where, part = match[1], match[2], match[3] or ""
         target = (ROOT / path).parent.joinpath(where).resolve()
         inside = target.relative_to(ROOT).as_posix() if target.is_relative_to(ROOT) else where
-        if inside in OUTSIDE:
-            return f"[{text}]({OUTSIDE[inside]}{part})"
-        return f"[{text}]({inside.removeprefix('docs/')}{part})" if inside.startswith("docs/") else text
+        found = OUTSIDE.get(inside) or (inside.removeprefix("docs/") if inside.startswith("docs/") else "")
+        return f"[{text}]({posixpath.relpath(found, posixpath.dirname(page) or '.')}{part})" if found else text
 
     return _LINK.sub(link, markdown)
 
