@@ -1,0 +1,41 @@
+"""The programs of examples/ do what they say, run as written on tiny images."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+from fastbyol.models import build_encoder
+from tests.commands import ROOT
+
+
+def _run(monkeypatch, script: str, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+
+
+def test_images_without_labels_are_learnt_embedded_and_searched(image_folder, tmp_path, monkeypatch, capsys):
+    short = ["--steps", "3", "--optim.warmup_steps", "1", "--global_batch", "8", "--model.hidden_dim", "16", "--model.projection_dim", "8"]
+    query = ["--query", "ant/000.jpg", "--count", "3", "--out", tmp_path / "run"]
+    _run(monkeypatch, "pretrain_embed_search.py", image_folder, *query, *short)
+    found = re.findall(r"^(\d\.\d{3})  (\w+/\d+\.jpg)$", capsys.readouterr().out, flags=re.M)
+    assert len(found) == 3
+    cosines, names = zip(*found, strict=True)
+    assert list(cosines) == sorted(cosines, reverse=True)
+    assert "ant/000.jpg" not in names
+
+
+def test_an_exported_encoder_is_fine_tuned_with_timm_alone(colours, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    torch.save(build_encoder("resnet18").state_dict(), tmp_path / "encoder.pth")
+    sizes = ["--views.size_px", "32", "--epochs", "2"]
+    _run(
+        monkeypatch, "finetune_with_timm.py", "--checkpoint", tmp_path / "encoder.pth", "--data", colours, "--out", tmp_path / "out", *sizes
+    )
+    accuracies = [float(text) for text in re.findall(r"epoch \d: (\d+\.\d)% on val", capsys.readouterr().out)]
+    assert len(accuracies) == 2
+    assert accuracies[-1] > 50, "three colours; a third by chance"
