@@ -15,10 +15,10 @@ from fastbyol.config.presets import PRESETS, preset_config
 from fastbyol.host.signals import StopRequest
 from fastbyol.reproduction.records import Record, Setup, read_record, read_records, read_setup, record_path, write_record, write_setup
 from fastbyol.reproduction.rows import row_config
-from fastbyol.reproduction.runner import PlannedRun, Runner, Stopped, part_of, planned_runs
+from fastbyol.reproduction.runner import PlannedRun, Runner, Stopped, StorageFull, part_of, planned_runs
 from fastbyol.reproduction.tables import TABLES, Row, preset_of
 from fastbyol.run.folder import CONFIG_FILE, read_config
-from tests.commands import SMALL_RUN
+from tests.commands import SMALL_RUN, files_no_larger_than
 
 BASE, DEMO, SCENES = (preset_config(name) for name in ("r50_300ep", "cpu_demo", "cpu_demo_scenes"))
 
@@ -266,6 +266,17 @@ def test_a_dry_run_lists_every_row_and_starts_none(colours, tmp_path, capsys):
     assert sum(line.startswith(("byol-seed", "tau_")) and " 2 steps" in line for line in lines) == 10
     assert lines[-1].startswith("10 runs to do, ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_ends_in_one_line_with_the_exit_code_for_it(colours, tmp_path):
+    runner = Runner(_setup(colours), tmp_path, StopRequest(grace_s=1.0), announce=print, after_each=lambda: None, command="")
+    with (
+        files_no_larger_than(100),
+        pytest.raises(StorageFull, match=r"cannot be written \(File too large\); make room") as ended,
+    ):
+        runner.run_all(planned_runs([TABLES["tau"]], _setup(colours), tmp_path, seeds=1))
+    assert ended.value.exit_code == 4
+    assert not read_records(tmp_path)
 
 
 def test_a_request_to_stop_is_heard_between_two_runs(colours, tmp_path):

@@ -5,6 +5,7 @@ Several processes, or several machines with a shared disk, may work on one folde
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -131,7 +132,7 @@ class Runner:
     def run_all(self, runs: Sequence[PlannedRun]) -> list[Record]:
         """Does the runs that are not done and returns their records. Raises Stopped if it was asked to stop, StorageFull if the disk is full."""
         records: list[Record] = []
-        with ExitStack() as leaving:
+        with ExitStack() as leaving, _full_disk_in_one_line(self.folder):
             to_do = [run for run in runs if not run.done]
             for number, run in enumerate(to_do, start=1):
                 if self.stop.requested:
@@ -244,6 +245,19 @@ class Runner:
         # torchrun itself ends with 1; its report has the exit codes of the ranks.
         codes = re.findall(r"exitcode\s*:\s*(\d+)", output.read_text(errors="replace")) if code == 1 else []
         return int(codes[-1]) if codes else code
+
+
+@contextmanager
+def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
+    """Raises StorageFull for an error of the operating system that says that nothing can be written; all finished runs are kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        raise StorageFull(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); make room, and the same command goes on"
+        ) from error
 
 
 def _last_step(folder: Path) -> int:
