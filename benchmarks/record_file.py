@@ -16,6 +16,7 @@ import torch
 from benchmarks.record import CaseResult
 from benchmarks.timing import measuring_overhead_ms
 from fastbyol.config.errors import UserError
+from fastbyol.run.precision import is_bf16_fast
 from fastbyol.run.provenance import collect_provenance
 
 FORMAT = 1
@@ -108,6 +109,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu_mhz": _cpu_mhz(),
         "cpu_max_khz": _text(CPU_CLOCKS / "cpuinfo_max_freq"),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "bf16_on_cpu": is_bf16_fast(torch.device("cpu")),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "gpus": _gpu_states(),

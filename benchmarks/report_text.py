@@ -83,7 +83,11 @@ def circumstances(record: dict[str, Any]) -> list[str]:
 def _clocks(machine: dict[str, Any]) -> list[str]:
     governor = machine["cpu_governor"] or "not visible"
     cards = [", ".join(f"{name} {value}" for name, value in card.items()) for card in machine["gpus"]]
-    return [f"{machine['memory_gib']} GiB memory, CPU at {machine['cpu_mhz']} MHz, governor {governor}", *cards]
+    lines = [f"{machine['memory_gib']} GiB memory, CPU at {machine['cpu_mhz']} MHz, governor {governor}", *cards]
+    # Records before December 2026 do not say; they are of CPUs that have it.
+    if not machine.get("bf16_on_cpu", True):
+        lines.append("this CPU has no instructions for bf16: rows named bf16 were computed in float32, ours and the rivals'")
+    return lines
 
 
 def interval(value: Estimate) -> str:

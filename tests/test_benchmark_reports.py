@@ -399,3 +399,6 @@ def test_findings_and_clocks_are_in_the_markdown():
     assert "| backward | no wait |" in text
     assert "name NVIDIA H100, clocks.max.sm 1980 MHz" in text
     assert "GiB memory" in text
+    for fast, said in ((True, False), (False, True)):
+        record["machine"]["bf16_on_cpu"] = fast
+        assert ("rows named bf16 were computed in float32" in report_markdown(record, [])) == said

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from benchmarks.record import CaseResult, measured
 from benchmarks.timing import subjects_of, torch_threads
+from fastbyol.config.schema import PrecisionConfig
 from fastbyol.evaluation.tasks.linear import Heads, LinearSettings, build_sgd, heads_loss
 from fastbyol.models import build_encoder
+from fastbyol.run.precision import autocast
 
 REFERENCE, CEILING, OURS, RIVAL = "one rate", "forward alone", "five rates side by side", "five runs of one rate"
 
@@ -49,7 +51,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     label = torch.randint(size.classes, (size.batch,))
 
     def features() -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad(), autocast(PrecisionConfig(autocast="bf16"), device=torch.device("cpu")):
             return encoder(image)
 
     def step(rates: tuple[float, ...]) -> Callable[[], None]:
