@@ -78,7 +78,7 @@ def test_every_dependency_and_extra_of_the_package_is_looked_at() -> None:
     assert {name.match(line)[0] for line in project["dependencies"]} == {part.package for part in CORE}
     looked_at = {part.package for part in OPTIONAL} | {"nvidia-dali-cuda120"}
     for extra, requirements in project["optional-dependencies"].items():
-        if extra not in ("dev", "lint", "rivals", "release", "all"):
+        if extra not in ("dev", "lint", "rivals", "docs", "release", "all"):
             assert {name.match(line)[0] for line in requirements} <= looked_at, extra
     assert {part.extra for part in OPTIONAL} <= set(project["optional-dependencies"])
 

@@ -243,7 +243,8 @@ def test_every_cell_of_tables_21_and_22_is_a_preset_of_the_heads_learning_rates(
 
 
 def test_every_ablation_is_in_a_table_of_the_paper():
-    known = {f"batch_{b}" for b in BATCH_TABLE} | {f"views_{v}" for v in TABLE_17} | set(ONE_CHANGE) | set(HEAD_LRS)
+    both = {f"batch_{b}" for b in BATCH_TABLE} | {f"views_{v}" for v in TABLE_17}
+    known = both | {f"simclr_{name}" for name in both} | set(ONE_CHANGE) | set(HEAD_LRS)
     assert {name.removeprefix("ablation_") for name in PRESETS if name.startswith("ablation_")} == known
 
 
