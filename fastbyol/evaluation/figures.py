@@ -73,7 +73,7 @@ def curves(records: list[Record], panels: tuple[Panel, ...]) -> bytes:
     figure = Figure(figsize=(3.6 * COLUMNS, 2.5 * rows), dpi=130, layout="constrained")
     for position, panel in enumerate(known, start=1):
         _draw(figure.add_subplot(rows, COLUMNS, position), [thinned], panel)
-    return _png(figure)
+    return png(figure)
 
 
 def overlaid(lines: Sequence[Curve], panel: Panel, *, x: str, x_title: str) -> bytes | None:
@@ -85,7 +85,7 @@ def overlaid(lines: Sequence[Curve], panel: Panel, *, x: str, x_title: str) -> b
         return None
     figure = Figure(figsize=(4.6, 3.0), dpi=130, layout="constrained")
     _draw(figure.add_subplot(), thinned, panel, x=x, x_title=x_title)
-    return _png(figure)
+    return png(figure)
 
 
 def _thinned(records: list[Record]) -> list[Record]:
@@ -121,7 +121,8 @@ def _draw(axes: Axes, lines: Sequence[Curve], panel: Panel, *, x: str = "step", 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Returns the figure as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)

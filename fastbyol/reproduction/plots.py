@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fastbyol.evaluation.figures import png
 from fastbyol.reproduction.results import RowResult, TableResult
 from fastbyol.reproduction.tables import BYOL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = {"BYOL": "#1f5fa8", "SimCLR": "#d1602b"}
 GRID = "#8a94a3"
@@ -34,7 +33,7 @@ def table_plot(result: TableResult) -> bytes | None:
         figure = Figure(figsize=(5.4, 1.2 + 0.3 * len(places)), dpi=140, layout="constrained")
         _draw_dots(figure.add_subplot(), result, places)
     figure.legend(fontsize=7.5, frameon=False, loc="outside upper center", ncols=4, columnspacing=1.0, handletextpad=0.4)
-    return _png(figure)
+    return png(figure)
 
 
 def _methods(rows: Sequence[RowResult]) -> list[str]:
@@ -145,12 +144,3 @@ def _finish(axes: Axes) -> None:
     axes.tick_params(labelsize=7.5)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _png(figure: Figure) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

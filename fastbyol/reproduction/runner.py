@@ -6,7 +6,6 @@ Several processes, or several machines with a shared disk, may work on one folde
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import resource
@@ -29,15 +28,14 @@ from fastbyol.evaluation.training_log import alarms
 from fastbyol.host.durable_files import locked_file, write_durably
 from fastbyol.host.signals import StopRequest, end_with_parent
 from fastbyol.reproduction.records import FREE, Record, Setup, read_record, record_path, write_record
-from fastbyol.reproduction.rows import row_config
+from fastbyol.reproduction.rows import UNCHANGED, row_config
 from fastbyol.reproduction.scoring import last_error, paper_linear, scores_of
-from fastbyol.reproduction.tables import BASE_RUNS, Table
+from fastbyol.reproduction.tables import BASE_RUNS, SIMCLR, Table
 from fastbyol.run.checkpoint import checkpoint_steps, load_run
 from fastbyol.run.folder import config_changes
 from fastbyol.run.log import read_metrics
 from fastbyol.run.provenance import collect_provenance
 
-log = logging.getLogger("fastbyol")
 RUNS = "runs"
 BATCH = 256
 """Images per forward of the evaluation."""
@@ -171,7 +169,7 @@ class Runner:
         command = [*self._launcher(), "-m", "fastbyol.train", "--config", str(self._config_file(run)), "--out", str(folder)]
         before = _last_step(folder)
         start, cpu_before = time.perf_counter(), _cpu_s()
-        code = self._train(command, output)
+        code = self._execute(command, output)
         wall_s, cpu_s = time.perf_counter() - start, _cpu_s() - cpu_before
         if self.stop.requested or code == STOPPED_EXIT:
             raise Stopped(f"stopped during {run.name}; the same command goes on from there")
@@ -200,7 +198,7 @@ class Runner:
         assert self._splits is not None
         assert self._splits.val is not None
         state = load_run(run.config.out)
-        is_base = run.run in (*BASE_RUNS.values(), "r50_1000ep")
+        is_base = run.run in (*UNCHANGED, BASE_RUNS[SIMCLR])
         paper = self.setup.linear == "paper"
         device = "cuda" if torch.cuda.is_available() else "cpu"
         found = scores_of(
@@ -208,8 +206,15 @@ class Runner:
         )
         scores, signs = found.pop("byol"), found.pop("signs")
         if paper:
-            output = self.folder / RUNS / f"{run.name}.log"
-            scores["linear"] = paper_linear(Path(run.config.out), data=self.setup.data, launcher=self._launcher(), log=output)
+            output = self.folder / RUNS / f"{run.name}.linear.log"
+            try:
+                scores["linear"] = paper_linear(
+                    Path(run.config.out), data=self.setup.data, launcher=self._launcher(), log=output, execute=self._execute
+                )
+            except UserError:
+                if self.stop.requested:
+                    raise Stopped(f"stopped in the evaluation of {run.name}; the same command goes on from there") from None
+                raise
         sizes = {"num_train": self._splits.train.num_samples, "num_val": self._splits.val.num_samples}
         return replace(record, scores=scores, baselines=found, signs=signs, steps=state.step, **sizes)
 
@@ -223,7 +228,7 @@ class Runner:
         write_durably(path, yaml.safe_dump({**to_plain(run.config), "out": ""}, sort_keys=False))
         return path
 
-    def _train(self, command: list[str], output: Path) -> int:
+    def _execute(self, command: list[str], output: Path) -> int:
         """Runs a command, passes a request to stop on to it, and returns its exit code, or that of its first rank to fail."""
         environment = dict(os.environ)
         if not torch.cuda.is_available():

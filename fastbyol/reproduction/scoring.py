@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
@@ -14,8 +13,6 @@ from fastbyol.evaluation.splits import Splits
 from fastbyol.evaluation.subjects import FeatureBank
 from fastbyol.export import encoder_of
 from fastbyol.run.checkpoint import RunState
-
-BASELINES = ("untrained", "pca")
 
 
 def scores_of(
@@ -38,16 +35,13 @@ def scores_of(
     return {**found, "signs": {name: value for name, value in label_free.measures["byol"].items() if name != "feature_dim"}}
 
 
-def paper_linear(run: Path, *, data: str, launcher: Sequence[str], log: Path) -> float:
+def paper_linear(run: Path, *, data: str, launcher: Sequence[str], log: Path, execute: Callable[[list[str], Path], int]) -> float:
     """Runs the paper's linear evaluation of a run as a command of its own, on all ranks, and returns its top-1 share. It goes on where it was stopped.
 
-    Raises UserError with the command's last line if it fails.
+    execute: runs a command with its output in a file, and returns its exit code. Raises UserError with the command's last line if it fails.
     """
     options = ["--settings", "paper", "--init", "byol", "--checkpoint", str(run), "--data", data]
-    with log.open("a") as output:
-        code = subprocess.run(
-            [*launcher, "-m", "fastbyol", "evaluate", "linear", *options], stdout=output, stderr=subprocess.STDOUT
-        ).returncode
+    code = execute([*launcher, "-m", "fastbyol", "evaluate", "linear", *options], log)
     if code:
         raise UserError(f"evaluate linear ended with code {code}: {last_error(log)}")
     for path in sorted((run / "evaluation").glob("linear*.json")):
