@@ -6,12 +6,16 @@ import argparse
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastbyol.config.arguments import OneLineParser, through_links
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require
 from fastbyol.host.signals import stoppable
+
+if TYPE_CHECKING:
+    from fastbyol.data.formats.manifest import Manifest
+    from fastbyol.data.inputs.listing import ImageListing
 
 EXAMPLES = """\
 examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
@@ -23,6 +27,9 @@ examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
   python -m fastbyol convert --data imagenet/train --to dali --out train_tar                   150 GB in about 570 shards
   python -m fastbyol convert --data demo/train --to dali --out demo/train_tar --shard-mb 16 --seed 1
 
+tar shards on a cluster of Ray whose nodes share a file system (RAY_ADDRESS says where; without it, on this machine):
+  python -m fastbyol convert --data /shared/imagenet/train --to dali --out /shared/train_tar --engine ray --parts 256
+
 tar shards on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun or SLURM):
   python -m fastbyol convert --data imagenet/train --to dali --out train_tar --shard 0/4       and 1/4, 2/4, 3/4
   python -m fastbyol convert --to dali --out train_tar --merge                                 --data DIR as well: checked against it
@@ -32,7 +39,7 @@ index each, samples.npy (location of each image), manifest.json (class names, se
 
 """
 WRITTEN = {"ffcv": "a .beton", "dali": "tar shards"}
-OPTIONS_OF = {"ffcv": ("shuffle_seed", "raw", "raw_fraction"), "dali": ("shard_mb", "seed", "shard", "merge")}
+OPTIONS_OF = {"ffcv": ("shuffle_seed", "raw", "raw_fraction"), "dali": ("shard_mb", "seed", "shard", "merge", "engine", "parts")}
 """Options that one format has and the other lacks."""
 
 
@@ -45,6 +52,7 @@ def add_convert(commands: Any) -> None:
 def _add_options(parser: OneLineParser) -> None:
     from fastbyol.data.conversion.command_line import WHAT_HAPPENS, add_conversion_arguments
     from fastbyol.data.inputs.images import INPUTS
+    from fastbyol.ranks.ray_cluster import ENGINE_HELP, ENGINES
 
     parser.epilog = "\n".join([EXAMPLES + INPUTS, WHAT_HAPPENS])
     kind = "ffcv: one .beton file for the FFCV backend; dali: WebDataset tar shards with indices for DALI (default: ffcv if --out ends in .beton)"
@@ -62,6 +70,8 @@ def _add_options(parser: OneLineParser) -> None:
     shards.add_argument("--shard-mb", type=int, default=256, metavar="N", help="size of a shard in MiB (default: 256)")
     shards.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images' random order in the shards (default: 0)")
     shards.add_argument("--shard", metavar="I/N", help="convert only part I of N, counted from 0, or 'auto'; each machine a different one")
+    shards.add_argument("--engine", choices=ENGINES, default="local", help=ENGINE_HELP)
+    shards.add_argument("--parts", type=int, metavar="N", help="with --engine ray: number of tasks, which share the images (default: 64)")
     shards.add_argument("--merge", action="store_true", help="merge the parts in --out into one data set")
     parser.set_defaults(command=convert_images, default_of=parser.get_default)
 
@@ -128,11 +138,12 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _to_tar_shards(options: argparse.Namespace) -> None:
     from fastbyol.data.conversion.command_line import conversion_options, print_outcome
-    from fastbyol.data.conversion.tar_parts import parse_part, write_tar_part
+    from fastbyol.data.conversion.tar_parts import write_tar_part
     from fastbyol.data.conversion.tar_writer import write_tar_shards
     from fastbyol.data.formats.tar_shards import TAR_REPORT
     from fastbyol.data.inputs.images import listing_from
     from fastbyol.host.quantities import bytes_text, count_text
+    from fastbyol.ranks.parts import parse_part
 
     data, out = partial(listing_from, options), options.out
     settings: dict[str, Any] = {
@@ -141,14 +152,33 @@ def _to_tar_shards(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "options": conversion_options(options),
     }
+    if options.engine == "ray":
+        manifest = _on_ray(data, options, settings)
+        print_outcome(out, manifest, out / TAR_REPORT)
+        return
+    if options.parts is not None:
+        raise UserError("--parts: has an effect with --engine ray only; --shard I/N converts one part")
     if not options.shard:
         manifest = write_tar_shards(data, out=out, overwrite=options.overwrite, **settings)
         print_outcome(out, manifest, out / TAR_REPORT)
         return
     if options.overwrite == "replace":
         raise UserError("--overwrite does not go with --shard, whose folder belongs to several machines; remove the folder yourself")
-    part = parse_part(options.shard)
+    part = parse_part(options.shard, option="--shard")
     shards = write_tar_part(data, out=out, part=part, **settings)
     size, images = sum(shard.bytes for shard in shards), sum(shard.samples for shard in shards)
     told = f"{images:,} images, {count_text(len(shards), 'shard')}, {size:,} bytes ({bytes_text(size)})"
     say(f"{out}: part {part.number}/{part.count}: {told}")
+
+
+def _on_ray(data: partial[ImageListing], options: argparse.Namespace, settings: dict[str, Any]) -> Manifest:
+    from fastbyol.data.conversion.ray_parts import DEFAULT_PARTS, write_tar_shards_on_ray
+
+    if options.shard:
+        raise UserError("--shard: does not go with --engine ray, whose tasks are the parts; --parts N says how many")
+    if options.overwrite == "replace":
+        raise UserError("--overwrite does not go with --engine ray, whose folder belongs to several machines; remove the folder yourself")
+    if options.resume:
+        raise UserError("--resume does not go with --engine ray, which continues the parts that were begun and begins the others")
+    parts = DEFAULT_PARTS if options.parts is None else options.parts
+    return write_tar_shards_on_ray(data, out=options.out, parts=parts, **settings)

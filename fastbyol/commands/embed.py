@@ -11,8 +11,9 @@ from typing import Any
 from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
 from fastbyol.config.arguments import path_text
 from fastbyol.config.console import say
-from fastbyol.config.errors import require_at_least
+from fastbyol.config.errors import require, require_at_least
 from fastbyol.host.signals import INTERRUPTED_EXIT, end_with_torchrun
+from fastbyol.ranks.ray_cluster import ENGINE_HELP, ENGINES
 
 PATIENCE_S = 6 * 3600.0
 """Longest wait of a rank for another, as for rank 0 when it joins the parts. Where a rank dies, torchrun ends the others at once."""
@@ -32,6 +33,7 @@ def add_embed(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads of each process; 0: all cores")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--engine", choices=ENGINES, default="local", help=ENGINE_HELP)
     parser.set_defaults(command=embed_images)
 
 
@@ -42,7 +44,8 @@ def embed_images(options: argparse.Namespace) -> None:
     .npz       arrays name, label, feature, projection, facts (JSON)
     .npy       the features alone; names, labels and settings lie beside it in a .json of the same name
 
-    Under torchrun each process embeds its share. A command that was killed goes on when it is repeated.
+    Under torchrun each process embeds its share; with --engine ray, processes of a cluster do, and this one writes. A command that was
+    killed goes on when it is repeated.
     """
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
@@ -52,11 +55,14 @@ def embed_images(options: argparse.Namespace) -> None:
     from fastbyol.evaluation.embedding import embed
     from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
 
-    device_named(options.device)  # refused before the ranks join
+    if options.engine == "local":
+        device_named(options.device)  # refused before the ranks join
     end_with_torchrun()
     process = join_process_group(timeout_s=PATIENCE_S)
-    if options.device == "cpu":
-        process = Process(process.rank, process.world_size, torch.device("cpu"))
+    if options.device == "cpu" or (options.engine == "ray" and options.device == "cuda"):
+        process = Process(process.rank, process.world_size, torch.device(options.device))
+    if options.engine == "ray":
+        require(process.world_size == 1, "--engine ray with WORLD_SIZE", process.world_size, "started as one process, without torchrun")
     try:
         with lost_ranks_named(process):
             file = embed(
@@ -69,7 +75,8 @@ def embed_images(options: argparse.Namespace) -> None:
                 changes=changes,
                 batch=options.batch,
                 workers=options.workers,
-                process=process,
+                process=None if options.engine == "ray" and options.device == "auto" else process,
+                engine=options.engine,
                 announce=lambda text: say(f"... {text}", file=sys.stderr),
             )
     except KeyboardInterrupt:

@@ -44,7 +44,9 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for runs, records and tables")
     what = "demo: the table's changes made to a small recipe, minutes a row on a CPU; paper: its own runs, days a row on eight GPUs"
     parser.add_argument("--scale", choices=tuple(PRESETS), default="demo", help=f"{what} (%(default)s)")
-    what = "rows to run: their names, or i/n for every n-th run from the i-th (0 to n - 1), one of n machines' share"
+    what = (
+        "rows to run: their names, or i/n for part i (0 to n - 1) of n of them, the share of one of n machines, or auto in tasks of SLURM"
+    )
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help=what)
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds of each row (%(default)s)")
     parser.add_argument("--ranks", type=int, help="processes of each run (default: one per GPU of this machine, or one on a CPU)")

@@ -10,11 +10,13 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -31,10 +33,12 @@ from fastbyol.data.build import build_image_loader
 from fastbyol.data.inputs.images import CONVERTERS_OPTION, LABEL_MODES
 from fastbyol.data.loader import ImageLoader
 from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, write_features
+from fastbyol.evaluation.ray_rows import RowEncoder, rows_on_ray
 from fastbyol.export import CROP, networks_of
 from fastbyol.host.durable_files import durable_file, locked_file, write_durably
 from fastbyol.host.progress import Progress
 from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
+from fastbyol.ranks.ray_cluster import ENGINES
 from fastbyol.run.checkpoint import RunState
 from fastbyol.run.foreign_weights import load_run_or_weights
 
@@ -42,6 +46,7 @@ log = logging.getLogger("fastbyol")
 PART_ROWS = 2048
 """Images of a part: what a kill can cost each rank. At 2,048 features of 4 bytes a part has 16 MiB."""
 _PLAN, _LOCK = "plan.json", "lock"
+_NO_ROWS = np.empty(0, np.int64)
 _BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -57,6 +62,7 @@ def embed(
     batch: int = 256,
     workers: int = 0,
     process: Process | None = None,
+    engine: str = "local",
     announce: Callable[[str], None] = log.info,
 ) -> FeatureFile:
     """Writes the features of every image of the data, centre-cropped and normalised as the encoder expects, and returns the file, opened.
@@ -72,6 +78,8 @@ def embed(
         batch: images per forward.
         workers: decoding threads; 0: all cores.
         process: this rank and its device; None: one process, on the GPU if there is one. Every rank must call with the same arguments.
+        engine: 'local', or 'ray': the encoder runs in processes of a cluster of Ray, see `ray_rows`, each with `workers` threads, and on GPUs
+            if `process` is None and the cluster has some; this one process writes.
         announce: called by rank 0 with a line that says what was taken of another program's weights, and one when the work goes on.
 
     Raises:
@@ -80,16 +88,14 @@ def embed(
     out = Path(out)
     check_output(out, unfinished=_work_path(out).exists())
     require_choice("dtype", dtype, DTYPES)
+    # A process without a device of its own need not have a GPU for the cluster to have some.
+    device = process.device.type if process else "auto"
     process = process or Process(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    run = load_run_or_weights(checkpoint, changes=changes)
+    require_choice("engine", engine, ENGINES)
     announce = announce if process.is_main else log.debug
-    encoder, projector = networks_of(run, announce=announce)
-    if projection and projector is None:
-        raise UserError(f"--projection: {checkpoint} holds an encoder without a projector; leave it out")
-    source = DataConfig(train=str(data), labels=labels)
-    with build_image_loader(
-        source, views=run.config.views, batch=batch, workers=workers, option="--data", label_option=CONVERTERS_OPTION
-    ) as loader:
+    run, networks = _networks(checkpoint, changes=changes, projection=projection, announce=announce)
+    encoder = networks[0]
+    with _images(data, run, labels=labels, batch=batch, workers=workers) as loader:
         projection_dim = run.config.model.projection_dim if projection else 0
         facts = _facts(
             run,
@@ -106,11 +112,17 @@ def embed(
         missing = broadcast_from_main(work.missing())
         if found := work.num_parts - len(missing):
             announce(f"{out}: goes on after {found:,} of {work.num_parts:,} parts of {PART_ROWS:,} images")
-        networks = [encoder, *([projector] if projection and projector is not None else [])]
         try:
             # Dealt out anew, so that every rank has as much to do, whatever an earlier run left.
             mine = missing[process.rank :: process.world_size]
-            _embed_parts(mine, loader, networks, work, process=process, dtype=dtype)
+            # One pass over all parts, not one for each: the loader decodes ahead while the encoder works, across the parts' ends too.
+            index = np.concatenate([np.arange(rows.start, rows.stop, dtype=np.int64) for rows in map(work.rows, mine)] or [_NO_ROWS])
+            if engine == "ray":
+                opened = partial(_open_on_node, facts, projection=projection, batch=batch)
+                outputs = rows_on_ray(index, opened, block=PART_ROWS, workers=workers, device=device)
+            else:
+                outputs = _outputs(loader.batches_of(index), networks, device=process.device)
+            _write_parts(mine, outputs, work, is_main=process.is_main, dtype=dtype)
             gather_on_main(0)  # rank 0 waits here for the parts of the others
             if process.is_main:
                 if missing := work.missing():
@@ -175,19 +187,55 @@ def _facts(
     )
 
 
-@torch.inference_mode()
-def _embed_parts(
-    mine: list[int], loader: ImageLoader, networks: list[nn.Module], work: _WorkFolder, *, process: Process, dtype: str
-) -> None:
-    """Embeds this rank's parts and writes them."""
+def _networks(
+    checkpoint: str | Path, *, changes: Mapping[str, Any] | None, projection: bool, announce: Callable[[str], None]
+) -> tuple[RunState, list[nn.Module]]:
+    """Returns the run, and its encoder, followed by its projector if that is wanted."""
+    run = load_run_or_weights(checkpoint, changes=changes)
+    encoder, projector = networks_of(run, announce=announce)
+    if not projection:
+        return run, [encoder]
+    if projector is None:
+        raise UserError(f"--projection: {checkpoint} holds an encoder without a projector; leave it out")
+    return run, [encoder, projector]
+
+
+def _images(data: str | Path, run: RunState, *, labels: str, batch: int, workers: int) -> ImageLoader:
+    source = DataConfig(train=str(data), labels=labels)
+    return build_image_loader(source, views=run.config.views, batch=batch, workers=workers, option="--data", label_option=CONVERTERS_OPTION)
+
+
+def _open_on_node(facts: Facts, *, projection: bool, batch: int, workers: int, device: str) -> RowEncoder:
+    """Opens checkpoint and images on a node of a cluster; returns what embeds rows there.
+
+    Raises UserError if the node cannot open them, or finds others there than the process with the command has.
+    """
+    try:
+        run, networks = _networks(facts.checkpoint, changes=facts.changes, projection=projection, announce=log.debug)
+        loader = _images(facts.data, run, labels=facts.labels, batch=batch, workers=workers)
+        if weights_digest(networks[0]) != facts.weights:
+            raise UserError(f"{facts.checkpoint}: has other weights here")
+        if loader.fingerprint() != facts.fingerprint:
+            raise UserError(f"{facts.data}: has other images here")
+    except UserError as error:
+        raise UserError(f"{error} (on node {platform.node()}; with --engine ray all nodes must share checkpoint and data)") from None
+
+    def embedded(index: NDArray[np.int64]) -> list[Tensor]:
+        return [
+            torch.cat(columns) for columns in zip(*_outputs(loader.batches_of(index), networks, device=torch.device(device)), strict=True)
+        ]
+
+    return embedded
+
+
+def _write_parts(mine: list[int], batches: Iterable[list[Tensor]], work: _WorkFolder, *, is_main: bool, dtype: str) -> None:
+    """Writes this rank's parts, whose rows come in order in batches of any size."""
     ranges = [work.rows(part) for part in mine]
-    # One pass over all parts, not one for each: the loader decodes ahead while the encoder works, across the parts' ends too.
-    index = np.concatenate([np.arange(rows.start, rows.stop, dtype=np.int64) for rows in ranges] or [np.empty(0, np.int64)])
     held: list[list[Tensor]] = []
-    with Progress("embedding", len(index), unit="images") if process.is_main else _Silent() as progress:
+    with Progress("embedding", sum(map(len, ranges)), unit="images") if is_main else _Silent() as progress:
         pending = iter(zip(mine, ranges, strict=True))
         part, rows = next(pending, (0, range(0)))
-        for outputs in _outputs(loader.batches_of(index), networks, device=process.device):
+        for outputs in batches:
             held.append(outputs)
             while sum(len(each[0]) for each in held) >= len(rows) > 0:
                 joined = [torch.cat(columns) for columns in zip(*held, strict=True)]
@@ -197,6 +245,7 @@ def _embed_parts(
             progress.advance(len(outputs[0]))
 
 
+@torch.inference_mode()
 def _outputs(batches: Iterable[ImageBatch], networks: list[nn.Module], *, device: torch.device) -> Iterator[list[Tensor]]:
     """Yields each network's output for every batch, float32 on the CPU; each network reads the output of the one before."""
     for network in networks:

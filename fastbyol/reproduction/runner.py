@@ -27,6 +27,7 @@ from fastbyol.evaluation.splits import Splits, open_splits, split_paths
 from fastbyol.evaluation.training_log import alarms
 from fastbyol.host.durable_files import locked_file, write_durably
 from fastbyol.host.signals import StopRequest, end_with_parent
+from fastbyol.ranks.parts import parse_part
 from fastbyol.reproduction.records import FREE, Record, Setup, read_record, record_path, write_record
 from fastbyol.reproduction.rows import UNCHANGED, row_config
 from fastbyol.reproduction.scoring import last_error, paper_linear, scores_of
@@ -97,14 +98,11 @@ def _is_done(folder: Path, run: str, seed: int, config: TrainConfig) -> bool:
 
 
 def part_of(runs: Sequence[PlannedRun], rows: Sequence[str]) -> list[PlannedRun]:
-    """Returns the runs that --rows names: 'i/n' is every n-th from the i-th (0 to n - 1), else the names of runs. Raises UserError for a wrong one."""
+    """Returns the runs that --rows names: part i of n of them for 'i/n' or 'auto', else the runs of these names. Raises UserError for a wrong one."""
     if not rows:
         return list(runs)
-    if len(rows) == 1 and (part := re.fullmatch(r"(\d+)/(\d+)", rows[0])):
-        number, of = int(part[1]), int(part[2])
-        if number >= of:
-            raise UserError(f"--rows {rows[0]}: must be i/n with i from 0 to n - 1")
-        return list(runs[number::of])
+    if len(rows) == 1 and ("/" in rows[0] or rows[0] == "auto"):
+        return list(runs[parse_part(rows[0], option="--rows").rows(len(runs))])
     known = list(dict.fromkeys(run.run for run in runs))
     if wrong := [name for name in rows if name not in known]:
         raise UserError(f"--rows {wrong[0]}: no such row at this scale{nearest_name(wrong[0], known)}; there are {', '.join(known)}")

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.arguments import through_links
-from fastbyol.config.errors import UserError, environment_integer, shortened
+from fastbyol.config.errors import UserError, shortened
 from fastbyol.data.conversion.image_pass import ROW, convert_images, kept_rows, touched_images
 from fastbyol.data.conversion.report import make_manifest, write_report
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, tar_settings
@@ -32,43 +31,21 @@ from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import durable_file, flush_to_disk, write_durably
 from fastbyol.host.signals import deferred_stop
+from fastbyol.ranks.parts import Part
 
 _PART_NAME = re.compile(r"part-\d{5,9}-of-\d{5,9}\.json")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One of `count` equal parts of the order of conversion, numbered from 0."""
-
-    number: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.number < self.count:
-            raise UserError(f"shard = {self.number}/{self.count}: must be one of 0/{self.count} to {self.count - 1}/{self.count}")
-
-    @property
-    def name(self) -> str:
-        return f"{self.number:05d}-of-{self.count:05d}"
-
-    def share(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        first, end = (number * len(order) // self.count for number in (self.number, self.number + 1))
-        if first == end:
-            raise UserError(f"shard = {self.number}/{self.count}: {len(order)} images are too few for {self.count} machines")
-        return order[first:end]
+def part_name(part: Part) -> str:
+    """Returns the part's name in the names of its files."""
+    return f"{part.number:05d}-of-{part.count:05d}"
 
 
-def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
-    """Parses 'i/n', or 'auto', which uses the variables of torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS)."""
-    if text == "auto":
-        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if environment.get(number) and environment.get(count):
-                return Part(environment_integer(number, 0, environment), environment_integer(count, 1, environment))
-        raise UserError("shard = 'auto': neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give it as i/n")
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal()):
-        raise UserError(f"shard = {text!r}: must be i/n, such as 0/4 for the first of four machines, or auto")
-    return Part(int(number), int(count))
+def _share(part: Part, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    mine = order[part.rows(len(order))]
+    if not len(mine):
+        raise UserError(f"part {part.number} of {part.count}: {len(order)} images are too few for so many parts; take fewer")
+    return mine
 
 
 def write_tar_part(
@@ -93,13 +70,13 @@ def write_tar_part(
         if not out.parent.is_dir():
             raise UserError(f"{out.parent}: no such folder to write {out.name} in; make it first")
         out.mkdir(exist_ok=True)
-        name = out / f"part-{part.name}"
+        name = out / f"part-{part_name(part)}"
         description, folder = name.with_suffix(".json"), work_path(name)
         is_complete = description.exists() or (folder / description.name).exists()
         if not is_complete or options.unfinished == "restart":
-            task = make_task(data, order=lambda n: part.share(seeded_permutation(n, seed)), out=name, options=options, workers=workers)
-            with open_work(task, kind="tar part", settings={**settings, "part": part.name}) as work:
-                output = TarOutput(work, shard_mib=shard_mib, part=part.name)
+            task = make_task(data, order=lambda n: _share(part, seeded_permutation(n, seed)), out=name, options=options, workers=workers)
+            with open_work(task, kind="tar part", settings={**settings, "part": part_name(part)}) as work:
+                output = TarOutput(work, shard_mib=shard_mib, part=part_name(part))
                 rows, listing = convert_images(task, output, work, stop=stop), task.listing
                 indices = rows["index"].tolist()
                 names = "\0".join(listing.files[index] for index in indices).encode(errors="surrogateescape")
@@ -116,15 +93,24 @@ def write_tar_part(
                     touched=touched_images(work),
                 )
                 write_durably(folder / description.name, json.dumps(asdict(done)))
-        # Moved one by one, and an interrupted move goes on here. The description comes last: it tells the merge that all the rest is there.
-        shards = sorted((folder / SHARDS_FOLDER).glob("*"))
-        for file in (*shards, _table_path(folder / description.name), folder / description.name):
-            if file.exists():
-                flush_to_disk(file)
-                os.replace(file, out / file.name)
-        flush_to_disk(out)
-        shutil.rmtree(folder, ignore_errors=True)
+                # While the folder is locked: the process that takes the place of one that was given up may be waiting for it.
+                _put_part_in_place(folder, description)
+                work.discard()
+        else:
+            _put_part_in_place(folder, description)
+            shutil.rmtree(folder, ignore_errors=True)
         return _read_part(description).shards
+
+
+def _put_part_in_place(folder: Path, description: Path) -> None:
+    """Moves a part's files from its work folder to their final place, or goes on with an interrupted move."""
+    shards = sorted((folder / SHARDS_FOLDER).glob("*"))
+    # The description comes last: it tells the merge that all the rest is there.
+    for file in (*shards, _table_path(folder / description.name), folder / description.name):
+        if file.exists():
+            flush_to_disk(file)
+            os.replace(file, description.parent / file.name)
+    flush_to_disk(description.parent)
 
 
 def merge_tar_parts(out: Path, *, data: Images | None = None, options: ConversionOptions | None = None) -> Manifest:
@@ -220,7 +206,7 @@ def _all_parts(out: Path) -> list[Path]:
             f"{out}: holds parts of {sorted(counts) or 'no'} machines; convert with --shard i/n for every i of one n, then merge"
         )
     (count,) = counts
-    expected = [out / f"part-{Part(number, count).name}.json" for number in range(count)]
+    expected = [out / f"part-{part_name(Part(number, count))}.json" for number in range(count)]
     if missing := [number for number, path in enumerate(expected) if path not in found]:
         raise UserError(
             f"{out}: {len(missing)} of {count} parts are missing, the first --shard {missing[0]}/{count}; convert them, then merge"

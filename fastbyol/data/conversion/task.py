@@ -38,6 +38,8 @@ class ConversionOptions:
     """Treatment of an unfinished conversion to the same output: 'continue' it if there is one, 'require' one, or 'restart' without it."""
     flush_every_s: float = 10.0
     """Seconds between two saved points; a crash loses at most this much work."""
+    patience_s: float = 0.0
+    """Seconds to wait for another process that is writing the same output, before that is an error."""
 
     def __post_init__(self) -> None:
         if self.max_dropped is not None:
@@ -91,5 +93,12 @@ def open_work(task: Task, *, kind: str, settings: Mapping[str, Any]) -> WorkFold
     """Opens the work folder in which the output is written. Its identity is everything that the result depends on."""
     names = chain(task.listing.class_names, task.listing.files, map(str, task.listing.labels))
     identity = {"kind": kind, "images": len(task.listing.files), "names_and_labels": names_digest(names), **settings, **software_versions()}
-    unfinished, flush_every_s = task.options.unfinished, task.options.flush_every_s
-    return WorkFolder(work_path(task.out), output=task.out, identity=identity, unfinished=unfinished, flush_every_s=flush_every_s)
+    options = task.options
+    return WorkFolder(
+        work_path(task.out),
+        output=task.out,
+        identity=identity,
+        unfinished=options.unfinished,
+        flush_every_s=options.flush_every_s,
+        patience_s=options.patience_s,
+    )

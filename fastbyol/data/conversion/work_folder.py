@@ -49,7 +49,14 @@ class WorkFolder:
     """A work folder, locked for one process. `done` is the number of images that an earlier run finished here; 0 for a new conversion."""
 
     def __init__(
-        self, path: Path, *, output: Path, identity: Mapping[str, Any], unfinished: str = "continue", flush_every_s: float = 10.0
+        self,
+        path: Path,
+        *,
+        output: Path,
+        identity: Mapping[str, Any],
+        unfinished: str = "continue",
+        flush_every_s: float = 10.0,
+        patience_s: float = 0.0,
     ) -> None:
         """Opens the folder at `path` to continue in it, or makes it.
 
@@ -59,13 +66,14 @@ class WorkFolder:
             identity: everything that the result depends on, as plain values.
             unfinished: treatment of an earlier run's files: 'continue' with them, 'require' them, or 'restart' without them.
             flush_every_s: time between journal entries.
+            patience_s: time to wait for another process that is working here.
 
         Raises:
             UserError: another process is working here; the earlier run had another identity, or its files are damaged; or an earlier run is
                 required and there is none.
         """
         self.path, self._output, self._flush_every_s = path, output, flush_every_s
-        self._lock = _locked(path, output)
+        self._lock = _locked(path, output, patience_s=patience_s)
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-flush")
         self.digests = BackgroundDigests(self)
         self._files: dict[str, GrowingFile] = {}
@@ -312,10 +320,10 @@ def _empty_into(complete: Path, output: Path) -> None:
     flush_to_disk(output)
 
 
-def _locked(folder: Path, output: Path) -> int:
+def _locked(folder: Path, output: Path, *, patience_s: float = 0.0) -> int:
     """Makes the folder and returns a descriptor that holds its lock. Raises UserError if another process holds it."""
     try:
-        return locked_file(folder / _LOCK)
+        return locked_file(folder / _LOCK, patience_s=patience_s)
     except BlockingIOError:
         raise UserError(f"{output}: another conversion is writing it at this moment (it holds {folder}); wait for it, or end it") from None
 

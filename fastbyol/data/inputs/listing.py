@@ -161,6 +161,11 @@ class ImageListing:
             lines.update(f"{name}\0{self.num_bytes(index)}\0{label}\n".encode(errors="surrogateescape"))
         return lines.hexdigest()
 
+    def with_absolute_paths(self) -> ImageListing:
+        """Returns the same listing with paths that mean the same in every process, whatever its working folder."""
+        places = self.places and replace(self.places, containers=tuple(path.absolute() for path in self.places.containers))
+        return replace(self, root=self.root.absolute(), places=places)
+
     def restricted(self, indices: Sequence[int]) -> ImageListing:
         """Returns the samples at these positions, in this order. Labels and class names do not change."""
         return replace(

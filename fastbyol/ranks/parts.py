@@ -1,0 +1,47 @@
+"""Part i of n of a piece of work: the one rule by which machines share it, whether SLURM, Kubernetes, Ray or the user starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastbyol.config.errors import UserError, environment_integer, require
+
+_LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+"""Variables with a process's number and the number of processes: torchrun's, then those of SLURM's tasks."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` equal parts, numbered from 0."""
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        require(0 <= self.number < self.count, "part", f"{self.number}/{self.count}", "i/n with i from 0 to n - 1")
+
+    def rows(self, total: int) -> slice:
+        """Returns which of `total` items are this part's.
+
+        All parts are contiguous, follow each other without gap or overlap, and differ by one item at most. With fewer items than parts some
+        are empty.
+        """
+        return slice(self.number * total // self.count, (self.number + 1) * total // self.count)
+
+
+def parse_part(text: str, *, option: str, environment: Mapping[str, str] = os.environ) -> Part:
+    """Returns the part that 'i/n' names, or, for 'auto', the variables of torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS).
+
+    Raises UserError, naming the option, for another text.
+    """
+    if text == "auto":
+        for number, count in _LAUNCHERS:
+            if environment.get(number) and environment.get(count):
+                return Part(environment_integer(number, 0, environment), environment_integer(count, 1, environment))
+        raise UserError(f"{option} auto: neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give it as i/n")
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"{option} {text}: must be i/n with i from 0 to n - 1, such as 0/4 for the first of four machines, or auto")
+    return Part(int(number), int(count))

@@ -1,0 +1,120 @@
+"""The cluster of an `--engine ray`: connecting to it, and its errors as one line. Scheduling, placement and retries are Ray's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastbyol.config.console import say
+from fastbyol.config.errors import Lost, RunError, UserError, first_line, shortened
+
+ENGINES = ("local", "ray")
+ENGINE_HELP = (
+    "local: this process and, under torchrun, its ranks; ray: the cluster at RAY_ADDRESS, else one on this machine (default: local)"
+)
+
+ANSWER_S = 10.0
+"""Seconds that the cluster's head has to accept a connection."""
+
+
+@contextmanager
+def ray_cluster() -> Iterator[Any]:
+    """Connects this process to the cluster at RAY_ADDRESS, or to one of this machine, which is started if none runs; yields the module ray.
+
+    What the block raises because of the cluster becomes one line: an error of ours that was raised on a node stays what it is, and a node
+    that is lost for good is a `Lost`.
+
+    Raises UserError if Ray is not installed, or if no cluster answers at RAY_ADDRESS.
+    """
+    # A cluster that starts here must neither report its use nor serve a dashboard; one that runs already is its owner's.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(f"--engine ray: Ray is not installed ({first_line(error)}); pip install 'fastbyol[ray]'") from None
+    was_connected = ray.is_initialized()
+    if not was_connected:
+        _connect(ray)
+    try:
+        yield ray
+    except ray.exceptions.RayError as error:
+        raise _one_line(error) from error
+    finally:
+        if not was_connected:
+            ray.shutdown()
+
+
+def _connect(ray: Any) -> None:
+    address = os.environ.get("RAY_ADDRESS", "")
+    _require_answer(address)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        if not address:
+            raise
+        raise _no_cluster(address, error) from error
+    finally:
+        if in_main_thread and before is not None:
+            signal.signal(signal.SIGTERM, before)  # Ray puts a handler of its own there, which would pass ours by
+
+
+def _require_answer(address: str) -> None:
+    """Raises UserError if nothing listens at HOST:PORT: Ray itself would try again for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "://" not in address:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        except (OSError, OverflowError) as error:
+            raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> UserError:
+    return UserError(
+        f"RAY_ADDRESS = {address}: no cluster of this version of Ray answers there ({first_line(error)}); start one with ray start --head, "
+        "or unset RAY_ADDRESS to use this machine alone"
+    )
+
+
+def _one_line(error: Exception) -> Exception:
+    """Returns the error of ours at the bottom of an error of Ray's, or a `Lost` that says what Ray says."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause) in (UserError, *RunError.__subclasses__()):
+            return cause  # type: ignore[return-value]
+        if isinstance(cause, ModuleNotFoundError):
+            return UserError(f"--engine ray: a node of the cluster lacks a package ({first_line(cause)}); install the same there as here")
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return Lost(f"--engine ray: {shortened(error)}; the same command continues")
+
+
+def node_resources(ray: Any, name: str) -> list[int]:
+    """Returns how many CPUs or GPUs ('CPU', 'GPU') each living node has."""
+    return [int(node["Resources"].get(name, 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def warn_if_none_fits(ray: Any, *, cpus: int) -> None:
+    """Says so if no node has this many CPUs: Ray waits for one, as a cluster may grow, and does not say that it waits."""
+    largest = max(node_resources(ray, "CPU"), default=0)
+    if largest < cpus:
+        say(f"fastbyol: note: --workers {cpus}: the largest node has {largest} CPUs; waiting for one that has {cpus}")
+
+
+def on_this_node(error: UserError) -> UserError:
+    """Returns the error with the name of this node, where it was raised."""
+    return UserError(f"{error} (on node {platform.node()})")
+
+
+def require_seen(path: Path, *, option: str) -> None:
+    """Raises UserError unless this node sees a file or folder that the process with the command does."""
+    if not path.exists():
+        raise UserError(f"{option}: {path} is not there; with --engine ray it must lie on storage that all nodes share")
