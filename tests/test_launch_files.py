@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
@@ -11,8 +12,11 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+from fastbyol.__main__ import _build_parser
+from fastbyol.ranks.parts import Part, parse_part
 from fastbyol.run.command_line import parse_train_config
 from tests.commands import SCRIPTS
+from tests.kubernetes_models import check_manifest
 
 TYPED = ["--preset", "r50_100ep", "--data.train", "a folder/train.beton", "--out", "runs/r50"]
 # sbatch(1), Slurm 24.05
@@ -165,7 +169,64 @@ def test_the_kubernetes_manifest_is_a_pytorchjob_whose_command_both_parsers_know
     _check_command(command, preset="r50_300ep", train="/data/train.beton")
     known = get_args_parser().parse_args(command)
     assert (known.shutdown_timeout if KNOWS_TIMEOUT else WAITS_S) < pod["terminationGracePeriodSeconds"]
-    assert int(known.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert known.nproc_per_node == container["resources"]["limits"]["nvidia.com/gpu"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     target = container["image"].partition(":")[2]
     assert f" AS {target}\n" in (SCRIPTS.parent / "Dockerfile").read_text()
+
+
+MANIFESTS = [
+    pytest.param(document, id=f"{path.name} {document['metadata']['name']}")
+    for path in sorted(SCRIPTS.glob("*.yaml"))
+    for document in yaml.safe_load_all(path.read_text())
+]
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
+def test_a_kubernetes_manifest_has_only_what_its_published_model_has(manifest):
+    check_manifest(manifest)
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda pod: pod["spec"]["containers"][0].update(imagee="x"), r"containers\[0\]: V1Container has no field imagee"),
+        (lambda pod: pod["spec"]["containers"][0]["command"].append(8), r"command\[\d+\]: 8 is no str"),
+        (lambda pod: pod["spec"]["containers"][0].pop("name"), r"containers\[0\]: .*`name`, must not be `None`"),
+        (lambda pod: pod["spec"].update(terminationGracePeriodSeconds="60"), "terminationGracePeriodSeconds: '60' is no int"),
+    ],
+)
+def test_the_published_model_refuses_a_wrong_manifest(manifest, change, said):
+    wrong = copy.deepcopy(manifest)
+    change((wrong["spec"].get("pytorchReplicaSpecs", {}).get("Worker") or wrong["spec"])["template"])
+    with pytest.raises(ValueError, match=said):
+        check_manifest(wrong)
+
+
+def test_the_pods_of_the_indexed_job_convert_each_part_once_and_the_merge_takes_the_same_folder():
+    convert, merge = yaml.safe_load_all((SCRIPTS / "kubernetes_convert.yaml").read_text())
+    number = convert["spec"]["completions"]
+    assert (convert["spec"]["completionMode"], convert["spec"]["template"]["spec"]["restartPolicy"]) == ("Indexed", "Never")
+    parts, typed = [], None
+    for index in range(number):
+        typed = _fastbyol_options(convert, {"JOB_COMPLETION_INDEX": str(index)})
+        parts.append(parse_part(typed.shard, option="--shard", environment={}))
+    assert parts == [Part(index, number) for index in range(number)]
+    last = _fastbyol_options(merge, {})
+    assert (last.merge, last.out, last.to) == (True, typed.out, typed.to)
+    assert convert["metadata"]["labels"] != merge["metadata"]["labels"], "the header applies them one after the other"
+    for job in (convert, merge):
+        pod = job["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+        assert f" AS {container['image'].partition(':')[2]}\n" in (SCRIPTS.parent / "Dockerfile").read_text()
+
+
+def _fastbyol_options(job, environment):
+    """Returns what our parser makes of the command of a job's pod, in which Kubernetes replaces $(NAME) by the variable."""
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    words = [*container["command"], *container.get("args", [])]
+    words = [re.sub(r"\$\((\w+)\)", lambda name: environment[name[1]], word) for word in words]
+    assert words[:3] == ["python", "-m", "fastbyol"]
+    return _build_parser().parse_args(words[3:])

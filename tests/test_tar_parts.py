@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,12 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.dali_source import DaliSource
 from fastbyol.data.conversion import tar_parts
 from fastbyol.data.conversion.encode import EncodeSettings
-from fastbyol.data.conversion.tar_parts import Part, merge_tar_parts, parse_part, write_tar_part
+from fastbyol.data.conversion.tar_parts import merge_tar_parts, write_tar_part
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.manifest import read_manifest
+from fastbyol.host.durable_files import locked_file
+from fastbyol.ranks.parts import Part
 from tests.commands import run_here
 from tests.images import write_many
 
@@ -176,16 +180,19 @@ def test_a_complete_folder_accepts_no_further_part(images: Path, parts: Path) ->
         merge_tar_parts(parts)
 
 
-def test_the_number_of_the_machine_is_given_or_taken_from_torchrun_or_slurm() -> None:
-    assert parse_part("1/4", {}) == Part(1, 4)
-    assert parse_part("auto", {"RANK": "2", "WORLD_SIZE": "3", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"}) == Part(2, 3)
-    assert parse_part("auto", {"SLURM_PROCID": "7", "SLURM_NTASKS": "9"}) == Part(7, 9)
-    with pytest.raises(UserError, match="neither torchrun's"):
-        parse_part("auto", {})
+def test_more_parts_than_images_are_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"part 0 of 99: {NUM} images are too few for so many parts; take fewer"):
+        write_tar_part(images, out=tmp_path / "parts", part=Part(0, 99), workers=1)
 
 
-def test_the_parts_are_disjoint_and_together_cover_the_order() -> None:
-    order = np.arange(10)[::-1]
-    shares = [Part(number, 4).share(order).tolist() for number in range(4)]
-    assert [index for share in shares for index in share] == order.tolist()
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_a_part_waits_for_the_process_that_writes_it_if_it_is_told_to(images: Path, tmp_path: Path) -> None:
+    """As for the process of a node that Ray has given up: it may go on for a moment."""
+    (tmp_path / "parts").mkdir()
+    held = locked_file(tmp_path / "parts" / ".part-00000-of-00001.partial" / "lock")
+    with pytest.raises(UserError, match="another conversion is writing it at this moment"):
+        write_tar_part(images, out=tmp_path / "parts", part=Part(0, 1), workers=1)
+    release = threading.Timer(0.5, os.close, [held])
+    release.start()
+    shards = write_tar_part(images, out=tmp_path / "parts", part=Part(0, 1), workers=1, options=ConversionOptions(patience_s=60.0))
+    release.join()
+    assert sum(shard.samples for shard in shards) == NUM - 3

@@ -5,6 +5,7 @@ Which actor gets which rows, how many actors there are, and that rows of a lost 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,6 +41,8 @@ def rows_on_ray(index: Index, opened: Callable[..., RowEncoder], *, block: int, 
             raise UserError("--device cuda: the cluster of Ray has no GPU; take auto or cpu")
         cpus = workers or _cpus_of_a_gpu(ray) if gpus else workers or 1
         warn_if_none_fits(ray, cpus=cpus)
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # or it warns that its bars are switched off
         context = ray_data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False  # ours shows how much is written
