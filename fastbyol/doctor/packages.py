@@ -70,6 +70,7 @@ OPTIONAL = (
     Part("onnx", "onnx", "export", "no export to ONNX"),
     Part("onnxscript", "onnxscript", "export", "no export to ONNX"),
     Part("onnxruntime", "onnxruntime", "export", "an ONNX export cannot be compared with the encoder"),
+    Part("ray", "ray", "ray", "no --engine ray of convert and embed: they run on this machine, or in parts that you start"),
     Part("umap-learn", "umap", "umap", "the report's map of the images is by PCA only"),
     Part("torch-optimizer", "torch_optimizer", "torch-optimizer", "no optim.name torch_optimizer_lars, a cross-check of ours"),
 )

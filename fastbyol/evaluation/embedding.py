@@ -38,7 +38,7 @@ from fastbyol.export import CROP, networks_of
 from fastbyol.host.durable_files import durable_file, locked_file, write_durably
 from fastbyol.host.progress import Progress
 from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
-from fastbyol.ranks.ray_cluster import ENGINES
+from fastbyol.ranks.ray_cluster import ENGINES, import_ray
 from fastbyol.run.checkpoint import RunState
 from fastbyol.run.foreign_weights import load_run_or_weights
 
@@ -92,6 +92,8 @@ def embed(
     device = process.device.type if process else "auto"
     process = process or Process(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     require_choice("engine", engine, ENGINES)
+    if engine == "ray":
+        import_ray("ray.data")  # before there is a work folder
     announce = announce if process.is_main else log.debug
     run, networks = _networks(checkpoint, changes=changes, projection=projection, announce=announce)
     encoder = networks[0]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastbyol.config.errors import UserError
-from fastbyol.ranks.ray_cluster import node_resources, ray_cluster, warn_if_none_fits
+from fastbyol.ranks.ray_cluster import import_ray, node_resources, ray_cluster, warn_if_none_fits
 
 Index = NDArray[np.int64]
 RowEncoder = Callable[[Index], list[Tensor]]
@@ -34,15 +34,16 @@ def rows_on_ray(index: Index, opened: Callable[..., RowEncoder], *, block: int, 
     if not len(index):
         return
     with ray_cluster() as ray:
-        import ray.data as ray_data
-
+        ray_data = import_ray("ray.data")
         gpus = 0 if device == "cpu" else sum(node_resources(ray, "GPU"))
         if device == "cuda" and not gpus:
             raise UserError("--device cuda: the cluster of Ray has no GPU; take auto or cpu")
         cpus = workers or _cpus_of_a_gpu(ray) if gpus else workers or 1
         warn_if_none_fits(ray, cpus=cpus)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # or it warns that its bars are switched off
+        # These would say that its bars are switched off, and print the traceback of an error that is shown as one line here.
+        for name in ("ray.data._internal.progress", "ray.data.exceptions"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         context = ray_data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False  # ours shows how much is written

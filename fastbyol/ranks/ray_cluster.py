@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import platform
@@ -10,7 +11,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fastbyol.config.console import say
@@ -25,28 +25,33 @@ ANSWER_S = 10.0
 """Seconds that the cluster's head has to accept a connection."""
 
 
+def import_ray(module: str = "ray") -> Any:
+    """Returns Ray, or a module of it. Raises UserError if it is not installed."""
+    # A cluster that starts here must neither report its use nor serve a dashboard; one that runs already is its owner's.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"--engine ray: Ray is not installed ({first_line(error)}); pip install 'fastbyol[ray]'") from None
+
+
 @contextmanager
 def ray_cluster() -> Iterator[Any]:
     """Connects this process to the cluster at RAY_ADDRESS, or to one of this machine, which is started if none runs; yields the module ray.
 
-    What the block raises because of the cluster becomes one line: an error of ours that was raised on a node stays what it is, and a node
-    that is lost for good is a `Lost`.
+    What the block raises because of the cluster becomes one line: an error of ours that was raised on a node is raised here, and a node
+    that is lost for good is a `Lost`. Anything else that was raised on a node keeps its traceback.
 
     Raises UserError if Ray is not installed, or if no cluster answers at RAY_ADDRESS.
     """
-    # A cluster that starts here must neither report its use nor serve a dashboard; one that runs already is its owner's.
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(f"--engine ray: Ray is not installed ({first_line(error)}); pip install 'fastbyol[ray]'") from None
+    ray = import_ray()
     was_connected = ray.is_initialized()
     if not was_connected:
         _connect(ray)
     try:
         yield ray
     except ray.exceptions.RayError as error:
-        raise _one_line(error) from error
+        raise _one_line(ray, error) from error
     finally:
         if not was_connected:
             ray.shutdown()
@@ -54,7 +59,7 @@ def ray_cluster() -> Iterator[Any]:
 
 def _connect(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
-    _require_answer(address)
+    require_answer(address)
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -68,7 +73,7 @@ def _connect(ray: Any) -> None:
             signal.signal(signal.SIGTERM, before)  # Ray puts a handler of its own there, which would pass ours by
 
 
-def _require_answer(address: str) -> None:
+def require_answer(address: str) -> None:
     """Raises UserError if nothing listens at HOST:PORT: Ray itself would try again for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "://" not in address:
@@ -85,8 +90,8 @@ def _no_cluster(address: str, error: Exception) -> UserError:
     )
 
 
-def _one_line(error: Exception) -> Exception:
-    """Returns the error of ours at the bottom of an error of Ray's, or a `Lost` that says what Ray says."""
+def _one_line(ray: Any, error: Exception) -> Exception:
+    """Returns the error of ours at the bottom of an error of Ray's, a `Lost` if Ray gave something up, else the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if type(cause) in (UserError, *RunError.__subclasses__()):
@@ -94,7 +99,8 @@ def _one_line(error: Exception) -> Exception:
         if isinstance(cause, ModuleNotFoundError):
             return UserError(f"--engine ray: a node of the cluster lacks a package ({first_line(cause)}); install the same there as here")
         cause = getattr(cause, "cause", None) or cause.__cause__
-    return Lost(f"--engine ray: {shortened(error)}; the same command continues")
+    is_ours = isinstance(error, (ray.exceptions.RayTaskError, ray.exceptions.UserCodeException))
+    return error if is_ours else Lost(f"--engine ray: {shortened(error)}; the same command continues")
 
 
 def node_resources(ray: Any, name: str) -> list[int]:
@@ -112,9 +118,3 @@ def warn_if_none_fits(ray: Any, *, cpus: int) -> None:
 def on_this_node(error: UserError) -> UserError:
     """Returns the error with the name of this node, where it was raised."""
     return UserError(f"{error} (on node {platform.node()})")
-
-
-def require_seen(path: Path, *, option: str) -> None:
-    """Raises UserError unless this node sees a file or folder that the process with the command does."""
-    if not path.exists():
-        raise UserError(f"{option}: {path} is not there; with --engine ray it must lie on storage that all nodes share")

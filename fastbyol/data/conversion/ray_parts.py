@@ -24,7 +24,7 @@ from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.host.progress import Progress
 from fastbyol.host.signals import Stopped, deferred_stop
 from fastbyol.ranks.parts import Part
-from fastbyol.ranks.ray_cluster import on_this_node, ray_cluster, require_seen, warn_if_none_fits
+from fastbyol.ranks.ray_cluster import on_this_node, ray_cluster, warn_if_none_fits
 
 DEFAULT_PARTS = 64
 """Not the number of cores: the parts are in the shards' names, and a command that continues on another cluster must find its own."""
@@ -104,9 +104,9 @@ def _convert_part(
 ) -> None:
     """Converts a part on the node that runs this."""
     try:
-        require_seen(mark.parent, option="--out")
-        require_seen(mark, option="--out")
-        require_seen(listing.path(0), option="--data")
+        for path, seen in ((out, mark), (listing.root, listing.path(0))):
+            if not seen.exists():
+                raise UserError(f"{path}: is not there, or is another; with --engine ray it must lie on storage that all nodes share")
         write_tar_part(listing, out=out, part=part, workers=workers, shard_mib=shard_mib, seed=seed, options=options)
     except UserError as error:
         raise on_this_node(error) from None
