@@ -42,11 +42,12 @@ def rows_on_ray(index: Index, opened: Callable[..., RowEncoder], *, block: int, 
         warn_if_none_fits(ray, cpus=cpus)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         # These would say that its bars are switched off, and print the traceback of an error that is shown as one line here.
-        for name in ("ray.data._internal.progress", "ray.data.exceptions"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        for name in ("_internal.progress", "_internal.execution.streaming_executor_state", "exceptions"):
+            logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
         context = ray_data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False  # ours shows how much is written
+        context.raise_original_map_exception = True  # or an error of ours would arrive as text in one of Ray's
         most = gpus or max(1, sum(node_resources(ray, "CPU")) // cpus)
         rows = ray_data.from_numpy([index[first : first + block] for first in range(0, len(index), block)])
         features = rows.map_batches(

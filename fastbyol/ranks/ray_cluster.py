@@ -95,7 +95,7 @@ def _one_line(ray: Any, error: Exception) -> Exception:
     cause: BaseException | None = error
     while cause is not None:
         if type(cause) in (UserError, *RunError.__subclasses__()):
-            return cause  # type: ignore[return-value]
+            return type(cause)(str(cause).partition("\n")[0])  # type: ignore[return-value]  # Ray Data adds lines about its settings
         if isinstance(cause, ModuleNotFoundError):
             return UserError(f"--engine ray: a node of the cluster lacks a package ({first_line(cause)}); install the same there as here")
         cause = getattr(cause, "cause", None) or cause.__cause__

@@ -160,6 +160,9 @@ def _node_that_does_not_see_the_folder(folder: Path, images: Path) -> None:
     start = f"mount -t tmpfs none '{out}' && exec {ray} start --address {cluster.address} --num-cpus 1 --block"
     node = subprocess.Popen(["unshare", "--mount", "bash", "-c", start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
+        cluster.worker_nodes.add(node)  # counted, so that the next line waits for it
+        cluster.wait_for_nodes(LIMIT_S)
+        cluster.worker_nodes.clear()
         process = _start(cluster, log, *_convert(images, out))
         code, said = process.wait(LIMIT_S), log.read_text().strip().splitlines()[-1]
     finally:
