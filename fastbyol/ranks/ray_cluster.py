@@ -64,10 +64,12 @@ def _connect(ray: Any) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        if not address:
-            raise
-        raise _no_cluster(address, error) from error
+    except Exception as error:  # Ray raises bare Exceptions too, as when a node of its own did not start in time
+        if address:
+            raise _no_cluster(address, error) from error
+        raise UserError(
+            f"--engine ray: Ray did not start on this machine ({first_line(error)}); is it overloaded? Or set RAY_ADDRESS to a cluster"
+        ) from error
     finally:
         if in_main_thread and before is not None:
             signal.signal(signal.SIGTERM, before)  # Ray puts a handler of its own there, which would pass ours by
