@@ -103,9 +103,17 @@ def labelled(page: Page) -> None:
         (page.folder / name).symlink_to("demo")
     for name, layout in {"VOCdevkit": "voc", "nyu": "nyu"}.items():
         (page.folder / name).symlink_to(Path("demo", layout))
+    # The paper trains on VOC's images with SBD's masks added; here the added ones are the same.
+    voc = page.folder / "demo" / "voc"
+    shutil.copyfile(voc / "ImageSets" / "Segmentation" / "train.txt", voc / "ImageSets" / "Segmentation" / "train_aug.txt")
+    (voc / "SegmentationClassAug").symlink_to("SegmentationClass")
     make_dtd(page.folder / "sets")
     make_pets(page.folder / "sets")
     make_own(page.folder / "sets" / "my" / "birds", train=12, test=4)
+    (page.folder / "simclr").mkdir()
+    for share in (1, 10):  # of twelve images of a class, one is as near as can be to both
+        names = [f"{folder.name}/{min(folder.iterdir()).name}" for folder in sorted((page.folder / "demo" / "train").iterdir())]
+        (page.folder / "simclr" / f"{share}percent.txt").write_text("".join(f"{name}\n" for name in names))
     short_run(page, "runs/mine", "runs/r50")
     (page.folder / "RUN").symlink_to("runs/mine")
 
