@@ -23,7 +23,8 @@ def add_embed(commands: Any) -> None:
     parser = commands.add_parser("embed", help="features of every image, to Parquet, npz or npy", description=embed_images.__doc__)
     parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
     parser.add_argument("--data", required=True, type=path_text, help="the images: whatever a run can train from, labelled or not")
-    parser.add_argument("--out", required=True, type=Path, help="file to write, .parquet, .npz or .npy")
+    out = "file to write, .parquet, .npz or .npy; a URL (s3://, gs://, hf://) is uploaded to at the end"
+    parser.add_argument("--out", required=True, type=local_or_url, help=out)
     parser.add_argument(
         "--labels", default="auto", metavar="HOW", help="of images not converted: auto, folders, none or a file (%(default)s)"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.urls import is_url, shown_url
 
 _GIVEN = "_given"
 """Attribute of the argparse namespace that collects the options given so far."""
@@ -70,9 +71,20 @@ def path_text(text: str) -> str:
 
 
 def _path(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{shown_url(text)}: is a URL, and this takes a path on this machine only; docs/data.md says what takes URLs")
+    return Path(_not_empty(text))
+
+
+def local_or_url(text: str) -> str:
+    """Returns a path as typed with '~' expanded, or a URL, for argparse's `type`."""
+    return text if is_url(text) else _not_empty(text)
+
+
+def _not_empty(text: str) -> str:
     if not text:  # usually an unset shell variable; Path("") would mean the current folder
         raise argparse.ArgumentTypeError("is empty; give a path")
-    return Path(path_text(text))
+    return path_text(text)
 
 
 def through_links(out: Path) -> Path:
