@@ -72,7 +72,9 @@ def path_text(text: str) -> str:
 
 def _path(text: str) -> Path:
     if is_url(text):
-        raise argparse.ArgumentTypeError(f"{shown_url(text)}: is a URL, and this takes a path on this machine only; docs/data.md says what takes URLs")
+        raise argparse.ArgumentTypeError(
+            f"{shown_url(text)}: is a URL, and this takes a path on this machine only; docs/data.md says what takes URLs"
+        )
     return Path(_not_empty(text))
 
 

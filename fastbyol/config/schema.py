@@ -323,7 +323,9 @@ class TrainConfig:
         _expand_home(self, "out", "init_from")
         for name in ("out", "init_from"):
             if is_url(getattr(self, name)):
-                raise UserError(f"{name} = {getattr(self, name)}: is a URL, and a run reads and writes its files on this machine; give a path")
+                raise UserError(
+                    f"{name} = {getattr(self, name)}: is a URL, and a run reads and writes its files on this machine; give a path"
+                )
         for name, passes, steps in (
             ("epochs", self.epochs, self.steps),
             ("optim.warmup_epochs", self.optim.warmup_epochs, self.optim.warmup_steps),

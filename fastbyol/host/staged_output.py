@@ -137,9 +137,13 @@ class StagedOutput:
             retried(lambda: fs.pipe_file(path, b"written to find out whether it can be"), str(probe))
             retried(lambda: fs.rm_file(path), str(probe))
         except Absent:
-            raise UserError(f"{self._option} {self._out}: the store has no place for it; make the bucket first, or correct the name") from None
+            raise UserError(
+                f"{self._option} {self._out}: the store has no place for it; make the bucket first, or correct the name"
+            ) from None
         except NotImplementedError:
-            raise UserError(f"{self._option} {self._out}: this kind of store cannot be written to; give s3://, gs:// or hf://, or a path") from None
+            raise UserError(
+                f"{self._option} {self._out}: this kind of store cannot be written to; give s3://, gs:// or hf://, or a path"
+            ) from None
 
     def _empty(self) -> None:
         for entry in self.folder.iterdir():

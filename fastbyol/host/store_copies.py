@@ -44,7 +44,9 @@ def local_copy(place: StorePath) -> tuple[Path, bool]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = locked_file(path.with_name(f".{place.name}.lock"), patience_s=_PATIENCE_S)
     except OSError as error:
-        raise UserError(f"{path}: the copy of {place} cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder") from error
+        raise UserError(
+            f"{path}: the copy of {place} cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder"
+        ) from error
     try:
         known = _facts(facts) if status.version else {}
         if known == wanted and path.is_file() and path.stat().st_size == status.size:

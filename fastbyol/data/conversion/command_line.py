@@ -79,4 +79,6 @@ def print_outcome(out: Path, manifest: Manifest, report: Path, *, place: Callabl
     classes = f"of {len(manifest.class_names):,} classes" if manifest.class_names else "without labels"
     counts = f"{manifest.num_samples:,} images {classes}"
     shards = f", {count_text(len(manifest.shards), 'shard')}" if manifest.kind == "tar" else ""
-    say(f"{place(out)}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {place(report)}; for other labels, or none: --labels")
+    say(
+        f"{place(out)}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {place(report)}; for other labels, or none: --labels"
+    )
