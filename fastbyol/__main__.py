@@ -48,7 +48,7 @@ from fastbyol.commands.verify import add_verify
 from fastbyol.commands.weights import add_weights, list_weights
 from fastbyol.config.arguments import OneLineParser, path_text
 from fastbyol.config.console import say
-from fastbyol.config.errors import UserError, one_line_errors, public_argument, require_between
+from fastbyol.config.errors import UserError, one_line_errors, public_arguments, require_between
 from fastbyol.config.schema import BACKENDS
 
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastbyol presets | head` ends quietly
     parser = _build_parser()
-    typed = sys.argv[1:] if arguments is None else list(map(public_argument, arguments))
+    typed = sys.argv[1:] if arguments is None else public_arguments(arguments)
     options, options.run_options = parser.parse_known_args(typed)
     if options.run_options and options.command not in WITH_RUN_OPTIONS:
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")

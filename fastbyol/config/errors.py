@@ -13,7 +13,7 @@ import reprlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from fastbyol.config.console import accept_any_text, say
@@ -75,7 +75,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         accept_any_text()
         sys.excepthook = _print_traceback
         try:
-            sys.argv[1:] = map(public_argument, sys.argv[1:])
+            sys.argv[1:] = public_arguments(sys.argv[1:])
             main(*args, **kwargs)
         except (UserError, RunError) as error:
             rank = os.environ.get("RANK") or "0"
@@ -90,8 +90,14 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 
 def public_argument(text: str) -> str:
     """Returns an argument with the secrets taken out of its URLs. Raises UserError if it is not clear where they end."""
+    return public_arguments([text])[0]
+
+
+def public_arguments(texts: Sequence[str]) -> list[str]:
+    """Returns all arguments of a command, each as `public_argument` does."""
+    queries: dict[str, str] = {}
     try:
-        return public_text(text)
+        return [public_text(text, queries=queries) for text in texts]
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -43,11 +43,14 @@ def separated(text: str) -> list[str]:
     return _SEPARATOR.split(text)
 
 
-def public_text(text: str) -> str:
+def public_text(text: str, *, queries: dict[str, str] | None = None) -> str:
     """Returns an argument or setting with each URL in it as `shown_url` shows it, and keeps what is left out for `full_url`.
+
+    queries: those of earlier arguments of the same command, by URL; this text's are added.
 
     Raises ValueError if it is not clear where a secret ends, or if two URLs differ only in their query.
     """
+    queries = {} if queries is None else queries
     shown, rest = "", text
     while start := _URL.search(rest):
         end = _SEPARATOR.search(rest, start.end())
@@ -57,9 +60,9 @@ def public_text(text: str) -> str:
             raise ValueError(f"{public}: its query holds '::', which separates sources; write %3A%3A")
         if _port_is_no_number(public):
             raise ValueError(f"the {public.partition(':')[0]}:// URL has a password with a '/' or '@' in it; write %2F or %40")
+        if secrets.query and queries.setdefault(public, secrets.query) != secrets.query:
+            raise ValueError(f"{public}: is given with two different queries; fetch one of the files first")
         if secrets != _Secrets("", ""):
-            if _known.get(public, secrets).query not in ("", secrets.query):
-                raise ValueError(f"{public}: is given with two different queries; fetch one of the files first")
             _known[public] = secrets
             if secrets.user_info:
                 _known[_origin(public)] = _Secrets(secrets.user_info, "")
