@@ -261,6 +261,8 @@ def test_secrets_of_a_url_reach_the_server_and_nothing_else(
         ("verify", f"{secret}/absent.beton{query}"),
         ("embed", *ENCODER, "--data", f"{secret}/absent{query}", "--out", tmp_path / "z.npz"),
         ("evaluate", "all", *ENCODER, "--data", f"{secret}/absent{query}"),
+        ("evaluate", "all", *ENCODER, "--data", f"{secret}/colours", "--subset", f"{secret}/list{query}"),
+        ("evaluate", "detection", *ENCODER, "--settings", "quick", "--data", f"{secret}/absent{query}"),
         ("train", "--preset", "cpu_demo", f"--data.train={secret}/absent{query}", "--out", f"{secret}/run{query}"),
         ("subset", "--data", f"{secret}/train.tar{query}", "--out", f"{secret}/list.txt"),
     ):

@@ -29,7 +29,7 @@ def add_embed(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
     parser = commands.add_parser("embed", help="features of every image, to Parquet, npz or npy", description=embed_images.__doc__)
     parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
-    parser.add_argument("--data", required=True, type=path_text, help="the images: whatever a run can train from, labelled or not")
+    parser.add_argument("--data", required=True, type=local_or_url, help="the images: whatever a run can train from, labelled or not")
     out = "file to write, .parquet, .npz or .npy; a URL (s3://, gs://, hf://) is uploaded to at the end"
     parser.add_argument("--out", required=True, type=local_or_url, help=out)
     parser.add_argument(

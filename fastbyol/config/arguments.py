@@ -64,6 +64,9 @@ def refuse_repeated(option: str) -> NoReturn:
 
 def path_text(text: str) -> str:
     """Returns a path as typed with '~' expanded, for argparse's `type`; shells do not expand it in --out=~/runs."""
+    if is_url(text):
+        where = "docs/data.md (Data in object stores) says what takes URLs"
+        raise argparse.ArgumentTypeError(f"{shown_url(text)} is a URL, and this takes a path of this machine; {where}")
     try:
         return expand_home(text)
     except UserError as error:
@@ -71,10 +74,6 @@ def path_text(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    if is_url(text):
-        raise argparse.ArgumentTypeError(
-            f"{shown_url(text)}: is a URL, and this takes a path on this machine only; docs/data.md says what takes URLs"
-        )
     return Path(_not_empty(text))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastbyol.config.arguments import path_text
+from fastbyol.config.arguments import local_or_url
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require_choice
 from fastbyol.data.inputs.folder import list_folder, scan_folder
@@ -63,7 +63,7 @@ def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", requi
 def add_label_arguments(parser: ArgumentParser) -> None:
     """Adds --labels, --path-column, --label-column, --devkit, --subset, --drop-empty-classes and --splits-are-classes."""
     how = "auto (default), folders: top-level folders are the classes, none, or a file of labels: a table, or a class per line"
-    parser.add_argument("--labels", type=path_text, metavar="HOW", help=how)
+    parser.add_argument("--labels", type=local_or_url, metavar="HOW", help=how)
     for option, what in (("path", "names of the images"), ("label", "classes")):
         column = f"the column of a table that has the {what}, by name or by number from 1 (default: by its header)"
         parser.add_argument(f"--{option}-column", f"--{option}_column", metavar="NAME", help=column)
@@ -80,7 +80,7 @@ def source_text(text: str) -> str:
     """Returns a source as typed with '~' expanded, for argparse's `type`."""
     if not text:  # usually an unset shell variable
         raise ArgumentTypeError("is empty; give a path")
-    return path_text(text)
+    return local_or_url(text)
 
 
 def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] | None = None) -> ImageListing:
