@@ -236,7 +236,7 @@ def test_a_server_without_ranges_is_refused_before_it_sends_everything(server: W
 )
 def test_what_no_second_try_would_change_is_said_at_once(status: str, kind: type, words: str, server: WebServer) -> None:
     server.fault = lambda method, path: status
-    for ask in (StorePath.stat, StorePath.read_bytes, StorePath.walk):
+    for ask in (StorePath.stat, StorePath.read_bytes, StorePath.children):
         with pytest.raises(kind, match=words):
             ask(StorePath.of(f"{server.url}/colours"))
     assert server.asked["GET"] <= 3

@@ -21,6 +21,8 @@ from fastbyol.host.stores import Absent, Refused, retried, store_of
 
 REQUESTS = 32
 """Requests that run at a time where many files are asked for: what takes time is the way there and back."""
+LISTINGS = 8
+"""Folders that are listed at a time."""
 BLOCK_BYTES = 8 << 20
 """Bytes that are fetched at a time where a file is read from front to back."""
 _VERSION_FIELDS = ("ETag", "etag", "blob_id", "generation", "md5Hash", "Last-Modified", "LastModified", "updated", "mtime", "created")
@@ -178,15 +180,23 @@ class StorePath:
         assert mode == "rb"
         return cast(BinaryIO, io.BufferedReader(_StoreFile(self), BLOCK_BYTES))
 
-    def children(self) -> tuple[list[str], list[str]]:
-        """Returns the names of the files and of the folders directly in this folder, sorted."""
+    def children(self) -> tuple[list[StoreEntry], list[str]]:
+        """Returns the files directly in this folder, and the names of the folders in it, sorted."""
         fs, path = self._listable()
         found = retried(lambda: fs.ls(path, detail=True), str(self))
         folders = {_relative(entry["name"], path, web=self.is_web) for entry in found if entry["type"] == "directory"}
-        return [entry.name for entry in sorted(_entries(found, path, web=self.is_web))], sorted(name for name in folders if name)
+        return sorted(_entries(found, path, web=self.is_web)), sorted(name for name in folders if name)
 
-    def walk(self) -> list[StoreEntry]:
-        """Returns all files below this folder, sorted by name."""
+    def walk(self) -> Iterator[StoreEntry]:
+        """Yields all files below this folder. Its folders are listed one by one, a few at a time: what a store tells of each file takes a
+        kilobyte of memory.
+        """
+        files, folders = self.children()
+        yield from files
+        for folder, found in zip(folders, at_once(lambda name: (self / name)._all_below(), folders, requests=LISTINGS), strict=True):
+            yield from (StoreEntry(f"{folder}/{name}", size) for name, size in found)
+
+    def _all_below(self) -> list[StoreEntry]:
         fs, path = self._listable()
         # fsspec leaves out folders that cannot be listed, unless it is told not to; stores that list all at once know no such option.
         strict = {"on_error": "raise"} if self.is_web else {}

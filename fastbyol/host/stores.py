@@ -70,8 +70,9 @@ def store_of(url: str, *, option: str) -> tuple[Any, str]:
             fs.retries = _OWN_RETRIES
         return fs, path
     except ImportError as error:
+        package = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}.get(scheme, "'fastbyol[remote]'")
         raise UserError(
-            f"{option} = {shown_url(url)}: reading {scheme}:// needs a package ({first_line(error)}): pip install 'fastbyol[remote]'"
+            f"{option} = {shown_url(url)}: reading {scheme}:// needs a package ({first_line(error)}): pip install {package}"
         ) from None
     except ValueError:
         known = "s3, gs, hf, http and https"

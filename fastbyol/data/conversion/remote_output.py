@@ -72,7 +72,7 @@ def _refuse_existing(out: StorePath, *, part: str, overwrite: str, has_parts: bo
 
 def _parts_at(out: StorePath) -> list[StorePath]:
     """Returns the descriptions of all parts that are in the store, and their tables."""
-    names = out.children()[0] if out.is_dir() else []
+    names = [file.name for file in out.children()[0]] if out.is_dir() else []
     return [out / name for name in names if fnmatch(name, PARTS) or fnmatch(name, "part-*-of-*.npz")]
 
 

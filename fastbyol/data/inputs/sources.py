@@ -121,7 +121,7 @@ def _matching(pattern: str) -> list[str]:
     folder, last = StorePath.of(pattern).parent, pattern.rpartition("/")[2]
     if _PATTERN.search(folder.url):
         raise UserError(f"{pattern}: only the last part of a URL may be a pattern; give each folder")
-    return [f"{folder}/{name}" for name in folder.children()[0] if fnmatch.fnmatchcase(name, last)]
+    return [f"{folder}/{file.name}" for file in folder.children()[0] if fnmatch.fnmatchcase(file.name, last)]
 
 
 def _source_of(path: Place) -> GivenSource:
@@ -157,11 +157,12 @@ def _shards_in(folder: Place) -> GivenSource | None:
 def _names_in(place: Place) -> tuple[list[str], list[str]]:
     """Returns the names of the files and of the folders directly in a folder, sorted."""
     if isinstance(place, StorePath):
-        return place.children()
-    files, folders = list[str](), list[str]()
+        files, folders = place.children()
+        return [file.name for file in files], folders
+    here: tuple[list[str], list[str]] = [], []
     for entry in os.scandir(place):
-        (folders if entry.is_dir() else files).append(entry.name)
-    return sorted(files), sorted(folders)
+        here[entry.is_dir()].append(entry.name)
+    return sorted(here[0]), sorted(here[1])
 
 
 def _refuse_several_splits(folder: Place, stems: list[str], extension: str) -> None:
