@@ -96,6 +96,7 @@ def _unchanged(path: Path) -> Path:
 def _to_store(out: StorePath, options: argparse.Namespace, convert: Callable[[argparse.Namespace], None]) -> None:
     """Converts to a folder of this machine, and uploads what that gives."""
     from fastbyol.data.conversion.remote_output import convert_to_store
+    from fastbyol.data.conversion.tar_parts import parse_part
 
     without_effect = {"command", "default_of", "run_options", "typed", "out", "workers", "overwrite", "resume", "restart", "strict"}
     settings = {name: str(value) for name, value in vars(options).items() if name not in without_effect | {"max_dropped", "flush_every"}}
@@ -108,7 +109,7 @@ def _to_store(out: StorePath, options: argparse.Namespace, convert: Callable[[ar
         out,
         make,
         settings=settings,
-        part="merge" if options.merge else options.shard or "",
+        part="merge" if options.merge else parse_part(options.shard).name if options.shard else "",
         overwrite=options.overwrite,
         unfinished="restart" if options.restart else "continue",
     )

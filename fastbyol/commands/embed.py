@@ -119,6 +119,7 @@ def _made_here(out: Place, options: argparse.Namespace, process: Process) -> Ite
         if not staged.is_made and out.exists():
             raise UserError(f"--out {out}: exists already; remove it or choose another file")
         yield staged.path, broadcast_from_main(staged.is_made)
-        staged.made()
+        if not staged.is_made:
+            staged.made()
         # An .npy last: everything beside it is there then.
         staged.upload(last=lambda path: int(path == staged.path))

@@ -29,7 +29,7 @@ def convert_to_store(out: StorePath, make: Make, *, settings: Mapping[str, Any],
         out: file or folder to write.
         make: makes it.
         settings: everything that the output depends on.
-        part: what of a folder that several commands share is made: 'I/N', or 'merge'; else ''.
+        part: what of a folder that several commands share is made: the part's name, or 'merge'; else ''.
         overwrite: 'refuse' or 'replace' an existing .beton.
         unfinished: 'continue' an earlier command's work, or 'restart' without it.
 
