@@ -215,7 +215,7 @@ def faults_of_a_web_server(commands: Commands, scratch: Path, reference: bytes) 
 
             def struck_sometimes(method: str, path: str, fault: str = fault, images: list[int] = images) -> str:
                 images[0] += method == "GET" and path.endswith(".jpg")
-                return fault if method == "GET" and images[0] % 50 == 7 and server.struck[fault] < 10 else ""
+                return fault if method == "GET" and images[0] % 10 == 7 and server.struck[fault] < 10 else ""
 
             server.fault = struck_sometimes
             out = scratch / f"{fault}.beton"
