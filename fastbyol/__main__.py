@@ -46,9 +46,9 @@ from fastbyol.commands.subset import add_subset
 from fastbyol.commands.train import add_train, train_run
 from fastbyol.commands.verify import add_verify
 from fastbyol.commands.weights import add_weights, list_weights
-from fastbyol.config.arguments import OneLineParser, path_text
+from fastbyol.config.arguments import OneLineParser, local_or_url, path_text
 from fastbyol.config.console import say
-from fastbyol.config.errors import UserError, one_line_errors, require_between
+from fastbyol.config.errors import UserError, one_line_errors, public_arguments, require_between
 from fastbyol.config.schema import BACKENDS
 
 
@@ -57,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastbyol presets | head` ends quietly
     parser = _build_parser()
-    options, options.run_options = parser.parse_known_args(arguments)
+    typed = sys.argv[1:] if arguments is None else public_arguments(arguments)
+    options, options.run_options = parser.parse_known_args(typed)
     if options.run_options and options.command not in WITH_RUN_OPTIONS:
         parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
     if options.command is None:
         parser.print_help()
         return
-    typed = sys.argv[1:] if arguments is None else arguments
     options.typed = shlex.join(["python", "-m", "fastbyol", *typed])
     options.command(options)
 
@@ -89,7 +89,7 @@ def _build_parser() -> OneLineParser:
 
     views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)
     what = "a .beton file, tar shards or an image folder; give several to compare them side by side"
-    views.add_argument("--data", required=True, type=path_text, nargs="+", help=what)
+    views.add_argument("--data", required=True, type=local_or_url, nargs="+", help=what)
     views.add_argument("--out", required=True, type=Path, help="PNG file to write")
     views.add_argument("--backend", choices=BACKENDS, default="auto", help="loader that reads --data (%(default)s)")
     views.add_argument("--rows", type=int, default=6, help="number of images (%(default)s)")
@@ -99,7 +99,7 @@ def _build_parser() -> OneLineParser:
     what = "measure the fastest settings on this machine and write them to a file"
     tune = commands.add_parser("tune", help=what, description=tune_run.__doc__)
     what = "a .beton file, tar shards or an image folder; repeat it for each format the images are stored in"
-    tune.add_argument("--data", required=True, type=path_text, action="append", help=what)
+    tune.add_argument("--data", required=True, type=local_or_url, action="append", help=what)
     tune.add_argument("--out", type=Path, default=Path("tuned.yaml"), help="YAML file to write (%(default)s)")
     tune.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     tune.add_argument("--seconds", type=float, default=10.0, help="seconds per comparison (%(default)g)")
@@ -109,7 +109,9 @@ def _build_parser() -> OneLineParser:
     suggest = commands.add_parser(
         "suggest", help="settings for your own images and this machine, each with its reason, in a file", description=suggest_run.__doc__
     )
-    suggest.add_argument("--data", required=True, type=path_text, help="the images: a folder, tars, a list, a .beton file (docs/data.md)")
+    suggest.add_argument(
+        "--data", required=True, type=local_or_url, help="the images: a folder, tars, a list, a .beton file (docs/data.md)"
+    )
     suggest.add_argument("--devices", type=int, help="GPUs of the planned run, 0: a CPU (default: those of this machine)")
     suggest.add_argument("--hours", type=float, help="length of the run; steps are timed here (default: the preset's number of steps)")
     suggest.add_argument("--out", type=Path, default=Path("suggested.yaml"), help="YAML file to write (%(default)s)")

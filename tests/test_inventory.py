@@ -22,7 +22,7 @@ def test_the_statistics_are_the_same_for_a_folder_a_beton_and_shards(image_folde
     num_bytes = sum(path.stat().st_size for path in image_folder.rglob("*.jpg"))
     width, height = np.array(sizes).T
     for path, listing in ((image_folder, list_image_folder(image_folder)), (beton, None), (tar_folder, None)):
-        found = take_inventory(path, listing=listing)
+        found = take_inventory(listing or path, shown=str(path))
         assert (found.images, found.classes, found.class_names, found.class_counts) == (25, 3, ("ant", "bee", "cat"), (8, 9, 8))
         assert (found.class_min, found.class_median, found.class_max, found.empty_classes) == (8, 8.0, 9, 0)
         assert (found.image_bytes, found.skipped) == (num_bytes, 0)
@@ -35,7 +35,7 @@ def test_the_statistics_are_the_same_for_a_folder_a_beton_and_shards(image_folde
 
 def test_sides_of_a_large_set_are_measured_on_a_sample(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inventory, "SAMPLED", 7)
-    found = take_inventory(image_folder, listing=list_image_folder(image_folder))
+    found = take_inventory(list_image_folder(image_folder), shown=str(image_folder))
     assert found.sides is not None
     assert (found.images, found.sides.looked_at) == (25, 7)
 
@@ -73,7 +73,7 @@ def test_the_picture_shows_each_image_in_its_row_and_marks_one_that_does_not_dec
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (60, 60), colour).save(tmp_path / "data" / name / f"{number}.png")
     (tmp_path / "data" / "b" / "1.jpg").write_bytes(b"no image")
-    write_picture_grid(tmp_path / "data", listing=list_image_folder(tmp_path / "data"), out=tmp_path / "grid.png")
+    write_picture_grid(list_image_folder(tmp_path / "data"), out=tmp_path / "grid.png")
     sheet = Image.open(tmp_path / "grid.png").convert("RGB")
     for (name, number), colour in colours.items():
         x = LABEL_PX + number * (TILE_PX + MARGIN_PX) + TILE_PX // 2

@@ -146,7 +146,7 @@ def test_images_that_overlap_to_more_than_the_file_are_refused(beton_copy: Path)
 @pytest.mark.parametrize("label", [2**40, MAX_CLASSES])
 def test_a_label_that_is_no_class_number_is_refused_before_a_name_is_made_for_each_class(label: int, beton_copy: Path) -> None:
     edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(3, label))
-    for use in (FfcvSource, lambda path: take_inventory(path, listing=None)):
+    for use in (FfcvSource, lambda path: take_inventory(path, shown=str(path))):
         with pytest.raises(UserError, match=rf"image 3 has the label {label}; .*up to 1,048,575, or -1 for none"):
             use(beton_copy)
 
@@ -156,11 +156,11 @@ def test_a_label_of_minus_one_means_unlabelled_and_a_lower_one_is_refused(beton_
     source = FfcvSource(beton_copy)
     assert source.labels[:20].tolist() == [-1] * 20
     assert source.class_names == ("0", "1", "2")
-    inventory = take_inventory(beton_copy, listing=None)
+    inventory = take_inventory(beton_copy, shown=str(beton_copy))
     assert (inventory.unlabelled, sum(inventory.class_counts)) == (20, 5)
     edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(slice(None), -1))
     assert FfcvSource(beton_copy).class_names == ()
-    assert take_inventory(beton_copy, listing=None).unlabelled == 25
+    assert take_inventory(beton_copy, shown=str(beton_copy)).unlabelled == 25
     edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(7, -2))
     with pytest.raises(UserError, match="image 7 has a label below -1"):
         FfcvSource(beton_copy)
@@ -264,7 +264,7 @@ def test_info_and_verify_need_little_memory_for_a_manifest_that_claims_two_billi
     manifest = Path(f"{beton_copy}.json")
     shutil.copy(f"{beton}.json", manifest)
     edit_manifest(manifest, num_samples=2**31)
-    assert take_inventory(beton_copy, listing=None).images == 25
+    assert take_inventory(beton_copy, shown=str(beton_copy)).images == 25
     assert "says 2147483648 images, there are 25" in "\n".join(map(str, verify(beton_copy, workers=1).faults))
     with pytest.raises(UserError, match="not the file that"):
         FfcvSource(beton_copy)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbyol.config.arguments import OneLineParser, through_links
+from fastbyol.config.arguments import OneLineParser, local_or_url, through_links
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require
 from fastbyol.host.signals import stoppable
+from fastbyol.host.store_path import Place, StorePath, place_of
 
 if TYPE_CHECKING:
     from fastbyol.data.formats.manifest import Manifest
@@ -33,6 +34,9 @@ tar shards on a cluster of Ray whose nodes share a file system (RAY_ADDRESS says
 tar shards on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun or SLURM):
   python -m fastbyol convert --data imagenet/train --to dali --out train_tar --shard 0/4       and 1/4, 2/4, 3/4
   python -m fastbyol convert --to dali --out train_tar --merge                                 --data DIR as well: checked against it
+
+from a bucket, to a bucket (docs/data.md: Data in object stores):
+  python -m fastbyol convert --data s3://photos/2024 --out s3://photos/2024.beton
 
 Beside train.beton: train.beton.json, the manifest (class names, settings, checksum), and train.beton.report.json. Beside the shards: one DALI
 index each, samples.npy (location of each image), manifest.json (class names, settings, checksums), report.json.
@@ -57,7 +61,8 @@ def _add_options(parser: OneLineParser) -> None:
     parser.epilog = "\n".join([EXAMPLES + INPUTS, WHAT_HAPPENS])
     kind = "ffcv: one .beton file for the FFCV backend; dali: WebDataset tar shards with indices for DALI (default: ffcv if --out ends in .beton)"
     parser.add_argument("--to", choices=tuple(WRITTEN), help=kind)
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the .beton file, or the folder of tar shards, to make")
+    out = "the .beton file, or the folder of tar shards, to make; a URL (s3://, gs://, hf://) is uploaded to at the end"
+    parser.add_argument("--out", type=local_or_url, required=True, metavar="PATH", help=out)
     add_conversion_arguments(parser)
     beton = parser.add_argument_group("a .beton")
     shuffle = (
@@ -79,18 +84,48 @@ def _add_options(parser: OneLineParser) -> None:
 @stoppable
 def convert_images(options: argparse.Namespace) -> None:
     """Converts images to one .beton file for the FFCV backend, or to WebDataset tar shards with indices for the DALI backend."""
-    kind = options.to or ("ffcv" if options.out.suffix == ".beton" else "dali")
+    out = place_of(options.out)
+    kind = options.to or ("ffcv" if out.suffix == ".beton" else "dali")
     for other in OPTIONS_OF.keys() - {kind}:
         _refuse_changed(options, OPTIONS_OF[other], f"has no effect on {WRITTEN[kind]}; leave it out, or --to {other}")
     if not (options.merge or options.data):
         but = " (only --merge can do without)" if kind == "dali" else ""
         raise UserError(f"--data: missing; give the images to convert{but}")
-    if kind == "ffcv":
-        _to_beton(options)
-    elif options.merge:
-        _merge(options)
+    convert = _to_beton if kind == "ffcv" else _merge if options.merge else _to_tar_shards
+    if isinstance(out, StorePath):
+        _to_store(out, options, convert)
     else:
-        _to_tar_shards(options)
+        options.out, options.place = out, _unchanged
+        convert(options)
+
+
+def _unchanged(path: Path) -> Path:
+    return path
+
+
+def _to_store(out: StorePath, options: argparse.Namespace, convert: Callable[[argparse.Namespace], None]) -> None:
+    """Converts to a folder of this machine, and uploads what that gives."""
+    from fastbyol.data.conversion.remote_output import convert_to_store
+    from fastbyol.data.conversion.tar_parts import part_name
+    from fastbyol.ranks.parts import parse_part
+
+    if options.engine == "ray":
+        raise UserError(f"--out {out}: --engine ray needs a folder that every node shares; convert there and copy it, or use --shard I/N")
+    without_effect = {"command", "default_of", "run_options", "typed", "out", "workers", "overwrite", "resume", "restart", "strict"}
+    settings = {name: str(value) for name, value in vars(options).items() if name not in without_effect | {"max_dropped", "flush_every"}}
+
+    def make(path: Path, place: Callable[[Path], Place]) -> None:
+        options.out, options.place = path, place
+        convert(options)
+
+    convert_to_store(
+        out,
+        make,
+        settings=settings,
+        part="merge" if options.merge else part_name(parse_part(options.shard, option="--shard")) if options.shard else "",
+        overwrite=options.overwrite,
+        unfinished="restart" if options.restart else "continue",
+    )
 
 
 def _refuse_changed(options: argparse.Namespace, names: Collection[str], why: str) -> None:
@@ -116,7 +151,7 @@ def _to_beton(options: argparse.Namespace) -> None:
         shuffle_seed=options.shuffle_seed,
         options=conversion_options(options, raw_fraction=1.0 if options.raw else options.raw_fraction or 0.0),
     )
-    print_outcome(out, manifest, report_path(out))
+    print_outcome(out, manifest, report_path(out), place=options.place)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -127,13 +162,13 @@ def _merge(options: argparse.Namespace) -> None:
 
     if options.shard:
         raise UserError("--merge comes after all --shard runs, in a command of its own")
-    kept = {"to", "merge", "out", "max_dropped", "data", *LABEL_OPTIONS, "command", "default_of", "run_options", "typed"}
+    kept = {"to", "merge", "out", "place", "max_dropped", "data", *LABEL_OPTIONS, "command", "default_of", "run_options", "typed"}
     _refuse_changed(
         options, [name for name in vars(options) if name not in kept], "has no effect with --merge; the parts are as they were converted"
     )
     originals = optional_listing_from(options, option="--data")
     manifest = merge_tar_parts(options.out, data=originals, options=conversion_options(options))
-    print_outcome(options.out, manifest, options.out / TAR_REPORT)
+    print_outcome(options.out, manifest, options.out / TAR_REPORT, place=options.place)
 
 
 def _to_tar_shards(options: argparse.Namespace) -> None:
@@ -160,7 +195,7 @@ def _to_tar_shards(options: argparse.Namespace) -> None:
         raise UserError("--parts: has an effect with --engine ray only; --shard I/N converts one part")
     if not options.shard:
         manifest = write_tar_shards(data, out=out, overwrite=options.overwrite, **settings)
-        print_outcome(out, manifest, out / TAR_REPORT)
+        print_outcome(out, manifest, out / TAR_REPORT, place=options.place)
         return
     if options.overwrite == "replace":
         raise UserError("--overwrite does not go with --shard, whose folder belongs to several machines; remove the folder yourself")
@@ -168,7 +203,7 @@ def _to_tar_shards(options: argparse.Namespace) -> None:
     shards = write_tar_part(data, out=out, part=part, **settings)
     size, images = sum(shard.bytes for shard in shards), sum(shard.samples for shard in shards)
     told = f"{images:,} images, {count_text(len(shards), 'shard')}, {size:,} bytes ({bytes_text(size)})"
-    say(f"{out}: part {part.number}/{part.count}: {told}")
+    say(f"{options.place(out)}: part {part.number}/{part.count}: {told}")
 
 
 def _on_ray(data: partial[ImageListing], options: argparse.Namespace, settings: dict[str, Any]) -> Manifest:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
-from fastbyol.config.arguments import path_text
+from fastbyol.config.arguments import local_or_url, path_text
 from fastbyol.config.console import say
-from fastbyol.config.errors import require, require_at_least
+from fastbyol.config.errors import UserError, require, require_at_least
+from fastbyol.config.urls import is_url
 from fastbyol.host.signals import INTERRUPTED_EXIT, end_with_torchrun
+from fastbyol.host.store_path import Place, place_of
 from fastbyol.ranks.ray_cluster import ENGINE_HELP, ENGINES
+
+if TYPE_CHECKING:
+    from fastbyol.ranks.process_group import Process
 
 PATIENCE_S = 6 * 3600.0
 """Longest wait of a rank for another, as for rank 0 when it joins the parts. Where a rank dies, torchrun ends the others at once."""
@@ -23,8 +30,9 @@ def add_embed(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
     parser = commands.add_parser("embed", help="features of every image, to Parquet, npz or npy", description=embed_images.__doc__)
     parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
-    parser.add_argument("--data", required=True, type=path_text, help="the images: whatever a run can train from, labelled or not")
-    parser.add_argument("--out", required=True, type=Path, help="file to write, .parquet, .npz or .npy")
+    parser.add_argument("--data", required=True, type=local_or_url, help="the images: whatever a run can train from, labelled or not")
+    out = "file to write, .parquet, .npz or .npy; a URL (s3://, gs://, hf://) is uploaded to at the end"
+    parser.add_argument("--out", required=True, type=local_or_url, help=out)
     parser.add_argument(
         "--labels", default="auto", metavar="HOW", help="of images not converted: auto, folders, none or a file (%(default)s)"
     )
@@ -53,6 +61,7 @@ def embed_images(options: argparse.Namespace) -> None:
     import torch
 
     from fastbyol.evaluation.embedding import embed
+    from fastbyol.evaluation.feature_file import FeatureFile
     from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
 
     if options.engine == "local":
@@ -64,20 +73,24 @@ def embed_images(options: argparse.Namespace) -> None:
     if options.engine == "ray":
         require(process.world_size == 1, "--engine ray with WORLD_SIZE", process.world_size, "started as one process, without torchrun")
     try:
-        with lost_ranks_named(process):
-            file = embed(
-                options.checkpoint,
-                options.data,
-                out=options.out,
-                dtype=options.dtype,
-                projection=options.projection,
-                labels=options.labels,
-                changes=changes,
-                batch=options.batch,
-                workers=options.workers,
-                process=None if options.engine == "ray" and options.device == "auto" else process,
-                engine=options.engine,
-                announce=lambda text: say(f"... {text}", file=sys.stderr),
+        with lost_ranks_named(process), _made_here(place_of(options.out), options, process) as (out, is_made):
+            file = (
+                FeatureFile(out)
+                if is_made
+                else embed(
+                    options.checkpoint,
+                    options.data,
+                    out=out,
+                    dtype=options.dtype,
+                    projection=options.projection,
+                    labels=options.labels,
+                    changes=changes,
+                    batch=options.batch,
+                    workers=options.workers,
+                    process=None if options.engine == "ray" and options.device == "auto" else process,
+                    engine=options.engine,
+                    announce=lambda text: say(f"... {text}", file=sys.stderr),
+                )
             )
     except KeyboardInterrupt:
         say("fastbyol: interrupted; the same command goes on", file=sys.stderr)
@@ -88,6 +101,32 @@ def embed_images(options: argparse.Namespace) -> None:
         facts = file.facts
         say(f"embedded: {facts.num_images:,} images, {facts.feature_dim} numbers of {facts.dtype} each: {options.out}")
         if file.path.suffix == ".npy":
-            say(f"names, labels and settings: {file.path.with_suffix('.json')}")
+            say(f"names, labels and settings: {place_of(options.out).with_suffix('.json')}")
+        if is_url(options.out):
+            return  # `neighbours` reads files of this machine
         query = shlex.quote(file.names[0])
         say(f"next: python -m fastbyol neighbours --features {shlex.quote(str(options.out))} --query {query} --out neighbours.png")
+
+
+@contextmanager
+def _made_here(out: Place, options: argparse.Namespace, process: Process) -> Iterator[tuple[Path, bool]]:
+    """Yields the path to write on this machine, and whether an earlier command has written it already; uploads it at the end if `out` is a URL."""
+    if isinstance(out, Path):
+        yield out, False
+        return
+    from fastbyol.host.staged_output import StagedOutput, staging_path
+    from fastbyol.ranks.process_group import broadcast_from_main
+
+    if not process.is_main:
+        is_made = broadcast_from_main(False)
+        yield staging_path(out), is_made
+        return
+    names = ("checkpoint", "data", "labels", "dtype", "projection", "run_options")
+    with StagedOutput(out, settings={name: str(getattr(options, name)) for name in names}) as staged:
+        if not staged.is_made and out.exists():
+            raise UserError(f"--out {out}: exists already; remove it or choose another file")
+        yield staged.path, broadcast_from_main(staged.is_made)
+        if not staged.is_made:
+            staged.made()
+        # An .npy last: everything beside it is there then.
+        staged.upload(last=lambda path: int(path == staged.path))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
-from fastbyol.config.arguments import OneLineParser, path_text
+from fastbyol.config.arguments import OneLineParser, local_or_url, path_text
 from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.schema import WEIGHTS_OPTIONS
+from fastbyol.config.urls import is_url
 
 if TYPE_CHECKING:
     from fastbyol.evaluation.subjects import FeatureBank
@@ -39,6 +40,8 @@ WHAT = {
 """Describes each task in a line, for --help."""
 TASK_OPTIONS = ("init", "seed", "dry_run", "again")
 """Options of tasks that the quick protocols do not have."""
+LOCAL_TASKS = ("transfer", "segmentation", "detection", "depth")
+"""First words of the tasks whose data sets have layouts of their own."""
 QUICK = ("linear", "knn", "labelfree", "all")
 """Tasks with a quick protocol on features that are extracted once, compared with an untrained encoder and raw pixels."""
 
@@ -114,7 +117,7 @@ def _task_parser(name: str) -> OneLineParser:
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which images are evaluated, and how."""
-    parser.add_argument("--data", required=True, type=path_text, help=DATA_HELP)
+    parser.add_argument("--data", required=True, type=local_or_url, help=DATA_HELP)
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run folder)")
     parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: all cores")
@@ -158,6 +161,8 @@ def _refuse(options: argparse.Namespace, names: Sequence[str], on_what: str) -> 
 
 def _run_task(name: str, options: argparse.Namespace) -> None:
     _refuse(options, ("k", "temperature", "subset"), f"--settings paper of {name}; use the quick protocol")
+    if is_url(options.data) and name.partition(" ")[0] in LOCAL_TASKS:
+        raise UserError(f"--data {options.data}: {name} reads its data sets' own folders on this machine; fetch them first")
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
     changes = changes_from(options.run_options)

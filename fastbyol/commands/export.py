@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from
-from fastbyol.config.arguments import path_text
+from fastbyol.config.arguments import local_or_url, path_text
 from fastbyol.config.console import printable, say
 from fastbyol.exports.registry import WHAT
 from fastbyol.host.signals import INTERRUPTED_EXIT
@@ -22,7 +22,7 @@ def add_export(commands: Any) -> None:
     parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
     parser.add_argument("--to", required=True, nargs="+", metavar="FORMAT", help=f"one or more of {', '.join(WHAT)}; or all")
     parser.add_argument("--out", required=True, type=Path, help="file to write (huggingface: folder); for several formats a folder")
-    parser.add_argument("--data", type=path_text, help="images to compare features on (default: the run's own)")
+    parser.add_argument("--data", type=local_or_url, help="images to compare features on (default: the run's own)")
     parser.add_argument(
         "--fold_bn", choices=("auto", "yes", "no"), default="auto", help="join batch norm to convolutions (auto: in onnx only)"
     )

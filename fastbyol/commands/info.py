@@ -36,7 +36,7 @@ def _add_options(parser: OneLineParser) -> None:
     from fastbyol.data.inputs.images import INPUTS, add_label_arguments, source_text
 
     parser.epilog = EXAMPLES + INPUTS
-    what = "FILE.beton, folder of tar shards, or images that were not converted"
+    what = "FILE.beton, folder of tar shards, or images that were not converted; each may be a URL"
     parser.add_argument("data", type=source_text, metavar="PATH", help=what)
     add_label_arguments(parser)
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a picture: some images of some classes")
@@ -48,21 +48,20 @@ def _add_options(parser: OneLineParser) -> None:
 def print_info(options: argparse.Namespace) -> None:
     """Prints statistics of a data set: a .beton, a folder of tar shards, a folder of images, or a tar of images."""
     from fastbyol.data.inputs.images import label_options, listing_from
-    from fastbyol.data.inspection.converted import is_converted
+    from fastbyol.data.inspection.converted import converted_at
     from fastbyol.data.inspection.inventory import take_inventory
     from fastbyol.data.inspection.picture_grid import write_picture_grid
 
     warnings.filterwarnings("ignore", module="PIL")  # the converters report odd images
     given = label_options(options)
     notes: list[str] = []
-    path = Path(options.data)
-    converted = path.exists() and is_converted(path)
+    converted = converted_at(options.data)
     if converted and given:
-        raise UserError(f"--{given[0]}: {path} is converted and has its labels; only images that were not converted take it")
-    listing = None if converted else listing_from(options, option="data", tell=notes.append)
-    inventory = take_inventory(path, listing=listing)
+        raise UserError(f"--{given[0]}: {options.data} is converted and has its labels; only images that were not converted take it")
+    images = converted or listing_from(options, option="data", tell=notes.append)
+    inventory = take_inventory(images, shown=options.data)
     if options.grid:
-        write_picture_grid(path, listing=listing, out=options.grid)
+        write_picture_grid(images, out=options.grid)
     if options.json:
         say(*json.dumps(asdict(inventory) | {"notes": notes}, indent=1).split("\n"))
         return

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastbyol.config.arguments import path_text
+from fastbyol.config.arguments import local_or_url, path_text
 from fastbyol.config.console import say
 
 
@@ -17,7 +17,7 @@ def add_neighbours(commands: Any) -> None:
     parser.add_argument("--query", required=True, type=path_text, help="name of a row of it, or an image file")
     parser.add_argument("--k", type=int, default=20, help="number of neighbours (%(default)s)")
     parser.add_argument("--checkpoint", type=path_text, help="encoder for an image file (default: the one that the features name)")
-    parser.add_argument("--data", type=path_text, help="the images of the features (default: where they were when they were embedded)")
+    parser.add_argument("--data", type=local_or_url, help="the images of the features (default: where they were when they were embedded)")
     parser.add_argument("--out", required=True, type=Path, help="PNG file to write; a .json of the same name is written beside it")
     parser.set_defaults(command=draw_neighbours)
 

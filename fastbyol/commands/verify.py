@@ -9,11 +9,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.arguments import OneLineParser, local_or_url
 from fastbyol.config.console import say
 from fastbyol.config.errors import require_at_least
+from fastbyol.config.urls import is_url
 from fastbyol.host.quantities import count_text
 from fastbyol.host.signals import stoppable
+from fastbyol.host.store_copies import forget
+from fastbyol.host.store_path import StorePath
 
 EXAMPLES = """\
 examples:
@@ -37,7 +40,7 @@ def _add_options(parser: OneLineParser) -> None:
     from fastbyol.data.inputs.images import INPUTS, add_input_arguments
 
     parser.epilog = EXAMPLES + INPUTS
-    parser.add_argument("path", type=Path, metavar="PATH", help="FILE.beton, or a folder of tar shards")
+    parser.add_argument("path", type=local_or_url, metavar="PATH", help="FILE.beton, or a folder of tar shards; a URL is fetched first")
     add_input_arguments(parser, option="--source", required=False)
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that hash and decode (default: one per core)")
     parser.add_argument("--faults", type=int, default=100, metavar="N", help="most faults to print; all are counted (default: 100)")
@@ -47,6 +50,7 @@ def _add_options(parser: OneLineParser) -> None:
 @stoppable
 def verify_data(options: argparse.Namespace) -> None:
     """Checks every byte of a .beton or a folder of tar shards: manifest, checksums, tables; decodes every image."""
+    from fastbyol.data.formats.fetched import fetched_data
     from fastbyol.data.inputs.images import optional_listing_from
     from fastbyol.data.inspection.verification import verify
 
@@ -54,7 +58,8 @@ def verify_data(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", module="PIL")  # the conversion's report has these warnings about originals already
     originals = optional_listing_from(options, option="--source")
     start = time.monotonic()
-    found = verify(options.path, originals=originals, workers=options.workers)
+    path = fetched_data(StorePath.of(options.path), damaged="keep") if is_url(options.path) else Path(options.path)
+    found = verify(path, originals=originals, workers=options.workers)
     for note in found.notes:
         say(f"{options.path}: note: {note}")
     for fault in found.faults[: options.faults]:
@@ -66,4 +71,7 @@ def verify_data(options: argparse.Namespace) -> None:
     more = f", the first {options.faults} shown" if found.num_faults > options.faults else ""
     outcome = f"{count_text(found.num_faults, 'fault')}{more}" if found.num_faults else "all is well"
     say(f"{options.path}: {outcome}: {images}, {found.num_bytes:,} bytes of them, {images_per_s:,.0f} images/s")
+    if found.num_faults and is_url(options.path):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            forget(file)  # nobody else should use the copy
     sys.exit(1 if found.num_faults else 0)

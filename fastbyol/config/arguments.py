@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.urls import is_url, shown_url
 
 _GIVEN = "_given"
 """Attribute of the argparse namespace that collects the options given so far."""
@@ -63,6 +64,9 @@ def refuse_repeated(option: str) -> NoReturn:
 
 def path_text(text: str) -> str:
     """Returns a path as typed with '~' expanded, for argparse's `type`; shells do not expand it in --out=~/runs."""
+    if is_url(text):
+        where = "docs/data.md (Data in object stores) says what takes URLs"
+        raise argparse.ArgumentTypeError(f"{shown_url(text)} is a URL, and this takes a path of this machine; {where}")
     try:
         return expand_home(text)
     except UserError as error:
@@ -70,9 +74,18 @@ def path_text(text: str) -> str:
 
 
 def _path(text: str) -> Path:
+    return Path(_not_empty(text))
+
+
+def local_or_url(text: str) -> str:
+    """Returns a path as typed with '~' expanded, or a URL, for argparse's `type`."""
+    return text if is_url(text) else _not_empty(text)
+
+
+def _not_empty(text: str) -> str:
     if not text:  # usually an unset shell variable; Path("") would mean the current folder
         raise argparse.ArgumentTypeError("is empty; give a path")
-    return Path(path_text(text))
+    return path_text(text)
 
 
 def through_links(out: Path) -> Path:

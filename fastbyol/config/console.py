@@ -1,7 +1,7 @@
 """Printing that is safe whatever a name contains: no escape sequence reaches the terminal, and no encoding error ends the command.
 
 File and class names may hold any bytes: escape sequences that hide a line or change the window's title, a line break that forges a
-message, bytes that are not UTF-8. Everything that is printed or logged goes through `printable`.
+message, bytes that are not UTF-8. Everything that is printed or logged goes through `printable`, which also takes the secrets out of URLs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any, TextIO
 
+from fastbyol.config.urls import without_credentials
+
 _ESCAPED = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories of control characters, lone surrogates, and line and paragraph separators."""
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -22,8 +24,9 @@ _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\
 
 def printable(text: str) -> str:
     r"""Returns the text as one line that is safe to show: '\x1b[8m' for an escape sequence, '\n' for a line break, 'caf\xe9' for a
-    non-UTF-8 byte.
+    non-UTF-8 byte. URLs are without user name, password and query.
     """
+    text = without_credentials(text)
     return text if text.isprintable() else "".join(map(_shown, text))
 
 

@@ -12,9 +12,12 @@ import os
 import reprlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 
 from fastbyol.config.console import accept_any_text, say
+from fastbyol.config.urls import public_text, without_credentials
 
 USER_ERROR_EXIT = 2
 """Bad input: the same command would fail again."""
@@ -64,13 +67,15 @@ class Lost(RunError):
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps an entry point: UserError and RunError print 'fastbyol: error: …' on stderr and exit with their code.
 
-    Other exceptions keep their traceback.
+    Other exceptions keep their traceback. Secrets in URLs are taken out of the arguments first (`config/urls.py`), and out of tracebacks.
     """
 
     @functools.wraps(main)
     def guarded(*args: object, **kwargs: object) -> None:
         accept_any_text()
+        sys.excepthook = _print_traceback
         try:
+            sys.argv[1:] = public_arguments(sys.argv[1:])
             main(*args, **kwargs)
         except (UserError, RunError) as error:
             rank = os.environ.get("RANK") or "0"
@@ -81,6 +86,24 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(error.exit_code if isinstance(error, RunError) else USER_ERROR_EXIT)
 
     return guarded
+
+
+def public_argument(text: str) -> str:
+    """Returns an argument with the secrets taken out of its URLs. Raises UserError if it is not clear where they end."""
+    return public_arguments([text])[0]
+
+
+def public_arguments(texts: Sequence[str]) -> list[str]:
+    """Returns all arguments of a command, each as `public_argument` does."""
+    queries: dict[str, str] = {}
+    try:
+        return [public_text(text, queries=queries) for text in texts]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    sys.stderr.write(without_credentials("".join(traceback.format_exception(kind, error, where))))
 
 
 def environment_integer(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:

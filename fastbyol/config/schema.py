@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fastbyol.config.arguments import expand_home
 from fastbyol.config.errors import (
     UserError,
+    public_argument,
     require,
     require_at_least,
     require_between,
@@ -18,6 +19,7 @@ from fastbyol.config.errors import (
     require_positive,
     require_probability,
 )
+from fastbyol.config.urls import is_url
 from fastbyol.config.views import ViewPair
 
 BACKENDS = ("auto", "ffcv", "dali", "folder")
@@ -319,6 +321,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _expand_home(self, "out", "init_from")
+        for name in ("out", "init_from"):
+            if is_url(getattr(self, name)):
+                raise UserError(
+                    f"{name} = {getattr(self, name)}: is a URL, and a run reads and writes its files on this machine; give a path"
+                )
         for name, passes, steps in (
             ("epochs", self.epochs, self.steps),
             ("optim.warmup_epochs", self.optim.warmup_epochs, self.optim.warmup_steps),
@@ -354,10 +361,14 @@ class TrainConfig:
 
 
 def _expand_home(config: object, *paths: str) -> None:
-    """Expands a leading '~' in the named fields (dotted names), since shells do not in --out=~/runs and YAML files never do."""
+    """Expands a leading '~' in the named fields (dotted names), since shells do not in --out=~/runs and YAML files never do.
+
+    Takes the secrets out of URLs too: the config is written to config.yaml.
+    """
     for path in paths:
         name = path.rpartition(".")[2]
-        object.__setattr__(config, name, expand_home(getattr(config, name), name=path))  # the only way to set a field of a frozen dataclass
+        text = public_argument(expand_home(getattr(config, name), name=path))
+        object.__setattr__(config, name, text)  # the only way to set a field of a frozen dataclass
 
 
 def accumulation_of(config: TrainConfig, *, world_size: int) -> int:

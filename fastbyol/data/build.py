@@ -10,15 +10,18 @@ import torch
 from fastbyol.augment.parameters import EVAL_SHARE
 from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig, TrainConfig, accumulation_of
+from fastbyol.config.urls import is_url
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES
+from fastbyol.data.formats.fetched import fetched_data, is_converted_url
 from fastbyol.data.formats.tar_shards import is_shard_folder
 from fastbyol.data.inputs.sources import is_original
 from fastbyol.data.loader import CropLoader, ImageLoader, Readahead, TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Traversal, group_into_blocks
 from fastbyol.host.cores import default_workers, place_on_machine
+from fastbyol.host.store_path import StorePath
 from fastbyol.ranks.process_group import Process
 
 _READS = {
@@ -179,7 +182,10 @@ def _open_source(config: DataConfig, *, option: str, label_option: str = "") -> 
         raise UserError(f"{option} is not given: a .beton file, a folder of tar shards, or images: a folder, tars, or a list of them")
     backend = config.backend
     require_choice("data.backend", backend, BACKENDS)
-    fitting, path = backend_of(location, option=option), Path(location)
+    fitting = backend_of(location, option=option)
+    if fitting != "folder" and is_url(location):
+        location = str(fetched_data(StorePath.of(location)))
+    path = location
     if backend not in ("auto", fitting):
         raise UserError(
             f"data.backend = {backend!r}: {path} is {_READS[fitting]}, this backend reads {_READS[backend]}; use auto or {fitting}"
@@ -205,16 +211,19 @@ def _open_source(config: DataConfig, *, option: str, label_option: str = "") -> 
     if fitting == "ffcv":
         from fastbyol.data.backends.ffcv_source import FfcvSource
 
-        return FfcvSource(path)
+        return FfcvSource(Path(location))
     from fastbyol.data.backends.dali_source import DaliSource
 
-    return DaliSource(path)
+    return DaliSource(Path(location))
 
 
 def backend_of(path: str | Path, *, option: str) -> str:
     """Returns the name of the backend that reads this path. Raises UserError, naming the option, if the path does not exist."""
     if is_original(str(path)):
         return "folder"
+    if is_url(path):
+        place = StorePath.of(str(path))
+        return "folder" if not is_converted_url(place) else "ffcv" if place.suffix == ".beton" else "dali"
     path = Path(path)
     if not path.exists():
         raise UserError(f"{option} = {path}: no such file or folder")

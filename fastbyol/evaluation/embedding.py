@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastbyol import __version__
-from fastbyol.config.errors import UserError, first_line, require_choice
+from fastbyol.config.errors import UserError, first_line, public_argument, require_choice
 from fastbyol.config.schema import DataConfig
+from fastbyol.config.urls import is_url, separated
 from fastbyol.data.batch import ImageBatch
 from fastbyol.data.build import build_image_loader
 from fastbyol.data.inputs.images import CONVERTERS_OPTION, LABEL_MODES
@@ -85,6 +86,7 @@ def embed(
     Raises:
         UserError: an input cannot be read, the output exists or cannot be written, or features are not finite.
     """
+    data, labels = public_argument(str(data)), public_argument(labels)
     out = Path(out)
     check_output(out, unfinished=_work_path(out).exists())
     require_choice("dtype", dtype, DTYPES)
@@ -171,8 +173,8 @@ def _facts(
         weights=weights_digest(encoder),
         encoder=run.config.model.encoder,
         changes=json.loads(json.dumps(dict(changes))),
-        data="::".join(os.path.abspath(each) for each in str(data).split("::")),  # several roots are one text
-        labels=labels if labels in LABEL_MODES else os.path.abspath(labels),
+        data="::".join(each if is_url(each) else os.path.abspath(each) for each in separated(str(data))),  # several roots are one text
+        labels=labels if labels in LABEL_MODES or is_url(labels) else os.path.abspath(labels),
         fingerprint=loader.fingerprint(),
         num_images=loader.num_samples,
         class_names=list(loader.class_names),

@@ -15,10 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.urls import is_url
 from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ImageBatch
 from fastbyol.data.inputs.name_matching import NameIndex
+from fastbyol.data.inputs.sources import is_original
 from fastbyol.data.inputs.subset import read_subset
+from fastbyol.host.store_path import Place, place_of
 
 log = logging.getLogger("fastbyol")
 HELD_BYTES = 2**30
@@ -152,14 +155,17 @@ def split_paths(data: str | Path) -> tuple[str, str]:
 
     Raises UserError naming both expected paths if there is val alone.
     """
+    if is_url(data) and is_original(str(data)):
+        return str(data), ""  # one file, or several sources: there is nothing below it to look for
     found = {name: next((str(path) for path in _split_candidates(data, name) if path.exists()), "") for name in ("train", "val")}
     if found["val"] and not found["train"]:
         raise UserError(f"--data {data}: {_missing(data, 'train')}")
     return found["train"] or str(data), found["val"]
 
 
-def _split_candidates(data: str | Path, name: str) -> tuple[Path, Path]:
-    return Path(data) / f"{name}.beton", Path(data) / name
+def _split_candidates(data: str | Path, name: str) -> tuple[Place, Place]:
+    folder = place_of(str(data))
+    return folder / f"{name}.beton", folder / name
 
 
 def _missing(data: str | Path, name: str) -> str:
@@ -267,7 +273,7 @@ def why_unscored(train: Mapping[str, int], val: Mapping[str, int]) -> str:
 
 def named_positions(subset: Path, names: Sequence[str], *, source: str) -> NDArray[np.int64]:
     """Returns the positions, ascending, of the images that the list names. Raises UserError if a name matches no image or several."""
-    index = NameIndex(names, Path(source))
+    index = NameIndex(names, place_of(source))
     wanted = read_subset(subset)
     places = [index.find(name) for name in wanted]
     if wrong := [name for name, place in zip(wanted, places, strict=True) if place < 0]:

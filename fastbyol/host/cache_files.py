@@ -11,13 +11,14 @@ from pathlib import Path
 
 from fastbyol.config.errors import UserError
 from fastbyol.host.durable_files import locked_file
+from fastbyol.host.store_path import Place, StorePath
 
 log = logging.getLogger("fastbyol")
 _PATIENCE_S = 6 * 3600.0
 """Longest wait for another process, such as the first rank, that is making the file."""
 
 
-def kept_files(beside: Path, *, name: str, of: Sequence[Path]) -> list[Path]:
+def kept_files(beside: Path | None, *, name: str, of: Sequence[Place]) -> list[Path]:
     """Returns the files that `cache_file` has made for the same arguments. They can be read without its lock, because it replaces a file as a
     whole; so those in a folder that has become read-only are of use too.
     """
@@ -25,11 +26,11 @@ def kept_files(beside: Path, *, name: str, of: Sequence[Path]) -> list[Path]:
 
 
 @contextmanager
-def cache_file(beside: Path, *, name: str, of: Sequence[Path]) -> Iterator[Path | None]:
+def cache_file(beside: Path | None, *, name: str, of: Sequence[Place]) -> Iterator[Path | None]:
     """Yields the path of the file, which only this process may write now; None, with a warning, if it can be kept nowhere.
 
     Args:
-        beside: folder that is tried first. The second is fastbyol's folder in $XDG_CACHE_HOME, usually ~/.cache.
+        beside: folder that is tried first; None: the files are at URLs. The second is fastbyol's folder in $XDG_CACHE_HOME, usually ~/.cache.
         name: beginning of the file's name, which goes on with a digest of the paths.
         of: the files from which it is made.
 
@@ -37,7 +38,7 @@ def cache_file(beside: Path, *, name: str, of: Sequence[Path]) -> Iterator[Path 
         UserError: another process has held the file for hours.
     """
     places = _places(beside, name, of)
-    cache = places[1].parent
+    cache = places[-1].parent
     # An existing file first: the folder of the data may have become writable since the one in the cache was made.
     places.sort(key=lambda path: not path.exists())
     for path in places:
@@ -60,12 +61,19 @@ def cache_file(beside: Path, *, name: str, of: Sequence[Path]) -> Iterator[Path 
             lock.unlink(missing_ok=True)
             os.close(descriptor)
         return
-    log.warning("%s and %s cannot be written (%s): what is found out about the files there is not kept", beside, cache, refused.strerror)
+    where = cache if beside is None else f"{beside} and {cache}"
+    log.warning("%s cannot be written (%s): what is found out about the files is not kept", where, refused.strerror)
     yield None
 
 
-def _places(beside: Path, name: str, of: Sequence[Path]) -> list[Path]:
-    """Returns the two paths that the file may have: beside the data, and in the user's cache folder."""
-    digest = hashlib.sha256("\0".join(os.path.abspath(path) for path in of).encode(errors="surrogateescape")).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fastbyol"
-    return [beside / f".{name}-{digest}", cache / f"{name}-{digest}"]
+def _places(beside: Path | None, name: str, of: Sequence[Place]) -> list[Path]:
+    """Returns the paths that the file may have: beside the data, and in the user's cache folder."""
+    texts = [str(path) if isinstance(path, StorePath) else os.path.abspath(path) for path in of]
+    digest = hashlib.sha256("\0".join(texts).encode(errors="surrogateescape")).hexdigest()[:12]
+    kept = cache_folder() / f"{name}-{digest}"
+    return [kept] if beside is None else [beside / f".{name}-{digest}", kept]
+
+
+def cache_folder() -> Path:
+    """Returns fastbyol's folder in $XDG_CACHE_HOME, usually ~/.cache, which may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fastbyol"

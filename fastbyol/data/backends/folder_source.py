@@ -1,19 +1,20 @@
-"""The folder backend: reads images where they are, in folders, tars or lists, with Pillow. It is the reference for the two fast backends."""
+"""The folder backend: reads images where they are, in folders, tars or lists, here or at URLs, with Pillow. It is the reference for the two
+fast backends.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 
 import numpy as np
 
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged, some_of
-from fastbyol.data.formats.manifest import sha256_of
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing, left_out_text
+from fastbyol.host.store_path import StorePath, at_once
 
 log = logging.getLogger("fastbyol")
 _COMPARED_BYTES = 1 << 20
@@ -37,13 +38,19 @@ class FolderSource(Source):
             _warn_once(f"{listing.root}: left out: {text}")
         # (height, width), filled as images are first used: opening a million files in advance would take too long.
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int64)
+        # Bytes of images at URLs, fetched for their sizes and used once more, when the same images are decoded.
+        self._fetched: dict[int, bytes] = {}
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
         for index in indices[self._sizes[indices, 0] == 0].tolist():
             try:
                 location = self._listing.location(index)
                 # Pillow reads only the header of a file; a byte range of a tar is read whole, and comes from the page cache when it is decoded.
-                self._sizes[index] = image_size(location.path if location.size is None else location.read())
+                if isinstance(location.path, StorePath):
+                    self._fetched[index] = location.read()
+                    self._sizes[index] = image_size(self._fetched[index])
+                else:
+                    self._sizes[index] = image_size(location.path if location.size is None else location.read())
             except (UndecodableImage, OSError) as error:
                 raise damaged(self.sample_name(index), error) from error
         height, width = self._sizes[indices].T
@@ -57,6 +64,8 @@ class FolderSource(Source):
 
     def read_ahead(self, indices: Indices) -> None:
         locations = [self._listing.location(index) for index in indices.tolist()]
+        if isinstance(locations[0].path, StorePath):
+            return  # there is no page cache to read it into
         reader = RangeReader(locations[0].path)
         try:
             reader.read_ahead(min(at.offset for at in locations), max(at.offset + (at.size or 0) for at in locations))
@@ -66,18 +75,22 @@ class FolderSource(Source):
     def identity(self) -> bytes:
         """Returns a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""
         digest = hashlib.sha256("\0".join(self._listing.files).encode(errors="surrogateescape"))
-        for index in some_of(self.num_samples):
-            with suppress(OSError):  # a file that cannot be read is named by whoever decodes it
-                location = self._listing.location(index)
-                size = location.path.stat().st_size if location.size is None else location.size
-                first = sha256_of(location.path, start=location.offset, size=min(size, _COMPARED_BYTES))
-                digest.update(f"{size} {first}".encode())
+        for data in at_once(self._bytes_or_none, some_of(self.num_samples)):
+            if data is not None:
+                digest.update(f"{len(data)} {hashlib.sha256(data[:_COMPARED_BYTES]).hexdigest()}".encode())
         return digest.digest()
+
+    def _bytes_or_none(self, index: int) -> bytes | None:
+        try:
+            return self._listing.location(index).read()
+        except OSError:  # whoever decodes the image names it
+            return None
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         for index in indices.tolist():
             try:
-                image = decode_with_pillow(self._listing.location(index).read())
+                data = self._fetched.pop(index, None)
+                image = decode_with_pillow(self._listing.location(index).read() if data is None else data)
             except (UndecodableImage, OSError) as error:
                 raise damaged(self.sample_name(index), error) from error
             height, width = self._sizes[index].tolist()

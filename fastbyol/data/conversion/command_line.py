@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from fastbyol.config.console import say
@@ -13,6 +14,7 @@ from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.manifest import Manifest
 from fastbyol.data.inputs.images import add_input_arguments
 from fastbyol.host.quantities import bytes_text, count_text
+from fastbyol.host.store_path import Place
 
 WHAT_HAPPENS = """\
 Baseline and progressive JPEGs, gray or colour, are stored byte for byte, whatever their names; CMYK, PNG, WebP and the like become RGB JPEG.
@@ -70,11 +72,13 @@ def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> Co
     )
 
 
-def print_outcome(out: Path, manifest: Manifest, report: Path) -> None:
-    """Prints the table of the report and a summary line."""
+def print_outcome(out: Path, manifest: Manifest, report: Path, *, place: Callable[[Path], Place] = lambda path: path) -> None:
+    """Prints the table of the report and a summary line. place: gives where a file of this machine will be, if that is at a URL."""
     say(*report_table(json.loads(report.read_text(encoding="ascii"))).split("\n"))
     size = sum(shard.bytes for shard in manifest.shards)
     classes = f"of {len(manifest.class_names):,} classes" if manifest.class_names else "without labels"
     counts = f"{manifest.num_samples:,} images {classes}"
     shards = f", {count_text(len(manifest.shards), 'shard')}" if manifest.kind == "tar" else ""
-    say(f"{out}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {report}; for other labels, or none: --labels")
+    say(
+        f"{place(out)}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {place(report)}; for other labels, or none: --labels"
+    )

@@ -23,7 +23,7 @@ from enum import IntEnum
 
 from PIL import Image
 
-from fastbyol.config.errors import UserError, require, require_at_least, require_choice, require_positive, shortened
+from fastbyol.config.errors import Lost, UserError, require, require_at_least, require_choice, require_positive, shortened
 from fastbyol.data.formats.beton import JPEG_MODE, RAW_MODE
 from fastbyol.data.formats.jpeg_header import MAX_SIDE_PX, JpegHeader, exif_orientation, read_jpeg_header, scans_complaint
 from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS, UndecodableImage, as_rgb, has_wide_pixels, load_image, pixel_range
@@ -36,6 +36,8 @@ MAX_CPU_S = 60.0
 """Default of --max-seconds; the largest image that is allowed by default takes about 3 s."""
 UNREADABLE = "unreadable"
 """Reason for dropping a file that the operating system cannot read."""
+UNREACHABLE = "in a store that does not answer"
+"""Reason that ends the conversion, which can go on once the store is back."""
 EXIF_MODES = ("ignore", "apply")
 _CUT_SHORT = ("Premature end of JPEG file", "Corrupt JPEG data: premature end of data segment")
 _MANY_IMAGES = 1_000
@@ -130,6 +132,16 @@ class DroppedImage:
     source_bytes: int = 0
 
 
+def read_original(location: ImageLocation) -> bytes | DroppedImage:
+    """Returns an image's bytes, or why there are none."""
+    try:
+        return location.read()
+    except Lost as error:
+        return DroppedImage(UNREACHABLE, str(error))
+    except OSError as error:
+        return DroppedImage(UNREADABLE, error.strerror or shortened(error))
+
+
 class Encoder:
     """Checks and encodes images with fixed settings, within one process."""
 
@@ -140,14 +152,11 @@ class Encoder:
 
     def encode_from(self, location: ImageLocation, *, index: int) -> EncodedImage | DroppedImage:
         """Reads and encodes an image. index: its position in the listing, which decides if it is stored raw."""
-        try:
-            data = location.read()
-        except OSError as error:
-            return DroppedImage(UNREADABLE, error.strerror or shortened(error))
-        return self.encode(data, index=index)
+        data = read_original(location)
+        return data if isinstance(data, DroppedImage) else self.encode(data, index=index)
 
     def encode(self, data: bytes, *, index: int = 0) -> EncodedImage | DroppedImage:
-        """Encodes an image from its bytes. Damaged data never raises an exception: the result is then a DroppedImage."""
+        """Encodes an image from its bytes. index: as for `encode_from`. Damaged data never raises an exception: the result is then a DroppedImage."""
         try:
             return self._encode(data, index)
         except UndecodableImage as error:

@@ -21,6 +21,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, EncodeSettings
 from fastbyol.data.conversion.encoding_worker import READY, Encoded, Job, start_worker
 from fastbyol.host.signals import DeferredStop
+from fastbyol.host.stores import print_wait
 
 KILLS_THE_DECODER = "kills the decoder"
 SECONDS_PER_IMAGE = SECONDS_TO_START = 600.0
@@ -30,6 +31,7 @@ _AHEAD = 48  # images per worker between the next result to return and the newes
 _MAX_HELD_BYTES = 256 << 20
 _POLL_S = 0.2
 _LAST_WORDS_BYTES = 2000
+_SECONDS_BETWEEN_WAITS = 5.0
 
 _Place = tuple[int, Job]  # (position in the order, job)
 
@@ -199,10 +201,14 @@ class _Worker:
             self._to_do.send([job for _, job in jobs])
 
     def receive(self) -> Encoded | None:
-        """Returns the result of its oldest job, or None for its first message. Raises EOFError or OSError if it is dead."""
+        """Returns the result of its oldest job, or None for another message. Raises EOFError or OSError if it is dead."""
         message = self.results.recv()
         self.heard_at, self.is_ready = time.monotonic(), True
-        return None if message == READY else message
+        if isinstance(message, str):
+            if message != READY:
+                _tell_wait(message)
+            return None
+        return message
 
     def end(self) -> int:
         """Kills the process if it is still running; returns its exit code."""
@@ -218,6 +224,17 @@ class _Worker:
         self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         return f"{exit_text}: {lines[-1].strip()}" if lines else exit_text
+
+
+_told_wait_at = -_SECONDS_BETWEEN_WAITS
+
+
+def _tell_wait(text: str) -> None:
+    """Prints why a worker waits for a store, unless another one's reason was printed a moment ago."""
+    global _told_wait_at
+    if time.monotonic() - _told_wait_at >= _SECONDS_BETWEEN_WAITS:
+        _told_wait_at = time.monotonic()
+        print_wait(text)
 
 
 def _end_silent(workers: list[_Worker]) -> list[_Worker]:

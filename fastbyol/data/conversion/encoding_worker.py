@@ -12,18 +12,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, NamedTuple
 
 from PIL import Image
 
-from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings
+from fastbyol.data.conversion.encode import DroppedImage, EncodedImage, Encoder, EncodeSettings, read_original
 from fastbyol.data.inputs.listing import ImageLocation
+from fastbyol.host import stores
+from fastbyol.host.store_path import StorePath, at_once
 
 Encoded = EncodedImage | DroppedImage
 READY = "ready"
-"""A worker's first message."""
+"""A worker's first message. Its other texts say why it waits for a store."""
 _PIPE_BYTES = 1 << 20  # the most that Linux allows unprivileged processes by default
 
 
@@ -65,21 +69,36 @@ def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subpro
     return process, jobs, results
 
 
+def _originals(chunk: list[Job]) -> Iterator[bytes | DroppedImage]:
+    """Yields the bytes of each image; of images at URLs many are fetched at a time."""
+    locations = [location for _, location in chunk]
+    at_urls = any(isinstance(location.path, StorePath) for location in locations)
+    return at_once(read_original, locations) if at_urls else map(read_original, locations)
+
+
 def serve(jobs_descriptor: int, results_descriptor: int) -> None:
     """Main function of a worker: encodes the images of all jobs until the pipe of jobs is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = None  # EncodeSettings has its own limit
     jobs, results = Connection(jobs_descriptor, writable=False), Connection(results_descriptor, readable=False)
+    one_at_a_time = threading.Lock()
+
+    def send(message: object) -> None:
+        with one_at_a_time:
+            results.send(message)
+
+    stores.on_wait = send
     try:
         settings: EncodeSettings = jobs.recv()
         encoder = Encoder(settings)
-        results.send(READY)
+        send(READY)
         while True:
-            for index, location in jobs.recv():
+            chunk: list[Job] = jobs.recv()
+            for (index, _), data in zip(chunk, _originals(chunk), strict=True):
                 signal.setitimer(signal.ITIMER_PROF, settings.max_cpu_s)  # after that, SIGPROF kills this process, even inside C code
-                encoded = encoder.encode_from(location, index=index)
+                encoded = data if isinstance(data, DroppedImage) else encoder.encode(data, index=index)
                 signal.setitimer(signal.ITIMER_PROF, 0)
-                results.send(encoded)
+                send(encoded)
     except (EOFError, OSError):  # the main process has finished, or was killed
         return

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.config.errors import UserError
-from fastbyol.data.conversion.encode import UNREADABLE, EncodedImage
+from fastbyol.config.errors import Lost, UserError
+from fastbyol.data.conversion.encode import UNREACHABLE, UNREADABLE, EncodedImage
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Job
 from fastbyol.host.quantities import bytes_text
@@ -56,6 +56,8 @@ def estimate_conversion(
         read += int(sizes[picked[number - 1]])
         if isinstance(image, EncodedImage):
             stored += len(image.data)
+        elif image.reason == UNREACHABLE:
+            raise Lost(f"{job(int(picked[number - 1])).location.name}: {image.detail}")
         elif image.reason != UNREADABLE:  # unreadable files may mean a lost disk, which the conversion itself detects
             dropped.append(f"{job(int(picked[number - 1])).location.name}: {image.reason} ({image.detail})")
     # The time to the first result includes the start of the processes: leave it out.

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.console import say
-from fastbyol.config.errors import RunError, UserError
-from fastbyol.data.conversion.encode import UNREADABLE, DroppedImage, EncodedImage, Outcome
+from fastbyol.config.errors import Lost, RunError, UserError
+from fastbyol.data.conversion.encode import UNREACHABLE, UNREADABLE, DroppedImage, EncodedImage, Outcome
 from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Encoded
 from fastbyol.data.conversion.estimate import estimate_conversion, require_space
@@ -61,6 +61,7 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: Deferr
     Raises:
         UserError: too little disk space, a full disk, a lost source disk, or workers that die repeatedly.
         BadImage: under `strict`, the first image that cannot be kept.
+        Lost: a store of the images no longer answers.
         Stopped: a signal arrived.
     """
     total = len(task.order)
@@ -84,6 +85,7 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: Deferr
             say(f"{task.out.name}: {told}", file=sys.stderr)
             with stop.deferred(), Progress(task.out.name, total, unit="images", done=work.done) as progress:
                 _Pass(task, output, work, progress).run(pool)
+    task.listing.require_unchanged()
     return np.fromfile(work.path / ROWS, dtype=ROW)
 
 
@@ -109,7 +111,7 @@ class _Pass:
                 self._keep()
             message = f"{self._task.out}: stopped at {self._done:,} of {total:,} images; the same command continues"
             raise Stopped(stopped.signal_number, message) from None
-        except (UserError, BadImage):
+        except (UserError, BadImage, Lost):
             self._keep()
             raise
         self._work.flush(self._done)
@@ -121,6 +123,8 @@ class _Pass:
 
     def _take(self, index: int, encoded: Encoded) -> None:
         if isinstance(encoded, DroppedImage):
+            if encoded.reason == UNREACHABLE:
+                raise Lost(f"{self._task.out}: stopped at {self._done:,} of {len(self._task.order):,} images: {encoded.detail}")
             name, told = self._task.listing.files[index], f"{encoded.reason} ({encoded.detail})"
             if self._task.options.strict:
                 raise BadImage(f"{name}: {told}; repair or remove it, or omit --strict to drop it")

@@ -23,12 +23,14 @@ from fastbyol.data.inputs.listing import (
     why_not_an_image,
 )
 from fastbyol.data.inputs.splits import refuse_splits
+from fastbyol.data.inputs.store_folder import scan_store
+from fastbyol.host.store_path import Place, StorePath
 
 Identity = tuple[int, int]
 """(device, inode): equal for two names of the same file or folder."""
 
 
-def list_image_folder(root: Path, *, splits: str = "refuse") -> ImageListing:
+def list_image_folder(root: Place, *, splits: str = "refuse") -> ImageListing:
     """Returns the images below `root`, with classes and files in torchvision's order.
 
     Skips, and lists in `skipped`: files without an image's extension, hidden files and folders and those of the system, thumbnails, images
@@ -51,7 +53,7 @@ def list_image_folder(root: Path, *, splits: str = "refuse") -> ImageListing:
     return by_class_folder(replace(found, class_names=class_names))
 
 
-def list_folder(root: Path, *, labels: str = "auto", splits: str = "refuse") -> ImageListing:
+def list_folder(root: Place, *, labels: str = "auto", splits: str = "refuse") -> ImageListing:
     """Returns the images below `root`, in order.
 
     Args:
@@ -116,15 +118,15 @@ def by_class_folder(found: ImageListing) -> ImageListing:
     return in_sample_order(found, [label_of.get(name) for name in classes])
 
 
-def _class_names(root: Path, *, required: bool = True) -> tuple[str, ...]:
+def _class_names(root: Place, *, required: bool = True) -> tuple[str, ...]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder with one sub-folder of images per class")
     try:
-        # A name that is skipped silently elsewhere is an error below if it holds a line break.
-        wanted = [entry for entry in os.scandir(root) if has_line_break(entry.name) or not why_not_a_folder(entry.name)]
-        names = sorted(entry.name for entry in wanted if entry.is_dir())
+        folders = root.children()[1] if isinstance(root, StorePath) else sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
+    # A name that is skipped silently elsewhere is an error below if it holds a line break.
+    names = [name for name in folders if has_line_break(name) or not why_not_a_folder(name)]
     if not names and required:
         raise UserError(f"{root}: has no sub-folders, which --labels folders takes as classes; give --labels none, or a file of labels")
     for name in names:
@@ -133,8 +135,10 @@ def _class_names(root: Path, *, required: bool = True) -> tuple[str, ...]:
     return tuple(names)
 
 
-def scan_folder(root: Path) -> ImageListing:
+def scan_folder(root: Place) -> ImageListing:
     """Finds all images below `root`, in no particular order; the listing has no labels yet."""
+    if isinstance(root, StorePath):
+        return scan_store(root)
     scan = _FolderScan(root)
     scan.walk()
     scan.drop_links_to_listed_files()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastbyol.config.arguments import path_text
+from fastbyol.config.arguments import local_or_url
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require_choice
 from fastbyol.data.inputs.folder import list_folder, scan_folder
@@ -22,6 +22,7 @@ from fastbyol.data.inputs.path_list import list_paths
 from fastbyol.data.inputs.sources import Data, GivenSource, given_sources
 from fastbyol.data.inputs.subset import drop_empty_classes, read_subset, restrict
 from fastbyol.data.inputs.tars import list_tars, read_tars, tar_images
+from fastbyol.host.store_path import StorePath, place_of
 
 LABEL_MODES = ("auto", "folders", "none")
 CONVERTERS_OPTION = "--labels"
@@ -39,6 +40,7 @@ inputs:
   shards            a folder of tars, or 'part-{00000..00099}.tar' in quotes: WebDataset's, as img2dataset writes them; labels from .cls members
   a list            .txt with a path in each line; .csv or .tsv with a column of paths, and labels with --label-column NAME
   Parquet           a file, a folder or a pattern: Hugging Face's image data sets (needs pyarrow)
+  a URL             any of these at s3://, gs://, hf:// or https:// (pip install 'fastbyol[remote]'; docs/data.md: Data in object stores)
   several           --data photos more/photos 'shards-*.tar'; in one text, 'photos::more/photos'
   with --devkit     ILSVRC2012_img_val.tar, or its images in one folder, with ILSVRC2012_devkit_t12.tar.gz
   with --labels     images in one folder or tar, with a table of names and classes (comma, semicolon, tab or blanks between; the header
@@ -61,7 +63,7 @@ def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", requi
 def add_label_arguments(parser: ArgumentParser) -> None:
     """Adds --labels, --path-column, --label-column, --devkit, --subset, --drop-empty-classes and --splits-are-classes."""
     how = "auto (default), folders: top-level folders are the classes, none, or a file of labels: a table, or a class per line"
-    parser.add_argument("--labels", type=path_text, metavar="HOW", help=how)
+    parser.add_argument("--labels", type=local_or_url, metavar="HOW", help=how)
     for option, what in (("path", "names of the images"), ("label", "classes")):
         column = f"the column of a table that has the {what}, by name or by number from 1 (default: by its header)"
         parser.add_argument(f"--{option}-column", f"--{option}_column", metavar="NAME", help=column)
@@ -78,7 +80,7 @@ def source_text(text: str) -> str:
     """Returns a source as typed with '~' expanded, for argparse's `type`."""
     if not text:  # usually an unset shell variable
         raise ArgumentTypeError("is empty; give a path")
-    return path_text(text)
+    return local_or_url(text)
 
 
 def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] | None = None) -> ImageListing:
@@ -189,7 +191,7 @@ def _list_images(
 ) -> ImageListing:
     require_choice("splits", splits, ("refuse", "classes"))
     mode = str(labels) if labels is not None and str(labels) in LABEL_MODES else "auto"
-    label_path = None if labels is None or str(labels) in LABEL_MODES else Path(labels)
+    label_path = None if labels is None or str(labels) in LABEL_MODES else place_of(str(labels))
     if label_path and devkit:
         raise UserError("--labels and --devkit: both give labels; give one of them")
     label_file = read_devkit(devkit) if devkit else None
@@ -250,8 +252,9 @@ def join_listings(listings: list[ImageListing]) -> ImageListing:
     if labelled and len(labelled) < len(listings):
         without = next(listing.root for listing in listings if not listing.class_names)
         raise UserError(f"{labelled[0].root} has labels and {without} has none; give --labels none, or sources that are alike")
+    roots = [listing.root.as_path if isinstance(listing.root, StorePath) else os.path.abspath(listing.root) for listing in listings]
     root = Path(
-        os.path.commonpath([os.path.abspath(listing.root if listing.root.is_dir() else listing.root.parent) for listing in listings])
+        os.path.commonpath([at if listing.root.is_dir() else os.path.dirname(at) for at, listing in zip(roots, listings, strict=True)])
     )
     class_names = tuple(sorted({name for listing in listings for name in listing.class_names}))
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -259,7 +262,7 @@ def join_listings(listings: list[ImageListing]) -> ImageListing:
     skipped: list[tuple[str, str]] = []
     kept: list[tuple[int, int]] = []
     for number, listing in enumerate(listings):
-        top = os.path.relpath(listing.root, root)
+        top = os.path.relpath(roots[number], root)
         top = "" if top == "." else top.removesuffix(".tar") + "/"
         skipped += [(top + name, reason) for name, reason in listing.skipped]
         for index, (name, label) in enumerate(zip(listing.files, listing.labels, strict=True)):
@@ -269,7 +272,8 @@ def join_listings(listings: list[ImageListing]) -> ImageListing:
                 names[top + name] = label_of[listing.class_names[label]] if label >= 0 else -1
                 kept.append((number, index))
     places = None
-    if any(listing.places is not None for listing in listings):
+    # The root of listings at URLs is no folder from which their images could be found.
+    if any(listing.places is not None or isinstance(listing.root, StorePath) for listing in listings):
         places = Places.of_locations([listings[number].location(index) for number, index in kept])
     notes = tuple(note for listing in listings for note in listing.notes)
     found = ImageListing(root, class_names, tuple(names), (), tuple(skipped), places, notes)

@@ -12,12 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import EXTENSIONS
 from fastbyol.data.inputs.name_matching import MISSING, NameIndex, lines_of
+from fastbyol.host.store_path import Place
 
 _FILE = ("filename", "file_name", "file", "filepath", "file_path", "path", "image", "images", "img", "image_path", "img_path", "imagepath",
          "image_name", "image_index", "image_file", "image_filename", "imagename", "image_id", "imageid", "img_id", "img_name", "fname", "relpath",
@@ -50,7 +50,7 @@ class LabelRows(NamedTuple):
 
 
 def read_label_rows(
-    path: Path, text: str, index: NameIndex, *, path_column: str | None = None, label_column: str | None = None
+    path: Place, text: str, index: NameIndex, *, path_column: str | None = None, label_column: str | None = None
 ) -> LabelRows | None:
     """Returns the rows of a table, or None if the file may be a list of classes in the order of the images' names.
 
@@ -157,7 +157,7 @@ def _split_at_name(line: str, index: NameIndex, sides: tuple[str, ...] = ("first
     return None
 
 
-def _words(path: Path, lines: list[tuple[int, str]], index: NameIndex, *, named: bool) -> list[Row]:
+def _words(path: Place, lines: list[tuple[int, str]], index: NameIndex, *, named: bool) -> list[Row]:
     """Returns the rows of a table with blanks between its columns: two columns, both of which may contain blanks, or, with a header, more."""
     if _split_at_name(lines[0][1], index) is None:
         lines = [(lines[0][0], lines[0][1].lstrip("# ")), *lines[1:]]  # numpy's savetxt writes '# filename label'
@@ -196,7 +196,7 @@ def _a_column_of_numbers(lines: list[tuple[int, str]], index: NameIndex) -> bool
 class _Columns:
     """Finds the column of names and that of classes, and reads them."""
 
-    def __init__(self, path: Path, rows: list[Row], index: NameIndex, *, path_column: str | None, label_column: str | None) -> None:
+    def __init__(self, path: Place, rows: list[Row], index: NameIndex, *, path_column: str | None, label_column: str | None) -> None:
         self.path, self.rows, self.index = path, rows, index
         self.first = rows[0][1]
         self.words = [plain_header(cell) for cell in self.first]

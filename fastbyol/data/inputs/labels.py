@@ -16,6 +16,7 @@ from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.inputs.label_table import LabelRows, is_class_header, read_label_rows
 from fastbyol.data.inputs.listing import ImageListing, in_sample_order
 from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, limited_read, lines_of
+from fastbyol.host.store_path import Place
 
 _VALIDATION_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.\w+", re.DOTALL)
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
@@ -38,7 +39,7 @@ class LabelFile:
     The file is a table of names and classes (`label_table`), or has one class per line in the order of the images' names.
     """
 
-    path: Path
+    path: Place
     text: str = ""
     path_column: str | None = None
     label_column: str | None = None
@@ -125,7 +126,7 @@ def read_devkit(path: Path) -> LabelFile:
     return LabelFile(path, in_order=[wnid_of[int(word)] for word in ids], class_names=tuple(sorted(wnid_of.values())))
 
 
-def _by_name(found: ImageListing, path: Path, table: LabelRows, index: NameIndex) -> tuple[list[str | None], tuple[tuple[str, str], ...]]:
+def _by_name(found: ImageListing, path: Place, table: LabelRows, index: NameIndex) -> tuple[list[str | None], tuple[tuple[str, str], ...]]:
     """Returns the label of each image (None without one), and (name, reason) of the rows without an image."""
     values: list[str | None] = [None] * len(found.files)
     earlier: dict[str, str] = {}

@@ -12,9 +12,9 @@ import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from fastbyol.config.errors import UserError
+from fastbyol.host.store_path import Place, StorePath
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jfif", ".jp2")
 """File extensions of images, in upper or lower case: torchvision's, and others that Pillow reads."""
@@ -36,13 +36,26 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
+def stamp_at(place: Place) -> Stamp:
+    """Returns the stamp of a file; of one at a URL, its size and a number for the version that the store tells. Raises OSError or UserError."""
+    if isinstance(place, StorePath):
+        size, version = place.stat()
+        return size, version
+    return stamp_of(place.stat())
+
+
+def may_be_known(place: Place, stamp: Stamp) -> bool:
+    """Returns False for a file at a URL of which the stamp is only its size: what was found out about it earlier could be out of date."""
+    return bool(stamp[1]) or not isinstance(place, StorePath)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageLocation:
-    """Location of one image's bytes: a file, or a byte range of one. Small, because it is sent to worker processes."""
+    """Location of one image's bytes: a file, or a byte range of one, here or at a URL. Small, because it is sent to worker processes."""
 
     name: str
     """Relative name with '/', unique in its listing. Only for display: no file is opened or written by this name."""
-    path: Path
+    path: Place
     offset: int = 0
     size: int | None = None
     """Number of bytes; None for the whole file."""
@@ -50,7 +63,11 @@ class ImageLocation:
     """Stamp of the container when it was listed; None if it is not compared."""
 
     def read(self) -> bytes:
-        """Returns the image's bytes. Raises OSError if they cannot be read completely, or if the container has changed since it was listed."""
+        """Returns the image's bytes. Raises OSError if they cannot be read completely, or if the container has changed since it was listed,
+        and Lost if a store no longer answers.
+        """
+        if isinstance(self.path, StorePath):
+            return self._read_from_store(self.path)
         with open(self.path, "rb", buffering=0) as file:
             if self.size is None:
                 return file.readall()
@@ -62,12 +79,22 @@ class ImageLocation:
             raise OSError(f"{self.path} has {len(data)} of {self.size} bytes at offset {self.offset}: it was cut or replaced")
         return data
 
+    def _read_from_store(self, path: StorePath) -> bytes:
+        try:
+            data = path.read_bytes() if self.size is None else path.read(self.offset, self.size)
+        except UserError as error:
+            raise OSError(str(error)) from None
+        # Asking for a container's version with each of its images would double the requests: a conversion does so once, at its end.
+        if self.size is None and self.stamp is not None and len(data) != self.stamp[0]:
+            raise OSError(f"{path} has changed since it was listed")
+        return data
+
 
 @dataclass(frozen=True)
 class Places:
     """The byte ranges of images in files that hold many: container number, offset and size of each image, 20 bytes in memory."""
 
-    containers: tuple[Path, ...]
+    containers: tuple[Place, ...]
     stamps: tuple[Stamp, ...]
     """Stamp of each container when it was listed."""
     container: array[int]
@@ -76,17 +103,17 @@ class Places:
     sizes: array[int]
 
     @classmethod
-    def of_one(cls, path: Path, offsets: array[int], sizes: array[int], *, stamp: Stamp) -> Places:
+    def of_one(cls, path: Place, offsets: array[int], sizes: array[int], *, stamp: Stamp) -> Places:
         """Returns the places of images that are all in one file."""
         return cls((path,), (stamp,), array("i", [0]) * len(offsets), offsets, sizes)
 
     @classmethod
     def of_locations(cls, locations: Sequence[ImageLocation]) -> Places:
         """Returns the places of these images, some of which may be files of their own. Raises UserError if such a file no longer exists."""
-        numbers: dict[tuple[Path, Stamp], int] = {}
+        numbers: dict[tuple[Place, Stamp], int] = {}
         container, offsets, sizes = _arrays()
         for location in locations:
-            stamp = location.stamp or stamp_of(_listed_file(location.path))
+            stamp = location.stamp or _listed_stamp(location.path)
             container.append(numbers.setdefault((location.path, stamp), len(numbers)))
             offsets.append(location.offset)
             sizes.append(stamp[0] if location.size is None else location.size)
@@ -125,7 +152,7 @@ def _arrays() -> tuple[array[int], array[int], array[int]]:
 class ImageListing:
     """The images of a data set in order; sample i is file i. Takes about 120 bytes of memory per image."""
 
-    root: Path
+    root: Place
     """The folder, tar or other source that was listed; images that are files of their own have their names relative to it."""
     class_names: tuple[str, ...]
     """Class names in label order; () if no image has a label."""
@@ -139,12 +166,16 @@ class ImageListing:
     """Places of images in tars and the like; None if each image is a file of its own."""
     notes: tuple[str, ...] = ()
     """Messages on how the input was interpreted, to be shown to the user before work starts."""
+    sizes: array[int] | None = field(default=None, repr=False)
+    """Bytes of each image that is a file of its own in a store, which tells them with the names; None elsewhere."""
 
     def location(self, index: int) -> ImageLocation:
         name = self.files[index]
-        return ImageLocation(name, self.root / name) if self.places is None else self.places.location(index, name)
+        if self.places is not None:
+            return self.places.location(index, name)
+        return ImageLocation(name, self.root / name, stamp=None if self.sizes is None else (self.sizes[index], 0))
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> Place:
         """Returns the path of the file that contains the image."""
         return self.location(index).path
 
@@ -152,7 +183,7 @@ class ImageListing:
         """Returns the image's size in bytes. Raises UserError if its file no longer exists."""
         if self.places is not None:
             return self.places.sizes[index]
-        return _listed_file(self.root / self.files[index]).st_size
+        return _listed_stamp(self.root / self.files[index])[0] if self.sizes is None else self.sizes[index]
 
     def digest(self) -> str:
         """Returns the SHA-256 of every image's name, size and label in order; equal digests mean the same listing."""
@@ -173,13 +204,20 @@ class ImageListing:
             files=tuple(self.files[i] for i in indices),
             labels=tuple(self.labels[i] for i in indices),
             places=None if self.places is None else self.places.restricted(indices),
+            sizes=None if self.sizes is None else array("q", (self.sizes[i] for i in indices)),
         )
 
+    def require_unchanged(self) -> None:
+        """Raises UserError if a file at a URL that holds many images is another than when it was listed."""
+        for place, stamp in zip(self.places.containers, self.places.stamps, strict=True) if self.places is not None else ():
+            if isinstance(place, StorePath) and stamp_at(place) != stamp:
+                raise UserError(f"{place}: has changed since it was listed; repeat the command with --restart")
 
-def _listed_file(path: Path) -> os.stat_result:
-    """Returns the status of an image's file. Raises UserError if it no longer exists."""
+
+def _listed_stamp(path: Place) -> Stamp:
+    """Returns the stamp of an image's file. Raises UserError if it no longer exists."""
     try:
-        return path.stat()
+        return stamp_at(path)
     except OSError as error:
         raise UserError(f"{path}: was listed a moment ago and is gone ({error.strerror}); is the folder being changed?") from error
 

@@ -8,10 +8,10 @@ import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import EXTENSIONS
+from fastbyol.host.store_path import Place, StorePath
 
 MISSING, AMBIGUOUS = -1, -2
 """Results in place of an image's index: no image has this name, or several could be meant."""
@@ -34,9 +34,9 @@ class NameIndex:
     The same rules apply to names without an extension.
     """
 
-    def __init__(self, files: Sequence[str], root: Path) -> None:
+    def __init__(self, files: Sequence[str], root: Place) -> None:
         self._files = files
-        self._roots = tuple({os.path.abspath(root) + "/", os.path.realpath(root) + "/"})
+        self._roots = (f"{root}/",) if isinstance(root, StorePath) else tuple({os.path.abspath(root) + "/", os.path.realpath(root) + "/"})
         self._full = _places((name, place) for place, name in enumerate(files))
         self._loose: dict[int, str] = {}
 
@@ -95,7 +95,7 @@ class NameIndex:
         return {part for folder in {name.rpartition("/")[0] for name in self._files} for part in folder.split("/")}
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Place) -> str:
     """Returns the text of a list or table, decoded as its byte order mark says, else as UTF-8 with surrogateescape for invalid bytes.
 
     Raises UserError if the file cannot be read, is not text, or is too large.
@@ -118,7 +118,7 @@ def lines_of(text: str) -> list[str]:
     return re.split(r"\r\n|\n|\r", text)
 
 
-def limited_read(path: Path) -> bytes:
+def limited_read(path: Place) -> bytes:
     """Returns the bytes of a file. Raises UserError if it cannot be read or is too large."""
     try:
         with path.open("rb") as file:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.listing import ImageListing, Stamp, stamp_of
+from fastbyol.data.inputs.listing import ImageListing, Stamp, may_be_known, stamp_at
 from fastbyol.data.inputs.tars import list_tars
 from fastbyol.host.cache_files import cache_file, kept_files
 from fastbyol.host.durable_files import durable_file
 from fastbyol.host.progress import Progress
+from fastbyol.host.store_path import Place, StorePath, at_once, open_unbuffered
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "bytes")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
@@ -34,7 +35,7 @@ _MAGIC = {
 }  # fmt: skip
 
 
-def list_parquet(paths: Sequence[Path], *, root: Path, label_column: str | None = None, labels: str = "auto") -> ImageListing:
+def list_parquet(paths: Sequence[Place], *, root: Place, label_column: str | None = None, labels: str = "auto") -> ImageListing:
     """Returns the images of the Parquet files, in the order of their rows.
 
     Args:
@@ -47,19 +48,22 @@ def list_parquet(paths: Sequence[Path], *, root: Path, label_column: str | None 
         UserError: pyarrow is missing, a file is damaged, or no column holds images.
     """
     try:
-        stamps = [stamp_of(path.stat()) for path in paths]
+        stamps = list(at_once(stamp_at, paths))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
     facts = {"stamps": [list(stamp) for stamp in stamps], "label_column": label_column}
     made_of = [*paths, Path(label_column or "")]
-    tar = next((path for path in kept_files(paths[0].parent, name=_TAR, of=made_of) if _facts_of(path) == facts), None)
+    known = all(map(may_be_known, paths, stamps))
+    folder = paths[0].parent
+    beside = None if isinstance(folder, StorePath) else folder
+    tar = next((path for path in kept_files(beside, name=_TAR, of=made_of) if known and _facts_of(path) == facts), None)
     if tar is None:
-        with cache_file(paths[0].parent, name=_TAR, of=made_of) as tar:
+        with cache_file(beside, name=_TAR, of=made_of) as tar:
             if tar is None:
                 raise UserError(
                     f"{root}: the images in Parquet files are copied to a tar first, and no folder for it can be written; set XDG_CACHE_HOME"
                 )
-            if _facts_of(tar) != facts:  # another process may have written it meanwhile
+            if not known or _facts_of(tar) != facts:  # another process may have written it meanwhile
                 try:
                     _write_tar(tar, paths, stamps, facts, label_column)
                 except OSError as error:
@@ -81,7 +85,7 @@ def _facts_of(tar: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_tar(tar: Path, paths: Sequence[Path], stamps: Sequence[Stamp], facts: dict[str, Any], label_column: str | None) -> None:
+def _write_tar(tar: Path, paths: Sequence[Place], stamps: Sequence[Stamp], facts: dict[str, Any], label_column: str | None) -> None:
     with durable_file(tar) as file, Progress(f"{tar.name}: images", sum(size for size, _ in stamps)) as progress:
         buffered = io.BufferedWriter(file)  # type: ignore[arg-type]  # a plain write of an unbuffered file may stop early
         with tarfile.open(fileobj=buffered, mode="w", format=tarfile.PAX_FORMAT) as archive:
@@ -111,7 +115,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
-def _rows(path: Path, label_column: str | None) -> Iterator[tuple[bytes, str | None]]:
+def _rows(path: Place, label_column: str | None) -> Iterator[tuple[bytes, str | None]]:
     """Yields the bytes of each image (b'' if it has none) and its label as text."""
     try:
         import pyarrow as pa
@@ -119,7 +123,7 @@ def _rows(path: Path, label_column: str | None) -> Iterator[tuple[bytes, str | N
     except ImportError as error:
         raise UserError(f"{path}: pyarrow, which reads Parquet, is not installed; pip install 'fastbyol[parquet]'") from error
     try:
-        with pq.ParquetFile(path) as file:
+        with open_unbuffered(path) as content, pq.ParquetFile(content) as file:
             schema = file.schema_arrow
             image, label = _image_column(path, schema, pa), _label_column(path, schema, label_column)
             names = _class_names(schema, label)
@@ -135,7 +139,7 @@ def _rows(path: Path, label_column: str | None) -> Iterator[tuple[bytes, str | N
         raise UserError(f"{path}: is not a readable Parquet file ({' '.join(str(error).split())[:200]}); copy it again") from error
 
 
-def _image_column(path: Path, schema: Any, pa: Any) -> str:
+def _image_column(path: Place, schema: Any, pa: Any) -> str:
     def holds_images(kind: Any) -> bool:
         if pa.types.is_struct(kind):
             return any(kind.field(i).name == "bytes" and holds_images(kind.field(i).type) for i in range(kind.num_fields))
@@ -151,7 +155,7 @@ def _image_column(path: Path, schema: Any, pa: Any) -> str:
     return (named or found)[0]
 
 
-def _label_column(path: Path, schema: Any, wanted: str | None) -> str | None:
+def _label_column(path: Place, schema: Any, wanted: str | None) -> str | None:
     if wanted is not None and wanted not in schema.names:
         raise UserError(f"--label-column {wanted}: {path} has no such column; its columns are {', '.join(schema.names)}")
     return wanted or next((name for name in _LABEL_COLUMNS if name in schema.names), None)

@@ -1,6 +1,7 @@
 """Lists the images that a file names: one path per line, or a table (CSV, TSV) with a column of paths, and one of labels on request.
 
-Paths are relative to the list's folder, or absolute. The order is that of the paths, as for a folder, not that of the lines.
+Paths are relative to the list's folder, or absolute, or URLs, and the list itself may be at a URL. The order is that of the paths, as for a
+folder, not that of the lines.
 """
 
 from __future__ import annotations
@@ -8,17 +9,21 @@ from __future__ import annotations
 import csv
 import io
 import os
+from array import array
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.urls import is_url
 from fastbyol.data.inputs.label_table import is_path_header, plain_header
 from fastbyol.data.inputs.listing import ImageListing, in_sample_order, why_not_an_image
 from fastbyol.data.inputs.name_matching import lines_of, read_text
+from fastbyol.data.inputs.store_folder import sizes_of
+from fastbyol.host.store_path import Place, StorePath
 
 _SHOWN = 3
 
 
-def list_paths(path: Path, *, path_column: str | None = None, label_column: str | None = None) -> ImageListing:
+def list_paths(path: Place, *, path_column: str | None = None, label_column: str | None = None) -> ImageListing:
     """Returns the images that the file names.
 
     Args:
@@ -38,32 +43,58 @@ def list_paths(path: Path, *, path_column: str | None = None, label_column: str 
         rows, how = [(line.strip(), "") for line in lines_of(text) if line.strip()], "a path in each line"
     if not rows:
         raise UserError(f"{path}: names no image; give a path in each line, or a table with a column 'path'")
-    folder = Path(os.path.abspath(path.parent))
-    places = [os.path.normpath(folder / name) for name, _ in rows]
-    if missing := [name for (name, _), place in zip(rows, places, strict=True) if not os.path.isfile(place)]:
+    folder = path.parent if isinstance(path, StorePath) else Path(os.path.abspath(path.parent))
+    places = [_place(folder, name) for name, _ in rows]
+    sizes = _sizes(path, places)
+    if missing := [name for (name, _), size in zip(rows, sizes, strict=True) if size < 0]:
         raise UserError(
             f"{path}: {len(missing):,} of its {len(rows):,} files are missing, the first {missing[0]!r}, looked for in {folder};"
             " correct the list, or move it to the images' folder"
         )
-    root = os.path.commonpath([os.path.dirname(place) for place in places])
+    paths = [place.as_path if isinstance(place, StorePath) else str(place) for place in places]
+    root = os.path.commonpath([os.path.dirname(each) for each in paths])
     label_of = {name: label for label, name in enumerate(sorted({label for _, label in rows}))} if label_column else {}
     names: dict[str, int] = {}
+    kept_sizes = array("q")
     skipped: list[tuple[str, str]] = []
-    for place, (_, label) in zip(places, rows, strict=True):
-        name = os.path.relpath(place, root)
+    for each, size, (_, label) in zip(paths, sizes, rows, strict=True):
+        name = os.path.relpath(each, root)
         reason = why_not_an_image(os.path.basename(name))
         if reason or name in names:
             skipped.append((name, reason or "the same path again"))
         else:
             names[name] = label_of.get(label, -1)
+            kept_sizes.append(size)
     if not names:
         raise UserError(f"{path}: no image found among its {len(rows):,} files, the first {rows[0][0]!r} is {skipped[0][1]}")
     note = f"{path}: {how}: {len(names):,} images" + (f" of {len(label_of):,} classes" if label_of else ", no labels")
-    found = ImageListing(Path(root), tuple(label_of), tuple(names), (), tuple(skipped), notes=(note,))
+    first = places[0]
+    if isinstance(first, StorePath):
+        found = ImageListing(first.above(root), tuple(label_of), tuple(names), (), tuple(skipped), sizes=kept_sizes, notes=(note,))
+    else:
+        found = ImageListing(Path(root), tuple(label_of), tuple(names), (), tuple(skipped), notes=(note,))
     return in_sample_order(found, list(names.values()))
 
 
-def _table(path: Path, text: str, path_column: str | None, label_column: str | None) -> tuple[list[tuple[str, str]], str]:
+def _place(folder: Place, name: str) -> Place:
+    if is_url(name):
+        return StorePath.of(name)
+    return folder / name if isinstance(folder, StorePath) else Path(os.path.normpath(folder / name))
+
+
+def _sizes(path: Place, places: list[Place]) -> list[int]:
+    """Returns the bytes of each file, or -1 for one that is missing; of files of this machine 0, which are asked for when they are used."""
+    at_urls = [place for place in places if isinstance(place, StorePath)]
+    if not at_urls:
+        return [0 if os.path.isfile(str(place)) else -1 for place in places]
+    stores = sorted({"/".join(place.url.split("/")[:3]) for place in at_urls})
+    if len(at_urls) < len(places) or len(stores) > 1:
+        what = f"images of {stores[0]} and of {stores[1] if len(stores) > 1 else 'this machine'}"
+        raise UserError(f"{path}: names {what}; make a list of each, and give all lists as data")
+    return sizes_of(at_urls, what=path.name)
+
+
+def _table(path: Place, text: str, path_column: str | None, label_column: str | None) -> tuple[list[tuple[str, str]], str]:
     """Returns (path, label) of each row, and how the table was read."""
     first = next((line for line in lines_of(text) if line.strip()), "")
     delimiter = max(",;\t", key=first.count)
@@ -75,14 +106,14 @@ def _table(path: Path, text: str, path_column: str | None, label_column: str | N
     if not rows:
         return [], ""
     head = [cell.strip() for cell in rows[0][1]]
-    exists = [os.path.isfile(path.parent / cell) for cell in head]
+    exists = [_is_there(path, cell) for cell in head]
     has_header = not any(exists)
     at = _column(path, head, path_column, "--path-column") if path_column else None
     label_at = _column(path, head, label_column, "--label-column") if label_column else None
     if at is None:
         fitting = [number for number, cell in enumerate(head) if (is_path_header(cell) if has_header else exists[number])]
         if has_header and not fitting and len(rows) > 1:
-            fitting = [number for number, cell in enumerate(rows[1][1]) if os.path.isfile(path.parent / cell.strip())]
+            fitting = [number for number, cell in enumerate(rows[1][1]) if _is_there(path, cell.strip())]
         if len(fitting) != 1:
             raise UserError(
                 f"{path}: which column names the images? Its first row has {', '.join(map(repr, head[:12]))}; choose with --path-column NAME"
@@ -99,7 +130,14 @@ def _table(path: Path, text: str, path_column: str | None, label_column: str | N
     return found, f"column {called!r} names the images" + (f", column {head[label_at]!r} the class" if label_at is not None else "")
 
 
-def _column(path: Path, head: list[str], column: str, option: str) -> int:
+def _is_there(path: Place, cell: str) -> bool:
+    if not cell:
+        return False
+    # A file at a URL is asked for with all the others.
+    return is_url(cell) or ((path.parent / cell).is_file() if isinstance(path, StorePath) else os.path.isfile(path.parent / cell))
+
+
+def _column(path: Place, head: list[str], column: str, option: str) -> int:
     wanted = [number for number, cell in enumerate(head) if cell == column or plain_header(cell) == plain_header(column)]
     if len(wanted) == 1:
         return wanted[0]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -14,19 +15,22 @@ from itertools import product
 from pathlib import Path
 
 from fastbyol.config.arguments import expand_home
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, public_argument
+from fastbyol.config.urls import is_url, separated
 from fastbyol.data.inputs.listing import EXTENSIONS
 from fastbyol.data.inputs.splits import is_split
+from fastbyol.host.store_path import Place, StorePath
 
 SEPARATOR = "::"
 LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".lst")
 _KIND_OF = {".tar": "tar", ".parquet": "parquet"} | dict.fromkeys(LIST_EXTENSIONS, "list")
+_PATTERN = re.compile(r"[*?\[{]")
 _MOST_FILES = 1_000_000
 """Most files that one pattern may stand for: {0..999999999} would fill the memory."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 _NUMBERS = re.compile(r"[-_.]?\d+([-_.]?of[-_.]?\d+)?$")
-Data = Path | str | Sequence[Path | str]
+Data = Place | str | Sequence[Place | str]
 
 
 @dataclass(frozen=True)
@@ -35,34 +39,38 @@ class GivenSource:
 
     kind: str
     """'folder', 'tar', 'parquet' or 'list'."""
-    paths: tuple[Path, ...]
+    paths: tuple[Place, ...]
     """The tars or Parquet files; otherwise one path."""
-    given: Path
+    given: Place
     """The path or pattern as the user wrote it, for messages."""
 
 
 def given_sources(data: Data, *, option: str = "--data") -> list[GivenSource]:
     """Returns what `data` stands for, in the order given. Raises UserError, naming the option, if something does not exist or is unclear."""
-    texts = [data] if isinstance(data, str | Path) else list(data)
-    parts = [part for text in texts for part in str(text).split(SEPARATOR)]
+    texts = [data] if isinstance(data, str | Path | StorePath) else list(data)
+    parts = [part for text in texts for part in separated(public_argument(str(text)))]
     if not all(parts):
-        raise UserError(f"{option} = {os.fspath(texts[0])!r}: names nothing on one side of '{SEPARATOR}'; give paths on both")
+        raise UserError(f"{option} = {public_argument(str(texts[0]))!r}: names nothing on one side of '{SEPARATOR}'; give paths on both")
     return [source for part in parts for source in _sources_of(expand_home(part), option)]
 
 
 def is_original(data: str) -> bool:
     """Returns True if `data` can only mean images that were not converted: several sources, a pattern, a tar, a Parquet file or a list."""
+    if is_url(data) and SEPARATOR not in data:
+        return bool(_PATTERN.search(data)) or StorePath.of(data).suffix.lower() in (*_KIND_OF, *EXTENSIONS)
     path = Path(data)
     if SEPARATOR in data or not path.exists():
-        return SEPARATOR in data or bool(re.search(r"[*?\[{]", data))
+        return SEPARATOR in data or bool(_PATTERN.search(data))
     return path.is_file() and path.suffix.lower() in (*_KIND_OF, *EXTENSIONS)
 
 
 def _sources_of(text: str, option: str) -> list[GivenSource]:
+    if is_url(text):
+        return _sources_at_url(text, option)
     path = Path(text)
     if path.exists():
         return [_source_of(path)]
-    if not re.search(r"[*?\[{]", text):
+    if not _PATTERN.search(text):
         raise UserError(f"{option} = {text}: no such file or folder")
     names = [name for pattern in _brace_expanded(text) for name in (sorted(glob.glob(pattern)) or [pattern])]
     missing = [name for name in names if not os.path.exists(name)]
@@ -95,7 +103,28 @@ def _brace_expanded(text: str) -> Iterator[str]:
         yield "".join(part for pair in zip(pieces[::2], (*chosen, ""), strict=True) for part in pair)
 
 
-def _source_of(path: Path) -> GivenSource:
+def _sources_at_url(text: str, option: str) -> list[GivenSource]:
+    given = StorePath.of(text)
+    if not _PATTERN.search(text):
+        return [_source_of(given)]
+    names = [name for pattern in _brace_expanded(text) for name in (_matching(pattern) if re.search(r"[*?\[]", pattern) else [pattern])]
+    if not names:
+        raise UserError(f"{option} = {text}: no file has such a name; check the pattern")
+    found = [_source_of(StorePath.of(name)) for name in names]
+    if len({source.kind for source in found}) > 1 or found[0].kind not in ("tar", "parquet"):
+        return found
+    return [GivenSource(found[0].kind, tuple(path for source in found for path in source.paths), given)]
+
+
+def _matching(pattern: str) -> list[str]:
+    """Returns the URLs that match; only the last part may be a pattern: a store would have to list everything for another."""
+    folder, last = StorePath.of(pattern).parent, pattern.rpartition("/")[2]
+    if _PATTERN.search(folder.url):
+        raise UserError(f"{pattern}: only the last part of a URL may be a pattern; give each folder")
+    return [f"{folder}/{file.name}" for file in folder.children()[0] if fnmatch.fnmatchcase(file.name, last)]
+
+
+def _source_of(path: Place) -> GivenSource:
     if path.is_dir():
         return _shards_in(path) or GivenSource("folder", (path,), path)
     if path.suffix.lower() in EXTENSIONS:
@@ -104,26 +133,39 @@ def _source_of(path: Path) -> GivenSource:
     return GivenSource(_KIND_OF.get(path.suffix.lower(), "tar"), (path,), path)
 
 
-def _shards_in(folder: Path) -> GivenSource | None:
+def _shards_in(folder: Place) -> GivenSource | None:
     """Returns the tars or Parquet files of a folder that has no images of its own; None if it is a folder of images.
 
     Hugging Face's data sets have their Parquet files in a folder 'data'.
     """
     for place in (folder, folder / "data"):
         try:
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            files, folders = _names_in(place)
         except OSError:
             return None
         for extension in (".tar", ".parquet"):
-            files = [entry for entry in entries if entry.name.endswith(extension) and not entry.name.startswith(".")]
-            others = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")] if extension == ".tar" else []
-            if files and not others and not any(entry.name.lower().endswith(EXTENSIONS) for entry in entries):
-                _refuse_several_splits(place, [entry.name.removesuffix(extension) for entry in files], extension)
-                return GivenSource(_KIND_OF[extension], tuple(Path(entry.path) for entry in files), folder)
+            shards = [name for name in (*files, *folders) if name.endswith(extension) and not name.startswith(".")]
+            others = [name for name in folders if not name.startswith(".")] if extension == ".tar" else []
+            if shards and not others and not any(name.lower().endswith(EXTENSIONS) for name in (*files, *folders)):
+                _refuse_several_splits(place, [name.removesuffix(extension) for name in shards], extension)
+                return GivenSource(_KIND_OF[extension], tuple(place / name for name in sorted(shards)), folder)
+        if "data" not in folders:
+            return None
     return None
 
 
-def _refuse_several_splits(folder: Path, stems: list[str], extension: str) -> None:
+def _names_in(place: Place) -> tuple[list[str], list[str]]:
+    """Returns the names of the files and of the folders directly in a folder, sorted."""
+    if isinstance(place, StorePath):
+        files, folders = place.children()
+        return [file.name for file in files], folders
+    here: tuple[list[str], list[str]] = [], []
+    for entry in os.scandir(place):
+        here[entry.is_dir()].append(entry.name)
+    return sorted(here[0]), sorted(here[1])
+
+
+def _refuse_several_splits(folder: Place, stems: list[str], extension: str) -> None:
     """Raises UserError if the files are those of train and val: training on both would put validation images into pre-training."""
     groups = {_NUMBERS.sub("", stem) for stem in stems}
     words = {word for group in groups for word in re.split(r"[\W_]+", group) if is_split(word)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from fastbyol.config.errors import UserError
+from fastbyol.host.store_path import Place
 
 _WORDS = frozenset(
     ("train", "training", "trainval", "val", "valid", "validation", "dev", "devel", "test", "testing", "eval", "evaluation", "holdout",
@@ -17,7 +17,7 @@ _AROUND = re.compile(r"^(?:images?|imgs?|data)[\W_]+|[\W_]*(?:set|data|images?|i
 """Text that may precede or follow the word, as in 'train2017', 'test_set', 'images-val'."""
 
 
-def refuse_splits(root: Path, class_names: Sequence[str], names: Iterable[str]) -> None:
+def refuse_splits(root: Place, class_names: Sequence[str], names: Iterable[str]) -> None:
     """Raises UserError if folders of images are splits, at the top level or deeper.
 
     A single folder named 'train' may be a class (railway trains). It counts as a split if most of its images are in sub-folders.

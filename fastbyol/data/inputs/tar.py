@@ -11,13 +11,13 @@ import posixpath
 import tarfile
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.inputs.listing import has_line_break, why_not_a_folder, why_not_an_image
 from fastbyol.host.progress import Progress
+from fastbyol.host.store_path import Place, open_unbuffered
 
 _MOST_LINKS = 40
 """Longest chain of links that is followed, as in Linux."""
@@ -34,7 +34,7 @@ class TarScan:
     target isn't listed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.names: list[str] = []
         self.offsets, self.sizes = array("q"), array("q")
         self.skipped: list[tuple[str, str]] = []
@@ -47,6 +47,8 @@ class TarScan:
         """Row in `offsets` and `sizes` of each image, by name."""
         self._others: dict[str, tuple[int, int]] = {}
         """(offset, size) of each file whose name or folder is not an image's, by name: a link may point to it."""
+        self._label_members: dict[str, bytes] = {}
+        """Content of each of WebDataset's members with a label, read while its header is at hand, by name."""
         self._links: dict[str, tuple[bool, str, str]] = {}
         """(is it symbolic, target as a name within the tar, target as written in the tar) of each link, by name."""
 
@@ -54,8 +56,8 @@ class TarScan:
         """Reads every header once, and adds the tar's bytes to `progress`. Raises UserError if the tar is truncated, damaged or compressed."""
         self._reached = 0
         try:
-            with open(self._path, "rb", buffering=0) as file:
-                start, size = file.read(8), os.fstat(file.fileno()).st_size
+            with open_unbuffered(self._path) as file:
+                start, size = file.read(8), file.seek(0, os.SEEK_END)
                 if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), ""):
                     raise UserError(
                         f"{self._path}: is compressed ({kind}); images are read in place, so decompress it to a plain .tar first"
@@ -66,10 +68,10 @@ class TarScan:
                     if name.endswith(".tar") and "/" not in name and not why_not_a_folder(name):
                         self._take_class_tar(file, member, name, progress)
                     elif name:
-                        self._take(member, name, top="")
+                        self._take(file, member, name, top="")
                 self._follow_links()
                 self._keep_one_image_of_each_key()
-                self._read_labels(file)
+                self._read_labels()
                 progress.advance(size - self._reached)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be read ({error.strerror or error}); check the file") from error
@@ -98,13 +100,11 @@ class TarScan:
         self.names = [self.names[row] for row in kept]
         self.offsets, self.sizes = (array("q", (column[row] for row in kept)) for column in (self.offsets, self.sizes))
 
-    def _read_labels(self, file: BinaryIO) -> None:
-        for name, (offset, size) in self._others.items():
-            key, extension = _split_key(name)
-            if f".{extension}" == _LABEL and 0 < size <= _LONGEST_LABEL:
-                text = os.pread(file.fileno(), size, offset).decode("utf-8", "replace").strip()
-                if text and text != "-1" and not has_line_break(text):  # our own shards have -1 for an image without a label
-                    self.labels[key] = text
+    def _read_labels(self) -> None:
+        for name, content in self._label_members.items():
+            text = content.decode("utf-8", "replace").strip()
+            if text and text != "-1" and not has_line_break(text):  # our own shards have -1 for an image without a label
+                self.labels[key_of(name)] = text
 
     def _take_class_tar(self, file: BinaryIO, class_tar: tarfile.TarInfo, name: str, progress: Progress) -> None:
         if not class_tar.isreg() or class_tar.issparse():
@@ -116,9 +116,9 @@ class TarScan:
             self._show(member, progress)
             inner = self._safe_name(member, f"{class_name}/{member.name}")
             if inner:
-                self._take(member, inner, top=f"{class_name}/")
+                self._take(file, member, inner, top=f"{class_name}/")
 
-    def _take(self, member: tarfile.TarInfo, name: str, *, top: str) -> None:
+    def _take(self, file: BinaryIO, member: tarfile.TarInfo, name: str, *, top: str) -> None:
         """Adds an image or a link, or notes why it is skipped. top: prefix of the names of a class tar's members, 'n01440764/', else ''."""
         reason = _why_no_sample(name)
         if name in self._rows or name in self._links:
@@ -133,6 +133,9 @@ class TarScan:
         elif reason:
             self.skipped.append((name, reason))
             self._others[name] = (member.offset_data, member.size)
+            if name.lower().endswith(_LABEL) and 0 < member.size <= _LONGEST_LABEL:
+                file.seek(member.offset_data)
+                self._label_members[name] = file.read(member.size)
         else:
             self._add(name, (member.offset_data, member.size))
 

@@ -20,12 +20,13 @@ import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.folder import by_class_folder, without_labels
-from fastbyol.data.inputs.listing import ImageListing, Places, Stamp, in_sample_order, stamp_of
+from fastbyol.data.inputs.listing import ImageListing, Places, Stamp, in_sample_order, may_be_known, stamp_at
 from fastbyol.data.inputs.splits import refuse_splits
 from fastbyol.data.inputs.tar import TarScan, key_of
 from fastbyol.host.cache_files import cache_file, kept_files
 from fastbyol.host.durable_files import durable_file
 from fastbyol.host.progress import Progress
+from fastbyol.host.store_path import Place, StorePath, at_once, place_of
 
 log = logging.getLogger("fastbyol")
 _FORMAT = 1
@@ -35,13 +36,13 @@ _INDEX = "fastbyol-index"
 class TarContent:
     """Content of one scanned tar: the images' names and places, what was skipped, the class tars and WebDataset's labels."""
 
-    def __init__(self, path: Path, stamp: Stamp, scan: TarScan) -> None:
+    def __init__(self, path: Place, stamp: Stamp, scan: TarScan) -> None:
         self.path, self.stamp = path, stamp
         self.names, self.offsets, self.sizes = scan.names, scan.offsets, scan.sizes
         self.skipped, self.class_tars, self.labels = scan.skipped, scan.class_tars, scan.labels
 
 
-def list_tars(paths: Sequence[Path], *, labels: str, splits: str) -> ImageListing:
+def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListing:
     """Returns the images of the tars, in order; several tars are one data set of shards, whose names begin with the shard's.
 
     Args:
@@ -86,8 +87,8 @@ def tar_images(contents: Sequence[TarContent]) -> ImageListing:
     one = len(contents) == 1
     stems = [""] if one else [f"{content.path.name.removesuffix('.tar')}/" for content in contents]
     if len(set(stems)) != len(stems):
-        stems = [f"{content.path.as_posix().lstrip('/').removesuffix('.tar')}/" for content in contents]
-    root = contents[0].path if one else Path(os.path.commonpath([os.path.abspath(content.path.parent) for content in contents]))
+        stems = [f"{_absolute(content.path).lstrip('/').removesuffix('.tar')}/" for content in contents]
+    root = contents[0].path if one else _common_folder([content.path for content in contents])
     pairs = list(zip(stems, contents, strict=True))
     names = tuple(stem + name for stem, content in pairs for name in content.names)
     skipped = tuple((stem + name, why) for stem, content in pairs for name, why in content.skipped)
@@ -96,6 +97,16 @@ def tar_images(contents: Sequence[TarContent]) -> ImageListing:
         raise UserError(f"{root}: no image in it{told}; give a tar of images, of class folders, or of one tar per class")
     places = Places.joined([Places.of_one(c.path, c.offsets, c.sizes, stamp=c.stamp) for c in contents])
     return ImageListing(root, (), names, (), skipped, places)
+
+
+def _absolute(path: Place) -> str:
+    return path.as_path if isinstance(path, StorePath) else path.as_posix()
+
+
+def _common_folder(paths: Sequence[Place]) -> Place:
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(_absolute(path))) for path in paths])
+    first = paths[0]
+    return first.above(folder) if isinstance(first, StorePath) else Path(folder)
 
 
 def _by_label_member(found: ImageListing, contents: Sequence[TarContent]) -> ImageListing:
@@ -111,21 +122,25 @@ def _by_label_member(found: ImageListing, contents: Sequence[TarContent]) -> Ima
     return in_sample_order(replace(found, class_names=class_names, notes=(*found.notes, note)), labels)
 
 
-def read_tars(paths: Sequence[Path]) -> list[TarContent]:
-    """Returns the content of each tar, from the index file if it has one and the tar has not changed since. Writes the index file."""
+def read_tars(paths: Sequence[Place]) -> list[TarContent]:
+    """Returns the content of each tar, from the index file if it has one and the tar has not changed since. Writes the index file.
+
+    A single tar of this machine has none: its headers are read in a moment. One at a URL is fetched to the last byte for them.
+    """
     try:
-        stamps = [stamp_of(path.stat()) for path in paths]
+        stamps = list(at_once(stamp_at, paths))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
-    if len(paths) == 1:
+    one_here = len(paths) == 1 and not isinstance(paths[0], StorePath)
+    if one_here or not all(map(may_be_known, paths, stamps)):
         return _scan(paths, stamps)
     stamp_of_path = dict(zip(paths, stamps, strict=True))
-    fresh: dict[Path, TarContent | None] = dict.fromkeys(paths)
-    for index in kept_files(paths[0].parent, name=_INDEX, of=paths):
+    fresh: dict[Place, TarContent | None] = dict.fromkeys(paths)
+    for index in kept_files(_beside(paths), name=_INDEX, of=paths):
         _take_known(fresh, _read_index(index, tell=log.debug), stamp_of_path)
     if all(content is not None and content.stamp == stamp_of_path[path] for path, content in fresh.items()):
         return [content for content in fresh.values() if content is not None]
-    with cache_file(paths[0].parent, name=_INDEX, of=paths) as index:
+    with cache_file(_beside(paths), name=_INDEX, of=paths) as index:
         if index:  # once more: another process may have written it meanwhile
             _take_known(fresh, _read_index(index), stamp_of_path)
         outdated = [path for path, content in fresh.items() if content is not None and content.stamp != stamp_of_path[path]]
@@ -140,7 +155,13 @@ def read_tars(paths: Sequence[Path]) -> list[TarContent]:
     return [content for content in fresh.values() if content is not None]
 
 
-def _take_known(fresh: dict[Path, TarContent | None], known: Mapping[str, TarContent], stamp_of_path: Mapping[Path, Stamp]) -> None:
+def _beside(paths: Sequence[Place]) -> Path | None:
+    """Returns the folder in which the index is kept; None for tars at URLs: the user's cache folder."""
+    folder = paths[0].parent
+    return None if isinstance(folder, StorePath) else folder
+
+
+def _take_known(fresh: dict[Place, TarContent | None], known: Mapping[str, TarContent], stamp_of_path: Mapping[Place, Stamp]) -> None:
     """Takes the contents that an index knows into `fresh`, in place of none or of those that are out of date."""
     for path, content in fresh.items():
         found = known.get(str(path.absolute()))
@@ -148,7 +169,7 @@ def _take_known(fresh: dict[Path, TarContent | None], known: Mapping[str, TarCon
             fresh[path] = found
 
 
-def _scan(paths: Sequence[Path], stamps: Sequence[Stamp]) -> list[TarContent]:
+def _scan(paths: Sequence[Place], stamps: Sequence[Stamp]) -> list[TarContent]:
     what = f"{paths[0].name}: headers" if len(paths) == 1 else f"{paths[0].parent.name}: headers of {len(paths):,} tars"
     with Progress(what, sum(size for size, _ in stamps)) as progress:
         contents = []
@@ -202,7 +223,7 @@ def _read_index(index: Path, *, tell: Callable[..., None] = log.warning) -> dict
             raise ValueError("its columns do not fit together")
         found, first = {}, 0
         for fact in facts["tars"]:
-            path, stamp, end = Path(fact["path"]), (int(fact["stamp"][0]), int(fact["stamp"][1])), first + int(fact["images"])
+            path, stamp, end = place_of(fact["path"]), (int(fact["stamp"][0]), int(fact["stamp"][1])), first + int(fact["images"])
             scan = TarScan(path)
             scan.names = names[first:end]
             scan.offsets, scan.sizes = array("q", offsets[first:end].tolist()), array("q", sizes[first:end].tolist())

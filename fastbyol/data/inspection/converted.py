@@ -10,13 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.urls import is_url
 from fastbyol.data.backends.source import Indices, Pixels
 from fastbyol.data.formats.beton import RAW_MODE, read_beton
+from fastbyol.data.formats.fetched import fetched_data, is_converted_url
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
 from fastbyol.data.formats.pillow_decoding import decode_with_pillow
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, is_shard_folder, read_sample_table
 from fastbyol.data.inputs.listing import ImageLocation
+from fastbyol.data.inputs.sources import is_original
 from fastbyol.data.traversal import seeded_permutation
+from fastbyol.host.store_path import StorePath
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,14 @@ def listed_positions(manifest: Manifest) -> Indices:
 def is_converted(path: Path) -> bool:
     """Returns True if the path looks like converted data: a .beton, or a folder of our tar shards."""
     return path.suffix == ".beton" if path.is_file() else is_shard_folder(path)
+
+
+def converted_at(data: str) -> Path | None:
+    """Returns the path of converted data, fetched first if `data` is a URL; None for other data, and where there is nothing."""
+    if is_url(data):
+        return fetched_data(StorePath.of(data)) if not is_original(data) and is_converted_url(StorePath.of(data)) else None
+    path = Path(data)
+    return path if path.exists() and is_converted(path) else None
 
 
 def manifest_path(path: Path) -> Path:

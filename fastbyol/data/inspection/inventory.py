@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fastbyol.data.formats.manifest import numbered_class_names
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inspection.converted import Converted, open_converted
+from fastbyol.host.store_path import at_once, place_of
 
 SAMPLED = 2000
 """Number of images of a folder or tar whose headers are read for their sides: a million would take an hour on a network disk."""
@@ -66,12 +66,12 @@ class Inventory:
 class ImageSet:
     """Images of any data set by index, for pictures and statistics; not fast."""
 
-    def __init__(self, path: Path, listing: ImageListing | None) -> None:
-        """listing: the images of a folder or tar; None if `path` is converted data. Raises UserError in the same cases as `open_converted`."""
-        self.images, self.manifest = (listing, None) if listing else open_converted(path)
+    def __init__(self, data: Path | ImageListing) -> None:
+        """data: path of converted data, or the listing of other images. Raises UserError in the same cases as `open_converted`."""
+        self.images, self.manifest = open_converted(data) if isinstance(data, Path) else (data, None)
         if isinstance(self.images, Converted):
             self.labels = self.images.label
-            self.class_names = self.manifest.class_names if self.manifest else numbered_class_names(path, self.labels)
+            self.class_names = self.manifest.class_names if self.manifest else numbered_class_names(self.images.path, self.labels)
         else:
             self.labels = np.array(self.images.labels, dtype=np.int64)
             self.class_names = self.images.class_names
@@ -81,23 +81,23 @@ class ImageSet:
         return self.images.pixels(index) if isinstance(self.images, Converted) else decode_with_pillow(self.images.location(index).read())
 
 
-def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
-    """Returns the statistics of converted data (listing None) or of a folder or tar. Raises UserError in the same cases as `open_converted`."""
-    images = ImageSet(path, listing)
+def take_inventory(data: Path | ImageListing, *, shown: str) -> Inventory:
+    """Returns the statistics of converted data, or of a listing. shown: the path or URL as typed.
+
+    Raises UserError in the same cases as `open_converted`.
+    """
+    images = ImageSet(data)
     num, found = len(images.labels), images.images
     if isinstance(found, Converted):  # its tables have the sides of all images; of others a random sample is read
         height, width, size = found.height, found.width, found.size
         image_bytes = int(size.sum())
-        kind = ("tar shards" if path.is_dir() else "beton") + ("" if images.manifest else " without manifest")
+        kind = ("tar shards" if found.path.is_dir() else "beton") + ("" if images.manifest else " without manifest")
     else:
-        rows = []
-        for index in range(num) if num <= SAMPLED else sorted(random.Random(0).sample(range(num), SAMPLED)):
-            with suppress(UndecodableImage, OSError):
-                data = found.location(index).read()
-                rows.append((*image_size(data), len(data)))
+        chosen = range(num) if num <= SAMPLED else sorted(random.Random(0).sample(range(num), SAMPLED))
+        rows = [row for row in at_once(lambda index: _height_width_bytes(found, index), chosen) if row]
         height, width, size = np.array(rows, dtype=np.int64).reshape(-1, 3).T
         image_bytes = sum(map(found.num_bytes, range(num)))
-        kind = "images in tars" if found.places else "folder" if path.is_dir() else "image files"
+        kind = "images in tars" if found.places else "folder" if place_of(shown).is_dir() else "image files"
     sides = None
     if len(size):
         pixels = height * width
@@ -106,10 +106,10 @@ def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
         sides = Sides(len(size), *bounds, mean_pixels=round(float(pixels.mean()), 1), bytes_per_pixel=bytes_per_pixel)
     counts = np.bincount(images.labels[images.labels >= 0], minlength=len(images.class_names))
     counts_of_used = counts[counts > 0] if counts.any() else np.zeros(1, dtype=np.int64)
-    skipped = listing.skipped if listing else ()
+    skipped = () if isinstance(found, Converted) else found.skipped
     fields = asdict(images.manifest) if images.manifest else {}
     return Inventory(
-        path=str(path),
+        path=shown,
         kind=kind,
         images=num,
         classes=len(counts),
@@ -126,3 +126,12 @@ def take_inventory(path: Path, *, listing: ImageListing | None) -> Inventory:
         class_counts=tuple(counts.tolist()),
         manifest={name: fields[name] for name in ("settings", "source", "software", "shards", "dropped")} if fields else None,
     )
+
+
+def _height_width_bytes(listing: ImageListing, index: int) -> tuple[int, int, int] | None:
+    """Returns the sides and the size of an image, or None if it cannot be read."""
+    try:
+        data = listing.location(index).read()
+        return *image_size(data), len(data)
+    except (UndecodableImage, OSError):
+        return None

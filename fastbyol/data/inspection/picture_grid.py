@@ -18,12 +18,11 @@ _NAME_CHARACTERS = 22
 _PAPER, _INK, _PALE = "white", "black", "#888888"
 
 
-def write_picture_grid(path: Path, *, listing: ImageListing | None, out: Path) -> None:
+def write_picture_grid(data: Path | ImageListing, *, out: Path) -> None:
     """Writes a PNG with images of some classes. Classes, and images within a class, are chosen at equal distances; images are not cropped.
 
     Args:
-        path: path of the data set.
-        listing: its images, if it is a folder or a tar; None if it is converted data.
+        data: path of converted data, or the listing of other images.
         out: the .png to write or replace.
 
     Raises:
@@ -31,7 +30,7 @@ def write_picture_grid(path: Path, *, listing: ImageListing | None, out: Path) -
     """
     if out.suffix.lower() != ".png":
         raise UserError(f"--grid {out}: must end in .png")
-    images = ImageSet(path, listing)
+    images = ImageSet(data)
     used = np.unique(images.labels)
     rows = used[_spread(len(used), ROWS)]
     step = TILE_PX + MARGIN_PX

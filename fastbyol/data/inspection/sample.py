@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from PIL import Image
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.pillow_decoding import UndecodableImage
 from fastbyol.data.inputs.images import NO_OPTION, list_images
-from fastbyol.data.inspection.converted import is_converted
+from fastbyol.data.inspection.converted import converted_at
 from fastbyol.data.inspection.inventory import ImageSet
 from fastbyol.host.cores import default_workers
 
@@ -63,9 +62,8 @@ class Sample:
 
 def look_at(data: str, *, option: str = "--data", seed: int = 0) -> Sample:
     """Returns what a random sample of the images shows. Raises UserError if there are no images, or none of the sample can be read."""
-    path = Path(data)
-    listing = None if path.exists() and is_converted(path) else list_images(data, option=option, label_option=NO_OPTION)
-    images = ImageSet(path, listing)
+    path = converted_at(data)
+    images = ImageSet(path or list_images(data, option=option, label_option=NO_OPTION))
     num = len(images.labels)
     chosen = range(num) if num <= SAMPLED else sorted(random.Random(seed).sample(range(num), SAMPLED))
     with ThreadPoolExecutor(default_workers()) as pool:
