@@ -184,6 +184,27 @@ def test_the_number_of_the_machine_is_given_or_taken_from_torchrun_or_slurm() ->
         parse_part("auto", {})
 
 
+def _array(number: int, *, first: int = 0, last: int = 2, count: int = 3) -> dict[str, str]:
+    """Returns the variables of one task of a SLURM array, as SLURM 22.05 sets them where --ntasks is given."""
+    array = {"ID": number, "MIN": first, "MAX": last, "COUNT": count}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()} | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+
+
+def test_each_task_of_a_slurm_array_takes_the_part_of_its_number() -> None:
+    assert [parse_part("auto", _array(number)) for number in range(3)] == [Part(number, 3) for number in range(3)]
+    assert parse_part("auto", _array(2) | {"RANK": "0", "WORLD_SIZE": "2"}) == Part(0, 2)
+
+
+@pytest.mark.parametrize(
+    "environment", [_array(1, first=1, last=3), _array(4, last=4), _array(2, first=2, count=1), _array(0) | {"SLURM_NTASKS": "2"}]
+)
+def test_other_slurm_arrays_are_refused_instead_of_leaving_parts_out(environment: dict[str, str]) -> None:
+    with pytest.raises(
+        UserError, match=r"shard = 'auto': this SLURM array has . tasks from . to ., of . processes each; submit it with --array=0-N"
+    ):
+        parse_part("auto", environment)
+
+
 def test_the_parts_are_disjoint_and_together_cover_the_order() -> None:
     order = np.arange(10)[::-1]
     shares = [Part(number, 4).share(order).tolist() for number in range(4)]

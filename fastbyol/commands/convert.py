@@ -23,7 +23,7 @@ examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
   python -m fastbyol convert --data imagenet/train --to dali --out train_tar                   150 GB in about 570 shards
   python -m fastbyol convert --data demo/train --to dali --out demo/train_tar --shard-mb 16 --seed 1
 
-tar shards on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun or SLURM):
+tar shards on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun, srun or a SLURM array):
   python -m fastbyol convert --data imagenet/train --to dali --out train_tar --shard 0/4       and 1/4, 2/4, 3/4
   python -m fastbyol convert --to dali --out train_tar --merge                                 --data DIR as well: checked against it
 

@@ -1,6 +1,7 @@
 """Translates srun's environment into torchrun's variables, so that `srun python -m fastbyol train …` needs no other launcher.
 
-Source: srun(1), output environment variables. Tested with a simulated environment only; we had no SLURM cluster.
+Source: srun(1), output environment variables. Run under SLURM 22.05 with one task on each of two nodes by tests/long/slurm.py; more tasks on a
+node only with their variables set by hand.
 """
 
 from __future__ import annotations

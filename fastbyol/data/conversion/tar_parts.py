@@ -59,16 +59,30 @@ class Part:
 
 
 def parse_part(text: str, environment: Mapping[str, str] = os.environ) -> Part:
-    """Parses 'i/n', or 'auto', which uses the variables of torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS)."""
+    """Parses 'i/n', or 'auto', which uses the variables of torchrun (RANK, WORLD_SIZE), of a SLURM array or of srun (SLURM_PROCID, SLURM_NTASKS)."""
     if text == "auto":
-        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("SLURM_PROCID", "SLURM_NTASKS")):
             if environment.get(number) and environment.get(count):
+                if "ARRAY" in number:
+                    _check_array(environment)
                 return Part(environment_integer(number, 0, environment), environment_integer(count, 1, environment))
         raise UserError("shard = 'auto': neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give it as i/n")
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal()):
         raise UserError(f"shard = {text!r}: must be i/n, such as 0/4 for the first of four machines, or auto")
     return Part(int(number), int(count))
+
+
+def _check_array(environment: Mapping[str, str]) -> None:
+    """Raises UserError for a SLURM array whose tasks are not 0 to n - 1, or are several processes each: parts would be left out or done twice."""
+    first, last, count, tasks = (
+        environment_integer(f"SLURM_{name}", 0, environment) for name in ("ARRAY_TASK_MIN", "ARRAY_TASK_MAX", "ARRAY_TASK_COUNT", "NTASKS")
+    )
+    if (first, last) != (0, count - 1) or tasks > 1:
+        raise UserError(
+            f"shard = 'auto': this SLURM array has {count} tasks from {first} to {last}, of {max(tasks, 1)} processes each; submit it with "
+            "--array=0-N --ntasks=1, one task for each part, or give the part as i/n"
+        )
 
 
 def write_tar_part(
