@@ -232,11 +232,11 @@ CASES = {case.__name__: case for case in (complete, requeue, limit, preempted, l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "cases", nargs="*", metavar="CASE", default=[*CASES], choices=[*CASES, [*CASES]], help="cases to run (default: all)"
-    )
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run (default: all)")
+    parser.add_argument("--steps", type=int, default=600, help="of each run; the run must outlast the time limit's signal, 75 s (600)")
     options = parser.parse_args()
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"{', '.join(sorted(unknown))}: no such case; take some of {', '.join(CASES)}")
     enter_namespaces("tests.long.slurm")
     with tempfile.TemporaryDirectory(prefix="fastbyol-slurm-") as scratch:
         folder = Path(scratch)
@@ -246,7 +246,7 @@ def main() -> None:
         with Cluster(folder / "cluster") as cluster:
             print(f"{cluster.ask('sinfo', '--version')}, two nodes", flush=True)
             runs = Runs(cluster, folder, data, options.steps)
-            for name in options.cases:
+            for name in options.cases or CASES:
                 CASES[name](runs)
 
 
