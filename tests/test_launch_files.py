@@ -165,13 +165,14 @@ def test_the_slurm_script_goes_by_sruns_code_where_no_task_came_to_run(on_path, 
     assert (done.returncode, asked) == (1, "")
 
 
-def test_another_task_that_fails_leaves_task_0_the_time_to_say_why(on_path, tmp_path):
-    """Two tasks as srun runs them with --kill-on-bad-exit: when one fails, the other is sent SIGTERM and then killed."""
+@pytest.mark.parametrize(("task_1", "slept"), [("exit 5", "60\n"), ("kill -TERM $PPID; exit 75", ""), ("exit 0", "")])
+def test_another_task_that_fails_leaves_task_0_the_time_to_say_why_unless_it_was_told_to_stop(task_1, slept, on_path, tmp_path):
+    """With --kill-on-bad-exit srun ends task 0 when another fails; and when SLURM ends the job, a task that waits is killed after KillWait."""
     on_path("sleep", f'echo "$@" > {tmp_path}/slept')
-    tasks = 'SLURM_PROCID=1 "$@"; SLURM_PROCID=0 "$@"; exit 143'
-    done, asked, _ = _run_slurm_script(on_path, tmp_path, "exit $((SLURM_PROCID == 1 ? 5 : 3))", srun=tasks)
+    python = f'if [ "$SLURM_PROCID" = 1 ]; then {task_1}; fi; exit 3'
+    done, asked, _ = _run_slurm_script(on_path, tmp_path, python, srun='SLURM_PROCID=1 "$@"; SLURM_PROCID=0 "$@"; exit 143')
     assert (done.returncode, asked) == (3, "")
-    assert (tmp_path / "slept").read_text() == "60\n"
+    assert ((tmp_path / "slept").read_text() if (tmp_path / "slept").exists() else "") == slept
 
 
 def test_the_slurm_directives_exist_and_leave_time_to_save():

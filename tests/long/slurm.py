@@ -114,8 +114,8 @@ def requeue(runs: Runs) -> None:
 
 
 def limit(runs: Runs) -> None:
-    """SLURM looks at limits every 30 s and sends the signal up to 30 s earlier, so it comes 45 to 75 s after each start."""
-    number = runs.submit("limit", "--grace_s", "40", sbatch=("--time", "2", "--signal", "USR1@45"))
+    """SLURM may send the signal up to a minute early, so it comes 60 to 120 s after each start."""
+    number = runs.submit("limit", "--grace_s", "50", sbatch=("--time", "3", "--signal", "USR1@60"))
     runs.same("limit", number, struck="SIGUSR1: finishing this step")
 
 
@@ -233,11 +233,12 @@ CASES = {case.__name__: case for case in (complete, requeue, limit, preempted, l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="cases to run (default: all)")
-    parser.add_argument("--steps", type=int, default=600, help="of each run; the run must outlast the time limit's signal, 75 s (600)")
+    parser.add_argument("--steps", type=int, default=600, help="of each run; it must outlast the time limit's signal, two minutes (600)")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"{', '.join(sorted(unknown))}: no such case; take some of {', '.join(CASES)}")
     enter_namespaces("tests.long.slurm")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder goes then too
     with tempfile.TemporaryDirectory(prefix="fastbyol-slurm-") as scratch:
         folder = Path(scratch)
         folder.chmod(0o755)  # munged wants its socket to be within everybody's reach
