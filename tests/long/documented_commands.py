@@ -103,6 +103,10 @@ def labelled(page: Page) -> None:
         (page.folder / name).symlink_to("demo")
     for name, layout in {"VOCdevkit": "voc", "nyu": "nyu"}.items():
         (page.folder / name).symlink_to(Path("demo", layout))
+    # The paper trains on VOC's images with SBD's masks added; here the added ones are the same.
+    voc = page.folder / "demo" / "voc"
+    shutil.copyfile(voc / "ImageSets" / "Segmentation" / "train.txt", voc / "ImageSets" / "Segmentation" / "train_aug.txt")
+    (voc / "SegmentationClassAug").symlink_to("SegmentationClass")
     make_dtd(page.folder / "sets")
     make_pets(page.folder / "sets")
     make_own(page.folder / "sets" / "my" / "birds", train=12, test=4)
