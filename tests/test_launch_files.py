@@ -17,6 +17,7 @@ from fastbyol.ranks.parts import Part, parse_part
 from fastbyol.run.command_line import parse_train_config
 from tests.commands import SCRIPTS
 from tests.kubernetes_models import check_manifest
+from tests.long import slurm_cluster
 
 TYPED = ["--preset", "r50_100ep", "--data.train", "a folder/train.beton", "--out", "runs/r50"]
 # sbatch(1), Slurm 24.05
@@ -124,21 +125,58 @@ def test_several_nodes_asks_for_what_it_needs(on_path):
     assert "NODES: how many machines" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("code", "requeued", "exit_code"),
-    [(0, False, 0), (75, True, 0), (5, True, 0), (2, False, 2), (3, False, 3), (4, False, 4), (1, False, 1)],
-)
-def test_the_slurm_script_requeues_what_can_go_on_and_nothing_else(code, requeued, exit_code, on_path, tmp_path):
+def _run_slurm_script(on_path, tmp_path, python, *, srun='SLURM_PROCID=0 "$@"; exit 143', **environment):
+    """Runs the script with a python of a few shell lines as task 0; srun says 143, as it does when it ended other tasks.
+
+    Returns the process, what scontrol was asked, and the arguments of python.
+    """
     on_path("scontrol", f'echo "$@" >> {tmp_path}/scontrol.log')
-    env = on_path("srun", f'printf "%s\\n" "$@" > {tmp_path}/srun.log; exit {code}')
-    env |= {"SLURM_SUBMIT_DIR": str(SCRIPTS.parent), "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "12"}
-    done = subprocess.run(["bash", SCRIPTS / "slurm.sbatch", *TYPED], env=env, capture_output=True, text=True, check=False)
+    on_path("python", f'printf "%s\\n" "$@" > {tmp_path}/python.log; {python}')
+    env = on_path("srun", f'while [ "$1" != bash ]; do shift; done; {srun}')
+    env |= {"SLURM_SUBMIT_DIR": str(SCRIPTS.parent), "SLURM_JOB_ID": "4711", "SLURM_CPUS_PER_TASK": "12", "TMPDIR": str(tmp_path / "node")}
+    (tmp_path / "node").mkdir(exist_ok=True)
+    done = subprocess.run(["bash", SCRIPTS / "slurm.sbatch", *TYPED], env=env | environment, capture_output=True, text=True, check=False)
+    asked, told = (path.read_text() if (path := tmp_path / name).exists() else "" for name in ("scontrol.log", "python.log"))
+    assert not list((tmp_path / "node").iterdir()), "nothing is left behind"
+    return done, asked, told.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("python", "requeued", "exit_code"),
+    [
+        *((f"exit {code}", False, code) for code in (0, 1, 2, 3, 4)),
+        *((f"exit {code}", True, 0) for code in (5, 75)),
+        ("kill -KILL $$", True, 0),  # the machine's memory ran out
+    ],
+)
+def test_the_slurm_script_requeues_what_can_go_on_and_nothing_else(python, requeued, exit_code, on_path, tmp_path):
+    done, asked, told = _run_slurm_script(on_path, tmp_path, python)
     assert done.returncode == exit_code, done.stderr
-    asked = (tmp_path / "scontrol.log").read_text() if (tmp_path / "scontrol.log").exists() else ""
     assert asked == ("requeue 4711\n" if requeued else "")
-    passed = (tmp_path / "srun.log").read_text().splitlines()
-    config = parse_train_config(passed[passed.index("fastbyol/train.py") + 1 :], usage="")
-    assert config.out == "runs/r50"
+    assert told.pop(0) == "fastbyol/train.py"
+    assert parse_train_config(told, usage="").out == "runs/r50"
+
+
+def test_the_slurm_script_ends_a_fault_that_comes_back_after_every_restart_but_not_a_run_that_is_stopped_often(on_path, tmp_path):
+    lost, asked, _ = _run_slurm_script(on_path, tmp_path, "exit 5", SLURM_RESTART_COUNT="20")
+    assert (lost.returncode, asked) == (5, "")
+    _, asked, _ = _run_slurm_script(on_path, tmp_path, "exit 75", SLURM_RESTART_COUNT="20")
+    assert asked == "requeue 4711\n"
+
+
+def test_the_slurm_script_goes_by_sruns_code_where_no_task_came_to_run(on_path, tmp_path):
+    done, asked, _ = _run_slurm_script(on_path, tmp_path, "exit 75", srun="exit 1")
+    assert (done.returncode, asked) == (1, "")
+
+
+@pytest.mark.parametrize(("task_1", "slept"), [("exit 5", "60\n"), ("kill -TERM $PPID; exit 75", ""), ("exit 0", "")])
+def test_another_task_that_fails_leaves_task_0_the_time_to_say_why_unless_it_was_told_to_stop(task_1, slept, on_path, tmp_path):
+    """With --kill-on-bad-exit srun ends task 0 when another fails; and when SLURM ends the job, a task that waits is killed after KillWait."""
+    on_path("sleep", f'echo "$@" > {tmp_path}/slept')
+    python = f'if [ "$SLURM_PROCID" = 1 ]; then {task_1}; fi; exit 3'
+    done, asked, _ = _run_slurm_script(on_path, tmp_path, python, srun='SLURM_PROCID=1 "$@"; SLURM_PROCID=0 "$@"; exit 143')
+    assert (done.returncode, asked) == (3, "")
+    assert ((tmp_path / "slept").read_text() if (tmp_path / "slept").exists() else "") == slept
 
 
 def test_the_slurm_directives_exist_and_leave_time_to_save():
@@ -230,3 +268,9 @@ def _fastbyol_options(job, environment):
     words = [re.sub(r"\$\((\w+)\)", lambda name: environment[name[1]], word) for word in words]
     assert words[:3] == ["python", "-m", "fastbyol"]
     return _build_parser().parse_args(words[3:])
+
+
+def test_the_long_test_under_slurm_names_the_packages_that_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm_cluster, "SEARCHED", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"^tests.long.slurm: slurm-wlm and munge .* apt-get install slurm-wlm munge iproute2 util-linux$"):
+        slurm_cluster.enter_namespaces("tests.long.slurm")

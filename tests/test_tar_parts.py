@@ -21,7 +21,7 @@ from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.manifest import read_manifest
 from fastbyol.host.durable_files import locked_file
-from fastbyol.ranks.parts import Part
+from fastbyol.ranks.parts import Part, parse_part
 from tests.commands import run_here
 from tests.images import write_many
 
@@ -196,3 +196,26 @@ def test_a_part_waits_for_the_process_that_writes_it_if_it_is_told_to(images: Pa
     shards = write_tar_part(images, out=tmp_path / "parts", part=Part(0, 1), workers=1, options=ConversionOptions(patience_s=60.0))
     release.join()
     assert sum(shard.samples for shard in shards) == NUM - 3
+
+
+def _array(number: int, *, first: int = 0, last: int = 2, count: int = 3) -> dict[str, str]:
+    """Returns the variables of one task of a SLURM array, as SLURM 22.05 sets them where --ntasks is given."""
+    array = {"ID": number, "MIN": first, "MAX": last, "COUNT": count}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()} | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+
+
+def test_each_task_of_a_slurm_array_takes_the_part_of_its_number() -> None:
+    assert [parse_part("auto", option="--shard", environment=_array(number)) for number in range(3)] == [
+        Part(number, 3) for number in range(3)
+    ]
+    assert parse_part("auto", option="--shard", environment=_array(2) | {"RANK": "0", "WORLD_SIZE": "2"}) == Part(0, 2)
+
+
+@pytest.mark.parametrize(
+    "environment", [_array(1, first=1, last=3), _array(4, last=4), _array(2, first=2, count=1), _array(0) | {"SLURM_NTASKS": "2"}]
+)
+def test_other_slurm_arrays_are_refused_instead_of_leaving_parts_out(environment: dict[str, str]) -> None:
+    with pytest.raises(
+        UserError, match=r"--shard auto: this SLURM array has . tasks from . to ., of . processes each; submit it with --array=0-N"
+    ):
+        parse_part("auto", option="--shard", environment=environment)

@@ -31,7 +31,7 @@ examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
 tar shards on a cluster of Ray whose nodes share a file system (RAY_ADDRESS says where; without it, on this machine):
   python -m fastbyol convert --data /shared/imagenet/train --to dali --out /shared/train_tar --engine ray --parts 256
 
-tar shards on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun or SLURM):
+tar shards on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun, srun or a SLURM array):
   python -m fastbyol convert --data imagenet/train --to dali --out train_tar --shard 0/4       and 1/4, 2/4, 3/4
   python -m fastbyol convert --to dali --out train_tar --merge                                 --data DIR as well: checked against it
 

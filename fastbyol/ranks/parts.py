@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from fastbyol.config.errors import UserError, environment_integer, require
 
-_LAUNCHERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
-"""Variables with a process's number and the number of processes: torchrun's, then those of SLURM's tasks."""
+_ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
+_LAUNCHERS = (("RANK", "WORLD_SIZE"), _ARRAY, ("SLURM_PROCID", "SLURM_NTASKS"))
+"""Variables with a process's number and the number of processes: torchrun's, then those of a SLURM array, then of srun's tasks."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,31 @@ class Part:
 
 
 def parse_part(text: str, *, option: str, environment: Mapping[str, str] = os.environ) -> Part:
-    """Returns the part that 'i/n' names, or, for 'auto', the variables of torchrun (RANK, WORLD_SIZE) or SLURM (SLURM_PROCID, SLURM_NTASKS).
+    """Returns the part that 'i/n' names, or, for 'auto', the variables of torchrun (RANK, WORLD_SIZE), of a SLURM array, or of
+    srun (SLURM_PROCID, SLURM_NTASKS).
 
     Raises UserError, naming the option, for another text.
     """
     if text == "auto":
         for number, count in _LAUNCHERS:
             if environment.get(number) and environment.get(count):
+                if (number, count) == _ARRAY:
+                    _check_array(environment, option=option)
                 return Part(environment_integer(number, 0, environment), environment_integer(count, 1, environment))
         raise UserError(f"{option} auto: neither torchrun's RANK and WORLD_SIZE nor SLURM's variables are set; give it as i/n")
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise UserError(f"{option} {text}: must be i/n with i from 0 to n - 1, such as 0/4 for the first of four machines, or auto")
     return Part(int(number), int(count))
+
+
+def _check_array(environment: Mapping[str, str], *, option: str) -> None:
+    """Raises UserError for a SLURM array whose tasks are not 0 to n - 1, or are several processes each: parts would be left out or done twice."""
+    first, last, count, tasks = (
+        environment_integer(f"SLURM_{name}", 0, environment) for name in ("ARRAY_TASK_MIN", "ARRAY_TASK_MAX", "ARRAY_TASK_COUNT", "NTASKS")
+    )
+    if (first, last) != (0, count - 1) or tasks > 1:
+        raise UserError(
+            f"{option} auto: this SLURM array has {count} tasks from {first} to {last}, of {max(tasks, 1)} processes each; submit it with "
+            "--array=0-N --ntasks=1, one task for each part, or give the part as i/n"
+        )
