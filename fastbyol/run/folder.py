@@ -17,6 +17,7 @@ from fastbyol.config.errors import UserError, shortened, shown
 from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.schema import MonitorsConfig, TrainConfig
 from fastbyol.host.durable_files import UNFINISHED, locked_file, write_durably
+from fastbyol.host.stores import is_url, shown_url
 from fastbyol.run.plain_yaml import read_yaml
 from fastbyol.run.provenance import collect_provenance
 
@@ -31,10 +32,10 @@ LOCK_PATIENCE_S = 15.0
 """Seconds to wait for the lock: a job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(
     {
-        *("out", "resume", "timeout_s", "grace_s", "profile_steps", "rank_batch", "optim.update"),
+        *("out", "resume", "mirror", "timeout_s", "grace_s", "profile_steps", "rank_batch", "optim.update"),
         *(f"precision.{name}" for name in ("compile", "compile_mode", "compile_cache")),
         *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every_epochs"),
-        *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch"),
+        *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "data.cache", "data.cache_gib"),
         *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
     }
 )
@@ -87,7 +88,20 @@ def open_run_folder(config: TrainConfig) -> Path:
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    write_durably(folder / CONFIG_FILE, yaml.safe_dump(to_plain(config), sort_keys=False))
+    write_durably(folder / CONFIG_FILE, yaml.safe_dump(plain_without_credentials(config), sort_keys=False))
+
+
+def plain_without_credentials(config: TrainConfig) -> dict[str, Any]:
+    """Returns the config as plain values in which each URL has lost user name, password and query: these may hold credentials, and what is
+    stored with a run is shared.
+    """
+    return _without_credentials(to_plain(config))
+
+
+def _without_credentials(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_credentials(inner) for name, inner in value.items()}
+    return shown_url(value) if isinstance(value, str) and is_url(value) else value
 
 
 def read_config(folder: Path, *, way_out: str = "choose a new --out") -> TrainConfig:

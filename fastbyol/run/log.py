@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fastbyol.config.console import PrintableFormatter, in_utf8
 from fastbyol.config.errors import UserError
-from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.durable_files import write_durably
 from fastbyol.host.quantities import duration_text
 from fastbyol.host.saved_structure import is_count
+from fastbyol.run.folder import plain_without_credentials
 from fastbyol.run.live_line import PROGRESS, live_line, progress_line
 from fastbyol.run.wandb_log import WandbLog
 
@@ -51,7 +51,7 @@ class RunLog:
         self._file = path.open("a")
         self._board = _board(folder, first_step=first_step)
         project = config.monitors.wandb_project
-        self._wandb = WandbLog(folder, project=project, config=to_plain(config)) if project else None
+        self._wandb = WandbLog(folder, project=project, config=plain_without_credentials(config)) if project else None
         self._live = live_line(total_steps=total_steps, first_step=first_step)
         configure_logging(folder / "train.log", screen=self._live.handler() if self._live else None)
         if self._board is None:

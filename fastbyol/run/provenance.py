@@ -7,12 +7,15 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastbyol.host.stores import shown_url
 
 PACKAGES = (
     *("fastbyol", "torch", "torchvision", "numpy", "numba", "pillow"),
@@ -23,7 +26,7 @@ PACKAGES = (
 def collect_provenance() -> dict[str, Any]:
     """Returns package versions, git commit and state, device, cores, threads and the command as typed, as plain values for JSON."""
     return {
-        "command": " ".join([*script_typed(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join([*script_typed(sys.argv[0]), *map(without_credentials, sys.argv[1:])]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "versions": package_versions(),
@@ -35,6 +38,11 @@ def collect_provenance() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "world_size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
     }
+
+
+def without_credentials(text: str) -> str:
+    """Returns an argument as typed, with each URL in it as `shown_url` shows it."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+", lambda match: shown_url(match.group()), text)
 
 
 def script_typed(path: str) -> list[str]:
