@@ -91,10 +91,13 @@ class FetchAhead:
         used = np.argsort(first, kind="stable")[: int((first != NEVER).sum())]
         return used[self._reader :: self._num_readers].tolist()
 
-    def _next_use(self) -> NDArray[np.float64]:
-        """Returns the position of each block's next use, counted on from this epoch into the next; infinite if that is not known yet."""
+    def _next_use(self, in_need: bool) -> NDArray[np.float64]:
+        """Returns the position of each block's next use, counted on from this epoch into the next; infinite if that is not known yet.
+
+        in_need: batches that are in work do not count, so that a block which another batch waits for finds room.
+        """
         with self._changed:
-            epoch, reached = self._epoch, self._position - self._lag
+            epoch, reached = self._epoch, self._position - (0 if in_need else self._lag)
             (first, last), following = self._uses[epoch], self._uses.get(epoch + 1)
         later = np.full(len(first), np.inf)
         if following is not None:

@@ -20,7 +20,7 @@ from fastbyol.config.schema import TrainConfig
 from fastbyol.data.formats.manifest import sha256_of
 from fastbyol.host.durable_files import UNFINISHED, flush_to_disk, write_durably
 from fastbyol.host.saved_structure import is_count
-from fastbyol.host.stores import retried, shown_url, store_of
+from fastbyol.host.stores import is_url, retried, shown_url, store_of
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, digest_path
 from fastbyol.run.folder import CONFIG_FILE, PROVENANCE_FILE, config_changes, plain_without_credentials
 from fastbyol.run.log import METRICS_FILE
@@ -56,6 +56,8 @@ class Mirror:
 
     def __init__(self, config: TrainConfig) -> None:
         self.shown = shown_url(config.mirror)
+        if not is_url(config.mirror) or config.mirror.startswith(("http://", "https://")):
+            raise UserError(f"{OPTION} = {self.shown}: must be a URL that can be written; use s3://, gs:// or file:///FOLDER")
         self._config = config
         self._store, path = store_of(config.mirror, option=OPTION)
         self._path = path.rstrip("/")
@@ -207,7 +209,7 @@ class Mirror:
         return sorted(name for name in names if name.startswith("step-") and name.endswith(".json"))
 
     def _call(self, call: Callable[[], Any], name: str) -> Any:
-        return retried(call, f"{self.shown}/{name}".rstrip("/"))
+        return retried(call, f"{OPTION} = {self.shown}/{name}".rstrip("/"))
 
 
 class MirrorWriter:

@@ -48,7 +48,8 @@ class BlockCache:
 
     Attributes:
         blocks: how samples are grouped. block_of: (num_samples,) number of each sample's block. bytes: (num_blocks,) size of each.
-        next_use: returns when each block will be needed next, (num_blocks,), as numbers that only their order matters of; None: not known.
+        next_use: returns when each block will be needed next, (num_blocks,), in any unit; asked with True, it takes blocks that are likely to
+            be used up for used up. None: not known.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class BlockCache:
         self._file, self._start = file[blocks.sample[firsts]], offset[blocks.sample[firsts]]
         self._end = np.maximum.reduceat((offset + size)[blocks.sample], firsts)
         self.bytes = self._end - self._start
-        self.next_use: Callable[[], NDArray[np.float64]] | None = None
+        self.next_use: Callable[[bool], NDArray[np.float64]] | None = None
         self._one_in_need = threading.Lock()
         self._lost: Lost | None = None
         with _disk_errors(root):
@@ -92,14 +93,14 @@ class BlockCache:
         limit = self.limit_bytes / gib
         if not window and total > self.limit_bytes:
             raise UserError(
-                f"data.traversal = 'random': reads all {total / gib:.3g} GiB in random order, and data.cache_gib = {limit:g} holds less; take "
+                f"data.traversal = 'random': reads all {total / gib:.3g} GiB in random order, and data.cache_gib = {limit:.3g} holds less; take "
                 "data.traversal local, which needs a part at a time, or a larger cache"
             )
         # This window's blocks are all in use, and the next ones have to come meanwhile.
         needed = int(np.sort(self.bytes)[::-1][: 2 * window].sum()) if window else total
         if needed > self.limit_bytes:
             raise UserError(
-                f"data.cache_gib = {limit:g}: two windows of data.window_mib need up to {needed / gib:.3g} GiB; give that much, or smaller windows"
+                f"data.cache_gib = {limit:.3g}: two windows of data.window_mib need up to {needed / gib:.3g} GiB; give that much, or smaller windows"
             )
         free = shutil.disk_usage(self._root).free + sum(size for _, size, _ in _kept_files(self._root))
         if free < (wanted := min(total, self.limit_bytes)):
@@ -216,7 +217,7 @@ class BlockCache:
             except (FileNotFoundError, ValueError):
                 used = self.limit_bytes
             if used + size > self.limit_bytes:
-                used = self._make_room(block, size)
+                used = self._make_room(block, size, in_need=in_need)
             fits = in_need or used + size <= self.limit_bytes
             if fits:
                 with unfinished.open("wb") as file:
@@ -224,11 +225,13 @@ class BlockCache:
             account.write_text(str(used + size if fits else used))
         return unfinished if fits else None
 
-    def _make_room(self, block: int, size: int) -> int:
-        """Removes blocks that are needed later than this one until it fits, those first that are needed last; returns the bytes that stay."""
-        uses = self.next_use() if self.next_use is not None else np.full(len(self.bytes), np.inf)
-        # Unknown uses are infinite, so nothing is needed later than a block whose own use is unknown: then the oldest leaves.
-        needed = uses[block] if np.isfinite(uses[block]) else -1.0
+    def _make_room(self, block: int, size: int, *, in_need: bool) -> int:
+        """Removes blocks until this one fits, those first that are needed last; returns the bytes that stay.
+
+        Only blocks that are needed later than this one leave, except for one in need, for which any may.
+        """
+        uses = np.full(len(self.bytes), np.inf) if self.next_use is None else self.next_use(in_need)
+        needed = -1.0 if in_need else float(uses[block])
         used, may_leave = 0, []
         for path, bytes_, age in _kept_files(self._root):
             used += bytes_
