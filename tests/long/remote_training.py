@@ -125,7 +125,16 @@ def killed_for_good(scene: Scene, digest: str) -> str:
 
 def failing_answers(scene: Scene, digest: str) -> str:
     chance, out = random.Random(0), scene.fresh()
-    scene.server.fault = lambda path: chance.choices(["", "503", "cut", "damaged"], [5, 2, 2, 1])[0] if path.endswith(".tar") else ""
+    damaged_last = set[str]()
+
+    def fault(path: str) -> str:
+        chosen = chance.choices(["", "503", "cut", "damaged"], [14, 2, 2, 2])[0] if path.endswith(".tar") else ""
+        if chosen == "damaged" and path in damaged_last:
+            return ""  # the same damage twice in a row would mean that the store's own copy is damaged
+        (damaged_last.add if chosen == "damaged" else damaged_last.discard)(path)
+        return chosen
+
+    scene.server.fault = fault
     code, log = scene.run(out)
     check(code == 0 and state_digest(out) == digest, log)
     struck = scene.server.struck

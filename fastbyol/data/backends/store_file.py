@@ -82,9 +82,16 @@ class StoreFile:
         except Exception as error:
             # fsspec says that a web server has no such file when it is busy or away, too.
             cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-            status = getattr(cause, "status", None)
+            status = _status(cause)
             if status == 404:
                 raise FileNotFoundError(self.shown) from error
             if status in _REFUSALS:
                 raise PermissionError(f"status {status}") from error
             raise cause from error
+
+
+def _status(error: BaseException) -> int | None:
+    """Returns the HTTP status in an error of aiohttp (web servers) or botocore (S3), which fsspec does not always translate."""
+    answer = getattr(error, "response", None)
+    metadata = answer.get("ResponseMetadata") if isinstance(answer, dict) else None
+    return metadata.get("HTTPStatusCode") if isinstance(metadata, dict) else getattr(error, "status", None)
