@@ -48,6 +48,9 @@ class StoreServer:
         class Server(ThreadingHTTPServer):
             allow_reuse_address, daemon_threads, request_queue_size = True, True, 128
 
+            def handle_error(self, request: object, client_address: object) -> None:
+                """Says nothing: clients that are killed or a server that stops break connections."""
+
         self._server = Server(("127.0.0.1", self._port), Handler)
         self._port = self._server.server_address[1]
         self.connections: list = []
