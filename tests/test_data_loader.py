@@ -230,7 +230,7 @@ def test_a_local_traversal_changes_the_order_but_no_view_and_can_resume(backend:
 def test_a_local_traversal_of_an_image_folder_is_refused(image_folder: Path) -> None:
     with pytest.raises(UserError, match="data.traversal = 'local': each image is a file of its own"):
         loader_at(image_folder, traversal="local")
-    with pytest.raises(UserError, match="data.traversal = 'pages': must be one of random, local"):
+    with pytest.raises(UserError, match="data.traversal = 'pages': must be one of random, local, sharded"):
         loader_at(image_folder, traversal="pages")
 
 
@@ -268,10 +268,9 @@ def test_blocks_are_fetched_a_window_ahead_once_an_epoch_and_shared_between_the_
     halves: list[list[tuple[int, ...]]] = []
     for reader in range(2):
         source = _StoredSource()
-        readahead = Readahead(source, blocks, seed=1, reader=reader, num_readers=2)
-        loader = TwoViewLoader(
-            KernelRenderer(source, VIEWS, prefetch=1), views=VIEWS, traversal=Traversal(40, 1, 4, blocks=blocks), readahead=readahead
-        )
+        walk = Traversal(40, 1, 4, blocks=blocks)
+        readahead = Readahead(source, walk, reader=reader, num_readers=2)
+        loader = TwoViewLoader(KernelRenderer(source, VIEWS, prefetch=1), views=VIEWS, traversal=walk, readahead=readahead)
         with loader:
             iterator = iter(loader)
             first = next(iterator)

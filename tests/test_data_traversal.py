@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.traversal import Blocks, Traversal, block_order, epoch_order, group_into_blocks, local_order
+from fastbyol.data.traversal import (
+    NEVER,
+    Blocks,
+    Traversal,
+    block_order,
+    block_uses,
+    epoch_order,
+    group_into_blocks,
+    local_order,
+    local_windows,
+)
 
 LAYOUTS = [(world, accumulate) for world in (1, 2, 3) for accumulate in (1, 2)]
 
@@ -122,3 +132,85 @@ def test_the_local_order_of_seed_0_epoch_0_is_the_published_one() -> None:
 
 
 PUBLISHED_LOCAL = [4, 5, 2, 3, 6, 1, 0, 7, 9, 8]
+
+
+# ---- parts of nodes
+
+
+def slow_part(blocks: Blocks, *, seed: int, epoch: int, node: int, nodes: int) -> list[int]:
+    """Returns the order of a node's part: the epoch's blocks in a row, cut into equal parts, each window of a part sorted by random words."""
+    place = {int(block): at for at, block in enumerate(block_order(blocks, seed=seed, epoch=epoch))}
+    words = dict(
+        zip(blocks.sample.tolist(), np.random.PCG64((0x6F726465, seed, epoch)).random_raw(len(blocks.sample)).tolist(), strict=True)
+    )
+    block_of = dict(zip(blocks.sample.tolist(), blocks.number.tolist(), strict=True))
+    row = [int(i) for block in sorted(place, key=lambda block: place[block]) for i in blocks.members(block)]
+    part = row[len(row) * node // nodes : len(row) * (node + 1) // nodes]
+    first = place[block_of[part[0]]]
+    return sorted(part, key=lambda i: ((place[block_of[i]] - first) // blocks.window, words[i]))
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 7])
+def test_a_node_mixes_windows_of_its_own_part(nodes: int) -> None:
+    blocks = small_blocks(101, window=4)
+    parts = [local_order(blocks, seed=3, epoch=2, node=node, nodes=nodes).tolist() for node in range(nodes)]
+    assert parts == [slow_part(blocks, seed=3, epoch=2, node=node, nodes=nodes) for node in range(nodes)]
+    assert sorted(i for part in parts for i in part) == list(range(101))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    # All but the blocks at the cuts belong to one node.
+    block_of = np.empty(101, dtype=int)
+    block_of[blocks.sample] = blocks.number
+    owners = [{int(block_of[i]) for i in part} for part in parts]
+    assert sum(map(len, owners)) <= blocks.num_blocks + nodes - 1
+
+
+def test_one_node_has_the_order_of_a_local_traversal_and_another_number_of_nodes_has_another() -> None:
+    blocks = small_blocks(100)
+    whole = local_order(blocks, seed=1, epoch=0).tolist()
+    assert local_order(blocks, seed=1, epoch=0, node=0, nodes=1).tolist() == whole
+    assert local_order(blocks, seed=1, epoch=0, node=0, nodes=2).tolist() != whole[:50]
+
+
+@pytest.mark.parametrize(("world", "nodes", "accumulate"), [(2, 2, 1), (4, 2, 3), (6, 3, 2), (4, 4, 1)])
+def test_in_a_sharded_epoch_each_image_is_seen_once_and_each_node_drops_the_end_of_its_order(
+    world: int, nodes: int, accumulate: int
+) -> None:
+    num, blocks = 100, small_blocks(100, window=2)
+    ranks = [Traversal(num, 7, 12, accumulate=accumulate, rank=rank, world_size=world, blocks=blocks, nodes=nodes) for rank in range(world)]
+    per_node, seen = world // nodes, {node: [] for node in range(nodes)}
+    assert {walk.micro_batches for walk in ranks} == {num // 12 * accumulate}
+    for micro_batch in range(ranks[0].micro_batches):
+        for walk in ranks:
+            share = walk.share(walk.order(4), micro_batch).tolist()
+            assert len(share) == 12 // (world * accumulate)
+            seen[walk.rank // per_node] += share
+    for node, images in seen.items():
+        assert images == local_order(blocks, seed=7, epoch=4, node=node, nodes=nodes)[: len(images)].tolist()
+    together = [i for images in seen.values() for i in images]
+    assert len(set(together)) == len(together) == num // 12 * 12
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_windows_are_the_blocks_of_each_stretch_of_the_order(nodes: int) -> None:
+    blocks = small_blocks(101, window=4)
+    block_of = np.empty(101, dtype=int)
+    block_of[blocks.sample] = blocks.number
+    for node in range(nodes):
+        order = local_order(blocks, seed=3, epoch=2, node=node, nodes=nodes)
+        windows, ends = local_windows(blocks, seed=3, epoch=2, node=node, nodes=nodes)
+        assert ends[-1] == len(order)
+        for window, start, end in zip(windows, [0, *ends[:-1]], ends, strict=True):
+            assert set(window.tolist()) == set(block_of[order[start:end]].tolist())
+
+
+def test_block_uses_are_the_first_and_last_positions_in_an_order() -> None:
+    order, block_of = np.array([4, 0, 3, 1, 5]), np.array([0, 2, 2, 0, 1, 2])
+    first, last = block_uses(order, block_of, num_blocks=4)
+    assert first.tolist() == [1, 0, 3, NEVER]
+    assert last.tolist() == [2, 0, 4, -1]
+
+
+def test_nodes_that_do_not_divide_the_ranks_or_have_no_blocks_are_refused() -> None:
+    for options in ({"world_size": 4, "nodes": 3, "blocks": small_blocks()}, {"world_size": 4, "nodes": 2}):
+        with pytest.raises(UserError, match="nodes = "):
+            Traversal(25, 0, 12, **options)  # type: ignore[arg-type]

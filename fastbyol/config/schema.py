@@ -23,7 +23,7 @@ from fastbyol.config.urls import is_url
 from fastbyol.config.views import ViewPair
 
 BACKENDS = ("auto", "ffcv", "dali", "folder")
-TRAVERSALS = ("random", "local")
+TRAVERSALS = ("random", "local", "sharded")
 DALI_OPS = ("auto", "decode", "crop")
 UPDATES = ("auto", "foreach", "triton", "apex")
 RESUME_MODES = ("auto", "must", "never")
@@ -35,7 +35,8 @@ class DataConfig:
 
     train: str = ""
     """A .beton file, a folder of tar shards made by to_dali.py, or images that were not converted: a folder, tars, a list or Parquet files
-    (docs/data.md lists them); 'a::b' joins several.
+    (docs/data.md lists them); 'a::b' joins several. A .beton or a folder of tar shards may be at a URL: s3://, gs://, hf://, https://
+    (pip install 'fastbyol[remote]').
     """
     labels: str = "auto"
     """Labels of images that were not converted, for the probe; training does not use them. auto: what the source has; folders: its
@@ -53,10 +54,17 @@ class DataConfig:
     """Number of batches prepared ahead of the training step."""
     traversal: str = "random"
     """random: shuffle over all images. local: for data larger than memory on storage with slow seeks; reads blocks of 8 MiB and shuffles
-    within windows of many blocks.
+    within windows of many blocks. sharded: the same where each node (machine of ranks) owns a part of the blocks for an epoch and mixes
+    within it, so that N nodes read each byte once and not N times; it changes the shuffle, which then depends on the number of nodes.
     """
     window_mib: int = 2048
-    """Size of the window that traversal local shuffles together; twice this should fit in memory."""
+    """Size of the window that traversals local and sharded shuffle together; twice this should fit in memory, or in the cache of a URL."""
+    cache: str = ""
+    """Folder on local disk for parts of data at a URL, which all ranks and runs of a machine may share; empty: fastbyol/data in
+    $XDG_CACHE_HOME, usually ~/.cache.
+    """
+    cache_gib: float = 64.0
+    """Size of that folder. Less than the data suffices for traversals local and sharded: two windows."""
     dali_ops: str = "auto"
     """Work the dali backend gives to DALI: decode (on the CPU); crop, on the GPU if there is one. auto: crop on a GPU (not run by us yet),
     else decode.
@@ -65,11 +73,12 @@ class DataConfig:
     """Labelled images of the same classes for monitors.knn_every_epochs; training does not use them."""
 
     def __post_init__(self) -> None:
-        _expand_home(self, "data.train", "data.val", "data.labels")
+        _expand_home(self, "data.train", "data.val", "data.labels", "data.cache")
         require_choice("data.backend", self.backend, BACKENDS)
         require_choice("data.traversal", self.traversal, TRAVERSALS)
         require_choice("data.dali_ops", self.dali_ops, DALI_OPS)
         require_at_least("data.window_mib", self.window_mib, 1)
+        require_positive("data.cache_gib", self.cache_gib)
         require_between("data.workers", self.workers, 0, 1024)
         require_between("data.prefetch", self.prefetch, 1, 1024)
 
@@ -299,6 +308,10 @@ class TrainConfig:
     """Interval in epochs of additional checkpoints that are written, whatever checkpoint_every is, and kept; 0: none."""
     resume: str = "auto"
     """auto: continue the run in `out`, or start it; must: only continue; never: only start."""
+    mirror: str = ""
+    """URL (s3://, gs://, file:// and others that can be written) to which each checkpoint is copied in the background; a run whose folder
+    is new or behind continues from the newest copy. Empty: none.
+    """
     init_from: str = ""
     """Start from the weights of this run folder, checkpoint, or encoder state dict, with a new schedule. No effect when the run is
     resumed.
@@ -320,7 +333,7 @@ class TrainConfig:
     monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
 
     def __post_init__(self) -> None:
-        _expand_home(self, "out", "init_from")
+        _expand_home(self, "out", "init_from", "mirror")
         for name in ("out", "init_from"):
             if is_url(getattr(self, name)):
                 raise UserError(

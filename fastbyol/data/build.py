@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig, TrainConfig
 from fastbyol.config.urls import is_url
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
+from fastbyol.data.backends.store_tables import StoreTables, cache_root
+from fastbyol.data.fetch_ahead import FetchAhead
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES
-from fastbyol.data.formats.fetched import fetched_data, is_converted_url
+from fastbyol.data.formats.fetched import is_converted_url
 from fastbyol.data.formats.tar_shards import is_shard_folder
 from fastbyol.data.inputs.sources import is_original
 from fastbyol.data.loader import CropLoader, ImageLoader, Readahead, TwoViewLoader
@@ -45,6 +48,7 @@ def build_loader(
     option: str = "data.train",
     traversal: str = "random",
     window_mib: int = 2048,
+    nodes: int = 1,
 ) -> TwoViewLoader:
     """Returns the training loader for `config.train`, positioned at epoch 0, batch 0.
 
@@ -61,8 +65,10 @@ def build_loader(
         option: name of the option behind `config.train`, for error messages, which name the option for labels that goes with it.
         traversal: 'random' shuffles all images. 'local' shuffles blocks of 8 MiB (a .beton's pages), then the images within windows of many
             blocks: for data larger than memory on disks or network file systems that are slow at random reads. Both visit every image once
-            per epoch, and neither order depends on the number of ranks.
-        window_mib: size of a window of the local traversal; twice this should fit in memory.
+            per epoch, and neither order depends on the number of ranks. 'sharded': as local, but each node owns a part of the blocks for an
+            epoch and mixes within it, so that all nodes together read each byte once.
+        window_mib: size of a window of the local traversal; twice this should fit in memory, or in the cache of a store.
+        nodes: number of nodes for 'sharded', with equally many ranks each, numbered node by node.
 
     Raises:
         UserError: the data does not exist or is not what the backend reads, the backend isn't installed, or the batch does not divide evenly.
@@ -72,16 +78,46 @@ def build_loader(
         require_choice("data.traversal", traversal, TRAVERSALS)
         require_at_least("data.window_mib", window_mib, 1)
         blocks = None
-        if traversal == "local":
+        if traversal != "random":
             blocks = group_into_blocks(*source.storage(), block_bytes=MIN_PAGE_BYTES, window_bytes=window_mib << 20)
-        walk = Traversal(source.num_samples, seed, global_batch, accumulate=accumulate, rank=rank, world_size=world_size, blocks=blocks)
+        walk = Traversal(
+            source.num_samples,
+            seed,
+            global_batch,
+            accumulate=accumulate,
+            rank=rank,
+            world_size=world_size,
+            blocks=blocks,
+            nodes=nodes if traversal == "sharded" else 1,
+        )
+        if source.cache is not None:
+            source.cache.require_room(window=blocks.window if blocks else 0)
         renderer = _renderer(source, config, views, batch=walk.rank_batch, output=output, device=device or torch.device("cpu"))
-        reader, num_readers = place_on_machine()
-        readahead = Readahead(source, blocks, seed=seed, reader=reader, num_readers=num_readers) if blocks else None
+        readahead = _read_ahead(source, walk, prefetch=config.prefetch)
         return TwoViewLoader(renderer, views=views, traversal=walk, readahead=readahead)
     except BaseException:
         source.close()
         raise
+
+
+def _read_ahead(source: Source, walk: Traversal, *, prefetch: int) -> Readahead | FetchAhead | None:
+    """Returns what reads the samples before they are needed: from a store in any traversal, from a disk in a local one."""
+    reader, num_readers = place_on_machine()
+    if source.cache is not None:
+        # Behind what is planned: the batches in work, and a step that another rank has not finished yet.
+        return FetchAhead(source.cache, walk, lag=prefetch + 2 + walk.accumulate, reader=reader, num_readers=num_readers)
+    return Readahead(source, walk, reader=reader, num_readers=num_readers) if walk.blocks else None
+
+
+def nodes_of(process: Process) -> int:
+    """Returns the number of nodes. Raises UserError unless each has as many ranks as this one, numbered node by node."""
+    local_rank, on_node = place_on_machine()
+    if process.world_size % on_node or process.rank % on_node != local_rank:
+        raise UserError(
+            f"data.traversal = 'sharded': rank {process.rank} of {process.world_size} is number {local_rank} of {on_node} on its node; it needs the "
+            "same number of ranks on each node, numbered node by node, as torchrun and srun do; start them so, or take local"
+        )
+    return process.world_size // on_node
 
 
 def build_run_loader(config: TrainConfig, process: Process, *, option: str = "data.train") -> TwoViewLoader:
@@ -100,6 +136,7 @@ def build_run_loader(config: TrainConfig, process: Process, *, option: str = "da
         option=option,
         traversal=config.data.traversal,
         window_mib=config.data.window_mib,
+        nodes=nodes_of(process) if config.data.traversal == "sharded" else 1,
     )
 
 
@@ -183,12 +220,9 @@ def _open_source(config: DataConfig, *, option: str, label_option: str = "") -> 
     backend = config.backend
     require_choice("data.backend", backend, BACKENDS)
     fitting = backend_of(location, option=option)
-    if fitting != "folder" and is_url(location):
-        location = str(fetched_data(StorePath.of(location)))
-    path = location
     if backend not in ("auto", fitting):
         raise UserError(
-            f"data.backend = {backend!r}: {path} is {_READS[fitting]}, this backend reads {_READS[backend]}; use auto or {fitting}"
+            f"data.backend = {backend!r}: {location} is {_READS[fitting]}, this backend reads {_READS[backend]}; use auto or {fitting}"
         )
     if fitting == "folder":
         from fastbyol.data.backends.folder_source import FolderSource
@@ -207,18 +241,22 @@ def _open_source(config: DataConfig, *, option: str, label_option: str = "") -> 
         )
     for name, unset in (("labels", "auto"), ("path_column", ""), ("label_column", "")):
         if (value := getattr(config, name)) != unset:
-            raise UserError(f"data.{name} = {value!r}: {path} is converted and has its labels; leave it out")
-    if fitting == "ffcv":
-        from fastbyol.data.backends.ffcv_source import FfcvSource
+            raise UserError(f"data.{name} = {value!r}: {location} is converted and has its labels; leave it out")
+    store = None
+    if is_url(location):
+        store = StoreTables(location, root=cache_root(config.cache), limit_bytes=int(config.cache_gib * 2**30), option=option)
+    with store.named() if store else nullcontext():
+        if fitting == "ffcv":
+            from fastbyol.data.backends.ffcv_source import FfcvSource
 
-        return FfcvSource(Path(location))
-    from fastbyol.data.backends.dali_source import DaliSource
+            return FfcvSource(store.path if store else Path(location), store=store)
+        from fastbyol.data.backends.dali_source import DaliSource
 
-    return DaliSource(Path(location))
+        return DaliSource(store.path if store else Path(location), store=store)
 
 
 def backend_of(path: str | Path, *, option: str) -> str:
-    """Returns the name of the backend that reads this path. Raises UserError, naming the option, if the path does not exist."""
+    """Returns the name of the backend that reads this path or URL. Raises UserError, naming the option, if the path does not exist."""
     if is_original(str(path)):
         return "folder"
     if is_url(path):

@@ -19,8 +19,9 @@ from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
 from fastbyol.data.batch import CropBatch, ImageBatch, ViewBatch
+from fastbyol.data.fetch_ahead import FetchAhead
 from fastbyol.data.renderer import KernelRenderer, Renderer
-from fastbyol.data.traversal import Blocks, Traversal, block_order
+from fastbyol.data.traversal import Traversal
 
 
 class _Loader:
@@ -67,19 +68,26 @@ class TwoViewLoader(_Loader):
     batch that was not yielded yet, even if batches were prefetched. Each batch has its own memory.
     """
 
-    def __init__(self, renderer: Renderer, *, views: ViewPair, traversal: Traversal, readahead: Readahead | None = None) -> None:
+    def __init__(
+        self, renderer: Renderer, *, views: ViewPair, traversal: Traversal, readahead: Readahead | FetchAhead | None = None
+    ) -> None:
         """Takes ownership of the renderer and the readahead: `close` closes them.
 
         Args:
             renderer: renders two views of its source's images.
             views: augmentation of both views.
             traversal: sample order and this rank's share of it; its seed is also that of the augmentations.
-            readahead: for a local traversal, reads the same blocks of the same source ahead.
+            readahead: reads the samples of the same traversal and source ahead, into the page cache or from a store.
         """
         super().__init__(renderer)
         self.views, self.traversal, self._readahead = views, traversal, readahead
         self.backend = type(renderer.source).__name__.removesuffix("Source").lower()
         self._epoch = self._batch = 0
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns short texts that identify the data set, see `Source.fingerprint`, and how nodes divide it, which ranks must agree on too."""
+        nodes = {"division between nodes": f"{self.traversal.nodes} parts"} if self.traversal.nodes > 1 else {}
+        return super().fingerprint() | nodes
 
     def __len__(self) -> int:
         """Returns the number of micro-batches of this rank in a whole epoch."""
@@ -139,10 +147,10 @@ class TwoViewLoader(_Loader):
         """Yields this rank's sample indices for each micro-batch from `first` on. The renderer takes them a few batches ahead of the consumer."""
         order = self.traversal.order(epoch)
         if self._readahead is not None:
-            self._readahead.start_epoch(epoch)
+            self._readahead.start_epoch(epoch, order, position=first * self.traversal.stride)
         for batch in range(first, len(self)):
             if self._readahead is not None:
-                self._readahead.reach(batch * self.traversal.rank_batch * self.traversal.world_size)
+                self._readahead.reach(batch * self.traversal.stride)
             yield self.traversal.share(order, batch)
 
 
@@ -252,21 +260,16 @@ class Readahead:
     It ignores read errors: they are raised when the samples themselves are read.
     """
 
-    def __init__(self, source: Source, blocks: Blocks, *, seed: int, reader: int = 0, num_readers: int = 1) -> None:
+    def __init__(self, source: Source, traversal: Traversal, *, reader: int = 0, num_readers: int = 1) -> None:
         """Reads share number `reader` of `num_readers` of the blocks: the processes of one machine share the page cache."""
-        self._source, self._blocks, self._seed = source, blocks, seed
+        assert traversal.blocks is not None
+        self._source, self._traversal, self._blocks = source, traversal, traversal.blocks
         self._reader, self._num_readers = reader, num_readers
-        self._samples_in_block = np.bincount(blocks.number)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-readahead")
-        self.start_epoch(0)
 
-    def start_epoch(self, epoch: int) -> None:
-        """Goes to the first window of an epoch."""
-        order = block_order(self._blocks, seed=self._seed, epoch=epoch)
-        firsts = range(0, len(order), self._blocks.window)
-        self._windows: list[Indices] = [order[first : first + self._blocks.window] for first in firsts]
-        samples = [int(self._samples_in_block[window].sum()) for window in self._windows]
-        self._ends = np.cumsum(samples)
+    def start_epoch(self, epoch: int, order: Indices, *, position: int) -> None:
+        """Goes to the window of an epoch in which this position of its order lies."""
+        self._windows, self._ends = self._traversal.windows(epoch)
         self._next = 0
 
     def reach(self, position: int) -> None:

@@ -4,7 +4,8 @@ A global batch is a slice of the epoch's order. It is split into equal micro-bat
 a micro-batch has the same images for any number of ranks, and a loader's whole state is (epoch, next micro-batch).
 
 The order is random over all samples. For data larger than memory on disks that are slow at random reads, it can instead shuffle blocks of
-neighbouring samples and then the samples within windows of many blocks, so that whole blocks are read at once.
+neighbouring samples and then the samples within windows of many blocks, so that whole blocks are read at once. Where several nodes read from
+one store, each can own a part of the blocks for an epoch, so that together they read each block once.
 """
 
 from __future__ import annotations
@@ -77,12 +78,53 @@ def block_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
     return seeded_permutation(blocks.num_blocks, _BLOCK_STREAM, seed, epoch)
 
 
-def local_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
-    """Returns the sample order of a local traversal, (num_samples,) int64: window by window, the samples within a window shuffled."""
+def part_of_node(num_samples: int, *, node: int, nodes: int) -> tuple[int, int]:
+    """Returns where a node's part of an epoch's samples, in the order of the blocks, begins and ends. The parts differ by one sample at most."""
+    return num_samples * node // nodes, num_samples * (node + 1) // nodes
+
+
+def local_order(blocks: Blocks, *, seed: int, epoch: int, node: int = 0, nodes: int = 1) -> Indices:
+    """Returns the sample order of a local traversal, (num_samples,) int64: window by window, the samples within a window shuffled.
+
+    With several nodes: the order of this node's part, in which the windows are counted from the first block of the part.
+    """
     # The argsort of a permutation is its inverse: the place of each block in the order.
-    window_of_block = np.argsort(block_order(blocks, seed=seed, epoch=epoch)) // blocks.window
+    place = np.argsort(block_order(blocks, seed=seed, epoch=epoch))[blocks.number]
     words = np.random.PCG64((_ORDER_STREAM, seed, epoch)).random_raw(len(blocks.sample))
-    return blocks.sample[np.lexsort((words, window_of_block[blocks.number]))]
+    if nodes == 1:
+        return blocks.sample[np.lexsort((words, place // blocks.window))]
+    start, end = part_of_node(len(place), node=node, nodes=nodes)
+    own = np.argsort(place, kind="stable")[start:end]
+    place, words = place[own], words[own]
+    return blocks.sample[own[np.lexsort((words, (place - place[0]) // blocks.window))]]
+
+
+def local_windows(blocks: Blocks, *, seed: int, epoch: int, node: int = 0, nodes: int = 1) -> tuple[list[Indices], Indices]:
+    """Returns the blocks of each window of `local_order`, in reading order, and the position in that order at which each window ends."""
+    reading = block_order(blocks, seed=seed, epoch=epoch)
+    ends = np.cumsum(np.bincount(blocks.number)[reading])
+    start, end = part_of_node(len(blocks.sample), node=node, nodes=nodes)
+    first, beyond = int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, end, side="left")) + 1
+    firsts = range(first, beyond, blocks.window)
+    windows = [reading[at : min(at + blocks.window, beyond)] for at in firsts]
+    return windows, np.array([min(end, int(ends[min(at + blocks.window, beyond) - 1])) - start for at in firsts])
+
+
+NEVER = np.iinfo(np.int64).max
+"""Position of the first use of a block that an order does not use."""
+
+
+def block_uses(order: Indices, block_of: Indices, *, num_blocks: int) -> tuple[Indices, Indices]:
+    """Returns the positions in the order at which each block is first and last used, (num_blocks,) each; NEVER and -1 for one that is not.
+
+    block_of: (num_samples,) number of each sample's block.
+    """
+    first, last = np.full(num_blocks, NEVER), np.full(num_blocks, -1)
+    blocks, position = block_of[order], np.arange(len(order))
+    # Of several values assigned to one place the last one stays.
+    last[blocks] = position
+    first[blocks[::-1]] = position[::-1]
+    return first, last
 
 
 @dataclass(frozen=True)
@@ -101,10 +143,16 @@ class Traversal:
     world_size: int = 1
     blocks: Blocks | None = field(default=None, compare=False)
     """Blocks of a local traversal; None shuffles all samples."""
+    nodes: int = 1
+    """Number of nodes that own a part of the blocks each (traversal sharded), which must have equally many ranks, numbered node by node; with 1,
+    all ranks share one order. Each node takes the same share of every micro-batch from its part.
+    """
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "accumulate", "world_size"):
+        for name in ("global_batch", "accumulate", "world_size", "nodes"):
             require_at_least(name, getattr(self, name), 1)
+        divides = self.world_size % self.nodes == 0 and (self.nodes == 1 or self.blocks is not None)
+        require(divides, "nodes", self.nodes, f"a divisor of {self.world_size} ranks, and 1 without blocks")
         require(0 <= self.rank < self.world_size, "rank", self.rank, f"in [0, {self.world_size})")
         if self.global_batch > self.num_samples:
             raise UserError(
@@ -125,13 +173,28 @@ class Traversal:
         """Number of micro-batches of this rank in one epoch."""
         return self.num_samples // self.global_batch * self.accumulate
 
+    @property
+    def node(self) -> int:
+        """Number of this rank's node, in [0, nodes)."""
+        return self.rank // (self.world_size // self.nodes)
+
+    @property
+    def stride(self) -> int:
+        """Number of samples that one micro-batch takes from the order."""
+        return self.rank_batch * (self.world_size // self.nodes)
+
     def share(self, order: Indices, micro_batch: int) -> Indices:
         """Returns this rank's sample indices, (rank_batch,), in the epoch's `micro_batch`-th micro-batch, given the epoch's order."""
-        start = micro_batch * self.rank_batch * self.world_size + self.rank * self.rank_batch
+        start = micro_batch * self.stride + self.rank % (self.world_size // self.nodes) * self.rank_batch
         return order[start : start + self.rank_batch]
 
     def order(self, epoch: int) -> Indices:
-        """Returns the sample order of an epoch, the same on all ranks."""
+        """Returns the sample order of an epoch, the same on all ranks that share it: all, or those of one node."""
         if self.blocks is not None:
-            return local_order(self.blocks, seed=self.seed, epoch=epoch)
+            return local_order(self.blocks, seed=self.seed, epoch=epoch, node=self.node, nodes=self.nodes)
         return epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
+
+    def windows(self, epoch: int) -> tuple[list[Indices], Indices]:
+        """Returns the blocks of each window of a local traversal's order, and where each window ends in it."""
+        assert self.blocks is not None
+        return local_windows(self.blocks, seed=self.seed, epoch=epoch, node=self.node, nodes=self.nodes)

@@ -54,7 +54,13 @@ class OnlineKnn:
         self._period = int(first_step * self._periods_per_step)
         # A file of labels names the images of train only.
         labels = config.data.labels if config.data.labels == "folders" else "auto"
-        sources = (config.data, "data.train"), (DataConfig(train=config.data.val, labels=labels), "data.val")
+        sources = (
+            (config.data, "data.train"),
+            (
+                DataConfig(train=config.data.val, labels=labels, cache=config.data.cache, cache_gib=config.data.cache_gib),
+                "data.val",
+            ),
+        )
         self._train, self._val = (
             opened_alike(
                 partial(build_image_loader, data, views=config.views, batch=BATCH, workers=config.data.workers, option=option),

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,6 +26,7 @@ from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.durable_files import UNFINISHED, durable_file, write_durably
 from fastbyol.host.saved_structure import is_count
+from fastbyol.host.stores import shown_url
 from fastbyol.run.folder import CONFIG_FILE, config_changes, read_config, write_config
 
 log = logging.getLogger("fastbyol")
@@ -86,7 +87,7 @@ def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, s
     for old in [s for s in [s for s in checkpoint_steps(run) if s <= step][:-keep] if not stays(s)]:
         # The checkpoint first: a crash in between leaves a lone digest, which is swept, not a checkpoint without its digest.
         checkpoint_path(run, old).unlink()
-        _digest_path(checkpoint_path(run, old)).unlink(missing_ok=True)
+        digest_path(checkpoint_path(run, old)).unlink(missing_ok=True)
     return path
 
 
@@ -104,14 +105,14 @@ def load_checkpoint(path: Path, *, or_weights: bool = False) -> Any:
         raise CheckpointError(f"checkpoint {path}: is not a file")
     try:
         payload = path.read_bytes()
-        recorded = _digest_path(path).read_bytes().strip() if _digest_path(path).exists() else b""
+        recorded = digest_path(path).read_bytes().strip() if digest_path(path).exists() else b""
         digest = recorded.decode() if re.fullmatch(rb"[0-9a-f]{64}", recorded) else None  # an interrupted copy left none
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: it or its .sha256 cannot be read ({error})") from error
     if digest is not None and hashlib.sha256(payload).hexdigest() != digest:
         raise CheckpointError(
             f"checkpoint {path} ({len(payload)} bytes): truncated or altered, its sha256 is not the recorded one "
-            f"(if {_digest_path(path).name} belongs to another file, remove that)"
+            f"(if {digest_path(path).name} belongs to another file, remove that)"
         )
     foreign = or_weights and digest is None
     try:
@@ -281,17 +282,19 @@ def load_run(path: str | Path, *, option: str = "checkpoint") -> RunState:
     return RunState(config=config, state=state, step=state["step"], folder=folder, results=results)
 
 
-def check_resume(config: TrainConfig) -> None:
-    """Raises UserError for `resume` 'must' without a checkpoint or 'never' with one; a restart by torchrun or SLURM always continues."""
-    steps = checkpoint_steps(Path(config.out))
+def check_resume(config: TrainConfig, *, mirrored: Sequence[int] = ()) -> None:
+    """Raises UserError for `resume` 'must' without a checkpoint or 'never' with one; a restart by torchrun or SLURM always continues.
+
+    mirrored: steps of the checkpoints in the run's mirror, which count like those in its folder.
+    """
+    steps = sorted({*checkpoint_steps(Path(config.out)), *mirrored})
+    where = f"{config.out} or {shown_url(config.mirror)}" if config.mirror else config.out
     if config.resume == "must" and not steps:
-        raise UserError(f"resume = 'must': {config.out} holds no checkpoint; leave it out to start the run")
+        raise UserError(f"resume = 'must': {where} holds no checkpoint; leave it out to start the run")
     # A launcher repeats the original command after a failure, so 'never' must not refuse the checkpoints of its own first attempt.
     restarted = any((os.environ.get(name) or "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     if config.resume == "never" and steps and not restarted:
-        raise UserError(
-            f"resume = 'never': {config.out} holds a run of {steps[-1]} steps; choose another --out, or leave it out to continue"
-        )
+        raise UserError(f"resume = 'never': {where} holds a run of {steps[-1]} steps; choose another --out, or leave it out to continue")
 
 
 def sweep_unfinished(run: Path) -> None:
@@ -342,10 +345,11 @@ def _write_durably(path: Path, state: dict[str, Any]) -> None:
         # The order matters: the state, then its digest, then (leaving the block) the checkpoint's name. A crash in between leaves only
         # files that sweep_unfinished removes, and a checkpoint without its digest can only be a copy.
         os.fsync(file.fileno())
-        write_durably(_digest_path(path), through.digest.hexdigest() + "\n")
+        write_durably(digest_path(path), through.digest.hexdigest() + "\n")
 
 
-def _digest_path(path: Path) -> Path:
+def digest_path(path: Path) -> Path:
+    """Returns the path of the sha256 file beside a checkpoint."""
     return path.with_suffix(".sha256")
 
 

@@ -21,12 +21,19 @@ log = logging.getLogger("fastbyol")
 class CheckpointWriter:
     """Writes one checkpoint at a time in the background; leaving the context waits for the last one.
 
-    A failed write is logged; earlier checkpoints and the training are not affected. `keep` and `stays` say what `save_checkpoint` keeps.
-    Nothing else may write to the run folder.
+    A failed write is logged; earlier checkpoints and the training are not affected. `keep` and `stays` say what `save_checkpoint` keeps;
+    `saved` is called with the step of each that is written. Nothing else may write to the run folder.
     """
 
-    def __init__(self, run: Path, *, keep: int, stays: Callable[[int], bool] = lambda step: False) -> None:
-        self.run, self.keep, self.stays = run, keep, stays
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep: int,
+        stays: Callable[[int], bool] = lambda step: False,
+        saved: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.run, self.keep, self.stays, self.saved = run, keep, stays, saved
         self._copy: Any = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-checkpoint")
         self._pending: Future[Exception | None] | None = None
@@ -70,6 +77,7 @@ class CheckpointWriter:
                     f"{where} is not finite after step {step}, so it was not saved; the checkpoints after steps {checkpoint_steps(self.run)} are good"
                 )
             save_checkpoint(self.run, step=step, state=state, keep=self.keep, stays=self.stays)
+            self.saved(step)
         except (CheckpointError, Diverged) as error:
             log.warning("%s", error)
             return error

@@ -31,10 +31,10 @@ LOCK_PATIENCE_S = 15.0
 """Seconds to wait for the lock: a job that was told to stop may still be saving when the next one starts."""
 FREE_TO_CHANGE = frozenset(
     {
-        *("out", "resume", "timeout_s", "grace_s", "profile_steps", "rank_batch", "optim.update"),
+        *("out", "resume", "mirror", "timeout_s", "grace_s", "profile_steps", "rank_batch", "optim.update"),
         *(f"precision.{name}" for name in ("compile", "compile_mode", "compile_cache")),
         *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every_epochs"),
-        *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch"),
+        *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "data.cache", "data.cache_gib"),
         *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
     }
 )

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from fastbyol.config.schema import TrainConfig
+from fastbyol.host.stores import is_url, shown_url
 
 
 def after_training(config: TrainConfig, *, labelled: bool) -> str:
@@ -15,7 +16,8 @@ def after_training(config: TrainConfig, *, labelled: bool) -> str:
     """
     if labelled and (data := folder_of_splits(config.data.train)) is not None:
         return typed("evaluate", "all", "--checkpoint", config.out, "--data", data)
-    return report(config.out, config.data.train)
+    data = config.data.train
+    return report(config.out, shown_url(data) if is_url(data) else data)
 
 
 def report(run: str | Path, data: str | Path) -> str:
@@ -32,7 +34,7 @@ def embed(checkpoint: str | Path, data: str | Path) -> str:
 def folder_of_splits(train: str) -> Path | None:
     """Returns the folder that holds this path, named train or train.beton, and val images beside it; None if it is another path."""
     path = Path(train)
-    if path.name not in ("train", "train.beton"):
+    if is_url(train) or path.name not in ("train", "train.beton"):
         return None
     return path.parent if any((path.parent / name).exists() for name in ("val", "val.beton")) else None
 

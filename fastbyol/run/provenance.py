@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastbyol.config.urls import without_credentials
+
 PACKAGES = (
     *("fastbyol", "torch", "torchvision", "numpy", "numba", "pillow"),
     *("nvidia-dali-cuda130", "nvidia-dali-cuda120", "ffcv", "torch-optimizer"),
@@ -23,7 +25,7 @@ PACKAGES = (
 def collect_provenance() -> dict[str, Any]:
     """Returns package versions, git commit and state, device, cores, threads and the command as typed, as plain values for JSON."""
     return {
-        "command": " ".join([*script_typed(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join([*script_typed(sys.argv[0]), *map(without_credentials, sys.argv[1:])]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "versions": package_versions(),

@@ -17,8 +17,9 @@ from fastbyol.run.provenance import package_versions, source_digest
 log = logging.getLogger("fastbyol")
 FREE_ON_EACH_RANK = frozenset(
     {
-        *("out", "resume", "timeout_s", "grace_s", "keep_checkpoints", "profile_steps", "monitors.wandb_project"),
+        *("out", "resume", "mirror", "timeout_s", "grace_s", "keep_checkpoints", "profile_steps", "monitors.wandb_project"),
         *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "precision.compile_cache"),
+        *("data.cache", "data.cache_gib"),
     }
 )
 """Options that may differ between machines: paths, threads, what only rank 0 does. The data behind the paths are compared separately."""

@@ -13,13 +13,23 @@ from fastbyol.config.errors import Diverged
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.signals import StopRequest
+from fastbyol.host.stores import is_url, shown_url
 from fastbyol.ranks.process_group import Process, broadcast_from_main
 from fastbyol.ranks.stop_vote import StopVote, Verdict
 from fastbyol.run.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config
 from fastbyol.run.checkpoint_writer import CheckpointWriter
-from fastbyol.run.folder import CONFIG_FILE, DIVERGED_FILE, check_run_folder, flatten, locked_run_folder, note_divergence, open_run_folder
+from fastbyol.run.folder import (
+    CONFIG_FILE,
+    DIVERGED_FILE,
+    check_run_folder,
+    flatten,
+    locked_run_folder,
+    note_divergence,
+    open_run_folder,
+)
 from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.log import RunLog
+from fastbyol.run.mirror import Mirror, MirrorWriter
 from fastbyol.run.next_command import after_training
 from fastbyol.run.plan import RunPlan
 from fastbyol.run.precision import is_compiled
@@ -37,7 +47,10 @@ def check_run(config: TrainConfig) -> None:
     """Checks on rank 0, before any work, that the run can be stored and logged. Raises UserError if not."""
     mend_config(Path(config.out))
     check_run_folder(config)
-    check_resume(config)
+    mirror = Mirror(config) if config.mirror else None
+    check_resume(config, mirrored=mirror.steps if mirror else ())
+    if mirror:
+        mirror.check_writable()
     check_wandb(config)
 
 
@@ -62,8 +75,14 @@ class Session:
         config, process, plan = self._config, self._process, self._plan
         with ExitStack() as leaving:
             # Locked before anything is read: a job that was told to stop may still be saving into this folder.
+            kept: dict[str, Any] = {"keep": config.keep_checkpoints, "stays": plan.stays}
             if process.is_main:
                 leaving.enter_context(locked_run_folder(open_run_folder(config)))
+                if config.mirror:
+                    mirror = Mirror(config)
+                    mirror.bring_newest(self._folder)
+                    # Entered before the hang watch: the last copy may take longer than a step.
+                    kept["saved"] = leaving.enter_context(MirrorWriter(mirror, self._folder, **kept)).add
             self.first_step = self.done = self._state.restore(self._folder, config=config, process=process)
             self._announce()
             # Entered first, so that it still watches while the writer and the log are being closed.
@@ -71,7 +90,7 @@ class Session:
             self._hang_watch = leaving.enter_context(HangWatch(config.timeout_s, first_s=COMPILE_S if compiles else 0.0))
             if process.is_main:
                 (self._folder / DIVERGED_FILE).unlink(missing_ok=True)
-                self._writer = leaving.enter_context(CheckpointWriter(self._folder, keep=config.keep_checkpoints, stays=plan.stays))
+                self._writer = leaving.enter_context(CheckpointWriter(self._folder, **kept))
                 self._log = leaving.enter_context(RunLog(self._folder, config, total_steps=plan.total_steps, first_step=self.first_step))
             # A compiled graph has no parts that a trace could name.
             parts = {} if is_compiled(self._state.byol) else dict(self._state.byol.named_children())
@@ -166,7 +185,8 @@ class Session:
         classes = (
             f"of {len(loader.class_names)} classes" if self._num_classes > 1 else f"{_CLASSES[self._num_classes]}, so the probe is off"
         )
-        log.info("%s: %d images %s, backend %s", config.data.train, loader.num_samples, classes, loader.backend)
+        source = shown_url(config.data.train) if is_url(config.data.train) else config.data.train
+        log.info("%s: %d images %s, backend %s", source, loader.num_samples, classes, loader.backend)
         ranks, accumulate = self._process.world_size, self._state.accumulate
         each = config.global_batch // (ranks * accumulate)
         batch = f"global batch {config.global_batch} = {ranks} ranks x {accumulate} micro-batches x {each} images"

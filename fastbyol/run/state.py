@@ -60,7 +60,7 @@ class TrainState:
             "byol": self.byol.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "loader": {**self.loader.state_dict(), "batches_per_epoch": len(self.loader)},
+            "loader": {**self.loader.state_dict(), "batches_per_epoch": len(self.loader), "nodes": self.loader.traversal.nodes},
             "num_samples": self.loader.num_samples,
             "class_counts": self.loader.class_counts(),
             "ranks": {"rng": ranks, "bn_images": bn_images(config, process)},
@@ -89,6 +89,7 @@ class TrainState:
         if process.rank < len(generators):
             set_rng_state(generators[process.rank])
         if process.is_main:
+            self._announce_division(state["loader"])
             if fewer:
                 now = f"{self.loader.num_samples} images, {fewer} fewer than at the checkpoint"
                 log.warning("data.train holds %s: the run continues with these, in a new order", now)
@@ -138,6 +139,17 @@ class TrainState:
                 + f"; give the run's own data (up to {REMOVED_SHARE:.0%} or {REMOVED_IMAGES} of its images may be removed)"
             )
         return before - now
+
+    def _announce_division(self, saved: dict[str, int]) -> None:
+        """Warns if other nodes than before divide the images, in the middle of an epoch."""
+        before, now = saved.get("nodes", 1), self.loader.traversal.nodes
+        if now != before and saved["batch"]:
+            log.warning(
+                "data.traversal sharded: %s nodes divide the images now, before %s, so the rest of this epoch shows some images twice and others "
+                "not; the next epochs are whole",
+                shown(now),
+                shown(before),
+            )
 
     def _restore_loader(self, saved: dict[str, int], *, steps_per_epoch: int) -> None:
         per_epoch_now = self.loader.traversal.num_samples // self.loader.traversal.global_batch

@@ -10,16 +10,18 @@ from __future__ import annotations
 import importlib.util
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.backends.block_cache import CachedFile
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged
+from fastbyol.data.backends.store_tables import StoreTables
 from fastbyol.data.formats.jpeg_header import jpeg_complaint
-from fastbyol.data.formats.tar_shards import read_tar_shards
+from fastbyol.data.formats.tar_shards import read_tar_shards, read_tar_tables
 
 BATCH = 16
 """Largest number of images per run of a DALI pipeline."""
@@ -28,18 +30,23 @@ BATCH = 16
 class DaliSource(Source):
     """A folder of tar shards as a source; sample i is the i-th kept image of the converted listing. Each thread has its own CPU pipeline."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, store: StoreTables | None = None) -> None:
+        """store: the store that has the shards, if `folder` holds their manifest and sample table only."""
         if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
             raise UserError("data.backend = 'dali': DALI is not installed; pip install 'fastbyol[dali]' (or nvidia-dali-cuda130)")
-        manifest, self._table = read_tar_shards(folder)
+        manifest, self._table = read_tar_shards(folder) if store is None else read_tar_tables(folder)
         super().__init__(labels=self._table["label"].astype(np.int64), class_names=manifest.class_names)
         # The members of the tars are named by their number in the listing.
         self._listed = np.delete(np.arange(self.num_samples + len(manifest.dropped)), manifest.dropped)
-        # Every shard stays open: raise the soft limit on open files if there are more than it allows.
-        wanted, (soft, hard) = len(manifest.shards) + 512, resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-        self._files = [RangeReader(folder / shard.name) for shard in manifest.shards]
+        names = [shard.name for shard in manifest.shards]
+        self._files: Sequence[RangeReader | CachedFile]
+        if store is None:
+            self._files = _opened(folder, names)
+        else:
+            offset, size = (self._table[name].astype(np.int64) for name in ("offset", "size"))
+            file = self._table["shard"].astype(np.int64)
+            self.cache = store.cache(names, file=file, offset=offset, size=size, crc32=self._table["crc32"])
+            self._files = self.cache.open_files()
         self._local = threading.local()
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
@@ -84,8 +91,7 @@ class DaliSource(Source):
     def jpeg(self, index: int) -> Pixels:
         """Returns an image's bytes. Raises UserError, before any decoder runs, if checksum or size differ from the table or it has too many scans."""
         row = self._table[index]
-        data = self._files[row["shard"]].read(int(row["offset"]), int(row["size"]))
-        data = self.checked(index, data, int(row["crc32"]))
+        data = self.read_checked(index, self._files[row["shard"]], int(row["offset"]), int(row["size"]), crc32=int(row["crc32"]))
         if complaint := jpeg_complaint(data, height=int(row["height"]), width=int(row["width"])):
             raise damaged(self.sample_name(index), complaint)
         return np.frombuffer(data, dtype=np.uint8)
@@ -115,6 +121,15 @@ class DaliSource(Source):
             except RuntimeError as error:
                 raise damaged(self.sample_name(index), dali_reason(error)) from first_error
         return images
+
+
+def _opened(folder: Path, names: list[str]) -> list[RangeReader]:
+    """Returns readers of the files, which all stay open."""
+    # Raise the soft limit on open files if there are more than it allows.
+    wanted, (soft, hard) = len(names) + 512, resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    return [RangeReader(folder / name) for name in names]
 
 
 def built_pipeline(graph: Callable[[], list[Any]], **options: Any) -> Any:

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.backends.block_cache import CachedFile
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, ThreadBuffer, damaged, some_of
+from fastbyol.data.backends.store_tables import StoreTables
 from fastbyol.data.formats.beton import RAW_MODE, Beton, read_beton
 from fastbyol.data.formats.manifest import beton_manifest_path, numbered_class_names, read_manifest, refuse_other_counts
 from fastbyol.data.formats.turbojpeg import TurboJpeg
@@ -25,11 +27,23 @@ log = logging.getLogger("fastbyol")
 class FfcvSource(Source):
     """A .beton as a source, written by us or by stock FFCV, JPEG or raw; sample i is row i. Class names come from its manifest, if any."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, store: StoreTables | None = None) -> None:
+        """store: the store that has the images, if `path` holds the tables only."""
         self._decoder = TurboJpeg()
-        self._beton = read_beton(path)
+        self._beton = table = read_beton(path)
         super().__init__(labels=self._beton.label, class_names=_class_names(path, self._beton))
-        self._file = RangeReader(path)
+        self._file: RangeReader | CachedFile
+        if store is None:
+            self._file = RangeReader(path)
+        else:
+            if table.crc32 is None:
+                raise UserError(
+                    f"{path}: has no checksums (another program wrote it), so what a store sends could not be checked; copy it to a disk, or "
+                    "convert with python -m fastbyol convert"
+                )
+            only = np.zeros(self.num_samples, dtype=np.int64)
+            self.cache = store.cache([path.name], file=only, offset=table.offset, size=table.size, crc32=table.crc32)
+            (self._file,) = self.cache.open_files()
         self._scratch = ThreadBuffer()
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
@@ -39,9 +53,8 @@ class FfcvSource(Source):
         table = self._beton
         rows = (column[indices].tolist() for column in (table.offset, table.size, table.height, table.width, table.mode))
         for index, offset, size, height, width, mode in zip(indices.tolist(), *rows, strict=True):
-            data = self._file.read(offset, size)
-            if table.crc32 is not None:
-                data = self.checked(index, data, int(table.crc32[index]))
+            crc32 = None if table.crc32 is None else int(table.crc32[index])
+            data = self.read_checked(index, self._file, offset, size, crc32=crc32)
             if mode == RAW_MODE:
                 yield np.frombuffer(data, dtype=np.uint8).reshape(height, width, 3)  # read_beton has compared the sizes
                 continue

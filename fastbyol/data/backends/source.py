@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.backends.block_cache import BlockCache, CachedFile
 
 Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
@@ -34,6 +35,8 @@ class Source(ABC):
         """(num_samples,) int64 class of each image."""
         self.class_names = class_names
         """Name of each class."""
+        self.cache: BlockCache | None = None
+        """Where the images of a store are kept; None for images on a disk."""
 
     @property
     def num_samples(self) -> int:
@@ -79,9 +82,12 @@ class Source(ABC):
         """Reads all bytes from the first to the last of these samples of one file, so that they are in the page cache."""
         raise NotImplementedError
 
-    def checked(self, index: int, data: bytes, crc32: int) -> bytes:
-        """Returns the sample's bytes if they have the checksum of the conversion. Raises UserError if not: a decoder misses some damage."""
-        if zlib.crc32(data) != crc32:
+    def read_checked(self, index: int, file: RangeReader | CachedFile, offset: int, size: int, *, crc32: int | None) -> bytes:
+        """Returns the sample's bytes if they have the checksum of the conversion (None: there is none). Raises UserError if not: a decoder
+        misses some damage.
+        """
+        data = file.read(offset, size)
+        if crc32 is not None and zlib.crc32(data) != crc32 and zlib.crc32(data := file.read_again(offset, size)) != crc32:
             raise damaged(self.sample_name(index), "its bytes have changed since the conversion")
         return data
 
@@ -107,6 +113,10 @@ class RangeReader:
                 f"{self.path}: ended at byte {os.fstat(self._descriptor).st_size} while being read; was it replaced? Convert it again"
             )
         return data
+
+    def read_again(self, offset: int, size: int) -> bytes:
+        """Returns the bytes, which are not those of the conversion, once more: for the cache of a store, see `CachedFile`."""
+        return self.read(offset, size)
 
     def read_ahead(self, start: int, end: int) -> None:
         """Reads the bytes [start, end) and discards them.

@@ -7,6 +7,8 @@ Source: libffcv's `ffcv/types.py`, `ffcv/fields/`, `ffcv/memory_allocator.py` (P
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,40 @@ def read_beton(path: Path) -> Beton:
                 f"{path}: image {int(wrong.argmax())} {what} (damaged, or another format); make it again with python -m fastbyol convert"
             )
     return beton
+
+
+def copy_tables(read: Callable[[int, int], Iterator[bytes]], file_bytes: int, path: Path) -> None:
+    """Writes a sparse file of a .beton's size with its tables in their places, and holes for the images: `read_beton` reads it like the whole.
+
+    read: yields the bytes [start, end) of the file in pieces. Tables that lie outside the file are left out; `read_beton` then says so.
+    """
+    with path.open("wb") as file:
+        os.truncate(file.fileno(), file_bytes)
+
+        def copy(start: int, end: int) -> None:
+            if 0 <= start < end <= file_bytes:
+                file.seek(start)
+                file.writelines(read(start, end))
+                file.flush()
+
+        copy(0, HEADER.itemsize)
+        header = _read(path, HEADER, 1, 0)[0]
+        fields_end = HEADER.itemsize + int(header["num_fields"]) * FIELD.itemsize
+        if header["version"] != VERSION or not 0 < header["num_fields"] < 64 or fields_end > file_bytes:
+            return
+        copy(HEADER.itemsize, fields_end)
+        fields = _read(path, FIELD, int(header["num_fields"]), HEADER.itemsize)
+        types = fields["type_id"].tolist()
+        if set(types) - set(_FIELD_TYPES):
+            return
+        num_samples = int(header["num_samples"])
+        row = np.dtype([("", _FIELD_TYPES[type_id]) for type_id in types], align=True)
+        copy(fields_end, fields_end + num_samples * row.itemsize)
+        copy(int(header["alloc_table_ptr"]), file_bytes)
+        for arguments in (row.tobytes()[:16] for row in fields["arguments"]):
+            if arguments.startswith(_CHECKSUMS_MAGIC):
+                start = int.from_bytes(arguments[8:], "little")
+                copy(start, start + 4 * num_samples)
 
 
 def refuse_impossible_sizes(path: Path, height: NDArray[np.int64], width: NDArray[np.int64]) -> None:

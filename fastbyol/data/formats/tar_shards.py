@@ -28,6 +28,11 @@ PARTS = "part-*-of-*.json"
 _MAX_HEADER_BYTES = 1 << 16
 
 
+def largest_sample_table(num_samples: int) -> int:
+    """Returns the largest size in bytes of the sample table of so many samples."""
+    return num_samples * SAMPLE.itemsize + _MAX_HEADER_BYTES
+
+
 def shard_name(number: int, *, part: str = "") -> str:
     """Returns a shard's file name. part: number of the part, if the conversion was divided into several."""
     return f"shard-{part}-{number:05d}.tar" if part else f"shard-{number:05d}.tar"
@@ -45,11 +50,7 @@ def index_path(tar: Path) -> Path:
 
 def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
     """Returns manifest and sample table, checked against the files. Raises UserError if a file is missing, truncated or of another data set."""
-    manifest = read_manifest(folder / TAR_MANIFEST)
-    if manifest.kind != "tar":
-        raise UserError(
-            f"{folder / TAR_MANIFEST}: describes {shortened(manifest.kind)!r}, not tar shards; convert again with python -m fastbyol convert --to dali"
-        )
+    manifest, table = read_tar_tables(folder)
     for shard in manifest.shards:
         tar = folder / shard.name
         if not tar.is_file():
@@ -63,6 +64,16 @@ def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
             first_line = file.readline(64).strip()
         if first_line != f"{INDEX_VERSION} {shard.samples}".encode():
             raise UserError(f"{index}: not the {INDEX_VERSION} index of {shard.samples} samples; copy it again, or convert again")
+    return manifest, table
+
+
+def read_tar_tables(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
+    """Returns manifest and sample table. Raises UserError if one is missing or damaged; the shards need not be there."""
+    manifest = read_manifest(folder / TAR_MANIFEST)
+    if manifest.kind != "tar":
+        raise UserError(
+            f"{folder / TAR_MANIFEST}: describes {shortened(manifest.kind)!r}, not tar shards; convert again with python -m fastbyol convert --to dali"
+        )
     return manifest, read_sample_table(folder / SAMPLE_TABLE, manifest)
 
 
@@ -72,7 +83,7 @@ def read_sample_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
     foreign = UserError(f"{path}: not the sample table of these {manifest.num_samples} samples; {again}")
     try:
         with path.open("rb") as file:  # not np.load: given a zip file, it returns no array
-            if os.fstat(file.fileno()).st_size > manifest.num_samples * SAMPLE.itemsize + _MAX_HEADER_BYTES:
+            if os.fstat(file.fileno()).st_size > largest_sample_table(manifest.num_samples):
                 raise foreign
             table = np.lib.format.read_array(file, allow_pickle=False)
     except UserError:
