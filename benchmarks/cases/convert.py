@@ -74,7 +74,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     title = f"an image folder converted by {size.workers} worker processes"
     with contextlib.redirect_stderr(io.StringIO()):  # the converters' progress
         result = measured("convert", title, subjects, reference=REFERENCE, ceiling=CEILING, threads=size.workers, settings=size)
-    source_bytes = sum(os.path.getsize(listing.path(index)) for index in range(len(listing.files)))
+    source_bytes = sum(os.path.getsize(str(listing.path(index))) for index in range(len(listing.files)))
     return result.with_extra({name: {"bytes for a byte of input": _bytes_of(out) / source_bytes} for name, out in outputs.items()})
 
 

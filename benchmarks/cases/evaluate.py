@@ -132,7 +132,7 @@ def _torchvision_features(folder: Path, encoder: torch.nn.Module, views: ViewPai
 
     def images() -> Iterator[torch.Tensor]:
         for index in range(len(listing.files)):
-            with Image.open(listing.path(index)) as file:
+            with Image.open(str(listing.path(index))) as file:
                 yield transform(file.convert("RGB"))  # type: ignore[misc]
 
     @torch.no_grad()

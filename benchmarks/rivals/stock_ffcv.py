@@ -98,7 +98,7 @@ class PillowImages:
         return len(self._listing.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self._listing.path(index)) as file:
+        with Image.open(str(self._listing.path(index))) as file:
             return file.convert("RGB"), self._listing.labels[index]
 
 

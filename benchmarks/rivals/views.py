@@ -84,7 +84,7 @@ class TorchvisionLoader:
         return ViewBatch(view1, view2, label, torch.tensor(list(indices)), torch.empty(len(indices), 2, 0))
 
     def _load(self, index: int) -> list[Tensor]:
-        with Image.open(self._listing.path(index)) as file:
+        with Image.open(str(self._listing.path(index))) as file:
             image = file.convert("RGB")
         return [cast(Tensor, view(image)) for view in self._views]
 
