@@ -12,7 +12,6 @@ from fastbyol.host.stores import retried, shown_url, store_of
 READ_TIMEOUT_S = 60.0
 """Time for one range of a few MiB: a server that accepts connections but does not answer would otherwise hold a thread for minutes."""
 _PIECE_BYTES = 8 << 20
-_REFUSALS = (401, 403)
 
 
 def url_in(folder: str, name: str) -> str:
@@ -77,21 +76,4 @@ class StoreFile:
             return getattr(self._files, method)(*arguments, **options)
         from fsspec.asyn import sync
 
-        try:
-            return sync(self._files.loop, getattr(self._files, f"_{method}"), *arguments, timeout=READ_TIMEOUT_S, **options)
-        except Exception as error:
-            # fsspec says that a web server has no such file when it is busy or away, too.
-            cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-            status = _status(cause)
-            if status == 404:
-                raise FileNotFoundError(self.shown) from error
-            if status in _REFUSALS:
-                raise PermissionError(f"status {status}") from error
-            raise cause from error
-
-
-def _status(error: BaseException) -> int | None:
-    """Returns the HTTP status in an error of aiohttp (web servers) or botocore (S3), which fsspec does not always translate."""
-    answer = getattr(error, "response", None)
-    metadata = answer.get("ResponseMetadata") if isinstance(answer, dict) else None
-    return metadata.get("HTTPStatusCode") if isinstance(metadata, dict) else getattr(error, "status", None)
+        return sync(self._files.loop, getattr(self._files, f"_{method}"), *arguments, timeout=READ_TIMEOUT_S, **options)
