@@ -228,7 +228,7 @@ def test_a_local_traversal_changes_the_order_but_no_view_and_can_resume(backend:
 
 
 def test_a_local_traversal_of_an_image_folder_is_refused(image_folder: Path) -> None:
-    with pytest.raises(UserError, match="data.traversal = 'local': each image is a file of its own"):
+    with pytest.raises(UserError, match="data.traversal: each image is a file of its own"):
         loader_at(image_folder, traversal="local")
     with pytest.raises(UserError, match="data.traversal = 'pages': must be one of random, local, sharded"):
         loader_at(image_folder, traversal="pages")

@@ -76,7 +76,9 @@ class Source(ABC):
 
         Raises UserError for a backend with one file per sample: no reading order is faster than another there.
         """
-        raise UserError("data.traversal = 'local': each image is a file of its own, nothing to read in one go; use random or convert them")
+        raise UserError(
+            "data.traversal: each image is a file of its own, so there is nothing for local and sharded to read in one go; use random or convert them"
+        )
 
     def read_ahead(self, indices: Indices) -> None:
         """Reads all bytes from the first to the last of these samples of one file, so that they are in the page cache."""
