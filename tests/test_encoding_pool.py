@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ class Memory:
 
     name: str
     content: bytes
+    path: ClassVar[Path] = Path("in memory")
 
     def read(self) -> bytes:
         return self.content

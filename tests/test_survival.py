@@ -159,7 +159,7 @@ def test_a_checkpoint_holds_all_that_changes_and_only_finite_numbers(whole):
     assert any(n.startswith("target.") and n.endswith("running_var") for n in names)
     trained = [n for n in names if not n.startswith("target.") and "running" not in n and "num_batches" not in n]
     assert len(state["optimizer"]["state"]) == len(trained)
-    assert state["loader"] == {"epoch": 1, "batch": 1, "batches_per_epoch": 3}
+    assert state["loader"] == {"epoch": 1, "batch": 1, "batches_per_epoch": 3, "nodes": 1}
     assert state["step"] == 4
     assert state["config"]["global_batch"] == 8
     assert state["versions"]["torch"]
