@@ -95,8 +95,10 @@ def serve(jobs_descriptor: int, results_descriptor: int) -> None:
         send(READY)
         while True:
             chunk: list[Job] = jobs.recv()
-            for (index, _), data in zip(chunk, _originals(chunk), strict=True):
+            originals = _originals(chunk)
+            for index, _ in chunk:
                 signal.setitimer(signal.ITIMER_PROF, settings.max_cpu_s)  # after that, SIGPROF kills this process, even inside C code
+                data = next(originals)
                 encoded = data if isinstance(data, DroppedImage) else encoder.encode(data, index=index)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 send(encoded)
