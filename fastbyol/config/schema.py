@@ -35,8 +35,7 @@ class DataConfig:
 
     train: str = ""
     """A .beton file, a folder of tar shards made by to_dali.py, or images that were not converted: a folder, tars, a list or Parquet files
-    (docs/data.md lists them); 'a::b' joins several. A .beton or a folder of tar shards may be at a URL: s3://, gs://, hf://, https://
-    (pip install 'fastbyol[remote]').
+    (docs/data.md lists them); 'a::b' joins several. Each may be at a URL: s3://, gs://, hf://, https:// (pip install 'fastbyol[remote]').
     """
     labels: str = "auto"
     """Labels of images that were not converted, for the probe; training does not use them. auto: what the source has; folders: its

@@ -21,7 +21,7 @@ class _Secrets(NamedTuple):
     user_info: str
     """'user:password', or ''."""
     query: str
-    """With its '?' or '#', or ''."""
+    """The query with its '?', or the fragment with its '#'; '' if the URL has neither."""
 
 
 _known: dict[str, _Secrets] = {}

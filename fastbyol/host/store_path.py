@@ -26,7 +26,7 @@ LISTINGS = 8
 BLOCK_BYTES = 8 << 20
 """Bytes that are fetched at a time where a file is read from front to back."""
 _VERSION_FIELDS = ("ETag", "etag", "blob_id", "generation", "md5Hash", "Last-Modified", "LastModified", "updated", "mtime", "created")
-"""What stores say about a file that is another for another content."""
+"""Fields of fsspec's file information that change when a file is replaced; each store has some of them."""
 _FILE_SUFFIXES = (".tar", ".parquet", ".beton", ".json", ".txt", ".csv", ".tsv", ".lst", ".npz", ".npy")
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -51,7 +51,7 @@ class StorePath:
     """A file or folder at a URL. `StorePath.of` makes one of what a user typed."""
 
     url: str
-    """Without user name, password and query."""
+    """The URL, from which user name, password and query are taken out."""
 
     @classmethod
     def of(cls, text: str) -> StorePath:

@@ -15,9 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from fastbyol.config.console import say
 from fastbyol.config.errors import Lost, UserError, first_line
-from fastbyol.config.urls import full_url, is_url, shown_url, without_credentials
-
-__all__ = ["WAITS_S", "Absent", "Refused", "is_url", "retried", "shown_url", "store_of"]
+from fastbyol.config.urls import full_url, shown_url, without_credentials
 
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Seconds between tries: a store that answers again within a minute costs a run nothing but the wait."""

@@ -26,7 +26,6 @@ from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.durable_files import UNFINISHED, durable_file, write_durably
 from fastbyol.host.saved_structure import is_count
-from fastbyol.host.stores import shown_url
 from fastbyol.run.folder import CONFIG_FILE, config_changes, read_config, write_config
 
 log = logging.getLogger("fastbyol")
@@ -288,7 +287,7 @@ def check_resume(config: TrainConfig, *, mirrored: Sequence[int] = ()) -> None:
     mirrored: steps of the checkpoints in the run's mirror, which count like those in its folder.
     """
     steps = sorted({*checkpoint_steps(Path(config.out)), *mirrored})
-    where = f"{config.out} or {shown_url(config.mirror)}" if config.mirror else config.out
+    where = f"{config.out} or {config.mirror}" if config.mirror else config.out
     if config.resume == "must" and not steps:
         raise UserError(f"resume = 'must': {where} holds no checkpoint; leave it out to start the run")
     # A launcher repeats the original command after a failure, so 'never' must not refuse the checkpoints of its own first attempt.

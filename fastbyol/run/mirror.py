@@ -17,10 +17,11 @@ from typing import Any, Self
 from fastbyol.config.errors import Lost, NotSaved, UserError, first_line, shown
 from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.schema import TrainConfig
+from fastbyol.config.urls import is_url
 from fastbyol.data.formats.manifest import sha256_of
 from fastbyol.host.durable_files import UNFINISHED, flush_to_disk, write_durably
 from fastbyol.host.saved_structure import is_count
-from fastbyol.host.stores import is_url, retried, shown_url, store_of
+from fastbyol.host.stores import retried, store_of
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, digest_path
 from fastbyol.run.folder import CONFIG_FILE, PROVENANCE_FILE, config_changes
 from fastbyol.run.log import METRICS_FILE
@@ -55,7 +56,7 @@ class Mirror:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.shown = shown_url(config.mirror)
+        self.shown = config.mirror
         if not is_url(config.mirror) or config.mirror.startswith(("http://", "https://")):
             raise UserError(f"{OPTION} = {self.shown}: must be a URL that can be written; use s3://, gs:// or file:///FOLDER")
         self._config = config

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from fastbyol.config.schema import TrainConfig
-from fastbyol.host.stores import is_url, shown_url
+from fastbyol.config.urls import is_url
 
 
 def after_training(config: TrainConfig, *, labelled: bool) -> str:
@@ -16,8 +16,7 @@ def after_training(config: TrainConfig, *, labelled: bool) -> str:
     """
     if labelled and (data := folder_of_splits(config.data.train)) is not None:
         return typed("evaluate", "all", "--checkpoint", config.out, "--data", data)
-    data = config.data.train
-    return report(config.out, shown_url(data) if is_url(data) else data)
+    return report(config.out, config.data.train)
 
 
 def report(run: str | Path, data: str | Path) -> str:

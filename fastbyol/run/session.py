@@ -13,20 +13,11 @@ from fastbyol.config.errors import Diverged
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.signals import StopRequest
-from fastbyol.host.stores import is_url, shown_url
 from fastbyol.ranks.process_group import Process, broadcast_from_main
 from fastbyol.ranks.stop_vote import StopVote, Verdict
 from fastbyol.run.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config
 from fastbyol.run.checkpoint_writer import CheckpointWriter
-from fastbyol.run.folder import (
-    CONFIG_FILE,
-    DIVERGED_FILE,
-    check_run_folder,
-    flatten,
-    locked_run_folder,
-    note_divergence,
-    open_run_folder,
-)
+from fastbyol.run.folder import CONFIG_FILE, DIVERGED_FILE, check_run_folder, flatten, locked_run_folder, note_divergence, open_run_folder
 from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.log import RunLog
 from fastbyol.run.mirror import Mirror, MirrorWriter
@@ -185,8 +176,7 @@ class Session:
         classes = (
             f"of {len(loader.class_names)} classes" if self._num_classes > 1 else f"{_CLASSES[self._num_classes]}, so the probe is off"
         )
-        source = shown_url(config.data.train) if is_url(config.data.train) else config.data.train
-        log.info("%s: %d images %s, backend %s", source, loader.num_samples, classes, loader.backend)
+        log.info("%s: %d images %s, backend %s", config.data.train, loader.num_samples, classes, loader.backend)
         ranks, accumulate = self._process.world_size, self._state.accumulate
         each = config.global_batch // (ranks * accumulate)
         batch = f"global batch {config.global_batch} = {ranks} ranks x {accumulate} micro-batches x {each} images"

@@ -36,7 +36,7 @@ class Source(ABC):
         self.class_names = class_names
         """Name of each class."""
         self.cache: BlockCache | None = None
-        """Where the images of a store are kept; None for images on a disk."""
+        """The cache that keeps the images of a store on this disk; None for images that lie on a disk."""
 
     @property
     def num_samples(self) -> int:

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from fastbyol.config.errors import UserError
-from fastbyol.host.stores import retried, shown_url, store_of
+from fastbyol.config.urls import shown_url
+from fastbyol.host.stores import retried, store_of
 
 READ_TIMEOUT_S = 60.0
 """Time for one range of a few MiB: a server that accepts connections but does not answer would otherwise hold a thread for minutes."""

@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.urls import shown_url
 from fastbyol.data.backends.block_cache import BlockCache
 from fastbyol.data.backends.store_file import StoreFile, url_in
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES, copy_tables
 from fastbyol.data.formats.manifest import MAX_MANIFEST_BYTES, TAR_MANIFEST, beton_manifest_path, read_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, largest_sample_table
 from fastbyol.data.traversal import Indices
+from fastbyol.host.cache_files import cache_folder
 from fastbyol.host.durable_files import durable_file, locked_file
-from fastbyol.host.stores import shown_url
 
 log = logging.getLogger("fastbyol")
 _PATIENCE_S = 3600.0
@@ -37,9 +38,7 @@ def is_beton_url(url: str) -> bool:
 
 def cache_root(folder: str) -> Path:
     """Returns the folder of the cache: the one given, or, if that is '', fastbyol/data in the user's cache folder."""
-    if folder:
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fastbyol" / "data"
+    return Path(folder) if folder else cache_folder() / "data"
 
 
 class StoreTables:
