@@ -151,9 +151,10 @@ class StorePath:
 
     def read(self, offset: int, size: int) -> bytes:
         """Returns `size` bytes from `offset`, all of them."""
-        return b"" if not size else retried(lambda: self._read(offset, size), str(self))
+        return b"" if not size else retried(lambda: self.read_once(offset, size), str(self))
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def read_once(self, offset: int, size: int) -> bytes:
+        """Returns what `read` does, asking once. Raises an error of the store's library, or OSError if the body is cut."""
         fs, path = self.store()
         if self.is_web:  # cat_file would take the whole file for the part, if the server knows no parts
             with fs.open(path, "rb", size=offset + size, block_size=size, cache_type="none") as file:
@@ -163,7 +164,9 @@ class StorePath:
                 except ValueError as error:
                     if "range" not in str(error):
                         raise
-                    raise UserError(f"{self}: the server sends whole files only; fetch the file first") from None
+                    raise UserError(
+                        f"{self}: the server sends the whole file for a part of it: it sends whole files only; fetch the file first"
+                    ) from None
         else:
             data = fs.cat_file(path, start=offset, end=offset + size)
         if len(data) != size:

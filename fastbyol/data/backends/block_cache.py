@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import Lost, UserError
-from fastbyol.data.backends.store_file import StoreFile
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES
 from fastbyol.data.traversal import Indices, group_into_blocks
 from fastbyol.host.durable_files import UNFINISHED, flush_to_disk
+from fastbyol.host.store_path import StorePath
 from fastbyol.host.stores import retried
 
 BLOCK_SUFFIX = ".block"
@@ -54,7 +54,7 @@ class BlockCache:
 
     def __init__(
         self,
-        files: Sequence[StoreFile],
+        files: Sequence[StorePath],
         *,
         file: Indices,
         offset: Indices,
@@ -83,7 +83,7 @@ class BlockCache:
         """Returns readers of the data set's files."""
         firsts = np.searchsorted(self._file, np.arange(len(self._files) + 1)).tolist()
         return [
-            CachedFile(self, first, self._start[first:beyond], shown=file.shown)
+            CachedFile(self, first, self._start[first:beyond], shown=str(file))
             for file, first, beyond in zip(self._files, firsts[:-1], firsts[1:], strict=True)
         ]
 
@@ -167,7 +167,7 @@ class BlockCache:
                 if self.holds(block) and (data := self._cached(block, 0, int(self.bytes[block]))) is not None:
                     return data  # fetched meanwhile, by the thread that reads ahead or by another process
                 try:
-                    data = retried(lambda: self._from_store(block), self._files[self._file[block]].shown)
+                    data = retried(lambda: self._from_store(block), str(self._files[self._file[block]]))
                 except Lost as error:
                     self._lost = Lost(f"{error}; the same command continues from the last checkpoint")
                     raise self._lost from None
@@ -181,7 +181,7 @@ class BlockCache:
         file = self._files[self._file[block]]
         damaged = 0
         for _ in range(2):
-            data = memoryview(file.read(int(self._start[block]), int(self._end[block])))
+            data = memoryview(file.read_once(int(self._start[block]), int(self.bytes[block])))
             for sample in self.blocks.members(block).tolist():
                 start = int(self._offset[sample] - self._start[block])
                 if zlib.crc32(data[start : start + int(self._size[sample])]) != self._crc32[sample]:
@@ -190,7 +190,7 @@ class BlockCache:
             else:
                 return bytes(data)
         raise UserError(
-            f"{file.shown}: image {damaged} has other bytes in the store than after the conversion (read twice); copy the file there again"
+            f"{file}: image {damaged} has other bytes in the store than after the conversion (read twice); copy the file there again"
         )
 
     def _keep(self, block: int, data: bytes, unfinished: Path) -> None:

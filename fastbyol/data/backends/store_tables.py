@@ -9,31 +9,25 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.config.urls import shown_url
 from fastbyol.data.backends.block_cache import BlockCache
-from fastbyol.data.backends.store_file import StoreFile, url_in
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES, copy_tables
 from fastbyol.data.formats.manifest import MAX_MANIFEST_BYTES, TAR_MANIFEST, beton_manifest_path, read_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, largest_sample_table
 from fastbyol.data.traversal import Indices
 from fastbyol.host.cache_files import cache_folder
 from fastbyol.host.durable_files import durable_file, locked_file
+from fastbyol.host.store_path import BLOCK_BYTES, StorePath
 
 log = logging.getLogger("fastbyol")
 _PATIENCE_S = 3600.0
 """Longest wait for another rank that is copying the tables."""
-
-
-def is_beton_url(url: str) -> bool:
-    """Returns True if the URL names a .beton file, False if it can only be a folder."""
-    return urlsplit(url).path.lower().endswith(".beton")
 
 
 def cache_root(folder: str) -> Path:
@@ -46,7 +40,6 @@ class StoreTables:
 
     Attributes:
         path: what the backend opens: the folder with manifest and sample table, or a .beton with holes in place of its images.
-        shown: the URL as messages show it.
     """
 
     def __init__(self, url: str, *, root: Path, limit_bytes: int, option: str) -> None:
@@ -58,22 +51,24 @@ class StoreTables:
             UserError: there are no converted data there, a package is missing, or the cache cannot be written.
             Lost: the store does not answer.
         """
-        self.shown = shown_url(url)
-        self._url, self._root, self._limit_bytes, self._option = url, root, limit_bytes, option
+        self._place, self._root, self._limit_bytes, self._option = StorePath.of(url), root, limit_bytes, option
         try:
             root.mkdir(parents=True, exist_ok=True)
-            if is_beton_url(url):
+            if self._is_beton:
                 self._copy_beton()
             else:
                 self._copy_shards()
         except OSError as error:
             raise UserError(f"data.cache = {root}: cannot be written ({error.strerror or error}); give another folder") from error
 
+    @property
+    def _is_beton(self) -> bool:
+        return self._place.suffix == ".beton"
+
     def cache(self, names: Sequence[str], *, file: Indices, offset: Indices, size: Indices, crc32: NDArray[np.uint32]) -> BlockCache:
         """Returns the cache of these files of the store, given the place and checksum of each sample."""
-        whole_file = is_beton_url(self._url)
         return BlockCache(
-            [StoreFile(self._url if whole_file else url_in(self._url, name), option=self._option) for name in names],
+            [self._place if self._is_beton else self._place / name for name in names],
             file=file,
             offset=offset,
             size=size,
@@ -89,15 +84,14 @@ class StoreTables:
         try:
             yield
         except UserError as error:
-            raise UserError(str(error).replace(str(path or self.path), self.shown)) from error
+            raise UserError(str(error).replace(str(path or self.path), str(self._place))) from error
 
     def _copy_shards(self) -> None:
-        manifest_file = StoreFile(url_in(self._url, TAR_MANIFEST), option=self._option)
         try:
-            manifest = manifest_file.head(MAX_MANIFEST_BYTES + 1)
+            manifest = _head(self._place / TAR_MANIFEST, MAX_MANIFEST_BYTES + 1)
         except UserError as error:
             raise UserError(
-                f"{self._option} = {self.shown}: no converted data there ({error}); give a .beton file or a folder of tar shards, both made by "
+                f"{self._option} = {self._place}: no converted data there ({error}); give a .beton file or a folder of tar shards, both made by "
                 "python -m fastbyol convert"
             ) from error
         self._folder = self.path = self._folder_for(manifest)
@@ -106,34 +100,32 @@ class StoreTables:
             with self.named():
                 samples = read_manifest(self.path / TAR_MANIFEST).num_samples
             if not (self.path / SAMPLE_TABLE).exists():
-                table = StoreFile(url_in(self._url, SAMPLE_TABLE), option=self._option)
+                table = self._place / SAMPLE_TABLE
                 # One byte more than a table has is enough for its reader to see that it is another file.
-                self._write(self.path / SAMPLE_TABLE, table.pieces(0, min(table.size(), largest_sample_table(samples) + 1)))
+                self._write(self.path / SAMPLE_TABLE, _pieces(table, 0, min(table.stat().size, largest_sample_table(samples) + 1)))
 
     def _copy_beton(self) -> None:
-        file, manifest = StoreFile(self._url, option=self._option), b""
-        path, mark, query = self._url.partition("?")
+        manifest, status = b"", self._place.stat()
         with suppress(UserError):  # a .beton without a manifest: its reader says what it lacks then
-            manifest = StoreFile(f"{path}.json{mark}{query}", option=self._option).head(MAX_MANIFEST_BYTES + 1)
-        size = file.size()
+            manifest = _head(self._place.with_name(f"{self._place.name}.json"), MAX_MANIFEST_BYTES + 1)
         # What tells this file from another that takes its place later: all that the store says, and the beginning of its table.
-        self._folder = self._folder_for(file.version().encode(), file.head(1 << 16), manifest)
-        self.path = self._folder / Path(urlsplit(self._url).path).name
+        self._folder = self._folder_for(repr(tuple(status)).encode(), self._place.read(0, min(status.size, 1 << 16)), manifest)
+        self.path = self._folder / self._place.name
         with self._copying():
             if not self.path.exists():
                 if manifest:
                     self._write(beton_manifest_path(self.path), [manifest])
                 unfinished = self._folder / "tables.unfinished"
                 with self.named(unfinished):
-                    copy_tables(file.pieces, size, unfinished)
+                    copy_tables(partial(_pieces, self._place), status.size, unfinished)
                 unfinished.replace(self.path)
 
     def _folder_for(self, *facts: bytes) -> Path:
         """Returns the folder of data that these bytes tell from all other data at this URL."""
-        digest = hashlib.sha256(json.dumps([self.shown, MIN_PAGE_BYTES]).encode())
+        digest = hashlib.sha256(json.dumps([str(self._place), MIN_PAGE_BYTES]).encode())
         for fact in facts:
             digest.update(hashlib.sha256(fact).digest())
-        name = re.sub(r"[^A-Za-z0-9.-]+", "-", urlsplit(self._url).path.strip("/").rpartition("/")[2])[:40].strip(".")
+        name = re.sub(r"[^A-Za-z0-9.-]+", "-", self._place.name)[:40].strip(".")
         return self._root / f"{name or 'data'}-{digest.hexdigest()[:12]}"
 
     @contextmanager
@@ -151,3 +143,14 @@ class StoreTables:
                 rest = memoryview(piece)
                 while rest:
                     rest = rest[file.write(rest) :]
+
+
+def _head(place: StorePath, at_most: int) -> bytes:
+    """Returns the first `at_most` bytes, or all of a shorter file."""
+    return place.read(0, min(place.stat().size, at_most))
+
+
+def _pieces(place: StorePath, start: int, end: int) -> Iterator[bytes]:
+    """Yields the bytes [start, end) in pieces."""
+    for at in range(start, end, BLOCK_BYTES):
+        yield place.read(at, min(BLOCK_BYTES, end - at))
