@@ -169,7 +169,7 @@ class BlockCache:
                 try:
                     data = retried(lambda: self._from_store(block), str(self._files[self._file[block]]))
                 except Lost as error:
-                    self._lost = Lost(f"{error}; the same command continues from the last checkpoint")
+                    self._lost = Lost(f"{error} from the last checkpoint")  # which ends with 'the same command continues'
                     raise self._lost from None
                 unfinished = self._claim(block, in_need=True)
                 assert unfinished is not None
