@@ -24,7 +24,7 @@ from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.host.stores import retried
 from fastbyol.ranks.process_group import Process
 from tests.commands import SMALL_RUN
-from tests.store_server import StoreServer
+from tests.web_server import WebServer
 
 VIEWS, IMAGES, MIB = ViewPair(size_px=16), 40, 2**20
 SMALL_CACHE = 2.2 / 1024
@@ -49,7 +49,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(site: Path):
-    with StoreServer(site) as running:
+    with WebServer(site) as running:
         yield running
 
 
@@ -79,7 +79,7 @@ def cached_bytes(cache: Path) -> int:
 @pytest.mark.parametrize("name", ["train", "train.beton"])
 @pytest.mark.parametrize("traversal", ["random", "local"])
 def test_batches_from_a_store_are_those_from_local_disk_and_come_from_the_cache_the_second_time(
-    name: str, traversal: str, site: Path, server: StoreServer, tmp_path: Path
+    name: str, traversal: str, site: Path, server: WebServer, tmp_path: Path
 ) -> None:
     expected = batches_of(site / name, traversal=traversal, epochs=2)
     assert batches_of(f"{server.url}/{name}", tmp_path, traversal=traversal, epochs=2) == expected
@@ -91,7 +91,7 @@ def test_batches_from_a_store_are_those_from_local_disk_and_come_from_the_cache_
 
 
 def test_an_epoch_larger_than_the_cache_reads_each_byte_once_and_the_cache_keeps_its_limit(
-    site: Path, server: StoreServer, tmp_path: Path
+    site: Path, server: WebServer, tmp_path: Path
 ) -> None:
     largest, ended = 0, threading.Event()
 
@@ -115,7 +115,7 @@ def test_an_epoch_larger_than_the_cache_reads_each_byte_once_and_the_cache_keeps
     assert all(0.9 * size < server.sent[f"train/{name}"] <= 4 * size for name, size in shards.items())
 
 
-def test_two_ranks_of_a_machine_fetch_each_block_once_between_them(site: Path, server: StoreServer, tmp_path: Path) -> None:
+def test_two_ranks_of_a_machine_fetch_each_block_once_between_them(site: Path, server: WebServer, tmp_path: Path) -> None:
     expected = [batches_of(site / "train", rank=rank, world_size=2) for rank in range(2)]
     got: list[Batches] = [[], []]
 
@@ -132,22 +132,22 @@ def test_two_ranks_of_a_machine_fetch_each_block_once_between_them(site: Path, s
 
 
 @pytest.mark.parametrize("fault", ["503", "cut", "damaged"])
-def test_a_store_that_fails_for_a_while_costs_only_time(
-    fault: str, site: Path, server: StoreServer, tmp_path: Path, impatient: None
-) -> None:
-    server.fault = lambda path: fault if path.endswith(".tar") and not server.struck[f"{path}"] and not server.struck.update([path]) else ""
+def test_a_store_that_fails_for_a_while_costs_only_time(fault: str, site: Path, server: WebServer, tmp_path: Path, impatient: None) -> None:
+    server.fault = lambda method, path: (
+        fault if path.endswith(".tar") and not server.struck[f"{path}"] and not server.struck.update([path]) else ""
+    )
     assert batches_of(f"{server.url}/train", tmp_path) == batches_of(site / "train")
     assert server.struck[fault] == 3  # each shard's first answer
 
 
 def test_a_store_that_is_killed_ends_in_one_line_and_the_cache_stays_of_use(
-    site: Path, server: StoreServer, tmp_path: Path, impatient: None
+    site: Path, server: WebServer, tmp_path: Path, impatient: None
 ) -> None:
-    server.fault = lambda path: "503" if path.endswith(("1.tar", "2.tar")) else ""
+    server.fault = lambda method, path: "503" if path.endswith(("1.tar", "2.tar")) else ""
     with pytest.raises(Lost, match=r"shard-0000[12]\.tar: the store did not answer in 3 tries .*continues from the last checkpoint"):
         batches_of(f"{server.url}/train", tmp_path)
     assert server.struck["503"] >= 3
-    server.fault = lambda path: ""
+    server.fault = lambda method, path: ""
     assert batches_of(f"{server.url}/train", tmp_path) == batches_of(site / "train")
 
 
@@ -160,14 +160,14 @@ def test_a_store_that_is_killed_ends_in_one_line_and_the_cache_stays_of_use(
         ("whole", r"shard-00001\.tar: the server sends the whole file"),
     ],
 )
-def test_a_shard_that_is_damaged_missing_or_refused_is_named(fault: str, message: str, server: StoreServer, tmp_path: Path) -> None:
-    server.fault = lambda path: fault if path.endswith("1.tar") else ""
+def test_a_shard_that_is_damaged_missing_or_refused_is_named(fault: str, message: str, server: WebServer, tmp_path: Path) -> None:
+    server.fault = lambda method, path: fault if path.endswith("1.tar") else ""
     with pytest.raises(UserError, match=message):
         batches_of(f"{server.url}/train", tmp_path)
     assert server.struck[fault]
 
 
-def test_what_changed_or_was_cut_in_the_cache_is_fetched_again(site: Path, server: StoreServer, tmp_path: Path) -> None:
+def test_what_changed_or_was_cut_in_the_cache_is_fetched_again(site: Path, server: WebServer, tmp_path: Path) -> None:
     expected = batches_of(site / "train")
     assert batches_of(f"{server.url}/train", tmp_path) == expected
     changed, cut, _ = sorted(tmp_path.rglob("*.block"))
@@ -187,12 +187,12 @@ def test_what_changed_or_was_cut_in_the_cache_is_fetched_again(site: Path, serve
         ({"gib": 1 / 1024}, "data.cache_gib = 0.000977: two windows of data.window_mib need up to"),
     ],
 )
-def test_a_cache_that_is_too_small_for_a_traversal_is_refused(options: dict, message: str, server: StoreServer, tmp_path: Path) -> None:
+def test_a_cache_that_is_too_small_for_a_traversal_is_refused(options: dict, message: str, server: WebServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         batches_of(f"{server.url}/train", tmp_path, **options)
 
 
-def test_data_that_are_not_there_or_another_file_are_refused_by_their_url(site: Path, server: StoreServer, tmp_path: Path) -> None:
+def test_data_that_are_not_there_or_another_file_are_refused_by_their_url(site: Path, server: WebServer, tmp_path: Path) -> None:
     (site / "other.beton").write_bytes(b"not a .beton file" * 100)
     for name, message in {
         "nothing": "http://.*/nothing: no such file in the store",
@@ -214,7 +214,7 @@ def test_an_evaluation_loader_reads_a_store_without_reading_ahead(site: Path, tm
 
 
 def test_a_run_from_a_store_ends_in_the_same_losses_and_keeps_no_credentials(
-    site: Path, server: StoreServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    site: Path, server: WebServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, cache = tmp_path / "run", tmp_path / "cache"
     url = server.url.replace("//", "//user:secret1@") + "/train?signature=secret2"
@@ -231,9 +231,9 @@ def test_a_run_from_a_store_ends_in_the_same_losses_and_keeps_no_credentials(
 
 
 def test_a_store_that_is_gone_ends_a_run_with_its_exit_code(
-    server: StoreServer, tmp_path: Path, impatient: None, capfd: pytest.CaptureFixture[str]
+    server: WebServer, tmp_path: Path, impatient: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server.fault = lambda path: "503" if path.endswith(".tar") else ""
+    server.fault = lambda method, path: "503" if path.endswith(".tar") else ""
     with pytest.raises(SystemExit) as ended:
         train.main(
             [

@@ -5,31 +5,37 @@ from __future__ import annotations
 import html
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import socket
 from typing import Self
 from urllib.parse import quote, unquote, urlsplit
 
 
 class WebServer:
-    """A context manager. `fault` gets (method, path) of each request and returns '', '503', 'cut' (the body ends early), 'whole' (no ranges), or
-    another status; `struck` counts the faults, `asked` the requests by method, `authorised` the requests with a password.
+    """A context manager, which can also be stopped and started again.
+
+    `fault` gets (method, path) of each request and returns '', '503', 'cut' (the body ends early), 'damaged' (one byte is changed), 'whole' (no
+    ranges), or another status. `struck` counts the faults, `asked` the requests by method, `sent` the bytes of each file, `authorised` the
+    requests with a password. delay_s: time before each answer.
     """
 
-    def __init__(self, folder: Path, *, port: int = 0) -> None:
-        self.folder, self.port = folder, port
+    def __init__(self, folder: Path, *, port: int = 0, delay_s: float = 0.0) -> None:
+        self.folder, self.port, self.delay_s = folder, port, delay_s
         self.fault: Callable[[str, str], str] = lambda method, path: ""
-        self.struck, self.asked = Counter[str](), Counter[str]()
+        self.struck, self.asked, self.sent = Counter[str](), Counter[str](), Counter[str]()
         self.authorised = 0
+        self._server: ThreadingHTTPServer | None = None
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,18 +51,40 @@ class WebServer:
                 pass
 
         class Server(ThreadingHTTPServer):
-            daemon_threads, request_queue_size = True, 128
+            allow_reuse_address, daemon_threads, request_queue_size = True, True, 128
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                """Says nothing: clients that are killed, or a server that stops, break connections."""
 
         self._server = Server(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_address[1]
+        self._connections: list[socket] = []
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Stops listening and drops every open connection."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+            for connection in self._connections:
+                connection.close()
+
+    def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.stop()
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        if request.connection not in self._connections:
+            self._connections.append(request.connection)
+        if self._server is None:
+            self.struck["stopped"] += 1
+            request.close_connection = True
+            return
+        time.sleep(self.delay_s)
         name = unquote(urlsplit(request.path).path)
         self.asked[request.command] += 1
         self.authorised += "Authorization" in request.headers
@@ -65,35 +93,38 @@ class WebServer:
             self.struck[fault] += 1
         path = self.folder / name.strip("/")
         if fault.isdecimal() or not path.exists():
-            return _send(request, int(fault or 404), b"")
+            self._send(request, int(fault or 404), b"")
+            return
         if path.is_dir():
             links = "".join(
                 f'<a href="{quote(each.name)}{"/" * each.is_dir()}">{html.escape(each.name)}</a>\n' for each in sorted(path.iterdir())
             )
-            return _send(request, 200, f'<a href="../">..</a>\n{links}'.encode(), kind="text/html")
-        data, stamp = path.read_bytes(), {"Last-Modified": formatdate(path.stat().st_mtime, usegmt=True)}
+            self._send(request, 200, f'<a href="../">..</a>\n{links}'.encode(), {"Content-Type": "text/html"})
+            return
+        data, status = path.read_bytes(), 200
+        headers = {"Last-Modified": formatdate(path.stat().st_mtime, usegmt=True), "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
         if asked and fault != "whole":
             start, end = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
-            place = {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
-            return _send(request, 206, data[start:end], headers=stamp | place, cut=fault == "cut")
-        return _send(request, 200, data, headers=stamp, cut=fault == "cut")
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+            data, status = data[start:end], 206
+        self._send(request, status, data, headers, fault=fault)
 
-
-def _send(
-    request: BaseHTTPRequestHandler,
-    status: int,
-    body: bytes,
-    *,
-    kind: str = "application/octet-stream",
-    headers: dict[str, str] | None = None,
-    cut: bool = False,
-) -> None:
-    request.send_response(status)
-    for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
-        request.send_header(name, value)
-    request.end_headers()
-    if request.command == "GET":
-        request.wfile.write(body[: len(body) // 2] if cut else body)
-    if cut:
-        request.close_connection = True
+    def _send(
+        self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None, *, fault: str = ""
+    ) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Type": "application/octet-stream", "Content-Length": str(len(body)), **(headers or {})}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command != "GET":
+            return
+        if fault == "damaged":
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        if fault == "cut":
+            body = body[: len(body) // 2]
+            request.close_connection = True
+        request.wfile.write(body)
+        if body and fault != "cut":
+            self.sent[unquote(urlsplit(request.path).path).strip("/")] += len(body)

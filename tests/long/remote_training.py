@@ -25,7 +25,7 @@ from fastbyol.config.errors import LOST_EXIT, USER_ERROR_EXIT
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.run.checkpoint import checkpoint_steps, load_newest
 from tests.commands import SMALL_RUN, LaunchedRun, state_digest
-from tests.store_server import StoreServer
+from tests.web_server import WebServer
 
 IMAGES, BATCH = 160, 8
 CACHE_GIB = 3.3 / 1024
@@ -45,7 +45,7 @@ class Scene:
         (root / "site").mkdir()
         write_tar_shards(root / "images", out=root / "site/train", workers=1, shard_mib=1)
         self.bytes = sum(path.stat().st_size for path in (root / "site/train").glob("*.tar"))
-        self.server = StoreServer(root / "site")
+        self.server = WebServer(root / "site")
 
     def arguments(self, out: Path, *options: str, data: str = "", traversal: str = "local") -> list[str]:
         return [
@@ -127,7 +127,7 @@ def failing_answers(scene: Scene, digest: str) -> str:
     chance, out = random.Random(0), scene.fresh()
     damaged_last = set[str]()
 
-    def fault(path: str) -> str:
+    def fault(method: str, path: str) -> str:
         chosen = chance.choices(["", "503", "cut", "damaged"], [14, 2, 2, 2])[0] if path.endswith(".tar") else ""
         if chosen == "damaged" and path in damaged_last:
             return ""  # the same damage twice in a row would mean that the store's own copy is damaged
@@ -231,7 +231,7 @@ def main() -> None:
         for case in CASES:
             if case.__name__ not in options.only:
                 continue
-            scene.server = StoreServer(scene.root / "site")
+            scene.server = WebServer(scene.root / "site")
             scene.server.sent, scene.server.struck = Counter(), Counter()
             began = time.monotonic()
             with scene.server:

@@ -21,7 +21,7 @@ from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_loader
 from fastbyol.data.conversion.tar_writer import write_tar_shards
-from tests.store_server import StoreServer
+from tests.web_server import WebServer
 
 BATCH = 32
 
@@ -52,7 +52,7 @@ def main() -> None:
         for number in range(options.rounds):
             found.setdefault("local disk", []).append(images_per_s(str(root / "train"), root / "unused", gib=gib))
             for wait_ms in (0, 5, 50):
-                with StoreServer(root, delay_s=wait_ms / 1000) as server:
+                with WebServer(root, delay_s=wait_ms / 1000) as server:
                     cache = root / f"cache-{number}-{wait_ms}"
                     found.setdefault(f"store, {wait_ms} ms", []).append(images_per_s(f"{server.url}/train", cache, gib=gib))
                     assert server.sent, "nothing came from the store"
