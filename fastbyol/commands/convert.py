@@ -187,14 +187,11 @@ def _to_tar_shards(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "options": conversion_options(options),
     }
-    if options.engine == "ray":
-        manifest = _on_ray(data, options, settings)
-        print_outcome(out, manifest, out / TAR_REPORT)
-        return
-    if options.parts is not None:
+    on_ray = options.engine == "ray"
+    if options.parts is not None and not on_ray:
         raise UserError("--parts: has an effect with --engine ray only; --shard I/N converts one part")
-    if not options.shard:
-        manifest = write_tar_shards(data, out=out, overwrite=options.overwrite, **settings)
+    if on_ray or not options.shard:
+        manifest = _on_ray(data, options, settings) if on_ray else write_tar_shards(data, out=out, overwrite=options.overwrite, **settings)
         print_outcome(out, manifest, out / TAR_REPORT, place=options.place)
         return
     if options.overwrite == "replace":
