@@ -17,7 +17,8 @@ from PIL import Image
 
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
-from tests.commands import SMALL_RUN, run_python
+from tests.commands import SMALL_RUN
+from tests.forked import run_ranks
 from tests.images import smooth_image, write_files
 
 # For stock ffcv, which tests compare with: numba's TBB layer once waited for ever at the end of the process.
@@ -26,6 +27,8 @@ numba.config.THREADING_LAYER = "omp"
 # took 180 s instead of 11 s.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Inductor's compile workers import torch, each process's own: ten seconds of computing before the first of these small graphs is compiled.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 SIGNALS = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1), signal.SIG_DFL)
 """Signal handlers of a process in the foreground of a terminal; in a background shell or under nohup some signals are ignored."""
@@ -124,7 +127,7 @@ def data_paths(image_folder: Path, beton: Path, tar_folder: Path) -> dict[str, P
 
 @pytest.fixture(scope="session")
 def two_ranks(data_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of runs on two ranks, all of one torchrun, whose start takes longer than the runs: float32, global batch 8.
+    """Folders of runs on two ranks, one after the other in the same two processes: float32, global batch 8.
 
     'ffcv' and 'dali': one micro-batch. 'folder': two micro-batches. 'own statistics': each rank's batch norms see its own 4 images only, and
     the accuracy of kNN is found on every epoch.
@@ -140,9 +143,8 @@ def two_ranks(data_paths: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     common = [*SMALL_RUN, "--epochs", "2", "--checkpoint_every", "100", "--precision.autocast", "off"]
     runs = [[*common, *own, "--out", str(out / name)] for name, own in options.items()]
     (out / "runs.json").write_text(json.dumps(runs))
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    done = run_python(*launcher, "tests/long/many_runs.py", out / "runs.json")
-    assert done.returncode == 0, done.stderr
+    for done in run_ranks("tests/long/many_runs.py", out / "runs.json"):
+        assert done.returncode == 0, done.stderr
     return {name: out / name for name in options}
 
 

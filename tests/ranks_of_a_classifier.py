@@ -1,4 +1,4 @@
-"""For torchrun: trains a classifier without batch norm for a few steps and scores images, then runs the commands of a JSON file.
+"""For each of several ranks: trains a classifier without batch norm for a few steps and scores images, then runs the commands of a JSON file.
 
 Usage: ranks_of_a_classifier.py IMAGES OUT.pt WORK COMMANDS.json
 """

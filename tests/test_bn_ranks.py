@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from fastbyol.config.errors import UserError
@@ -17,6 +15,7 @@ from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.view_batchnorm import ViewBatchNorm, use_all_ranks
 from fastbyol.ranks.process_group import Process, leave_process_group
 from fastbyol.run.bn_statistics import bn_group, bn_images, bn_ranks, check_bn_images
+from tests.forked import start_ranks
 
 RANKS, SHARED, IMAGES, CHANNELS, VIEWS = 4, 2, 3, 5, 2
 FORMS = {"plain operations": torch.float64, "our kernel": torch.float32}
@@ -65,9 +64,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    # A server that imports torch once, and forks the ranks.
-    multiprocessing.set_forkserver_preload(["torch", "fastbyol.models.norm_relu", "fastbyol.run.bn_statistics"])
-    mp.start_processes(_rank, args=(str(folder),), nprocs=RANKS, start_method="forkserver")
+    start_ranks(_rank, str(folder), ranks=RANKS)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 

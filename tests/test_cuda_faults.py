@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from fastbyol.run.profiling import profile_table, spans_of
 from fastbyol.tuning.candidates import most_images, rank_batches
 from fastbyol.tuning.stepper import Stepper
 from tests.commands import run_python
+from tests.forked import run_forked, run_ranks
 
 VIEWS = ViewPair(size_px=32)
 
@@ -146,7 +146,7 @@ def test_a_group_that_cannot_be_left_after_a_failure_does_not_hold_the_process(t
         "train.train, train.leave_process_group, watch.MARGIN_S = lost, lambda **_: time.sleep(1000), 0.2\n"
         f"train.main(['--preset', 'cpu_demo', '--data.train', 'x', '--timeout_s', '1', '--out', {str(tmp_path / 'run')!r}])\n"
     )
-    done = run_python("-c", code, timeout=60)
+    done = run_forked("-c", code)
     assert done.returncode == LOST_EXIT
     assert "no step for 1 s (timeout_s)" in done.stderr
 
@@ -193,9 +193,8 @@ def test_ranks_bound_to_one_core_each_have_one_thread_each_and_ranks_on_two_shar
         "join_process_group(timeout_s=60); print(f'{default_workers()}\\n', end='', flush=True); leave_process_group()\n"
     )
     for bound in ("1", "0"):
-        launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code)
-        done = run_python(*launcher, env={**os.environ, "BOUND": bound}, timeout=120)
-        assert done.stdout.split() == ["4", "4"], done.stderr
+        for done in run_ranks("-c", code, env={"BOUND": bound}):
+            assert done.stdout == "4\n", done.stderr
 
 
 def test_kernel_times_are_counted_once() -> None:

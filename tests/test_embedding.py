@@ -30,8 +30,8 @@ from fastbyol.export import load_encoder
 from fastbyol.run.checkpoint import checkpoint_path
 from fastbyol.train import main as train_command
 from tests.commands import SMALL_RUN, files_no_larger_than, run_python
+from tests.forked import run_forked, run_ranks
 
-LAUNCH = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 NAMES = [f"{name}/{i:03d}.jpg" for name, count in {"ant": 8, "bee": 9, "cat": 8}.items() for i in range(count)]
 LABELS = [0] * 8 + [1] * 9 + [2] * 8
 
@@ -235,9 +235,10 @@ def test_the_command_says_what_it_wrote_and_what_to_do_next(run, data_paths, tmp
 @pytest.mark.distributed
 def test_two_ranks_write_what_one_process_writes(run, data_paths, features, tmp_path):
     command = ["-m", "fastbyol", "embed", "--checkpoint", run, "--data", data_paths["folder"], "--workers", "1"]
-    done = run_python(*LAUNCH, *command, "--out", tmp_path / "f.parquet")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("embedded: 25 images") == 1
+    first, second = run_ranks(*command, "--out", tmp_path / "f.parquet")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "embedded: 25 images" in first.stdout
+    assert second.stdout == ""
     two, one = FeatureFile(tmp_path / "f.parquet"), FeatureFile(features)
     assert (two.names, two.labels.tolist(), two.facts) == (one.names, one.labels.tolist(), one.facts)
     np.testing.assert_allclose(two.read(), one.read(), rtol=1e-5, atol=1e-5)
@@ -248,20 +249,18 @@ def test_two_ranks_write_what_one_process_writes(run, data_paths, features, tmp_
 def test_a_command_that_is_killed_goes_on_whatever_the_number_of_ranks(rank, run, data_paths, features, tmp_path):
     out = tmp_path / "f.npz"
     arguments = ["embed", "--checkpoint", run, "--data", data_paths["folder"], "--out", out, "--batch", "3", "--workers", "1"]
-    environment = {**os.environ, "FAULT": f"kill:{rank}:2"}
-    killed = run_python(*LAUNCH, "tests/faulty_embed.py", *arguments, env=environment)
-    assert f"FAULT kill on rank {rank} after 2 parts" in killed.stderr
-    assert killed.returncode != 0
+    ranks = run_ranks("tests/faulty_embed.py", *arguments, env={"FAULT": f"kill:{rank}:2"})
+    assert f"FAULT kill on rank {rank} after 2 parts" in ranks[rank].stderr
+    assert (ranks[rank].returncode, ranks[1 - rank].returncode) == (-9, 5), ranks
     assert not out.exists()
     parts = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".f.npz.partial").glob("part-*.npz")}
     assert 2 <= len(parts) < 7
-    environment["FAULT"] = "kill:0:1"  # again, in one process
-    killed = run_python("tests/faulty_embed.py", *arguments, env=environment)
+    killed = run_forked("tests/faulty_embed.py", *arguments, env={"FAULT": "kill:0:1"})  # again, in one process
     assert killed.returncode == -9
     assert f"goes on after {len(parts)} of 7 parts" in killed.stderr
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".f.npz.partial").glob("part-*.npz")}
     assert parts.items() <= kept.items(), "no part was made twice"
-    done = run_python("tests/faulty_embed.py", *arguments, env={**environment, "FAULT": ""})
+    done = run_forked("tests/faulty_embed.py", *arguments, env={"FAULT": ""})
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
     file, whole = FeatureFile(out), FeatureFile(features)
@@ -272,17 +271,17 @@ def test_a_command_that_is_killed_goes_on_whatever_the_number_of_ranks(rank, run
 def test_the_parts_of_another_embedding_are_not_used(run, data_paths, tmp_path):
     out = tmp_path / "f.npz"
     arguments = ["embed", "--checkpoint", run, "--data", data_paths["folder"], "--out", out, "--workers", "1"]
-    run_python("tests/faulty_embed.py", *arguments, env={**os.environ, "FAULT": "kill:0:1"})
-    done = run_python("tests/faulty_embed.py", *arguments, "--dtype", "float16", env={**os.environ, "FAULT": ""})
+    run_forked("tests/faulty_embed.py", *arguments, env={"FAULT": "kill:0:1"})
+    done = run_forked("tests/faulty_embed.py", *arguments, "--dtype", "float16", env={"FAULT": ""})
     assert done.returncode == 2
     assert "holds the parts of another embedding (it differs in dtype); remove that folder" in done.stderr
     part = next((tmp_path / ".f.npz.partial").glob("part-*.npz"))
     part.write_bytes(part.read_bytes()[:-900])
-    done = run_python("tests/faulty_embed.py", *arguments, env={**os.environ, "FAULT": ""})
+    done = run_forked("tests/faulty_embed.py", *arguments, env={"FAULT": ""})
     assert done.returncode == 2
     assert "was damaged and is removed" in done.stderr
     assert "repeat the command" in done.stderr
-    done = run_python("tests/faulty_embed.py", *arguments, env={**os.environ, "FAULT": ""})
+    done = run_forked("tests/faulty_embed.py", *arguments, env={"FAULT": ""})
     assert done.returncode == 0, done.stderr
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from fastbyol.run.checkpoint import checkpoint_steps
 from fastbyol.train import main
-from tests.commands import SMALL_RUN, LaunchedRun, await_gone, is_alive, state_digest
+from tests.commands import LIMIT_S, SMALL_RUN, LaunchedRun, await_gone, is_alive, state_digest
+from tests.forked import ForkedPython, run_ranks
 
 pytestmark = pytest.mark.distributed
 RESTARTS = ("--standalone", "--max-restarts", "2", "--monitor-interval", "0.1")
@@ -33,20 +34,22 @@ def undisturbed(arguments, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     common = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
     host = {"SLURM_STEP_NODELIST": "localhost"}
+    logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
     runs = [
-        LaunchedRun(
-            folder / f"rank{rank}.log",
-            *arguments,
-            "--out",
-            str(folder / "run"),
+        ForkedPython(
+            *("fastbyol/train.py", *arguments, "--out", folder / "run"),
+            out=log,
+            err=log,
             env=common | host | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
         )
-        for rank in (0, 1)
+        for rank, log in enumerate(logs)
     ]
     with runs[0], runs[1]:
-        assert [run.finish() for run in runs] == [0, 0], runs[0].log + runs[1].log
-    assert f"global batch 8 = 2 ranks x 1 micro-batches x 4 images; {TOTAL} steps" in runs[0].log
-    assert runs[1].log == ""
+        codes = [run.wait(LIMIT_S) for run in runs]
+    first, second = (log.read_text() for log in logs)
+    assert codes == [0, 0], first + second
+    assert f"global batch 8 = 2 ranks x 1 micro-batches x 4 images; {TOTAL} steps" in first
+    assert second == ""
     return folder / "run"
 
 
@@ -103,11 +106,12 @@ def test_a_rank_that_hangs_ends_the_others_within_the_limit(arguments, tmp_path)
 
 
 def test_nan_on_one_rank_ends_all_of_them_with_its_rank_and_step(arguments, tmp_path):
-    with LaunchedRun(tmp_path / "log", *arguments, "--out", str(tmp_path / "run"), ranks=2, fault="nan:1:6") as run:
-        assert run.finish() == 1
-        assert "FAULT nan on rank 1 in step 6" in run.log
+    ranks = run_ranks("tests/faulty_train.py", *arguments, "--out", tmp_path / "run", env={"FAULT": "nan:1:6"})
+    assert "FAULT nan on rank 1 in step 6" in ranks[1].stderr
+    for rank in ranks:
+        assert rank.returncode == 3, rank.stderr
         # Every rank's loss has the NaN through the shared BN statistics: the first of them is named.
         assert re.search(
-            r"error: the loss is not finite in step 6 on rank \d \(lr .*the last good checkpoint is .*step-000000004.pt", run.log
+            r"error: the loss is not finite in step 6 on rank \d \(lr .*the last good checkpoint is .*step-000000004.pt", rank.stderr
         )
     assert checkpoint_steps(tmp_path / "run") == [4]

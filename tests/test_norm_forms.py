@@ -10,7 +10,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
 
@@ -18,6 +17,7 @@ from fastbyol.models import cuda_norm, sync_batchnorm, view_batchnorm
 from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.view_batchnorm import ViewBatchNorm
 from tests import cuda_norm_stand_ins
+from tests.forked import start_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -107,7 +107,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("forms")
-    mp.spawn(_rank, args=(str(folder),), nprocs=2)
+    start_ranks(_rank, str(folder))
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(2)]
 
 

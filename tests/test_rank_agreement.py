@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 from fastbyol.config.errors import UserError
@@ -22,6 +21,7 @@ from fastbyol.ranks.process_group import Process
 from fastbyol.run import provenance, rank_agreement
 from fastbyol.run.folder import FREE_TO_CHANGE
 from fastbyol.run.rank_agreement import FREE_ON_EACH_RANK, opened_alike, require_same_start
+from tests.forked import start_ranks
 
 ALIKE = TrainConfig(out="here", data=DataConfig(train="a", workers=2))
 STARTS = {
@@ -84,7 +84,7 @@ def said(tmp_path_factory: pytest.TempPathFactory, beton: Path) -> list[dict[str
     Image.effect_noise((64, 64), 90).convert("RGB").save(data["pictures"] / "ant" / "0.png")
     data["alike"] = folder / "alike"
     shutil.copytree(same, data["alike"])
-    mp.spawn(_rank, args=(str(folder), {name: str(path) for name, path in data.items()}), nprocs=2)
+    start_ranks(_rank, str(folder), {name: str(path) for name, path in data.items()})
     return [torch.load(folder / f"said{rank}.pt", weights_only=True) for rank in range(2)]
 
 

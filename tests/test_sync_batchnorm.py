@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +19,7 @@ from fastbyol.objectives import byol_loss, infonce_beta_loss, least_squares_pred
 from fastbyol.optim.lars import LARS
 from fastbyol.optim.param_groups import byol_param_groups
 from fastbyol.ranks.data_parallel import gradient_reduction, replicate
+from tests.forked import start_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -196,7 +196,7 @@ def _rank(rank: int, folder: str, split: int) -> None:
 
 
 def _two_ranks(folder: Path, split: int) -> list[dict]:
-    mp.spawn(_rank, args=(str(folder), split), nprocs=2)
+    start_ranks(_rank, str(folder), split)
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(2)]
 
 

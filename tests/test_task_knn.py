@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastbyol.evaluation.knn import nearest
 from fastbyol.evaluation.tasks.knn_sweep import KnnSettings, votes
-from tests.commands import run_python
+from tests.forked import run_ranks
 from tests.test_report import call
 
 FAST = ("--settings", "paper", "--batch", "16", "--device", "cpu", "--workers", "1")
@@ -56,9 +56,8 @@ def test_the_command_keeps_the_grid_and_two_ranks_find_what_one_finds(colours_ru
     assert len(one["byol"]["details"]["grid"]) == 5 * 5
     best = one["byol"]["chosen"]["classifier"]
     assert one["byol"]["scores"]["top1"] == one["byol"]["details"]["grid"][best]["top1"]
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    done = run_python(*launcher, "-m", "fastbyol", *arguments, "--out", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
+    for done in run_ranks("-m", "fastbyol", *arguments, "--out", tmp_path / "two"):
+        assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two" / "knn.json").read_text())["subjects"]
     for subject in ("byol", "untrained"):
         assert two[subject]["chosen"] == one[subject]["chosen"]

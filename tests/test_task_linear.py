@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,8 +15,9 @@ from torch.nn import functional as F
 from fastbyol.evaluation.tasks.linear import Heads, LinearSettings, build_sgd, heads_loss
 from fastbyol.evaluation.tasks.scoring import packed, unpacked
 from fastbyol.schedules import lr_at
-from tests.commands import LIMIT_S, ROOT, run_python
+from tests.commands import LIMIT_S
 from tests.conftest import noisy_colours
+from tests.forked import ForkedPython, run_ranks
 from tests.test_report import call
 
 FAST = ("--settings", "paper", "--epochs", "3", "--global_batch", "16", "--batch", "16", "--device", "cpu", "--workers", "1")
@@ -145,24 +143,22 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_starts_nothing(colours_run, 
 
 
 def test_a_stopped_evaluation_goes_on_and_ends_as_an_undisturbed_one(colours_run, colours, tmp_path, capsys):
-    long = [word if word != "3" else "60" for word in FAST]
+    long = [word if word != "3" else "30" for word in FAST]
     typed = ["evaluate", "linear", "--checkpoint", str(colours_run), "--data", str(colours), *long, "--init", "byol"]
     code, _, err = call([*typed, "--out", str(tmp_path / "whole")], capsys)
     assert code == 0, err
-    command = [sys.executable, "-m", "fastbyol", *typed, "--out", str(tmp_path / "stopped")]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log)
-    work = tmp_path / "stopped"
-    deadline = time.monotonic() + LIMIT_S
-    # In the final fit: the sweep is finished and kept.
-    while not list(work.glob("linear.work-*/byol_sweep.json")):
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(LIMIT_S) == 75, (tmp_path / "log").read_text()
-    said = (tmp_path / "log").read_text()
-    assert re.search(r"stopped after step \d+ of 270 of byol rate=0[.]\d+, saved; the same command goes on", said), said
+    work, log = tmp_path / "stopped", tmp_path / "log"
+    with ForkedPython("-m", "fastbyol", *typed, "--out", work, out=log, err=log) as process:
+        deadline = time.monotonic() + LIMIT_S
+        # In the final fit: the sweep is finished and kept.
+        while not list(work.glob("linear.work-*/byol_sweep.json")):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT_S) == 75, log.read_text()
+    said = log.read_text()
+    assert re.search(r"stopped after step \d+ of 135 of byol rate=0[.]\d+, saved; the same command goes on", said), said
     assert not (work / "linear.json").exists()
     code, _, err = call([*typed, "--out", str(work)], capsys)
     assert code == 0, err
@@ -176,9 +172,8 @@ def test_two_ranks_find_what_one_finds(colours_run, colours, tmp_path, capsys):
     # float32 and all images in each step: the ranks' mean gradient is then one rank's, whatever the batch's order.
     arguments = ["evaluate", "linear", "--checkpoint", str(colours_run), "--data", str(colours), *FAST]
     assert call([*arguments, "--out", str(tmp_path / "one")], capsys)[0] == 0
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-    done = run_python(*launcher, "-m", "fastbyol", *arguments, "--out", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
+    for done in run_ranks("-m", "fastbyol", *arguments, "--out", tmp_path / "two"):
+        assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "linear.json").read_text())["subjects"] for name in ("one", "two"))
     for subject in ("byol", "untrained"):
         assert two[subject]["scores"] == one[subject]["scores"]

@@ -108,7 +108,8 @@ def test_the_heads_learn_at_their_rates_and_closed_form_predictors_and_other_nor
 
 
 @pytest.mark.compile
-def test_a_compiled_run_follows_the_eager_one(data_paths, folder_run, tmp_path):
+def test_a_compiled_run_follows_the_eager_one(data_paths, folder_run, tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")  # with Inductor's workers, as a user's run has them
     main([*SMALL, "--precision.compile", "true", "--data.train", str(data_paths["folder"]), "--out", str(tmp_path / "run")])
     assert _losses(tmp_path / "run")[:3] == pytest.approx(_losses(folder_run)[:3], abs=0.05)
 

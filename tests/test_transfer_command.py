@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from fastbyol.train import main as train_main
-from tests.commands import SMALL_RUN, run_here, run_python
+from tests.commands import SMALL_RUN, run_here
+from tests.forked import run_ranks
 from tests.test_report import call
 from tests.test_task_transfer import lines, make_dtd, make_pets, make_voc2007, put
 
@@ -118,9 +119,8 @@ def test_two_ranks_find_the_figures_of_one(run, sets, tmp_path, capsys):
     arguments = command("linear", run, sets, "--sets", "patterns", "--penalties", "4")
     code, _, err = call([*arguments, "--out", str(tmp_path / "one")], capsys)
     assert code == 0, err
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastbyol")
-    done = run_python(*launcher, *arguments, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    for done in run_ranks("-m", "fastbyol", *arguments, "--out", tmp_path / "two"):
+        assert done.returncode == 0, done.stderr
     one, two = (record(tmp_path / ranks, "linear")["subjects"] for ranks in ("one", "two"))
     for name in ("byol", "untrained"):
         assert two[name]["scores"] == one[name]["scores"]
