@@ -23,7 +23,10 @@ PEAK = "MiB at its peak"
 
 def start_process(serve: Callable[..., None], *arguments: Any, daemon: bool, method: str = "spawn") -> tuple[Any, Connection]:
     """Starts a process that runs `serve(pipe, *arguments)` until the pipe is closed; returns it with the other end. daemon: may start none itself."""
-    # Never forked from here: a forked child cannot use CUDA once the parent has initialised it.
+    # Never forked from here: a forked child cannot use CUDA once the parent has initialised it. The server of "forkserver" has imported torch
+    # and done nothing else: a process costs no import. An optimizer imports torch._dynamo at its first step.
+    if method == "forkserver":
+        multiprocessing.set_forkserver_preload(["benchmarks.training_step", "torch._dynamo"])
     context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, *arguments), daemon=daemon)
@@ -57,8 +60,6 @@ class OwnProcess:
 @contextlib.contextmanager
 def in_own_process(make: Callable[..., Callable[[], object]], *arguments: Any) -> Iterator[OwnProcess]:
     """Yields what calls `make(*arguments)()`, made once, in the other process."""
-    # Forked from a server that has imported torch and done nothing else: a process of each row costs no import.
-    multiprocessing.set_forkserver_preload(["benchmarks.training_step"])
     process, pipe = start_process(_serve, make, arguments, daemon=True, method="forkserver")
     try:
         yield OwnProcess(make.__name__, process, pipe)

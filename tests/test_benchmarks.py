@@ -67,18 +67,18 @@ from fastbyol.config.views import ViewPair, both  # noqa: E402
 from fastbyol.data import build_loader  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
 from fastbyol.objectives import byol_loss  # noqa: E402
+from fastbyol.tuning.candidates import worker_counts  # noqa: E402
 from fastbyol.tuning.comparison import Estimate, dropped_extremes, estimate, interval_coverage  # noqa: E402
 
 TINY_MODEL = ModelConfig(encoder="resnet8", stem="small2", hidden_dim=16, projection_dim=8)
 TINY_CASES = {
     "convert": (convert, convert.Size(images=10, copies=2, rounds=1, workers=1, scale=0.1)),
-    "loader": (loader, loader.Size(images=10, batch=5, rounds=1, size_px=16, scale=0.1)),
+    "loader": (loader, loader.Size(images=10, batch=5, rounds=1, size_px=16, scale=0.1, slow=False)),
     "augment": (augment, augment.Size(images=2, rounds=1, size_px=16, scale=0.1)),
     "ema": (Ema, updates.Size(rounds=2, model=TINY_MODEL)),
     "lars": (Lars, updates.Size(rounds=2, model=TINY_MODEL)),
     "fused_update": (FusedUpdate, updates.FusedSize(rounds=2, more_rounds=1, model=TINY_MODEL)),
     "batchnorm": (batchnorm, batchnorm.Size(rounds=2, batch=2, shapes=((8, 6), (16, 3)))),
-    "step": (step, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False, every_peak=False)),
     "step_resnet18": (step.ResNet18, step.Size(model=TINY_MODEL, size_px=32, batch=4, rounds=1, compile=False, every_peak=False)),
     "demo_step": (end_to_end.DemoStep, end_to_end.DemoSize(steps=2, rounds=1, batch=8)),
     "end_to_end": (end_to_end, end_to_end.Size(steps=2, rounds=1, model=TINY_MODEL, size_px=32, batch=4, scale=0.1, peaks=False)),
@@ -96,7 +96,6 @@ EXPECTED_ROWS = {
     "lars": 5,
     "fused_update": 6,
     "batchnorm": 6,
-    "step": 12,
     "step_resnet18": 12,
     "demo_step": 3,
     "end_to_end": 8,
@@ -117,8 +116,8 @@ OPTIONAL_RIVALS = {
     LIGHTLY,
 }
 """Rows that need packages which `make install` does not install."""
-NEVER_HERE = {"fp16, channels-last", step.COMPILED}
-"""Needs a GPU; is left out of the tiny settings, for it takes a minute to compile."""
+NEVER_HERE = {"fp16, channels-last", step.COMPILED, loader.STOCK_FFCV}
+"""Needs a GPU; are left out of the tiny settings, for they compile for long (the last one is tried by tests/long/stock_ffcv_row.py)."""
 
 
 def test_an_estimate_is_the_median_and_the_order_statistics_that_enclose_it_with_95_percent():
@@ -247,7 +246,8 @@ def test_torchvision_views_have_the_shape_and_scale_of_ours(tmp_path: Path):
     assert -2.2 < batch.view1.min() < 0 < batch.view1.max() < 2.7  # (0 - mean) / std and (1 - mean) / std
 
 
-@pytest.fixture(scope="module", params=CASES)
+# `step` is what `step_resnet18` runs with other networks.
+@pytest.fixture(scope="module", params=[name for name in CASES if name != "step"])
 def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CaseResult:
     case, size = TINY_CASES[request.param]
     return case.run(size, scratch=tmp_path_factory.mktemp(request.param))
@@ -263,12 +263,22 @@ def test_every_case_measures_each_subject_against_one_reference_and_one_ceiling(
         for estimates in (row.ms, row.speedup, row.over_ceiling):
             assert set(estimates) == {"cpu", "wall"}
             assert all(0 < e.low <= e.median <= e.high < math.inf for e in estimates.values())
-    if result.case in ("step", "step_resnet18"):
+    if result.case == "step_resnet18":
         apart = {step.REFERENCE, *STEPS, step.OURS, step.RETURNING} - set(result.skipped)
         assert {row.name for row in result.rows if row.extra.get(PEAK, 0) > 100} == apart
     reference = next(row for row in result.rows if row.role == "reference")
     assert reference.speedup["wall"] == Estimate(1.0, 1.0, 1.0)
     case_table(result)
+
+
+def test_each_backend_is_also_measured_with_more_threads_up_to_the_number_of_cores(data_paths: dict[str, Path]):
+    size = loader.Size(images=25, batch=5, rounds=1)
+    rates = loader._rates_by_threads(data_paths, size, ViewPair(size_px=16))
+    threads = worker_counts(len(os.sched_getaffinity(0)))[1:]
+    assert rates.keys() == {"folder: views", "ffcv: views", "dali: views"}
+    for found in rates.values():
+        assert list(found) == [f"images/s with {number} threads" for number in threads]
+        assert all(rate > 0 for rate in found.values())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ Half the messages save half the latency, which with gloo is small beside the ari
 
 from __future__ import annotations
 
-import multiprocessing as mp
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.own_process import start_process
 from benchmarks.record import CaseResult, measured
 from benchmarks.timing import subjects_of, torch_threads
 from fastbyol.models.norm_relu import norm_relu
@@ -126,8 +126,7 @@ def _activations(size: Size) -> list[Tensor]:
 def _second_rank(size: Size, scratch: Path) -> Iterator[None]:
     """Makes this process rank 0 of two inside the block; the other one follows the calls of `measure` here."""
     store = str(scratch / "store")
-    other = mp.get_context("spawn").Process(target=_follow, args=(size, store))
-    other.start()
+    other, _ = start_process(_follow, size, store, daemon=True, method="forkserver")
     try:
         _join_group(0, store)
         yield
@@ -137,7 +136,7 @@ def _second_rank(size: Size, scratch: Path) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _follow(size: Size, store: str) -> None:
+def _follow(_: object, size: Size, store: str) -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     _join_group(1, store)

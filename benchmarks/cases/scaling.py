@@ -98,7 +98,7 @@ class RankGroup:
 
     def __init__(self, n: int, size: Size, data: Path) -> None:
         port = _free_port()
-        ranks = [start_process(_serve, rank, n, port, size, str(data), daemon=True) for rank in range(n)]
+        ranks = [start_process(_serve, rank, n, port, size, str(data), daemon=True, method="forkserver") for rank in range(n)]
         self._processes, self._pipes = zip(*ranks, strict=True)
         for pipe in self._pipes:
             _answer(pipe)  # all have joined and built, so that no round waits for that
