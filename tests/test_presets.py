@@ -268,6 +268,8 @@ def test_the_presets_for_own_images_train_a_step_and_say_what_to_change_first(na
         "--steps=1",
         "--optim.warmup_epochs=0",
         "--data.workers=1",
+        # A ResNet-50 takes twice as long to build, train and save; tests/test_models.py holds it against the official one.
+        *(["--model.encoder=resnet18"] if PRESETS[name].config.model.encoder == "resnet50" else []),
     )
     train(["--preset", name, *smaller, "--data.train", str(image_folder), "--out", str(tmp_path / name)])
     assert "step 1/1" in capsys.readouterr().err
