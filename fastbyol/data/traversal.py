@@ -19,6 +19,8 @@ from fastbyol.config.errors import UserError, require, require_at_least
 Indices = NDArray[np.int64]
 # Extra key words, so that these permutations are independent of other random numbers keyed by (seed, epoch): "orde", "bloc" in ASCII.
 _ORDER_STREAM, _BLOCK_STREAM = 0x6F726465, 0x626C6F63
+_PIECE = 1 << 18
+"""Rows of a long column that are computed on at a time."""
 
 
 def seeded_permutation(num: int, *key: int) -> Indices:
@@ -26,7 +28,29 @@ def seeded_permutation(num: int, *key: int) -> Indices:
 
     Not `Generator.permutation`: numpy guarantees a stable stream of raw words but not a stable shuffle, and a run may resume under a newer numpy.
     """
-    return np.argsort(np.random.PCG64(key).random_raw(num), kind="stable")
+    return stable_argsort(np.random.PCG64(key).random_raw(num))
+
+
+def stable_argsort(words: NDArray[np.uint64]) -> Indices:
+    """Returns np.argsort(words, kind='stable'), int64, three times as fast for random words: 1e7 of them take about a second.
+
+    It sorts the words themselves, each with its own index in place of the low bits. Where two differ only in those bits, it compares them whole.
+    """
+    num = len(words)
+    bits = np.uint64(max(num - 1, 1).bit_length())
+    index_mask = (np.uint64(1) << bits) - np.uint64(1)
+    keys = words & ~index_mask
+    keys |= np.arange(num, dtype=np.uint64)
+    keys.sort()
+    # In pieces, as everything here: whole columns of intermediate values would double the memory.
+    alike = [np.flatnonzero(np.diff(keys[at : at + _PIECE + 1] >> bits) == 0) + at for at in _pieces(num)]
+    first = np.concatenate([np.zeros(0, dtype=np.int64), *alike])
+    tied = np.union1d(first, first + 1)
+    high = keys[tied] >> bits
+    keys &= index_mask
+    order = keys.view(np.int64)
+    order[tied] = order[tied][np.lexsort((words[order[tied]], high))]
+    return order
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Indices:
@@ -39,10 +63,11 @@ class Blocks:
     """Samples grouped into blocks of neighbours on disk, which are read together.
 
     sample: (num_samples,) sample indices in storage order. number: (num_samples,) block number of each of these, from 0, never decreasing.
+    Both are kept in 32 bits where the numbers fit.
     """
 
-    sample: Indices
-    number: Indices
+    sample: NDArray[np.integer]
+    number: NDArray[np.integer]
     window: int
     """Number of blocks whose samples are shuffled together."""
 
@@ -52,8 +77,9 @@ class Blocks:
 
     def members(self, block: int) -> Indices:
         """Returns the samples of a block in storage order."""
-        first, last = np.searchsorted(self.number, [block, block + 1])
-        return self.sample[first:last]
+        # Of the column's own type: searchsorted would copy the whole column to another one.
+        first, last = np.searchsorted(self.number, np.array([block, block + 1], dtype=self.number.dtype))
+        return self.sample[first:last].astype(np.int64)
 
 
 def group_into_blocks(file: Indices, offset: Indices, *, block_bytes: int, window_bytes: int) -> Blocks:
@@ -65,11 +91,33 @@ def group_into_blocks(file: Indices, offset: Indices, *, block_bytes: int, windo
         block_bytes: size of a block, which is read in one go.
         window_bytes: size of the window whose samples are shuffled together; at least one block is used.
     """
-    sample = np.lexsort((offset, file))
-    page = offset[sample] // block_bytes
-    # prepend=-1, which is no file or page: the first sample always starts a block.
-    starts_block = (np.diff(file[sample], prepend=-1) != 0) | (np.diff(page, prepend=-1) != 0)
-    return Blocks(sample, np.cumsum(starts_block) - 1, window=max(1, window_bytes // block_bytes))
+    num = len(offset)
+    kind = np.int32 if num < 2**31 else np.int64
+    number = np.zeros(num, dtype=kind)
+    # A converter writes the images in storage order, so usually nothing is to be sorted.
+    sample = np.arange(num, dtype=kind) if _in_storage_order(file, offset) else np.lexsort((offset, file)).astype(kind)
+    last_file = last_page = -1  # which is no file or page: the first sample always starts a block
+    last = -1
+    for at in _pieces(num):
+        rows = sample[at : at + _PIECE]
+        files, page = file[rows], offset[rows] // block_bytes
+        starts_block = (np.diff(files, prepend=last_file) != 0) | (np.diff(page, prepend=last_page) != 0)
+        number[at : at + _PIECE] = np.cumsum(starts_block) + last
+        last_file, last_page, last = files[-1], page[-1], int(number[at : at + _PIECE][-1])
+    return Blocks(sample, number, window=max(1, window_bytes // block_bytes))
+
+
+def _in_storage_order(file: Indices, offset: Indices) -> bool:
+    """Returns True if the samples are in the order of their files and offsets already."""
+    for at in _pieces(len(offset) - 1):
+        files, offsets = file[at : at + _PIECE + 1], offset[at : at + _PIECE + 1]
+        if not ((files[1:] > files[:-1]) | ((files[1:] == files[:-1]) & (offsets[1:] >= offsets[:-1]))).all():
+            return False
+    return True
+
+
+def _pieces(num: int) -> range:
+    return range(0, num, _PIECE)
 
 
 def block_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
@@ -81,8 +129,14 @@ def local_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
     """Returns the sample order of a local traversal, (num_samples,) int64: window by window, the samples within a window shuffled."""
     # The argsort of a permutation is its inverse: the place of each block in the order.
     window_of_block = np.argsort(block_order(blocks, seed=seed, epoch=epoch)) // blocks.window
-    words = np.random.PCG64((_ORDER_STREAM, seed, epoch)).random_raw(len(blocks.sample))
-    return blocks.sample[np.lexsort((words, window_of_block[blocks.number]))]
+    # numpy sorts 16-bit integers, which have room for 65,536 windows, in a time that grows with their number only.
+    window_of_block = window_of_block.astype(np.min_scalar_type(int(window_of_block.max())))
+    shuffled = stable_argsort(np.random.PCG64((_ORDER_STREAM, seed, epoch)).random_raw(len(blocks.sample)))
+    # By window; within one, the stable sort keeps the order of the random words.
+    order = shuffled[np.argsort(window_of_block[blocks.number[shuffled]], kind="stable")]
+    for at in _pieces(len(order)):
+        order[at : at + _PIECE] = blocks.sample[order[at : at + _PIECE]]
+    return order
 
 
 @dataclass(frozen=True)
