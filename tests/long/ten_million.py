@@ -101,6 +101,13 @@ def make_beton(folder: Path, rows: int) -> Path:
     return path
 
 
+def forget_tables(path: Path) -> Path:
+    """Removes the tables that earlier processes have kept beside the data, so that the next one makes its own."""
+    for table in (path if path.is_dir() else path.parent).glob(".fastbyol-table-*"):
+        table.unlink()
+    return path
+
+
 def make_shards(folder: Path, rows: int) -> Path:
     """Writes tar shards of holes with one tiny JPEG in each 8 MiB, to which all samples of these point; sample table, indexes and manifest."""
     from fastbyol.data.formats.manifest import TAR_MANIFEST, Shard, write_manifest
@@ -232,7 +239,7 @@ def make_tar_index(folder: Path, rows: int) -> Path:
         scan.names = [f"{row:09d}.png" for row in range(number * SHARD_IMAGES, (number + 1) * SHARD_IMAGES)]
         scan.offsets = array("q", range(512, 512 + SHARD_IMAGES * 2048, 2048))
         scan.sizes = array("q", [67]) * SHARD_IMAGES
-        contents.append(TarContent(path, stamp_of(path.stat()), scan))
+        contents.append(TarContent.of_scan(path, stamp_of(path.stat()), scan))
     with cache_file(out, name=_INDEX, of=paths) as index:
         assert index is not None
         _write_index(index, contents)
@@ -351,7 +358,7 @@ def measure_train(path: Path, rows: int, ranks: int = 2) -> None:
         *("--data.train", str(path), "--out", str(out), "--steps", "3", "--log_every", "1", "--data.workers", "1", "--optim.warmup_epochs", "0"),
         *("--model.hidden_dim", "16", "--model.projection_dim", "8", "--global_batch", "64"),
     ]
-    start = time.perf_counter()
+    began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen: dict[int, dict[str, float]] = {}
     first_record = 0.0
@@ -359,16 +366,27 @@ def measure_train(path: Path, rows: int, ranks: int = 2) -> None:
         for pid in ranks_of(process.pid):
             if now := memory(pid):
                 before = seen.setdefault(pid, {})
-                seen[pid] = {name: max(before.get(name, 0), mib) for name, mib in now.items() if name in ("peak", "rss", "pss", "private")}
+                seen[pid] = {name: max(before.get(name, 0), mib) for name, mib in now.items()}
+                if not first_record:
+                    seen[pid]["cpu_s"] = cpu_seconds(pid)
         if not first_record and any("step" in log.read_text(errors="replace") for log in out.glob("*.jsonl")):
-            first_record = time.perf_counter() - start
+            first_record = time.perf_counter() - began
         time.sleep(0.1)
     text = process.stdout.read() if process.stdout else ""
     if process.returncode:
         sys.exit(f"exit code {process.returncode}: {text[-3000:]}")
-    found: dict[str, Any] = {"start to the first step's record": {"wall_s": round(first_record, 2), "cpu_s": 0.0, "peak_mib": 0}}
+    start = {"wall_s": round(first_record, 2), "cpu_s": max(each.get("cpu_s", 0.0) for each in seen.values()), "peak_mib": 0}
+    start["peak_mib"] = max(each["peak"] for each in seen.values())
+    found: dict[str, Any] = {"start to the first step's record": start}
     found |= {f"rank {number}": each for number, each in enumerate(seen.values())}
     print(json.dumps(found))
+
+
+def cpu_seconds(process: int) -> float:
+    with suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -380,9 +398,10 @@ def ranks_of(launcher: int) -> list[int]:
 
 SUBJECTS: dict[str, tuple[Callable[[Path, int], Path], Callable[[Path, int], None], str]] = {
     "orders": (lambda folder, rows: folder, measure_orders, "the two orders of an epoch"),
-    "beton": (make_beton, measure_loader, "a .beton, random traversal"),
+    "beton": (lambda folder, rows: forget_tables(make_beton(folder, rows)), measure_loader, "a .beton, opened for the first time"),
+    "beton again": (make_beton, measure_loader, "a .beton, whose table another process has kept"),
     "local": (make_beton, lambda path, rows: measure_loader(path, rows, "local"), "a .beton, local traversal"),
-    "shards": (make_shards, measure_loader, "converted tar shards"),
+    "shards": (lambda folder, rows: forget_tables(make_shards(folder, rows)), measure_loader, "converted tar shards, for the first time"),
     "train": (make_beton, measure_train, "a run of two ranks on a .beton"),
     "tree": (make_tree, measure_listing, "a folder of class folders"),
     "list": (make_path_list, measure_listing, "a list of paths"),

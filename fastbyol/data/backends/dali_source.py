@@ -18,8 +18,9 @@ import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged
+from fastbyol.data.formats.beton import PIECE
 from fastbyol.data.formats.jpeg_header import jpeg_complaint
-from fastbyol.data.formats.tar_shards import read_tar_shards
+from fastbyol.data.formats.tar_shards import SAMPLE, listed_position, read_tar_shards
 
 BATCH = 16
 """Largest number of images per run of a DALI pipeline."""
@@ -32,9 +33,9 @@ class DaliSource(Source):
         if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
             raise UserError("data.backend = 'dali': DALI is not installed; pip install 'fastbyol[dali]' (or nvidia-dali-cuda130)")
         manifest, self._table = read_tar_shards(folder)
-        super().__init__(labels=self._table["label"].astype(np.int64), class_names=manifest.class_names)
+        super().__init__(labels=self._table["label"], class_names=manifest.class_names)
         # The members of the tars are named by their number in the listing.
-        self._listed = np.delete(np.arange(self.num_samples + len(manifest.dropped)), manifest.dropped)
+        self._dropped = np.array(manifest.dropped, dtype=np.int64)
         # Every shard stays open: raise the soft limit on open files if there are more than it allows.
         wanted, (soft, hard) = len(manifest.shards) + 512, resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -43,8 +44,8 @@ class DaliSource(Source):
         self._local = threading.local()
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
-        rows = self._table[indices]
-        return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        height, width = (self._table[name][indices].astype(np.int64) for name in ("height", "width"))
+        return height, width
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         for first in range(0, len(indices), BATCH):
@@ -61,20 +62,25 @@ class DaliSource(Source):
                 yield image
 
     def storage(self) -> tuple[Indices, Indices]:
-        return self._table["shard"].astype(np.int64), self._table["offset"].astype(np.int64)
+        return self._table["shard"], self._table["offset"]
 
     def read_ahead(self, indices: Indices) -> None:
-        rows = self._table[indices]
-        self._files[rows["shard"][0]].read_ahead(int(rows["offset"].min()), int((rows["offset"] + rows["size"]).max()))
+        shard, offset, size = (self._table[name][indices] for name in ("shard", "offset", "size"))
+        self._files[shard[0]].read_ahead(int(offset.min()), int((offset + size).max()))
 
-    def identity(self) -> bytes:
-        return self._table.tobytes()
+    def identity(self) -> Iterator[bytes]:
+        """Yields the bytes of the sample table, as its file has them."""
+        for first in range(0, self.num_samples, PIECE):
+            rows = np.empty(min(PIECE, self.num_samples - first), dtype=SAMPLE)
+            for name, column in self._table.items():
+                rows[name] = column[first : first + PIECE]
+            yield rows.tobytes()
 
     def sample_name(self, index: int) -> str:
-        return f"image {index} ({self._listed[index]:08d}.jpg of {self._files[self._table['shard'][index]].path})"
+        return f"image {index} ({self.image_name(index)}.jpg of {self._files[self._table['shard'][index]].path})"
 
     def image_name(self, index: int) -> str:
-        return f"{self._listed[index]:08d}"
+        return f"{listed_position(index, self._dropped):08d}"
 
     def close(self) -> None:
         for file in self._files:
@@ -83,10 +89,10 @@ class DaliSource(Source):
 
     def jpeg(self, index: int) -> Pixels:
         """Returns an image's bytes. Raises UserError, before any decoder runs, if checksum or size differ from the table or it has too many scans."""
-        row = self._table[index]
-        data = self._files[row["shard"]].read(int(row["offset"]), int(row["size"]))
-        data = self.checked(index, data, int(row["crc32"]))
-        if complaint := jpeg_complaint(data, height=int(row["height"]), width=int(row["width"])):
+        row = {name: int(column[index]) for name, column in self._table.items()}
+        data = self._files[row["shard"]].read(row["offset"], row["size"])
+        data = self.checked(index, data, row["crc32"])
+        if complaint := jpeg_complaint(data, height=row["height"], width=row["width"]):
             raise damaged(self.sample_name(index), complaint)
         return np.frombuffer(data, dtype=np.uint8)
 

@@ -36,7 +36,7 @@ class FolderSource(Source):
         if text := left_out_text(self._listing.skipped):
             _warn_once(f"{listing.root}: left out: {text}")
         # (height, width), filled as images are first used: opening a million files in advance would take too long.
-        self._sizes = np.zeros((self.num_samples, 2), dtype=np.int64)
+        self._sizes = np.zeros((self.num_samples, 2), dtype=np.int32)
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
         for index in indices[self._sizes[indices, 0] == 0].tolist():
@@ -46,13 +46,13 @@ class FolderSource(Source):
                 self._sizes[index] = image_size(location.path if location.size is None else location.read())
             except (UndecodableImage, OSError) as error:
                 raise damaged(self.sample_name(index), error) from error
-        height, width = self._sizes[indices].T
+        height, width = self._sizes[indices].astype(np.int64).T
         return height, width
 
     def storage(self) -> tuple[Indices, Indices]:
         places = self._listing.places
         return (
-            super().storage() if places is None else (np.array(places.container, dtype=np.int64), np.array(places.offsets, dtype=np.int64))
+            super().storage() if places is None else (np.frombuffer(places.container, np.int32), np.frombuffer(places.offsets, np.int64))
         )
 
     def read_ahead(self, indices: Indices) -> None:
@@ -63,16 +63,16 @@ class FolderSource(Source):
         finally:
             reader.close()
 
-    def identity(self) -> bytes:
-        """Returns a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""
-        digest = hashlib.sha256("\0".join(self._listing.files).encode(errors="surrogateescape"))
+    def identity(self) -> Iterator[bytes]:
+        """Yields a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""
+        digest = hashlib.sha256(self._listing.names.block[:-1])
         for index in some_of(self.num_samples):
             with suppress(OSError):  # a file that cannot be read is named by whoever decodes it
                 location = self._listing.location(index)
                 size = location.path.stat().st_size if location.size is None else location.size
                 first = sha256_of(location.path, start=location.offset, size=min(size, _COMPARED_BYTES))
                 digest.update(f"{size} {first}".encode())
-        return digest.digest()
+        yield digest.digest()
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         for index in indices.tolist():

@@ -8,14 +8,22 @@ from __future__ import annotations
 import csv
 import io
 import os
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.label_table import is_path_header, plain_header
-from fastbyol.data.inputs.listing import ImageListing, in_sample_order, why_not_an_image
-from fastbyol.data.inputs.name_matching import lines_of, read_text
+from fastbyol.data.inputs.listing import LEFT_OUT, ImageListing, in_sample_order, why_not_an_image
+from fastbyol.data.inputs.name_matching import each_line, read_text
+from fastbyol.data.inputs.packed_names import NamePacker, PackedNames
 
-_SHOWN = 3
+_LARGEST_LIST = 1 << 30
+"""Largest list that is read, in bytes: some twenty million paths."""
 
 
 def list_paths(path: Path, *, path_column: str | None = None, label_column: str | None = None) -> ImageListing:
@@ -31,47 +39,84 @@ def list_paths(path: Path, *, path_column: str | None = None, label_column: str 
     Raises:
         UserError: files are missing, there is no such column, or the list is empty or damaged.
     """
-    text = read_text(path)
+    text = read_text(path, largest=_LARGEST_LIST)
     if path.suffix.lower() in (".csv", ".tsv") or path_column or label_column:
         rows, how = _table(path, text, path_column, label_column)
     else:
-        rows, how = [(line.strip(), "") for line in lines_of(text) if line.strip()], "a path in each line"
-    if not rows:
+        rows, how = ((line.strip(), "") for line in each_line(text) if line.strip()), "a path in each line"
+    listed = _read_rows(path, rows)
+    root = listed.root
+    label_of = {name: label for label, name in enumerate(sorted(listed.labels))} if label_column else {}
+    number_to_label = np.array([label_of.get(name, -1) for name in listed.labels], dtype=np.int32)
+    skipped: list[tuple[str, str]] = []
+    kept = NamePacker()
+    labels = array("i")
+    start = len(root.rstrip("/")) + 1
+    for place, number in zip(listed.places, listed.label, strict=True):
+        name = place[start:]
+        if reason := why_not_an_image(os.path.basename(name)):
+            skipped.append((name, reason))
+        else:
+            kept.append(name)
+            labels.append(number_to_label[number])
+    names, label = kept.packed(), np.array(labels, dtype=np.int32)
+    for again in names.repeated():
+        skipped.append((names[again], "the same path again"))
+        label[again] = LEFT_OUT
+    num = int((label != LEFT_OUT).sum())
+    if not num:
+        raise UserError(f"{path}: no image found among its {len(listed.places):,} files, the first {listed.first!r} is {skipped[0][1]}")
+    note = f"{path}: {how}: {num:,} images" + (f" of {len(label_of):,} classes" if label_of else ", no labels")
+    found = ImageListing(Path(root), tuple(label_of), names, (), tuple(skipped), notes=(note,))
+    return in_sample_order(found, label)
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The files that a list names, in its order."""
+
+    first: str
+    """The first path as it is written."""
+    places: PackedNames
+    """The absolute paths."""
+    root: str
+    """The deepest folder that holds all of them."""
+    label: array[int]
+    """Number of each file's label in `labels`."""
+    labels: list[str]
+
+
+def _read_rows(path: Path, rows: Iterable[tuple[str, str]]) -> _Listed:
+    """Returns the files of a list's rows, (path, label). Raises UserError if there are none, or some are missing."""
+    folder, places = os.path.abspath(path.parent), NamePacker()
+    root = last_folder = first = first_missing = ""
+    missing, numbers, label = 0, dict[str, int](), array("i")
+    for name, text in rows:
+        place = os.path.normpath(os.path.join(folder, name))
+        if not os.path.isfile(place):
+            first_missing = first_missing or name
+            missing += 1
+        first = first or name
+        above = os.path.dirname(place)
+        if above != last_folder:
+            root, last_folder = os.path.commonpath([root or above, above]), above
+        places.append(place)
+        label.append(numbers.setdefault(text, len(numbers)))
+    if not len(places):
         raise UserError(f"{path}: names no image; give a path in each line, or a table with a column 'path'")
-    folder = Path(os.path.abspath(path.parent))
-    places = [os.path.normpath(folder / name) for name, _ in rows]
-    if missing := [name for (name, _), place in zip(rows, places, strict=True) if not os.path.isfile(place)]:
+    if missing:
         raise UserError(
-            f"{path}: {len(missing):,} of its {len(rows):,} files are missing, the first {missing[0]!r}, looked for in {folder};"
+            f"{path}: {missing:,} of its {len(places):,} files are missing, the first {first_missing!r}, looked for in {folder};"
             " correct the list, or move it to the images' folder"
         )
-    root = os.path.commonpath([os.path.dirname(place) for place in places])
-    label_of = {name: label for label, name in enumerate(sorted({label for _, label in rows}))} if label_column else {}
-    names: dict[str, int] = {}
-    skipped: list[tuple[str, str]] = []
-    for place, (_, label) in zip(places, rows, strict=True):
-        name = os.path.relpath(place, root)
-        reason = why_not_an_image(os.path.basename(name))
-        if reason or name in names:
-            skipped.append((name, reason or "the same path again"))
-        else:
-            names[name] = label_of.get(label, -1)
-    if not names:
-        raise UserError(f"{path}: no image found among its {len(rows):,} files, the first {rows[0][0]!r} is {skipped[0][1]}")
-    note = f"{path}: {how}: {len(names):,} images" + (f" of {len(label_of):,} classes" if label_of else ", no labels")
-    found = ImageListing(Path(root), tuple(label_of), tuple(names), (), tuple(skipped), notes=(note,))
-    return in_sample_order(found, list(names.values()))
+    return _Listed(first, places.packed(), root, label, list(numbers))
 
 
-def _table(path: Path, text: str, path_column: str | None, label_column: str | None) -> tuple[list[tuple[str, str]], str]:
+def _table(path: Path, text: str, path_column: str | None, label_column: str | None) -> tuple[Iterable[tuple[str, str]], str]:
     """Returns (path, label) of each row, and how the table was read."""
-    first = next((line for line in lines_of(text) if line.strip()), "")
+    first = next((line for line in each_line(text) if line.strip()), "")
     delimiter = max(",;\t", key=first.count)
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise UserError(f"{path}: is not valid CSV: {error}; is a quotation mark left open?") from error
+    rows = list(islice(_csv_rows(path, text, delimiter), 2))
     if not rows:
         return [], ""
     head = [cell.strip() for cell in rows[0][1]]
@@ -88,15 +133,29 @@ def _table(path: Path, text: str, path_column: str | None, label_column: str | N
                 f"{path}: which column names the images? Its first row has {', '.join(map(repr, head[:12]))}; choose with --path-column NAME"
             )
         (at,) = fitting
-    found = []
-    for line, row in rows[has_header:]:
-        if len(row) <= max(at, label_at or 0) or not row[at].strip():
-            raise UserError(f"{path}: line {line} has no path; correct it, or remove it")
-        if label_at is not None and not row[label_at].strip():
-            raise UserError(f"{path}: line {line} has no label in column {head[label_at]!r}; correct it, or leave --label-column out")
-        found.append((row[at].strip(), row[label_at].strip() if label_at is not None else ""))
+
+    def found() -> Iterator[tuple[str, str]]:
+        for line, row in islice(_csv_rows(path, text, delimiter), int(has_header), None):
+            if len(row) <= max(at, label_at or 0) or not row[at].strip():
+                raise UserError(f"{path}: line {line} has no path; correct it, or remove it")
+            if label_at is not None and not row[label_at].strip():
+                raise UserError(f"{path}: line {line} has no label in column {head[label_at]!r}; correct it, or leave --label-column out")
+            yield row[at].strip(), row[label_at].strip() if label_at is not None else ""
+
     called = head[at] if has_header else str(at + 1)
-    return found, f"column {called!r} names the images" + (f", column {head[label_at]!r} the class" if label_at is not None else "")
+    how = f"column {called!r} names the images" + (f", column {head[label_at]!r} the class" if label_at is not None else "")
+    return found(), how
+
+
+def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields (number of its line, cells) of each row that is not empty."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}: is not valid CSV: {error}; is a quotation mark left open?") from error
 
 
 def _column(path: Path, head: list[str], column: str, option: str) -> int:
