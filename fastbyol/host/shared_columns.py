@@ -29,7 +29,9 @@ _HEADER = 4096
 _PIECE = 1 << 20
 
 
-def shared_columns(of: Path, *, name: str, rows: int, facts: dict[str, Any], dtypes: dict[str, str], make: Callable[[], Columns]) -> Columns:
+def shared_columns(
+    of: Path, *, name: str, rows: int, facts: dict[str, Any], dtypes: dict[str, str], make: Callable[[], Columns]
+) -> Columns:
     """Returns the columns that `make` returns, mapped from a file if there are at least SHARED_ROWS rows and a file can be kept.
 
     The arrays may be written to, which changes them in this process alone. Whoever trusts no file checks the values.

@@ -190,7 +190,9 @@ def make_parquet(folder: Path, rows: int) -> Path:
         with pq.ParquetWriter(path, schema) as writer:
             for first in range(0, rows, 100_000):
                 some = min(100_000, rows - first)
-                writer.write_batch(pa.record_batch([pa.array([png] * some), pa.array(labels_of(rows)[first : first + some])], schema=schema))
+                writer.write_batch(
+                    pa.record_batch([pa.array([png] * some), pa.array(labels_of(rows)[first : first + some])], schema=schema)
+                )
     return path
 
 
@@ -253,7 +255,7 @@ def make_tar_index(folder: Path, rows: int) -> Path:
 def memory(process: int | str = "self") -> dict[str, float]:
     """Returns MiB: 'peak' (largest resident so far), 'rss' and 'pss' (shared pages counted by share) now, 'private' of it."""
     found: dict[str, float] = {}
-    with suppress(OSError):
+    with suppress(OSError, StopIteration, KeyError):  # a process that is ending has no memory any more
         status = Path(f"/proc/{process}/status").read_text().splitlines()
         found["peak"] = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
@@ -283,6 +285,10 @@ class Phases:
         print(json.dumps(self.found))
 
 
+def order_digest(order: np.ndarray[Any, np.dtype[np.int64]]) -> str:
+    return f"{zlib.crc32(memoryview(np.ascontiguousarray(order, dtype=np.int64))):08x}"
+
+
 def measure_loader(path: Path, rows: int, traversal: str = "random") -> None:
     import torch  # noqa: F401 (its memory is part of the imports)
 
@@ -306,7 +312,7 @@ def measure_loader(path: Path, rows: int, traversal: str = "random") -> None:
         told = loader.fingerprint()
     with phase("order of an epoch"):
         order = loader.traversal.order(0)
-    told["order"] = f"{zlib.crc32(np.ascontiguousarray(order, dtype=np.int64)):08x}"
+    told["order"] = order_digest(order)
     del order
     with phase("first batch"):
         batches = iter(loader)
@@ -323,14 +329,14 @@ def measure_orders(path: Path, rows: int) -> None:
     phase = Phases()
     with phase("random order"):
         order = epoch_order(rows, seed=SEED, epoch=1)
-    told = {"random": f"{zlib.crc32(np.ascontiguousarray(order, dtype=np.int64)):08x}"}
+    told = {"random": order_digest(order)}
     del order
     offset = np.arange(rows, dtype=np.int64) * 93_000
     with phase("blocks"):
         blocks = group_into_blocks(np.zeros(rows, dtype=np.int64), offset, block_bytes=PAGE, window_bytes=2048 << 20)
     with phase("local order"):
         order = local_order(blocks, seed=SEED, epoch=1)
-    phase.found["digests"] = told | {"local": f"{zlib.crc32(np.ascontiguousarray(order, dtype=np.int64)):08x}"}
+    phase.found["digests"] = told | {"local": order_digest(order)}
     phase.end()
 
 
@@ -355,7 +361,20 @@ def measure_train(path: Path, rows: int, ranks: int = 2) -> None:
     shutil.rmtree(out, ignore_errors=True)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "fastbyol", "train", "--preset", "cpu_demo"),
-        *("--data.train", str(path), "--out", str(out), "--steps", "3", "--log_every", "1", "--data.workers", "1", "--optim.warmup_epochs", "0"),
+        *(
+            "--data.train",
+            str(path),
+            "--out",
+            str(out),
+            "--steps",
+            "3",
+            "--log_every",
+            "1",
+            "--data.workers",
+            "1",
+            "--optim.warmup_epochs",
+            "0",
+        ),
         *("--model.hidden_dim", "16", "--model.projection_dim", "8", "--global_batch", "64"),
     ]
     began = time.perf_counter()
@@ -366,9 +385,9 @@ def measure_train(path: Path, rows: int, ranks: int = 2) -> None:
         for pid in ranks_of(process.pid):
             if now := memory(pid):
                 before = seen.setdefault(pid, {})
-                seen[pid] = {name: max(before.get(name, 0), mib) for name, mib in now.items()}
+                before |= {name: max(before.get(name, 0), mib) for name, mib in now.items()}
                 if not first_record:
-                    seen[pid]["cpu_s"] = cpu_seconds(pid)
+                    before["cpu_s"] = cpu_seconds(pid)
         if not first_record and any("step" in log.read_text(errors="replace") for log in out.glob("*.jsonl")):
             first_record = time.perf_counter() - began
         time.sleep(0.1)

@@ -51,9 +51,7 @@ class FolderSource(Source):
 
     def storage(self) -> tuple[Indices, Indices]:
         places = self._listing.places
-        return (
-            super().storage() if places is None else (np.frombuffer(places.container, np.int32), np.frombuffer(places.offsets, np.int64))
-        )
+        return super().storage() if places is None else (np.frombuffer(places.container, np.int32), np.frombuffer(places.offsets, np.int64))
 
     def read_ahead(self, indices: Indices) -> None:
         locations = [self._listing.location(index) for index in indices.tolist()]
@@ -65,7 +63,7 @@ class FolderSource(Source):
 
     def identity(self) -> Iterator[bytes]:
         """Yields a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""
-        digest = hashlib.sha256(self._listing.names.block[:-1])
+        digest = hashlib.sha256(memoryview(self._listing.names.block[:-1]))
         for index in some_of(self.num_samples):
             with suppress(OSError):  # a file that cannot be read is named by whoever decodes it
                 location = self._listing.location(index)

@@ -115,7 +115,7 @@ def read_beton(path: Path) -> Beton:
 
     facts = {"stamp": [status.st_size, status.st_mtime_ns], "header": header.tobytes().hex()}
     table = shared_columns(path, name=_TABLE, rows=rows, facts=facts, dtypes=dtypes, make=columns)
-    beton = Beton(**({"crc32": None} | table))
+    beton = Beton(*(table[name] for name in ("mode", "height", "width", "offset", "size", "label")), crc32=table.get("crc32"))
     _refuse_impossible_values(path, beton, end=min(int(header["alloc_table_ptr"]), status.st_size))
     return beton
 
@@ -130,16 +130,14 @@ def _refuse_impossible_values(path: Path, beton: Beton, *, end: int) -> None:
             for column in (beton.mode, beton.height, beton.width, beton.offset, beton.size, beton.label)
         )
         for wrong, what in (
-            (~np.isin(mode, (JPEG_MODE, RAW_MODE)), "is neither a JPEG nor raw pixels"),
+            ((mode != JPEG_MODE) & (mode != RAW_MODE), "is neither a JPEG nor raw pixels"),
             ((mode == RAW_MODE) & (size != 3 * height * width), "has not as many bytes as its raw pixels need"),
             (label < -1, "has a label below -1, which stands for none"),
             ((offset < 0) | (offset > end - size), "lies beyond the end of the images"),
         ):
             if wrong.any():
                 image = first + int(wrong.argmax())
-                raise UserError(
-                    f"{path}: image {image} {what} (damaged, or another format); make it again with python -m fastbyol convert"
-                )
+                raise UserError(f"{path}: image {image} {what} (damaged, or another format); make it again with python -m fastbyol convert")
 
 
 def refuse_impossible_sizes(path: Path, height: NDArray[np.integer], width: NDArray[np.integer]) -> None:
@@ -182,7 +180,11 @@ def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: 
         sizes = table["size"][rows]
     # Each value alone too, as the sum may wrap around 2^64. More bytes than the file has would be overlapping images:
     # a small file could otherwise announce terabytes. No page, and so no image, has more bytes than 32 bits can tell.
-    if max(pointers.max(), sizes.max(), (pointers + sizes).max()) > table_at or sizes.sum(dtype=np.float64) > file_bytes or sizes.max() >> 32:
+    if (
+        max(pointers.max(), sizes.max(), (pointers + sizes).max()) > table_at
+        or sizes.sum(dtype=np.float64) > file_bytes
+        or sizes.max() >> 32
+    ):
         raise cut
     return sizes.astype(np.uint32)
 

@@ -161,7 +161,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_MANIFEST_BYTES:
             raise ValueError(f"{size:,} bytes, a manifest has at most {MAX_MANIFEST_BYTES:,}")
-        fields = json.loads(file.read(MAX_MANIFEST_BYTES).decode("utf-8"))
+        fields = json.loads(file.read(size).decode("utf-8"))  # read(MAX_MANIFEST_BYTES) would take as much memory
     if not isinstance(fields, dict):
         raise ValueError("no JSON object")
     return fields

@@ -201,7 +201,7 @@ def names_digest(names: Iterable[str]) -> str:
     """Returns the SHA-256 of the names in order, each followed by a zero byte."""
     digest = hashlib.sha256()
     if isinstance(names, PackedNames):
-        digest.update(names.block)
+        digest.update(memoryview(names.block))
         return digest.hexdigest()
     for name in names:
         digest.update(name.encode(errors="surrogateescape") + b"\0")

@@ -8,6 +8,7 @@ import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from fastbyol.config.errors import UserError
@@ -15,6 +16,7 @@ from fastbyol.data.inputs.listing import EXTENSIONS
 
 MISSING, AMBIGUOUS = -1, -2
 """Results in place of an image's index: no image has this name, or several could be meant."""
+_PIECE = 1 << 20
 _LARGEST_FILE = 1 << 28
 """Largest list that is read, in bytes; ImageNet's largest has 8 MB."""
 _BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, which are the beginning of them
@@ -96,9 +98,9 @@ class NameIndex:
 
 
 def read_text(path: Path, *, largest: int = _LARGEST_FILE) -> str:
-    """Returns the text of a list or table of at most `largest` bytes, decoded as its byte order mark says, else as UTF-8 with surrogateescape for invalid bytes.
+    """Returns the text of a list or table, decoded as its byte order mark says, else as UTF-8 with surrogateescape for invalid bytes.
 
-    Raises UserError if the file cannot be read, is not text, or is too large.
+    Raises UserError if the file cannot be read, is not text, or has more than `largest` bytes.
     """
     content = limited_read(path, largest=largest)
     encoding = next((encoding for encoding, marks in _BYTE_ORDER_MARKS.items() if content.startswith(marks)), "utf-8")
@@ -126,8 +128,9 @@ def each_line(text: str) -> Iterator[str]:
 def limited_read(path: Path, *, largest: int = _LARGEST_FILE) -> bytes:
     """Returns the bytes of a file. Raises UserError if it cannot be read or is too large."""
     try:
-        with path.open("rb") as file:
-            content = file.read(largest + 1)
+        with path.open("rb", buffering=0) as file:  # in pieces: read(largest) would take that much memory at once
+            pieces = iter(lambda: file.read(_PIECE), b"")
+            content = b"".join(islice(pieces, largest // _PIECE + 1))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from error
     if len(content) > largest:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-_AT_ONCE = 4096
-"""Names that are decoded together."""
+_AT_ONCE, _BYTES_AT_ONCE = 4096, 1 << 24
+"""Names that are decoded together, and bytes that are searched together."""
 _WIDEST = 64
 """Most bytes in which sorted names may differ for numpy to sort them; it pads all to the longest."""
 
@@ -33,15 +33,27 @@ class PackedNames(Sequence[str]):
     def of(cls, names: Iterable[str]) -> PackedNames:
         if isinstance(names, PackedNames):
             return names
-        packer = NamePacker()
-        for name in names:
-            packer.append(name)
-        return packer.packed()
+        block, num, remaining = bytearray(), 0, iter(names)
+        while some := list(islice(remaining, _AT_ONCE)):
+            block += ("\0".join(some) + "\0").encode(errors="surrogateescape")
+            num += len(some)
+        packed = cls.of_block(np.frombuffer(block, dtype=np.uint8))
+        if len(packed) != num:
+            raise ValueError("a name holds a zero byte")
+        return packed
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedNames]) -> PackedNames:
+        """Returns the names of all parts, one after the other."""
+        return cls.of_block(np.concatenate([np.zeros(0, dtype=np.uint8), *(part.block for part in parts)]))
 
     @classmethod
     def of_block(cls, block: NDArray[np.uint8]) -> PackedNames:
         """Returns the names of a block of bytes, in which a zero byte follows each."""
-        return cls(block, np.flatnonzero(block == 0) + 1)
+        ends = array("q")  # in pieces: a truth value for each byte would take as much as the names
+        for first in range(0, len(block), _BYTES_AT_ONCE):
+            ends.frombytes((np.flatnonzero(block[first : first + _BYTES_AT_ONCE] == 0) + first + 1).tobytes())
+        return cls(block, np.frombuffer(ends, dtype=np.int64))
 
     @property
     def block(self) -> NDArray[np.uint8]:
@@ -94,6 +106,15 @@ class PackedNames(Sequence[str]):
         end = int(self._ends[last - 1]) if last > first else start
         return PackedNames(self._block[start:end], self._ends[first:last] - start)
 
+    def prefixed(self, prefix: str) -> PackedNames:
+        """Returns the names with a text in front of each."""
+        block, start, front = bytearray(), 0, prefix.encode(errors="surrogateescape")
+        for first in range(0, len(self), _AT_ONCE):
+            end = int(self._ends[min(first + _AT_ONCE, len(self)) - 1])
+            block += front + self._block[start : end - 1].tobytes().replace(b"\0", b"\0" + front) + b"\0"
+            start = end
+        return PackedNames.of_block(np.frombuffer(block, dtype=np.uint8))
+
     def take(self, indices: NDArray[np.int64]) -> PackedNames:
         """Returns the names at these indices, in this order."""
         starts = np.concatenate([np.zeros(1, dtype=np.int64), self._ends[:-1]]) if len(self) else self._ends
@@ -133,7 +154,7 @@ class PackedNames(Sequence[str]):
         if self._block.max() >= 0x80:  # with surrogates, the bytes' order is not that of the characters
             return None
         first, last = min(self), max(self)
-        common = len(os.path.commonprefix([first, last]))
+        common = len(os.path.commonprefix([first, last]))  # noqa: RUF071 (characters are meant, not folders)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), self._ends[:-1]]) + common
         widths = self._ends - 1 - starts
         if (width := int(widths.max())) > _WIDEST:

@@ -58,12 +58,14 @@ class TarContent:
         return cls(path, stamp, names=scan.names, places=places, skipped=scan.skipped, class_tars=scan.class_tars, labels=labels)
 
 
-def _numbered_labels(names: Iterable[str], labels: Mapping[str, str]) -> tuple[array[int], list[str]]:
+def _numbered_labels(names: Sequence[str], labels: Mapping[str, str]) -> tuple[array[int], list[str]]:
     """Returns the number of each image's label and the labels, given those of WebDataset's keys."""
     number: dict[str, int] = {}
+    if not labels:
+        return array("i", [-1]) * len(names), []
     found = array("i")
     for name in names:
-        text = labels.get(key_of(name)) if labels else None
+        text = labels.get(key_of(name))
         found.append(-1 if text is None else number.setdefault(text, len(number)))
     return found, list(number)
 
@@ -119,7 +121,7 @@ def tar_images(contents: Sequence[TarContent]) -> ImageListing:
         stems = [f"{content.path.as_posix().lstrip('/').removesuffix('.tar')}/" for content in contents]
     root = contents[0].path if one else Path(os.path.commonpath([os.path.abspath(content.path.parent) for content in contents]))
     pairs = list(zip(stems, contents, strict=True))
-    names = contents[0].names if one else PackedNames.of(stem + name for stem, content in pairs for name in content.names)
+    names = contents[0].names if one else PackedNames.joined([content.names.prefixed(stem) for stem, content in pairs])
     skipped = tuple((stem + name, why) for stem, content in pairs for name, why in content.skipped)
     if not len(names):
         told = f" (what is in it: {', '.join(name for name, _ in skipped[:3])})" if skipped else ""
@@ -207,7 +209,7 @@ def _write_index(index: Path, contents: Sequence[TarContent]) -> None:
     ]
     columns = {
         "facts": _as_bytes(json.dumps({"format": _FORMAT, "tars": facts})),
-        "names": np.concatenate([content.names.block for content in contents]),
+        "names": PackedNames.joined([content.names for content in contents]).block,
         "label": np.concatenate([np.array(content.label, dtype=np.int32) for content in contents]),
         "offsets": np.concatenate([np.array(content.offsets, dtype=np.int64) for content in contents]),
         "sizes": np.concatenate([np.array(content.sizes, dtype=np.int64) for content in contents]),

@@ -93,8 +93,8 @@ def converted_beton(path: Path, manifest: Manifest | None) -> Converted:
     table = read_beton(path)
     file = np.zeros(len(table.label), dtype=np.int64)
     raw = table.mode == RAW_MODE
-    places = (column.astype(np.int64) for column in (table.offset, table.size, table.height, table.width))
-    return Converted(path, (path,), file, *places, table.label, raw, table.crc32, _listed(manifest, len(file)))
+    offset, size, height, width = (column.astype(np.int64) for column in (table.offset, table.size, table.height, table.width))
+    return Converted(path, (path,), file, offset, size, height, width, table.label, raw, table.crc32, _listed(manifest, len(file)))
 
 
 def converted_shards(folder: Path, manifest: Manifest) -> Converted:
