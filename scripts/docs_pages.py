@@ -6,9 +6,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from mkdocs.structure.files import File, Files
+from typing import TYPE_CHECKING, Any
 
 import fastbyol
 from fastbyol.config.plain import to_plain
@@ -16,6 +14,9 @@ from fastbyol.config.presets import PRESETS
 from fastbyol.config.schema import TrainConfig
 from fastbyol.run.command_line import field_docs
 from fastbyol.run.folder import flatten
+
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = {
@@ -31,6 +32,8 @@ _LINK = re.compile(r"\[([^\]]*)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that no file in docs/ holds."""
+    from mkdocs.structure.files import File
+
     made = {"options.md": options_page(), "presets.md": presets_page(), "api.md": api_page()}
     made |= {page: _moved((ROOT / path).read_text(), path, page=page) for path, page in OUTSIDE.items() if page != "index.md"}
     for name, text in made.items():
@@ -39,8 +42,34 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Points links that leave docs/ to the pages that stand for those files."""
-    return _moved(markdown, f"docs/{page.file.src_uri}", page=page.file.src_uri) if page.file.generated_by is None else markdown
+    """Points links that leave docs/ to the pages that stand for those files, and sets lists and tables off from the text before them."""
+    if page.file.generated_by is None:
+        markdown = _moved(markdown, f"docs/{page.file.src_uri}", page=page.file.src_uri)
+    return set_off(markdown)
+
+
+def set_off(markdown: str) -> str:
+    """Returns the text with an empty line before each list and table that directly follows a paragraph, a heading or a code block.
+
+    GitHub needs none there; Python-Markdown would make the list a part of the paragraph.
+    """
+    lines: list[str] = []
+    in_code, before = False, ""
+    for line in markdown.splitlines():
+        kind = "" if in_code else _kind(line)
+        # Indented lines continue an item of a list, which the next item directly follows.
+        if kind in ("list", "table") and before not in ("", kind):
+            lines.append("")
+        in_code ^= line.startswith("```")
+        lines.append(line)
+        if not line.startswith(" ") or before != "list":
+            before = kind or ("text" if line.strip() else "")
+    return "\n".join(lines) + "\n"
+
+
+def _kind(line: str) -> str:
+    """Returns 'list' or 'table' for a line that begins an item or a row, else ''."""
+    return "list" if re.match(r"(-|\*|\d+\.) ", line) else "table" if line.startswith("|") else ""
 
 
 def _moved(markdown: str, path: str, *, page: str) -> str:

@@ -368,7 +368,7 @@ def test_two_ranks_train_as_one_where_no_batch_norm_is_and_score_the_same_images
         ("semi", ("--lists", "half.txt"), r"--lists half.txt: names 60 of 120 labelled training images, which is not 10 %; .*"),
         ("semi", ("--lists", "none.txt"), r"--lists none.txt: no such file: none.txt"),
         ("semi", ("--lists", "."), r"--lists \.: no such file: 10percent.txt"),
-        ("semi", ("--lists", "half.txt,half.txt"), r"--lists half.txt,half.txt: 2 files for the fractions 10 %; give one for each, .*"),
+        ("semi", ("--lists", "half.txt,half.txt"), r"--lists half.txt,half.txt: 2 given where 1 are wanted \(10 %\); give one for each .*"),
         ("semi", ("--fractions", "0"), r"--fractions = 0.0: must be in \(0, 1\]"),
         ("semi", ("--fractions", "0.1,0.1"), r"--fractions = \(0.1, 0.1\): must be one or several different shares"),
         ("finetune", ("--held_out", "500"), r"--held_out 500: 500 of 120 labelled training images; both parts need images"),

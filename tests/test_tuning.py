@@ -130,6 +130,7 @@ def test_the_preset_s_own_precision_comes_first_and_fp16_needs_a_gpu() -> None:
     on_cpu = candidates.precisions(own, device="cpu", kept=frozenset())
     assert list(on_cpu) == ["off channels_first", "off channels_last", "bf16 channels_first", "bf16 channels_last"]
     assert on_cpu["bf16 channels_last"] == replace(own, autocast="bf16", channels_last=True)
+    assert list(candidates.precisions(own, device="cpu", kept=frozenset(), bf16=False)) == list(on_cpu)[:2]  # bf16 would be float32 again
     assert "fp16 channels_last" in candidates.precisions(own, device="cuda", kept=frozenset())
     assert list(candidates.precisions(own, device="cuda", kept=frozenset({"precision.autocast"}))) == list(on_cpu)[:2]
     assert list(candidates.precisions(own, device="cuda", kept=frozenset({"precision.autocast", "precision.channels_last"}))) == [

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fastbyol.config.errors import UserError
 from fastbyol.exports.format import Facts, Features, Format, Subject, no_refusal
 from fastbyol.models.resnet import ResNet
-from fastbyol.run.foreign_weights import METADATA
+from fastbyol.run.weights_files import METADATA
 
 INPUT, OUTPUT = "image", "feature"
 CARD_FILE = f"{METADATA}.json"

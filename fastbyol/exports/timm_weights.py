@@ -13,7 +13,7 @@ from fastbyol.config.schema import ModelConfig
 from fastbyol.exports.card import card_text, front_matter
 from fastbyol.exports.format import Facts, Features, Format, Subject, refusal_of_resnets
 from fastbyol.exports.torch_weights import save_tensors
-from fastbyol.run.foreign_weights import EXPORTED
+from fastbyol.run.weights_files import EXPORTED
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200")
 _PREFIX = "timm/"

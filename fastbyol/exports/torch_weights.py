@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastbyol.config.schema import ModelConfig
 from fastbyol.export import load_encoder
 from fastbyol.exports.format import Facts, Features, Format, Subject, no_refusal, refusal_of_resnets
-from fastbyol.run.foreign_weights import METADATA
+from fastbyol.run.weights_files import METADATA
 
 _TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 

@@ -1,143 +1,37 @@
-"""Weights files of other programs: finds the encoder in them, under our names, and says what became of every key.
+"""Weights of other programs: finds the encoder in them, under our names, and says what became of every key.
 
 torchvision's and timm's ResNets have our names. solo-learn, lightly, VISSL, mmselfsup, MoCo and DDP put a prefix before them; lightly also
 numbers the parts, as nn.Sequential does. DeepMind's checkpoints have Haiku's names; they are pickles, which run code, so they are read from
-an .npz (docs/guide.md says how to make it). What `python -m fastbyol export` writes as .safetensors says itself what it holds.
+an .npz (docs/guide.md says how to make it; `weights_files` reads them).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fastbyol.config.console import printable
-from fastbyol.config.errors import UserError, first_line, shortened
+from fastbyol.config.errors import UserError, shortened
 from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.schema import WEIGHTS_OPTIONS, ModelConfig, TrainConfig
 from fastbyol.config.views import TORCHVISION, ViewPair
 from fastbyol.models.resnet import DEPTHS, STEM_CHANNELS, Bottleneck
-from fastbyol.run.checkpoint import REQUIRED, RESULTS, CheckpointError, RunState, load_checkpoint, load_run
+from fastbyol.run.checkpoint import REQUIRED, RESULTS, CheckpointError, RunState, load_run
+from fastbyol.run.weights_files import description_of, read_weights, weights_file
 
 log = logging.getLogger("fastbyol")
 FOREIGN_VIEWS = TORCHVISION
 """Size and normalisation of images for weights that come without: ImageNet's 224 px, antialiased as Pillow and torchvision resize."""
-EXPORTED = "model.safetensors"
-"""Name of the weights in a folder for Hugging Face."""
-METADATA = "fastbyol"
-"""Key of the JSON that our exports have in their metadata; its 'options' are `WEIGHTS_OPTIONS` by name."""
 _DEEPEST = 16
 """Levels of a file's nested dicts that are searched for weights; VISSL nests them four deep."""
 
-
-# ---- reading
-
-
-def read_weights(path: Path, *, option: str) -> dict[Any, Any]:
-    """Returns what a file of weights holds: a checkpoint of ours, or the (possibly nested) dict of another program. Runs no code of the file.
-
-    Args:
-        path: a run folder (its newest checkpoint), or a file: .safetensors, .npz with Haiku's names, else one of torch.save.
-        option: name of the option behind the path, for messages.
-
-    Raises:
-        UserError: no such path, or nothing to load there.
-    """
-    path = weights_file(path)
-    if not path.is_file():
-        return load_run(path, option=option).state
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    if path.suffix == ".pkl":
-        npz = "docs/guide.md shows how to make an .npz of DeepMind's weights"
-        raise CheckpointError(f"{option} = {str(path)!r}: a pickle can run code, so it is not read: {npz}")
-    try:
-        state = load_checkpoint(path, or_weights=True)
-    except CheckpointError as error:
-        raise CheckpointError(("" if option == "checkpoint" else f"{option}: ") + f"{error}{_way_out(error)}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{option} = {str(path)!r}: is not a state dict (names to tensors)")
-    return state
-
-
-def weights_file(path: Path) -> Path:
-    """Returns the weights in a folder that was exported for Hugging Face; any other path unchanged."""
-    inside = path / EXPORTED
-    return inside if path.is_dir() and inside.is_file() else path
-
-
-def _way_out(error: Exception) -> str:
-    """Returns how to make a file that can be read of one that holds more than tensors, or ''."""
-    if "it asks for" not in str(error):
-        return ""
-    return (
-        "; where you trust it, save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt'), "
-        "or whatever key they are under"
-    )
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UserError(f"{path}: safetensors is not installed; pip install 'fastbyol[safetensors]'") from error
-    try:
-        return load_file(path)
-    except Exception as error:  # its Rust part has an exception class of its own
-        raise CheckpointError(f"{path}: is not a file of weights ({first_line(error)})") from error
-
-
-def description_of(path: Path) -> dict[str, Any]:
-    """Returns the options of `WEIGHTS_OPTIONS` that one of our exports states in its metadata, checked; {} for any other file.
-
-    Raises UserError if it states options that do not exist or values out of range.
-    """
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA, "")
-        said = json.loads(text) if text else {}
-    except Exception as error:  # its Rust part has an exception class of its own
-        raise CheckpointError(f"{path}: its metadata cannot be read ({first_line(error)})") from error
-    said = said.get("options", {}) if isinstance(said, dict) else {}
-    groups: dict[str, dict[str, Any]] = {"model": {}, "views": {}}
-    for name, value in said.items() if isinstance(said, dict) else ():
-        if name in WEIGHTS_OPTIONS:
-            group, _, field = name.partition(".")
-            groups[group][field] = value
-    if not groups["model"]:
-        return {}
-    model = from_plain(ModelConfig, groups["model"], where=f"{printable(str(path))}: model.")
-    views = from_plain(ViewPair, groups["views"], where=f"{printable(str(path))}: views.")
-    configs = {"model": model, "views": views}
-    return {f"{group}.{field}": getattr(configs[group], field) for group, values in groups.items() for field in values}
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind in "fiu"}
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, TypeError) as error:
-        raise CheckpointError(f"{path}: is not an .npz of arrays ({first_line(error)})") from error
-
-
-# ---- names
 
 _CHILDREN = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 """nn.Sequential(*list(torchvision.models.resnet18().children())[:-1]), as lightly's examples build it: 2 is the ReLU, 3 the max-pool."""

@@ -13,7 +13,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.saved_structure import tensor_difference
 from fastbyol.run.checkpoint import REQUIRED, checkpoint_steps
-from fastbyol.run.foreign_weights import HAIKU, classifiers_of, match_names, read_weights
+from fastbyol.run.foreign_weights import HAIKU, classifiers_of, match_names
+from fastbyol.run.weights_files import read_weights
 
 log = logging.getLogger("fastbyol")
 OPTION = "init_from"

@@ -50,9 +50,12 @@ def most_images(activation: int) -> int:
     return max(1, (INDEX_LIMIT - 1) // (NUM_VIEWS * activation))
 
 
-def precisions(own: PrecisionConfig, *, device: str, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
-    """Returns each number format in both memory layouts by name, the config's own first; options in `kept` stay as they are."""
-    formats = [own.autocast] if "precision.autocast" in kept else own_first(own.autocast, AUTOCAST[device])
+def precisions(own: PrecisionConfig, *, device: str, kept: frozenset[str], bf16: bool = True) -> dict[str, PrecisionConfig]:
+    """Returns each number format in both memory layouts by name, the config's own first; options in `kept` stay as they are.
+
+    bf16: False for a CPU on which `bf16` computes in float32 as `off` does, so that there is nothing to choose.
+    """
+    formats = [own.autocast] if "precision.autocast" in kept or not bf16 else own_first(own.autocast, AUTOCAST[device])
     layouts = [own.channels_last] if "precision.channels_last" in kept else own_first(own.channels_last, (True, False))
     return {
         f"{autocast} {'channels_last' if layout else 'channels_first'}": replace(own, autocast=autocast, channels_last=layout)

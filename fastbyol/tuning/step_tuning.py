@@ -15,7 +15,7 @@ from fastbyol.config.errors import UserError, first_line
 from fastbyol.config.schema import PrecisionConfig
 from fastbyol.monitors.compute import largest_activation
 from fastbyol.optim.ema import check_update
-from fastbyol.run.precision import resolved
+from fastbyol.run.precision import is_bf16_fast, resolved
 from fastbyol.tuning import candidates
 from fastbyol.tuning.bench import Bench
 from fastbyol.tuning.comparison import MIN_ROUNDS, Trial, TrialFailed
@@ -46,7 +46,8 @@ def tune_step(bench: Bench) -> tuple[Stepper, float]:
 
 def _tune_precision(bench: Bench, batch: int) -> float:
     """Chooses number format and memory layout, and returns images per second with them."""
-    variants = candidates.precisions(bench.found.config.precision, device=bench.process.device.type, kept=bench.request.kept)
+    device = bench.process.device
+    variants = candidates.precisions(bench.found.config.precision, device=device.type, kept=bench.request.kept, bf16=is_bf16_fast(device))
     steppers = {name: bench.stepper(batch, precision=variant) for name, variant in variants.items()}
     trials = [Trial(name, stepper.alone(bench.sample[0])) for name, stepper in steppers.items()]
     comparison = bench.compare(f"step alone, batch {batch}", trials)

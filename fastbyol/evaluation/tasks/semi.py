@@ -79,14 +79,15 @@ def lists_for(settings: SemiSettings) -> dict[float, Path]:
         return {}
     if len(given) == 1 and given[0].is_dir():
         given = [given[0] / f"{100 * fraction:g}percent.txt" for fraction in wanted]
-    if len(given) != len(wanted):
-        raise UserError(
-            f"--lists {','.join(settings.lists)}: {len(given)} files for the fractions {', '.join(map(percent, wanted))}; give one for each, "
-            "or a folder that holds 1percent.txt and so on"
-        )
+    typed = f"--lists {','.join(settings.lists)}"
     for file in given:
         if not file.is_file():
-            raise UserError(f"--lists {','.join(settings.lists)}: no such file: {file}")
+            raise UserError(f"{typed}: no such file: {file}")
+    if len(given) != len(wanted):
+        raise UserError(
+            f"{typed}: {len(given)} given where {len(wanted)} are wanted ({', '.join(map(percent, wanted))}); give one for each fraction, "
+            "or a folder that holds 1percent.txt and so on"
+        )
     return dict(zip(wanted, given, strict=True))
 
 

@@ -1,0 +1,178 @@
+"""Runs the commands of README and docs as they are written, page by page, in a folder that holds what the page speaks of, only smaller.
+
+What would take days or eight GPUs gets an option more, which is printed: `--dry_run` for the paper's settings, a few steps for a training,
+two processes instead of eight. What is not run at all stands in NOT_RUN with its reason.
+
+python -m tests.long.documented_commands                     (every page: half an hour on two cores)
+python -m tests.long.documented_commands --pages README      (pages whose name contains this)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.commands import ROOT
+from tests.imagenet_archives import DEVKIT, TRAIN, VAL, write_archives
+from tests.test_documented_commands import documented
+from tests.test_task_transfer import make_dtd, make_own, make_pets
+
+SMALL_STEP = "--global_batch 8 --views.size_px 32 --data.workers 1"
+NOT_RUN = {
+    r"benchmarks\.(run|compare|figures|report|recipes|small_sets)": "measures or rewrites kept records: tests/test_benchmarks.py runs the cases",
+    r"gpu_plan": "needs a GPU: tests/test_gpu_plan.py runs it on the CPU",
+    r"reproduce .*--out docs/reproduction": "the kept tables: hours",
+}
+MORE = (
+    (r"evaluate .*--settings (paper|moco)(?!.*--dry_run)", "--dry_run"),
+    (r"(train\.py|fastbyol train) .*--preset r50", f"--steps 2 {SMALL_STEP}"),
+    (r"(train\.py|fastbyol train) .*--preset cpu_demo", "--steps 4 --global_batch 16"),
+    (r"fastbyol train --config", "--steps 4"),
+    (r"tune .*--preset r50", f"--seconds 1 --ranks 1 {SMALL_STEP}"),
+    (r"reproduce (?!.*--dry_run).*--scale paper", "--dry_run"),
+    (r"reproduce (?!.*(--dry_run|--scale paper))", "--epochs 0 --steps 2 --global_batch 8"),
+    (r"demo_data\.py", "--train-per-class 12 --val-per-class 4"),
+)
+"""What is added to a command that matches, so that it ends within minutes."""
+
+
+class Page:
+    """A folder in which the commands of one page are run, one after another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        folder.mkdir(parents=True)
+        for name in ("data_prep", "fastbyol", "benchmarks"):  # the scripts are typed by their path in a checkout
+            (folder / name).symlink_to(ROOT / name)
+
+    def run(self, text: str) -> None:
+        """Runs the command with what MORE adds. SystemExit if it ends with another code than 0 or with a traceback."""
+        command = text.replace("--nproc-per-node 8", "--nproc-per-node 2")
+        added = [more for pattern, more in MORE if re.search(pattern, command)]
+        begin = time.monotonic()
+        done = subprocess.run(
+            ["bash", "-c", " ".join([command, *added])],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        note = f"   (+ {' '.join(added)})" if added else ""
+        print(f"{time.monotonic() - begin:6.1f} s  {command}{note}", flush=True)
+        if done.returncode != 0 or "Traceback" in done.stdout:
+            sys.exit(f"exit code {done.returncode}, in {self.folder}:\n{done.stdout[-4000:]}")
+
+
+def scenes(page: Page) -> None:
+    """Small scenes with labels, masks, boxes and depths in `demo`."""
+    page.run("python data_prep/demo_data.py --kind scenes --out demo")
+
+
+def short_run(page: Page, *names: str) -> None:
+    """Runs of a few steps on the scenes, under the names that the page gives its own."""
+    for name in names:
+        page.run(f"python -m fastbyol train --preset cpu_demo_scenes --data.train demo/train --out {name}")
+
+
+def own_images(page: Page) -> None:
+    scenes(page)
+    photos = page.folder / "photos"
+    photos.mkdir()
+    for number, image in enumerate(sorted((page.folder / "demo" / "train").rglob("*.jpg")), start=1):
+        shutil.copyfile(image, photos / f"{number}.jpg")
+
+
+def labelled(page: Page) -> None:
+    scenes(page)
+    for name in ("photos", "imagenet"):
+        (page.folder / name).symlink_to("demo")
+    for name, layout in {"VOCdevkit": "voc", "nyu": "nyu"}.items():
+        (page.folder / name).symlink_to(Path("demo", layout))
+    # The paper trains on VOC's images with SBD's masks added; here the added ones are the same.
+    voc = page.folder / "demo" / "voc"
+    shutil.copyfile(voc / "ImageSets" / "Segmentation" / "train.txt", voc / "ImageSets" / "Segmentation" / "train_aug.txt")
+    (voc / "SegmentationClassAug").symlink_to("SegmentationClass")
+    make_dtd(page.folder / "sets")
+    make_pets(page.folder / "sets")
+    make_own(page.folder / "sets" / "my" / "birds", train=12, test=4)
+    (page.folder / "simclr").mkdir()
+    for share in (1, 10):  # of twelve images of a class, one is as near as can be to both
+        names = [f"{folder.name}/{min(folder.iterdir()).name}" for folder in sorted((page.folder / "demo" / "train").iterdir())]
+        (page.folder / "simclr" / f"{share}percent.txt").write_text("".join(f"{name}\n" for name in names))
+    short_run(page, "runs/mine", "runs/r50")
+    (page.folder / "RUN").symlink_to("runs/mine")
+
+
+def archives(page: Page) -> None:
+    write_archives(page.folder)
+    for name in (TRAIN, VAL, DEVKIT):
+        assert (page.folder / name).exists(), name
+
+
+def nothing(page: Page) -> None:
+    """The page's first command makes its data."""
+
+
+def converted(page: Page) -> None:
+    scenes(page)
+    page.run("python data_prep/to_ffcv.py --data demo/train --out train.beton")
+
+
+def fashion(page: Page) -> None:
+    page.run("python data_prep/demo_data.py --kind fashion --out demo/fashion/images")
+    for split in ("train", "val"):
+        page.run(f"python data_prep/to_ffcv.py --data demo/fashion/images/{split} --out demo/fashion/{split}.beton")
+    (page.folder / "imagenet").symlink_to("demo/fashion")
+
+
+PREPARED: dict[str, Callable[[Page], None]] = {
+    "README.md": own_images,
+    "docs/quickstart.md": nothing,
+    "docs/imagenet.md": archives,
+    "docs/data_bound.md": converted,
+    "docs/evaluation.md": labelled,
+    "docs/monitors.md": fashion,
+    "docs/recipes.md": own_images,
+    "docs/reproduction/index.md": fashion,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pages", default="", help="only pages whose name contains this")
+    wanted = parser.parse_args().pages
+    commands = list(documented())
+    with tempfile.TemporaryDirectory(prefix="fastbyol-documented-") as folder:
+        for name in dict.fromkeys(command.page for command in commands):
+            if wanted not in name:
+                continue
+            print(f"# {name}", flush=True)
+            page: Page | None = None
+            for command in (each for each in commands if each.page == name):
+                if reason := next((why for pattern, why in NOT_RUN.items() if re.search(pattern, command.text)), ""):
+                    print(f"  not run  {shlex.join(shlex.split(command.text))}: {reason}", flush=True)
+                    continue
+                if page is None:
+                    page = Page(Path(folder, name.replace("/", "_")))
+                    PREPARED.get(name, nothing)(page)
+                page.run(command.text)
+    print("every command did what the pages say")
+
+
+if __name__ == "__main__":
+    main()
