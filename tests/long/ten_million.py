@@ -4,7 +4,7 @@ python -m tests.long.ten_million --folder /big/scratch [--rows 100000 1000000 10
 
 The images are not there: a .beton and tar shards have true tables over files of holes, a folder has hard links to a few tiny files. Each
 subject runs in a process of its own. It prints seconds and processor seconds of each phase, the process's largest memory, and for each phase
-the exponent of the growth between the numbers of rows (1 is linear) beside the fitted seconds per million rows.
+the exponent of the growth between the last two numbers of rows (1 is linear) beside the fitted seconds per million rows.
 """
 
 from __future__ import annotations
@@ -443,7 +443,7 @@ LIMITS = dict.fromkeys(("tars", "tars again", "parquet", "parquet again", "label
 
 
 def growth(seconds: dict[int, float]) -> str:
-    """Returns the exponent of the growth from the first to the last number of rows, and the fitted seconds per million rows."""
+    """Returns the exponent of the growth between the last two numbers of rows, and the fitted seconds per million rows."""
     rows, values = np.array(list(seconds)), np.maximum(list(seconds.values()), 1e-3)
     if len(rows) < 2:
         return ""
