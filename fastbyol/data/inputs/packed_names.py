@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 _AT_ONCE, _BYTES_AT_ONCE = 4096, 1 << 24
 """Names that are decoded together, and bytes that are searched together."""
+_PACKED_AT_ONCE = 1 << 16
+"""Names that wait as strings to be packed together."""
 _WIDEST = 64
 """Most bytes in which sorted names may differ for numpy to sort them; it pads all to the longest."""
 
@@ -23,11 +25,12 @@ class PackedNames(Sequence[str]):
     Bytes that are not UTF-8 are kept, as surrogateescape shows them.
     """
 
-    __slots__ = ("_block", "_ends")
+    __slots__ = ("_block", "_ends", "_folders")
 
     def __init__(self, block: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
         """block: the names, a zero byte after each; ends: (N,) offset after each name's zero byte."""
         self._block, self._ends = block, ends
+        self._folders: tuple[list[str], NDArray[np.int32]] | None = None
 
     @classmethod
     def of(cls, names: Iterable[str]) -> PackedNames:
@@ -132,12 +135,15 @@ class PackedNames(Sequence[str]):
 
     def folders(self) -> tuple[list[str], NDArray[np.int32]]:
         """Returns the folders, sorted, and the number of each name's folder, (N,). The folder of 'a/b/1.jpg' is 'a/b', that of '1.jpg' is ''."""
+        if self._folders is not None:
+            return self._folders
         seen: dict[str, int] = {}
         number = np.fromiter((seen.setdefault(name.rpartition("/")[0], len(seen)) for name in self), dtype=np.int32, count=len(self))
         found = sorted(seen)
         rank = np.empty(len(seen), dtype=np.int32)
         rank[[seen[folder] for folder in found]] = np.arange(len(seen), dtype=np.int32)
-        return found, rank[number]
+        self._folders = found, rank[number]
+        return self._folders
 
     def sorted_order(self) -> NDArray[np.int64]:
         """Returns the indices that sort the names as Python sorts strings; equal names keep their order."""
@@ -182,24 +188,30 @@ class PackedNames(Sequence[str]):
 
 
 class NamePacker:
-    """Collects names one by one."""
+    """Collects names one by one, and packs some thousand at a time."""
 
     def __init__(self) -> None:
-        self._block, self._ends = bytearray(), array("q")
+        self._parts: list[PackedNames] = []
+        self._some: list[str] = []
+        self._packed = 0
 
     def append(self, name: str) -> None:
-        if "\0" in name:
-            raise ValueError(f"{name!r} holds a zero byte")
-        self._block += name.encode(errors="surrogateescape")
-        self._block.append(0)
-        self._ends.append(len(self._block))
+        self._some.append(name)
+        if len(self._some) >= _PACKED_AT_ONCE:
+            self._pack()
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return self._packed + len(self._some)
+
+    def _pack(self) -> None:
+        self._parts.append(PackedNames.of(self._some))
+        self._packed += len(self._some)
+        self._some = []
 
     def packed(self) -> PackedNames:
-        """Returns the names, without copying them; no more can be added."""
-        return PackedNames(np.frombuffer(self._block, dtype=np.uint8), np.frombuffer(self._ends, dtype=np.int64))
+        """Returns the names."""
+        self._pack()
+        return PackedNames.joined(self._parts)
 
 
 def labels_as(labels: NDArray[np.integer]) -> tuple[int, ...]:
