@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
-from fastbyol.config.errors import UserError, first_line
+from fastbyol.config.errors import UserError
 
 PROGRAMS = {"iproute2": ("ip", "tc"), "util-linux": ("unshare", "nsenter", "setpriv")}
 """The Debian packages that are needed, and the programs that are looked for in each."""
@@ -168,4 +168,4 @@ def _running(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[byte
 def _do(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{' '.join(command)}: {first_line(done.stderr) or done.returncode}; this machine does not allow it")
+        raise UserError(f"{' '.join(command)}: {' '.join(done.stderr.split()) or done.returncode}; this machine does not allow it")
