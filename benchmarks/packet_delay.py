@@ -2,7 +2,7 @@
 
 python -m benchmarks.packet_delay DEVICE DEVICE     (open file descriptors; each line on stdin is the delay from then on, in seconds)
 
-It ends when stdin does, so with the process that started it.
+It ends when stdin does, so with the process that started it, or when one of the devices is gone.
 """
 
 from __future__ import annotations
@@ -46,4 +46,5 @@ def forward(devices: tuple[int, int], told: int) -> None:
 
 if __name__ == "__main__":
     near, far = map(int, sys.argv[1:])
-    forward((near, far), sys.stdin.fileno())
+    with contextlib.suppress(OSError):  # the namespace ended, and its device with it
+        forward((near, far), sys.stdin.fileno())

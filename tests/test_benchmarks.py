@@ -76,7 +76,9 @@ TINY_CASES = {
     "loader": (loader, loader.Size(images=10, batch=5, rounds=1, size_px=16, scale=0.1)),
     "store": (
         store,
-        store.Size(images=20, batch=10, rounds=1, shard_mib=1, window_mib=1, delays_ms=(0, 20), cache_share=3.0, size_px=16, scale=0.2),
+        store.Size(
+            images=10, copies=2, batch=10, rounds=1, shard_mib=1, window_mib=1, delays_ms=(0, 20), cache_share=3.0, size_px=16, scale=0.2
+        ),
     ),
     "augment": (augment, augment.Size(images=2, rounds=1, size_px=16, scale=0.1)),
     "ema": (Ema, updates.Size(rounds=2, model=TINY_MODEL)),

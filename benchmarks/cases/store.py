@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.imagenet_like import write_imagenet_like
+from benchmarks.imagenet_like import copy_names, write_imagenet_like
 from benchmarks.record import CaseResult, measured
 from benchmarks.slow_link import SlowLink, require_programs
 from benchmarks.timing import Subject, torch_threads
@@ -44,10 +44,14 @@ REFERENCE, CEILING, FIRST = "local disk", "local disk, in the page cache", "ms t
 
 @dataclass(frozen=True)
 class Size:
-    """images: a multiple of batch. delays_ms: added to a round trip. cache_share: of the data, held by the cache. scale: of ImageNet's sides."""
+    """delays_ms: added to a round trip. cache_share: of the data, held by the cache. scale: of ImageNet's image sides."""
 
     images: int
+    """Number of different images."""
+    copies: int
+    """Names of each: an epoch must outlast the wait for its first batch, and images take long to draw."""
     batch: int
+    """A divisor of all images."""
     rounds: int
     shard_mib: int
     window_mib: int
@@ -62,20 +66,21 @@ class Size:
     """Processes that generate the images."""
 
 
-QUICK = Size(images=150, batch=30, rounds=6, shard_mib=1, window_mib=1, size_px=96, scale=0.5)
-FULL = Size(images=640, batch=32, rounds=6, shard_mib=32, window_mib=8, writers=2)
+QUICK = Size(images=50, copies=3, batch=30, rounds=6, shard_mib=1, window_mib=1, size_px=96, scale=0.5)
+FULL = Size(images=640, copies=3, batch=32, rounds=6, shard_mib=32, window_mib=16, writers=2)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
     require_programs({"nginx-light": ("nginx",)})
     with SlowLink(nginx_command(scratch)) as link:  # first, since where it cannot be there is nothing to measure
         folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed, workers=size.writers)
+        copy_names(folder, size.copies)
         write_tar_shards(folder, out=scratch / "served" / "train", workers=1, shard_mib=size.shard_mib)
         epochs = Epochs(scratch, size, link)
         subjects = [epochs.local(CEILING, cold=False), epochs.local(REFERENCE, cold=True)]
         subjects += [epochs.stored(delay_ms) for delay_ms in size.delays_ms]
         subjects += [epochs.fetched(delay_ms, connections) for connections in size.connections for delay_ms in size.delays_ms]
-        title = f"an epoch of {size.images} images, {epochs.data_bytes / 2**20:.0f} MiB of tar shards, with a cache of {size.cache_share:.0%} of it"
+        title = f"an epoch of {epochs.images:,} images, {epochs.data_bytes / 2**20:.0f} MiB of tar shards, with a cache of {size.cache_share:.0%} of it"
         with torch_threads(1):
             given = {"settings": size, "primary": "wall", "warmed_up": epochs.first_ms.clear}
             result = measured("store", title, subjects, reference=REFERENCE, ceiling=CEILING, **given)
@@ -101,6 +106,7 @@ class Epochs:
         self._local = scratch / "served" / "train"
         self._shards = sorted(self._local.glob("*.tar"))
         self._loader: TwoViewLoader | None = None
+        self.images = size.images * size.copies
         self.data_bytes = sum(path.stat().st_size for path in self._shards)
         self.first_ms = defaultdict[str, list[float]](list)
         self._round_trip_ms: dict[str, float] = {}
@@ -128,7 +134,7 @@ class Epochs:
                     pass
 
         name = f"fetch only, {connections} connections, + {delay_ms:g} ms"
-        return Subject(name, fetch, units=self._size.images, prepare=lambda: self._away(name, delay_ms), note="no view made")
+        return Subject(name, fetch, units=self.images, prepare=lambda: self._away(name, delay_ms), note="no view made")
 
     def extra(self) -> dict[str, dict[str, float]]:
         """Returns the medians of the waits for the first batch, and how long a round trip is."""
@@ -155,7 +161,7 @@ class Epochs:
                 for _ in batches:
                     pass
 
-        return Subject(name, epoch, units=self._size.images, prepare=ready, note=note)
+        return Subject(name, epoch, units=self.images, prepare=ready, note=note)
 
     def _warm(self) -> None:
         for path in self._shards:
