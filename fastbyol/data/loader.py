@@ -20,6 +20,7 @@ from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
 from fastbyol.data.batch import CropBatch, ImageBatch, ViewBatch
 from fastbyol.data.fetch_ahead import FetchAhead
+from fastbyol.data.formats.manifest import label_counts
 from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Traversal
 
@@ -34,8 +35,7 @@ class _Loader:
 
     def class_counts(self) -> dict[str, int]:
         """Returns the number of images of each class; images without a label (-1) are not counted."""
-        labels = self._labels[self._labels >= 0]
-        return dict(zip(self.class_names, np.bincount(labels, minlength=len(self.class_names)).tolist(), strict=False))
+        return dict(zip(self.class_names, label_counts(self._labels, num_classes=len(self.class_names)), strict=True))
 
     def fingerprint(self) -> dict[str, str]:
         """Returns short texts that identify the data set, see `Source.fingerprint`."""

@@ -83,7 +83,7 @@ class Blocks:
         return self.sample[first:last].astype(np.int64)
 
 
-def group_into_blocks(file: Indices, offset: Indices, *, block_bytes: int, window_bytes: int) -> Blocks:
+def group_into_blocks(file: NDArray[np.integer], offset: NDArray[np.integer], *, block_bytes: int, window_bytes: int) -> Blocks:
     """Groups samples into blocks of block_bytes, counted from the start of each file; with a .beton's page size, these are its pages.
 
     Args:
@@ -108,7 +108,7 @@ def group_into_blocks(file: Indices, offset: Indices, *, block_bytes: int, windo
     return Blocks(sample, number, window=max(1, window_bytes // block_bytes))
 
 
-def _in_storage_order(file: Indices, offset: Indices) -> bool:
+def _in_storage_order(file: NDArray[np.integer], offset: NDArray[np.integer]) -> bool:
     """Returns True if the samples are in the order of their files and offsets already."""
     for at in _pieces(len(offset) - 1):
         files, offsets = file[at : at + _PIECE + 1], offset[at : at + _PIECE + 1]

@@ -4,7 +4,7 @@ python -m tests.long.ten_million --folder /big/scratch [--rows 100000 1000000 10
 
 The images are not there: a .beton and tar shards have true tables over files of holes, a folder has hard links to a few tiny files. Each
 subject runs in a process of its own. It prints seconds and processor seconds of each phase, the process's largest memory, and for each phase
-the exponent of the growth between the numbers of rows (1 is linear) beside the fitted seconds per million rows.
+the exponent of the growth between the last two numbers of rows (1 is linear) beside the fitted seconds per million rows.
 """
 
 from __future__ import annotations
@@ -98,6 +98,13 @@ def make_beton(folder: Path, rows: int) -> Path:
         whole = file.tell()
     write_manifest(beton_manifest_path(path), manifest_of("beton", rows, [Shard(path.name, rows, whole, "")]))
     unfinished.replace(path)
+    return path
+
+
+def forget_tables(path: Path) -> Path:
+    """Removes the tables that earlier processes have kept beside the data, so that the next one makes its own."""
+    for table in (path if path.is_dir() else path.parent).glob(".fastbyol-table-*"):
+        table.unlink()
     return path
 
 
@@ -234,7 +241,7 @@ def make_tar_index(folder: Path, rows: int) -> Path:
         scan.names = [f"{row:09d}.png" for row in range(number * SHARD_IMAGES, (number + 1) * SHARD_IMAGES)]
         scan.offsets = array("q", range(512, 512 + SHARD_IMAGES * 2048, 2048))
         scan.sizes = array("q", [67]) * SHARD_IMAGES
-        contents.append(TarContent(path, stamp_of(path.stat()), scan))
+        contents.append(TarContent.of_scan(path, stamp_of(path.stat()), scan))
     with cache_file(out, name=_INDEX, of=paths) as index:
         assert index is not None
         _write_index(index, contents)
@@ -248,7 +255,7 @@ def make_tar_index(folder: Path, rows: int) -> Path:
 def memory(process: int | str = "self") -> dict[str, float]:
     """Returns MiB: 'peak' (largest resident so far), 'rss' and 'pss' (shared pages counted by share) now, 'private' of it."""
     found: dict[str, float] = {}
-    with suppress(OSError):
+    with suppress(OSError, StopIteration, KeyError):  # a process that is ending has no memory any more
         status = Path(f"/proc/{process}/status").read_text().splitlines()
         found["peak"] = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
@@ -278,6 +285,10 @@ class Phases:
         print(json.dumps(self.found))
 
 
+def order_digest(order: np.ndarray[Any, np.dtype[np.int64]]) -> str:
+    return f"{zlib.crc32(memoryview(np.ascontiguousarray(order, dtype=np.int64))):08x}"
+
+
 def measure_loader(path: Path, rows: int, traversal: str = "random") -> None:
     import torch  # noqa: F401 (its memory is part of the imports)
 
@@ -301,7 +312,7 @@ def measure_loader(path: Path, rows: int, traversal: str = "random") -> None:
         told = loader.fingerprint()
     with phase("order of an epoch"):
         order = loader.traversal.order(0)
-    told["order"] = f"{zlib.crc32(np.ascontiguousarray(order, dtype=np.int64)):08x}"
+    told["order"] = order_digest(order)
     del order
     with phase("first batch"):
         batches = iter(loader)
@@ -318,14 +329,14 @@ def measure_orders(path: Path, rows: int) -> None:
     phase = Phases()
     with phase("random order"):
         order = epoch_order(rows, seed=SEED, epoch=1)
-    told = {"random": f"{zlib.crc32(np.ascontiguousarray(order, dtype=np.int64)):08x}"}
+    told = {"random": order_digest(order)}
     del order
     offset = np.arange(rows, dtype=np.int64) * 93_000
     with phase("blocks"):
         blocks = group_into_blocks(np.zeros(rows, dtype=np.int64), offset, block_bytes=PAGE, window_bytes=2048 << 20)
     with phase("local order"):
         order = local_order(blocks, seed=SEED, epoch=1)
-    phase.found["digests"] = told | {"local": f"{zlib.crc32(np.ascontiguousarray(order, dtype=np.int64)):08x}"}
+    phase.found["digests"] = told | {"local": order_digest(order)}
     phase.end()
 
 
@@ -366,7 +377,7 @@ def measure_train(path: Path, rows: int, ranks: int = 2) -> None:
         ),
         *("--model.hidden_dim", "16", "--model.projection_dim", "8", "--global_batch", "64"),
     ]
-    start = time.perf_counter()
+    began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen: dict[int, dict[str, float]] = {}
     first_record = 0.0
@@ -374,16 +385,27 @@ def measure_train(path: Path, rows: int, ranks: int = 2) -> None:
         for pid in ranks_of(process.pid):
             if now := memory(pid):
                 before = seen.setdefault(pid, {})
-                seen[pid] = {name: max(before.get(name, 0), mib) for name, mib in now.items() if name in ("peak", "rss", "pss", "private")}
+                before |= {name: max(before.get(name, 0), mib) for name, mib in now.items()}
+                if not first_record:
+                    before["cpu_s"] = cpu_seconds(pid)
         if not first_record and any("step" in log.read_text(errors="replace") for log in out.glob("*.jsonl")):
-            first_record = time.perf_counter() - start
+            first_record = time.perf_counter() - began
         time.sleep(0.1)
     text = process.stdout.read() if process.stdout else ""
     if process.returncode:
         sys.exit(f"exit code {process.returncode}: {text[-3000:]}")
-    found: dict[str, Any] = {"start to the first step's record": {"wall_s": round(first_record, 2), "cpu_s": 0.0, "peak_mib": 0}}
+    start = {"wall_s": round(first_record, 2), "cpu_s": max(each.get("cpu_s", 0.0) for each in seen.values()), "peak_mib": 0}
+    start["peak_mib"] = max(each["peak"] for each in seen.values())
+    found: dict[str, Any] = {"start to the first step's record": start}
     found |= {f"rank {number}": each for number, each in enumerate(seen.values())}
     print(json.dumps(found))
+
+
+def cpu_seconds(process: int) -> float:
+    with suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -395,9 +417,10 @@ def ranks_of(launcher: int) -> list[int]:
 
 SUBJECTS: dict[str, tuple[Callable[[Path, int], Path], Callable[[Path, int], None], str]] = {
     "orders": (lambda folder, rows: folder, measure_orders, "the two orders of an epoch"),
-    "beton": (make_beton, measure_loader, "a .beton, random traversal"),
+    "beton": (lambda folder, rows: forget_tables(make_beton(folder, rows)), measure_loader, "a .beton, opened for the first time"),
+    "beton again": (make_beton, measure_loader, "a .beton, whose table another process has kept"),
     "local": (make_beton, lambda path, rows: measure_loader(path, rows, "local"), "a .beton, local traversal"),
-    "shards": (make_shards, measure_loader, "converted tar shards"),
+    "shards": (lambda folder, rows: forget_tables(make_shards(folder, rows)), measure_loader, "converted tar shards, for the first time"),
     "train": (make_beton, measure_train, "a run of two ranks on a .beton"),
     "tree": (make_tree, measure_listing, "a folder of class folders"),
     "list": (make_path_list, measure_listing, "a list of paths"),
@@ -420,7 +443,7 @@ LIMITS = dict.fromkeys(("tars", "tars again", "parquet", "parquet again", "label
 
 
 def growth(seconds: dict[int, float]) -> str:
-    """Returns the exponent of the growth from the first to the last number of rows, and the fitted seconds per million rows."""
+    """Returns the exponent of the growth between the last two numbers of rows, and the fitted seconds per million rows."""
     rows, values = np.array(list(seconds)), np.maximum(list(seconds.values()), 1e-3)
     if len(rows) < 2:
         return ""

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.block_cache import CachedFile
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged
 from fastbyol.data.backends.store_tables import StoreTables
+from fastbyol.data.formats.beton import PIECE
 from fastbyol.data.formats.jpeg_header import jpeg_complaint
-from fastbyol.data.formats.tar_shards import read_tar_shards, read_tar_tables
+from fastbyol.data.formats.tar_shards import SAMPLE, listed_position, read_tar_shards, read_tar_tables
 
 BATCH = 16
 """Largest number of images per run of a DALI pipeline."""
@@ -35,23 +37,22 @@ class DaliSource(Source):
         if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
             raise UserError("data.backend = 'dali': DALI is not installed; pip install 'fastbyol[dali]' (or nvidia-dali-cuda130)")
         manifest, self._table = read_tar_shards(folder) if store is None else read_tar_tables(folder)
-        super().__init__(labels=self._table["label"].astype(np.int64), class_names=manifest.class_names)
+        super().__init__(labels=self._table["label"], class_names=manifest.class_names)
         # The members of the tars are named by their number in the listing.
-        self._listed = np.delete(np.arange(self.num_samples + len(manifest.dropped)), manifest.dropped)
+        self._dropped = np.array(manifest.dropped, dtype=np.int64)
         names = [shard.name for shard in manifest.shards]
         self._files: Sequence[RangeReader | CachedFile]
         if store is None:
             self._files = _opened(folder, names)
         else:
-            offset, size = (self._table[name].astype(np.int64) for name in ("offset", "size"))
-            file = self._table["shard"].astype(np.int64)
-            self.cache = store.cache(names, file=file, offset=offset, size=size, crc32=self._table["crc32"])
+            file, offset, size, crc32 = (self._table[name] for name in ("shard", "offset", "size", "crc32"))
+            self.cache = store.cache(names, file=file, offset=offset, size=size, crc32=crc32)
             self._files = self.cache.open_files()
         self._local = threading.local()
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
-        rows = self._table[indices]
-        return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        height, width = (self._table[name][indices].astype(np.int64) for name in ("height", "width"))
+        return height, width
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         for first in range(0, len(indices), BATCH):
@@ -67,21 +68,26 @@ class DaliSource(Source):
                     raise damaged(self.sample_name(index), f"it decodes to {found} pixels, its table says {width}x{height}")
                 yield image
 
-    def storage(self) -> tuple[Indices, Indices]:
-        return self._table["shard"].astype(np.int64), self._table["offset"].astype(np.int64)
+    def storage(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+        return self._table["shard"], self._table["offset"]
 
     def read_ahead(self, indices: Indices) -> None:
-        rows = self._table[indices]
-        self._files[rows["shard"][0]].read_ahead(int(rows["offset"].min()), int((rows["offset"] + rows["size"]).max()))
+        shard, offset, size = (self._table[name][indices] for name in ("shard", "offset", "size"))
+        self._files[shard[0]].read_ahead(int(offset.min()), int((offset + size).max()))
 
-    def identity(self) -> bytes:
-        return self._table.tobytes()
+    def identity(self) -> Iterator[bytes]:
+        """Yields the bytes of the sample table, as its file has them."""
+        for first in range(0, self.num_samples, PIECE):
+            rows = np.empty(min(PIECE, self.num_samples - first), dtype=SAMPLE)
+            for name, column in self._table.items():
+                rows[name] = column[first : first + PIECE]
+            yield rows.tobytes()
 
     def sample_name(self, index: int) -> str:
-        return f"image {index} ({self._listed[index]:08d}.jpg of {self._files[self._table['shard'][index]].path})"
+        return f"image {index} ({self.image_name(index)}.jpg of {self._files[self._table['shard'][index]].path})"
 
     def image_name(self, index: int) -> str:
-        return f"{self._listed[index]:08d}"
+        return f"{listed_position(index, self._dropped):08d}"
 
     def close(self) -> None:
         for file in self._files:
@@ -90,9 +96,9 @@ class DaliSource(Source):
 
     def jpeg(self, index: int) -> Pixels:
         """Returns an image's bytes. Raises UserError, before any decoder runs, if checksum or size differ from the table or it has too many scans."""
-        row = self._table[index]
-        data = self.read_checked(index, self._files[row["shard"]], int(row["offset"]), int(row["size"]), crc32=int(row["crc32"]))
-        if complaint := jpeg_complaint(data, height=int(row["height"]), width=int(row["width"])):
+        row = {name: int(column[index]) for name, column in self._table.items()}
+        data = self.read_checked(index, self._files[row["shard"]], row["offset"], row["size"], crc32=row["crc32"])
+        if complaint := jpeg_complaint(data, height=row["height"], width=row["width"]):
             raise damaged(self.sample_name(index), complaint)
         return np.frombuffer(data, dtype=np.uint8)
 

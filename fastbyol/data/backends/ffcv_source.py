@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.block_cache import CachedFile
-from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, ThreadBuffer, damaged, some_of
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, ThreadBuffer, column_bytes, damaged, some_of
 from fastbyol.data.backends.store_tables import StoreTables
 from fastbyol.data.formats.beton import RAW_MODE, Beton, read_beton
 from fastbyol.data.formats.manifest import beton_manifest_path, numbered_class_names, read_manifest, refuse_other_counts
@@ -47,7 +48,7 @@ class FfcvSource(Source):
         self._scratch = ThreadBuffer()
 
     def sizes(self, indices: Indices) -> tuple[Indices, Indices]:
-        return self._beton.height[indices], self._beton.width[indices]
+        return self._beton.height[indices].astype(np.int64), self._beton.width[indices].astype(np.int64)
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         table = self._beton
@@ -66,20 +67,21 @@ class FfcvSource(Source):
                 raise damaged(self.sample_name(index), complaint)
             yield image
 
-    def storage(self) -> tuple[Indices, Indices]:
-        return np.zeros(self.num_samples, dtype=np.int64), self._beton.offset
+    def storage(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+        return np.broadcast_to(np.int64(0), self.num_samples), self._beton.offset  # a column of zeros that takes no memory
 
     def read_ahead(self, indices: Indices) -> None:
         ends = self._beton.offset[indices] + self._beton.size[indices]
         self._file.read_ahead(int(self._beton.offset[indices].min()), int(ends.max()))
 
-    def identity(self) -> bytes:
-        """Returns a digest of what distinguishes the images, bytes included: raw images have equal sizes and offsets whatever they show."""
+    def identity(self) -> Iterator[bytes]:
+        """Yields what distinguishes the images, bytes included: raw images have equal sizes and offsets whatever they show."""
         table, crc32 = self._beton, self._beton.crc32
         if crc32 is None:
             places = ((int(table.offset[index]), int(table.size[index])) for index in some_of(self.num_samples))
             crc32 = np.array([zlib.crc32(self._file.read(*place)) for place in places])
-        return super().identity() + crc32.tobytes()
+        yield from super().identity()
+        yield from column_bytes(crc32)
 
     def sample_name(self, index: int) -> str:
         return f"image {index} of {self._file.path}"

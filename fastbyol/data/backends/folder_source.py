@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged, some_of
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
@@ -37,7 +38,7 @@ class FolderSource(Source):
         if text := left_out_text(self._listing.skipped):
             _warn_once(f"{listing.root}: left out: {text}")
         # (height, width), filled as images are first used: opening a million files in advance would take too long.
-        self._sizes = np.zeros((self.num_samples, 2), dtype=np.int64)
+        self._sizes = np.zeros((self.num_samples, 2), dtype=np.int32)
         # Bytes of images at URLs, fetched for their sizes and used once more, when the same images are decoded.
         self._fetched: dict[int, bytes] = {}
 
@@ -53,14 +54,12 @@ class FolderSource(Source):
                     self._sizes[index] = image_size(location.path if location.size is None else location.read())
             except (UndecodableImage, OSError) as error:
                 raise damaged(self.sample_name(index), error) from error
-        height, width = self._sizes[indices].T
+        height, width = self._sizes[indices].astype(np.int64).T
         return height, width
 
-    def storage(self) -> tuple[Indices, Indices]:
+    def storage(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
         places = self._listing.places
-        return (
-            super().storage() if places is None else (np.array(places.container, dtype=np.int64), np.array(places.offsets, dtype=np.int64))
-        )
+        return super().storage() if places is None else (np.frombuffer(places.container, np.int32), np.frombuffer(places.offsets, np.int64))
 
     def read_ahead(self, indices: Indices) -> None:
         locations = [self._listing.location(index) for index in indices.tolist()]
@@ -72,13 +71,13 @@ class FolderSource(Source):
         finally:
             reader.close()
 
-    def identity(self) -> bytes:
-        """Returns a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""
-        digest = hashlib.sha256("\0".join(self._listing.files).encode(errors="surrogateescape"))
+    def identity(self) -> Iterator[bytes]:
+        """Yields a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""
+        digest = hashlib.sha256(self._listing.names.block[:-1].data)
         for data in at_once(self._bytes_or_none, some_of(self.num_samples)):
             if data is not None:
                 digest.update(f"{len(data)} {hashlib.sha256(data[:_COMPARED_BYTES]).hexdigest()}".encode())
-        return digest.digest()
+        yield digest.digest()
 
     def _bytes_or_none(self, index: int) -> bytes | None:
         try:

@@ -10,7 +10,7 @@ import os
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 READ_AHEAD_BYTES = 1 << 20
 """Bytes that read-ahead fetches per system call."""
+_PIECE = 1 << 18
+"""Rows of which bytes are made at a time for a digest."""
 _COMPARED = 256
 """Images of which ranks compare the bytes where no table has their digests."""
 
@@ -63,15 +65,19 @@ class Source(ABC):
 
     def fingerprint(self) -> dict[str, str]:
         """Returns short texts that identify this data set: number of images; digests of class names, labels and image identity."""
-        texts = {"class names": repr(self.class_names).encode(), "labels": self.labels.tobytes(), "images": self.identity()}
-        return {"number of images": str(self.num_samples)} | {name: hashlib.sha256(text).hexdigest()[:12] for name, text in texts.items()}
+        texts = {"class names": [repr(self.class_names).encode()], "labels": column_bytes(self.labels), "images": self.identity()}
+        return {"number of images": str(self.num_samples)} | {name: _digest(pieces)[:12] for name, pieces in texts.items()}
 
-    def identity(self) -> bytes:
-        """Returns bytes that are very unlikely to be equal for other images, found without decoding: sizes and locations."""
-        everything = np.arange(self.num_samples, dtype=np.int64)
-        return b"".join(column.tobytes() for column in (*self.sizes(everything), *self.storage()))
+    def identity(self) -> Iterator[bytes]:
+        """Yields, in pieces, bytes that are very unlikely to be equal for other images, found without decoding: sizes and locations."""
+        num = self.num_samples
+        for side in (0, 1):
+            for first in range(0, num, _PIECE):
+                yield self.sizes(np.arange(first, min(first + _PIECE, num), dtype=np.int64))[side].tobytes()
+        for column in self.storage():
+            yield from column_bytes(column)
 
-    def storage(self) -> tuple[Indices, Indices]:
+    def storage(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
         """Returns the location of every sample: number of its file and offset of its first byte there, (num_samples,) each.
 
         Raises UserError for a backend with one file per sample: no reading order is faster than another there.
@@ -150,6 +156,19 @@ class ThreadBuffer(threading.local):
         if len(self._bytes) < size:
             self._bytes = np.empty(size, dtype=np.uint8)
         return self._bytes[:size].reshape(height, width, 3)
+
+
+def column_bytes(column: NDArray[np.integer]) -> Iterator[bytes]:
+    """Yields the bytes of a column, as its `tobytes()` would return them, in pieces."""
+    for first in range(0, len(column), _PIECE):
+        yield column[first : first + _PIECE].tobytes()
+
+
+def _digest(pieces: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def some_of(num_samples: int) -> list[int]:

@@ -20,7 +20,6 @@ from fastbyol.data.backends.block_cache import BlockCache
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES, copy_tables
 from fastbyol.data.formats.manifest import MAX_MANIFEST_BYTES, TAR_MANIFEST, beton_manifest_path, read_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, largest_sample_table
-from fastbyol.data.traversal import Indices
 from fastbyol.host.cache_files import cache_folder
 from fastbyol.host.durable_files import durable_file, locked_file
 from fastbyol.host.store_path import BLOCK_BYTES, StorePath
@@ -65,7 +64,15 @@ class StoreTables:
     def _is_beton(self) -> bool:
         return self._place.suffix == ".beton"
 
-    def cache(self, names: Sequence[str], *, file: Indices, offset: Indices, size: Indices, crc32: NDArray[np.uint32]) -> BlockCache:
+    def cache(
+        self,
+        names: Sequence[str],
+        *,
+        file: NDArray[np.integer],
+        offset: NDArray[np.int64],
+        size: NDArray[np.integer],
+        crc32: NDArray[np.uint32],
+    ) -> BlockCache:
         """Returns the cache of these files of the store, given the place and checksum of each sample."""
         return BlockCache(
             [self._place if self._is_beton else self._place / name for name in names],

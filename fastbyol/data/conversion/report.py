@@ -106,7 +106,7 @@ def make_manifest(kind: str, task: Task, rows: NDArray[np.void], shards: list[Sh
         shards=tuple(shards),
         software=software_versions(),
         dropped=tuple(sorted(rows["index"][rows["outcome"] == Outcome.DROPPED].tolist())),
-        names_sha256=names_digest(listing.files[index] for index in kept["index"].tolist()),
+        names_sha256=names_digest(listing.names.take(kept["index"].astype(np.int64))),
     )
 
 

@@ -79,9 +79,9 @@ def write_tar_part(
                 output = TarOutput(work, shard_mib=shard_mib, part=part_name(part))
                 rows, listing = convert_images(task, output, work, stop=stop), task.listing
                 indices = rows["index"].tolist()
-                names = "\0".join(listing.files[index] for index in indices).encode(errors="surrogateescape")
+                names = listing.names.take(np.array(indices, dtype=np.int64)).block[:-1]
                 labels = np.array([listing.labels[index] for index in indices], dtype=np.int64)
-                np.savez(_table_path(folder / description.name), rows=rows, labels=labels, names=np.frombuffer(names, dtype=np.uint8))
+                np.savez(_table_path(folder / description.name), rows=rows, labels=labels, names=names)
                 done = _Done(
                     settings=settings,
                     source=str(listing.root),

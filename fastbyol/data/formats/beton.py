@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS
+from fastbyol.host.shared_columns import Columns, shared_columns
 
 VERSION = 2
 INT_FIELD, IMAGE_FIELD = 1, 2
@@ -52,27 +53,33 @@ def field_descriptors(*, checksums_at: int) -> NDArray[np.void]:
     return fields
 
 
+_TABLE = "fastbyol-table"
+_COLUMNS = {"mode": "<u1", "height": "<u2", "width": "<u2", "offset": "<i8", "size": "<u4", "label": "<i8", "crc32": "<u4"}
+PIECE = 1 << 18
+"""Rows of a table that are read or checked at a time: whole columns of intermediate values would double the memory."""
+
+
 @dataclass(frozen=True)
 class Beton:
-    """The tables of a .beton; every array has one row per sample."""
+    """The tables of a .beton; every array has one row per sample, 29 bytes in all. Widen the unsigned ones before any arithmetic."""
 
     mode: NDArray[np.uint8]
-    height: NDArray[np.int64]
-    width: NDArray[np.int64]
+    height: NDArray[np.uint16]
+    width: NDArray[np.uint16]
     offset: NDArray[np.int64]
-    size: NDArray[np.int64]
+    size: NDArray[np.uint32]
     label: NDArray[np.int64]
     crc32: NDArray[np.uint32] | None
     """CRC-32 of each image's bytes; None in a file that stock FFCV wrote."""
 
 
 def read_beton(path: Path) -> Beton:
-    """Returns the tables of a .beton, checked; does not read the images.
+    """Returns the tables of a .beton, checked; does not read the images. Large tables are shared with the other processes of this machine.
 
     Raises:
         UserError: the file is empty, truncated or of another format, lacks an image or integer label, or its table has impossible values.
     """
-    file_bytes = path.stat().st_size
+    status = path.stat()
     header = _read(path, HEADER, 1, 0)[0]
     if header["version"] != VERSION or not 0 < header["num_fields"] < 64:
         raise UserError(f"{path}: not a .beton file of version {VERSION}; make one with python -m fastbyol convert")
@@ -84,36 +91,34 @@ def read_beton(path: Path) -> Beton:
         raise UserError(
             f"{path}: has a field of type {unknown[0]}; only images, integers and floats are read here. Use python -m fastbyol convert"
         )
-    row = np.dtype([("", _FIELD_TYPES[type_id]) for type_id in types], align=True)
-    samples = _read(path, row, int(header["num_samples"]), HEADER.itemsize + fields.nbytes)
+    row, rows, at = np.dtype([("", _FIELD_TYPES[type_id]) for type_id in types], align=True), int(header["num_samples"]), fields.nbytes
+    at += HEADER.itemsize
+    _require_bytes(path, at + rows * row.itemsize)
     for type_id, what in ((IMAGE_FIELD, "image"), (INT_FIELD, "integer label")):
         if type_id not in types:
             raise UserError(f"{path}: has no {what} field; make it with python -m fastbyol convert")
-    image, label = (samples[f"f{types.index(type_id)}"] for type_id in (IMAGE_FIELD, INT_FIELD))
-    size = _sizes(path, image["data_ptr"], int(header["alloc_table_ptr"]), file_bytes)
-    arguments, checksums = fields["arguments"][types.index(IMAGE_FIELD)][:16].tobytes(), None
-    if arguments.startswith(_CHECKSUMS_MAGIC):
-        checksums = _read(path, np.dtype("<u4"), len(samples), int.from_bytes(arguments[8:], "little"))
-    beton = Beton(
-        mode=image["mode"],
-        height=image["height"].astype(np.int64),
-        width=image["width"].astype(np.int64),
-        offset=image["data_ptr"].astype(np.int64),
-        size=size,
-        label=label.astype(np.int64),
-        crc32=checksums,
-    )
-    # Name the first image with values that no image can have: decoders would trust them.
-    refuse_impossible_sizes(path, beton.height, beton.width)
-    for wrong, what in (
-        (~np.isin(beton.mode, (JPEG_MODE, RAW_MODE)), "is neither a JPEG nor raw pixels"),
-        ((beton.mode == RAW_MODE) & (beton.size != 3 * beton.height * beton.width), "has not as many bytes as its raw pixels need"),
-        (beton.label < -1, "has a label below -1, which stands for none"),
-    ):
-        if wrong.any():
-            raise UserError(
-                f"{path}: image {int(wrong.argmax())} {what} (damaged, or another format); make it again with python -m fastbyol convert"
-            )
+    image, label = (f"f{types.index(type_id)}" for type_id in (IMAGE_FIELD, INT_FIELD))
+    arguments = fields["arguments"][types.index(IMAGE_FIELD)][:16].tobytes()
+    checksums_at = int.from_bytes(arguments[8:], "little") if arguments.startswith(_CHECKSUMS_MAGIC) else None
+    dtypes = {name: dtype for name, dtype in _COLUMNS.items() if name != "crc32" or checksums_at is not None}
+
+    def columns() -> Columns:
+        found = {name: np.empty(rows, dtype=dtype) for name, dtype in dtypes.items()}
+        for first in range(0, rows, PIECE):
+            samples = _read(path, row, min(PIECE, rows - first), at + first * row.itemsize)
+            piece = slice(first, first + PIECE)
+            for name, column in (("mode", "mode"), ("height", "height"), ("width", "width"), ("offset", "data_ptr")):
+                found[name][piece] = samples[image][column]
+            found["label"][piece] = samples[label]
+        found["size"] = _sizes(path, found["offset"].view(np.uint64), int(header["alloc_table_ptr"]), status.st_size)
+        if checksums_at is not None:
+            found["crc32"] = _read(path, np.dtype("<u4"), rows, checksums_at)
+        return found
+
+    facts = {"stamp": [status.st_size, status.st_mtime_ns], "header": header.tobytes().hex()}
+    table = shared_columns(path, name=_TABLE, rows=rows, facts=facts, dtypes=dtypes, make=columns)
+    beton = Beton(*(table[name] for name in ("mode", "height", "width", "offset", "size", "label")), crc32=table.get("crc32"))
+    _refuse_impossible_values(path, beton, end=min(int(header["alloc_table_ptr"]), status.st_size))
     return beton
 
 
@@ -151,39 +156,84 @@ def copy_tables(read: Callable[[int, int], Iterator[bytes]], file_bytes: int, pa
                 copy(start, start + 4 * num_samples)
 
 
-def refuse_impossible_sizes(path: Path, height: NDArray[np.int64], width: NDArray[np.int64]) -> None:
-    """Raises UserError, naming the first bad image, for an image with no pixels or with more than MAX_DECODED_PIXELS."""
-    pixels = height * width
-    wrong = (pixels < 1) | (pixels > MAX_DECODED_PIXELS)
-    if wrong.any():
-        image = int(wrong.argmax())
-        raise UserError(
-            f"{path}: image {image} has {width[image]}x{height[image]} pixels by its table, must have 1 to {MAX_DECODED_PIXELS:,} (damaged?); "
-            "copy or convert it again, with --max-side where images are larger"
+def _refuse_impossible_values(path: Path, beton: Beton, *, end: int) -> None:
+    """Raises UserError that names the first image with values that no image can have: decoders would trust them. end: of the images' bytes."""
+    # Of a shared table too: it is a file like any other.
+    refuse_impossible_sizes(path, beton.height, beton.width)
+    for first in range(0, len(beton.label), PIECE):
+        mode, height, width, offset, size, label = (
+            column[first : first + PIECE].astype(np.int64)
+            for column in (beton.mode, beton.height, beton.width, beton.offset, beton.size, beton.label)
         )
+        for wrong, what in (
+            ((mode != JPEG_MODE) & (mode != RAW_MODE), "is neither a JPEG nor raw pixels"),
+            ((mode == RAW_MODE) & (size != 3 * height * width), "has not as many bytes as its raw pixels need"),
+            (label < -1, "has a label below -1, which stands for none"),
+            ((offset < 0) | (offset > end - size), "lies beyond the end of the images"),
+        ):
+            if wrong.any():
+                image = first + int(wrong.argmax())
+                raise UserError(f"{path}: image {image} {what} (damaged, or another format); make it again with python -m fastbyol convert")
+
+
+def refuse_impossible_sizes(path: Path, height: NDArray[np.integer], width: NDArray[np.integer]) -> None:
+    """Raises UserError, naming the first bad image, for an image with no pixels or with more than MAX_DECODED_PIXELS."""
+    for first in range(0, len(height), PIECE):
+        pixels = height[first : first + PIECE].astype(np.int64) * width[first : first + PIECE].astype(np.int64)
+        wrong = (pixels < 1) | (pixels > MAX_DECODED_PIXELS)
+        if wrong.any():
+            image = first + int(wrong.argmax())
+            raise UserError(
+                f"{path}: image {image} has {width[image]}x{height[image]} pixels by its table, must have 1 to {MAX_DECODED_PIXELS:,} (damaged?); "
+                "copy or convert it again, with --max-side where images are larger"
+            )
 
 
 def _read(path: Path, dtype: np.dtype, count: int, offset: int) -> NDArray[Any]:
-    if offset + count * dtype.itemsize > path.stat().st_size:
-        raise UserError(f"{path}: too short for a .beton file (cut, or another format); make it again with python -m fastbyol convert")
+    _require_bytes(path, offset + count * dtype.itemsize)
     return np.fromfile(path, dtype=dtype, count=count, offset=offset)
 
 
-def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: int) -> NDArray[np.int64]:
+def _require_bytes(path: Path, size: int) -> None:
+    if size > path.stat().st_size:
+        raise UserError(f"{path}: too short for a .beton file (cut, or another format); make it again with python -m fastbyol convert")
+
+
+def _sizes(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: int) -> NDArray[np.uint32]:
     """Returns the byte size of each image from the allocation table. Raises UserError if an image has no row there or exceeds the file."""
     beyond = np.flatnonzero(pointers >= file_bytes)
     lost = f"{len(beyond):,} images, the first of them image {beyond[0]}, lie beyond its end; " if len(beyond) else ""
     cut = UserError(f"{path}: its tail is missing or damaged; {lost}copy it again, or make it again with python -m fastbyol convert")
     if table_at >= file_bytes or (file_bytes - table_at) % ALLOCATION.itemsize:
         raise cut
-    table = np.fromfile(path, dtype=ALLOCATION, offset=table_at)
-    table = table[np.argsort(table["ptr"])]
-    rows = np.searchsorted(table["ptr"], pointers)
-    if len(table) < len(pointers) or rows.max() >= len(table) or (table["ptr"][rows] != pointers).any():
-        raise cut
-    sizes = table["size"][rows]
+    sizes = _sizes_in_order(path, pointers, table_at, file_bytes)
+    if sizes is None:
+        table = np.fromfile(path, dtype=ALLOCATION, offset=table_at)
+        table = table[np.argsort(table["ptr"])]
+        rows = np.searchsorted(table["ptr"], pointers)
+        if len(table) < len(pointers) or rows.max() >= len(table) or (table["ptr"][rows] != pointers).any():
+            raise cut
+        sizes = table["size"][rows]
     # Each value alone too, as the sum may wrap around 2^64. More bytes than the file has would be overlapping images:
-    # a small file could otherwise announce terabytes.
-    if max(pointers.max(), sizes.max(), (pointers + sizes).max()) > table_at or sizes.sum(dtype=np.float64) > file_bytes:
+    # a small file could otherwise announce terabytes. No page, and so no image, has more bytes than 32 bits can tell.
+    if (
+        max(pointers.max(), sizes.max(), (pointers + sizes).max()) > table_at
+        or sizes.sum(dtype=np.float64) > file_bytes
+        or sizes.max() >> 32
+    ):
         raise cut
-    return sizes.astype(np.int64)
+    return sizes.astype(np.uint32)
+
+
+def _sizes_in_order(path: Path, pointers: NDArray[np.uint64], table_at: int, file_bytes: int) -> NDArray[np.uint64] | None:
+    """Returns the sizes if the allocation table has the images' rows in their own order, ascending, as our converter writes it; None if not."""
+    num = len(pointers)
+    if file_bytes - table_at != num * ALLOCATION.itemsize or (pointers[1:] <= pointers[:-1]).any():
+        return None
+    sizes = np.empty(num, dtype=np.uint64)
+    for first in range(0, num, PIECE):
+        table = np.fromfile(path, dtype=ALLOCATION, count=min(PIECE, num - first), offset=table_at + first * ALLOCATION.itemsize)
+        if not np.array_equal(table["ptr"], pointers[first : first + PIECE]):
+            return None
+        sizes[first : first + PIECE] = table["size"]
+    return sizes

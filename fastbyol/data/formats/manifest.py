@@ -28,6 +28,7 @@ MAX_CLASSES = 1 << 20
 _MAX_NUMBER = 1 << 48
 _LONGEST_NAME = 255
 _READ_BYTES = 1 << 20
+_PIECE = 1 << 18
 _SEAL = "content_sha256"
 """Name of the field that holds the SHA-256 of all other fields."""
 
@@ -160,7 +161,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_MANIFEST_BYTES:
             raise ValueError(f"{size:,} bytes, a manifest has at most {MAX_MANIFEST_BYTES:,}")
-        fields = json.loads(file.read(MAX_MANIFEST_BYTES).decode("utf-8"))
+        fields = json.loads(file.read(size).decode("utf-8"))  # read(MAX_MANIFEST_BYTES) would take as much memory
     if not isinstance(fields, dict):
         raise ValueError("no JSON object")
     return fields
@@ -191,12 +192,21 @@ def _refuse_other_types(values: Iterable[object], kind: type) -> None:
 def refuse_other_counts(path: Path, labels: NDArray[np.int64], manifest: Manifest) -> None:
     """Raises UserError unless the labels, (N,) int64, have as many of each class as the manifest says. A label of -1 means unlabelled."""
     classes = len(manifest.class_names)
-    outside = labels[(labels < -1) | (labels >= classes)]
-    if len(outside):
-        raise UserError(f"{path}: holds the label {int(outside[0])}, its manifest names {classes} classes; copy it again, or convert again")
-    counts = np.bincount(labels[labels >= 0], minlength=classes).tolist()
+    for extreme in (int(labels.min()), int(labels.max())):
+        if not -1 <= extreme < classes:
+            outside = int(labels[(labels < -1) | (labels >= classes)][0])
+            raise UserError(f"{path}: holds the label {outside}, its manifest names {classes} classes; copy it again, or convert again")
+    counts = label_counts(labels, num_classes=classes)
     if counts != list(manifest.class_counts):
         raise UserError(f"{path}: has other numbers of images per class than its manifest says (damaged, or edited); convert again")
+
+
+def label_counts(labels: NDArray[np.int64], *, num_classes: int) -> list[int]:
+    """Returns the number of images of each class; images without a label (-1) are not counted."""
+    counts = np.zeros(num_classes + 1, dtype=np.int64)
+    for first in range(0, len(labels), _PIECE):  # in pieces, because bincount needs a column of its own type
+        counts += np.bincount(labels[first : first + _PIECE] + 1, minlength=num_classes + 1)[: num_classes + 1]
+    return counts[1:].tolist()
 
 
 def numbered_class_names(path: Path, labels: NDArray[np.int64]) -> tuple[str, ...]:

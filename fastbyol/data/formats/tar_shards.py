@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.data.formats.beton import refuse_impossible_sizes
+from fastbyol.data.formats.beton import PIECE, refuse_impossible_sizes
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, read_manifest, refuse_other_counts
+from fastbyol.host.shared_columns import Columns, shared_columns
 
 SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
 SAMPLE = np.dtype(
@@ -22,6 +23,7 @@ SAMPLE = np.dtype(
 """Row of the sample table: location of a sample's JPEG, CRC-32 of its bytes, label and size in pixels.
 
 There is one row per sample, in listing order; images in the manifest's `dropped` have none."""
+_TABLE = "fastbyol-table"
 INDEX_VERSION = "v1.2"
 PARTS = "part-*-of-*.json"
 """Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""
@@ -48,8 +50,8 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".idx")
 
 
-def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
-    """Returns manifest and sample table, checked against the files. Raises UserError if a file is missing, truncated or of another data set."""
+def read_tar_shards(folder: Path) -> tuple[Manifest, Columns]:
+    """Returns manifest and sample table as columns, checked against the files. Raises UserError if a file is missing, truncated or of another data set."""
     manifest, table = read_tar_tables(folder)
     for shard in manifest.shards:
         tar = folder / shard.name
@@ -67,8 +69,8 @@ def read_tar_shards(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
     return manifest, table
 
 
-def read_tar_tables(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
-    """Returns manifest and sample table. Raises UserError if one is missing or damaged; the shards need not be there."""
+def read_tar_tables(folder: Path) -> tuple[Manifest, Columns]:
+    """Returns manifest and sample table as columns. Raises UserError if one is missing or damaged; the shards need not be there."""
     manifest = read_manifest(folder / TAR_MANIFEST)
     if manifest.kind != "tar":
         raise UserError(
@@ -77,28 +79,61 @@ def read_tar_tables(folder: Path) -> tuple[Manifest, NDArray[np.void]]:
     return manifest, read_sample_table(folder / SAMPLE_TABLE, manifest)
 
 
-def read_sample_table(path: Path, manifest: Manifest) -> NDArray[np.void]:
-    """Returns the sample table at `path`. Raises UserError if it is missing, damaged, or does not belong to the manifest's shards."""
+def read_sample_table(path: Path, manifest: Manifest) -> Columns:
+    """Returns the columns of the sample table at `path`, with the names and types of SAMPLE; the offsets are int64. Widen the others before any
+    arithmetic. Large tables are shared with the other processes of this machine.
+
+    Raises UserError if the table is missing, damaged, or does not belong to the manifest's shards.
+    """
     again = "copy it again, or convert again with python -m fastbyol convert --to dali"
     foreign = UserError(f"{path}: not the sample table of these {manifest.num_samples} samples; {again}")
     try:
-        with path.open("rb") as file:  # not np.load: given a zip file, it returns no array
-            if os.fstat(file.fileno()).st_size > largest_sample_table(manifest.num_samples):
+        with path.open("rb", buffering=0) as file:  # not np.load: given a zip file, it returns no array
+            status = os.fstat(file.fileno())
+            if status.st_size > largest_sample_table(manifest.num_samples):
                 raise foreign
-            table = np.lib.format.read_array(file, allow_pickle=False)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = read_header[np.lib.format.read_magic(file)](file)
+            if dtype != SAMPLE or shape != (manifest.num_samples,) or fortran:
+                raise foreign
+            start = file.tell()
+            dtypes = {name: SAMPLE[name].str for name in SAMPLE.names or ()} | {"offset": "<i8"}
+            facts = {"stamp": [status.st_size, status.st_mtime_ns]}
+
+            def columns() -> Columns:
+                found = {name: np.empty(shape, dtype=kind) for name, kind in dtypes.items()}
+                file.seek(start)
+                for first in range(0, len(found["size"]), PIECE):
+                    rows = np.fromfile(file, dtype=SAMPLE, count=min(PIECE, len(found["size"]) - first))
+                    for name, column in found.items():
+                        column[first : first + len(rows)] = rows[name]
+                    if len(rows) < min(PIECE, len(found["size"]) - first):
+                        raise ValueError("it is cut")
+                return found
+
+            table = shared_columns(path, name=_TABLE, rows=manifest.num_samples, facts=facts, dtypes=dtypes, make=columns)
     except UserError:
         raise
     except Exception as error:  # a damaged header raises anything from SyntaxError to MemoryError
         raise UserError(f"{path}: no readable sample table ({error}); {again}") from error
-    if table.dtype != SAMPLE or table.shape != (manifest.num_samples,) or table["shard"].max() >= len(manifest.shards):
+    if table["shard"].max() >= len(manifest.shards):
         raise foreign
-    all_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.uint64)
-    shard_bytes = all_bytes[table["shard"]]
-    # Each offset alone too: the sum may wrap around 2^64.
-    if (table["offset"] > shard_bytes).any() or (table["offset"] + table["size"] > shard_bytes).any():
-        raise UserError(f"{path}: points outside its shards; {again}")
-    if table["size"].sum(dtype=np.uint64) > all_bytes.sum():
+    all_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.int64)
+    stored = 0
+    for first in range(0, manifest.num_samples, PIECE):
+        shard, offset, size = (table[name][first : first + PIECE] for name in ("shard", "offset", "size"))
+        # An offset of 2^63 or more has become negative.
+        if ((offset < 0) | (offset > all_bytes[shard] - size)).any():
+            raise UserError(f"{path}: points outside its shards; {again}")
+        stored += int(size.sum(dtype=np.int64))
+    if stored > all_bytes.sum():
         raise UserError(f"{path}: its images overlap, or have more bytes than its shards; {again}")
-    refuse_impossible_sizes(path, table["height"].astype(np.int64), table["width"].astype(np.int64))
+    refuse_impossible_sizes(path, table["height"], table["width"])
     refuse_other_counts(path, table["label"], manifest)
     return table
+
+
+def listed_position(index: int, dropped: NDArray[np.int64]) -> int:
+    """Returns the position in the listing of the kept image number `index`, given the positions of the dropped ones, ascending."""
+    kept_before = dropped - np.arange(len(dropped))
+    return index + int(np.searchsorted(kept_before, index, side="right"))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import (
     EXTENSIONS,
+    LEFT_OUT,
     ImageListing,
     has_line_break,
     in_sample_order,
@@ -22,6 +25,7 @@ from fastbyol.data.inputs.listing import (
     why_not_a_folder,
     why_not_an_image,
 )
+from fastbyol.data.inputs.packed_names import NamePacker, PackedNames
 from fastbyol.data.inputs.splits import refuse_splits
 from fastbyol.data.inputs.store_folder import scan_store
 from fastbyol.host.store_path import Place, StorePath
@@ -75,8 +79,9 @@ def list_folder(root: Place, *, labels: str = "auto", splits: str = "refuse") ->
         )
     if splits == "refuse":
         refuse_splits(root, class_names, found.files)
-    with_images = {name.partition("/")[0] for name in found.files if "/" in name}
-    directly = sum("/" not in name for name in found.files)
+    folders, number = found.names.folders()
+    with_images = {folder.partition("/")[0] for folder in folders if folder}
+    directly = int((number == folders.index("")).sum()) if "" in folders else 0
     if labels == "none" or len(with_images) < 2 or directly > len(found.files) // 2:
         notes = () if labels == "none" else (*found.notes, _why_no_labels(found, with_images))
         return without_labels(replace(found, notes=notes))
@@ -100,22 +105,23 @@ def _why_no_labels(found: ImageListing, with_images: set[str]) -> str:
 
 def without_labels(found: ImageListing) -> ImageListing:
     """Returns the images in order, all with the label -1."""
-    return in_sample_order(replace(found, class_names=()), [-1] * len(found.files))
+    return in_sample_order(replace(found, class_names=()), np.full(len(found.files), -1, dtype=np.int32))
 
 
 def by_class_folder(found: ImageListing) -> ImageListing:
     """Returns the images in order, labelled by the first folder of their names. Raises UserError for a class without images."""
     label_of = {name: label for label, name in enumerate(found.class_names)}
-    classes = [name.partition("/")[0] if "/" in name else "" for name in found.files]
-    outside = tuple((name, "in no class folder") for name in found.files if "/" not in name)
+    folders, number = found.names.folders()
+    outside = tuple((name, "in no class folder") for name in found.files if "/" not in name) if "" in folders else ()
     found = replace(found, skipped=found.skipped + outside)
-    if empty := sorted(label_of.keys() - set(classes)):
+    if empty := sorted(label_of.keys() - {folder.partition("/")[0] for folder in folders}):
         told = next((f"; skipped {name}: {reason}" for name, reason in sorted(found.skipped) if name.split("/")[0] == empty[0]), "")
         looked_for = f"looked for {' '.join(EXTENSIONS)}"
         raise UserError(
             f"{found.root / empty[0]}: no image in this class folder ({looked_for}{told}); fill or remove it, or give --labels none"
         )
-    return in_sample_order(found, [label_of.get(name) for name in classes])
+    label_of_folder = np.array([label_of.get(folder.partition("/")[0], LEFT_OUT) if folder else LEFT_OUT for folder in folders])
+    return in_sample_order(found, label_of_folder.astype(np.int32)[number])
 
 
 def _class_names(root: Place, *, required: bool = True) -> tuple[str, ...]:
@@ -142,16 +148,17 @@ def scan_folder(root: Place) -> ImageListing:
     scan = _FolderScan(root)
     scan.walk()
     scan.drop_links_to_listed_files()
-    return ImageListing(root, (), tuple(scan.names), (), tuple(scan.skipped))
+    return ImageListing(root, (), scan.names, (), tuple(scan.skipped))
 
 
 class _FolderScan:
     """Walks a folder and visits every sub-folder once: real folders before links to folders, so that the real path of an image is listed."""
 
     def __init__(self, root: Path) -> None:
-        self.names: list[str] = []
+        self.names: Sequence[str] = ()
         self.skipped: list[tuple[str, str]] = []
         self._root = root
+        self._found = NamePacker()
         self._visited: dict[Identity, str] = {}
         self._linked_folders: list[str] = []
         self._linked_files: dict[str, Identity] = {}
@@ -167,12 +174,13 @@ class _FolderScan:
                     pending += self._visit(pending.pop())
             # Sorted, so that the same one of several links is listed on every machine; a linked folder may hold further links.
             tops, self._linked_folders = sorted(self._linked_folders), []
+        self.names = self._found.packed()
 
     def _visit(self, folder: str) -> list[str]:
         """Adds the folder's files; returns its real sub-folders."""
         try:
             status = os.stat(self._root / folder)
-            entries = list(os.scandir(self._root / folder))
+            entries = os.scandir(self._root / folder)
         except OSError as error:
             if "/" not in folder:  # a class folder: without it the whole class would be missing
                 raise UserError(f"{self._root / folder}: cannot be read ({error.strerror}); check its permissions") from error
@@ -182,9 +190,14 @@ class _FolderScan:
         if first != folder:
             self.skipped.append((folder, f"the same folder as {first or self._root}"))
             return []
-        return list(self._take(folder, entries, status.st_dev))
+        # One by one: the entries of a folder of ten million files would take gigabytes.
+        try:
+            with entries:
+                return list(self._take(folder, entries, status.st_dev))
+        except OSError as error:
+            raise UserError(f"{self._root / folder}: cannot be read to its end ({error.strerror}); check the disk") from error
 
-    def _take(self, folder: str, entries: list[os.DirEntry[str]], device: int) -> Iterator[str]:
+    def _take(self, folder: str, entries: Iterable[os.DirEntry[str]], device: int) -> Iterator[str]:
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir(follow_symlinks=False):
@@ -217,7 +230,7 @@ class _FolderScan:
             self._add(name, self._linked_files[name])
 
     def _add(self, name: str, identity: Identity) -> None:
-        self.names.append(name)
+        self._found.append(name)
         self._identities.extend(identity)
 
     def drop_links_to_listed_files(self) -> None:
@@ -232,5 +245,5 @@ class _FolderScan:
             if identity in targets:
                 owner.setdefault(identity, name)
         repeated = {name: owner[identity] for name, identity in self._linked_files.items() if owner[identity] != name}
-        self.names = [name for name in self.names if name not in repeated]
+        self.names = PackedNames.of(name for name in self.names if name not in repeated)
         self.skipped += [(name, f"a link to {first}, which is listed") for name, first in repeated.items()]

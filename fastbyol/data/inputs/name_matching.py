@@ -6,15 +6,17 @@ import codecs
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.listing import EXTENSIONS
-from fastbyol.host.store_path import Place, StorePath
+from fastbyol.host.store_path import Place, StorePath, open_unbuffered
 
 MISSING, AMBIGUOUS = -1, -2
 """Results in place of an image's index: no image has this name, or several could be meant."""
+_PIECE = 1 << 20
 _LARGEST_FILE = 1 << 28
 """Largest list that is read, in bytes; ImageNet's largest has 8 MB."""
 _BYTE_ORDER_MARKS = {  # UTF-32's before UTF-16's, which are the beginning of them
@@ -95,12 +97,12 @@ class NameIndex:
         return {part for folder in {name.rpartition("/")[0] for name in self._files} for part in folder.split("/")}
 
 
-def read_text(path: Place) -> str:
+def read_text(path: Place, *, largest: int = _LARGEST_FILE) -> str:
     """Returns the text of a list or table, decoded as its byte order mark says, else as UTF-8 with surrogateescape for invalid bytes.
 
-    Raises UserError if the file cannot be read, is not text, or is too large.
+    Raises UserError if the file cannot be read, is not text, or has more than `largest` bytes.
     """
-    content = limited_read(path)
+    content = limited_read(path, largest=largest)
     encoding = next((encoding for encoding, marks in _BYTE_ORDER_MARKS.items() if content.startswith(marks)), "utf-8")
     try:
         text = content.decode(encoding, "surrogateescape").removeprefix("\ufeff")
@@ -118,15 +120,21 @@ def lines_of(text: str) -> list[str]:
     return re.split(r"\r\n|\n|\r", text)
 
 
-def limited_read(path: Place) -> bytes:
+def each_line(text: str) -> Iterator[str]:
+    """Yields the lines of `lines_of` that are not empty, without a list of them all."""
+    return (found[0] for found in re.finditer(r"[^\r\n]+", text))
+
+
+def limited_read(path: Place, *, largest: int = _LARGEST_FILE) -> bytes:
     """Returns the bytes of a file. Raises UserError if it cannot be read or is too large."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
+        with open_unbuffered(path) as file:  # in pieces: read(largest) would take that much memory at once
+            pieces = iter(lambda: file.read(_PIECE), b"")
+            content = b"".join(islice(pieces, largest // _PIECE + 1))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from error
-    if len(content) > _LARGEST_FILE:
-        raise UserError(f"{path}: is too large for a list (more than {_LARGEST_FILE >> 20} MiB)")
+    if len(content) > largest:
+        raise UserError(f"{path}: is too large for a list (more than {largest >> 20} MiB)")
     return content
 
 

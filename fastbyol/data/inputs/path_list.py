@@ -10,17 +10,24 @@ import csv
 import io
 import os
 from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+
+import numpy as np
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.urls import is_url
 from fastbyol.data.inputs.label_table import is_path_header, plain_header
-from fastbyol.data.inputs.listing import ImageListing, in_sample_order, why_not_an_image
-from fastbyol.data.inputs.name_matching import lines_of, read_text
+from fastbyol.data.inputs.listing import LEFT_OUT, ImageListing, in_sample_order, why_not_an_image
+from fastbyol.data.inputs.name_matching import each_line, read_text
+from fastbyol.data.inputs.packed_names import NamePacker, PackedNames
 from fastbyol.data.inputs.store_folder import sizes_of
 from fastbyol.host.store_path import Place, StorePath
 
-_SHOWN = 3
+_LARGEST_LIST = 1 << 30
+"""Largest list that is read, in bytes: some twenty million paths."""
 
 
 def list_paths(path: Place, *, path_column: str | None = None, label_column: str | None = None) -> ImageListing:
@@ -36,73 +43,128 @@ def list_paths(path: Place, *, path_column: str | None = None, label_column: str
     Raises:
         UserError: files are missing, there is no such column, or the list is empty or damaged.
     """
-    text = read_text(path)
+    text = read_text(path, largest=_LARGEST_LIST)
     if path.suffix.lower() in (".csv", ".tsv") or path_column or label_column:
         rows, how = _table(path, text, path_column, label_column)
     else:
-        rows, how = [(line.strip(), "") for line in lines_of(text) if line.strip()], "a path in each line"
-    if not rows:
-        raise UserError(f"{path}: names no image; give a path in each line, or a table with a column 'path'")
-    folder = path.parent if isinstance(path, StorePath) else Path(os.path.abspath(path.parent))
-    places = [_place(folder, name) for name, _ in rows]
-    sizes = _sizes(path, places)
-    if missing := [name for (name, _), size in zip(rows, sizes, strict=True) if size < 0]:
-        raise UserError(
-            f"{path}: {len(missing):,} of its {len(rows):,} files are missing, the first {missing[0]!r}, looked for in {folder};"
-            " correct the list, or move it to the images' folder"
-        )
-    paths = [place.as_path if isinstance(place, StorePath) else str(place) for place in places]
-    root = os.path.commonpath([os.path.dirname(each) for each in paths])
-    label_of = {name: label for label, name in enumerate(sorted({label for _, label in rows}))} if label_column else {}
-    names: dict[str, int] = {}
-    kept_sizes = array("q")
+        rows, how = ((line.strip(), "") for line in each_line(text) if line.strip()), "a path in each line"
+    listed = _read_rows(path, rows)
+    label_of = {name: label for label, name in enumerate(sorted(listed.labels))} if label_column else {}
+    number_to_label = np.array([label_of.get(name, -1) for name in listed.labels], dtype=np.int32)
     skipped: list[tuple[str, str]] = []
-    for each, size, (_, label) in zip(paths, sizes, rows, strict=True):
-        name = os.path.relpath(each, root)
-        reason = why_not_an_image(os.path.basename(name))
-        if reason or name in names:
-            skipped.append((name, reason or "the same path again"))
-        else:
-            names[name] = label_of.get(label, -1)
-            kept_sizes.append(size)
-    if not names:
-        raise UserError(f"{path}: no image found among its {len(rows):,} files, the first {rows[0][0]!r} is {skipped[0][1]}")
-    note = f"{path}: {how}: {len(names):,} images" + (f" of {len(label_of):,} classes" if label_of else ", no labels")
-    first = places[0]
-    if isinstance(first, StorePath):
-        found = ImageListing(first.above(root), tuple(label_of), tuple(names), (), tuple(skipped), sizes=kept_sizes, notes=(note,))
-    else:
-        found = ImageListing(Path(root), tuple(label_of), tuple(names), (), tuple(skipped), notes=(note,))
-    return in_sample_order(found, list(names.values()))
+    kept, labels, sizes = NamePacker(), array("i"), None if listed.sizes is None else array("q")
+    start = len(listed.folder.rstrip("/")) + 1
+    for index, (place, number) in enumerate(zip(listed.places, listed.label, strict=True)):
+        name = place[start:]
+        if reason := why_not_an_image(os.path.basename(name)):
+            skipped.append((name, reason))
+            continue
+        kept.append(name)
+        labels.append(number_to_label[number])
+        if sizes is not None and listed.sizes is not None:
+            sizes.append(listed.sizes[index])
+    names, label = kept.packed(), np.array(labels, dtype=np.int32)
+    for again in names.repeated():
+        skipped.append((names[again], "the same path again"))
+        label[again] = LEFT_OUT
+    num = int((label != LEFT_OUT).sum())
+    if not num:
+        raise UserError(f"{path}: no image found among its {len(listed.places):,} files, the first {listed.first!r} is {skipped[0][1]}")
+    note = f"{path}: {how}: {num:,} images" + (f" of {len(label_of):,} classes" if label_of else ", no labels")
+    found = ImageListing(listed.root, tuple(label_of), names, (), tuple(skipped), notes=(note,), sizes=sizes)
+    return in_sample_order(found, label)
 
 
-def _place(folder: Place, name: str) -> Place:
-    if is_url(name):
-        return StorePath.of(name)
-    return folder / name if isinstance(folder, StorePath) else Path(os.path.normpath(folder / name))
+@dataclass(frozen=True)
+class _Listed:
+    """The files that a list names, in its order."""
+
+    first: str
+    """The first path as it is written."""
+    places: PackedNames
+    """The absolute paths; of URLs without the store's name."""
+    folder: str
+    """The deepest folder that holds all of them, as the paths begin."""
+    root: Place
+    """The same folder."""
+    label: array[int]
+    """Number of each file's label in `labels`."""
+    labels: list[str]
+    sizes: array[int] | None = None
+    """Bytes of each file at a URL; None for files of this machine, which are asked for theirs when they are used."""
 
 
-def _sizes(path: Place, places: list[Place]) -> list[int]:
-    """Returns the bytes of each file, or -1 for one that is missing; of files of this machine 0, which are asked for when they are used."""
+def _read_rows(path: Place, rows: Iterable[tuple[str, str]]) -> _Listed:
+    """Returns the files of a list's rows, (path, label). Raises UserError if there are none, some are missing, or they are in several stores."""
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path}: names no image; give a path in each line, or a table with a column 'path'")
+    rows = chain([first], rows)
+    if isinstance(path, StorePath) or is_url(first[0]):
+        return _rows_in_store(path, list(rows))
+    return _rows_here(path, rows)
+
+
+def _rows_here(path: Path, rows: Iterable[tuple[str, str]]) -> _Listed:
+    folder, places = os.path.abspath(path.parent), NamePacker()
+    root = last_folder = first = first_missing = ""
+    missing, numbers, label = 0, dict[str, int](), array("i")
+    for name, text in rows:
+        if is_url(name):
+            raise _several_stores(path, [_store_of(StorePath.of(name))])
+        place = os.path.normpath(os.path.join(folder, name))
+        if not os.path.isfile(place):
+            first_missing = first_missing or name
+            missing += 1
+        first = first or name
+        above = os.path.dirname(place)
+        if above != last_folder:
+            root, last_folder = os.path.commonpath([root or above, above]), above
+        places.append(place)
+        label.append(numbers.setdefault(text, len(numbers)))
+    if missing:
+        raise _missing(path, missing, first_missing, of=len(places), folder=folder)
+    return _Listed(first, places.packed(), root, Path(root), label, list(numbers))
+
+
+def _rows_in_store(path: Place, rows: list[tuple[str, str]]) -> _Listed:
+    places = [StorePath.of(name) if is_url(name) else path.parent / name for name, _ in rows]
     at_urls = [place for place in places if isinstance(place, StorePath)]
-    if not at_urls:
-        return [0 if os.path.isfile(str(place)) else -1 for place in places]
-    stores = sorted({"/".join(place.url.split("/")[:3]) for place in at_urls})
+    stores = sorted(set(map(_store_of, at_urls)))
     if len(at_urls) < len(places) or len(stores) > 1:
-        what = f"images of {stores[0]} and of {stores[1] if len(stores) > 1 else 'this machine'}"
-        raise UserError(f"{path}: names {what}; make a list of each, and give all lists as data")
-    return sizes_of(at_urls, what=path.name)
+        raise _several_stores(path, stores)
+    sizes = array("q", sizes_of(at_urls, what=path.name))
+    if missing := [name for (name, _), size in zip(rows, sizes, strict=True) if size < 0]:
+        raise _missing(path, len(missing), missing[0], of=len(rows), folder=str(path.parent))
+    paths = [place.as_path for place in at_urls]
+    folder = os.path.commonpath([os.path.dirname(each) for each in paths])
+    numbers: dict[str, int] = {}
+    label = array("i", [numbers.setdefault(text, len(numbers)) for _, text in rows])
+    return _Listed(rows[0][0], PackedNames.of(paths), folder, at_urls[0].above(folder), label, list(numbers), sizes)
 
 
-def _table(path: Place, text: str, path_column: str | None, label_column: str | None) -> tuple[list[tuple[str, str]], str]:
+def _store_of(place: StorePath) -> str:
+    return "/".join(place.url.split("/")[:3])
+
+
+def _several_stores(path: Place, stores: list[str]) -> UserError:
+    what = f"images of {stores[0]} and of {stores[1] if len(stores) > 1 else 'this machine'}"
+    return UserError(f"{path}: names {what}; make a list of each, and give all lists as data")
+
+
+def _missing(path: Place, num: int, first: str, *, of: int, folder: str) -> UserError:
+    return UserError(
+        f"{path}: {num:,} of its {of:,} files are missing, the first {first!r}, looked for in {folder};"
+        " correct the list, or move it to the images' folder"
+    )
+
+
+def _table(path: Place, text: str, path_column: str | None, label_column: str | None) -> tuple[Iterable[tuple[str, str]], str]:
     """Returns (path, label) of each row, and how the table was read."""
-    first = next((line for line in lines_of(text) if line.strip()), "")
+    first = next((line for line in each_line(text) if line.strip()), "")
     delimiter = max(",;\t", key=first.count)
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise UserError(f"{path}: is not valid CSV: {error}; is a quotation mark left open?") from error
+    rows = list(islice(_csv_rows(path, text, delimiter), 2))
     if not rows:
         return [], ""
     head = [cell.strip() for cell in rows[0][1]]
@@ -119,15 +181,29 @@ def _table(path: Place, text: str, path_column: str | None, label_column: str | 
                 f"{path}: which column names the images? Its first row has {', '.join(map(repr, head[:12]))}; choose with --path-column NAME"
             )
         (at,) = fitting
-    found = []
-    for line, row in rows[has_header:]:
-        if len(row) <= max(at, label_at or 0) or not row[at].strip():
-            raise UserError(f"{path}: line {line} has no path; correct it, or remove it")
-        if label_at is not None and not row[label_at].strip():
-            raise UserError(f"{path}: line {line} has no label in column {head[label_at]!r}; correct it, or leave --label-column out")
-        found.append((row[at].strip(), row[label_at].strip() if label_at is not None else ""))
+
+    def found() -> Iterator[tuple[str, str]]:
+        for line, row in islice(_csv_rows(path, text, delimiter), int(has_header), None):
+            if len(row) <= max(at, label_at or 0) or not row[at].strip():
+                raise UserError(f"{path}: line {line} has no path; correct it, or remove it")
+            if label_at is not None and not row[label_at].strip():
+                raise UserError(f"{path}: line {line} has no label in column {head[label_at]!r}; correct it, or leave --label-column out")
+            yield row[at].strip(), row[label_at].strip() if label_at is not None else ""
+
     called = head[at] if has_header else str(at + 1)
-    return found, f"column {called!r} names the images" + (f", column {head[label_at]!r} the class" if label_at is not None else "")
+    how = f"column {called!r} names the images" + (f", column {head[label_at]!r} the class" if label_at is not None else "")
+    return found(), how
+
+
+def _csv_rows(path: Place, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields (number of its line, cells) of each row that is not empty."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}: is not valid CSV: {error}; is a quotation mark left open?") from error
 
 
 def _is_there(path: Place, cell: str) -> bool:

@@ -170,6 +170,8 @@ class TarScan:
         """Returns the member's name without './', or '' for a folder or an unsafe name, which is skipped."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         reason = "an absolute name" if member.name.startswith("/") else "a name that leads out of the tar" if ".." in parts else ""
+        if "\0" in name:  # an extended header may say so
+            name, reason = name.replace("\0", "?"), "a zero byte in its name"
         if reason and not member.isdir():
             self.skipped.append((name, reason))
         return "" if reason or member.isdir() else "/".join(parts)

@@ -5,13 +5,12 @@ Reading the headers of a terabyte of shards takes minutes, so their names and pl
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import zipfile
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.folder import by_class_folder, without_labels
 from fastbyol.data.inputs.listing import ImageListing, Places, Stamp, in_sample_order, may_be_known, stamp_at
+from fastbyol.data.inputs.packed_names import PackedNames, array_of
 from fastbyol.data.inputs.splits import refuse_splits
 from fastbyol.data.inputs.tar import TarScan, key_of
 from fastbyol.host.cache_files import cache_file, kept_files
@@ -29,17 +29,46 @@ from fastbyol.host.progress import Progress
 from fastbyol.host.store_path import Place, StorePath, at_once, place_of
 
 log = logging.getLogger("fastbyol")
-_FORMAT = 1
+_FORMAT = 2
 _INDEX = "fastbyol-index"
 
 
 class TarContent:
     """Content of one scanned tar: the images' names and places, what was skipped, the class tars and WebDataset's labels."""
 
-    def __init__(self, path: Place, stamp: Stamp, scan: TarScan) -> None:
-        self.path, self.stamp = path, stamp
-        self.names, self.offsets, self.sizes = scan.names, scan.offsets, scan.sizes
-        self.skipped, self.class_tars, self.labels = scan.skipped, scan.class_tars, scan.labels
+    def __init__(
+        self,
+        path: Place,
+        stamp: Stamp,
+        *,
+        names: Iterable[str],
+        places: tuple[array[int], array[int]],
+        skipped: list[tuple[str, str]],
+        class_tars: set[str],
+        labels: tuple[array[int], list[str]],
+    ) -> None:
+        """places: offset and size of each image. labels: number of each image's label, -1 for none, and the labels that the numbers mean."""
+        self.path, self.stamp, self.names, self.skipped, self.class_tars = path, stamp, PackedNames.of(names), skipped, class_tars
+        self.offsets, self.sizes = places
+        self.label, self.label_names = labels
+
+    @classmethod
+    def of_scan(cls, path: Place, stamp: Stamp, scan: TarScan) -> TarContent:
+        labels = _numbered_labels(scan.names, scan.labels)
+        places = (scan.offsets, scan.sizes)
+        return cls(path, stamp, names=scan.names, places=places, skipped=scan.skipped, class_tars=scan.class_tars, labels=labels)
+
+
+def _numbered_labels(names: Sequence[str], labels: Mapping[str, str]) -> tuple[array[int], list[str]]:
+    """Returns the number of each image's label and the labels, given those of WebDataset's keys."""
+    number: dict[str, int] = {}
+    if not labels:
+        return array("i", [-1]) * len(names), []
+    found = array("i")
+    for name in names:
+        text = labels.get(key_of(name))
+        found.append(-1 if text is None else number.setdefault(text, len(number)))
+    return found, list(number)
 
 
 def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListing:
@@ -54,17 +83,17 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
     found = tar_images(contents := read_tars(paths))
     if labels == "none":
         return without_labels(found)
-    if labels == "auto" and any(content.labels for content in contents):
+    if labels == "auto" and any(content.label_names for content in contents):
         return _by_label_member(found, contents)
     if len(paths) > 1:
         if labels == "auto":
             return without_labels(found)
         return _by_folder_in_shard(found)
-    names = found.files
+    names = found.names
     # 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all images are in images/train.
     while (top := names[0].partition("/")[0] + "/") and all(name.startswith(top) and name.count("/") > 1 for name in names):
-        names = tuple(name.removeprefix(top) for name in names)
-    class_names = tuple(sorted({name.partition("/")[0] for name in names if "/" in name} | contents[0].class_tars))
+        names = PackedNames.of(name[len(top) :] for name in names)
+    class_names = tuple(sorted({folder.partition("/")[0] for folder in names.folders()[0] if folder} | contents[0].class_tars))
     if splits == "refuse":
         refuse_splits(found.root, class_names, names)
     if labels == "auto" and len(class_names) < 2:
@@ -76,10 +105,13 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
 
 def _by_folder_in_shard(found: ImageListing) -> ImageListing:
     """Returns the images of several tars labelled by their folders in the tar; without one, the tar's own name is the class."""
-    classes = [name.split("/")[1] if name.count("/") > 1 else name.partition("/")[0] for name in found.files]
-    class_names = tuple(sorted(set(classes)))
+    folders, number = found.names.folders()
+    # The first part of a folder is the tar's name.
+    class_of_folder = [folder.split("/")[1] if "/" in folder else folder for folder in folders]
+    class_names = tuple(sorted(set(class_of_folder)))
     label_of = {name: label for label, name in enumerate(class_names)}
-    return in_sample_order(replace(found, class_names=class_names), [label_of[name] for name in classes])
+    labels = np.array([label_of[name] for name in class_of_folder], dtype=np.int32)[number]
+    return in_sample_order(replace(found, class_names=class_names), labels)
 
 
 def tar_images(contents: Sequence[TarContent]) -> ImageListing:
@@ -90,9 +122,9 @@ def tar_images(contents: Sequence[TarContent]) -> ImageListing:
         stems = [f"{_absolute(content.path).lstrip('/').removesuffix('.tar')}/" for content in contents]
     root = contents[0].path if one else _common_folder([content.path for content in contents])
     pairs = list(zip(stems, contents, strict=True))
-    names = tuple(stem + name for stem, content in pairs for name in content.names)
+    names = contents[0].names if one else PackedNames.joined([content.names.prefixed(stem) for stem, content in pairs])
     skipped = tuple((stem + name, why) for stem, content in pairs for name, why in content.skipped)
-    if not names:
+    if not len(names):
         told = f" (what is in it: {', '.join(name for name, _ in skipped[:3])})" if skipped else ""
         raise UserError(f"{root}: no image in it{told}; give a tar of images, of class folders, or of one tar per class")
     places = Places.joined([Places.of_one(c.path, c.offsets, c.sizes, stamp=c.stamp) for c in contents])
@@ -111,14 +143,18 @@ def _common_folder(paths: Sequence[Place]) -> Place:
 
 def _by_label_member(found: ImageListing, contents: Sequence[TarContent]) -> ImageListing:
     """Returns the images labelled by WebDataset's .cls members: class numbers, or names."""
-    values = [content.labels.get(key_of(name)) for content in contents for name in content.names]
-    given = {value for value in values if value is not None}
+    given = {value for content in contents for value in content.label_names}
     by_number = all(value.isdecimal() for value in given)
     class_names = tuple(sorted(given, key=lambda value: (int(value), value) if by_number else (0, value)))
     label_of = {name: label for label, name in enumerate(class_names)}
-    without = sum(value is None for value in values)
+    columns = []
+    for content in contents:
+        # The last one stands for -1, which is no label.
+        numbers = np.array([*(label_of[value] for value in content.label_names), -1], dtype=np.int32)
+        columns.append(numbers[np.frombuffer(content.label, dtype=np.int32)] if len(content.label) else numbers[:0])
+    labels = np.concatenate(columns)
+    without = int((labels < 0).sum())
     note = f"{found.root}: labels from .cls members: {len(class_names):,} classes" + (f"; {without:,} images have none" if without else "")
-    labels = [-1 if value is None else label_of[value] for value in values]
     return in_sample_order(replace(found, class_names=class_names, notes=(*found.notes, note)), labels)
 
 
@@ -176,7 +212,7 @@ def _scan(paths: Sequence[Place], stamps: Sequence[Stamp]) -> list[TarContent]:
         for path, stamp in zip(paths, stamps, strict=True):
             scan = TarScan(path)
             scan.read(progress)
-            contents.append(TarContent(path, stamp, scan))
+            contents.append(TarContent.of_scan(path, stamp, scan))
     return contents
 
 
@@ -188,13 +224,14 @@ def _write_index(index: Path, contents: Sequence[TarContent]) -> None:
             "images": len(content.names),
             "skipped": content.skipped,
             "class_tars": sorted(content.class_tars),
-            "labels": content.labels,
+            "label_names": content.label_names,
         }
         for content in contents
     ]
     columns = {
         "facts": _as_bytes(json.dumps({"format": _FORMAT, "tars": facts})),
-        "names": _as_bytes("\0".join(name for content in contents for name in content.names)),
+        "names": PackedNames.joined([content.names for content in contents]).block,
+        "label": np.concatenate([np.array(content.label, dtype=np.int32) for content in contents]),
         "offsets": np.concatenate([np.array(content.offsets, dtype=np.int64) for content in contents]),
         "sizes": np.concatenate([np.array(content.sizes, dtype=np.int64) for content in contents]),
     }
@@ -210,31 +247,39 @@ def _read_index(index: Path, *, tell: Callable[..., None] = log.warning) -> dict
     if not index.exists():
         return {}
     try:
-        data = index.read_bytes()
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # refuse what is compressed: a small file could unpack to fill the memory
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("it is compressed")
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            facts: dict[str, Any] = json.loads(arrays["facts"].tobytes())
-            text = arrays["names"].tobytes().decode(errors="surrogateescape")
-            names = text.split("\0") if text else []
-            offsets, sizes = arrays["offsets"], arrays["sizes"]
-        if facts["format"] != _FORMAT or not len(offsets) == len(sizes) == len(names) == sum(fact["images"] for fact in facts["tars"]):
+        with index.open("rb") as file:
+            with zipfile.ZipFile(file) as archive:  # refuse what is compressed: a small file could unpack to fill the memory
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                facts: dict[str, Any] = json.loads(arrays["facts"].tobytes())
+                if facts["format"] != _FORMAT:
+                    raise ValueError("another version wrote it")
+                block, offsets, sizes, label = (arrays[name] for name in ("names", "offsets", "sizes", "label"))
+        names = PackedNames.of_block(block)
+        counted = sum(fact["images"] for fact in facts["tars"])
+        fits = len(names) == counted and all(column.shape == (counted,) and column.dtype.kind == "i" for column in (offsets, sizes, label))
+        if not fits or (len(block) and block[-1]):
             raise ValueError("its columns do not fit together")
         found, first = {}, 0
         for fact in facts["tars"]:
             path, stamp, end = place_of(fact["path"]), (int(fact["stamp"][0]), int(fact["stamp"][1])), first + int(fact["images"])
-            scan = TarScan(path)
-            scan.names = names[first:end]
-            scan.offsets, scan.sizes = array("q", offsets[first:end].tolist()), array("q", sizes[first:end].tolist())
-            if end > first and (min(scan.offsets) < 0 or min(scan.sizes) < 0 or int((offsets + sizes)[first:end].max()) > stamp[0]):
+            offset, size, number = offsets[first:end], sizes[first:end], label[first:end]
+            texts = list(map(str, fact["label_names"]))
+            if end > first and (offset.min() < 0 or size.min() < 0 or int((offset + size).max()) > stamp[0]):
                 raise ValueError("a place beyond its tar")
-            scan.skipped = [(str(name), str(why)) for name, why in fact["skipped"]]
-            scan.class_tars, scan.labels = (
-                set(map(str, fact["class_tars"])),
-                {str(key): str(value) for key, value in fact["labels"].items()},
+            if end > first and not -1 <= number.min() <= number.max() < len(texts):
+                raise ValueError("a label that is not there")
+            found[fact["path"]] = TarContent(
+                path,
+                stamp,
+                names=names.part(first, end),
+                places=(array_of("q", offset), array_of("q", size)),
+                skipped=[(str(name), str(why)) for name, why in fact["skipped"]],
+                class_tars=set(map(str, fact["class_tars"])),
+                labels=(array_of("i", number), texts),
             )
-            found[fact["path"]] = TarContent(path, stamp, scan)
             first = end
     except Exception as error:  # a damaged zip file or array header raises anything
         tell("%s: is damaged (%s); the tars are read again", index, error)

@@ -105,8 +105,8 @@ def converted_beton(path: Path, manifest: Manifest | None) -> Converted:
     table = read_beton(path)
     file = np.zeros(len(table.label), dtype=np.int64)
     raw = table.mode == RAW_MODE
-    places = (table.offset, table.size, table.height, table.width)
-    return Converted(path, (path,), file, *places, table.label, raw, table.crc32, _listed(manifest, len(file)))
+    offset, size, height, width = (column.astype(np.int64) for column in (table.offset, table.size, table.height, table.width))
+    return Converted(path, (path,), file, offset, size, height, width, table.label, raw, table.crc32, _listed(manifest, len(file)))
 
 
 def converted_shards(folder: Path, manifest: Manifest) -> Converted:
@@ -114,7 +114,7 @@ def converted_shards(folder: Path, manifest: Manifest) -> Converted:
     table = read_sample_table(folder / SAMPLE_TABLE, manifest)
     columns = (table[name].astype(np.int64) for name in ("shard", "offset", "size", "height", "width", "label"))
     files = tuple(folder / shard.name for shard in manifest.shards)
-    raw, listed = np.zeros(len(table), dtype=np.bool_), _listed(manifest, len(table))
+    raw, listed = np.zeros(manifest.num_samples, dtype=np.bool_), _listed(manifest, manifest.num_samples)
     return Converted(folder, files, *columns, raw=raw, crc32=table["crc32"], listed=listed)
 
 
