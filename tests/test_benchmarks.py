@@ -98,7 +98,7 @@ TINY_CASES = {
 EXPECTED_ROWS = {
     "convert": 4,
     "loader": 14,
-    "store": 8,
+    "store": 6,
     "augment": 4,
     "ema": 7,
     "lars": 5,

@@ -4,9 +4,8 @@ How: one epoch of generated ImageNet-like files (`imagenet_like.py`), two 224 px
 A real nginx serves the shards from a network namespace of its own; every round trip to it is longer by the row's delay
 (`slow_link.py`; the note says by what). The cache on local disk holds half of the data and is empty before each epoch; the tables are read
 before the clock starts, as once in a run. Reference: local disk, with nothing of the shards in the page cache. Ceiling: local disk, with all
-of them there, as the server has them too. `fetch only` reads the same bytes from the store and decodes nothing, over as many
-connections as the loader has and over fewer: no loader can be faster. Read the wall clock. Needs root and Debian's nginx-light, iproute2
-and util-linux.
+of them there, as the server has them too. `fetch only` reads the same bytes from the store with as many
+connections and decodes nothing: no loader can be faster. Read the wall clock. Needs root and Debian's nginx-light, iproute2 and util-linux.
 
     python -m benchmarks.run store
 
@@ -56,8 +55,6 @@ class Size:
     shard_mib: int
     window_mib: int
     delays_ms: tuple[float, ...] = (0, 5, 50)
-    connections: tuple[int, ...] = (4, THREADS)
-    """Of the rows that only fetch; the loader has the last of them."""
     cache_share: float = 0.5
     size_px: int = 224
     scale: float = 1.0
@@ -67,7 +64,7 @@ class Size:
 
 
 QUICK = Size(images=50, copies=3, batch=30, rounds=6, shard_mib=1, window_mib=1, size_px=96, scale=0.5)
-FULL = Size(images=640, copies=3, batch=32, rounds=6, shard_mib=32, window_mib=16, writers=2)
+FULL = Size(images=384, copies=5, batch=32, rounds=6, shard_mib=32, window_mib=16, writers=2)
 
 
 def run(size: Size, *, scratch: Path) -> CaseResult:
@@ -79,7 +76,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         epochs = Epochs(scratch, size, link)
         subjects = [epochs.local(CEILING, cold=False), epochs.local(REFERENCE, cold=True)]
         subjects += [epochs.stored(delay_ms) for delay_ms in size.delays_ms]
-        subjects += [epochs.fetched(delay_ms, connections) for connections in size.connections for delay_ms in size.delays_ms]
+        subjects += [epochs.fetched(delay_ms) for delay_ms in size.delays_ms]
         title = f"an epoch of {epochs.images:,} images, {epochs.data_bytes / 2**20:.0f} MiB of tar shards, with a cache of {size.cache_share:.0%} of it"
         with torch_threads(1):
             given = {"settings": size, "primary": "wall", "warmed_up": epochs.first_ms.clear}
@@ -118,8 +115,8 @@ class Epochs:
         name = f"store, + {delay_ms:g} ms"
         return self._subject(name, f"http://{self._link.address}/train", lambda: self._away(name, delay_ms), note=self._link.kind)
 
-    def fetched(self, delay_ms: float, connections: int) -> Subject:
-        """Returns the subject that reads all blocks from the store, so many at a time, and does nothing else."""
+    def fetched(self, delay_ms: float) -> Subject:
+        """Returns the subject that reads all blocks from the store, as many at a time as the loader does, and does nothing else."""
         place = StorePath.of(f"http://{self._link.address}/train")
         blocks = [
             (place / path.name, start, min(BLOCK_BYTES, size - start))
@@ -129,12 +126,14 @@ class Epochs:
         ]
 
         def fetch() -> None:
-            with ThreadPoolExecutor(connections) as pool:
+            with ThreadPoolExecutor(THREADS) as pool:
                 for _ in pool.map(lambda block: block[0].read_once(*block[1:]), blocks):
                     pass
 
-        name = f"fetch only, {connections} connections, + {delay_ms:g} ms"
-        return Subject(name, fetch, units=self.images, prepare=lambda: self._away(name, delay_ms), note="no view made")
+        name = f"fetch only, + {delay_ms:g} ms"
+        return Subject(
+            name, fetch, units=self.images, prepare=lambda: self._away(name, delay_ms), note=f"{THREADS} connections, no view made"
+        )
 
     def extra(self) -> dict[str, dict[str, float]]:
         """Returns the medians of the waits for the first batch, and how long a round trip is."""

@@ -14,8 +14,8 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.block_cache import BlockCache
 from fastbyol.data.traversal import NEVER, Indices, Traversal, block_uses
 
-THREADS = 8
-"""Blocks that one process fetches at a time: a connection to a store is slower than the network, the more so the longer the way. s3fs has ten."""
+THREADS = 4
+"""Blocks that one process fetches at a time: a single connection to an object store is slower than the network."""
 _LONGEST_WAIT_S, _POLL_S = 30.0, 1.0
 _REST = 20
 """Pause between two looks for room, as a multiple of what one takes."""
