@@ -99,8 +99,7 @@ class SlowLink:
             assert self._forwarder.stdin is not None
             self._forwarder.stdin.write(f"{ms / 2000:.9f}\n".encode())  # seconds, and both ways have it
             self._forwarder.stdin.flush()
-        for within in ((), self._inside):  # what the kernels remember of earlier connections between the two
-            _do(*within, "ip", "tcp_metrics", "flush", "all" if within else self.address)
+        _do(*self._inside, "ip", "tcp_metrics", "flush", "all")  # what the server's kernel remembers of earlier connections
 
     def round_trip_ms(self, *, tries: int = 9) -> float:
         """Returns the median time of a connection to the server, which is one round trip."""
