@@ -1,4 +1,4 @@
-"""Fills the tables of figures in README.md and docs/performance.md from the newest kept records and the theoretical roofline.
+"""Fills the tables of figures in README.md, docs/performance.md and docs/stores.md from the newest kept records and the theoretical roofline.
 
 python -m benchmarks.figures            lists the files with tables that are out of date (exit code 1)
 python -m benchmarks.figures --write    updates them
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import derived, roofline
+from benchmarks.cases.store import FIRST
 from benchmarks.record import CaseResult, Row
 from benchmarks.record_file import KEPT, newest_kept, read_record, results_of
 from benchmarks.report_text import markdown_table, number
@@ -24,7 +25,7 @@ from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).parent.parent
-FILES = ("README.md", "docs/performance.md")
+FILES = ("README.md", "docs/performance.md", "docs/stores.md")
 BLOCK = re.compile(r"(?P<head><!-- figures: (?P<name>\w+)[^>]*-->\n)(?P<body>.*?)(?P<foot><!-- figures end -->)", re.DOTALL)
 LOADER_ROW = "ffcv: views"
 
@@ -177,6 +178,34 @@ def cpu_rates_table(kept: Path = KEPT) -> str:
     return markdown_table(("case", "subject", "images per CPU-second"), rows, text_columns=2)
 
 
+def store_table(kept: Path = KEPT) -> str:
+    """Returns images/s of the loader from local disk and from a store at each distance, with the load of the machine, from the newest record."""
+    folder = newest_kept("store", folder=kept)
+    if folder is None:
+        raise UserError(f"figures: no kept record of store in {kept}; python -m benchmarks.run store --out {kept}/DATE_MACHINE")
+    result, record, rows = _result(folder, "store"), read_record(folder), []
+    for row in result.rows:
+        ratio, waits = row.speedup["wall"], row.extra.get(FIRST)
+        cells = [
+            number(1000 / row.ms["wall"].median),
+            f"{ratio.median:.2f} ({ratio.low:.2f} .. {ratio.high:.2f})",
+            number(row.ms["cpu"].median),
+        ]
+        rows.append([row.name, *cells, "" if waits is None else number(waits / 1000)])
+    headers = (
+        "read from",
+        "images/s (wall clock)",
+        f"times local disk ({result.coverage:.0%} interval)",
+        "CPU-ms an image",
+        "s to the first batch",
+    )
+    start, end = (record["load_average"][when][0] for when in ("start", "end"))
+    link = next((note for row in result.rows if (note := row.note).startswith("delay")), "")
+    loads = f"{result.rounds} rounds in turn; load average {start:.1f} at the start, {end:.1f} at the end, on {record['provenance']['cores']} cores"
+    source = f"{result.title[0].upper()}{result.title[1:]}, one thread; {link}; {loads}: [the record](../benchmarks/results/{folder.name}/report.md)."
+    return "\n".join([markdown_table(headers, rows, text_columns=1), "", source])
+
+
 def _rate(result: CaseResult, row: Row, clock: str) -> list[str]:
     return [result.title, row.name, number(1000 / row.ms[clock].median)]
 
@@ -206,6 +235,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "work": roofline.work_table,
     "limits": roofline.limits_table,
     "input": input_table,
+    "store": store_table,
     "messages": roofline.messages_table,
 }
 

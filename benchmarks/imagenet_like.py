@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import io
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def _write_image(out: Path, index: int, *, classes: int, scale: float, seed: int
     folder.mkdir(parents=True, exist_ok=True)
     jpeg = draw_jpeg(np.random.default_rng([seed, index]), direction=np.pi * label / classes, hue=label / classes, scale=scale)
     (folder / f"{index:06d}.jpg").write_bytes(jpeg)
+
+
+def copy_names(folder: Path, copies: int) -> None:
+    """Adds further names for each file by hard links; the file cache holds its content once."""
+    for path in list(folder.rglob("*.jpg")):
+        for copy in range(1, copies):
+            os.link(path, path.with_name(f"{path.stem}_{copy}.jpg"))
 
 
 def stored_for(backend: str, folder: Path, *, out: Path, workers: int = 1) -> Path:

@@ -53,6 +53,8 @@ class Subject:
     note: str = ""
     role: str = ""
     """'rival' for another implementation, 'memory ceiling' for a second ceiling; the case names the reference and the ceiling."""
+    prepare: Callable[[], object] = lambda: None
+    """Called before the clocks start, each round."""
 
 
 def subjects_of(
@@ -103,6 +105,7 @@ def _rounds(num: int) -> Iterator[int]:
 
 
 def _time_once(subject: Subject) -> dict[str, float]:
+    subject.prepare()
     start = {clock: now() for clock, now in CLOCKS.items()}
     for _ in range(subject.calls):
         subject.run()

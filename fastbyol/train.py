@@ -77,13 +77,14 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
     """Trains the run that the config describes, from where it stopped. Returns False if it was asked to stop before its last step."""
     # Everything that can be refused is checked before images are read or a folder is made.
     require_same_start(config, process)
+    mirror = None
     if process.is_main:
-        check_run(config)
+        mirror = check_run(config)
         check_online_knn(config)
     state = build(config, process)
     plan = RunPlan.of(config, num_samples=state.loader.num_samples)
     with ExitStack() as leaving:
-        session = leaving.enter_context(Session(config, process, state, plan, stop))
+        session = leaving.enter_context(Session(config, process, state, plan, stop, mirror))
         monitor = build_monitor(config, process)
         knn = build_online_knn(config, process, num_samples=plan.num_samples, first_step=session.first_step, total_steps=plan.total_steps)
         if knn is not None:

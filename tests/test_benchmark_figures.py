@@ -39,6 +39,18 @@ def test_the_readme_quotes_the_newest_record_digit_by_digit():
         assert f"{label or row} {rows[row]['ms']['cpu']['median']:#.3g}" in line
 
 
+def test_the_page_on_stores_quotes_the_newest_record_of_its_curve():
+    """Read from the record by hand, not through the code that writes the table."""
+    folder = newest_kept("store")
+    assert folder is not None
+    rows = read_record(folder)["cases"]["store"]["rows"]
+    page = (ROOT / "docs/stores.md").read_text()
+    for delay_ms in (0, 5, 50):
+        row = next(row for row in rows if row["name"] == f"store, + {delay_ms} ms")
+        assert row["extra"]["ms of a round trip"] >= delay_ms  # the delay was there
+        assert f"| store, + {delay_ms} ms | {1000 / row['ms']['wall']['median']:#.3g} | {row['speedup']['wall']['median']:.2f} (" in page
+
+
 def test_the_first_line_is_the_ratio_to_rivals_at_their_best_once_a_record_has_it(tmp_path: Path):
     assert figures.rivals_line(tmp_path)[1:] == [
         "not in a kept record yet",

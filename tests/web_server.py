@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from email.utils import formatdate
@@ -21,11 +20,11 @@ class WebServer:
 
     `fault` gets (method, path) of each request and returns '', '503', 'cut' (the body ends early), 'damaged' (one byte is changed), 'whole' (no
     ranges), or another status. `struck` counts the faults, `asked` the requests by method, `sent` the bytes of each file, `authorised` the
-    requests with a password. delay_s: time before each answer.
+    requests with a password.
     """
 
-    def __init__(self, folder: Path, *, port: int = 0, delay_s: float = 0.0) -> None:
-        self.folder, self.port, self.delay_s = folder, port, delay_s
+    def __init__(self, folder: Path, *, port: int = 0) -> None:
+        self.folder, self.port = folder, port
         self.fault: Callable[[str, str], str] = lambda method, path: ""
         self.struck, self.asked, self.sent = Counter[str](), Counter[str](), Counter[str]()
         self.authorised = 0
@@ -84,7 +83,6 @@ class WebServer:
             self.struck["stopped"] += 1
             request.close_connection = True
             return
-        time.sleep(self.delay_s)
         name = unquote(urlsplit(request.path).path)
         self.asked[request.command] += 1
         self.authorised += "Authorization" in request.headers

@@ -18,6 +18,7 @@ from fastbyol.config.plain import nearest_name
 CASES = {
     "convert": "convert",
     "loader": "loader",
+    "store": "store",
     "augment": "augment",
     "ema": "updates.Ema",
     "lars": "updates.Lars",

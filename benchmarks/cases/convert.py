@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.imagenet_like import write_imagenet_like
+from benchmarks.imagenet_like import copy_names, write_imagenet_like
 from benchmarks.record import CaseResult, measured
 from benchmarks.rivals.read_and_decode import read_and_decode
 from benchmarks.rivals.stock_ffcv import MISSING, QUALITY, write_with_stock_ffcv
@@ -59,7 +59,7 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
     if find_turbojpeg() is None:
         raise UserError(f"without TurboJPEG there is no ceiling to compare with: {MISSING}")
     folder = write_imagenet_like(scratch / "images", images=size.images, scale=size.scale, seed=size.seed)
-    _copy_names(folder, size.copies)  # thousands of different images would take longer to draw than to convert
+    copy_names(folder, size.copies)  # thousands of different images would take longer to draw than to convert
     outputs = {REFERENCE: scratch / "stock.beton", BETON: scratch / "ours.beton", TAR: scratch / "ours"}
     listing = list_image_folder(folder)
     given: dict[str, Any] = {"workers": size.workers, "overwrite": "replace"}
@@ -76,13 +76,6 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
         result = measured("convert", title, subjects, reference=REFERENCE, ceiling=CEILING, threads=size.workers, settings=size)
     source_bytes = sum(os.path.getsize(str(listing.path(index))) for index in range(len(listing.files)))
     return result.with_extra({name: {"bytes for a byte of input": _bytes_of(out) / source_bytes} for name, out in outputs.items()})
-
-
-def _copy_names(folder: Path, copies: int) -> None:
-    """Adds further names for each file by hard links; the file cache holds its content once."""
-    for path in list(folder.rglob("*.jpg")):
-        for copy in range(1, copies):
-            os.link(path, path.with_name(f"{path.stem}_{copy}.jpg"))
 
 
 def _bytes_of(out: Path) -> int:

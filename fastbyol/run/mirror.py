@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -62,7 +63,8 @@ class Mirror:
         self._config = config
         self._store, path = store_of(config.mirror, option=OPTION)
         self._path = path.rstrip("/")
-        self._copies = self._read_markers()
+        self._copies: dict[int, Copy] = {}
+        self._read_markers()
 
     @property
     def steps(self) -> list[int]:
@@ -70,11 +72,13 @@ class Mirror:
         return sorted(self._copies)
 
     def check_writable(self) -> None:
-        """Raises UserError if the store cannot be written."""
+        """Raises UserError if the store cannot be written. Leaves nothing there, unless the store refuses to remove files."""
         probe = f"{self._path}/fastbyol-writes-here"
         try:
             self._make_folder(self._path)
-            self._call(lambda: self._store.pipe_file(probe, b"Copies of the checkpoints of a run of fastbyol.\n"), "")
+            self._call(lambda: self._store.pipe_file(probe, b"written to find out whether it can be\n"), "")
+            with suppress(Exception):  # old copies stay in such a store too
+                self._store.rm_file(probe)
         except (Lost, UserError):
             raise
         except Exception as error:
@@ -88,6 +92,7 @@ class Mirror:
 
         Raises UserError if there are newer ones but none is good, NotSaved if the disk refuses.
         """
+        self._read_markers()  # of what another machine has copied since the start was checked
         here = max(checkpoint_steps(run), default=0)
         newer = [step for step in reversed(self.steps) if step > here]
         for step in newer:
@@ -173,14 +178,16 @@ class Mirror:
             finally:
                 unfinished.unlink(missing_ok=True)
 
-    def _read_markers(self) -> dict[int, Copy]:
+    def _read_markers(self) -> None:
+        """Lists the copies, and reads the markers that are not known yet."""
         self._store.invalidate_cache()
         try:
             names = self._call(lambda: self._names(), "")
         except NotImplementedError:
             raise UserError(f"{OPTION} = {self.shown}: this store cannot be listed; use s3://, gs:// or file://") from None
-        copies = {}
-        for name in names:
+        self._copies = {step: copy for step, copy in self._copies.items() if _MARKER.format(step) in names}
+        known = {_MARKER.format(step) for step in self._copies}
+        for name in [name for name in names if name not in known]:
             text = self._call(lambda name=name: self._store.cat_file(f"{self._path}/{name}", start=0, end=_MAX_MARKER_BYTES), name)
             try:
                 marker = json.loads(text)
@@ -197,8 +204,7 @@ class Mirror:
                 raise UserError(
                     f"{OPTION} = {self.shown}: holds a run with another config ({'; '.join(changed[:5])}); give each run a place of its own"
                 )
-            copies[step] = Copy(step, files)
-        return copies
+            self._copies[step] = Copy(step, files)
 
     def _names(self) -> list[str]:
         """Returns the names of all markers."""

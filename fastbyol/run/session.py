@@ -34,8 +34,8 @@ COMPILE_S = 3600.0
 """Time for the first step where it compiles: max-autotune on few cores takes longer than timeout_s."""
 
 
-def check_run(config: TrainConfig) -> None:
-    """Checks on rank 0, before any work, that the run can be stored and logged. Raises UserError if not."""
+def check_run(config: TrainConfig) -> Mirror | None:
+    """Checks on rank 0, before any work, that the run can be stored and logged, and returns its mirror. Raises UserError if not."""
     mend_config(Path(config.out))
     check_run_folder(config)
     mirror = Mirror(config) if config.mirror else None
@@ -43,20 +43,24 @@ def check_run(config: TrainConfig) -> None:
     if mirror:
         mirror.check_writable()
     check_wandb(config)
+    return mirror
 
 
 class Session:
     """Context manager that locks the run folder, restores the newest checkpoint, and then logs, saves and watches the run.
 
-    Every rank has one and calls the same methods at the same steps. Only rank 0 writes.
+    Every rank has one and calls the same methods at the same steps. Only rank 0 writes, and has a mirror if the config names one.
 
     Attributes:
         first_step: step at which this process starts. done: optimizer steps taken, of the whole run.
         stopping: True once any rank was asked to stop; equal on all ranks.
     """
 
-    def __init__(self, config: TrainConfig, process: Process, state: TrainState, plan: RunPlan, stop: StopRequest) -> None:
+    def __init__(
+        self, config: TrainConfig, process: Process, state: TrainState, plan: RunPlan, stop: StopRequest, mirror: Mirror | None
+    ) -> None:
         self._config, self._process, self._state, self._plan, self._stop = config, process, state, plan, stop
+        self._mirror = mirror
         self._folder = Path(config.out)
         self._writer: CheckpointWriter | None = None
         self._log: RunLog | None = None
@@ -69,11 +73,10 @@ class Session:
             kept: dict[str, Any] = {"keep": config.keep_checkpoints, "stays": plan.stays}
             if process.is_main:
                 leaving.enter_context(locked_run_folder(open_run_folder(config)))
-                if config.mirror:
-                    mirror = Mirror(config)
-                    mirror.bring_newest(self._folder)
+                if self._mirror:
+                    self._mirror.bring_newest(self._folder)
                     # Entered before the hang watch: the last copy may take longer than a step.
-                    kept["saved"] = leaving.enter_context(MirrorWriter(mirror, self._folder, **kept)).add
+                    kept["saved"] = leaving.enter_context(MirrorWriter(self._mirror, self._folder, **kept)).add
             self.first_step = self.done = self._state.restore(self._folder, config=config, process=process)
             self._announce()
             # Entered first, so that it still watches while the writer and the log are being closed.
