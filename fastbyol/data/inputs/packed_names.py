@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 _AT_ONCE, _BYTES_AT_ONCE = 4096, 1 << 24
-"""Names that are decoded together, and bytes that are searched together."""
-_PACKED_AT_ONCE = 1 << 16
-"""Names that wait as strings to be packed together."""
+"""Names that are decoded or packed together, and bytes that are searched together."""
 _WIDEST = 64
 """Most bytes in which sorted names may differ for numpy to sort them; it pads all to the longest."""
 
@@ -36,14 +34,10 @@ class PackedNames(Sequence[str]):
     def of(cls, names: Iterable[str]) -> PackedNames:
         if isinstance(names, PackedNames):
             return names
-        block, num, remaining = bytearray(), 0, iter(names)
-        while some := list(islice(remaining, _AT_ONCE)):
-            block += ("\0".join(some) + "\0").encode(errors="surrogateescape")
-            num += len(some)
-        packed = cls.of_block(np.frombuffer(block, dtype=np.uint8))
-        if len(packed) != num:
-            raise ValueError("a name holds a zero byte")
-        return packed
+        packer = NamePacker()
+        for name in names:
+            packer.append(name)
+        return packer.packed()
 
     @classmethod
     def joined(cls, parts: Sequence[PackedNames]) -> PackedNames:
@@ -188,30 +182,35 @@ class PackedNames(Sequence[str]):
 
 
 class NamePacker:
-    """Collects names one by one, and packs some thousand at a time."""
+    """Collects names one by one in one growing block, to which some thousand are added at a time."""
 
     def __init__(self) -> None:
-        self._parts: list[PackedNames] = []
+        self._block = bytearray()
         self._some: list[str] = []
         self._packed = 0
 
     def append(self, name: str) -> None:
         self._some.append(name)
-        if len(self._some) >= _PACKED_AT_ONCE:
+        if len(self._some) >= _AT_ONCE:
             self._pack()
 
     def __len__(self) -> int:
         return self._packed + len(self._some)
 
     def _pack(self) -> None:
-        self._parts.append(PackedNames.of(self._some))
-        self._packed += len(self._some)
-        self._some = []
+        if self._some:
+            self._block += ("\0".join(self._some) + "\0").encode(errors="surrogateescape")
+            self._packed += len(self._some)
+            self._some = []
 
     def packed(self) -> PackedNames:
-        """Returns the names."""
+        """Returns the names, and forgets them. Raises ValueError if one of them holds a zero byte."""
         self._pack()
-        return PackedNames.joined(self._parts)
+        packed, expected = PackedNames.of_block(np.frombuffer(self._block, dtype=np.uint8)), self._packed
+        self._block, self._packed = bytearray(), 0
+        if len(packed) != expected:
+            raise ValueError("a name holds a zero byte")
+        return packed
 
 
 def labels_as(labels: NDArray[np.integer]) -> tuple[int, ...]:
