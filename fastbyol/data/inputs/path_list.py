@@ -11,11 +11,12 @@ import io
 import os
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.urls import is_url
@@ -43,13 +44,44 @@ def list_paths(path: Place, *, path_column: str | None = None, label_column: str
     Raises:
         UserError: files are missing, there is no such column, or the list is empty or damaged.
     """
+    # Nested, so that the text and the absolute paths are gone before the images are sorted.
+    return in_sample_order(*_images_of(path, _read_list(path, path_column, label_column), labelled=label_column is not None))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The files that a list names, in its order."""
+
+    first: str
+    """The first path as it is written."""
+    places: PackedNames
+    """The absolute paths; of URLs without the store's name."""
+    folder: str
+    """The deepest folder that holds all of them, as the paths begin."""
+    root: Place
+    """The same folder."""
+    label: array[int]
+    """Number of each file's label in `labels`."""
+    labels: list[str]
+    sizes: array[int] | None = None
+    """Bytes of each file at a URL; None for files of this machine, which are asked for theirs when they are used."""
+    how: str = ""
+    """How the list was read, for a note."""
+
+
+def _read_list(path: Place, path_column: str | None, label_column: str | None) -> _Listed:
+    """Returns the files that a list names. Raises UserError in the cases of `list_paths`."""
     text = read_text(path, largest=_LARGEST_LIST)
     if path.suffix.lower() in (".csv", ".tsv") or path_column or label_column:
         rows, how = _table(path, text, path_column, label_column)
     else:
         rows, how = ((line.strip(), "") for line in each_line(text) if line.strip()), "a path in each line"
-    listed = _read_rows(path, rows)
-    label_of = {name: label for label, name in enumerate(sorted(listed.labels))} if label_column else {}
+    return replace(_read_rows(path, rows), how=how)
+
+
+def _images_of(path: Place, listed: _Listed, *, labelled: bool) -> tuple[ImageListing, NDArray[np.int32]]:
+    """Returns the listed files that are images, in the list's order, and their labels. Raises UserError if there are none."""
+    label_of = {name: label for label, name in enumerate(sorted(listed.labels))} if labelled else {}
     number_to_label = np.array([label_of.get(name, -1) for name in listed.labels], dtype=np.int32)
     skipped: list[tuple[str, str]] = []
     kept, labels, sizes = NamePacker(), array("i"), None if listed.sizes is None else array("q")
@@ -70,28 +102,8 @@ def list_paths(path: Place, *, path_column: str | None = None, label_column: str
     num = int((label != LEFT_OUT).sum())
     if not num:
         raise UserError(f"{path}: no image found among its {len(listed.places):,} files, the first {listed.first!r} is {skipped[0][1]}")
-    note = f"{path}: {how}: {num:,} images" + (f" of {len(label_of):,} classes" if label_of else ", no labels")
-    found = ImageListing(listed.root, tuple(label_of), names, (), tuple(skipped), notes=(note,), sizes=sizes)
-    return in_sample_order(found, label)
-
-
-@dataclass(frozen=True)
-class _Listed:
-    """The files that a list names, in its order."""
-
-    first: str
-    """The first path as it is written."""
-    places: PackedNames
-    """The absolute paths; of URLs without the store's name."""
-    folder: str
-    """The deepest folder that holds all of them, as the paths begin."""
-    root: Place
-    """The same folder."""
-    label: array[int]
-    """Number of each file's label in `labels`."""
-    labels: list[str]
-    sizes: array[int] | None = None
-    """Bytes of each file at a URL; None for files of this machine, which are asked for theirs when they are used."""
+    note = f"{path}: {listed.how}: {num:,} images" + (f" of {len(label_of):,} classes" if label_of else ", no labels")
+    return ImageListing(listed.root, tuple(label_of), names, (), tuple(skipped), notes=(note,), sizes=sizes), label
 
 
 def _read_rows(path: Place, rows: Iterable[tuple[str, str]]) -> _Listed:
