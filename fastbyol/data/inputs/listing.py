@@ -217,10 +217,14 @@ class ImageListing:
     def restricted(self, indices: Sequence[int] | NDArray[np.int64]) -> ImageListing:
         """Returns the samples at these positions, in this order. Labels and class names do not change."""
         chosen = np.asarray(indices, dtype=np.int64)
+        return self.taken(chosen, np.array(self.labels, dtype=np.int32))
+
+    def taken(self, chosen: NDArray[np.int64], labels: NDArray[np.int32]) -> ImageListing:
+        """Returns the images at these positions, in this order. labels: (N,) of all images here, in place of theirs."""
         return replace(
             self,
             files=self.names.take(chosen),
-            labels=labels_as(np.array(self.labels, dtype=np.int32)[chosen]),
+            labels=labels_as(labels[chosen]),
             places=None if self.places is None else self.places.restricted(chosen),
             sizes=None if self.sizes is None else array_of("q", np.frombuffer(self.sizes, dtype=np.int64)[chosen]),
         )
@@ -264,14 +268,7 @@ def in_sample_order(found: ImageListing, labels: Sequence[int | None] | NDArray[
     order = np.lexsort((folder, label))
     order = order[label[order] != LEFT_OUT]
     _sort_names_within(order, found.names, group_starts=_changes(label[order]) | _changes(folder[order]))
-    return replace(
-        found,
-        files=found.names.take(order),
-        labels=labels_as(label[order]),
-        places=None if found.places is None else found.places.restricted(order),
-        sizes=None if found.sizes is None else array_of("q", np.frombuffer(found.sizes, dtype=np.int64)[order]),
-        skipped=tuple(sorted(found.skipped)),
-    )
+    return replace(found.taken(order, label), skipped=tuple(sorted(found.skipped)))
 
 
 def _changes(values: NDArray[np.int32]) -> NDArray[np.bool_]:
