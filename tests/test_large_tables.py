@@ -16,11 +16,7 @@ import numpy as np
 import pytest
 
 from fastbyol.config.errors import UserError
-from fastbyol.data import traversal
-from fastbyol.data.backends import source as source_module
 from fastbyol.data.backends.ffcv_source import FfcvSource
-from fastbyol.data.formats import beton as beton_format
-from fastbyol.data.formats import manifest
 from fastbyol.data.formats.beton import read_beton
 from fastbyol.data.formats.manifest import label_counts
 from fastbyol.data.formats.tar_shards import listed_position, read_tar_shards
@@ -96,9 +92,7 @@ def test_an_order_takes_few_bytes_for_each_image(small_pieces: None) -> None:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the pieces in which columns are read, checked and digested small beside the tables of the tests."""
-    for module, name in ((beton_format, "PIECE"), (source_module, "_PIECE"), (manifest, "_PIECE"), (traversal, "_PIECE")):
-        assert isinstance(getattr(module, name), int)
-        monkeypatch.setattr(module, name, 1000)
+    monkeypatch.setattr(shared_columns, "ROWS_AT_ONCE", 1000)
 
 
 def test_the_table_of_a_beton_takes_29_bytes_for_each_image(large: Path, small_pieces: None) -> None:

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, require, require_at_least
+from fastbyol.host.shared_columns import row_pieces
 
 Indices = NDArray[np.int64]
 # Extra key words, so that these permutations are independent of other random numbers keyed by (seed, epoch): "orde", "bloc" in ASCII.
 _ORDER_STREAM, _BLOCK_STREAM = 0x6F726465, 0x626C6F63
-_PIECE = 1 << 18
-"""Rows of a long column that are computed on at a time."""
 
 
 def seeded_permutation(num: int, *key: int) -> Indices:
@@ -43,8 +42,8 @@ def stable_argsort(words: NDArray[np.uint64]) -> Indices:
     keys = words & ~index_mask
     keys |= np.arange(num, dtype=np.uint64)
     keys.sort()
-    # In pieces, as everything here: whole columns of intermediate values would double the memory.
-    alike = [np.flatnonzero(np.diff(keys[at : at + _PIECE + 1] >> bits) == 0) + at for at in _pieces(num)]
+    # In pieces, as everything here.
+    alike = [np.flatnonzero(np.diff(keys[at.start : at.stop + 1] >> bits) == 0) + at.start for at in row_pieces(num)]
     first = np.concatenate([np.zeros(0, dtype=np.int64), *alike])
     tied = np.union1d(first, first + 1)
     high = keys[tied] >> bits
@@ -99,26 +98,22 @@ def group_into_blocks(file: NDArray[np.integer], offset: NDArray[np.integer], *,
     sample = np.arange(num, dtype=kind) if _in_storage_order(file, offset) else np.lexsort((offset, file)).astype(kind)
     last_file = last_page = -1  # which is no file or page: the first sample always starts a block
     last = -1
-    for at in _pieces(num):
-        rows = sample[at : at + _PIECE]
+    for piece in row_pieces(num):
+        rows = sample[piece]
         files, page = file[rows], offset[rows] // block_bytes
         starts_block = (np.diff(files, prepend=last_file) != 0) | (np.diff(page, prepend=last_page) != 0)
-        number[at : at + _PIECE] = np.cumsum(starts_block) + last
-        last_file, last_page, last = files[-1], page[-1], int(number[at : at + _PIECE][-1])
+        number[piece] = np.cumsum(starts_block) + last
+        last_file, last_page, last = files[-1], page[-1], int(number[piece][-1])
     return Blocks(sample, number, window=max(1, window_bytes // block_bytes))
 
 
 def _in_storage_order(file: NDArray[np.integer], offset: NDArray[np.integer]) -> bool:
     """Returns True if the samples are in the order of their files and offsets already."""
-    for at in _pieces(len(offset) - 1):
-        files, offsets = file[at : at + _PIECE + 1], offset[at : at + _PIECE + 1]
+    for at in row_pieces(len(offset) - 1):
+        files, offsets = file[at.start : at.stop + 1], offset[at.start : at.stop + 1]
         if not ((files[1:] > files[:-1]) | ((files[1:] == files[:-1]) & (offsets[1:] >= offsets[:-1]))).all():
             return False
     return True
-
-
-def _pieces(num: int) -> range:
-    return range(0, num, _PIECE)
 
 
 def block_order(blocks: Blocks, *, seed: int, epoch: int) -> Indices:
@@ -151,8 +146,8 @@ def local_order(blocks: Blocks, *, seed: int, epoch: int, node: int = 0, nodes: 
     shuffled = stable_argsort(words)
     # By window; within one, the stable sort keeps the order of the random words.
     order = shuffled[np.argsort(window_of_block[blocks.number[shuffled]], kind="stable")]
-    for at in _pieces(len(order)):
-        order[at : at + _PIECE] = blocks.sample[order[at : at + _PIECE]]
+    for piece in row_pieces(len(order)):
+        order[piece] = blocks.sample[order[piece]]
     return order
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,25 @@ SHARED_ROWS = 1 << 21
 _FORMAT = 1
 _HEADER = 4096
 """Bytes before the first column, which hold the facts as JSON; each column starts at a multiple of this."""
-_PIECE = 1 << 20
+_NAME = "fastbyol-table"
+"""Beginning of the file's name."""
+ROWS_AT_ONCE = 1 << 18
+"""Rows that are read, checked or computed on at a time: whole columns of intermediate values would double the memory."""
 
 
-def shared_columns(
-    of: Path, *, name: str, rows: int, facts: dict[str, Any], dtypes: dict[str, str], make: Callable[[], Columns]
-) -> Columns:
+def row_pieces(rows: int) -> Iterator[slice]:
+    """Yields the slices, of ROWS_AT_ONCE rows or fewer, that make up a column of so many rows."""
+    for first in range(0, rows, ROWS_AT_ONCE):
+        yield slice(first, min(first + ROWS_AT_ONCE, rows))
+
+
+def shared_columns(of: Path, *, rows: int, facts: dict[str, Any], dtypes: dict[str, str], make: Callable[[], Columns]) -> Columns:
     """Returns the columns that `make` returns, mapped from a file if there are at least SHARED_ROWS rows and a file can be kept.
 
     The arrays may be written to, which changes them in this process alone. Whoever trusts no file checks the values.
 
     Args:
         of: the file that the columns are made from; theirs lies beside it, or in the user's cache folder.
-        name: beginning of the file's name.
         rows: length of every column.
         facts: plain values that the columns depend on; a file with others is made anew.
         dtypes: the columns' names and types.
@@ -47,10 +53,10 @@ def shared_columns(
     if rows < SHARED_ROWS:
         return make()
     told = {"format": _FORMAT, "rows": rows, "dtypes": dtypes, "facts": facts}
-    for path in kept_files(of.parent, name=name, of=[of]):
+    for path in kept_files(of.parent, name=_NAME, of=[of]):
         if (columns := _mapped(path, told)) is not None:
             return columns
-    with cache_file(of.parent, name=name, of=[of]) as path:
+    with cache_file(of.parent, name=_NAME, of=[of]) as path:
         if path is None:
             return make()
         columns = _mapped(path, told)  # another process may have written it meanwhile
@@ -92,8 +98,8 @@ def _write(path: Path, told: dict[str, Any], columns: Columns) -> None:
         file.write(header + bytes(_HEADER - len(header)))
         for column, start in starts.items():
             file.seek(start)
-            for first in range(0, told["rows"], _PIECE):
-                np.ascontiguousarray(columns[column][first : first + _PIECE], dtype=told["dtypes"][column]).tofile(file)
+            for piece in row_pieces(told["rows"]):
+                np.ascontiguousarray(columns[column][piece], dtype=told["dtypes"][column]).tofile(file)
         file.truncate(end)
 
 

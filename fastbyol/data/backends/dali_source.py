@@ -21,9 +21,9 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.block_cache import CachedFile
 from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged
 from fastbyol.data.backends.store_tables import StoreTables
-from fastbyol.data.formats.beton import PIECE
 from fastbyol.data.formats.jpeg_header import jpeg_complaint
 from fastbyol.data.formats.tar_shards import SAMPLE, listed_position, read_tar_shards, read_tar_tables
+from fastbyol.host.shared_columns import row_pieces
 
 BATCH = 16
 """Largest number of images per run of a DALI pipeline."""
@@ -77,10 +77,10 @@ class DaliSource(Source):
 
     def identity(self) -> Iterator[bytes]:
         """Yields the bytes of the sample table, as its file has them."""
-        for first in range(0, self.num_samples, PIECE):
-            rows = np.empty(min(PIECE, self.num_samples - first), dtype=SAMPLE)
+        for piece in row_pieces(self.num_samples):
+            rows = np.empty(piece.stop - piece.start, dtype=SAMPLE)
             for name, column in self._table.items():
-                rows[name] = column[first : first + PIECE]
+                rows[name] = column[piece]
             yield rows.tobytes()
 
     def sample_name(self, index: int) -> str:

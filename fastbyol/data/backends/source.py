@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.block_cache import BlockCache, CachedFile
+from fastbyol.host.shared_columns import row_pieces
 
 Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 READ_AHEAD_BYTES = 1 << 20
 """Bytes that read-ahead fetches per system call."""
-_PIECE = 1 << 18
-"""Rows of which bytes are made at a time for a digest."""
 _COMPARED = 256
 """Images of which ranks compare the bytes where no table has their digests."""
 
@@ -70,10 +69,9 @@ class Source(ABC):
 
     def identity(self) -> Iterator[bytes]:
         """Yields, in pieces, bytes that are very unlikely to be equal for other images, found without decoding: sizes and locations."""
-        num = self.num_samples
         for side in (0, 1):
-            for first in range(0, num, _PIECE):
-                yield self.sizes(np.arange(first, min(first + _PIECE, num), dtype=np.int64))[side].tobytes()
+            for piece in row_pieces(self.num_samples):
+                yield self.sizes(np.arange(piece.start, piece.stop, dtype=np.int64))[side].tobytes()
         for column in self.storage():
             yield from column_bytes(column)
 
@@ -160,8 +158,8 @@ class ThreadBuffer(threading.local):
 
 def column_bytes(column: NDArray[np.integer]) -> Iterator[bytes]:
     """Yields the bytes of a column, as its `tobytes()` would return them, in pieces."""
-    for first in range(0, len(column), _PIECE):
-        yield column[first : first + _PIECE].tobytes()
+    for piece in row_pieces(len(column)):
+        yield column[piece].tobytes()
 
 
 def _digest(pieces: Iterable[bytes]) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.pillow_decoding import MAX_DECODED_PIXELS
-from fastbyol.host.shared_columns import Columns, shared_columns
+from fastbyol.host.shared_columns import Columns, row_pieces, shared_columns
 
 VERSION = 2
 INT_FIELD, IMAGE_FIELD = 1, 2
@@ -53,10 +53,7 @@ def field_descriptors(*, checksums_at: int) -> NDArray[np.void]:
     return fields
 
 
-_TABLE = "fastbyol-table"
 _COLUMNS = {"mode": "<u1", "height": "<u2", "width": "<u2", "offset": "<i8", "size": "<u4", "label": "<i8", "crc32": "<u4"}
-PIECE = 1 << 18
-"""Rows of a table that are read or checked at a time: whole columns of intermediate values would double the memory."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,8 @@ def read_beton(path: Path) -> Beton:
 
     def columns() -> Columns:
         found = {name: np.empty(rows, dtype=dtype) for name, dtype in dtypes.items()}
-        for first in range(0, rows, PIECE):
-            samples = _read(path, row, min(PIECE, rows - first), at + first * row.itemsize)
-            piece = slice(first, first + PIECE)
+        for piece in row_pieces(rows):
+            samples = _read(path, row, piece.stop - piece.start, at + piece.start * row.itemsize)
             for name, column in (("mode", "mode"), ("height", "height"), ("width", "width"), ("offset", "data_ptr")):
                 found[name][piece] = samples[image][column]
             found["label"][piece] = samples[label]
@@ -116,7 +112,7 @@ def read_beton(path: Path) -> Beton:
         return found
 
     facts = {"stamp": [status.st_size, status.st_mtime_ns], "header": header.tobytes().hex()}
-    table = shared_columns(path, name=_TABLE, rows=rows, facts=facts, dtypes=dtypes, make=columns)
+    table = shared_columns(path, rows=rows, facts=facts, dtypes=dtypes, make=columns)
     beton = Beton(*(table[name] for name in ("mode", "height", "width", "offset", "size", "label")), crc32=table.get("crc32"))
     _refuse_impossible_values(path, beton, end=min(int(header["alloc_table_ptr"]), status.st_size))
     return beton
@@ -160,10 +156,9 @@ def _refuse_impossible_values(path: Path, beton: Beton, *, end: int) -> None:
     """Raises UserError that names the first image with values that no image can have: decoders would trust them. end: of the images' bytes."""
     # Of a shared table too: it is a file like any other.
     refuse_impossible_sizes(path, beton.height, beton.width)
-    for first in range(0, len(beton.label), PIECE):
+    for piece in row_pieces(len(beton.label)):
         mode, height, width, offset, size, label = (
-            column[first : first + PIECE].astype(np.int64)
-            for column in (beton.mode, beton.height, beton.width, beton.offset, beton.size, beton.label)
+            column[piece].astype(np.int64) for column in (beton.mode, beton.height, beton.width, beton.offset, beton.size, beton.label)
         )
         for wrong, what in (
             ((mode != JPEG_MODE) & (mode != RAW_MODE), "is neither a JPEG nor raw pixels"),
@@ -172,17 +167,17 @@ def _refuse_impossible_values(path: Path, beton: Beton, *, end: int) -> None:
             ((offset < 0) | (offset > end - size), "lies beyond the end of the images"),
         ):
             if wrong.any():
-                image = first + int(wrong.argmax())
+                image = piece.start + int(wrong.argmax())
                 raise UserError(f"{path}: image {image} {what} (damaged, or another format); make it again with python -m fastbyol convert")
 
 
 def refuse_impossible_sizes(path: Path, height: NDArray[np.integer], width: NDArray[np.integer]) -> None:
     """Raises UserError, naming the first bad image, for an image with no pixels or with more than MAX_DECODED_PIXELS."""
-    for first in range(0, len(height), PIECE):
-        pixels = height[first : first + PIECE].astype(np.int64) * width[first : first + PIECE].astype(np.int64)
+    for piece in row_pieces(len(height)):
+        pixels = height[piece].astype(np.int64) * width[piece].astype(np.int64)
         wrong = (pixels < 1) | (pixels > MAX_DECODED_PIXELS)
         if wrong.any():
-            image = first + int(wrong.argmax())
+            image = piece.start + int(wrong.argmax())
             raise UserError(
                 f"{path}: image {image} has {width[image]}x{height[image]} pixels by its table, must have 1 to {MAX_DECODED_PIXELS:,} (damaged?); "
                 "copy or convert it again, with --max-side where images are larger"
@@ -231,9 +226,9 @@ def _sizes_in_order(path: Path, pointers: NDArray[np.uint64], table_at: int, fil
     if file_bytes - table_at != num * ALLOCATION.itemsize or (pointers[1:] <= pointers[:-1]).any():
         return None
     sizes = np.empty(num, dtype=np.uint64)
-    for first in range(0, num, PIECE):
-        table = np.fromfile(path, dtype=ALLOCATION, count=min(PIECE, num - first), offset=table_at + first * ALLOCATION.itemsize)
-        if not np.array_equal(table["ptr"], pointers[first : first + PIECE]):
+    for piece in row_pieces(num):
+        table = np.fromfile(path, dtype=ALLOCATION, count=piece.stop - piece.start, offset=table_at + piece.start * ALLOCATION.itemsize)
+        if not np.array_equal(table["ptr"], pointers[piece]):
             return None
-        sizes[first : first + PIECE] = table["size"]
+        sizes[piece] = table["size"]
     return sizes

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, shortened
 from fastbyol.host.durable_files import write_durably
+from fastbyol.host.shared_columns import row_pieces
 
 FORMAT_VERSION = 1
 TAR_MANIFEST = "manifest.json"
@@ -28,7 +29,6 @@ MAX_CLASSES = 1 << 20
 _MAX_NUMBER = 1 << 48
 _LONGEST_NAME = 255
 _READ_BYTES = 1 << 20
-_PIECE = 1 << 18
 _SEAL = "content_sha256"
 """Name of the field that holds the SHA-256 of all other fields."""
 
@@ -204,8 +204,8 @@ def refuse_other_counts(path: Path, labels: NDArray[np.int64], manifest: Manifes
 def label_counts(labels: NDArray[np.int64], *, num_classes: int) -> list[int]:
     """Returns the number of images of each class; images without a label (-1) are not counted."""
     counts = np.zeros(num_classes + 1, dtype=np.int64)
-    for first in range(0, len(labels), _PIECE):  # in pieces, because bincount needs a column of its own type
-        counts += np.bincount(labels[first : first + _PIECE] + 1, minlength=num_classes + 1)[: num_classes + 1]
+    for piece in row_pieces(len(labels)):  # because bincount needs a column of its own type
+        counts += np.bincount(labels[piece] + 1, minlength=num_classes + 1)[: num_classes + 1]
     return counts[1:].tolist()
 
 

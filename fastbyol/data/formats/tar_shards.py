@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.data.formats.beton import PIECE, refuse_impossible_sizes
+from fastbyol.data.formats.beton import refuse_impossible_sizes
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, read_manifest, refuse_other_counts
-from fastbyol.host.shared_columns import Columns, shared_columns
+from fastbyol.host.shared_columns import Columns, row_pieces, shared_columns
 
 SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
 SAMPLE = np.dtype(
@@ -23,7 +23,6 @@ SAMPLE = np.dtype(
 """Row of the sample table: location of a sample's JPEG, CRC-32 of its bytes, label and size in pixels.
 
 There is one row per sample, in listing order; images in the manifest's `dropped` have none."""
-_TABLE = "fastbyol-table"
 INDEX_VERSION = "v1.2"
 PARTS = "part-*-of-*.json"
 """Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""
@@ -103,15 +102,15 @@ def read_sample_table(path: Path, manifest: Manifest) -> Columns:
             def columns() -> Columns:
                 found = {name: np.empty(shape, dtype=kind) for name, kind in dtypes.items()}
                 file.seek(start)
-                for first in range(0, len(found["size"]), PIECE):
-                    rows = np.fromfile(file, dtype=SAMPLE, count=min(PIECE, len(found["size"]) - first))
-                    for name, column in found.items():
-                        column[first : first + len(rows)] = rows[name]
-                    if len(rows) < min(PIECE, len(found["size"]) - first):
+                for piece in row_pieces(manifest.num_samples):
+                    rows = np.fromfile(file, dtype=SAMPLE, count=piece.stop - piece.start)
+                    if len(rows) < piece.stop - piece.start:
                         raise ValueError("it is cut")
+                    for name, column in found.items():
+                        column[piece] = rows[name]
                 return found
 
-            table = shared_columns(path, name=_TABLE, rows=manifest.num_samples, facts=facts, dtypes=dtypes, make=columns)
+            table = shared_columns(path, rows=manifest.num_samples, facts=facts, dtypes=dtypes, make=columns)
     except UserError:
         raise
     except Exception as error:  # a damaged header raises anything from SyntaxError to MemoryError
@@ -120,8 +119,8 @@ def read_sample_table(path: Path, manifest: Manifest) -> Columns:
         raise foreign
     all_bytes = np.array([shard.bytes for shard in manifest.shards], dtype=np.int64)
     stored = 0
-    for first in range(0, manifest.num_samples, PIECE):
-        shard, offset, size = (table[name][first : first + PIECE] for name in ("shard", "offset", "size"))
+    for piece in row_pieces(manifest.num_samples):
+        shard, offset, size = (table[name][piece] for name in ("shard", "offset", "size"))
         # An offset of 2^63 or more has become negative.
         if ((offset < 0) | (offset > all_bytes[shard] - size)).any():
             raise UserError(f"{path}: points outside its shards; {again}")
