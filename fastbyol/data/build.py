@@ -25,6 +25,7 @@ from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.traversal import Traversal, group_into_blocks
 from fastbyol.host.cores import default_workers, place_on_machine
 from fastbyol.host.store_path import StorePath
+from fastbyol.host.stores import store_of
 from fastbyol.ranks.process_group import Process
 
 _READS = {
@@ -256,11 +257,14 @@ def _open_source(config: DataConfig, *, option: str, label_option: str = "") -> 
 
 
 def backend_of(path: str | Path, *, option: str) -> str:
-    """Returns the name of the backend that reads this path or URL. Raises UserError, naming the option, if the path does not exist."""
+    """Returns the name of the backend that reads this path or URL. Raises UserError, naming the option, if the path does not exist or
+    the URL cannot be read here.
+    """
     if is_original(str(path)):
         return "folder"
     if is_url(path):
         place = StorePath.of(str(path))
+        store_of(place.url, option=option)  # an unknown scheme or a missing package is a mistake in the option
         return "folder" if not is_converted_url(place) else "ffcv" if place.suffix == ".beton" else "dali"
     path = Path(path)
     if not path.exists():
