@@ -247,9 +247,6 @@ def _listed_stamp(path: Place) -> Stamp:
 def names_digest(names: Iterable[str]) -> str:
     """Returns the SHA-256 of the names in order, each followed by a zero byte."""
     digest = hashlib.sha256()
-    if isinstance(names, PackedNames):
-        digest.update(names.block.data)
-        return digest.hexdigest()
     for name in names:
         digest.update(name.encode(errors="surrogateescape") + b"\0")
     return digest.hexdigest()

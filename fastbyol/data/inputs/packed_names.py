@@ -92,10 +92,9 @@ class PackedNames(Sequence[str]):
     def __repr__(self) -> str:
         return f"PackedNames({list(self)!r})"
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the names take."""
-        return self._block.nbytes + self._ends.nbytes
+    def _starts(self) -> NDArray[np.int64]:
+        """Returns the offset of each name, (N,)."""
+        return np.concatenate([np.zeros(min(1, len(self)), dtype=np.int64), self._ends[:-1]])
 
     def part(self, first: int, last: int) -> PackedNames:
         """Returns the names [first, last) as a view of the same bytes."""
@@ -114,7 +113,7 @@ class PackedNames(Sequence[str]):
 
     def take(self, indices: NDArray[np.int64]) -> PackedNames:
         """Returns the names at these indices, in this order."""
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), self._ends[:-1]]) if len(self) else self._ends
+        starts = self._starts()
         lengths = (self._ends - starts)[indices]
         ends = np.cumsum(lengths)
         block = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
@@ -155,7 +154,7 @@ class PackedNames(Sequence[str]):
             return None
         first, last = min(self), max(self)
         common = len(os.path.commonprefix([first, last]))  # noqa: RUF071 (characters are meant, not folders)
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), self._ends[:-1]]) + common
+        starts = self._starts() + common
         widths = self._ends - 1 - starts
         if (width := int(widths.max())) > _WIDEST:
             return None
