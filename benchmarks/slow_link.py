@@ -73,7 +73,8 @@ class SlowLink:
             inside = ("nsenter", "--target", str(self._server.pid), "--net")
             if self.kind == NETEM:
                 _do("ip", "link", "add", self._near, "type", "veth", "peer", "name", self._far, "netns", str(self._server.pid))
-                leaving.callback(_do, "ip", "link", "delete", self._near)
+                # Where the server has ended, the namespace and with it the pair are already gone.
+                leaving.callback(subprocess.run, ("ip", "link", "delete", self._near), capture_output=True, check=False)
             else:
                 self._forwarder = leaving.enter_context(_running(_forwarder(self._near, self._far)))
                 _do("ip", "link", "set", self._far, "netns", str(self._server.pid))
@@ -106,17 +107,21 @@ class SlowLink:
         return median(1000 * self._connect_s() for _ in range(tries))
 
     def _connect_s(self, *, limit_s: float = 10.0) -> float:
-        began = time.perf_counter()
-        with socket.create_connection((self.address, PORT), timeout=limit_s):
+        with socket.socket() as connection:
+            # Only through the link: where it is gone, the default route may lead to a proxy that answers for any address.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, self._near.encode())
+            connection.settimeout(limit_s)
+            began = time.perf_counter()
+            connection.connect((self.address, PORT))
             return time.perf_counter() - began
 
     def _await_server(self) -> None:
         for _ in range(100):
+            if self._server.poll() is not None:
+                break
             with contextlib.suppress(OSError):
                 self._connect_s(limit_s=1.0)
                 return
-            if self._server.poll() is not None:
-                break
             time.sleep(0.1)
         raise UserError(f"{self._command[0]}: does not answer on {self.address} (exit code {self._server.poll()}); start it by hand")
 

@@ -74,6 +74,18 @@ def test_nothing_of_a_link_is_left_when_its_process_is_ended(allowed: None, numb
     assert not devices()
 
 
+def test_no_other_way_is_taken_where_the_link_is_gone(allowed: None) -> None:
+    before = set(children_of(os.getpid()))
+    with SlowLink([sys.executable, "-m", "http.server", str(PORT)]) as link:
+        for child in set(children_of(os.getpid())) - before:
+            os.kill(child, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while devices() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(OSError, match="No such device"):  # also where the default route leads to a proxy that answers for all
+            link.round_trip_ms(tries=1)
+
+
 def test_what_the_case_lacks_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="nginx-light not installed; on Debian or Ubuntu: apt-get install nginx-light"):
