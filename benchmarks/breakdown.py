@@ -28,7 +28,7 @@ HEADLINES = {
     "gpu.step": ("training step", "^bf16, "),
     "gpu.step_compiled": ("training step, compiled", "compiled"),
     "end_to_end": ("trained end to end", ": end to end"),
-    "step": ("training step", "bf16, channels-last"),
+    "step": ("training step", "^(bf16|float32), channels-last"),
     "loader": ("two views loaded", f"^({'|'.join(BACKENDS)}): views$"),
 }
 """Headline rates by case: a description, and a pattern that matches our rows."""
@@ -144,7 +144,12 @@ def headlines(results: Sequence[CaseResult], *, owner_of: dict[str, str]) -> lis
             if "mfu" in best.extra:
                 found.append(Headline(f"{best.extra['mfu']:.1%}", f"MFU, {named}"))
             if OF_PEAK in best.extra:
-                found.append(Headline(f"{best.extra[OF_PEAK]:.1f}%", f"of the bf16 rate that this CPU reached in the same rounds, {named}"))
+                found.append(
+                    Headline(
+                        f"{best.extra[OF_PEAK]:.1f}%",
+                        f"of the rate that one convolution of that format reached in the same rounds, {named}",
+                    )
+                )
     return found
 
 

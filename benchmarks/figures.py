@@ -72,7 +72,8 @@ QUOTES = (
 
 
 RIVALS = (SOLO_LEARN, LIGHTLY)
-"""Rows of the case `step`: what others reach with bf16, channels-last and foreach, which is the fair ratio and stands first."""
+"""Rows of the cases of a step: what others reach with autocast, channels-last and foreach, which is the fair ratio and stands first."""
+STEPS = ("step", "step_resnet18")
 
 
 @one_line_errors
@@ -107,27 +108,37 @@ def with_figures(text: str, blocks: dict[str, Callable[[], str]]) -> str:
 
 def measured_table(kept: Path = KEPT) -> str:
     """Returns a line for each quote whose case has a kept record, from the newest one, followed by the sources."""
-    found = [(quote, newest_kept(quote.case, folder=kept)) for quote in QUOTES]
-    rows, cases = [], defaultdict[Path, list[str]](list)
+    lines, cases = rivals_lines(kept)
+    # Of a row that only some machines have, the newest record of one that has it: bf16 is not on every CPU.
+    found = [
+        (quote, newest_kept(quote.case, folder=kept, rows=quote.ours.values()) or newest_kept(quote.case, folder=kept)) for quote in QUOTES
+    ]
+    rows = []
     for quote, folder in found:
         if folder is not None:
-            cases[folder].append(quote.case)
+            cases[folder] = list(dict.fromkeys([*cases[folder], quote.case]))
             rows.append(_cells(quote, _result(folder, quote.case)))
-    table = markdown_table(("", "ours", "reference", "ceiling"), [rivals_line(kept), *rows], text_columns=4)
+    table = markdown_table(("", "ours", "reference", "ceiling"), [*lines, *rows], text_columns=4)
     return "\n".join([table, "", *(_source(*source) for source in cases.items())])
 
 
-def rivals_line(kept: Path = KEPT) -> list[str]:
-    """Returns the table's first line: how many times as fast as rivals at their best the whole step is, in the newest record that says so."""
-    folder = newest_kept("step", folder=kept)
-    result = None if folder is None else _result(folder, "step")
-    what = "BYOL step beside rivals at their best (bf16, channels-last, foreach), times as fast"
-    if result is None or not any(result.find(name) for name in RIVALS):
-        return [what, "not in a kept record yet", ", ".join(RIVALS), ""]
-    ours = result.row("bf16, channels-last").speedup[result.primary].median
-    rivals = [row for name in RIVALS if (row := result.find(name)) is not None]
-    ratios = [number(ours / row.speedup[result.primary].median) for row in rivals]
-    return [f"{what} ({result.title.split(', ')[1]})", " and ".join(ratios), ", ".join(row.name for row in rivals), ""]
+def rivals_lines(kept: Path = KEPT) -> tuple[list[list[str]], dict[Path, list[str]]]:
+    """Returns the table's first lines, how many times as fast as rivals at their best a whole step is, and the cases of each record they are from."""
+    lines, sources = [], defaultdict[Path, list[str]](list)
+    for case in STEPS:
+        if (folder := newest_kept(case, folder=kept, rows=RIVALS)) is None:
+            continue
+        result = _result(folder, case)
+        # A CPU without bf16 has no row of it: there the default computes in float32, ours and theirs.
+        ours = result.find("bf16, channels-last") or result.row("float32, channels-last")
+        rivals = [row for name in RIVALS if (row := result.find(name)) is not None]
+        ratios = [number(ours.speedup[result.primary].median / row.speedup[result.primary].median) for row in rivals]
+        encoder, size = result.title.split(", ")[1:3]
+        what = f"BYOL step, {encoder} at {size}, beside rivals at their best ({ours.name}, foreach), times as fast"
+        lines.append([what, " and ".join(ratios), ", ".join(row.name for row in rivals), ""])
+        sources[folder].append(case)
+    missing = ["BYOL step beside rivals at their best, times as fast", "not in a kept record yet", ", ".join(RIVALS), ""]
+    return lines or [missing], sources
 
 
 def _cells(quote: Quote, result: CaseResult) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,14 @@ def results_of(record: dict[str, Any]) -> list[CaseResult]:
     return [CaseResult.from_dict(values) for values in record["cases"].values()]
 
 
-def newest_kept(case: str, *, folder: Path = KEPT) -> Path | None:
-    """Returns the folder of the newest kept record with full settings that contains the case, or None."""
+def newest_kept(case: str, *, folder: Path = KEPT, rows: Collection[str] = ()) -> Path | None:
+    """Returns the folder of the newest kept record with full settings that contains the case, and one of `rows` in it if any are given, or None."""
     found = []
     for path in folder.glob(f"*/{FILE}"):
         record = read_record(path)
-        if case in record["cases"] and not record["quick"]:  # quick figures are not quoted
+        if record["quick"] or case not in record["cases"]:  # quick figures are not quoted
+            continue
+        if not rows or any(row["name"] in rows for row in record["cases"][case]["rows"]):
             found.append((record["started"], path.parent))
     return max(found)[1] if found else None
 

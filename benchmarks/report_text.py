@@ -86,7 +86,9 @@ def _clocks(machine: dict[str, Any]) -> list[str]:
     lines = [f"{machine['memory_gib']} GiB memory, CPU at {machine['cpu_mhz']} MHz, governor {governor}", *cards]
     # Records before December 2026 do not say; they are of CPUs that have it.
     if not machine.get("bf16_on_cpu", True):
-        lines.append("this CPU has no instructions for bf16: rows named bf16 were computed in float32, ours and the rivals'")
+        lines.append(
+            "this CPU has no instructions for bf16: where that is the setting, steps were computed in float32, ours and the rivals'"
+        )
     return lines
 
 

@@ -52,21 +52,29 @@ def test_the_page_on_stores_quotes_the_newest_record_of_its_curve():
 
 
 def test_the_first_line_is_the_ratio_to_rivals_at_their_best_once_a_record_has_it(tmp_path: Path):
-    assert figures.rivals_line(tmp_path)[1:] == [
-        "not in a kept record yet",
-        "solo-learn's module at its best, lightly's blocks at their best",
-        "",
-    ]
-    record = json.loads(((newest_kept("step") or tmp_path) / "records.json").read_text())
+    lines, sources = figures.rivals_lines(tmp_path)
+    assert lines[0][1:] == ["not in a kept record yet", "solo-learn's module at its best, lightly's blocks at their best", ""]
+    assert not sources
+    record = json.loads(((newest_kept("step", rows=["bf16, channels-last"]) or tmp_path) / "records.json").read_text())
     rows = record["cases"]["step"]["rows"]
     ours = next(row for row in rows if row["name"] == "bf16, channels-last")
     for name, times_slower in (("solo-learn's module at its best", 1.25), ("lightly's blocks at their best", 1.1)):
         speedup = {clock: {key: value / times_slower for key, value in each.items()} for clock, each in ours["speedup"].items()}
         rows.append({**ours, "name": name, "role": "rival", "speedup": speedup})
-    (tmp_path / "2030-01-01_test").mkdir()
-    (tmp_path / "2030-01-01_test" / "records.json").write_text(json.dumps(record))
-    assert figures.rivals_line(tmp_path)[1] == "1.25 and 1.10"
-    assert figures.measured_table(tmp_path).splitlines()[2].startswith("| BYOL step beside rivals at their best")
+    (tmp_path / "of_bf16").mkdir()
+    (tmp_path / "of_bf16" / "records.json").write_text(json.dumps(record))
+    assert "(bf16, channels-last, foreach)" in figures.rivals_lines(tmp_path)[0][0][0]
+    assert figures.rivals_lines(tmp_path)[0][0][1] == "1.25 and 1.10"
+    assert figures.measured_table(tmp_path).splitlines()[2].startswith("| BYOL step, resnet50 at 224 px, beside rivals at their best")
+
+    # A newer record, of a CPU without bf16: the ratio is its, in float32; the time of a step in bf16 stays the older one's.
+    record["cases"]["step"]["rows"] = [row for row in rows if not row["name"].startswith("bf16, channels-last")]
+    (tmp_path / "of_float32").mkdir()
+    (tmp_path / "of_float32" / "records.json").write_text(json.dumps(record | {"started": "2030-01-01T00:00:00"}))
+    lines, sources = figures.rivals_lines(tmp_path)
+    assert "(float32, channels-last, foreach)" in lines[0][0]
+    assert list(sources) == [tmp_path / "of_float32"]
+    assert f"bf16, channels-last {ours['ms']['cpu']['median']:.0f}" in figures.measured_table(tmp_path)
 
 
 def test_a_changed_figure_is_found_and_put_right():

@@ -104,7 +104,7 @@ EXPECTED_ROWS = {
     "lars": 5,
     "fused_update": 6,
     "batchnorm": 6,
-    "step_resnet18": 12,
+    "step_resnet18": 10 + len({"float32", step.FORMAT}),
     "demo_step": 3,
     "end_to_end": 8,
     "evaluate": 5,

@@ -2,16 +2,16 @@
 
 How: the product's `train_step` on noise, one thread; ResNet-50 at 224 px, batch 16. Reference: the step as in most libraries
 (`PlainStep`): float32, NCHW, eager, a forward for each view with torch's batch norm, torch-optimizer's LARS, solo-learn's
-loop over the target. Rivals: solo-learn's module and lightly's blocks at their best (`rival_steps.py`): bf16, channels-last, the
-target by foreach. Each of the three is in a process of its own, because the product's step changes how memory is managed. Ours in
-float32 and in bf16 autocast (the product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of half the size
-(rank_batch); bf16 compiled (not with --quick). fp16 needs a GPU. MiB: the peak of resident memory after three steps in a process of its
-own, libraries included (with --quick, of our bf16 step and the others only); the last of our rows returns freed memory to the system
-(precision.freed_memory). Ceiling: the step's floating-point operations, counted by torch, at the rate of a
-single bf16 channels-last 3x3 convolution measured in the same rounds; 'of peak' is the share of that rate. A second ceiling, for
-memory: a copy of 64 MiB, converted to images by the bytes of our bf16 step. MB: bytes of all operands and results of torch's
-operations and our norm's (`training_step.py`), which is what moves if no cache helps; the fused update's kernel and code compiled by
-Inductor are not included.
+loop over the target. Rivals: solo-learn's module and lightly's blocks at their best (`rival_steps.py`): bf16 autocast, channels-last, the
+target by foreach. On a CPU without instructions for bf16 its autocast computes in float32, ours and the rivals', and the rows are named so.
+Each of the three is in a process of its own, because the product's step changes how memory is managed. Ours in float32 and in bf16 (the
+product's default), both channels-last; bf16 in NCHW; bf16 in two micro-batches of half the size (rank_batch); bf16 compiled (not with
+--quick). fp16 needs a GPU. MiB: the peak of resident memory after three steps in a process of its own, libraries included (with --quick, of
+our bf16 step and the others only); the last of our rows returns freed memory to the system (precision.freed_memory). Ceiling: the step's
+floating-point operations, counted by torch, at the rate of a single channels-last 3x3 convolution in the same format measured in the same
+rounds; 'of peak' is the share of that rate. A second ceiling, for memory: a copy of 64 MiB, converted to images by the bytes of our bf16
+step. MB: bytes of all operands and results of torch's operations and our norm's (`training_step.py`), which is what moves if no cache
+helps; the fused update's kernel and code compiled by Inductor are not included.
 
     python -m benchmarks.run step
 
@@ -46,7 +46,7 @@ from benchmarks.rival_steps import STEPS
 from benchmarks.rivals import those_installed
 from benchmarks.timing import Subject, subjects_of, torch_threads
 from benchmarks.training_step import StepSize, TrainingStep, bytes_moved, forget_times, noise_batch
-from benchmarks.updates import solo_learn_update
+from benchmarks.updates import CPU, solo_learn_update
 from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
@@ -54,17 +54,20 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.models.view_batchnorm import convert_to_batchnorm
 from fastbyol.objectives import byol_loss
 from fastbyol.optim.build import build_optimizer
+from fastbyol.run.precision import is_bf16_fast
 from fastbyol.tuning.candidates import reason_not_to_compile
 from fastbyol.tuning.stepper import LR, TAU
 
-REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", "bf16 3x3 convolution, same operations"
-OURS, ACCUMULATED, COMPILED = "bf16, channels-last", "bf16, channels-last, 2 micro-batches", "bf16, channels-last, compiled"
-RETURNING = "bf16, channels-last, freed memory returned"
+FORMAT, DTYPE = ("bf16", torch.bfloat16) if is_bf16_fast(CPU) else ("float32", torch.float32)
+"""What the default, bf16 autocast, computes in on this CPU."""
+REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", f"{FORMAT} 3x3 convolution, same operations"
+OURS, ACCUMULATED, COMPILED = f"{FORMAT}, channels-last", f"{FORMAT}, channels-last, 2 micro-batches", f"{FORMAT}, channels-last, compiled"
+RETURNING = f"{FORMAT}, channels-last, freed memory returned"
 """Ours, in a process of its own as the rivals are, with precision.freed_memory return."""
 VARIANTS = {
     "float32, channels-last": PrecisionConfig(autocast="off", channels_last=True),
     OURS: PrecisionConfig(autocast="bf16", channels_last=True),
-    "bf16, NCHW": PrecisionConfig(autocast="bf16", channels_last=False),
+    f"{FORMAT}, NCHW": PrecisionConfig(autocast="bf16", channels_last=False),
     "fp16, channels-last": PrecisionConfig(autocast="fp16", channels_last=True),
 }
 NUM_CLASSES = 10
@@ -142,7 +145,7 @@ def _variants(size: Size) -> dict[str, Callable[[], TrainingStep]]:
     def compiled() -> TrainingStep:
         if not size.compile:
             raise UserError("takes a minute to compile: only without --quick")
-        if reason := reason_not_to_compile(torch.device("cpu"), seconds=math.inf):
+        if reason := reason_not_to_compile(CPU, seconds=math.inf):
             raise UserError(reason)
         return _make_step(size, replace(VARIANTS[OURS], compile="yes"))
 
@@ -190,8 +193,8 @@ def _count_flop(step: Callable[[], None]) -> int:
 
 
 def _convolution(flop_per_image: float) -> Subject:
-    x = torch.randn(CONV_BATCH, CONV_CHANNELS, CONV_PX, CONV_PX, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(CONV_CHANNELS, CONV_CHANNELS, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(CONV_BATCH, CONV_CHANNELS, CONV_PX, CONV_PX, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(CONV_CHANNELS, CONV_CHANNELS, 3, 3, dtype=DTYPE).contiguous(memory_format=torch.channels_last)
     flop = 2 * 9 * CONV_CHANNELS**2 * CONV_PX**2 * CONV_BATCH
     run = torch.no_grad()(lambda: F.conv2d(x, weight, padding=1))
     return Subject(CEILING, run, units=flop / flop_per_image, calls=CONV_CALLS)
@@ -208,7 +211,7 @@ class ResNet18:
     """Measures the case `step` for ResNet-18 at 224 px, whose convolutions are 3x3 and wide, so less of its time is batch norm.
 
     How: as in `step`: one thread, batch 16. Reference: float32, NCHW, one view at a time, updates one tensor at a time. Ceiling: the
-    step's operations at the rate of one bf16 convolution.
+    step's operations at the rate of one convolution.
 
         python -m benchmarks.run step_resnet18
 
