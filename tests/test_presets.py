@@ -126,7 +126,7 @@ ONE_CHANGE = {
     "tau_1": ({"optim.tau_base": 1.0}, (18.8,)),
     "tau_0.999": ({"optim.tau_base": 0.999}, (69.8,)),
     "tau_0.9": ({"optim.tau_base": 0.9}, (68.4,)),
-    "tau_0": ({"objective.target": "stop_gradient"}, (0.3,)),
+    "tau_0": ({"objective.target": "stop_gradient", **COLLAPSES}, (0.3,)),
     # Tables 5b and 19.
     "no_predictor_target_ema_beta_1": ({"model.predictor_layers": 0, "objective.beta": 1.0}, (70.7,)),
     "no_predictor_target_online_beta_1": ({"model.predictor_layers": 0, "objective.target": "online", "objective.beta": 1.0}, (69.4,)),
@@ -136,7 +136,7 @@ ONE_CHANGE = {
         {"model.predictor_layers": 0, "objective.target": "stop_gradient", "objective.beta": 1.0},
         (69.2,),
     ),
-    "predictor_target_stop_gradient_beta_0": ({"objective.target": "stop_gradient"}, (5.5,)),
+    "predictor_target_stop_gradient_beta_0": ({"objective.target": "stop_gradient", **COLLAPSES}, (5.5,)),
     "predictor_target_online_beta_0": ({"objective.target": "online", **COLLAPSES}, (0.3,)),
     "no_predictor_target_ema_beta_0": ({"model.predictor_layers": 0, **COLLAPSES}, (0.2,)),
     "no_predictor_target_stop_gradient_beta_0": (

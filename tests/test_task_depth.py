@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
@@ -34,6 +35,7 @@ from fastbyol.models import build_encoder
 from fastbyol.models.backbone import backbone_of
 from fastbyol.models.fast_up_projection import FastUpProjection, UpConvolution, UpProjectionDecoder
 from tests.dense_jobs import TINY, make_job, tiny_encoder
+from tests.forked import start_ranks
 from tests.test_report import call
 
 SMALL = dataclasses.replace(QUICK, steps=4, batch_images=4, test_images=6, first_channels=8, up_channels=(4,), crop_px=(32, 40))
@@ -112,6 +114,19 @@ def test_reverse_huber_by_hand_with_unknown_pixels() -> None:
     assert torch.isfinite(prediction.grad).all()
     assert prediction.grad[0, 0, 0] == prediction.grad[1, 2, 3] == prediction.grad[0, 1, 1] == 0
     assert reverse_huber(prediction, torch.zeros(2, 3, 4), share=0.2).item() == 0
+
+
+def _c_over_two_ranks(rank: int, file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    truth, errors = torch.full((1, 1, 4), 3.0), torch.tensor([0.1, 0.2, 0.3, 10.0 if rank else 0.4])
+    loss = reverse_huber(truth + errors, truth, share=0.2)
+    # c is 2 on both: the largest error, 10, is rank 1's.
+    assert loss.item() == pytest.approx((0.6 + (104 / 4 if rank else 0.4)) / 4, rel=1e-5)
+    dist.destroy_process_group()
+
+
+def test_c_of_reverse_huber_is_of_all_ranks_errors(tmp_path: Path) -> None:
+    start_ranks(_c_over_two_ranks, str(tmp_path / "store"))
 
 
 def test_the_scores_by_hand_are_over_all_known_pixels_of_all_images() -> None:
@@ -262,10 +277,20 @@ def test_frames_are_halved_and_cropped_and_image_and_depth_are_mirrored_together
         assert (image[0][:, edge][near] < 80).float().mean() > 0.99
         left.add(float(distance[0, 0]))
     assert left == {1.0, 5.0}
+    # The paper's frames are centre crops in tests too; Laina et al. score their prediction over the whole frame.
     image, distance = source.test(0)
-    assert (image.shape, distance.shape) == ((3, 240, 320), (480, 640))
-    cropped = dataclasses.replace(source, settings=dataclasses.replace(plain, test_view="crop")).test(0)
-    assert (cropped[0].shape, cropped[1].shape) == ((3, 228, 304), (456, 608))
+    assert (image.shape, distance.shape) == ((3, 228, 304), (456, 608))
+    stretched = dataclasses.replace(source, settings=dataclasses.replace(plain, test_view="stretched")).test(0)
+    assert torch.equal(stretched[0], image)
+    assert stretched[1].shape == (480, 640)
+
+
+def test_a_frame_smaller_than_the_crop_is_padded_and_what_is_added_is_not_scored() -> None:
+    plain = dataclasses.replace(DepthSettings(), frame_scale=1.0, crop_px=(40, 60))
+    image, distance = DepthImages(OneFrame(30, 80), plain).test(0)
+    assert (image.shape, distance.shape) == ((3, 40, 60), (40, 60))
+    assert (distance == 0).sum() == 10 * 60
+    assert ((image.sum(dim=0) == 0) == (distance == 0)).all()
 
 
 def test_colours_change_within_the_papers_ranges() -> None:

@@ -59,6 +59,7 @@ def test_moco_is_its_own_version_of_the_settings() -> None:
     assert (MOCO.warmup_steps, MOCO.frozen, MOCO.norms, MOCO.extra_norm, MOCO.head) == (100, "none", "all_ranks", True, "c4")
     assert (MOCO.edge, MOCO.train_px, MOCO.test_px) == ("shortest", (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), 800)
     assert MOCO.proposals[2:] == (6000, 1000)
+    assert not MOCO.decay_norms  # detectron2's SOLVER.WEIGHT_DECAY_NORM is 0
 
 
 def detector(encoder: torch.nn.Module, *, head: str = "c4", classes: int = 20, **options: object) -> Detector:
@@ -88,6 +89,16 @@ def test_c4_on_a_torchvision_resnet_has_conv5_in_its_box_head_and_the_parameters
     with torch.no_grad():
         assert network.eval().network.backbone(torch.zeros(1, 3, 64, 96)).shape == (1, 1024, 4, 6)
         assert network.network.roi_heads.box_head.group(torch.zeros(1, 1024, 14, 14)).shape == (1, 2048, 7, 7)
+
+
+def test_as_in_detectron2_scale_and_offset_of_norms_do_not_decay_in_mocos_protocol() -> None:
+    network = detector(build_encoder("resnet50"), extra_norm=True)
+    decays = {id(p): group["weight_decay"] for group in detection._optimizer(network, MOCO).param_groups for p in group["params"]}
+    assert len(decays) == sum(1 for _ in network.parameters())
+    for name, parameter in network.named_parameters():
+        of_norm = parameter.dim() == 1 and ("bn" in name or "downsample.1" in name or "norm" in name.rpartition(".")[0].rpartition(".")[2])
+        assert decays[id(parameter)] == (0 if of_norm else 1e-4), name
+    assert {group["weight_decay"] for group in detection._optimizer(network, DetectionSettings()).param_groups} == {1e-4}
 
 
 def test_a_pyramid_serves_every_encoder_and_c4_on_timm_is_one_clear_error() -> None:

@@ -20,7 +20,7 @@ from fastbyol.evaluation.subjects import set_batchnorm_statistics
 from fastbyol.evaluation.tasks import segmentation
 from fastbyol.evaluation.tasks.dense.pictures import sample_rows
 from fastbyol.evaluation.tasks.dense.trials import rate_at
-from fastbyol.evaluation.tasks.dense.voc import VOC_CLASSES, class_names, labelled_images, voc_folder
+from fastbyol.evaluation.tasks.dense.voc import VOC_CLASSES, LabelledImage, class_names, labelled_images, voc_folder
 from fastbyol.evaluation.tasks.job import Images, Subject
 from fastbyol.evaluation.tasks.segmentation import (
     QUICK,
@@ -230,6 +230,27 @@ def test_crops_keep_image_and_labels_together_and_pad_with_ignored_mean_colour(t
     assert (labels[14:34, 9:24] == 5).all()
     whole = dataclasses.replace(source, settings=dataclasses.replace(settings, test_view="full"))
     assert whole.test(0)[0].shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (400, 400)])
+def test_images_of_any_shape_are_scaled_by_the_factors_that_were_set(size: tuple[int, int], tmp_path: Path) -> None:
+    height, width = size
+    Image.fromarray(np.full((height, width, 3), 9, dtype=np.uint8)).save(tmp_path / "a.png")
+    save_labels(tmp_path / "labels.png", np.ones((height, width), dtype=np.uint8))
+    item = LabelledImage(tmp_path / "a.png", tmp_path / "labels.png")
+
+    def seen(scale: tuple[float, float]) -> tuple[int, int]:
+        settings = dataclasses.replace(SMALL, scale=scale, crop_px=1100)
+        _, labels = SegmentationImages((item,), 20, settings, (0.0, 0.0, 0.0)).train(0)
+        return int((labels == 1).any(dim=1).sum()), int((labels == 1).any(dim=0).sum())
+
+    assert seen((1.0, 1.0)) == (height, width)
+    assert seen((2.0, 2.0)) == (2 * height, 2 * width)
+    torch.manual_seed(0)
+    factors = np.array([np.divide(seen((0.5, 2.0)), size) for _ in range(40)])
+    assert np.abs(factors[:, 0] - factors[:, 1]).max() < 0.01
+    assert 0.5 <= factors.min() < 0.65
+    assert 1.8 < factors.max() <= 2.0
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def _objectives() -> Iterator[_Row]:
         what = f"tau_base {tau:g}" + (", a constant random target" if tau == 1 else "")
         yield f"tau_{tau:g}", what, replace(BASE, optim=OptimConfig(tau_base=tau)), figure, "table 5a"
     # The paper keeps tau at 0 here, but tau_base = 0 would rise along the cosine. A constant 0 equals the online network without gradient.
-    constant_zero = replace(BASE, objective=ObjectiveConfig(target="stop_gradient"))
+    constant_zero = replace(BASE, objective=ObjectiveConfig(target="stop_gradient"), monitors=MonitorsConfig(stop_on_collapse=False))
     yield "tau_0", "tau 0 throughout (what table 19 gives 5.5 for)", constant_zero, "0.3", "table 5a"
     for (predictor, target, beta), figure in INFONCE.items():
         name = f"{'predictor' if predictor else 'no_predictor'}_target_{target}_beta_{beta:g}"
@@ -145,7 +145,7 @@ def _objectives() -> Iterator[_Row]:
             " (SimCLR)" if (predictor, target, beta) == SIMCLR else ""
         )
         config = replace(BASE, model=ModelConfig(predictor_layers=predictor), objective=ObjectiveConfig(target=target, beta=beta))
-        if beta == 0 and (not predictor or target == "online"):  # these runs are meant to collapse
+        if beta == 0:  # these runs are meant to collapse
             config = replace(config, monitors=MonitorsConfig(stop_on_collapse=False))
         yield name, what, config, figure, "tables 5b and 19"
     for beta, figures in BETA_ALPHA.items():

@@ -1,4 +1,4 @@
-"""Sum and gather over all ranks as functions that return a new tensor, so that torch.compile can trace them into its graph.
+"""Sum, maximum and gather over all ranks as functions that return a new tensor, so that torch.compile can trace them into its graph.
 
 torch 2.11 can also trace the in-place collectives of torch.distributed, but gradients through that graph were zero. A group is given by
 its name, which the compiler takes for a constant; '' means all ranks.
@@ -25,6 +25,11 @@ def gathered(x: Tensor, *, group: str = "") -> Tensor:
 def summed(x: Tensor, *, group: str = "") -> Tensor:
     """Returns the sum of every rank's x."""
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group=_named(group)))
+
+
+def largest(x: Tensor) -> Tensor:
+    """Returns the elementwise maximum of every rank's x; x itself in a process without ranks."""
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "max", group=_named(""))) if dist.is_initialized() else x
 
 
 def num_ranks(group: str = "") -> int:

@@ -95,6 +95,8 @@ def _why_not_at_demo_scale(run: str, changes: Mapping[str, Any], base: TrainConf
     views = _VIEWS_RUN.fullmatch(run)
     if views and views[1] == "symmetric" and base.views.view1 == base.views.view2:
         return "both views of the recipe are alike already"
+    if views and views[1] == "no_colour" and not any(getattr(base.views, view).gray_p for view in VIEWS):
+        return "the recipe has no grayscale, so this is the row without jitter"
     kept = _KEPT.get(views[1], ()) if views else ()
     if kept and not any(getattr(getattr(base.views, view), name) for view in VIEWS for name in kept):
         return "the recipe does not have " + " or ".join(name.removesuffix("_p") for name in kept)

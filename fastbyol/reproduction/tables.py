@@ -60,9 +60,16 @@ def paper_figures(run: str) -> tuple[float | None, float | None]:
     return (float(found[1]), float(found[2]) if found[2] else None) if found else (None, None)
 
 
-def _row(run: str, *cells: object, method: str = BYOL, base: str = "") -> Row:
-    top1, top5 = paper_figures(run)
+def _row(run: str, *cells: object, method: str = BYOL, base: str = "", figures_of: str = "") -> Row:
+    """Returns the row of a run. figures_of: the preset whose figures it has, where the paper printed others for the same run in another table."""
+    top1, top5 = paper_figures(figures_of or run)
     return Row(run, tuple(str(cell) for cell in cells), top1, top5, method=method, base=base or BASE_RUNS[method])
+
+
+def _shared_row(run: str, *cells: object, base: str = "byol") -> Row:
+    """Returns the row of a run, or of the one of table 5a that is the same: the target is the online network with its gradient stopped."""
+    same = ("predictor_target_stop_gradient_beta_0", "predictor_lr_1")
+    return _row("tau_0" if run in same else run, *cells, base=base, figures_of=run)
 
 
 def _simclr_base(*cells: str) -> Row:
@@ -97,7 +104,9 @@ def _infonce() -> tuple[Row, ...]:
     for (predictor, target, beta), _ in ablations.INFONCE.items():
         is_simclr = (predictor, target, beta) == ablations.SIMCLR
         run = "simclr" if is_simclr else f"{'predictor' if predictor else 'no_predictor'}_target_{target}_beta_{beta:g}"
-        rows.append(_row(run, "yes" if predictor else "no", names[target], f"{beta:g}{' (SimCLR)' if is_simclr else ''}", base="byol"))
+        rows.append(
+            _shared_row(run, "yes" if predictor else "no", names[target], f"{beta:g}{' (SimCLR)' if is_simclr else ''}", base="byol")
+        )
     rows.append(_row("beta_1_alpha_0.1", "yes", names["ema"], 1))
     return tuple(rows)
 
@@ -234,7 +243,7 @@ TABLES: dict[str, Table] = {
                 _row("byol", "1, with the moving target", 1),
                 _row("predictor_lr_0", 1, 0),
                 *(
-                    _row(f"predictor_lr_{b:g}" + (f"_projector_lr_{a:g}" if a != 1 else ""), f"{a:g}", f"{b:g}")
+                    _shared_row(f"predictor_lr_{b:g}" + (f"_projector_lr_{a:g}" if a != 1 else ""), f"{a:g}", f"{b:g}")
                     for a in ablations.HEAD_LR
                     for b in ablations.PREDICTOR_LRS
                 ),

@@ -50,10 +50,11 @@ from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.models.backbone import Backbone, backbone_of
 from fastbyol.models.fast_up_projection import UpProjectionDecoder
+from fastbyol.ranks.collectives import largest
 from fastbyol.ranks.process_group import gather_everywhere
 from fastbyol.run.precision import autocast
 
-VIEWS = ("full", "crop")
+VIEWS = ("crop", "stretched")
 THRESHOLD = 1.25
 NEAREST_M = 0.01
 """Predictions below are raised to it: the ratio of the thresholds needs a positive depth."""
@@ -99,15 +100,15 @@ class DepthSettings:
     hue: float = 0.2
     """largest change of the hue, in turns"""
     huber_share: float = 0.2
-    """c of the reverse Huber loss as a share of the batch's largest error"""
+    """c of the reverse Huber loss as a share of the batch's largest error, over all ranks"""
     first_channels: int = 1024
     """channels of the 1x1 convolution behind the encoder"""
     up_channels: tuple[int, ...] = (512, 256, 128, 64)
     """channels of the up-projections, each of which doubles the resolution"""
     test_images: int = 0
     """test on so many images, spread evenly; 0: all"""
-    test_view: str = "full"
-    """full: all pixels of the frame; crop: the training's centre crop"""
+    test_view: str = "crop"
+    """the network sees the training's centre crop; crop: scored inside it; stretched: its prediction over the whole frame, as Laina et al. do"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_images", "seeds", "first_channels"):
@@ -163,12 +164,12 @@ class DepthNetwork(nn.Module):
 def reverse_huber(prediction: Tensor, depth: Tensor, *, share: float) -> Tensor:
     """Returns the mean reverse Huber loss over the pixels whose depth is known: |e| up to c, (e^2 + c^2) / 2c above.
 
-    c: this share of the largest |e| of the batch (of this rank's images). prediction, depth: (N, H, W); 0 without known pixels.
+    c: this share of the largest |e| of the batch, over all ranks. prediction, depth: (N, H, W); 0 without known pixels.
     """
     known = valid(depth)
     # Outside, the error is made 0 instead of being left out: a selection has another size in every step, and waits for the device.
     error = torch.where(known, prediction.float() - depth, 0.0).abs()
-    c = (share * error.detach().amax()).clamp(min=1e-12)
+    c = (share * largest(error.detach().amax())).clamp(min=1e-12)
     loss = torch.where(error <= c, error, (error * error + c * c) / (2 * c))
     return loss.sum() / known.sum().clamp(min=1)
 
@@ -249,16 +250,16 @@ class DepthImages:
         return (255 * x[0]).round().byte()
 
     def test(self, index: int) -> tuple[Tensor, Tensor]:
-        """Returns the reduced image, uint8 (3, h, w), and the depth it is scored with, in the frame's own resolution, float32 (H, W)."""
+        """Returns the reduced image's centre crop, uint8 (3, h, w), and the depth it is scored with, in the frame's own resolution, float32 (H, W)."""
         from torchvision.transforms import v2
 
         whole, depth = self.frames.read(index)
         image, _ = self._reduced(whole, depth)
+        # Not the whole frame: the positions of the network's map stand for those of a crop of this size, as it was trained.
+        image = v2.CenterCrop(list(self.settings.crop_px))(image)
         if self.settings.test_view == "crop":
-            image = v2.CenterCrop(list(self.settings.crop_px))(image)
-            depth = v2.CenterCrop(
-                [min(side, round(crop / self.settings.frame_scale)) for side, crop in zip(depth.shape, self.settings.crop_px, strict=True)]
-            )(depth)
+            # Where a frame is smaller than the crop both are padded, the depth by 0, which is unknown.
+            depth = v2.CenterCrop([round(crop / self.settings.frame_scale) for crop in self.settings.crop_px])(depth)
         return image.as_subclass(Tensor), depth
 
 
@@ -393,7 +394,7 @@ def run(job: Job, settings: DepthSettings) -> TaskResult:
 
 
 def _notes(settings: DepthSettings) -> list[str]:
-    where = "the whole frame" if settings.test_view == "full" else "the centre crop"
+    where = "the centre crop" if settings.test_view == "crop" else "the whole frame, over which the centre crop's prediction is stretched,"
     return [
         f"scored on all pixels of {where} in the frame's own resolution whose depth is finite and above 0; predictions below {NEAREST_M} m count as that",
         "the paper does not state momentum, schedule, warm-up and whether borders are masked: here 0.9, "

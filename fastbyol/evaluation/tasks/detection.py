@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastbyol.config.errors import (
     UserError,
@@ -93,7 +94,9 @@ class DetectionSettings:
     momentum: float = 0.9
     """of SGD (the paper does not state it)"""
     weight_decay: float = 1e-4
-    """of all trained parameters (the paper does not state it)"""
+    """of trained parameters (the paper does not state it)"""
+    decay_norms: bool = True
+    """weight decay also for scale and offset of batch norms (detectron2, and with it MoCo: no)"""
     seeds: int = 1
     """trainings with different seeds, whose mean is reported"""
     frozen: str = "backbone"
@@ -158,6 +161,7 @@ MOCO = DetectionSettings(
     lr=0.02,
     drop_at=(0.75, 22 / 24),
     warmup_steps=100,
+    decay_norms=False,
     frozen="none",
     norms="all_ranks",
     extra_norm=True,
@@ -337,8 +341,15 @@ def build_network(subject: Subject, classes: int, settings: DetectionSettings, i
 
 
 def _optimizer(network: nn.Module, settings: DetectionSettings) -> torch.optim.Optimizer:
+    norms = {id(parameter) for module in network.modules() if isinstance(module, _BatchNorm) for parameter in module.parameters()}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(trained, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if id(parameter) not in norms]},
+        {"params": [parameter for parameter in trained if id(parameter) in norms]},
+    ]
+    if not settings.decay_norms:
+        groups[1]["weight_decay"] = 0.0
+    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
 
 
 def _loss(network: nn.Module, batch: Batch) -> Tensor:

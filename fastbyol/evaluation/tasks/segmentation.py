@@ -227,11 +227,12 @@ class SegmentationImages:
         from torchvision.transforms import v2
 
         image, labels = self._read(index)
-        size, crop_px, (least, most) = tuple(image.shape[-2:]), self.settings.crop_px, self.settings.scale
+        # Not ScaleJitter: it compares the target's width with the image's height, and shrinks what is not square.
+        factor = torch.empty(()).uniform_(*self.settings.scale).item()
         view = v2.Compose(
             [
-                v2.ScaleJitter(size, scale_range=(least, most), antialias=True),
-                v2.RandomCrop(crop_px, pad_if_needed=True, fill=self._fills()),
+                v2.Resize([max(1, round(factor * side)) for side in image.shape[-2:]], antialias=True),
+                v2.RandomCrop(self.settings.crop_px, pad_if_needed=True, fill=self._fills()),
                 v2.RandomHorizontalFlip(self.settings.flip_p),
             ]
         )

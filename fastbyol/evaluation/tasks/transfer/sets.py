@@ -97,7 +97,7 @@ PAPER_LINEAR = {
     "paper: SimCLR": _row(68.4, 90.6, 71.6, 37.4, 58.8, 50.3, 50.3, 80.5, 74.5, 83.6, 90.3, 91.2),
     "paper: Supervised": _row(72.3, 93.6, 78.3, 53.7, 61.9, 66.7, 61.0, 82.8, 74.9, 91.5, 94.5, 94.7),
 }
-"""Table 3, linear evaluation; Places365 is of table 13."""
+"""Table 3, linear evaluation; Places365 is of table 13, which has ImageNet's protocol: SGD on random crops."""
 PAPER_FINETUNE = {
     "paper: BYOL": _row(88.5, 97.8, 86.1, 76.3, 63.7, 91.6, 88.1, 85.4, 76.2, 91.7, 93.8, 97.0),
     "paper: SimCLR (repro)": _row(87.5, 97.4, 85.3, 75.0, 63.9, 91.4, 87.6, 84.5, 75.4, 89.4, 91.7, 96.6),

@@ -30,6 +30,7 @@ from fastbyol.evaluation.tasks.transfer.sets import BY_NAME, PAPER_FINETUNE, PAP
 from fastbyol.host.quantities import count_text, duration_text
 from fastbyol.ranks.process_group import broadcast_from_main, gather_everywhere
 
+PLACES = "note: the paper's Places365 figure is table 13's: SGD on random crops, as `evaluate linear` does, not a fit on features without augmentation"
 Evaluate = Callable[[Job, Any, TransferImages, Subject], dict[str, Any]]
 
 
@@ -173,6 +174,7 @@ def _result(
             "note: metrics: " + ", ".join(f"{METRIC_TITLES[metric]} of {' '.join(names)}" for metric, names in _by_metric(opened).items()),
             *notes,
             *(["note: the paper's rows are ResNet-50 after ImageNet at 224 px, table 3"] if any(rows.values()) else []),
+            *([PLACES] if any("places365" in row for row in rows.values()) else []),
             *(f"missing: {failed[name]}" for name in wanted if name in failed),
         ],
         missing=[name for name in wanted if name in failed],
