@@ -127,7 +127,7 @@ def _build_parser() -> OneLineParser:
 def report_run(options: argparse.Namespace) -> None:
     """Writes RUN/report.html, one self-contained page, and prints its headline figures and a verdict in words.
 
-    Runs the evaluations that RUN/evaluation lacks. Of images without labels the page has all that needs none.
+    Runs the evaluations that RUN/evaluation lacks. If the images have no labels, the page has every part that does not need them.
     """
     from rich.console import Console
 

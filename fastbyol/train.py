@@ -81,7 +81,7 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
     if process.is_main:
         mirror = check_run(config)
         check_online_knn(config)
-    state = build(config, process)
+    state = build(config, process, mirrored=mirror.steps if mirror else ())
     plan = RunPlan.of(config, num_samples=state.loader.num_samples)
     with ExitStack() as leaving:
         session = leaving.enter_context(Session(config, process, state, plan, stop, mirror))
@@ -149,8 +149,11 @@ def train_step(
     return output
 
 
-def build(config: TrainConfig, process: Process) -> TrainState:
-    """Builds the loader, the networks and the optimizer, with the same weights on every rank."""
+def build(config: TrainConfig, process: Process, *, mirrored: Sequence[int] = ()) -> TrainState:
+    """Builds the loader, the networks and the optimizer, with the same weights on every rank.
+
+    mirrored: steps of the run's checkpoints in its mirror; a run that goes on from one needs no `init_from`.
+    """
     check_image_size(config.views.size_px, encoder=config.model.encoder, stem=config.model.stem)
     check_bn_images(config, process)
     check_update(config.optim.update, process.device)
@@ -160,7 +163,7 @@ def build(config: TrainConfig, process: Process) -> TrainState:
     # Set right before the networks are built, so that they get the same weights on every rank.
     torch.manual_seed(config.seed)
     byol = build_byol(config.model, num_classes=max(1, len(loader.class_names)), objective=config.objective)
-    if process.is_main:
+    if process.is_main and not mirrored:
         load_initial_weights(byol, config)  # DDP sends them to the other ranks
     if bn_ranks(config, process) > 1:
         # Before compilation, which would otherwise trace statistics of this rank alone.

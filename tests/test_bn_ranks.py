@@ -129,9 +129,17 @@ def test_the_images_of_a_group_are_counted_and_one_at_a_time_is_refused() -> Non
 def test_a_run_with_groups_says_how_many_images_its_batch_norm_sees(caplog, monkeypatch) -> None:
     monkeypatch.setattr("fastbyol.run.bn_statistics.rank_groups", lambda size, *, timeout_s: f"group of {size}")
     process = Process(rank=0, world_size=8, device=torch.device("cpu"))
-    with caplog.at_level(logging.WARNING, "fastbyol"):
-        assert bn_group(_config(2, global_batch=64), process) == "group of 2"
-    assert "batch norm sees 16 of the 64 images at a time (precision.bn_ranks = 2)" in caplog.text
-    caplog.clear()
+    assert bn_group(_config(2, global_batch=64), process) == "group of 2"
     assert bn_group(_config(0, global_batch=64), process) == ""
-    assert not caplog.text
+    alone = TrainConfig(global_batch=64, precision=PrecisionConfig(cross_replica_bn=False))
+    with caplog.at_level(logging.WARNING, "fastbyol"):
+        for config, said in (
+            (_config(2, global_batch=64), "batch norm sees 16 of the 64 images at a time (precision.bn_ranks = 2)"),
+            (_config(1, global_batch=64), "batch norm sees 8 of the 64 images at a time (precision.bn_ranks = 1)"),
+            (alone, "batch norm sees 8 of the 64 images at a time (precision.cross_replica_bn = false)"),
+            (_config(0, global_batch=64), ""),
+        ):
+            caplog.clear()
+            check_bn_images(config, process)
+            assert said in caplog.text
+            assert bool(said) == bool(caplog.text)

@@ -120,7 +120,7 @@ def test_how_each_run_ended_is_told_from_its_log_its_lock_and_its_note(runs, tmp
     assert (stopped.word, stopped.text, stopped.steps) == ("stopped", "step 7, epoch 0.778 of 2", 7)
     change_log(first, lambda records: [record | {"alarm": "collapse since step 3" if record["step"] >= 5 else None} for record in records])
     collapsed = read(first, second)[0].outcome
-    assert (collapsed.word, collapsed.text) == ("collapsed", "stopped at step 7, epoch 0.778 of 2; alarm of collapse since step 5")
+    assert (collapsed.word, collapsed.text) == ("collapsed", "stopped at step 7, epoch 0.778 of 2; alarm of collapse since step 6")
     note_divergence(first, "the loss is not finite\nin step 8")
     assert read(first, second)[0].outcome.word == "diverged"
     assert read(first, second)[0].outcome.text == "step 7, epoch 0.778 of 2: the loss is not finite in step 8"

@@ -33,8 +33,8 @@ CROPS = both(VIEWS, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
 
 def loader_at(path: Path, **changes: object) -> TwoViewLoader:
     options: dict = {"views": VIEWS, "seed": 5, "global_batch": 6, "workers": 2, "prefetch": 2, "backend": "auto"} | changes
-    config = DataConfig(train=str(path), workers=options.pop("workers"), prefetch=options.pop("prefetch"), backend=options.pop("backend"))
-    return build_loader(config, **options)
+    of_data = {name: options.pop(name) for name in ("workers", "prefetch", "backend", "traversal") if name in options}
+    return build_loader(DataConfig(train=str(path), **of_data), **options)
 
 
 def as_bytes(batch: ViewBatch) -> list[bytes]:

@@ -14,11 +14,13 @@ import torch
 
 import fastbyol.run.mirror as mirror_module
 import fastbyol.train as train
+from fastbyol.byol import build_byol
 from fastbyol.config.errors import STORAGE_EXIT, Lost, NotSaved, UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.stores import retried
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, save_checkpoint
+from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.mirror import Mirror, MirrorWriter
 from tests.commands import SMALL_RUN, state_digest
 
@@ -177,8 +179,13 @@ def test_a_run_whose_folder_is_lost_continues_from_its_mirror_to_the_same_weight
         train.main([*arguments, *options])
         return capfd.readouterr().err
 
-    mirror = ("--mirror", f"file://{tmp_path}/mirror")
+    # The weights that it started from, which it does not need again.
+    networks = build_byol(parse_train_config([*SMALL_RUN, "--out", "x"], usage="").model, num_classes=3)
+    start = tmp_path / "start.pt"
+    torch.save(networks.online.encoder.state_dict(), start)
+    mirror = ("--mirror", f"file://{tmp_path}/mirror", "--init_from", str(start))
     run(*mirror)
+    start.unlink()
     undisturbed = state_digest(tmp_path / "r")
     assert sorted(path.name for path in (tmp_path / "mirror").glob("*.json")) == [f"step-{step:09d}.json" for step in (2, 4, 6)]
     # The machine was taken away before the copy of the last checkpoint was complete.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,12 @@ def test_the_last_record_holds_what_an_evaluation_of_the_last_checkpoint_says(ru
     train, val = (extract_features(encoder, build_image_loader(data_paths[b], views=views, batch=4)) for b in ("ffcv", "folder"))
     scores = knn_predict(train, val.feature, num_classes=3, k=20)
     assert records[-1]["knn_top1"] == pytest.approx(float((scores.argmax(dim=1) == val.label).double().mean()))
+
+
+def test_val_may_be_converted_where_train_has_its_labels_from_folders(data_paths):
+    config = _config(data_paths["folder"], data_paths["ffcv"])
+    with closing(_online_knn(replace(config, data=replace(config.data, labels="folders")))) as knn:
+        assert knn.num_classes == 3
 
 
 def test_a_run_may_be_continued_with_online_knn(runs, data_paths):

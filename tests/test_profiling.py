@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -39,6 +40,22 @@ def test_the_asked_steps_are_recorded_after_the_first_five_and_parts_are_named(t
     assert "host waits for the device: 1.0 times a step" in (tmp_path / FOLDER / TABLE).read_text()
     assert not network[0]._forward_pre_hooks  # nothing stays behind
     assert not network[0]._forward_hooks
+
+
+def test_a_run_that_ends_earlier_is_divided_by_the_steps_recorded_and_one_that_recorded_none_says_so(tmp_path: Path, caplog):
+    def profile(folder: Path, taken: int) -> None:
+        with StepProfiler(folder, steps=5, parts={}, device=CPU) as profiler:
+            for step in range(taken):
+                torch.full((1, 4), float(step)).sum().item()
+                profiler.step()
+
+    with caplog.at_level(logging.INFO, "fastbyol"):
+        profile(tmp_path, WAIT_STEPS + WARMUP_STEPS + 3)
+    assert "profile of 3 steps" in caplog.text
+    assert "host waits for the device: 1.0 times a step" in (tmp_path / FOLDER / TABLE).read_text()
+    profile(tmp_path / "short", WAIT_STEPS + WARMUP_STEPS)
+    assert "profile_steps = 5: nothing is recorded, because this process took 5 steps and the first 5 are left out" in caplog.text
+    assert not (tmp_path / "short").exists()
 
 
 def test_without_steps_to_profile_no_trace_is_written(tmp_path: Path):

@@ -211,12 +211,12 @@ def test_the_evaluation_loader_reads_every_source(sources: dict[str, str]) -> No
 def test_shards_are_read_ahead_in_a_local_traversal_and_files_are_not(sources: dict[str, str]) -> None:
     order: dict[str, list[int]] = {}
     for traversal in ("random", "local"):
-        config = DataConfig(train=sources["shards"], workers=1)
-        with build_loader(config, views=VIEWS, seed=5, global_batch=8, traversal=traversal) as loader:
+        config = DataConfig(train=sources["shards"], workers=1, traversal=traversal)
+        with build_loader(config, views=VIEWS, seed=5, global_batch=8) as loader:
             order[traversal] = [index for batch in loader for index in batch.index.tolist()]
     assert sorted(order["local"]) == sorted(order["random"]) == list(range(NUM))
     with pytest.raises(UserError, match="each image is a file of its own"):
-        build_loader(DataConfig(train=sources["flat"]), views=VIEWS, seed=5, global_batch=8, traversal="local")
+        build_loader(DataConfig(train=sources["flat"], traversal="local"), views=VIEWS, seed=5, global_batch=8)
 
 
 def test_knn_while_training_needs_labels_and_says_so(sources: dict[str, str], image_folder: Path, tmp_path: Path) -> None:

@@ -60,12 +60,23 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batches_of(data: str | Path, cache: Path | None = None, *, gib: float = 1.0, epochs: int = 1, batch: int = 0, **options) -> Batches:
-    config = DataConfig(train=str(data), workers=1, cache=str(cache or ""), cache_gib=gib, prefetch=1)
-    settings = {"traversal": "local", "window_mib": 1} | options
-    with build_loader(config, views=VIEWS, seed=5, global_batch=8, **settings) as loader:
+    order = {"traversal": options.pop("traversal", "local"), "window_mib": 1}
+    config = DataConfig(train=str(data), workers=1, cache=str(cache or ""), cache_gib=gib, prefetch=1, **order)
+    with build_loader(config, views=VIEWS, seed=5, global_batch=8, **options) as loader:
         if batch:
             loader.load_state_dict({"epoch": 0, "batch": batch})
         return [(views.index.tolist(), views.view1.numpy().tobytes()) for _ in range(epochs) for views in loader]
+
+
+@pytest.mark.parametrize("name", ["train.beton", "train"])
+def test_views_can_be_drawn_before_any_epoch_with_an_empty_cache(site: Path, server: WebServer, tmp_path: Path, name: str) -> None:
+    def views_of(data: str, cache: Path) -> list[bytes]:
+        with build_loader(
+            DataConfig(train=data, workers=1, cache=str(cache), cache_gib=1.0), views=VIEWS, seed=5, global_batch=8
+        ) as loader:
+            return [batch.view1.numpy().tobytes() for batch in loader.views_of([3, 1, 20], epoch=2, batch=2)]
+
+    assert views_of(f"{server.url}/{name}", tmp_path) == views_of(str(site / name), tmp_path)
 
 
 def cached_bytes(cache: Path) -> int:

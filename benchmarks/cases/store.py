@@ -146,9 +146,10 @@ class Epochs:
         def ready() -> None:
             prepare()
             shutil.rmtree(self._cache, ignore_errors=True)
-            config = DataConfig(train=data, workers=1, cache=str(self._cache), cache_gib=self._size.cache_share * self.data_bytes / 2**30)
-            views, settings = ViewPair(size_px=self._size.size_px), {"traversal": "local", "window_mib": self._size.window_mib}
-            self._loader = build_loader(config, views=views, seed=self._size.seed, global_batch=self._size.batch, **settings)
+            cache = {"cache": str(self._cache), "cache_gib": self._size.cache_share * self.data_bytes / 2**30}
+            config = DataConfig(train=data, workers=1, traversal="local", window_mib=self._size.window_mib, **cache)
+            views = ViewPair(size_px=self._size.size_px)
+            self._loader = build_loader(config, views=views, seed=self._size.seed, global_batch=self._size.batch)
 
         def epoch() -> None:
             assert self._loader is not None

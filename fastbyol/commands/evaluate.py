@@ -100,10 +100,10 @@ def _task_parser(name: str) -> OneLineParser:
         parser.add_argument("--temperature", type=float, help="temperature of the kNN votes (0.07)")
     if name in QUICK:
         parser.add_argument("--subset", type=path_text, metavar="LIST", help="use only the train images that this file names, one a line")
-    other = (
-        "evaluate another run, checkpoint or weights file too, on the same images at its own size; may be repeated, but in quick protocols"
-    )
-    parser.add_argument("--compare", action="append", default=[], metavar="[NAME=]PATH", help=other)
+    other = "evaluate another run, checkpoint or weights file too, on the same images at its own size; may be repeated with --settings"
+    # labelfree refuses it with a reason.
+    help_text = argparse.SUPPRESS if name == "labelfree" else other
+    parser.add_argument("--compare", action="append", default=[], metavar="[NAME=]PATH", help=help_text)
     if name in MODULES:
         task = task_named(name)
         add_settings(parser, task.versions)
@@ -120,7 +120,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, type=local_or_url, help=DATA_HELP)
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run folder)")
     parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: all cores")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one for each core of the process's share")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 

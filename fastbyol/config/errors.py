@@ -28,7 +28,9 @@ STORAGE_EXIT = 4
 LOST_EXIT = 5
 """Another rank, the data or the device stopped responding: the same command continues from the last checkpoint."""
 STOPPED_EXIT = 75
-"""Stopped by a signal with everything saved: the same command continues (75 is 'temporary failure' in sysexits.h)."""
+"""Stopped by a signal: the same command continues from the last checkpoint, which is of the last step unless saving it took longer than
+grace_s (75 is 'temporary failure' in sysexits.h).
+"""
 HOLD_BACK_S = 10.0
 """Seconds that ranks other than 0 wait before they print an error, so that an error all ranks share is printed only once.
 
@@ -59,7 +61,7 @@ class NotSaved(RunError):
 
 
 class Lost(RunError):
-    """Another rank ended, hung or cannot be reached."""
+    """Another rank, a store or a machine of a Ray cluster ended, hung or cannot be reached."""
 
     exit_code = LOST_EXIT
 

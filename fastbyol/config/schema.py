@@ -26,6 +26,8 @@ BACKENDS = ("auto", "ffcv", "dali", "folder")
 TRAVERSALS = ("random", "local", "sharded")
 DALI_OPS = ("auto", "decode", "crop")
 UPDATES = ("auto", "foreach", "triton", "apex")
+MOST_EPOCHS = 1e9
+"""With more, a number of steps is no longer one of Python's or the disk's."""
 RESUME_MODES = ("auto", "must", "never")
 
 
@@ -34,7 +36,7 @@ class DataConfig:
     """Location of the images and how they are read."""
 
     train: str = ""
-    """A .beton file, a folder of tar shards made by to_dali.py, or images that were not converted: a folder, tars, a list or Parquet files
+    """A .beton file, a folder of tar shards made by `convert --to dali`, or images that were not converted: a folder, tars, a list or Parquet files
     (docs/data.md lists them); 'a::b' joins several. Each may be at a URL: s3://, gs://, hf://, https:// (pip install 'fastbyol[remote]').
     """
     labels: str = "auto"
@@ -48,11 +50,11 @@ class DataConfig:
     backend: str = "auto"
     """auto, ffcv, dali or folder; auto chooses the one that reads the format of `train`."""
     workers: int = 0
-    """Decoding and augmentation threads per process; 0: one per core available to the process."""
+    """Decoding and augmentation threads per process; 0: one for each core of the process's share, where several processes share the cores."""
     prefetch: int = 3
     """Number of batches prepared ahead of the training step."""
     traversal: str = "random"
-    """random: shuffle over all images. local: for data larger than memory on storage with slow seeks; reads blocks of 8 MiB and shuffles
+    """random: shuffle over all images. local: for converted data larger than memory on storage with slow seeks; reads blocks of 8 MiB and shuffles
     within windows of many blocks. sharded: the same where each node (machine of ranks) owns a part of the blocks for an epoch and mixes
     within it, so that N nodes read each byte once and not N times; it changes the shuffle, which then depends on the number of nodes.
     """
@@ -99,12 +101,15 @@ class ModelConfig:
     initialisation: str = "kaiming"
     """kaiming, as torchvision; truncated_normal, as the official code (no difference in accuracy, section 5)."""
     projector_layers: int = 2
+    """Linear layers of the projector."""
     predictor_layers: int = 2
-    """0: no predictor (an ablation; the run collapses without a negative term)."""
+    """Linear layers of the predictor. 0: no predictor (an ablation; the run collapses without a negative term)."""
     head_bias: bool = False
     """Give the last linear layer of projector and predictor a bias, as the paper's pseudo-code has it (appendix J.2); its code has none."""
     hidden_dim: int = 4096
+    """Width of the hidden layers of projector and predictor."""
     projection_dim: int = 256
+    """Dimensions of the projection, and of its prediction."""
 
     def __post_init__(self) -> None:
         require_choice("model.stem", self.stem, ("imagenet", "small", "small2"))
@@ -171,8 +176,11 @@ class OptimConfig:
     warmup_steps: int = 0
     """The same in optimizer steps; 0: as many as warmup_epochs makes."""
     momentum: float = 0.9
+    """Momentum of lars and sgd."""
     weight_decay: float = 1e-6
+    """Weight decay; lars leaves out biases and batch norms."""
     trust_coefficient: float = 1e-3
+    """Factor of LARS's trust ratio, eta."""
     update: str = "auto"
     """Implementation of the target's update, for every optimizer. auto: with lars on a CPU our own kernel, in one pass with the step, else
     foreach. foreach: torch's operations over all tensors, for lars itself too. triton: one launch (GPU). apex: NVIDIA's amp_C (GPU; PyPI's
@@ -191,8 +199,9 @@ class OptimConfig:
             require_choice("optim.name", self.name, ("lars", "sgd", "adamw", "torch_optimizer_lars", "timm_NAME (any of timm's)"))
         require_choice("optim.update", self.update, UPDATES)
         require_positive("optim.base_lr", self.base_lr)
-        for name in ("warmup_epochs", "weight_decay", "trust_coefficient"):
-            require_at_least(f"optim.{name}", getattr(self, name), 0.0)
+        require_between("optim.warmup_epochs", self.warmup_epochs, 0.0, MOST_EPOCHS)
+        require_at_least("optim.weight_decay", self.weight_decay, 0.0)
+        require_positive("optim.trust_coefficient", self.trust_coefficient)
         require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
         require_between("optim.warmup_steps", self.warmup_steps, 0, 10**9)
         require_probability("optim.tau_base", self.tau_base)
@@ -212,6 +221,7 @@ class PrecisionConfig:
     with matrix products on tensor cores); off: float32.
     """
     channels_last: bool = True
+    """Store activations with the channels last (NHWC), which convolutions are faster with."""
     compile: str = "auto"
     """Use torch.compile for the whole forward pass and loss: yes; no; auto: on a GPU. The first step then takes a minute or more. The
     augmentation on a GPU is always compiled.
@@ -223,7 +233,7 @@ class PrecisionConfig:
     cross_replica_bn: bool = True
     """Compute batch-norm statistics over all devices, as the official code does. No effect on one device."""
     bn_ranks: int = 0
-    """Share those statistics among groups of this many neighbouring ranks only, which must divide their number; 0: among all. Fewer ranks
+    """Number of neighbouring ranks that share batch-norm statistics. It must divide the number of ranks; 0: all ranks share them. Fewer ranks
     wait for each other in every layer, but it changes the method: batch norm then sees bn_ranks / ranks of the batch at a time (in the
     paper's ablation 72.5 % top-1 with 4096 images, 71.8 with 256, 69.6 with 128, 59.7 with 64), and a checkpoint has the running
     statistics of rank 0's group.
@@ -239,8 +249,8 @@ class PrecisionConfig:
     files. Not measured by us on a GPU; `python -m fastbyol tune` measures it on your card.
     """
     freed_memory: str = "keep"
-    """Use of the memory that a step frees, on a CPU. keep: it stays for the next step, which is faster; return: the system gets
-    it back, for a process that takes less (docs/performance.md has both figures).
+    """Use of the memory that a step frees, on a CPU. keep: it stays for the next step, which is faster; return: it goes
+    back to the operating system, so the process uses less (docs/performance.md has both figures).
     """
 
     def __post_init__(self) -> None:
@@ -348,6 +358,7 @@ class TrainConfig:
         require_between("steps", self.steps, 0, 10**9)
         if not self.steps:
             require_positive("epochs", self.epochs)
+        require_between("epochs", self.epochs, 0.0, MOST_EPOCHS)
         for name in ("global_batch", "log_every", "checkpoint_every"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("rank_batch", self.rank_batch, 0)

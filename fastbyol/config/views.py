@@ -39,6 +39,7 @@ class ViewSpec:
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of the crop, drawn log-uniformly."""
     flip_p: float = 0.5
+    """Probability of a horizontal flip."""
     rotation_deg: float = 0.0
     """Largest rotation in either direction, in degrees. Differs from the paper, which has no rotation (0)."""
     jitter_p: float = 0.8
@@ -52,11 +53,15 @@ class ViewSpec:
     hue: float = 0.1
     """HSV hue plus d turns, with d in [-hue, hue]."""
     gray_p: float = 0.2
+    """Probability of grayscale."""
     blur_p: float = 1.0
+    """Probability of the Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation in pixels of the view, whatever its size."""
     solarize_p: float = 0.0
+    """Probability of solarization."""
     solarize_threshold: float = 0.5
+    """Values of at least this, in [0, 1], are inverted by solarization."""
 
     def __post_init__(self) -> None:
         require_range("crop_area", self.crop_area, TINY, 1.0)
@@ -77,6 +82,7 @@ class ViewPair:
     view1: ViewSpec = field(default_factory=ViewSpec)
     view2: ViewSpec = field(default_factory=lambda: ViewSpec(blur_p=0.1, solarize_p=0.2))
     size_px: int = 224
+    """Height and width of a view in pixels."""
     semantics: str = "paper"
     """paper; torchvision: the formulas for colour jitter, blur border and crop that most PyTorch code uses."""
     interpolation: str = "bicubic"
@@ -84,8 +90,11 @@ class ViewPair:
     tf.image.resize.
     """
     antialias: bool = False
+    """Widen the taps where a crop is shrunk, as Pillow does; tf.image.resize, and with it the paper, does not."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel, subtracted from the view's values in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel, by which the difference is divided."""
 
     def __post_init__(self) -> None:
         require(1 <= self.size_px <= MAX_SIZE_PX, "size_px", self.size_px, f"pixels in [1, {MAX_SIZE_PX}]")

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from fastbyol.augment.parameters import EVAL_SHARE
-from fastbyol.config.errors import UserError, require_at_least, require_choice
-from fastbyol.config.schema import BACKENDS, TRAVERSALS, DataConfig, TrainConfig, accumulation_of
+from fastbyol.config.errors import UserError, require_choice
+from fastbyol.config.schema import BACKENDS, DataConfig, TrainConfig, accumulation_of
 from fastbyol.config.urls import is_url
 from fastbyol.config.views import ViewPair
 from fastbyol.data.backends.source import Indices, Source
@@ -47,14 +47,15 @@ def build_loader(
     device: torch.device | None = None,
     output: str = "float32",
     option: str = "data.train",
-    traversal: str = "random",
-    window_mib: int = 2048,
     nodes: int = 1,
 ) -> TwoViewLoader:
     """Returns the training loader for `config.train`, positioned at epoch 0, batch 0.
 
     Args:
-        config: path, backend, threads.
+        config: path, backend, threads, and the traversal: 'random' shuffles all images; 'local' shuffles blocks of 8 MiB (a .beton's pages), then the
+            images within windows of many blocks, for data larger than memory on disks or network file systems that are slow at random reads.
+            Both visit every image once per epoch, and neither order depends on the number of ranks. 'sharded': as local, but each node owns a
+            part of the blocks for an epoch and mixes within it, so that all nodes together read each byte once.
         views: augmentation of both views.
         seed: seed of the sample order and of the augmentations.
         global_batch: images per optimizer step over all ranks; divisible by world_size * accumulate.
@@ -64,11 +65,6 @@ def build_loader(
         device: device of the training step; None means the CPU. Views that DALI makes on a GPU stay there.
         output: 'float32' views or 'uint8' crops, see `KernelRenderer`; ignored if DALI does the cropping.
         option: name of the option behind `config.train`, for error messages, which name the option for labels that goes with it.
-        traversal: 'random' shuffles all images. 'local' shuffles blocks of 8 MiB (a .beton's pages), then the images within windows of many
-            blocks: for data larger than memory on disks or network file systems that are slow at random reads. Both visit every image once
-            per epoch, and neither order depends on the number of ranks. 'sharded': as local, but each node owns a part of the blocks for an
-            epoch and mixes within it, so that all nodes together read each byte once.
-        window_mib: size of a window of the local traversal; twice this should fit in memory, or in the cache of a store.
         nodes: number of nodes for 'sharded', with equally many ranks each, numbered node by node.
 
     Raises:
@@ -76,11 +72,9 @@ def build_loader(
     """
     source = _open_source(config, option=option)
     try:
-        require_choice("data.traversal", traversal, TRAVERSALS)
-        require_at_least("data.window_mib", window_mib, 1)
         blocks = None
-        if traversal != "random":
-            blocks = group_into_blocks(*source.storage(), block_bytes=MIN_PAGE_BYTES, window_bytes=window_mib << 20)
+        if config.traversal != "random":
+            blocks = group_into_blocks(*source.storage(), block_bytes=MIN_PAGE_BYTES, window_bytes=config.window_mib << 20)
         walk = Traversal(
             source.num_samples,
             seed,
@@ -89,7 +83,7 @@ def build_loader(
             rank=rank,
             world_size=world_size,
             blocks=blocks,
-            nodes=nodes if traversal == "sharded" else 1,
+            nodes=nodes if config.traversal == "sharded" else 1,
         )
         if source.cache is not None:
             source.cache.require_room(window=blocks.window if blocks else 0)
@@ -135,8 +129,6 @@ def build_run_loader(config: TrainConfig, process: Process, *, option: str = "da
         # On a GPU the crops travel as bytes, a quarter of the floats, and are augmented there.
         output="uint8" if process.device.type == "cuda" else "float32",
         option=option,
-        traversal=config.data.traversal,
-        window_mib=config.data.window_mib,
         nodes=nodes_of(process) if config.data.traversal == "sharded" else 1,
     )
 

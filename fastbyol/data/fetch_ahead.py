@@ -27,7 +27,7 @@ class FetchAhead:
     A store in trouble is asked again for as long as the run lasts: whoever needs a block that is not there gives up, not these threads.
 
     Args:
-        cache: where the blocks go. It learns from here when it will need which.
+        cache: where the blocks go. From the first epoch on it learns from here when it will need which.
         traversal: the order in which the samples are read.
         lag: micro-batches that may be in work, here or on another rank, behind the one that the loader plans.
         reader, num_readers: this process's place among those that share the cache.
@@ -43,7 +43,6 @@ class FetchAhead:
         self._epoch, self._position = -1, 0
         self._uses: dict[int, tuple[Indices, Indices]] = {}
         self._sequence: Iterator[int] = iter(())
-        cache.next_use = self._next_use
         # Daemons: one that waits for a store that hangs must not keep the process alive.
         self._threads = [threading.Thread(target=self._work, name="fastbyol-fetch", daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
@@ -58,6 +57,8 @@ class FetchAhead:
             self._start += 1
             self._sequence = self._coming(epoch, position, known)
             self._changed.notify_all()
+        # Not before: images may be read outside any epoch, and then no block's next use is known.
+        self._cache.next_use = self._next_use
 
     def reach(self, position: int) -> None:
         """Learns that the loader plans a batch from this position of the epoch's order on; blocks that are used up may leave the cache."""

@@ -26,7 +26,7 @@ from fastbyol.data.traversal import Traversal
 
 
 class _Loader:
-    """What both loaders share: the renderer, and with it the source, which `close` closes."""
+    """What the loaders share: the renderer, and with it the source, which `close` closes."""
 
     def __init__(self, renderer: Renderer) -> None:
         source = renderer.source
@@ -163,7 +163,7 @@ class ImageLoader(_Loader):
     def __init__(
         self, source: Source, *, views: ViewPair, batch: int, workers: int = 1, prefetch: int = 2, crop_share: float = EVAL_SHARE
     ) -> None:
-        """Takes ownership of the source: `close` closes it. Only size, interpolation and normalisation of `views` are used.
+        """Takes ownership of the source: `close` closes it. Only size, interpolation, antialias and normalisation of `views` are used.
 
         crop_share: side of the centred square as a share of the short side.
         """
@@ -268,7 +268,7 @@ class Readahead:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fastbyol-readahead")
 
     def start_epoch(self, epoch: int, order: Indices, *, position: int) -> None:
-        """Goes to the window of an epoch in which this position of its order lies."""
+        """Takes the windows of an epoch; `reach` finds the one that a position lies in."""
         self._windows, self._ends = self._traversal.windows(epoch)
         self._next = 0
 

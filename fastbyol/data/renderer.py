@@ -108,7 +108,7 @@ class KernelRenderer(Renderer):
 
     Args:
         source: decodes the images.
-        pair: augmentation of both views; with one view, only its size, interpolation and normalisation are used.
+        pair: augmentation of both views; with one view, view 1's.
         num_views: views of each image.
         output: 'float32' renders augmented, normalised views; 'uint8' renders crops only (in pinned memory if there is a GPU), to be augmented
             by `augment.torch_graph`.

@@ -77,7 +77,7 @@ def embed(
         labels: of images that were not converted, as `DataConfig.labels`: auto, folders, none, or a file.
         changes: as for `load_encoder`.
         batch: images per forward.
-        workers: decoding threads; 0: all cores.
+        workers: decoding threads; 0: one for each core of the process's share.
         process: this rank and its device; None: one process, on the GPU if there is one. Every rank must call with the same arguments.
         engine: 'local', or 'ray': the encoder runs in processes of a cluster of Ray, see `ray_rows`, each with `workers` threads, and on GPUs
             if `process` is None and the cluster has some; this one process writes.

@@ -52,8 +52,9 @@ class OnlineKnn:
         self._process, self._total_steps = process, total_steps
         self._periods_per_step = config.global_batch / (num_samples * config.monitors.knn_every_epochs)
         self._period = int(first_step * self._periods_per_step)
-        # A file of labels names the images of train only.
-        labels = config.data.labels if config.data.labels == "folders" else "auto"
+        # A file of labels names the images of train only, and converted images have their labels with them.
+        converted = backend_of(config.data.val, option="data.val") != "folder"
+        labels = config.data.labels if config.data.labels == "folders" and not converted else "auto"
         sources = (
             (config.data, "data.train"),
             (

@@ -244,12 +244,12 @@ def outcome_of(folder: Path, config: TrainConfig, records: Sequence[Record]) -> 
 
 
 def _alarmed_since(records: Sequence[Record]) -> int | None:
-    """Returns the first step of the alarm that the log ends with, or None if it ends without one."""
+    """Returns the first step, from 1, of the alarm that the log ends with, or None if it ends without one."""
     since = None
     for record in reversed(records):
         if not record.get("alarm"):
             break
-        since = record["step"]
+        since = record["step"] + 1
     return since
 
 

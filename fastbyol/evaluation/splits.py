@@ -215,7 +215,7 @@ def open_splits(
         data: a folder that holds train and val, or any images that a loader reads.
         views: size, interpolation and normalisation are used.
         batch: images per forward.
-        workers: decoding threads; 0: all cores.
+        workers: decoding threads; 0: one for each core of the process's share.
         subset: file with the names of the train images to use, one a line; val stays whole.
         at_most: where no accuracy is measured, a random choice of so many images is used, the same in every call; None: all.
         scored: False: no accuracy is wanted, so val is not opened.

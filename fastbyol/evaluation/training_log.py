@@ -43,7 +43,7 @@ def series(records: list[Record], key: str) -> list[float]:
 
 def alarms(records: list[Record]) -> list[str]:
     """Returns the alarms of the collapse monitor, one line each: 'step 40: …'."""
-    return [f"step {record['step']}: {record['alarm']}" for record in records if record.get("alarm")]
+    return [f"step {record['step'] + 1}: {record['alarm']}" for record in records if record.get("alarm")]
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class CollapseRule:
         if self._seen.records < RECORDS_IN_A_ROW:
             return None
         return (
-            f"collapse since step {self._seen.first}: alignment {alignment:.4f} and projection std {projection_std:.2g} say that every image "
+            f"collapse since step {self._seen.first + 1}: alignment {alignment:.4f} and projection std {projection_std:.2g} say that every image "
             f"gets the same projection; {what_to_try(self._config)}"
         )
 
@@ -95,7 +95,7 @@ class CollapseRule:
         good = [done for done in checkpoint_steps() if done <= self._seen.last_without + 1]
         kept = f"the last checkpoint from before is step {good[-1]}'s" if good else "there is no checkpoint from before"
         raise Diverged(
-            f"collapse: since step {self._seen.first} every image gets the same projection, stopped at step {final.last}; {kept}; "
+            f"collapse: since step {self._seen.first + 1} every image gets the same projection, stopped after step {final.last + 1}; {kept}; "
             f"{what_to_try(self._config)}; to train on regardless: --monitors.stop_on_collapse false"
         )
 

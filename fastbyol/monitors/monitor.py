@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fastbyol.byol import BYOLOutput
-from fastbyol.config.errors import Diverged
 from fastbyol.config.schema import TrainConfig
 from fastbyol.monitors.collapse import SIGNS, CollapseRule, collapse_signs
 from fastbyol.monitors.compute import ComputeMeter, peak_memory_gib
@@ -88,12 +87,8 @@ class Monitor:
         self._steps += 1
 
     def record(self, *, step: int, epoch: float, lr: float, tau: float, last: BYOLOutput) -> dict[str, Any]:
-        """Returns the record of the interval since the last one; Diverged if the loss is not finite. Every rank must call it."""
+        """Returns the record of the interval since the last one. Every rank must call it."""
         read = self._read(last)
-        if not math.isfinite(read["loss"]):
-            raise Diverged(
-                f"loss = {read['loss']} at step {step} (lr {lr:.3g}): the run diverged; lower optim.base_lr or set precision.autocast to off"
-            )
         alarm = None
         if self._collapse is not None:
             alarm = self._collapse.check(step=step, epoch=epoch, alignment=read["alignment"], projection_std=read["projection_std"])

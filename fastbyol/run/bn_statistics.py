@@ -24,7 +24,10 @@ def bn_images(config: TrainConfig, process: Process) -> int:
 
 
 def check_bn_images(config: TrainConfig, process: Process) -> None:
-    """Raises UserError if precision.bn_ranks does not divide the number of ranks, or batch norm would see only one image at a time."""
+    """Warns where batch norm sees less than the ranks' images together.
+
+    Raises UserError if precision.bn_ranks does not divide the number of ranks, or batch norm would see only one image at a time.
+    """
     ranks, shared = process.world_size, bn_ranks(config, process)
     if ranks % shared:
         fitting = ", ".join(str(n) for n in range(2, ranks) if ranks % n == 0)
@@ -36,17 +39,16 @@ def check_bn_images(config: TrainConfig, process: Process) -> None:
         raise UserError(
             f"global_batch = {config.global_batch}, rank_batch = {config.rank_batch}: a batch norm would see one image at a time; it needs two or more"
         )
+    if shared < ranks:
+        log.warning(
+            "batch norm sees %d of the %d images at a time (%s); in the paper it sees all of them",
+            bn_images(config, process),
+            bn_images(config, process) // shared * ranks,
+            f"precision.bn_ranks = {shared}" if config.precision.cross_replica_bn else "precision.cross_replica_bn = false",
+        )
 
 
 def bn_group(config: TrainConfig, process: Process) -> str:
     """Returns the name of the group that shares this rank's statistics; '' means all ranks. Every rank must call it: it makes the groups."""
     shared = bn_ranks(config, process)
-    if shared == process.world_size:
-        return ""
-    log.warning(
-        "batch norm sees %d of the %d images at a time (precision.bn_ranks = %d); in the paper it sees all of them",
-        bn_images(config, process),
-        bn_images(config, process) // shared * process.world_size,
-        shared,
-    )
-    return rank_groups(shared, timeout_s=config.timeout_s)
+    return "" if shared == process.world_size else rank_groups(shared, timeout_s=config.timeout_s)

@@ -28,6 +28,8 @@ from fastbyol.run.plain_yaml import StandsForTooMuch, read_yaml, repeated_key
 
 log = logging.getLogger("fastbyol")
 DEFAULT_PRESET = "r50_300ep"
+_DEFAULTS = flatten(to_plain(TrainConfig()))
+_GROUPS = {name.rpartition(".")[0] for name in _DEFAULTS} - {""}
 PRINT_CONFIG = "--print_config"
 
 
@@ -48,11 +50,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     parser.add_argument("--config", action="config", help="a YAML file of options, for example a run folder's config.yaml")
     parser.add_class_arguments(TrainConfig, as_group=False)
     if {"-h", "--help"} & set(arguments):
-        docs = field_docs(TrainConfig)
-        for action in parser._actions:
-            if action.dest in docs:
-                # argparse formats help texts with %, so one of ours that stands for itself is doubled.
-                action.help = docs[action.dest].replace("%", "%%") + " (default: %(default)s)"
+        _write_help(parser)
     _refuse_unknown(arguments, parser)
     _refuse_too_much(arguments)
     repeated = _repeated(arguments)
@@ -66,13 +64,24 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
         # Files first: the later argument wins, and the command line must win over a file.
         namespace = parser.parse_args([*_as_typed(files), *typed])
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UserError(_first_cause(str(error)) + _minus_hint(str(error), arguments)) from error
+        raise UserError(_in_plain_words(_first_cause(str(error))) + _minus_hint(str(error), arguments)) from error
     values = namespace.as_dict()
-    _settle_budgets(values, [*(set(flatten(file)) for file in files), {a.split("=", 1)[0].removeprefix("--") for a in typed}])
+    _settle_budgets(values, [*(set(flatten(file)) for file in files), _names_given(typed)])
     config = from_plain(TrainConfig, {name: value for name, value in values.items() if name not in ("preset", "config")})
     if repeated and (os.environ.get("RANK") or "0") == "0":
         log.warning("%s: given more than once, the last one counts", ", ".join(repeated))
     return config
+
+
+def _names_given(typed: Sequence[str]) -> set[str]:
+    """Returns the dotted names of the options in these arguments, those in a group's value included: --optim '{"warmup_steps": 5}'."""
+    names: set[str] = set()
+    for argument, following in itertools.pairwise([*typed, ""]):
+        if argument.startswith("--"):
+            name, has_value, value = argument.removeprefix("--").partition("=")
+            group = read_yaml(value if has_value else following) if name in _GROUPS else None
+            names |= {f"{name}.{inner}" for inner in flatten(group)} if isinstance(group, dict) else {name}
+    return names
 
 
 _BUDGETS = (("epochs", "steps"), ("optim.warmup_epochs", "optim.warmup_steps"))
@@ -119,7 +128,7 @@ def _as_typed(files: list[dict[str, Any]]) -> list[str]:
     # jsonargparse could read the files itself, but it rejects text that is not UTF-8, which a path may contain.
     values = [item for file in files for item in flatten(file).items() if item[0] != "preset"]
     for name, value in values:
-        if name not in flatten(to_plain(TrainConfig())):
+        if name not in _DEFAULTS:
             raise UserError(f"{name} = {value!r}: must be a group of options")
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values]
 
@@ -138,7 +147,7 @@ def _read_file(path: str) -> dict[str, Any]:
         raise UserError(f"{where}: must hold options, for example epochs: 100")
     if repeated:
         raise UserError(f"{where}: {repeated}: is given twice, and only one of them could count; leave one out")
-    known = flatten(to_plain(TrainConfig()))
+    known = _DEFAULTS
     # Names are checked here, because jsonargparse's errors name neither the file nor the nearest option.
     for name in flatten(values):
         if name != "preset" and name not in known and not any(option.startswith(f"{name}.") for option in known):
@@ -148,7 +157,7 @@ def _read_file(path: str) -> dict[str, Any]:
 
 def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
     known = {option for action in parser._actions for option in action.option_strings}
-    known |= {f"--{name}" for name in flatten(to_plain(TrainConfig()))}
+    known |= {f"--{name}" for name in _DEFAULTS}
     for argument in arguments:
         name = argument.split("=", 1)[0]
         if name.startswith("--") and name not in known:
@@ -188,11 +197,48 @@ def _minus_hint(message: str, arguments: Sequence[str]) -> str:
     return f" (a value that begins with a minus: {values[0]})" if values else ""
 
 
+_WORDS = {
+    "int": "a whole number, written out: 4096",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple": "a list in brackets without spaces: [0.5,1.0]",
+}
+"""What each type of an option looks like on the command line."""
+
+
+def _in_plain_words(message: str) -> str:
+    """Returns jsonargparse's error about a value as one of ours, with the way out; any other as it is."""
+    if found := re.fullmatch(r'"([\w.]+)": Expected an? (\w+)\. Got value: (.*)', message):
+        name, kind, value = found.groups()
+        if kind in _WORDS:
+            return f"{name} = {value}: must be {_WORDS[kind]}"
+    if found := re.fullmatch(r'"(\w+(?:\.\w+)?)": .*Unable to load config "(.*)"', message):
+        name, value = found.groups()
+        first = next(option for option in _DEFAULTS if option.startswith(f"{name}."))
+        return f"{name} = {value!r}: is a group of options; give one of them, for example --{first}"
+    return message
+
+
 def _first_cause(message: str) -> str:
     """Condenses jsonargparse's error of several lines into one: which option, what was expected, what was given."""
     message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("Parser key ", "")
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
     return ": ".join(dict.fromkeys(line[:300] for line in (lines[0], lines[-1])))
+
+
+def _write_help(parser: argparse.ArgumentParser) -> None:
+    """Gives every option of the parser its text and its default, and every group the name that its options begin with."""
+    docs = field_docs(TrainConfig)
+    for action in parser._actions:
+        if action.dest in _GROUPS:
+            action.help = "the options of this group together, as JSON"
+        elif action.dest in docs:
+            # argparse formats help texts with %, so one of ours that stands for itself is doubled.
+            action.help = docs[action.dest].replace("%", "%%") + " (default: %(default)s)"
+    for group in parser._action_groups:
+        names = {action.dest.rpartition(".")[0] for action in group._group_actions if action.dest not in _GROUPS}
+        if str(group.title).startswith("<class"):
+            (group.title,) = names
 
 
 def field_docs(cls: type, prefix: str = "") -> dict[str, str]:

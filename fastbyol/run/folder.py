@@ -32,14 +32,15 @@ LOCK_PATIENCE_S = 15.0
 FREE_TO_CHANGE = frozenset(
     {
         *("out", "resume", "mirror", "timeout_s", "grace_s", "profile_steps", "rank_batch", "optim.update"),
-        *(f"precision.{name}" for name in ("compile", "compile_mode", "compile_cache")),
+        *(f"precision.{name}" for name in ("compile", "compile_mode", "compile_cache", "pad_stem", "freed_memory")),
         *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every_epochs"),
         *("data.train", "data.val", "data.backend", "data.workers", "data.prefetch", "data.cache", "data.cache_gib"),
         *(f"monitors.{field.name}" for field in dataclasses.fields(MonitorsConfig)),
     }
 )
 """Options that may change when a run is continued. They do not affect the result, except rank_batch, whose effect on batch norm is
-reported, and optim.update, whose choices compute one formula and agree to the last bits of float32. The images are checked separately.
+reported, and optim.update, precision.compile and data.backend, whose choices compute the same formulas but may round differently. The images
+are checked separately.
 """
 
 

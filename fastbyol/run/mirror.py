@@ -235,7 +235,7 @@ class MirrorWriter:
         self._failure = ""
         self._closing = False
         self._changed = threading.Condition()
-        # A daemon, so that a second signal or an error elsewhere does not wait for the store.
+        # A daemon, so that a second signal does not wait for the store.
         self._thread = threading.Thread(target=self._work, name="fastbyol-mirror", daemon=True)
 
     def add(self, step: int) -> None:

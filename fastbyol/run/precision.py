@@ -92,8 +92,9 @@ def _check_device(config: PrecisionConfig, device: torch.device) -> None:
 
 
 def use_switches(config: PrecisionConfig) -> None:
-    """Sets this process's switches, TF32 in float32 products and cuDNN's search; whoever takes steps of several configs in turn calls it
-    before each.
+    """Sets two switches of the whole process: TF32 in float32 products, and cuDNN's search for algorithms.
+
+    Code that takes steps of several configs in turn must call it before each.
     """
     tf32 = config.autocast == "tf32"
     # Both are set, for torch's own defaults disagree: TF32 is off in matrix products and on in cuDNN's convolutions.

@@ -46,6 +46,7 @@ class StepProfiler:
         self._folder, self._steps, self._on_gpu = folder / FOLDER, steps, device.type == "cuda"
         self._parts = parts
         self._profile: profile | None = None
+        self._taken, self._written = 0, False
         self._leaving = ExitStack()
 
     def __enter__(self) -> Self:
@@ -62,21 +63,34 @@ class StepProfiler:
     def step(self) -> None:
         """Reports that one optimizer step is done."""
         if self._profile is not None:
+            self._taken += 1
             self._profile.step()
 
     def __exit__(self, *_: object) -> None:
         self._leaving.close()
+        if self._steps and not self._written:
+            log.warning(
+                "profile_steps = %d: nothing is recorded, because this process took %d steps and the first %d are left out",
+                self._steps,
+                self._taken,
+                WAIT_STEPS + WARMUP_STEPS,
+            )
 
     def _write(self, taken: profile) -> None:
+        # A run that ends earlier has recorded fewer.
+        steps = min(self._steps, self._taken - WAIT_STEPS - WARMUP_STEPS)
+        if steps < 1:
+            return
+        self._written = True
         spans = spans_of(taken.key_averages(), on_gpu=self._on_gpu)
-        table = profile_table(spans, steps=self._steps, span_us=_recorded_us(taken), device="GPU" if self._on_gpu else "CPU")
+        table = profile_table(spans, steps=steps, span_us=_recorded_us(taken), device="GPU" if self._on_gpu else "CPU")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             taken.export_chrome_trace(f"{in_utf8(self._folder)}/{TRACE}")
             (self._folder / TABLE).write_text(table + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self._folder}: the profile cannot be written ({error.strerror})") from error
-        log.info("profile of %d steps in %s", self._steps, self._folder)
+        log.info("profile of %d steps in %s", steps, self._folder)
         for line in table.split("\n"):
             log.info("%s", line)
 

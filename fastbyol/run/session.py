@@ -79,7 +79,7 @@ class Session:
                     kept["saved"] = leaving.enter_context(MirrorWriter(self._mirror, self._folder, **kept)).add
             self.first_step = self.done = self._state.restore(self._folder, config=config, process=process)
             self._announce()
-            # Entered first, so that it still watches while the writer and the log are being closed.
+            # Entered before the writer and the log, so that it still watches while they are being closed.
             compiles = is_compiled(self._state.byol) or process.device.type == "cuda"  # there the augmentation always is
             self._hang_watch = leaving.enter_context(HangWatch(config.timeout_s, first_s=COMPILE_S if compiles else 0.0))
             if process.is_main:
@@ -97,9 +97,14 @@ class Session:
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
-        if self._process.is_main and isinstance(error[1], Diverged):
-            note_divergence(self._folder, str(error[1]))
-        return self._leaving.__exit__(*error)
+        try:
+            return self._leaving.__exit__(*error)
+        except Diverged as found:  # by the checkpoint writer, in weights that it was still to write
+            error = (type(found), found, found.__traceback__)
+            raise
+        finally:
+            if self._process.is_main and isinstance(error[1], Diverged):
+                note_divergence(self._folder, str(error[1]))
 
     def end_step(self, done: int) -> None:
         """Reports that `done` steps are taken, and learns what the other ranks reported after the step before.

@@ -297,8 +297,8 @@ def measure_loader(path: Path, rows: int, traversal: str = "random") -> None:
     from fastbyol.data import build_loader
 
     def build(data: Path) -> Any:
-        views, config = ViewPair(size_px=16), DataConfig(train=str(data), workers=1)
-        return build_loader(config, views=views, seed=SEED, global_batch=64, traversal=traversal, output="uint8")
+        views, config = ViewPair(size_px=16), DataConfig(train=str(data), workers=1, traversal=traversal)
+        return build_loader(config, views=views, seed=SEED, global_batch=64, output="uint8")
 
     # Once with few rows, so that what is loaded and compiled on first use is not counted.
     with build(make_shards(path.parent, SHARD_IMAGES) if path.is_dir() else make_beton(path.parent, SHARD_IMAGES)) as few:

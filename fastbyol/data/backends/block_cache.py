@@ -48,8 +48,8 @@ class BlockCache:
 
     Attributes:
         blocks: how samples are grouped. block_of: (num_samples,) number of each sample's block. bytes: (num_blocks,) size of each.
-        next_use: returns when each block will be needed next, (num_blocks,), in any unit; asked with True, it takes blocks that are likely to
-            be used up for used up. None: not known.
+        next_use: returns when each block will be needed next, (num_blocks,), in any unit; with True, blocks that only the
+            batches in preparation may still need count as no longer needed. None: not known.
     """
 
     def __init__(

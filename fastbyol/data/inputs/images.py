@@ -46,7 +46,7 @@ inputs:
   with --labels     images in one folder or tar, with a table of names and classes (comma, semicolon, tab or blanks between; the header
                     names the columns, as 'filename,label' does) or a class per line in the order of the names; a label is a class name,
                     or the number of the class from 0. How it was read is printed before the work starts
-Names in tables and lists may have other folders in front than the data, or none.
+Names in tables and lists may begin with other folders than the data's, or with none: /other/place/a/1.jpg and 1.jpg both fit a/1.jpg.
 Order and labels are those of torchvision's ImageFolder for all of them: by class, then by name.
 """
 LABEL_OPTIONS = ("labels", "path_column", "label_column", "devkit", "subset", "drop_empty_classes", "splits_are_classes")

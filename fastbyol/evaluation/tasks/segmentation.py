@@ -65,8 +65,8 @@ class SegmentationSettings:
     lrs: tuple[float, ...] = (1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1)
     """learning rates, of which the best on held-out training images is used"""
     held_out: tuple[float, ...] = (2119, 0.08)
-    """training images on which the rate is chosen, where there are several: a number, or a share below 1; of two, the second where the first
-    is more than a quarter"""
+    """training images on which the rate is chosen, where there are several: a number, or a share below 1; of two, the second is used where
+    the first is more than a quarter of the training images"""
     seeds: int = 5
     """trainings with different seeds, whose mean is reported"""
     drop_at: tuple[float, ...] = (0.7, 0.9)
