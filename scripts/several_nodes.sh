@@ -11,7 +11,7 @@ PORT=${PORT:-29400} JOB=${JOB:-fastbyol} GPUS=${GPUS:-$(nvidia-smi --list-gpus 2
 # An older torchrun does not know the option, and kills 30 s after a signal.
 WAIT=() GRACE_S=20
 if torchrun --help | grep -q -e --shutdown-timeout; then WAIT=(--shutdown-timeout 120) GRACE_S=110; fi
-[[ " $* " == *" --grace_s"[\ =]* ]] || set -- --grace_s "$GRACE_S" "$@" # as long as torchrun waits; typed, it is yours: no option may come twice
+[[ " $* " == *" --grace_s"[\ =]* ]] || set -- --grace_s "$GRACE_S" "$@" # as long as torchrun waits; typed, it is yours: of two the last would count, with a warning
 # c10d: no server of its own; a machine that comes back joins again, and all continue from the last checkpoint.
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-backend c10d --rdzv-endpoint "$HOST:$PORT" --rdzv-id "$JOB" \
   --max-restarts 10 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${WAIT[@]}" \

@@ -1,4 +1,4 @@
-"""The command to type next, which every command ends with, so that nobody has to look it up."""
+"""The command to type next, with which training, evaluation and their likes end, so that nobody has to look it up."""
 
 from __future__ import annotations
 
