@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -84,6 +85,26 @@ def test_features_hold_every_image_once_in_order_and_leave_the_encoder_as_it_was
     assert not features.feature.requires_grad
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_images_are_let_go_once_their_features_are_there():
+    """All of ImageNet would not fit into memory."""
+
+    def images(extract) -> None:
+        alive: list[weakref.ref] = []
+
+        def batches():
+            for batch in StoredImages(12):
+                assert sum(ref() is not None for ref in alive) <= 1
+                alive.append(weakref.ref(batch.image))
+                yield batch
+                del batch
+
+        extract(batches())
+        assert len(alive) > 2
+
+    images(lambda batches: extract_features(Encoder(), batches))
+    images(pixel_features)
 
 
 def test_a_loader_that_repeats_or_skips_an_image_is_refused():
@@ -252,13 +273,13 @@ def test_protocols_score_every_subject_and_share_one_pass_over_the_images(tmp_pa
         assert result.scores["byol"].top1 == 1.0  # the mean colour tells the class
         assert (result.num_train, result.num_val, result.num_classes) == (30, 12, 3)
         assert result.chance_top1 == pytest.approx(1 / 3)
-    path = write_result(linear, tmp_path, step=7, data="d", command="c")
-    assert read_result(path) == (linear, {"step": 7, "data": "d", "command": "c"})
+    path = write_result(linear, tmp_path, step=7, data="d", inputs="w", command="c")
+    assert read_result(path) == (linear, {"step": 7, "data": "d", "inputs": "w", "command": "c"})
     settings = DEFAULT_SETTINGS["linear"]
     assert linear.settings == settings
-    assert read_current(tmp_path, "linear", step=7, data="d", settings=settings) is not None
-    assert read_current(tmp_path, "linear", step=8, data="d", settings=settings) is None
-    assert read_current(tmp_path, "knn", step=7, data="d", settings=settings) is None
+    assert read_current(tmp_path, "linear", step=7, data="d", inputs="w", settings=settings) is not None
+    assert read_current(tmp_path, "linear", step=8, data="d", inputs="w", settings=settings) is None
+    assert read_current(tmp_path, "knn", step=7, data="d", inputs="w", settings=settings) is None
     path.write_text("{}")
     with pytest.raises(UserError, match="evaluate again"):
         read_result(path)
@@ -373,25 +394,30 @@ def test_each_data_set_and_settings_have_a_file_of_their_own_and_a_later_result_
     bank = make_bank()[0]
     five, seven = evaluate_knn(bank, k=5), evaluate_knn(bank, k=7)
     writes = [(five, "a", 1), (five, "b", 1), (five, "a", 2), (seven, "a", 2), (five, "b", 1), (seven, "a", 3)]
-    paths = [write_result(result, tmp_path, data=data, step=step) for result, data, step in writes]
+    paths = [write_result(result, tmp_path, data=data, step=step, inputs="w") for result, data, step in writes]
     assert [path.name for path in paths] == ["knn.json", "knn-2.json", "knn.json", "knn-3.json", "knn-2.json", "knn-3.json"]
-    assert read_current(tmp_path, "knn", step=1, data="b", settings=five.settings) == (five, {"data": "b", "step": 1})
-    assert read_current(tmp_path, "knn", step=1, data="b", settings=seven.settings) == (five, {"data": "b", "step": 1}), "the only one"
-    assert read_current(tmp_path, "knn", step=1, data="a", settings=five.settings) is None
-    write_result(seven, tmp_path, data="a", step=2)
-    assert read_current(tmp_path, "knn", step=2, data="a", settings=seven.settings) == (seven, {"data": "a", "step": 2})
+
+    def current(step: int, data: str, settings: dict, inputs: str = "w") -> object:
+        return read_current(tmp_path, "knn", step=step, data=data, inputs=inputs, settings=settings)
+
+    assert current(1, "b", five.settings) == (five, {"data": "b", "step": 1, "inputs": "w"})
+    assert current(1, "b", seven.settings) == (five, {"data": "b", "step": 1, "inputs": "w"}), "the only one"
+    assert current(1, "b", five.settings, inputs="other weights or images") is None
+    assert current(1, "a", five.settings) is None
+    write_result(seven, tmp_path, data="a", step=2, inputs="w")
+    assert current(2, "a", seven.settings) == (seven, {"data": "a", "step": 2, "inputs": "w"})
     (tmp_path / "knn.json").write_text("damaged")
     assert write_result(five, tmp_path, data="d", step=1).name == "knn.json"
 
 
 def test_a_result_of_an_earlier_version_is_read_but_computed_anew(tmp_path):
     result = evaluate_knn(make_bank()[0], k=5)
-    path = write_result(result, tmp_path, data="a", step=1)
+    path = write_result(result, tmp_path, data="a", step=1, inputs="w")
     record = json.loads(path.read_text())
     del record["comparisons"]
     path.write_text(json.dumps(record))
     assert read_result(path)[0].scores == result.scores
-    assert read_current(tmp_path, "knn", step=1, data="a", settings=result.settings) is None
+    assert read_current(tmp_path, "knn", step=1, data="a", inputs="w", settings=result.settings) is None
     assert write_result(result, tmp_path, data="a", step=1) == path
 
 

@@ -290,6 +290,8 @@ def test_the_official_weights_are_read_from_an_npz_of_haikus_names(tmp_path):
     parameters, golden = _official_file(tmp_path / "byol.npz")
     run = load_run_or_weights(tmp_path / "byol.npz")
     assert (run.config.model.encoder, run.config.model.padding, run.config.views.antialias) == ("resnet50", "same", False)
+    named = load_run_or_weights(tmp_path / "byol.npz", changes={"model.encoder": "resnet50"}).config
+    assert (named.model.padding, named.views) == ("same", run.config.views), "also where the encoder is given"
     encoder = load_encoder(tmp_path / "byol.npz")
     loaded = dict(encoder.named_parameters())
     assert loaded.keys() == parameters.keys()

@@ -20,7 +20,7 @@ from fastbyol.data import build_image_loader
 from fastbyol.evaluation.features import extract_features
 from fastbyol.evaluation.knn import knn_predict
 from fastbyol.evaluation.online_knn import OnlineKnn, build_online_knn, choose_images
-from fastbyol.models import encoder_from
+from fastbyol.models import build_encoder, encoder_from
 from fastbyol.ranks.process_group import Process
 from fastbyol.run.log import read_metrics
 from fastbyol.train import main
@@ -85,6 +85,13 @@ def test_val_may_be_converted_where_train_has_its_labels_from_folders(data_paths
     config = _config(data_paths["folder"], data_paths["ffcv"])
     with closing(_online_knn(replace(config, data=replace(config.data, labels="folders")))) as knn:
         assert knn.num_classes == 3
+
+
+def test_a_rank_without_val_images_counts_none(data_paths):
+    config = _config(data_paths["folder"], data_paths["ffcv"])
+    with closing(_online_knn(config)) as knn:
+        knn._val_index = knn._val_index[:0]
+        assert knn.top1(build_encoder("resnet8", stem="small2")) == 0.0
 
 
 def test_a_run_may_be_continued_with_online_knn(runs, data_paths):

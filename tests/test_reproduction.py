@@ -272,6 +272,14 @@ def test_a_wrong_table_data_without_val_and_anothers_folder_are_refused(colours,
         read_setup(tmp_path)
 
 
+def test_other_images_are_not_compared_with_the_records_that_are_there(colours, tmp_path):
+    config = planned_runs([TABLES["tau"]], _setup(colours), tmp_path, seeds=1)[0].config
+    write_record(tmp_path, Record("byol", 0, "complete", config, num_train=999, num_val=9))
+    runner = Runner(_setup(colours), tmp_path, StopRequest(grace_s=1.0), announce=print, after_each=lambda: None, command="")
+    with pytest.raises(UserError, match=r"has 72 train and 24 val images, and .*byol-seed0.json is of 999 and 9; give the same data"):
+        runner.run_all(planned_runs([TABLES["tau"]], _setup(colours), tmp_path, seeds=1))
+
+
 def test_a_dry_run_lists_every_row_and_starts_none(colours, tmp_path, capsys):
     _reproduce(colours, tmp_path / "out", "--dry_run", "--seeds", "2")
     lines = capsys.readouterr().out.splitlines()

@@ -151,7 +151,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_an_undisturbed_one(colours_run
     with ForkedPython("-m", "fastbyol", *typed, "--out", work, out=log, err=log) as process:
         deadline = time.monotonic() + LIMIT_S
         # In the final fit: the sweep is finished and kept.
-        while not list(work.glob("linear.work-*/byol_sweep.json")):
+        while not list(work.glob("linear.work-*/byol_sweep*.json")):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -194,7 +194,7 @@ def test_two_ranks_find_what_one_finds(colours_run, colours, tmp_path, capsys):
         (["--tanh_logits", "perhaps"], "--tanh_logits perhaps: must be yes or no"),
         (["--k", "5"], "--k: is no option of evaluate linear"),
         (["--compare", "nowhere.pth"], "nowhere.pth"),
-        (["--compare", "byol=RUN"], "two encoders are named 'byol'"),
+        (["--compare", "byol=RUN"], "'byol' is the name of the checkpoint's own encoder; give another NAME="),
         (["--settings", "quick"], "--epochs: has no effect on the quick linear protocol; add --settings paper"),
         (["--data", "RUN"], "no val images; expected"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -135,6 +136,10 @@ def _run_quick(protocol: str, options: argparse.Namespace) -> None:
         [name for name in vars(options) if name.startswith(PREFIX)] + list(TASK_OPTIONS),
         f"the quick {protocol} protocol; add --settings paper",
     )
+    if (ranks := int(os.environ.get("WORLD_SIZE") or "1")) > 1:
+        raise UserError(
+            f"WORLD_SIZE = {ranks}: the quick {protocol} protocol is of one process; start it without torchrun, or add --settings paper"
+        )
     if len(compared := getattr(options, "compare", [])) > 1:
         raise UserError(
             f"--compare {compared[1]}: the quick protocols compare with one encoder at a time; add --settings paper, or leave it out"
@@ -165,6 +170,7 @@ def _run_task(name: str, options: argparse.Namespace) -> None:
         raise UserError(f"--data {options.data}: {name} reads its data sets' own folders on this machine; fetch them first")
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
+    require_at_least("--seed", options.seed, 0)
     changes = changes_from(options.run_options)
     import torch
 
@@ -217,6 +223,7 @@ def opened_bank(options: argparse.Namespace, *, scored: bool = True, foreign: bo
     from fastbyol.evaluation.label_free import RANK_IMAGES
     from fastbyol.evaluation.splits import open_splits
     from fastbyol.evaluation.subjects import FeatureBank, OtherEncoder
+    from fastbyol.evaluation.tasks.job import named_path
     from fastbyol.export import encoder_of
     from fastbyol.run.checkpoint import load_run
     from fastbyol.run.foreign_weights import load_run_or_weights
@@ -233,7 +240,7 @@ def opened_bank(options: argparse.Namespace, *, scored: bool = True, foreign: bo
         splits = opened.enter_context(open_splits(options.data, views=run.config.views, **opened_with))
         other = None
         if other_path:
-            name, _, path = other_path.rpartition("=")
+            name, path = named_path(other_path)
             rival = load_run_or_weights(path, changes=changes)
             encoder = encoder_of(rival, announce=announce)
             images = opened.enter_context(open_splits(options.data, views=rival.config.views, **opened_with))

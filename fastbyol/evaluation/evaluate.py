@@ -11,6 +11,8 @@ from fastbyol.config.console import say
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.subset import list_digest
 from fastbyol.evaluation.advice import RunFacts
+from fastbyol.evaluation.data_state import data_state, paths_of
+from fastbyol.evaluation.embedding import weights_digest
 from fastbyol.evaluation.protocols import PROTOCOLS, SCORED
 from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result, write_or_say
 from fastbyol.evaluation.splits import Splits, split_paths
@@ -44,12 +46,12 @@ def evaluate(
     if bank.splits.unscored and protocol in SCORED:
         way_out = following.typed("evaluate", "labelfree", "--checkpoint", checkpoint, "--data", data)
         raise UserError(f"--data {data}: {bank.splits.unscored}, so there is no accuracy to measure; without labels: {way_out}")
-    facts = facts_of(run, bank)
+    facts, inputs = facts_of(run, bank), inputs_of(bank, data)
     results: list[Result] = []
     for name in possible(wanted, bank.splits):
         results.append(PROTOCOLS[name](bank, **(knn_options or {} if name == "knn" else {})))
         # Each as soon as it is there, so that a mistake in the next protocol costs nothing.
-        keep(results[-1], out, data=data, run=run, command=command, facts=facts)
+        keep(results[-1], out, data=data, inputs=inputs, run=run, command=command, facts=facts)
     return results, verdict_on(results, facts)
 
 
@@ -66,9 +68,17 @@ def facts_of(run: RunState, bank: FeatureBank) -> RunFacts:
     return RunFacts.of(run.config, step=run.step, records=read_metrics(run.folder), split=bank.splits.train)
 
 
-def keep(result: Result, folder: Path, *, data: str, run: RunState, command: str, facts: RunFacts) -> None:
+def keep(result: Result, folder: Path, *, data: str, inputs: str, run: RunState, command: str, facts: RunFacts) -> None:
     """Writes a result to its file, with its own verdict."""
-    write_or_say(result, folder, data=data, step=run.step, command=command, verdict=verdict_on([result], facts).lines())
+    # A folder of its own may hold the results of several runs.
+    own = run.title if folder == run.results else f"{run.results.absolute()} {run.title}"
+    named = {"run": own, "inputs": inputs}
+    write_or_say(result, folder, data=data, step=run.step, **named, command=command, verdict=verdict_on([result], facts).lines())
+
+
+def inputs_of(bank: FeatureBank, data: str) -> str:
+    """Returns a short text that changes with the trained encoder's weights and with the images at this path."""
+    return f"{weights_digest(bank.encoder)} {data_state(paths_of(data))}"
 
 
 def subset_settings(subset: str | None) -> dict[str, str]:

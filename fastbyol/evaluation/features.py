@@ -49,7 +49,8 @@ def extract_features(
     rows = []
     for batch in batches:
         image = batch.image.to(device=device, memory_format=torch.channels_last)
-        rows.append((encoder(image).float().cpu(), batch))
+        # Not the batch itself, which holds its images: all of ImageNet would stay in memory.
+        rows.append((encoder(image).float().cpu(), batch.label, batch.index))
     encoder.train(was_training)
     features = _joined(rows, every_image=every_image)
     if not bool(torch.isfinite(features.feature).all()):
@@ -65,17 +66,17 @@ def pixel_features(batches: Iterable[ImageBatch], *, side_px: int = PIXEL_SIDE_P
     rows = []
     for batch in batches:
         side = min(side_px, batch.image.shape[-1])
-        rows.append((F.adaptive_avg_pool2d(batch.image, side).flatten(1), batch))
+        rows.append((F.adaptive_avg_pool2d(batch.image, side).flatten(1), batch.label, batch.index))
     return _joined(rows, every_image=True)
 
 
-def _joined(rows: list[tuple[torch.Tensor, ImageBatch]], *, every_image: bool) -> Features:
+def _joined(rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], *, every_image: bool) -> Features:
     if not rows:
         raise UserError("the data set has no images: nothing to evaluate")
     features = Features(
-        feature=torch.cat([feature for feature, _ in rows]),
-        label=torch.cat([batch.label for _, batch in rows]),
-        index=torch.cat([batch.index for _, batch in rows]),
+        feature=torch.cat([feature for feature, _, _ in rows]),
+        label=torch.cat([label for _, label, _ in rows]),
+        index=torch.cat([index for _, _, index in rows]),
     )
     if every_image and not torch.equal(features.index, torch.arange(len(features.index))):
         raise RuntimeError("an evaluation loader must yield every image exactly once, in index order")

@@ -96,13 +96,16 @@ class OnlineKnn:
         encoder = copy.deepcopy(encoder).eval()
         copy_from_main(encoder.buffers())  # without cross-replica BN the statistics differ between ranks
         train = self._all_features(encoder).labelled()
-        val = self._features(encoder, self._val, self._val_index[self._process.rank :: self._process.world_size]).labelled()
-        right = 0
-        if len(train.label) and len(val.label):
+        share = self._val_index[self._process.rank :: self._process.world_size]
+        counted = right = 0
+        if len(train.label) and len(share):  # with few val images, a rank may have none
+            val = self._features(encoder, self._val, share).labelled()
+            counted = len(val.label)
+        if counted:
             options = {"num_classes": len(self._class_names), "k": min(DEFAULT_K, len(train.label))}
             scores = knn_predict(train, val.feature, **options, device=self._process.device)
             right = int((scores.argmax(dim=1) == val.label).sum())
-        counts = torch.tensor([float(right), float(len(val.label))], device=self._process.device)
+        counts = torch.tensor([float(right), float(counted)], device=self._process.device)
         right_share, num = all_reduce_mean(counts).tolist()
         return right_share / num if num else 0.0
 

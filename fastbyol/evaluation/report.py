@@ -16,7 +16,7 @@ from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.data.build import build_loader
 from fastbyol.evaluation import page
-from fastbyol.evaluation.evaluate import facts_of, keep, possible
+from fastbyol.evaluation.evaluate import facts_of, inputs_of, keep, possible
 from fastbyol.evaluation.figures import COLLAPSE_PANELS, TRAINING_PANELS, curves, picture
 from fastbyol.evaluation.gallery import draw_views, thumbnails
 from fastbyol.evaluation.protocols import DEFAULT_SETTINGS, PROTOCOLS
@@ -76,14 +76,14 @@ def build_report(run: RunState, bank: FeatureBank, *, data: str, command: str, o
     run has logged no step.
     """
     logged_steps(run.folder)
-    folder, facts = out or run.results, facts_of(run, bank)
+    folder, facts, inputs = out or run.results, facts_of(run, bank), inputs_of(bank, data)
     results: list[Result] = []
     commands = [_training_command(read_provenance(run.folder))]
     for protocol in possible(tuple(PROTOCOLS), bank.splits):
-        known = read_current(folder, protocol, step=run.step, data=data, settings=DEFAULT_SETTINGS[protocol])
+        known = read_current(folder, protocol, step=run.step, data=data, inputs=inputs, settings=DEFAULT_SETTINGS[protocol])
         if known is None:
             known = PROTOCOLS[protocol](bank), {"command": command}
-            keep(known[0], folder, data=data, run=run, command=command, facts=facts)
+            keep(known[0], folder, data=data, inputs=inputs, run=run, command=command, facts=facts)
         results.append(known[0])
         commands.append(str(known[1].get("command", "")))
     return Report(

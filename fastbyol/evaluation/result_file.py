@@ -104,13 +104,17 @@ Result = ProtocolResult | LabelFreeResult
 
 
 def write_result(result: Result | TaskResult, folder: Path, *, data: str, **facts: object) -> Path:
-    """Writes the result with data and `facts` (step, command, ...) to a file in `folder`, atomically, and returns its path.
+    """Writes the result with data and `facts` (step, command, inputs, ...) to a file in `folder`, atomically, and returns its path.
 
     The first data set and settings get <protocol>.json, the next ones <protocol>-2.json, and so on; only a later result on the same data
-    with the same settings replaces an earlier one. Raises OSError if the folder cannot be written.
+    with the same settings, and of the same run, replaces an earlier one. Raises OSError if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = next(path for path in _paths(folder, result.protocol) if not path.exists() or _is_for(path, data=data, settings=result.settings))
+    path = next(
+        path
+        for path in _paths(folder, result.protocol)
+        if not path.exists() or _is_for(path, data=data, settings=result.settings, run=facts.get("run"))
+    )
     if path.exists() and (before := _record(path)) and before.get("step") != facts.get("step"):
         log.warning("%s: replaces the figures of step %s on the same data", path, before.get("step"))
     write_durably(path, json.dumps({"data": data, **facts, **dataclasses.asdict(result)}, indent=2) + "\n")
@@ -121,10 +125,10 @@ def _paths(folder: Path, protocol: str) -> Iterator[Path]:
     return (folder / f"{protocol}{'' if number == 1 else f'-{number}'}.json" for number in itertools.count(1))
 
 
-def _is_for(path: Path, *, data: str, settings: dict[str, Any]) -> bool:
-    """Returns True if the file holds the result of the same data and settings, or none that can be read."""
+def _is_for(path: Path, *, data: str, settings: dict[str, Any], run: object) -> bool:
+    """Returns True if the file holds the result of the same data, settings and run, or none that can be read."""
     record = _record(path)
-    return not record or (record.get("data", data) == data and record.get("settings") == settings)
+    return not record or (record.get("data", data) == data and record.get("settings") == settings and record.get("run", run) == run)
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -136,15 +140,20 @@ def _record(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write_or_say(result: Result | TaskResult, folder: Path, *, data: str, **facts: object) -> None:
-    """Writes the result and prints its path, or a message if it cannot be written: the figures cost too much time to end with an error."""
+def write_or_say(result: Result | TaskResult, folder: Path, *, data: str, **facts: object) -> bool:
+    """Writes the result and prints its path, or a message if it cannot be written: the figures cost too much time to end with an error.
+
+    Returns whether it is written.
+    """
     try:
         say(f"wrote {write_result(result, folder, data=data, **facts)}", file=sys.stderr)
+        return True
     except OSError as error:
         say(
             f"{folder}: cannot be written ({error.strerror}), so the {result.protocol} figures are only shown; use --out to save them elsewhere",
             file=sys.stderr,
         )
+        return False
 
 
 def read_result(path: Path) -> tuple[Result | TaskResult, dict[str, Any]]:
@@ -163,8 +172,12 @@ def read_result(path: Path) -> tuple[Result | TaskResult, dict[str, Any]]:
     return result, record
 
 
-def read_current(folder: Path, protocol: str, *, step: int, data: str, settings: dict[str, Any]) -> tuple[Result, dict[str, Any]] | None:
+def read_current(
+    folder: Path, protocol: str, *, step: int, data: str, inputs: str, settings: dict[str, Any]
+) -> tuple[Result, dict[str, Any]] | None:
     """Returns the existing result and facts for this step and data, or None if it still has to be computed.
+
+    inputs: of weights and data as they are now (`evaluate.inputs_of`); a result of others is not taken.
 
     Of several, the one with these settings, else the one with the lowest number. Results without comparisons are of an earlier version.
     """
@@ -173,6 +186,10 @@ def read_current(folder: Path, protocol: str, *, step: int, data: str, settings:
         result, facts = read_result(path)
         if isinstance(result, TaskResult):
             continue
-        if (facts.get("step"), facts.get("data")) == (step, data) and result.comparisons and not result.settings.get("subset"):
+        if (
+            (facts.get("step"), facts.get("data"), facts.get("inputs")) == (step, data, inputs)
+            and result.comparisons
+            and not result.settings.get("subset")
+        ):
             found.append((result, facts))
     return next((one for one in found if one[0].settings == settings), found[0] if found else None)

@@ -142,7 +142,9 @@ class RunComparison:
         for position, run in enumerate(self.runs):
             for score in run.scores:
                 group = found.setdefault(score.key, ScoreGroup(score.title, score.note, score.protocol, {}))
-                group.scores.setdefault(position, score)
+                # Of one run, the result of its latest step.
+                if position not in group.scores or (score.step or 0) > (group.scores[position].step or 0):
+                    group.scores[position] = score
         order = list(dict.fromkeys(["linear", "knn", "labelfree", *(group.protocol for group in found.values())]))
         return sorted(found.values(), key=lambda group: (order.index(group.protocol), -len(group.scores)))
 

@@ -28,7 +28,7 @@ from fastbyol.evaluation.training_log import alarms
 from fastbyol.host.durable_files import locked_file, write_durably
 from fastbyol.host.signals import StopRequest, end_with_parent
 from fastbyol.ranks.parts import parse_part
-from fastbyol.reproduction.records import FREE, Record, Setup, read_record, record_path, write_record
+from fastbyol.reproduction.records import FREE, RECORDS, Record, Setup, read_record, record_path, write_record
 from fastbyol.reproduction.rows import UNCHANGED, row_config
 from fastbyol.reproduction.scoring import last_error, paper_linear, scores_of
 from fastbyol.reproduction.tables import BASE_RUNS, SIMCLR, Table
@@ -139,12 +139,25 @@ class Runner:
                         continue
                     if self._splits is None:
                         self._splits = leaving.enter_context(open_splits(self.setup.data, views=run.config.views, batch=BATCH))
+                        self._require_same_images(self._splits)
                     record = self._record(run)
                     write_record(self.folder, record)
                 records.append(record)
                 self.announce(f"[{number}/{len(to_do)}] {run.name}: {_summary(record)}")
                 self.after_each()
         return records
+
+    def _require_same_images(self, splits: Splits) -> None:
+        """Raises UserError if a record here is of another number of images: its rows would be compared with those of other data."""
+        assert splits.val is not None
+        here = (splits.train.num_samples, splits.val.num_samples)
+        for path in sorted((self.folder / RECORDS).glob("*.json")):
+            record = read_record(path)
+            if record.num_val and (record.num_train, record.num_val) != here:
+                raise UserError(
+                    f"--data {self.setup.data}: has {here[0]:,} train and {here[1]:,} val images, and {path} is of {record.num_train:,} and "
+                    f"{record.num_val:,}; give the same data, or choose another --out"
+                )
 
     @contextmanager
     def _claimed(self, run: PlannedRun) -> Iterator[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from fastbyol.evaluation.protocols import evaluate_knn, evaluate_linear
 from fastbyol.evaluation.result_file import ProtocolResult, TaskResult, read_result, write_result
 from fastbyol.evaluation.splits import Splits
 from fastbyol.evaluation.subjects import FeatureBank
+from fastbyol.evaluation.tasks.linear import LinearSettings
+from fastbyol.evaluation.tasks.registry import result_settings
 from fastbyol.export import encoder_of
 from fastbyol.run.checkpoint import RunState
 
@@ -44,10 +47,17 @@ def paper_linear(run: Path, *, data: str, launcher: Sequence[str], log: Path, ex
     code = execute([*launcher, "-m", "fastbyol", "evaluate", "linear", *options], log)
     if code:
         raise UserError(f"evaluate linear ended with code {code}: {last_error(log)}")
-    for path in sorted((run / "evaluation").glob("linear*.json")):
+    # As a result file holds them.
+    paper_settings = json.loads(json.dumps(result_settings(LinearSettings(), "paper")))
+    found: list[tuple[int, float]] = []
+    for path in (run / "evaluation").glob("linear*.json"):
         result, facts = read_result(path)
-        if isinstance(result, TaskResult) and facts.get("data") == data:
-            return result.subjects["byol"].scores["top1"]
+        if not isinstance(result, TaskResult) or facts.get("data") != data or result.subjects.keys() != {"byol"}:
+            continue
+        if result.settings == paper_settings | {"identity": result.settings.get("identity")}:
+            found.append((int(facts["step"]), result.subjects["byol"].scores["top1"]))
+    if found:
+        return max(found)[1]
     raise UserError(f"{run / 'evaluation'}: holds no linear evaluation with the paper's settings")
 
 

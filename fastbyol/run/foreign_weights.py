@@ -359,11 +359,15 @@ def load_run_or_weights(path: str | Path, *, changes: Mapping[str, Any] | None =
             raise UserError(f"{name}: is no option of weights{nearest_name(name, WEIGHTS_OPTIONS)}; those are {', '.join(WEIGHTS_OPTIONS)}")
     source = f"checkpoint = {str(path)!r}"
     changes = description_of(path) | changes
-    model = ModelConfig() if "model.encoder" in changes else encoder_of_shapes(state, source=source)
+    if "model.encoder" in changes:
+        model = ModelConfig(padding="same" if NamedWeights.of(state).origin else "symmetric")
+    else:
+        model = encoder_of_shapes(state, source=source)
+    model = _changed(model, changes, "model")
     if model.stem == "small" and "model.stem" not in changes:
         log.warning("%s: its first convolution is 3x3 and taken to have stride 1; if it has stride 2, give model.stem small2", source)
     config = TrainConfig(
-        model=_changed(model, changes, "model"),
+        model=model,
         views=_changed(FOREIGN_VIEWS if model.padding == "symmetric" else ViewPair(), changes, "views"),
     )
     state = {"encoder": state, "source": source}

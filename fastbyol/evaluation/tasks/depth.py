@@ -30,7 +30,7 @@ from fastbyol.data.traversal import Indices
 from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
 from fastbyol.evaluation.tasks.dense.files import require_sound
-from fastbyol.evaluation.tasks.dense.nyu import DepthFrames, open_frames, valid
+from fastbyol.evaluation.tasks.dense.nyu import DepthFrames, open_frames, paths_of_frames, valid
 from fastbyol.evaluation.tasks.dense.pictures import keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
 from fastbyol.evaluation.tasks.dense.trials import (
@@ -442,5 +442,6 @@ TASKS = {
         versions={"paper": DepthSettings(), "quick": QUICK},
         run=run,
         plan=plan,
+        paths=lambda job, _: paths_of_frames(job.data),
     )
 }

@@ -340,6 +340,11 @@ def build_network(subject: Subject, classes: int, settings: DetectionSettings, i
     return network.train()
 
 
+def _paths(job: Job, settings: DetectionSettings) -> list[Path]:
+    years = dict.fromkeys(year_and_list(text)[0] for text in (*settings.train_sets, settings.test_set))
+    return list(dict.fromkeys(voc_folder(job.data, year=year) for year in years))
+
+
 def _optimizer(network: nn.Module, settings: DetectionSettings) -> torch.optim.Optimizer:
     norms = {id(parameter) for module in network.modules() if isinstance(module, _BatchNorm) for parameter in module.parameters()}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -497,5 +502,6 @@ TASKS = {
         versions={"paper": DetectionSettings(), "moco": MOCO, "quick": QUICK},
         run=run,
         plan=plan,
+        paths=_paths,
     )
 }

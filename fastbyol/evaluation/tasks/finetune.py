@@ -205,7 +205,7 @@ class _Tuning:
         self.job, self.settings, self.subject, self.images = job, settings, subject, images
         self.targets = torch.from_numpy(images.labels)
         labels = images.test_labels
-        self.test_rows = np.flatnonzero(labels >= 0)
+        self.test_rows = images.test_rows
         self.test_labels = torch.from_numpy(labels[self.test_rows])
         if not len(self.test_rows):
             raise UserError(f"--data {job.data}: no val image is of a class that train has")

@@ -19,7 +19,7 @@ from fastbyol.evaluation.splits import renumbered, split_paths
 from fastbyol.evaluation.subjects import CALIBRATION_IMAGES
 from fastbyol.evaluation.tasks.job import Job
 
-_SAMPLE_STREAM = 0x68656C64  # a constant, so that this permutation is independent of others with the same seed
+_SAMPLE_STREAM = 0x73616D70  # "samp" in ASCII, so that this permutation is independent of others with the same seed
 
 
 def crop_and_flip(views: ViewPair, *, smallest: float = 0.08) -> ViewPair:
@@ -55,6 +55,11 @@ class LabelledImages:
     def test_labels(self) -> Indices:
         """(num_test,) class of each test image by index, as `labels`."""
         return renumbered(torch.from_numpy(self.test.labels), self.test.class_names, self.class_names).numpy()
+
+    @property
+    def test_rows(self) -> Indices:
+        """(N,) indices of the test images that have a label."""
+        return np.flatnonzero(self.test_labels >= 0)
 
     def label_of(self, loader_label: torch.Tensor, *, test: bool = False) -> torch.Tensor:
         """Returns labels of a batch of either loader as numbers of `class_names`."""

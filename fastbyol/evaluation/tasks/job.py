@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +38,7 @@ class Subject:
     """One encoder to evaluate.
 
     name: short and unique in the job. title: for tables. views: size, interpolation and normalisation of its images. identity: changes
-    with its weights.
+    with its weights, its network and its views.
     """
 
     name: str
@@ -59,7 +60,8 @@ class Job:
 
     data: as typed. folder: of result files. precision: number formats and compilation, as in training. batch: images per forward pass
     without gradients. workers: decoding threads or processes of this rank; 0: its share of the cores. seed: of all random choices.
-    earlier: on rank 0, an incomplete result of this job, whose scores a task may keep.
+    earlier: on rank 0, an incomplete result of this job, whose scores a task may keep. inputs: digest of the data's files (`data_state`).
+    again: the result is computed anew, from nothing that an earlier attempt left.
     """
 
     task: str
@@ -77,6 +79,8 @@ class Job:
     seed: int = 0
     announce: Callable[[str], None] = lambda _: None
     earlier: TaskResult | None = None
+    inputs: str = ""
+    again: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class Job:
         return {
             "task": self.task,
             "data": self.data,
+            "inputs": self.inputs,
             "settings": dict(self.settings),
             "subjects": {subject.name: subject.identity for subject in self.subjects},
             "seed": self.seed,
@@ -92,12 +97,22 @@ class Job:
     @property
     def digest(self) -> str:
         """Short text that stands for the identity."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+        # Not sorted: the first encoder is the one that is compared with the others.
+        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:12]
 
     @property
     def work(self) -> Path:
         """The folder of finished parts and training states; it is deleted once the result is written."""
-        return self.folder / f"{self.task}.work-{self.digest}"
+        return self.folder / f"{self.task}.work-{self.digest}{'-again' * self.again}"
+
+    def prepare(self) -> None:
+        """Makes the folder of unfinished work. Raises UserError where it cannot be written, before hours are spent on what cannot be kept."""
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.work):
+                pass
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror}); name another folder with --out") from error
 
     def once(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns the finished part of this name, or computes it and keeps it, so that a job that was stopped does not repeat it.
@@ -116,8 +131,12 @@ class Job:
         return broadcast_from_main(found)
 
     def part(self, key: str, suffix: str) -> Path:
-        """Returns the path of a file of unfinished work."""
-        return self.work / f"{re.sub(r'[^A-Za-z0-9.,=+-]+', '_', key)}{suffix}"
+        """Returns the path of a file of unfinished work. Two keys never share one, whatever characters they are of."""
+        plain = re.sub(r"[^A-Za-z0-9.,=+_-]+", "_", key)[:100]
+        return (
+            self.work
+            / f"{plain}{'' if plain == key else '-' + hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}{suffix}"
+        )
 
     def result(self, **parts: Any) -> TaskResult:
         """Returns the result of this job with its scores; parts: the fields of `TaskResult` that a job does not know."""
@@ -147,14 +166,17 @@ def subjects_of(run: RunState, inits: Sequence[str], compare: Sequence[str]) -> 
     """
     subjects = []
     for text in (*inits, *compare):
-        name, _, path = text.rpartition("=")
+        given, path = named_path(text)
+        name = given or (Path(path).name if Path(path).is_dir() else Path(path).stem)
         if text == "byol":
             subjects.append(_trained("byol", run))
         elif text == "untrained":
-            identity = f"seed {run.config.seed} {run.config.model}"
+            identity = f"seed {run.config.seed} {run.config.model} {run.config.views}"
             subjects.append(Subject(text, "untrained encoder", run.config.views, identity, partial(_untrained, run)))
+        elif given in INITS:
+            raise UserError(f"{text}: {name!r} is the name of the checkpoint's own encoder; give another NAME=")
         else:
-            subjects.append(_trained(name or Path(path).stem, load_run_or_weights(path), title=name or Path(path).stem))
+            subjects.append(_trained(name, load_run_or_weights(path), title=name))
     names = [subject.name for subject in subjects]
     for name in names:
         if names.count(name) > 1:
@@ -162,11 +184,17 @@ def subjects_of(run: RunState, inits: Sequence[str], compare: Sequence[str]) -> 
     return tuple(subjects)
 
 
+def named_path(text: str) -> tuple[str, str]:
+    """Returns name ('' without one) and path of [NAME=]PATH. A path may hold a '=' too."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and not Path(text).exists() else ("", text)
+
+
 def _trained(name: str, run: RunState, *, title: str = "") -> Subject:
     def build(_: Images) -> nn.Module:
         return encoder_of(run, announce=lambda _: None)
 
-    identity = weights_digest(encoder_of(run, announce=lambda _: None))
+    identity = f"{weights_digest(encoder_of(run, announce=lambda _: None))} {run.config.model} {run.config.views}"
     return Subject(name, title or run.title, run.config.views, identity, build)
 
 

@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +71,7 @@ def run(job: Job, settings: KnnSettings) -> TaskResult:
                 raise UserError(f"--neighbours {min(settings.neighbours)}: there are only {len(fit)} training images to choose from")
             if left_out := sorted({k for k, _ in settings.grid() if k > len(fit)}):
                 notes = [f"k of {', '.join(map(str, left_out))} left out: there are {len(fit)} training images to choose from"]
-            sizes = {"train": len(fit), "held out": len(held_out), "val": images.test.num_samples}
+            sizes = {"train": len(fit), "held out": len(held_out), "val": len(images.test_rows)}
             start = time.monotonic()
             part = job.once(subject.name, lambda: _scored(job, subject, images, fit, held_out, grid))  # noqa: B023
             best = max(grid, key=lambda one: part["grid"][_name(one)]["held_out"])  # the first of equals: the fewest neighbours
@@ -100,11 +99,11 @@ def plan(job: Job, settings: KnnSettings) -> list[str]:
         fit, held_out = held_out_rows(rows, held_out=settings.held_out, seed=job.seed)
         encoder = _frozen(job, job.subjects[0], images)
         seconds = seconds_per_image(job, encoder, images.train, rows)
-        passes = (len(rows) + images.test.num_samples) * len(job.subjects)
+        passes = (len(rows) + len(images.test_rows)) * len(job.subjects)
         width = int(encoder.feature_dim)  # type: ignore[arg-type]
-    held = 4 * width * (len(rows) // job.process.world_size + len(held_out) + images.test.num_samples)
+    held = 4 * width * (len(rows) // job.process.world_size + len(held_out) + len(images.test_rows))
     return [
-        f"images: {len(fit):,} train, {len(held_out):,} held out, {images.test.num_samples:,} val, {len(images.class_names):,} classes",
+        f"images: {len(fit):,} train, {len(held_out):,} held out, {len(images.test_rows):,} val, {len(images.class_names):,} classes",
         f"classifiers: {len(settings.grid())}; features of a rank: {held / 2**30:.2f} GiB",
         *estimate_lines(job, passes, seconds, work_bytes=0, what="forward passes"),
     ]
@@ -133,9 +132,9 @@ def _scored(
         return Features(*(torch.cat(parts) for parts in zip(*made, strict=True)), index=torch.from_numpy(own))
 
     own_fit, own_held_out = features(images.train, fit), features(images.train, held_out)
-    own_val = features(images.test, np.arange(images.test.num_samples))
+    own_val = features(images.test, images.test_rows)
     seconds = time.monotonic() - start
-    num = len(fit) + len(held_out) + images.test.num_samples
+    num = len(fit) + len(held_out) + len(images.test_rows)
     keys = Features(*(torch.cat(parts) for parts in zip(own_fit, own_held_out, strict=True)))
     held_out_hits = _grid_hits(job, own_fit, _everyones(own_held_out), grid, num_classes=len(images.class_names))
     val_hits = _grid_hits(job, keys, _everyones(own_val), grid, num_classes=len(images.class_names))

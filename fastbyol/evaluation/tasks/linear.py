@@ -10,7 +10,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,7 +119,7 @@ def run(job: Job, settings: LinearSettings) -> TaskResult:
     for subject in job.subjects:
         with open_labelled(job, subject.views) as images:
             fit, held_out = held_out_rows(images.labelled_rows, held_out=settings.held_out, seed=job.seed)
-            sizes = {"train": len(fit), "held out": len(held_out), "val": images.test.num_samples}
+            sizes = {"train": len(fit), "held out": len(held_out), "val": len(images.test_rows)}
             evaluation = _Evaluation(job, settings, subject, images)
             results[subject.name], hits[subject.name] = evaluation.result(fit, held_out)
     return job.result(
@@ -179,7 +178,7 @@ class _Evaluation:
 
     def _final(self, key: str, rate: float) -> dict[str, Any]:
         heads, figures = self._trained(key, self.images.labelled_rows, (rate,))
-        (hits,) = self._hits(heads, np.arange(self.images.test.num_samples), test=True)
+        (hits,) = self._hits(heads, self.images.test_rows, test=True)
         return {**hits.shares(), "hits": packed(hits.top1), **figures}
 
     def _trained(self, key: str, rows: Indices, rates: tuple[float, ...]) -> tuple[Heads, dict[str, Any]]:
@@ -230,11 +229,11 @@ def plan(job: Job, settings: LinearSettings) -> list[str]:
         fit, held_out = held_out_rows(rows, held_out=settings.held_out, seed=job.seed)
         evaluation = _Evaluation(job, settings, subject, images)
         speed = seconds_per_image(job, evaluation.encoder, images.train, rows)
-        passes = settings.epochs * (len(fit) + len(rows)) + len(held_out) + images.test.num_samples
+        passes = settings.epochs * (len(fit) + len(rows)) + len(held_out) + len(images.test_rows)
         parameters = len(settings.rates) * (evaluation.feature_dim + 1) * len(images.class_names)
         steps = [max(1, round(settings.epochs * len(part) / min(settings.global_batch, len(part)))) for part in (fit, rows)]
     return [
-        f"images: {len(fit):,} train, {len(held_out):,} held out, {images.test.num_samples:,} val, {len(images.class_names):,} classes",
+        f"images: {len(fit):,} train, {len(held_out):,} held out, {len(images.test_rows):,} val, {len(images.class_names):,} classes",
         f"steps: {steps[0]:,} for the sweep of {len(settings.rates)} rates, {steps[1]:,} for the final fit, for each encoder",
         *estimate_lines(job, passes * len(job.subjects), speed, work_bytes=12 * parameters, what="forward passes of the frozen encoder"),
     ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
+from fastbyol.evaluation.data_state import data_state, paths_of
 from fastbyol.evaluation.evaluate import next_command
 from fastbyol.evaluation.result_file import TaskResult, read_result, write_or_say
 from fastbyol.evaluation.tasks.job import INITS, Job, subjects_of
@@ -31,7 +32,7 @@ class Task:
     title: for tables. what: one line for --help. versions: the settings of 'paper' and 'quick', frozen dataclasses. run: computes the
     result; every rank calls it, rank 0's is used. plan: lines that say how much a job is (images, steps, hours from a measured step, disk, memory),
     without starting it.
-    reported: whether --data are images of which `report` makes a page.
+    paths: files and folders whose content the result depends on. reported: whether --data are images of which `report` makes a page.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Task:
     versions: Mapping[str, Any]
     run: Callable[[Job, Any], TaskResult]
     plan: Callable[[Job, Any], list[str]]
+    paths: Callable[[Job, Any], Sequence[str | Path]] = lambda job, _: paths_of(job.data)
     reported: bool = True
 
 
@@ -145,7 +147,9 @@ def run_task(
         workers=options.workers,
         seed=options.seed,
         announce=announce if process.is_main else lambda _: None,
+        again=options.again,
     )
+    job = replace(job, inputs=broadcast_from_main(data_state(task.paths(job, settings)) if process.is_main else ""))
     if options.dry_run:
         lines = task.plan(job, settings)
         if process.is_main:
@@ -154,6 +158,8 @@ def run_task(
     # Rank 0 decides for all: another rank must not wait for it in a collective.
     found = known_result(job) if process.is_main and not options.again else None
     known = broadcast_from_main(found is not None and not found.missing)
+    if not known and process.is_main:
+        job.prepare()
     result = found if known else task.run(replace(job, earlier=found), settings)
     if not process.is_main:
         return
@@ -161,7 +167,7 @@ def run_task(
     if known:
         say(f"{task.title}: already evaluated with these settings; --again computes it anew", file=sys.stderr)
     else:
-        write_or_say(
+        written = write_or_say(
             replace(result, settings=result.settings | {"identity": job.digest}),
             job.folder,
             data=job.data,
@@ -170,7 +176,8 @@ def run_task(
             checkpoint=options.checkpoint,
             provenance=collect_provenance(),
         )
-        job.clear()
+        if written:
+            job.clear()
     sizes = ", ".join(f"{count:,} {split}" for split, count in result.sizes.items())
     # A line of its own: a table's title breaks where the table ends.
     say(f"{task.title}, {result.version} settings; images: {sizes}")

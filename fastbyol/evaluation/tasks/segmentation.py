@@ -36,7 +36,7 @@ from fastbyol.evaluation.tasks.dense.trials import (
     train_trial,
     trial_result,
 )
-from fastbyol.evaluation.tasks.dense.voc import IGNORE, LabelledImage, class_names, labelled_images, voc_folder
+from fastbyol.evaluation.tasks.dense.voc import IGNORE, LabelledImage, class_names, labelled_images, sbd_folders, voc_folder
 from fastbyol.evaluation.tasks.held_out import check_amounts, held_out_notes
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
@@ -444,5 +444,6 @@ TASKS = {
         versions={"paper": SegmentationSettings(), "quick": QUICK},
         run=run,
         plan=plan,
+        paths=lambda job, _: [voc_folder(job.data, year=YEAR), *sbd_folders(job.data)],
     )
 }

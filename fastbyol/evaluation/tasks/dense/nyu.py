@@ -40,6 +40,14 @@ class DepthFrames(Protocol):
         ...
 
 
+def paths_of_frames(data: str) -> list[Path]:
+    """Returns the files and folders in which `open_frames` looks, those that there are."""
+    root = Path(data).parent if Path(data).name == LABELLED else Path(data)
+    if (root / LABELLED).is_file():
+        return [root / LABELLED, root / SPLITS]
+    return [place for folder in (root, root / "nyu") for name in ("train", "test", "val") if (place := folder / name).is_dir()]
+
+
 def open_frames(data: str) -> tuple[DepthFrames, DepthFrames]:
     """Returns the training and the test frames. Raises UserError that says what must lie where."""
     root = Path(data)

@@ -41,14 +41,23 @@ def voc_folder(data: str, *, year: str) -> Path:
     candidates = (root, root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}", root / "voc")
     for folder in candidates:
         if (folder / "JPEGImages").is_dir():
-            # VOC2007's folder, where 2012's list is asked for, would only be found out by a missing list.
-            if folder is root and folder.name.startswith("VOC2") and folder.name != f"VOC{year}" and (root.parent / f"VOC{year}").is_dir():
-                return root.parent / f"VOC{year}"
+            # VOC2007's folder, where 2012's list is asked for, has lists of the same names.
+            if folder is root and re.fullmatch(r"VOC2\d{3}", folder.name) and folder.name != f"VOC{year}":
+                if not (beside := root.parent / f"VOC{year}").is_dir():
+                    raise UserError(
+                        f"--data {printable(data)}: is {folder.name}, and VOC{year} is asked for; put it beside, or give their parent"
+                    )
+                return beside
             return folder
     raise UserError(
         f"--data {printable(data)}: no images in Pascal VOC's layout; expected JPEGImages, Annotations, SegmentationClass and ImageSets in it, in its "
         f"VOCdevkit/VOC{year}, or in its voc (python -m fastbyol demo-data --kind scenes)"
     )
+
+
+def sbd_folders(data: str) -> list[Path]:
+    """Returns the folders in which SBD's annotations may lie, those that there are."""
+    return [folder for name in _SBD if (folder := Path(data) / name).is_dir()]
 
 
 def year_and_list(text: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.scoring import outputs, rank_share
 from fastbyol.evaluation.tasks.training import TaskStopped
 from fastbyol.evaluation.tasks.transfer.metrics import METRICS, packed_hits
-from fastbyol.evaluation.tasks.transfer.opening import TransferImages
+from fastbyol.evaluation.tasks.transfer.opening import SetRefused, TransferImages
 from fastbyol.evaluation.tasks.transfer.regression import SWEEP_TOLERANCE, LogisticRegression
 from fastbyol.host.cores import default_workers
 from fastbyol.host.durable_files import durable_file
@@ -97,7 +97,7 @@ def evaluate_linear(job: Job, settings: TransferLinearSettings, images: Transfer
     # The other ranks wait here for rank 0, which alone fits: they must end as it does.
     failed = gather_everywhere(error)
     if failed[0] is not None:
-        raise failed[0]
+        raise failed[0] if isinstance(failed[0], TaskStopped) else SetRefused(str(failed[0]))
     if job.process.is_main:
         for path in (path for paths in parts.values() for path in paths):
             path.unlink()

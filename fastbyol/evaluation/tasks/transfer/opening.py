@@ -37,6 +37,10 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 
+class SetRefused(UserError):
+    """A set cannot be evaluated, and every rank knows it: all leave it out and go on to the next one."""
+
+
 @dataclass(frozen=True)
 class TransferImages:
     """An opened set.

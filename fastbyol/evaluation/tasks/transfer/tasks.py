@@ -25,7 +25,7 @@ from fastbyol.evaluation.tasks.transfer.finetune import (
 )
 from fastbyol.evaluation.tasks.transfer.linear import TransferLinearSettings, evaluate_linear, plan_linear
 from fastbyol.evaluation.tasks.transfer.metrics import METRIC_TITLES
-from fastbyol.evaluation.tasks.transfer.opening import TransferImages, open_set
+from fastbyol.evaluation.tasks.transfer.opening import SetRefused, TransferImages, open_set
 from fastbyol.evaluation.tasks.transfer.sets import BY_NAME, PAPER_FINETUNE, PAPER_LINEAR, SETS, TransferSet, chosen_sets, missing_text
 from fastbyol.host.quantities import count_text, duration_text
 from fastbyol.ranks.process_group import broadcast_from_main, gather_everywhere
@@ -60,8 +60,8 @@ def run_sets(job: Job, settings: Any, *, evaluate: Evaluate, paper: dict[str, di
             job.announce(f"{images.name}: " + ", ".join(f"{count:,} {split}" for split, count in images.sizes.items()))
             found = {subject.name: _evaluated(job, settings, images, subject, evaluate) for subject in job.subjects}
         except (UserError, Diverged, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError) and job.process.world_size > 1:
-                raise  # the other ranks may be waiting for this one, which cannot tell them
+            if job.process.world_size > 1 and not isinstance(error, Diverged | SetRefused):
+                raise  # of one rank alone, perhaps: the others may be waiting for it, and it cannot tell them
             failed[name] = f"{name}: {first_line(error, limit=300).removeprefix(f'{name}: ')}"
             job.announce(f"failed: {failed[name]}")
             continue
@@ -86,6 +86,13 @@ def _earlier(job: Job, images: TransferImages, subject: Subject) -> dict[str, An
     found = known.details.get(images.name) if known else None
     same = found and {split: found["set"][split] for split in images.sizes} == images.sizes
     return found if same else None
+
+
+def _paths(job: Job, settings: Any) -> list[Path]:
+    """Returns where the sets lie that are on disk."""
+    root = Path(job.data)
+    places = [one.place(root) if isinstance(one, TransferSet) else one for one in _wanted(job, settings)]
+    return [place for place in places if place is not None]
 
 
 def _wanted(job: Job, settings: Any) -> list[TransferSet | Path]:
@@ -130,7 +137,7 @@ def _open_everywhere(job: Job, one: TransferSet | Path, settings: Any) -> Transf
                 error = raised
         for other in gather_everywhere(error):
             if other is not None:
-                raise other
+                raise SetRefused(str(other))
     assert images is not None
     return images
 
@@ -273,6 +280,7 @@ TASKS = {
         },
         run=_run_linear,
         plan=_plan_linear,
+        paths=_paths,
         reported=False,
     ),
     "transfer finetune": Task(
@@ -293,6 +301,7 @@ TASKS = {
         },
         run=_run_finetune,
         plan=_plan_finetune,
+        paths=_paths,
         reported=False,
     ),
 }
