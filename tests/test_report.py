@@ -94,7 +94,7 @@ def test_the_report_is_one_page_with_every_section_and_nothing_from_outside(run,
     assert "torchrun --nproc-per-node 2 fastbyol/train.py --out run" in html
     assert f"python -m fastbyol report --run {run}" in html
     assert "abc123" in html
-    assert f"step 19: {COLLAPSE_TEXT}" in html
+    assert f"step 20: {COLLAPSE_TEXT}" in html
     assert "blue &amp; &lt;b&gt;" in html
     assert "blue & <b>" not in html
     # median of 45, 70, 95 images/s: the first logged step is left out

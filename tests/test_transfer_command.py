@@ -68,6 +68,7 @@ def test_a_linear_transfer_to_two_label_sets_is_a_table_of_both_and_is_not_compu
     for name in ("shapes", "patterns"):
         found = result["subjects"]["byol"]["details"][name]
         # Without test/, val is the test and a fifth of each class of train is the validation set.
+        assert found["set"].pop("state")
         assert found["set"] | {"notes": []} == {"train": 104, "valid": 24, "test": 64, "classes": 4, "metric": "top1", "notes": []}
         assert found["converged"]
         assert found["unfinished_fits"] == 0
@@ -217,3 +218,22 @@ def test_bad_input_is_one_line_that_names_it(run, tmp_path, capsys, options, sai
     assert said.format(root=root) in last
     assert "Traceback" not in err
     shutil.rmtree(root)
+
+
+def test_a_set_whose_images_have_changed_is_evaluated_anew_and_the_others_are_not(run, sets, tmp_path, capsys):
+    root = tmp_path / "sets"
+    shutil.copytree(sets, root)
+    arguments = command("linear", run, root, "--sets", "shapes,patterns", "--penalties", "2", "--out", str(tmp_path / "out"))
+    for changes in (False, False, True):
+        if changes:
+            image = next((root / "shapes" / "val").rglob("*.jpg"))
+            shutil.copy(image, image.with_stem("one-more"))
+        code, _, err = call(arguments, capsys)
+        assert code == 0, err
+        found = json.loads(max((tmp_path / "out").glob("*.json"), key=lambda path: path.stat().st_mtime_ns).read_text())
+        shapes, patterns = (found["subjects"]["byol"]["details"][name] for name in ("shapes", "patterns"))
+        if changes:
+            assert "already evaluated" not in err
+            assert shapes["set"]["test"] == before[0]["set"]["test"] + 1
+            assert patterns["seconds"] == before[1]["seconds"]
+        before = shapes, patterns

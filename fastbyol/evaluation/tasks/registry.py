@@ -32,7 +32,8 @@ class Task:
     title: for tables. what: one line for --help. versions: the settings of 'paper' and 'quick', frozen dataclasses. run: computes the
     result; every rank calls it, rank 0's is used. plan: lines that say how much a job is (images, steps, hours from a measured step, disk, memory),
     without starting it.
-    paths: files and folders whose content the result depends on. reported: whether --data are images of which `report` makes a page.
+    paths: files and folders whose content the result depends on. is_current: whether an earlier result of these settings still holds, for a task that
+    keeps track of its data itself. reported: whether --data are images of which `report` makes a page.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Task:
     run: Callable[[Job, Any], TaskResult]
     plan: Callable[[Job, Any], list[str]]
     paths: Callable[[Job, Any], Sequence[str | Path]] = lambda job, _: paths_of(job.data)
+    is_current: Callable[[Job, Any, TaskResult], bool] = lambda *_: True
     reported: bool = True
 
 
@@ -157,7 +159,7 @@ def run_task(
         return
     # Rank 0 decides for all: another rank must not wait for it in a collective.
     found = known_result(job) if process.is_main and not options.again else None
-    known = broadcast_from_main(found is not None and not found.missing)
+    known = broadcast_from_main(found is not None and not found.missing and task.is_current(job, settings, found))
     if not known and process.is_main:
         job.prepare()
     result = found if known else task.run(replace(job, earlier=found), settings)

@@ -123,7 +123,7 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
         # The first of equals: the smallest rate, then the settings' first decay.
         chosen = max(finished, key=lambda trial: trial["valid"]) if trials else {"rate": rate, "decay": decay, "valid": None}
         pair = {"rate": chosen["rate"], "decay": chosen["decay"]}
-        key = f"{images.name} {subject.name} refit rate {pair['rate']:g} decay {pair['decay']:g}"
+        key = f"{images.key} {subject.name} refit rate {pair['rate']:g} decay {pair['decay']:g}"
         tested = job.once(key, partial(tuning.refit, key, **pair))
     seconds = sum(trial["seconds"] for trial in trials) + tested["seconds"]
     return {
@@ -165,7 +165,7 @@ class _Tuning:
         found = []
         with self.crops(self.images.train) as crops:
             for rate, decay in grid:
-                key = f"{self.images.name} {self.subject.name} rate {rate:g} decay {decay:g}"
+                key = f"{self.images.key} {self.subject.name} rate {rate:g} decay {decay:g}"
                 found.append(self.job.once(key, partial(self.trial, key, crops, rate=rate, decay=decay)))
                 raise_if_stopped(self.job)
         return found

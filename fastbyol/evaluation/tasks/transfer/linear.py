@@ -81,7 +81,7 @@ def sample(loader: ImageLoader, rows: Indices, *, seed: int) -> Tensor:
 def evaluate_linear(job: Job, settings: TransferLinearSettings, images: TransferImages, subject: Subject) -> dict[str, Any]:
     """Returns the test score of one encoder on one set, what was chosen, and how the fits went."""
     start = time.perf_counter()
-    key = f"{images.name} {subject.name}"
+    key = f"{images.key} {subject.name}"
     # The paper resizes the short side to 224 and crops the centre: the whole short side is seen, unlike in ImageNet's test crop of 7/8.
     with image_loader(job, subject, images, crop_share=1.0) as loader:
         encoder = subject.encoder(partial(sample, loader, images.train, seed=job.seed))

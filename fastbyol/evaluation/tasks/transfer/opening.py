@@ -47,6 +47,7 @@ class TransferImages:
 
     metric: of `metrics.METRICS`. labels: (num_images,) int64 class of each image; for VOC2007 (num_images, 20) int8: 1 in the image, -1
     not, 0 difficult objects only. train, valid, test: rows of the images, each at least one. open_source: a new decoder of all of them.
+    state: digest of the set's files (`data_state`).
     """
 
     name: str
@@ -58,6 +59,12 @@ class TransferImages:
     test: Indices
     open_source: Callable[[], Source] = field(repr=False)
     notes: tuple[str, ...] = ()
+    state: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name under which parts of unfinished work on this set are kept; another one once its files have changed."""
+        return f"{self.name} {self.state}"
 
     def __post_init__(self) -> None:
         for split in ("train", "valid", "test"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from fastbyol.config.errors import Diverged, UserError, first_line
 from fastbyol.evaluation.comparison import Comparison, compare_hits
+from fastbyol.evaluation.data_state import data_state
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
@@ -65,7 +66,13 @@ def run_sets(job: Job, settings: Any, *, evaluate: Evaluate, paper: dict[str, di
             failed[name] = f"{name}: {first_line(error, limit=300).removeprefix(f'{name}: ')}"
             job.announce(f"failed: {failed[name]}")
             continue
-        opened[name] = {**images.sizes, "classes": len(images.class_names), "metric": images.metric, "notes": list(images.notes)}
+        opened[name] = {
+            **images.sizes,
+            "state": images.state,
+            "classes": len(images.class_names),
+            "metric": images.metric,
+            "notes": list(images.notes),
+        }
         for subject, score in found.items():
             scores[subject][name] = score
     if not opened:
@@ -76,7 +83,7 @@ def run_sets(job: Job, settings: Any, *, evaluate: Evaluate, paper: dict[str, di
 def _evaluated(job: Job, settings: Any, images: TransferImages, subject: Subject, evaluate: Evaluate) -> dict[str, Any]:
     """Returns the score that an earlier, incomplete result of this job has, or computes it."""
     raise_if_stopped(job)
-    key = f"{images.name} {subject.name}"
+    key = f"{images.key} {subject.name}"
     earlier = broadcast_from_main(_earlier(job, images, subject) if job.process.is_main else None)
     return earlier or job.once(key, partial(evaluate, job, settings, images, subject))
 
@@ -84,15 +91,21 @@ def _evaluated(job: Job, settings: Any, images: TransferImages, subject: Subject
 def _earlier(job: Job, images: TransferImages, subject: Subject) -> dict[str, Any] | None:
     known = job.earlier.subjects.get(subject.name) if job.earlier else None
     found = known.details.get(images.name) if known else None
-    same = found and {split: found["set"][split] for split in images.sizes} == images.sizes
-    return found if same else None
+    return found if found and found["set"].get("state") == images.state else None
 
 
-def _paths(job: Job, settings: Any) -> list[Path]:
-    """Returns where the sets lie that are on disk."""
-    root = Path(job.data)
-    places = [one.place(root) if isinstance(one, TransferSet) else one for one in _wanted(job, settings)]
-    return [place for place in places if place is not None]
+def _state(job: Job, one: TransferSet | Path) -> str:
+    """Returns the state of a set's files. Each set has its own, so that a set which is there later leaves the others' scores as they are."""
+    if isinstance(one, TransferSet) and (place := one.place(Path(job.data))) is not None:
+        return data_state([Path(job.data) / place.relative_to(job.data).parts[0]])
+    return data_state([one]) if isinstance(one, Path) else ""
+
+
+def _is_current(job: Job, settings: Any, result: TaskResult) -> bool:
+    """Returns whether the sets of a result are as they were."""
+    states = {_name(one): _state(job, one) for one in _wanted(job, settings)}
+    details = next(iter(result.subjects.values())).details
+    return all(found["set"].get("state") == states.get(name) for name, found in details.items())
 
 
 def _wanted(job: Job, settings: Any) -> list[TransferSet | Path]:
@@ -139,7 +152,7 @@ def _open_everywhere(job: Job, one: TransferSet | Path, settings: Any) -> Transf
             if other is not None:
                 raise SetRefused(str(other))
     assert images is not None
-    return images
+    return replace(images, state=broadcast_from_main(_state(job, one) if job.process.is_main else ""))
 
 
 def _result(
@@ -280,7 +293,8 @@ TASKS = {
         },
         run=_run_linear,
         plan=_plan_linear,
-        paths=_paths,
+        paths=lambda *_: (),
+        is_current=_is_current,
         reported=False,
     ),
     "transfer finetune": Task(
@@ -301,7 +315,8 @@ TASKS = {
         },
         run=_run_finetune,
         plan=_plan_finetune,
-        paths=_paths,
+        paths=lambda *_: (),
+        is_current=_is_current,
         reported=False,
     ),
 }
