@@ -23,6 +23,7 @@ from fastbyol.config import urls
 from fastbyol.config.errors import LOST_EXIT, USER_ERROR_EXIT, Lost, UserError, public_argument
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.config.urls import full_url, public_text, separated, shown_url, without_credentials
+from fastbyol.data.build import backend_of
 from fastbyol.data.inputs.images import list_images
 from fastbyol.evaluation.splits import split_paths
 from fastbyol.host import stores
@@ -134,7 +135,7 @@ def test_a_conversion_from_a_url_to_a_url_writes_the_bytes_of_a_local_one(
 def test_parts_of_several_machines_are_merged_in_a_store(
     colours: Path, memory: fsspec.AbstractFileSystem, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out = "memory://bucket/shards"
+    out = "memory://bucket/shards.v2"  # a name with a dot is a folder's too
     for part in ("0/2", "1/2"):
         assert convert(colours / "train", out, "--to", "dali", "--shard", part) == 0
     assert run("convert", "--to", "dali", "--out", out, "--merge") == 0
@@ -143,6 +144,7 @@ def test_parts_of_several_machines_are_merged_in_a_store(
         *(f"shard-0000{part}-of-00002-00000.{end}" for part in (0, 1) for end in ("idx", "tar")),
     ]
     assert run("verify", out, "--source", colours / "train") == 0
+    assert backend_of(out, option="--data") == "dali"
     assert run("convert", "--to", "dali", "--out", out, "--merge") == USER_ERROR_EXIT
     assert "holds a complete data set already" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_image_loader, build_loader
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.inputs.images import join_listings, list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.sources import given_sources, is_original
@@ -298,6 +300,23 @@ def test_cls_members_are_the_labels_of_shards(tmp_path: Path) -> None:
     found = dict(zip(listing.files, listing.labels, strict=True))
     assert found == {f"x-{shard}/{shard}{index}.jpg": index if index < 4 else -1 for shard in range(2) for index in range(5)}
     assert any("4 classes; 2 images have none" in note for note in listing.notes)
+
+
+def test_our_own_shards_read_as_ordinary_tars_have_their_labels(tmp_path: Path) -> None:
+    # 9, 10, 13 and 32 are white space where their 8 bytes are taken for text.
+    label_of = {f"{number:02d}": number for number in (0, 9, 10, 13, 32)}
+    images = write_files(tmp_path / "images", {f"{name}/{index}.jpg": encoded(Image.new("L", (9, 8 + index), 9 * label_of[name]))
+                                               for name in label_of for index in range(2)})  # fmt: skip
+    found = list_images(images)
+    labels = tuple(-1 if index == 3 else label_of[found.class_names[label]] for index, label in enumerate(found.labels))
+    classes = tuple(map(str, range(33)))
+    write_tar_shards(replace(found, class_names=classes, labels=labels), out=tmp_path / "tar", workers=1)
+    for given in (tmp_path / "tar", tmp_path / "tar/shard-00000.tar"):
+        listing = list_images(given)
+        assert listing.class_names == ("0", "9", "10", "13", "32")
+        numbers = {int(name.rpartition("/")[2][:8]): label for name, label in zip(listing.files, listing.labels, strict=True)}
+        read = tuple(-1 if numbers[index] < 0 else int(listing.class_names[numbers[index]]) for index in range(len(labels)))
+        assert read == labels
 
 
 def test_a_list_has_the_labels_of_the_column_that_is_named(sources: dict[str, str]) -> None:

@@ -29,7 +29,7 @@ from fastbyol.host.progress import Progress
 from fastbyol.host.store_path import Place, StorePath, at_once, place_of
 
 log = logging.getLogger("fastbyol")
-_FORMAT = 2
+_FORMAT = 3
 _INDEX = "fastbyol-index"
 
 
