@@ -110,7 +110,11 @@ class TarScan:
     def _read_labels(self) -> None:
         for name, content in self._label_members.items():
             key = key_of(name)
-            text = str(*_INT64.unpack(content)) if key in self._numbered and len(content) == _INT64.size else content.decode("utf-8", "replace").strip()
+            text = (
+                str(*_INT64.unpack(content))
+                if key in self._numbered and len(content) == _INT64.size
+                else content.decode("utf-8", "replace").strip()
+            )
             if text and text != "-1" and not has_line_break(text):  # our own shards have -1 for an image without a label
                 self.labels[key] = text
 

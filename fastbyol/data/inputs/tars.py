@@ -10,7 +10,7 @@ import logging
 import os
 import zipfile
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,7 @@ def _common_folder(paths: Sequence[Place]) -> Place:
 
 def _by_label_member(found: ImageListing, contents: Sequence[TarContent]) -> ImageListing:
     """Returns the images labelled by WebDataset's .cls members: class numbers, or names."""
-    given = {value for content in contents for value in content.label_names}
-    by_number = all(value.isdecimal() for value in given)
-    class_names = tuple(sorted(given, key=lambda value: (int(value), value) if by_number else (0, value)))
+    class_names = tuple(in_class_order({value for content in contents for value in content.label_names}))
     label_of = {name: label for label, name in enumerate(class_names)}
     columns = []
     for content in contents:
@@ -156,6 +154,12 @@ def _by_label_member(found: ImageListing, contents: Sequence[TarContent]) -> Ima
     without = int((labels < 0).sum())
     note = f"{found.root}: labels from .cls members: {len(class_names):,} classes" + (f"; {without:,} images have none" if without else "")
     return in_sample_order(replace(found, class_names=class_names, notes=(*found.notes, note)), labels)
+
+
+def in_class_order(texts: Collection[str]) -> list[str]:
+    """Returns the texts of labels in the order of their classes: by number if all are numbers, else by name."""
+    by_number = all(text.isdecimal() for text in texts)
+    return sorted(texts, key=lambda text: (int(text), text) if by_number else (0, text))
 
 
 def read_tars(paths: Sequence[Place]) -> list[TarContent]:
