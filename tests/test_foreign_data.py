@@ -125,6 +125,17 @@ def test_system_folders_and_thumbnails_are_neither_classes_nor_images(tmp_path: 
         assert list_images(path, labels=labels).files == good
 
 
+def test_a_few_folders_beside_most_of_the_images_are_not_their_classes(tmp_path: Path) -> None:
+    paths = in_folder_and_tar(tmp_path, *(f"{index}.jpg" for index in range(3)), "a/1.jpg", "b/1.jpg")
+    listing = of_both(paths)
+    assert (len(listing.files), listing.labels, listing.class_names) == (5, (-1,) * 5, ())
+    for path in paths:
+        assert list_images(path).notes == (
+            f"{path}: no labels: most of its images are in no folder that could be classes; --labels FILE gives labels",
+        )
+        assert list_images(path, labels="folders").class_names == ("a", "b")
+
+
 def test_images_outside_class_folders_are_counted_in_every_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = in_folder_and_tar(tmp_path, "cat/1.jpg", "dog/2.jpg", "loose1.jpg", "loose2.jpg")
     of_both(paths)

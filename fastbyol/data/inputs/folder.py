@@ -79,16 +79,20 @@ def list_folder(root: Place, *, labels: str = "auto", splits: str = "refuse") ->
         )
     if splits == "refuse":
         refuse_splits(root, class_names, found.files)
-    folders, number = found.names.folders()
-    with_images = {folder.partition("/")[0] for folder in folders if folder}
-    directly = int((number == folders.index("")).sum()) if "" in folders else 0
-    if labels == "none" or len(with_images) < 2 or directly > len(found.files) // 2:
-        notes = () if labels == "none" else (*found.notes, _why_no_labels(found, with_images))
+    with_images = {folder.partition("/")[0] for folder in found.names.folders()[0] if folder}
+    if labels == "none" or len(with_images) < 2 or most_in_no_folder(found.names):
+        notes = () if labels == "none" else (*found.notes, why_no_labels(found, with_images))
         return without_labels(replace(found, notes=notes))
     return by_class_folder(replace(found, class_names=class_names))
 
 
-def _why_no_labels(found: ImageListing, with_images: set[str]) -> str:
+def most_in_no_folder(names: PackedNames) -> bool:
+    """Returns True if more than half of the images are in no folder: then the folders are not their classes."""
+    folders, number = names.folders()
+    return "" in folders and int((number == folders.index("")).sum()) > len(names) // 2
+
+
+def why_no_labels(found: ImageListing, with_images: set[str]) -> str:
     """Returns the note on images whose folders were not taken as classes."""
     if len(with_images) == 1 and not any("/" not in name for name in found.files):
         (only,) = with_images

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.folder import by_class_folder, without_labels
+from fastbyol.data.inputs.folder import by_class_folder, most_in_no_folder, why_no_labels, without_labels
 from fastbyol.data.inputs.listing import ImageListing, Places, Stamp, in_sample_order, may_be_known, stamp_at
 from fastbyol.data.inputs.packed_names import PackedNames, array_of
 from fastbyol.data.inputs.splits import refuse_splits
@@ -76,8 +76,8 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
 
     Args:
         paths: the tars.
-        labels: 'auto' takes WebDataset's .cls members if there are any, else the class folders of a single tar, else none; 'folders' the
-            class folders; 'none' no labels.
+        labels: 'auto' takes WebDataset's .cls members if there are any, else the class folders of a single tar if most of its images are in
+            folders, else none; 'folders' the class folders; 'none' no labels.
         splits: 'refuse' raises an error for folders such as train/ and val/; 'classes' accepts them as classes.
     """
     found = tar_images(contents := read_tars(paths))
@@ -98,6 +98,8 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
         refuse_splits(found.root, class_names, names)
     if labels == "auto" and len(class_names) < 2:
         return without_labels(found)
+    if labels == "auto" and most_in_no_folder(names):
+        return without_labels(replace(found, notes=(*found.notes, why_no_labels(found, set(class_names)))))
     if not class_names:
         raise UserError(f"{found.root}: its images are not in class folders (the first: {min(names)}); give --labels FILE or --labels none")
     return by_class_folder(replace(found, files=names, class_names=class_names))
