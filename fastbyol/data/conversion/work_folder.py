@@ -320,6 +320,22 @@ def _empty_into(complete: Path, output: Path) -> None:
     flush_to_disk(output)
 
 
+@contextmanager
+def locked_work(folder: Path, *, output: Path, patience_s: float) -> Iterator[None]:
+    """Context manager that holds the lock of a work folder and then removes the folder; after an error only if it holds nothing else.
+
+    Raises UserError if another process works there.
+    """
+    lock, is_done = _locked(folder, output, patience_s=patience_s), False
+    try:
+        yield
+        is_done = True
+    finally:
+        if is_done or [entry.name for entry in folder.iterdir()] == [_LOCK]:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)  # last: once the lock is released, another process may use the path
+
+
 def _locked(folder: Path, output: Path, *, patience_s: float = 0.0) -> int:
     """Makes the folder and returns a descriptor that holds its lock. Raises UserError if another process holds it."""
     try:
