@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.folder_source import FolderSource
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.splits import is_split
 from tests.commands import run_here
 from tests.imagenet_archives import tar_bytes
 from tests.images import encoded, write_files
@@ -77,6 +79,13 @@ def test_classes_that_merely_have_names_like_splits_are_accepted(tmp_path: Path)
     assert of_both(in_folder_and_tar(tmp_path / "numbered", "test 1/1.jpg", "test 2/2.jpg")).class_names == ("test 1", "test 2")
     of_words = ("freight_train", "test_tube", "test pattern", "train pattern")
     assert of_both(in_folder_and_tar(tmp_path / "words", *(f"{name}/1.jpg" for name in of_words))).class_names == tuple(sorted(of_words))
+
+
+def test_a_long_name_is_no_split_and_costs_no_time() -> None:
+    start = time.monotonic()
+    assert not is_split("_" * 1000 + "x")  # took 6 s
+    assert time.monotonic() - start < 1
+    assert is_split("train" + "_" * 59)
 
 
 def test_splits_without_folders_in_them_are_splits_too(tmp_path: Path) -> None:
