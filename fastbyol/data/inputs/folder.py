@@ -24,6 +24,7 @@ from fastbyol.data.inputs.listing import (
     left_out_text,
     why_not_a_folder,
     why_not_an_image,
+    why_too_long,
 )
 from fastbyol.data.inputs.packed_names import NamePacker, PackedNames
 from fastbyol.data.inputs.splits import refuse_splits
@@ -205,7 +206,7 @@ class _FolderScan:
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir(follow_symlinks=False):
-                if reason := why_not_a_folder(entry.name):
+                if reason := why_not_a_folder(entry.name) or why_too_long(f"{name}/"):
                     self.skipped.append((name, reason))
                 else:
                     yield name

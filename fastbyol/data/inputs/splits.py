@@ -34,7 +34,9 @@ def refuse_splits(root: Place, class_names: Sequence[str], names: Iterable[str])
     for folder in direct:
         while folder:
             folder, _, last = folder.rpartition("/")
-            below.setdefault(folder, set()).add(last)
+            if last in (inside := below.setdefault(folder, set())):
+                break  # and so are the folders above it
+            inside.add(last)
     for folder, found in sorted(below.items()):
         splits = sorted(name for name in found if is_split(name))
         several = len(set(map(_word, splits))) > 1  # 'test1' and 'test2' may be classes

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
-from fastbyol.data.inputs.listing import has_line_break, why_not_a_folder, why_not_an_image
+from fastbyol.data.inputs.listing import has_line_break, why_not_a_folder, why_not_an_image, why_too_long
 from fastbyol.host.progress import Progress
 from fastbyol.host.store_path import Place, open_unbuffered
 
@@ -27,6 +27,8 @@ _LABEL, _LONGEST_LABEL = ".cls", 100
 """Extension of WebDataset's member with a sample's label, and the most bytes of one that is read."""
 _NUMBER = ".idx"
 """Extension of the member of our own shards with a sample's number, 8 bytes as its label. Its key is that number, which tells our shards."""
+_SHOWN = 200
+"""Characters of a name that is too long which are kept to be shown."""
 _INT64 = struct.Struct("<q")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -189,6 +191,8 @@ class TarScan:
         reason = "an absolute name" if member.name.startswith("/") else "a name that leads out of the tar" if ".." in parts else ""
         if "\0" in name:  # an extended header may say so
             name, reason = name.replace("\0", "?"), "a zero byte in its name"
+        if too_long := why_too_long(name):
+            name, reason = f"{name[:_SHOWN]}…", too_long
         if reason and not member.isdir():
             self.skipped.append((name, reason))
         return "" if reason or member.isdir() else "/".join(parts)

@@ -91,7 +91,7 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
         return _by_folder_in_shard(found)
     names = found.names
     # 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all images are in images/train.
-    while (top := names[0].partition("/")[0] + "/") and all(name.startswith(top) and name.count("/") > 1 for name in names):
+    if top := _folders_above_classes(names.folders()[0]):
         names = PackedNames.of(name[len(top) :] for name in names)
     class_names = tuple(sorted({folder.partition("/")[0] for folder in names.folders()[0] if folder} | contents[0].class_tars))
     if splits == "refuse":
@@ -103,6 +103,13 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
     if not class_names:
         raise UserError(f"{found.root}: its images are not in class folders (the first: {min(names)}); give --labels FILE or --labels none")
     return by_class_folder(replace(found, files=names, class_names=class_names))
+
+
+def _folders_above_classes(folders: Sequence[str]) -> str:
+    """Returns the folders, 'images/train/', that are the first ones of all these and leave each of them at least one."""
+    shared = os.path.commonprefix([min(f"{folder}/" for folder in folders), max(f"{folder}/" for folder in folders)])
+    levels = min(shared.count("/"), *(folder.count("/") for folder in folders))
+    return "".join(f"{folder}/" for folder in shared.split("/")[:levels])
 
 
 def _by_folder_in_shard(found: ImageListing) -> ImageListing:
