@@ -25,6 +25,7 @@ from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample
 from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
 from fastbyol.data.conversion.work_folder import disk_errors, locked_work, work_path
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, read_manifest, refuse_impossible_values, write_manifest
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.data.formats.tar_shards import PARTS, SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.traversal import seeded_permutation
@@ -231,6 +232,7 @@ def _all_parts(out: Path) -> list[Path]:
 
 def _read_part(path: Path) -> _Done:
     try:
+        require_regular(path)
         fields = json.loads(path.read_text(encoding="ascii"))
         done = _Done(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
         positions = [entry["index"] for entry in done.touched]
@@ -250,6 +252,7 @@ def _read_part(path: Path) -> _Done:
 def _read_table(description: Path, done: _Done) -> _Table:
     path, again = _table_path(description), f"remove {description} and convert that part again"
     try:
+        require_regular(path)
         with ZipFile(path) as archive:  # refuse compressed entries, which we never write: a small file could unpack to fill the memory
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.manifest import TAR_MANIFEST, sha256_of
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.host.durable_files import flush_to_disk, locked_file, write_durably
 
 _SETTINGS, _JOURNAL, _LOCK = "settings.json", "journal.json", "lock"
@@ -190,6 +191,7 @@ class WorkFolder:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
+            require_regular(self.path / name)
             values = json.loads((self.path / name).read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise ValueError("no JSON object")

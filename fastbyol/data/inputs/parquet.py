@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.data.inputs.listing import ImageListing, Stamp, may_be_known, stamp_at
 from fastbyol.data.inputs.tars import in_class_order, list_tars
 from fastbyol.host.cache_files import cache_file, kept_files
@@ -89,6 +90,7 @@ def _is_made_of(tar: Path, facts: dict[str, Any]) -> bool:
 def _facts_of(tar: Path) -> dict[str, Any] | None:
     """Returns the first member of the tar, or None if there is no such tar."""
     try:
+        require_regular(tar)
         with tarfile.open(tar) as archive:
             first = archive.next()
             content = archive.extractfile(first) if first and first.name == _FACTS else None
@@ -139,6 +141,8 @@ def _rows(path: Place, label_column: str | None, *, with_images: bool = True) ->
     except ImportError as error:
         raise UserError(f"{path}: pyarrow, which reads Parquet, is not installed; pip install 'fastbyol[parquet]'") from error
     try:
+        if not isinstance(path, StorePath):
+            require_regular(path)
         with open_unbuffered(path) as content, pq.ParquetFile(content) as file:
             schema = file.schema_arrow
             image, label = _image_column(path, schema, pa), _label_column(path, schema, label_column)

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.inputs.listing import has_line_break, why_not_a_folder, why_not_an_image, why_too_long
 from fastbyol.host.progress import Progress
-from fastbyol.host.store_path import Place, open_unbuffered
+from fastbyol.host.store_path import Place, StorePath, open_unbuffered
 
 _MOST_LINKS = 40
 """Longest chain of links that is followed, as in Linux."""
@@ -65,6 +66,8 @@ class TarScan:
         """Reads every header once, and adds the tar's bytes to `progress`. Raises UserError if the tar is truncated, damaged or compressed."""
         self._reached = 0
         try:
+            if not isinstance(self._path, StorePath):
+                require_regular(self._path)
             with open_unbuffered(self._path) as file:
                 start, size = file.read(8), file.seek(0, os.SEEK_END)
                 if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), ""):

@@ -12,12 +12,13 @@ import zipfile
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.data.inputs.folder import by_class_folder, most_in_no_folder, why_no_labels, without_labels
 from fastbyol.data.inputs.listing import ImageListing, Places, Stamp, in_sample_order, may_be_known, stamp_at
 from fastbyol.data.inputs.packed_names import PackedNames, array_of
@@ -107,9 +108,9 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
 
 def _folders_above_classes(folders: Sequence[str]) -> str:
     """Returns the folders, 'images/train/', that are the first ones of all these and leave each of them at least one."""
-    shared = os.path.commonprefix([min(f"{folder}/" for folder in folders), max(f"{folder}/" for folder in folders)])
-    levels = min(shared.count("/"), *(folder.count("/") for folder in folders))
-    return "".join(f"{folder}/" for folder in shared.split("/")[:levels])
+    shared = PurePosixPath(os.path.commonpath(folders)).parts
+    levels = min(folder.count("/") for folder in folders)
+    return "".join(f"{folder}/" for folder in shared[:levels])
 
 
 def _by_folder_in_shard(found: ImageListing) -> ImageListing:
@@ -260,6 +261,7 @@ def _read_index(index: Path, *, tell: Callable[..., None] = log.warning) -> dict
     if not index.exists():
         return {}
     try:
+        require_regular(index)
         with index.open("rb") as file:
             with zipfile.ZipFile(file) as archive:  # refuse what is compressed: a small file could unpack to fill the memory
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
