@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,21 @@ def test_the_listing_of_a_url_is_that_of_the_same_files_here(name: str, served: 
     for index in (0, len(here.files) // 2, len(here.files) - 1):
         assert there.location(index).read() == here.location(index).read()
         assert pickle.loads(pickle.dumps(there.location(index))).read() == here.location(index).read()
+
+
+def test_urls_that_differ_only_in_their_query_are_refused_in_a_list_as_in_a_command(
+    served: Path, server: WebServer, tmp_path: Path
+) -> None:
+    first, second = sorted(path.relative_to(served) for path in (served / "colours/train").rglob("*.png"))[:2]
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"{server.url}/{first}?id=1\n{server.url}/{second}?id=2\n{server.url}/{first}?id=1\n")
+    assert len(list_images(listing).files) == 2
+    listing.write_text(f"{server.url}/{first}?id=1\n{server.url}/{first}?id=2\n")
+    message = f"{server.url}/{first}: is given with two different queries; fetch one of the files first"
+    with pytest.raises(UserError, match=f"^{re.escape(f'{listing}: {message}')}$"):
+        list_images(listing)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        list_images([f"{server.url}/{first}?id=1", f"{server.url}/{first}?id=2"])
 
 
 def test_a_conversion_from_a_url_to_a_url_writes_the_bytes_of_a_local_one(
