@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.folder_source import FolderSource
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.splits import is_split
 from tests.commands import run_here
 from tests.imagenet_archives import tar_bytes
 from tests.images import encoded, write_files
@@ -79,6 +81,13 @@ def test_classes_that_merely_have_names_like_splits_are_accepted(tmp_path: Path)
     assert of_both(in_folder_and_tar(tmp_path / "words", *(f"{name}/1.jpg" for name in of_words))).class_names == tuple(sorted(of_words))
 
 
+def test_a_long_name_is_no_split_and_costs_no_time() -> None:
+    start = time.monotonic()
+    assert not is_split("_" * 1000 + "x")  # took 6 s
+    assert time.monotonic() - start < 1
+    assert is_split("train" + "_" * 59)
+
+
 def test_splits_without_folders_in_them_are_splits_too(tmp_path: Path) -> None:
     for splits in (("train", "unlabeled"), ("x_test", "x_train")):
         folder, _ = in_folder_and_tar(tmp_path / splits[0], *(f"{split}/{n}.jpg" for split in splits for n in range(2)))
@@ -123,6 +132,17 @@ def test_system_folders_and_thumbnails_are_neither_classes_nor_images(tmp_path: 
     labels.write_text("filename,label\ncat/1.jpg,a\ndog/2.jpg,b\n")
     for path in paths:
         assert list_images(path, labels=labels).files == good
+
+
+def test_a_few_folders_beside_most_of_the_images_are_not_their_classes(tmp_path: Path) -> None:
+    paths = in_folder_and_tar(tmp_path, *(f"{index}.jpg" for index in range(3)), "a/1.jpg", "b/1.jpg")
+    listing = of_both(paths)
+    assert (len(listing.files), listing.labels, listing.class_names) == (5, (-1,) * 5, ())
+    for path in paths:
+        assert list_images(path).notes == (
+            f"{path}: no labels: most of its images are in no folder that could be classes; --labels FILE gives labels",
+        )
+        assert list_images(path, labels="folders").class_names == ("a", "b")
 
 
 def test_images_outside_class_folders_are_counted_in_every_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ import pytest
 from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.subset import restrict
 from tests.commands import run_here
 from tests.images import write_files
 
@@ -159,6 +160,17 @@ def test_names_are_matched_by_their_last_parts_and_an_ambiguous_one_is_an_error(
         labelled(tmp_path, "file,label\nx/1.jpg,cat\n", *names)
     with pytest.raises(UserError, match="line 3 names z/only.jpg, which could be several"):
         labelled(tmp_path, "file,label\ny/only.jpg,cat\nz/only.jpg,dog\n", *names)
+
+
+def test_names_of_too_many_folders_match_no_image_and_are_counted(tmp_path: Path) -> None:
+    deep = "c/" * 20_000 + "x.jpg"  # all its ends took 290 MiB
+    listing = labelled(tmp_path, f"file,label\n{deep},dog\nx.jpg,cat\ny.jpg,dog\nz.jpg,cat\n", *XYZ)
+    assert classes_of(listing) == CAT_DOG
+    assert "1 entries without an image (the first: 'c/c/" in listing.notes[-1]
+    assert len(listing.notes[-1]) < 2000
+    with pytest.raises(UserError, match="1 of its 1 names are not images of") as raised:
+        restrict(listing, [deep], source=tmp_path / "list.txt")
+    assert len(str(raised.value)) < 2000
 
 
 def test_an_absolute_name_inside_the_data_folder_matches_that_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastbyol.config import urls
 from fastbyol.config.errors import LOST_EXIT, USER_ERROR_EXIT, Lost, UserError, public_argument
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.config.urls import full_url, public_text, separated, shown_url, without_credentials
+from fastbyol.data.build import backend_of
 from fastbyol.data.inputs.images import list_images
 from fastbyol.evaluation.splits import split_paths
 from fastbyol.host import stores
@@ -110,6 +112,21 @@ def test_the_listing_of_a_url_is_that_of_the_same_files_here(name: str, served: 
         assert pickle.loads(pickle.dumps(there.location(index))).read() == here.location(index).read()
 
 
+def test_urls_that_differ_only_in_their_query_are_refused_in_a_list_as_in_a_command(
+    served: Path, server: WebServer, tmp_path: Path
+) -> None:
+    first, second = sorted(path.relative_to(served) for path in (served / "colours/train").rglob("*.png"))[:2]
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"{server.url}/{first}?id=1\n{server.url}/{second}?id=2\n{server.url}/{first}?id=1\n")
+    assert len(list_images(listing).files) == 2
+    listing.write_text(f"{server.url}/{first}?id=1\n{server.url}/{first}?id=2\n")
+    message = f"{server.url}/{first}: is given with two different queries; fetch one of the files first"
+    with pytest.raises(UserError, match=f"^{re.escape(f'{listing}: {message}')}$"):
+        list_images(listing)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        list_images([f"{server.url}/{first}?id=1", f"{server.url}/{first}?id=2"])
+
+
 def test_a_conversion_from_a_url_to_a_url_writes_the_bytes_of_a_local_one(
     local_beton: bytes, server: WebServer, memory: fsspec.AbstractFileSystem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +151,7 @@ def test_a_conversion_from_a_url_to_a_url_writes_the_bytes_of_a_local_one(
 def test_parts_of_several_machines_are_merged_in_a_store(
     colours: Path, memory: fsspec.AbstractFileSystem, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out = "memory://bucket/shards"
+    out = "memory://bucket/shards.v2"  # a name with a dot is a folder's too
     for part in ("0/2", "1/2"):
         assert convert(colours / "train", out, "--to", "dali", "--shard", part) == 0
     assert run("convert", "--to", "dali", "--out", out, "--merge") == 0
@@ -143,6 +160,7 @@ def test_parts_of_several_machines_are_merged_in_a_store(
         *(f"shard-0000{part}-of-00002-00000.{end}" for part in (0, 1) for end in ("idx", "tar")),
     ]
     assert run("verify", out, "--source", colours / "train") == 0
+    assert backend_of(out, option="--data") == "dali"
     assert run("convert", "--to", "dali", "--out", out, "--merge") == USER_ERROR_EXIT
     assert "holds a complete data set already" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,13 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_image_loader, build_loader
+from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.inputs.images import join_listings, list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.sources import given_sources, is_original
 from fastbyol.evaluation.feature_file import FeatureFile
 from tests.commands import ROOT, SMALL_RUN, files_no_larger_than, run_here
+from tests.imagenet_archives import tar_bytes
 from tests.images import encoded, smooth_image, write_files
 
 NUM, PER_SHARD = 24, 8
@@ -300,6 +303,23 @@ def test_cls_members_are_the_labels_of_shards(tmp_path: Path) -> None:
     assert any("4 classes; 2 images have none" in note for note in listing.notes)
 
 
+def test_our_own_shards_read_as_ordinary_tars_have_their_labels(tmp_path: Path) -> None:
+    # 9, 10, 13 and 32 are white space where their 8 bytes are taken for text.
+    label_of = {f"{number:02d}": number for number in (0, 9, 10, 13, 32)}
+    images = write_files(tmp_path / "images", {f"{name}/{index}.jpg": encoded(Image.new("L", (9, 8 + index), 9 * label_of[name]))
+                                               for name in label_of for index in range(2)})  # fmt: skip
+    found = list_images(images)
+    labels = tuple(-1 if index == 3 else label_of[found.class_names[label]] for index, label in enumerate(found.labels))
+    classes = tuple(map(str, range(33)))
+    write_tar_shards(replace(found, class_names=classes, labels=labels), out=tmp_path / "tar", workers=1)
+    for given in (tmp_path / "tar", tmp_path / "tar/shard-00000.tar"):
+        listing = list_images(given)
+        assert listing.class_names == ("0", "9", "10", "13", "32")
+        numbers = {int(name.rpartition("/")[2][:8]): label for name, label in zip(listing.files, listing.labels, strict=True)}
+        read = tuple(-1 if numbers[index] < 0 else int(listing.class_names[numbers[index]]) for index in range(len(labels)))
+        assert read == labels
+
+
 def test_a_list_has_the_labels_of_the_column_that_is_named(sources: dict[str, str]) -> None:
     listing = list_images(sources["list.csv"], label_column="kind")
     assert listing.class_names == ("kind 0", "kind 1", "kind 2")
@@ -316,6 +336,34 @@ def test_parquet_has_the_labels_and_class_names_of_hugging_face(tmp_path: Path) 
     order = [4, 1, 3, 5, 0, 2]
     assert [listing.location(place).read() for place in range(6)] == [picture(index) for index in order]
     assert list_images(tmp_path / "x.parquet", labels="none").labels == (-1,) * 6
+
+
+def test_parquet_keeps_class_names_of_any_length_and_says_how_many_images_have_none(tmp_path: Path) -> None:
+    # The longest of ImageNet-1k on the Hub has 121 bytes.
+    names = ["z" * 121, "cat\nwith a line break", "é" * 300, "ant"]
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = pa.table({"image": [picture(i) for i in range(5)], "label": [0, 1, 2, 3, -1]})
+    for file, metadata in (("x.parquet", {"huggingface": json.dumps(features)}), ("texts.parquet", None)):
+        if metadata is None:
+            table = table.set_column(1, "label", pa.array([*names, None]))
+        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / file)
+        for listing in (list_images(tmp_path / file), list_images(tmp_path / file)):
+            assert listing.class_names == ("ant", "cat with a line break", "z" * 121, "é" * 300)
+            found = {int(name[:9]): label for name, label in zip(listing.files, listing.labels, strict=True)}
+            assert found == {0: 2, 1: 1, 2: 3, 3: 0, 4: -1}
+            assert any("4 classes; 1 images have none" in note for note in listing.notes)
+
+
+def test_the_copy_of_parquet_files_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None:
+    table = pa.table({"image": [picture(0), picture(1)], "label": ["cat", "dog"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    first = list_images(tmp_path / "x.parquet")
+    copy = first.location(0).path
+    stamp = (tmp_path / "x.parquet").stat()
+    facts = {"stamps": [[stamp.st_size, stamp.st_mtime_ns]], "label_column": None}
+    copy.write_bytes(tar_bytes({"parquet.json": json.dumps(facts).encode(), "000000000.jpg": picture(0), "000000000.cls": b"cat"}))
+    again = list_images(tmp_path / "x.parquet")
+    assert (again.files, again.labels, again.class_names) == (first.files, first.labels, first.class_names)
 
 
 def test_classes_of_several_roots_are_joined_by_name(tmp_path: Path) -> None:

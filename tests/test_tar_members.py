@@ -85,6 +85,33 @@ def test_the_tar_of_a_folder_with_links_equals_the_folder(tmp_path: Path) -> Non
         assert reasons["c/gone.jpg"] == "a link in a tar (to nowhere.jpg)"
 
 
+def test_images_in_too_many_folders_are_left_out_of_folder_tar_and_list(tmp_path: Path) -> None:
+    names = ("a/1.jpg", "b/2.jpg", "a/" + "d/" * 255 + "3.jpg", "a/" + "d/" * 256 + "4.jpg")
+    root = write_files(tmp_path / "data", {name: name.encode() for name in names})
+    huge = "a/" + "long/" * 900 + "5.jpg"  # no file system holds it
+    (tmp_path / "data.tar").write_bytes(tar_bytes({name: name.encode() for name in (*names, huge)}))
+    (tmp_path / "list.txt").write_text("".join(f"data/{name}\n" for name in names))
+    reason = "a name of more than 4,096 characters or 256 folders"
+    for given, num in ((root, 1), (tmp_path / "data.tar", 2), (tmp_path / "list.txt", 1)):
+        listing = list_images(given)
+        assert sorted(listing.files) == sorted(names[:3])
+        assert [why for _, why in listing.skipped] == [reason] * num
+    (tmp_path / "list.txt").write_text("data/" + huge)
+    with pytest.raises(UserError, match="1 of its 1 files are missing"):
+        list_images(tmp_path / "list.txt")
+
+
+def test_classes_are_the_folders_below_those_that_all_images_share(tmp_path: Path) -> None:
+    for folders, classes in (
+        (("images/train/a", "images/train/b"), ("a", "b")),
+        (("images/train/a", "images/train-b"), ("train", "train-b")),
+        (("x/a/deep", "x/a"), ()),  # one folder alone is no class
+        (("a/b", "a/b/c", "a/b-x"), ("b", "b-x")),
+    ):
+        (tmp_path / "data.tar").write_bytes(tar_bytes({f"{folder}/1.jpg": folder.encode() for folder in folders}))
+        assert list_images(tmp_path / "data.tar", splits="classes").class_names == classes
+
+
 def test_hard_links_in_a_class_tar_refer_to_that_tar(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:

@@ -83,6 +83,28 @@ def test_a_complete_part_is_not_converted_again(images: Path, parts: Path, monke
     assert sum(shard.samples for shard in write_tar_part(images, out=parts, part=Part(1, 3), workers=1, seed=SEED)) > 10
 
 
+def test_a_complete_part_of_other_settings_or_images_is_refused_and_replaced_on_request(images: Path, parts: Path, tmp_path: Path) -> None:
+    part = {"out": parts, "part": Part(1, 3), "workers": 1}
+    others = write_many(tmp_path / "others", images=NUM - 1)
+    before = {path.name: path.read_bytes() for path in parts.iterdir()}
+    with pytest.raises(UserError, match=r"is complete, made with seed = 3 and not 4; repeat its settings.*--restart"):
+        write_tar_part(images, seed=4, **part)
+    with pytest.raises(UserError, match=r"is complete, made from other images \(.*images\) than .*others holds; .*--restart"):
+        write_tar_part(others, seed=SEED, **part)
+    assert {path.name: path.read_bytes() for path in parts.iterdir()} == before
+    shards = write_tar_part(others, seed=SEED, options=ConversionOptions(unfinished="restart"), **part)
+    assert sum(shard.samples for shard in shards) == len(range(NUM - 1)[Part(1, 3).rows(NUM - 1)])
+
+
+def test_a_complete_part_is_not_moved_while_another_process_works_on_it(images: Path, parts: Path) -> None:
+    held = locked_file(parts / ".part-00001-of-00003.partial" / "lock")
+    with pytest.raises(UserError, match="another conversion is writing it at this moment"):
+        write_tar_part(images, out=parts, part=Part(1, 3), workers=1, seed=SEED)
+    os.close(held)
+    write_tar_part(images, out=parts, part=Part(1, 3), workers=1, seed=SEED)
+    assert not (parts / ".part-00001-of-00003.partial").exists()
+
+
 def test_a_part_killed_while_moving_its_files_is_completed(
     images: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

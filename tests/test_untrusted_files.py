@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.backends.dali_source import DaliSource
 from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.backends.folder_source import FolderSource
+from fastbyol.data.conversion.tar_parts import merge_tar_parts
 from fastbyol.data.formats import beton as beton_format
 from fastbyol.data.formats.beton import read_beton
 from fastbyol.data.formats.manifest import MAX_CLASSES, read_manifest
@@ -250,6 +252,44 @@ def test_a_manifest_may_only_name_files_beside_it_of_sizes_that_files_have(tar_f
         (tmp_path / "manifest.json").write_text(json.dumps(fields | {"shards": shards}))
         with pytest.raises(UserError, match=message):
             read_manifest(tmp_path / "manifest.json")
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """Ends a test that waits, for a pipe that nobody writes to."""
+
+    def strike(*_: object) -> None:
+        raise TimeoutError("waits for ever")
+
+    before = signal.signal(signal.SIGALRM, strike)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("alarm")
+def test_a_named_pipe_in_place_of_a_file_is_refused_instead_of_read(beton_copy: Path, shards: Path, tmp_path: Path) -> None:
+    def piped(path: Path) -> Path:
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        return path
+
+    piped(tmp_path / "x.tar")
+    piped(tmp_path / "x.parquet")
+    readers: dict[Path, Callable[[], object]] = {
+        Path(f"{beton_copy}.json"): lambda: read_manifest(Path(f"{beton_copy}.json")),
+        shards / SAMPLE_TABLE: lambda: read_tar_shards(shards),
+        shards / "manifest.json": lambda: read_tar_shards(shards),
+        tmp_path / "x.tar": lambda: list_images(tmp_path / "x.tar"),
+        tmp_path / "x.parquet": lambda: list_images(tmp_path / "x.parquet"),
+        tmp_path / "part-00000-of-00001.json": lambda: merge_tar_parts(tmp_path),
+    }
+    for path, read in readers.items():
+        piped(path)
+        shown = re.escape(str(path))
+        with pytest.raises(UserError, match=f"{shown}.*it is not a regular file|it is not a regular file at {shown}"):
+            read()
 
 
 def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,9 @@ from fastbyol.data.conversion.image_pass import ROW, convert_images, kept_rows, 
 from fastbyol.data.conversion.report import make_manifest, write_report
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, tar_settings
 from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
-from fastbyol.data.conversion.work_folder import disk_errors, work_path
+from fastbyol.data.conversion.work_folder import disk_errors, locked_work, work_path
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, read_manifest, refuse_impossible_values, write_manifest
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.data.formats.tar_shards import PARTS, SAMPLE_TABLE, TAR_REPORT
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.traversal import seeded_permutation
@@ -60,7 +60,8 @@ def write_tar_part(
 ) -> list[Shard]:
     """Adds one part's shards to the folder `out`, which all parts share, and returns them. Does nothing if they are there already.
 
-    All other arguments, and the errors, are those of `tar_writer.write_tar_shards`.
+    All other arguments, and the errors, are those of `tar_writer.write_tar_shards`. Raises UserError also if the part is there, made with other
+    settings or from other images.
     """
     options, out = options or ConversionOptions(), through_links(out)
     settings = tar_settings(options, shard_mib=shard_mib, seed=seed)
@@ -97,9 +98,22 @@ def write_tar_part(
                 _put_part_in_place(folder, description)
                 work.discard()
         else:
-            _put_part_in_place(folder, description)
-            shutil.rmtree(folder, ignore_errors=True)
+            listing = as_listing(data)
+            with locked_work(folder, output=name, patience_s=options.patience_s):
+                unmoved = folder / description.name
+                done = _read_part(unmoved if unmoved.exists() else description)
+                _require_made_of(description, done, settings=settings, listing=listing)
+                _put_part_in_place(folder, description)
         return _read_part(description).shards
+
+
+def _require_made_of(description: Path, done: _Done, *, settings: dict[str, Any], listing: ImageListing) -> None:
+    """Raises UserError if a complete part was made with other settings or from other images."""
+    way_out = "repeat its settings, give another --out, or convert this part again with --restart"
+    if name := _first_change(done.settings, settings):
+        raise UserError(f"{description}: is complete, made with {name} = {done.settings.get(name)} and not {settings.get(name)}; {way_out}")
+    if (done.listing_sha256, done.class_names) != (listing.digest(), list(listing.class_names)):
+        raise UserError(f"{description}: is complete, made from other images ({done.source}) than {listing.root} holds; {way_out}")
 
 
 def _put_part_in_place(folder: Path, description: Path) -> None:
@@ -218,6 +232,7 @@ def _all_parts(out: Path) -> list[Path]:
 
 def _read_part(path: Path) -> _Done:
     try:
+        require_regular(path)
         fields = json.loads(path.read_text(encoding="ascii"))
         done = _Done(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
         positions = [entry["index"] for entry in done.touched]
@@ -237,6 +252,7 @@ def _read_part(path: Path) -> _Done:
 def _read_table(description: Path, done: _Done) -> _Table:
     path, again = _table_path(description), f"remove {description} and convert that part again"
     try:
+        require_regular(path)
         with ZipFile(path) as archive:  # refuse compressed entries, which we never write: a small file could unpack to fill the memory
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")
@@ -266,13 +282,17 @@ def _table_path(description: Path) -> Path:
     return description.with_suffix(".npz")
 
 
+def _first_change(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns the name of the first setting of which the two have different values, or ''."""
+    return next((name for name in {**before, **now} if before.get(name) != now.get(name)), "")
+
+
 def _require_equal(parts: list[Path], done: list[_Done]) -> None:
     first = done[0]
     for path, one in zip(parts, done, strict=True):
-        names = [name for name in {**first.settings, **one.settings} if first.settings.get(name) != one.settings.get(name)]
-        if names:
-            values = f"{one.settings.get(names[0])} and not {first.settings.get(names[0])}"
-            raise UserError(f"{path}: made with {names[0]} = {values} as the first part was; remove it and convert that part again")
+        if name := _first_change(first.settings, one.settings):
+            values = f"{one.settings.get(name)} and not {first.settings.get(name)}"
+            raise UserError(f"{path}: made with {name} = {values} as the first part was; remove it and convert that part again")
         if (one.listing_sha256, one.class_names) != (first.listing_sha256, first.class_names):
             raise UserError(
                 f"{path}: made from other images ({one.source}) than the first part ({first.source}); remove one of them and convert it again"

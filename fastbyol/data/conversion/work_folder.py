@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.manifest import TAR_MANIFEST, sha256_of
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.host.durable_files import flush_to_disk, locked_file, write_durably
 
 _SETTINGS, _JOURNAL, _LOCK = "settings.json", "journal.json", "lock"
@@ -190,6 +191,7 @@ class WorkFolder:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
+            require_regular(self.path / name)
             values = json.loads((self.path / name).read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise ValueError("no JSON object")
@@ -318,6 +320,22 @@ def _empty_into(complete: Path, output: Path) -> None:
         flush_to_disk(output)
         os.replace(file, output / file.name)
     flush_to_disk(output)
+
+
+@contextmanager
+def locked_work(folder: Path, *, output: Path, patience_s: float) -> Iterator[None]:
+    """Context manager that holds the lock of a work folder and then removes the folder; after an error only if it holds nothing else.
+
+    Raises UserError if another process works there.
+    """
+    lock, is_done = _locked(folder, output, patience_s=patience_s), False
+    try:
+        yield
+        is_done = True
+    finally:
+        if is_done or [entry.name for entry in folder.iterdir()] == [_LOCK]:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)  # last: once the lock is released, another process may use the path
 
 
 def _locked(folder: Path, output: Path, *, patience_s: float = 0.0) -> int:

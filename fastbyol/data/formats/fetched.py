@@ -13,7 +13,8 @@ from fastbyol.host.store_path import StorePath
 
 def is_converted_url(place: StorePath) -> bool:
     """Returns True if the URL is that of a .beton, or of a folder with a manifest."""
-    return place.suffix == ".beton" or (not place.suffix and (place / TAR_MANIFEST).exists())
+    # Also where the folder's name has a dot, as 'imagenet.v2'.
+    return place.suffix == ".beton" or (place / TAR_MANIFEST).exists()
 
 
 def fetched_data(place: StorePath, *, damaged: str = "refuse") -> Path:

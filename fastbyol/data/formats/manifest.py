@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, shortened
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.host.durable_files import write_durably
 from fastbyol.host.shared_columns import row_pieces
 
@@ -157,7 +158,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object at the path. Raises ValueError, RecursionError or MemoryError if it is not one, or too large."""
+    """Returns the JSON object at the path. Raises OSError, ValueError, RecursionError or MemoryError if it is not one, or too large."""
+    require_regular(path)
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_MANIFEST_BYTES:
             raise ValueError(f"{size:,} bytes, a manifest has at most {MAX_MANIFEST_BYTES:,}")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError, shortened
 from fastbyol.data.formats.beton import refuse_impossible_sizes
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, read_manifest, refuse_other_counts
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.host.shared_columns import Columns, row_pieces, shared_columns
 
 SAMPLE_TABLE, TAR_REPORT = "samples.npy", "report.json"
@@ -87,6 +88,7 @@ def read_sample_table(path: Path, manifest: Manifest) -> Columns:
     again = "copy it again, or convert again with python -m fastbyol convert --to dali"
     foreign = UserError(f"{path}: not the sample table of these {manifest.num_samples} samples; {again}")
     try:
+        require_regular(path)
         with path.open("rb", buffering=0) as file:  # not np.load: given a zip file, it returns no array
             status = os.fstat(file.fileno())
             if status.st_size > largest_sample_table(manifest.num_samples):

@@ -24,6 +24,7 @@ from fastbyol.data.inputs.listing import (
     left_out_text,
     why_not_a_folder,
     why_not_an_image,
+    why_too_long,
 )
 from fastbyol.data.inputs.packed_names import NamePacker, PackedNames
 from fastbyol.data.inputs.splits import refuse_splits
@@ -79,16 +80,20 @@ def list_folder(root: Place, *, labels: str = "auto", splits: str = "refuse") ->
         )
     if splits == "refuse":
         refuse_splits(root, class_names, found.files)
-    folders, number = found.names.folders()
-    with_images = {folder.partition("/")[0] for folder in folders if folder}
-    directly = int((number == folders.index("")).sum()) if "" in folders else 0
-    if labels == "none" or len(with_images) < 2 or directly > len(found.files) // 2:
-        notes = () if labels == "none" else (*found.notes, _why_no_labels(found, with_images))
+    with_images = {folder.partition("/")[0] for folder in found.names.folders()[0] if folder}
+    if labels == "none" or len(with_images) < 2 or most_in_no_folder(found.names):
+        notes = () if labels == "none" else (*found.notes, why_no_labels(found, with_images))
         return without_labels(replace(found, notes=notes))
     return by_class_folder(replace(found, class_names=class_names))
 
 
-def _why_no_labels(found: ImageListing, with_images: set[str]) -> str:
+def most_in_no_folder(names: PackedNames) -> bool:
+    """Returns True if more than half of the images are in no folder: then the folders are not their classes."""
+    folders, number = names.folders()
+    return "" in folders and int((number == folders.index("")).sum()) > len(names) // 2
+
+
+def why_no_labels(found: ImageListing, with_images: set[str]) -> str:
     """Returns the note on images whose folders were not taken as classes."""
     if len(with_images) == 1 and not any("/" not in name for name in found.files):
         (only,) = with_images
@@ -201,7 +206,7 @@ class _FolderScan:
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir(follow_symlinks=False):
-                if reason := why_not_a_folder(entry.name):
+                if reason := why_not_a_folder(entry.name) or why_too_long(f"{name}/"):
                     self.skipped.append((name, reason))
                 else:
                     yield name

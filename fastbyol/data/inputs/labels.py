@@ -29,7 +29,7 @@ _WHOLE_NUMBER = re.compile(r"([0-9]{1,9})(?:\.0*)?")
 _NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{0,9})?")
 _NO_VALUE = ("nan", "na", "n/a", "<na>", "none", "null", "nil", "-", "?")
 """Words that programs write for an unknown number, in lower case."""
-_SHOWN = 3
+_SHOWN, _LONGEST_SHOWN = 3, 1000
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
     labelled = in_sample_order(replace(found, class_names=class_names, skipped=(*found.skipped, *unlabelled, *unmatched)), by_image)
     places = sorted({0, len(labelled.files) // 2, len(labelled.files) - 1})[:_SHOWN]
     shown = ", ".join(f"{labelled.files[at]!r} is {labelled.class_names[labelled.labels[at]]!r}" for at in places)
-    entries = f"{len(unmatched):,} entries without an image" + (f" (the first: {unmatched[0][0]!r})" if unmatched else "")
+    entries = f"{len(unmatched):,} entries without an image" + (f" (the first: {unmatched[0][0][:_LONGEST_SHOWN]!r})" if unmatched else "")
     classes = len(set(labelled.labels))
     empty = f" of {len(labelled.class_names):,}" if classes != len(labelled.class_names) else ""
     note = (

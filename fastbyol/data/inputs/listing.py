@@ -35,6 +35,9 @@ _THUMBNAILS = ("SYNOFILE_THUMB", "SYNOPHOTO_THUMB")
 
 LEFT_OUT = -2
 """Label, in an array, of an image that is not a sample."""
+_LONGEST_NAME, _MOST_FOLDERS = 4096, 256
+"""Longest name of an image, in characters (Linux opens no longer path), and the most folders in it: all ends of a name, which are kept to match
+lists with images, take memory with the square of its length."""
 _SORTED = 1 << 15
 """Names that are sorted together where groups are smaller."""
 Stamp = tuple[int, int]
@@ -310,6 +313,12 @@ def why_not_a_folder(name: str) -> str:
     if name.lower() in _FOREIGN_FOLDERS:
         return "a system folder"
     return "a line break in its name" if has_line_break(name) else ""
+
+
+def why_too_long(name: str) -> str:
+    """Returns why an image's name with its folders is too long to be a sample's, or '' if it is not."""
+    is_long = len(name) > _LONGEST_NAME or name.count("/") > _MOST_FOLDERS
+    return f"a name of more than {_LONGEST_NAME:,} characters or {_MOST_FOLDERS} folders" if is_long else ""
 
 
 def has_line_break(name: str) -> bool:

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import islice
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.listing import EXTENSIONS
+from fastbyol.data.inputs.listing import EXTENSIONS, why_too_long
 from fastbyol.host.store_path import Place, StorePath, open_unbuffered
 
 MISSING, AMBIGUOUS = -1, -2
@@ -52,7 +52,7 @@ class NameIndex:
         return self._find(name.replace("\\", "/")) if place == MISSING and "\\" in name else place
 
     def _find(self, name: str) -> int:
-        if not name:
+        if not name or why_too_long(name):
             return MISSING
         for root in self._roots:
             if name.startswith(root):

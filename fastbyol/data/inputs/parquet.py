@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.data.inputs.listing import ImageListing, Stamp, may_be_known, stamp_at
-from fastbyol.data.inputs.tars import list_tars
+from fastbyol.data.inputs.tars import in_class_order, list_tars
 from fastbyol.host.cache_files import cache_file, kept_files
 from fastbyol.host.durable_files import durable_file
 from fastbyol.host.progress import Progress
@@ -27,8 +29,11 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 _ROWS = 64
 """Rows that are decoded at a time: some megabytes."""
 _TAR = "fastbyol-images"
-_STAMPS = "parquet.json"
-"""First member of the tar: the stamps of the Parquet files, and the label column."""
+_FORMAT = 2
+"""Format of the tar; the first had the classes' names in its .cls members, where those of more than 100 bytes were lost."""
+_FACTS, _LARGEST_FACTS = "parquet.json", 1 << 30
+"""First member of the tar, and the most bytes of it that are read: the stamps of the Parquet files, the label column, and the names of the
+classes, whose places in that list are in the .cls members."""
 _MAGIC = {
     b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif", b"RIFF": "webp",
     b"P5": "pgm", b"P6": "ppm", b"\0\0\0\x0cjP": "jp2",
@@ -51,52 +56,65 @@ def list_parquet(paths: Sequence[Place], *, root: Place, label_column: str | Non
         stamps = list(at_once(stamp_at, paths))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
-    facts = {"stamps": [list(stamp) for stamp in stamps], "label_column": label_column}
+    facts = {"format": _FORMAT, "stamps": [list(stamp) for stamp in stamps], "label_column": label_column}
     made_of = [*paths, Path(label_column or "")]
     known = all(map(may_be_known, paths, stamps))
     folder = paths[0].parent
     beside = None if isinstance(folder, StorePath) else folder
-    tar = next((path for path in kept_files(beside, name=_TAR, of=made_of) if known and _facts_of(path) == facts), None)
+    tar = next((path for path in kept_files(beside, name=_TAR, of=made_of) if known and _is_made_of(path, facts)), None)
     if tar is None:
         with cache_file(beside, name=_TAR, of=made_of) as tar:
             if tar is None:
                 raise UserError(
                     f"{root}: the images in Parquet files are copied to a tar first, and no folder for it can be written; set XDG_CACHE_HOME"
                 )
-            if not known or _facts_of(tar) != facts:  # another process may have written it meanwhile
+            if not known or not _is_made_of(tar, facts):  # another process may have written it meanwhile
                 try:
                     _write_tar(tar, paths, stamps, facts, label_column)
                 except OSError as error:
                     raise UserError(f"{tar}: the images cannot be copied there ({error.strerror or error}); free some space") from error
     listing = list_tars([tar], labels="none" if labels == "none" else "auto", splits="classes")
-    kept = tuple((name, why) for name, why in listing.skipped if name != _STAMPS)
+    kept = tuple((name, why) for name, why in listing.skipped if name != _FACTS)
+    classes = (_facts_of(tar) or facts)["classes"]
+    names = tuple(classes[int(place)] for place in listing.class_names)
     note = f"{root}: the images of {len(paths):,} Parquet files are read from {tar}, to which they were copied once"
-    return replace(listing, root=root, skipped=kept, notes=(note,))
+    return replace(listing, root=root, class_names=names, skipped=kept, notes=(note, *listing.notes))
+
+
+def _is_made_of(tar: Path, facts: dict[str, Any]) -> bool:
+    """Returns True if the tar has the images of the Parquet files that the facts describe."""
+    found = _facts_of(tar)
+    return found is not None and isinstance(found.get("classes"), list) and {name: found.get(name) for name in facts} == facts
 
 
 def _facts_of(tar: Path) -> dict[str, Any] | None:
     """Returns the first member of the tar, or None if there is no such tar."""
     try:
+        require_regular(tar)
         with tarfile.open(tar) as archive:
             first = archive.next()
-            content = archive.extractfile(first) if first and first.name == _STAMPS else None
-            return json.loads(content.read(1 << 20)) if content else None
+            content = archive.extractfile(first) if first and first.name == _FACTS else None
+            facts = json.loads(content.read(_LARGEST_FACTS)) if content else None
+            return facts if isinstance(facts, dict) else None
     except (OSError, tarfile.TarError, ValueError):
         return None
 
 
 def _write_tar(tar: Path, paths: Sequence[Place], stamps: Sequence[Stamp], facts: dict[str, Any], label_column: str | None) -> None:
+    texts = {label for path in paths for _, label in _rows(path, label_column, with_images=False) if label is not None}
+    classes = in_class_order(texts)
+    place_of = {text: place for place, text in enumerate(classes)}
     with durable_file(tar) as file, Progress(f"{tar.name}: images", sum(size for size, _ in stamps)) as progress:
         buffered = io.BufferedWriter(file)  # type: ignore[arg-type]  # a plain write of an unbuffered file may stop early
         with tarfile.open(fileobj=buffered, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            _add(archive, _STAMPS, json.dumps(facts).encode())
+            _add(archive, _FACTS, json.dumps({**facts, "classes": classes}).encode())
             row = 0
             for path, (size, _) in zip(paths, stamps, strict=True):
                 for data, label in _rows(path, label_column):
                     if data:
                         _add(archive, f"{row:09d}.{_extension(data)}", data)
                     if data and label is not None:
-                        _add(archive, f"{row:09d}.cls", label.encode())
+                        _add(archive, f"{row:09d}.cls", str(place_of[label]).encode())
                     row += 1
                 progress.advance(size)
         buffered.flush()
@@ -115,23 +133,29 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
-def _rows(path: Place, label_column: str | None) -> Iterator[tuple[bytes, str | None]]:
-    """Yields the bytes of each image (b'' if it has none) and its label as text."""
+def _rows(path: Place, label_column: str | None, *, with_images: bool = True) -> Iterator[tuple[bytes, str | None]]:
+    """Yields the bytes of each image (b'' if it has none, or images are not wanted) and its label as text."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UserError(f"{path}: pyarrow, which reads Parquet, is not installed; pip install 'fastbyol[parquet]'") from error
     try:
+        if not isinstance(path, StorePath):
+            require_regular(path)
         with open_unbuffered(path) as content, pq.ParquetFile(content) as file:
             schema = file.schema_arrow
             image, label = _image_column(path, schema, pa), _label_column(path, schema, label_column)
             names = _class_names(schema, label)
-            for batch in file.iter_batches(batch_size=_ROWS, columns=[image, *([label] if label else [])]):
-                column = batch.column(0)
-                data = column.field("bytes") if pa.types.is_struct(column.type) else column
-                values = batch.column(1).to_pylist() if label else [None] * len(batch)
-                for content, value in zip(data.to_pylist(), values, strict=True):
+            wanted = [*([image] if with_images else []), *([label] if label else [])]
+            for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
+                data, values = [b""] * len(batch), [None] * len(batch)
+                if with_images:
+                    column = batch.column(image)
+                    data = (column.field("bytes") if pa.types.is_struct(column.type) else column).to_pylist()
+                if label:
+                    values = batch.column(label).to_pylist()
+                for content, value in zip(data, values, strict=True):
                     yield content or b"", _label_text(value, names)
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, UserError):
@@ -171,8 +195,7 @@ def _class_names(schema: Any, label: str | None) -> list[str] | None:
 
 
 def _label_text(value: object, names: list[str] | None) -> str | None:
-    if value is None or value == -1:  # Hugging Face's test splits have -1
-        return None
-    if names and isinstance(value, int) and 0 <= value < len(names):
-        return names[value]
-    return str(value)
+    """Returns the name of the label's class in one line, or None for an image without a label."""
+    name = names[value] if names and isinstance(value, int) and 0 <= value < len(names) else str(value)
+    text = re.sub(r"\s*[\r\n]\s*", " ", name.strip())
+    return None if value in (None, -1) or text in ("", "-1") else text  # Hugging Face's test splits have -1

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.config.urls import is_url
+from fastbyol.config.urls import is_url, public_text
 from fastbyol.data.inputs.label_table import is_path_header, plain_header
-from fastbyol.data.inputs.listing import LEFT_OUT, ImageListing, in_sample_order, why_not_an_image
+from fastbyol.data.inputs.listing import LEFT_OUT, ImageListing, in_sample_order, why_not_an_image, why_too_long
 from fastbyol.data.inputs.name_matching import each_line, read_text
 from fastbyol.data.inputs.packed_names import NamePacker, PackedNames
 from fastbyol.data.inputs.store_folder import sizes_of
@@ -29,6 +29,8 @@ from fastbyol.host.store_path import Place, StorePath
 
 _LARGEST_LIST = 1 << 30
 """Largest list that is read, in bytes: some twenty million paths."""
+_SHOWN = 1000
+"""Characters of a path that are shown in a message."""
 
 
 def list_paths(path: Place, *, path_column: str | None = None, label_column: str | None = None) -> ImageListing:
@@ -88,7 +90,7 @@ def _images_of(path: Place, listed: _Listed, *, labelled: bool) -> tuple[ImageLi
     start = len(listed.folder.rstrip("/")) + 1
     for index, (place, number) in enumerate(zip(listed.places, listed.label, strict=True)):
         name = place[start:]
-        if reason := why_not_an_image(os.path.basename(name)):
+        if reason := why_not_an_image(os.path.basename(name)) or why_too_long(name):
             skipped.append((name, reason))
             continue
         kept.append(name)
@@ -141,7 +143,12 @@ def _rows_here(path: Path, rows: Iterable[tuple[str, str]]) -> _Listed:
 
 
 def _rows_in_store(path: Place, rows: list[tuple[str, str]]) -> _Listed:
-    places = [StorePath.of(name) if is_url(name) else path.parent / name for name, _ in rows]
+    queries: dict[str, str] = {}
+    try:
+        names = [public_text(name, queries=queries) if is_url(name) else name for name, _ in rows]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    places = [StorePath.of(name) if is_url(name) else path.parent / name for name in names]
     at_urls = [place for place in places if isinstance(place, StorePath)]
     stores = sorted(set(map(_store_of, at_urls)))
     if len(at_urls) < len(places) or len(stores) > 1:
@@ -167,7 +174,7 @@ def _several_stores(path: Place, stores: list[str]) -> UserError:
 
 def _missing(path: Place, num: int, first: str, *, of: int, folder: str) -> UserError:
     return UserError(
-        f"{path}: {num:,} of its {of:,} files are missing, the first {first!r}, looked for in {folder};"
+        f"{path}: {num:,} of its {of:,} files are missing, the first {first[:_SHOWN]!r}, looked for in {folder};"
         " correct the list, or move it to the images' folder"
     )
 

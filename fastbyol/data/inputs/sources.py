@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from fastbyol.config.arguments import expand_home
-from fastbyol.config.errors import UserError, public_argument
+from fastbyol.config.errors import UserError, public_argument, public_arguments
 from fastbyol.config.urls import is_url, separated
 from fastbyol.data.inputs.listing import EXTENSIONS
 from fastbyol.data.inputs.splits import is_split
@@ -48,7 +48,7 @@ class GivenSource:
 def given_sources(data: Data, *, option: str = "--data") -> list[GivenSource]:
     """Returns what `data` stands for, in the order given. Raises UserError, naming the option, if something does not exist or is unclear."""
     texts = [data] if isinstance(data, str | Path | StorePath) else list(data)
-    parts = [part for text in texts for part in separated(public_argument(str(text)))]
+    parts = [part for text in public_arguments(list(map(str, texts))) for part in separated(text)]
     if not all(parts):
         raise UserError(f"{option} = {public_argument(str(texts[0]))!r}: names nothing on one side of '{SEPARATOR}'; give paths on both")
     return [source for part in parts for source in _sources_of(expand_home(part), option)]

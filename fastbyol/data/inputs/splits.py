@@ -15,6 +15,8 @@ _WORDS = frozenset(
 )  # fmt: skip
 _AROUND = re.compile(r"^(?:images?|imgs?|data)[\W_]+|[\W_]*(?:set|data|images?|imgs?|split)?[\W_\d]*$")
 """Text that may precede or follow the word, as in 'train2017', 'test_set', 'images-val'."""
+_LONGEST = 64
+"""Longest name, in characters, that may be a split's: the time of the pattern's search grows with the third power of the length."""
 
 
 def refuse_splits(root: Place, class_names: Sequence[str], names: Iterable[str]) -> None:
@@ -32,7 +34,9 @@ def refuse_splits(root: Place, class_names: Sequence[str], names: Iterable[str])
     for folder in direct:
         while folder:
             folder, _, last = folder.rpartition("/")
-            below.setdefault(folder, set()).add(last)
+            if last in (inside := below.setdefault(folder, set())):
+                break  # and so are the folders above it
+            inside.add(last)
     for folder, found in sorted(below.items()):
         splits = sorted(name for name in found if is_split(name))
         several = len(set(map(_word, splits))) > 1  # 'test1' and 'test2' may be classes
@@ -52,7 +56,7 @@ def refuse_splits(root: Place, class_names: Sequence[str], names: Iterable[str])
 
 def is_split(name: str) -> bool:
     """Returns True if the name is one that splits usually have, such as 'train2017'."""
-    return _word(name) in _WORDS
+    return len(name) <= _LONGEST and _word(name) in _WORDS
 
 
 def _word(name: str) -> str:

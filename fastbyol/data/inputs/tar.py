@@ -1,28 +1,36 @@
 """Finds the images inside a tar, which are then read in place. Nothing is unpacked, so a malicious name cannot write outside a folder.
 
 Layouts: ImageNet's ILSVRC2012_img_train.tar (a tar of one tar per class), a tar of class folders, images without class folders
-(ILSVRC2012_img_val.tar), and WebDataset's samples, whose members have one key: '7.jpg', '7.json', '7.txt', and in '7.cls' the label.
+(ILSVRC2012_img_val.tar), and WebDataset's samples, whose members have one key: '7.jpg', '7.json', '7.txt', and in '7.cls' the label: a text,
+or 8 bytes in the shards that `tar_writer` writes.
 """
 
 from __future__ import annotations
 
 import os
 import posixpath
+import struct
 import tarfile
 from array import array
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from fastbyol.config.errors import UserError
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
-from fastbyol.data.inputs.listing import has_line_break, why_not_a_folder, why_not_an_image
+from fastbyol.data.inputs.listing import has_line_break, why_not_a_folder, why_not_an_image, why_too_long
 from fastbyol.host.progress import Progress
-from fastbyol.host.store_path import Place, open_unbuffered
+from fastbyol.host.store_path import Place, StorePath, open_unbuffered
 
 _MOST_LINKS = 40
 """Longest chain of links that is followed, as in Linux."""
 _LABEL, _LONGEST_LABEL = ".cls", 100
 """Extension of WebDataset's member with a sample's label, and the most bytes of one that is read."""
+_NUMBER = ".idx"
+"""Extension of the member of our own shards with a sample's number, 8 bytes as its label. Its key is that number, which tells our shards."""
+_SHOWN = 200
+"""Characters of a name that is too long which are kept to be shown."""
+_INT64 = struct.Struct("<q")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -49,6 +57,8 @@ class TarScan:
         """(offset, size) of each file whose name or folder is not an image's, by name: a link may point to it."""
         self._label_members: dict[str, bytes] = {}
         """Content of each of WebDataset's members with a label, read while its header is at hand, by name."""
+        self._numbered: set[str] = set()
+        """Keys of the samples of our own shards: their labels are numbers of 8 bytes."""
         self._links: dict[str, tuple[bool, str, str]] = {}
         """(is it symbolic, target as a name within the tar, target as written in the tar) of each link, by name."""
 
@@ -56,6 +66,8 @@ class TarScan:
         """Reads every header once, and adds the tar's bytes to `progress`. Raises UserError if the tar is truncated, damaged or compressed."""
         self._reached = 0
         try:
+            if not isinstance(self._path, StorePath):
+                require_regular(self._path)
             with open_unbuffered(self._path) as file:
                 start, size = file.read(8), file.seek(0, os.SEEK_END)
                 if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), ""):
@@ -102,9 +114,14 @@ class TarScan:
 
     def _read_labels(self) -> None:
         for name, content in self._label_members.items():
-            text = content.decode("utf-8", "replace").strip()
+            key = key_of(name)
+            text = (
+                str(*_INT64.unpack(content))
+                if key in self._numbered and len(content) == _INT64.size
+                else content.decode("utf-8", "replace").strip()
+            )
             if text and text != "-1" and not has_line_break(text):  # our own shards have -1 for an image without a label
-                self.labels[key_of(name)] = text
+                self.labels[key] = text
 
     def _take_class_tar(self, file: BinaryIO, class_tar: tarfile.TarInfo, name: str, progress: Progress) -> None:
         if not class_tar.isreg() or class_tar.issparse():
@@ -136,6 +153,11 @@ class TarScan:
             if name.lower().endswith(_LABEL) and 0 < member.size <= _LONGEST_LABEL:
                 file.seek(member.offset_data)
                 self._label_members[name] = file.read(member.size)
+            elif name.endswith(_NUMBER) and member.size == _INT64.size:
+                file.seek(member.offset_data)
+                stem = name.rpartition("/")[2].removesuffix(_NUMBER)
+                if stem.isdecimal() and len(stem) < 20 and file.read(member.size) == _INT64.pack(int(stem)):
+                    self._numbered.add(key_of(name))
         else:
             self._add(name, (member.offset_data, member.size))
 
@@ -172,6 +194,8 @@ class TarScan:
         reason = "an absolute name" if member.name.startswith("/") else "a name that leads out of the tar" if ".." in parts else ""
         if "\0" in name:  # an extended header may say so
             name, reason = name.replace("\0", "?"), "a zero byte in its name"
+        if too_long := why_too_long(name):
+            name, reason = f"{name[:_SHOWN]}…", too_long
         if reason and not member.isdir():
             self.skipped.append((name, reason))
         return "" if reason or member.isdir() else "/".join(parts)

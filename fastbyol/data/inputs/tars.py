@@ -10,15 +10,16 @@ import logging
 import os
 import zipfile
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.inputs.folder import by_class_folder, without_labels
+from fastbyol.data.formats.regular_files import require_regular
+from fastbyol.data.inputs.folder import by_class_folder, most_in_no_folder, why_no_labels, without_labels
 from fastbyol.data.inputs.listing import ImageListing, Places, Stamp, in_sample_order, may_be_known, stamp_at
 from fastbyol.data.inputs.packed_names import PackedNames, array_of
 from fastbyol.data.inputs.splits import refuse_splits
@@ -29,7 +30,7 @@ from fastbyol.host.progress import Progress
 from fastbyol.host.store_path import Place, StorePath, at_once, place_of
 
 log = logging.getLogger("fastbyol")
-_FORMAT = 2
+_FORMAT = 3
 _INDEX = "fastbyol-index"
 
 
@@ -76,8 +77,8 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
 
     Args:
         paths: the tars.
-        labels: 'auto' takes WebDataset's .cls members if there are any, else the class folders of a single tar, else none; 'folders' the
-            class folders; 'none' no labels.
+        labels: 'auto' takes WebDataset's .cls members if there are any, else the class folders of a single tar if most of its images are in
+            folders, else none; 'folders' the class folders; 'none' no labels.
         splits: 'refuse' raises an error for folders such as train/ and val/; 'classes' accepts them as classes.
     """
     found = tar_images(contents := read_tars(paths))
@@ -91,16 +92,25 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
         return _by_folder_in_shard(found)
     names = found.names
     # 'images/train/n01440764/x.JPEG' becomes 'n01440764/x.JPEG' if all images are in images/train.
-    while (top := names[0].partition("/")[0] + "/") and all(name.startswith(top) and name.count("/") > 1 for name in names):
+    if top := _folders_above_classes(names.folders()[0]):
         names = PackedNames.of(name[len(top) :] for name in names)
     class_names = tuple(sorted({folder.partition("/")[0] for folder in names.folders()[0] if folder} | contents[0].class_tars))
     if splits == "refuse":
         refuse_splits(found.root, class_names, names)
     if labels == "auto" and len(class_names) < 2:
         return without_labels(found)
+    if labels == "auto" and most_in_no_folder(names):
+        return without_labels(replace(found, notes=(*found.notes, why_no_labels(found, set(class_names)))))
     if not class_names:
         raise UserError(f"{found.root}: its images are not in class folders (the first: {min(names)}); give --labels FILE or --labels none")
     return by_class_folder(replace(found, files=names, class_names=class_names))
+
+
+def _folders_above_classes(folders: Sequence[str]) -> str:
+    """Returns the folders, 'images/train/', that are the first ones of all these and leave each of them at least one."""
+    shared = PurePosixPath(os.path.commonpath(folders)).parts
+    levels = min(folder.count("/") for folder in folders)
+    return "".join(f"{folder}/" for folder in shared[:levels])
 
 
 def _by_folder_in_shard(found: ImageListing) -> ImageListing:
@@ -143,9 +153,7 @@ def _common_folder(paths: Sequence[Place]) -> Place:
 
 def _by_label_member(found: ImageListing, contents: Sequence[TarContent]) -> ImageListing:
     """Returns the images labelled by WebDataset's .cls members: class numbers, or names."""
-    given = {value for content in contents for value in content.label_names}
-    by_number = all(value.isdecimal() for value in given)
-    class_names = tuple(sorted(given, key=lambda value: (int(value), value) if by_number else (0, value)))
+    class_names = tuple(in_class_order({value for content in contents for value in content.label_names}))
     label_of = {name: label for label, name in enumerate(class_names)}
     columns = []
     for content in contents:
@@ -156,6 +164,12 @@ def _by_label_member(found: ImageListing, contents: Sequence[TarContent]) -> Ima
     without = int((labels < 0).sum())
     note = f"{found.root}: labels from .cls members: {len(class_names):,} classes" + (f"; {without:,} images have none" if without else "")
     return in_sample_order(replace(found, class_names=class_names, notes=(*found.notes, note)), labels)
+
+
+def in_class_order(texts: Collection[str]) -> list[str]:
+    """Returns the texts of labels in the order of their classes: by number if all are numbers, else by name."""
+    by_number = all(text.isdecimal() for text in texts)
+    return sorted(texts, key=lambda text: (int(text), text) if by_number else (0, text))
 
 
 def read_tars(paths: Sequence[Place]) -> list[TarContent]:
@@ -247,6 +261,7 @@ def _read_index(index: Path, *, tell: Callable[..., None] = log.warning) -> dict
     if not index.exists():
         return {}
     try:
+        require_regular(index)
         with index.open("rb") as file:
             with zipfile.ZipFile(file) as archive:  # refuse what is compressed: a small file could unpack to fill the memory
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):

@@ -10,6 +10,7 @@ from tarfile import BLOCKSIZE, TarInfo
 
 import numpy as np
 
+from fastbyol.data.formats.regular_files import require_regular
 from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.formats.tar_shards import INDEX_VERSION, index_path
 from fastbyol.data.inputs.listing import EXTENSIONS
@@ -96,6 +97,7 @@ def _sample_faults(descriptor: int, index: int, members: list[TarInfo], images: 
 
 def _index_faults(path: Path, rows: list[str]) -> Iterator[str]:
     try:
+        require_regular(path)
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         yield f"its index {path.name} cannot be read ({error.strerror})"
