@@ -23,6 +23,7 @@ from fastbyol.config import urls
 from fastbyol.config.errors import LOST_EXIT, USER_ERROR_EXIT, Lost, UserError, public_argument
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.config.urls import full_url, public_text, separated, shown_url, without_credentials
+from fastbyol.data.inputs import tars as tars_module
 from fastbyol.data.inputs.images import list_images
 from fastbyol.evaluation.splits import split_paths
 from fastbyol.host import stores
@@ -302,6 +303,38 @@ def test_urls_are_shown_without_secrets_and_opened_with_them() -> None:
     assert DataConfig(train=f"https://user:{WORDS[0]}@host/x?q").train == "https://host/x"
     with pytest.raises(UserError, match="out = s3://bucket/run: is a URL"):
         TrainConfig(out="s3://bucket/run")
+
+
+@pytest.mark.parametrize("sign", ["#", "?"])
+def test_signs_of_a_query_belong_to_the_names_of_objects(
+    sign: str, served: Path, memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars = [(served / f"part-{part}.tar").read_bytes() for part in range(2)]
+    for part, tar in enumerate(tars):
+        memory.pipe_file(f"/bucket/tars/part{sign}{part}.tar", tar)
+        memory.pipe_file(f"/bucket/images/frame{sign}{part}.bmp", bytes([part]))
+    images = list_images("memory://bucket/images", labels="none")
+    sent = pickle.dumps([images.location(index) for index in range(2)])
+    assert [location.read() for location in pickle.loads(sent)] == [b"\0", b"\1"]
+    here = list_images(str(served / "part-*.tar"))
+    for _ in range(2):  # the second listing is that of the index, which the first one writes
+        there = list_images("memory://bucket/tars/part*.tar")
+        assert [content.url for content in there.places.containers] == [f"memory://bucket/tars/part{sign}{part}.tar" for part in range(2)]
+        assert [there.location(index).read() for index in range(len(there.files))] == [
+            here.location(index).read() for index in range(len(here.files))
+        ]
+        monkeypatch.setattr(tars_module, "_scan", None)
+    (tmp_path / "list.txt").write_text("".join(f"memory://bucket/images/frame{sign}{part}.bmp\n" for part in range(2)))
+    with pytest.raises(UserError, match="memory://bucket/images/frame: is given with two different queries"):
+        list_images(str(tmp_path / "list.txt"))
+
+
+def test_a_place_takes_its_secrets_to_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = pickle.dumps(StorePath.of(f"https://user:{WORDS[0]}@host/x?sig={WORDS[1]}") / "a.jpg")
+    monkeypatch.setattr(urls, "_known", {})
+    there = pickle.loads(sent)
+    assert full_url(there.url) == f"https://user:{WORDS[0]}@host/x/a.jpg?sig={WORDS[1]}"
+    assert full_url("https://host/other") == f"https://user:{WORDS[0]}@host/other"
 
 
 def test_an_error_that_is_not_the_stores_is_not_tried_again() -> None:

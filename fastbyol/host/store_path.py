@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import quote, unquote
 
 from fastbyol.config.errors import UserError
-from fastbyol.config.urls import full_url, is_url, public_text
+from fastbyol.config.urls import Secrets, is_url, keep_secrets, public_text, secrets_of
 from fastbyol.host.stores import Absent, Refused, retried, store_of
 
 REQUESTS = 32
@@ -54,18 +54,19 @@ class StorePath:
     """The URL, from which user name, password and query are taken out."""
 
     @classmethod
-    def of(cls, text: str) -> StorePath:
-        """Returns the place of a URL as typed; its secrets are kept in memory."""
+    def of(cls, text: str, *, queries: dict[str, str] | None = None) -> StorePath:
+        """Returns the place of a URL as typed; its secrets are kept in memory. queries: as `public_text` has it."""
         try:
-            public = public_text(text)
+            public = public_text(text, queries=queries)
         except ValueError as error:
             raise UserError(str(error)) from None
         # Doubled slashes are names of their own in a store, but a mistake in what is typed.
         scheme, _, place = public.partition("://")
         return cls(f"{scheme}://{place.rstrip('/')}")
 
-    def __reduce__(self) -> tuple[Callable[[str], StorePath], tuple[str]]:
-        return StorePath.of, (full_url(self.url),)  # a worker process needs the secrets too
+    def __reduce__(self) -> tuple[Callable[[str, str, Secrets], StorePath], tuple[str, str, Secrets]]:
+        # A worker process needs the secrets too. They travel beside the URL: '#' and '?' in an object's name would be taken for their start.
+        return _with_secrets, (self.url, *secrets_of(self.url))
 
     def __str__(self) -> str:
         return self.url
@@ -221,6 +222,11 @@ def place_of(text: str) -> Place:
     return StorePath.of(text) if is_url(text) else Path(text)
 
 
+def known_place(text: str) -> Place:
+    """Returns where a path or URL leads that we wrote ourselves. Unlike in one that a user types, '#' and '?' belong to the name."""
+    return StorePath(text) if is_url(text) else Path(text)
+
+
 def open_unbuffered(place: Place) -> BinaryIO:
     """Returns the file for reading: a local one unbuffered, since tables and headers are read where they lie; one at a URL in large blocks."""
     return place.open() if isinstance(place, StorePath) else cast(BinaryIO, open(place, "rb", buffering=0))
@@ -233,6 +239,13 @@ def at_once(call: Callable[[Item], Answer], items: Sequence[Item], *, requests: 
             yield from pool.map(call, items)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _with_secrets(url: str, kept_for: str, secrets: Secrets) -> StorePath:
+    """Returns the place of a URL whose secrets another process has."""
+    if any(secrets):
+        keep_secrets(kept_for, secrets)
+    return StorePath(url)
 
 
 def _entries(found: Iterable[dict[str, Any]], root: str, *, web: bool) -> Iterator[StoreEntry]:

@@ -141,7 +141,8 @@ def _rows_here(path: Path, rows: Iterable[tuple[str, str]]) -> _Listed:
 
 
 def _rows_in_store(path: Place, rows: list[tuple[str, str]]) -> _Listed:
-    places = [StorePath.of(name) if is_url(name) else path.parent / name for name, _ in rows]
+    queries: dict[str, str] = {}
+    places = [StorePath.of(name, queries=queries) if is_url(name) else path.parent / name for name, _ in rows]
     at_urls = [place for place in places if isinstance(place, StorePath)]
     stores = sorted(set(map(_store_of, at_urls)))
     if len(at_urls) < len(places) or len(stores) > 1:
