@@ -46,10 +46,14 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 def write_durably(path: Path, text: str) -> None:
     """Writes the text as UTF-8, or leaves the file as it was. Raises OSError if the disk is full or not writable."""
     with durable_file(path) as file:
-        rest = memoryview(text.encode("utf-8", errors="surrogateescape"))
-        # An unbuffered file may write less than it was given.
-        while rest:
-            rest = rest[file.write(rest) :]
+        write_all(file, text.encode("utf-8", errors="surrogateescape"))
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Writes all of the data: an unbuffered file may write less than it is given."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def flush_to_disk(path: Path) -> None:
