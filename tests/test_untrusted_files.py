@@ -245,11 +245,20 @@ def test_a_manifest_may_only_name_files_beside_it_of_sizes_that_files_have(tar_f
         ({"name": "../secret.tar"}, "should be the name of a file beside it"),
         ({"name": "/etc/passwd"}, "should be the name of a file beside it"),
         ({"bytes": 10**30}, "should be a number"),
+        ({"chunk_bytes": 1}, "chunk_bytes is 1; should be 0 or at least 1,048,576"),
+        ({"chunk_bytes": 2**20 - 1}, "chunk_bytes is 1048575; should be 0 or"),
     ):
         shards = [{**fields["shards"][0], **changes}, *fields["shards"][1:]]
         (tmp_path / "manifest.json").write_text(json.dumps(fields | {"shards": shards}))
         with pytest.raises(UserError, match=message):
             read_manifest(tmp_path / "manifest.json")
+
+
+def test_a_manifest_may_name_chunks_of_a_mebibyte(tar_folder: Path, tmp_path: Path) -> None:
+    fields = json.loads((tar_folder / "manifest.json").read_text())
+    shards = [{**shard, "chunk_bytes": 2**20} for shard in fields["shards"]]
+    (tmp_path / "manifest.json").write_text(json.dumps(fields | {"shards": shards}))
+    assert {shard.chunk_bytes for shard in read_manifest(tmp_path / "manifest.json").shards} == {2**20}
 
 
 def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:
