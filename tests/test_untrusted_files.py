@@ -151,6 +151,15 @@ def test_a_label_that_is_no_class_number_is_refused_before_a_name_is_made_for_ea
             use(beton_copy)
 
 
+@pytest.mark.parametrize("label", [2**40, 3, -2])
+def test_info_refuses_a_label_that_the_manifest_does_not_name(label: int, beton: Path, beton_copy: Path) -> None:
+    """2^40 would take a count for each class below it, of 8 TiB."""
+    shutil.copy(f"{beton}.json", f"{beton_copy}.json")
+    edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(3, label))
+    with pytest.raises(UserError, match=rf"holds the label {label}, its manifest names 3 classes|has a label below -1"):
+        take_inventory(beton_copy, shown=str(beton_copy))
+
+
 def test_a_label_of_minus_one_means_unlabelled_and_a_lower_one_is_refused(beton_copy: Path) -> None:
     edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(slice(0, 20), -1))
     source = FfcvSource(beton_copy)
