@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,12 +27,12 @@ from fastbyol.config.urls import full_url, public_text, separated, shown_url, wi
 from fastbyol.data.inputs import tars as tars_module
 from fastbyol.data.inputs.images import list_images
 from fastbyol.evaluation.splits import split_paths
-from fastbyol.host import stores
+from fastbyol.host import stores, web_reading
 from fastbyol.host.staged_output import StagedOutput
 from fastbyol.host.store_copies import local_copy
 from fastbyol.host.store_path import StorePath
 from fastbyol.host.stores import Absent, Refused, retried
-from tests.web_server import WebServer
+from tests.web_server import LONG_BYTES, SLOW_S, WebServer
 
 WORDS = ("secretpw", "secrettoken")
 ENCODER = ("--checkpoint", "tests/golden/scenes_encoder.pt", "--views.size_px", "32")
@@ -303,6 +304,32 @@ def test_urls_are_shown_without_secrets_and_opened_with_them() -> None:
     assert DataConfig(train=f"https://user:{WORDS[0]}@host/x?q").train == "https://host/x"
     with pytest.raises(UserError, match="out = s3://bucket/run: is a URL"):
         TrainConfig(out="s3://bucket/run")
+
+
+def test_no_more_than_was_asked_for_is_taken_from_a_server(served: Path, server: WebServer) -> None:
+    tar = StorePath.of(f"{server.url}/train.tar")
+    server.fault = lambda method, path: "long"
+    with pytest.raises(UserError, match="train.tar: the server sends more than the 10 bytes that it is asked for; fetch the file first"):
+        tar.read(600, 10)
+    server.fault = lambda method, path: "whole"
+    assert tar.read(0, 10) == (served / "train.tar").read_bytes()[:10]
+    server.fault = lambda method, path: ""
+    assert tar.read(600, 10) == (served / "train.tar").read_bytes()[600:610]
+    assert server.sent["train.tar"] < LONG_BYTES  # the client was gone before the end
+
+
+def test_a_server_that_sends_a_byte_now_and_then_does_not_hold_a_request(
+    served: Path, server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_reading, "GRACE_S", 0.3)
+    server.fault = lambda method, path: "slow" * (server.struck["slow"] < 2)
+    tar = StorePath.of(f"{server.url}/train.tar")
+    begun = time.monotonic()
+    with pytest.raises(OSError, match=r"^\d+ bytes arrived in 0 s"):
+        tar.read_once(0, 1000)
+    assert time.monotonic() - begun < SLOW_S
+    assert tar.read_bytes() == (served / "train.tar").read_bytes()  # at the second try
+    assert server.struck["slow"] == 2
 
 
 @pytest.mark.parametrize("sign", ["#", "?"])

@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 from fastbyol.config.errors import UserError
 from fastbyol.config.urls import Secrets, is_url, keep_secrets, public_text, secrets_of
 from fastbyol.host.stores import Absent, Refused, retried, store_of
+from fastbyol.host.web_reading import web_bytes
 
 REQUESTS = 32
 """Requests that run at a time where many files are asked for: what takes time is the way there and back."""
@@ -157,19 +158,8 @@ class StorePath:
     def read_once(self, offset: int, size: int) -> bytes:
         """Returns what `read` does, asking once. Raises an error of the store's library, or OSError if the body is cut."""
         fs, path = self.store()
-        if self.is_web:  # cat_file would take the whole file for the part, if the server knows no parts
-            with fs.open(path, "rb", size=offset + size, block_size=size, cache_type="none") as file:
-                file.seek(offset)
-                try:
-                    data = file.read(size)
-                except ValueError as error:
-                    if "range" not in str(error):
-                        raise
-                    raise UserError(
-                        f"{self}: the server sends the whole file for a part of it: it sends whole files only; fetch the file first"
-                    ) from None
-        else:
-            data = fs.cat_file(path, start=offset, end=offset + size)
+        end = offset + size
+        data = web_bytes(fs, path, shown=str(self), start=offset, size=size) if self.is_web else fs.cat_file(path, start=offset, end=end)
         if len(data) != size:
             raise OSError(f"{len(data):,} of {size:,} bytes arrived")
         return data
@@ -177,7 +167,7 @@ class StorePath:
     def read_bytes(self) -> bytes:
         """Returns the whole file."""
         fs, path = self.store()
-        return retried(lambda: fs.cat_file(path), str(self))
+        return retried(lambda: web_bytes(fs, path, shown=str(self)) if self.is_web else fs.cat_file(path), str(self))
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Returns the file for reading, fetched in large blocks."""
