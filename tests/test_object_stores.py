@@ -24,6 +24,7 @@ from fastbyol.config import urls
 from fastbyol.config.errors import LOST_EXIT, USER_ERROR_EXIT, Lost, UserError, public_argument
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.config.urls import full_url, public_text, separated, shown_url, without_credentials
+from fastbyol.data.backends.store_tables import StoreTables
 from fastbyol.data.inputs import tars as tars_module
 from fastbyol.data.inputs.images import list_images
 from fastbyol.evaluation.splits import split_paths
@@ -225,6 +226,33 @@ def test_a_copy_is_fetched_once_and_goes_on_where_it_stopped(served: Path, serve
     assert local_copy(place) == (path, False)
     path.write_bytes(content[:-1])
     assert local_copy(place) == (path, True)
+
+
+def test_a_write_of_less_than_a_part_ends_the_copy_and_leaves_no_hole(
+    served: Path, server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastbyol.host.store_copies.PART_BYTES", 1 << 15)
+    monkeypatch.setattr("fastbyol.host.store_copies._SAVED_EVERY", 1)
+    place, pwrite, written = StorePath.of(f"{server.url}/train.tar"), os.pwrite, []
+
+    def cut_once(descriptor: int, data: bytes, offset: int) -> int:
+        written.append(offset)
+        return pwrite(descriptor, data[:100] if len(data) == 1 << 15 and offset == 1 << 15 else data, offset)
+
+    monkeypatch.setattr(os, "pwrite", cut_once)
+    with pytest.raises(UserError, match=r"train.tar cannot be copied there \(No space left on device\); make room"):
+        local_copy(place)
+    assert 1 << 15 in written
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert local_copy(place)[0].read_bytes() == (served / "train.tar").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a%2Fb.beton", "..%2F..%2Fx.beton", "a%00.beton"])
+def test_a_name_that_no_file_here_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"https://h/{name}: its name holds a '/'"):
+        local_copy(StorePath.of(f"https://h/{name}"))
+    with pytest.raises(UserError, match=f"https://h/{name}: its name holds a '/'"):
+        StoreTables(f"https://h/{name}", root=tmp_path, limit_bytes=1, option="data.train")
 
 
 def test_a_server_without_ranges_is_refused_before_it_sends_everything(server: WebServer) -> None:

@@ -86,6 +86,13 @@ class StorePath:
         return unquote(name) if self.is_web else name
 
     @property
+    def local_name(self) -> str:
+        """The name, for a copy on this machine. Raises UserError if no file can have it."""
+        if "/" in self.name or "\0" in self.name:
+            raise UserError(f"{self}: its name holds a '/' (written %2F) or a zero byte, which no file of this machine can have; rename it")
+        return self.name
+
+    @property
     def suffix(self) -> str:
         return posixpath.splitext(self.name)[1]
 

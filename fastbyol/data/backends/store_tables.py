@@ -142,12 +142,13 @@ class StoreTables:
                 self._write(self._table, _pieces(table, 0, min(table.stat().size, largest_sample_table(samples) + 1)))
 
     def _copy_beton(self, refused: Stamp | None) -> None:
+        name = self._place.local_name
         manifest, status = b"", self._place.stat()
         with suppress(UserError):  # a .beton without a manifest: its reader says what it lacks then
-            manifest = _head(self._place.with_name(f"{self._place.name}.json"), MAX_MANIFEST_BYTES + 1)
+            manifest = _head(self._place.with_name(f"{name}.json"), MAX_MANIFEST_BYTES + 1)
         # What tells this file from another that takes its place later: all that the store says, and the beginning of its table.
         self._folder = self._folder_for(repr(tuple(status)).encode(), self._place.read(0, min(status.size, 1 << 16)), manifest)
-        self.path = self._folder / self._place.name
+        self.path = self._folder / name
         with self._copying():
             if self._lacks_table(refused):
                 if manifest:

@@ -77,7 +77,7 @@ def list_parquet(paths: Sequence[Place], *, root: Place, label_column: str | Non
 def _facts_of(tar: Path) -> dict[str, Any] | None:
     """Returns the first member of the tar, or None if there is no such tar."""
     try:
-        with tarfile.open(tar) as archive:
+        with tarfile.open(tar, "r:") as archive:  # any other mode would unpack a compressed one
             first = archive.next()
             content = archive.extractfile(first) if first and first.name == _STAMPS else None
             return json.loads(content.read(1 << 20)) if content else None
