@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, cast
 
 from fastbyol.config.errors import UserError
 from fastbyol.host.stores import CONNECT_S, SILENT_S
@@ -28,7 +28,7 @@ def web_bytes(fs: Any, url: str, *, shown: str, start: int = 0, size: int | None
     """
     import fsspec.asyn
 
-    return fsspec.asyn.sync(fs.loop, _fetched, fs, url, shown, start, size)
+    return cast(bytes, fsspec.asyn.sync(fs.loop, _fetched, fs, url, shown, start, size))
 
 
 async def _fetched(fs: Any, url: str, shown: str, start: int, size: int | None) -> bytes:
