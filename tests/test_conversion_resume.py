@@ -26,6 +26,7 @@ from fastbyol.data.conversion.image_pass import BadImage
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.conversion.work_folder import BackgroundDigests, WorkFolder, work_path
+from fastbyol.data.formats import manifest as manifest_module
 from fastbyol.data.formats.beton import read_beton
 from fastbyol.data.formats.manifest import read_manifest
 from fastbyol.data.inputs.folder import list_image_folder
@@ -175,6 +176,7 @@ def test_chunks_are_hashed_as_the_file_grows_and_give_its_sha256_after_an_interr
     ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(beton_writer, "_CHUNK_BYTES", 500)
+    monkeypatch.setattr(manifest_module, "_MIN_CHUNK_BYTES", 500)
     begin = BackgroundDigests.begin
 
     def begin_and_wait(self: BackgroundDigests, name: str, *, start: int = 0, size: int | None = None) -> None:

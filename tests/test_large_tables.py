@@ -157,7 +157,7 @@ def test_a_kept_table_that_is_cut_or_made_of_another_file_is_made_anew(tmp_path:
     right = as_lists(read_beton(path))
     table = kept_table(tmp_path)
     content = table.read_bytes()
-    for damaged in (b"", content[:-1], b"{" + content[1:], content.replace(b'"stamp": [', b'"stamp": [1', 1)):
+    for damaged in (b"", content[:-1], b"{" + content[1:], content.replace(b'"stamp": [', b'"stamp": [1', 1), b"[" * 4096 + content[4096:]):
         table.write_bytes(damaged)
         assert as_lists(read_beton(path)) == right
         assert table.read_bytes() == content

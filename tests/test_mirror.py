@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -115,7 +116,28 @@ def test_copies_that_came_and_went_since_the_start_was_checked_are_known_and_eac
     shutil.rmtree(tmp_path / "run")
     assert mirror.bring_newest(tmp_path / "run") == 4
     assert mirror.steps == [1, 3, 4]
-    assert read == ["step-000000003.json", "step-000000004.json"]
+    assert [name for name in read if name.endswith(".json")] == ["step-000000003.json", "step-000000004.json"]
+
+
+def test_a_disk_that_takes_no_more_is_not_blamed_on_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror, fresh = copied(tmp_path, [2]), tmp_path / "fresh"
+    monkeypatch.setattr(mirror_module, "retried", functools.partial(retried, waits_s=()))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(NotSaved, match=r"fresh: the checkpoint from file://.* cannot be written \(File too large\); make room"):
+            mirror.bring_newest(fresh)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in fresh.rglob("*.pt*") if path.is_file()]
+    assert mirror.bring_newest(fresh) == 2
+
+
+def test_a_checkpoint_of_several_parts_is_brought_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror, fresh = copied(tmp_path, [2]), tmp_path / "fresh"
+    monkeypatch.setattr(mirror_module, "PART_BYTES", 1000)
+    assert mirror.bring_newest(fresh) == 2
+    assert checkpoint_path(fresh, 2).read_bytes() == checkpoint_path(tmp_path / "run", 2).read_bytes()
 
 
 def test_the_copies_of_another_run_are_refused(tmp_path: Path) -> None:

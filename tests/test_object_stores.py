@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,15 +25,17 @@ from fastbyol.config import urls
 from fastbyol.config.errors import LOST_EXIT, USER_ERROR_EXIT, Lost, UserError, public_argument
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.config.urls import full_url, public_text, separated, shown_url, without_credentials
+from fastbyol.data.backends.store_tables import StoreTables
 from fastbyol.data.build import backend_of
+from fastbyol.data.inputs import tars as tars_module
 from fastbyol.data.inputs.images import list_images
 from fastbyol.evaluation.splits import split_paths
-from fastbyol.host import stores
+from fastbyol.host import stores, web_reading
 from fastbyol.host.staged_output import StagedOutput
 from fastbyol.host.store_copies import local_copy
 from fastbyol.host.store_path import StorePath
 from fastbyol.host.stores import Absent, Refused, retried
-from tests.web_server import WebServer
+from tests.web_server import LONG_BYTES, SLOW_S, WebServer
 
 WORDS = ("secretpw", "secrettoken")
 ENCODER = ("--checkpoint", "tests/golden/scenes_encoder.pt", "--views.size_px", "32")
@@ -243,6 +246,33 @@ def test_a_copy_is_fetched_once_and_goes_on_where_it_stopped(served: Path, serve
     assert local_copy(place) == (path, True)
 
 
+def test_a_write_of_less_than_a_part_ends_the_copy_and_leaves_no_hole(
+    served: Path, server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastbyol.host.store_copies.PART_BYTES", 1 << 15)
+    monkeypatch.setattr("fastbyol.host.store_copies._SAVED_EVERY", 1)
+    place, pwrite, written = StorePath.of(f"{server.url}/train.tar"), os.pwrite, []
+
+    def cut_once(descriptor: int, data: bytes, offset: int) -> int:
+        written.append(offset)
+        return pwrite(descriptor, data[:100] if len(data) == 1 << 15 and offset == 1 << 15 else data, offset)
+
+    monkeypatch.setattr(os, "pwrite", cut_once)
+    with pytest.raises(UserError, match=r"train.tar cannot be copied there \(No space left on device\); make room"):
+        local_copy(place)
+    assert 1 << 15 in written
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert local_copy(place)[0].read_bytes() == (served / "train.tar").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a%2Fb.beton", "..%2F..%2Fx.beton", "a%00.beton"])
+def test_a_name_that_no_file_here_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"https://h/{name}: its name holds a '/'"):
+        local_copy(StorePath.of(f"https://h/{name}"))
+    with pytest.raises(UserError, match=f"https://h/{name}: its name holds a '/'"):
+        StoreTables(f"https://h/{name}", root=tmp_path, limit_bytes=1, option="data.train")
+
+
 def test_a_server_without_ranges_is_refused_before_it_sends_everything(server: WebServer) -> None:
     server.fault = lambda method, path: "whole" if path.endswith(".tar") else ""
     with pytest.raises(UserError, match="sends whole files only"):
@@ -320,6 +350,65 @@ def test_urls_are_shown_without_secrets_and_opened_with_them() -> None:
     assert DataConfig(train=f"https://user:{WORDS[0]}@host/x?q").train == "https://host/x"
     with pytest.raises(UserError, match="out = s3://bucket/run: is a URL"):
         TrainConfig(out="s3://bucket/run")
+
+
+def test_no_more_than_was_asked_for_is_taken_from_a_server(served: Path, server: WebServer) -> None:
+    tar = StorePath.of(f"{server.url}/train.tar")
+    server.fault = lambda method, path: "long"
+    with pytest.raises(UserError, match="train.tar: the server sends more than the 10 bytes that it is asked for; fetch the file first"):
+        tar.read(600, 10)
+    server.fault = lambda method, path: "whole"
+    assert tar.read(0, 10) == (served / "train.tar").read_bytes()[:10]
+    server.fault = lambda method, path: ""
+    assert tar.read(600, 10) == (served / "train.tar").read_bytes()[600:610]
+    assert server.sent["train.tar"] < LONG_BYTES  # the client was gone before the end
+
+
+def test_a_server_that_sends_a_byte_now_and_then_does_not_hold_a_request(
+    served: Path, server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_reading, "GRACE_S", 0.3)
+    server.fault = lambda method, path: "slow" * (server.struck["slow"] < 2)
+    tar = StorePath.of(f"{server.url}/train.tar")
+    begun = time.monotonic()
+    with pytest.raises(OSError, match=r"^\d+ bytes arrived in 0 s"):
+        tar.read_once(0, 1000)
+    assert time.monotonic() - begun < SLOW_S
+    assert tar.read_bytes() == (served / "train.tar").read_bytes()  # at the second try
+    assert server.struck["slow"] == 2
+
+
+@pytest.mark.parametrize("sign", ["#", "?"])
+def test_signs_of_a_query_belong_to_the_names_of_objects(
+    sign: str, served: Path, memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars = [(served / f"part-{part}.tar").read_bytes() for part in range(2)]
+    for part, tar in enumerate(tars):
+        memory.pipe_file(f"/bucket/tars/part{sign}{part}.tar", tar)
+        memory.pipe_file(f"/bucket/images/frame{sign}{part}.bmp", bytes([part]))
+    images = list_images("memory://bucket/images", labels="none")
+    sent = pickle.dumps([images.location(index) for index in range(2)])
+    assert [location.read() for location in pickle.loads(sent)] == [b"\0", b"\1"]
+    here = list_images(str(served / "part-*.tar"))
+    for _ in range(2):  # the second listing is that of the index, which the first one writes
+        there = list_images("memory://bucket/tars/part*.tar")
+        assert there.places is not None
+        assert list(map(str, there.places.containers)) == [f"memory://bucket/tars/part{sign}{part}.tar" for part in range(2)]
+        assert [there.location(index).read() for index in range(len(there.files))] == [
+            here.location(index).read() for index in range(len(here.files))
+        ]
+        monkeypatch.setattr(tars_module, "_scan", None)
+    (tmp_path / "list.txt").write_text("".join(f"memory://bucket/images/frame{sign}{part}.bmp\n" for part in range(2)))
+    with pytest.raises(UserError, match="memory://bucket/images/frame: is given with two different queries"):
+        list_images(str(tmp_path / "list.txt"))
+
+
+def test_a_place_takes_its_secrets_to_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = pickle.dumps(StorePath.of(f"https://user:{WORDS[0]}@host/x?sig={WORDS[1]}") / "a.jpg")
+    monkeypatch.setattr(urls, "_known", {})
+    there = pickle.loads(sent)
+    assert full_url(there.url) == f"https://user:{WORDS[0]}@host/x/a.jpg?sig={WORDS[1]}"
+    assert full_url("https://host/other") == f"https://user:{WORDS[0]}@host/other"
 
 
 def test_an_error_that_is_not_the_stores_is_not_tried_again() -> None:

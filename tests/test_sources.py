@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -634,6 +635,16 @@ def test_each_mistake_is_one_line_that_names_the_way_out(sources: dict[str, str]
             list_images(sources["list.csv"], **options)
     with pytest.raises(UserError, match="--label-column: has no effect without a table"):
         list_images(sources["flat"], label_column="kind")
+
+
+def test_a_compressed_copy_of_parquet_files_is_not_unpacked_but_made_anew(sources: dict[str, str], tmp_path: Path) -> None:
+    shutil.copy(sources["parquet_file"], tmp_path / "x.parquet")
+    list_images(tmp_path / "x.parquet")
+    (copy,) = tmp_path.glob(".fastbyol-images-*")
+    content = copy.read_bytes()
+    copy.write_bytes(gzip.compress(content))
+    assert len(list_images(tmp_path / "x.parquet").files) == NUM
+    assert copy.read_bytes() == content
 
 
 def test_a_full_disk_ends_the_copy_of_parquet_files_in_one_line(sources: dict[str, str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 import fastbyol.data.backends.block_cache as block_cache
+import fastbyol.data.backends.store_tables as store_tables
 import fastbyol.train as train
 from fastbyol.config.errors import LOST_EXIT, Lost, UserError
 from fastbyol.config.schema import DataConfig
@@ -189,6 +191,44 @@ def test_what_changed_or_was_cut_in_the_cache_is_fetched_again(site: Path, serve
     server.sent.clear()
     assert batches_of(f"{server.url}/train", tmp_path) == expected
     assert len([name for name in server.sent if name.endswith(".tar")]) == 2
+
+
+@pytest.mark.parametrize(("name", "table"), [("train", "samples.npy"), ("train.beton", "train.beton")])
+def test_a_table_that_was_damaged_in_the_cache_is_fetched_again(
+    name: str, table: str, site: Path, server: WebServer, tmp_path: Path
+) -> None:
+    expected = batches_of(site / name)
+    assert batches_of(f"{server.url}/{name}", tmp_path) == expected
+    (copy,) = tmp_path.rglob(table)
+    size = copy.stat().st_size
+    copy.write_bytes(b"")
+    os.truncate(copy, size)  # as after a power cut
+    assert batches_of(f"{server.url}/{name}", tmp_path) == expected
+
+
+def test_a_table_that_is_damaged_on_its_way_is_fetched_again_and_one_in_the_store_is_named(
+    site: Path, server: WebServer, tmp_path: Path
+) -> None:
+    server.fault = lambda method, path: "damaged" * (path.endswith("samples.npy") and method == "GET" and not server.struck["damaged"])
+    assert batches_of(f"{server.url}/train", tmp_path / "once") == batches_of(site / "train")
+    server.fault = lambda method, path: "damaged" * (path.endswith("samples.npy") and method == "GET")
+    before = server.struck["damaged"]
+    with pytest.raises(UserError, match=rf"^{server.url}/train/samples.npy: "):
+        batches_of(f"{server.url}/train", tmp_path / "always")
+    assert server.struck["damaged"] == before + 2
+
+
+def test_a_copied_beton_is_flushed_before_it_gets_its_name_and_its_folder_after(
+    server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (done.append(f"rename {self}"), replace(self, to))[1])
+    tables = store_tables.StoreTables(f"{server.url}/train.beton", root=tmp_path, limit_bytes=1 << 30, option="data.train")
+    unfinished = tables.path.with_name("tables.unfinished")
+    at = done.index(f"rename {unfinished}")
+    assert (done[at - 1], done[at + 1]) == (str(unfinished), str(tables.path.parent))
 
 
 @pytest.mark.parametrize(

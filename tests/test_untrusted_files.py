@@ -153,6 +153,15 @@ def test_a_label_that_is_no_class_number_is_refused_before_a_name_is_made_for_ea
             use(beton_copy)
 
 
+@pytest.mark.parametrize("label", [2**40, 3, -2])
+def test_info_refuses_a_label_that_the_manifest_does_not_name(label: int, beton: Path, beton_copy: Path) -> None:
+    """2^40 would take a count for each class below it, of 8 TiB."""
+    shutil.copy(f"{beton}.json", f"{beton_copy}.json")
+    edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(3, label))
+    with pytest.raises(UserError, match=rf"holds the label {label}, its manifest names 3 classes|has a label below -1"):
+        take_inventory(beton_copy, shown=str(beton_copy))
+
+
 def test_a_label_of_minus_one_means_unlabelled_and_a_lower_one_is_refused(beton_copy: Path) -> None:
     edit_rows(beton_copy, lambda rows: rows["f1"].__setitem__(slice(0, 20), -1))
     source = FfcvSource(beton_copy)
@@ -247,6 +256,8 @@ def test_a_manifest_may_only_name_files_beside_it_of_sizes_that_files_have(tar_f
         ({"name": "../secret.tar"}, "should be the name of a file beside it"),
         ({"name": "/etc/passwd"}, "should be the name of a file beside it"),
         ({"bytes": 10**30}, "should be a number"),
+        ({"chunk_bytes": 1}, "chunk_bytes is 1; should be 0 or at least 1,048,576"),
+        ({"chunk_bytes": 2**20 - 1}, "chunk_bytes is 1048575; should be 0 or"),
     ):
         shards = [{**fields["shards"][0], **changes}, *fields["shards"][1:]]
         (tmp_path / "manifest.json").write_text(json.dumps(fields | {"shards": shards}))
@@ -290,6 +301,13 @@ def test_a_named_pipe_in_place_of_a_file_is_refused_instead_of_read(beton_copy: 
         shown = re.escape(str(path))
         with pytest.raises(UserError, match=f"{shown}.*it is not a regular file|it is not a regular file at {shown}"):
             read()
+
+
+def test_a_manifest_may_name_chunks_of_a_mebibyte(tar_folder: Path, tmp_path: Path) -> None:
+    fields = json.loads((tar_folder / "manifest.json").read_text())
+    shards = [{**shard, "chunk_bytes": 2**20} for shard in fields["shards"]]
+    (tmp_path / "manifest.json").write_text(json.dumps(fields | {"shards": shards}))
+    assert {shard.chunk_bytes for shard in read_manifest(tmp_path / "manifest.json").shards} == {2**20}
 
 
 def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import io
 import os
+import secrets
 import shutil
 import time
 import zipfile
@@ -483,6 +484,49 @@ def test_the_lock_of_a_folder_that_its_holder_removes_is_taken_anew(tmp_path, mo
     with pytest.raises(BlockingIOError):
         locked_file(path)
     os.close(held)
+
+
+@pytest.mark.parametrize("target", ["victim", "missing/file"])
+def test_a_lock_that_is_a_link_is_refused_and_its_target_is_not_touched(target, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "lock").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=r"lock: is a symbolic link, .*; remove it"):
+        locked_file(tmp_path / "lock")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_folder_that_goes_again_and_again_does_not_hold_a_lock_up_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tmp_path), "mkdir", lambda self, **options: None)
+    with pytest.raises(FileNotFoundError):
+        locked_file(tmp_path / "folder" / "lock")
+
+
+def test_a_removed_lock_is_taken_anew_where_the_open_file_keeps_a_link(tmp_path, monkeypatch):
+    """As on NFS, which renames an open file that is removed: the holder removes it between opening and locking, and another process makes its own."""
+    path, flock = tmp_path / "lock", fcntl.flock
+    changes = iter([True])
+
+    def replaced_first(descriptor, operation):
+        if next(changes, False):
+            path.rename(tmp_path / ".nfs0001")
+            path.touch()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_first)
+    held = locked_file(path)
+    assert os.path.samestat(os.fstat(held), path.stat())
+    os.close(held)
+
+
+def test_an_unfinished_file_is_written_through_no_link(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_text("precious")
+    for guessed in (f"a.tmp-{os.getpid()}", f"a.tmp-{os.getpid()}-{'0' * 8}"):
+        (tmp_path / guessed).symlink_to(tmp_path / "victim")
+    write_durably(tmp_path / "a", "text")
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    with pytest.raises(FileExistsError):
+        write_durably(tmp_path / "a", "other")
+    assert ((tmp_path / "victim").read_text(), (tmp_path / "a").read_text()) == ("precious", "text")
 
 
 def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):

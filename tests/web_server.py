@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from email.utils import formatdate
@@ -14,13 +15,15 @@ from socket import socket
 from typing import Self
 from urllib.parse import quote, unquote, urlsplit
 
+LONG_BYTES, SLOW_S = 64 << 20, 2.0
+
 
 class WebServer:
     """A context manager, which can also be stopped and started again.
 
     `fault` gets (method, path) of each request and returns '', '503', 'cut' (the body ends early), 'damaged' (one byte is changed), 'whole' (no
-    ranges), or another status. `struck` counts the faults, `asked` the requests by method, `sent` the bytes of each file, `authorised` the
-    requests with a password.
+    ranges), 'long' (LONG_BYTES follow the range), 'slow' (a byte at a time, for SLOW_S), or another status. `struck` counts the faults, `asked`
+    the requests by method, `sent` the bytes of each file, `authorised` the requests with a password.
     """
 
     def __init__(self, folder: Path, *, port: int = 0) -> None:
@@ -106,7 +109,7 @@ class WebServer:
             start, end = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
             data, status = data[start:end], 206
-        self._send(request, status, data, headers, fault=fault)
+        self._send(request, status, data + bytes(LONG_BYTES) if fault == "long" else data, headers, fault=fault)
 
     def _send(
         self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None, *, fault: str = ""
@@ -123,6 +126,15 @@ class WebServer:
         if fault == "cut":
             body = body[: len(body) // 2]
             request.close_connection = True
+        if fault == "slow":
+            end = time.monotonic() + SLOW_S
+            for byte in body:
+                request.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+                if time.monotonic() > end:
+                    break
+            request.close_connection = True
+            return
         request.wfile.write(body)
         if body and fault != "cut":
             self.sent[unquote(urlsplit(request.path).path).strip("/")] += len(body)

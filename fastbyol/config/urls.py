@@ -17,14 +17,16 @@ _SHORTEST_SECRET = 4
 """Shorter texts are not looked for in messages: they would be found in ordinary words."""
 
 
-class _Secrets(NamedTuple):
+class Secrets(NamedTuple):
+    """What is taken out of a URL."""
+
     user_info: str
     """'user:password', or ''."""
     query: str
     """The query with its '?', or the fragment with its '#'; '' if the URL has neither."""
 
 
-_known: dict[str, _Secrets] = {}
+_known: dict[str, Secrets] = {}
 """Secrets by the URL without them, and by its scheme and host."""
 
 
@@ -62,10 +64,8 @@ def public_text(text: str, *, queries: dict[str, str] | None = None) -> str:
             raise ValueError(f"the {public.partition(':')[0]}:// URL has a password with a '/' or '@' in it; write %2F or %40")
         if secrets.query and queries.setdefault(public, secrets.query) != secrets.query:
             raise ValueError(f"{public}: is given with two different queries; fetch one of the files first")
-        if secrets != _Secrets("", ""):
-            _known[public] = secrets
-            if secrets.user_info:
-                _known[_origin(public)] = _Secrets(secrets.user_info, "")
+        if secrets != Secrets("", ""):
+            keep_secrets(public, secrets)
         shown += rest[: start.start()] + public
         rest = after
     return shown + rest
@@ -74,11 +74,23 @@ def public_text(text: str, *, queries: dict[str, str] | None = None) -> str:
 def full_url(public: str) -> str:
     """Returns the URL with what `public_text` left out of it, of a folder above it, or of another one of the same host."""
     scheme, _, after = public.partition("://")
+    _, (user_info, query) = secrets_of(public)
+    return f"{scheme}://{user_info}{'@' if user_info else ''}{after}{query}"
+
+
+def secrets_of(public: str) -> tuple[str, Secrets]:
+    """Returns what `full_url` puts back, and the URL for which it is kept: this one, that of a folder above it, or the host's."""
     at = public if public in _known else public.removesuffix(".json")  # the manifest beside a file
     while at not in _known and at.count("/") > 2:
         at = at.rstrip("/").rpartition("/")[0]
-    user_info, query = _known.get(at) or _Secrets(_known.get(_origin(public), _Secrets("", "")).user_info, "")
-    return f"{scheme}://{user_info}{'@' if user_info else ''}{after}{query}"
+    return at, _known.get(at, Secrets("", ""))
+
+
+def keep_secrets(public: str, secrets: Secrets) -> None:
+    """Keeps what `full_url` puts back into this URL, into those below it, and, of a user and password, into all of its host."""
+    _known[public] = secrets
+    if secrets.user_info:
+        _known[_origin(public)] = Secrets(secrets.user_info, "")
 
 
 def without_credentials(text: str) -> str:
@@ -97,13 +109,13 @@ def without_credentials(text: str) -> str:
     return text
 
 
-def _parts(url: str) -> tuple[str, _Secrets]:
+def _parts(url: str) -> tuple[str, Secrets]:
     """Returns the URL without its secrets, and these."""
     scheme, _, after = url.partition("://")
     place = re.split(r"[?#]", after, maxsplit=1)[0]
     host, slash, path = place.partition("/")
     user_info, _, host = host.rpartition("@")
-    return f"{scheme}://{host}{slash}{path}", _Secrets(user_info, after[len(place) :])
+    return f"{scheme}://{host}{slash}{path}", Secrets(user_info, after[len(place) :])
 
 
 def _port_is_no_number(public: str) -> bool:

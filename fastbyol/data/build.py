@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -238,14 +237,11 @@ def _open_source(config: DataConfig, *, option: str, label_option: str = "") -> 
     store = None
     if is_url(location):
         store = StoreTables(location, root=cache_root(config.cache), limit_bytes=int(config.cache_gib * 2**30), option=option)
-    with store.named() if store else nullcontext():
-        if fitting == "ffcv":
-            from fastbyol.data.backends.ffcv_source import FfcvSource
-
-            return FfcvSource(store.path if store else Path(location), store=store)
-        from fastbyol.data.backends.dali_source import DaliSource
-
-        return DaliSource(store.path if store else Path(location), store=store)
+    if fitting == "ffcv":
+        from fastbyol.data.backends.ffcv_source import FfcvSource as ConvertedSource
+    else:
+        from fastbyol.data.backends.dali_source import DaliSource as ConvertedSource
+    return store.opened(lambda path: ConvertedSource(path, store=store)) if store else ConvertedSource(Path(location))
 
 
 def backend_of(path: str | Path, *, option: str) -> str:

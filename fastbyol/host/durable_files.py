@@ -5,27 +5,34 @@ A file is written under another name, flushed to the disk, then renamed.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import platform
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from fastbyol.config.errors import UserError
+
 log = logging.getLogger("fastbyol")
 UNFINISHED = ".tmp-"
 """Part of the name of every incomplete file, followed by the id of the process that writes it."""
+_FOLDER_TRIES = 100
+"""Times that the folder of a lock is made anew, which its holder may remove when it has finished."""
 
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """Yields an unbuffered binary file that gets its name when the block ends; an exception leaves the previous file in place."""
-    unfinished = path.with_name(f"{path.name}{UNFINISHED}{os.getpid()}")
+    unfinished = path.with_name(f"{path.name}{UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with unfinished.open("wb", buffering=0) as file:
+        # "x" follows no link: in a folder that others can write to, one of this name could lead to any file of this user.
+        with unfinished.open("xb", buffering=0) as file:
             yield cast(BinaryIO, file)
             os.fsync(file.fileno())
         # fsync must come before the rename: otherwise a power cut can leave the new name on an empty file.
@@ -39,10 +46,14 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 def write_durably(path: Path, text: str) -> None:
     """Writes the text as UTF-8, or leaves the file as it was. Raises OSError if the disk is full or not writable."""
     with durable_file(path) as file:
-        rest = memoryview(text.encode("utf-8", errors="surrogateescape"))
-        # An unbuffered file may write less than it was given.
-        while rest:
-            rest = rest[file.write(rest) :]
+        write_all(file, text.encode("utf-8", errors="surrogateescape"))
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Writes all of the data: an unbuffered file may write less than it is given."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def flush_to_disk(path: Path) -> None:
@@ -73,15 +84,24 @@ def locked_file(path: Path, *, patience_s: float = 0.0) -> int:
     """Locks a file for this process, in a folder that is created if needed; returns a descriptor whose closing releases the lock.
 
     A file system without locks is used unlocked, with a warning. Raises BlockingIOError, whose `strerror` names the other process, if that
-    has not released the lock within `patience_s`.
+    has not released the lock within `patience_s`, and UserError if the file is a symbolic link: who can write to the folder could make it lead
+    to any file of this user, which the holder's name would overwrite.
     """
-    deadline, waits = time.monotonic() + patience_s, False
+    deadline, waits, tries = time.monotonic() + patience_s, False, 0
     while True:
         path.parent.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # NFS can only lock a file that is open for writing
+            # NFS can only lock a file that is open for writing.
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
+            tries += 1
+            if tries == _FOLDER_TRIES:
+                raise
             continue  # its holder has just finished and removed the folder
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UserError(f"{path}: is a symbolic link, and a lock may not lead to another file; remove it") from None
+            raise
         # flock, and not a file that exists or not: the system releases it when the process ends, even by SIGKILL.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,9 +117,17 @@ def locked_file(path: Path, *, patience_s: float = 0.0) -> int:
             continue
         except OSError as error:
             log.warning("%s: cannot be locked (%s); make sure that only one job writes there", path.parent, error.strerror)
-        # A holder may have removed the file before it released the lock: then this is the lock of a file without a name.
-        if os.fstat(descriptor).st_nlink and path.exists():
+        # A holder may have removed the file before it released the lock: then this is the lock of a file that no longer has this name.
+        if _is_at(path, descriptor):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
             return descriptor
         os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Returns True if the open file has this path. Its number of links says less: NFS keeps one for a file that is still open."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

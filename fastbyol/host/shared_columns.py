@@ -85,7 +85,7 @@ def _mapped(path: Path, told: dict[str, Any]) -> Columns | None:
                 column: np.memmap(file, dtype=dtype, mode="c", offset=starts[column], shape=(told["rows"],)).view(np.ndarray)
                 for column, dtype in told["dtypes"].items()
             }
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

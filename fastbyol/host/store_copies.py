@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -34,11 +35,11 @@ def local_copy(place: StorePath) -> tuple[Path, bool]:
     """Returns the path of a copy of the file, and whether it was fetched just now. A copy is used again while the store tells the same
     size and version.
 
-    Raises UserError if there is no such file, too little disk space, or the file changes meanwhile, and Lost if the store does not answer. What
-    has been fetched is kept, and the next call goes on there.
+    Raises UserError if there is no such file, its name can be no file's here, too little disk space, or the file changes meanwhile, and Lost if
+    the store does not answer. What has been fetched is kept, and the next call goes on there.
     """
+    path = copies_of(place.parent) / place.local_name
     status = place.stat()
-    path = copies_of(place.parent) / place.name
     facts, wanted = path.with_name(f".{place.name}.source"), {"url": place.url, "size": status.size, "version": status.version}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,10 @@ def _fetch(place: StorePath, path: Path, facts: Path, wanted: dict[str, object],
 
         def fetch(start: int) -> int:
             part = place.read(start, min(PART_BYTES, size - start))
-            return os.pwrite(file.fileno(), part, start)
+            # A full disk may take less; what follows would be counted as if there were no hole.
+            if os.pwrite(file.fileno(), part, start) < len(part):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return len(part)
 
         for number, written in enumerate(at_once(fetch, range(done, size, PART_BYTES), requests=_PARTS_AT_ONCE), start=1):
             done += written

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import quote, unquote
 
 from fastbyol.config.errors import UserError
-from fastbyol.config.urls import full_url, is_url, public_text
+from fastbyol.config.urls import Secrets, is_url, keep_secrets, public_text, secrets_of
 from fastbyol.host.stores import Absent, Refused, retried, store_of
+from fastbyol.host.web_reading import web_bytes
 
 REQUESTS = 32
 """Requests that run at a time where many files are asked for: what takes time is the way there and back."""
@@ -54,18 +55,19 @@ class StorePath:
     """The URL, from which user name, password and query are taken out."""
 
     @classmethod
-    def of(cls, text: str) -> StorePath:
-        """Returns the place of a URL as typed; its secrets are kept in memory."""
+    def of(cls, text: str, *, queries: dict[str, str] | None = None) -> StorePath:
+        """Returns the place of a URL as typed; its secrets are kept in memory. queries: as `public_text` has it."""
         try:
-            public = public_text(text)
+            public = public_text(text, queries=queries)
         except ValueError as error:
             raise UserError(str(error)) from None
         # Doubled slashes are names of their own in a store, but a mistake in what is typed.
         scheme, _, place = public.partition("://")
         return cls(f"{scheme}://{place.rstrip('/')}")
 
-    def __reduce__(self) -> tuple[Callable[[str], StorePath], tuple[str]]:
-        return StorePath.of, (full_url(self.url),)  # a worker process needs the secrets too
+    def __reduce__(self) -> tuple[Callable[[str, str, Secrets], StorePath], tuple[str, str, Secrets]]:
+        # A worker process needs the secrets too. They travel beside the URL: '#' and '?' in an object's name would be taken for their start.
+        return _with_secrets, (self.url, *secrets_of(self.url))
 
     def __str__(self) -> str:
         return self.url
@@ -82,6 +84,13 @@ class StorePath:
     def name(self) -> str:
         name = self.url.rpartition("/")[2]
         return unquote(name) if self.is_web else name
+
+    @property
+    def local_name(self) -> str:
+        """The name, for a copy on this machine. Raises UserError if no file can have it."""
+        if "/" in self.name or "\0" in self.name:
+            raise UserError(f"{self}: its name holds a '/' (written %2F) or a zero byte, which no file of this machine can have; rename it")
+        return self.name
 
     @property
     def suffix(self) -> str:
@@ -156,19 +165,8 @@ class StorePath:
     def read_once(self, offset: int, size: int) -> bytes:
         """Returns what `read` does, asking once. Raises an error of the store's library, or OSError if the body is cut."""
         fs, path = self.store()
-        if self.is_web:  # cat_file would take the whole file for the part, if the server knows no parts
-            with fs.open(path, "rb", size=offset + size, block_size=size, cache_type="none") as file:
-                file.seek(offset)
-                try:
-                    data = file.read(size)
-                except ValueError as error:
-                    if "range" not in str(error):
-                        raise
-                    raise UserError(
-                        f"{self}: the server sends the whole file for a part of it: it sends whole files only; fetch the file first"
-                    ) from None
-        else:
-            data = fs.cat_file(path, start=offset, end=offset + size)
+        end = offset + size
+        data = web_bytes(fs, path, shown=str(self), start=offset, size=size) if self.is_web else fs.cat_file(path, start=offset, end=end)
         if len(data) != size:
             raise OSError(f"{len(data):,} of {size:,} bytes arrived")
         return data
@@ -176,7 +174,7 @@ class StorePath:
     def read_bytes(self) -> bytes:
         """Returns the whole file."""
         fs, path = self.store()
-        return retried(lambda: fs.cat_file(path), str(self))
+        return retried(lambda: web_bytes(fs, path, shown=str(self)) if self.is_web else fs.cat_file(path), str(self))
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Returns the file for reading, fetched in large blocks."""
@@ -221,6 +219,11 @@ def place_of(text: str) -> Place:
     return StorePath.of(text) if is_url(text) else Path(text)
 
 
+def known_place(text: str) -> Place:
+    """Returns where a path or URL leads that we wrote ourselves. Unlike in one that a user types, '#' and '?' belong to the name."""
+    return StorePath(text) if is_url(text) else Path(text)
+
+
 def open_unbuffered(place: Place) -> BinaryIO:
     """Returns the file for reading: a local one unbuffered, since tables and headers are read where they lie; one at a URL in large blocks."""
     return place.open() if isinstance(place, StorePath) else cast(BinaryIO, open(place, "rb", buffering=0))
@@ -233,6 +236,13 @@ def at_once(call: Callable[[Item], Answer], items: Sequence[Item], *, requests: 
             yield from pool.map(call, items)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _with_secrets(url: str, kept_for: str, secrets: Secrets) -> StorePath:
+    """Returns the place of a URL whose secrets another process has."""
+    if any(secrets):
+        keep_secrets(kept_for, secrets)
+    return StorePath(url)
 
 
 def _entries(found: Iterable[dict[str, Any]], root: str, *, web: bool) -> Iterator[StoreEntry]:

@@ -19,8 +19,10 @@ from fastbyol.config.urls import full_url, shown_url, without_credentials
 
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Seconds between tries: a store that answers again within a minute costs a run nothing but the wait."""
-_CONNECT_S, _SILENT_S = 10.0, 30.0
+CONNECT_S, SILENT_S = 10.0, 30.0
 """A try fails if no connection is made, or nothing arrives, for so long."""
+_PAGE_S = 600.0
+"""Longest request to a web server for a page of links, or for the size of a file; others have a limit of their own (`web_reading`)."""
 _OWN_RETRIES = 2
 """Tries of s3fs within each of ours; its default of 5, each of 5 of botocore's, would take an hour to find that a server is dead."""
 _ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -52,14 +54,14 @@ def store_of(url: str, *, option: str) -> tuple[Any, str]:
         if scheme in ("http", "https"):
             import aiohttp
 
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENT_S)
+            timeout = aiohttp.ClientTimeout(total=_PAGE_S, sock_connect=CONNECT_S, sock_read=SILENT_S)
             # trust_env: proxies, and names and passwords of ~/.netrc.
             return fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout, "trust_env": True})
         # Without a cache of listings: what another process has written since would not be seen.
         options: dict[str, Any] = {"use_listings_cache": False}
         if scheme == "s3":
             place = urlsplit(url)
-            options["config_kwargs"] = {"connect_timeout": _CONNECT_S, "read_timeout": _SILENT_S, "retries": {"total_max_attempts": 1}}
+            options["config_kwargs"] = {"connect_timeout": CONNECT_S, "read_timeout": SILENT_S, "retries": {"total_max_attempts": 1}}
             if place.username:
                 options |= {"key": unquote(place.username), "secret": unquote(place.password or "")}
                 url = url.replace(place.netloc, place.netloc.rpartition("@")[2], 1)

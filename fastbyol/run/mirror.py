@@ -6,6 +6,7 @@ digests: without it, a copy that was cut off does not count.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
@@ -20,8 +21,9 @@ from fastbyol.config.plain import from_plain, to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.config.urls import is_url
 from fastbyol.data.formats.manifest import sha256_of
-from fastbyol.host.durable_files import UNFINISHED, flush_to_disk, write_durably
+from fastbyol.host.durable_files import durable_file, write_all, write_durably
 from fastbyol.host.saved_structure import is_count
+from fastbyol.host.store_copies import PART_BYTES
 from fastbyol.host.stores import retried, store_of
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, digest_path
 from fastbyol.run.folder import CONFIG_FILE, PROVENANCE_FILE, config_changes
@@ -165,18 +167,20 @@ class Mirror:
                 continue
             size, digest = copy.files[name]
             target = path if name == path.name else run / name
-            unfinished = target.with_name(f"{target.name}{UNFINISHED}mirror")
-            try:
-                source = f"{self._path}/step-{copy.step:09d}/{name}"
-                self._call(lambda source=source, unfinished=unfinished: self._store.get_file(source, str(unfinished)), name)
-                if unfinished.stat().st_size != size or sha256_of(unfinished) != digest:
-                    raise UserError(f"{name} is not what was copied there (cut, or changed)")
-                flush_to_disk(unfinished)
+            source, found = f"{self._path}/step-{copy.step:09d}/{name}", hashlib.sha256()
+            damaged = UserError(f"{name} is not what was copied there (cut, or changed)")
+            with durable_file(target) as file:
+                for start in range(0, size, PART_BYTES):
+                    end = min(start + PART_BYTES, size)
+                    part = self._call(lambda source=source, start=start, end=end: self._store.cat_file(source, start=start, end=end), name)
+                    if len(part) != end - start:
+                        raise damaged
+                    found.update(part)
+                    write_all(file, part)  # outside of `_call`, which would take an error of the disk for one of the store
+                if found.hexdigest() != digest:
+                    raise damaged
                 if target == path:  # as `save_checkpoint`: the digest, then the name
                     write_durably(digest_path(path), digest + "\n")
-                unfinished.replace(target)
-            finally:
-                unfinished.unlink(missing_ok=True)
 
     def _read_markers(self) -> None:
         """Lists the copies, and reads the markers that are not known yet."""

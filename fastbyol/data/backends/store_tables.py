@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,13 @@ from fastbyol.data.backends.block_cache import BlockCache
 from fastbyol.data.formats.beton import MIN_PAGE_BYTES, copy_tables
 from fastbyol.data.formats.manifest import MAX_MANIFEST_BYTES, TAR_MANIFEST, beton_manifest_path, read_manifest
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, largest_sample_table
+from fastbyol.data.inputs.listing import Stamp, stamp_of
 from fastbyol.host.cache_files import cache_folder
-from fastbyol.host.durable_files import durable_file, locked_file
+from fastbyol.host.durable_files import durable_file, flush_to_disk, locked_file, write_all
 from fastbyol.host.store_path import BLOCK_BYTES, StorePath
 
 log = logging.getLogger("fastbyol")
+Opened = TypeVar("Opened")
 _PATIENCE_S = 3600.0
 """Longest wait for another rank that is copying the tables."""
 
@@ -51,14 +54,7 @@ class StoreTables:
             Lost: the store does not answer.
         """
         self._place, self._root, self._limit_bytes, self._option = StorePath.of(url), root, limit_bytes, option
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            if self._is_beton:
-                self._copy_beton()
-            else:
-                self._copy_shards()
-        except OSError as error:
-            raise UserError(f"data.cache = {root}: cannot be written ({error.strerror or error}); give another folder") from error
+        self._copy()
 
     @property
     def _is_beton(self) -> bool:
@@ -85,15 +81,49 @@ class StoreTables:
             limit_bytes=self._limit_bytes,
         )
 
+    def opened(self, make: Callable[[Path], Opened]) -> Opened:
+        """Returns what `make` returns for `path`; its errors name the URL. If it refuses the tables, they are fetched once more: the copy may
+        have been damaged on its way or here.
+        """
+        refused = stamp_of(self._table.stat())
+        try:
+            return make(self.path)
+        except UserError as error:
+            if str(self.path) not in str(error):
+                raise
+            log.warning("%s; the tables are fetched again", error)
+        self._copy(refused=refused)
+        with self._named(self.path):
+            return make(self.path)
+
     @contextmanager
-    def named(self, path: Path | None = None) -> Iterator[None]:
-        """Lets errors about the copied tables, at this path or `self.path`, name the URL."""
+    def _named(self, path: Path) -> Iterator[None]:
+        """Lets errors about the copied tables, at this path, name the URL."""
         try:
             yield
         except UserError as error:
-            raise UserError(str(error).replace(str(path or self.path), str(self._place))) from error
+            raise UserError(str(error).replace(str(path), str(self._place))) from error
 
-    def _copy_shards(self) -> None:
+    @property
+    def _table(self) -> Path:
+        return self.path if self._is_beton else self.path / SAMPLE_TABLE
+
+    def _lacks_table(self, refused: Stamp | None) -> bool:
+        """Returns True if the table has to be fetched: there is none, or only the refused one, which no other rank has replaced yet."""
+        return not self._table.exists() or stamp_of(self._table.stat()) == refused
+
+    def _copy(self, *, refused: Stamp | None = None) -> None:
+        """Copies the tables. refused: stamp of a copy of the table that is not used again."""
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            if self._is_beton:
+                self._copy_beton(refused)
+            else:
+                self._copy_shards(refused)
+        except OSError as error:
+            raise UserError(f"data.cache = {self._root}: cannot be written ({error.strerror or error}); give another folder") from error
+
+    def _copy_shards(self, refused: Stamp | None) -> None:
         try:
             manifest = _head(self._place / TAR_MANIFEST, MAX_MANIFEST_BYTES + 1)
         except UserError as error:
@@ -104,28 +134,31 @@ class StoreTables:
         self._folder = self.path = self._folder_for(manifest)
         with self._copying():
             self._write(self.path / TAR_MANIFEST, [manifest])
-            with self.named():
+            with self._named(self.path):
                 samples = read_manifest(self.path / TAR_MANIFEST).num_samples
-            if not (self.path / SAMPLE_TABLE).exists():
+            if self._lacks_table(refused):
                 table = self._place / SAMPLE_TABLE
                 # One byte more than a table has is enough for its reader to see that it is another file.
-                self._write(self.path / SAMPLE_TABLE, _pieces(table, 0, min(table.stat().size, largest_sample_table(samples) + 1)))
+                self._write(self._table, _pieces(table, 0, min(table.stat().size, largest_sample_table(samples) + 1)))
 
-    def _copy_beton(self) -> None:
+    def _copy_beton(self, refused: Stamp | None) -> None:
+        name = self._place.local_name
         manifest, status = b"", self._place.stat()
         with suppress(UserError):  # a .beton without a manifest: its reader says what it lacks then
-            manifest = _head(self._place.with_name(f"{self._place.name}.json"), MAX_MANIFEST_BYTES + 1)
+            manifest = _head(self._place.with_name(f"{name}.json"), MAX_MANIFEST_BYTES + 1)
         # What tells this file from another that takes its place later: all that the store says, and the beginning of its table.
         self._folder = self._folder_for(repr(tuple(status)).encode(), self._place.read(0, min(status.size, 1 << 16)), manifest)
-        self.path = self._folder / self._place.name
+        self.path = self._folder / name
         with self._copying():
-            if not self.path.exists():
+            if self._lacks_table(refused):
                 if manifest:
                     self._write(beton_manifest_path(self.path), [manifest])
                 unfinished = self._folder / "tables.unfinished"
-                with self.named(unfinished):
+                with self._named(unfinished):
                     copy_tables(partial(_pieces, self._place), status.size, unfinished)
+                flush_to_disk(unfinished)
                 unfinished.replace(self.path)
+                flush_to_disk(self._folder)
 
     def _folder_for(self, *facts: bytes) -> Path:
         """Returns the folder of data that these bytes tell from all other data at this URL."""
@@ -147,9 +180,7 @@ class StoreTables:
     def _write(self, path: Path, pieces: Iterator[bytes] | Sequence[bytes]) -> None:
         with durable_file(path) as file:
             for piece in pieces:
-                rest = memoryview(piece)
-                while rest:
-                    rest = rest[file.write(rest) :]
+                write_all(file, piece)
 
 
 def _head(place: StorePath, at_most: int) -> bytes:

@@ -28,6 +28,8 @@ MAX_MANIFEST_BYTES = 64 << 20
 MAX_CLASSES = 1 << 20
 """Larger labels are not accepted as class numbers: each class needs memory for its name and for a row of every classifier."""
 _MAX_NUMBER = 1 << 48
+_MIN_CHUNK_BYTES = 1 << 20
+"""Smallest size of chunks that are hashed one by one: each costs an open and a digest, which must not outweigh reading it."""
 _LONGEST_NAME = 255
 _READ_BYTES = 1 << 20
 _SEAL = "content_sha256"
@@ -178,6 +180,9 @@ def refuse_impossible_values(*, numbers: Iterable[int], texts: Iterable[str], sh
     for number in numbers:
         if not 0 <= number < _MAX_NUMBER:
             raise ValueError(f"{shortened(number, limit=60)} should be a number from 0 on that a file can have")
+    for chunk in (shard.chunk_bytes for shard in shards):
+        if 0 < chunk < _MIN_CHUNK_BYTES:
+            raise ValueError(f"chunk_bytes is {chunk}; should be 0 or at least {_MIN_CHUNK_BYTES:,}")
     # A name with a folder in it could point to any file of this machine.
     for name in (shard.name for shard in shards):
         if not name or name in (".", "..") or set(name) & {"/", "\\", "\0"} or len(name) > _LONGEST_NAME:

@@ -91,7 +91,7 @@ def _facts_of(tar: Path) -> dict[str, Any] | None:
     """Returns the first member of the tar, or None if there is no such tar."""
     try:
         require_regular(tar)
-        with tarfile.open(tar) as archive:
+        with tarfile.open(tar, "r:") as archive:  # any other mode would unpack a compressed one
             first = archive.next()
             content = archive.extractfile(first) if first and first.name == _FACTS else None
             facts = json.loads(content.read(_LARGEST_FACTS)) if content else None

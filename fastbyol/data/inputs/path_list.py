@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
-from fastbyol.config.urls import is_url, public_text
+from fastbyol.config.urls import is_url
 from fastbyol.data.inputs.label_table import is_path_header, plain_header
 from fastbyol.data.inputs.listing import LEFT_OUT, ImageListing, in_sample_order, why_not_an_image, why_too_long
 from fastbyol.data.inputs.name_matching import each_line, read_text
@@ -145,10 +145,9 @@ def _rows_here(path: Path, rows: Iterable[tuple[str, str]]) -> _Listed:
 def _rows_in_store(path: Place, rows: list[tuple[str, str]]) -> _Listed:
     queries: dict[str, str] = {}
     try:
-        names = [public_text(name, queries=queries) if is_url(name) else name for name, _ in rows]
+        places = [StorePath.of(name, queries=queries) if is_url(name) else path.parent / name for name, _ in rows]
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    places = [StorePath.of(name) if is_url(name) else path.parent / name for name in names]
     at_urls = [place for place in places if isinstance(place, StorePath)]
     stores = sorted(set(map(_store_of, at_urls)))
     if len(at_urls) < len(places) or len(stores) > 1:

@@ -107,21 +107,22 @@ def _sources_at_url(text: str, option: str) -> list[GivenSource]:
     given = StorePath.of(text)
     if not _PATTERN.search(text):
         return [_source_of(given)]
-    names = [name for pattern in _brace_expanded(text) for name in (_matching(pattern) if re.search(r"[*?\[]", pattern) else [pattern])]
-    if not names:
+    globs = re.compile(r"[*?\[]")
+    places = [place for name in _brace_expanded(text) for place in (_matching(name) if globs.search(name) else [StorePath.of(name)])]
+    if not places:
         raise UserError(f"{option} = {text}: no file has such a name; check the pattern")
-    found = [_source_of(StorePath.of(name)) for name in names]
+    found = list(map(_source_of, places))
     if len({source.kind for source in found}) > 1 or found[0].kind not in ("tar", "parquet"):
         return found
     return [GivenSource(found[0].kind, tuple(path for source in found for path in source.paths), given)]
 
 
-def _matching(pattern: str) -> list[str]:
+def _matching(pattern: str) -> list[StorePath]:
     """Returns the URLs that match; only the last part may be a pattern: a store would have to list everything for another."""
     folder, last = StorePath.of(pattern).parent, pattern.rpartition("/")[2]
     if _PATTERN.search(folder.url):
         raise UserError(f"{pattern}: only the last part of a URL may be a pattern; give each folder")
-    return [f"{folder}/{file.name}" for file in folder.children()[0] if fnmatch.fnmatchcase(file.name, last)]
+    return [folder / file.name for file in folder.children()[0] if fnmatch.fnmatchcase(file.name, last)]
 
 
 def _source_of(path: Place) -> GivenSource:

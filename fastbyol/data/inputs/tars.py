@@ -27,7 +27,7 @@ from fastbyol.data.inputs.tar import TarScan, key_of
 from fastbyol.host.cache_files import cache_file, kept_files
 from fastbyol.host.durable_files import durable_file
 from fastbyol.host.progress import Progress
-from fastbyol.host.store_path import Place, StorePath, at_once, place_of
+from fastbyol.host.store_path import Place, StorePath, at_once, known_place
 
 log = logging.getLogger("fastbyol")
 _FORMAT = 3
@@ -279,7 +279,7 @@ def _read_index(index: Path, *, tell: Callable[..., None] = log.warning) -> dict
             raise ValueError("its columns do not fit together")
         found, first = {}, 0
         for fact in facts["tars"]:
-            path, stamp, end = place_of(fact["path"]), (int(fact["stamp"][0]), int(fact["stamp"][1])), first + int(fact["images"])
+            path, stamp, end = known_place(fact["path"]), (int(fact["stamp"][0]), int(fact["stamp"][1])), first + int(fact["images"])
             offset, size, number = offsets[first:end], sizes[first:end], label[first:end]
             texts = list(map(str, fact["label_names"]))
             if end > first and (offset.min() < 0 or size.min() < 0 or int((offset + size).max()) > stamp[0]):

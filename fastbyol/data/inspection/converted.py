@@ -14,7 +14,7 @@ from fastbyol.config.urls import is_url
 from fastbyol.data.backends.source import Indices, Pixels
 from fastbyol.data.formats.beton import RAW_MODE, read_beton
 from fastbyol.data.formats.fetched import fetched_data, is_converted_url
-from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest
+from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, beton_manifest_path, read_manifest, refuse_other_counts
 from fastbyol.data.formats.pillow_decoding import decode_with_pillow
 from fastbyol.data.formats.tar_shards import SAMPLE_TABLE, is_shard_folder, read_sample_table
 from fastbyol.data.inputs.listing import ImageLocation
@@ -92,7 +92,10 @@ def open_converted(path: Path) -> tuple[Converted, Manifest | None]:
     """Returns the images, and the manifest if there is one. Raises UserError if the data is damaged or not that of a conversion."""
     manifest = read_manifest(manifest_path(path)) if manifest_path(path).exists() else None
     if path.is_file():
-        return converted_beton(path, manifest), manifest
+        images = converted_beton(path, manifest)
+        if manifest is not None:  # a sample table is compared where it is read
+            refuse_other_counts(path, images.label, manifest)
+        return images, manifest
     if manifest is None:
         raise UserError(
             f"{manifest_path(path)}: missing; copy the whole folder again, or convert again with python -m fastbyol convert --to dali"
