@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.autograd import DeviceType
+from torch.cuda._utils import _get_device_index
 
 from benchmarks.gpu.syncs import PINNED
 from fastbyol.augment.torch_graph import augment_batch
@@ -70,25 +71,36 @@ def test_all_that_travels_to_the_gpu_is_pinned(image_folder: Path, pinned: list[
     assert own == {name: name in PINNED for name in batch._fields}
 
 
-def test_dalis_thread_works_on_the_ranks_own_gpu(tar_folder: Path, pinned: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [torch.device("cuda", 3), torch.device("cuda")])
+def test_dalis_thread_works_on_the_ranks_own_gpu(
+    gpu: torch.device, tar_folder: Path, pinned: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CUDA's current device is a property of each thread: on GPU 0, the events did not wait for the copies from DALI's buffers."""
     current = threading.local()
     recorded_on = []
     event = SimpleNamespace(record=lambda: recorded_on.append(getattr(current, "device", torch.device("cuda", 0))), query=lambda: True)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: setattr(current, "device", device))
+
+    def set_device(device: torch.device) -> None:  # torch's own asks this function too, which refuses a device without a number
+        current.device = torch.device("cuda", _get_device_index(device))
+
+    monkeypatch.setattr("torch.cuda.set_device", set_device)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
     monkeypatch.setattr("torch.cuda.Event", lambda: event)
 
     def run(jpeg, **boxes):
         crops = np.zeros((len(jpeg), 32, 32, 3), np.uint8)
         return [SimpleNamespace(as_tensor=lambda: torch.from_numpy(crops))] * 2
 
-    monkeypatch.setattr(dali_renderer, "built_pipeline", lambda graph, **options: SimpleNamespace(run=run))
-    gpu = torch.device("cuda", 3)
+    built: list[int] = []
+    monkeypatch.setattr(
+        dali_renderer, "built_pipeline", lambda graph, *, device_id, **_: built.append(device_id) or SimpleNamespace(run=run)
+    )
     with build_loader(
         DataConfig(train=str(tar_folder), workers=1), views=VIEWS, seed=0, global_batch=4, device=gpu, output="uint8"
     ) as loader:
         assert len(list(loader)) == len(recorded_on)
-    assert set(recorded_on) == {gpu}
+    assert set(recorded_on) == {torch.device("cuda", 3)}
+    assert built == [3]
 
 
 @pytest.mark.parametrize(
