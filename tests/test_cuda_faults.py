@@ -278,6 +278,21 @@ def test_configs_of_earlier_versions_with_true_and_false_still_load(old: bool, n
         assert parse_train_config(typed, usage="").precision.compile == new
 
 
+@pytest.mark.distributed
+def test_where_one_rank_cannot_compile_no_rank_does_and_rank_0_names_it() -> None:
+    code = (
+        "import logging, torch; from fastbyol.config.schema import PrecisionConfig; from fastbyol.run import precision\n"
+        "from fastbyol.ranks.process_group import *\n"
+        "logging.basicConfig(); process = join_process_group(timeout_s=60)\n"
+        "precision.why_nothing_compiles = lambda device: 'no ptxas' if process.rank == 1 else None\n"
+        "model = precision.prepare_model(torch.nn.Linear(1, 1), PrecisionConfig(compile='yes'), device=torch.device('cpu'))\n"
+        "print(precision.is_compiled(model), flush=True); leave_process_group()\n"
+    )
+    first, second = run_ranks("-c", code)
+    assert (first.stdout, second.stdout) == ("False\n", "False\n"), first.stderr + second.stderr
+    assert "nothing compiles on 1 of 2 ranks (rank 1: no ptxas); the run goes on in eager mode" in first.stderr
+
+
 def test_each_ranks_compile_workers_are_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
 
