@@ -12,7 +12,8 @@ import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from fastbyol.evaluation.tasks.finetune import TASKS as FINETUNE
 from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, fits_of, paper_rows
 from fastbyol.evaluation.tasks.images import crop_and_flip
 from fastbyol.evaluation.tasks.registry import result_settings
+from fastbyol.evaluation.tasks.scoring import outputs
 from fastbyol.evaluation.tasks.semi import TASKS as SEMI
 from fastbyol.evaluation.tasks.semi import SemiSettings
 from fastbyol.evaluation.tasks.training import TaskStopped
@@ -437,3 +439,12 @@ def test_scores_do_not_depend_on_the_batches_and_leave_the_network_in_training(i
     torch.testing.assert_close(*found)
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_outputs_are_those_of_their_own_batch_where_cuda_graphs_write_all_to_the_same_memory(tmp_path):
+    images, memory = torch.arange(20.0).view(20, 1, 1, 1).expand(20, 3, 2, 2), torch.empty(8, 12)
+    network = nn.Flatten()
+    network._compiled_call_impl = lambda image: memory.copy_(image.flatten(1))
+    loader = SimpleNamespace(batches_of=lambda rows: (SimpleNamespace(image=images[part], label=part) for part in rows.split(8)))
+    for output, rows in outputs(job_of(tmp_path, ALONE), network, cast(Any, loader), cast(Any, torch.arange(20))):
+        assert torch.equal(output, images[rows].flatten(1))
