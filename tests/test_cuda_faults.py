@@ -345,17 +345,25 @@ def test_the_search_for_a_batch_ends_where_a_tensor_would_have_two_to_the_31_num
     assert rank_batches(2 * 1399, most=most) == [2], "1399 is prime"
 
 
-def test_training_on_a_gpu_asks_for_expandable_segments_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("user", "kept"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "mine"}, {"PYTORCH_ALLOC_CONF": "mine"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "mine"}, {"PYTORCH_CUDA_ALLOC_CONF": "mine"}),  # the older name, of lower priority
+    ],
+    ids=str,
+)
+def test_training_on_a_gpu_asks_for_expandable_segments_before_cuda_starts_unless_the_user_asks_for_something(
+    user: dict[str, str], kept: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", dict(user))
     asked = []
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.append(os.environ.get("PYTORCH_ALLOC_CONF")))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.append(dict(os.environ)))
     join_process_group()
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "mine")
-    join_process_group()
-    assert asked == ["expandable_segments:True", "mine"]
+    assert asked == [kept]
 
 
 @pytest.mark.parametrize("output", ["uint8", "float32"])
