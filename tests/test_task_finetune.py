@@ -305,6 +305,17 @@ def test_a_list_gives_the_figures_of_the_seeded_choice_that_subset_py_wrote_to_i
     assert "10 %: top-1 %" in out
 
 
+def test_a_run_with_options_of_a_gpu_is_fine_tuned_on_a_cpu_without_them(data, run, tmp_path, capsys):
+    state = torch.load(next(run.glob("checkpoints/*.pt")), weights_only=True)
+    state["config"]["precision"] |= {"autocast": "fp16", "cudnn_benchmark": True, "compile_mode": "reduce-overhead"}
+    torch.save(state, tmp_path / "of_gpu.pt")
+    given = ("--rates", "0.1", "--epochs", "1", "--global_batch", "16", "--init", "byol")
+    code, _, err = call(command("finetune", tmp_path / "of_gpu.pt", data, tmp_path / "out", *given), capsys)
+    assert code == 0, err
+    left_out = "precision.autocast fp16, precision.cudnn_benchmark True, precision.compile_mode reduce-overhead"
+    assert err.count(f"... the run's {left_out}: without effect on this device (cpu), so left out here\n") == 1
+
+
 def test_a_dry_run_says_how_much_there_is_to_do_and_starts_nothing(data, run, tmp_path, capsys):
     given = ("--settings", "paper", "--held_out", "20", "--fractions", "0.1,1", "--dry_run")
     code, out, err = call(command("semi", run, data, tmp_path / "out", *given), capsys)

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,23 @@ def _check_device(config: PrecisionConfig, device: torch.device) -> None:
         raise UserError(
             f"precision.freed_memory = {config.freed_memory!r}: only for runs on a CPU, and the device is {device}; leave it out"
         )
+
+
+def fitted(config: PrecisionConfig, *, device: torch.device, announce: Callable[[str], None]) -> PrecisionConfig:
+    """Returns a run's precision for work on another kind of device, without the options that mean nothing there; announces those, if any."""
+    compiled = resolved(config, device=device).compile == "yes"
+    cpu = device.type == "cpu"
+    without = {
+        "autocast": "off" if cpu and config.autocast in ("fp16", "tf32") else config.autocast,
+        "cudnn_benchmark": config.cudnn_benchmark and not cpu,
+        "compile_mode": config.compile_mode if compiled and not (cpu and config.compile_mode == "reduce-overhead") else "default",
+        "compile_cache": config.compile_cache if compiled or not cpu else "",
+        "freed_memory": config.freed_memory if cpu else "keep",
+    }
+    if changed := [name for name, value in without.items() if value != getattr(config, name)]:
+        options = ", ".join(f"precision.{name} {getattr(config, name)}" for name in changed)
+        announce(f"the run's {options}: without effect on this device ({device.type}), so left out here")
+    return replace(config, **without)
 
 
 def use_switches(config: PrecisionConfig) -> None:
