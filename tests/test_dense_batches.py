@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_images_are_normalised_without_a_tensor_whose_values_the_device_would_wa
     before, new = images.clone(), torch.tensor
     mean, std = (new(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (PAPER.mean, PAPER.std))
 
-    def without_copy(*values: object, device: object = None, **options: object) -> torch.Tensor:
+    def without_copy(*values: Any, device: Any = None, **options: Any) -> torch.Tensor:
         assert device is None, "a list is copied to the device, which the host waits for"
         return new(*values, **options)
 

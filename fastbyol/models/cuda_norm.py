@@ -61,8 +61,9 @@ class _Normalise(torch.autograd.Function):
         for view, (x, place) in enumerate(zip(inputs, output.chunk(views), strict=True)):
             statistics = mean[view, None], inverse_std[view, None], running_mean, running_var
             # It also moves the running statistics, by the unbiased variance of all ranks.
-            total.append(torch.batch_norm_gather_stats_with_counts(x, *statistics, momentum, eps, count))
-            torch.batch_norm_elemt(x, weight, bias, *total[-1], eps, out=place)
+            center, inverse = torch.batch_norm_gather_stats_with_counts(x, *statistics, momentum, eps, count)
+            torch.batch_norm_elemt(x, weight, bias, center, inverse, eps, out=place)
+            total.append((center, inverse))
         mean, inverse_std = (torch.stack(parts) for parts in zip(*total, strict=True))
         ctx.save_for_backward(input, weight, mean, inverse_std, count.to(torch.int32))
         ctx.views, ctx.across_ranks, ctx.group = views, across_ranks, group
@@ -83,7 +84,9 @@ class _Normalise(torch.autograd.Function):
             of_product = of_product / inverse_std
         result = torch.empty_like(input)
         for view, (g, x, place) in enumerate(zip(incoming, inputs, result.chunk(ctx.views), strict=True)):
-            place.copy_(torch.batch_norm_backward_elemt(g, x, mean[view], inverse_std[view], weight, of_output[view], of_product[view], count))
+            place.copy_(
+                torch.batch_norm_backward_elemt(g, x, mean[view], inverse_std[view], weight, of_output[view], of_product[view], count)
+            )
         # Parameter gradients stay local: DDP averages them like all others.
         return result, of_weight.sum(0), of_bias.sum(0), *[None] * 7
 
