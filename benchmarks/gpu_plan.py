@@ -12,7 +12,6 @@ with the output of all parts.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from argparse import Namespace
@@ -37,6 +36,7 @@ from benchmarks.run import keep_result, make_folder, put_result, typed_command
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import UserError, one_line_errors, require_positive
 from fastbyol.host.cores import default_workers
+from fastbyol.ranks.process_group import ask_for_expandable_segments
 from fastbyol.tuning.stepper import release_memory
 
 BUDGET_S = 570.0
@@ -71,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = new_record(quick=options.tiny, command=typed_command("benchmarks.gpu_plan", arguments))
     record["findings"] = {}
     console, deadline = log_console(), time.monotonic() + options.seconds
-    # For the parts, which inherit it: at the largest batch, fragmentation would run out of memory.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    ask_for_expandable_segments()  # for the parts, which inherit it
     with tempfile.TemporaryDirectory(prefix="fastbyol-gpu-plan-") as scratch:
         parts = options.parts or list(PARTS)
         place = Place(torch.device(options.device), Path(scratch) / "images", Path(scratch), workers=default_workers())

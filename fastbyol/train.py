@@ -45,6 +45,7 @@ from fastbyol.run.log import close_logging, configure_logging
 from fastbyol.run.plan import RunPlan
 from fastbyol.run.precision import autocast, build_scaler, check_compile, compiles_augmentation, input_dtype, prepare_model
 from fastbyol.run.rank_agreement import opened_alike, require_same_start
+from fastbyol.run.rng_state import seed_rank
 from fastbyol.run.session import Session, check_run
 from fastbyol.run.state import TrainState
 
@@ -172,6 +173,7 @@ def build(config: TrainConfig, process: Process, *, mirrored: Sequence[int] = ()
     model: nn.Module = byol
     if process.world_size > 1:
         model = replicate(byol, config.precision, accumulate=accumulate)
+    seed_rank(config.seed, rank=process.rank)
     return TrainState(
         byol=byol,
         model=model,

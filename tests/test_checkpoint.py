@@ -27,7 +27,7 @@ from fastbyol.run.checkpoint import (
     sweep_unfinished,
 )
 from fastbyol.run.checkpoint_writer import CheckpointWriter, copy_to_host
-from fastbyol.run.rng_state import rng_state, set_rng_state
+from fastbyol.run.rng_state import rng_state, seed_rank, set_rng_state
 from tests.commands import files_no_larger_than
 
 
@@ -299,6 +299,17 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, value):
     with pytest.raises(Diverged, match=r"byol.weights is not finite after step 2.*\[1\] are good"):
         writer.close()
     assert checkpoint_steps(tmp_path) == [1]
+
+
+def test_ranks_draw_numbers_of_their_own_and_the_same_in_every_start_and_rank_0_those_of_one_process():
+    draws = []
+    for seed, rank in ((5, 0), (5, 1), (5, 2), (6, 1), (5, 1)):
+        torch.manual_seed(seed)
+        seed_rank(seed, rank=rank)
+        draws.append(torch.randn(2).tolist())
+    assert draws[0] == torch.randn(2, generator=torch.Generator().manual_seed(5)).tolist()
+    assert draws[1] == draws[4]
+    assert len({number for draw in draws for number in draw}) == 8
 
 
 def test_random_generators_continue_where_they_were_and_their_state_passes_the_safe_loader(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.autograd import DeviceType
+from torch.cuda._utils import _get_device_index
 
 from benchmarks.gpu.syncs import PINNED
 from fastbyol.augment.torch_graph import augment_batch
@@ -70,25 +71,36 @@ def test_all_that_travels_to_the_gpu_is_pinned(image_folder: Path, pinned: list[
     assert own == {name: name in PINNED for name in batch._fields}
 
 
-def test_dalis_thread_works_on_the_ranks_own_gpu(tar_folder: Path, pinned: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [torch.device("cuda", 3), torch.device("cuda")])
+def test_dalis_thread_works_on_the_ranks_own_gpu(
+    gpu: torch.device, tar_folder: Path, pinned: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CUDA's current device is a property of each thread: on GPU 0, the events did not wait for the copies from DALI's buffers."""
     current = threading.local()
     recorded_on = []
     event = SimpleNamespace(record=lambda: recorded_on.append(getattr(current, "device", torch.device("cuda", 0))), query=lambda: True)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: setattr(current, "device", device))
+
+    def set_device(device: torch.device) -> None:  # torch's own asks this function too, which refuses a device without a number
+        current.device = torch.device("cuda", _get_device_index(device))
+
+    monkeypatch.setattr("torch.cuda.set_device", set_device)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
     monkeypatch.setattr("torch.cuda.Event", lambda: event)
 
     def run(jpeg, **boxes):
         crops = np.zeros((len(jpeg), 32, 32, 3), np.uint8)
         return [SimpleNamespace(as_tensor=lambda: torch.from_numpy(crops))] * 2
 
-    monkeypatch.setattr(dali_renderer, "built_pipeline", lambda graph, **options: SimpleNamespace(run=run))
-    gpu = torch.device("cuda", 3)
+    built: list[int] = []
+    monkeypatch.setattr(
+        dali_renderer, "built_pipeline", lambda graph, *, device_id, **_: built.append(device_id) or SimpleNamespace(run=run)
+    )
     with build_loader(
         DataConfig(train=str(tar_folder), workers=1), views=VIEWS, seed=0, global_batch=4, device=gpu, output="uint8"
     ) as loader:
         assert len(list(loader)) == len(recorded_on)
-    assert set(recorded_on) == {gpu}
+    assert set(recorded_on) == {torch.device("cuda", 3)}
+    assert built == [3]
 
 
 @pytest.mark.parametrize(
@@ -266,6 +278,21 @@ def test_configs_of_earlier_versions_with_true_and_false_still_load(old: bool, n
         assert parse_train_config(typed, usage="").precision.compile == new
 
 
+@pytest.mark.distributed
+def test_where_one_rank_cannot_compile_no_rank_does_and_rank_0_names_it() -> None:
+    code = (
+        "import logging, torch; from fastbyol.config.schema import PrecisionConfig; from fastbyol.run import precision\n"
+        "from fastbyol.ranks.process_group import *\n"
+        "logging.basicConfig(); process = join_process_group(timeout_s=60)\n"
+        "precision.why_nothing_compiles = lambda device: 'no ptxas' if process.rank == 1 else None\n"
+        "model = precision.prepare_model(torch.nn.Linear(1, 1), PrecisionConfig(compile='yes'), device=torch.device('cpu'))\n"
+        "print(precision.is_compiled(model), flush=True); leave_process_group()\n"
+    )
+    first, second = run_ranks("-c", code)
+    assert (first.stdout, second.stdout) == ("False\n", "False\n"), first.stderr + second.stderr
+    assert "nothing compiles on 1 of 2 ranks (rank 1: no ptxas); the run goes on in eager mode" in first.stderr
+
+
 def test_each_ranks_compile_workers_are_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config as inductor
 
@@ -318,17 +345,25 @@ def test_the_search_for_a_batch_ends_where_a_tensor_would_have_two_to_the_31_num
     assert rank_batches(2 * 1399, most=most) == [2], "1399 is prime"
 
 
-def test_training_on_a_gpu_asks_for_expandable_segments_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("user", "kept"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "mine"}, {"PYTORCH_ALLOC_CONF": "mine"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "mine"}, {"PYTORCH_CUDA_ALLOC_CONF": "mine"}),  # the older name, of lower priority
+    ],
+    ids=str,
+)
+def test_training_on_a_gpu_asks_for_expandable_segments_before_cuda_starts_unless_the_user_asks_for_something(
+    user: dict[str, str], kept: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", dict(user))
     asked = []
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.append(os.environ.get("PYTORCH_ALLOC_CONF")))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: asked.append(dict(os.environ)))
     join_process_group()
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "mine")
-    join_process_group()
-    assert asked == ["expandable_segments:True", "mine"]
+    assert asked == [kept]
 
 
 @pytest.mark.parametrize("output", ["uint8", "float32"])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.views import PAPER
 from fastbyol.evaluation.tasks.dense.batches import all_samples, training_batches
-from fastbyol.evaluation.tasks.dense.trials import compare_statistics
+from fastbyol.evaluation.tasks.dense.trials import compare_statistics, normalised
 from fastbyol.ranks.process_group import Process
-from tests.dense_jobs import make_job
+from tests.dense_jobs import make_job, subject
 
 
 class Numbers:
@@ -67,6 +69,22 @@ def test_every_test_sample_comes_once_and_one_that_cannot_be_read_ends_the_job_w
     assert [row for batch in all_samples(job, Numbers(), rows=rows, batch=2) for row, _ in batch] == rows.tolist()
     with pytest.raises(UserError, match="number 8 cannot be read"):
         list(all_samples(job, Numbers(), rows=np.arange(10), batch=2))
+
+
+def test_images_are_normalised_without_a_tensor_whose_values_the_device_would_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, new = images.clone(), torch.tensor
+    mean, std = (new(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (PAPER.mean, PAPER.std))
+
+    def without_copy(*values: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        assert device is None, "a list is copied to the device, which the host waits for"
+        return new(*values, **options)
+
+    monkeypatch.setattr(torch, "tensor", without_copy)
+    found = normalised(images, subject())
+    torch.testing.assert_close(found.double(), (images.double() / 255 - mean) / std, rtol=1e-6, atol=1e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, before)
 
 
 def test_the_bootstrap_finds_a_clear_difference_and_no_difference_of_an_encoder_from_itself() -> None:

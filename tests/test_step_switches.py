@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,30 @@ def test_freed_memory_is_kept_or_returned_as_the_config_says_and_only_a_cpu_has_
     assert kept == ["returned", "kept"]
     with pytest.raises(UserError, match="precision.freed_memory = 'return': only for runs on a CPU, and the device is cuda"):
         prepare_model(nn.Linear(1, 1), PrecisionConfig(freed_memory="return"), device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("device", "own", "changed"),
+    [
+        ("cpu", {}, {}),
+        ("cpu", {"autocast": "fp16"}, {"autocast": "off"}),
+        ("cpu", {"autocast": "tf32", "cudnn_benchmark": True}, {"autocast": "off", "cudnn_benchmark": False}),
+        ("cpu", {"compile_mode": "max-autotune", "compile_cache": "cache"}, {"compile_mode": "default", "compile_cache": ""}),
+        ("cpu", {"compile_mode": "reduce-overhead", "compile": "yes"}, {"compile_mode": "default"}),
+        ("cpu", {"compile_mode": "max-autotune", "compile_cache": "cache", "compile": "yes", "freed_memory": "return"}, {}),
+        ("cuda", {"autocast": "fp16", "cudnn_benchmark": True, "compile_mode": "reduce-overhead", "compile_cache": "cache"}, {}),
+        ("cuda", {"freed_memory": "return"}, {"freed_memory": "keep"}),
+    ],
+    ids=str,
+)
+def test_a_runs_precision_is_fitted_to_another_kind_of_device_and_then_accepted_there(device: str, own: dict, changed: dict) -> None:
+    config, said, place = PrecisionConfig(**own), [], torch.device(device)
+    fitted = precision.fitted(config, device=place, announce=said.append)
+    assert fitted == replace(config, **changed)
+    assert [name in "".join(said) for name in changed] == [True] * len(changed)
+    assert len(said) == bool(changed)
+    precision._check_device(fitted, place)
+    precision.check_compile(fitted, device=place)
 
 
 def test_the_target_is_done_before_the_online_network_fills_the_memory() -> None:

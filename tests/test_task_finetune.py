@@ -12,7 +12,8 @@ import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from fastbyol.evaluation.tasks.finetune import TASKS as FINETUNE
 from fastbyol.evaluation.tasks.finetune import FinetuneSettings, LabelledPart, fits_of, paper_rows
 from fastbyol.evaluation.tasks.images import crop_and_flip
 from fastbyol.evaluation.tasks.registry import result_settings
+from fastbyol.evaluation.tasks.scoring import outputs
 from fastbyol.evaluation.tasks.semi import TASKS as SEMI
 from fastbyol.evaluation.tasks.semi import SemiSettings
 from fastbyol.evaluation.tasks.training import TaskStopped
@@ -303,6 +305,17 @@ def test_a_list_gives_the_figures_of_the_seeded_choice_that_subset_py_wrote_to_i
     assert "10 %: top-1 %" in out
 
 
+def test_a_run_with_options_of_a_gpu_is_fine_tuned_on_a_cpu_without_them(data, run, tmp_path, capsys):
+    state = torch.load(next(run.glob("checkpoints/*.pt")), weights_only=True)
+    state["config"]["precision"] |= {"autocast": "fp16", "cudnn_benchmark": True, "compile_mode": "reduce-overhead"}
+    torch.save(state, tmp_path / "of_gpu.pt")
+    given = ("--rates", "0.1", "--epochs", "1", "--global_batch", "16", "--init", "byol")
+    code, _, err = call(command("finetune", tmp_path / "of_gpu.pt", data, tmp_path / "out", *given), capsys)
+    assert code == 0, err
+    left_out = "precision.autocast fp16, precision.cudnn_benchmark True, precision.compile_mode reduce-overhead"
+    assert err.count(f"... the run's {left_out}: without effect on this device (cpu), so left out here\n") == 1
+
+
 def test_a_dry_run_says_how_much_there_is_to_do_and_starts_nothing(data, run, tmp_path, capsys):
     given = ("--settings", "paper", "--held_out", "20", "--fractions", "0.1,1", "--dry_run")
     code, out, err = call(command("semi", run, data, tmp_path / "out", *given), capsys)
@@ -437,3 +450,12 @@ def test_scores_do_not_depend_on_the_batches_and_leave_the_network_in_training(i
     torch.testing.assert_close(*found)
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_outputs_are_those_of_their_own_batch_where_cuda_graphs_write_all_to_the_same_memory(tmp_path):
+    images, memory = torch.arange(20.0).view(20, 1, 1, 1).expand(20, 3, 2, 2), torch.empty(8, 12)
+    network = nn.Flatten()
+    network._compiled_call_impl = lambda image: memory.copy_(image.flatten(1))
+    loader = SimpleNamespace(batches_of=lambda rows: (SimpleNamespace(image=images[part], label=part) for part in rows.split(8)))
+    for output, rows in outputs(job_of(tmp_path, ALONE), network, cast(Any, loader), cast(Any, torch.arange(20))):
+        assert torch.equal(output, images[rows].flatten(1))

@@ -91,6 +91,12 @@ def test_two_ranks_give_the_losses_of_one_rank_whose_batch_norms_see_as_many_ima
     assert losses[:2] != pytest.approx(one_rank[3 - micro_batches][:2], rel=1e-3), "what batch norms see changes the loss"
 
 
+@pytest.mark.distributed
+def test_the_ranks_of_a_run_would_not_draw_the_same_dropout(two_ranks):
+    first, second = (generators["torch"] for generators in load_checkpoint(checkpoint_path(two_ranks["ffcv"], 6))["ranks"]["rng"])
+    assert not torch.equal(first, second)
+
+
 def test_the_heads_learn_at_their_rates_and_closed_form_predictors_and_other_normalisations_train(data_paths, folder_run, tmp_path):
     common = [*SMALL, "--checkpoint_every", "1", "--data.train", str(data_paths["ffcv"])]
     main([*common, "--optim.predictor_lr_factor", "0", "--optim.projector_lr_factor", "3", "--out", str(tmp_path / "rates")])

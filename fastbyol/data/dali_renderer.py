@@ -43,13 +43,16 @@ class DaliRenderer(Renderer):
 
     def __init__(self, source: DaliSource, pair: ViewPair, *, batch: int, workers: int, prefetch: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
+        if on_gpu and device.index is None:
+            # 'cuda' is the caller's current GPU, and the pool's threads must be given its number.
+            device = torch.device("cuda", torch.cuda.current_device())
         super().__init__(source, threads=1, prefetch=prefetch, device=device if on_gpu else None)
         self._jpeg, self._on_gpu = source.jpeg, on_gpu
         self.pinned = on_gpu
         self._held: deque[tuple[Any, Any]] = deque()
         self._readers = ThreadPoolExecutor(workers, thread_name_prefix="fastbyol-read")
         try:
-            device_id = (device.index or 0) if self._on_gpu else None
+            device_id = device.index if on_gpu else None
             self._pipeline = built_pipeline(lambda: self._graph(pair), batch_size=batch, num_threads=workers, device_id=device_id)
         except RuntimeError as error:
             self._readers.shutdown()

@@ -57,8 +57,7 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
     rank, world_size, local_rank = _place_in_environment()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        # Before CUDA starts: at the largest batch, a fragmented memory would run out.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        ask_for_expandable_segments()  # before CUDA starts
         # Before NCCL starts: otherwise every rank opens a context on GPU 0.
         torch.cuda.set_device(device)
     process = Process(rank=rank, world_size=world_size, device=device)
@@ -82,6 +81,13 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
                 "fastbyol train …`, or one process alone with `env -u SLURM_STEP_NUM_TASKS python -m fastbyol train …`"
             ) from error
     return process
+
+
+def ask_for_expandable_segments() -> None:
+    """Sets torch's option against fragmented GPU memory, which would run out at the largest batch, unless the user has set options there."""
+    # The second is the older name, which torch reads only if the first is missing.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _place_in_environment() -> tuple[int, int, int]:

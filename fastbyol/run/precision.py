@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastbyol.config.schema import PrecisionConfig
 from fastbyol.host.compile_cache import give_inductor_a_cache, why_not_writable
 from fastbyol.host.cores import default_workers
 from fastbyol.models.encoder import pad_stem
+from fastbyol.ranks.process_group import gather_everywhere
 
 log = logging.getLogger("fastbyol")
 MOST_COMPILE_THREADS = 32
@@ -91,6 +93,23 @@ def _check_device(config: PrecisionConfig, device: torch.device) -> None:
         )
 
 
+def fitted(config: PrecisionConfig, *, device: torch.device, announce: Callable[[str], None]) -> PrecisionConfig:
+    """Returns a run's precision for work on another kind of device, without the options that mean nothing there; announces those, if any."""
+    compiled = resolved(config, device=device).compile == "yes"
+    cpu = device.type == "cpu"
+    without = {
+        "autocast": "off" if cpu and config.autocast in ("fp16", "tf32") else config.autocast,
+        "cudnn_benchmark": config.cudnn_benchmark and not cpu,
+        "compile_mode": config.compile_mode if compiled and not (cpu and config.compile_mode == "reduce-overhead") else "default",
+        "compile_cache": config.compile_cache if compiled or not cpu else "",
+        "freed_memory": config.freed_memory if cpu else "keep",
+    }
+    if changed := [name for name, value in without.items() if value != getattr(config, name)]:
+        options = ", ".join(f"precision.{name} {getattr(config, name)}" for name in changed)
+        announce(f"the run's {options}: without effect on this device ({device.type}), so left out here")
+    return replace(config, **without)
+
+
 def use_switches(config: PrecisionConfig) -> None:
     """Sets two switches of the whole process: TF32 in float32 products, and cuDNN's search for algorithms.
 
@@ -128,7 +147,7 @@ def check_compile(config: PrecisionConfig, *, device: torch.device, accumulate: 
 def _compile(module: nn.Module | None, config: PrecisionConfig, *, device: torch.device) -> None:
     """Prepares the compiler for the augmentation, and compiles the module's forward pass and loss, if given, as one graph with fixed shapes.
 
-    Everything stays eager if this machine cannot compile.
+    Everything stays eager on every rank if one of them cannot compile. Every rank must call it.
     """
     if not config.compile_cache:
         give_inductor_a_cache()
@@ -137,8 +156,13 @@ def _compile(module: nn.Module | None, config: PrecisionConfig, *, device: torch
     else:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     use_compile_threads()
-    if reason := why_nothing_compiles(device):
-        log.warning("precision.compile: nothing compiles on this machine (%s); the run goes on in eager mode", reason)
+    # One decision for all: a rank that went on alone in eager mode would say so only if it were rank 0, and hold up all others in every step.
+    reasons = gather_everywhere(why_nothing_compiles(device))
+    if failed := [(rank, reason) for rank, reason in enumerate(reasons) if reason]:
+        rank, reason = failed[0]
+        where = "on this machine" if len(reasons) == 1 else f"on {len(failed)} of {len(reasons)} ranks"
+        why = reason if len(reasons) == 1 else f"rank {rank}: {reason}"
+        log.warning("precision.compile: nothing compiles %s (%s); the run goes on in eager mode", where, why)
         return
     what = "the step" if module is not None else "the augmentation"
     log.info("the first step compiles %s and takes a minute or more; later starts find the code in its cache", what)

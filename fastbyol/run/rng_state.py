@@ -16,6 +16,12 @@ from fastbyol.config.errors import shown
 from fastbyol.host.saved_structure import first_difference
 
 
+def seed_rank(seed: int, *, rank: int) -> None:
+    """Gives torch's generators of each rank numbers of their own, for what an encoder draws in a step. Rank 0's generators stay as they are."""
+    if rank > 0:
+        torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0]))
+
+
 def rng_state() -> dict[str, Any]:
     """Returns the state of Python's, numpy's and torch's generators, and of the current CUDA device's if there is one."""
     version, words, gauss = random.getstate()

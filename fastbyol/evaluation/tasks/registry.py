@@ -19,6 +19,7 @@ from fastbyol.evaluation.tasks.job import INITS, Job, subjects_of
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.process_group import Process, broadcast_from_main
 from fastbyol.run.foreign_weights import load_run_or_weights
+from fastbyol.run.precision import fitted
 from fastbyol.run.provenance import collect_provenance
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def run_task(
 ) -> None:
     """Runs a task, writes its result and prints it; or, for a dry run, prints what it would do. A result that is there is only printed."""
     run = load_run_or_weights(options.checkpoint, changes=options.changes)
+    announce = announce if process.is_main else lambda _: None
     job = Job(
         task=name.replace(" ", "-"),
         data=options.data,
@@ -142,13 +144,13 @@ def run_task(
         step=run.step,
         process=process,
         stop=stop,
-        precision=run.config.precision,
+        precision=fitted(run.config.precision, device=process.device, announce=announce),
         folder=options.out or run.results,
         command=options.command,
         batch=options.batch,
         workers=options.workers,
         seed=options.seed,
-        announce=announce if process.is_main else lambda _: None,
+        announce=announce,
         again=options.again,
     )
     job = replace(job, inputs=broadcast_from_main(data_state(task.paths(job, settings)) if process.is_main else ""))

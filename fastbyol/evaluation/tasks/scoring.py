@@ -49,7 +49,8 @@ def outputs(job: Job, network: nn.Module, loader: ImageLoader, rows: Indices) ->
             image = torch.cat([image, image.new_zeros(job.batch - count, *image.shape[1:])])
         image = image.to(device, non_blocking=True, memory_format=torch.channels_last)
         with autocast(job.precision, device=device):
-            output = network(image)[:count]
+            # A copy: CUDA graphs (compile_mode reduce-overhead) write every batch's output to the same memory.
+            output = network(image)[:count].clone()
         if waiting is not None:
             yield waiting[0].float().cpu(), waiting[1]
         waiting = output, batch.label

@@ -172,8 +172,11 @@ def train_trial(
 
 def normalised(images: Tensor, subject: Subject) -> Tensor:
     """Returns uint8 images (N, 3, H, W) as the encoder takes them, channels last."""
-    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (subject.views.mean, subject.views.std))
-    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    x = (images.float() / 255).contiguous(memory_format=torch.channels_last)
+    # Per channel with Python numbers: a tensor made from a list would be a synchronising copy to the device.
+    for channel, mean, std in zip(x.unbind(1), subject.views.mean, subject.views.std, strict=True):
+        channel.sub_(mean).div_(std)
+    return x
 
 
 def calibration_images(read: Callable[[int], Tensor], subject: Subject, *, num_train: int, seed: int, size_px: int) -> Tensor:
