@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
 
-from fastbyol.models import sync_batchnorm, view_batchnorm
+from fastbyol.models import cuda_norm, sync_batchnorm, view_batchnorm
 from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.view_batchnorm import ViewBatchNorm
 from tests import cuda_norm_stand_ins
@@ -31,11 +31,8 @@ FORMS = {
     "cpu, gathered": ("cpu", torch.float32, 16),
     "cpu, summed": ("cpu", torch.float32, 0),
     "cpu, bf16": ("cpu", torch.bfloat16, 16),
-    "cuda beside plain, gathered": ("cuda plain", torch.float64, 16),
-    "cuda beside plain, summed": ("cuda plain", torch.float64, 0),
-    "cuda beside no images": ("cuda plain", torch.float64, 16),
 }
-"""How the layer works, on both ranks or on each, its input's format, and the largest number of ranks that gather."""
+"""How the layer works, its input's format, and the largest number of ranks that gather."""
 LAYERS = ("norm", "norm of rows", "norm, sum and ReLU")
 
 
@@ -72,7 +69,7 @@ def _work(call: Callable, layer: nn.Module, inputs: list[Tensor], dtype: torch.d
     x.requires_grad_()
     y = call(layer, x, shortcut)
     y.backward(gradient)
-    by_view = {key: t.view(inputs[0].shape) for key, t in (("y", y.detach()), ("dx", x.grad))}
+    by_view = {"y": y.detach().unflatten(0, (VIEWS, -1)), "dx": x.grad.unflatten(0, (VIEWS, -1))}
     return by_view | {"dw": layer.weight.grad, "db": layer.bias.grad} | {n: b.clone() for n, b in layer.named_buffers()}
 
 
@@ -88,14 +85,15 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     results = {}
     kernels = cuda_norm_stand_ins.registered()
-    for form, (hows, dtype, gathered) in FORMS.items():
-        how = hows.split()[rank % len(hows.split())]
+    for form, (how, dtype, gathered) in FORMS.items():
         for name in LAYERS:
-            first = NUM if form == "cuda beside no images" else 8
-            share = slice(0, first) if rank == 0 else slice(first, None)
+            # Ranks of a GPU have equal shares; those of the other forms need not.
+            cut = slice(0, 6) if how == "cuda" else slice(0, 8)
+            share = cut if rank == 0 else slice(cut.stop, None)
             inputs = [t[:, share] for t in _inputs(name)]
             with ExitStack() as patched:
                 patched.enter_context(mock.patch.object(sync_batchnorm, "GATHERED_RANKS", gathered))
+                patched.enter_context(mock.patch.object(cuda_norm, "GATHERED_RANKS", gathered))
                 patched.enter_context(mock.patch.object(view_batchnorm, "fits_cuda", return_value=how == "cuda"))
                 if how != "cpu":
                     patched.enter_context(mock.patch("fastbyol.models.norm_relu.fits_cpu", return_value=False))
@@ -134,7 +132,7 @@ def test_every_form_gives_two_ranks_what_one_process_has(form: str, name: str, r
         got = torch.cat([first[key], second[key]], 1) if key in ("y", "dx") else first[key] + (second[key] if key in ("dw", "db") else 0)
         error = (got.double() - right.double()).abs().max()
         assert error <= tolerance * max(1.0, right.double().abs().max()), (key, error)
-        if key in dict(_layer(torch.float64).named_buffers()) and "beside" not in form:
+        if key in dict(_layer(torch.float64).named_buffers()):
             assert torch.equal(first[key], second[key]), "every rank has the same bits"
 
 

@@ -44,8 +44,8 @@ def cross_replica_normalise(
 def combined_over_ranks(mean: Tensor, deviation: Tensor, count: Tensor, *, group: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """Combines each rank's means and sums of squared deviations from them, (views, C), and its number of elements, (1,).
 
-    Returns mean and biased variance (views, C) and the count, over all ranks and the same bits on each of them. The message is the same
-    whatever form computed the statistics, so ranks may use different ones.
+    Returns mean and biased variance (views, C) and the count, over all ranks and the same bits on each of them. Eager CUDA kernels send
+    another message up to GATHERED_RANKS (`cuda_norm`), so ranks compile together or not at all (`run/precision.py`).
     """
     if num_ranks(group) > GATHERED_RANKS:
         return _sum_statistics(mean, deviation, count, group=group)
