@@ -74,6 +74,7 @@ QUOTES = (
 RIVALS = (SOLO_LEARN, LIGHTLY)
 """Rows of the cases of a step: what others reach with autocast, channels-last and foreach, which is the fair ratio and stands first."""
 STEPS = ("step", "step_resnet18")
+"""Cases that measure a whole step beside rivals."""
 
 
 @one_line_errors

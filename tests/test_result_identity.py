@@ -157,3 +157,12 @@ def test_the_quick_protocols_are_of_one_process(colours_run, colours, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = call(["evaluate", "knn", "--checkpoint", str(colours_run), "--data", str(colours)], capsys)
     assert (code, "the quick knn protocol is of one process; start it without torchrun, or add --settings paper" in err) == (2, True)
+
+
+def test_a_mistake_leaves_no_empty_folder_of_unfinished_work(colours_run, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    typed = ["evaluate", "segmentation", "--checkpoint", str(colours_run), "--data", str(tmp_path / "voc"), "--settings", "quick"]
+    (tmp_path / "voc" / "JPEGImages").mkdir(parents=True)
+    code, _, err = call([*typed, "--out", str(out)], capsys)
+    assert code == 2, err
+    assert not list(out.glob("*"))

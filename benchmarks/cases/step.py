@@ -59,7 +59,7 @@ from fastbyol.tuning.candidates import reason_not_to_compile
 from fastbyol.tuning.stepper import LR, TAU
 
 FORMAT, DTYPE = ("bf16", torch.bfloat16) if is_bf16_fast(CPU) else ("float32", torch.float32)
-"""What the default, bf16 autocast, computes in on this CPU."""
+"""The format that bf16 autocast, the default, computes in on this CPU: bf16 where the CPU has instructions for it."""
 REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", f"{FORMAT} 3x3 convolution, same operations"
 OURS, ACCUMULATED, COMPILED = f"{FORMAT}, channels-last", f"{FORMAT}, channels-last, 2 micro-batches", f"{FORMAT}, channels-last, compiled"
 RETURNING = f"{FORMAT}, channels-last, freed memory returned"

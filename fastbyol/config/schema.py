@@ -27,7 +27,7 @@ TRAVERSALS = ("random", "local", "sharded")
 DALI_OPS = ("auto", "decode", "crop")
 UPDATES = ("auto", "foreach", "triton", "apex")
 MOST_EPOCHS = 1e9
-"""With more, a number of steps is no longer one of Python's or the disk's."""
+"""Largest number of epochs that is accepted; a number such as 1e308 would overflow when it is multiplied by the images."""
 RESUME_MODES = ("auto", "must", "never")
 
 

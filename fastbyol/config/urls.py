@@ -18,7 +18,7 @@ _SHORTEST_SECRET = 4
 
 
 class Secrets(NamedTuple):
-    """What is taken out of a URL."""
+    """The parts of a URL that are kept in memory only and shown nowhere."""
 
     user_info: str
     """'user:password', or ''."""

@@ -26,7 +26,7 @@ from fastbyol.data.traversal import Traversal
 
 
 class _Loader:
-    """What the loaders share: the renderer, and with it the source, which `close` closes."""
+    """Base of the loaders: holds the renderer, and with it the source, which `close` closes."""
 
     def __init__(self, renderer: Renderer) -> None:
         source = renderer.source

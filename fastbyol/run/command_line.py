@@ -203,7 +203,7 @@ _WORDS = {
     "bool": "true or false",
     "tuple": "a list in brackets without spaces: [0.5,1.0]",
 }
-"""What each type of an option looks like on the command line."""
+"""Describes, for error messages, how a value of each type is written on the command line."""
 
 
 def _in_plain_words(message: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.tar_members import DamagedTarError, tar_members
 from fastbyol.data.inputs.label_table import LabelRows, is_class_header, read_label_rows
-from fastbyol.data.inputs.listing import ImageListing, in_sample_order
+from fastbyol.data.inputs.listing import LONGEST_SHOWN, ImageListing, in_sample_order
 from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, limited_read, lines_of
 from fastbyol.host.store_path import Place
 
@@ -29,7 +29,7 @@ _WHOLE_NUMBER = re.compile(r"([0-9]{1,9})(?:\.0*)?")
 _NUMBER = re.compile(r"-?[0-9]{1,9}(\.[0-9]{0,9})?")
 _NO_VALUE = ("nan", "na", "n/a", "<na>", "none", "null", "nil", "-", "?")
 """Words that programs write for an unknown number, in lower case."""
-_SHOWN, _LONGEST_SHOWN = 3, 1000
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def label_images(found: ImageListing, labels: LabelFile) -> ImageListing:
     labelled = in_sample_order(replace(found, class_names=class_names, skipped=(*found.skipped, *unlabelled, *unmatched)), by_image)
     places = sorted({0, len(labelled.files) // 2, len(labelled.files) - 1})[:_SHOWN]
     shown = ", ".join(f"{labelled.files[at]!r} is {labelled.class_names[labelled.labels[at]]!r}" for at in places)
-    entries = f"{len(unmatched):,} entries without an image" + (f" (the first: {unmatched[0][0][:_LONGEST_SHOWN]!r})" if unmatched else "")
+    entries = f"{len(unmatched):,} entries without an image" + (f" (the first: {unmatched[0][0][:LONGEST_SHOWN]!r})" if unmatched else "")
     classes = len(set(labelled.labels))
     empty = f" of {len(labelled.class_names):,}" if classes != len(labelled.class_names) else ""
     note = (

@@ -38,6 +38,8 @@ LEFT_OUT = -2
 _LONGEST_NAME, _MOST_FOLDERS = 4096, 256
 """Longest name of an image, in characters (Linux opens no longer path), and the most folders in it: all ends of a name, which are kept to match
 lists with images, take memory with the square of its length."""
+LONGEST_SHOWN = 1000
+"""Characters of a name that a message shows."""
 _SORTED = 1 << 15
 """Names that are sorted together where groups are smaller."""
 Stamp = tuple[int, int]

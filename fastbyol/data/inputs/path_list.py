@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fastbyol.config.errors import UserError
 from fastbyol.config.urls import is_url
 from fastbyol.data.inputs.label_table import is_path_header, plain_header
-from fastbyol.data.inputs.listing import LEFT_OUT, ImageListing, in_sample_order, why_not_an_image, why_too_long
+from fastbyol.data.inputs.listing import LEFT_OUT, LONGEST_SHOWN, ImageListing, in_sample_order, why_not_an_image, why_too_long
 from fastbyol.data.inputs.name_matching import each_line, read_text
 from fastbyol.data.inputs.packed_names import NamePacker, PackedNames
 from fastbyol.data.inputs.store_folder import sizes_of
@@ -29,8 +29,6 @@ from fastbyol.host.store_path import Place, StorePath
 
 _LARGEST_LIST = 1 << 30
 """Largest list that is read, in bytes: some twenty million paths."""
-_SHOWN = 1000
-"""Characters of a path that are shown in a message."""
 
 
 def list_paths(path: Place, *, path_column: str | None = None, label_column: str | None = None) -> ImageListing:
@@ -173,7 +171,7 @@ def _several_stores(path: Place, stores: list[str]) -> UserError:
 
 def _missing(path: Place, num: int, first: str, *, of: int, folder: str) -> UserError:
     return UserError(
-        f"{path}: {num:,} of its {of:,} files are missing, the first {first[:_SHOWN]!r}, looked for in {folder};"
+        f"{path}: {num:,} of its {of:,} files are missing, the first {first[:LONGEST_SHOWN]!r}, looked for in {folder};"
         " correct the list, or move it to the images' folder"
     )
 

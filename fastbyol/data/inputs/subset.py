@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from fastbyol.config.errors import UserError, require
-from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.inputs.listing import LONGEST_SHOWN, ImageListing
 from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, lines_of, read_text
 
-_SHOWN, _LONGEST_SHOWN = 3, 1000
-"""Names that a message shows, and the most characters of each."""
+_SHOWN = 3
+"""Names that a message shows."""
 
 
 def list_digest(path: Path) -> str:
@@ -88,7 +88,7 @@ def restrict(listing: ImageListing, names: Iterable[str], *, source: Path) -> Im
     problems = []
     for fault, what in ((MISSING, f"are not images of {listing.root}"), (AMBIGUOUS, "could each be several of its images")):
         if found := [name for name, place in places.items() if place == fault]:
-            shown = ", ".join(name[:_LONGEST_SHOWN] for name in found[:_SHOWN]) + " …" * (len(found) > _SHOWN)
+            shown = ", ".join(name[:LONGEST_SHOWN] for name in found[:_SHOWN]) + " …" * (len(found) > _SHOWN)
             problems.append(f"{len(found):,} of its {len(places):,} names {what}: {shown}")
     if problems:
         raise UserError(

@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,11 +107,13 @@ class Job:
         return self.folder / f"{self.task}.work-{self.digest}{'-again' * self.again}"
 
     def prepare(self) -> None:
-        """Makes the folder of unfinished work. Raises UserError where it cannot be written, before hours are spent on what cannot be kept."""
+        """Raises UserError where unfinished work cannot be written, before hours are spent on what cannot be kept. Leaves no empty folder of it."""
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.work):
                 pass
+            with suppress(OSError):  # parts of an earlier attempt are in it
+                self.work.rmdir()  # whoever keeps a part makes it again
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); name another folder with --out") from error
 
