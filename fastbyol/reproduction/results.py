@@ -67,7 +67,9 @@ class RowResult:
     @property
     def paper(self) -> str:
         """The paper's top-1 in per cent, or what it says instead."""
-        return f"{self.row.paper_top1:.1f}" if self.row.paper_top1 is not None else PRESETS[preset_of(self.row.run)].expected
+        if (top1 := self.row.paper_top1) is None:
+            return PRESETS[preset_of(self.row.run)].expected
+        return f"{top1:.1f}" if top1 >= 0.1 else f"{top1:g}"
 
     @property
     def is_base(self) -> bool:
