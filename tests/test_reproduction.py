@@ -26,6 +26,7 @@ from fastbyol.reproduction.records import (
     write_record,
     write_setup,
 )
+from fastbyol.reproduction.results import table_results
 from fastbyol.reproduction.rows import row_config
 from fastbyol.reproduction.runner import PlannedRun, Runner, Stopped, StorageFull, part_of, planned_runs
 from fastbyol.reproduction.tables import TABLES, Row, preset_of
@@ -190,6 +191,18 @@ def test_the_first_seed_of_every_row_comes_before_the_second_of_any_and_shared_r
     assert runs[0].run == "byol", "the base comes first: without it the others say nothing"
     assert {run.config.out for run in runs} == {str(tmp_path / "runs" / run.name) for run in runs}
     assert {run.config.seed for run in runs} == {0, 1}
+
+
+def test_the_unchanged_run_of_table_1_is_that_of_the_other_tables_at_demo_scale(colours, tmp_path):
+    setup = _setup(colours)
+    runs = planned_runs([TABLES["encoders"], TABLES["tau"]], setup, tmp_path, seeds=1)
+    assert "r50_1000ep" not in [run.run for run in runs]
+    scores = {"linear": 0.5, "knn": 0.5}
+    records = [Record(run.run, 0, "complete", run.config, scores=scores, num_val=24) for run in runs[:3]]
+    (encoders, *_) = table_results(setup, records)
+    base = next(row for row in encoders.rows if row.row.run == "r50_1000ep")
+    assert base.linear is not None
+    assert base.linear.mean == 0.5
 
 
 def test_a_record_of_another_config_is_not_taken_for_the_row(colours, tmp_path):

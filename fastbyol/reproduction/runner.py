@@ -31,7 +31,7 @@ from fastbyol.host.durable_files import locked_file, write_durably
 from fastbyol.host.signals import StopRequest, end_with_parent
 from fastbyol.ranks.parts import parse_part
 from fastbyol.reproduction.records import FREE, Record, Setup, read_record, record_path, write_record
-from fastbyol.reproduction.rows import UNCHANGED, row_config
+from fastbyol.reproduction.rows import UNCHANGED, row_config, run_at
 from fastbyol.reproduction.scoring import last_error, paper_linear, scores_of
 from fastbyol.reproduction.tables import BASE_RUNS, SIMCLR, Table
 from fastbyol.run.checkpoint import checkpoint_steps, load_run
@@ -76,7 +76,8 @@ def planned_runs(tables: Sequence[Table], setup: Setup, folder: Path, *, seeds: 
     A run that several rows share is there once, one that has no meaning at the set-up's scale is left out.
     Raises UserError if a record is of another config.
     """
-    names = list(dict.fromkeys([row.base for table in tables for row in table.rows] + [row.run for table in tables for row in table.rows]))
+    named = [row.base for table in tables for row in table.rows] + [row.run for table in tables for row in table.rows]
+    names = list(dict.fromkeys(run_at(setup.scale, name) for name in named))
     found = []
     for seed in range(seeds):
         for name in names:
