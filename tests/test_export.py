@@ -223,6 +223,20 @@ def test_what_an_export_says_of_itself_is_enough_to_load_it_and_to_start_a_run_f
         assert torch.equal(byol.target.encoder.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("source", ["run", "export"])
+@pytest.mark.parametrize(("name", "value"), [("stem", "small"), ("padding", "same")])
+def test_a_run_does_not_start_from_weights_of_equal_shapes_that_would_have_other_features_in_it(
+    name, value, source, run8, exported_run, tmp_path
+):
+    path, config = run8 if source == "run" else exported_run / "encoder.safetensors", load_run(run8).config
+    theirs = getattr(config.model, name)
+    assert theirs != value
+    other = dataclasses.replace(config.model, **{name: value})
+    byol = build_byol(other, num_classes=3)
+    with pytest.raises(UserError, match=f"init_from = .*has model.{name} {theirs}, this run {value}.*give --model.{name} {theirs}$"):
+        load_initial_weights(byol, dataclasses.replace(config, model=other, out=str(tmp_path / "new"), init_from=str(path)))
+
+
 def test_a_folded_program_has_no_batch_norm_left_and_the_same_features(run8, tmp_path):
     out = tmp_path / "encoder.pt2"
     fastbyol_command(["export", "--checkpoint", str(run8), "--to", "torch_export", "--fold_bn", "yes", "--out", str(out)])
