@@ -23,8 +23,9 @@ from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, TrainConfig
 from fastbyol.config.views import ViewPair
+from fastbyol.evaluation.embedding import weights_digest
 from fastbyol.evaluation.result_file import ProtocolResult, SubjectScore, write_result
-from fastbyol.exports.card import source_name
+from fastbyol.exports.card import collect_facts, source_name
 from fastbyol.exports.check import CheckImages, generated_images
 from fastbyol.exports.detectron2_weights import detectron2_name
 from fastbyol.exports.format import Subject
@@ -34,6 +35,7 @@ from fastbyol.exports.writing import places, write_exports
 from fastbyol.models import build_encoder
 from fastbyol.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastbyol.run.checkpoint import load_run
+from fastbyol.run.foreign_weights import load_run_or_weights
 from fastbyol.run.initial_weights import load_initial_weights
 from tests.commands import ROOT, files_no_larger_than
 from tests.test_foreign_weights import _varied
@@ -192,6 +194,23 @@ def test_every_card_has_the_check_and_no_file_has_a_path_of_this_machine(exporte
 
 
 # A run of ours.
+
+
+def test_a_card_has_no_scores_of_weights_that_were_in_the_file_before(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    run = load_run_or_weights(tmp_path / "w.pth", changes={"views.size_px": SIZE_PX})
+    score = SubjectScore(top1=0.5, top5=0.875, feature_dim=512, seconds=1.0)
+    result = ProtocolResult("knn", {"byol": score}, num_train=72, num_val=24, num_classes=3, chance_top1=0.3, settings={})
+    write_result(result, run.results, data="photos", step=0, inputs=f"{weights_digest(load_encoder(tmp_path / 'w.pth'))} data")
+
+    def scores():
+        run = load_run_or_weights(tmp_path / "w.pth", changes={"views.size_px": SIZE_PX})
+        encoder = load_encoder(tmp_path / "w.pth")
+        return collect_facts(run, Subject(encoder, run.config), licence="unknown")["scores"]
+
+    assert [each["task"] for each in scores()] == ["knn"]
+    torch.save({name: value * 2 if value.is_floating_point() else value for name, value in source.state_dict().items()}, tmp_path / "w.pth")
+    assert scores() == []
 
 
 def test_the_card_of_a_run_says_what_it_was_trained_on_and_what_it_scored(run8, exported_run):
