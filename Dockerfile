@@ -12,7 +12,7 @@ FROM ${BASE} AS system
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update && \
-    apt-get install -y --no-install-recommends python3 python3-venv g++ libturbojpeg0 libopencv-core406 libopencv-imgproc406 && \
+    apt-get install -y --no-install-recommends python3 python3-dev python3-venv g++ libturbojpeg0 libopencv-core406 libopencv-imgproc406 && \
     rm -rf /var/lib/apt/lists/*
 # torch.compile needs the compiler and Python's headers at run time; kernels compile once, into a place that stays writable in a read-only container.
 ENV PATH=/opt/fastbyol/bin:$PATH NUMBA_CACHE_DIR=/tmp/numba PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -20,14 +20,14 @@ ENV PATH=/opt/fastbyol/bin:$PATH NUMBA_CACHE_DIR=/tmp/numba PIP_NO_CACHE_DIR=1 P
 FROM system AS build
 # hadolint ignore=DL3008
 RUN apt-get update && \
-    apt-get install -y --no-install-recommends pkg-config python3-dev libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev && \
+    apt-get install -y --no-install-recommends pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev && \
     rm -rf /var/lib/apt/lists/*
 ARG PIP_EXTRA_INDEX_URL=""
 WORKDIR /build
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY scripts/ffcv_build scripts/ffcv_build
 RUN python3 -m venv /opt/fastbyol && pip install --constraint constraints.txt torch torchvision numpy
-# FFCV comes as source, and is built here so that the final image needs no headers.
+# FFCV comes as source, and is built here so that the final image needs no headers of TurboJPEG and OpenCV.
 RUN PKG_CONFIG_PATH=/build/scripts/ffcv_build/pc pip install --constraint constraints.txt ffcv==1.0.2
 COPY fastbyol fastbyol
 RUN pip install --constraint constraints.txt '.[timm,eval,export,tensorboard,parquet]'

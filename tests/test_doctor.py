@@ -185,13 +185,30 @@ def test_limits_of_the_container_are_read_and_low_ones_named(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("driver", "said", "state"),
-    [("", "none: small images and the demo train on a CPU", "missing"), ("535.1", "torch cannot use it", "broken")],
+    ("driver", "node", "visible", "cuda", "said", "state"),
+    [
+        ("", "", None, "13", "none: small images and the demo train on a CPU", "missing"),
+        ("535.1", "nvidia0", None, "13", "torch cannot use it", "broken"),
+        ("535.1", "nvidia1", "1", "13", "torch cannot use it", "broken"),
+        ("535.1", "dxg", None, "13", "torch cannot use it", "broken"),
+        # A container without --gpus sees the host's driver, and its devices for control at most.
+        ("535.1", "nvidiactl", None, "13", "nvidia0 is not there", "missing"),
+        ("535.1", "nvidia0", "", "13", "CUDA_VISIBLE_DEVICES is ''", "missing"),
+        ("535.1", "nvidia0", "-1", "13", "CUDA_VISIBLE_DEVICES is '-1'", "missing"),
+        ("535.1", "nvidia0", None, None, "torch 2 was built for the CPU", "low"),
+    ],
 )
-def test_a_driver_that_torch_cannot_use_is_broken_and_no_driver_is_no_fault(driver: str, said: str, state: str, monkeypatch) -> None:
-    monkeypatch.setattr(
-        machine, "_FACTS", "from fastbyol.doctor.subprocesses import report; report(torch='2', cuda='13', usable=False, why_not='old')"
-    )
+def test_a_gpu_that_torch_cannot_use_is_broken_and_none_for_this_process_is_no_fault(
+    driver: str, node: str, visible: str | None, cuda: str | None, said: str, state: str, tmp_path: Path, monkeypatch
+) -> None:
+    facts = f"torch='2', cuda={cuda!r}, usable=False, why_not='old'"
+    monkeypatch.setattr(machine, "_FACTS", f"from fastbyol.doctor.subprocesses import report; report({facts})")
+    monkeypatch.setattr(machine, "DEVICES", tmp_path, raising=False)
+    if node:
+        (tmp_path / node).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(machine, "driver_version", lambda: driver)
     gpu, bf16 = machine.gpu_findings()
     assert (gpu.state, said in gpu.text) == (state, True), gpu

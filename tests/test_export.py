@@ -23,8 +23,9 @@ from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
 from fastbyol.config.schema import ModelConfig, TrainConfig
 from fastbyol.config.views import ViewPair
+from fastbyol.evaluation.embedding import weights_digest
 from fastbyol.evaluation.result_file import ProtocolResult, SubjectScore, write_result
-from fastbyol.exports.card import source_name
+from fastbyol.exports.card import collect_facts, source_name
 from fastbyol.exports.check import CheckImages, generated_images
 from fastbyol.exports.detectron2_weights import detectron2_name
 from fastbyol.exports.format import Subject
@@ -34,6 +35,7 @@ from fastbyol.exports.writing import places, write_exports
 from fastbyol.models import build_encoder
 from fastbyol.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastbyol.run.checkpoint import load_run
+from fastbyol.run.foreign_weights import load_run_or_weights
 from fastbyol.run.initial_weights import load_initial_weights
 from tests.commands import ROOT, files_no_larger_than
 from tests.test_foreign_weights import _varied
@@ -194,6 +196,23 @@ def test_every_card_has_the_check_and_no_file_has_a_path_of_this_machine(exporte
 # A run of ours.
 
 
+def test_a_card_has_no_scores_of_weights_that_were_in_the_file_before(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    run = load_run_or_weights(tmp_path / "w.pth", changes={"views.size_px": SIZE_PX})
+    score = SubjectScore(top1=0.5, top5=0.875, feature_dim=512, seconds=1.0)
+    result = ProtocolResult("knn", {"byol": score}, num_train=72, num_val=24, num_classes=3, chance_top1=0.3, settings={})
+    write_result(result, run.results, data="photos", step=0, inputs=f"{weights_digest(load_encoder(tmp_path / 'w.pth'))} data")
+
+    def scores():
+        run = load_run_or_weights(tmp_path / "w.pth", changes={"views.size_px": SIZE_PX})
+        encoder = load_encoder(tmp_path / "w.pth")
+        return collect_facts(run, Subject(encoder, run.config), licence="unknown")["scores"]
+
+    assert [each["task"] for each in scores()] == ["knn"]
+    torch.save({name: value * 2 if value.is_floating_point() else value for name, value in source.state_dict().items()}, tmp_path / "w.pth")
+    assert scores() == []
+
+
 def test_the_card_of_a_run_says_what_it_was_trained_on_and_what_it_scored(run8, exported_run):
     card, step = _card(exported_run, "safetensors"), load_run(run8).step
     with safe_open(exported_run / "encoder.safetensors", framework="pt") as file:
@@ -221,6 +240,20 @@ def test_what_an_export_says_of_itself_is_enough_to_load_it_and_to_start_a_run_f
     load_initial_weights(byol, dataclasses.replace(run.config, out=str(tmp_path / "new"), init_from=str(out)))
     for name, value in load_encoder(out).state_dict().items():
         assert torch.equal(byol.target.encoder.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("source", ["run", "export"])
+@pytest.mark.parametrize(("name", "value"), [("stem", "small"), ("padding", "same")])
+def test_a_run_does_not_start_from_weights_of_equal_shapes_that_would_have_other_features_in_it(
+    name, value, source, run8, exported_run, tmp_path
+):
+    path, config = run8 if source == "run" else exported_run / "encoder.safetensors", load_run(run8).config
+    theirs = getattr(config.model, name)
+    assert theirs != value
+    other = dataclasses.replace(config.model, **{name: value})
+    byol = build_byol(other, num_classes=3)
+    with pytest.raises(UserError, match=f"init_from = .*has model.{name} {theirs}, this run {value}.*give --model.{name} {theirs}$"):
+        load_initial_weights(byol, dataclasses.replace(config, model=other, out=str(tmp_path / "new"), init_from=str(path)))
 
 
 def test_a_folded_program_has_no_batch_norm_left_and_the_same_features(run8, tmp_path):

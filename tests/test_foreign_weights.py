@@ -436,6 +436,21 @@ def test_evaluate_and_weights_take_them_from_the_command_line(resnet18, image_fo
     assert not said.err
 
 
+def test_weights_refuses_what_every_command_refuses_after_the_lines_of_the_keys(tmp_path, capsys):
+    state = torchvision.models.resnet18().state_dict() | {"layer1.0.se.weight": torch.zeros(1)}
+    state["layer1.0.conv2.weight"] = torch.zeros(64, 64, 1, 1)
+    del state["layer2.0.bn1.running_mean"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(SystemExit) as ended:
+        fastbyol_command(["weights", str(tmp_path / "w.pth")])
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert re.search(r"^layer2.0.bn1.running_mean +missing: the encoder cannot be loaded without it$", said.out, re.M)
+    assert "loads" not in said.out
+    for complaint in ("it has no layer2.0.bn1.running_mean", "layer1.0.se.weight is unknown here", "layer1.0.conv2.weight is (64, 64, 1, 1)"):
+        assert complaint in said.err
+
+
 def test_weights_are_a_baseline_of_a_run_at_their_own_size(resnet18, image_folder, tmp_path, capsys):
     torch.save(LAYOUTS["torchvision"](resnet18), tmp_path / "tv.pth")
     data, run = tmp_path / "data", tmp_path / "run"

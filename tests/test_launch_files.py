@@ -261,6 +261,20 @@ def test_the_pods_of_the_indexed_job_convert_each_part_once_and_the_merge_takes_
         assert f" AS {container['image'].partition(':')[2]}\n" in (SCRIPTS.parent / "Dockerfile").read_text()
 
 
+def _stages(dockerfile):
+    """Returns the Debian packages in each stage of a Dockerfile, its own and those of the stages that it is made from."""
+    packages = {}
+    for base, name, lines in re.findall(r"^FROM (\S+) AS (\w+)$(.*?)(?=^FROM |\Z)", dockerfile, re.M | re.S):
+        installed = re.findall(r"apt-get install -y --no-install-recommends ([^&]*) &&", lines)
+        packages[name] = packages.get(base, set()) | set(" ".join(installed).split())
+    return packages
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_an_image_that_has_a_compiler_has_the_headers_that_compiled_code_includes(target):
+    assert {"g++", "python3-dev"} <= _stages((SCRIPTS.parent / "Dockerfile").read_text())[target]
+
+
 def _fastbyol_options(job, environment):
     """Returns what our parser makes of the command of a job's pod, in which Kubernetes replaces $(NAME) by the variable."""
     (container,) = job["spec"]["template"]["spec"]["containers"]

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastbyol import load_encoder
+from fastbyol.evaluation.embedding import weights_digest
 from fastbyol.evaluation.tasks.linear import Heads, LinearSettings, build_sgd, heads_loss
 from fastbyol.evaluation.tasks.scoring import packed, unpacked
 from fastbyol.schedules import lr_at
@@ -116,6 +118,7 @@ def test_the_command_writes_scores_beside_the_papers_and_does_not_repeat_itself(
         assert text in out
     record = json.loads((tmp_path / "linear.json").read_text())
     assert record["version"] == "paper"
+    assert record["inputs"].startswith(f"{weights_digest(load_encoder(colours_run))} "), "a card's scores are of its weights"
     assert record["settings"]["epochs"] == 3
     assert list(record["subjects"]) == ["byol", "untrained", "twin"]
     assert record["subjects"]["twin"]["scores"] == record["subjects"]["byol"]["scores"], "the same weights under another name"

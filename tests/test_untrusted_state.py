@@ -35,6 +35,7 @@ from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.initial_weights import encoder_weights, load_matching
 from fastbyol.run.plain_yaml import read_yaml
 from fastbyol.run.rng_state import rng_difference, rng_state
+from fastbyol.run.weights_files import read_weights
 
 OPTIMIZERS = ("lars", "sgd", "adamw", "torch_optimizer_lars", "timm_lamb", "timm_adafactor", "timm_lion")
 
@@ -291,6 +292,51 @@ def test_a_file_of_weights_that_unpacks_to_far_more_than_its_size_is_refused_bef
     legacy = io.BytesIO()
     torch.save({"x": torch.ones(5)}, legacy, _use_new_zipfile_serialization=False)
     assert load_weights(legacy)["x"].sum() == 5
+
+
+def _npy(shape, *, numbers=0):
+    """Returns a .npy file of float64 that claims this shape and holds this many zeros."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(8 * numbers)
+
+
+def _npz(path, member, *, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("w.npy", member)
+    return path
+
+
+def _changed_in_both_headers(path, *, local, central, value):
+    """Writes two bytes into the member's local header and its entry of the archive's table."""
+    payload = bytearray(path.read_bytes())
+    for start, offset in ((b"PK\x03\x04", local), (b"PK\x01\x02", central)):
+        place = payload.index(start) + offset
+        payload[place : place + 2] = value.to_bytes(2, "little")
+    path.write_bytes(payload)
+
+
+def test_an_npz_that_unpacks_to_far_more_than_its_size_is_refused_before_it_does(tmp_path):
+    bomb = _npz(tmp_path / "bomb.npz", _npy((12_500_000,), numbers=12_500_000), compression=zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 1 << 20
+    with pytest.raises(UserError, match=r"bomb.npz: is not an .npz of arrays .*would unpack to 0\.1 GB, but only 0\.1 GB are allowed"):
+        read_weights(bomb, option="init_from")
+    np.savez_compressed(tmp_path / "small.npz", w=np.zeros(1000))
+    assert read_weights(tmp_path / "small.npz", option="init_from")["w"].numel() == 1000
+
+
+def test_a_malformed_npz_is_a_one_line_error(tmp_path):
+    huge = _npz(tmp_path / "huge.npz", _npy((10**13,)))
+    locked, packed = _npz(tmp_path / "locked.npz", _npy((2,), numbers=2)), _npz(tmp_path / "packed.npz", _npy((2,), numbers=2))
+    _changed_in_both_headers(locked, local=6, central=8, value=1)  # the flag of encryption
+    _changed_in_both_headers(packed, local=8, central=10, value=99)  # no method of compression that is known
+    for path, why in ((huge, "Unable to allocate"), (locked, "encrypted"), (packed, "compression method")):
+        with pytest.raises(UserError, match=rf"^\S+{path.name}: is not an .npz of arrays \(.*{why}[^\n]*$"):
+            read_weights(path, option="init_from")
+    np.savez(tmp_path / "whole.npz", w=np.ones(3))
+    with zipfile.ZipFile(tmp_path / "whole.npz", "a") as archive:
+        archive.writestr("README.txt", "words")
+    assert list(read_weights(tmp_path / "whole.npz", option="init_from")) == ["w"], "what is no array is passed over"
 
 
 def test_a_tensor_that_claims_more_than_its_file_holds_is_refused():

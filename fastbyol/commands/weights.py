@@ -18,16 +18,22 @@ def add_weights(commands: Any) -> None:
 
 
 def list_weights(options: argparse.Namespace) -> None:
-    """Prints a line for each key of another program's weights file: taken, taken under another name, or left out and why."""
+    """Prints a line for each key of another program's weights file: taken, taken under another name, or left out and why.
+
+    Ends as every command that loads the weights does if they are of another network.
+    """
     changes = changes_from(options.run_options)
     from fastbyol.export import match_encoder
     from fastbyol.run.foreign_weights import load_run_or_weights
+    from fastbyol.run.initial_weights import load_matching
 
     run = load_run_or_weights(options.checkpoint, changes=changes)
     model = run.config.model
     if "encoder" in run.state:
-        found = match_encoder(run)[1]
-        say(*found.lines(), f"{options.checkpoint}: {found.summary()}")
+        encoder, found = match_encoder(run)
+        say(*found.lines())
+        load_matching(encoder, found.weights, source=run.state["source"])
+        say(f"{options.checkpoint}: {found.summary()}")
     else:
         say(*(f"{name}  taken" for name in run.state["byol"]), f"{options.checkpoint}: a checkpoint of fastbyol after step {run.step}")
     say(

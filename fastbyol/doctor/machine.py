@@ -20,6 +20,8 @@ MACHINE, GPU = "this machine", "GPU"
 LOW_MEMORY, LOW_SHM, LOW_FILES = 8 << 30, 1 << 30, 4096
 GPU_LIMIT_S = 90.0
 CGROUPS = Path("/sys/fs/cgroup")
+DEVICES = Path("/dev")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 UNLIMITED = 1 << 60
 """cgroup v1 says 'no limit' as a number near 2**63."""
 
@@ -141,7 +143,13 @@ def gpu_findings() -> Iterator[Finding]:
     driver = driver_version()
     build = f"for CUDA {facts['cuda']}" if facts["cuda"] else "for the CPU"
     if not facts["usable"]:
-        if driver:
+        if driver and (withheld := _withheld()):
+            text = f"none for this process: driver {driver} is here, but {withheld[0]}; it trains on the CPU"
+            yield Finding(GPU, "GPU", "missing", text, withheld[1])
+        elif driver and not facts["cuda"]:
+            text = f"driver {driver} is here, but torch {facts['torch']} was built {build} and trains on it"
+            yield Finding(GPU, "GPU", "low", text, "install a CUDA build of torch (pytorch.org/get-started)")
+        elif driver:
             why = facts["why_not"] or ended.fault or f"torch {facts['torch']} was built {build}"
             way_out = "install a torch that this driver can run (pytorch.org/get-started), or a newer driver"
             yield Finding(GPU, "GPU", "broken", f"driver {driver} is here, but torch cannot use it: {why}", way_out)
@@ -164,6 +172,18 @@ def gpu_findings() -> Iterator[Finding]:
         yield Finding(MACHINE, "bf16 on this CPU", "ok", "oneDNN has kernels of it for this CPU")
     else:
         yield Finding(MACHINE, "bf16 on this CPU", "low", "no instructions for it: a run on this CPU computes in float32, which is faster")
+
+
+def _withheld() -> tuple[str, str] | None:
+    """Returns why no GPU of this machine was given to this process, and the way out; None if one was.
+
+    The driver's version says nothing of it: that is the host's, in a container without GPUs too.
+    """
+    if os.environ.get(VISIBLE) in ("", "-1", "NoDevFiles"):
+        return f"{VISIBLE} is {os.environ[VISIBLE]!r}", f"unset {VISIBLE}, or ask the scheduler for a GPU"
+    if not any(DEVICES.glob("nvidia[0-9]*")) and not (DEVICES / "dxg").exists():  # dxg: Windows' WSL
+        return f"no GPU of it: {DEVICES}/nvidia0 is not there", "docker run --gpus all, or ask the scheduler for a GPU"
+    return None
 
 
 def gpu_finding(number: int, gpu: dict[str, Any], built_for: list[str]) -> Finding:

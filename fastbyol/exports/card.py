@@ -42,7 +42,7 @@ def source_name(data: str) -> str:
 def collect_facts(run: RunState, subject: Subject, *, licence: str) -> dict[str, Any]:
     """Returns what is known of the encoder, as plain values for JSON; `export.py` adds the check and the lines that load it."""
     config, encoder = run.config, subject.encoder
-    views = config.views
+    views, digest = config.views, weights_digest(encoder)
     return {
         "fastbyol": __version__,
         "options": {name: to_plain(_option(config, name)) for name in WEIGHTS_OPTIONS},
@@ -50,7 +50,7 @@ def collect_facts(run: RunState, subject: Subject, *, licence: str) -> dict[str,
             "name": config.model.encoder,
             "feature_dim": subject.feature_dim,
             "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
-            "digest": weights_digest(encoder),
+            "digest": digest,
         },
         "input": {
             "size_px": views.size_px,
@@ -62,7 +62,7 @@ def collect_facts(run: RunState, subject: Subject, *, licence: str) -> dict[str,
             "channels": "RGB in [0, 1], then (x - mean) / std",
         },
         "training": _training(run),
-        "scores": list(_scores(run)),
+        "scores": list(_scores(run, digest)),
         "licence": licence,
     }
 
@@ -92,14 +92,16 @@ def _training(run: RunState) -> dict[str, Any]:
     }
 
 
-def _scores(run: RunState) -> Iterator[dict[str, Any]]:
-    """Yields the results in the run's folder that are of this checkpoint, percentages and other figures by title."""
+def _scores(run: RunState, digest: str) -> Iterator[dict[str, Any]]:
+    """Yields the results in the run's folder that are of this checkpoint's weights, percentages and other figures by title."""
     for path in sorted(run.results.glob("*.json")) if run.results.is_dir() else []:
         try:
             result, facts = read_result(path)
         except UserError:
             continue  # another file
-        if facts.get("step") != run.step:
+        # A weights file has no steps, and may have been replaced since: its results must say what they are of. Older ones of a run do not.
+        measured = str(facts.get("inputs", "")).partition(" ")[0]
+        if facts.get("step") != run.step or measured != digest and (measured or "encoder" in run.state):
             continue
         row = {"task": result.protocol, "data": source_name(str(facts.get("data", "")))}
         if isinstance(result, ProtocolResult):

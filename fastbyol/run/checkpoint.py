@@ -130,18 +130,24 @@ def load_checkpoint(path: Path, *, or_weights: bool = False) -> Any:
     return state
 
 
-def load_weights(file: IO[bytes]) -> Any:
-    """Returns the tensors and plain values in a file of torch.save, on the CPU. Raises ValueError if they unpack to far more than the file."""
+def unpacked_size(file: IO[bytes]) -> int:
+    """Returns the bytes that a file holds once unpacked; leaves it at its start. Raises ValueError if they are far more than the file."""
     held = file.seek(0, os.SEEK_END)
     allowed = max(_UNPACKED_FREELY, _MOST_UNPACKED * held)
     file.seek(0)
-    # The sizes are checked before torch unpacks anything: a few kilobytes of zip can expand to terabytes.
+    # The sizes are checked before anything is unpacked: a few kilobytes of zip can expand to terabytes.
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             held = sum(entry.file_size for entry in archive.infolist())
         if held > allowed:
             raise ValueError(f"it would unpack to {held / 1e9:.1f} GB, but only {allowed / 1e9:.1f} GB are allowed for its size")
     file.seek(0)
+    return held
+
+
+def load_weights(file: IO[bytes]) -> Any:
+    """Returns the tensors and plain values in a file of torch.save, on the CPU. Raises ValueError if they unpack to far more than the file."""
+    held = unpacked_size(file)
     state = torch.load(file, map_location="cpu", weights_only=True)
     # If a tensor asks for more bytes than the file holds, torch enlarges the storage with uninitialised memory.
     stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(state)}

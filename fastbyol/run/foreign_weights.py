@@ -186,6 +186,7 @@ class Matching:
         heads = sorted({name.removeprefix(self.prefix).split(".")[0] for name, why in self.left_out.items() if why == _HEAD})
         others = sum(why != _HEAD for why in self.left_out.values())
         renamed = self.layout != next(iter(LAYOUTS))
+        counters = sum(what == _UNCOUNTED for what in self.missing.values())
         return "".join(
             (
                 f"loads {len(self.taken)} tensors",
@@ -193,7 +194,7 @@ class Matching:
                 f" ({self.layout})" if renamed else "",
                 f", but not {', '.join(map(repr, heads[:5]))} in the same file" if heads else "",
                 f", nor {others} {'of other networks' if _OTHER in reasons else 'more'}" if others else "",
-                f"; {len(self.missing)} num_batches_tracked are missing and stay 0" if self.missing else "",
+                f"; {counters} num_batches_tracked are missing and stay 0" if counters else "",
             )
         )
 
@@ -211,6 +212,7 @@ class Matching:
 
 
 _HEAD, _OTHER, _RUNNING = "a head or another part that the encoder does not have", "of another network in the file", "Haiku's own counter"
+_UNCOUNTED, _LACKING = "stays 0, only batch norm without momentum reads it", "the encoder cannot be loaded without it"
 
 
 def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: str, classifiers: tuple[str, ...] = ()) -> Matching:
@@ -249,10 +251,11 @@ def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: 
             weights[inside], taken[inside] = tensor, theirs
         else:
             left_out[theirs] = _reason(name, prefix)
-    counters = [name for name in own if name.endswith("num_batches_tracked") and name not in taken]
+    lacking = [name for name in own if name not in taken]
+    counters = [name for name in lacking if name.endswith("num_batches_tracked")]
     if named.origin:
         layout = HAIKU
-    missing = dict.fromkeys(counters, "stays 0, only batch norm without momentum reads it")
+    missing = dict.fromkeys(lacking, _LACKING) | dict.fromkeys(counters, _UNCOUNTED)
     return Matching(
         weights | {name: own[name] for name in counters}, taken, left_out, missing, named.key, layout, prefix, tuple(others), named.outside
     )

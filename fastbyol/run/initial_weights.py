@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 from fastbyol.byol import BYOL
 from fastbyol.config.errors import UserError
-from fastbyol.config.schema import TrainConfig
+from fastbyol.config.plain import from_plain
+from fastbyol.config.schema import WEIGHTS_OPTIONS, ModelConfig, TrainConfig
 from fastbyol.host.saved_structure import tensor_difference
 from fastbyol.run.checkpoint import REQUIRED, checkpoint_steps
 from fastbyol.run.foreign_weights import HAIKU, classifiers_of, match_names
-from fastbyol.run.weights_files import read_weights
+from fastbyol.run.weights_files import description_of, read_weights, weights_file
 
 log = logging.getLogger("fastbyol")
 OPTION = "init_from"
+_MODEL_OPTIONS = tuple(name.removeprefix("model.") for name in WEIGHTS_OPTIONS if name.startswith("model."))
 
 
 def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
@@ -26,7 +29,8 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
     A run folder or checkpoint of fastbyol has both networks, and the probe if the number of classes is equal. An export or another program's
     file has an encoder's weights, which both networks get; their heads stay as they are (see `encoder_weights`).
 
-    Raises UserError if there is no such path, no usable weights in it, or networks of another shape (with the first names that differ).
+    Raises UserError if there is no such path, no usable weights in it, networks of another shape (with the first names that differ), or if
+    a checkpoint or export says that its encoder has another name, width, stem or padding.
     """
     source = config.init_from
     if not source or checkpoint_steps(Path(config.out)):
@@ -41,13 +45,27 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
                 log.info("%s = %s: the probe of %d classes is not loaded", OPTION, source, len(own["probe.bias"]))
                 weights[name] = own[name]
         load_matching(byol, weights, source=f"{OPTION} = {source!r}")
+        theirs = from_plain(TrainConfig, state["config"], where="config.").model
+        _refuse_other_features({name: getattr(theirs, name) for name in _MODEL_OPTIONS}, config.model, source=f"{OPTION} = {source!r}")
         log.info("%s = %s: loaded both networks, after its step %d", OPTION, source, state["step"])
         return
     own, classifiers = byol.online.encoder.state_dict(), classifiers_of(byol.online.encoder)
     weights = encoder_weights(state, own, source=f"{OPTION} = {source!r}", classifiers=classifiers)
     for network in (byol.online, byol.target):
         load_matching(network.encoder, weights, source=f"{OPTION} = {source!r}")
+    said = {name.removeprefix("model."): value for name, value in description_of(weights_file(Path(source))).items()}
+    _refuse_other_features(said, config.model, source=f"{OPTION} = {source!r}")
     log.info("%s = %s: loaded the encoder of both networks", OPTION, source)
+
+
+def _refuse_other_features(said: Mapping[str, Any], model: ModelConfig, *, source: str) -> None:
+    """Raises UserError if the weights were trained in a network that computes other features of equal shapes: its stride or padding differ."""
+    for name in _MODEL_OPTIONS:
+        if name in said and said[name] != (mine := getattr(model, name)):
+            raise UserError(
+                f"{source}: its network has model.{name} {said[name]}, this run {mine}, which makes other features of the same weights; "
+                f"give --model.{name} {said[name]}"
+            )
 
 
 def encoder_weights(state: dict[Any, Any], own: dict[str, Tensor], *, source: str, classifiers: tuple[str, ...] = ()) -> dict[str, Tensor]:

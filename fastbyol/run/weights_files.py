@@ -6,8 +6,6 @@ What `python -m fastbyol export` writes as .safetensors says itself what it hold
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from fastbyol.config.errors import UserError, first_line
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import WEIGHTS_OPTIONS, ModelConfig
 from fastbyol.config.views import ViewPair
-from fastbyol.run.checkpoint import CheckpointError, load_checkpoint, load_run
+from fastbyol.run.checkpoint import CheckpointError, load_checkpoint, load_run, unpacked_size
 
 EXPORTED = "model.safetensors"
 """Name of the weights in a folder for Hugging Face."""
@@ -115,7 +113,11 @@ def description_of(path: Path) -> dict[str, Any]:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind in "fiu"}
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, TypeError) as error:
+        with path.open("rb") as file:
+            unpacked_size(file)
+            with np.load(file, allow_pickle=False) as arrays:
+                # A member that is no .npy comes as bytes.
+                read = ((name, arrays[name]) for name in arrays.files)
+                return {name: torch.from_numpy(value) for name, value in read if isinstance(value, np.ndarray) and value.dtype.kind in "fiu"}
+    except Exception as error:  # numpy, zipfile and the decompressors have many
         raise CheckpointError(f"{path}: is not an .npz of arrays ({first_line(error)})") from error
