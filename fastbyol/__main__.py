@@ -224,7 +224,7 @@ def suggest_run(options: argparse.Namespace) -> None:
             raise UserError(
                 "--hours: a step can be timed on a machine with a GPU only; leave it out, or say --devices 0 for a run on this CPU"
             )
-        fit_hours(found, options.hours, announce=announce)
+        fit_hours(found, options.hours, gpus=gpus, announce=announce)
     config = found.config()
     write_config(options.out, found.yaml(head=[options.typed]))
     say(found.reasons["data.train"], f"preset {found.preset}: {found.reasons['preset']}", *found.remarks)

@@ -475,6 +475,7 @@ def test_the_command_that_follows_starts_as_many_processes_as_were_planned_for()
     found = Findings(TrainConfig(), per="GPU", ranks=8)
     assert found.command(Path("t.yaml")) == "torchrun --nproc-per-node 8 -m fastbyol train --config t.yaml --out runs/tuned"
     assert replace(found, ranks=1).command(Path("t.yaml")).startswith("python -m fastbyol train --config t.yaml")
+    assert "NODES=2 GPUS=8 HOST=HOST bash scripts/several_nodes.sh" in replace(found, ranks=16).command(Path("t.yaml"))
 
 
 # As a user runs it.
