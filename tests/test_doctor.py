@@ -221,7 +221,7 @@ def test_what_is_installed_anew_is_the_package_and_not_fastbyol_with_all_that_it
         command = way_out[way_out.index("pip install") :].partition(",")[0].split()
         assert "--no-deps" in command
         assert command[-1].startswith(package)
-    install(packages_folder, "nvidia-dali-cuda120", "2.0", {})
+    install(packages_folder, "nvidia_dali_cuda120", "2.0", {})
     assert packages.dali_package() == "nvidia-dali-cuda120"
 
 
