@@ -550,6 +550,22 @@ def test_mistakes_end_in_one_line_before_any_measurement(
     assert not (tmp_path / "new.yaml").exists()
 
 
+def test_options_that_are_typed_as_a_group_are_kept_as_those_typed_one_by_one(beton: Path, tmp_path: Path, monkeypatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def tune(request: Request, **_: object) -> None:
+        asked.append(request.kept)
+        raise Asked
+
+    asked: list[frozenset[str]] = []
+    monkeypatch.setattr("fastbyol.tuning.procedure.tune", tune)
+    for typed in (["--precision", '{"channels_last": true}'], ["--precision.channels_last=true"]):
+        with pytest.raises(Asked):
+            main(["tune", "--data", str(beton), *typed, "--out", str(tmp_path / "new.yaml")])
+    assert asked == [{"precision.channels_last"}] * 2
+
+
 def test_under_torchrun_it_says_to_start_without(beton: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
