@@ -145,7 +145,9 @@ def test_hours_of_a_step_that_does_not_fit_into_memory_end_in_one_line(colour, t
         _suggested(colour, tmp_path / "mine.yaml", "--hours", "2")
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert re.search(r"--hours 2: a step of 5 images of 32 px cannot be timed on one device \(out of memory\); .*tune finds the rank_batch", said)
+    assert re.search(
+        r"--hours 2: a step of 5 images of 32 px cannot be timed on one device \(out of memory\); .*tune finds the rank_batch", said
+    )
     assert "Traceback" not in said
 
 
@@ -188,7 +190,10 @@ def test_a_batch_that_one_gpu_may_not_hold_is_remarked(images, gpus, short_side,
     ("gpus", "command"),
     [
         (8, "torchrun --nproc-per-node 8 -m fastbyol train --config my.yaml --out runs/mine"),
-        (16, "on each of 2 machines with 8 GPUs, HOST being one of them: NODES=2 GPUS=8 HOST=HOST bash scripts/several_nodes.sh --config my.yaml"),
+        (
+            16,
+            "on each of 2 machines with 8 GPUs, HOST being one of them: NODES=2 GPUS=8 HOST=HOST bash scripts/several_nodes.sh --config my.yaml",
+        ),
         (12, "on each of 2 machines with 6 GPUs"),
     ],
 )
