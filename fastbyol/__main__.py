@@ -176,19 +176,19 @@ def tune_run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from fastbyol.host.signals import INTERRUPTED_EXIT
-    from fastbyol.run.command_line import parse_train_config
+    from fastbyol.run.command_line import names_given, parse_train_config
     from fastbyol.tuning.report import check_output, comparison_table, config_yaml, write_config
 
-    typed = frozenset(argument.split("=")[0].removeprefix("--") for argument in options.run_options if argument.startswith("--"))
-    if "data.train" in typed:
+    if any(argument.split("=")[0] == "--data.train" for argument in options.run_options):
         raise UserError("--data.train: use --data instead, once for each format the images are stored in")
     check_output(options.out, overwrite=options.overwrite)
     config = parse_train_config([*options.run_options, f"--data.train={options.data[0]}"], usage="")
+    kept = frozenset(names_given(options.run_options))
     from fastbyol.tuning.bench import Request  # imports torch (seconds), so only after the cheap checks
     from fastbyol.tuning.procedure import tune
 
     try:
-        found = tune(Request(config, options.data, ranks=options.ranks, seconds=options.seconds, kept=typed), announce=announce)
+        found = tune(Request(config, options.data, ranks=options.ranks, seconds=options.seconds, kept=kept), announce=announce)
     except KeyboardInterrupt:
         say("fastbyol: interrupted; nothing was written", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT)
@@ -224,7 +224,7 @@ def suggest_run(options: argparse.Namespace) -> None:
             raise UserError(
                 "--hours: a step can be timed on a machine with a GPU only; leave it out, or say --devices 0 for a run on this CPU"
             )
-        fit_hours(found, options.hours, announce=announce)
+        fit_hours(found, options.hours, gpus=gpus, announce=announce)
     config = found.config()
     write_config(options.out, found.yaml(head=[options.typed]))
     say(found.reasons["data.train"], f"preset {found.preset}: {found.reasons['preset']}", *found.remarks)

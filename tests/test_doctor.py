@@ -215,6 +215,16 @@ def test_a_gpu_that_torch_cannot_use_is_broken_and_none_for_this_process_is_no_f
     assert bf16.name == "bf16 on this CPU"
 
 
+def test_what_is_installed_anew_is_the_package_and_not_fastbyol_with_all_that_it_needs(packages_folder: Path) -> None:
+    for name, package in (("ffcv backend", "ffcv==1.0.2"), ("dali backend", "nvidia-dali-cuda")):
+        way_out = self_tests.finding_of(name, {"fault": "does not work"}).way_out
+        command = way_out[way_out.index("pip install") :].partition(",")[0].split()
+        assert "--no-deps" in command
+        assert command[-1].startswith(package)
+    install(packages_folder, "nvidia_dali_cuda120", "2.0", {})
+    assert packages.dali_package() == "nvidia-dali-cuda120"
+
+
 def test_the_disk_of_a_folder_and_of_a_file_is_measured_and_nothing_is_left(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("fastbyol.doctor.disk.TRIAL_BYTES", 16 << 20)
     file = tmp_path / "x.beton"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import onnx
+import numpy as np
 import pytest
 import timm
 import torch
@@ -254,6 +255,21 @@ def test_a_run_does_not_start_from_weights_of_equal_shapes_that_would_have_other
     byol = build_byol(other, num_classes=3)
     with pytest.raises(UserError, match=f"init_from = .*has model.{name} {theirs}, this run {value}.*give --model.{name} {theirs}$"):
         load_initial_weights(byol, dataclasses.replace(config, model=other, out=str(tmp_path / "new"), init_from=str(path)))
+
+
+def test_a_suffix_in_upper_case_means_the_same_format(run8, tmp_path):
+    out = tmp_path / "E.SAFETENSORS"
+    fastbyol_command(["export", "--checkpoint", str(run8), "--to", "safetensors", "--out", str(out)])
+    with safe_open(out, framework="pt") as file:
+        assert "fastbyol" in file.metadata()
+    assert load_run_or_weights(out).config.views.size_px == 32
+    (tmp_path / "W.PKL").write_bytes(b"")
+    with pytest.raises(UserError, match="a pickle can run code"):
+        load_encoder(tmp_path / "W.PKL")
+    np.savez(tmp_path / "w.npz", w=np.ones(3))
+    (tmp_path / "w.npz").rename(tmp_path / "W.NPZ")
+    with pytest.raises(UserError, match="no encoder found among its 1 tensors"):
+        load_encoder(tmp_path / "W.NPZ")
 
 
 def test_a_folded_program_has_no_batch_norm_left_and_the_same_features(run8, tmp_path):

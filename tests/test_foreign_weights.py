@@ -447,7 +447,11 @@ def test_weights_refuses_what_every_command_refuses_after_the_lines_of_the_keys(
     assert ended.value.code == 2
     assert re.search(r"^layer2.0.bn1.running_mean +missing: the encoder cannot be loaded without it$", said.out, re.M)
     assert "loads" not in said.out
-    for complaint in ("it has no layer2.0.bn1.running_mean", "layer1.0.se.weight is unknown here", "layer1.0.conv2.weight is (64, 64, 1, 1)"):
+    for complaint in (
+        "it has no layer2.0.bn1.running_mean",
+        "layer1.0.se.weight is unknown here",
+        "layer1.0.conv2.weight is (64, 64, 1, 1)",
+    ):
         assert complaint in said.err
 
 

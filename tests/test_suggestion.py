@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -17,7 +18,8 @@ from fastbyol.data.inspection.sample import Sample, look_at, near_duplicates
 from fastbyol.run.checkpoint import checkpoint_steps
 from fastbyol.run.command_line import parse_train_config
 from fastbyol.train import main as train
-from fastbyol.tuning.suggestion import rates_at_batch, suggest
+from fastbyol.tuning.stepper import Pace
+from fastbyol.tuning.suggestion import fit_hours, rates_at_batch, suggest
 from tests.images import encoded, smooth_image, write_files
 
 
@@ -132,6 +134,71 @@ def test_hours_become_as_many_steps_as_this_machine_takes_in_them(colour, tmp_pa
     seconds = float(re.search(r"at ([\d.e+-]+) s a step", (tmp_path / "mine.yaml").read_text()).group(1))  # type: ignore[union-attr]
     assert values["steps"] == pytest.approx(2 * 3600 / seconds, rel=0.01)
     assert values["optim"]["warmup_steps"] == pytest.approx(values["steps"] * 0.05, abs=1)
+
+
+def test_hours_of_a_step_that_does_not_fit_into_memory_end_in_one_line(colour, tmp_path, monkeypatch, capsys):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("fastbyol.tuning.stepper.train_step", full)
+    with pytest.raises(SystemExit) as ended:
+        _suggested(colour, tmp_path / "mine.yaml", "--hours", "2")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"--hours 2: a step of 5 images of 32 px cannot be timed on one device \(out of memory\); .*tune finds the rank_batch", said
+    )
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda:0")])
+def test_hours_are_timed_on_the_device_of_the_plan(gpus, device, monkeypatch):
+    timed = []
+
+    class Loader:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    class Stepper:
+        def __init__(self, config, process) -> None:
+            timed.append(str(process.device))
+
+        def fed_by(self, loader, paces):
+            return lambda seconds: paces.append(Pace(1000.0, 0.0))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("fastbyol.data.build.build_run_loader", lambda *_, **__: Loader())
+    monkeypatch.setattr("fastbyol.tuning.stepper.Stepper", Stepper)
+    fit_hours(suggest("images", _sample(), gpus=gpus), 1.0, gpus=gpus, announce=lambda _: None)
+    assert timed == [device]
+
+
+@pytest.mark.parametrize(
+    ("images", "gpus", "short_side", "remarked"),
+    [(2_000_000, 1, 300, True), (2_000_000, 16, 300, False), (60_000, 1, 300, True), (60_000, 8, 300, False), (4000, 1, 300, False),
+     (4000, 0, 300, False), (60_000, 1, 32, False), (60_000, 1, 80, True)],
+)  # fmt: skip
+def test_a_batch_that_one_gpu_may_not_hold_is_remarked(images, gpus, short_side, remarked):
+    remarks = suggest("images", _sample(images=images, short_side=short_side), gpus=gpus).remarks
+    assert any("may not fit into a GPU's memory: python -m fastbyol tune finds the rank_batch" in each for each in remarks) == remarked
+
+
+@pytest.mark.parametrize(
+    ("gpus", "command"),
+    [
+        (8, "torchrun --nproc-per-node 8 -m fastbyol train --config my.yaml --out runs/mine"),
+        (
+            16,
+            "on each of 2 machines with 8 GPUs, HOST being one of them: NODES=2 GPUS=8 HOST=HOST bash scripts/several_nodes.sh --config my.yaml",
+        ),
+        (12, "on each of 2 machines with 6 GPUs"),
+    ],
+)
+def test_more_ranks_than_a_machine_has_gpus_are_started_on_several(gpus, command):
+    assert suggest("images", _sample(images=2_000_000), gpus=gpus).command(Path("my.yaml")).startswith(command)
 
 
 @pytest.mark.parametrize(

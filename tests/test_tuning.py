@@ -475,6 +475,7 @@ def test_the_command_that_follows_starts_as_many_processes_as_were_planned_for()
     found = Findings(TrainConfig(), per="GPU", ranks=8)
     assert found.command(Path("t.yaml")) == "torchrun --nproc-per-node 8 -m fastbyol train --config t.yaml --out runs/tuned"
     assert replace(found, ranks=1).command(Path("t.yaml")).startswith("python -m fastbyol train --config t.yaml")
+    assert "NODES=2 GPUS=8 HOST=HOST bash scripts/several_nodes.sh" in replace(found, ranks=16).command(Path("t.yaml"))
 
 
 # As a user runs it.
@@ -547,6 +548,22 @@ def test_mistakes_end_in_one_line_before_any_measurement(
     assert error.count("\n") == 1
     assert (tmp_path / "taken.yaml").read_text() == "mine"
     assert not (tmp_path / "new.yaml").exists()
+
+
+def test_options_that_are_typed_as_a_group_are_kept_as_those_typed_one_by_one(beton: Path, tmp_path: Path, monkeypatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def tune(request: Request, **_: object) -> None:
+        asked.append(request.kept)
+        raise Asked
+
+    asked: list[frozenset[str]] = []
+    monkeypatch.setattr("fastbyol.tuning.procedure.tune", tune)
+    for typed in (["--precision", '{"channels_last": true}'], ["--precision.channels_last=true"]):
+        with pytest.raises(Asked):
+            main(["tune", "--data", str(beton), *typed, "--out", str(tmp_path / "new.yaml")])
+    assert asked == [{"precision.channels_last"}] * 2
 
 
 def test_under_torchrun_it_says_to_start_without(beton: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,10 +77,9 @@ OPTIONAL = (
     Part("umap-learn", "umap", "umap", "the report's map of the images is by PCA only"),
     Part("torch-optimizer", "torch_optimizer", "torch-optimizer", "no optim.name torch_optimizer_lars, a cross-check of ours"),
 )
-REBUILD_FFCV = "pip install --force-reinstall --no-cache-dir --no-deps ffcv==1.0.2; pip install --upgrade opencv-python numba"
-FFCV_NEEDS = (
-    "apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev, then pip install 'fastbyol[ffcv]' (in a checkout: make install)"
-)
+REBUILD_FFCV_ALONE = "pip install --force-reinstall --no-cache-dir --no-deps ffcv==1.0.2"
+REBUILD_FFCV = f"{REBUILD_FFCV_ALONE}; pip install --upgrade opencv-python numba"
+FFCV_NEEDS = "apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev, then pip install 'fastbyol[ffcv]' (in a checkout: rm -f .venv/installed; make install)"
 
 
 def package_findings(*, imports: bool) -> Iterator[Finding]:
@@ -123,6 +122,11 @@ def _with_installed_dali(parts: Sequence[Part]) -> list[Part]:
     return [
         Part("nvidia-dali-cuda120", part.module, "dali-cu12", part.without) if dali12 and part.extra == "dali" else part for part in parts
     ]
+
+
+def dali_package() -> str:
+    """Returns the name of DALI's package that is installed, or of the one that our extra asks for."""
+    return _with_installed_dali([part for part in OPTIONAL if part.extra == "dali"])[0].package
 
 
 def version_of(package: str) -> str:

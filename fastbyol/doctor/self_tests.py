@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from fastbyol.doctor.finding import Finding
+from fastbyol.doctor.packages import REBUILD_FFCV_ALONE, dali_package
 from fastbyol.doctor.subprocesses import run_each
 
 GROUP = "self tests"
@@ -24,8 +25,9 @@ ON_GPU = (
     "dali on the GPU",
 )
 WAYS_OUT = {
-    "ffcv backend": "build it again: pip install --force-reinstall --no-cache-dir --no-binary ffcv 'fastbyol[ffcv]', or train from tar shards or images",
-    "dali backend": "pip install --force-reinstall 'fastbyol[dali]', or train from a .beton or images",
+    # By their own names: fastbyol[ffcv] would replace a checkout by what the index has of fastbyol, and install torch anew.
+    "ffcv backend": f"build it again: {REBUILD_FFCV_ALONE}, or train from tar shards or images",
+    "dali backend": f"pip install --force-reinstall --no-deps {dali_package()}, or train from a .beton or images",
     "torch.compile, CPU": "not needed on a CPU; --precision.compile no leaves it out",
     "torch.compile, GPU": "--precision.compile no trains without, more slowly",
     "target by triton": "leave --optim.update at auto",

@@ -19,7 +19,7 @@ _TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 def save_tensors(weights: Mapping[str, Tensor], path: Path, facts: Facts) -> None:
     """Writes .safetensors with the facts in its metadata, or for another suffix a plain state dict of torch.save."""
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         from safetensors.torch import save
 
         # Not save_file, whose files nobody else may read.

@@ -66,14 +66,14 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
         raise UserError(_in_plain_words(_first_cause(str(error))) + _minus_hint(str(error), arguments)) from error
     values = namespace.as_dict()
-    _settle_budgets(values, [*(set(flatten(file)) for file in files), _names_given(typed)])
+    _settle_budgets(values, [*(set(flatten(file)) for file in files), names_given(typed)])
     config = from_plain(TrainConfig, {name: value for name, value in values.items() if name not in ("preset", "config")})
     if repeated and (os.environ.get("RANK") or "0") == "0":
         log.warning("%s: given more than once, the last one counts", ", ".join(repeated))
     return config
 
 
-def _names_given(typed: Sequence[str]) -> set[str]:
+def names_given(typed: Sequence[str]) -> set[str]:
     """Returns the dotted names of the options in these arguments, those in a group's value included: --optim '{"warmup_steps": 5}'."""
     names: set[str] = set()
     for argument, following in itertools.pairwise([*typed, ""]):

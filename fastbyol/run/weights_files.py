@@ -39,11 +39,12 @@ def read_weights(path: Path, *, option: str) -> dict[Any, Any]:
     path = weights_file(path)
     if not path.is_file():
         return load_run(path, option=option).state
-    if path.suffix == ".safetensors":
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix == ".npz":
+    if suffix == ".npz":
         return _read_npz(path)
-    if path.suffix == ".pkl":
+    if suffix == ".pkl":
         npz = "docs/guide.md shows how to make an .npz of DeepMind's weights"
         raise CheckpointError(f"{option} = {str(path)!r}: a pickle can run code, so it is not read: {npz}")
     try:
@@ -87,7 +88,7 @@ def description_of(path: Path) -> dict[str, Any]:
 
     Raises UserError if it states options that do not exist or values out of range.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         return {}
     from safetensors import safe_open
 
@@ -118,6 +119,8 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             with np.load(file, allow_pickle=False) as arrays:
                 # A member that is no .npy comes as bytes.
                 read = ((name, arrays[name]) for name in arrays.files)
-                return {name: torch.from_numpy(value) for name, value in read if isinstance(value, np.ndarray) and value.dtype.kind in "fiu"}
+                return {
+                    name: torch.from_numpy(value) for name, value in read if isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
+                }
     except Exception as error:  # numpy, zipfile and the decompressors have many
         raise CheckpointError(f"{path}: is not an .npz of arrays ({first_line(error)})") from error

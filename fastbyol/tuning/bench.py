@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastbyol.config.schema import DataConfig, PrecisionConfig, TrainConfig
 from fastbyol.data.batch import ViewBatch
 from fastbyol.ranks.process_group import Process
 from fastbyol.tuning.comparison import Comparison, Trial, compare
+from fastbyol.tuning.report import start_command
 from fastbyol.tuning.stepper import Stepper, release_memory
 
 
@@ -60,8 +60,7 @@ class Findings:
 
     def command(self, path: Path) -> str:
         """Returns the command that starts the run from the config file at the path."""
-        start = ["torchrun", "--nproc-per-node", str(self.ranks)] if self.ranks > 1 else ["python"]
-        return shlex.join([*start, "-m", "fastbyol", "train", "--config", str(path), "--out", "runs/tuned"])
+        return start_command(path, ranks=self.ranks, out="runs/tuned")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 WAIT_SHARE = 0.05
 """A step that spends a larger share of its time waiting is held up by the data."""
+GPUS_OF_A_MACHINE = 8
 SMALL_SPREAD = 0.9
 """Whole steps that reach this share of the speed of the step alone lose nothing to the data."""
 
@@ -46,6 +48,18 @@ def write_config(path: Path, text: str) -> None:
         write_durably(path, text)
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another one") from error
+
+
+def start_command(path: Path, *, ranks: int, out: str) -> str:
+    """Returns the command that starts a run of so many ranks from a config file; of more than a machine has GPUs, what to type on each machine."""
+    options = ["--config", str(path), "--out", out]
+    here = max(part for part in range(1, GPUS_OF_A_MACHINE + 1) if ranks % part == 0)
+    if here < ranks:
+        start = shlex.join(["bash", "scripts/several_nodes.sh", *options])
+        machines = ranks // here
+        return f"on each of {machines} machines with {here} GPUs, HOST being one of them: NODES={machines} GPUS={here} HOST=HOST {start}"
+    start = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+    return shlex.join([*start, "-m", "fastbyol", "train", *options])
 
 
 def config_yaml(config: TrainConfig, notes: Mapping[str, str], *, head: list[str]) -> str:

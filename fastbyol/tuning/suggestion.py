@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from fastbyol.data.inspection.sample import Sample
 from fastbyol.host.quantities import count_text, duration_text
 from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.folder import flatten
-from fastbyol.tuning.report import options_yaml
+from fastbyol.tuning.report import options_yaml, start_command
 
 SMALL, LARGE = 50_000, 1_000_000
 """From how many images on the presets `own` and `own_large` are suggested."""
@@ -29,6 +28,8 @@ FEWEST_BATCHES = 8
 """A pass over the images has at least this many steps, or the batch is made smaller."""
 FEWEST_IMAGES = 1000
 MANY_DUPLICATES = 0.05
+HELD = 256
+"""Images of 224 px in one forward pass that a GPU is expected to hold: an estimate, `tune` measures it."""
 WARMUP_SHARE = 0.05
 FEWEST_STEPS = 500
 TIMED_S = 10.0
@@ -70,8 +71,7 @@ class Suggestion:
 
     def command(self, path: Path) -> str:
         """Returns the command that starts the run from the file at the path."""
-        start = ["torchrun", "--nproc-per-node", str(self.devices)] if self.devices > 1 else ["python"]
-        return shlex.join([*start, "-m", "fastbyol", "train", "--config", str(path), "--out", "runs/mine"])
+        return start_command(path, ranks=self.devices, out="runs/mine")
 
 
 def suggest(data: str, sample: Sample, *, gpus: int) -> Suggestion:
@@ -94,6 +94,7 @@ def suggest(data: str, sample: Sample, *, gpus: int) -> Suggestion:
     _set_budget(suggestion, base)
     _set_size(suggestion, base, sample, gpus)
     _set_views(suggestion, base, sample)
+    _remark_on_memory(suggestion, gpus)
     _remark(suggestion, sample)
     return suggestion
 
@@ -105,7 +106,7 @@ def _preset(sample: Sample, gpus: int) -> tuple[str, str]:
     if sample.images < SMALL:
         return "own_small", f"{count}, fewer than {SMALL:,}: a ResNet-18"
     if sample.images < LARGE:
-        return "own", f"{count}, {SMALL:,} to {LARGE:,}: a ResNet-50 with a batch that one to eight GPUs hold"
+        return "own", f"{count}, {SMALL:,} to {LARGE:,}: a ResNet-50 with batch 512"
     return "own_large", f"{count}, more than {LARGE:,}: as the paper trains on ImageNet"
 
 
@@ -204,6 +205,18 @@ def _set_views(suggestion: Suggestion, base: TrainConfig, sample: Sample) -> Non
             )
 
 
+def _remark_on_memory(suggestion: Suggestion, gpus: int) -> None:
+    config = suggestion.config()
+    images, size = config.global_batch // suggestion.devices, config.views.size_px
+    # A stem that keeps small images at their size passes on as much as the usual one does of images of four times the side.
+    seen = size * 4 if config.model.stem == "small" else size
+    if gpus and images * seen**2 > HELD * 224**2:
+        suggestion.remarks.append(
+            f"{images:,} images of {size} px in one forward pass may not fit into a GPU's memory: python -m fastbyol tune finds the rank_batch "
+            "that does, or give --rank_batch."
+        )
+
+
 def _remark(suggestion: Suggestion, sample: Sample) -> None:
     if sample.images < FEWEST_IMAGES:
         suggestion.remarks.append(
@@ -219,14 +232,26 @@ def _remark(suggestion: Suggestion, sample: Sample) -> None:
     suggestion.remarks.append("Look at the views before training: python -m fastbyol views --data IMAGES --config FILE --out views.png")
 
 
-def fit_hours(suggestion: Suggestion, hours: float, *, announce: Callable[[str], None]) -> None:
+def fit_hours(suggestion: Suggestion, hours: float, *, gpus: int, announce: Callable[[str], None]) -> None:
     """Times some steps on this machine, and sets the number of steps so that the run takes `hours`.
 
-    One process is timed, with its share of the batch; what several exchange is not.
+    One process is timed, with its share of the batch; what several exchange is not. gpus: GPUs of the run; 0 means a CPU, which is timed then.
+
+    Raises:
+        UserError: a step does not fit into memory, or the hours are too few.
     """
+    from fastbyol.tuning.comparison import TrialFailed
+
     config = suggestion.config()
     announce(f"timing steps for {TIMED_S:g} s")
-    rate = images_per_s(replace(config, global_batch=config.global_batch // suggestion.devices)) * suggestion.devices
+    share = config.global_batch // suggestion.devices
+    try:
+        rate = images_per_s(replace(config, global_batch=share), device="cuda" if gpus else "cpu") * suggestion.devices
+    except TrialFailed as error:
+        raise UserError(
+            f"--hours {hours:g}: a step of {share:,} images of {config.views.size_px} px cannot be timed on one device ({error}); "
+            "plan for more with --devices, or leave --hours out: python -m fastbyol tune finds the rank_batch that fits"
+        ) from error
     per_step_s = config.global_batch / rate
     steps = int(hours * 3600 / per_step_s)
     if steps < FEWEST_STEPS:
@@ -238,15 +263,18 @@ def fit_hours(suggestion: Suggestion, hours: float, *, announce: Callable[[str],
     suggestion.set("optim.warmup_steps", max(1, round(WARMUP_SHARE * steps)), f"{WARMUP_SHARE:.0%} of the steps")
 
 
-def images_per_s(config: TrainConfig) -> float:
-    """Returns the images per second of one process that trains with this config on this machine."""
+def images_per_s(config: TrainConfig, *, device: str) -> float:
+    """Returns the images per second of one process that trains with this config on this machine's CPU or first GPU: device cpu or cuda.
+
+    Raises TrialFailed if a step does not fit into memory.
+    """
     import torch
 
     from fastbyol.data.build import build_run_loader
     from fastbyol.ranks.process_group import Process
     from fastbyol.tuning.stepper import Pace, Stepper
 
-    process = Process(rank=0, world_size=1, device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    process = Process(rank=0, world_size=1, device=torch.device(device, 0) if device == "cuda" else torch.device(device))
     paces: list[Pace] = []
     with build_run_loader(config, process, option="--data") as loader:
         Stepper(config, process).fed_by(loader, paces)(TIMED_S)
