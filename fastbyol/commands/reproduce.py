@@ -203,6 +203,7 @@ def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
     from fastbyol.data import build_image_loader
     from fastbyol.host.quantities import duration_text
     from fastbyol.run.plan import RunPlan
+    from fastbyol.tuning.comparison import TrialFailed
     from fastbyol.tuning.suggestion import images_per_s
 
     if not runs:
@@ -216,11 +217,17 @@ def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
     for run in runs:
         model = (run.config.model.encoder, run.config.model.width)
         if model not in rates:
-            rates[model] = setup.ranks * images_per_s(replace(run.config, global_batch=share, rank_batch=0))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            try:
+                rates[model] = setup.ranks * images_per_s(replace(run.config, global_batch=share, rank_batch=0), device=device)
+            except TrialFailed as error:
+                rates[model] = 0.0
+                say(f"{run.name}: a step of {share} images cannot be timed ({error}), so its time is not in the sum")
         steps = RunPlan.of(run.config, num_samples=num_samples).total_steps
-        seconds = steps * run.config.global_batch / rates[model]
+        seconds = steps * run.config.global_batch / rates[model] if rates[model] else 0.0
         total_s += 0.0 if run.done else seconds
-        say(f"{run.name:<50} {steps:>9,} steps  {'done' if run.done else duration_text(seconds)}")
+        takes = "done" if run.done else duration_text(seconds) if seconds else "not known"
+        say(f"{run.name:<50} {steps:>9,} steps  {takes}")
     to_do = sum(not run.done for run in runs)
     say(
         f"{to_do} runs to do, {duration_text(total_s)} of training with {setup.ranks} process{'es' * (setup.ranks > 1)}; from the step of one process and "
