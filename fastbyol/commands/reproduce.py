@@ -180,7 +180,9 @@ def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
         num_samples = loader.num_samples
     share = setup.base.global_batch // setup.ranks if torch.cuda.is_available() else CPU_BATCH
     say(f"timing steps of {share} images")
-    rate = setup.ranks * images_per_s(replace(runs[0].config, global_batch=share, rank_batch=0))
+    rate = setup.ranks * images_per_s(
+        replace(runs[0].config, global_batch=share, rank_batch=0), device="cuda" if torch.cuda.is_available() else "cpu"
+    )
     total_s = 0.0
     for run in runs:
         steps = RunPlan.of(run.config, num_samples=num_samples).total_steps

@@ -101,7 +101,7 @@ def _scores(run: RunState, digest: str) -> Iterator[dict[str, Any]]:
             continue  # another file
         # A weights file has no steps, and may have been replaced since: its results must say what they are of. Older ones of a run do not.
         measured = str(facts.get("inputs", "")).partition(" ")[0]
-        if facts.get("step") != run.step or measured != digest and (measured or "encoder" in run.state):
+        if facts.get("step") != run.step or (measured != digest and (measured or "encoder" in run.state)):
             continue
         row = {"task": result.protocol, "data": source_name(str(facts.get("data", "")))}
         if isinstance(result, ProtocolResult):
