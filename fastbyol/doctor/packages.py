@@ -79,8 +79,10 @@ OPTIONAL = (
 )
 REBUILD_FFCV_ALONE = "pip install --force-reinstall --no-cache-dir --no-deps ffcv==1.0.2"
 REBUILD_FFCV = f"{REBUILD_FFCV_ALONE}; pip install --upgrade opencv-python numba"
-FFCV_NEEDS = "apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev, then pip install 'fastbyol[ffcv]' "
+FFCV_NEEDS = (
+    "apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev, then pip install 'fastbyol[ffcv]' "
     "(in a checkout: rm -f .venv/installed; make install)"
+)
 
 
 def package_findings(*, imports: bool) -> Iterator[Finding]:
