@@ -103,7 +103,7 @@ EXPECTED_ROWS = {
     "ema": 7,
     "lars": 5,
     "fused_update": 6,
-    "batchnorm": 6,
+    "batchnorm": 7,
     "step_resnet18": 10 + len({"float32", step.FORMAT}),
     "demo_step": 3,
     "end_to_end": 8,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
@@ -16,12 +17,16 @@ from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
 
+from fastbyol.__main__ import main
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.dali_source import DaliSource
 from fastbyol.data.backends.ffcv_source import FfcvSource
-from fastbyol.data.conversion import beton_writer, estimate
+from fastbyol.data.conversion import beton_writer, estimate, image_pass
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.encode import EncodeSettings
+from fastbyol.data.conversion.encoding_pool import EncodingPool
+from fastbyol.data.conversion.encoding_worker import Encoded
+from fastbyol.data.conversion.estimate import Estimate
 from fastbyol.data.conversion.image_pass import BadImage
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.conversion.task import ConversionOptions
@@ -32,6 +37,8 @@ from fastbyol.data.formats.manifest import read_manifest
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.listing import ImageListing, ImageLocation
 from fastbyol.data.inspection.verification import verify
+from fastbyol.host.durable_files import locked_file
+from fastbyol.host.signals import OrderlyStop
 from tests.commands import CONVERSIONS, Conversion, await_gone, files_no_larger_than, kill_and_continue
 from tests.images import write_many
 
@@ -127,6 +134,21 @@ def test_a_conversion_killed_after_moving_its_files_leaves_no_work_folder_when_r
     assert "exists already" in done.stderr
 
 
+def test_a_stopped_restart_says_that_it_continues_without_restart(
+    ten: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(self: EncodingPool, jobs: object) -> Iterator[Encoded]:
+        raise OrderlyStop(signal.SIGTERM)
+        yield
+
+    out = tmp_path / "x.beton"
+    monkeypatch.setattr(EncodingPool, "encode", stopped)
+    monkeypatch.setattr(image_pass, "estimate_conversion", lambda *_, **__: Estimate(10, 1, 1.0, 16, ()))
+    with pytest.raises(SystemExit):
+        main(["convert", "--data", str(ten), "--out", str(out), "--workers", "1", "--restart"])
+    assert "stopped at 0 of 10 images; the same command without --restart continues" in capsys.readouterr().err
+
+
 # ---- who may continue what
 
 
@@ -206,6 +228,15 @@ def test_two_conversions_to_one_output_do_not_mix(ten: Path, tmp_path: Path) -> 
     ):
         write_beton(ten, out=out, workers=1)
     assert write_beton(ten, out=out, workers=1).num_samples == 9
+
+
+def test_a_lock_can_be_taken_over_by_the_group_if_the_umask_lets_it(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        os.close(locked_file(tmp_path / "lock"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o664
 
 
 def test_resume_continues_an_unfinished_conversion_and_refuses_to_start_one(ten: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing
 from fastbyol.data.inputs.subset import balanced_counts, choose_classes, draw_fraction, draw_images, read_subset, restrict, write_subset
-from tests.commands import run_here
+from tests.commands import files_no_larger_than, run_here
 from tests.imagenet_archives import TRAIN, tar_bytes, write_archives
 
 
@@ -213,3 +213,19 @@ def test_class_names_may_be_written_as_ls_and_find_print_folders(image_folder: P
     (tmp_path / "classes").write_bytes(b"\xef\xbb\xbfant/\r\n./cat/\r\n")
     done = run_here("subset.py", "--data", image_folder, "--classes", tmp_path / "classes", "--out", tmp_path / "list.txt")
     assert "16 images of 2 classes" in done.stdout
+
+
+def test_a_list_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("old\n")
+    with files_no_larger_than(100), pytest.raises(OSError, match="File too large"):
+        write_subset(tmp_path / "list", listing_of((40,)))
+    assert (tmp_path / "list").read_text() == "old\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["list"]
+
+
+def test_the_command_counts_images_without_a_label_apart(tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(12)]
+    members = {name: b"x" for name in names} | {f"{number}.cls": b"dog" if number % 2 else b"cat" for number in range(8)}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(members))
+    done = run_here("subset.py", "--data", tmp_path / "x.tar", "--images", "6", "--out", tmp_path / "list")
+    assert done.stdout == f"{tmp_path / 'list'}: 6 images of 2 classes (2 of each), of 2 in all, and 2 without a label\n"

@@ -6,6 +6,7 @@ Each quick form is held against the slow, obvious one. `tests/long/ten_million.p
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -17,13 +18,18 @@ import pytest
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.ffcv_source import FfcvSource
+from fastbyol.data.conversion.encode import Outcome
+from fastbyol.data.conversion.image_pass import ROW
+from fastbyol.data.conversion.report import report_summary, write_report
+from fastbyol.data.conversion.task import ConversionOptions, Task
+from fastbyol.data.conversion.touched_images import TouchedImages, touched_line
 from fastbyol.data.formats.beton import read_beton
 from fastbyol.data.formats.manifest import label_counts
 from fastbyol.data.formats.tar_shards import listed_position, read_tar_shards
 from fastbyol.data.inputs import listing as listing_module
 from fastbyol.data.inputs import packed_names
 from fastbyol.data.inputs.listing import ImageListing, in_sample_order
-from fastbyol.data.inputs.packed_names import PackedNames
+from fastbyol.data.inputs.packed_names import PackedNames, labels_as
 from fastbyol.data.inputs.path_list import list_paths
 from fastbyol.data.traversal import block_order, group_into_blocks, local_order, seeded_permutation, stable_argsort
 from fastbyol.host import shared_columns
@@ -287,3 +293,35 @@ def test_a_list_of_paths_is_read_without_an_object_for_each_line(tmp_path: Path,
     assert held < len("0000.jpg") + 17 + 8
     # Beside the names the absolute paths, which are packed too: once, and as the truth values of a search in them.
     assert peak < 2 * len(str(tmp_path)) + 120
+
+
+# ---- reports
+
+
+def test_a_report_that_names_every_image_is_written_one_by_one(tmp_path: Path) -> None:
+    few = ROWS // 10
+    order = np.random.default_rng(0).permutation(few)
+    with (tmp_path / "touched.jsonl").open("wb") as file:
+        for index in order.tolist():
+            file.write(touched_line(index, "transcoded", f"PNG {index % 2}", ""))
+            if index == 7:
+                file.write(touched_line(index, "noted", "EXIF orientation", "6"))
+    rows = np.zeros(few, dtype=ROW)
+    rows["index"], rows["outcome"] = order, Outcome.TRANSCODED
+    listing = ImageListing(tmp_path, (), [f"{index:06d}.png" for index in range(few)], labels_as(np.full(few, -1, dtype=np.int32)))
+    task = Task(listing, order, rows["source_bytes"].astype(np.int64), "", tmp_path / "x.beton", ConversionOptions(), workers=1)
+
+    touched, held, _ = held_and_peak(lambda: TouchedImages({tmp_path / "touched.jsonl": ""}, images=few))
+    assert held * ROWS / few < 30
+    _, _, peak = held_and_peak(lambda: write_report(tmp_path / "report.json", task, rows, touched))
+    assert peak * ROWS / few < 250  # the rows of the kept images, to count their classes
+    summary, _, peak = held_and_peak(lambda: report_summary(tmp_path / "report.json"))
+    assert peak * ROWS / few < 5
+
+    report = json.loads((tmp_path / "report.json").read_text(encoding="ascii"))
+    named = report.pop("touched")
+    assert summary == report
+    assert (report["transcoded"], report["noted"]) == ({"PNG 0": few // 2, "PNG 1": few // 2}, {"EXIF orientation": 1})
+    noted = {"name": "000007.png", "index": 7, "outcome": "noted", "reason": "EXIF orientation", "detail": "6"}
+    assert named.pop(7) == noted
+    assert [(entry["name"], entry["index"]) for entry in named] == [(f"{index:06d}.png", index) for index in range(few)]

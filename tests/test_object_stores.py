@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import tarfile
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.config.urls import full_url, public_text, separated, shown_url, without_credentials
 from fastbyol.data.backends.store_tables import StoreTables
 from fastbyol.data.build import backend_of
+from fastbyol.data.conversion import beton_writer, command_line, tar_writer
 from fastbyol.data.inputs import tars as tars_module
 from fastbyol.data.inputs.images import list_images
 from fastbyol.evaluation.splits import split_paths
@@ -195,6 +197,44 @@ def test_an_upload_that_was_stopped_goes_on_without_another_conversion(
     assert convert(colours / "train", out) == 0
     assert "its upload goes on" in capsys.readouterr().out
     assert memory.cat("/bucket/x.beton") == local_beton
+
+
+@pytest.mark.parametrize("name", ["x.beton", "shards"])
+def test_an_output_that_was_complete_when_its_command_ended_is_uploaded_by_the_next(
+    name: str, colours: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError  # as '| head' closes stdout
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command_line, "print_outcome", closed)
+        patch.setattr(os, "dup2", lambda *_: None)
+        assert convert(colours / "train", f"memory://bucket/{name}") == 128 + signal.SIGPIPE
+    assert not memory.find("/bucket")
+    monkeypatch.setattr(beton_writer, "convert_images", None)
+    monkeypatch.setattr(tar_writer, "convert_images", None)
+    assert convert(colours / "train", f"memory://bucket/{name}") == 0
+    assert "its upload goes on" in capsys.readouterr().out
+    assert run("verify", f"memory://bucket/{name}", "--source", colours / "train") == 0
+
+
+def test_a_part_that_is_made_again_replaces_its_shards_in_a_store_and_a_merge_wants_all_of_them(
+    colours: Path, memory: fsspec.AbstractFileSystem, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = "memory://bucket/shards"
+    for part in ("0/2", "1/2"):
+        assert convert(colours / "train", out, "--to", "dali", "--shard", part) == 0
+    old = "/bucket/shards/shard-00000-of-00002-00005.tar"
+    memory.pipe(old, b"of an earlier conversion")
+    assert convert(colours / "train", out, "--to", "dali", "--shard", "0/2", "--restart") == 0
+    assert not memory.exists(old)
+    shard = "/bucket/shards/shard-00001-of-00002-00000.tar"
+    content = memory.cat(shard)
+    memory.pipe(shard, content[:-512])
+    assert run("convert", "--to", "dali", "--out", out, "--merge") == USER_ERROR_EXIT
+    assert "(cut or replaced); remove memory://bucket/shards/part-00001-of-00002.json and convert" in capsys.readouterr().err
+    memory.pipe(shard, content)
+    assert run("convert", "--to", "dali", "--out", out, "--merge") == 0
 
 
 def test_features_are_the_same_from_a_url_and_are_written_to_one(

@@ -8,16 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastbyol.__main__ import main
+from fastbyol.commands.reproduce import _base
 from fastbyol.config.errors import UserError
 from fastbyol.config.presets import PRESETS, preset_config
 from fastbyol.host.signals import StopRequest
-from fastbyol.reproduction.records import Record, Setup, read_record, read_records, read_setup, record_path, write_record, write_setup
+from fastbyol.reproduction.records import (
+    Record,
+    Setup,
+    check_same_images,
+    read_record,
+    read_records,
+    read_setup,
+    record_path,
+    write_record,
+    write_setup,
+)
+from fastbyol.reproduction.results import table_results
 from fastbyol.reproduction.rows import row_config
 from fastbyol.reproduction.runner import PlannedRun, Runner, Stopped, StorageFull, part_of, planned_runs
 from fastbyol.reproduction.tables import TABLES, Row, preset_of
-from fastbyol.run.folder import CONFIG_FILE, read_config
+from fastbyol.run.folder import CONFIG_FILE, note_divergence, read_config, write_config
 from tests.commands import SMALL_RUN, files_no_larger_than
 
 BASE, DEMO, SCENES = (preset_config(name) for name in ("r50_300ep", "cpu_demo", "cpu_demo_scenes"))
@@ -180,6 +193,18 @@ def test_the_first_seed_of_every_row_comes_before_the_second_of_any_and_shared_r
     assert {run.config.seed for run in runs} == {0, 1}
 
 
+def test_the_unchanged_run_of_table_1_is_that_of_the_other_tables_at_demo_scale(colours, tmp_path):
+    setup = _setup(colours)
+    runs = planned_runs([TABLES["encoders"], TABLES["tau"]], setup, tmp_path, seeds=1)
+    assert "r50_1000ep" not in [run.run for run in runs]
+    scores = {"linear": 0.5, "knn": 0.5}
+    records = [Record(run.run, 0, "complete", run.config, scores=scores, num_val=24) for run in runs[:3]]
+    (encoders, *_) = table_results(setup, records)
+    base = next(row for row in encoders.rows if row.row.run == "r50_1000ep")
+    assert base.linear is not None
+    assert base.linear.mean == 0.5
+
+
 def test_a_record_of_another_config_is_not_taken_for_the_row(colours, tmp_path):
     (run,) = (run for run in planned_runs([TABLES["tau"]], _setup(colours), tmp_path, seeds=1) if run.run == "tau_0")
     write_record(tmp_path, _record(config=run.config))
@@ -240,6 +265,10 @@ def test_rows_are_trained_and_evaluated_once_a_failing_one_is_named_and_the_next
         (["--data.train", "x"], r"--data\.train: is set for each row; use --data"),
         (["--scale", "paper", "--config", "x.yaml"], r"--preset, --config: have no effect at the paper's scale"),
         (["--optim.tau_bse", "1"], r"optim\.tau_bse"),
+        (["--model.projector_layers", "3"], r"model\.projector_layers = 3: must be 2, because rows of the tables are named by"),
+        (["--objective.beta", "1"], r"objective\.beta = 1\.0: must be 0\.0, because"),
+        (["--scale", "paper", "--global_batch", "1024"], r"--global_batch: rows at the paper's scale have the paper's values"),
+        (["--scale", "paper", "--optim.base_lr=0.1"], r"--optim\.base_lr: rows at the paper's scale have the paper's values"),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_line_before_anything_is_made(options, why, colours, tmp_path, capsys):
@@ -275,9 +304,68 @@ def test_a_wrong_table_data_without_val_and_anothers_folder_are_refused(colours,
 def test_other_images_are_not_compared_with_the_records_that_are_there(colours, tmp_path):
     config = planned_runs([TABLES["tau"]], _setup(colours), tmp_path, seeds=1)[0].config
     write_record(tmp_path, Record("byol", 0, "complete", config, num_train=999, num_val=9))
-    runner = Runner(_setup(colours), tmp_path, StopRequest(grace_s=1.0), announce=print, after_each=lambda: None, command="")
+    write_setup(tmp_path, replace(_setup(colours), data="elsewhere"))
+    kept = (tmp_path / "setup.json").read_text()
     with pytest.raises(UserError, match=r"has 72 train and 24 val images, and .*byol-seed0.json is of 999 and 9; give the same data"):
-        runner.run_all(planned_runs([TABLES["tau"]], _setup(colours), tmp_path, seeds=1))
+        check_same_images(tmp_path, str(colours), num_train=72, num_val=24)
+    with pytest.raises(SystemExit):
+        _reproduce(colours, tmp_path, "--rows", "byol")
+    assert (tmp_path / "setup.json").read_text() == kept, "the kept figures are not said to be of the new data"
+
+
+def test_a_config_file_does_not_set_what_each_row_sets_for_itself(tmp_path):
+    file = tmp_path / CONFIG_FILE
+    write_config(tmp_path, replace(preset_config("cpu_demo"), seed=3, resume="never", rank_batch=32))
+    config = _base(["--config", str(file)], scale="demo")
+    assert (config.seed, config.resume, config.rank_batch) == (0, "auto", 0)
+    write_config(tmp_path, replace(preset_config("cpu_demo"), init_from="x.pt"))
+    with pytest.raises(UserError, match=r"--config: init_from = 'x\.pt': rows begin with random weights"):
+        _base(["--config", str(file)], scale="demo")
+
+
+def test_every_run_has_a_mirror_of_its_own(colours, tmp_path):
+    setup = _setup(colours)
+    mirrored = replace(setup, base=replace(setup.base, mirror="file:///store/"))
+    runs = planned_runs([TABLES["batch"]], mirrored, tmp_path, seeds=2)
+    assert runs[0].config.mirror == "file:///store/byol-seed0"
+    assert len({run.config.mirror for run in runs}) == len(runs)
+    assert not any(run.config.mirror for run in planned_runs([TABLES["batch"]], setup, tmp_path, seeds=1))
+
+
+def test_a_row_keeps_its_cost_and_is_not_trained_on_where_its_evaluation_is_done_again(colours, tmp_path):
+    _reproduce(colours, tmp_path, "--rows", "tau_0")
+    (before,) = read_records(tmp_path)
+    run = tmp_path / "runs" / "tau_0-seed0"
+    trained = (run / "train.log").read_text()
+    record_path(tmp_path, "tau_0", 0).unlink()
+    _reproduce(colours, tmp_path, "--rows", "tau_0")
+    (again,) = read_records(tmp_path)
+    assert again.wall_s > 0
+    assert (again.wall_s, again.cpu_s, again.scores) == (before.wall_s, before.cpu_s, before.scores)
+    record_path(tmp_path, "tau_0", 0).unlink()
+    note_divergence(run, "collapse: since step 1 every image gets the same projection")
+    trained = (run / "train.log").read_text()
+    _reproduce(colours, tmp_path, "--rows", "tau_0")
+    (collapsed,) = read_records(tmp_path)
+    assert (collapsed.status, collapsed.scores, collapsed.wall_s) == ("collapsed", before.scores, before.wall_s)
+    assert collapsed.why.startswith("collapse: since step 1")
+    assert (run / "train.log").read_text() == trained, "a run that was stopped for its collapse is only evaluated"
+
+
+def test_a_row_that_does_not_fit_into_memory_or_is_killed_is_named_and_the_next_is_run(colours, tmp_path, monkeypatch):
+    setup = _setup(colours)
+    runner = Runner(setup, tmp_path, StopRequest(grace_s=1.0), announce=print, after_each=lambda: None, command="")
+    codes = iter([0, -9])
+    monkeypatch.setattr(runner, "_execute", lambda command, output: next(codes))
+
+    def too_large(*_: object) -> Record:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runner, "_scored", too_large)
+    records = runner.run_all(part_of(planned_runs([TABLES["tau"]], setup, tmp_path, seeds=1), ["byol", "tau_1"]))
+    assert [(record.status, record.why) for record in records] == [("failed", "CUDA out of memory"), ("failed", "ended by SIGKILL")]
+    assert read_records(tmp_path) == records
+    assert records[1].wall_s >= 0
 
 
 def test_a_dry_run_lists_every_row_and_starts_none(colours, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.presets import preset_config
 from fastbyol.reproduction.page import DISCUSSION_FILE, write_tables
 from fastbyol.reproduction.records import SETUP_FILE, Record, Setup, record_path, write_record, write_setup
-from tests.commands import files_no_larger_than
+from tests.commands import ROOT, files_no_larger_than
 
 BASE = replace(preset_config("cpu_demo"), epochs=5.0)
 SETUP = Setup("demo", "quick", 1, "demo/fashion", BASE)
@@ -167,6 +168,15 @@ def test_a_folder_without_records_and_a_discussion_that_is_none_are_said(discuss
     for name in ("tables.md", "tables.html"):
         assert "No run is finished yet." in (folder / name).read_text()
     assert said in (folder / "tables.md").read_text()
+
+
+@pytest.mark.parametrize("kept", ["fashion", "scenes"])
+def test_the_kept_pages_are_those_of_their_records(kept, tmp_path):
+    source = ROOT / "docs" / "reproduction" / kept
+    copy = shutil.copytree(source, tmp_path / kept, ignore=shutil.ignore_patterns("tables.*", "runs"))
+    write_tables(copy)
+    for name in ("tables.md", "tables.html"):
+        assert (copy / name).read_text() == (source / name).read_text(), f"write it again from its records: {name}"
 
 
 def test_a_folder_of_something_else_and_a_full_disk_are_one_line(folder):

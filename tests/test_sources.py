@@ -403,6 +403,57 @@ def test_photographs_with_dots_in_their_names_are_not_taken_for_members_of_one_k
     assert list_images(tmp_path / "x.tar").files == ("trip.1.jpg", "trip.2.jpg")
 
 
+def test_a_film_beside_its_photograph_does_not_leave_out_other_photographs(tmp_path: Path) -> None:
+    names = [*(f"Photo 12.05.2020 10.{minute}.jpg" for minute in range(3)), "IMG_1.jpg"]
+    files = {name: picture(number) for number, name in enumerate(names)} | {"IMG_1.mov": b"a film", "IMG_1.depth.png": picture(9)}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(write_files(tmp_path / "x", files), arcname=".")
+    listing = list_images(tmp_path / "x.tar")
+    assert sorted(listing.files) == sorted(names)
+    assert all(listing.location(row).read() == files[name] for row, name in enumerate(listing.files))
+    assert dict(listing.skipped) == {"IMG_1.depth.png": "a further image of its key"}
+
+
+def test_rows_of_parquet_files_without_bytes_are_counted(tmp_path: Path) -> None:
+    images = [{"bytes": picture(row) if row % 2 else None, "path": f"{row}.jpg"} for row in range(6)]
+    pq.write_table(pa.table({"image": images, "label": ["cat", "dog"] * 3}), tmp_path / "x.parquet")
+    for listing in (list_images(tmp_path / "x.parquet"), list_images(tmp_path / "x.parquet")):
+        assert [name[:9] for name in listing.files] == ["000000001", "000000003", "000000005"]
+        assert listing.skipped == tuple((f"{row:09d}", "no bytes in its row") for row in (0, 2, 4))
+
+
+@pytest.mark.parametrize("columns", [{}, {"path_column": "1", "label_column": "2"}])
+def test_the_first_file_of_a_table_without_a_header_is_missing_like_any_other(columns: dict[str, str], tmp_path: Path) -> None:
+    write_files(tmp_path, {f"{number}.jpg": picture(number) for number in (2, 3)})
+    (tmp_path / "l.csv").write_text("1.jpg,cat\n2.jpg,dog\n3.jpg,cat\n")
+    with pytest.raises(UserError, match=r"l.csv: 1 of its 3 files are missing, the first '1.jpg'"):
+        list_images(tmp_path / "l.csv", **columns)
+    (tmp_path / "l.csv").write_text("images.jpg,kind\n2.jpg,dog\n3.jpg,cat\n")
+    for named in ({"path_column": "images.jpg"}, {"label_column": "kind"}):  # whoever names a column says that there is a header
+        assert len(list_images(tmp_path / "l.csv", **named).files) == 2
+
+
+def test_a_folder_and_a_tar_of_one_name_are_two_sources(tmp_path: Path) -> None:
+    write_files(tmp_path / "photos", {"1.jpg": picture(1)})
+    (tmp_path / "photos.tar").write_bytes(tar_bytes({"1.jpg": picture(2)}))
+    listing = list_images([tmp_path / "photos", tmp_path / "photos.tar"])
+    assert listing.files == ("photos/1.jpg", "photos.tar/1.jpg")
+    assert [listing.location(row).read() for row in range(2)] == [picture(1), picture(2)]
+
+
+def test_a_folder_may_be_called_as_a_tar_beside_other_sources(tmp_path: Path) -> None:
+    write_files(tmp_path / "x.tar", {"1.jpg": picture(1)})
+    write_files(tmp_path / "y", {"2.jpg": picture(2)})
+    listing = list_images([tmp_path / "x.tar", tmp_path / "y"])
+    assert [listing.location(row).read() for row in range(2)] == [picture(1), picture(2)]
+
+
+@pytest.mark.parametrize("kind", ["list.csv", "list.txt", "parquet"])
+def test_class_folders_are_not_asked_of_lists_and_parquet_files(kind: str, sources: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"--labels folders: has no effect on .*; a list or table has its labels in a column"):
+        list_images(sources[kind], labels="folders")
+
+
 # ---- the index of shards
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,17 @@ def test_a_complete_part_of_other_settings_or_images_is_refused_and_replaced_on_
     assert sum(shard.samples for shard in shards) == len(range(NUM - 1)[Part(1, 3).rows(NUM - 1)])
 
 
+def test_a_part_that_is_made_again_leaves_no_shards_of_the_earlier_one(images: Path, parts: Path) -> None:
+    before = {path.name for path in parts.iterdir()}
+    earlier = [parts / f"shard-00001-of-00003-00007.{kind}" for kind in ("tar", "idx")]
+    of_another_part = parts / "shard-00002-of-00003-00007.tar"
+    for shard in (*earlier, of_another_part):
+        shard.touch()
+    options = ConversionOptions(unfinished="restart")
+    write_tar_part(images, out=parts, part=Part(1, 3), workers=1, seed=SEED, options=options)
+    assert {path.name for path in parts.iterdir()} == before | {of_another_part.name}
+
+
 def test_a_complete_part_is_not_moved_while_another_process_works_on_it(images: Path, parts: Path) -> None:
     held = locked_file(parts / ".part-00001-of-00003.partial" / "lock")
     with pytest.raises(UserError, match="another conversion is writing it at this moment"):
@@ -161,6 +173,37 @@ def test_a_damaged_table_of_a_part_is_reported(parts: Path) -> None:
     with pytest.raises(UserError, match=r"part-00001-of-00003.npz: not the table of a part .*convert that part again"):
         merge_tar_parts(parts)
     assert not (parts / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: shard.unlink(), r"shard-00001-of-00003-00000.tar: missing; remove .*part-00001-of-00003.json and convert that part"),
+        (lambda shard: shard.with_suffix(".idx").unlink(), r"shard-00001-of-00003-00000.idx: missing"),
+        (lambda shard: os.truncate(shard, 1024), r"00000.tar: 1,024 bytes, part-00001-of-00003.json says [\d,]+ \(cut or replaced\)"),
+    ],
+)
+def test_a_merge_refuses_missing_and_cut_shards_and_keeps_the_descriptions(
+    damage: Callable[[Path], None], message: str, images: Path, parts: Path
+) -> None:
+    damage(parts / "shard-00001-of-00003-00000.tar")
+    with pytest.raises(UserError, match=message):
+        merge_tar_parts(parts)
+    assert not (parts / "manifest.json").exists()
+    (parts / "part-00001-of-00003.json").unlink()
+    write_tar_part(images, out=parts, part=Part(1, 3), workers=1, seed=SEED)
+    assert merge_tar_parts(parts).num_samples == NUM - 3
+
+
+@pytest.mark.parametrize("line", ['{"index": 99, "outcome": "noted", "reason": "x", "detail": ""}', "{}", "[", '{"index": 0}', "1"])
+def test_damaged_notes_of_a_part_are_reported(line: str, parts: Path) -> None:
+    notes = parts / "part-00001-of-00003.jsonl"
+    notes.write_text(line)
+    with pytest.raises(UserError, match=r"part-00001-of-00003.jsonl: damaged \(.*\); remove .* and convert that part again"):
+        merge_tar_parts(parts)
+    notes.unlink()
+    with pytest.raises(UserError, match=r"part-00001-of-00003.jsonl: missing; remove .* and convert that part again"):
+        merge_tar_parts(parts)
 
 
 def test_a_merge_killed_while_removing_the_parts_descriptions_completes_when_repeated(parts: Path, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastbyol.__main__ import main
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.ffcv_source import FfcvSource
 from fastbyol.data.conversion.beton_writer import write_beton
@@ -21,10 +23,12 @@ from fastbyol.data.conversion.encode import EncodeSettings
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.beton import FIELD, HEADER, read_beton
+from fastbyol.data.formats.manifest import Shard
 from fastbyol.data.formats.tar_shards import read_tar_shards
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.images import list_images
-from fastbyol.data.inspection.findings import KEPT_FAULTS, Findings
+from fastbyol.data.inspection import verification
+from fastbyol.data.inspection.findings import KEPT_FAULTS, Fault, Findings
 from fastbyol.data.inspection.verification import verify
 from tests.commands import run_here
 from tests.images import smooth_image
@@ -425,6 +429,25 @@ def test_further_faults_are_counted_but_not_kept() -> None:
     findings = Findings()
     findings.add(fault for _ in range(3) for fault in [("f", 1, "x")] * KEPT_FAULTS)  # type: ignore[misc]
     assert (findings.num_faults, len(findings.faults)) == (3 * KEPT_FAULTS, KEPT_FAULTS)
+
+
+@pytest.mark.parametrize("asked", [KEPT_FAULTS - 1, KEPT_FAULTS + 1, 2 * KEPT_FAULTS])
+def test_the_command_says_how_many_faults_it_shows(
+    asked: int, beton_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings = Findings()
+    findings.add(Fault("f", "x", number) for number in range(KEPT_FAULTS + 500))
+    monkeypatch.setattr(verification, "verify", lambda *_, **__: findings)
+    with pytest.raises(SystemExit):
+        main(["verify", str(beton_copy), "--faults", str(asked)])
+    *faults, last = capsys.readouterr().out.splitlines()
+    assert len(faults) == min(asked, KEPT_FAULTS)
+    assert f"1500 faults, the first {len(faults):,} shown:" in last.replace("1,500", "1500")
+
+
+def test_a_shard_that_is_removed_while_it_is_verified_is_a_fault(tmp_path: Path) -> None:
+    (fault,) = verification._hash_faults(tmp_path / "gone.tar", Shard("gone.tar", 1, 1, ""), {}, Event())
+    assert fault.what == "cannot be read (No such file or directory)"
 
 
 def test_a_tar_folder_without_images_is_a_fault(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@ each).
 
 How: bf16 activations, channels-last, float32 scale and offset, one thread, batch 16 per view. Reference: torch's nn.BatchNorm2d and
 in-place ReLU, one view at a time, as in the official code. Ours (`norm_relu`) takes both views as one batch, first on one process,
-then over two ranks on this machine (gloo), with one message for both views and with one for each, and in plain operations, as before
-the kernel could do it. Ceiling: five copies of the
-activations, about what the smallest number of passes moves. Across ranks read the wall clock (the CPU column sees this rank only).
-nn.SyncBatchNorm does not run on the CPU; the last row does what it would do, one message per view.
+then in two processes at once without a message between them (they share the memory's bandwidth and the machine's noise, so this is what
+two ranks are compared with), then over two ranks on this machine (gloo), with one message for both views and with one for each, and in
+plain operations, as before the kernel could do it. Ceiling: five copies of the activations, about what the smallest number of passes
+moves. Across ranks read the wall clock (the CPU column sees this rank only). nn.SyncBatchNorm does not run on the CPU; "a view at a time"
+does what it would do, one message per view.
 
     python -m benchmarks.run batchnorm
 
@@ -36,6 +37,7 @@ from fastbyol.models.view_batchnorm import ViewBatchNorm
 from fastbyol.run.precision import keep_freed_memory
 
 REFERENCE, CEILING, OURS = "nn.BatchNorm2d and ReLU, a view at a time", "five copies of the activations", "fastbyol, both views"
+SIDE_BY_SIDE = "fastbyol, both views, two processes at once"
 TWO_RANKS = "fastbyol, both views, two ranks"
 TWO_RANKS_BY_VIEW = "fastbyol, a view at a time, two ranks"
 TWO_RANKS_PLAIN = "plain operations, both views, two ranks"
@@ -73,9 +75,11 @@ def run(size: Size, *, scratch: Path) -> CaseResult:
 
 def _across_ranks(size: Size) -> dict[str, Callable[[], object]]:
     """Returns the work of both ranks, which must call it in the same order."""
+    alone = _both_views(size, across_ranks=False)
     by_view = _by_view(size, lambda channels: ViewBatchNorm(channels, views=1, across_ranks=True))
     plain = [PlainOperations(channels) for channels, _ in size.shapes]
     return {
+        SIDE_BY_SIDE: lambda: (dist.barrier(), alone(), dist.barrier()),
         TWO_RANKS: _both_views(size, across_ranks=True),
         TWO_RANKS_BY_VIEW: by_view,
         TWO_RANKS_PLAIN: _forward_backward(list(zip(plain, _activations(size), strict=True))),

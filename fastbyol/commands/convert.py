@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastbyol.config.arguments import OneLineParser, local_or_url, through_links
 from fastbyol.config.console import say
-from fastbyol.config.errors import UserError, require
-from fastbyol.host.signals import stoppable
+from fastbyol.config.errors import RunError, UserError, require
+from fastbyol.host.signals import Stopped, stoppable
 from fastbyol.host.store_path import Place, StorePath, place_of
 
 if TYPE_CHECKING:
@@ -92,11 +93,19 @@ def convert_images(options: argparse.Namespace) -> None:
         but = " (only --merge can do without)" if kind == "dali" else ""
         raise UserError(f"--data: missing; give the images to convert{but}")
     convert = _to_beton if kind == "ffcv" else _merge if options.merge else _to_tar_shards
-    if isinstance(out, StorePath):
-        _to_store(out, options, convert)
-    else:
-        options.out, options.place = out, _unchanged
-        convert(options)
+    try:
+        if isinstance(out, StorePath):
+            _to_store(out, options, convert)
+        else:
+            options.out, options.place = out, _unchanged
+            convert(options)
+    except (UserError, RunError, Stopped) as error:
+        if options.restart:  # which would delete what has been done
+            error.args = (
+                re.sub("(?<=[Tt]he same command)(?= (continues|goes|tries|uploads))", " without --restart", str(error)),
+                *error.args[1:],
+            )
+        raise
 
 
 def _unchanged(path: Path) -> Path:
@@ -167,7 +176,7 @@ def _merge(options: argparse.Namespace) -> None:
         options, [name for name in vars(options) if name not in kept], "has no effect with --merge; the parts are as they were converted"
     )
     originals = optional_listing_from(options, option="--data")
-    manifest = merge_tar_parts(options.out, data=originals, options=conversion_options(options))
+    manifest = merge_tar_parts(options.out, data=originals, options=conversion_options(options), place=options.place)
     print_outcome(options.out, manifest, options.out / TAR_REPORT, place=options.place)
 
 

@@ -24,6 +24,13 @@ DEMO_EPOCHS = 5.0
 DEMO_CHECKPOINT_EVERY = 250
 GRACE_S = 300.0
 """Longest time to wait for a run to save itself, or for an evaluation to end, after a signal."""
+PAPER_GROUPS = ("model.", "objective.", "optim.", "views.")
+"""Beginnings of the options that rows vary at the paper's scale."""
+ABSOLUTE = (
+    *("model.projector_layers", "model.predictor_layers", "objective.predictor", "objective.target", "objective.beta"),
+    *("objective.alpha", "objective.normalization", "optim.projector_lr_factor", "optim.predictor_lr_factor"),
+)
+"""Options that rows at demo scale set to the paper's own values, so a recipe has the paper's base."""
 CPU_BATCH = 16
 """Images in a timed step on a CPU; a larger batch takes as long for each image."""
 
@@ -103,6 +110,7 @@ def reproduce(options: argparse.Namespace) -> None:
 
 def _base(run_options: Sequence[str], *, scale: str) -> TrainConfig:
     """Returns the config of the run without any change. Raises UserError for an option that rows set themselves."""
+    from fastbyol.config.schema import TrainConfig
     from fastbyol.run.command_line import parse_train_config
 
     typed = {argument.split("=")[0].removeprefix("--") for argument in run_options if argument.startswith("--")}
@@ -126,6 +134,11 @@ def _base(run_options: Sequence[str], *, scale: str) -> TrainConfig:
     if scale == "demo" and not described and not typed & {"epochs", "steps"}:
         options += ["--epochs", str(DEMO_EPOCHS)]
     config = parse_train_config(options, usage="")
+    # A --config file may be a run's own: what each row sets for itself is not taken from it.
+    config = replace(config, out="", seed=0, resume=TrainConfig.resume, rank_batch=0)
+    if config.init_from:
+        raise UserError(f"--config: init_from = {config.init_from!r}: rows begin with random weights; delete this line from the file")
+    _check_is_not_varied(typed, config, scale=scale)
     if scale == "demo":
         # No run is ended for its collapse, which is what some tables show: all rows are equally long.
         config = replace(config, monitors=replace(config.monitors, stop_on_collapse=False))
@@ -133,12 +146,29 @@ def _base(run_options: Sequence[str], *, scale: str) -> TrainConfig:
     return config
 
 
+def _check_is_not_varied(typed: set[str], config: TrainConfig, *, scale: str) -> None:
+    """Raises UserError for a value of its own of an option that rows vary: their names would say another value than they have."""
+    from fastbyol.config.ablations import BASE
+    from fastbyol.config.plain import to_plain
+    from fastbyol.run.folder import FREE_TO_CHANGE, flatten
+
+    if scale == "paper":
+        for name in sorted(typed - FREE_TO_CHANGE):
+            if name == "global_batch" or name.startswith(PAPER_GROUPS):
+                raise UserError(f"--{name}: rows at the paper's scale have the paper's values; leave it out, or use --scale demo")
+        return
+    own, papers = flatten(to_plain(config)), flatten(to_plain(BASE))
+    for name in ABSOLUTE:
+        if own[name] != papers[name]:
+            raise UserError(f"{name} = {own[name]}: must be {papers[name]}, because rows of the tables are named by their values of it")
+
+
 def _setup(options: argparse.Namespace, base: TrainConfig) -> Setup:
     """Returns the set-up of this command. Raises UserError if the images have no labelled val, or the folder is of another set-up."""
     import torch
 
     from fastbyol.evaluation.splits import open_splits
-    from fastbyol.reproduction.records import Setup, read_setup, setup_changes
+    from fastbyol.reproduction.records import Setup, check_same_images, read_setup, setup_changes
 
     ranks = options.ranks or max(1, torch.cuda.device_count())
     require_between("--ranks", ranks, 1, 2**16)
@@ -149,6 +179,8 @@ def _setup(options: argparse.Namespace, base: TrainConfig) -> Setup:
     with open_splits(options.data, views=base.views, batch=1) as splits:
         if splits.unscored:
             raise UserError(f"--data {options.data}: {splits.unscored}, so there is no accuracy for a table")
+        assert splits.val is not None
+        check_same_images(options.out, options.data, num_train=splits.train.num_samples, num_val=splits.val.num_samples)
     return setup
 
 
@@ -180,17 +212,20 @@ def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
         num_samples = loader.num_samples
     share = setup.base.global_batch // setup.ranks if torch.cuda.is_available() else CPU_BATCH
     say(f"timing steps of {share} images")
-    rate = setup.ranks * images_per_s(
-        replace(runs[0].config, global_batch=share, rank_batch=0), device="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    total_s = 0.0
+    total_s, rates = 0.0, dict[tuple[str, int], float]()
     for run in runs:
+        model = (run.config.model.encoder, run.config.model.width)
+        if model not in rates:
+            rate = images_per_s(
+                replace(run.config, global_batch=share, rank_batch=0), device="cuda" if torch.cuda.is_available() else "cpu"
+            )
+            rates[model] = setup.ranks * rate
         steps = RunPlan.of(run.config, num_samples=num_samples).total_steps
-        seconds = steps * run.config.global_batch / rate
+        seconds = steps * run.config.global_batch / rates[model]
         total_s += 0.0 if run.done else seconds
         say(f"{run.name:<50} {steps:>9,} steps  {'done' if run.done else duration_text(seconds)}")
     to_do = sum(not run.done for run in runs)
     say(
         f"{to_do} runs to do, {duration_text(total_s)} of training with {setup.ranks} process{'es' * (setup.ranks > 1)}; from the step of one process and "
-        "the first row, without what processes exchange; evaluation comes on top"
+        "each encoder's first row, without what processes exchange; evaluation comes on top"
     )

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fastbyol.config.arguments import OneLineParser, expand_home
+from fastbyol.config.arguments import OneLineParser, expand_home, through_links
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError
 from fastbyol.host.signals import stoppable
@@ -23,8 +23,8 @@ then:
   python -m fastbyol convert --data imagenet/train --subset 1percent.txt --out 1percent.beton
 
 The same seed chooses the same images on any machine. With one seed, a larger subset contains the smaller one, and train and val get the same
-classes. Labels are those of the full set, so that a classifier trained on a subset can be tested on all of val; the converters'
---drop-empty-classes renumbers them.
+classes. Images without a label are drawn as one more class. Labels are those of the full set, so that a classifier trained on a subset can be
+tested on all of val; the converters' --drop-empty-classes renumbers them.
 """
 
 
@@ -69,18 +69,21 @@ def write_list(options: argparse.Namespace) -> None:
         listing = draw_images(listing, options.images, seed=options.seed)
     elif not options.classes and not options.subset:
         raise UserError("which part? give --fraction, --images, --classes or --subset")
-    out: Path = options.out
+    out = through_links(options.out)
     if out.exists() and not options.overwrite:
         raise UserError(f"--out {out}: exists already; give another name, or --overwrite to replace it")
     try:
         write_subset(out, listing)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
-    counts = Counter(listing.labels).values()
-    each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    classes = (
-        f"of {len(counts):,} classes ({each} of each), of {len(listing.class_names):,} in all" if listing.class_names else "without labels"
-    )
+    of_class = Counter(listing.labels)
+    without = of_class.pop(-1, 0)
+    counts = of_class.values()
+    classes = "without labels"
+    if counts:
+        each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+        classes = f"of {len(counts):,} classes ({each} of each), of {len(listing.class_names):,} in all"
+        classes += f", and {without:,} without a label" if without else ""
     say(f"{out}: {len(listing.files):,} images {classes}")
 
 

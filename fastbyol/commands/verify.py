@@ -38,12 +38,14 @@ def add_verify(commands: Any) -> None:
 
 def _add_options(parser: OneLineParser) -> None:
     from fastbyol.data.inputs.images import INPUTS, add_input_arguments
+    from fastbyol.data.inspection.findings import KEPT_FAULTS
 
     parser.epilog = EXAMPLES + INPUTS
     parser.add_argument("path", type=local_or_url, metavar="PATH", help="FILE.beton, or a folder of tar shards; a URL is fetched first")
     add_input_arguments(parser, option="--source", required=False)
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that hash and decode (default: one per core)")
-    parser.add_argument("--faults", type=int, default=100, metavar="N", help="most faults to print; all are counted (default: 100)")
+    most = f"most faults to print, up to {KEPT_FAULTS:,}; all are counted (default: 100)"
+    parser.add_argument("--faults", type=int, default=100, metavar="N", help=most)
     parser.set_defaults(command=verify_data)
 
 
@@ -62,13 +64,14 @@ def verify_data(options: argparse.Namespace) -> None:
     found = verify(path, originals=originals, workers=options.workers)
     for note in found.notes:
         say(f"{options.path}: note: {note}")
-    for fault in found.faults[: options.faults]:
+    shown = found.faults[: options.faults]
+    for fault in shown:
         say(str(fault))
     images_per_s = found.num_images / max(time.monotonic() - start, 1e-9)
     # None: nothing beside the data names the classes, so whether there are any is not known.
     labels = "" if found.num_classes is None else f" of {found.num_classes:,} classes" if found.num_classes else " without labels"
     images = f"{found.num_images:,} images{labels}"
-    more = f", the first {options.faults} shown" if found.num_faults > options.faults else ""
+    more = f", the first {len(shown):,} shown" if len(shown) < found.num_faults else ""
     outcome = f"{count_text(found.num_faults, 'fault')}{more}" if found.num_faults else "all is well"
     say(f"{options.path}: {outcome}: {images}, {found.num_bytes:,} bytes of them, {images_per_s:,.0f} images/s")
     if found.num_faults and is_url(options.path):

@@ -153,10 +153,10 @@ def overview_notes(found: RunComparison, groups: Sequence[ScoreGroup]) -> list[s
         where = "; ".join(dict.fromkeys(g.title for g in rows))
         notes.append(f"*: on other images or with other settings than the rest ({where}), so not to be compared with it")
     stale = [
-        f"{run.name} at step {score.step:,}"
+        f"{run.name}'s {score.protocol} at step {score.step:,}"
         for run in found.runs
-        for score in run.scores[:1]
-        if score.step not in (None, run.outcome.steps)
+        for score in run.scores
+        if score.protocol in ("linear", "knn") and score.step not in (None, run.outcome.steps)
     ]
     if stale:
         notes.append(f"evaluated at an earlier step than the last one: {', '.join(stale)}")

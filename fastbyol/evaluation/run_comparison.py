@@ -261,7 +261,8 @@ def _score(result: Result | TaskResult, facts: dict[str, Any]) -> Score:
     images = str(Path(data).resolve()) if data and Path(data).exists() else data
     if not isinstance(result.settings, dict):
         raise UserError("its settings are no group of values")
-    settings = {name: value for name, value in result.settings.items() if name != "identity"}  # of the encoders, which differ
+    settings = {name: value for name, value in result.settings.items() if name not in ("identity", "seed")}
+    # Without those of the encoders and of the run, which differ between runs that may be compared.
     key = json.dumps([result.protocol, images, settings, _size(result)], sort_keys=True, default=str)
     step = facts.get("step")
     return Score(
@@ -286,8 +287,8 @@ def _note(result: Result | TaskResult) -> str:
         sizes = ", ".join(f"{_number(count):,.0f} {split}" for split, count in result.sizes.items())
         return ". ".join([f"{result.version} settings; images: {sizes}", *map(str, result.notes)])
     if isinstance(result, LabelFreeResult):
-        return f"{_number(result.num_images):,.0f} images, two views each of {_number(result.num_pairs):,.0f}"
-    settings = ", ".join(f"{name} {value}" for name, value in result.settings.items() if not isinstance(value, list))
+        return f"{_number(result.num_images):,.0f} images, two of the run's own views each of {_number(result.num_pairs):,.0f}"
+    settings = ", ".join(f"{name} {value}" for name, value in result.settings.items() if name != "seed" and not isinstance(value, list))
     chance = _number(result.chance_top1)
     return (
         f"{_number(result.num_train):,.0f} train and {_number(result.num_val):,.0f} val images of {_number(result.num_classes):,.0f} classes; "
@@ -305,10 +306,10 @@ def _figures(result: Result | TaskResult) -> Iterator[tuple[str, Figure]]:
                     yield title, Figure(_number(subject.scores[name]), form, 0 if position else -1 if column.startswith("-") else 1)
         return
     if isinstance(result, LabelFreeResult):
-        for name, (title, form, meaning) in MEASURES.items():
+        for name, (title, form, _) in MEASURES.items():
             if (value := result.measures.get("byol", {}).get(name)) is not None:
-                better = 1 if name == "other_view_top1" else -1 if meaning.startswith("distance") else 0
-                yield title, Figure(_number(value), form, better)
+                # None is best: each run's views are its own, and a collapsed run has the closest ones.
+                yield title, Figure(_number(value), form, 0)
         return
     for position, (subject, score) in enumerate(result.scores.items()):
         yield (

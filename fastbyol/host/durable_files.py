@@ -92,7 +92,7 @@ def locked_file(path: Path, *, patience_s: float = 0.0) -> int:
         path.parent.mkdir(exist_ok=True)
         try:
             # NFS can only lock a file that is open for writing.
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # less the umask, so that a group may share it
         except FileNotFoundError:
             tries += 1
             if tries == _FOLDER_TRIES:

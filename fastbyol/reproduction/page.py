@@ -195,7 +195,7 @@ def _sign(name: str, value: float | None) -> str:
 COLUMNS_TEXT = (
     f"Columns: {OURS} and {PAPERS} are linear top-1 minus that of the table's base row, in points, ours the mean over the seeds that both rows have, so that "
     "shapes can be compared whatever the images; linear and kNN are top-1 in % on val, mean over the seeds (lowest to highest); paper's top-1 is linear, on "
-    "ImageNet; the last one is the cost of training, all seeds. The columns between need no labels (docs/monitors.md)."
+    "ImageNet; the last one is the cost of training, all seeds. The columns between need no labels, and are of each row's own views (docs/monitors.md)."
 )
 
 

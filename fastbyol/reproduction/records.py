@@ -47,7 +47,7 @@ class Record:
     status: complete; collapsed, trained to its end or not, with every image at one point; diverged, no longer finite; or failed, with the reason in
     `why`. scores: top-1 shares on val by protocol, 'linear' and 'knn'. baselines: the same by subject, 'untrained', 'pca' and 'chance', where the
     run is a base. signs: measures without labels (`label_free`), of the trained encoder. cpu_s: processor seconds of the training, of all
-    processes; wall_s: its wall-clock seconds; both scaled to the whole run where it was stopped and continued. num_train, num_val: images.
+    processes; wall_s: its wall-clock seconds; both are sums over its starts, without one that was killed by SIGKILL. num_train, num_val: images.
     """
 
     run: str
@@ -107,6 +107,17 @@ def setup_changes(old: Setup, new: Setup) -> list[str]:
         if getattr(old, name) != getattr(new, name)
     ]
     return plain + config_changes(old.base, new.base, free=FREE)
+
+
+def check_same_images(folder: Path, data: str, *, num_train: int, num_val: int) -> None:
+    """Raises UserError if a record of the folder is of another number of images: its rows would be compared with those of other data."""
+    for path in sorted((folder / RECORDS).glob("*.json")):
+        record = read_record(path)
+        if record.num_val and (record.num_train, record.num_val) != (num_train, num_val):
+            raise UserError(
+                f"--data {data}: has {num_train:,} train and {num_val:,} val images, and {path} is of {record.num_train:,} and "
+                f"{record.num_val:,}; give the same data, or choose another --out"
+            )
 
 
 def record_path(folder: Path, run: str, seed: int) -> Path:

@@ -12,7 +12,7 @@ from fastbyol.config.plain import to_plain
 from fastbyol.config.presets import PRESETS
 from fastbyol.config.schema import TrainConfig
 from fastbyol.reproduction.records import Record, Setup
-from fastbyol.reproduction.rows import RELATIVE, Choice, row_config
+from fastbyol.reproduction.rows import RELATIVE, UNCHANGED, Choice, row_config, run_at
 from fastbyol.reproduction.tables import TABLES, Row, Table, preset_of
 from fastbyol.run.folder import flatten
 
@@ -67,7 +67,9 @@ class RowResult:
     @property
     def paper(self) -> str:
         """The paper's top-1 in per cent, or what it says instead."""
-        return f"{self.row.paper_top1:.1f}" if self.row.paper_top1 is not None else PRESETS[preset_of(self.row.run)].expected
+        if (top1 := self.row.paper_top1) is None:
+            return PRESETS[preset_of(self.row.run)].expected
+        return f"{top1:.1f}" if top1 >= 0.1 else f"{top1:g}"
 
     @property
     def is_base(self) -> bool:
@@ -92,6 +94,8 @@ def table_results(setup: Setup, records: Sequence[Record]) -> list[TableResult]:
         by_run.setdefault(record.run, []).append(record)
     uses = Counter(run for table in TABLES.values() for run in {row.run for row in table.rows})
     wanted = [table for table in TABLES.values() if any(row.run in by_run and uses[row.run] == 1 for row in table.rows)]
+    for name in UNCHANGED:
+        by_run.setdefault(name, by_run.get(run_at(setup.scale, name), []))
     return [_table_result(table, setup, by_run) for table in wanted]
 
 

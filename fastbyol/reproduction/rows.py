@@ -70,6 +70,11 @@ def row_config(run: str, *, scale: str, base: TrainConfig, ranks: int = 1) -> Ch
     return Choice(with_changes(base, changes), changes)
 
 
+def run_at(scale: str, run: str) -> str:
+    """Returns the name of the run that stands for this one at a scale: both unchanged runs are one at demo scale."""
+    return UNCHANGED[0] if scale == "demo" and run in UNCHANGED else run
+
+
 def with_changes(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     """Returns the config with these options, by dotted names, set to other values."""
     values = to_plain(config)

@@ -6,9 +6,11 @@ Several processes, or several machines with a shared disk, may work on one folde
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from fastbyol.config.errors import DIVERGED_EXIT, STOPPED_EXIT, STORAGE_EXIT, RunError, UserError
+from fastbyol.config.errors import DIVERGED_EXIT, STOPPED_EXIT, STORAGE_EXIT, RunError, UserError, first_line
 from fastbyol.config.plain import nearest_name, to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.evaluation.splits import Splits, open_splits, split_paths
@@ -28,12 +30,12 @@ from fastbyol.evaluation.training_log import alarms
 from fastbyol.host.durable_files import locked_file, write_durably
 from fastbyol.host.signals import StopRequest, end_with_parent
 from fastbyol.ranks.parts import parse_part
-from fastbyol.reproduction.records import FREE, RECORDS, Record, Setup, read_record, record_path, write_record
-from fastbyol.reproduction.rows import UNCHANGED, row_config
+from fastbyol.reproduction.records import FREE, Record, Setup, read_record, record_path, write_record
+from fastbyol.reproduction.rows import UNCHANGED, row_config, run_at
 from fastbyol.reproduction.scoring import last_error, paper_linear, scores_of
 from fastbyol.reproduction.tables import BASE_RUNS, SIMCLR, Table
 from fastbyol.run.checkpoint import checkpoint_steps, load_run
-from fastbyol.run.folder import config_changes
+from fastbyol.run.folder import config_changes, divergence_of
 from fastbyol.run.log import read_metrics
 from fastbyol.run.provenance import collect_provenance
 
@@ -74,7 +76,8 @@ def planned_runs(tables: Sequence[Table], setup: Setup, folder: Path, *, seeds: 
     A run that several rows share is there once, one that has no meaning at the set-up's scale is left out.
     Raises UserError if a record is of another config.
     """
-    names = list(dict.fromkeys([row.base for table in tables for row in table.rows] + [row.run for table in tables for row in table.rows]))
+    named = [row.base for table in tables for row in table.rows] + [row.run for table in tables for row in table.rows]
+    names = list(dict.fromkeys(run_at(setup.scale, name) for name in named))
     found = []
     for seed in range(seeds):
         for name in names:
@@ -82,7 +85,10 @@ def planned_runs(tables: Sequence[Table], setup: Setup, folder: Path, *, seeds: 
             if choice.config is None:
                 continue
             data = replace(choice.config.data, train=split_paths(setup.data)[0])
-            config = replace(choice.config, seed=seed, data=data, out=str(folder / RUNS / f"{name}-seed{seed}"))
+            place = f"{name}-seed{seed}"
+            # A mirror for each run, as a folder: of two runs at one URL the second would go on from the first one's checkpoint.
+            mirror = f"{choice.config.mirror.rstrip('/')}/{place}" if choice.config.mirror else ""
+            config = replace(choice.config, seed=seed, data=data, out=str(folder / RUNS / place), mirror=mirror)
             found.append(PlannedRun(name, seed, config, done=_is_done(folder, name, seed, config)))
     return found
 
@@ -139,25 +145,12 @@ class Runner:
                         continue
                     if self._splits is None:
                         self._splits = leaving.enter_context(open_splits(self.setup.data, views=run.config.views, batch=BATCH))
-                        self._require_same_images(self._splits)
                     record = self._record(run)
                     write_record(self.folder, record)
                 records.append(record)
                 self.announce(f"[{number}/{len(to_do)}] {run.name}: {_summary(record)}")
                 self.after_each()
         return records
-
-    def _require_same_images(self, splits: Splits) -> None:
-        """Raises UserError if a record here is of another number of images: its rows would be compared with those of other data."""
-        assert splits.val is not None
-        here = (splits.train.num_samples, splits.val.num_samples)
-        for path in sorted((self.folder / RECORDS).glob("*.json")):
-            record = read_record(path)
-            if record.num_val and (record.num_train, record.num_val) != here:
-                raise UserError(
-                    f"--data {self.setup.data}: has {here[0]:,} train and {here[1]:,} val images, and {path} is of {record.num_train:,} and "
-                    f"{record.num_val:,}; give the same data, or choose another --out"
-                )
 
     @contextmanager
     def _claimed(self, run: PlannedRun) -> Iterator[bool]:
@@ -178,32 +171,44 @@ class Runner:
         """Trains and evaluates a run."""
         output, folder = self.folder / RUNS / f"{run.name}.log", Path(run.config.out)
         command = [*self._launcher(), "-m", "fastbyol.train", "--config", str(self._config_file(run)), "--out", str(folder)]
-        before = _last_step(folder)
-        start, cpu_before = time.perf_counter(), _cpu_s()
-        code = self._execute(command, output)
-        wall_s, cpu_s = time.perf_counter() - start, _cpu_s() - cpu_before
+        # A run that was stopped for its collapse would train on, and every stop of its evaluation would move the step that is evaluated.
+        why = divergence_of(folder)
+        code = DIVERGED_EXIT if _is_collapse(why) else self._train(command, output, run)
         if self.stop.requested or code == STOPPED_EXIT:
             raise Stopped(f"stopped during {run.name}; the same command goes on from there")
-        why = "" if code == 0 else last_error(output)
+        if code and not why:
+            why = divergence_of(folder) if code == DIVERGED_EXIT else ""
+            why = why or (f"ended by {signal.Signals(-code).name}" if code < 0 else last_error(output))
         if code == STORAGE_EXIT:
             raise StorageFull(f"{run.name}: {why}")
         # The command as typed stands beside it; this one's first word is a path of this machine.
         provenance = {name: value for name, value in collect_provenance().items() if name != "command"}
-        record = Record(run.run, run.seed, "complete", run.config, why=why, ranks=self.setup.ranks, provenance=provenance)
-        record = replace(record, command=self.command, device=_device_name())
-        collapsed = code == DIVERGED_EXIT and "collapse" in why
+        record = Record(run.run, run.seed, "complete", run.config, why=why if code else "", ranks=self.setup.ranks, provenance=provenance)
+        record = replace(record, command=self.command, device=_device_name(), **_read_cost(self._cost_file(run)))
+        collapsed = code == DIVERGED_EXIT and _is_collapse(why)
         if code and not collapsed:
             return replace(record, status="diverged" if code == DIVERGED_EXIT else "failed")
         try:
             record = self._scored(run, record)
-        except UserError as error:
-            return replace(record, status="failed", why=str(error))
-        # What the steps before a stop took is not known; all steps take alike.
-        share = 1.0 if before >= record.steps else record.steps / (record.steps - before)
+        except Exception as error:  # for example out of memory, which the next row need not meet
+            if isinstance(error, Stopped | StorageFull) or _is_full_disk(error):
+                raise
+            return replace(record, status="failed", why=first_line(error, limit=500))
         metrics = read_metrics(folder)
         if collapsed or (metrics and alarms(metrics[-1:])):
             record = replace(record, status="collapsed", why=record.why or alarms(metrics[-1:])[0].partition(";")[0])
-        return replace(record, wall_s=round(share * wall_s, 1), cpu_s=round(share * cpu_s, 1))
+        return record
+
+    def _train(self, command: list[str], output: Path, run: PlannedRun) -> int:
+        """Trains the run, from where it was stopped, adds what this took to its cost, and returns the exit code."""
+        before, start, cpu_before = _last_step(Path(run.config.out)), time.perf_counter(), _cpu_s()
+        code = self._execute(command, output)
+        if code or _last_step(Path(run.config.out)) != before:  # not for a start that found the run complete
+            _add_cost(self._cost_file(run), wall_s=time.perf_counter() - start, cpu_s=_cpu_s() - cpu_before)
+        return code
+
+    def _cost_file(self, run: PlannedRun) -> Path:
+        return self.folder / RUNS / f"{run.name}.cost.json"
 
     def _scored(self, run: PlannedRun, record: Record) -> Record:
         assert self._splits is not None
@@ -259,7 +264,7 @@ class Runner:
                         process.terminate()
                         told = True
         # torchrun itself ends with 1; its report has the exit codes of the ranks.
-        codes = re.findall(r"exitcode\s*:\s*(\d+)", output.read_text(errors="replace")) if code == 1 else []
+        codes = re.findall(r"exitcode\s*:\s*(-?\d+)", output.read_text(errors="replace")) if code == 1 else []
         return int(codes[-1]) if codes else code
 
 
@@ -269,16 +274,39 @@ def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if not _is_full_disk(error):
             raise
         raise StorageFull(
             f"{error.filename or folder}: cannot be written ({error.strerror}); make room, and the same command goes on"
         ) from error
 
 
+def _is_full_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+def _is_collapse(why: str) -> bool:
+    """Returns True for the reason of a run that was stopped for its collapse, whose checkpoint can be evaluated."""
+    return why.startswith("collapse")
+
+
 def _last_step(folder: Path) -> int:
     """Returns the step from which a run will go on, 0 for a new one."""
     return max(checkpoint_steps(folder), default=0)
+
+
+def _read_cost(path: Path) -> dict[str, float]:
+    """Returns the seconds 'wall_s' and 'cpu_s' that a run's training has taken in all its starts; 0 where they are not known."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(values[name]) for name in ("wall_s", "cpu_s")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"wall_s": 0.0, "cpu_s": 0.0}
+
+
+def _add_cost(path: Path, *, wall_s: float, cpu_s: float) -> None:
+    before = _read_cost(path)
+    write_durably(path, json.dumps({"wall_s": round(before["wall_s"] + wall_s, 1), "cpu_s": round(before["cpu_s"] + cpu_s, 1)}))
 
 
 def _cpu_s() -> float:

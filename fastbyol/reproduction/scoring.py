@@ -49,15 +49,15 @@ def paper_linear(run: Path, *, data: str, launcher: Sequence[str], log: Path, ex
         raise UserError(f"evaluate linear ended with code {code}: {last_error(log)}")
     # As a result file holds them.
     paper_settings = json.loads(json.dumps(result_settings(LinearSettings(), "paper")))
-    found: list[tuple[int, float]] = []
+    found: list[tuple[int, float, float]] = []
     for path in (run / "evaluation").glob("linear*.json"):
         result, facts = read_result(path)
         if not isinstance(result, TaskResult) or facts.get("data") != data or result.subjects.keys() != {"byol"}:
             continue
         if result.settings == paper_settings | {"identity": result.settings.get("identity")}:
-            found.append((int(facts["step"]), result.subjects["byol"].scores["top1"]))
+            found.append((int(facts["step"]), path.stat().st_mtime, result.subjects["byol"].scores["top1"]))
     if found:
-        return max(found)[1]
+        return max(found)[-1]  # the latest, as another seed's may be there
     raise UserError(f"{run / 'evaluation'}: holds no linear evaluation with the paper's settings")
 
 

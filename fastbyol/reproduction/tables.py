@@ -213,7 +213,7 @@ TABLES: dict[str, Table] = {
             columns=("base_lr",),
             rows=tuple(_row("byol" if lr == _BASE_LR else f"lr_{lr:g}", f"{lr:g}") for lr in sorted([_BASE_LR, *ablations.BASE_LR])),
             options=("optim.base_lr",),
-            hypothesis="A tenth of the rate is far worse in so few steps; a third more or less changes little.",
+            hypothesis="A thirtieth of the rate is far worse in so few steps; a third more or less changes little.",
         ),
         Table(
             name="weight_decay",
@@ -237,7 +237,7 @@ TABLES: dict[str, Table] = {
         Table(
             name="predictor_rate",
             title="Learning rates of the heads, without a slowly moving target",
-            source="tables 21 and 22",
+            source="table 21, and table 22 for factors that table 21 does not have",
             columns=("projector x", "predictor x"),
             rows=(
                 _row("byol", "1, with the moving target", 1),

@@ -107,6 +107,9 @@ def labelled(page: Page) -> None:
     voc = page.folder / "demo" / "voc"
     shutil.copyfile(voc / "ImageSets" / "Segmentation" / "train.txt", voc / "ImageSets" / "Segmentation" / "train_aug.txt")
     (voc / "SegmentationClassAug").symlink_to("SegmentationClass")
+    main = voc / "ImageSets" / "Main"
+    for split, name in {"train": "trainval", "val": "test"}.items():  # VOC2007's
+        shutil.copyfile(main / f"{split}.txt", main / f"{name}.txt")
     make_dtd(page.folder / "sets")
     make_pets(page.folder / "sets")
     make_own(page.folder / "sets" / "my" / "birds", train=12, test=4)

@@ -77,7 +77,7 @@ def write_beton(
             output = _BetonOutput(work, images=len(task.order), page_bytes=page_bytes)
             rows = convert_images(task, output, work, stop=stop)
             report, new_manifest = work.path / "report.json", work.path / "manifest.json"
-            write_report(report, task, rows, touched_images(work))
+            write_report(report, task, rows, touched_images(task, work))
             _write_tables(work.path / _DATA, rows, task.listing, page_bytes=page_bytes)
             size = (work.path / _DATA).stat().st_size
             shard = Shard(out.name, len(kept_rows(rows)), size, output.sha256(size), chunk_bytes=_CHUNK_BYTES)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 from fastbyol.config.console import say
 from fastbyol.data.conversion.encode import EXIF_MODES, MAX_CPU_S, MAX_PIXELS, EncodeSettings
-from fastbyol.data.conversion.report import report_table
+from fastbyol.data.conversion.report import report_summary, report_table
 from fastbyol.data.conversion.task import ConversionOptions
 from fastbyol.data.formats.manifest import Manifest
 from fastbyol.data.inputs.images import add_input_arguments
@@ -19,7 +18,7 @@ from fastbyol.host.store_path import Place
 WHAT_HAPPENS = """\
 Baseline and progressive JPEGs, gray or colour, are stored byte for byte, whatever their names; CMYK, PNG, WebP and the like become RGB JPEG.
 Truncated, empty, unreadable and non-image files are dropped, and the report names each. Every image is read completely to check it.
-After a kill, Ctrl-C or a full disk, the same command continues, and writes the same bytes as without the interruption.
+After a kill, Ctrl-C or a full disk, the same command (without --restart) continues, and writes the same bytes as without the interruption.
 """
 
 
@@ -74,7 +73,7 @@ def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> Co
 
 def print_outcome(out: Path, manifest: Manifest, report: Path, *, place: Callable[[Path], Place] = lambda path: path) -> None:
     """Prints the table of the report and a summary line. place: gives where a file of this machine will be, if that is at a URL."""
-    say(*report_table(json.loads(report.read_text(encoding="ascii"))).split("\n"))
+    say(*report_table(report_summary(report)).split("\n"))
     size = sum(shard.bytes for shard in manifest.shards)
     classes = f"of {len(manifest.class_names):,} classes" if manifest.class_names else "without labels"
     counts = f"{manifest.num_samples:,} images {classes}"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from abc import ABC, abstractmethod
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +15,7 @@ from fastbyol.data.conversion.encoding_pool import EncodingPool
 from fastbyol.data.conversion.encoding_worker import Encoded
 from fastbyol.data.conversion.estimate import estimate_conversion, require_space
 from fastbyol.data.conversion.task import Task
+from fastbyol.data.conversion.touched_images import TouchedImages, touched_line
 from fastbyol.data.conversion.work_folder import WorkFolder
 from fastbyol.host.progress import Progress
 from fastbyol.host.quantities import bytes_text, duration_text
@@ -152,7 +151,7 @@ class _Pass:
         self._progress.advance(stored_bytes=size, dropped=int(isinstance(encoded, DroppedImage)))
 
     def _note(self, index: int, outcome: str, reason: str, detail: str) -> None:
-        self._touched.write((json.dumps({"index": index, "outcome": outcome, "reason": reason, "detail": detail}) + "\n").encode())
+        self._touched.write(touched_line(index, outcome, reason, detail))
 
 
 def _rows_before(task: Task, work: WorkFolder) -> NDArray[np.void]:
@@ -173,9 +172,6 @@ def kept_rows(rows: NDArray[np.void]) -> NDArray[np.void]:
     return rows[rows["outcome"] != Outcome.DROPPED]
 
 
-def touched_images(work: WorkFolder) -> list[dict[str, Any]]:
-    """Returns the notes on images that were transcoded, dropped or unusual, in the order of conversion."""
-    try:
-        return [json.loads(line) for line in (work.path / TOUCHED).read_text(encoding="ascii").splitlines()]
-    except ValueError as error:
-        raise UserError(f"{work.path / TOUCHED}: damaged ({error}); start again with --restart") from error
+def touched_images(task: Task, work: WorkFolder) -> TouchedImages:
+    """Returns the notes on images that were transcoded, dropped or unusual. Raises UserError if their file is damaged."""
+    return TouchedImages({work.path / TOUCHED: "start again with --restart"}, images=len(task.listing.files))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError
+from fastbyol.data.conversion.work_folder import work_path
 from fastbyol.data.formats.manifest import TAR_MANIFEST
-from fastbyol.data.formats.tar_shards import PARTS
+from fastbyol.data.formats.tar_shards import PART_FILES
 from fastbyol.host.quantities import bytes_text, count_text
 from fastbyol.host.staged_output import StagedOutput
 from fastbyol.host.store_path import Place, StorePath
@@ -39,6 +40,9 @@ def convert_to_store(out: StorePath, make: Make, *, settings: Mapping[str, Any],
     """
     with StagedOutput(out, settings=settings, part=part, unfinished=unfinished) as staged:
         described = _parts_at(out) if part == "merge" else []
+        if not staged.is_made and not part and _is_complete(staged.path):  # its command ended before it could say so
+            shutil.rmtree(work_path(staged.path), ignore_errors=True)
+            staged.made()
         if staged.is_made:
             say(f"{out}: made by an earlier command, which did not finish uploading it; its upload goes on")
         else:
@@ -47,14 +51,35 @@ def convert_to_store(out: StorePath, make: Make, *, settings: Mapping[str, Any],
                 _fetch_parts(described, staged.path)
             make(staged.path, staged.url_of)
             staged.made()
+        if part and part != "merge":
+            _remove_other_shards(out, staged.path, part=part)
         files, size = staged.upload(last=_place_in_order)
-    for place in described:  # the merge is complete without them
+    _remove(described)  # the merge is complete without them
+    say(f"{out}: uploaded {count_text(files, 'file')}, {size:,} bytes ({bytes_text(size)})")
+
+
+def _is_complete(path: Path) -> bool:
+    """Returns True if a .beton or a folder of shards has got its name, which it does once everything is in it."""
+    return path.is_file() if path.suffix == ".beton" else (path / TAR_MANIFEST).is_file()
+
+
+def _remove_other_shards(out: StorePath, made: Path, *, part: str) -> None:
+    """Removes a part's shards of an earlier conversion from the store, and first the description of that."""
+    if not out.is_dir():
+        return
+    there = {file.name for file in out.children()[0]}
+    old = sorted(name for name in there if name.startswith(f"shard-{part}-") and not (made / name).exists())
+    if old:
+        _remove([out / name for name in (f"part-{part}.json", *old) if name in there])
+
+
+def _remove(places: Iterable[StorePath]) -> None:
+    for place in places:
         fs, path = place.store()
         try:
             retried(lambda fs=fs, path=path: fs.rm_file(path), str(place))
         except Absent:
             continue
-    say(f"{out}: uploaded {count_text(files, 'file')}, {size:,} bytes ({bytes_text(size)})")
 
 
 def _refuse_existing(out: StorePath, *, part: str, overwrite: str, has_parts: bool) -> None:
@@ -71,9 +96,9 @@ def _refuse_existing(out: StorePath, *, part: str, overwrite: str, has_parts: bo
 
 
 def _parts_at(out: StorePath) -> list[StorePath]:
-    """Returns the descriptions of all parts that are in the store, and their tables."""
+    """Returns the descriptions of all parts that are in the store, their tables and their notes on images."""
     names = [file.name for file in out.children()[0]] if out.is_dir() else []
-    return [out / name for name in names if fnmatch(name, PARTS) or fnmatch(name, "part-*-of-*.npz")]
+    return [out / name for name in names if any(fnmatch(name, pattern) for pattern in PART_FILES)]
 
 
 def _fetch_parts(described: list[StorePath], folder: Path) -> None:

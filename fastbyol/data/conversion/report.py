@@ -5,6 +5,7 @@ The report is a JSON file that names every changed, dropped or unusual image; a 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import Counter
@@ -19,43 +20,49 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.conversion.encode import Outcome
 from fastbyol.data.conversion.image_pass import kept_rows
 from fastbyol.data.conversion.task import Task
+from fastbyol.data.conversion.touched_images import TouchedImages
 from fastbyol.data.formats.manifest import Manifest, Shard, image_summary, software_versions
 from fastbyol.data.inputs.listing import ImageListing, left_out, names_digest
-from fastbyol.host.durable_files import write_durably
+from fastbyol.host.durable_files import durable_file
 
 _FORMAT = 1
+_TOUCHED, _END = b' "touched": [', b"\n ]\n}\n"
+"""What comes before and after the images that the report names."""
 # Requested by the user, or common and harmless: counted, but not named one by one.
 _COUNTED = {Outcome.PASSED: "passed through", Outcome.RESIZED: "resized", Outcome.RAW: "stored as pixels"}
 
 
-def write_report(path: Path, task: Task, rows: NDArray[np.void], touched: list[dict[str, Any]]) -> None:
+def write_report(path: Path, task: Task, rows: NDArray[np.void], touched: TouchedImages) -> None:
     """Writes the report. Raises UserError if too many images were dropped, or all of a class; all is kept for a run that allows it.
 
     Args:
         path: path of the report.
         task: the conversion.
         rows: one row per image, in any order (`image_pass.ROW`).
-        touched: notes of the conversion (`image_pass.touched_images`), in any order.
+        touched: notes of the conversion.
     """
     outcomes = Counter(rows["outcome"].tolist())
-    named = sorted(touched, key=lambda entry: (entry["index"], entry["outcome"], entry["reason"]))
-    by_reason = {
-        outcome: dict(sorted(Counter(entry["reason"] for entry in named if entry["outcome"] == outcome).items()))
-        for outcome in ("transcoded", "dropped", "noted")
-    }
     # It depends only on the images and the settings, so that a resumed conversion writes the same.
     report = {
         "format_version": _FORMAT,
         "images": len(rows),
         "kept": len(rows) - outcomes[Outcome.DROPPED],
         **{what.replace(" ", "_"): outcomes[outcome] for outcome, what in _COUNTED.items()},
-        **by_reason,
+        **{outcome: dict(sorted(reasons.items())) for outcome, reasons in touched.counts.items()},
         "icc_profiles_ignored": int((rows["has_icc"] != 0).sum()),
         "left_out_of_the_listing": [{"name": name, "reason": reason} for name, reason in task.listing.skipped],
-        "touched": [{"name": task.listing.files[entry["index"]], **entry} for entry in named],
     }
-    # Pure ASCII, so that names that are not valid UTF-8 are preserved and any reader can parse it.
-    write_durably(path, json.dumps(report, indent=1) + "\n")
+    named = (json.dumps({"name": task.listing.files[entry["index"]], **entry}) for entry in touched)
+    with durable_file(path) as file:
+        buffered = io.BufferedWriter(file)  # type: ignore[arg-type]  # a plain write of an unbuffered file may stop early
+        # Pure ASCII, so that names that are not valid UTF-8 are preserved and any reader can parse it. The touched images come last and one
+        # by one, because there may be as many as images.
+        buffered.write(json.dumps(report, indent=1).removesuffix("\n}").encode("ascii") + b",\n" + _TOUCHED)
+        for count, entry in enumerate(named):
+            buffered.write((",\n  " if count else "\n  ").encode() + entry.encode("ascii"))
+        buffered.write(_END)
+        buffered.flush()
+        buffered.detach()  # durable_file flushes it to the disk and closes it
     allowed = task.options.dropped_allowed(len(rows))
     dropped = outcomes[Outcome.DROPPED]
     advice = f"{path} names them. Nothing is lost: fix the images and start again with --restart, or allow it with"
@@ -74,8 +81,19 @@ def report_path(out: Path) -> Path:
     return out.with_name(out.name + ".report.json")
 
 
+def report_summary(path: Path) -> dict[str, Any]:
+    """Returns a report without the images that it names, which are not read: there may be millions."""
+    head: list[bytes] = []
+    with path.open("rb") as file:
+        for line in file:
+            if line.startswith(_TOUCHED):
+                break
+            head.append(line)
+    return json.loads(b"".join(head).rstrip().removesuffix(b",") + b"}")
+
+
 def report_table(report: dict[str, Any]) -> str:
-    """Returns a table with one line per outcome and reason, and its number of images."""
+    """Returns a table with one line per outcome and reason, and its number of images. report: from `report_summary`."""
     lines = [("kept", report["kept"])]
     lines += [(f"  {what}", count) for what in _COUNTED.values() if (count := report[what.replace(" ", "_")])]
     lines += [(f"  transcoded: {reason}", count) for reason, count in report["transcoded"].items()]

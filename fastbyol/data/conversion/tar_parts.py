@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +20,21 @@ from numpy.typing import NDArray
 
 from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.data.conversion.image_pass import ROW, convert_images, kept_rows, touched_images
+from fastbyol.data.conversion.image_pass import ROW, TOUCHED, convert_images, kept_rows
 from fastbyol.data.conversion.report import make_manifest, write_report
 from fastbyol.data.conversion.tar_writer import SHARDS_FOLDER, TarOutput, sample_table, tar_settings
 from fastbyol.data.conversion.task import ConversionOptions, Images, Task, as_listing, make_task, open_work
+from fastbyol.data.conversion.touched_images import TouchedImages
 from fastbyol.data.conversion.work_folder import disk_errors, locked_work, work_path
 from fastbyol.data.formats.manifest import TAR_MANIFEST, Manifest, Shard, read_manifest, refuse_impossible_values, write_manifest
 from fastbyol.data.formats.regular_files import require_regular
-from fastbyol.data.formats.tar_shards import PARTS, SAMPLE_TABLE, TAR_REPORT
-from fastbyol.data.inputs.listing import ImageListing
+from fastbyol.data.formats.tar_shards import PART_FILES, PARTS, SAMPLE_TABLE, TAR_REPORT, index_path
+from fastbyol.data.inputs.listing import ImageListing, stamp_at
 from fastbyol.data.traversal import seeded_permutation
 from fastbyol.host.durable_files import durable_file, flush_to_disk, write_durably
 from fastbyol.host.signals import deferred_stop
+from fastbyol.host.store_path import Place, at_once
+from fastbyol.host.stores import Absent
 from fastbyol.ranks.parts import Part
 
 _PART_NAME = re.compile(r"part-\d{5,9}-of-\d{5,9}\.json")
@@ -91,7 +95,6 @@ def write_tar_part(
                     class_names=list(listing.class_names),
                     skipped=list(listing.skipped),
                     shards=output.finish(rows),
-                    touched=touched_images(work),
                 )
                 write_durably(folder / description.name, json.dumps(asdict(done)))
                 # While the folder is locked: the process that takes the place of one that was given up may be waiting for it.
@@ -117,26 +120,43 @@ def _require_made_of(description: Path, done: _Done, *, settings: dict[str, Any]
 
 
 def _put_part_in_place(folder: Path, description: Path) -> None:
-    """Moves a part's files from its work folder to their final place, or goes on with an interrupted move."""
-    shards = sorted((folder / SHARDS_FOLDER).glob("*"))
+    """Moves a part's files from its work folder to their final place, or goes on with an interrupted move.
+
+    Shards of an earlier conversion of the part that are not among the new ones are removed.
+    """
+    out, new = description.parent, folder / description.name
+    if not new.exists():  # it is moved last
+        return
+    # An earlier description would belong to none of the shards from here on.
+    description.unlink(missing_ok=True)
+    flush_to_disk(out)
+    tars = {shard.name for shard in _read_part(new).shards}
+    for old in out.glob(f"shard-{description.stem.removeprefix('part-')}-*"):
+        if old.with_suffix(".tar").name not in tars:
+            old.unlink()
+    moves = {file: out / file.name for file in sorted((folder / SHARDS_FOLDER).glob("*"))}
+    moves |= {_table_path(new): _table_path(description), folder / TOUCHED: _touched_path(description)}
     # The description comes last: it tells the merge that all the rest is there.
-    for file in (*shards, _table_path(folder / description.name), folder / description.name):
+    for file, place in (*moves.items(), (new, description)):
         if file.exists():
             flush_to_disk(file)
-            os.replace(file, description.parent / file.name)
-    flush_to_disk(description.parent)
+            os.replace(file, place)
+    flush_to_disk(out)
 
 
-def merge_tar_parts(out: Path, *, data: Images | None = None, options: ConversionOptions | None = None) -> Manifest:
+def merge_tar_parts(
+    out: Path, *, data: Images | None = None, options: ConversionOptions | None = None, place: Callable[[Path], Place] = lambda path: path
+) -> Manifest:
     """Completes the folder `out` once all of its parts are there: writes the sample table, the manifest and the report.
 
     Args:
         out: the folder of all parts.
         data: the images from which the parts must have been made; None skips this check.
         options: only `max_dropped` is used.
+        place: gives where a shard in `out` really is, if that is at a URL.
 
     Raises:
-        UserError: parts are missing, damaged, differ in their settings, or were made from other images than `data`; or too many images were
+        UserError: parts or shards are missing, damaged, differ in their settings, or were made from other images than `data`; or too many images were
             dropped.
     """
     with deferred_stop(), disk_errors(out):
@@ -147,6 +167,7 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
         parts = _all_parts(out)
         done = [_read_part(part) for part in parts]
         _require_equal(parts, done)
+        _require_shards(parts, done, place=place)
         if data is not None and (listing := as_listing(data)).digest() != done[0].listing_sha256:
             raise UserError(
                 f"{out}: its parts were made from other images than {listing.root} holds; give what they were made from, or nothing"
@@ -168,7 +189,8 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
         # The task of the whole conversion, with the fields that report and manifest need.
         sizes, options = rows["source_bytes"].astype(np.int64), options or ConversionOptions()
         task = Task(listing, np.arange(num_images), sizes, done[0].listing_sha256, out, options, workers=1)
-        write_report(out / TAR_REPORT, task, rows, [entry for one in done for entry in one.touched])
+        touched = {_touched_path(part): f"remove {part} and convert that part again" for part in parts}
+        write_report(out / TAR_REPORT, task, rows, TouchedImages(touched, images=num_images))
         with durable_file(out / SAMPLE_TABLE) as table:
             np.save(table, sample_table(task, rows))
         shards = [shard for one in done for shard in one.shards]
@@ -180,7 +202,7 @@ def merge_tar_parts(out: Path, *, data: Images | None = None, options: Conversio
 
 def _remove_parts(out: Path) -> int:
     """Removes the files that describe the parts; returns their number."""
-    files = [file for pattern in (PARTS, "part-*-of-*.npz") for file in out.glob(pattern)]
+    files = [file for pattern in PART_FILES for file in out.glob(pattern)]
     for file in files:
         file.unlink()
     return len(files)
@@ -200,7 +222,6 @@ class _Done:
     class_names: list[str]
     skipped: list[tuple[str, str]]
     shards: list[Shard]
-    touched: list[dict[str, Any]]
 
 
 class _Table(NamedTuple):
@@ -235,15 +256,10 @@ def _read_part(path: Path) -> _Done:
         require_regular(path)
         fields = json.loads(path.read_text(encoding="ascii"))
         done = _Done(**{**fields, "shards": [Shard(**shard) for shard in fields["shards"]]})
-        positions = [entry["index"] for entry in done.touched]
         texts = (done.source, done.listing_sha256, *done.class_names, *(text for pair in done.skipped for text in pair))
-        refuse_impossible_values(numbers=(done.num_images, *positions), texts=texts, shards=done.shards)
-        if any(position >= done.num_images for position in positions):
-            raise ValueError("a number out of range")
+        refuse_impossible_values(numbers=(done.num_images,), texts=texts, shards=done.shards)
         if any(len(pair) != 2 for pair in done.skipped):
             raise ValueError("a left-out file without a reason")
-        if any(not isinstance(entry[field], str) for entry in done.touched for field in ("outcome", "reason", "detail")):
-            raise TypeError("an image without a reason")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not the description of a part ({shortened(error)}); remove it and convert that part again") from error
     return done
@@ -282,9 +298,37 @@ def _table_path(description: Path) -> Path:
     return description.with_suffix(".npz")
 
 
+def _touched_path(description: Path) -> Path:
+    return description.with_suffix(".jsonl")
+
+
 def _first_change(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Returns the name of the first setting of which the two have different values, or ''."""
     return next((name for name in {**before, **now} if before.get(name) != now.get(name)), "")
+
+
+def _require_shards(parts: list[Path], done: list[_Done], *, place: Callable[[Path], Place]) -> None:
+    """Raises UserError if a shard or its index is missing, or a shard has another size than its part's description says.
+
+    After the merge nothing could be converted again alone.
+    """
+    shards = [(part, part.with_name(shard.name), shard.bytes) for part, one in zip(parts, done, strict=True) for shard in one.shards]
+    sizes = at_once(_size_of, [place(tar) for _, tar, _ in shards])
+    index_sizes = at_once(_size_of, [place(index_path(tar)) for _, tar, _ in shards])
+    for (part, tar, expected), size, index_size in zip(shards, sizes, index_sizes, strict=True):
+        again = f"remove {place(part)} and convert that part again"
+        if size < 0 or index_size < 0:
+            raise UserError(f"{place(tar if size < 0 else index_path(tar))}: missing; {again}")
+        if size != expected:
+            raise UserError(f"{place(tar)}: {size:,} bytes, {part.name} says {expected:,} (cut or replaced); {again}")
+
+
+def _size_of(place: Place) -> int:
+    """Returns the size of a file in bytes, or -1 if it is not there."""
+    try:
+        return stamp_at(place)[0]
+    except (FileNotFoundError, Absent):
+        return -1
 
 
 def _require_equal(parts: list[Path], done: list[_Done]) -> None:

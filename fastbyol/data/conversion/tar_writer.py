@@ -68,7 +68,7 @@ def write_tar_shards(
             output = TarOutput(work, shard_mib=shard_mib)
             rows = convert_images(task, output, work, stop=stop)
             report = work.path / "report.json"
-            write_report(report, task, rows, touched_images(work))
+            write_report(report, task, rows, touched_images(task, work))
             shards = output.finish(rows)
             folder = work.path / SHARDS_FOLDER
             # The table is in listing order, as a .beton is, so that sample i is the same image with both backends.

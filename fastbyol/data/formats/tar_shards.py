@@ -27,6 +27,8 @@ There is one row per sample, in listing order; images in the manifest's `dropped
 INDEX_VERSION = "v1.2"
 PARTS = "part-*-of-*.json"
 """Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""
+PART_FILES = (PARTS, "part-*-of-*.npz", "part-*-of-*.jsonl")
+"""These, their tables of images, and their notes on images."""
 _MAX_HEADER_BYTES = 1 << 16
 
 

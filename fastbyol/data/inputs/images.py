@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -216,9 +217,10 @@ def _list_images(
 def _list_source(
     source: GivenSource, mode: str, label_file: LabelFile | None, *, splits: str, path_column: str | None, label_column: str | None
 ) -> ImageListing:
-    if label_file and source.kind in ("list", "parquet"):
+    if source.kind in ("list", "parquet") and (label_file or mode == "folders"):
         raise UserError(
-            f"--labels {label_file.path}: has no effect on {source.given}; a list or table has its labels in a column, --label-column"
+            f"--labels {label_file.path if label_file else mode}: has no effect on {source.given}; a list or table has its labels in a column, "
+            "--label-column"
         )
     if source.kind == "list":
         column = label_column if mode != "none" else None
@@ -258,12 +260,16 @@ def join_listings(listings: list[ImageListing]) -> ImageListing:
     )
     class_names = tuple(sorted({name for listing in listings for name in listing.class_names}))
     label_of = {name: label for label, name in enumerate(class_names)}
+    tops = [os.path.relpath(at, root) for at in roots]
+    stems = [top if listing.places is None else top.removesuffix(".tar") for top, listing in zip(tops, listings, strict=True)]
+    of_stem = Counter(stem for _, stem in set(zip(tops, stems, strict=True)))
     names: dict[str, int] = {}
     skipped: list[tuple[str, str]] = []
     kept: list[tuple[int, int]] = []
     for number, listing in enumerate(listings):
-        top = os.path.relpath(roots[number], root)
-        top = "" if top == "." else top.removesuffix(".tar") + "/"
+        # 'photos' and 'photos.tar' are two sources, and the images of the second keep its whole name.
+        top = stems[number] if of_stem[stems[number]] == 1 else tops[number]
+        top = "" if top == "." else f"{top}/"
         skipped += [(top + name, reason) for name, reason in listing.skipped]
         for index, (name, label) in enumerate(zip(listing.files, listing.labels, strict=True)):
             if top + name in names:

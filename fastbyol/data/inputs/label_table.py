@@ -104,7 +104,8 @@ def plain_header(cell: str) -> str:
     return re.sub(r"[\s-]+", "_", cell.strip().lstrip("#").strip().lower())
 
 
-def _looks_like_file(cell: str) -> bool:
+def looks_like_file(cell: str) -> bool:
+    """Returns True if a cell has the extension of an image."""
     return cell.strip().lower().endswith(EXTENSIONS)
 
 
@@ -137,7 +138,7 @@ def _split_alone(line: str, delimiter: str) -> list[str]:
 
 def _may_be_classes_alone(lines: list[str]) -> bool:
     """Returns True if the lines may be classes only: there are no file names, and each line is one word or some lines are repeated."""
-    if any(_looks_like_file(word) for line in lines for word in re.split(r"[\s,;|]+", line)):
+    if any(looks_like_file(word) for line in lines for word in re.split(r"[\s,;|]+", line)):
         return False
     return all(len(line.split()) == 1 and not re.search(r"[,;|]", line) for line in lines) or len(set(lines)) < len(lines)
 
@@ -253,7 +254,7 @@ class _Columns:
         known = [any(word in words for word in self.words) for words in ((*_FILE, *_PERHAPS_FILE), (*_CLASS, *_PERHAPS_CLASS))]
         if all(known):
             return True
-        if any(_looks_like_file(cell) or self.index.find(cell.strip()) != MISSING for cell in self.first):
+        if any(looks_like_file(cell) or self.index.find(cell.strip()) != MISSING for cell in self.first):
             return False
         return True if any(known) else None
 
@@ -277,7 +278,7 @@ class _Columns:
                     break
         if len(candidates) == 1:
             return candidates[0]
-        files = [at for at in candidates if any(len(row) > at and _looks_like_file(row[at]) for row in self.sample)]
+        files = [at for at in candidates if any(len(row) > at and looks_like_file(row[at]) for row in self.sample)]
         matching = self._naming(files) or self._naming(candidates)
         if matching and all(self._same_images(matching[0], at) for at in matching[1:]):
             return matching[0]

@@ -29,8 +29,11 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 _ROWS = 64
 """Rows that are decoded at a time: some megabytes."""
 _TAR = "fastbyol-images"
-_FORMAT = 2
-"""Format of the tar; the first had the classes' names in its .cls members, where those of more than 100 bytes were lost."""
+_FORMAT = 3
+"""Format of the tar; the first had the classes' names in its .cls members, where those of more than 100 bytes were lost, the second no member
+for a row without an image."""
+_NO_BYTES = ".no-bytes"
+"""Extension of the empty member for a row that holds no image, by which it is counted among what was left out."""
 _FACTS, _LARGEST_FACTS = "parquet.json", 1 << 30
 """First member of the tar, and the most bytes of it that are read: the stamps of the Parquet files, the label column, and the names of the
 classes, whose places in that list are in the .cls members."""
@@ -74,11 +77,15 @@ def list_parquet(paths: Sequence[Place], *, root: Place, label_column: str | Non
                 except OSError as error:
                     raise UserError(f"{tar}: the images cannot be copied there ({error.strerror or error}); free some space") from error
     listing = list_tars([tar], labels="none" if labels == "none" else "auto", splits="classes")
-    kept = tuple((name, why) for name, why in listing.skipped if name != _FACTS)
+    skipped = tuple(
+        (name.removesuffix(_NO_BYTES), "no bytes in its row" if name.endswith(_NO_BYTES) else why)
+        for name, why in listing.skipped
+        if name != _FACTS
+    )
     classes = (_facts_of(tar) or facts)["classes"]
     names = tuple(classes[int(place)] for place in listing.class_names)
     note = f"{root}: the images of {len(paths):,} Parquet files are read from {tar}, to which they were copied once"
-    return replace(listing, root=root, class_names=names, skipped=kept, notes=(note, *listing.notes))
+    return replace(listing, root=root, class_names=names, skipped=skipped, notes=(note, *listing.notes))
 
 
 def _is_made_of(tar: Path, facts: dict[str, Any]) -> bool:
@@ -111,8 +118,7 @@ def _write_tar(tar: Path, paths: Sequence[Place], stamps: Sequence[Stamp], facts
             row = 0
             for path, (size, _) in zip(paths, stamps, strict=True):
                 for data, label in _rows(path, label_column):
-                    if data:
-                        _add(archive, f"{row:09d}.{_extension(data)}", data)
+                    _add(archive, f"{row:09d}.{_extension(data)}" if data else f"{row:09d}{_NO_BYTES}", data)
                     if data and label is not None:
                         _add(archive, f"{row:09d}.cls", str(place_of[label]).encode())
                     row += 1

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.urls import is_url
-from fastbyol.data.inputs.label_table import is_path_header, plain_header
+from fastbyol.data.inputs.label_table import is_path_header, looks_like_file, plain_header
 from fastbyol.data.inputs.listing import LEFT_OUT, LONGEST_SHOWN, ImageListing, in_sample_order, why_not_an_image, why_too_long
 from fastbyol.data.inputs.name_matching import each_line, read_text
 from fastbyol.data.inputs.packed_names import NamePacker, PackedNames
@@ -197,6 +197,9 @@ def _table(path: Place, text: str, path_column: str | None, label_column: str | 
                 f"{path}: which column names the images? Its first row has {', '.join(map(repr, head[:12]))}; choose with --path-column NAME"
             )
         (at,) = fitting
+    named = {plain_header(column) for column in (path_column, label_column) if column and not column.isdecimal()}
+    if looks_like_file(head[at]) and named.isdisjoint(map(plain_header, head)):
+        has_header = False  # the first image is missing, which is reported with the others
 
     def found() -> Iterator[tuple[str, str]]:
         for line, row in islice(_csv_rows(path, text, delimiter), int(has_header), None):

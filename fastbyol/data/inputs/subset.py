@@ -16,6 +16,7 @@ import numpy as np
 from fastbyol.config.errors import UserError, require
 from fastbyol.data.inputs.listing import LONGEST_SHOWN, ImageListing
 from fastbyol.data.inputs.name_matching import AMBIGUOUS, MISSING, NameIndex, lines_of, read_text
+from fastbyol.host.durable_files import write_durably
 
 _SHOWN = 3
 """Names that a message shows."""
@@ -29,7 +30,8 @@ def list_digest(path: Path) -> str:
 def draw_fraction(listing: ImageListing, fraction: float, *, seed: int) -> ImageListing:
     """Returns a class-balanced fraction of the images: equal numbers per class, to within one, or the whole class if it has fewer.
 
-    There is at least one image per class. SimCLR's list of 1 % of ImageNet has 12,811 images; this has 12,812: 12 or 13 of each class.
+    There is at least one image per class; images without a label are drawn as one more class. SimCLR's list of 1 % of ImageNet has 12,811 images;
+    this has 12,812: 12 or 13 of each class.
     """
     require(0 < fraction <= 1, "fraction", fraction, "a share in (0, 1]")
     classes = len(set(listing.labels))
@@ -116,8 +118,8 @@ def read_subset(path: Path) -> list[str]:
 
 
 def write_subset(path: Path, listing: ImageListing) -> None:
-    """Writes the names of the images, one per line, in the listing's order."""
-    path.write_bytes("".join(f"{name}\n" for name in listing.files).encode(errors="surrogateescape"))
+    """Writes the names of the images, one per line, in the listing's order. An error leaves the file as it was."""
+    write_durably(path, "".join(f"{name}\n" for name in listing.files))
 
 
 def _rank(seed: int, name: str) -> bytes:

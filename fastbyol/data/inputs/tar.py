@@ -93,9 +93,9 @@ class TarScan:
         self._reached = member.offset_data
 
     def _keep_one_image_of_each_key(self) -> None:
-        """Skips all but one image of each WebDataset key, for example 'x.mask.png' beside 'x.jpg'.
+        """Skips all but one image of each WebDataset key that images and other files share, for example 'x.mask.png' beside 'x.jpg' and 'x.cls'.
 
-        Only where images and other files share keys: elsewhere 'trip.1.jpg' and 'trip.2.jpg' are two photographs.
+        Images of all other keys are kept: 'trip.1.jpg' and 'trip.2.jpg' are two photographs, whatever else is in the tar.
         """
         keys = {_split_key(name)[0] for name in self._others}.intersection(_split_key(name)[0] for name in self.names)
         if not keys:
@@ -105,10 +105,12 @@ class TarScan:
         best: dict[str, tuple[bool, int]] = {}
         for row, name in enumerate(self.names):
             key, extension = _split_key(name)
-            # The one whose whole extension is an image's comes first, then the first in the tar.
-            best[key] = min(best.get(key, (True, row)), ("." in extension, row))
-        kept = sorted(row for _, row in best.values())
-        self.skipped += [(self.names[row], "a further image of its key") for row in sorted(set(range(len(self.names))) - set(kept))]
+            if key in keys:
+                # The one whose whole extension is an image's comes first, then the first in the tar.
+                best[key] = min(best.get(key, (True, row)), ("." in extension, row))
+        one_of_key = {row for _, row in best.values()}
+        kept = [row for row, name in enumerate(self.names) if row in one_of_key or key_of(name) not in keys]
+        self.skipped += [(self.names[row], "a further image of its key") for row in sorted(set(range(len(self.names))).difference(kept))]
         self.names = [self.names[row] for row in kept]
         self.offsets, self.sizes = (array("q", (column[row] for row in kept)) for column in (self.offsets, self.sizes))
 

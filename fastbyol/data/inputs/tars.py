@@ -30,7 +30,7 @@ from fastbyol.host.progress import Progress
 from fastbyol.host.store_path import Place, StorePath, at_once, known_place
 
 log = logging.getLogger("fastbyol")
-_FORMAT = 3
+_FORMAT = 4
 _INDEX = "fastbyol-index"
 
 

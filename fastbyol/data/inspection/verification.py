@@ -130,8 +130,8 @@ def _hash_faults(file: Path, shard: Shard | None, by_digest: Mapping[str, str], 
     """Checks a file's size and sha256. by_digest: names of all shards by their sha256 in the manifest, to recognise swapped files."""
     if shard is None:
         return [Fault(str(file), "is not in the manifest")]
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         if shard.chunk_bytes:
             starts = range(0, size, shard.chunk_bytes)
             found = chunks_sha256([sha256_of(file, start=at, size=shard.chunk_bytes, stop=stop) for at in starts])
