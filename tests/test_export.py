@@ -9,8 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-import onnx
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
