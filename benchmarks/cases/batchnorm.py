@@ -1,13 +1,14 @@
 """Measures batch norm and ReLU of both views, forward and backward, over every shape that ResNet-50 normalises at 224 px (one layer of
 each).
 
-How: activations in bf16, or in float32 on a CPU without instructions for bf16, where runs compute in that; channels-last, float32 scale and offset, one thread, batch 16 per view. Reference: torch's nn.BatchNorm2d and
-in-place ReLU, one view at a time, as in the official code. Ours (`norm_relu`) takes both views as one batch, first on one process,
-then in two processes at once without a message between them (they share the memory's bandwidth and the machine's noise, so this is what
-two ranks are compared with), then over two ranks on this machine (gloo), with one message for both views and with one for each, and in
-plain operations, as before the kernel could do it. Ceiling: five copies of the activations, about what the smallest number of passes
-moves. Across ranks read the wall clock (the CPU column sees this rank only). nn.SyncBatchNorm does not run on the CPU; "a view at a time"
-does what it would do, one message per view.
+How: activations in bf16, or in float32 on a CPU without instructions for bf16, whose runs compute in that; channels-last, float32
+scale and offset, one thread, batch 16 per view. Reference: torch's nn.BatchNorm2d and in-place ReLU, one view at a time, as in the
+official code. Ours (`norm_relu`) takes both views as one batch, first on one process, then in two processes at once without a message
+between them (they share the memory's bandwidth and the machine's noise, so this is what two ranks are compared with), then over two
+ranks on this machine (gloo), with one message for both views and with one for each, and in plain operations, as before the kernel
+could do it. Ceiling: five copies of the activations, about what the smallest number of passes moves. Across ranks read the wall clock
+(the CPU column sees this rank only). nn.SyncBatchNorm does not run on the CPU; "a view at a time" does what it would do, one message
+per view.
 
     python -m benchmarks.run batchnorm
 
