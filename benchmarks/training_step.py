@@ -24,13 +24,15 @@ from fastbyol.data.loader import TwoViewLoader
 from fastbyol.monitors import Monitor
 from fastbyol.optim.build import build_optimizer
 from fastbyol.ranks.process_group import Process
-from fastbyol.run.precision import build_scaler, prepare_model
+from fastbyol.run.precision import build_scaler, is_bf16_fast, prepare_model
 from fastbyol.run.provenance import package_versions
 from fastbyol.run.rng_state import rng_state
 from fastbyol.run.state import TrainState, bn_images
 from fastbyol.tuning.stepper import LR, TAU, Stepper, Timed
 
 CPU = torch.device("cpu")
+FORMAT, DTYPE = ("bf16", torch.bfloat16) if is_bf16_fast(CPU) else ("float32", torch.float32)
+"""The format that bf16 autocast, the default, computes in on this CPU: bf16 where the CPU has instructions for it."""
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,7 @@ def test_rows_are_trained_and_evaluated_once_a_failing_one_is_named_and_the_next
         (["--model.projector_layers", "3"], r"model\.projector_layers = 3: must be 2, because rows of the tables are named by"),
         (["--objective.beta", "1"], r"objective\.beta = 1\.0: must be 0\.0, because"),
         (["--scale", "paper", "--global_batch", "1024"], r"--global_batch: rows at the paper's scale have the paper's values"),
+        (["--scale", "paper", "--optim", '{"base_lr": 0.1}'], r"--optim\.base_lr: rows at the paper's scale have the paper's values"),
         (["--scale", "paper", "--optim.base_lr=0.1"], r"--optim\.base_lr: rows at the paper's scale have the paper's values"),
     ],
 )
@@ -362,6 +363,9 @@ def test_a_row_that_does_not_fit_into_memory_or_is_killed_is_named_and_the_next_
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(runner, "_scored", too_large)
+    earlier = tmp_path / "runs" / "tau_1-seed0"
+    earlier.mkdir(parents=True)
+    note_divergence(earlier, "the loss is not finite")  # of an earlier start, so not the reason of this one
     records = runner.run_all(part_of(planned_runs([TABLES["tau"]], setup, tmp_path, seeds=1), ["byol", "tau_1"]))
     assert [(record.status, record.why) for record in records] == [("failed", "CUDA out of memory"), ("failed", "ended by SIGKILL")]
     assert read_records(tmp_path) == records

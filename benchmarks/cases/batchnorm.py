@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from benchmarks.own_process import start_process
 from benchmarks.record import CaseResult, measured
 from benchmarks.timing import subjects_of, torch_threads
+from benchmarks.training_step import DTYPE, FORMAT
 from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.sync_batchnorm import cross_replica_normalise
 from fastbyol.models.view_batchnorm import ViewBatchNorm
-from fastbyol.run.precision import is_bf16_fast, keep_freed_memory
+from fastbyol.run.precision import keep_freed_memory
 
 REFERENCE, CEILING, OURS = "nn.BatchNorm2d and ReLU, a view at a time", "five copies of the activations", "fastbyol, both views"
 SIDE_BY_SIDE = "fastbyol, both views, two processes at once"
@@ -43,8 +44,6 @@ TWO_RANKS = "fastbyol, both views, two ranks"
 TWO_RANKS_BY_VIEW = "fastbyol, a view at a time, two ranks"
 TWO_RANKS_PLAIN = "plain operations, both views, two ranks"
 _WARMUP = 1
-_FORMAT, _DTYPE = ("bf16", torch.bfloat16) if is_bf16_fast(torch.device("cpu")) else ("float32", torch.float32)
-"""The format of a run's activations on this CPU."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ FULL = Size(rounds=15)
 def run(size: Size, *, scratch: Path) -> CaseResult:
     keep_freed_memory()  # as a run does
     copies = [(torch.empty_like(x), x.detach()) for x in _activations(size)]
-    title = f"batch norm and ReLU of two views, forward and backward, {len(size.shapes)} layers, batch {size.batch} a view, {_FORMAT}"
+    title = f"batch norm and ReLU of two views, forward and backward, {len(size.shapes)} layers, batch {size.batch} a view, {FORMAT}"
     with torch_threads(1), _second_rank(size, scratch):
         work = {
             CEILING: lambda: [out.copy_(x) for out, x in copies for _ in range(5)],
@@ -123,7 +122,7 @@ def _activations(size: Size) -> list[Tensor]:
     """Returns one batch of both views for each layer, with gradients enabled."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2 * size.batch, channels, px, px) for channels, px in size.shapes]
-    return [torch.randn(s, generator=generator).to(_DTYPE).contiguous(memory_format=torch.channels_last).requires_grad_() for s in shapes]
+    return [torch.randn(s, generator=generator).to(DTYPE).contiguous(memory_format=torch.channels_last).requires_grad_() for s in shapes]
 
 
 @contextmanager

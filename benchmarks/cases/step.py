@@ -45,7 +45,7 @@ from benchmarks.record import CaseResult, measured
 from benchmarks.rival_steps import STEPS
 from benchmarks.rivals import those_installed
 from benchmarks.timing import Subject, subjects_of, torch_threads
-from benchmarks.training_step import StepSize, TrainingStep, bytes_moved, forget_times, noise_batch
+from benchmarks.training_step import DTYPE, FORMAT, StepSize, TrainingStep, bytes_moved, forget_times, noise_batch
 from benchmarks.updates import CPU, solo_learn_update
 from fastbyol.byol import build_byol
 from fastbyol.config.errors import UserError
@@ -54,12 +54,9 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.models.view_batchnorm import convert_to_batchnorm
 from fastbyol.objectives import byol_loss
 from fastbyol.optim.build import build_optimizer
-from fastbyol.run.precision import is_bf16_fast
 from fastbyol.tuning.candidates import reason_not_to_compile
 from fastbyol.tuning.stepper import LR, TAU
 
-FORMAT, DTYPE = ("bf16", torch.bfloat16) if is_bf16_fast(CPU) else ("float32", torch.float32)
-"""The format that bf16 autocast, the default, computes in on this CPU: bf16 where the CPU has instructions for it."""
 REFERENCE, CEILING = "plain: float32, NCHW, a view at a time", f"{FORMAT} 3x3 convolution, same operations"
 OURS, ACCUMULATED, COMPILED = f"{FORMAT}, channels-last", f"{FORMAT}, channels-last, 2 micro-batches", f"{FORMAT}, channels-last, compiled"
 RETURNING = f"{FORMAT}, channels-last, freed memory returned"

@@ -111,9 +111,9 @@ def reproduce(options: argparse.Namespace) -> None:
 def _base(run_options: Sequence[str], *, scale: str) -> TrainConfig:
     """Returns the config of the run without any change. Raises UserError for an option that rows set themselves."""
     from fastbyol.config.schema import TrainConfig
-    from fastbyol.run.command_line import parse_train_config
+    from fastbyol.run.command_line import names_given, parse_train_config
 
-    typed = {argument.split("=")[0].removeprefix("--") for argument in run_options if argument.startswith("--")}
+    typed = names_given(run_options)
     own = {
         "data.train": "--data",
         "data.val": "--data",

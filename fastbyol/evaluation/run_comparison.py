@@ -20,7 +20,7 @@ from fastbyol.evaluation.training_log import Record, Throughput, read_provenance
 from fastbyol.evaluation.verdict import PROTOCOL_TITLES
 from fastbyol.host.durable_files import holder_of_lock
 from fastbyol.run.checkpoint import RESULTS, checkpoint_steps
-from fastbyol.run.folder import CONFIG_FILE, FREE_TO_CHANGE, LOCK_FILE, divergence_of, flatten, read_config
+from fastbyol.run.folder import CONFIG_FILE, FREE_TO_CHANGE, LOCK_FILE, divergence_of, flatten, is_collapse, read_config
 from fastbyol.run.log import METRICS_FILE, read_metrics
 
 COMPLETE, RUNNING, STOPPED, COLLAPSED, DIVERGED = "complete", "running", "stopped", "collapsed", "diverged"
@@ -237,7 +237,7 @@ def outcome_of(folder: Path, config: TrainConfig, records: Sequence[Record]) -> 
     since = _alarmed_since(records)
     collapse = f"; alarm of collapse since step {since:,}" if since is not None else ""
     if why := divergence_of(folder):
-        return Outcome(COLLAPSED if why.startswith("collapse") else DIVERGED, f"{at}: {why}", steps)
+        return Outcome(COLLAPSED if is_collapse(why) else DIVERGED, f"{at}: {why}", steps)
     if holder := holder_of_lock(folder / LOCK_FILE):
         return Outcome(RUNNING, f"{at}, by {holder}{collapse}", steps)
     if since is not None:

@@ -35,7 +35,7 @@ from fastbyol.reproduction.rows import UNCHANGED, row_config, run_at
 from fastbyol.reproduction.scoring import last_error, paper_linear, scores_of
 from fastbyol.reproduction.tables import BASE_RUNS, SIMCLR, Table
 from fastbyol.run.checkpoint import checkpoint_steps, load_run
-from fastbyol.run.folder import config_changes, divergence_of
+from fastbyol.run.folder import config_changes, divergence_of, is_collapse
 from fastbyol.run.log import read_metrics
 from fastbyol.run.provenance import collect_provenance
 
@@ -172,20 +172,17 @@ class Runner:
         output, folder = self.folder / RUNS / f"{run.name}.log", Path(run.config.out)
         command = [*self._launcher(), "-m", "fastbyol.train", "--config", str(self._config_file(run)), "--out", str(folder)]
         # A run that was stopped for its collapse would train on, and every stop of its evaluation would move the step that is evaluated.
-        why = divergence_of(folder)
-        code = DIVERGED_EXIT if _is_collapse(why) else self._train(command, output, run)
+        code = DIVERGED_EXIT if is_collapse(divergence_of(folder)) else self._train(command, output, run)
         if self.stop.requested or code == STOPPED_EXIT:
             raise Stopped(f"stopped during {run.name}; the same command goes on from there")
-        if code and not why:
-            why = divergence_of(folder) if code == DIVERGED_EXIT else ""
-            why = why or (f"ended by {signal.Signals(-code).name}" if code < 0 else last_error(output))
+        why = _why_it_ended(code, folder, output)
         if code == STORAGE_EXIT:
             raise StorageFull(f"{run.name}: {why}")
         # The command as typed stands beside it; this one's first word is a path of this machine.
         provenance = {name: value for name, value in collect_provenance().items() if name != "command"}
-        record = Record(run.run, run.seed, "complete", run.config, why=why if code else "", ranks=self.setup.ranks, provenance=provenance)
+        record = Record(run.run, run.seed, "complete", run.config, why=why, ranks=self.setup.ranks, provenance=provenance)
         record = replace(record, command=self.command, device=_device_name(), **_read_cost(self._cost_file(run)))
-        collapsed = code == DIVERGED_EXIT and _is_collapse(why)
+        collapsed = code == DIVERGED_EXIT and is_collapse(why)
         if code and not collapsed:
             return replace(record, status="diverged" if code == DIVERGED_EXIT else "failed")
         try:
@@ -285,9 +282,13 @@ def _is_full_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
-def _is_collapse(why: str) -> bool:
-    """Returns True for the reason of a run that was stopped for its collapse, whose checkpoint can be evaluated."""
-    return why.startswith("collapse")
+def _why_it_ended(code: int, folder: Path, output: Path) -> str:
+    """Returns why a training ended with an exit code; '' for 0. The note in the folder may be of an earlier start, if this one did not diverge."""
+    if code == 0:
+        return ""
+    if code == DIVERGED_EXIT and (why := divergence_of(folder)):
+        return why
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else last_error(output)
 
 
 def _last_step(folder: Path) -> int:

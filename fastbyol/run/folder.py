@@ -119,6 +119,11 @@ def divergence_of(folder: Path) -> str:
         return f"{path} cannot be read ({error.strerror})"
 
 
+def is_collapse(why: str) -> bool:
+    """Returns True if `divergence_of` says that the run was stopped for its collapse, so that its checkpoint can be evaluated."""
+    return why.startswith("collapse")
+
+
 @contextmanager
 def locked_run_folder(folder: Path) -> Iterator[None]:
     """Keeps other jobs from writing to the folder. Raises UserError if another one holds the lock for longer than LOCK_PATIENCE_S."""

@@ -27,7 +27,7 @@ from fastbyol.host.durable_files import durable_file
 
 _FORMAT = 1
 _TOUCHED, _END = b' "touched": [', b"\n ]\n}\n"
-"""What comes before and after the images that the report names."""
+"""Bytes before and after the list of the images that the report names."""
 # Requested by the user, or common and harmless: counted, but not named one by one.
 _COUNTED = {Outcome.PASSED: "passed through", Outcome.RESIZED: "resized", Outcome.RAW: "stored as pixels"}
 
