@@ -18,7 +18,6 @@ install: $(STAMP) ## .venv with torch, DALI, ffcv and the tools; Debian packages
 
 $(STAMP): pyproject.toml constraints.txt scripts/install.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/install.sh
-	@touch $(STAMP)
 
 demo: $(STAMP) ## images -> .beton -> BYOL -> evaluation -> runs/demo/report.html (DEMO_KIND=fashion or scenes)
 	BIN=$(BIN) KIND=$(DEMO_KIND) DATA=$(DEMO_DATA) RUN=$(DEMO_RUN) PRESET=$(DEMO_PRESET) bash scripts/demo.sh

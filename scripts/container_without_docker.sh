@@ -16,12 +16,12 @@ if ! buildah inspect --type image localhost/debian:12-slim >/dev/null 2>&1; then
   rm -rf "$WORK/debian"
 fi
 # shellcheck disable=SC2086
-buildah build --layers --build-arg BASE=localhost/debian:12-slim --target "$TARGET" --tag "$IMAGE" ${BUILD_OPTIONS:-} .
+buildah build --format docker --layers --build-arg BASE=localhost/debian:12-slim --target "$TARGET" --tag "$IMAGE" ${BUILD_OPTIONS:-} .
 
 container=$(buildah from "localhost/$IMAGE")
 trap 'buildah rm "$container" >/dev/null' EXIT
 inside() { printf '\n$ %s\n' "$*"; buildah run --user fastbyol "$container" -- "$@"; }
-inside fastbyol doctor || true
+inside fastbyol doctor
 inside fastbyol demo-data --kind scenes --train-per-class 20 --val-per-class 5 --out demo/images
 inside fastbyol convert --data demo/images/train --out demo/train.beton
 inside fastbyol convert --data demo/images/val --out demo/val.beton

@@ -14,7 +14,7 @@ from fastbyol.__main__ import main
 from fastbyol.doctor import machine, packages, self_tests, trials
 from fastbyol.doctor.disk import disk_finding
 from fastbyol.doctor.finding import Finding, lines, summary
-from fastbyol.doctor.machine import cgroup_value, gpu_finding, machine_findings
+from fastbyol.doctor.machine import gpu_finding, machine_findings
 from fastbyol.doctor.packages import CORE, OPTIONAL, apex_finding, import_faults, too_old
 from fastbyol.doctor.subprocesses import run_each
 from fastbyol.optim import multi_tensor
@@ -170,13 +170,44 @@ def test_a_gpu_works_if_torch_has_code_for_it(capability: str, built_for: list[s
     assert found.text.startswith("Card, 85.9 GB, compute capability ")
 
 
-def test_limits_of_the_container_are_read_and_low_ones_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("own_groups", "limits"),
+    [
+        ("0::/\n", {"memory.max": "1073741824", "cpu.max": "50000 100000"}),
+        # SLURM limits the job, four levels above the process; a limit further down may be a higher one.
+        (
+            "0::/slurm/job_1/step_0/user/task_0\n",
+            {
+                "slurm/job_1/memory.max": "1073741824",
+                "slurm/job_1/cpu.max": "50000 100000",
+                "slurm/job_1/step_0/memory.max": "2147483648",
+                "slurm/job_1/step_0/user/task_0/memory.max": "max",
+                "slurm/job_1/step_0/user/task_0/cpu.max": "max 100000",
+            },
+        ),
+        (
+            "4:memory:/docker/ab\n1:cpu,cpuacct:/docker/ab\n0::/\n",
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/docker/ab/memory.limit_in_bytes": "1073741824",
+                "cpu/cpu.cfs_quota_us": "-1",
+                "cpu/docker/ab/cpu.cfs_quota_us": "100000",
+                "cpu/docker/ab/cpu.cfs_period_us": "200000",
+            },
+        ),
+        # Inside a container the group's own folder is mounted at the root, whatever the path says.
+        ("0::/docker/ab\n", {"memory.max": "1073741824", "cpu.max": "50000 100000"}),
+    ],
+)
+def test_limits_of_the_control_groups_are_read_and_low_ones_named(
+    own_groups: str, limits: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").write_text(own_groups)
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
-    assert cgroup_value("memory.max", "memory/memory.limit_in_bytes") == ""
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{1 << 30}\n")
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
+    for name, value in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(value + "\n")
     found = {finding.name: finding for finding in machine_findings()}
     assert (found["memory"].state, found["memory"].text.split(",")[0]) == ("low", "1.07 GB")
     assert found["cores"].state == "low"

@@ -177,6 +177,7 @@ def test_detectron2s_file_has_the_names_of_its_backbone(source, exported):
     assert detectron2_name("layer4.2.bn3.running_var") == "res5.2.conv3.norm.running_var"
     card = _card(exported, "detectron2")
     assert "Not loaded in detectron2" in card
+    assert 'MODEL: {WEIGHTS: "detectron2.pkl", ' in card  # quoted: a name with a comma is one name in YAML too
     assert "PIXEL_STD: [58.395, 57.12, 57.375]" in card
 
 

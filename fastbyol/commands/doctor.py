@@ -25,7 +25,7 @@ def add_doctor(commands: Any) -> None:
     parser.add_argument(
         "--path", type=Path, action="append", default=[], help="also measure how fast this folder's or file's disk reads; may be repeated"
     )
-    parser.add_argument("--quick", action="store_true", help="neither import packages nor run the self tests: a second or two")
+    parser.add_argument("--quick", action="store_true", help="run no self tests and import only torch, which knows the GPUs: a few seconds")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(command=examine)
 

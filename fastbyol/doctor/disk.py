@@ -29,7 +29,9 @@ def disk_finding(path: Path) -> Finding:
         else:
             speeds = _of_file(path)
     except OSError as error:
-        raise UserError(f"--path {path}: cannot be measured ({error.strerror}); give a folder or file that you may read") from error
+        raise UserError(
+            f"--path {path}: cannot be measured ({error.strerror}); give a file that you may read, or a folder that you may write into"
+        ) from error
     if speeds is None:
         needed = bytes_text(2 * TRIAL_BYTES)
         return Finding("disk", str(path), "low", f"less than {needed} free: not measured", "make room, or give a file to read")
@@ -54,10 +56,9 @@ def _of_file(path: Path) -> tuple[float, float]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
-        places = random.Random(0)
-        random_s, images = _timed(
-            descriptor, lambda count: places.randrange(0, max(1, size - IMAGE_BYTES)) if count < 4000 else None, IMAGE_BYTES
-        )
+        # Each place once, in a random order: a second read of it would come from the system's cache.
+        places = random.Random(0).sample(range(size // IMAGE_BYTES), min(4000, size // IMAGE_BYTES))
+        random_s, images = _timed(descriptor, lambda count: places[count] * IMAGE_BYTES if count < len(places) else None, IMAGE_BYTES)
         in_order_s, blocks = _timed(descriptor, lambda count: count * BLOCK if count * BLOCK < size else None, BLOCK)
         return min(size, blocks * BLOCK) / in_order_s, images / random_s
     finally:

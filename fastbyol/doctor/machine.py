@@ -19,11 +19,9 @@ from fastbyol.host.quantities import bytes_text
 MACHINE, GPU = "this machine", "GPU"
 LOW_MEMORY, LOW_SHM, LOW_FILES = 8 << 30, 1 << 30, 4096
 GPU_LIMIT_S = 90.0
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 DEVICES = Path("/dev")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-UNLIMITED = 1 << 60
-"""cgroup v1 says 'no limit' as a number near 2**63."""
 
 
 def machine_findings() -> Iterator[Finding]:
@@ -39,19 +37,16 @@ def machine_findings() -> Iterator[Finding]:
 
 def _cores() -> Finding:
     cores = len(os.sched_getaffinity(0))
-    quota = cgroup_value("cpu.max", "cpu/cpu.cfs_quota_us")
-    if quota and (found := re.fullmatch(r"(\d+)(?: (\d+))?", quota)):
-        allowed = int(found[1]) / int(found[2] or 100_000)
-        if allowed < cores:
-            way_out = f"start fewer workers: --data.workers {max(1, int(allowed))}, OMP_NUM_THREADS={max(1, int(allowed))}, or raise the container's limit"
-            return Finding(MACHINE, "cores", "low", f"{cores}, of which the container may use {allowed:g}", way_out)
+    quotas = [limit for group in cgroup_folders() if (limit := _core_limit(group)) is not None]
+    if (allowed := min(quotas, default=cores)) < cores:
+        way_out = f"start fewer workers: --data.workers {max(1, int(allowed))}, OMP_NUM_THREADS={max(1, int(allowed))}, or raise the container's limit"
+        return Finding(MACHINE, "cores", "low", f"{cores}, of which the container may use {allowed:g}", way_out)
     return Finding(MACHINE, "cores", "ok", f"{cores}")
 
 
 def _memory() -> Finding:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = cgroup_value("memory.max", "memory/memory.limit_in_bytes")
-    allowed = min(total, int(limit)) if limit.isdecimal() and int(limit) < UNLIMITED else total
+    allowed = min([total, *(limit for group in cgroup_folders() if (limit := _memory_limit(group)) is not None)])
     text = f"{bytes_text(allowed)}" + (f", the container's limit, of {bytes_text(total)}" if allowed < total else "")
     if allowed < LOW_MEMORY:
         return Finding(
@@ -64,23 +59,41 @@ def _memory() -> Finding:
     return Finding(MACHINE, "memory", "ok", text)
 
 
-def cgroup_value(v2: str, v1: str) -> str:
-    """Returns a limit of this process's control group as its file has it: the lowest group that has one, '' if none does."""
+def cgroup_folders() -> list[Path]:
+    """Returns the folders of this process's control groups and of all above them, for a limit of any holds: SLURM sets it on the job's, four levels up."""
     try:
-        mine = Path("/proc/self/cgroup").read_text()
+        mine = OWN_GROUPS.read_text()
+    except OSError:
+        return []
+    folders = []
+    for line in mine.splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        group = Path(path.lstrip("/"))
+        # cgroup v1 has a hierarchy for each controller, v2 one for all. The last of the parents is the root: inside a container, its own group.
+        roots = [CGROUPS / controller for controller in controllers.split(",") if controller]
+        folders += [root / parent for root in roots or [CGROUPS] for parent in (group, *group.parents)]
+    return list(dict.fromkeys(folders))
+
+
+def _memory_limit(group: Path) -> int | None:
+    """Returns the bytes that a control group may use, None without a limit. cgroup v1 says 'no limit' as a number near 2**63, which is more than any memory."""
+    value = _value(group / "memory.max") or _value(group / "memory.limit_in_bytes")
+    return int(value) if value.isdecimal() else None
+
+
+def _core_limit(group: Path) -> float | None:
+    """Returns the cores that a control group may use, as processor time over elapsed time; None without a limit."""
+    quota, period = [*_value(group / "cpu.max").split(), "", ""][:2]
+    if not quota:
+        quota, period = _value(group / "cpu.cfs_quota_us"), _value(group / "cpu.cfs_period_us")
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+
+
+def _value(file: Path) -> str:
+    try:
+        return file.read_text().strip()
     except OSError:
         return ""
-    paths = [line.split(":", 2)[2].strip("/") for line in mine.splitlines() if line.count(":") >= 2]
-    for group in [path for path in dict.fromkeys([*paths, ""])]:
-        # Inside a container the group's own folder is mounted at the root, whatever the path says.
-        for file in (CGROUPS / group / v2, CGROUPS / Path(v1).parent / group / Path(v1).name):
-            try:
-                value = file.read_text().strip()
-            except OSError:
-                continue
-            if value and not value.startswith(("max", "-1")):
-                return value
-    return ""
 
 
 def _shared_memory() -> Finding:

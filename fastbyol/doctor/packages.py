@@ -69,7 +69,7 @@ OPTIONAL = (
     Part("safetensors", "safetensors", "export", "no .safetensors, neither read nor written"),
     Part("onnx", "onnx", "export", "no export to ONNX"),
     Part("onnxscript", "onnxscript", "export", "no export to ONNX"),
-    Part("onnxruntime", "onnxruntime", "export", "an ONNX export cannot be compared with the encoder"),
+    Part("onnxruntime", "onnxruntime", "export", "no export to ONNX: it could not be compared with the encoder"),
     Part("fsspec", "fsspec", "remote", "no data and no outputs at URLs: s3://, gs://, hf://, https://"),
     Part("s3fs", "s3fs", "remote", "no s3://"),
     Part("aiohttp", "aiohttp", "remote", "no https://"),
@@ -80,8 +80,7 @@ OPTIONAL = (
 REBUILD_FFCV_ALONE = "pip install --force-reinstall --no-cache-dir --no-deps ffcv==1.0.2"
 REBUILD_FFCV = f"{REBUILD_FFCV_ALONE}; pip install --upgrade opencv-python numba"
 FFCV_NEEDS = (
-    "apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev, then pip install 'fastbyol[ffcv]' "
-    "(in a checkout: rm -f .venv/installed; make install)"
+    "apt-get install g++ pkg-config libturbojpeg0-dev libopencv-dev, then pip install 'fastbyol[ffcv]' (in a checkout: make install)"
 )
 
 

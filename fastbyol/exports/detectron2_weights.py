@@ -1,11 +1,12 @@
 """detectron2's backbone, under the names and in the pickle that its own converters write.
 
 Sources: detectron2, tools/convert-torchvision-to-d2.py and modeling/backbone/resnet.py; MoCo, detection/convert-pretrain-to-detectron2.py.
-detectron2 is not on PyPI and was never at hand here: what is checked is that the names go back to the encoder's, not that it loads there.
+detectron2 is not on PyPI, so an export is checked by turning its names back into the encoder's. tests/long/detectron2_loads.py loads it in detectron2.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -56,7 +57,7 @@ def _lines(name: str, subject: Subject) -> list[str]:
     mean, std = ([round(255 * value, 3) for value in values] for values in (views.mean, views.std))
     basic = ", RES2_OUT_CHANNELS: 64" if model.encoder in _BASIC else ""
     return [
-        f"MODEL: {{WEIGHTS: {name}, PIXEL_MEAN: {mean}, PIXEL_STD: {std},",
+        f"MODEL: {{WEIGHTS: {json.dumps(name)}, PIXEL_MEAN: {mean}, PIXEL_STD: {std},",
         f"        RESNETS: {{DEPTH: {model.encoder.removeprefix('resnet')}, STRIDE_IN_1X1: false, NORM: SyncBN{basic}}}}}",
         "INPUT: {FORMAT: RGB}  # a detectron2 config; MoCo's detection/configs have the rest",
     ]

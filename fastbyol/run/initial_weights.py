@@ -40,10 +40,10 @@ def load_initial_weights(byol: BYOL, config: TrainConfig) -> None:
         weights = dict(state["byol"])
         own = byol.state_dict()
         # The probe does not influence the networks, so another data set's number of classes is no reason to refuse them.
-        for name in ("probe.weight", "probe.bias"):
-            if name in weights and weights[name].shape != own[name].shape:
-                log.info("%s = %s: the probe of %d classes is not loaded", OPTION, source, len(own["probe.bias"]))
-                weights[name] = own[name]
+        other_probe = [name for name in ("probe.weight", "probe.bias") if name in weights and weights[name].shape != own[name].shape]
+        if other_probe:
+            log.info("%s = %s: its probe is not loaded, for this run has %d classes", OPTION, source, len(own["probe.bias"]))
+            weights.update({name: own[name] for name in other_probe})
         load_matching(byol, weights, source=f"{OPTION} = {source!r}")
         theirs = from_plain(TrainConfig, state["config"], where="config.").model
         _refuse_other_features({name: getattr(theirs, name) for name in _MODEL_OPTIONS}, config.model, source=f"{OPTION} = {source!r}")

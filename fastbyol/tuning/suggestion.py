@@ -163,7 +163,12 @@ def _set_size(suggestion: Suggestion, base: TrainConfig, sample: Sample, gpus: i
     planned = base.views.size_px
     if gpus and sample.short_side < TINY_PX:
         size = max(32, sample.short_side // SIZE_STEP_PX * SIZE_STEP_PX)
-        suggestion.set("views.size_px", size, f"the images' own: their shorter side is {sample.short_side} px")
+        reason = (
+            f"the images' own: their shorter side is {sample.short_side} px"
+            if size <= sample.short_side
+            else f"the least; the images' shorter side is {sample.short_side} px"
+        )
+        suggestion.set("views.size_px", size, reason)
         suggestion.set(
             "model.stem", "small", "keeps small images at their size, as recipes for CIFAR do (solo-learn); four times the cost of small2"
         )

@@ -33,7 +33,7 @@ class TurboJpeg:
         if not libraries:
             raise UserError(
                 "data.backend = 'ffcv': ffcv is not installed; install g++, pkg-config, TurboJPEG's and OpenCV's headers (libturbojpeg0-dev, "
-                "libopencv-dev) and pip install 'fastbyol[ffcv]' (in a checkout: 'rm -f .venv/installed; make install'), or train from the images or tar shards"
+                "libopencv-dev) and pip install 'fastbyol[ffcv]' (in a checkout: make install), or train from the images or tar shards"
             )
         self._library = ctypes.CDLL(str(libraries[0]))
         self._library.tjInitDecompress.restype = ctypes.c_void_p
