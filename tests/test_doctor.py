@@ -141,6 +141,8 @@ def test_a_package_that_does_not_import_is_broken_and_one_built_against_another_
     found = packages._finding(ffcv, "optional packages", "1.0.2", faults["bad"])
     assert (found.state, found.way_out) == ("broken", packages.REBUILD_FFCV)
     assert "built against another numpy than" in found.text
+    found = packages._finding(ffcv, "optional packages", "1.0.2", "ImportError: libGL.so.1: cannot open shared object file: No such file")
+    assert (found.state, found.way_out) == ("broken", "apt-get install libgl1"), "installing it again would change nothing"
     assert packages._finding(ffcv, "optional packages", "", "").state == "missing"
     assert packages._finding(CORE[0], "core", "", "").state == "broken", "nothing works without torch"
 

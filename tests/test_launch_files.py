@@ -271,8 +271,10 @@ def _stages(dockerfile):
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_an_image_that_has_a_compiler_has_the_headers_that_compiled_code_includes(target):
-    assert {"g++", "python3-dev"} <= _stages((SCRIPTS.parent / "Dockerfile").read_text())[target]
+def test_an_image_has_the_headers_that_compiled_code_includes_and_the_libraries_that_wheels_load(target):
+    packages = _stages((SCRIPTS.parent / "Dockerfile").read_text())[target]
+    assert {"g++", "python3-dev"} <= packages
+    assert {"libgl1", "libglib2.0-0"} <= packages, "opencv-python, which `import ffcv` imports"
 
 
 def _fastbyol_options(job, environment):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from fastbyol.__main__ import main
 from fastbyol.commands.reproduce import _base
 from fastbyol.config.errors import UserError
 from fastbyol.config.presets import PRESETS, preset_config
+from fastbyol.host.durable_files import locked_file
 from fastbyol.host.signals import StopRequest
 from fastbyol.reproduction.records import (
     Record,
@@ -30,7 +33,7 @@ from fastbyol.reproduction.results import table_results
 from fastbyol.reproduction.rows import row_config
 from fastbyol.reproduction.runner import PlannedRun, Runner, Stopped, StorageFull, part_of, planned_runs
 from fastbyol.reproduction.tables import TABLES, Row, preset_of
-from fastbyol.run.folder import CONFIG_FILE, note_divergence, read_config, write_config
+from fastbyol.run.folder import CONFIG_FILE, LOCK_FILE, note_divergence, read_config, write_config
 from tests.commands import SMALL_RUN, files_no_larger_than
 
 BASE, DEMO, SCENES = (preset_config(name) for name in ("r50_300ep", "cpu_demo", "cpu_demo_scenes"))
@@ -165,7 +168,7 @@ def test_a_record_with_impossible_values_is_refused(tmp_path, part):
 
 
 def test_machines_share_the_runs_without_gap_or_overlap():
-    runs = [PlannedRun(f"r{i}", 0, DEMO, done=False) for i in range(11)]
+    runs = [PlannedRun(f"r{i}", 0, DEMO, record=None) for i in range(11)]
     parts = [part_of(runs, [f"{i}/4"]) for i in range(4)]
     assert sorted((run.run for part in parts for run in part), key=lambda name: int(name[1:])) == [run.run for run in runs]
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -370,6 +373,40 @@ def test_a_row_that_does_not_fit_into_memory_or_is_killed_is_named_and_the_next_
     assert [(record.status, record.why) for record in records] == [("failed", "CUDA out of memory"), ("failed", "ended by SIGKILL")]
     assert read_records(tmp_path) == records
     assert records[1].wall_s >= 0
+
+
+def test_a_run_that_another_process_does_meanwhile_is_left_to_it_also_if_it_fails_there(colours, tmp_path, monkeypatch):
+    setup, said = _setup(colours), []
+    runner = Runner(setup, tmp_path, StopRequest(grace_s=1.0), announce=said.append, after_each=lambda: None, command="")
+    for run in part_of(planned_runs([TABLES["tau"]], setup, tmp_path, seeds=1), ["tau_0"]):
+        write_record(tmp_path, Record(run.run, 0, "failed", run.config, why="of yesterday"))
+    runs = {run.run: run for run in planned_runs([TABLES["tau"]], setup, tmp_path, seeds=1)}
+    chosen = [runs[name] for name in ("tau_1", "byol", "tau_0")]
+    for run, status in ((runs["byol"], "complete"), (runs["tau_1"], "failed")):
+        write_record(tmp_path, Record(run.run, 0, status, run.config, why="the other process's"))
+    monkeypatch.setattr(runner, "_execute", lambda command, output: -9)
+    records = runner.run_all(chosen)
+    assert [(record.run, record.why) for record in records] == [("tau_0", "ended by SIGKILL")], (
+        "what failed before this start is tried again"
+    )
+    assert {record.why for record in read_records(tmp_path)} == {"the other process's", "ended by SIGKILL"}
+
+
+def test_a_training_that_outlived_its_reproduce_is_waited_for(colours, tmp_path, monkeypatch):
+    setup = _setup(colours)
+    runner = Runner(setup, tmp_path, StopRequest(grace_s=1.0), announce=print, after_each=lambda: None, command="")
+    (run,) = part_of(planned_runs([TABLES["tau"]], setup, tmp_path, seeds=1), ["tau_0"])
+    folder = Path(run.config.out)
+    folder.mkdir(parents=True)
+    held = locked_file(folder / LOCK_FILE)
+    threading.Timer(0.5, os.close, (held,)).start()
+
+    def is_free(command: list[str], output: Path) -> int:
+        os.close(locked_file(folder / LOCK_FILE))
+        return -9
+
+    monkeypatch.setattr(runner, "_execute", is_free)
+    assert [record.why for record in runner.run_all([run])] == ["ended by SIGKILL"]
 
 
 def test_a_dry_run_lists_every_row_and_starts_none(colours, tmp_path, capsys):

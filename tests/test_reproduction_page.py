@@ -14,6 +14,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.presets import preset_config
 from fastbyol.reproduction.page import DISCUSSION_FILE, write_tables
 from fastbyol.reproduction.records import SETUP_FILE, Record, Setup, record_path, write_record, write_setup
+from fastbyol.reproduction.tables import TABLES
 from tests.commands import ROOT, files_no_larger_than
 
 BASE = replace(preset_config("cpu_demo"), epochs=5.0)
@@ -117,6 +118,18 @@ def test_a_seed_that_the_base_lacks_is_left_out_of_the_difference(folder):
     write_tables(folder)
     assert markdown_rows(folder, "Dimensions of the projection")["512"][1] == "-"
     assert "Noise" not in (folder / "tables.md").read_text()
+
+
+def test_a_table_is_shown_though_all_its_rows_are_other_tables_too(folder):
+    add(folder, "byol", 0.6)
+    add(folder, "tau_0", 0.5)
+    write_tables(folder)
+    text = (folder / "tables.md").read_text()
+    assert markdown_rows(folder, TABLES["tau"].title)
+    assert f"## {TABLES['batch'].title}" not in text, "its base alone was run"
+    add(folder, "tau_1", 0.5)
+    write_tables(folder)
+    assert f"## {TABLES['infonce'].title}" not in (folder / "tables.md").read_text(), "tau_1 is of one table"
 
 
 def test_a_damaged_record_is_named_and_the_rest_of_its_table_is_there(folder, caplog):

@@ -101,7 +101,9 @@ def reproduce(options: argparse.Namespace) -> None:
     write_tables(options.out)
     counts = Counter(record.status for record in records)
     done = sum(run.done for run in runs)
-    say(f"{len(runs)} runs: {done} were done before" + "".join(f", {count} {status}" for status, count in counts.items()))
+    others = len(runs) - done - len(records)
+    said = "".join(f", {count} {status}" for status, count in counts.items()) + (f", {others} left to other processes" if others else "")
+    say(f"{len(runs)} runs: {done} were done before{said}")
     say(f"tables: {options.out / 'tables.html'} and tables.md")
     if failed := [record for record in records if record.status == "failed"]:
         reasons = "; ".join(f"{record.run} seed {record.seed}: {shortened(record.why)}" for record in failed[:3])

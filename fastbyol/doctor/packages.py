@@ -84,6 +84,15 @@ FFCV_NEEDS = (
 )
 
 
+LIBRARY_PACKAGES = {
+    "libGL.so": "libgl1",
+    "libgthread-2.0.so": "libglib2.0-0",
+    "libglib-2.0.so": "libglib2.0-0",
+    "libturbojpeg.so": "libturbojpeg0",
+}
+"""Debian's package of a system library that Python packages here load and a server may lack."""
+
+
 def package_findings(*, imports: bool) -> Iterator[Finding]:
     """Yields what there is to say about each package. imports: also import each installed one, in another process."""
     parts = [*CORE, *_with_installed_dali(OPTIONAL)]
@@ -108,9 +117,13 @@ def _finding(part: Part, group: str, version: str, fault: str) -> Finding:
         built = f"{version}, {built}"
         return Finding(group, part.package, "broken", built, f"pip install --force-reinstall --no-cache-dir {part.package}")
     if fault:
-        return Finding(
-            group, part.package, "broken", f"{version}, does not import: {fault}", f"pip install --force-reinstall {part.package}"
-        )
+        way_out = f"pip install --force-reinstall {part.package}"
+        if lacking := next((package for library, package in LIBRARY_PACKAGES.items() if library in fault), ""):
+            # Installing it again would change nothing.
+            way_out = f"apt-get install {lacking}"
+            if part.package == "ffcv":
+                fault += "; training uses its C library only"
+        return Finding(group, part.package, "broken", f"{version}, does not import: {fault}", way_out)
     if complaint := too_old(part.package, version):
         return Finding(
             group, part.package, "broken", f"{version}: {complaint}", f"pip install --upgrade '{complaint.removeprefix('needs ')}'"

@@ -96,12 +96,15 @@ def _discussion(folder: Path, remarks: list[str]) -> dict[str, str]:
 def lead_text(contents: Contents) -> str:
     """Returns what all rows have in common, in a sentence."""
     base = contents.setup.base
-    first = next((record for record in contents.records if record.steps), None)
-    images = f" of {first.num_train:,} images" if first else ""
-    steps = f", {first.steps:,} steps" if first else ""
+    # A run that was stopped by its collapse took fewer steps.
+    longest = max(
+        (record for record in contents.records if record.config.epochs == base.epochs), key=lambda record: record.steps, default=None
+    )
+    images = f" of {longest.num_train:,} images" if longest else ""
+    steps = f", {longest.steps:,} steps" if longest else ""
     length = f"{base.steps:,} steps" if base.steps else f"{base.epochs:g} epoch{'s' * (base.epochs != 1)}{images}{steps}"
     scale = "at the paper's scale" if contents.setup.scale == "paper" else "at demo scale: the paper's changes made to a small recipe"
-    return f"{base.model.encoder} at {base.views.size_px} px, batch {base.global_batch:,}, {length}; {scale}. Data: {contents.setup.data}"
+    return f"What the rows change: {base.model.encoder} at {base.views.size_px} px, batch {base.global_batch:,}, {length}; {scale}. Data: {contents.setup.data}"
 
 
 def counts_text(contents: Contents) -> str:

@@ -88,12 +88,17 @@ class TableResult:
 
 
 def table_results(setup: Setup, records: Sequence[Record]) -> list[TableResult]:
-    """Returns the tables of which a row that no other table has has a record, in the paper's order."""
+    """Returns the tables that the records are of, in the paper's order.
+
+    Those are the tables of which a row that no other table has has a record; if there are none, those of which a row beside the base has one.
+    """
     by_run: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.seed):
         by_run.setdefault(record.run, []).append(record)
     uses = Counter(run for table in TABLES.values() for run in {row.run for row in table.rows})
     wanted = [table for table in TABLES.values() if any(row.run in by_run and uses[row.run] == 1 for row in table.rows)]
+    if not wanted:
+        wanted = [table for table in TABLES.values() if any(row.run in by_run and row.run != row.base for row in table.rows)]
     for name in UNCHANGED:
         by_run.setdefault(name, by_run.get(run_at(setup.scale, name), []))
     return [_table_result(table, setup, by_run) for table in wanted]

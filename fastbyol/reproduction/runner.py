@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from fastbyol.reproduction.rows import UNCHANGED, row_config, run_at
 from fastbyol.reproduction.scoring import last_error, paper_linear, scores_of
 from fastbyol.reproduction.tables import BASE_RUNS, SIMCLR, Table
 from fastbyol.run.checkpoint import checkpoint_steps, load_run
-from fastbyol.run.folder import config_changes, divergence_of, is_collapse
+from fastbyol.run.folder import LOCK_FILE, config_changes, divergence_of, is_collapse
 from fastbyol.run.log import read_metrics
 from fastbyol.run.provenance import collect_provenance
 
@@ -58,16 +58,20 @@ class StorageFull(RunError):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a row with one seed, with its whole config; `done` where its record is there."""
+    """One run of a row with one seed, with its whole config. record: its record so far, also one of a failure; None without one."""
 
     run: str
     seed: int
     config: TrainConfig
-    done: bool
+    record: Record | None
 
     @property
     def name(self) -> str:
         return f"{self.run}-seed{self.seed}"
+
+    @property
+    def done(self) -> bool:
+        return self.record is not None and self.record.status != "failed"
 
 
 def planned_runs(tables: Sequence[Table], setup: Setup, folder: Path, *, seeds: int) -> list[PlannedRun]:
@@ -89,18 +93,19 @@ def planned_runs(tables: Sequence[Table], setup: Setup, folder: Path, *, seeds: 
             # A mirror for each run, as a folder: of two runs at one URL the second would go on from the first one's checkpoint.
             mirror = f"{choice.config.mirror.rstrip('/')}/{place}" if choice.config.mirror else ""
             config = replace(choice.config, seed=seed, data=data, out=str(folder / RUNS / place), mirror=mirror)
-            found.append(PlannedRun(name, seed, config, done=_is_done(folder, name, seed, config)))
+            found.append(PlannedRun(name, seed, config, record=_record_of(folder, name, seed, config)))
     return found
 
 
-def _is_done(folder: Path, run: str, seed: int, config: TrainConfig) -> bool:
+def _record_of(folder: Path, run: str, seed: int, config: TrainConfig) -> Record | None:
+    """Returns the record of a run, None without one. Raises UserError if it is of another config."""
     path = record_path(folder, run, seed)
     if not path.exists():
-        return False
+        return None
     record = read_record(path)
     if changed := config_changes(record.config, config, free=FREE):
         raise UserError(f"{path}: is of a run with other settings ({'; '.join(changed[:3])}); delete it, or choose another --out")
-    return record.status != "failed"
+    return record
 
 
 def part_of(runs: Sequence[PlannedRun], rows: Sequence[str]) -> list[PlannedRun]:
@@ -140,8 +145,8 @@ class Runner:
                 if self.stop.requested:
                     raise Stopped(f"stopped before {run.name}; the same command goes on from there")
                 with self._claimed(run) as is_ours:
-                    # Another process may have done it in the meantime.
-                    if not is_ours or _is_done(self.folder, run.run, run.seed, run.config):
+                    # Another process may have done it in the meantime, and a failure of today is not tried again today.
+                    if not is_ours or _record_of(self.folder, run.run, run.seed, run.config) not in (None, run.record):
                         continue
                     if self._splits is None:
                         self._splits = leaving.enter_context(open_splits(self.setup.data, views=run.config.views, batch=BATCH))
@@ -198,9 +203,14 @@ class Runner:
 
     def _train(self, command: list[str], output: Path, run: PlannedRun) -> int:
         """Trains the run, from where it was stopped, adds what this took to its cost, and returns the exit code."""
-        before, start, cpu_before = _last_step(Path(run.config.out)), time.perf_counter(), _cpu_s()
+        folder = Path(run.config.out)
+        if folder.is_dir():
+            # The training of a `reproduce` that was killed is told to stop by that, and saves for up to grace_s.
+            with suppress(BlockingIOError):
+                os.close(locked_file(folder / LOCK_FILE, patience_s=run.config.grace_s))
+        before, start, cpu_before = _last_step(folder), time.perf_counter(), _cpu_s()
         code = self._execute(command, output)
-        if code or _last_step(Path(run.config.out)) != before:  # not for a start that found the run complete
+        if code or _last_step(folder) != before:  # not for a start that found the run complete
             _add_cost(self._cost_file(run), wall_s=time.perf_counter() - start, cpu_s=_cpu_s() - cpu_before)
         return code
 
