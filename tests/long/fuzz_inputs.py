@@ -496,6 +496,36 @@ def checkpoint(folder: Path) -> Attack:
     return attack
 
 
+def weights(folder: Path) -> Attack:
+    """A stranger's weights as .npz (stored and compressed), .safetensors and .pt: read, or refused."""
+    import torch
+    from safetensors.torch import save_file
+
+    from fastbyol.run.weights_files import read_weights
+
+    torch.set_num_threads(1)
+    folder.mkdir(exist_ok=True)
+    arrays = {f"layer{n}.weight": np.arange(40, dtype=kind).reshape(5, 8) for n, kind in enumerate(("float32", "float16", "int64"))}
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    np.savez(folder / "stored.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    np.savez_compressed(folder / "compressed.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    save_file(tensors, folder / "good.safetensors")
+    torch.save(tensors, folder / "good.pt")
+    contents = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+
+    def attack(rng: random.Random) -> None:
+        path = rng.choice([*contents, folder / "stored.npz"])
+        content = contents[path]
+        # A zip's directory is at its end, the header of a .npy behind its local header, safetensors' header at the start.
+        within = rng.choice([(0, 200), (len(content) - 300, len(content)), None])
+        damaged = folder / f"damaged{path.suffix}"
+        damaged.write_bytes(mutated_bytes(content, rng, within=within))
+        found = read_weights(damaged, option="checkpoint")
+        assert all(isinstance(tensor, torch.Tensor) for tensor in found.values()) or path.suffix == ".pt"
+
+    return attack
+
+
 TARGETS: dict[str, Callable[[Path], Attack]] = {
     "beton": beton,
     "shards": shards,
@@ -505,6 +535,7 @@ TARGETS: dict[str, Callable[[Path], Attack]] = {
     "jpeg": jpeg,
     "picture": picture,
     "checkpoint": checkpoint,
+    "weights": weights,
 }
 
 
