@@ -193,7 +193,6 @@ def _fake_kernels() -> Iterator[None]:
         "batch_norm_backward_reduce": lambda g, x, *_: (channels(x), channels(x), channels(x), channels(x)),
         "batch_norm_backward_elemt": lambda g, x, *_: torch.empty_like(x),
         "_fused_sgd_": lambda *_, **__: None,
-        "_fused_adamw_": lambda *_, **__: None,
     }
     try:
         for name, shape in shapes.items():

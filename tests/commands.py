@@ -22,9 +22,13 @@ from typing import Any, Self
 from unittest import mock
 
 import torch
+from torch.distributed.run import get_args_parser
 
 from fastbyol.host.signals import COMMAND_SIGNALS
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
+
+KNOWS_SHUTDOWN_TIMEOUT = "--shutdown-timeout" in get_args_parser().format_help()
+"""Whether this torchrun's wait for the ranks that it ends can be set; torch 2.11's cannot, and is 30 s."""
 
 ROOT = Path(__file__).parent.parent
 DATA_PREP, SCRIPTS = ROOT / "data_prep", ROOT / "scripts"

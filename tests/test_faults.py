@@ -12,7 +12,7 @@ import pytest
 
 from fastbyol.run.checkpoint import checkpoint_steps
 from fastbyol.train import main
-from tests.commands import LIMIT_S, SMALL_RUN, LaunchedRun, await_gone, is_alive, state_digest
+from tests.commands import KNOWS_SHUTDOWN_TIMEOUT, LIMIT_S, SMALL_RUN, LaunchedRun, await_gone, is_alive, state_digest
 from tests.forked import ForkedPython, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -93,7 +93,7 @@ def test_a_run_stopped_orphaned_killed_and_moved_to_other_ranks_loses_no_step(ar
 
 
 def test_a_rank_that_hangs_ends_the_others_within_the_limit(arguments, tmp_path):
-    launcher = ("--standalone", "--shutdown-timeout", "1")
+    launcher = ("--standalone", *(("--shutdown-timeout", "1") if KNOWS_SHUTDOWN_TIMEOUT else ()))
     limit = ("--timeout_s", "4", "--out", str(tmp_path / "run"))
     with LaunchedRun(tmp_path / "log", *arguments, *limit, ranks=2, launcher=launcher, fault="stop:1:7") as run:
         run.wait_for("FAULT stop on rank 1 in step 7")

@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 from fastbyol.__main__ import _build_parser
 from fastbyol.ranks.parts import Part, parse_part
 from fastbyol.run.command_line import parse_train_config
-from tests.commands import SCRIPTS
+from tests.commands import KNOWS_SHUTDOWN_TIMEOUT, SCRIPTS
 from tests.kubernetes_models import check_manifest
 from tests.long import slurm_cluster
 
@@ -43,7 +43,6 @@ def on_path(tmp_path):
     return put
 
 
-KNOWS_TIMEOUT = "--shutdown-timeout" in get_args_parser().format_help()
 WAITS_S = 30
 """Seconds that a torchrun waits which knows no such option: torch 2.11's."""
 
@@ -53,7 +52,7 @@ def _torchrun(option: str) -> str:
     return f"""if [ "$1" = --help ]; then echo "usage: {option}"; else printf '%s\\n' "$@"; fi"""
 
 
-TORCHRUN = _torchrun("--shutdown-timeout SECONDS" if KNOWS_TIMEOUT else "")
+TORCHRUN = _torchrun("--shutdown-timeout SECONDS" if KNOWS_SHUTDOWN_TIMEOUT else "")
 
 
 def _check_command(torchrun_and_ours: list[str], *, preset: str, train: str) -> None:
@@ -68,7 +67,7 @@ def _check_command(torchrun_and_ours: list[str], *, preset: str, train: str) -> 
     assert ours[ours.index("--preset") + 1] == preset
     assert config.data.train == train
     assert "SIGTERM" in known.signals_to_handle
-    if KNOWS_TIMEOUT:
+    if KNOWS_SHUTDOWN_TIMEOUT:
         assert config.grace_s < known.shutdown_timeout, "torchrun must not kill who may still be saving"
 
 
@@ -206,7 +205,7 @@ def test_the_kubernetes_manifest_is_a_pytorchjob_whose_command_both_parsers_know
         monkeypatch.setenv(variable["name"], variable["value"])  # torchrun reads its options from PET_ variables too
     _check_command(command, preset="r50_300ep", train="/data/train.beton")
     known = get_args_parser().parse_args(command)
-    assert (known.shutdown_timeout if KNOWS_TIMEOUT else WAITS_S) < pod["terminationGracePeriodSeconds"]
+    assert (known.shutdown_timeout if KNOWS_SHUTDOWN_TIMEOUT else WAITS_S) < pod["terminationGracePeriodSeconds"]
     assert known.nproc_per_node == container["resources"]["limits"]["nvidia.com/gpu"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     target = container["image"].partition(":")[2]

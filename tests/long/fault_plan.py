@@ -24,7 +24,7 @@ from pathlib import Path
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint
-from tests.commands import ROOT, SMALL_RUN, LaunchedRun, is_alive, run_python, state_digest
+from tests.commands import KNOWS_SHUTDOWN_TIMEOUT, ROOT, SMALL_RUN, LaunchedRun, is_alive, run_python, state_digest
 from tests.images import smooth_image
 
 
@@ -195,7 +195,7 @@ def writes(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
 def losses(scratch: Path, data: dict[str, Path], chance: random.Random) -> None:
     """Every kind of loss on rank 1 of 2, and data that never come to plain python."""
     arguments = [*SMALL_RUN, "--epochs", "10", "--checkpoint_every", "5", "--data.train", str(data["ffcv"]), "--timeout_s", "8"]
-    launcher = ("--standalone", "--shutdown-timeout", "2")
+    launcher = ("--standalone", *(("--shutdown-timeout", "2") if KNOWS_SHUTDOWN_TIMEOUT else ()))
     says = {
         "kill": "exitcode  : -9",
         "exit": "rank 0 got no answer from another rank",
