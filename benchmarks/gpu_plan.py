@@ -50,7 +50,8 @@ LIMITS_S = {
     "augment": 120.0,
     "step_compiled": 180.0,
     "launches": 120.0,
-    "end_to_end": 90.0,
+    "end_to_end": 180.0,
+    "syncs": 150.0,
 }
 LIMIT_S = 60.0
 """Time limit of any other part."""

@@ -88,10 +88,12 @@ def infonce_beta_loss(
 
 def _one_direction(query: Tensor, *, same_view: Tensor, other_view: Tensor, beta: float, alpha: float) -> Tensor:
     own = _first_row_of_rank(len(query)) + torch.arange(len(query), device=query.device)
-    across = query @ other_view.T
+    # Outside autocast: in bf16 the cosines of the closest pairs would come in steps of 1/256, and are then divided by alpha.
+    with torch.autocast(query.device.type, enabled=False):
+        across, among = query @ other_view.T, query @ same_view.T
     positive = across.gather(1, own[:, None]).squeeze(1)
     # An image must not be its own negative: -inf removes it from the logsumexp.
-    among = (query @ same_view.T).scatter(1, own[:, None], float("-inf"))
+    among = among.scatter(1, own[:, None], float("-inf"))
     negative = torch.logsumexp(torch.cat([among, across], dim=1) / alpha, dim=1)
     return (positive - beta * alpha * negative).mean()
 

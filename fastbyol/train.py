@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from fastbyol.byol import BYOLOutput, build_byol
-from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Lost, one_line_errors
+from fastbyol.config.errors import LOST_EXIT, STOPPED_EXIT, Lost, UserError, is_out_of_memory, one_line_errors
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data import ViewBatch, build_run_loader, views_on_device
 from fastbyol.evaluation.online_knn import build_online_knn, check_online_knn
@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if stop.requested and not process.is_main:
                 sys.exit(LOST_EXIT)  # torchrun ends this rank because of another one, which has said why
             raise
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(out_of_memory_text(config, process)) from error
         finally:
             close_logging()
             # The session's own watch is over, and leaving may hang where a peer or a device does.
@@ -111,6 +115,20 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
             if session.stopping:
                 break
     return session.end()
+
+
+def out_of_memory_text(config: TrainConfig, process: Process) -> str:
+    """Returns what did not fit into the device's memory, and what takes less."""
+    images = config.global_batch // (process.world_size * accumulation_of(config, world_size=process.world_size))
+    smaller = (
+        f"--rank_batch {images // 2} (micro-batches, whose gradients are added up)"
+        if images % 2 == 0 and images > 2
+        else "a smaller --global_batch"
+    )
+    return (
+        f"out of memory on {process.device}: {images:,} images in one forward pass, two views each, of {config.model.encoder} at {config.views.size_px} px; "
+        f"give {smaller}, more ranks, a smaller encoder or --views.size_px; python -m fastbyol tune finds what fits"
+    )
 
 
 def train_step(

@@ -29,9 +29,10 @@ from fastbyol.data.batch import views_on_device
 from fastbyol.host import cores
 from fastbyol.monitors.compute import largest_activation
 from fastbyol.ranks.process_group import Process, join_process_group, leave_process_group, lost_ranks_named
+from fastbyol.run import precision
 from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.log import close_logging, configure_logging
-from fastbyol.run.precision import check_compile, resolved, use_compile_threads
+from fastbyol.run.precision import check_compile, resolved, set_up_inductor
 from fastbyol.run.profiling import profile_table, spans_of
 from fastbyol.tuning.candidates import most_images, rank_batches
 from fastbyol.tuning.stepper import Stepper
@@ -302,11 +303,38 @@ def test_each_ranks_compile_workers_are_its_share_of_the_cores(monkeypatch: pyte
     # Inductor's own patch: this module keeps its options outside __dict__, so monkeypatch would delete the option when it undoes its change.
     with inductor.patch(compile_threads=32):
         monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "32")
-        use_compile_threads()
+        set_up_inductor()
         assert inductor.compile_threads == 32, "the user's own"
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
-        use_compile_threads()
+        set_up_inductor()
         assert inductor.compile_threads == 12
+
+
+def test_kernels_are_launched_without_the_interpreter_lock_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The static launcher holds it while a launch waits, so that neither decoding threads nor the hang watch run."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch(use_static_cuda_launcher=True):
+        monkeypatch.setenv("TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER", "1")
+        set_up_inductor()
+        assert inductor.use_static_cuda_launcher
+        monkeypatch.delenv("TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER")
+        set_up_inductor()
+        assert not inductor.use_static_cuda_launcher
+
+
+def test_max_autotune_means_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fail where a step has several forward passes (pytorch issue 169545), which this mode is not refused for."""
+    module, modes = torch.nn.Linear(2, 2), []
+    monkeypatch.setattr(module, "compile", lambda **options: modes.append(options["mode"]))
+    for mode in ("max-autotune", "default"):
+        precision._compile(module, PrecisionConfig(compile="yes", compile_mode=mode), device=torch.device("cpu"))
+    assert modes == ["max-autotune-no-cudagraphs", "default"]
+
+    def graphs(mode: str) -> bool:
+        return bool(torch._inductor.list_mode_options(mode).get("triton.cudagraphs"))
+
+    assert (graphs("max-autotune"), graphs(modes[0])) == (True, False), "torch's own mode of the name has them"
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).parent.parent
@@ -27,13 +29,12 @@ from benchmarks.imagenet_like import write_imagenet_like  # noqa: E402
 from benchmarks.own_process import Isolated, PartFailed  # noqa: E402
 from benchmarks.record import CaseResult  # noqa: E402
 from benchmarks.training_step import TrainingStep  # noqa: E402
-from fastbyol.config.errors import UserError, require  # noqa: E402
+from fastbyol.config.errors import UserError, is_out_of_memory, require  # noqa: E402
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig  # noqa: E402
 from fastbyol.config.views import ViewPair  # noqa: E402
 from fastbyol.data.batch import ViewBatch  # noqa: E402
 from fastbyol.models import cpu_norm  # noqa: E402
 from fastbyol.models.view_batchnorm import ViewBatchNorm  # noqa: E402
-from fastbyol.tuning.stepper import is_out_of_memory  # noqa: E402
 
 ROWS = {"norm": 4, "step": 6, "augment": 3, "ema": 3, "lars": 6, "decode": 3, "end_to_end": 8, "launches": 4}
 FINDINGS = ("kernels", "correctness", "syncs")
@@ -200,6 +201,12 @@ def test_kinds_of_operations_are_told_by_their_names_with_their_bandwidth():
     names = ("aten::cudnn_convolution", "aten::batch_norm_elemt", "aten::addmm", "aten::_foreach_lerp_", "aten::copy_", "aten::relu_")
     kinds = ["convolution", "batch norm", "matrix product", "optimizer and target", "copies and casts", "ReLU, sums and the rest"]
     assert [kernels.kind_of(name) for name in names] == kinds
+    # A kernel's time is at its operation, and again at its own event, whose C++ name has a '::'.
+    events = [
+        SimpleNamespace(key=key, device_type=device, self_device_time_total=3000.0, is_user_annotation=False)
+        for key, device in (("aten::relu_", DeviceType.CPU), ("void at::native::vectorized_elementwise_kernel<4>", DeviceType.CUDA))
+    ]
+    assert sum(kernels.times_by_kind(events, on_gpu=True).values()) == 3.0
     found = kernels.table(Counter({"convolution": 6.0, "batch norm": 2.0}), Counter({"convolution": 12 * 10**9, "batch norm": 10**9}))
     assert found == {
         "convolution": "6.00 ms, 75% of the step; 12.00 GB, 2000 GB/s",

@@ -66,6 +66,15 @@ def test_infonce_beta_equals_the_papers_equations(beta, alpha):
     assert infonce_beta_loss(q1, q2, z1, z2, beta=beta, alpha=alpha).item() == pytest.approx(expected, abs=1e-12)
 
 
+def test_infonce_under_autocast_is_that_of_float32():
+    """bf16 cosines of the closest pairs would come in steps of 1/256, and are divided by alpha."""
+    query = torch.nn.functional.normalize(torch.randn(32, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    close = query + 0.05 * torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    expected = infonce_beta_loss(query, close, close, query, beta=1.0, alpha=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert infonce_beta_loss(query, close, close, query, beta=1.0, alpha=0.1).item() == expected.item()
+
+
 def test_infonce_with_beta_zero_is_byols_loss_up_to_a_constant():
     q1, q2, z1, z2 = torch.randn(4, 6, 5, dtype=torch.float64)
     assert infonce_beta_loss(q1, q2, z1, z2, beta=0.0, alpha=0.1).item() == pytest.approx(byol_loss(q1, q2, z1, z2).item() - 4, abs=1e-12)

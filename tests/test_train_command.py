@@ -9,7 +9,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+from fastbyol import train
 from fastbyol.__main__ import main
 from fastbyol.run.checkpoint import checkpoint_steps
 from fastbyol.run.provenance import script_typed
@@ -51,6 +53,21 @@ def test_bad_input_ends_train_with_2_and_one_line() -> None:
     done = run_python("-m", "fastbyol", "train", "--preset", "cpu_demo", "--epoch", "1")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"fastbyol: error: --epoch: no such option.*\n", done.stderr)
+
+
+def test_a_device_without_room_for_the_batch_ends_train_with_2_and_one_line(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, "train", too_large)
+    with pytest.raises(SystemExit) as ended:
+        train.main([*SMALL_RUN, "--data.train", str(image_folder), "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastbyol: error: out of memory on cpu: 8 images in one forward pass, two views each, of resnet8 at ")
+    assert "--rank_batch 4 " in line
 
 
 def test_a_signal_during_the_imports_of_train_ends_it_with_75() -> None:

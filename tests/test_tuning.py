@@ -178,8 +178,8 @@ def test_the_ranks_of_one_machine_share_its_cores() -> None:
 def test_ways_to_compile_are_the_own_mode_and_those_of_the_device_that_the_time_allows() -> None:
     own = PrecisionConfig()
 
-    def modes(device: str, seconds: float, *kept: str, own: PrecisionConfig = own) -> list[str]:
-        found = candidates.compiled(own, device=device, seconds=seconds, kept=frozenset(kept))
+    def modes(device: str, seconds: float, *kept: str, own: PrecisionConfig = own, accumulate: int = 1) -> list[str]:
+        found = candidates.compiled(own, device=device, seconds=seconds, kept=frozenset(kept), accumulate=accumulate)
         assert list(found) == [f"compiled, {variant.compile_mode}" for variant in found.values()]
         assert all(variant.compile == "yes" for variant in found.values())
         return [variant.compile_mode for variant in found.values()]
@@ -188,6 +188,7 @@ def test_ways_to_compile_are_the_own_mode_and_those_of_the_device_that_the_time_
     assert modes("cpu", 120) == ["default", "max-autotune"]
     assert modes("cuda", 30) == ["default", "reduce-overhead"]
     assert modes("cuda", 120) == ["default", "reduce-overhead", "max-autotune"]
+    assert modes("cuda", 120, accumulate=8) == ["default", "max-autotune"], "train refuses CUDA graphs with micro-batches"
     graphs = PrecisionConfig(compile="yes", compile_mode="reduce-overhead", compile_cache="c")
     assert modes("cuda", 30, own=graphs) == ["reduce-overhead", "default"]
     assert modes("cuda", 300, "precision.compile_mode", own=graphs) == ["reduce-overhead"]

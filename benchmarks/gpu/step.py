@@ -30,12 +30,12 @@ from benchmarks.record import CaseResult
 from benchmarks.timing import Subject
 from benchmarks.training_step import StepSize, TrainingStep, bytes_moved, forget_times
 from fastbyol.byol import build_byol
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, is_out_of_memory
 from fastbyol.config.schema import ModelConfig, PrecisionConfig, TrainConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
 from fastbyol.tuning.candidates import reason_not_to_compile
-from fastbyol.tuning.stepper import is_out_of_memory, release_memory
+from fastbyol.tuning.stepper import release_memory
 
 REFERENCE, OURS, CEILING = "float32, NCHW", "bf16, channels-last", "bf16 matrix product, same operations"
 MEMORY = "copy of as many bytes"

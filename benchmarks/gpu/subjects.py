@@ -17,10 +17,10 @@ from benchmarks.own_process import PEAK
 from benchmarks.record import CaseResult, make_result, measured
 from benchmarks.timing import Subject, measure
 from fastbyol.augment.parameters import draw_parameters
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import UserError, is_out_of_memory
 from fastbyol.config.views import ViewPair
 from fastbyol.data.batch import ViewBatch
-from fastbyol.tuning.stepper import is_out_of_memory, release_memory, synchronize
+from fastbyol.tuning.stepper import release_memory, synchronize
 
 ENOUGH_S = 0.05
 """Minimum duration of a sample in seconds."""

@@ -66,6 +66,13 @@ class Lost(RunError):
     exit_code = LOST_EXIT
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether the device is out of memory; the driver, cuBLAS, cuDNN and torch's allocators say it in different words and types."""
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    )
+
+
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps an entry point: UserError and RunError print 'fastbyol: error: …' on stderr and exit with their code.
 

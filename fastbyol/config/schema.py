@@ -227,7 +227,9 @@ class PrecisionConfig:
     augmentation on a GPU is always compiled.
     """
     compile_mode: str = "default"
-    """default; reduce-overhead: CUDA graphs (GPU); max-autotune: tries several kernels, so the first step takes longer."""
+    """default; reduce-overhead: CUDA graphs (GPU); max-autotune: tries several kernels, so the first step takes longer
+    (without CUDA graphs, which torch's mode of that name also means).
+    """
     compile_cache: str = ""
     """Folder for compiled code, which later runs reuse; empty: torch's own folder, which a reboot may clear."""
     cross_replica_bn: bool = True

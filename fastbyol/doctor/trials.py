@@ -243,10 +243,10 @@ def bf16_step(folder: Path, *, device: str) -> str:
 def compiled_step(folder: Path, *, device: str) -> str:
     from fastbyol.host.compile_cache import give_inductor_a_cache
     from fastbyol.models.heads import mlp_head
-    from fastbyol.run.precision import use_compile_threads
+    from fastbyol.run.precision import set_up_inductor
 
     give_inductor_a_cache()
-    use_compile_threads()
+    set_up_inductor()
     torch.manual_seed(0)
     head = mlp_head(32, hidden_dim=48, out_dim=16).to(device)
     x = torch.randn(24, 32, device=device)

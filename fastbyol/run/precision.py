@@ -155,7 +155,7 @@ def _compile(module: nn.Module | None, config: PrecisionConfig, *, device: torch
         raise UserError(f"precision.compile_cache = {config.compile_cache!r}: cannot be made or written ({reason}); choose another folder")
     else:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
-    use_compile_threads()
+    set_up_inductor()
     # One decision for all: a rank that went on alone in eager mode would say so only if it were rank 0, and hold up all others in every step.
     reasons = gather_everywhere(why_nothing_compiles(device))
     if failed := [(rank, reason) for rank, reason in enumerate(reasons) if reason]:
@@ -168,14 +168,24 @@ def _compile(module: nn.Module | None, config: PrecisionConfig, *, device: torch
     log.info("the first step compiles %s and takes a minute or more; later starts find the code in its cache", what)
     if module is not None:
         # fullgraph: a graph break is an error, not a silent slow-down. dynamic=False: all batches have one shape, and code for variable
-        # shapes is slower.
-        module.compile(fullgraph=True, dynamic=False, mode=config.compile_mode)
+        # shapes is slower. Inside DDP the graph is split at its buckets all the same (torch's default, `optimize_ddp`), so that gradients are
+        # sent while the rest of the backward pass runs.
+        # torch's own max-autotune means CUDA graphs too; ours does not, so that it works with micro-batches.
+        mode = "max-autotune-no-cudagraphs" if config.compile_mode == "max-autotune" else config.compile_mode
+        module.compile(fullgraph=True, dynamic=False, mode=mode)
 
 
-def use_compile_threads() -> None:
-    """Gives Inductor this process's share of the cores for its compile workers, unless TORCHINDUCTOR_COMPILE_THREADS says otherwise."""
+def set_up_inductor() -> None:
+    """Gives Inductor's compile workers this process's share of the cores, and its kernels a launcher that lets other threads run.
+
+    TORCHINDUCTOR_COMPILE_THREADS and TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER have their own values kept.
+    """
     import torch._inductor.config as inductor
 
+    # Inductor's static launcher holds Python's interpreter lock while a launch waits for a full queue: the decoding threads would stop, and on a
+    # device that hangs the hang watch and the signals too. Triton's own launcher releases it.
+    if "TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER" not in os.environ:
+        inductor.use_static_cuda_launcher = False
     # Inductor's own choice is one for each usable core and at most 32, in every process: 256 on a machine with eight GPUs.
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         inductor.compile_threads = min(MOST_COMPILE_THREADS, default_workers())

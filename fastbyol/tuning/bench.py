@@ -88,6 +88,11 @@ class Bench:
         """Images of one forward pass, by the config so far."""
         return self.found.config.rank_batch or self.share
 
+    @property
+    def accumulate(self) -> int:
+        """Forward passes of one optimizer step, by the config so far."""
+        return self.share // self.micro_batch
+
     def keeps(self, name: str) -> bool:
         """Says whether the user has set this option, so that it is not tuned."""
         return name in self.request.kept

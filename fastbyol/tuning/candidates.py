@@ -69,13 +69,19 @@ def eager(own: PrecisionConfig) -> PrecisionConfig:
     return replace(own, compile="no", compile_mode="default", compile_cache="")
 
 
-def compiled(own: PrecisionConfig, *, device: str, seconds: float, kept: frozenset[str]) -> dict[str, PrecisionConfig]:
-    """Returns ways to compile by name, the config's own mode first; other modes that take too long for `seconds` are left out."""
+def compiled(own: PrecisionConfig, *, device: str, seconds: float, kept: frozenset[str], accumulate: int) -> dict[str, PrecisionConfig]:
+    """Returns ways to compile by name, the config's own mode first.
+
+    Other modes are left out where they take too long for `seconds`, and CUDA graphs where a step has several micro-batches, for which `train`
+    refuses them.
+    """
     modes = own_first(own.compile_mode, COMPILE_MODES[device])
     if "precision.compile_mode" in kept:
         modes = [own.compile_mode]
     elif seconds < AUTOTUNE_NEEDS_S:
         modes = [own.compile_mode, *(mode for mode in modes[1:] if mode != "max-autotune")]
+    if accumulate > 1:
+        modes = [mode for mode in modes if mode == own.compile_mode or mode != "reduce-overhead"]
     return {step_name(variant): variant for variant in (replace(own, compile="yes", compile_mode=mode) for mode in modes)}
 
 

@@ -131,15 +131,19 @@ def num_ways_to_compile(bench: Bench) -> int:
     if bench.request.seconds < candidates.COMPILE_NEEDS_S or (bench.keeps("precision.compile") and own.compile == "no"):
         return 0
     kept = bench.keeps("precision.compile")  # then the first way is what the others are compared with
-    return len(candidates.compiled(own, device=bench.process.device.type, seconds=bench.request.seconds, kept=bench.request.kept)) - kept
+    return len(_compiled(bench, own)) - kept
+
+
+def _compiled(bench: Bench, own: PrecisionConfig) -> dict[str, PrecisionConfig]:
+    device, seconds, kept = bench.process.device.type, bench.request.seconds, bench.request.kept
+    return candidates.compiled(own, device=device, seconds=seconds, kept=kept, accumulate=bench.accumulate)
 
 
 def _ways_to_compile(bench: Bench, own: PrecisionConfig) -> list[PrecisionConfig]:
     """Returns the precisions to compare with the best so far, in that order."""
     best = bench.found.config.precision
     wanted = replace(best, compile="yes", compile_mode=own.compile_mode, compile_cache=own.compile_cache)
-    ways = candidates.compiled(wanted, device=bench.process.device.type, seconds=bench.request.seconds, kept=bench.request.kept)
-    return [variant for variant in ways.values() if variant != best]
+    return [variant for variant in _compiled(bench, wanted).values() if variant != best]
 
 
 def _try_compiled(bench: Bench, best: Stepper, variant: PrecisionConfig, *, rate: float) -> tuple[Stepper, float]:

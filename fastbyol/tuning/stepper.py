@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fastbyol.byol import BYOLOutput
+from fastbyol.config.errors import is_out_of_memory
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.data.batch import ViewBatch
 from fastbyol.data.loader import TwoViewLoader
@@ -154,11 +155,6 @@ def memory_as_failure() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise TrialFailed("out of memory") from error
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Says whether the device is out of memory; the driver, cuBLAS and cuDNN raise errors other than torch's OutOfMemoryError."""
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED"))
 
 
 def release_memory() -> None:
