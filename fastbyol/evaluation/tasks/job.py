@@ -103,7 +103,7 @@ class Job:
 
     @property
     def work(self) -> Path:
-        """The folder of finished parts and training states; it is deleted once the result is written."""
+        """The folder of finished parts and training states; once the result is written, only those of parts that failed stay in it."""
         return self.folder / f"{self.task}.work-{self.digest}{'-again' * self.again}"
 
     def prepare(self) -> None:
@@ -135,7 +135,7 @@ class Job:
 
     def part(self, key: str, suffix: str) -> Path:
         """Returns the path of a file of unfinished work. Two keys never share one, whatever characters they are of."""
-        plain = re.sub(r"[^A-Za-z0-9.,=+_-]+", "_", key)[:100]
+        plain = _plain(key)
         return (
             self.work
             / f"{plain}{'' if plain == key else '-' + hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}{suffix}"
@@ -145,10 +145,22 @@ class Job:
         """Returns the result of this job with its scores; parts: the fields of `TaskResult` that a job does not know."""
         return TaskResult(protocol=self.task, version=str(self.settings["version"]), settings=dict(self.settings), **parts)
 
-    def clear(self) -> None:
-        """Deletes the unfinished work, on the main rank."""
-        if self.process.is_main:
+    def clear(self, *, keep: Sequence[str] = ()) -> None:
+        """Deletes the unfinished work, on the main rank. keep: first words of keys whose parts stay, for example sets that failed."""
+        if not self.process.is_main:
+            return
+        begins, parts = tuple(_plain(f"{name} ") for name in keep), list(self.work.glob("*"))
+        if not any(path.name.startswith(begins) for path in parts):
             shutil.rmtree(self.work, ignore_errors=True)
+            return
+        for path in parts:
+            if not path.name.startswith(begins):
+                path.unlink(missing_ok=True)
+
+
+def _plain(key: str) -> str:
+    """Returns the part of a file's name that says whose it is; two keys may have the same."""
+    return re.sub(r"[^A-Za-z0-9.,=+_-]+", "_", key)[:100]
 
 
 def _read_part(path: Path) -> dict[str, Any] | None:

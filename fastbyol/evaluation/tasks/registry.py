@@ -182,7 +182,7 @@ def run_task(
             provenance=collect_provenance(),
         )
         if written:
-            job.clear()
+            job.clear(keep=result.missing)
     sizes = ", ".join(f"{count:,} {split}" for split, count in result.sizes.items())
     # A line of its own: a table's title breaks where the table ends.
     say(f"{task.title}, {result.version} settings; images: {sizes}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastbyol.config.errors import Diverged, UserError, require, require_at_least, require_positive
+from fastbyol.config.errors import Diverged, require, require_at_least, require_positive
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader, ImageLoader
 from fastbyol.data.traversal import Traversal
@@ -33,7 +33,7 @@ from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.training import raise_if_stopped
 from fastbyol.evaluation.tasks.transfer.linear import image_loader, sample
 from fastbyol.evaluation.tasks.transfer.metrics import METRICS, packed_hits
-from fastbyol.evaluation.tasks.transfer.opening import TransferImages
+from fastbyol.evaluation.tasks.transfer.opening import SetRefused, TransferImages, on_every_rank
 from fastbyol.host.cores import default_workers
 
 TEST_SHARE = 224 / 256
@@ -84,10 +84,19 @@ class TransferFinetuneSettings:
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         require(0 < self.smallest_crop <= 1, "smallest_crop", self.smallest_crop, "in (0, 1]")
 
+    @property
+    def tuned(self) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+        """Steps, rates and decays of trained encoders."""
+        return self.steps, self.rates, self.decays
+
+    @property
+    def scratch(self) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+        """Steps, rates and decays of the untrained network."""
+        return self.scratch_steps, self.scratch_rates, self.scratch_decays
+
     def grid(self, subject: Subject) -> list[tuple[float, float]]:
         """All pairs of rate and weight decay for this encoder, the decay as the paper counts it."""
-        scratch = subject.name == "untrained"
-        rates, decays = (self.scratch_rates, self.scratch_decays) if scratch else (self.rates, self.decays)
+        _, rates, decays = self.scratch if subject.name == "untrained" else self.tuned
         return [(rate, decay) for rate in rates for decay in decays]
 
     def steps_for(self, subject: Subject) -> int:
@@ -143,7 +152,7 @@ def crop_loader(
     process = job.process
     batch = min(global_batch, len(rows)) // process.world_size * process.world_size
     if not batch:
-        raise UserError(f"{images.name}: {len(rows)} images are fewer than the {process.world_size} ranks")
+        raise SetRefused(f"{images.name}: {len(rows)} images are fewer than the {process.world_size} ranks")
     walk = Traversal(len(rows), job.seed, batch, rank=process.rank, world_size=process.world_size)
     output = "uint8" if process.device.type == "cuda" else "float32"
     views, workers = crop_and_flip(subject.views, smallest=smallest_crop), job.workers or default_workers()
@@ -219,7 +228,7 @@ class _Tuning:
     def network(self, *, steps_per_epoch: float) -> Classifier:
         """Returns the classifier with this encoder's weights and a new head."""
         if self._classifier is None:
-            encoder = self.subject.encoder(partial(sample, self.loader, self.images.train, seed=self.job.seed))
+            encoder = on_every_rank(lambda: self.subject.encoder(partial(sample, self.loader, self.images.train, seed=self.job.seed)))
             self._classifier = RestartedClassifier(self.job, encoder, num_classes=len(self.images.class_names))
         network = self._classifier.network()
         for module in network.modules():
