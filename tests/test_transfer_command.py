@@ -178,11 +178,13 @@ def two_sets(root: Path) -> Path:
 
 
 @pytest.mark.distributed
-def test_on_two_ranks_too_a_set_with_a_damaged_image_is_left_out_and_the_others_are_scored(run, tmp_path):
-    arguments = command("linear", run, two_sets(tmp_path / "sets"), "--sets", "two,one", "--penalties", "2", "--out", str(tmp_path / "out"))
+@pytest.mark.parametrize("task", ["linear", "finetune"])
+def test_on_two_ranks_too_a_set_with_a_damaged_test_image_is_left_out_and_the_others_are_scored(task, run, tmp_path):
+    arguments = command(task, run, two_sets(tmp_path / "sets"), "--sets", "two,one", "--out", str(tmp_path / "out"), "--init", "byol")
+    arguments += ["--penalties", "2"] if task == "linear" else ["--steps", "2", "--rates", "0.05", "--decays", "0"]
     for done in run_ranks("-m", "fastbyol", *arguments):
         assert done.returncode == 0, done.stderr
-    result = record(tmp_path / "out", "linear")
+    result = record(tmp_path / "out", task)
     assert (list(result["subjects"]["byol"]["scores"]), result["missing"]) == (["one"], ["two"])
 
 

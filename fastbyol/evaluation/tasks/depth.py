@@ -29,7 +29,6 @@ from fastbyol.config.errors import (
 from fastbyol.data.traversal import Indices
 from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
-from fastbyol.evaluation.tasks.dense.files import require_sound
 from fastbyol.evaluation.tasks.dense.nyu import DepthFrames, open_frames, paths_of_frames, valid
 from fastbyol.evaluation.tasks.dense.pictures import keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
@@ -48,6 +47,7 @@ from fastbyol.evaluation.tasks.dense.trials import (
 )
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.soundness import require_sound
 from fastbyol.models.backbone import Backbone, backbone_of
 from fastbyol.models.fast_up_projection import UpProjectionDecoder
 from fastbyol.ranks.collectives import largest

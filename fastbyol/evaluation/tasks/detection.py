@@ -40,7 +40,7 @@ from fastbyol.evaluation.tasks.dense.average_precision import (
     mean_average_precision,
 )
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
-from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
+from fastbyol.evaluation.tasks.dense.files import read_image
 from fastbyol.evaluation.tasks.dense.pictures import draw_boxes, keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
 from fastbyol.evaluation.tasks.dense.trials import (
@@ -55,6 +55,7 @@ from fastbyol.evaluation.tasks.dense.trials import (
 from fastbyol.evaluation.tasks.dense.voc import BoxedImage, boxed_images, class_names, read_boxes, voc_folder, year_and_list
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.soundness import require_sound
 from fastbyol.models import use_all_ranks
 from fastbyol.models.backbone import backbone_of
 from fastbyol.models.faster_rcnn import Detector, build_detector

@@ -126,6 +126,7 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
         with open_labelled(job, subject.views) as images:
             parts = parts or parts_of(images)  # the same images for every encoder
             tuned = _Tuning(job, settings, subject, images)
+            images.require_decodable(job, np.unique(np.concatenate([tuned.split(part)[1] for part in parts])))
             outcomes = {part.name: tuned.outcome(part) for part in parts}
             sizes = {"train": len(images.labelled_rows), **{f"at {part.name}": len(part.rows) for part in parts if part.name}}
             sizes["val"] = len(tuned.test_rows)
@@ -211,12 +212,18 @@ class _Tuning:
             raise UserError(f"--data {job.data}: no val image is of a class that train has")
         self._classifier: RestartedClassifier | None = None
 
+    def split(self, part: LabelledPart) -> tuple[Indices, Indices]:
+        """Returns the images to train on while rate and length are chosen, and the held-out ones: none where there is one pair only."""
+        if len(self.settings.grid) == 1:
+            return part.rows, part.rows[:0]
+        return held_out_beside(part.rows, self.images.labelled_rows, held_out=self.settings.held_out, seed=self.job.seed)
+
     def outcome(self, part: LabelledPart) -> dict[str, Any]:
         """Returns every trial on held-out images, which one was chosen, and the test of that choice."""
         settings = self.settings
         trials: list[dict[str, Any]] = []
         if len(settings.grid) > 1:
-            fitted, held_out = held_out_beside(part.rows, self.images.labelled_rows, held_out=settings.held_out, seed=self.job.seed)
+            fitted, held_out = self.split(part)
             with self.crops(fitted) as crops:
                 for rate, epochs in settings.grid:
                     key = f"{self.subject.name}, {part.label}, rate {rate:g}, {epochs} epochs"
@@ -301,9 +308,7 @@ def plan_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> list[
         ]
         trained = tested = 0
         for part in parts:
-            fitted, held_out = part.rows, np.arange(0)
-            if chosen:
-                fitted, held_out = held_out_beside(part.rows, images.labelled_rows, held_out=settings.held_out, seed=job.seed)
+            fitted, held_out = tuning.split(part)
             split = {"num_fitted": len(fitted), "num_held_out": len(held_out)}
             fits = list(fits_of(len(part.rows), **split, num_test=num_test, settings=settings))
             steps = sum(fit.steps for fit in fits)

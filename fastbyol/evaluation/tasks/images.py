@@ -18,6 +18,7 @@ from fastbyol.data.traversal import seeded_permutation
 from fastbyol.evaluation.splits import renumbered, split_paths
 from fastbyol.evaluation.subjects import CALIBRATION_IMAGES
 from fastbyol.evaluation.tasks.job import Job
+from fastbyol.evaluation.tasks.soundness import require_decodable
 
 _SAMPLE_STREAM = 0x73616D70  # "samp" in ASCII, so that this permutation is independent of others with the same seed
 
@@ -84,6 +85,10 @@ class LabelledImages:
             device=job.process.device,
             workers=job.workers,
         )
+
+    def require_decodable(self, job: Job, held_out: Indices) -> None:
+        """Decodes the test images and these training images before the first training of the job; see `soundness.require_decodable`."""
+        require_decodable(job, "images", ("val images", self.test, self.test_rows), ("held-out images", self.train, held_out))
 
     def sample(self, rows: Indices, *, seed: int = 0) -> torch.Tensor:
         """Returns a random sample of these training images, centre-cropped (N, 3, S, S): for the batch norms of an untrained encoder."""

@@ -145,6 +145,10 @@ class Job:
         """Returns the result of this job with its scores; parts: the fields of `TaskResult` that a job does not know."""
         return TaskResult(protocol=self.task, version=str(self.settings["version"]), settings=dict(self.settings), **parts)
 
+    def unfinished(self) -> list[Path]:
+        """Returns the folders in which unfinished work of this task lies, those of other settings and images too, by name."""
+        return sorted(self.folder.glob(f"{self.task}.work-*"))
+
     def clear(self, *, keep: Sequence[str] = ()) -> None:
         """Deletes the unfinished work, on the main rank. keep: first words of keys whose parts stay, for example sets that failed."""
         if not self.process.is_main:

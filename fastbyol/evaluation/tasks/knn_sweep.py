@@ -131,8 +131,8 @@ def _scored(
             return Features(empty, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
         return Features(*(torch.cat(parts) for parts in zip(*made, strict=True)), index=torch.from_numpy(own))
 
+    own_val = features(images.test, images.test_rows)  # first: a damaged one is found before all training images are through
     own_fit, own_held_out = features(images.train, fit), features(images.train, held_out)
-    own_val = features(images.test, images.test_rows)
     seconds = time.monotonic() - start
     num = len(fit) + len(held_out) + len(images.test_rows)
     keys = Features(*(torch.cat(parts) for parts in zip(own_fit, own_held_out, strict=True)))

@@ -183,6 +183,8 @@ def run_task(
         )
         if written:
             job.clear(keep=result.missing)
+            for work in job.unfinished():
+                announce(f"{work}: unfinished work of {job.task}, with which its own command goes on; delete it where that is not wanted")
     sizes = ", ".join(f"{count:,} {split}" for split, count in result.sizes.items())
     # A line of its own: a table's title breaks where the table ends.
     say(f"{task.title}, {result.version} settings; images: {sizes}")

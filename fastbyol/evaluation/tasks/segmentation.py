@@ -20,7 +20,7 @@ from fastbyol.config.errors import require_at_least, require_between, require_ch
 from fastbyol.data.traversal import Indices
 from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
-from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
+from fastbyol.evaluation.tasks.dense.files import read_image
 from fastbyol.evaluation.tasks.dense.pictures import coloured, keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
 from fastbyol.evaluation.tasks.dense.trials import (
@@ -40,6 +40,7 @@ from fastbyol.evaluation.tasks.dense.voc import IGNORE, LabelledImage, class_nam
 from fastbyol.evaluation.tasks.held_out import check_amounts, held_out_notes
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.soundness import require_sound
 from fastbyol.models.backbone import Backbone, backbone_of
 from fastbyol.ranks.process_group import gather_everywhere
 from fastbyol.run.precision import autocast

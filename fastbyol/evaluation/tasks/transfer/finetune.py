@@ -30,6 +30,7 @@ from fastbyol.evaluation.tasks.classifier import (
 from fastbyol.evaluation.tasks.estimate import StepCost, measure_step, probe_batch
 from fastbyol.evaluation.tasks.images import crop_and_flip
 from fastbyol.evaluation.tasks.job import Job, Subject
+from fastbyol.evaluation.tasks.soundness import require_decodable
 from fastbyol.evaluation.tasks.training import raise_if_stopped
 from fastbyol.evaluation.tasks.transfer.linear import image_loader, sample
 from fastbyol.evaluation.tasks.transfer.metrics import METRICS, packed_hits
@@ -123,6 +124,8 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
     """Returns the test score of one encoder on one set, and every trial. It keeps each finished training in the job."""
     start = time.perf_counter()
     with image_loader(job, subject, images, crop_share=TEST_SHARE) as loader:
+        later = ("validation and test images", loader, np.concatenate([images.valid, images.test]))
+        on_every_rank(partial(require_decodable, job, f"{images.key} images", later))
         tuning = _Tuning(job, settings, subject, images, loader)
         trials = tuning.trials(settings.grid(subject))
         finished = [trial for trial in trials if trial["valid"] is not None]
