@@ -28,7 +28,7 @@ from fastbyol.host.durable_files import write_durably
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.process_group import Process, broadcast_from_main
 from fastbyol.run.checkpoint import RunState
-from fastbyol.run.foreign_weights import load_run_or_weights
+from fastbyol.run.foreign_weights import load_runs_or_weights
 
 Images = Callable[[], torch.Tensor]
 """Returns a random sample of the task's training images (N, 3, S, S), normalised; called only where it is needed."""
@@ -178,13 +178,22 @@ INITS = ("byol", "untrained")
 """The checkpoint's encoder, and the same encoder untrained."""
 
 
-def subjects_of(run: RunState, inits: Sequence[str], compare: Sequence[str]) -> tuple[Subject, ...]:
-    """Returns the encoders of a job: those of `inits`, each one of INITS or [NAME=]PATH of a run or weights, then those of `compare`.
+def load_subjects(
+    checkpoint: str | Path, inits: Sequence[str], compare: Sequence[str], *, changes: Mapping[str, Any] | None = None
+) -> tuple[RunState, tuple[Subject, ...]]:
+    """Returns the checkpoint's run, and the encoders of a job: those of `inits`, each one of INITS or [NAME=]PATH of a run or weights, then those
+    of `compare`.
 
-    Raises UserError if there is nothing to load at a path, or two have one name.
+    changes: options of all that are weights, see `load_runs_or_weights`. Raises UserError if there is nothing to load at a path, or two have
+    one name.
     """
-    subjects = []
-    for text in (*inits, *compare):
+    texts = (*inits, *compare)
+    for text in texts:
+        if named_path(text)[0] in INITS:
+            raise UserError(f"{text}: {named_path(text)[0]!r} is the name of the checkpoint's own encoder; give another NAME=")
+    run, *loaded = load_runs_or_weights([checkpoint, *(named_path(text)[1] for text in texts if text not in INITS)], changes=changes)
+    others, subjects = iter(loaded), []
+    for text in texts:
         given, path = named_path(text)
         name = given or (Path(path).name if Path(path).is_dir() else Path(path).stem)
         if text == "byol":
@@ -192,15 +201,13 @@ def subjects_of(run: RunState, inits: Sequence[str], compare: Sequence[str]) -> 
         elif text == "untrained":
             identity = f"seed {run.config.seed} {run.config.model} {run.config.views}"
             subjects.append(Subject(text, "untrained encoder", run.config.views, identity, partial(_untrained, run)))
-        elif given in INITS:
-            raise UserError(f"{text}: {name!r} is the name of the checkpoint's own encoder; give another NAME=")
         else:
-            subjects.append(_trained(name, load_run_or_weights(path), title=name))
+            subjects.append(_trained(name, next(others), title=name))
     names = [subject.name for subject in subjects]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two encoders are named {name!r}; give one another name: --compare NAME=PATH")
-    return tuple(subjects)
+    return run, tuple(subjects)
 
 
 def named_path(text: str) -> tuple[str, str]:
