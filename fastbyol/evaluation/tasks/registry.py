@@ -175,6 +175,7 @@ def run_task(
             job.folder,
             data=job.data,
             step=job.step,
+            seed=job.seed,
             inputs=f"{job.subjects[0].identity.partition(' ')[0]} {job.inputs}",  # begins with the weights, as `evaluate.inputs_of`
             command=job.command,
             checkpoint=options.checkpoint,
