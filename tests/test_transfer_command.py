@@ -129,8 +129,8 @@ def test_two_ranks_find_the_figures_of_one(run, sets, tmp_path, capsys):
         assert two[name]["chosen"] == one[name]["chosen"]
 
 
-FINETUNE = ("--steps", "4", "--global_batch", "16", "--rates", "0.01,0.05", "--decays", "0.0001,0",
-            "--scratch_steps", "4", "--scratch_rates", "0.05", "--scratch_decays", "0")  # fmt: skip
+TRAINED = ("--steps", "4", "--global_batch", "16", "--rates", "0.01,0.05", "--decays", "0.0001,0")
+FINETUNE = (*TRAINED, "--scratch_steps", "4", "--scratch_rates", "0.05", "--scratch_decays", "0")
 
 
 def test_a_fine_tuning_that_is_stopped_goes_on_to_the_figures_of_one_that_was_not(run, sets, tmp_path, capsys):
@@ -189,9 +189,7 @@ def test_on_two_ranks_too_a_set_with_a_damaged_test_image_is_left_out_and_the_ot
 
 
 def test_the_finished_trainings_of_a_set_that_failed_are_kept_and_those_of_the_others_are_not(run, tmp_path, monkeypatch, capsys):
-    arguments = command(
-        "finetune", run, tmp_path / "sets", "--sets", "one,two", *FINETUNE, "--init", "byol", "--out", str(tmp_path / "out")
-    )
+    arguments = command("finetune", run, tmp_path / "sets", "--sets", "one,two", *TRAINED, "--init", "byol", "--out", str(tmp_path / "out"))
     for name in ("one", "two"):
         make_own(tmp_path / "sets" / name, train=8, val=2, test=2)
     fitted, memory = finetune._Tuning._fitted, ["one", "two"]

@@ -21,8 +21,8 @@ from fastbyol.evaluation.protocols import top_k_hits
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.classifier import LR_BATCH, RestartedClassifier, batches_on_device, build_sgd, fit_classifier, scores_of
 from fastbyol.evaluation.tasks.estimate import measure_step, probe_batch
-from fastbyol.evaluation.tasks.held_out import IMAGENET, check_amounts, held_out_beside, held_out_notes
-from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, open_labelled
+from fastbyol.evaluation.tasks.held_out import IMAGENET, NOTHING_TO_CHOOSE, check_amounts, held_out_beside, held_out_notes
+from fastbyol.evaluation.tasks.images import LabelledImages, batch_notes, crop_and_flip, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.scoring import packed, unpacked
@@ -65,6 +65,10 @@ class FinetuneSettings:
         require_at_least("weight_decay", self.weight_decay, 0)
         require(0 < self.smallest_crop <= 1, "smallest_crop", self.smallest_crop, "in (0, 1]")
         check_amounts("held_out", self.held_out)
+
+    def without_effect(self, _: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these settings don't use has no effect."""
+        return NOTHING_TO_CHOOSE if len(self.grid) == 1 else {}
 
     @property
     def grid(self) -> list[tuple[float, int]]:
@@ -122,11 +126,14 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
     hits: dict[str, dict[str, torch.Tensor]] = {}
     parts: list[LabelledPart] = []
     sizes: dict[str, int] = {}
+    nums: list[int] = []
     for subject in job.subjects:
         with open_labelled(job, subject.views) as images:
             parts = parts or parts_of(images)  # the same images for every encoder
             tuned = _Tuning(job, settings, subject, images)
-            images.require_decodable(job, np.unique(np.concatenate([tuned.split(part)[1] for part in parts])))
+            splits = [tuned.split(part) for part in parts]
+            images.require_decodable(job, np.unique(np.concatenate([held_out for _, held_out in splits])))
+            nums = [len(rows) for part, (fitted, _) in zip(parts, splits, strict=True) for rows in (fitted, part.rows)]
             outcomes = {part.name: tuned.outcome(part) for part in parts}
             sizes = {"train": len(images.labelled_rows), **{f"at {part.name}": len(part.rows) for part in parts if part.name}}
             sizes["val"] = len(tuned.test_rows)
@@ -145,7 +152,11 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
         sizes=sizes,
         paper=paper_rows(parts),
         comparisons=comparisons,
-        notes=[*_notes(job, settings, num_labelled=sizes["train"]), *choice_lines(subjects)],
+        notes=[
+            *_notes(job, settings, num_labelled=sizes["train"]),
+            *batch_notes(job, settings.global_batch, nums),
+            *choice_lines(subjects),
+        ],
     )
 
 

@@ -6,7 +6,7 @@ The heads of all rates train side by side on the same features, so a sweep costs
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.estimate import estimate_lines, seconds_per_image
-from fastbyol.evaluation.tasks.held_out import IMAGENET, check_amounts, held_out_notes, held_out_rows
-from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, open_labelled
+from fastbyol.evaluation.tasks.held_out import IMAGENET, NOTHING_TO_CHOOSE, check_amounts, held_out_notes, held_out_rows
+from fastbyol.evaluation.tasks.images import LabelledImages, batch_notes, crop_and_flip, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.scoring import Hits, compare_with_first, hits_of, packed, unpacked
@@ -70,6 +70,11 @@ class LinearSettings:
         check_amounts("held_out", self.held_out)
         require_choice("views", self.views, ("crop_flip", "pretraining"))
         require(self.logit_penalty >= 0, "logit_penalty", self.logit_penalty, "a number >= 0")
+
+    def without_effect(self, _: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these settings don't use has no effect."""
+        penalty = {} if self.tanh_logits else {"logit_penalty": "without --tanh_logits yes"}
+        return penalty | (NOTHING_TO_CHOOSE if len(self.rates) == 1 else {})
 
     def split(self, job: Job, images: LabelledImages) -> tuple[Indices, Indices]:
         """Returns the images to train on while the rate is chosen, and the held-out ones: none where there is one rate only."""
@@ -136,6 +141,7 @@ def run(job: Job, settings: LinearSettings) -> TaskResult:
         comparisons=compare_with_first(job, hits),
         notes=[
             "the paper's rows are ImageNet, ResNet-50, 1000 epochs; ours are this run's images and length",
+            *batch_notes(job, settings.global_batch, (sizes["train"], sizes["train"] + sizes["held out"])),
             *(held_out_notes(sizes["train"] + sizes["held out"], settings.held_out) if sizes["held out"] else ()),
         ],
     )

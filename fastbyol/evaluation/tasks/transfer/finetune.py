@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from fastbyol.evaluation.tasks.classifier import (
     scores_of,
 )
 from fastbyol.evaluation.tasks.estimate import StepCost, measure_step, probe_batch
-from fastbyol.evaluation.tasks.images import crop_and_flip
+from fastbyol.evaluation.tasks.images import batch_notes, crop_and_flip, divided_batch
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.soundness import require_decodable
 from fastbyol.evaluation.tasks.training import raise_if_stopped
@@ -85,6 +86,12 @@ class TransferFinetuneSettings:
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         require(0 < self.smallest_crop <= 1, "smallest_crop", self.smallest_crop, "in (0, 1]")
 
+    def without_effect(self, encoders: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these encoders don't use has no effect."""
+        scratch, tuned = ("scratch_steps", "scratch_rates", "scratch_decays"), ("steps", "rates", "decays")
+        without = dict.fromkeys(scratch, "without --init untrained") if "untrained" not in encoders else {}
+        return without | (dict.fromkeys(tuned, "on an untrained network alone") if set(encoders) == {"untrained"} else {})
+
     @property
     def tuned(self) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
         """Steps, rates and decays of trained encoders."""
@@ -138,11 +145,13 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
         key = f"{images.key} {subject.name} refit rate {pair['rate']:g} decay {pair['decay']:g}"
         tested = job.once(key, partial(tuning.refit, key, **pair))
     seconds = sum(trial["seconds"] for trial in trials) + tested["seconds"]
+    nums = (len(images.train), len(images.train) + len(images.valid))
     return {
         "score": tested["score"],
         "hits": tested["hits"],
         "chosen": pair | {"valid": chosen["valid"]},
         "trials": trials,
+        "notes": batch_notes(job, settings.global_batch, nums[0 if trials else 1 :]),
         "images_per_s": tested["images_per_s"],
         "seconds": max(seconds, time.perf_counter() - start),
     }
@@ -153,7 +162,7 @@ def crop_loader(
 ) -> CropLoader:
     """Returns a loader of random crops and flips of these images; a batch larger than their number is reduced to it."""
     process = job.process
-    batch = min(global_batch, len(rows)) // process.world_size * process.world_size
+    batch = divided_batch(global_batch, len(rows), ranks=process.world_size)
     if not batch:
         raise SetRefused(f"{images.name}: {len(rows)} images are fewer than the {process.world_size} ranks")
     walk = Traversal(len(rows), job.seed, batch, rank=process.rank, world_size=process.world_size)

@@ -187,6 +187,7 @@ def _result(
         comparisons=_comparisons(job, scores),
         notes=[
             *(f"note: {text}" for found in opened.values() for text in found["notes"]),
+            *dict.fromkeys(text for sets in scores.values() for found in sets.values() for text in found.get("notes", ())),
             *([f"note: {unfinished} fits stopped at --max_steps before they had converged"] if unfinished else []),
             "note: metrics: " + ", ".join(f"{METRIC_TITLES[metric]} of {' '.join(names)}" for metric, names in _by_metric(opened).items()),
             *notes,
