@@ -44,7 +44,7 @@ class SetRefused(UserError):
 
 
 def on_every_rank(compute: Callable[[], Computed]) -> Computed:
-    """Returns what each rank computes, without waiting for another. Raises SetRefused on all where one of them raises a UserError.
+    """Returns what this rank computes; every rank calls it. Raises SetRefused on all of them where one raises a UserError.
 
     A rank that cannot read an image must not leave the others waiting.
     """
