@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +17,7 @@ from fastbyol.__main__ import main
 from fastbyol.evaluation.figures import TRAINING_PANELS, Curve, overlaid
 from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, SubjectResult, SubjectScore, TaskResult, write_result
 from fastbyol.evaluation.run_comparison import ComparedRun, read_runs
+from fastbyol.exports.card import _scores
 from fastbyol.run.folder import DIVERGED_FILE, LOCK_FILE, locked_run_folder, note_divergence, read_config, write_config
 
 SCORES = {"first": 0.6, "second": 0.75}
@@ -105,6 +108,21 @@ def test_all_kinds_of_results_stand_beside_each_other_and_those_of_other_images_
     assert re.search(r"third +complete +18 +90\.0\*", said)
     assert "*: on other images or with other settings than the rest (linear on colours)" in said
     assert "evaluated at an earlier step than the last one: third's linear at step 12" in said
+
+
+def test_of_three_results_on_images_that_have_changed_the_newest_is_compared_and_stands_on_the_card(runs):
+    folder = runs["first"] / "evaluation"
+    for number, top1 in enumerate((0.1, 0.2, 0.3)):
+        task = TaskResult(
+            "semi", "quick", {"identity": str(number)}, {"top1": "top-1 %"}, {"byol": SubjectResult("BYOL", {"top1": top1}, 1.0)}, {}
+        )
+        path = write_result(task, folder, data="photos", step=18, inputs=f"weights {number}", seed=0)
+        os.utime(path, ns=(0, 10**18 + number))
+    (group,) = (group for group in read_runs([str(run) for run in runs.values()]).score_groups() if group.protocol == "semi")
+    assert group.scores[0].figures["top-1"].value == 0.3
+    run = SimpleNamespace(results=folder, step=18, state={})
+    semi = [row for row in _scores(run, "weights") if row["task"].startswith("semi")]
+    assert semi == [{"task": "semi (quick settings, seed 0)", "data": "photos", "figures": {"byol": {"top-1 %": 30.0}}}]
 
 
 def test_how_each_run_ended_is_told_from_its_log_its_lock_and_its_note(runs, tmp_path):

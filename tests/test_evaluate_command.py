@@ -143,6 +143,27 @@ def test_the_verdict_is_said_and_stored_and_its_difference_is_that_of_the_scores
             assert comparison["low"] < difference < comparison["high"]
 
 
+def test_a_gpu_that_is_too_small_is_one_line_with_the_options_that_make_a_step_smaller(data, run, tmp_path, capsys, monkeypatch):
+    def runs_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("fastbyol.evaluation.tasks.registry.run_task", runs_out)
+    for task, smaller in (("finetune", "a smaller --global_batch, "), ("depth", "a smaller --batch_images, "), ("transfer linear", "")):
+        code, _, err = call(["evaluate", *task.split(), "--checkpoint", str(run), "--data", str(data), *CPU], capsys)
+        assert (code, err) == (
+            2,
+            f"fastbyol: error: evaluate {task}: out of GPU memory; use more ranks (torchrun), {smaller}or a smaller --batch for images without "
+            "gradients; --dry_run says how much a task needs\n",
+        )
+
+
+def test_a_seed_is_below_2_to_the_63(data, run, tmp_path, capsys):
+    typed = ["evaluate", "finetune", "--checkpoint", str(run), "--data", str(data), "--out", str(tmp_path), "--dry_run", *CPU]
+    assert call([*typed, "--seed", str(2**63 - 1)], capsys)[0] == 0
+    code, _, err = call([*typed, "--seed", str(2**63)], capsys)
+    assert (code, err) == (2, "fastbyol: error: --seed = 9223372036854775808: must be in [0, 2^63)\n")
+
+
 def test_views_without_labels_are_those_of_the_run_and_features_those_of_both_encoders(data, run):
     state = load_run(run)
     with open_splits(data / "train", views=state.config.views, batch=8, workers=1, scored=False) as splits:

@@ -14,8 +14,7 @@ from PIL import Image
 
 from fastbyol.config.errors import UserError
 from fastbyol.evaluation.data_state import FEW, data_state, paths_of
-from fastbyol.evaluation.tasks.job import Job, named_path, subjects_of
-from fastbyol.run.foreign_weights import load_run_or_weights
+from fastbyol.evaluation.tasks.job import Job, Subject, load_subjects, named_path
 from tests.dense_jobs import make_job, tiny_encoder
 from tests.test_report import call
 from tests.test_task_linear import FAST
@@ -42,6 +41,7 @@ def test_parts_of_different_names_have_different_files(tmp_path: Path) -> None:
 def test_an_encoder_is_known_by_its_weights_its_network_and_its_views(tmp_path: Path) -> None:
     file = tmp_path / "w.pt"
     torch.save(tiny_encoder().state_dict(), file)
+    size = {"model.encoder": "resnet8", "model.stem": "small2"}
     typed = [
         {},
         {"views.size_px": 64},
@@ -49,10 +49,13 @@ def test_an_encoder_is_known_by_its_weights_its_network_and_its_views(tmp_path: 
         {"views.interpolation": "bilinear"},
         {"model.padding": "same"},
     ]
-    runs = [load_run_or_weights(file, changes={"model.encoder": "resnet8", "model.stem": "small2", **more}) for more in typed]
+
+    def subjects(*inits: str, **more: object) -> tuple[Subject, ...]:
+        return load_subjects(file, inits, [], changes=size | more)[1]
+
     for init in ("byol", "untrained"):
-        assert len({subjects_of(run, [init], [])[0].identity for run in runs}) == len(typed)
-    first, again = (job_in(tmp_path, subjects=subjects_of(runs[0], inits, [])) for inits in (["byol", "untrained"], ["untrained", "byol"]))
+        assert len({subjects(init, **more)[0].identity for more in typed}) == len(typed)
+    first, again = (job_in(tmp_path, subjects=subjects(*inits)) for inits in (["byol", "untrained"], ["untrained", "byol"]))
     assert first.digest != again.digest, "the first one is compared with the others"
     assert job_in(tmp_path, inputs="one").digest != job_in(tmp_path, inputs="other").digest
     assert job_in(tmp_path, again=True).work != job_in(tmp_path).work
@@ -66,9 +69,19 @@ def test_names_of_encoders_come_before_the_first_equals_sign_unless_the_path_has
     assert named_path("a=b") == ("a", "b")
     file = tmp_path / "w.pt"
     torch.save(tiny_encoder().state_dict(), file)
-    weights = load_run_or_weights(file, changes={"model.encoder": "resnet8", "model.stem": "small2"})
     with pytest.raises(UserError, match="'untrained' is the name of the checkpoint's own encoder"):
-        subjects_of(weights, ["byol"], [f"untrained={file}"])
+        load_subjects(file, ["byol"], [f"untrained={file}"])
+
+
+def test_options_of_weights_are_of_all_weights_in_a_task_and_a_run_beside_them_has_its_own(colours_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "w.pt"
+    torch.save(tiny_encoder().state_dict(), file)
+    changes = {"model.encoder": "resnet8", "model.stem": "small2", "views.size_px": 48}
+    for checkpoint, compared in ((file, file), (colours_run, file), (file, colours_run)):
+        _, subjects = load_subjects(checkpoint, ["byol"], [f"other={compared}"], changes=changes)
+        assert [one.views.size_px for one in subjects] == [48 if path == file else 32 for path in (checkpoint, compared)]
+    with pytest.raises(UserError, match=r"model\.encoder: has no effect on a run"):
+        load_subjects(colours_run, ["byol"], [f"other={colours_run}"], changes=changes)
 
 
 def picture(path: Path, level: int = 0) -> Path:

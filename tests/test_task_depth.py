@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from fastbyol.config.errors import UserError
-from fastbyol.evaluation.tasks import depth
+from fastbyol.evaluation.tasks import depth, segmentation
 from fastbyol.evaluation.tasks.dense.nyu import LABELLED, open_frames
 from fastbyol.evaluation.tasks.depth import (
     QUICK,
@@ -30,6 +30,7 @@ from fastbyol.evaluation.tasks.depth import (
     depth_statistics,
     reverse_huber,
 )
+from fastbyol.evaluation.tasks.segmentation import pixel_loss
 from fastbyol.evaluation.tasks.training import TaskStopped
 from fastbyol.models import build_encoder
 from fastbyol.models.backbone import backbone_of
@@ -123,6 +124,36 @@ def _c_over_two_ranks(rank: int, file: str) -> None:
     # c is 2 on both: the largest error, 10, is rank 1's.
     assert loss.item() == pytest.approx((0.6 + (104 / 4 if rank else 0.4)) / 4, rel=1e-5)
     dist.destroy_process_group()
+
+
+def _pixels_over_two_ranks(rank: int, file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    # One known pixel with an error of 4 on rank 0, three with 1 on rank 1; c is above them. The mean over all four is 7 / 4.
+    truth = torch.tensor([[[3.0, 0.0, 0.0]], [[3.0, 3.0, 3.0]]])[rank : rank + 1]
+    errors = torch.full((1, 1, 3), 1.0 if rank else 4.0)
+    losses = [reverse_huber(truth + errors, truth, share=1.0)]
+    # The same of cross-entropy: log 2 a pixel where both classes have the same logit.
+    labels = torch.tensor([[[1, 255, 255]], [[0, 1, 1]]])[rank : rank + 1]
+    losses.append(pixel_loss(torch.zeros(1, 2, 1, 3), labels))
+    losses.append(pixel_loss(torch.zeros(1, 2, 1, 3), torch.full_like(labels, 255)))
+    for loss, expected in zip(losses, (7 / 4, math.log(2), 0.0), strict=True):
+        dist.all_reduce(loss)
+        assert loss.item() / 2 == pytest.approx(expected, rel=1e-6)
+    dist.destroy_process_group()
+
+
+def test_every_pixel_of_all_ranks_weighs_the_same(tmp_path: Path) -> None:
+    start_ranks(_pixels_over_two_ranks, str(tmp_path / "store"))
+
+
+def test_the_notes_say_the_momentum_and_the_statistics_that_were_used() -> None:
+    assert "here 0.5, drops of the rate" in depth._notes(dataclasses.replace(QUICK, momentum=0.5))[1]
+    whole = segmentation.SegmentationSettings(momentum=0.25)
+    for settings, norms in (
+        (whole, "each"),
+        (dataclasses.replace(whole, encoder_rate=0.0), "the frozen encoder's running statistics, in the head each"),
+    ):
+        assert f"here 0.25, {norms} rank's own" in segmentation._notes(settings, num_train=10_000)[1]
 
 
 def test_c_of_reverse_huber_is_of_all_ranks_errors(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 
 from fastbyol.config.errors import UserError
 from fastbyol.evaluation.tasks.held_out import held_out_beside, held_out_count, held_out_notes, held_out_rows
+from fastbyol.evaluation.tasks.images import batch_notes
 from fastbyol.evaluation.tasks.registry import MODULES, task_named
-from tests.dense_jobs import TINY, tiny_encoder
+from fastbyol.ranks.process_group import Process
+from tests.dense_jobs import TINY, make_job, tiny_encoder
 from tests.test_report import call
 
 CPU = ("--batch", "16", "--device", "cpu", "--workers", "1")
@@ -105,3 +108,35 @@ def test_the_papers_segmentation_chooses_its_rate_on_few_images_too(scene_folder
     assert "note: 3 of the 32 training images were held out to choose with" in out
     (file,) = tmp_path.rglob("segmentation.json")
     assert set(json.loads(file.read_text())["subjects"]["byol"]["details"]["held_out"]) == {"0.01", "0.1"}
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "said"),
+    [
+        ("linear", "--settings paper --rates 0.1 --held_out 0.2", "--held_out: has no effect where there is nothing to choose"),
+        ("linear", "--settings paper --logit_penalty 0.1", "--logit_penalty: has no effect without --tanh_logits yes"),
+        ("knn", "--settings paper --votes plain --temperatures 0.1", "--temperatures: has no effect on plain votes"),
+        ("finetune", "--rates 0.1 --held_out 0.2", "--held_out: has no effect where there is nothing to choose"),
+        ("semi", "--fractions 1 --lists .", "--lists: has no effect on all labels: give a share below 1 in --fractions"),
+        ("segmentation", "--held_out 0.2", "--held_out: has no effect where there is nothing to choose"),
+        ("depth", "--settings paper --drop 0.5", "--drop: has no effect without --drop_at"),
+        ("detection", "--edge longest --longest_px 600", "--longest_px: has no effect with --edge longest"),
+        ("transfer finetune", "--init byol --scratch_steps 9", "--scratch_steps: has no effect without --init untrained"),
+        ("transfer finetune", "--init untrained --rates 0.1", "--rates: has no effect on an untrained network alone"),
+    ],
+)
+def test_an_option_that_has_no_effect_beside_the_others_is_refused(task, options, said, capsys):
+    code, out, err = call(["evaluate", *task.split(), "--checkpoint", "none", "--data", "none", *options.split()], capsys)
+    assert (code, out, err) == (2, "", f"fastbyol: error: {said}; leave it out\n")
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_noted(tmp_path: Path):
+    job = make_job("finetune", task_named("finetune").versions["paper"], data=tmp_path, folder=tmp_path)
+    assert batch_notes(job, 1024, (5000, 100)) == []
+    six = replace(job, process=Process(0, 6, torch.device("cpu")))
+    words = "which 6 ranks don't divide: rates and steps are those of this batch"
+    assert batch_notes(six, 1024, (5000, 100, 6000)) == [
+        f"note: a step had 1,020 images, not 1,024, {words}",
+        f"note: a step had 96 images, not 100, {words}",
+    ]
+    assert batch_notes(six, 768, (5000,)) == []

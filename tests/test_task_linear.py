@@ -145,6 +145,19 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_starts_nothing(colours_run, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_rate_is_not_chosen_so_it_is_trained_once(colours_run, colours, tmp_path, capsys):
+    typed = ["evaluate", "linear", "--checkpoint", str(colours_run), "--data", str(colours), "--out", str(tmp_path), *FAST]
+    typed += ["--rates", "0.1", "--init", "byol"]
+    code, out, err = call([*typed, "--dry_run"], capsys)
+    assert code == 0, err
+    assert "images: 72 train, 0 held out, 24 val, 3 classes" in out
+    assert "steps: 14 for the final fit, for each encoder" in out
+    assert "for 240 forward passes" in out, "3 epochs of 72 images, and 24"
+    code, _, err = call(typed, capsys)
+    assert code == 0, err
+    assert json.loads((tmp_path / "linear.json").read_text())["subjects"]["byol"]["chosen"] == {"rate": 0.1, "held_out_top1": None}
+
+
 def test_a_stopped_evaluation_goes_on_and_ends_as_an_undisturbed_one(colours_run, colours, tmp_path, capsys):
     long = [word if word != "3" else "30" for word in FAST]
     typed = ["evaluate", "linear", "--checkpoint", str(colours_run), "--data", str(colours), *long, "--init", "byol"]

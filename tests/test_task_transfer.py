@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,8 @@ from fastbyol.evaluation.tasks.transfer.opening import VOC_CLASSES, open_set
 from fastbyol.evaluation.tasks.transfer.regression import LogisticRegression
 from fastbyol.evaluation.tasks.transfer.sets import BY_NAME, PAPER_FINETUNE, PAPER_LINEAR, SETS
 from fastbyol.evaluation.tasks.transfer.split import held_out_count, hold_out, hold_out_of_each
-from fastbyol.evaluation.tasks.transfer.tasks import TASKS
+from fastbyol.evaluation.tasks.transfer.tasks import TASKS, _scratch_notes
+from tests.dense_jobs import subject
 
 CPU = torch.device("cpu")
 
@@ -551,3 +554,13 @@ def test_the_linear_transfer_sees_the_whole_short_side_and_the_test_of_fine_tuni
     assert whole[:, 0, columns].tolist() == [[0, 100, 300, 300], [4, 0, 32, 32]]
     seven_eighths = centre_crop_parameters(height=height, width=width, share=TEST_SHARE)
     assert seven_eighths[:, 0, CROP_H].tolist() == [262, 28]
+
+
+def test_simclrs_settings_are_noted_only_where_an_untrained_network_has_them() -> None:
+    paper, quick = (TASKS["transfer finetune"].versions[name] for name in ("paper", "quick"))
+    both, trained = SimpleNamespace(subjects=(subject(), subject("untrained"))), SimpleNamespace(subjects=(subject(),))
+    (note,) = _scratch_notes(both, paper)
+    assert "SimCLR's settings for random weights (appendix B.8)" in note
+    assert _scratch_notes(trained, paper) == _scratch_notes(both, quick) == []
+    (own,) = _scratch_notes(both, replace(paper, scratch_steps=9))
+    assert "SimCLR" not in own

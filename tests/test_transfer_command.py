@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from fastbyol.evaluation.tasks.transfer import finetune
 from fastbyol.train import main as train_main
 from tests.commands import SMALL_RUN, run_here
 from tests.forked import run_ranks
 from tests.test_report import call
-from tests.test_task_transfer import lines, make_dtd, make_pets, make_voc2007, put
+from tests.test_task_transfer import lines, make_dtd, make_own, make_pets, make_voc2007, put
 
 CPU = ("--batch", "64", "--device", "cpu", "--workers", "1")
 
@@ -128,8 +129,8 @@ def test_two_ranks_find_the_figures_of_one(run, sets, tmp_path, capsys):
         assert two[name]["chosen"] == one[name]["chosen"]
 
 
-FINETUNE = ("--steps", "4", "--global_batch", "16", "--rates", "0.01,0.05", "--decays", "0.0001,0",
-            "--scratch_steps", "4", "--scratch_rates", "0.05", "--scratch_decays", "0")  # fmt: skip
+TRAINED = ("--steps", "4", "--global_batch", "16", "--rates", "0.01,0.05", "--decays", "0.0001,0")
+FINETUNE = (*TRAINED, "--scratch_steps", "4", "--scratch_rates", "0.05", "--scratch_decays", "0")
 
 
 def test_a_fine_tuning_that_is_stopped_goes_on_to_the_figures_of_one_that_was_not(run, sets, tmp_path, capsys):
@@ -159,6 +160,65 @@ def test_a_fine_tuning_that_is_stopped_goes_on_to_the_figures_of_one_that_was_no
         assert len(one["trials"]) == pairs
         assert [trial["valid"] for trial in one["trials"]] == [trial["valid"] for trial in other["trials"]]
         assert (one["score"], one["chosen"]) == (other["score"], other["chosen"])
+
+
+def spoilt(folder: Path) -> Path:
+    """Cuts an image of the folder, so that it cannot be decoded any more, and returns its path."""
+    image = sorted(folder.rglob("*.jpg"))[0]
+    image.write_bytes(image.read_bytes()[:300])
+    return image
+
+
+def two_sets(root: Path) -> Path:
+    """Writes the sets `one` and `two`, of whose test images one cannot be decoded."""
+    for name in ("one", "two"):
+        make_own(root / name, train=8, val=2, test=2)
+    spoilt(root / "two" / "test")
+    return root
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("task", ["linear", "finetune"])
+def test_on_two_ranks_too_a_set_with_a_damaged_test_image_is_left_out_and_the_others_are_scored(task, run, tmp_path):
+    arguments = command(task, run, two_sets(tmp_path / "sets"), "--sets", "two,one", "--out", str(tmp_path / "out"), "--init", "byol")
+    arguments += ["--penalties", "2"] if task == "linear" else ["--steps", "2", "--rates", "0.05", "--decays", "0"]
+    for done in run_ranks("-m", "fastbyol", *arguments):
+        assert done.returncode == 0, done.stderr
+    result = record(tmp_path / "out", task)
+    assert (list(result["subjects"]["byol"]["scores"]), result["missing"]) == (["one"], ["two"])
+
+
+def test_the_finished_trainings_of_a_set_that_failed_are_kept_and_those_of_the_others_are_not(run, tmp_path, monkeypatch, capsys):
+    arguments = command("finetune", run, tmp_path / "sets", "--sets", "one,two", *TRAINED, "--init", "byol", "--out", str(tmp_path / "out"))
+    for name in ("one", "two"):
+        make_own(tmp_path / "sets" / name, train=8, val=2, test=2)
+    fitted, memory = finetune._Tuning._fitted, ["one", "two"]
+
+    def runs_out_of_memory_once(self, key, *rest, **named):
+        if "refit" in key and self.images.name == "two" and memory:
+            memory.clear()
+            raise MemoryError("no memory")
+        return fitted(self, key, *rest, **named)
+
+    monkeypatch.setattr(finetune._Tuning, "_fitted", runs_out_of_memory_once)
+    code, _, err = call(arguments, capsys)
+    assert code == 0, err
+    assert record(tmp_path / "out", "finetune")["missing"] == ["two"]
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.work-*/*.json")}
+    assert sum(" rate " in path.name.replace("_", " ") for path in parts) == 4, "the trials of `two`"
+    assert all(path.name.startswith("two_") for path in parts)
+    code, _, err = call(arguments, capsys)
+    assert code == 0, err
+    assert record(tmp_path / "out", "finetune")["missing"] == []
+    assert not list((tmp_path / "out").glob("*.work-*"))
+
+
+def test_a_folder_of_ones_own_called_as_a_set_of_the_paper_gets_neither_its_title_nor_its_figures(run, tmp_path, capsys):
+    make_own(tmp_path / "my" / "pets", train=8, val=2, test=2)
+    code, _, err = call(command("linear", run, tmp_path, "--sets", "my/pets", "--penalties", "2", "--out", str(tmp_path / "out")), capsys)
+    assert code == 0, err
+    result = record(tmp_path / "out", "linear")
+    assert (result["columns"], result["paper"]) == ({"pets": "pets %"}, {})
 
 
 def test_a_dry_run_says_how_much_there_is_to_do_and_writes_nothing(run, sets, tmp_path, capsys):

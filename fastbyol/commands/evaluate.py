@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
 from fastbyol.config.arguments import OneLineParser, local_or_url, path_text
 from fastbyol.config.console import printable, say
-from fastbyol.config.errors import UserError, require_at_least
+from fastbyol.config.errors import UserError, require, require_at_least
 from fastbyol.config.schema import WEIGHTS_OPTIONS
 from fastbyol.config.urls import is_url
 
@@ -73,10 +73,22 @@ def evaluate_run(options: argparse.Namespace) -> None:
         if option.removeprefix("--") not in WEIGHTS_OPTIONS:
             raise UserError(f"{option}: is no option of evaluate {name} (python -m fastbyol evaluate {name} --help lists them)")
     options.typed, options.run_options = typed, rest
-    if getattr(options, "settings", "quick") == "paper" or name not in QUICK:
-        _run_task(name, options)
-    else:
-        _run_quick(name, options)
+    run = _run_task if getattr(options, "settings", "quick") == "paper" or name not in QUICK else _run_quick
+    try:
+        run(name, options)
+    except RuntimeError as error:
+        from fastbyol.tuning.stepper import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"evaluate {name}: {_memory_advice(options)}") from error
+
+
+def _memory_advice(options: argparse.Namespace) -> str:
+    """Returns what to do where the GPU's memory is too small, in the options that the task has."""
+    smaller = next((f"a smaller --{each}, " for each in ("global_batch", "batch_images") if hasattr(options, f"setting_{each}")), "")
+    measured = "; --dry_run says how much a task needs" if hasattr(options, "dry_run") else ""
+    return f"out of GPU memory; use more ranks (torchrun), {smaller}or a smaller --batch for images without gradients{measured}"
 
 
 def _whole_name(task: str, rest: Sequence[str]) -> tuple[str, list[str]]:
@@ -170,7 +182,7 @@ def _run_task(name: str, options: argparse.Namespace) -> None:
         raise UserError(f"--data {options.data}: {name} reads its data sets' own folders on this machine; fetch them first")
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
-    require_at_least("--seed", options.seed, 0)
+    require(0 <= options.seed < 2**63, "--seed", options.seed, "in [0, 2^63)")
     changes = changes_from(options.run_options)
     import torch
 
@@ -226,22 +238,20 @@ def opened_bank(options: argparse.Namespace, *, scored: bool = True, foreign: bo
     from fastbyol.evaluation.tasks.job import named_path
     from fastbyol.export import encoder_of
     from fastbyol.run.checkpoint import load_run
-    from fastbyol.run.foreign_weights import load_run_or_weights
+    from fastbyol.run.foreign_weights import load_runs_or_weights
 
     device = device_named(options.device)
     changes = changes_from(options.run_options)
     subset, other_path = getattr(options, "subset", None), "".join(getattr(options, "compare", []))
-    # Beside a run, which has its own config, options describe the weights that it is compared with.
-    own = {} if other_path and Path(options.checkpoint).is_dir() else changes
-    run = load_run_or_weights(options.checkpoint, changes=own) if foreign else load_run(options.checkpoint)
+    name, path = named_path(other_path)
+    paths = [options.checkpoint, path] if path else [options.checkpoint]
+    run, *rivals = load_runs_or_weights(paths, changes=changes) if foreign else [load_run(options.checkpoint)]
     settings = subset_settings(subset)
     opened_with = {"batch": options.batch, "workers": options.workers, "subset": subset, "at_most": RANK_IMAGES, "scored": scored}
     with ExitStack() as opened:
         splits = opened.enter_context(open_splits(options.data, views=run.config.views, **opened_with))
         other = None
-        if other_path:
-            name, path = named_path(other_path)
-            rival = load_run_or_weights(path, changes=changes)
+        for rival in rivals:  # one at most
             encoder = encoder_of(rival, announce=announce)
             images = opened.enter_context(open_splits(options.data, views=rival.config.views, **opened_with))
             title = name or f"{'run' if rival.title == 'BYOL' else 'weights'} {printable(Path(path).name)}"

@@ -45,6 +45,11 @@ class _Loader:
         """Returns the name of every image in the listing, in index order, see `Source.image_name`."""
         return [self._renderer.source.image_name(index) for index in range(self.num_samples)]
 
+    def require_decodable(self, index: int) -> None:
+        """Decodes the image of this index. Raises UserError if it is damaged. May be called from several threads at once."""
+        for _ in self._renderer.source.decode(np.array([index], dtype=np.int64)):
+            pass
+
     @property
     def labels(self) -> Indices:
         """(num_samples,) int64 class of each image, -1 for none."""

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from fastbyol.config.errors import UserError
 from fastbyol.evaluation import page
-from fastbyol.evaluation.result_file import TaskResult, read_result
+from fastbyol.evaluation.result_file import TaskResult, results_in, seed_text
 
 
 def task_sections(folder: Path, *, step: int) -> list[str]:
-    """Returns a section for each result of a task in `folder` that is of this step, by file name; files that are no results are left out."""
-    sections = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            result, facts = read_result(path)
-        except UserError:
-            continue
-        if isinstance(result, TaskResult) and facts.get("step") == step:
-            sections.append(_section(result, path, data=str(facts.get("data", ""))))
-    return sections
+    """Returns a section for each result of a task in `folder` that counts and is of this step, the oldest first; see `results_in`."""
+    return [
+        _section(result, path, facts)
+        for path, result, facts in results_in(folder)
+        if isinstance(result, TaskResult) and facts.get("step") == step
+    ]
 
 
 def picture_file(folder: Path, *, task: str, digest: str) -> Path:
@@ -27,7 +23,7 @@ def picture_file(folder: Path, *, task: str, digest: str) -> Path:
     return folder / f"{task}-{digest}.png"
 
 
-def _section(result: TaskResult, path: Path, *, data: str) -> str:
+def _section(result: TaskResult, path: Path, facts: dict[str, Any]) -> str:
     header = ["", *(column.removeprefix("-") for column in result.columns.values())]
     scored = [
         (subject.title, {name: _unit(column) * value for name, column, value in _values(result, subject.scores)})
@@ -39,7 +35,8 @@ def _section(result: TaskResult, path: Path, *, data: str) -> str:
     ]
     sizes = ", ".join(f"{count:,} {name}" for name, count in result.sizes.items())
     parts = [page.table(header, rows=rows, numbers=frozenset(range(1, len(header))))]
-    parts.append(page.paragraph(f"{result.version} settings, {sizes} images of {data}. {'. '.join(result.notes)}.", kind="note"))
+    of = f"{result.version} settings{seed_text(facts)}, {sizes} images of {facts.get('data', '')}"
+    parts.append(page.paragraph(f"{of}. {'. '.join(result.notes)}.", kind="note"))
     picture = picture_file(path.parent, task=result.protocol, digest=str(result.settings.get("identity", "")))
     if picture.is_file():
         parts.append(page.image(picture.read_bytes(), alt=f"{result.protocol}: test images, truth and predictions", kind="figure"))

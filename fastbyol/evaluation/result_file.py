@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,9 +167,43 @@ def read_result(path: Path) -> tuple[Result | TaskResult, dict[str, Any]]:
         if kind is ProtocolResult:
             record["scores"] = {name: SubjectScore(**score) for name, score in record["scores"].items()}
         result = kind(**{f.name: record.pop(f.name) for f in dataclasses.fields(kind)})
+        if not isinstance(result.settings, dict):
+            raise ValueError("its settings are no group of values")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an evaluation result ({error}); delete it and evaluate again") from error
     return result, record
+
+
+def seed_text(facts: dict[str, Any]) -> str:
+    """Returns ', seed N' of a task's result, by which results of several seeds are told apart; '' for an earlier one, which does not say it."""
+    return f", seed {facts['seed']}" if "seed" in facts else ""
+
+
+def results_in(folder: Path, *, complain: Callable[[str], None] = lambda _: None) -> list[tuple[Path, Result | TaskResult, dict[str, Any]]]:
+    """Returns path, result and facts of each result in the folder that counts, the oldest first.
+
+    Of the results of a task on one data path, with the same settings and step, the newest says which images these are: those of others, which have
+    been there before, don't count. Of the same encoders and seed only the newest counts. complain: is told of each file that cannot be read.
+    """
+    found = []
+    for path in (path for path in folder.glob("*.json") if path.is_file()):
+        try:
+            found.append((path.stat().st_mtime_ns, path.name, path, *read_result(path)))
+        except (UserError, OSError) as error:
+            complain(str(error))
+    counted, images, seen = [], dict[str, str](), set[str]()
+    for _, _, path, result, facts in sorted(found, key=lambda one: one[:2], reverse=True):
+        if isinstance(result, TaskResult):
+            settings = {name: value for name, value in result.settings.items() if name != "identity"}
+            task = json.dumps([result.protocol, facts.get("data"), facts.get("step"), settings], sort_keys=True)
+            # Of `inputs` the part behind the weights, which are those of the first encoder.
+            state = str(facts.get("inputs", "")).partition(" ")[2]
+            one = json.dumps([task, list(result.subjects), facts.get("seed")])
+            if images.setdefault(task, state) != state or one in seen:
+                continue
+            seen.add(one)
+        counted.append((path, result, facts))
+    return counted[::-1]
 
 
 def read_current(

@@ -13,7 +13,7 @@ from typing import Any
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
-from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result, TaskResult, read_result
+from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result, TaskResult, results_in
 from fastbyol.evaluation.subjects import BASELINE_TITLES
 from fastbyol.evaluation.summary import MEASURES
 from fastbyol.evaluation.training_log import Record, Throughput, read_provenance, throughput
@@ -142,8 +142,8 @@ class RunComparison:
         for position, run in enumerate(self.runs):
             for score in run.scores:
                 group = found.setdefault(score.key, ScoreGroup(score.title, score.note, score.protocol, {}))
-                # Of one run, the result of its latest step.
-                if position not in group.scores or (score.step or 0) > (group.scores[position].step or 0):
+                # Of one run, the result of its latest step, and the newest of those, as of another seed: the scores are in that order.
+                if position not in group.scores or (score.step or 0) >= (group.scores[position].step or 0):
                     group.scores[position] = score
         order = list(dict.fromkeys(["linear", "knn", "labelfree", *(group.protocol for group in found.values())]))
         return sorted(found.values(), key=lambda group: (order.index(group.protocol), -len(group.scores)))
@@ -210,12 +210,11 @@ def _read_run(folder: Path, name: str, remarks: list[str]) -> ComparedRun:
     except UserError as error:
         remarks.append(str(error))
     scores = []
-    for path in sorted(path for path in (folder / RESULTS).glob("*.json") if path.is_file()):
+    for path, result, facts in results_in(folder / RESULTS, complain=remarks.append):
         try:
-            scores.append(_score(*read_result(path)))
+            scores.append(_score(result, facts))
         except (ValueError, TypeError, AttributeError) as error:  # figures that are no numbers, groups that are none
-            said = f"{path}: not an evaluation result ({error}); delete it and evaluate again"
-            remarks.append(str(error) if str(path) in str(error) else said)
+            remarks.append(f"{path}: not an evaluation result ({error}); delete it and evaluate again")
     return ComparedRun(name, folder, config, records, provenance, outcome_of(folder, config, records), scores)
 
 
@@ -259,8 +258,6 @@ def _score(result: Result | TaskResult, facts: dict[str, Any]) -> Score:
     """Returns the figures of a result. Raises UserError if one of them is no number."""
     data = str(facts.get("data", ""))
     images = str(Path(data).resolve()) if data and Path(data).exists() else data
-    if not isinstance(result.settings, dict):
-        raise UserError("its settings are no group of values")
     settings = {name: value for name, value in result.settings.items() if name not in ("identity", "seed")}
     # Without those of the encoders and of the run, which differ between runs that may be compared.
     key = json.dumps([result.protocol, images, settings, _size(result)], sort_keys=True, default=str)

@@ -14,11 +14,10 @@ import yaml
 
 from fastbyol import __version__
 from fastbyol.config.console import printable
-from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import WEIGHTS_OPTIONS, TrainConfig
 from fastbyol.evaluation.embedding import weights_digest
-from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, TaskResult, read_result
+from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, TaskResult, results_in, seed_text
 from fastbyol.export import CROP
 from fastbyol.exports.format import Subject
 from fastbyol.host.saved_structure import is_count
@@ -94,11 +93,7 @@ def _training(run: RunState) -> dict[str, Any]:
 
 def _scores(run: RunState, digest: str) -> Iterator[dict[str, Any]]:
     """Yields the results in the run's folder that are of this checkpoint's weights, percentages and other figures by title."""
-    for path in sorted(run.results.glob("*.json")) if run.results.is_dir() else []:
-        try:
-            result, facts = read_result(path)
-        except UserError:
-            continue  # another file
+    for _, result, facts in results_in(run.results):
         # A weights file has no steps, and may have been replaced since: its results must say what they are of. Older ones of a run do not.
         measured = str(facts.get("inputs", "")).partition(" ")[0]
         if facts.get("step") != run.step or (measured != digest and (measured or "encoder" in run.state)):
@@ -107,7 +102,7 @@ def _scores(run: RunState, digest: str) -> Iterator[dict[str, Any]]:
         if isinstance(result, ProtocolResult):
             figures = {name: {"top-1 %": 100 * each.top1, "top-5 %": 100 * each.top5} for name, each in result.scores.items()}
         elif isinstance(result, TaskResult):
-            row["task"] = f"{result.protocol} ({result.version} settings)"
+            row["task"] = f"{result.protocol} ({result.version} settings{seed_text(facts)})"
             figures = {name: dict(_titled(each.scores, result.columns)) for name, each in result.subjects.items()}
         else:
             assert isinstance(result, LabelFreeResult)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -347,15 +347,29 @@ def load_run_or_weights(path: str | Path, *, changes: Mapping[str, Any] | None =
     Raises:
         UserError: nothing to load there; no encoder found; changes for a run, which has its own config.
     """
-    path, changes = weights_file(Path(path)), dict(changes or {})
+    (found,) = load_runs_or_weights([path], changes=changes)
+    return found
+
+
+def load_runs_or_weights(paths: Sequence[str | Path], *, changes: Mapping[str, Any] | None = None) -> list[RunState]:
+    """Loads each path as `load_run_or_weights` does. The changes count for those that are weights: a run beside them has its own config.
+
+    Raises UserError as that does, and for changes where all are runs.
+    """
+    found = [_loaded(path, dict(changes or {})) for path in paths]
+    if changes and not any("encoder" in run.state for run in found):
+        raise UserError(f"{next(iter(changes))}: has no effect on a run, whose config says it; it is for weights of other programs")
+    return found
+
+
+def _loaded(path: str | Path, changes: dict[str, Any]) -> RunState:
+    path = weights_file(Path(path))
     is_run = path.is_dir()
     state: dict[Any, Any] = {}
     if not is_run:
         state = read_weights(path, option="checkpoint")
         is_run = set(REQUIRED) <= state.keys()
     if is_run:
-        if changes:
-            raise UserError(f"{next(iter(changes))}: has no effect on a run, whose config says it; it is for weights of other programs")
         return load_run(path)
     for name in changes:
         if name not in WEIGHTS_OPTIONS:

@@ -6,6 +6,7 @@ Grill et al., appendix D.6, after Laina et al. (FCRN). Data: NYU v2's labelled f
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -29,7 +30,6 @@ from fastbyol.config.errors import (
 from fastbyol.data.traversal import Indices
 from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
-from fastbyol.evaluation.tasks.dense.files import require_sound
 from fastbyol.evaluation.tasks.dense.nyu import DepthFrames, open_frames, paths_of_frames, valid
 from fastbyol.evaluation.tasks.dense.pictures import keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
@@ -38,6 +38,8 @@ from fastbyol.evaluation.tasks.dense.trials import (
     calibration_images,
     check_drops,
     compare_statistics,
+    drop_without_effect,
+    mean_over_pixels,
     normalised,
     prepared,
     run_trials,
@@ -48,6 +50,7 @@ from fastbyol.evaluation.tasks.dense.trials import (
 )
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.soundness import require_sound
 from fastbyol.models.backbone import Backbone, backbone_of
 from fastbyol.models.fast_up_projection import UpProjectionDecoder
 from fastbyol.ranks.collectives import largest
@@ -127,6 +130,10 @@ class DepthSettings:
         require_between("--hue", self.hue, 0.0, 0.5)
         require_choice("--test_view", self.test_view, VIEWS)
 
+    def without_effect(self, _: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these settings don't use has no effect."""
+        return drop_without_effect(self.drop_at)
+
 
 # For 48 px and a small encoder of stride 8: two up-projections give maps of 24 x 24 positions. The encoder is frozen, as in segmentation.
 QUICK = DepthSettings(
@@ -162,7 +169,7 @@ class DepthNetwork(nn.Module):
 
 
 def reverse_huber(prediction: Tensor, depth: Tensor, *, share: float) -> Tensor:
-    """Returns the mean reverse Huber loss over the pixels whose depth is known: |e| up to c, (e^2 + c^2) / 2c above.
+    """Returns the mean reverse Huber loss over the pixels whose depth is known: |e| up to c, (e^2 + c^2) / 2c above; see `mean_over_pixels`.
 
     c: this share of the largest |e| of the batch, over all ranks. prediction, depth: (N, H, W); 0 without known pixels.
     """
@@ -171,7 +178,7 @@ def reverse_huber(prediction: Tensor, depth: Tensor, *, share: float) -> Tensor:
     error = torch.where(known, prediction.float() - depth, 0.0).abs()
     c = (share * largest(error.detach().amax())).clamp(min=1e-12)
     loss = torch.where(error <= c, error, (error * error + c * c) / (2 * c))
-    return loss.sum() / known.sum().clamp(min=1)
+    return mean_over_pixels(loss.sum(), known)
 
 
 STATISTICS = ("pixels", "hits1", "hits2", "hits3", "squared", "relative")
@@ -397,8 +404,8 @@ def _notes(settings: DepthSettings) -> list[str]:
     where = "the centre crop" if settings.test_view == "crop" else "the whole frame, over which the centre crop's prediction is stretched,"
     return [
         f"scored on all pixels of {where} in the frame's own resolution whose depth is finite and above 0; predictions below {NEAREST_M} m count as that",
-        "the paper does not state momentum, schedule, warm-up and whether borders are masked: here 0.9, "
-        f"{'a constant rate' if not settings.drop_at else 'drops of the rate'}, {settings.warmup_steps} steps, no",
+        "the paper does not state momentum, schedule, warm-up and whether borders are masked: "
+        f"here {settings.momentum:g}, {'a constant rate' if not settings.drop_at else 'drops of the rate'}, {settings.warmup_steps} steps, no",
     ]
 
 

@@ -6,6 +6,7 @@ Grill et al., section 4 and appendix D.5; MoCo's detection code. Data in VOC's l
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,13 +41,14 @@ from fastbyol.evaluation.tasks.dense.average_precision import (
     mean_average_precision,
 )
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
-from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
+from fastbyol.evaluation.tasks.dense.files import read_image
 from fastbyol.evaluation.tasks.dense.pictures import draw_boxes, keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
 from fastbyol.evaluation.tasks.dense.trials import (
     Trial,
     calibration_images,
     check_drops,
+    drop_without_effect,
     run_trials,
     spread_rows,
     train_trial,
@@ -55,6 +57,7 @@ from fastbyol.evaluation.tasks.dense.trials import (
 from fastbyol.evaluation.tasks.dense.voc import BoxedImage, boxed_images, class_names, read_boxes, voc_folder, year_and_list
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.soundness import require_sound
 from fastbyol.models import use_all_ranks
 from fastbyol.models.backbone import backbone_of
 from fastbyol.models.faster_rcnn import Detector, build_detector
@@ -150,6 +153,10 @@ class DetectionSettings:
             require(min(getattr(self, name)) > 0, f"--{name}", getattr(self, name), "positive numbers")
         require(len(self.proposals) == 4, "--proposals", self.proposals, "four numbers: before and after, in training, then in tests")
         require(self.head == "c4" or not self.extra_norm, "--extra_norm", "yes", "no with --head fpn, which has no conv5 in its head")
+
+    def without_effect(self, _: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these settings don't use has no effect."""
+        return ({"longest_px": "with --edge longest"} if self.edge == "longest" else {}) | drop_without_effect(self.drop_at)
 
 
 # MoCo's configs/coco... pascal_voc_R_50_C4_24k_moco.yaml: VOC07+12, everything trained. For trainval2007 alone: --train_sets 2007_trainval

@@ -21,8 +21,8 @@ from fastbyol.evaluation.protocols import top_k_hits
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.classifier import LR_BATCH, RestartedClassifier, batches_on_device, build_sgd, fit_classifier, scores_of
 from fastbyol.evaluation.tasks.estimate import measure_step, probe_batch
-from fastbyol.evaluation.tasks.held_out import IMAGENET, check_amounts, held_out_beside, held_out_notes
-from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, open_labelled
+from fastbyol.evaluation.tasks.held_out import IMAGENET, NOTHING_TO_CHOOSE, check_amounts, held_out_beside, held_out_notes
+from fastbyol.evaluation.tasks.images import LabelledImages, batch_notes, crop_and_flip, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.scoring import packed, unpacked
@@ -65,6 +65,10 @@ class FinetuneSettings:
         require_at_least("weight_decay", self.weight_decay, 0)
         require(0 < self.smallest_crop <= 1, "smallest_crop", self.smallest_crop, "in (0, 1]")
         check_amounts("held_out", self.held_out)
+
+    def without_effect(self, _: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these settings don't use has no effect."""
+        return NOTHING_TO_CHOOSE if len(self.grid) == 1 else {}
 
     @property
     def grid(self) -> list[tuple[float, int]]:
@@ -122,10 +126,14 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
     hits: dict[str, dict[str, torch.Tensor]] = {}
     parts: list[LabelledPart] = []
     sizes: dict[str, int] = {}
+    nums: list[int] = []
     for subject in job.subjects:
         with open_labelled(job, subject.views) as images:
             parts = parts or parts_of(images)  # the same images for every encoder
             tuned = _Tuning(job, settings, subject, images)
+            splits = [tuned.split(part) for part in parts]
+            images.require_decodable(job, np.unique(np.concatenate([held_out for _, held_out in splits])))
+            nums = [len(rows) for part, (fitted, _) in zip(parts, splits, strict=True) for rows in (fitted, part.rows)]
             outcomes = {part.name: tuned.outcome(part) for part in parts}
             sizes = {"train": len(images.labelled_rows), **{f"at {part.name}": len(part.rows) for part in parts if part.name}}
             sizes["val"] = len(tuned.test_rows)
@@ -144,7 +152,11 @@ def tune_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> TaskR
         sizes=sizes,
         paper=paper_rows(parts),
         comparisons=comparisons,
-        notes=[*_notes(job, settings, num_labelled=sizes["train"]), *choice_lines(subjects)],
+        notes=[
+            *_notes(job, settings, num_labelled=sizes["train"]),
+            *batch_notes(job, settings.global_batch, nums),
+            *choice_lines(subjects),
+        ],
     )
 
 
@@ -211,12 +223,18 @@ class _Tuning:
             raise UserError(f"--data {job.data}: no val image is of a class that train has")
         self._classifier: RestartedClassifier | None = None
 
+    def split(self, part: LabelledPart) -> tuple[Indices, Indices]:
+        """Returns the images to train on while rate and length are chosen, and the held-out ones: none where there is one pair only."""
+        if len(self.settings.grid) == 1:
+            return part.rows, part.rows[:0]
+        return held_out_beside(part.rows, self.images.labelled_rows, held_out=self.settings.held_out, seed=self.job.seed)
+
     def outcome(self, part: LabelledPart) -> dict[str, Any]:
         """Returns every trial on held-out images, which one was chosen, and the test of that choice."""
         settings = self.settings
         trials: list[dict[str, Any]] = []
         if len(settings.grid) > 1:
-            fitted, held_out = held_out_beside(part.rows, self.images.labelled_rows, held_out=settings.held_out, seed=self.job.seed)
+            fitted, held_out = self.split(part)
             with self.crops(fitted) as crops:
                 for rate, epochs in settings.grid:
                     key = f"{self.subject.name}, {part.label}, rate {rate:g}, {epochs} epochs"
@@ -301,9 +319,7 @@ def plan_parts(job: Job, settings: FinetuneSettings, parts_of: PartsOf) -> list[
         ]
         trained = tested = 0
         for part in parts:
-            fitted, held_out = part.rows, np.arange(0)
-            if chosen:
-                fitted, held_out = held_out_beside(part.rows, images.labelled_rows, held_out=settings.held_out, seed=job.seed)
+            fitted, held_out = tuning.split(part)
             split = {"num_fitted": len(fitted), "num_held_out": len(held_out)}
             fits = list(fits_of(len(part.rows), **split, num_test=num_test, settings=settings))
             steps = sum(fit.steps for fit in fits)

@@ -14,6 +14,8 @@ IMAGENET: Amounts = (10_009, 0.08)
 """The paper's 10,009 images of ImageNet (appendix C.1), and a share for sets of which these would be too many."""
 LARGEST_SHARE = 0.25
 """The first of several amounts counts where it is at most this share of the images."""
+NOTHING_TO_CHOOSE = {"held_out": "where there is nothing to choose"}
+"""Why --held_out has no effect on settings that leave no choice."""
 _STREAM = 0x68656C64  # "held" in ASCII, so that this permutation is independent of others with the same seed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Self
@@ -18,6 +19,7 @@ from fastbyol.data.traversal import seeded_permutation
 from fastbyol.evaluation.splits import renumbered, split_paths
 from fastbyol.evaluation.subjects import CALIBRATION_IMAGES
 from fastbyol.evaluation.tasks.job import Job
+from fastbyol.evaluation.tasks.soundness import require_decodable
 
 _SAMPLE_STREAM = 0x73616D70  # "samp" in ASCII, so that this permutation is independent of others with the same seed
 
@@ -29,6 +31,25 @@ def crop_and_flip(views: ViewPair, *, smallest: float = 0.08) -> ViewPair:
     """
     spec = ViewSpec(crop_area=(smallest, 1.0), crop_aspect=(3 / 4, 4 / 3), flip_p=0.5, jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0)
     return replace(views, view1=spec, view2=spec)
+
+
+def divided_batch(global_batch: int, num_images: int, *, ranks: int) -> int:
+    """Returns the images of a step: at most those that there are, and equally many on each rank; 0 where there are fewer images than ranks."""
+    return min(global_batch, num_images) // ranks * ranks
+
+
+def batch_notes(job: Job, global_batch: int, nums: Iterable[int]) -> list[str]:
+    """Returns a sentence for each batch that the ranks don't divide, so that steps are smaller than those of one process.
+
+    nums: numbers of images that were trained on.
+    """
+    ranks = job.process.world_size
+    batches = dict.fromkeys((min(global_batch, num), divided_batch(global_batch, num, ranks=ranks)) for num in nums)
+    return [
+        f"note: a step had {taken:,} images, not {whole:,}, which {ranks} ranks don't divide: rates and steps are those of this batch"
+        for whole, taken in batches
+        if taken != whole
+    ]
 
 
 @dataclass(frozen=True)
@@ -70,7 +91,7 @@ class LabelledImages:
         reduced to their number.
         """
         ranks = job.process.world_size
-        batch = min(global_batch, len(rows)) // ranks * ranks
+        batch = divided_batch(global_batch, len(rows), ranks=ranks)
         if not batch:
             raise UserError(f"--data {job.data}: {len(rows)} labelled training images are fewer than the {ranks} ranks")
         return build_crop_loader(
@@ -84,6 +105,10 @@ class LabelledImages:
             device=job.process.device,
             workers=job.workers,
         )
+
+    def require_decodable(self, job: Job, held_out: Indices) -> None:
+        """Decodes the test images and these training images before the first training of the job; see `soundness.require_decodable`."""
+        require_decodable(job, "images", ("val images", self.test, self.test_rows), ("held-out images", self.train, held_out))
 
     def sample(self, rows: Indices, *, seed: int = 0) -> torch.Tensor:
         """Returns a random sample of these training images, centre-cropped (N, 3, S, S): for the batch norms of an untrained encoder."""

@@ -28,7 +28,7 @@ from fastbyol.host.durable_files import write_durably
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.process_group import Process, broadcast_from_main
 from fastbyol.run.checkpoint import RunState
-from fastbyol.run.foreign_weights import load_run_or_weights
+from fastbyol.run.foreign_weights import load_runs_or_weights
 
 Images = Callable[[], torch.Tensor]
 """Returns a random sample of the task's training images (N, 3, S, S), normalised; called only where it is needed."""
@@ -103,7 +103,7 @@ class Job:
 
     @property
     def work(self) -> Path:
-        """The folder of finished parts and training states; it is deleted once the result is written."""
+        """The folder of finished parts and training states; once the result is written, only those of parts that failed stay in it."""
         return self.folder / f"{self.task}.work-{self.digest}{'-again' * self.again}"
 
     def prepare(self) -> None:
@@ -135,7 +135,7 @@ class Job:
 
     def part(self, key: str, suffix: str) -> Path:
         """Returns the path of a file of unfinished work. Two keys never share one, whatever characters they are of."""
-        plain = re.sub(r"[^A-Za-z0-9.,=+_-]+", "_", key)[:100]
+        plain = _plain(key)
         return (
             self.work
             / f"{plain}{'' if plain == key else '-' + hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:8]}{suffix}"
@@ -145,10 +145,26 @@ class Job:
         """Returns the result of this job with its scores; parts: the fields of `TaskResult` that a job does not know."""
         return TaskResult(protocol=self.task, version=str(self.settings["version"]), settings=dict(self.settings), **parts)
 
-    def clear(self) -> None:
-        """Deletes the unfinished work, on the main rank."""
-        if self.process.is_main:
+    def unfinished(self) -> list[Path]:
+        """Returns the folders in which unfinished work of this task lies, those of other settings and images too, by name."""
+        return sorted(self.folder.glob(f"{self.task}.work-*"))
+
+    def clear(self, *, keep: Sequence[str] = ()) -> None:
+        """Deletes the unfinished work, on the main rank. keep: first words of keys whose parts stay, for example sets that failed."""
+        if not self.process.is_main:
+            return
+        begins, parts = tuple(_plain(f"{name} ") for name in keep), list(self.work.glob("*"))
+        if not any(path.name.startswith(begins) for path in parts):
             shutil.rmtree(self.work, ignore_errors=True)
+            return
+        for path in parts:
+            if not path.name.startswith(begins):
+                path.unlink(missing_ok=True)
+
+
+def _plain(key: str) -> str:
+    """Returns the part of a file's name that says whose it is; two keys may have the same."""
+    return re.sub(r"[^A-Za-z0-9.,=+_-]+", "_", key)[:100]
 
 
 def _read_part(path: Path) -> dict[str, Any] | None:
@@ -162,13 +178,22 @@ INITS = ("byol", "untrained")
 """The checkpoint's encoder, and the same encoder untrained."""
 
 
-def subjects_of(run: RunState, inits: Sequence[str], compare: Sequence[str]) -> tuple[Subject, ...]:
-    """Returns the encoders of a job: those of `inits`, each one of INITS or [NAME=]PATH of a run or weights, then those of `compare`.
+def load_subjects(
+    checkpoint: str | Path, inits: Sequence[str], compare: Sequence[str], *, changes: Mapping[str, Any] | None = None
+) -> tuple[RunState, tuple[Subject, ...]]:
+    """Returns the checkpoint's run, and the encoders of a job: those of `inits`, each one of INITS or [NAME=]PATH of a run or weights, then those
+    of `compare`.
 
-    Raises UserError if there is nothing to load at a path, or two have one name.
+    changes: options of all that are weights, see `load_runs_or_weights`. Raises UserError if there is nothing to load at a path, or two have
+    one name.
     """
-    subjects = []
-    for text in (*inits, *compare):
+    texts = (*inits, *compare)
+    for text in texts:
+        if named_path(text)[0] in INITS:
+            raise UserError(f"{text}: {named_path(text)[0]!r} is the name of the checkpoint's own encoder; give another NAME=")
+    run, *loaded = load_runs_or_weights([checkpoint, *(named_path(text)[1] for text in texts if text not in INITS)], changes=changes)
+    others, subjects = iter(loaded), []
+    for text in texts:
         given, path = named_path(text)
         name = given or (Path(path).name if Path(path).is_dir() else Path(path).stem)
         if text == "byol":
@@ -176,15 +201,13 @@ def subjects_of(run: RunState, inits: Sequence[str], compare: Sequence[str]) -> 
         elif text == "untrained":
             identity = f"seed {run.config.seed} {run.config.model} {run.config.views}"
             subjects.append(Subject(text, "untrained encoder", run.config.views, identity, partial(_untrained, run)))
-        elif given in INITS:
-            raise UserError(f"{text}: {name!r} is the name of the checkpoint's own encoder; give another NAME=")
         else:
-            subjects.append(_trained(name, load_run_or_weights(path), title=name))
+            subjects.append(_trained(name, next(others), title=name))
     names = [subject.name for subject in subjects]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two encoders are named {name!r}; give one another name: --compare NAME=PATH")
-    return tuple(subjects)
+    return run, tuple(subjects)
 
 
 def named_path(text: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ al. 2021, k of 10, 20, 100, 200).
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,10 @@ class KnnSettings:
         require(bool(self.temperatures) and min(self.temperatures) > 0, "temperatures", self.temperatures, "at least one number above 0")
         require(bool(self.votes) and set(self.votes) <= set(VOTES), "votes", self.votes, f"of {', '.join(VOTES)}")
         check_amounts("held_out", self.held_out)
+
+    def without_effect(self, _: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these settings don't use has no effect."""
+        return {} if "weighted" in self.votes else {"temperatures": "on plain votes"}
 
     def grid(self) -> list[tuple[int, float | None]]:
         """Returns (k, temperature) of each classifier, temperature None for plain votes; fewer neighbours first."""
@@ -131,8 +136,8 @@ def _scored(
             return Features(empty, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
         return Features(*(torch.cat(parts) for parts in zip(*made, strict=True)), index=torch.from_numpy(own))
 
+    own_val = features(images.test, images.test_rows)  # first: a damaged one is found before all training images are through
     own_fit, own_held_out = features(images.train, fit), features(images.train, held_out)
-    own_val = features(images.test, images.test_rows)
     seconds = time.monotonic() - start
     num = len(fit) + len(held_out) + len(images.test_rows)
     keys = Features(*(torch.cat(parts) for parts in zip(own_fit, own_held_out, strict=True)))

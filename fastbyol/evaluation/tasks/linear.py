@@ -6,7 +6,7 @@ The heads of all rates train side by side on the same features, so a sweep costs
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
 from fastbyol.evaluation.tasks.estimate import estimate_lines, seconds_per_image
-from fastbyol.evaluation.tasks.held_out import IMAGENET, check_amounts, held_out_notes, held_out_rows
-from fastbyol.evaluation.tasks.images import LabelledImages, crop_and_flip, open_labelled
+from fastbyol.evaluation.tasks.held_out import IMAGENET, NOTHING_TO_CHOOSE, check_amounts, held_out_notes, held_out_rows
+from fastbyol.evaluation.tasks.images import LabelledImages, batch_notes, crop_and_flip, open_labelled
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
 from fastbyol.evaluation.tasks.scoring import Hits, compare_with_first, hits_of, packed, unpacked
@@ -71,6 +71,16 @@ class LinearSettings:
         require_choice("views", self.views, ("crop_flip", "pretraining"))
         require(self.logit_penalty >= 0, "logit_penalty", self.logit_penalty, "a number >= 0")
 
+    def without_effect(self, _: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these settings don't use has no effect."""
+        penalty = {} if self.tanh_logits else {"logit_penalty": "without --tanh_logits yes"}
+        return penalty | (NOTHING_TO_CHOOSE if len(self.rates) == 1 else {})
+
+    def split(self, job: Job, images: LabelledImages) -> tuple[Indices, Indices]:
+        """Returns the images to train on while the rate is chosen, and the held-out ones: none where there is one rate only."""
+        rows = images.labelled_rows
+        return held_out_rows(rows, held_out=self.held_out, seed=job.seed) if len(self.rates) > 1 else (rows, rows[:0])
+
 
 class Heads(nn.Module):
     """Linear layers with the same initial weights, applied to the same features by one matrix product: (N, D) -> (N, H, K).
@@ -118,8 +128,9 @@ def run(job: Job, settings: LinearSettings) -> TaskResult:
     sizes: dict[str, int] = {}
     for subject in job.subjects:
         with open_labelled(job, subject.views) as images:
-            fit, held_out = held_out_rows(images.labelled_rows, held_out=settings.held_out, seed=job.seed)
+            fit, held_out = settings.split(job, images)
             sizes = {"train": len(fit), "held out": len(held_out), "val": len(images.test_rows)}
+            images.require_decodable(job, held_out)
             evaluation = _Evaluation(job, settings, subject, images)
             results[subject.name], hits[subject.name] = evaluation.result(fit, held_out)
     return job.result(
@@ -130,7 +141,8 @@ def run(job: Job, settings: LinearSettings) -> TaskResult:
         comparisons=compare_with_first(job, hits),
         notes=[
             "the paper's rows are ImageNet, ResNet-50, 1000 epochs; ours are this run's images and length",
-            *held_out_notes(sizes["train"] + sizes["held out"], settings.held_out),
+            *batch_notes(job, settings.global_batch, (sizes["train"], sizes["train"] + sizes["held out"])),
+            *(held_out_notes(sizes["train"] + sizes["held out"], settings.held_out) if sizes["held out"] else ()),
         ],
     )
 
@@ -159,14 +171,16 @@ class _Evaluation:
 
     def result(self, fit: Indices, held_out: Indices) -> tuple[SubjectResult, Tensor]:
         name, settings, start = self.subject.name, self.settings, time.monotonic()
-        sweep = self.job.once(f"{name} sweep", lambda: self._sweep(f"{name} sweep", fit, held_out))
-        rate = max(settings.rates, key=lambda rate: (sweep["top1"][f"{rate:g}"], -rate))
+        rate, top1 = settings.rates[0], None
+        if len(held_out):
+            top1 = self.job.once(f"{name} sweep", lambda: self._sweep(f"{name} sweep", fit, held_out))["top1"]
+            rate = max(settings.rates, key=lambda rate: (top1[f"{rate:g}"], -rate))
         final = self.job.once(f"{name} rate={rate:g}", lambda: self._final(f"{name} rate={rate:g}", rate))
         result = SubjectResult(
             title=self.subject.title,
             scores={"top1": final["top1"], "top5": final["top5"]},
             seconds=round(time.monotonic() - start, 3),
-            chosen={"rate": rate, "held_out_top1": sweep["top1"]},
+            chosen={"rate": rate, "held_out_top1": top1},
             details={"images_per_s": final["images_per_s"], "global_batch": final["global_batch"]},
         )
         return result, unpacked(final["hits"])
@@ -226,15 +240,17 @@ def plan(job: Job, settings: LinearSettings) -> list[str]:
     subject = job.subjects[0]
     with open_labelled(job, subject.views) as images:
         rows = images.labelled_rows
-        fit, held_out = held_out_rows(rows, held_out=settings.held_out, seed=job.seed)
+        fit, held_out = settings.split(job, images)
+        trained = (fit, rows) if len(held_out) else (rows,)
         evaluation = _Evaluation(job, settings, subject, images)
         speed = seconds_per_image(job, evaluation.encoder, images.train, rows)
-        passes = settings.epochs * (len(fit) + len(rows)) + len(held_out) + len(images.test_rows)
+        passes = settings.epochs * sum(map(len, trained)) + len(held_out) + len(images.test_rows)
         parameters = len(settings.rates) * (evaluation.feature_dim + 1) * len(images.class_names)
-        steps = [max(1, round(settings.epochs * len(part) / min(settings.global_batch, len(part)))) for part in (fit, rows)]
+        steps = [max(1, round(settings.epochs * len(part) / min(settings.global_batch, len(part)))) for part in trained]
+    sweep = f"{steps[0]:,} for the sweep of {len(settings.rates)} rates, " if len(steps) > 1 else ""
     return [
         f"images: {len(fit):,} train, {len(held_out):,} held out, {len(images.test_rows):,} val, {len(images.class_names):,} classes",
-        f"steps: {steps[0]:,} for the sweep of {len(settings.rates)} rates, {steps[1]:,} for the final fit, for each encoder",
+        f"steps: {sweep}{steps[-1]:,} for the final fit, for each encoder",
         *estimate_lines(job, passes * len(job.subjects), speed, work_bytes=12 * parameters, what="forward passes of the frozen encoder"),
     ]
 

@@ -15,10 +15,9 @@ from fastbyol.config.plain import to_plain
 from fastbyol.evaluation.data_state import data_state, paths_of
 from fastbyol.evaluation.evaluate import next_command
 from fastbyol.evaluation.result_file import TaskResult, read_result, write_or_say
-from fastbyol.evaluation.tasks.job import INITS, Job, subjects_of
+from fastbyol.evaluation.tasks.job import INITS, Job, load_subjects
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.process_group import Process, broadcast_from_main
-from fastbyol.run.foreign_weights import load_run_or_weights
 from fastbyol.run.precision import fitted
 from fastbyol.run.provenance import collect_provenance
 
@@ -134,13 +133,13 @@ def run_task(
     announce: Callable[[str], None],
 ) -> None:
     """Runs a task, writes its result and prints it; or, for a dry run, prints what it would do. A result that is there is only printed."""
-    run = load_run_or_weights(options.checkpoint, changes=options.changes)
+    run, subjects = load_subjects(options.checkpoint, options.init or INITS, options.compare, changes=options.changes)
     announce = announce if process.is_main else lambda _: None
     job = Job(
         task=name.replace(" ", "-"),
         data=options.data,
         settings=result_settings(settings, options.version),
-        subjects=subjects_of(run, options.init or INITS, options.compare),
+        subjects=subjects,
         step=run.step,
         process=process,
         stop=stop,
@@ -176,13 +175,16 @@ def run_task(
             job.folder,
             data=job.data,
             step=job.step,
+            seed=job.seed,
             inputs=f"{job.subjects[0].identity.partition(' ')[0]} {job.inputs}",  # begins with the weights, as `evaluate.inputs_of`
             command=job.command,
             checkpoint=options.checkpoint,
             provenance=collect_provenance(),
         )
         if written:
-            job.clear()
+            job.clear(keep=result.missing)
+            for work in job.unfinished():
+                announce(f"{work}: unfinished work of {job.task}, with which its own command goes on; delete it where that is not wanted")
     sizes = ", ".join(f"{count:,} {split}" for split, count in result.sizes.items())
     # A line of its own: a table's title breaks where the table ends.
     say(f"{task.title}, {result.version} settings; images: {sizes}")

@@ -6,6 +6,7 @@ Grill et al., appendix D.4, which follows MoCo's appendix A.5. Data in VOC's lay
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from fastbyol.config.errors import require_at_least, require_between, require_ch
 from fastbyol.data.traversal import Indices
 from fastbyol.evaluation.result_file import TaskResult
 from fastbyol.evaluation.tasks.dense.batches import all_samples, moved
-from fastbyol.evaluation.tasks.dense.files import read_image, require_sound
+from fastbyol.evaluation.tasks.dense.files import read_image
 from fastbyol.evaluation.tasks.dense.pictures import coloured, keep_predictions, picture_notes, sample_rows
 from fastbyol.evaluation.tasks.dense.plan import plan_training
 from fastbyol.evaluation.tasks.dense.trials import (
@@ -28,6 +29,8 @@ from fastbyol.evaluation.tasks.dense.trials import (
     calibration_images,
     check_drops,
     compare_statistics,
+    drop_without_effect,
+    mean_over_pixels,
     normalised,
     prepared,
     run_trials,
@@ -37,9 +40,10 @@ from fastbyol.evaluation.tasks.dense.trials import (
     trial_result,
 )
 from fastbyol.evaluation.tasks.dense.voc import IGNORE, LabelledImage, class_names, labelled_images, sbd_folders, voc_folder
-from fastbyol.evaluation.tasks.held_out import check_amounts, held_out_notes
+from fastbyol.evaluation.tasks.held_out import NOTHING_TO_CHOOSE, check_amounts, held_out_notes
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.registry import Task
+from fastbyol.evaluation.tasks.soundness import require_sound
 from fastbyol.models.backbone import Backbone, backbone_of
 from fastbyol.ranks.process_group import gather_everywhere
 from fastbyol.run.precision import autocast
@@ -108,6 +112,10 @@ class SegmentationSettings:
         require_probability("--flip_p", self.flip_p)
         require_choice("--test_view", self.test_view, VIEWS)
 
+    def without_effect(self, _: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these settings don't use has no effect."""
+        return (NOTHING_TO_CHOOSE if len(self.lrs) == 1 else {}) | drop_without_effect(self.drop_at)
+
 
 # For 48 px and a small encoder: one rate, a narrow head, half the dilation, because the maps have 12 x 12 positions. The encoder is frozen,
 # so that the score is about its features (docs/evaluation.md).
@@ -154,11 +162,9 @@ def _convolution(inputs: int, outputs: int, dilation: int) -> tuple[nn.Module, .
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean cross-entropy of the pixels that count, with the logits upsampled to the labels' size (N, H, W)."""
+    """Returns the mean cross-entropy of the pixels that count, with the logits upsampled to the labels' size (N, H, W); see `mean_over_pixels`."""
     logits = upsampled(logits, tuple(labels.shape[1:]))
-    counted = (labels != IGNORE).sum().clamp(min=1)
-    # The sum over the pixels that count: torch's mean over none of them is NaN.
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / counted
+    return mean_over_pixels(F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), labels != IGNORE)
 
 
 def upsampled(logits: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -401,9 +407,12 @@ def _class_ious(confusions: NDArray[Any], classes: tuple[str, ...]) -> dict[str,
 def _notes(settings: SegmentationSettings, *, num_train: int) -> list[str]:
     view = f"the {settings.crop_px} px centre crop (BYOL's)" if settings.test_view == "crop" else "the full size (MoCo's)"
     other = "full" if settings.test_view == "crop" else "crop"
+    norms = (
+        "each rank's own statistics" if settings.encoder_rate else "the frozen encoder's running statistics, in the head each rank's own"
+    )
     return [
         f"tested on {view}; figures of the other protocol (--test_view {other}) are not strictly comparable",
-        "the paper does not state momentum, batch-norm mode, ignored pixels and upsampling: here 0.9, each rank's own statistics, 255, bilinear",
+        f"the paper does not state momentum, batch-norm mode, ignored pixels and upsampling: here {settings.momentum:g}, {norms}, 255, bilinear",
         *(held_out_notes(num_train, settings.held_out) if len(settings.lrs) > 1 else ()),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,11 @@ class SemiSettings(FinetuneSettings):
         require(len(fractions) > 0 and len(set(fractions)) == len(fractions), "fractions", fractions, "one or several different shares")
         for fraction in fractions:
             require(0 < fraction <= 1, "fractions", fraction, "in (0, 1]")
+
+    def without_effect(self, encoders: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these settings don't use has no effect."""
+        lists = {"lists": "on all labels: give a share below 1 in --fractions"} if min(self.fractions) == 1 else {}
+        return super().without_effect(encoders) | lists
 
     def contents(self) -> dict[str, list[str]]:
         """Returns a digest of each list; {} without --lists."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from fastbyol.config.errors import UserError
 from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.evaluation.tasks.job import INITS
 from fastbyol.run.command_line import field_docs
 
 VERSIONS = ("quick", "paper")
@@ -38,12 +39,20 @@ def add_settings(parser: argparse.ArgumentParser, versions: Mapping[str, Setting
 
 
 def settings_from(options: argparse.Namespace, versions: Mapping[str, Chosen]) -> Chosen:
-    """Returns the chosen version with the values that were typed. Raises UserError for a value of the wrong type or out of range."""
+    """Returns the chosen version with the values that were typed. Raises UserError for a value of the wrong type or out of range, and for an
+    option that has no effect beside the others (`without_effect(encoders)` of the settings: why, by name).
+    """
     base = versions[options.settings]
     hints = typing.get_type_hints(type(base))
     typed = {name.removeprefix(PREFIX): value for name, value in vars(options).items() if name.startswith(PREFIX) and value is not None}
     values = {name: _parsed(name, value, hints[name]) for name, value in typed.items()}
-    return from_plain(type(base), to_plain(base) | values, where="--")
+    found = from_plain(type(base), to_plain(base) | values, where="--")
+    encoders = (*(options.init or INITS), *options.compare)
+    unused = getattr(found, "without_effect", lambda _: {})(encoders)
+    for name in typed:
+        if name in unused:
+            raise UserError(f"--{name}: has no effect {unused[name]}; leave it out")
+    return found
 
 
 def _text(value: Any) -> str:

@@ -1,11 +1,8 @@
-"""Images, label images and depth images of a data folder, read with their sizes checked, and the complaints about them collected."""
+"""Images, label images and depth images of a data folder, read with their sizes checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +11,7 @@ from torch import Tensor
 
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size, load_image
-from fastbyol.evaluation.tasks.job import Job
-from fastbyol.host.cores import default_workers
-from fastbyol.host.progress import Progress
-from fastbyol.ranks.process_group import broadcast_from_main
+from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, load_image
 
 MAX_LIST_BYTES = 64 * 2**20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
@@ -54,12 +47,10 @@ def read_depth(path: Path) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """Returns (height, width) from the file's header. Raises UserError if it has none."""
-    try:
-        return image_size(path)
-    except (UndecodableImage, OSError) as error:
-        raise UserError(f"{printable(str(path))}: cannot be read as an image ({shortened(error)})") from error
+def decoded_size(path: Path) -> tuple[int, int]:
+    """Returns (height, width) of the decoded image: what its header says may be all that is left of it. Raises UserError if it is damaged."""
+    _, height, width = read_image(path).shape
+    return height, width
 
 
 def read_names(path: Path) -> list[str]:
@@ -85,40 +76,6 @@ def image_named(folder: Path, name: str) -> Path:
         if (path := folder / f"{name}{suffix}").is_file():
             return path
     raise UserError(f"{printable(str(folder / name))}.jpg: no such image, but it is listed")
-
-
-def require_sound(job: Job, what: str, items: Sequence[Any], check: Callable[[Any], Any]) -> list[Any]:
-    """Calls the check with every item on rank 0, in threads, and returns on every rank what it returned for each; raises one UserError on
-    all ranks if any of the calls raised one.
-
-    Checked before the training starts: in the middle of it, hours would be lost. The message is the first complaint, with the number of
-    items that have one.
-    """
-    complaints, found = broadcast_from_main(_checked(what, items, check) if job.process.is_main else ([], []))
-    if complaints:
-        more = f" ({len(complaints):,} of {len(items):,} {what} have such a fault)" if len(complaints) > 1 else ""
-        raise UserError(f"{complaints[0]}{more}; correct it, or take it off the list")
-    return found
-
-
-def _checked(what: str, items: Sequence[Any], check: Callable[[Any], Any]) -> tuple[list[str], list[Any]]:
-    """Returns the complaints, and what the check returned for the items without one."""
-
-    def checked(item: Any) -> tuple[str | None, Any]:
-        try:
-            return None, check(item)
-        except UserError as error:
-            return str(error), None
-
-    complaints, found = [], []
-    with ThreadPoolExecutor(default_workers()) as pool, Progress(f"checking {what}", len(items), unit="files") as progress:
-        for complaint, value in pool.map(checked, items):
-            progress.advance()
-            if complaint is not None:
-                complaints.append(complaint)
-            else:
-                found.append(value)
-    return complaints, found
 
 
 def _load(path: Path) -> Image.Image:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError, shortened
 from fastbyol.data.traversal import Indices
-from fastbyol.evaluation.tasks.dense.files import IMAGE_SUFFIXES, read_depth, read_image, size_of
+from fastbyol.evaluation.tasks.dense.files import IMAGE_SUFFIXES, decoded_size, read_depth, read_image
 
 LABELLED, SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
 UNITS_PER_M = 1000.0
@@ -88,7 +88,7 @@ class FolderFrames:
 
     def check(self, index: int) -> None:
         image, path = self.pairs[index]
-        depth, size = read_depth(path), size_of(image)
+        depth, size = read_depth(path), decoded_size(image)
         if tuple(depth.shape) != size:
             height, width = depth.shape
             raise UserError(f"{printable(str(path))}: has {width} x {height} px, but its image {size[1]} x {size[0]}")

@@ -21,6 +21,7 @@ from fastbyol.evaluation.tasks.held_out import Amounts, held_out_rows
 from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.training import TrainingFigures, train_network
 from fastbyol.models.backbone import Backbone
+from fastbyol.ranks.process_group import all_reduce_mean
 from fastbyol.run.precision import prepare_model
 
 _CALIBRATION_STREAM = 0x63616C69  # "cali" in ASCII
@@ -115,6 +116,11 @@ def check_drops(drop_at: tuple[float, ...], drop: float) -> None:
     require_positive("--drop", drop)
 
 
+def drop_without_effect(drop_at: tuple[float, ...]) -> dict[str, str]:
+    """Returns why --drop has no effect, by its name, where the rate never falls; else {}."""
+    return {} if drop_at else {"drop": "without --drop_at"}
+
+
 def rate_at(step: int, *, base: float, total_steps: int, drop_at: tuple[float, ...], drop: float, warmup_steps: int = 0) -> float:
     """Returns the rate of a step: `base`, times `drop` at each share of the training in `drop_at`; linear from 1/1000 in the warm-up."""
     passed = sum(step >= round(share * total_steps) for share in drop_at)
@@ -165,6 +171,15 @@ def train_trial(
         total_steps=settings.steps,
         step_images=settings.batch_images,
     )
+
+
+def mean_over_pixels(loss: Tensor, counted: Tensor) -> Tensor:
+    """Returns the sum of a loss over this rank's counted pixels divided by the ranks' mean number of them; 0 where none counts.
+
+    The mean of the ranks, which DDP takes, is then that of all pixels: a rank with few of them weighs none of its own more.
+    """
+    # Torch's mean over no pixel is NaN; over many ranks their mean number may be below 1.
+    return loss / all_reduce_mean(counted.sum().float()).clamp(min=1e-3)
 
 
 # ---- networks and their images

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError, shortened
-from fastbyol.evaluation.tasks.dense.files import image_named, read_labels, read_names, size_of
+from fastbyol.evaluation.tasks.dense.files import decoded_size, image_named, read_labels, read_names
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike"),
@@ -99,7 +99,7 @@ class LabelledImage:
 
     def check(self, *, classes: int) -> None:
         """Raises UserError if the label image has another size than the image, or a value out of range."""
-        labels, size = self.read_labels(classes=classes), size_of(self.image)
+        labels, size = self.read_labels(classes=classes), decoded_size(self.image)
         if tuple(labels.shape) != size:
             height, width = labels.shape
             raise UserError(f"{printable(str(self.labels))}: has {width} x {height} px, but its image {size[1]} x {size[0]}")
@@ -193,7 +193,7 @@ def read_boxes(image: Path, xml: Path, *, classes: tuple[str, ...]) -> BoxedImag
     Raises:
         UserError: not such a file, a class that is not in `classes`, or a box that is empty or outside the image.
     """
-    height, width = size_of(image)
+    height, width = decoded_size(image)
     boxes, labels, difficult = [], [], []
     for found in _objects(xml):
         name = (found.findtext("name") or "").strip()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastbyol.config.errors import Diverged, UserError, require, require_at_least, require_positive
+from fastbyol.config.errors import Diverged, require, require_at_least, require_positive
 from fastbyol.data.backends.source import Indices
 from fastbyol.data.loader import CropLoader, ImageLoader
 from fastbyol.data.traversal import Traversal
@@ -28,12 +29,13 @@ from fastbyol.evaluation.tasks.classifier import (
     scores_of,
 )
 from fastbyol.evaluation.tasks.estimate import StepCost, measure_step, probe_batch
-from fastbyol.evaluation.tasks.images import crop_and_flip
+from fastbyol.evaluation.tasks.images import batch_notes, crop_and_flip, divided_batch
 from fastbyol.evaluation.tasks.job import Job, Subject
+from fastbyol.evaluation.tasks.soundness import require_decodable
 from fastbyol.evaluation.tasks.training import raise_if_stopped
 from fastbyol.evaluation.tasks.transfer.linear import image_loader, sample
 from fastbyol.evaluation.tasks.transfer.metrics import METRICS, packed_hits
-from fastbyol.evaluation.tasks.transfer.opening import TransferImages
+from fastbyol.evaluation.tasks.transfer.opening import SetRefused, TransferImages, on_every_rank
 from fastbyol.host.cores import default_workers
 
 TEST_SHARE = 224 / 256
@@ -84,10 +86,25 @@ class TransferFinetuneSettings:
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         require(0 < self.smallest_crop <= 1, "smallest_crop", self.smallest_crop, "in (0, 1]")
 
+    def without_effect(self, encoders: Sequence[str]) -> dict[str, str]:
+        """Returns why each option that these encoders don't use has no effect."""
+        scratch, tuned = ("scratch_steps", "scratch_rates", "scratch_decays"), ("steps", "rates", "decays")
+        without = dict.fromkeys(scratch, "without --init untrained") if "untrained" not in encoders else {}
+        return without | (dict.fromkeys(tuned, "on an untrained network alone") if set(encoders) == {"untrained"} else {})
+
+    @property
+    def tuned(self) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+        """Steps, rates and decays of trained encoders."""
+        return self.steps, self.rates, self.decays
+
+    @property
+    def scratch(self) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+        """Steps, rates and decays of the untrained network."""
+        return self.scratch_steps, self.scratch_rates, self.scratch_decays
+
     def grid(self, subject: Subject) -> list[tuple[float, float]]:
         """All pairs of rate and weight decay for this encoder, the decay as the paper counts it."""
-        scratch = subject.name == "untrained"
-        rates, decays = (self.scratch_rates, self.scratch_decays) if scratch else (self.rates, self.decays)
+        _, rates, decays = self.scratch if subject.name == "untrained" else self.tuned
         return [(rate, decay) for rate in rates for decay in decays]
 
     def steps_for(self, subject: Subject) -> int:
@@ -114,6 +131,8 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
     """Returns the test score of one encoder on one set, and every trial. It keeps each finished training in the job."""
     start = time.perf_counter()
     with image_loader(job, subject, images, crop_share=TEST_SHARE) as loader:
+        later = ("validation and test images", loader, np.concatenate([images.valid, images.test]))
+        on_every_rank(partial(require_decodable, job, f"{images.key} images", later))
         tuning = _Tuning(job, settings, subject, images, loader)
         trials = tuning.trials(settings.grid(subject))
         finished = [trial for trial in trials if trial["valid"] is not None]
@@ -126,11 +145,13 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
         key = f"{images.key} {subject.name} refit rate {pair['rate']:g} decay {pair['decay']:g}"
         tested = job.once(key, partial(tuning.refit, key, **pair))
     seconds = sum(trial["seconds"] for trial in trials) + tested["seconds"]
+    nums = (len(images.train), len(images.train) + len(images.valid))
     return {
         "score": tested["score"],
         "hits": tested["hits"],
         "chosen": pair | {"valid": chosen["valid"]},
         "trials": trials,
+        "notes": batch_notes(job, settings.global_batch, nums[0 if trials else 1 :]),
         "images_per_s": tested["images_per_s"],
         "seconds": max(seconds, time.perf_counter() - start),
     }
@@ -141,9 +162,9 @@ def crop_loader(
 ) -> CropLoader:
     """Returns a loader of random crops and flips of these images; a batch larger than their number is reduced to it."""
     process = job.process
-    batch = min(global_batch, len(rows)) // process.world_size * process.world_size
+    batch = divided_batch(global_batch, len(rows), ranks=process.world_size)
     if not batch:
-        raise UserError(f"{images.name}: {len(rows)} images are fewer than the {process.world_size} ranks")
+        raise SetRefused(f"{images.name}: {len(rows)} images are fewer than the {process.world_size} ranks")
     walk = Traversal(len(rows), job.seed, batch, rank=process.rank, world_size=process.world_size)
     output = "uint8" if process.device.type == "cuda" else "float32"
     views, workers = crop_and_flip(subject.views, smallest=smallest_crop), job.workers or default_workers()
@@ -219,7 +240,7 @@ class _Tuning:
     def network(self, *, steps_per_epoch: float) -> Classifier:
         """Returns the classifier with this encoder's weights and a new head."""
         if self._classifier is None:
-            encoder = self.subject.encoder(partial(sample, self.loader, self.images.train, seed=self.job.seed))
+            encoder = on_every_rank(lambda: self.subject.encoder(partial(sample, self.loader, self.images.train, seed=self.job.seed)))
             self._classifier = RestartedClassifier(self.job, encoder, num_classes=len(self.images.class_names))
         network = self._classifier.network()
         for module in network.modules():

@@ -23,7 +23,7 @@ from fastbyol.evaluation.tasks.job import Job, Subject
 from fastbyol.evaluation.tasks.scoring import outputs, rank_share
 from fastbyol.evaluation.tasks.training import TaskStopped
 from fastbyol.evaluation.tasks.transfer.metrics import METRICS, packed_hits
-from fastbyol.evaluation.tasks.transfer.opening import SetRefused, TransferImages
+from fastbyol.evaluation.tasks.transfer.opening import SetRefused, TransferImages, on_every_rank
 from fastbyol.evaluation.tasks.transfer.regression import SWEEP_TOLERANCE, LogisticRegression
 from fastbyol.host.cores import default_workers
 from fastbyol.host.durable_files import durable_file
@@ -84,8 +84,9 @@ def evaluate_linear(job: Job, settings: TransferLinearSettings, images: Transfer
     key = f"{images.key} {subject.name}"
     # The paper resizes the short side to 224 and crops the centre: the whole short side is seen, unlike in ImageNet's test crop of 7/8.
     with image_loader(job, subject, images, crop_share=1.0) as loader:
-        encoder = subject.encoder(partial(sample, loader, images.train, seed=job.seed))
-        parts = {split: cached_features(job, f"{key} {split}", encoder, loader, getattr(images, split)) for split in images.sizes}
+        encoder = on_every_rank(lambda: subject.encoder(partial(sample, loader, images.train, seed=job.seed)))
+        # The few test images first: one that is damaged is found before hours of training images.
+        parts = {split: cached_features(job, f"{key} {split}", encoder, loader, getattr(images, split)) for split in reversed(images.sizes)}
     found: dict[str, Any] = {}
     error: Exception | None = None
     if job.process.is_main:
@@ -107,7 +108,8 @@ def evaluate_linear(job: Job, settings: TransferLinearSettings, images: Transfer
 def cached_features(job: Job, key: str, encoder: nn.Module, loader: ImageLoader, rows: Indices) -> list[Path]:
     """Extracts the features of these images, in parts, each shared by the ranks; returns rank 0's files in order: (n, D) float32.
 
-    Parts that an earlier start of the job has written are not extracted again. Raises TaskStopped if a signal has arrived.
+    Parts that an earlier start of the job has written are not extracted again. Raises SetRefused if an image cannot be read or a feature is not
+    finite, TaskStopped if a signal has arrived.
     """
     process = job.process
     encoder.to(process.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -119,16 +121,7 @@ def cached_features(job: Job, key: str, encoder: nn.Module, loader: ImageLoader,
             paths.append(job.part(f"{key} {number:04d}", ".npy"))
             is_there = gather_everywhere(process.is_main and _holds(paths[-1], len(part)))[0]
             if not is_there:
-                found, error = None, None
-                try:
-                    found = features_of(job, encoder, loader, rank_share(part, job))
-                except UserError as raised:
-                    error = raised
-                # A rank that cannot read an image must not leave the others waiting.
-                for failed in gather_everywhere(error):
-                    if failed is not None:
-                        raise failed
-                shares = gather_on_main(found)
+                shares = gather_on_main(on_every_rank(partial(features_of, job, encoder, loader, rank_share(part, job))))
                 if process.is_main:
                     _write(paths[-1], torch.cat(shares))
             if progress is not None:

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,10 @@ from fastbyol.data.inputs.subset import read_subset
 from fastbyol.evaluation.linear import held_out_mask
 from fastbyol.evaluation.tasks.transfer.sets import CALTECH_TRAIN, TransferSet, missing_text
 from fastbyol.evaluation.tasks.transfer.split import OWN_SHARE, held_out_count, hold_out, hold_out_of_each
+from fastbyol.ranks.process_group import gather_everywhere
 
 DOWNLOAD_TIMEOUT_S = 30.0
+Computed = TypeVar("Computed")
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -39,6 +41,23 @@ VOC_CLASSES = (
 
 class SetRefused(UserError):
     """A set cannot be evaluated, and every rank knows it: all leave it out and go on to the next one."""
+
+
+def on_every_rank(compute: Callable[[], Computed]) -> Computed:
+    """Returns what this rank computes; every rank calls it. Raises SetRefused on all of them where one raises a UserError.
+
+    A rank that cannot read an image must not leave the others waiting.
+    """
+    found: list[Computed] = []
+    error: UserError | None = None
+    try:
+        found.append(compute())
+    except UserError as raised:
+        error = raised
+    for failed in gather_everywhere(error):
+        if failed is not None:
+            raise SetRefused(str(failed)) from failed
+    return found[0]
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from fastbyol.evaluation.tasks.transfer.finetune import (
 )
 from fastbyol.evaluation.tasks.transfer.linear import TransferLinearSettings, evaluate_linear, plan_linear
 from fastbyol.evaluation.tasks.transfer.metrics import METRIC_TITLES
-from fastbyol.evaluation.tasks.transfer.opening import SetRefused, TransferImages, open_set
-from fastbyol.evaluation.tasks.transfer.sets import BY_NAME, PAPER_FINETUNE, PAPER_LINEAR, SETS, TransferSet, chosen_sets, missing_text
+from fastbyol.evaluation.tasks.transfer.opening import SetRefused, TransferImages, on_every_rank, open_set
+from fastbyol.evaluation.tasks.transfer.sets import PAPER_FINETUNE, PAPER_LINEAR, SETS, TransferSet, chosen_sets, missing_text
 from fastbyol.host.quantities import count_text, duration_text
-from fastbyol.ranks.process_group import broadcast_from_main, gather_everywhere
+from fastbyol.ranks.process_group import broadcast_from_main
 
 PLACES = "note: the paper's Places365 figure is table 13's: SGD on random crops, as `evaluate linear` does, not a fit on features without augmentation"
 Evaluate = Callable[[Job, Any, TransferImages, Subject], dict[str, Any]]
@@ -77,7 +77,8 @@ def run_sets(job: Job, settings: Any, *, evaluate: Evaluate, paper: dict[str, di
             scores[subject][name] = score
     if not opened:
         raise UserError(f"{job.task}: no set gave a score; " + "; ".join(failed.values()))
-    return _result(job, scores, opened, failed, wanted=[_name(one) for one in _wanted(job, settings)], paper=paper, notes=notes)
+    wanted = {_name(one): one for one in _wanted(job, settings)}
+    return _result(job, scores, opened, failed, wanted=wanted, paper=paper, notes=notes)
 
 
 def _evaluated(job: Job, settings: Any, images: TransferImages, subject: Subject, evaluate: Evaluate) -> dict[str, Any]:
@@ -142,15 +143,9 @@ def _open_everywhere(job: Job, one: TransferSet | Path, settings: Any) -> Transf
     root, turns = Path(job.data), (0, 1) if settings.download else (0,)
     images: TransferImages | None = None
     for turn in turns:
-        error = None
-        if len(turns) == 1 or job.process.is_main == (turn == 0):
-            try:
-                images = open_set(one, root, download=settings.download and turn == 0, seed=job.seed)
-            except UserError as raised:
-                error = raised
-        for other in gather_everywhere(error):
-            if other is not None:
-                raise SetRefused(str(other))
+        its_turn = len(turns) == 1 or job.process.is_main == (turn == 0)
+        download = settings.download and turn == 0
+        images = on_every_rank(lambda: open_set(one, root, download=download, seed=job.seed) if its_turn else images)  # noqa: B023
     assert images is not None
     return replace(images, state=broadcast_from_main(_state(job, one) if job.process.is_main else ""))
 
@@ -161,7 +156,7 @@ def _result(
     opened: dict[str, dict[str, Any]],
     failed: dict[str, str],
     *,
-    wanted: list[str],
+    wanted: dict[str, TransferSet | Path],
     paper: dict[str, dict[str, float]],
     notes: list[str],
 ) -> TaskResult:
@@ -177,8 +172,10 @@ def _result(
             details,
         )
     # Every set of the paper is a column where all were asked for: the table is its table 3.
-    columns = {name: f"{BY_NAME[name].title if name in BY_NAME else name} %" for name in wanted if name in opened or name in BY_NAME}
-    rows = {title: {name: value for name, value in row.items() if name in columns} for title, row in paper.items()}
+    # By the set and not by its name: a folder of one's own may be called as one of them.
+    papers = {name: one for name, one in wanted.items() if isinstance(one, TransferSet)}
+    columns = {name: f"{papers[name].title if name in papers else name} %" for name in wanted if name in opened or name in papers}
+    rows = {title: {name: value for name, value in row.items() if name in papers} for title, row in paper.items()}
     unfinished = sum(
         found.get("unfinished_fits", 0) + (not found.get("converged", True)) for sets in scores.values() for found in sets.values()
     )
@@ -190,6 +187,7 @@ def _result(
         comparisons=_comparisons(job, scores),
         notes=[
             *(f"note: {text}" for found in opened.values() for text in found["notes"]),
+            *dict.fromkeys(text for sets in scores.values() for found in sets.values() for text in found.get("notes", ())),
             *([f"note: {unfinished} fits stopped at --max_steps before they had converged"] if unfinished else []),
             "note: metrics: " + ", ".join(f"{METRIC_TITLES[metric]} of {' '.join(names)}" for metric, names in _by_metric(opened).items()),
             *notes,
@@ -278,9 +276,17 @@ def _run_finetune(job: Job, settings: TransferFinetuneSettings) -> TaskResult:
     notes = [
         _RESIZED + " in training and of 7/8 of it in the test",
         "note: rates fall on a half cosine without warm-up, and weight decay is on all weights; the paper says neither",
-        "note: the untrained network has SimCLR's settings for random weights (appendix B.8): --scratch_steps, _rates, _decays",
+        *_scratch_notes(job, settings),
     ]
     return run_sets(job, settings, evaluate=evaluate_finetune, paper=PAPER_FINETUNE, notes=notes)
+
+
+def _scratch_notes(job: Job, settings: TransferFinetuneSettings) -> list[str]:
+    """Returns a sentence where an untrained network has settings of its own."""
+    if all(subject.name != "untrained" for subject in job.subjects) or settings.scratch == settings.tuned:
+        return []
+    source = "SimCLR's settings for random weights (appendix B.8)" if settings.scratch == TransferFinetuneSettings().scratch else "its own"
+    return [f"note: the untrained network has {source}: --scratch_steps, _rates, _decays"]
 
 
 TASKS = {
