@@ -152,7 +152,7 @@ def test_a_gpu_that_is_too_small_is_one_line_with_the_options_that_make_a_step_s
         code, _, err = call(["evaluate", *task.split(), "--checkpoint", str(run), "--data", str(data), *CPU], capsys)
         assert (code, err) == (
             2,
-            f"fastbyol: error: evaluate {task}: out of GPU memory; use more ranks (torchrun), {smaller}or a smaller --batch for images without "
+            f"fastbyol: error: evaluate {task}: out of memory; use more ranks (torchrun), {smaller}or a smaller --batch for images without "
             "gradients; --dry_run says how much a task needs\n",
         )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
 from fastbyol.config.arguments import OneLineParser, local_or_url, path_text
 from fastbyol.config.console import printable, say
-from fastbyol.config.errors import UserError, require, require_at_least
+from fastbyol.config.errors import UserError, is_out_of_memory, require, require_at_least
 from fastbyol.config.schema import WEIGHTS_OPTIONS
 from fastbyol.config.urls import is_url
 
@@ -77,8 +77,6 @@ def evaluate_run(options: argparse.Namespace) -> None:
     try:
         run(name, options)
     except RuntimeError as error:
-        from fastbyol.tuning.stepper import is_out_of_memory
-
         if not is_out_of_memory(error):
             raise
         raise UserError(f"evaluate {name}: {_memory_advice(options)}") from error
@@ -88,7 +86,7 @@ def _memory_advice(options: argparse.Namespace) -> str:
     """Returns what to do where the GPU's memory is too small, in the options that the task has."""
     smaller = next((f"a smaller --{each}, " for each in ("global_batch", "batch_images") if hasattr(options, f"setting_{each}")), "")
     measured = "; --dry_run says how much a task needs" if hasattr(options, "dry_run") else ""
-    return f"out of GPU memory; use more ranks (torchrun), {smaller}or a smaller --batch for images without gradients{measured}"
+    return f"out of memory; use more ranks (torchrun), {smaller}or a smaller --batch for images without gradients{measured}"
 
 
 def _whole_name(task: str, rest: Sequence[str]) -> tuple[str, list[str]]:
