@@ -6,6 +6,7 @@ Also the alternatives that the paper tries: other normalisations in the loss (ap
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ def infonce_beta_loss(
 def _one_direction(query: Tensor, *, same_view: Tensor, other_view: Tensor, beta: float, alpha: float) -> Tensor:
     own = _first_row_of_rank(len(query)) + torch.arange(len(query), device=query.device)
     # Outside autocast: in bf16 the cosines of the closest pairs would come in steps of 1/256, and are then divided by alpha.
-    with torch.autocast(query.device.type, enabled=False):
+    # (Meta tensors, of the trace of a step without a GPU, have no autocast.)
+    with nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False):
         across, among = query @ other_view.T, query @ same_view.T
     positive = across.gather(1, own[:, None]).squeeze(1)
     # An image must not be its own negative: -inf removes it from the logsumexp.

