@@ -133,7 +133,7 @@ def _timm_features(name: str, *, output_stride: int | None) -> Any:
 
     wish: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
     try:
-        features = timm.create_model(name, pretrained=False, features_only=True, **wish)
+        features: Any = timm.create_model(name, pretrained=False, features_only=True, **wish)
         # Before 1.0.31 timm builds some models without a word as if nothing had been asked for.
         if output_stride is not None and (stride := features.feature_info.reduction()[-1]) != output_stride:
             raise ValueError(f"it was built with stride {stride}")
