@@ -10,12 +10,12 @@ ARG BASE=debian:12-slim
 
 FROM ${BASE} AS system
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+# libGL and GLib: for PyPI's opencv-python, which `import ffcv` imports; training loads ffcv's C library only, which needs neither.
 # hadolint ignore=DL3008
 RUN apt-get update && \
     apt-get install -y --no-install-recommends \
       python3 python3-dev python3-venv g++ libturbojpeg0 libopencv-core406 libopencv-imgproc406 libgl1 libglib2.0-0 && \
     rm -rf /var/lib/apt/lists/*
-# PyPI's opencv-python, which `import ffcv` imports, needs libGL and GLib; training loads ffcv's C library only, which does not.
 # torch.compile needs the compiler and Python's headers at run time; kernels compile once, into a place that stays writable in a read-only container.
 ENV PATH=/opt/fastbyol/bin:$PATH NUMBA_CACHE_DIR=/tmp/numba PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 

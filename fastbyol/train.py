@@ -117,20 +117,6 @@ def train(config: TrainConfig, process: Process, stop: StopRequest) -> bool:
     return session.end()
 
 
-def out_of_memory_text(config: TrainConfig, process: Process) -> str:
-    """Returns what did not fit into the device's memory, and what takes less."""
-    images = config.global_batch // (process.world_size * accumulation_of(config, world_size=process.world_size))
-    smaller = (
-        f"--rank_batch {images // 2} (micro-batches, whose gradients are added up)"
-        if images % 2 == 0 and images > 2
-        else "a smaller --global_batch"
-    )
-    return (
-        f"out of memory on {process.device}: {images:,} images in one forward pass, two views each, of {config.model.encoder} at {config.views.size_px} px; "
-        f"give {smaller}, more ranks, a smaller encoder or --views.size_px; python -m fastbyol tune finds what fits"
-    )
-
-
 def train_step(
     config: TrainConfig, process: Process, state: TrainState, batches: Iterator[ViewBatch], monitor: Monitor, *, lr: float, tau: float
 ) -> BYOLOutput:
@@ -199,6 +185,17 @@ def build(config: TrainConfig, process: Process, *, mirrored: Sequence[int] = ()
         scaler=build_scaler(config.precision, device=process.device),
         loader=loader,
         accumulate=accumulate,
+    )
+
+
+def out_of_memory_text(config: TrainConfig, process: Process) -> str:
+    """Returns what did not fit into the device's memory, and what takes less."""
+    images = config.rank_batch or config.global_batch // process.world_size
+    halves = images > 2 and images % 2 == 0
+    smaller = f"--rank_batch {images // 2} (micro-batches, whose gradients are added up)" if halves else "a smaller --global_batch"
+    return (
+        f"out of memory on {process.device}: {images:,} images in one forward pass, two views each, of {config.model.encoder} at {config.views.size_px} px; "
+        f"give {smaller}, more ranks, a smaller encoder or --views.size_px; python -m fastbyol tune finds what fits"
     )
 
 

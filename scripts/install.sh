@@ -5,11 +5,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-# For ffcv (built from source) and the demo's photographs. libopencv-dev would pull 249 packages; two of its parts are enough. The last two are
-# what PyPI's opencv-python loads, and a server may lack.
-PACKAGES=(python3-venv g++ pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev dataset-fashion-mnist libgl1 libglib2.0-0)
+# For ffcv (built from source) and the demo's photographs. libopencv-dev would pull 249 packages; two of its parts are enough.
+PACKAGES=(python3-venv g++ pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev dataset-fashion-mnist)
 # ffcv and torch.compile build extensions of Python. Debian's own Python has its headers in a package; others bring them.
 "$PYTHON" -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()' 2>/dev/null || PACKAGES+=(python3-dev)
+# PyPI's opencv-python, which `import ffcv` imports, loads two libraries that a server may lack. Asked for by file, for later releases call the second package libglib2.0-0t64.
+has_library() { PATH=$PATH:/sbin ldconfig -p 2>/dev/null | grep -F "$1 " >/dev/null; }
+has_library libGL.so.1 || PACKAGES+=(libgl1)
+has_library libgthread-2.0.so.0 || PACKAGES+=(libglib2.0-0)
 
 say() { printf 'install: %s\n' "$*"; }
 missing_part() {

@@ -145,7 +145,7 @@ class Runner:
                 if self.stop.requested:
                     raise Stopped(f"stopped before {run.name}; the same command goes on from there")
                 with self._claimed(run) as is_ours:
-                    # Another process may have done it in the meantime, and a failure of today is not tried again today.
+                    # Another process may have done it in the meantime; if it failed there, it would here too.
                     if not is_ours or _record_of(self.folder, run.run, run.seed, run.config) not in (None, run.record):
                         continue
                     if self._splits is None:

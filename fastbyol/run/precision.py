@@ -178,7 +178,7 @@ def _compile(module: nn.Module | None, config: PrecisionConfig, *, device: torch
 def set_up_inductor() -> None:
     """Gives Inductor's compile workers this process's share of the cores, and its kernels a launcher that lets other threads run.
 
-    TORCHINDUCTOR_COMPILE_THREADS and TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER have their own values kept.
+    TORCHINDUCTOR_COMPILE_THREADS and TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER count where they are set.
     """
     import torch._inductor.config as inductor
 

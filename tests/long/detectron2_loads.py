@@ -45,19 +45,10 @@ def main() -> None:
         for name in ("resnet18", "resnet50"):
             model, weights, exported = model_of(name), Path(scratch) / f"{name}.pt", Path(scratch) / f"{name}, exported.pkl"
             torch.save(model.state_dict(), weights)
-            command = [
-                sys.executable,
-                "-m",
-                "fastbyol",
-                "export",
-                "--checkpoint",
-                str(weights),
-                "--model.encoder",
-                name,
-                "--to",
-                "detectron2",
-            ]
-            subprocess.run([*command, "--out", str(exported)], check=True, capture_output=True)
+            options = f"-m fastbyol export --model.encoder {name} --to detectron2".split()
+            subprocess.run(
+                [sys.executable, *options, "--checkpoint", str(weights), "--out", str(exported)], check=True, capture_output=True
+            )
             # The config is the card's, word for word.
             card = Path(f"{exported}.md").read_text()
             block = re.search(r"MODEL: \{.*?\}\}\nINPUT: \{.*?\}", card, re.DOTALL)
