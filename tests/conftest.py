@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -41,6 +42,17 @@ def signals_as_in_the_foreground() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def log_as_in_a_new_process() -> None:
+    """Lets caplog see the product's log in every test, because a command run in this process sets a level and handlers and ends propagation."""
+    log = logging.getLogger("fastbyol")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -41,13 +41,9 @@ def _save(run, step, **options):
 
 @pytest.fixture(autouse=True)
 def heard(caplog):
-    """Lets caplog see the product's log, whatever an earlier run has set up."""
-    log = logging.getLogger("fastbyol")
-    before = log.propagate, log.level
-    log.propagate = True
+    """Lets caplog see the product's lines of information too."""
     caplog.set_level(logging.INFO, logger="fastbyol")
-    yield caplog
-    log.propagate, log.level = before
+    return caplog
 
 
 def test_a_saved_state_is_loaded_unchanged_and_only_the_newest_are_kept(tmp_path):

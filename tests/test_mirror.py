@@ -28,13 +28,9 @@ from tests.commands import SMALL_RUN, state_digest
 
 @pytest.fixture(autouse=True)
 def heard(caplog: pytest.LogCaptureFixture):
-    """Lets caplog see the product's log, whatever an earlier run has set up."""
-    log = logging.getLogger("fastbyol")
-    before = log.propagate, log.level
-    log.propagate = True
+    """Lets caplog see the product's lines of information too."""
     caplog.set_level(logging.INFO, logger="fastbyol")
-    yield caplog
-    log.propagate, log.level = before
+    return caplog
 
 
 def config_of(tmp_path: Path, **options: object) -> TrainConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import re
 import time
@@ -292,7 +291,6 @@ def test_an_encoder_whose_operations_cannot_be_counted_does_not_end_the_run(monk
         raise NotImplementedError("aten::odd on Meta")
 
     monkeypatch.setattr("fastbyol.monitors.compute.build_byol", fails)
-    monkeypatch.setattr(logging.getLogger("fastbyol"), "propagate", True)
     meter = ComputeMeter(preset_config("cpu_demo"), device=CPU)
     for _ in range(2):
         assert meter.rates(images_per_s_per_device=1.0) == {"tflop_per_s_per_device": None, "mfu": None}
