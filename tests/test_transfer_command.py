@@ -188,7 +188,10 @@ def test_on_two_ranks_too_a_set_with_a_damaged_test_image_is_left_out_and_the_ot
     assert (list(result["subjects"]["byol"]["scores"]), result["missing"]) == (["one"], ["two"])
 
 
-def test_the_finished_trainings_of_a_set_that_failed_are_kept_and_those_of_the_others_are_not(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error", [MemoryError("no memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")], ids=["host", "cublas"]
+)
+def test_the_finished_trainings_of_a_set_that_failed_are_kept_and_those_of_the_others_are_not(error, run, tmp_path, monkeypatch, capsys):
     arguments = command("finetune", run, tmp_path / "sets", "--sets", "one,two", *TRAINED, "--init", "byol", "--out", str(tmp_path / "out"))
     for name in ("one", "two"):
         make_own(tmp_path / "sets" / name, train=8, val=2, test=2)
@@ -197,7 +200,7 @@ def test_the_finished_trainings_of_a_set_that_failed_are_kept_and_those_of_the_o
     def runs_out_of_memory_once(self, key, *rest, **named):
         if "refit" in key and self.images.name == "two" and memory:
             memory.clear()
-            raise MemoryError("no memory")
+            raise error
         return fitted(self, key, *rest, **named)
 
     monkeypatch.setattr(finetune._Tuning, "_fitted", runs_out_of_memory_once)

@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastbyol.config.errors import Diverged, UserError, first_line
+from fastbyol.config.errors import Diverged, UserError, first_line, is_out_of_memory
 from fastbyol.evaluation.comparison import Comparison, compare_hits
 from fastbyol.evaluation.data_state import data_state
 from fastbyol.evaluation.result_file import SubjectResult, TaskResult
@@ -60,7 +58,9 @@ def run_sets(job: Job, settings: Any, *, evaluate: Evaluate, paper: dict[str, di
             images = _open_everywhere(job, one, settings)
             job.announce(f"{images.name}: " + ", ".join(f"{count:,} {split}" for split, count in images.sizes.items()))
             found = {subject.name: _evaluated(job, settings, images, subject, evaluate) for subject in job.subjects}
-        except (UserError, Diverged, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except Exception as error:
+            if not isinstance(error, UserError | Diverged | OSError | MemoryError) and not is_out_of_memory(error):
+                raise
             if job.process.world_size > 1 and not isinstance(error, Diverged | SetRefused):
                 raise  # of one rank alone, perhaps: the others may be waiting for it, and it cannot tell them
             failed[name] = f"{name}: {first_line(error, limit=300).removeprefix(f'{name}: ')}"
