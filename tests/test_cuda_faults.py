@@ -132,11 +132,17 @@ def test_a_peer_that_is_gone_is_a_lost_rank(kind: type[Exception], text: str) ->
         (dist.DistBackendError, "NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details). Cuda failure 'out of memory'"),
         (RuntimeError, "ProcessGroupNCCL is only supported with GPUs, no GPUs found!"),
         (RuntimeError, "[enforce fail at ../third_party/gloo/gloo/allreduce.cc:21] op.preamble.length <= op.nbytes. 8 vs 4"),
+        (RuntimeError, "CUDA error: the launch timed out and was terminated"),
     ],
 )
 def test_an_error_of_the_settings_is_not_a_lost_rank_which_launchers_would_start_again_for_ever(kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text[:20].replace("[", r"\[")), lost_ranks_named(Process(0, 2, torch.device("cpu"))):
         raise kind(text)
+
+
+def test_a_process_alone_has_no_peer_to_lose() -> None:
+    with pytest.raises(RuntimeError, match="connection reset by peer"), lost_ranks_named(Process(0, 1, torch.device("cpu"))):
+        raise RuntimeError("reading https://host/train.tar: connection reset by peer")
 
 
 @pytest.mark.parametrize(("failed", "calls"), [(True, ["abort", "destroy"]), (False, ["destroy"])])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fastbyol.__main__ import main
 from fastbyol.commands.reproduce import _base
@@ -311,10 +313,94 @@ def test_other_images_are_not_compared_with_the_records_that_are_there(colours, 
     write_setup(tmp_path, replace(_setup(colours), data="elsewhere"))
     kept = (tmp_path / "setup.json").read_text()
     with pytest.raises(UserError, match=r"has 72 train and 24 val images, and .*byol-seed0.json is of 999 and 9; give the same data"):
-        check_same_images(tmp_path, str(colours), num_train=72, num_val=24)
+        check_same_images(tmp_path, None, _setup(colours), num_train=72, num_val=24)
     with pytest.raises(SystemExit):
         _reproduce(colours, tmp_path, "--rows", "byol")
     assert (tmp_path / "setup.json").read_text() == kept, "the kept figures are not said to be of the new data"
+
+
+def test_as_many_other_images_are_not_taken_for_those_of_the_runs(colours, tmp_path, capsys):
+    _reproduce(colours, tmp_path / "out", "--rows", "byol")
+    kept = (tmp_path / "out" / "setup.json").read_text()
+    others = shutil.copytree(colours, tmp_path / "others")
+    for path in (others / "val" / "red").iterdir():
+        Image.open(path).rotate(180).save(path)
+    record_path(tmp_path / "out", "byol", 0).unlink()  # its run is there, and would be evaluated on the other images
+    with pytest.raises(SystemExit) as ended:
+        _reproduce(others, tmp_path / "out", "--rows", "byol")
+    assert ended.value.code == 2
+    assert "its val images are not those of the runs in --out" in capsys.readouterr().err
+    assert (tmp_path / "out" / "setup.json").read_text() == kept
+
+
+def test_a_processes_share_of_the_rows_is_trained_alone_whatever_started_the_processes(colours, tmp_path, monkeypatch):
+    srun = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
+    srun |= {"SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    for name, value in srun.items():
+        monkeypatch.setenv(name, value)
+    _reproduce(colours, tmp_path, "--rows", "9/10", "--timeout_s", "5")
+    assert [record.status for record in read_records(tmp_path)] == ["complete"]
+
+
+def test_a_start_that_was_killed_and_a_run_that_was_deleted_are_told_from_what_a_row_costs(colours, tmp_path):
+    runner = Runner(_setup(colours), tmp_path, StopRequest(grace_s=1.0), announce=print, after_each=lambda: None, command="")
+    runs = part_of(planned_runs([TABLES["tau"]], _setup(colours), tmp_path, seeds=1), ["tau_0"])
+    cost = tmp_path / "runs" / "tau_0-seed0.cost.json"
+    cost.parent.mkdir(parents=True)
+    cost.write_text('{"wall_s": 3000.0, "cpu_s": 3000.0, "cost_is_whole": true}')  # of a run that is no longer there
+    (first,) = runner.run_all(runs)
+    assert first.cost_is_whole
+    assert 0 < first.cpu_s < 3000
+    (tmp_path / "runs" / "tau_0-seed0" / "checkpoints" / "step-000000002.pt").unlink()
+    cost.write_text('{"wall_s": 5.0, "cpu_s": 4.0, "cost_is_whole": false}')  # as a start leaves it that is killed with this process
+    record_path(tmp_path, "tau_0", 0).unlink()
+    (again,) = runner.run_all(part_of(planned_runs([TABLES["tau"]], _setup(colours), tmp_path, seeds=1), ["tau_0"]))
+    assert not again.cost_is_whole
+    assert again.cpu_s > 4.0
+
+
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused_before_anything_is_written(colours, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        _reproduce(colours, tmp_path / "out", "--ranks", "3")
+    assert ended.value.code == 2
+    assert "--ranks 3: does not divide the batch of 8 images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_gpu_the_rows_of_the_papers_scale_are_listed_without_timing_a_step(colours, tmp_path, capsys):
+    main(["reproduce", "tau", "--scale", "paper", "--data", str(colours), "--out", str(tmp_path / "out"), "--dry_run"])
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[:2]] == ["byol-seed0", "tau_1-seed0"]
+    assert "how long they take is measured where there is a GPU" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"scores": {"linear": 7.5}}, "must be shares from 0 to 1"),
+        ({"seed": 1}, "it is of byol with seed 1"),
+    ],
+)
+def test_a_record_that_cannot_be_true_is_refused(change, why, colours, tmp_path):
+    config = planned_runs([TABLES["tau"]], _setup(colours), tmp_path, seeds=1)[0].config
+    write_record(tmp_path, Record("byol", 0, "complete", config, scores={"linear": 0.75}))
+    path = record_path(tmp_path, "byol", 0)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=why):
+        read_record(path)
+
+
+def test_a_row_whose_run_folder_was_edited_is_named_with_what_to_delete(colours, tmp_path, capsys):
+    _reproduce(colours, tmp_path, "--rows", "tau_0")
+    record_path(tmp_path, "tau_0", 0).unlink()
+    file = tmp_path / "runs" / "tau_0-seed0" / CONFIG_FILE
+    file.write_text(file.read_text().replace("base_lr: 8.0", "base_lr: 4.0"))
+    with pytest.raises(SystemExit):
+        _reproduce(colours, tmp_path, "--rows", "tau_0")
+    assert f"if the fault is in {file.parent}, delete it, and the row is trained anew" in capsys.readouterr().err
+    shutil.rmtree(file.parent)
+    _reproduce(colours, tmp_path, "--rows", "tau_0")
+    assert [record.status for record in read_records(tmp_path)] == ["complete"]
 
 
 def test_a_config_file_does_not_set_what_each_row_sets_for_itself(tmp_path):

@@ -199,7 +199,10 @@ def test_a_folder_of_something_else_and_a_full_disk_are_one_line(folder):
     write_tables(folder)
     before = (folder / "tables.html").read_text()
     add(folder, "tau_0.9", 0.6)
-    with files_no_larger_than(1000), pytest.raises(UserError, match=r"tables.html: cannot be written \(File too large\); free some space"):
+    with (
+        files_no_larger_than(1000),
+        pytest.raises(UserError, match=r"tables.html: cannot be written \(File too large\); make room or move it away"),
+    ):
         write_tables(folder)
     assert (folder / "tables.html").read_text() == before
     (folder / SETUP_FILE).unlink()

@@ -75,7 +75,7 @@ def reproduce(options: argparse.Namespace) -> None:
     from fastbyol.reproduction.tables import TABLES, table_named
 
     require_between("--seeds", options.seeds, 1, 100)
-    tables = list(TABLES.values()) if options.tables == ["all"] else [table_named(name) for name in dict.fromkeys(options.tables)]
+    tables = list(TABLES.values()) if "all" in options.tables else [table_named(name) for name in dict.fromkeys(options.tables)]
     base = _base(options.run_options, scale=options.scale)
 
     from fastbyol.reproduction.page import write_tables
@@ -106,7 +106,7 @@ def reproduce(options: argparse.Namespace) -> None:
     say(f"{len(runs)} runs: {done} were done before{said}")
     say(f"tables: {options.out / 'tables.html'} and tables.md")
     if failed := [record for record in records if record.status == "failed"]:
-        reasons = "; ".join(f"{record.run} seed {record.seed}: {shortened(record.why)}" for record in failed[:3])
+        reasons = "; ".join(f"{record.run} seed {record.seed}: {shortened(record.why, limit=400)}" for record in failed[:3])
         raise UserError(f"{len(failed)} of {len(runs)} runs failed ({reasons}); the same command tries them again")
 
 
@@ -174,6 +174,8 @@ def _setup(options: argparse.Namespace, base: TrainConfig) -> Setup:
 
     ranks = options.ranks or max(1, torch.cuda.device_count())
     require_between("--ranks", ranks, 1, 2**16)
+    if base.global_batch % ranks:
+        raise UserError(f"--ranks {ranks}: does not divide the batch of {base.global_batch} images; choose a number that does")
     setup = Setup(options.scale, options.linear or ("paper" if options.scale == "paper" else "quick"), ranks, options.data, base)
     before = read_setup(options.out)
     if before is not None and (changed := setup_changes(before, setup)):
@@ -182,7 +184,8 @@ def _setup(options: argparse.Namespace, base: TrainConfig) -> Setup:
         if splits.unscored:
             raise UserError(f"--data {options.data}: {splits.unscored}, so there is no accuracy for a table")
         assert splits.val is not None
-        check_same_images(options.out, options.data, num_train=splits.train.num_samples, num_val=splits.val.num_samples)
+        setup = replace(setup, images={"train": splits.train.fingerprint(), "val": splits.val.fingerprint()})
+        check_same_images(options.out, before, setup, num_train=splits.train.num_samples, num_val=splits.val.num_samples)
     return setup
 
 
@@ -199,7 +202,9 @@ def _open_folder(folder: Path, setup: Setup) -> None:
 
 
 def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
-    """Prints the runs, their steps, and the hours that those which are not done will take."""
+    """Prints the runs, their steps, and the hours that those which are not done will take; no hours of the paper's scale without a GPU, where a
+    single step of its largest encoder takes many minutes.
+    """
     import torch
 
     from fastbyol.data import build_image_loader
@@ -213,24 +218,29 @@ def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
         return
     with build_image_loader(runs[0].config.data.train, views=setup.base.views, batch=1, option="--data") as loader:
         num_samples = loader.num_samples
-    share = setup.base.global_batch // setup.ranks if torch.cuda.is_available() else CPU_BATCH
-    say(f"timing steps of {share} images")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    share = setup.base.global_batch // setup.ranks if device == "cuda" else CPU_BATCH
+    is_timed = device == "cuda" or setup.scale == "demo"
+    if is_timed:
+        say(f"timing steps of {share} images")
     total_s, rates = 0.0, dict[tuple[str, int], float]()
     for run in runs:
         model = (run.config.model.encoder, run.config.model.width)
-        if model not in rates:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if is_timed and model not in rates:
             try:
                 rates[model] = setup.ranks * images_per_s(replace(run.config, global_batch=share, rank_batch=0), device=device)
             except TrialFailed as error:
                 rates[model] = 0.0
                 say(f"{run.name}: a step of {share} images cannot be timed ({error}), so its time is not in the sum")
         steps = RunPlan.of(run.config, num_samples=num_samples).total_steps
-        seconds = steps * run.config.global_batch / rates[model] if rates[model] else 0.0
+        seconds = steps * run.config.global_batch / rates[model] if rates.get(model) else 0.0
         total_s += 0.0 if run.done else seconds
-        takes = "done" if run.done else duration_text(seconds) if seconds else "not known"
-        say(f"{run.name:<50} {steps:>9,} steps  {takes}")
+        takes = "done" if run.done else duration_text(seconds) if seconds else "not known" if is_timed else ""
+        say(f"{run.name:<50} {steps:>9,} steps  {takes}".rstrip())
     to_do = sum(not run.done for run in runs)
+    if not is_timed:
+        say(f"{to_do} runs to do; how long they take is measured where there is a GPU: type the same command there")
+        return
     say(
         f"{to_do} runs to do, {duration_text(total_s)} of training with {setup.ranks} process{'es' * (setup.ranks > 1)}; from the step of one process and "
         "each encoder's first row, without what processes exchange; evaluation comes on top"

@@ -41,6 +41,8 @@ class ImageBatches(Protocol):
 
     def image_names(self) -> list[str]: ...
 
+    def fingerprint(self) -> dict[str, str]: ...
+
     def close(self) -> None: ...
 
 
@@ -76,6 +78,10 @@ class Split:
         self.class_names = tuple(loader.class_names if class_names is None else class_names)
         self._own_names = tuple(loader.class_names)
         self.source = source
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns what identifies all images of the loader, see `Source.fingerprint`."""
+        return self._loader.fingerprint()
 
     def __iter__(self) -> Iterator[ImageBatch]:
         if not self._fits:

@@ -11,6 +11,21 @@ from fastbyol.config.errors import UserError, environment_integer, require
 _ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
 _LAUNCHERS = (("RANK", "WORLD_SIZE"), _ARRAY, ("SLURM_PROCID", "SLURM_NTASKS"))
 """Variables with a process's number and the number of processes: torchrun's, then those of a SLURM array, then of srun's tasks."""
+_JOINING = {
+    *(
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "ROLE_RANK",
+        "ROLE_WORLD_SIZE",
+        "ROLE_NAME",
+    ),
+    *("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"),
+}
+"""Variables by which a process becomes a rank (`process_group`, `slurm_environment`)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,13 @@ def parse_part(text: str, *, option: str, environment: Mapping[str, str] = os.en
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise UserError(f"{option} {text}: must be i/n with i from 0 to n - 1, such as 0/4 for the first of four machines, or auto")
     return Part(int(number), int(count))
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment for a command that is not a rank of this process's launcher, torchrun or srun: without the variables by which it would
+    join the other ranks.
+    """
+    return {name: value for name, value in environment.items() if name not in _JOINING and not name.startswith("TORCHELASTIC_")}
 
 
 def _check_array(environment: Mapping[str, str], *, option: str) -> None:

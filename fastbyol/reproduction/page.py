@@ -49,7 +49,7 @@ def write_tables(folder: Path) -> None:
             write_durably(folder / name, text)
         except OSError as error:
             raise UserError(
-                f"{folder / name}: cannot be written ({error.strerror}); free some space, and the same command writes it"
+                f"{folder / name}: cannot be written ({error.strerror}); make room or move it away, and the same command writes it"
             ) from error
 
 
@@ -115,7 +115,8 @@ def counts_text(contents: Contents) -> str:
     num = len(contents.records)
     cost = hours_text(hours_of(contents.records))
     text = f"{num} run{'s' * (num != 1)} with {seeds} seed{'s' * (seeds != 1)}" if num else "No run is finished yet"
-    return text + (f"; {said}" if said else "") + (f"; {cost} of training in all" if cost else "") + "."
+    text += (f"; {said}" if said else "") + (f"; {cost} of training in all" if cost else "") + "."
+    return text if contents.results or not num else f"{text} There is no table yet: it takes a row beside the base."
 
 
 def baselines_text(contents: Contents) -> str:
@@ -218,6 +219,8 @@ def note_texts(result: TableResult, setup: Setup) -> list[str]:
         notes.append(text)
     if result.hours:
         notes.append(f"Cost of the table: {hours_text(result.hours)} of training, base rows counted.")
+    if killed := [row.name for row in result.rows if not row.cost_is_whole]:
+        notes.append(f"Took more than the table says, because a start was killed before its seconds were counted: {'; '.join(killed)}.")
     return notes
 
 

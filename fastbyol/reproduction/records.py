@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class Setup:
     """What all runs of a folder share.
 
     scale: 'demo' or 'paper'. linear: protocol of the linear evaluation, 'quick' or 'paper'. ranks: processes of each run. base: config of
-    the run without any change.
+    the run without any change. images: what identifies the train and val images (`Source.fingerprint`), by split; empty in folders of
+    earlier versions.
     """
 
     scale: str
@@ -38,6 +39,7 @@ class Setup:
     ranks: int
     data: str
     base: TrainConfig
+    images: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Record:
     status: complete; collapsed, trained to its end or not, with every image at one point; diverged, no longer finite; or failed, with the reason in
     `why`. scores: top-1 shares on val by protocol, 'linear' and 'knn'. baselines: the same by subject, 'untrained', 'pca' and 'chance', where the
     run is a base. signs: measures without labels (`label_free`), of the trained encoder. cpu_s: processor seconds of the training, of all
-    processes; wall_s: its wall-clock seconds; both are sums over its starts, without one that was killed by SIGKILL. num_train, num_val: images.
+    processes; wall_s: its wall-clock seconds; both are sums over its starts. cost_is_whole: False if one of these was killed, whose seconds nobody
+    counted. num_train, num_val: images.
     """
 
     run: str
@@ -63,6 +66,7 @@ class Record:
     num_val: int = 0
     cpu_s: float = 0.0
     wall_s: float = 0.0
+    cost_is_whole: bool = True
     device: str = ""
     ranks: int = 1
     command: str = ""
@@ -77,6 +81,11 @@ class Record:
             raise UserError("scores, signs, baselines, counts and seconds must be numbers")
         if not all(map(math.isfinite, (*counts, *self.scores.values()))):  # signs of a collapsed run may be none
             raise UserError("scores, counts and seconds must be finite")
+        shares = (*self.scores.values(), *(value for group in self.baselines.values() for value in group.values()))
+        if not all(0 <= share <= 1 for share in shares) or min(counts) < 0:
+            raise UserError("scores and baselines must be shares from 0 to 1, counts and seconds not negative")
+        if not isinstance(self.cost_is_whole, bool):
+            raise UserError(f"cost_is_whole = {shown(self.cost_is_whole)}: must be true or false")
         if not all(isinstance(text, str) for text in (self.run, self.why, self.device)):
             raise UserError("run, why and device must be texts")
 
@@ -91,11 +100,15 @@ def read_setup(folder: Path) -> Setup | None:
     if not path.exists():
         return None
     try:
-        setup = from_plain(Setup, json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        images = values.pop("images", {})
+        if not all(isinstance(text, str) for facts in images.values() for text in facts.values()):
+            raise UserError(f"images = {shown(images)}: must be texts by split and name")
+        setup = from_plain(Setup, values)
         if setup.scale not in SCALES:
             raise UserError(f"scale = {shown(setup.scale)}: must be one of {', '.join(SCALES)}")
-        return setup
-    except (OSError, ValueError, TypeError) as error:
+        return replace(setup, images=images)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not the set-up of a reproduction ({error}); choose another --out") from error
 
 
@@ -109,8 +122,15 @@ def setup_changes(old: Setup, new: Setup) -> list[str]:
     return plain + config_changes(old.base, new.base, free=FREE)
 
 
-def check_same_images(folder: Path, data: str, *, num_train: int, num_val: int) -> None:
-    """Raises UserError if a record of the folder is of another number of images: its rows would be compared with those of other data."""
+def check_same_images(folder: Path, old: Setup | None, new: Setup, *, num_train: int, num_val: int) -> None:
+    """Raises UserError if the folder's set-up or a record is of other images: its rows would be compared with those of other data."""
+    data, before = new.data, old.images if old else {}
+    for split, facts in new.images.items():
+        if changed := [name for name, text in before.get(split, facts).items() if facts.get(name) != text]:
+            raise UserError(
+                f"--data {data}: its {split} images are not those of the runs in --out {folder}: other {', '.join(changed)}; give the same "
+                "data, or choose another --out"
+            )
     for path in sorted((folder / RECORDS).glob("*.json")):
         record = read_record(path)
         if record.num_val and (record.num_train, record.num_val) != (num_train, num_val):
@@ -137,7 +157,10 @@ def read_record(path: Path) -> Record:
     """Reads a file of `write_record`. Raises UserError if it is not such a file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Record(**{**values, "config": from_plain(TrainConfig, values["config"])})
+        record = Record(**{**values, "config": from_plain(TrainConfig, values["config"])})
+        if record_path(path.parent.parent, record.run, record.seed).name != path.name:
+            raise UserError(f"it is of {record.run} with seed {record.seed}")
+        return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not the record of a run ({error}); delete it, and the run is evaluated again") from error
 

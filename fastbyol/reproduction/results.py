@@ -46,7 +46,8 @@ class RowResult:
 
     here: values of the options that the table varies, at this scale. linear, knn: top-1 shares; None without any. relative: linear minus that of the
     base row, in points, for the seeds that both have; paper_relative: the same of the paper's figures. signs: means over seeds of the measures
-    without labels. hours: of training, over all seeds, by unit. state: '' where every seed is complete. remark: why there are no figures, or not of all seeds.
+    without labels. hours: of training, over all seeds, by unit; cost_is_whole: as in `Record`. state: '' where every seed is complete. remark: why
+    there are no figures, or not of all seeds.
     """
 
     row: Row
@@ -57,6 +58,7 @@ class RowResult:
     paper_relative: float | None
     signs: Mapping[str, float]
     hours: Mapping[str, float]
+    cost_is_whole: bool
     state: str
     remark: str
 
@@ -134,6 +136,7 @@ def _row_result(table: Table, row: Row, setup: Setup, by_run: Mapping[str, list[
         paper_relative=row.paper_top1 - base_top1 if has_both else None,  # type: ignore[operator]
         signs=_signs(records),
         hours=hours_of(records),
+        cost_is_whole=all(record.cost_is_whole for record in records),
         state=_state(records),
         remark=_remark(records, choice),
     )

@@ -16,20 +16,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import yaml
 
-from fastbyol.config.errors import DIVERGED_EXIT, STOPPED_EXIT, STORAGE_EXIT, RunError, UserError, first_line
-from fastbyol.config.plain import nearest_name, to_plain
+from fastbyol.config.errors import DIVERGED_EXIT, STOPPED_EXIT, STORAGE_EXIT, USER_ERROR_EXIT, RunError, UserError, first_line
+from fastbyol.config.plain import from_plain, nearest_name, to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.evaluation.splits import Splits, open_splits, split_paths
 from fastbyol.evaluation.training_log import alarms
 from fastbyol.host.durable_files import locked_file, write_durably
 from fastbyol.host.signals import StopRequest, end_with_parent
-from fastbyol.ranks.parts import parse_part
+from fastbyol.ranks.parts import parse_part, without_launcher
 from fastbyol.reproduction.records import FREE, Record, Setup, read_record, record_path, write_record
 from fastbyol.reproduction.rows import UNCHANGED, row_config, run_at
 from fastbyol.reproduction.scoring import last_error, paper_linear, scores_of
@@ -54,6 +54,15 @@ class StorageFull(RunError):
     """A run could not be saved, so no other could be."""
 
     exit_code = STORAGE_EXIT
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the training of a run has taken, as in `Record`."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    cost_is_whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,7 @@ class Runner:
         # The command as typed stands beside it; this one's first word is a path of this machine.
         provenance = {name: value for name, value in collect_provenance().items() if name != "command"}
         record = Record(run.run, run.seed, "complete", run.config, why=why, ranks=self.setup.ranks, provenance=provenance)
-        record = replace(record, command=self.command, device=_device_name(), **_read_cost(self._cost_file(run)))
+        record = replace(record, command=self.command, device=_device_name(), **asdict(_read_cost(self._cost_file(run))))
         collapsed = code == DIVERGED_EXIT and is_collapse(why)
         if code and not collapsed:
             return replace(record, status="diverged" if code == DIVERGED_EXIT else "failed")
@@ -208,10 +217,16 @@ class Runner:
             # The training of a `reproduce` that was killed is told to stop by that, and saves for up to grace_s.
             with suppress(BlockingIOError):
                 os.close(locked_file(folder / LOCK_FILE, patience_s=run.config.grace_s))
-        before, start, cpu_before = _last_step(folder), time.perf_counter(), _cpu_s()
+        elif not folder.exists():
+            self._cost_file(run).unlink(missing_ok=True)  # of a run that was deleted
+        cost, before, start, cpu_before = _read_cost(self._cost_file(run)), _last_step(folder), time.perf_counter(), _cpu_s()
+        # If this process is killed, nobody counts what the start took.
+        _write_cost(self._cost_file(run), replace(cost, cost_is_whole=False))
         code = self._execute(command, output)
-        if code or _last_step(folder) != before:  # not for a start that found the run complete
-            _add_cost(self._cost_file(run), wall_s=time.perf_counter() - start, cpu_s=_cpu_s() - cpu_before)
+        if _last_step(folder) != before or code == DIVERGED_EXIT:  # not for a start that found the run complete, or failed at once
+            wall_s, cpu_s = time.perf_counter() - start, _cpu_s() - cpu_before
+            cost = replace(cost, wall_s=round(cost.wall_s + wall_s, 1), cpu_s=round(cost.cpu_s + cpu_s, 1))
+        _write_cost(self._cost_file(run), cost)
         return code
 
     def _cost_file(self, run: PlannedRun) -> Path:
@@ -253,7 +268,7 @@ class Runner:
 
     def _execute(self, command: list[str], output: Path) -> int:
         """Runs a command, passes a request to stop on to it, and returns its exit code, or that of its first rank to fail."""
-        environment = dict(os.environ)
+        environment = without_launcher(os.environ)  # a row's ranks are its own, not the processes that share the rows
         if not torch.cuda.is_available():
             # So small networks gain little from a second thread, and float32 sums depend on their number.
             environment.setdefault("OMP_NUM_THREADS", "1")
@@ -298,7 +313,11 @@ def _why_it_ended(code: int, folder: Path, output: Path) -> str:
         return ""
     if code == DIVERGED_EXIT and (why := divergence_of(folder)):
         return why
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else last_error(output)
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    # What training advises for its --out is not for this command, which chooses the folders itself.
+    ours = f"; if the fault is in {folder}, delete it, and the row is trained anew" if code == USER_ERROR_EXIT and folder.exists() else ""
+    return last_error(output) + ours
 
 
 def _last_step(folder: Path) -> int:
@@ -306,18 +325,18 @@ def _last_step(folder: Path) -> int:
     return max(checkpoint_steps(folder), default=0)
 
 
-def _read_cost(path: Path) -> dict[str, float]:
-    """Returns the seconds 'wall_s' and 'cpu_s' that a run's training has taken in all its starts; 0 where they are not known."""
+def _read_cost(path: Path) -> Cost:
+    """Returns what a run's training has taken in all its starts; nothing for a run without a file, and not whole if the file cannot be read."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return {name: float(values[name]) for name in ("wall_s", "cpu_s")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"wall_s": 0.0, "cpu_s": 0.0}
+        return from_plain(Cost, json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return Cost()
+    except (OSError, ValueError, TypeError):
+        return Cost(cost_is_whole=False)
 
 
-def _add_cost(path: Path, *, wall_s: float, cpu_s: float) -> None:
-    before = _read_cost(path)
-    write_durably(path, json.dumps({"wall_s": round(before["wall_s"] + wall_s, 1), "cpu_s": round(before["cpu_s"] + cpu_s, 1)}))
+def _write_cost(path: Path, cost: Cost) -> None:
+    write_durably(path, json.dumps(asdict(cost)))
 
 
 def _cpu_s() -> float:
