@@ -143,7 +143,7 @@ def training_code(module: nn.Module, call: Callable[..., Tensor], *inputs: Tenso
         if not codes:
             kept = [node.meta["val"] for node in outputs if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
             for value in kept:
-                if isinstance(value, Tensor) and value.dim() == 4:
+                if isinstance(value, Tensor) and value.dim() >= 4:  # activations, by view too
                     saved[str(value.dtype).removeprefix("torch.")] += value.numel() * value.element_size()
         with pretend_h100():
             on_gpu, fake, mode = _moved(graph, example_inputs)
