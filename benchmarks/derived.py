@@ -8,6 +8,10 @@ Inductor's code for an H100 (`generated_code`), and bytes are its own count for 
 group of ResNet-50's blocks with batch norm over 8 ranks. The group's bytes over those of ideally fused kernels (`roofline`) are taken for
 the whole encoder. Then the roofline's arithmetic: convolutions at 55 % of the peak, then all bytes at 85 % of the bandwidth, one after the
 other. Launches, messages and the loader are taken to hide behind that, so these figures are an upper bound.
+
+Rival: solo-learn's module at its best (`rival_steps`), traced in the same way, eager, with torch's nn.SyncBatchNorm over as many ranks. Its views
+are made by its loader's workers, so it has no augmentation; the ratio to it leaves out ours too. Where the host reads a number of the device,
+which it must wait for, is counted and costs nothing in the derivation: that favours the rival.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks import roofline
-from benchmarks.generated_code import augmentation_code, training_code
-from benchmarks.gpu_trace import fake_ranks, trace_step
+from benchmarks.generated_code import Code, augmentation_code, training_code
+from benchmarks.gpu_trace import Stage, fake_ranks, trace_rival, trace_step
 from benchmarks.report_text import markdown_table
+from benchmarks.rival_steps import SOLO_LEARN, SoloLearnStep
 from fastbyol.config.arguments import OneLineParser
 from fastbyol.config.errors import one_line_errors
 from fastbyol.config.schema import ModelConfig, TrainConfig
@@ -38,6 +43,8 @@ H100 = next(card for card in roofline.CARDS if card.name == "H100")
 CHECKED_BATCH = 64
 GROUP_INPUT = 64, 56
 """Channels and pixels of what the first group of blocks gets at 224 px."""
+STAGES = ("augmentation", "forward", "backward", "update")
+COMPILED, RIVAL = f"compiled, {RANKS} ranks", f"{SOLO_LEARN}, eager, nn.SyncBatchNorm, {RANKS} ranks"
 
 
 @one_line_errors
@@ -50,33 +57,69 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def derive() -> dict[str, Any]:
-    """Returns the record: bytes an image by stage, launches, and the images/s that follow."""
+    """Returns the record: bytes an image by stage, launches and waits of the host, and the images/s that follow."""
     config = TrainConfig(global_batch=BATCH * RANKS, model=MODEL)
-    eager = {ranks: trace_step(config, world_size=ranks, batch=BATCH) for ranks in (1, RANKS)}
-    group = _group_code()
-    flop, sent = roofline.work_of(MODEL, size_px=SIZE_PX), {}
-    stages: dict[str, dict[str, float]] = {}
-    augmentation = augmentation_code(ViewPair(size_px=SIZE_PX), images=BATCH).num_bytes / BATCH / 1e6
-    for ranks, traced in eager.items():
-        found = {name: stage.megabytes_an_image(BATCH) for name, stage in traced.items() if name != "augmentation"}
-        stages[f"eager, {ranks} rank{'s' * (ranks > 1)}"] = {"augmentation": augmentation, **found}
-        sent[str(ranks)] = {name: stage.launches for name, stage in traced.items()}
-    with torch.device("meta"):
-        elements = roofline.count_elements(encoder_from(MODEL), torch.empty(2, 3, SIZE_PX, SIZE_PX))
-    forward, backward = (roofline.VIEWS * roofline.HALF * passes / 1e6 for passes in roofline.fused_passes(elements))
-    whole = {"forward": 2 * forward * group["forward_over_ideal"], "backward": backward * group["backward_over_ideal"]}
-    update = stages[f"eager, {RANKS} ranks"]["update"]
-    stages[f"compiled, {RANKS} ranks"] = {"augmentation": augmentation, **whole, "update": update}
+    traces = {f"eager, {ranks} rank{'s' * (ranks > 1)}": trace_step(config, world_size=ranks, batch=BATCH) for ranks in (1, RANKS)}
+    traces[RIVAL] = trace_rival(SoloLearnStep, config, world_size=RANKS, batch=BATCH)
+    augmentation = megabytes(full_augmentation())
+    stages = {name: traced_stages(traced, augmentation=augmentation) for name, traced in traces.items()}
+    group = group_code()
+    stages[COMPILED] = compiled_stages(group, augmentation=augmentation, update=stages[f"eager, {RANKS} ranks"]["update"])
+    rates = {name: rate(parts) for name, parts in stages.items()}
+    alike = {name: rate(without_augmentation(parts)) for name, parts in stages.items()}
     return {
         "what": "derived, not measured: python -m benchmarks.derived --write",
         "settings": {"encoder": MODEL.encoder, "batch": BATCH, "size_px": SIZE_PX, "card": H100.name},
         "versions": package_versions(),
         "megabytes_an_image": {name: {stage: round(value, 2) for stage, value in parts.items()} for name, parts in stages.items()},
-        "launches": sent,
+        "launches": {name: {stage: part.launches for stage, part in traced.items()} for name, traced in traces.items()},
+        "waits_of_the_host": {name: {stage: len(part.waits) for stage, part in traced.items()} for name, traced in traces.items()},
         "ceilings": ceilings(),
         "first_group": group,
-        "images_per_s": {name: round(roofline.attainable(flop.flop, 1e6 * sum(parts.values()), H100)[0]) for name, parts in stages.items()},
+        "images_per_s": {name: round(found) for name, found in rates.items()},
+        "images_per_s_without_augmentation": {name: round(found) for name, found in alike.items()},
+        "times_the_rival": {name: round(found / alike[RIVAL], 2) for name, found in alike.items()},
     }
+
+
+def traced_stages(traced: dict[str, Stage], *, augmentation: float) -> dict[str, float]:
+    """Returns megabytes an image of an eager step, with those of the compiled augmentation if it has one of its own."""
+    found = {name: stage.megabytes_an_image(BATCH) for name, stage in traced.items()}
+    return found | {"augmentation": augmentation} if "augmentation" in found else found
+
+
+def compiled_stages(group: dict[str, Any], *, augmentation: float, update: float) -> dict[str, float]:
+    """Returns megabytes an image of a compiled step: those of ideal kernels for the whole encoder, times the group's over its ideal."""
+    forward, backward = _ideal_megabytes()
+    whole = {"forward": forward * group["forward_over_ideal"], "backward": backward * group["backward_over_ideal"]}
+    return {"augmentation": augmentation, **whole, "update": update}
+
+
+def _ideal_megabytes() -> tuple[float, float]:
+    """Returns megabytes an image of ideally fused kernels: both networks' forward passes, and the backward."""
+    with torch.device("meta"):
+        elements = roofline.count_elements(encoder_from(MODEL), torch.empty(2, 3, SIZE_PX, SIZE_PX))
+    forward, backward = (roofline.VIEWS * roofline.HALF * passes / 1e6 for passes in roofline.fused_passes(elements))
+    return 2 * forward, backward
+
+
+def rate(parts: dict[str, float], card: roofline.Card = H100) -> float:
+    """Returns images/s of a step with these megabytes an image, convolutions and memory passes one after the other."""
+    return roofline.attainable(roofline.work_of(MODEL, size_px=SIZE_PX).flop, 1e6 * sum(parts.values()), card)[0]
+
+
+def without_augmentation(parts: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in parts.items() if name != "augmentation"}
+
+
+def full_augmentation() -> Code:
+    """Returns the code of the augmentation of the record's batch."""
+    return augmentation_code(ViewPair(size_px=SIZE_PX), images=BATCH)
+
+
+def megabytes(code: Code) -> float:
+    """Returns the megabytes that the code moves for each image of the record's batch."""
+    return code.num_bytes / BATCH / 1e6
 
 
 def ceilings() -> dict[str, dict[str, list[float]]]:
@@ -92,7 +135,7 @@ def checked_config(ranks: int) -> TrainConfig:
     return TrainConfig(global_batch=CHECKED_BATCH * ranks, model=ModelConfig(encoder="resnet18"), views=ViewPair(size_px=96))
 
 
-def _group_code() -> dict[str, Any]:
+def group_code() -> dict[str, Any]:
     """Returns bytes an image and what is saved for the backward, of the first group of blocks, compiled for `RANKS` ranks."""
     channels, px = GROUP_INPUT
     with torch.device("meta"):
@@ -114,14 +157,51 @@ def _group_code() -> dict[str, Any]:
 
 
 def derived_table() -> str:
-    """Returns megabytes an image by stage and images/s, from the kept record."""
-    record = json.loads(RECORD.read_text())
-    names = ("augmentation", "forward", "backward", "update")
-    rows = []
+    """Returns megabytes an image by stage, images/s and their ratio to the rival's, from the kept record."""
+    record = kept()
+    flop, rows = roofline.work_of(MODEL, size_px=SIZE_PX).flop, []
     for how, parts in record["megabytes_an_image"].items():
-        rate = f"{record['images_per_s'][how]:,} (derived, not measured)"
-        rows.append([how, *(f"{parts[name]:,.0f}" for name in names), f"{sum(parts.values()):,.0f}", rate])
-    return markdown_table(("step", *(f"{name}, MB" for name in names), "MB an image", "images/s per H100"), rows)
+        found = record["images_per_s"][how]
+        cells = [f"{parts[name]:,.0f}" if name in parts else "none" for name in STAGES]
+        waits = record["waits_of_the_host"].get(how)
+        rows.append(
+            [
+                how,
+                *cells,
+                f"{sum(parts.values()):,.0f}",
+                "" if waits is None else f"{sum(waits.values()):,}",
+                f"{found:,} (derived, not measured)",
+                f"{found * flop / H100.flop_per_s:.0%}",
+                f"{record['times_the_rival'][how]:.2f}",
+            ]
+        )
+    forward, backward = _ideal_megabytes()
+    ideal = roofline.attainable(flop, 1e6 * (forward + backward), H100)[0]
+    against = ideal / record["images_per_s_without_augmentation"][RIVAL]
+    cells = ["none", f"{forward:,.0f}", f"{backward:,.0f}", "none", f"{forward + backward:,.0f}", ""]
+    shares = [f"{ideal * flop / H100.flop_per_s:.0%}", f"{against:.2f}"]
+    rows.append(["ideal kernels, fused: an upper limit", *cells, f"{ideal:,.0f} (derived, not measured)", *shares])
+    ratio = "times solo-learn's images/s, both without augmentation"
+    titles = (
+        "step (derived, not measured)",
+        *(f"{name}, MB" for name in STAGES),
+        "MB an image",
+        "waits of the host",
+        "images/s per H100",
+        "MFU",
+        ratio,
+    )
+    return markdown_table(titles, rows)
+
+
+def limits_table() -> str:
+    """Returns the roofline's table of limits, with what the kept record lets expect of our compiled code."""
+    return roofline.limits_table(ours={MODEL: 1e6 * sum(kept()["megabytes_an_image"][COMPILED].values())})
+
+
+def kept() -> dict[str, Any]:
+    """Returns the kept record."""
+    return json.loads(RECORD.read_text())
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cpu_rates": cpu_rates_table,
     "derived": derived.derived_table,
     "work": roofline.work_table,
-    "limits": roofline.limits_table,
+    "limits": derived.limits_table,
     "input": input_table,
     "store": store_table,
     "messages": roofline.messages_table,

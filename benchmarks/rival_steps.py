@@ -14,6 +14,7 @@ lightly: its own heads, loss, LARS and update_momentum (by foreach), in the orde
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -45,9 +46,7 @@ class RivalStep(ABC):
         self.probe = nn.Linear(feature_dim, num_classes).to(device)
         for network in (self.online, self.target):
             network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._update = self.optimizer(lr=lr)
-        pairs = [(self.target[part], self.online[part]) for part in ("encoder", "projector")]
-        self._move_target = [self.target_update(*pair, tau) for pair in pairs]
+        self._lr, self._tau = lr, tau
 
     @abstractmethod
     def heads(self, feature_dim: int, *, hidden_dim: int, out_dim: int) -> tuple[nn.Module, nn.Module]:
@@ -71,11 +70,25 @@ class RivalStep(ABC):
         with autocast(PrecisionConfig(autocast="bf16"), device=self._device):
             loss = self.loss(batch)
         loss.backward()
-        self._update()
+        self.update()
         self.online.zero_grad(set_to_none=True)
         self.probe.zero_grad(set_to_none=True)
-        for move in self._move_target:
-            move()
+
+    def update(self) -> None:
+        """Takes LARS's step with the gradients that are there, and moves the target."""
+        for update in self._updates:
+            update()
+
+    @functools.cached_property
+    def _updates(self) -> list[Callable[[], object]]:
+        # Made at the first step: until then `synchronise` may be called, and parameters may be replaced.
+        pairs = [(self.target[part], self.online[part]) for part in ("encoder", "projector")]
+        return [self.optimizer(lr=self._lr), *(self.target_update(*pair, self._tau) for pair in pairs)]
+
+    def synchronise(self) -> None:
+        """Makes every batch norm torch's nn.SyncBatchNorm, which has statistics of all ranks and refuses a CPU."""
+        for network in (self.online, self.target):
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
     def probe_loss(self, feature: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(self.probe(feature.detach()), label)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +24,12 @@ from benchmarks.report_text import markdown_table
 from fastbyol.byol import build_byol
 from fastbyol.config.schema import ModelConfig
 from fastbyol.models import encoder_from
+from fastbyol.models.sync_batchnorm import GATHERED_RANKS
 from fastbyol.monitors.compute import flop_per_image, peak_flop_per_s
 
 VIEWS = 2
-HALF, SINGLE = 2, 4
-"""Bytes per bf16 and per float32 number."""
+HALF, SINGLE, DOUBLE = 2, 4, 8
+"""Bytes per bf16, float32 and float64 number."""
 JPEG_BYTES = 115e3
 """Mean size of ImageNet-1k's training files: about 148 GB over 1,281,167."""
 CONV_SHARE, MEMORY_SHARE = 0.55, 0.85
@@ -189,6 +191,13 @@ def all_gather_s(num_bytes: float, *, ranks: int, bytes_per_s: float) -> float:
     return (ranks - 1) * num_bytes / bytes_per_s
 
 
+def statistics_s(num_bytes: float, *, ranks: int, bytes_per_s: float) -> float:
+    """Seconds of the forward's statistics, num_bytes of a rank in float32: gathered, or by many ranks summed in float64."""
+    if ranks > GATHERED_RANKS:
+        return all_reduce_s(DOUBLE / SINGLE * num_bytes, ranks=ranks, bytes_per_s=bytes_per_s)
+    return all_gather_s(num_bytes, ranks=ranks, bytes_per_s=bytes_per_s)
+
+
 def work_table(models: Sequence[ModelConfig] = ENCODERS) -> str:
     titles = ("encoder", "GFLOP an image", "MB an image, separate kernels", "MB an image, fused")
     works = [(_name(model), work_of(model)) for model in models]
@@ -196,15 +205,19 @@ def work_table(models: Sequence[ModelConfig] = ENCODERS) -> str:
     return markdown_table(titles, rows)
 
 
-def limits_table(models: Sequence[ModelConfig] = ENCODERS, cards: Sequence[Card] = CARDS) -> str:
-    kinds = ("memory, separate", "memory, fused", "to expect, separate", "to expect, fused")
+def limits_table(
+    models: Sequence[ModelConfig] = ENCODERS, cards: Sequence[Card] = CARDS, *, ours: Mapping[ModelConfig, float] = MappingProxyType({})
+) -> str:
+    """Returns limits of images/s. ours: bytes an image that our code moves for an encoder, where they have been derived."""
+    kinds = ("memory, separate", "memory, fused", "ideal kernels, separate", "ideal kernels, fused")
     rows = []
     for model, card in itertools.product(models, cards):
         work = work_of(model)
         bounds = [f"{value:,.0f}" for value in limits(work, card).values()]
-        expected = [attainable(work.flop, moved, card) for moved in (work.separate_bytes, work.fused_bytes)]
-        rows.append([f"{_name(model)}, {card.name}", *bounds, *(f"{low:,.0f} to {high:,.0f}" for low, high in expected)])
-    return markdown_table(("encoder, card", "operations", *kinds), rows)
+        moved = [work.separate_bytes, work.fused_bytes, *([ours[model]] if model in ours else [])]
+        rates = [f"{low:,.0f} to {high:,.0f}" for low, high in (attainable(work.flop, num_bytes, card) for num_bytes in moved)]
+        rows.append([f"{_name(model)}, {card.name}", *bounds, *rates, *([] if model in ours else ["not derived"])])
+    return markdown_table(("encoder, card (all derived, not measured)", "operations", *kinds, "to expect of our compiled code"), rows)
 
 
 def input_table(rates: Sequence[int] = (1000, 2000, 3000, 4000), *, size_px: int = 224, core_images_per_s: float) -> str:
@@ -218,16 +231,19 @@ def input_table(rates: Sequence[int] = (1000, 2000, 3000, 4000), *, size_px: int
 
 def messages_table(model: ModelConfig = ENCODERS[0], card: Card = CARDS[1], *, global_batch: int = 4096, images_per_s: float = 2000) -> str:
     """Returns milliseconds of a step's messages by bandwidth alone, compared with the step's own at the given rate per GPU."""
-    titles = ("GPUs", "images a GPU", "step alone, ms", "gradients, ms", "BN statistics, ms", "BN backward, ms", "messages of BN")
+    times = ("step alone, ms", "gradients, ms", "BN statistics, ms", "BN backward, ms")
+    titles = ("GPUs (times derived, not measured)", "images a GPU", *times, "BN statistics are", "messages of BN")
     sent, rows = messages_of(model), []
     for ranks in (8, 64, 512):
         link = card.nvlink if ranks <= 8 else card.network  # 8 GPUs share a machine
         share = global_batch // ranks
         gradients = all_reduce_s(sent.gradient_bytes, ranks=ranks, bytes_per_s=link)
-        forward = all_gather_s(sent.norm_bytes, ranks=ranks, bytes_per_s=link)
+        summed = ranks > GATHERED_RANKS
+        forward = statistics_s(sent.norm_bytes, ranks=ranks, bytes_per_s=link)
         backward = all_reduce_s(sent.norm_backward_bytes, ranks=ranks, bytes_per_s=link)
         messages = [f"{1000 * seconds:.2f}" for seconds in (gradients, forward, backward)]
-        rows.append([str(ranks), str(share), f"{1000 * global_batch / ranks / images_per_s:.1f}", *messages, str(sent.norm_messages)])
+        how = "summed" if summed else "gathered"
+        rows.append([str(ranks), str(share), f"{1000 * global_batch / ranks / images_per_s:.1f}", *messages, how, str(sent.norm_messages)])
     return markdown_table(titles, rows, text_columns=0)
 
 

@@ -32,7 +32,7 @@ from fastbyol.ranks.process_group import Process, join_process_group, leave_proc
 from fastbyol.run import precision
 from fastbyol.run.command_line import parse_train_config
 from fastbyol.run.log import close_logging, configure_logging
-from fastbyol.run.precision import check_compile, resolved, set_up_inductor
+from fastbyol.run.precision import check_compile, compiles_augmentation, is_compiled, resolved, set_up_inductor
 from fastbyol.run.profiling import profile_table, spans_of
 from fastbyol.tuning.candidates import most_images, rank_batches
 from fastbyol.tuning.stepper import Stepper
@@ -267,6 +267,42 @@ def test_cuda_graphs_with_micro_batches_are_refused() -> None:
 def test_a_gpu_compiles_unless_told_not_to_and_a_cpu_only_if_told() -> None:
     for device, compiled in ((GPU, ["yes", "yes", "no"]), (torch.device("cpu"), ["no", "yes", "no"])):
         assert [resolved(PrecisionConfig(compile=how), device=device).compile for how in ("auto", "yes", "no")] == compiled
+
+
+class _Everywhere(torch.nn.Linear):
+    """A layer that stays where it is, for there is no GPU."""
+
+    def to(self, *args: Any, **options: Any) -> Any:
+        return self
+
+
+@pytest.mark.parametrize("reason", [None, "no ptxas"])
+def test_the_augmentation_is_compiled_on_every_gpu_that_can_whatever_the_step_is(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision, "why_nothing_compiles", lambda device: reason)
+    monkeypatch.setattr(precision, "set_up_inductor", lambda: None)
+    precision._nothing_compiles.cache_clear()  # other tests' answers
+    try:
+        assert compiles_augmentation(GPU) is (reason is None)
+        assert not compiles_augmentation(torch.device("cpu"))
+    finally:
+        precision._nothing_compiles.cache_clear()
+    said = {}
+    for how in ("no", "auto", "yes"):
+        layer = _Everywhere(1, 1)
+        with caplog.at_level(logging.INFO, logger="fastbyol"):
+            precision.prepare_model(layer, PrecisionConfig(compile=how), device=GPU)
+        said[how] = caplog.messages.copy()
+        caplog.clear()
+        assert is_compiled(layer) is (reason is None and how != "no")
+    if reason is None:
+        rest = "takes a minute or more; later starts find the code in its cache"
+        step = [f"the first step compiles the step and {rest}"]
+        assert said == {"no": [f"the first step compiles the augmentation and {rest}"], "auto": step, "yes": step}
+    else:
+        warning = ["precision.compile: nothing compiles on this machine (no ptxas); the run goes on in eager mode"]
+        assert said == dict.fromkeys(said, warning)
 
 
 @pytest.mark.parametrize(("old", "new"), [(True, "yes"), (False, "no")])

@@ -25,7 +25,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from benchmarks.gpu import TINY_MODEL, Place
 from benchmarks.gpu.step import matrix_product
@@ -141,7 +140,6 @@ def rival_step(size: Size, batch: int, place: Place) -> Iterator[Callable[[], No
     with one_rank_group(place):
         step = SoloLearnStep(config, num_classes=NUM_CLASSES, lr=LR, tau=TAU, device=place.device)
         if place.device.type == "cuda":  # torch's class refuses a CPU
-            for network in (step.online, step.target):
-                nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            step.synchronise()
         views = noise_batch(config, num_classes=NUM_CLASSES, device=place.device)
         yield partial(step.run, views)
