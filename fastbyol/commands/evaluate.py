@@ -247,7 +247,7 @@ def opened_bank(options: argparse.Namespace, *, scored: bool = True, foreign: bo
     subset, compared = getattr(options, "subset", None), getattr(options, "compare", [])
     name, path = named_path(compared[0]) if compared else ("", "")
     paths = [options.checkpoint, path] if path else [options.checkpoint]
-    run, *rivals = load_runs_or_weights(paths, changes=changes) if foreign else [load_run(options.checkpoint)]
+    run, *rivals = load_runs_or_weights(paths, changes=changes) if foreign else [load_run(options.checkpoint, option="run")]
     settings = subset_settings(subset)
     opened_with = {"batch": options.batch, "workers": options.workers, "subset": subset, "at_most": RANK_IMAGES, "scored": scored}
     with ExitStack() as opened:

@@ -139,6 +139,12 @@ def through_links(out: Path) -> Path:
     return target
 
 
+def require_name(out: Path, *, option: str = "--out") -> None:
+    """Raises UserError for a path such as '.', '..' or '/': what is written takes its name, and files beside it have names made of that."""
+    if out.name in ("", ".."):
+        raise UserError(f"{option} {out}: says where, but not under which name; give one, for example {out / 'NAME'}")
+
+
 def expand_home(path: str, *, name: str = "") -> str:
     """Returns the path with a leading '~' or '~user' expanded. A relative path whose first part is really named like that stays as it is.
 
