@@ -204,6 +204,22 @@ for typed in {typed!r}:
     assert all("noread" in line and "Permission denied" in line for line in lines), done.stderr
 
 
+def test_a_run_that_is_not_there_is_named_by_the_option_that_was_typed(capsys) -> None:
+    assert said(capsys, "report", "--run", "nowhere", "--data", "x").startswith("run = 'nowhere': no such file or folder")
+    assert said(capsys, "weights", "nowhere").startswith("checkpoint = 'nowhere': no such file or folder")
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_an_output_without_a_name_is_one_line(out: str, image_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    Path("thesis.tex").touch()
+    assert "but not under which name" in said(capsys, "convert", "--data", str(image_folder), "--to", "dali", "--out", out)
+    for name in ("embed --checkpoint x --data y", "tune --data x", "views --data x", "info x --grid", "neighbours --features x --query y"):
+        typed = name.split() + ([] if name.endswith("--grid") else ["--out"])
+        assert "must " in said(capsys, *typed, out) or "no such file" in said(capsys, *typed, out)
+
+
 # ---- packages that are not installed
 
 
