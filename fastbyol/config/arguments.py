@@ -17,8 +17,6 @@ from fastbyol.config.urls import is_url, shown_url
 
 _GIVEN = "_given"
 """Attribute of the argparse namespace that collects the options given so far."""
-_USED = "_used"
-"""Attribute of the argparse namespace for the parser that parsed the last argument."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -39,12 +37,15 @@ class OneLineParser(argparse.ArgumentParser):
         typed = as_spelled(sys.argv[1:] if args is None else args, self._option_string_actions)
         found, rest = super().parse_known_args(typed, namespace)
         vars(found).pop(_GIVEN, None)
-        # A sub-command's parser ends before the one that called it.
-        vars(found).setdefault(_USED, self)
         return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+    def parser_of(self, arguments: Sequence[str]) -> OneLineParser:
+        """Returns the parser of the sub-command that the arguments name first; this one if they name none."""
+        commands = next((action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
+        return next((commands[argument] for argument in arguments if argument in commands), self)
 
     def refuse(self, arguments: Sequence[str], *, others: Iterable[str] = ()) -> NoReturn:
         """Raises UserError for arguments that no option takes, with the option that the first was meant for.
@@ -61,11 +62,6 @@ class OneLineParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(
                 action, f"invalid choice: {value!r}{nearest_name(str(value), known)}; choose from {', '.join(known)}"
             )
-
-
-def used_parser(options: argparse.Namespace) -> OneLineParser:
-    """Takes from the parsed options the parser that parsed the last of them, which is the sub-command's, and returns it."""
-    return vars(options).pop(_USED)
 
 
 def as_spelled(arguments: Sequence[str], known: Iterable[str]) -> list[str]:

@@ -116,8 +116,8 @@ def _refused_file(error: Exception) -> str:
 
 _WAYS_OUT = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "ask for the right to use it and the folders that it is in, or give another path"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "give another path"),
-    **dict.fromkeys((errno.EROFS, errno.ENOSPC, errno.EDQUOT), "make room, or choose another place"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS), "give another path"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or give another path"),
     **dict.fromkeys(
         (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN), "its disk or file server fails; copy it elsewhere"
     ),

@@ -67,7 +67,7 @@ def add_label_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--labels", type=local_or_url, metavar="HOW", help=how)
     for option, what in (("path", "names of the images"), ("label", "classes")):
         column = f"the column of a table that has the {what}, by name or by number from 1 (default: by its header)"
-        parser.add_argument(f"--{option}-column", f"--{option}_column", metavar="NAME", help=column)
+        parser.add_argument(f"--{option}-column", metavar="NAME", help=column)
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
     names = "use only the images that this file names, one per line (python -m fastbyol subset)"
     parser.add_argument("--subset", type=Path, metavar="LIST", help=names)
