@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.01)
     options, weights = parser.parse_known_args()  # what is left describes weights of another program, as --views.size_px 64
+    for split in ("train", "val"):  # before the export, not after it
+        if not any(each.is_dir() for each in (options.data / split).glob("*")):
+            parser.error(f"--data {options.data}: its folder {split} is missing, or has no folder for each class")
     fastbyol(["export", "--checkpoint", options.checkpoint, "--to", "huggingface", "--out", str(options.out), *weights])
 
     # The folder says how images are made, so timm's own transforms follow from it.

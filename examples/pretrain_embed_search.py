@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--count", type=int, default=5, help="images to find (%(default)s)")
     options, training = parser.parse_known_args()  # what is left are options of the training
+    if not (options.photos / options.query).is_file():  # before the training, not after it
+        parser.error(f"--query {options.query}: {options.photos} has no such image; give its path in that folder")
     train(["--preset", "own_tiny", "--data.train", str(options.photos), "--out", str(options.out), *training])
     features = fastbyol.embed(str(options.out), str(options.photos), out=str(options.out / "features.npz"))
     for name, cosine in nearest(features, options.query, count=options.count):

@@ -1,5 +1,7 @@
 """The command line: `fastbyol COMMAND`, or `python -m fastbyol COMMAND` where the script is not on the path. COMMAND --help shows more.
 
+Dashes and underscores in the name of an option mean the same: --dry-run, --dry_run.
+
 python -m fastbyol doctor
 python -m fastbyol demo-data --out demo
 python -m fastbyol convert --data photos --out photos.beton
@@ -46,10 +48,10 @@ from fastbyol.commands.subset import add_subset
 from fastbyol.commands.train import add_train, train_run
 from fastbyol.commands.verify import add_verify
 from fastbyol.commands.weights import add_weights, list_weights
-from fastbyol.config.arguments import OneLineParser, local_or_url, path_text
+from fastbyol.config.arguments import OneLineParser, as_spelled, local_or_url, path_text
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, one_line_errors, public_arguments, require_between
-from fastbyol.config.schema import BACKENDS
+from fastbyol.config.schema import BACKENDS, RUN_OPTIONS
 
 
 @one_line_errors
@@ -58,9 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `fastbyol presets | head` ends quietly
     parser = _build_parser()
     typed = sys.argv[1:] if arguments is None else public_arguments(arguments)
-    options, options.run_options = parser.parse_known_args(typed)
-    if options.run_options and options.command not in WITH_RUN_OPTIONS:
-        parser.error(f"unrecognized arguments: {' '.join(options.run_options)}")
+    options, options.run_options = parser.parse_known_args(as_spelled(typed, RUN_OPTIONS))
+    used = parser.parser_of(typed)
+    if options.command not in WITH_RUN_OPTIONS:
+        if options.run_options:
+            used.refuse(options.run_options)
+    elif options.command is not train_run:  # which has no options but those of a run, and says itself what is wrong with them
+        given = [argument.split("=", 1)[0] for argument in options.run_options if argument.startswith("--")]
+        if unknown := [name for name in given if name not in RUN_OPTIONS]:
+            used.refuse(unknown, others=RUN_OPTIONS)
     if options.command is None:
         parser.print_help()
         return

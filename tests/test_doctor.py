@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from fastbyol.__main__ import main
+from fastbyol.config.packages import CORE, OPTIONAL
 from fastbyol.doctor import machine, packages, self_tests, trials
 from fastbyol.doctor.disk import disk_finding
 from fastbyol.doctor.finding import Finding, lines, summary
 from fastbyol.doctor.machine import gpu_finding, machine_findings
-from fastbyol.doctor.packages import CORE, OPTIONAL, apex_finding, import_faults, too_old
+from fastbyol.doctor.packages import apex_finding, import_faults, too_old
 from fastbyol.doctor.subprocesses import run_each
 from fastbyol.optim import multi_tensor
 from tests.commands import ROOT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -23,6 +24,7 @@ from fastbyol.__main__ import main as fastbyol_command
 from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair
 from fastbyol.data import build_image_loader
+from fastbyol.evaluation import embedding
 from fastbyol.evaluation.embedding import embed
 from fastbyol.evaluation.feature_file import FeatureFile
 from fastbyol.evaluation.neighbours import write_neighbours
@@ -374,6 +376,24 @@ def test_mistakes_end_in_one_line(arguments, says, run, data_paths, tmp_path, ca
     last = said.splitlines()[-1]
     assert re.search(says, last), said
     assert not list(tmp_path.glob(".f.npz*/part*"))
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_the_work_and_not_called_one_to_remove(
+    run, data_paths, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=f"--out {tmp_path}/f.npz: you may not write into the folder {tmp_path}; choose another"):
+        embed(run, data_paths["folder"], out=tmp_path / "f.npz")
+    monkeypatch.undo()
+
+    def refused(*_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(embedding, "locked_file", refused)
+    with pytest.raises(
+        UserError, match=rf"--out {tmp_path}/f.npz: nothing can be written into the folder {tmp_path} \(.*; choose another$"
+    ):
+        embed(run, data_paths["folder"], out=tmp_path / "f.npz")
 
 
 def test_pyarrow_is_named_where_it_is_missing(run, data_paths, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastbyol.models import build_encoder
@@ -28,6 +29,18 @@ def test_images_without_labels_are_learnt_embedded_and_searched(image_folder, tm
     cosines, names = zip(*found, strict=True)
     assert list(cosines) == sorted(cosines, reverse=True)
     assert "ant/000.jpg" not in names
+
+
+def test_a_mistake_is_said_before_the_training_and_before_the_export(image_folder, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        _run(monkeypatch, "pretrain_embed_search.py", image_folder, "--query", "typo.jpg", "--out", tmp_path / "run")
+    assert ended.value.code == 2
+    assert f"--query typo.jpg: {image_folder} has no such image" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        _run(monkeypatch, "finetune_with_timm.py", "--checkpoint", "none", "--data", image_folder, "--out", tmp_path / "out")
+    assert ended.value.code == 2
+    assert f"--data {image_folder}: its folder train is missing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exported_encoder_is_fine_tuned_with_timm_alone(colours, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from fastbyol.exports.registry import format_named, formats_for
 from fastbyol.exports.writing import places, write_exports
 from fastbyol.models import build_encoder
 from fastbyol.models.resnet import BasicBlock, Bottleneck, ResNet
-from fastbyol.run.checkpoint import load_run
+from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_run, save_checkpoint
 from fastbyol.run.foreign_weights import load_run_or_weights
 from fastbyol.run.initial_weights import load_initial_weights
 from tests.commands import ROOT, files_no_larger_than
@@ -342,6 +343,11 @@ def test_nothing_is_replaced_unasked_and_no_folder_of_others_at_all(tmp_path):
         (["onnx"], tmp_path / "a.bin", False, "must end in .onnx for onnx"),
         (["onnx", "timm"], timm_file, True, "is a file; several formats need a folder"),
         (["onnx"], tmp_path / "none" / "a.onnx", True, "is not a folder that may be written"),
+        (["onnx", "timm"], tmp_path / "b.onnx", False, "is the name of a file, and onnx and timm need a folder"),
+        (["onnx", "timm"], tmp_path / "b.PTH", False, "is the name of a file, and onnx and timm need a folder"),
+        (["huggingface"], Path("."), True, "--out .: says where, but not under which name; give one, for example NAME"),
+        (["huggingface"], Path(".."), True, "for example ../NAME"),
+        (["onnx"], Path("/"), True, "for example /NAME"),
     ):
         with pytest.raises(UserError, match=says):
             places({name: format_named(name) for name in names}, out, overwrite=overwrite)
@@ -351,6 +357,39 @@ def test_nothing_is_replaced_unasked_and_no_folder_of_others_at_all(tmp_path):
         places(hub, folder, overwrite=True)
     (folder / "thesis.tex").unlink()
     assert places(hub, folder, overwrite=True) == {"huggingface": folder}
+
+
+def test_a_folder_may_have_a_name_like_a_files_if_it_is_there(tmp_path):
+    (tmp_path / "v1.pth").mkdir()
+    where = places({name: format_named(name) for name in ("onnx", "timm")}, tmp_path / "v1.pth", overwrite=False)
+    assert set(where.values()) == {tmp_path / "v1.pth" / format_named(name).file for name in ("onnx", "timm")}
+
+
+def test_an_encoder_that_does_not_exist_is_said_before_formats_that_cannot_hold_it(tmp_path, source, capsys):
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    options = ["--to", "torchvision", "--out", str(tmp_path / "x.pth"), "--model.encoder", "timm/nosuch"]
+    with pytest.raises(SystemExit):
+        fastbyol_command(["export", "--checkpoint", str(tmp_path / "w.pth"), *options])
+    said = capsys.readouterr().err
+    assert "model.encoder = 'timm/nosuch': timm " in said
+    assert "formats that can hold it" not in said
+
+
+def test_an_export_says_which_step_it_is_of_and_that_another_run_helps_where_no_checkpoint_is_whole(colours_run, tmp_path, capsys):
+    shutil.copytree(colours_run, tmp_path / "run")
+    newest = checkpoint_path(tmp_path / "run", checkpoint_steps(tmp_path / "run")[-1])
+    state = torch.load(newest) | {"step": 3}
+    save_checkpoint(tmp_path / "run", step=3, state=state, keep=9)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    export = ["export", "--checkpoint", str(tmp_path / "run"), "--to", "safetensors", "--out", str(tmp_path / "e.safetensors")]
+    fastbyol_command(export)
+    assert re.search(
+        r"^exported: .*e.safetensors \(.* MB\), for safetensors, of the checkpoint after step 3$", capsys.readouterr().out, re.M
+    )
+    checkpoint_path(tmp_path / "run", 3).write_bytes(b"")
+    with pytest.raises(SystemExit):
+        fastbyol_command(export)
+    assert "checkpoints are damaged or of another run; give another checkpoint (the newest:" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -366,6 +368,34 @@ def test_networks_that_we_do_not_build_are_refused_not_half_loaded(tmp_path):
     (tmp_path / "w.npz").write_bytes(b"no zip")
     with pytest.raises(UserError, match="is not an .npz of arrays"):
         load_encoder(tmp_path / "w.npz")
+
+
+def test_a_damaged_file_says_so_in_words_and_no_option_is_offered_that_does_not_help(tmp_path):
+    weights = build_encoder("resnet8").state_dict()
+    torch.save(weights, tmp_path / "whole.pth")
+    np.savez(tmp_path / "whole.npz", **{name: value.numpy() for name, value in weights.items()})
+    for suffix in ("pth", "npz"):
+        whole = (tmp_path / f"whole.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / f"text.{suffix}").write_text("hello")
+        (tmp_path / f"noise.{suffix}").write_bytes(np.random.default_rng(0).bytes(5000))
+        with zipfile.ZipFile(tmp_path / f"other.{suffix}", "w") as archive:
+            archive.writestr("readme.txt", "no weights")
+    torch.save(weights | {"conv1.weight": weights["conv1.weight"] * math.nan}, tmp_path / "nan.pth")
+    torch.save({name: value for name, value in weights.items() if name != "layer2.0.conv2.weight"}, tmp_path / "lack.pth")
+    refusals = {
+        **{f"{name}.pth": r"is not a file of weights \(torch.save did not write it\)$" for name in ("text", "noise", "other")},
+        **{f"{name}.npz": r"is not an .npz of arrays \(np.savez did not write it\)$" for name in ("text", "noise")},
+        "other.npz": "is not a state dict",
+        "cut.pth": r"is not a file of weights \(it is cut short or damaged; copy it again\)$",
+        "cut.npz": r"is not an .npz of arrays \(it is cut short or damaged; copy it again\)$",
+        "nan.pth": r"conv1.weight holds numbers that are not finite: its training diverged, or the file is damaged; take another file$",
+        "lack.pth": r"is not complete \(it has no layer2.0.conv2.weight\); take a file with the whole network$",
+    }
+    for name, why in refusals.items():
+        with pytest.raises(UserError, match=why) as caught:
+            load_encoder(tmp_path / name)
+        assert name in str(caught.value)
 
 
 def test_wider_networks_and_other_depths_are_found(tmp_path):

@@ -526,7 +526,7 @@ def _unless_given(given: list[str], *defaults: str) -> list[str]:
         (["--data", "{beton}", "--seconds", "nan"], "--seconds = nan: must be"),
         (["--data", "{beton}", "--ranks", "3"], "global_batch = 8: not divisible by 3 ranks"),
         (["--data", "{beton}", "--data.train", "x"], "--data.train: use --data"),
-        (["--data", "{beton}", "--sekonds", "3"], "--sekonds: no such option"),
+        (["--data", "{beton}", "--sekonds", "3"], r"unrecognized arguments: --sekonds \(did you mean --seconds\?\) \(fastbyol tune --help"),
         (["--data", "{beton}", "--global_batch", "64"], "global_batch = 64: the data has 25 images"),
         (["--data", "{beton}", "--precision.autocast", "fp16"], "precision.autocast = 'fp16': needs a GPU"),
         (["--data", "{beton}", "--data", "{other}"], r"--data: not the same images \(.*: 25, .*: 8\)"),

@@ -641,5 +641,7 @@ def test_weights_that_are_not_finite_are_refused_by_name():
     weights = {name: value.clone() for name, value in module.state_dict().items()}
     load_matching(module, weights, source="w.pt")
     weights["weight"][1, 2] = float("nan")
-    with pytest.raises(UserError, match="w.pt: holds other networks .weight holds numbers that are not finite"):
+    with pytest.raises(
+        UserError, match="w.pt: weight holds numbers that are not finite: its training diverged, or the file is damaged; take another"
+    ):
         load_matching(module, weights, source="w.pt")

@@ -14,6 +14,7 @@ from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, devi
 from fastbyol.config.arguments import OneLineParser, local_or_url, path_text
 from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError, is_out_of_memory, require, require_at_least
+from fastbyol.config.plain import nearest_name
 from fastbyol.config.schema import WEIGHTS_OPTIONS
 from fastbyol.config.urls import is_url
 
@@ -68,10 +69,13 @@ def evaluate_run(options: argparse.Namespace) -> None:
     """
     typed = options.typed
     name, rest = _whole_name(options.task, options.rest)
-    options, rest = _task_parser(name).parse_known_args(rest)
+    parser = _task_parser(name)
+    options, rest = parser.parse_known_args(rest)
     for option in (argument.split("=")[0] for argument in rest if argument.startswith("-")):
         if option.removeprefix("--") not in WEIGHTS_OPTIONS:
-            raise UserError(f"{option}: is no option of evaluate {name} (python -m fastbyol evaluate {name} --help lists them)")
+            known = [each for each in (*parser._option_string_actions, *(f"--{each}" for each in WEIGHTS_OPTIONS)) if each.startswith("--")]
+            nearest = nearest_name(option, known, prefix="--")
+            raise UserError(f"{option}: is no option of evaluate {name}{nearest} (python -m fastbyol evaluate {name} --help lists them)")
     options.typed, options.run_options = typed, rest
     run = _run_task if getattr(options, "settings", "quick") == "paper" or name not in QUICK else _run_quick
     try:
@@ -240,10 +244,10 @@ def opened_bank(options: argparse.Namespace, *, scored: bool = True, foreign: bo
 
     device = device_named(options.device)
     changes = changes_from(options.run_options)
-    subset, other_path = getattr(options, "subset", None), "".join(getattr(options, "compare", []))
-    name, path = named_path(other_path)
+    subset, compared = getattr(options, "subset", None), getattr(options, "compare", [])
+    name, path = named_path(compared[0]) if compared else ("", "")
     paths = [options.checkpoint, path] if path else [options.checkpoint]
-    run, *rivals = load_runs_or_weights(paths, changes=changes) if foreign else [load_run(options.checkpoint)]
+    run, *rivals = load_runs_or_weights(paths, changes=changes) if foreign else [load_run(options.checkpoint, option="run")]
     settings = subset_settings(subset)
     opened_with = {"batch": options.batch, "workers": options.workers, "subset": subset, "at_most": RANK_IMAGES, "scored": scored}
     with ExitStack() as opened:

@@ -45,10 +45,14 @@ def export_encoder(options: argparse.Namespace) -> None:
     from fastbyol.exports.format import Subject
     from fastbyol.exports.registry import formats_for
     from fastbyol.exports.writing import places, write_exports
+    from fastbyol.models import check_image_size
     from fastbyol.run.foreign_weights import load_run_or_weights
 
     run = load_run_or_weights(options.checkpoint, changes=changes)
-    formats, left_out = formats_for(options.to, run.config.model, fold=options.fold_bn)
+    model = run.config.model
+    # First, because a format would say of an encoder that does not exist that others could hold it.
+    check_image_size(run.config.views.size_px, encoder=model.encoder, stem=model.stem)
+    formats, left_out = formats_for(options.to, model, fold=options.fold_bn)
     where = places(formats, options.out, overwrite=options.overwrite)
     encoder = encoder_of(run, announce=announce).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     subject = Subject(encoder, run.config, fold=options.fold_bn)
@@ -56,9 +60,12 @@ def export_encoder(options: argparse.Namespace) -> None:
     facts = collect_facts(run, subject, licence=printable(options.licence) or UNKNOWN_LICENCE)
     for name, reason in left_out.items():
         announce(f"{name} is left out: {reason}")
+    # A run's newest checkpoint may be damaged; then it is the one before.
+    of_step = "" if "encoder" in run.state else f", of the checkpoint after step {run.step:,}"
     try:
         for each in write_exports(subject, formats, where, facts, images, announce=announce):
-            say(f"exported: {each.path} ({each.size / 1e6:.1f} MB), for {each.name}", f"  {each.facts['check']['words']}", "  load it:")
+            size = f"{each.size / 1e6:.1f} MB"
+            say(f"exported: {each.path} ({size}), for {each.name}{of_step}", f"  {each.facts['check']['words']}", "  load it:")
             say(*(f"    {line}" for line in each.facts["load"]), f"  card: {each.card}")
     except KeyboardInterrupt:
         say("fastbyol: interrupted; what was not yet exported is not there", file=sys.stderr)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbyol.config.arguments import OneLineParser
+from fastbyol.config.arguments import OneLineParser, local_or_url
 from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError
 from fastbyol.host.signals import stoppable
@@ -33,11 +33,11 @@ def add_info(commands: Any) -> None:
 
 
 def _add_options(parser: OneLineParser) -> None:
-    from fastbyol.data.inputs.images import INPUTS, add_label_arguments, source_text
+    from fastbyol.data.inputs.images import INPUTS, add_label_arguments
 
     parser.epilog = EXAMPLES + INPUTS
     what = "FILE.beton, folder of tar shards, or images that were not converted; each may be a URL"
-    parser.add_argument("data", type=source_text, metavar="PATH", help=what)
+    parser.add_argument("data", type=local_or_url, metavar="PATH", help=what)
     add_label_arguments(parser)
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a picture: some images of some classes")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, with the count of each class")

@@ -1,14 +1,18 @@
-"""argparse as every command uses it: a mistyped option raises UserError, paths may begin with '~', and a repeated option is refused."""
+"""argparse as every command uses it: a mistyped option raises UserError, dashes and underscores in a name are the same, paths may begin with
+'~', and a repeated option is refused.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from fastbyol.config.errors import UserError
+from fastbyol.config.plain import nearest_name
 from fastbyol.config.urls import is_url, shown_url
 
 _GIVEN = "_given"
@@ -30,12 +34,49 @@ class OneLineParser(argparse.ArgumentParser):
         if self._later is not None:
             add_options, self._later = self._later, None
             add_options(self)
-        found, rest = super().parse_known_args(args, namespace)
+        typed = as_spelled(sys.argv[1:] if args is None else args, self._option_string_actions)
+        found, rest = super().parse_known_args(typed, namespace)
         vars(found).pop(_GIVEN, None)
         return found, rest
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+    def parser_of(self, arguments: Sequence[str]) -> OneLineParser:
+        """Returns the parser of the sub-command that the arguments name first; this one if they name none."""
+        commands = next((action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)), {})
+        return next((commands[argument] for argument in arguments if argument in commands), self)
+
+    def refuse(self, arguments: Sequence[str], *, others: Iterable[str] = ()) -> NoReturn:
+        """Raises UserError for arguments that no option takes, with the option that the first was meant for.
+
+        others: options that the command takes beside those of this parser.
+        """
+        first = next((argument.split("=", 1)[0] for argument in arguments if argument.startswith("--")), "")
+        nearest = nearest_name(first, [*self._option_string_actions, *others], prefix="--") if first else ""
+        self.error(f"unrecognized arguments: {' '.join(arguments)}{nearest}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(each) for each in action.choices]
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}{nearest_name(str(value), known)}; choose from {', '.join(known)}"
+            )
+
+
+def as_spelled(arguments: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Returns the arguments with each option spelled as it is among the known ones: dashes and underscores inside a name mean the same.
+
+    An option that is not known stays as typed, and so do values and what follows a bare '--'.
+    """
+    spellings = {name.replace("_", "-"): name for name in known}
+    typed = list(arguments)
+    end = typed.index("--") if "--" in typed else len(typed)
+    for place, argument in enumerate(typed[:end]):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            typed[place] = spellings.get(name.replace("_", "-"), name) + equals + value
+    return typed
 
 
 class _StoreOnce(argparse._StoreAction):
@@ -64,6 +105,8 @@ def refuse_repeated(option: str) -> NoReturn:
 
 def path_text(text: str) -> str:
     """Returns a path as typed with '~' expanded, for argparse's `type`; shells do not expand it in --out=~/runs."""
+    if not text:  # usually an unset shell variable; Path("") would mean the current folder
+        raise argparse.ArgumentTypeError("is empty; give a path")
     if is_url(text):
         where = "docs/data.md (Data in object stores) says what takes URLs"
         raise argparse.ArgumentTypeError(f"{shown_url(text)} is a URL, and this takes a path of this machine; {where}")
@@ -74,18 +117,12 @@ def path_text(text: str) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(_not_empty(text))
+    return Path(path_text(text))
 
 
 def local_or_url(text: str) -> str:
     """Returns a path as typed with '~' expanded, or a URL, for argparse's `type`."""
-    return text if is_url(text) else _not_empty(text)
-
-
-def _not_empty(text: str) -> str:
-    if not text:  # usually an unset shell variable; Path("") would mean the current folder
-        raise argparse.ArgumentTypeError("is empty; give a path")
-    return path_text(text)
+    return text if is_url(text) else path_text(text)
 
 
 def through_links(out: Path) -> Path:
@@ -96,6 +133,12 @@ def through_links(out: Path) -> Path:
     if target.is_symlink():
         raise UserError(f"{out}: is a link that leads back to itself; remove it, or give another path")
     return target
+
+
+def require_name(out: Path, *, option: str = "--out") -> None:
+    """Raises UserError for a path such as '.', '..' or '/': what is written takes its name, and files beside it have names made of that."""
+    if out.name in ("", ".."):
+        raise UserError(f"{option} {out}: says where, but not under which name; give one, for example {out / 'NAME'}")
 
 
 def expand_home(path: str, *, name: str = "") -> str:

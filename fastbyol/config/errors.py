@@ -6,6 +6,7 @@ failed; the worker's own exit code is in torchrun's report.
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from fastbyol.config.console import accept_any_text, say
+from fastbyol.config.packages import part_of
 from fastbyol.config.urls import public_text, without_credentials
 
 USER_ERROR_EXIT = 2
@@ -76,6 +78,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps an entry point: UserError and RunError print 'fastbyol: error: …' on stderr and exit with their code.
 
+    So do a file that the system refuses (`_refused_file`) and a package of ours that is not installed (`_missing_package`), with exit code 2.
     Other exceptions keep their traceback. Secrets in URLs are taken out of the arguments first (`config/urls.py`), and out of tracebacks.
     """
 
@@ -86,15 +89,46 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         try:
             sys.argv[1:] = public_arguments(sys.argv[1:])
             main(*args, **kwargs)
-        except (UserError, RunError) as error:
+        except Exception as error:
+            text = str(error) if isinstance(error, UserError | RunError) else _refused_file(error) or _missing_package(error)
+            if not text:
+                raise
             rank = os.environ.get("RANK") or "0"
             if rank != "0" and "MASTER_ADDR" in os.environ:  # a launcher started it
                 # If rank 0 has the same error, torchrun ends this process before it prints.
                 time.sleep(HOLD_BACK_S)
-            say(f"fastbyol: error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+            say(f"fastbyol: error: {' '.join(text.split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
             sys.exit(error.exit_code if isinstance(error, RunError) else USER_ERROR_EXIT)
 
     return guarded
+
+
+def _refused_file(error: Exception) -> str:
+    """Returns, of an error of the system about a file, which file it is, the reason and the way out; '' for any other error.
+
+    A file that is not there or exists already has no entry in `_WAYS_OUT`: where a command expects one of those it says so itself, so what
+    comes here is a bug of ours, whose traceback is needed.
+    """
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes) or error.errno not in _WAYS_OUT:
+        return ""
+    return f"{os.fsdecode(error.filename)}: cannot be used ({os.strerror(error.errno)}); {_WAYS_OUT[error.errno]}"
+
+
+_WAYS_OUT = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "ask for the right to use it and the folders that it is in, or give another path"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS), "give another path"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or give another path"),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN), "its disk or file server fails; copy it elsewhere"
+    ),
+}
+"""What helps where the system refuses a file, by the number of its error: those that a path or a disk of the user causes."""
+
+
+def _missing_package(error: Exception) -> str:
+    """Returns, of the error for a package that we need and that is not installed, its name and the command that brings it; else ''."""
+    part = part_of(error.name or "") if isinstance(error, ModuleNotFoundError) else None
+    return f"{part.package} is not installed; {part.command} (python -m fastbyol doctor lists everything that is missing)" if part else ""
 
 
 def public_argument(text: str) -> str:

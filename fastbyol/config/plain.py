@@ -21,6 +21,14 @@ def to_plain(config: Any) -> Any:
     return config
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested dicts into one with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def from_plain(cls: type[Config], values: dict[str, Any], *, where: str = "") -> Config:
     """Builds, and so checks, the dataclass from plain values; missing fields take their defaults.
 
@@ -42,10 +50,14 @@ def from_plain(cls: type[Config], values: dict[str, Any], *, where: str = "") ->
         raise UserError(str(error) if str(error).startswith(where) else f"{where}{error}") from error
 
 
-def nearest_name(name: str, known: typing.Iterable[str]) -> str:
-    """Returns ' (did you mean x?)', or an empty string if no known name is similar."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]}?)" if match else ""
+def nearest_name(name: str, known: typing.Iterable[str], *, prefix: str = "") -> str:
+    """Returns ' (did you mean x?)', or an empty string if no known name is similar, whether in upper or lower case.
+
+    prefix: what all of them begin with, such as '--': it is shown, but does not make them similar.
+    """
+    names = {each.removeprefix(prefix).lower(): each for each in known}
+    match = difflib.get_close_matches(name.removeprefix(prefix).lower(), list(names), n=1, cutoff=0.5)
+    return f" (did you mean {names[match[0]]}?)" if match else ""
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -19,6 +19,7 @@ from fastbyol.config.errors import (
     require_positive,
     require_probability,
 )
+from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.urls import is_url
 from fastbyol.config.views import ViewPair
 
@@ -408,6 +409,13 @@ def accumulation_of(config: TrainConfig, *, world_size: int) -> int:
         raise UserError(f"global_batch = {config.global_batch}: not divisible by {shares}; choose a multiple of {unit}")
     return config.global_batch // unit if config.rank_batch else 1
 
+
+_NAMES = tuple(flatten(to_plain(TrainConfig())))
+RUN_OPTIONS = frozenset(
+    f"--{name}"
+    for name in ("help", "preset", "config", "print_config", *_NAMES, *(name.rpartition(".")[0] for name in _NAMES if "." in name))
+)
+"""Every option that `train` takes, and each group of options, as they are spelled in help and files."""
 
 PAPER_RANKS = 8
 """Number of ranks in the commands of the paper's presets."""

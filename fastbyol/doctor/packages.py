@@ -6,9 +6,9 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from fastbyol.config.packages import CORE, OPTIONAL, Part
 from fastbyol.doctor.finding import Finding
 from fastbyol.doctor.subprocesses import run_each
 
@@ -20,63 +20,6 @@ ANOTHER_NUMPY = re.compile(
 """What Python says when a compiled package was built against another numpy than the one installed."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A package. module: its import name; extra: the extra of fastbyol that brings it ('' for the core); without: what its absence costs."""
-
-    package: str
-    module: str
-    extra: str
-    without: str
-
-    @property
-    def command(self) -> str:
-        return f"pip install 'fastbyol[{self.extra}]'" if self.extra else f"pip install {self.package}"
-
-
-CORE = tuple(
-    Part(package, module, "", "nothing works")
-    for package, module in (
-        ("torch", "torch"),
-        ("torchvision", "torchvision"),
-        ("numpy", "numpy"),
-        ("numba", "numba"),
-        ("pillow", "PIL"),
-        ("jsonargparse", "jsonargparse"),
-        ("pyyaml", "yaml"),
-        ("packaging", "packaging"),
-        ("rich", "rich"),
-        ("scikit-learn", "sklearn"),
-        ("threadpoolctl", "threadpoolctl"),
-        ("matplotlib", "matplotlib"),
-    )
-)
-OPTIONAL = (
-    Part(
-        "ffcv",
-        "ffcv",
-        "ffcv",
-        "no .beton files: train from tar shards (dali) or from the images themselves (a quarter more CPU time an image)",
-    ),
-    Part("nvidia-dali-cuda130", "nvidia.dali", "dali", "no tar shards, and no decoding on the GPU: train from a .beton or from the images"),
-    Part("timm", "timm", "timm", "no encoders of timm, no optimizers but LARS, SGD and AdamW, no export to timm"),
-    Part("tensorboard", "tensorboard", "tensorboard", "no TensorBoard files; metrics.jsonl and the report have the same figures"),
-    Part("wandb", "wandb", "wandb", "no logging to Weights & Biases"),
-    Part("torchmetrics", "torchmetrics", "eval", "no evaluate detection"),
-    Part("pycocotools", "pycocotools", "eval", "no evaluate detection"),
-    Part("h5py", "h5py", "eval", "no NYU v2 from its labelled file in evaluate depth"),
-    Part("pyarrow", "pyarrow", "parquet", "no Parquet, neither data sets nor embeddings; .npz and .npy remain"),
-    Part("safetensors", "safetensors", "export", "no .safetensors, neither read nor written"),
-    Part("onnx", "onnx", "export", "no export to ONNX"),
-    Part("onnxscript", "onnxscript", "export", "no export to ONNX"),
-    Part("onnxruntime", "onnxruntime", "export", "no export to ONNX: it could not be compared with the encoder"),
-    Part("fsspec", "fsspec", "remote", "no data and no outputs at URLs: s3://, gs://, hf://, https://"),
-    Part("s3fs", "s3fs", "remote", "no s3://"),
-    Part("aiohttp", "aiohttp", "remote", "no https://"),
-    Part("ray", "ray", "ray", "no --engine ray of convert and embed: they run on this machine, or in parts that you start"),
-    Part("umap-learn", "umap", "umap", "the report's map of the images is by PCA only"),
-    Part("torch-optimizer", "torch_optimizer", "torch-optimizer", "no optim.name torch_optimizer_lars, a cross-check of ours"),
-)
 REBUILD_FFCV_ALONE = "pip install --force-reinstall --no-cache-dir --no-deps ffcv==1.0.2"
 REBUILD_FFCV = f"{REBUILD_FFCV_ALONE}; pip install --upgrade opencv-python numba"
 FFCV_NEEDS = (
@@ -154,8 +97,10 @@ def version_of(package: str) -> str:
 
 def too_old(package: str, version: str) -> str:
     """Returns 'needs package>=x' if the installed fastbyol asks for another version of this package, else ''."""
-    from packaging.requirements import InvalidRequirement, Requirement
-
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:  # it has a finding of its own
+        return ""
     try:
         wanted = [Requirement(text) for text in importlib.metadata.requires("fastbyol") or []]
     except (importlib.metadata.PackageNotFoundError, InvalidRequirement):  # a checkout that is not installed

@@ -33,7 +33,7 @@ from fastbyol.data.batch import ImageBatch
 from fastbyol.data.build import build_image_loader
 from fastbyol.data.inputs.images import CONVERTERS_OPTION, LABEL_MODES
 from fastbyol.data.loader import ImageLoader
-from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, write_features
+from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, work_path, write_features
 from fastbyol.evaluation.ray_rows import RowEncoder, rows_on_ray
 from fastbyol.export import CROP, networks_of
 from fastbyol.host.durable_files import durable_file, locked_file, write_durably
@@ -88,7 +88,7 @@ def embed(
     """
     data, labels = public_argument(str(data)), public_argument(labels)
     out = Path(out)
-    check_output(out, unfinished=_work_path(out).exists())
+    check_output(out)
     require_choice("dtype", dtype, DTYPES)
     # A process without a device of its own need not have a GPU for the cluster to have some.
     device = process.device.type if process else "auto"
@@ -290,15 +290,11 @@ def _checked(block: Tensor, dtype: str) -> NDArray[Any]:
     return stored
 
 
-def _work_path(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
-
-
 class _WorkFolder:
     """The hidden folder beside the output in which the parts lie. It is locked for one command; ranks of one command share it."""
 
     def __init__(self, out: Path, facts: Facts, *, process: Process) -> None:
-        self.path, self._facts, self._lock = _work_path(out), facts, -1
+        self.path, self._facts, self._lock = work_path(out), facts, -1
         self.num_parts = -(-facts.num_images // PART_ROWS)
         problem = self._open(out) if process.is_main else None
         # Every rank must hear of it, or the others would wait for rank 0.
@@ -319,6 +315,8 @@ class _WorkFolder:
         except BlockingIOError as error:
             return f"--out {out}: {error.strerror} is embedding to it; wait for it, or choose another file"
         except (OSError, ValueError) as error:
+            if not self.path.exists():
+                return f"--out {out}: nothing can be written into the folder {out.parent} ({first_line(error)}); choose another"
             return f"--out {out}: {self.path} cannot be used ({first_line(error)}); remove it or choose another file"
         # Where the checkpoint and the data lie does not matter, only what they hold.
         free = {"checkpoint", "data", "labels", "changes"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -91,20 +92,28 @@ class Facts:
         return json.dumps(asdict(self))
 
 
-def check_output(out: Path, *, unfinished: bool) -> None:
-    """Raises UserError unless the file can be written: its suffix is one of SUFFIXES, what it needs is installed, and nothing is in its
-    place. unfinished: an embedding was killed here, which may have left the files beside an .npy.
+def check_output(out: Path) -> None:
+    """Raises UserError unless the file can be written: its suffix is one of SUFFIXES, what it needs is installed, nothing is in its place,
+    and its folder may be written.
     """
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: must end in {', '.join(SUFFIXES)}")
     if out.suffix == ".parquet":
         _pyarrow()
-    beside = (_facts_beside(out), _projections(out)) if out.suffix == ".npy" and not unfinished else ()
+    # An embedding that was killed here may have left the files beside an .npy.
+    beside = (_facts_beside(out), _projections(out)) if out.suffix == ".npy" and not work_path(out).exists() else ()
     for path in (out, *beside):
         if path.exists():
             raise UserError(f"--out {path}: exists already; remove it or choose another file")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it or choose another")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: you may not write into the folder {out.parent}; choose another")
+
+
+def work_path(out: Path) -> Path:
+    """Returns the hidden folder beside a file of features that holds its parts until it is complete."""
+    return out.with_name(f".{out.name}.partial")
 
 
 def _pyarrow() -> Any:

@@ -30,7 +30,7 @@ WHAT: dict[str, str] = {
     "huggingface": "folder for timm's local-dir: and hf-hub:; nothing is uploaded",
     "onnx": "ONNX program with free batch size (.onnx)",
     "torch_export": "torch.export's program with free batch size (.pt2)",
-    "detectron2": "backbone as MoCo's converter writes it (.pkl); never loaded in detectron2 by us",
+    "detectron2": "backbone as MoCo's converter writes it (.pkl)",
 }
 """Describes each format in a line, for --help."""
 
@@ -40,6 +40,11 @@ def format_named(name: str) -> Format:
     if name not in MODULES:
         raise UserError(f"--to {name}: no such format{nearest_name(name, MODULES)}; those are {', '.join(MODULES)}, or all")
     return import_module(f"fastbyol.exports.{MODULES[name]}").FORMATS[name]
+
+
+def all_suffixes() -> set[str]:
+    """Returns every suffix that a file of one of the formats may have."""
+    return {suffix for name in MODULES for suffix in format_named(name).suffixes}
 
 
 def formats_for(names: list[str], model: ModelConfig, *, fold: str = "auto") -> tuple[dict[str, Format], dict[str, str]]:

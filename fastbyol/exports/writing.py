@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbyol.config.arguments import through_links
+from fastbyol.config.arguments import require_name, through_links
 from fastbyol.config.errors import UserError, first_line
 from fastbyol.exports.card import card_path, card_text
 from fastbyol.exports.check import CheckImages, checked
 from fastbyol.exports.format import Format, Subject
+from fastbyol.exports.registry import all_suffixes
 from fastbyol.host.durable_files import UNFINISHED, flush_to_disk, write_durably
 
 
@@ -38,10 +39,13 @@ def places(formats: Mapping[str, Format], out: Path, *, overwrite: bool) -> dict
     if len(formats) > 1:
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out}: is a file; several formats need a folder")
+        if not out.exists() and out.suffix.lower() in all_suffixes():
+            raise UserError(f"--out {out}: is the name of a file, and {' and '.join(formats)} need a folder; give one, or --to one format")
         found = {name: out / each.file for name, each in formats.items()}
         folder = out if out.is_dir() else out.parent
     else:
         ((name, each),) = formats.items()
+        require_name(out)
         if not each.is_folder and out.suffix.lower() not in each.suffixes:
             raise UserError(f"--out {out}: must end in {' or '.join(each.suffixes)} for {name}")
         found, folder = {name: out}, out.parent

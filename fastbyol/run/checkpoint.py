@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def load_checkpoint(path: Path, *, or_weights: bool = False) -> Any:
         _refuse_other_structure(state, path)
     except Exception as error:
         what = "a file of weights" if foreign else "a checkpoint of fastbyol"
-        raise CheckpointError(f"checkpoint {path}: is not {what} ({_why_not_loaded(error)})") from error
+        raise CheckpointError(f"checkpoint {path}: is not {what} ({_why_not_loaded(error, payload)})") from error
     if digest is None:
         log.warning("checkpoint %s has no valid .sha256 beside it; its internal checksums match, so it is used", path)
     return state
@@ -192,17 +193,35 @@ def _refuse_other_structure(state: Any, path: Path) -> None:
     from_plain(TrainConfig, state["config"], where="config.")
 
 
-def _why_not_loaded(error: Exception) -> str:
+def _why_not_loaded(error: Exception, payload: bytes) -> str:
+    """Returns why a file could not be loaded, in words that do not need torch's source to be understood."""
     # torch's own text advises to load the file with weights_only=False, which would run the code in it.
     if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"it asks for {wanted[1]}, but only tensors and plain values are accepted"
-    if isinstance(error, UnpicklingError | EOFError):
+    if is_cut_archive(io.BytesIO(payload)):
+        return "it is cut short or damaged; copy it again"
+    # Pickle meets bytes that are none with whatever error its next step has.
+    if isinstance(error, UnpicklingError | EOFError | LookupError | AttributeError | TypeError | UnicodeError | struct.error):
         return "torch.save did not write it"
+    if isinstance(error, RuntimeError | zipfile.BadZipFile) and zipfile.is_zipfile(io.BytesIO(payload)):
+        with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+            is_torchs = any(name.endswith("data.pkl") for name in archive.namelist())
+        return "it is damaged; copy it again" if is_torchs else "torch.save did not write it"
     return first_line(error)
 
 
+def is_cut_archive(file: IO[bytes]) -> bool:
+    """Returns True for the beginning of a zip archive whose end, which says what it holds, is missing or damaged."""
+    file.seek(0)
+    return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(file)
+
+
 def load_newest(
-    run: Path, *, config: TrainConfig | None = None, check: Callable[[dict[str, Any]], str | None] = lambda state: None
+    run: Path,
+    *,
+    config: TrainConfig | None = None,
+    check: Callable[[dict[str, Any]], str | None] = lambda state: None,
+    way_out: str = "start again with another --out",
 ) -> dict[str, Any] | None:
     """Returns the state of a run's newest good checkpoint, or None if it has no checkpoint yet; a damaged one is reported and skipped.
 
@@ -210,6 +229,7 @@ def load_newest(
         run: the run folder.
         config: the run's config, which a good checkpoint shares; None reads it from the folder.
         check: returns what else is wrong with a state, or None.
+        way_out: what helps, for the message, if no checkpoint is good.
 
     Raises CheckpointError if there are checkpoints but none is good.
     """
@@ -230,7 +250,7 @@ def load_newest(
             log.warning("%s%s", error, "; trying the one before" if step != steps[0] else "")
     if steps:
         raise CheckpointError(
-            f"{run / FOLDER}: all {len(steps)} checkpoints are damaged or of another run; start again with another --out (the newest: {reasons[0]})"
+            f"{run / FOLDER}: all {len(steps)} checkpoints are damaged or of another run; {way_out} (the newest: {reasons[0]})"
         )
     return None
 
@@ -272,7 +292,7 @@ def load_run(path: str | Path, *, option: str = "checkpoint") -> RunState:
     """
     path = Path(path)
     if path.is_dir():
-        state = load_newest(path)
+        state = load_newest(path, way_out=f"give another {option}")
         if state is None:
             raise UserError(f"{option} = {str(path)!r}: no checkpoints/step-*.pt in it; give a run folder or a checkpoint file")
         folder, results = path, path / RESULTS

@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastbyol.config.arguments import expand_home, refuse_repeated
+from fastbyol.config.arguments import as_spelled, expand_home, refuse_repeated
 from fastbyol.config.errors import UserError, shown
-from fastbyol.config.plain import from_plain, nearest_name, to_plain
+from fastbyol.config.plain import flatten, from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
-from fastbyol.config.schema import TrainConfig
-from fastbyol.run.folder import flatten
+from fastbyol.config.schema import RUN_OPTIONS, TrainConfig
 from fastbyol.run.plain_yaml import StandsForTooMuch, read_yaml, repeated_key
 
 log = logging.getLogger("fastbyol")
@@ -40,7 +39,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     """
     import jsonargparse
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = as_spelled(sys.argv[1:] if arguments is None else arguments, RUN_OPTIONS)
     if PRINT_CONFIG in {argument.split("=", 1)[0] for argument in arguments}:  # it prints the config before checking it, so check first
         parse_train_config([argument for argument in arguments if argument.split("=", 1)[0] != PRINT_CONFIG], usage=usage)
     parser = jsonargparse.ArgumentParser(
@@ -51,7 +50,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
     parser.add_class_arguments(TrainConfig, as_group=False)
     if {"-h", "--help"} & set(arguments):
         _write_help(parser)
-    _refuse_unknown(arguments, parser)
+    _refuse_unknown(arguments)
     _refuse_too_much(arguments)
     repeated = _repeated(arguments)
     named, typed = _presets_and_files_apart(arguments)
@@ -155,13 +154,13 @@ def _read_file(path: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_unknown(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    known = {option for action in parser._actions for option in action.option_strings}
-    known |= {f"--{name}" for name in _DEFAULTS}
+def _refuse_unknown(arguments: Sequence[str]) -> None:
     for argument in arguments:
         name = argument.split("=", 1)[0]
-        if name.startswith("--") and name not in known:
-            raise UserError(f"{name}: no such option{nearest_name(name, known)}; --help lists them")
+        if name.startswith("--") and name not in RUN_OPTIONS:
+            raise UserError(
+                f"{name}: no such option{nearest_name(name, RUN_OPTIONS, prefix='--')}; python -m fastbyol train --help lists them"
+            )
 
 
 def _refuse_too_much(arguments: Sequence[str]) -> None:

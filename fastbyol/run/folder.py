@@ -9,12 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from fastbyol.config.errors import UserError, shortened, shown
-from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.config.plain import flatten, from_plain, to_plain
 from fastbyol.config.schema import MonitorsConfig, TrainConfig
 from fastbyol.host.durable_files import UNFINISHED, locked_file, write_durably
 from fastbyol.run.plain_yaml import read_yaml
@@ -159,11 +158,3 @@ def config_changes(old: TrainConfig, new: TrainConfig, *, free: frozenset[str] =
     before, now = flatten(to_plain(old)), flatten(to_plain(new))
     different = sorted(name for name, value in now.items() if before.get(name) != value and name not in free)
     return [f"{name} was {shown(before.get(name))}, is {shown(now[name])}" for name in different]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts into one with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,25 @@ def load_matching(module: nn.Module, weights: dict[str, Tensor], *, source: str)
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     pairs = [(name, weights[name], value) for name, value in own.items() if name in weights]
     wrong = [found for name, value, mine in pairs if (found := tensor_difference(value, mine, name, any_float=True))]
-    wrong += [f"{name} holds numbers that are not finite" for name, value, _ in pairs if not wrong and not value.isfinite().all()]
+    if not wrong and (infinite := [name for name, value, _ in pairs if not value.isfinite().all()]):
+        others = f", as do {len(infinite) - 1} more of its tensors" if len(infinite) > 1 else ""
+        raise UserError(
+            f"{source}: {infinite[0]} holds numbers that are not finite{others}: its training diverged, or the file is damaged; take another file"
+        )
+    if missing and not extra and not wrong and {_part(name) for name in missing} <= {_part(name) for name in weights}:
+        raise UserError(
+            f"{source}: is not complete ({_listed([f'it has no {name}' for name in missing])}); take a file with the whole network"
+        )
     complaints = [f"it has no {name}" for name in missing] + [f"{name} is unknown here" for name in extra] + wrong
     if complaints:
-        more = f" and {len(complaints) - 5} more" if len(complaints) > 5 else ""
-        raise UserError(f"{source}: holds other networks ({'; '.join(complaints[:5])}{more}); give the model.… options of that run")
+        raise UserError(f"{source}: holds other networks ({_listed(complaints)}); give the model.… options of that run")
     module.load_state_dict(weights)
+
+
+def _part(name: str) -> str:
+    """Returns the part of a network that a layer belongs to, by the name of one of the layer's tensors: layer2.0 of layer2.0.conv1.weight."""
+    return name.rpartition(".")[0].rpartition(".")[0]
+
+
+def _listed(complaints: Sequence[str]) -> str:
+    return "; ".join(complaints[:5]) + (f" and {len(complaints) - 5} more" if len(complaints) > 5 else "")

@@ -6,6 +6,7 @@ What `python -m fastbyol export` writes as .safetensors says itself what it hold
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastbyol.config.errors import UserError, first_line
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import WEIGHTS_OPTIONS, ModelConfig
 from fastbyol.config.views import ViewPair
-from fastbyol.run.checkpoint import CheckpointError, load_checkpoint, load_run, unpacked_size
+from fastbyol.run.checkpoint import CheckpointError, is_cut_archive, load_checkpoint, load_run, unpacked_size
 
 EXPORTED = "model.safetensors"
 """Name of the weights in a folder for Hugging Face."""
@@ -115,6 +116,10 @@ def description_of(path: Path) -> dict[str, Any]:
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
+            if is_cut_archive(file):
+                raise ValueError("it is cut short or damaged; copy it again")
+            if not zipfile.is_zipfile(file):
+                raise ValueError("np.savez did not write it")
             unpacked_size(file)
             with np.load(file, allow_pickle=False) as arrays:
                 # A member that is no .npy comes as bytes.

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, Self
 
+from fastbyol.config.arguments import require_name
 from fastbyol.config.errors import UserError
 from fastbyol.data.formats.manifest import TAR_MANIFEST, sha256_of
 from fastbyol.data.formats.regular_files import require_regular
@@ -290,7 +291,10 @@ def _is_unused(folder: Path) -> bool:
 
 def work_path(out: Path) -> Path:
     """Returns the work folder for `out`: beside it, or inside it if it is an existing folder, which may be on another disk."""
-    return out / _INSIDE if _is_unused(out) or (out / _INSIDE).is_dir() else out.with_name(f".{out.name}.partial")
+    if _is_unused(out) or (out / _INSIDE).is_dir():
+        return out / _INSIDE
+    require_name(out)
+    return out.with_name(f".{out.name}.partial")
 
 
 def put_in_place(new: Path, out: Path) -> None:

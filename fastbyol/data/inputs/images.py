@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,7 +57,7 @@ LABEL_OPTIONS = ("labels", "path_column", "label_column", "devkit", "subset", "d
 def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", required: bool = True) -> None:
     """Adds --data or --source, and the options of `add_label_arguments`; `listing_from` reads them."""
     where = "folder, tar, shards, list or Parquet files" if option == "--data" else "the original images: what the conversion had as --data"
-    parser.add_argument(option, type=source_text, nargs="+", required=required, metavar="PATH", help=where)
+    parser.add_argument(option, type=local_or_url, nargs="+", required=required, metavar="PATH", help=where)
     add_label_arguments(parser)
 
 
@@ -67,7 +67,7 @@ def add_label_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--labels", type=local_or_url, metavar="HOW", help=how)
     for option, what in (("path", "names of the images"), ("label", "classes")):
         column = f"the column of a table that has the {what}, by name or by number from 1 (default: by its header)"
-        parser.add_argument(f"--{option}-column", f"--{option}_column", metavar="NAME", help=column)
+        parser.add_argument(f"--{option}-column", metavar="NAME", help=column)
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
     names = "use only the images that this file names, one per line (python -m fastbyol subset)"
     parser.add_argument("--subset", type=Path, metavar="LIST", help=names)
@@ -75,13 +75,6 @@ def add_label_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--drop-empty-classes", action="store_true", help=renumber)
     accept = "accept folders such as train/ and val/ as classes (default: refuse them)"
     parser.add_argument("--splits-are-classes", action="store_true", help=accept)
-
-
-def source_text(text: str) -> str:
-    """Returns a source as typed with '~' expanded, for argparse's `type`."""
-    if not text:  # usually an unset shell variable
-        raise ArgumentTypeError("is empty; give a path")
-    return local_or_url(text)
 
 
 def listing_from(arguments: Namespace, *, option: str = "--data", tell: Callable[[str], None] | None = None) -> ImageListing:

@@ -211,9 +211,12 @@ def load_subjects(
 
 
 def named_path(text: str) -> tuple[str, str]:
-    """Returns name ('' without one) and path of [NAME=]PATH. A path may hold a '=' too."""
+    """Returns name ('' without one) and path of [NAME=]PATH. A path may hold a '=' too. Raises UserError for no path."""
     name, equals, path = text.partition("=")
-    return (name, path) if equals and not Path(text).exists() else ("", text)
+    name, path = (name, path) if equals and not Path(text).exists() else ("", text)
+    if not path:
+        raise UserError(f"[NAME=]PATH = {text!r}: its path is empty; give the path of a run, a checkpoint or weights")
+    return name, path
 
 
 def _trained(name: str, run: RunState, *, title: str = "") -> Subject:
