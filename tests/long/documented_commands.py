@@ -37,12 +37,13 @@ NOT_RUN = {
     r"^docs/python\.md": "tests/test_documented_python.py runs it",
 }
 """What is not run, by a pattern of 'PAGE: COMMAND', with the reason."""
-PLACES = {
+STAND_INS = {
     r"s3://": "file://{folder}/stores/",
     r"https://host": "file://{folder}/stores/host",
     r"/scratch/": "{folder}/scratch/",
+    r"\bimages=512\b": "images=128",
 }
-"""Places that only the pages' readers have, and what stands for them here."""
+"""Places that only the pages' readers have and sizes of minutes, and what stands for them here."""
 MORE = (
     (r"evaluate .*--settings (paper|moco)(?!.*--dry_run)", "--dry_run"),
     (r"(train\.py|fastbyol train) .*--preset r50", f"--steps 2 {SMALL_STEP}"),
@@ -83,13 +84,17 @@ class Page:
 
     def run_python(self, block: str) -> None:
         """Runs a block of Python in a process of its own."""
-        (self.folder / "block.py").write_text(block, encoding="utf-8")
+        (self.folder / "block.py").write_text(self._here(block), encoding="utf-8")
         self._run("python block.py")
 
+    def _here(self, text: str) -> str:
+        """Returns the text with what stands here for its places and sizes."""
+        for pattern, stand_in in STAND_INS.items():
+            text = re.sub(pattern, stand_in.format(folder=self.folder), text)
+        return text
+
     def _run(self, text: str) -> None:
-        command = text.replace("--nproc-per-node 8", "--nproc-per-node 2")
-        for pattern, place in PLACES.items():
-            command = re.sub(pattern, place.format(folder=self.folder), command)
+        command = self._here(text.replace("--nproc-per-node 8", "--nproc-per-node 2"))
         added = [more for pattern, more in MORE if re.search(pattern, command)]
         begin = time.monotonic()
         done = subprocess.run(
