@@ -5,7 +5,8 @@
 #     torchrun --nproc-per-node 8 -m fastbyol train --preset r50_300ep --data.train /data/train.beton --out /runs/r50
 # PyPI's torch for Linux holds CUDA's libraries, so the cuda target needs nothing else from NVIDIA but the driver and the container toolkit of the host; for a
 # smaller cpu target give the address of an index with torch's CPU builds: --build-arg PIP_EXTRA_INDEX_URL=...
-# What was built, and how: scripts/README.md.
+# Built by us: both targets, by scripts/container_without_docker.sh (buildah with chroot isolation on a base by debootstrap, no Docker engine), and run without a GPU as
+# user 1000: doctor, convert, three steps of train, evaluate all, export to ONNX. More: scripts/README.md.
 ARG BASE=debian:12-slim
 
 FROM ${BASE} AS system

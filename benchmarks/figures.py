@@ -77,6 +77,10 @@ STEPS = ("step", "step_resnet18")
 """Cases that measure a whole step beside rivals."""
 
 
+HEADLINES = ("convert", "loader", "fused_update", "step", "end_to_end")
+"""Cases that README quotes; docs/performance.md has all."""
+
+
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m benchmarks.figures", description=__doc__)
@@ -107,20 +111,30 @@ def with_figures(text: str, blocks: dict[str, Callable[[], str]]) -> str:
     return BLOCK.sub(filled, text)
 
 
-def measured_table(kept: Path = KEPT) -> str:
-    """Returns a line for each quote whose case has a kept record, from the newest one, followed by the sources."""
-    lines, cases = rivals_lines(kept)
+def headlines_table(kept: Path = KEPT) -> str:
+    """Returns README's few lines of `measured_table`, whose page has the rest."""
+    return measured_table(kept, cases=HEADLINES, up="")
+
+
+def measured_table(kept: Path = KEPT, *, cases: Sequence[str] = (), up: str = "../") -> str:
+    """Returns a line for each quote whose case has a kept record, from the newest one, followed by the sources.
+
+    cases: only the quotes of these; none: of all. up: from the page's folder to the repository's root.
+    """
+    lines, sources = rivals_lines(kept)
     # Of a row that only some machines have, the newest record of one that has it: bf16 is not on every CPU.
     found = [
-        (quote, newest_kept(quote.case, folder=kept, rows=quote.ours.values()) or newest_kept(quote.case, folder=kept)) for quote in QUOTES
+        (quote, newest_kept(quote.case, folder=kept, rows=quote.ours.values()) or newest_kept(quote.case, folder=kept))
+        for quote in QUOTES
+        if not cases or quote.case in cases
     ]
     rows = []
     for quote, folder in found:
         if folder is not None:
-            cases[folder] = list(dict.fromkeys([*cases[folder], quote.case]))
+            sources[folder] = list(dict.fromkeys([*sources[folder], quote.case]))
             rows.append(_cells(quote, _result(folder, quote.case)))
     table = markdown_table(("", "ours", "reference", "ceiling"), [*lines, *rows], text_columns=4)
-    return "\n".join([table, "", *(_source(*source) for source in cases.items())])
+    return "\n".join([table, "", *(_source(*source, up=up) for source in sources.items())])
 
 
 def rivals_lines(kept: Path = KEPT) -> tuple[list[list[str]], dict[Path, list[str]]]:
@@ -165,9 +179,9 @@ def _figure(quote: Quote, result: CaseResult, row: Row) -> str:
     return number(values[result.primary].median)
 
 
-def _source(folder: Path, cases: list[str]) -> str:
+def _source(folder: Path, cases: list[str], *, up: str) -> str:
     provenance = read_record(folder)["provenance"]
-    link = f"[{folder.name}](benchmarks/results/{folder.name}/report.md)"
+    link = f"[{folder.name}]({up}benchmarks/results/{folder.name}/report.md)"
     return f"Medians of {', '.join(cases)}: {link}, {provenance['cpu']}, cores used: {provenance['cores']}, GPU: {provenance['gpu'] or 'none'}."
 
 
@@ -240,6 +254,7 @@ def input_table() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "headlines": headlines_table,
     "measured": measured_table,
     "gpu_rates": gpu_rates_table,
     "cpu_rates": cpu_rates_table,

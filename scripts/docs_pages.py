@@ -1,7 +1,9 @@
-"""MkDocs hook: pages that are made while the site is built, from the schema, the presets, the public names, and files outside docs/."""
+"""MkDocs hook: pages that are made while the site is built, from the schema, the parsers, the presets, the public names, and files outside docs/."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import posixpath
 import re
 from collections.abc import Iterator
@@ -9,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastbyol
+from fastbyol.__main__ import WITH_RUN_OPTIONS, _build_parser
+from fastbyol.commands.evaluate import WHAT, _task_parser
+from fastbyol.config.errors import UserError
 from fastbyol.config.plain import to_plain
 from fastbyol.config.presets import PRESETS
 from fastbyol.config.schema import TrainConfig
@@ -34,7 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that no file in docs/ holds."""
     from mkdocs.structure.files import File
 
-    made = {"options.md": options_page(), "presets.md": presets_page(), "api.md": api_page()}
+    made = {"options.md": options_page(), "commands.md": commands_page(), "presets.md": presets_page(), "api.md": api_page()}
     made |= {page: _moved((ROOT / path).read_text(), path, page=page) for path, page in OUTSIDE.items() if page != "index.md"}
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
@@ -105,6 +110,53 @@ def options_page() -> str:
             group = head
         lines.append(f"| `--{name}` | `{_shown(default)}` | {_cell(texts.get(name, ''))} |")
     return "\n".join(lines) + "\n"
+
+
+def commands_page() -> str:
+    """Returns the options of every command but train's, from its parser; `evaluate` has a table for each task."""
+    whole = _build_parser()
+    (commands,) = (action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
+    texts = {choice.dest: choice.help or "" for choice in commands._choices_actions}
+    # argparse has no public way to ask a parser for its options.
+    lines = [
+        "# Every command's options",
+        "",
+        "`fastbyol COMMAND`, or `python -m fastbyol COMMAND`. In a checkout `data_prep/` has conversion, checks and the demo's images as scripts",
+        "with the same options. Written from the commands' parsers; `COMMAND --help` prints the same.",
+    ]
+    for name, parser in commands.choices.items():
+        with contextlib.suppress(UserError):  # of an option that is required
+            parser.parse_known_args([])  # some parsers get their options when they are used
+        lines += ["", f"## {name}", "", *_about(texts[name])]
+        if parser.get_default("command") in WITH_RUN_OPTIONS:
+            own = "[options of a run](options.md)"
+            lines += ["", f"Takes the {own}." if name == "train" else f"Takes {own} too, those that have a meaning for it."]
+        if name != "evaluate":
+            lines += _option_table(parser)
+        else:
+            for task, what in WHAT.items():
+                lines += ["", f"### evaluate {task}", "", *_about(what), *_option_table(_task_parser(task))]
+    return "\n".join(lines) + "\n"
+
+
+def _about(text: str) -> list[str]:
+    text = _cell(text)
+    return [f"{text[0].upper()}{text[1:].rstrip('.')}."]
+
+
+def _option_table(parser: argparse.ArgumentParser) -> list[str]:
+    """Returns a line for each option and argument of a parser, or none if it has none."""
+    formatter = parser._get_formatter()
+    rows = []
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)):
+            continue
+        words = [] if action.nargs == 0 else [formatter._format_args(action, formatter._get_default_metavar_for_optional(action))]
+        names = [f"`{' '.join([option, *words])}`" for option in action.option_strings] or [f"`{action.metavar or action.dest}`"]
+        needed = "**required**; " if action.required and action.option_strings else ""
+        text = formatter._expand_help(action) if action.help else ""
+        rows.append(f"| {_cell(', '.join(names))} | {needed}{_cell(text)} |")
+    return ["", "| option | what it does |", "|---|---|", *rows] if rows else []
 
 
 def presets_page() -> str:

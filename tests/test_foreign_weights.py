@@ -27,8 +27,9 @@ from fastbyol.models import build_encoder
 from fastbyol.run.checkpoint import checkpoint_path, load_checkpoint
 from fastbyol.run.foreign_weights import load_run_or_weights
 from fastbyol.train import main as train_command
-from tests.commands import SMALL_RUN
+from tests.commands import ROOT, SMALL_RUN
 from tests.images import smooth_image
+from tests.test_documented_commands import python_blocks
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -325,6 +326,28 @@ def test_the_official_weights_are_read_from_an_npz_of_haikus_names(tmp_path):
     )
     assert any("initial_conv/w" in line and line.endswith("taken as conv1.weight") for line in lines)
     assert any(line.endswith("left out: Haiku's own counter") for line in lines)
+
+
+def test_the_guides_lines_make_an_npz_of_deepminds_checkpoint(tmp_path, monkeypatch):
+    import pickle
+    import types
+
+    _official_file(tmp_path / "wanted.npz")
+    wanted = dict(np.load(tmp_path / "wanted.npz"))
+    trees: dict[str, dict[str, dict[str, np.ndarray]]] = {"online_params": {}, "online_state": {}}
+    for name, value in wanted.items():
+        module, _, leaf = name.rpartition("/")
+        trees["online_state" if "_ema/" in name else "online_params"].setdefault(module, {})[leaf] = value
+    state = types.SimpleNamespace(**trees, target_params={}, target_state={})
+    (tmp_path / "pretrain_res50x1.pkl").write_bytes(pickle.dumps({"step": 1, "experiment_state": state}))
+    (block,) = (each for each in python_blocks(ROOT / "docs" / "guide.md") if "dill" in each)
+    monkeypatch.setitem(sys.modules, "dill", pickle)  # dill loads more than pickle, which is all that this file needs
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs/guide.md", "exec"), {})  # fixed text of this repository
+    made = np.load(tmp_path / "byol.npz")
+    assert set(made.files) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(made[name], value, err_msg=name)
 
 
 def test_a_pickle_is_not_opened_and_the_way_out_is_said(tmp_path):

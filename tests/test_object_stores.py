@@ -237,6 +237,14 @@ def test_a_part_that_is_made_again_replaces_its_shards_in_a_store_and_a_merge_wa
     assert run("convert", "--to", "dali", "--out", out, "--merge") == 0
 
 
+def test_an_output_at_a_file_url_makes_the_folders_that_a_store_does_not_need(colours: Path, tmp_path: Path) -> None:
+    out = f"file://{tmp_path}/mounted/shards"
+    for part in ("0/2", "1/2"):
+        assert convert(f"file://{colours}/train", out, "--to", "dali", "--shard", part) == 0
+    assert run("convert", "--to", "dali", "--out", out, "--merge") == 0
+    assert run("verify", tmp_path / "mounted" / "shards", "--source", colours / "train") == 0
+
+
 def test_features_are_the_same_from_a_url_and_are_written_to_one(
     colours: Path, server: WebServer, memory: fsspec.AbstractFileSystem, tmp_path: Path
 ) -> None:

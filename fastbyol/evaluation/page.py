@@ -67,8 +67,10 @@ def breakable(text: str) -> str:
 
 def page(title: str, *, lead: str, sections: Iterable[str]) -> str:
     """Returns the whole document. `title` and `lead` are plain text, `sections` HTML."""
+    # An empty icon: browsers ask the server of a page without one for /favicon.ico.
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
+        '<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n' + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )

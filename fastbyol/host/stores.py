@@ -65,6 +65,8 @@ def store_of(url: str, *, option: str) -> tuple[Any, str]:
             if place.username:
                 options |= {"key": unquote(place.username), "secret": unquote(place.password or "")}
                 url = url.replace(place.netloc, place.netloc.rpartition("@")[2], 1)
+        if scheme in ("file", "local"):
+            options["auto_mkdir"] = True  # stores have no folders that must be there before a file
         fs, path = fsspec.core.url_to_fs(url, **options)
         if scheme == "s3":
             fs.retries = _OWN_RETRIES

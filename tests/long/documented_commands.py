@@ -1,7 +1,8 @@
 """Runs the commands of README and docs as they are written, page by page, in a folder that holds what the page speaks of, only smaller.
 
 What would take days or eight GPUs gets an option more, which is printed: `--dry_run` for the paper's settings, a few steps for a training,
-two processes instead of eight. What is not run at all stands in NOT_RUN with its reason.
+two processes instead of eight. Object stores are folders, by file:// URLs, which go through the same code. Blocks of Python are run after the
+commands of their page. What is not run at all stands in NOT_RUN with its reason.
 
 python -m tests.long.documented_commands                     (every page: half an hour on two cores)
 python -m tests.long.documented_commands --pages README      (pages whose name contains this)
@@ -12,10 +13,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,15 +24,27 @@ from pathlib import Path
 
 from tests.commands import ROOT
 from tests.imagenet_archives import DEVKIT, TRAIN, VAL, write_archives
-from tests.test_documented_commands import documented
+from tests.test_documented_commands import PAGES, documented, python_blocks
 from tests.test_task_transfer import make_dtd, make_own, make_pets
 
-SMALL_STEP = "--global_batch 8 --views.size_px 32 --data.workers 1"
+SMALL_STEP = "--global_batch 8 --views.size_px 64 --data.workers 1"
+"""64 px: at 32 a ResNet-50's last maps are of one pixel, and the pages' few images give a rank one of them, which batch norm refuses."""
 NOT_RUN = {
     r"benchmarks\.(run|compare|figures|report|recipes|small_sets)": "measures or rewrites kept records: tests/test_benchmarks.py runs the cases",
     r"gpu_plan": "needs a GPU: tests/test_gpu_plan.py runs it on the CPU",
     r"reproduce .*--out docs/reproduction": "the kept tables: hours",
+    r"RAY_ADDRESS=": "needs a cluster: tests/long/ray_engine.py runs both commands on one",
+    r"import dill": "needs DeepMind's file: tests/test_foreign_weights.py runs it on one of that form",
+    r"^docs/python\.md": "tests/test_documented_python.py runs it",
 }
+"""What is not run, by a pattern of 'PAGE: COMMAND', with the reason."""
+STAND_INS = {
+    r"s3://": "file://{folder}/stores/",
+    r"https://host": "file://{folder}/stores/host",
+    r"/scratch/": "{folder}/scratch/",
+    r"\bimages=512\b": "images=128",
+}
+"""Places that only the pages' readers have and sizes of minutes, and what stands for them here."""
 MORE = (
     (r"evaluate .*--settings (paper|moco)(?!.*--dry_run)", "--dry_run"),
     (r"(train\.py|fastbyol train) .*--preset r50", f"--steps 2 {SMALL_STEP}"),
@@ -60,8 +73,29 @@ class Page:
             (folder / name).symlink_to(ROOT / name)
 
     def run(self, text: str) -> None:
-        """Runs the command with what MORE adds. SystemExit if it ends with another code than 0 or with a traceback."""
-        command = text.replace("--nproc-per-node 8", "--nproc-per-node 2")
+        """Runs the command with what MORE adds. SystemExit if it ends with another code than 0 or with a traceback.
+
+        A command that makes the first of several parts is run for all of them: the page says so, and goes on with the whole.
+        """
+        if part := re.search(r"--shard 0/(\d+)", text):
+            for number in range(int(part[1])):
+                self._run(text.replace(part[0], f"--shard {number}/{part[1]}"))
+        else:
+            self._run(text)
+
+    def run_python(self, block: str) -> None:
+        """Runs a block of Python in a process of its own."""
+        (self.folder / "block.py").write_text(self._here(block), encoding="utf-8")
+        self._run("python block.py")
+
+    def _here(self, text: str) -> str:
+        """Returns the text with what stands here for its places and sizes."""
+        for pattern, stand_in in STAND_INS.items():
+            text = re.sub(pattern, stand_in.format(folder=self.folder), text)
+        return text
+
+    def _run(self, text: str) -> None:
+        command = self._here(text.replace("--nproc-per-node 8", "--nproc-per-node 2"))
         added = [more for pattern, more in MORE if re.search(pattern, command)]
         begin = time.monotonic()
         done = subprocess.run(
@@ -131,6 +165,33 @@ def nothing(page: Page) -> None:
     """The page's first command makes its data."""
 
 
+def stored(page: Page) -> None:
+    """Photographs, a hundred tars of them and tar shards of scenes at the URLs that the pages name, and a run."""
+    own_images(page)
+    short_run(page, "runs/mine")
+    stores = page.folder / "stores"
+    (stores / "photos").mkdir(parents=True)
+    shutil.copytree(page.folder / "photos", stores / "photos" / "2024")
+    (stores / "host").mkdir()
+    photos = sorted((page.folder / "photos").iterdir())
+    for number in range(100):
+        with tarfile.open(stores / "host" / f"part-{number:05d}.tar", "w") as tar:
+            photo = photos[number % len(photos)]
+            tar.add(photo, f"{number:05d}/{photo.name}")
+    (stores / "bucket" / "imagenet").mkdir(parents=True)
+    page.run("python data_prep/to_dali.py --data demo/train --out stores/bucket/imagenet/train")
+
+
+def exported(page: Page) -> None:
+    scenes(page)
+    short_run(page, "runs/mine")
+
+
+def photos_and_archives(page: Page) -> None:
+    own_images(page)
+    archives(page)
+
+
 def converted(page: Page) -> None:
     scenes(page)
     page.run("python data_prep/to_ffcv.py --data demo/train --out train.beton")
@@ -144,7 +205,10 @@ def fashion(page: Page) -> None:
 
 
 PREPARED: dict[str, Callable[[Page], None]] = {
-    "README.md": own_images,
+    "README.md": photos_and_archives,
+    "docs/data.md": stored,
+    "docs/guide.md": exported,
+    "docs/stores.md": stored,
     "docs/quickstart.md": nothing,
     "docs/imagenet.md": archives,
     "docs/data_bound.md": converted,
@@ -161,19 +225,23 @@ def main() -> None:
     wanted = parser.parse_args().pages
     commands = list(documented())
     with tempfile.TemporaryDirectory(prefix="fastbyol-documented-") as folder:
-        for name in dict.fromkeys(command.page for command in commands):
+        for path in PAGES:
+            name = path.relative_to(ROOT).as_posix()
             if wanted not in name:
                 continue
-            print(f"# {name}", flush=True)
+            steps = [(Page.run, command.text) for command in commands if command.page == name]
+            steps += [(Page.run_python, block) for block in python_blocks(path)]
+            if steps:
+                print(f"# {name}", flush=True)
             page: Page | None = None
-            for command in (each for each in commands if each.page == name):
-                if reason := next((why for pattern, why in NOT_RUN.items() if re.search(pattern, command.text)), ""):
-                    print(f"  not run  {shlex.join(shlex.split(command.text))}: {reason}", flush=True)
+            for step, text in steps:
+                if reason := next((why for pattern, why in NOT_RUN.items() if re.search(pattern, f"{name}: {text}")), ""):
+                    print(f"  not run  {' '.join(text.splitlines()[:3])}: {reason}", flush=True)
                     continue
                 if page is None:
                     page = Page(Path(folder, name.replace("/", "_")))
                     PREPARED.get(name, nothing)(page)
-                page.run(command.text)
+                step(page, text)
     print("every command did what the pages say")
 
 

@@ -42,6 +42,7 @@ MISSING = (
     "safetensors",
     "onnx",
 )
+SCENES = ("demo-data", "--kind", "scenes", "--out", "demo", "--train-per-class", "3", "--val-per-class", "1")
 RUN = ("--preset", "cpu_demo_scenes", "--global_batch", "16", "--steps", "3", "--log_every", "1", "--data.workers", "1")
 
 
@@ -121,7 +122,7 @@ def work(shell: Shell) -> None:
     found = doctor(shell, "--path .", code=0)
     if wrong := [name for name in MISSING if found[name]["state"] != "missing"]:
         sys.exit(f"the environment is not bare, or doctor does not see it: {wrong}")
-    shell.run("fastbyol", "demo-data", "--kind", "scenes", "--out", "demo", "--train-per-class", "3", "--val-per-class", "1")
+    shell.run("fastbyol", *SCENES)
     require(
         shell.run("fastbyol", "convert", "--data", "demo/train", "--out", "train.beton", "--workers", "1"),
         "train.beton: 48 images of 16 classes",
@@ -181,6 +182,37 @@ def work(shell: Shell) -> None:
         require(shell.run("fastbyol", *command, code=2), missing)
 
 
+RESNET18 = ("--model.encoder", "resnet18", "--model.stem", "imagenet", "--views.size_px", "32")
+"""A network that torchvision and timm hold too, unlike the demo's."""
+EXPORTED = {
+    "": ("torchvision", "torch_export", "detectron2"),
+    "timm": ("torchvision", "torch_export", "detectron2", "timm", "huggingface", "safetensors"),
+    "export": ("torchvision", "torch_export", "detectron2", "timm", "huggingface", "safetensors", "onnx"),
+}
+"""The formats that `--to all` writes with the wheel alone, and with each extra. timm brings safetensors."""
+
+
+def exports(shell: Shell, wheel: Path | None) -> None:
+    """Exports a ResNet-18 of three steps to all formats with each extra, and loads them back in the programs that they are for.
+
+    wheel: installed anew with each extra. None: everything is there already.
+    """
+    (shell.folder / "exports_loaded.py").write_bytes((ROOT / "tests" / "long" / "exports_loaded.py").read_bytes())
+    require(shell.run("fastbyol", "train", *RUN, *RESNET18, "--data.train", "demo/train", "--out", "resnet18"), "3/3")
+    for extra, wanted in EXPORTED.items() if wheel else [("export", EXPORTED["export"])]:
+        if extra:
+            if wheel:
+                shell.run("python", "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]")
+        else:
+            onnx = ("export", "--checkpoint", "resnet18", "--to", "onnx", "--out", "no.onnx")
+            require(shell.run("fastbyol", *onnx, code=2), r"pip install 'fastbyol\[export\]'")
+        out = f"exports_{extra or 'bare'}"
+        said = shell.run("fastbyol", "export", "--checkpoint", "resnet18", "--to", "all", "--out", out)
+        for name in set(EXPORTED["export"]) - set(wanted):
+            require(said, f"{name} is left out: .* is not installed; pip install")
+        require(shell.run("python", "exports_loaded.py", "resnet18", out, *wanted), "loaded back: ")
+
+
 def doctor(shell: Shell, *options: str, code: int) -> dict[str, dict[str, str]]:
     """Returns what doctor found, by name."""
     examined = json.loads(shell.run("bash", "-c", f"fastbyol doctor --json {' '.join(options)} 2>doctor.txt", code=code))
@@ -217,7 +249,15 @@ def main() -> None:
         "--share", action="append", default=[], metavar="SITE_PACKAGES", help="lends torch from there (default: this environment)"
     )
     parser.add_argument("--install", action="store_true", help="lend nothing")
+    parser.add_argument("--exports_here", action="store_true", help="only the exports, in this environment as it is")
     options = parser.parse_args()
+    if options.exports_here:
+        with tempfile.TemporaryDirectory(prefix="fastbyol-fresh-") as scratch:
+            shell = Shell(Path(sys.executable).parent, Path(scratch))
+            shell.environment["PYTHONPATH"] = str(ROOT)
+            shell.run("fastbyol", *SCENES)
+            exports(shell, None)
+        return
     share = [] if options.install else options.share or [sysconfig.get_path("purelib")]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fastbyol-fresh-") as scratch:
@@ -235,6 +275,7 @@ def main() -> None:
         shell = Shell(programs, folder / "work")
         print(shell.run("python", "-VV").strip(), flush=True)
         work(shell)
+        exports(shell, wheel)
         if share and options.python == sys.executable:  # ffcv is built for this Python
             odd_parts(shell, share, folder / "environment" / "lent")
     print(f"all well in {time.monotonic() - begin:.0f} s")

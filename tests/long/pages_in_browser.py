@@ -1,7 +1,9 @@
 """Opens the documentation site, and any pages given, in headless Chromium at desktop and phone width, and reports what a reader would trip over.
 
 Reported are console errors, requests that fail, text that runs past the edge so that the page scrolls sideways, and links to files or
-anchors that are not there. Needs a Chromium and PyPI's playwright, in this environment or any other:
+anchors that are not there. It needs a Chromium (Debian's package chromium) and PyPI's playwright, which no extra brings, because nothing else here uses it:
+`pip install playwright`, in this environment or one of its own; it imports nothing else of ours, and playwright's own browsers are not needed. Run by us so
+with Debian's Chromium, on the site and on reports.
 
 make docs && python -m tests.long.pages_in_browser --chromium chromium --shots shots
 python -m tests.long.pages_in_browser runs/demo/report.html docs/reproduction/fashion/tables.html
