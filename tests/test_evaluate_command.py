@@ -157,6 +157,17 @@ def test_a_gpu_that_is_too_small_is_one_line_with_the_options_that_make_a_step_s
         )
 
 
+def test_a_rank_with_a_single_image_whose_map_is_a_single_pixel_is_one_line(data, run, tmp_path, capsys, monkeypatch):
+    def one_value(*_: object, **__: object) -> None:
+        torch.nn.BatchNorm2d(4)(torch.zeros(1, 4, 1, 1))
+
+    monkeypatch.setattr("fastbyol.evaluation.tasks.registry.run_task", one_value)
+    code, _, err = call(["evaluate", "semi", "--settings", "paper", "--checkpoint", str(run), "--data", str(data), *CPU], capsys)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "evaluate semi: batch norm has a single value of each channel on this rank" in err
+    assert "[1, 4, 1, 1]" in err
+
+
 def test_a_seed_is_below_2_to_the_63(data, run, tmp_path, capsys):
     typed = ["evaluate", "finetune", "--checkpoint", str(run), "--data", str(data), "--out", str(tmp_path), "--dry_run", *CPU]
     assert call([*typed, "--seed", str(2**63 - 1)], capsys)[0] == 0

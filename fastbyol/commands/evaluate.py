@@ -26,6 +26,8 @@ DATA_HELP = "folder that holds train and val: image folders, tar shards, or trai
 PATIENCE_S = 6 * 3600.0
 """Longest wait of a rank for another: rank 0 tests and writes while the others wait. Where a rank dies, torchrun ends the others."""
 GRACE_S = 60.0
+ONE_VALUE = "Expected more than 1 value per channel"
+"""Beginning of the ValueError of torch's batch norm in training mode where there is nothing to normalise by."""
 WHAT = {
     "linear": "a linear classifier on frozen features (--settings paper: SGD, rates swept side by side)",
     "knn": "k-nearest neighbours on frozen features (--settings paper: a grid of k, temperature and votes)",
@@ -84,6 +86,13 @@ def evaluate_run(options: argparse.Namespace) -> None:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"evaluate {name}: {_memory_advice(options)}") from error
+    except ValueError as error:
+        if not str(error).startswith(ONE_VALUE):
+            raise
+        raise UserError(
+            f"evaluate {name}: batch norm has a single value of each channel on this rank (a map of {str(error).partition('size ')[2]}); use "
+            "fewer ranks or a larger --global_batch"
+        ) from error
 
 
 def _memory_advice(options: argparse.Namespace) -> str:
