@@ -348,3 +348,12 @@ def test_the_script_makes_scenes_from_the_command_line_and_refuses_to_do_it_twic
     again = run_here("demo_data.py", *command)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
+
+
+def test_an_output_that_may_not_be_replaced_is_refused_before_anything_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fashion, "find_photographs", lambda: pytest.fail("looked for the photographs first"))
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(UserError, match="exists and was not made by demo_data.py"):
+        fashion.write_fashion(tmp_path, settings=SMALL, overwrite=True)

@@ -36,6 +36,7 @@ from fastbyol.evaluation.tasks.semi import SemiSettings
 from fastbyol.evaluation.tasks.training import TaskStopped
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.process_group import Process
+from fastbyol.run.provenance import collect_provenance
 from fastbyol.schedules import lr_at
 from fastbyol.train import main as train_main
 from tests.commands import LIMIT_S, SMALL_RUN, run_here
@@ -267,7 +268,7 @@ def test_fine_tuning_learns_the_classes_and_says_what_it_chose(tuned):
         assert best["held_out_images"] == 12
     difference = result.comparisons["untrained"].difference
     assert difference == pytest.approx(result.subjects["byol"].scores["top1"] - result.subjects["untrained"].scores["top1"])
-    assert facts["provenance"]["commit"]
+    assert facts["provenance"]["commit"] == collect_provenance()["commit"]
     assert not list(tuned.glob("*.work-*"))
     said = (tuned / "finetune.txt").read_text()
     assert "paper: BYOL R50" in said

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from fastbyol.config.errors import UserError
-from fastbyol.data.demo.folder import SPLITS, DemoSettings, image_rng, save_jpeg, write_image_folder
+from fastbyol.data.demo.folder import SPLITS, DemoSettings, check_output, image_rng, save_jpeg, write_image_folder
 
 CLASS_NAMES = ("t_shirt_top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle_boot")
 """Class names in the order of Fashion-MNIST's labels (Xiao et al., 2017, table 1)."""
@@ -63,6 +63,7 @@ def write_fashion(out: Path, *, settings: DemoSettings, overwrite: bool) -> None
     Raises:
         UserError: the photographs cannot be found or downloaded, there are fewer than requested, or `out` can't be used.
     """
+    check_output(out.resolve(), overwrite=overwrite)  # before a download
     source = find_photographs()
     writers = []
     for split in SPLITS:

@@ -98,19 +98,28 @@ def write_image_folder(out: Path, *, kind: str, class_writers: Sequence[ClassWri
         (folder / MANIFEST).write_text(json.dumps({"kind": kind, **asdict(settings)}, indent=2) + "\n")
 
 
+def check_output(out: Path, *, overwrite: bool) -> None:
+    """Raises UserError if something is at `out` that may not be replaced."""
+    if os.path.lexists(out) and not _is_unused(out):
+        # A folder without our manifest is the user's own: no option may delete it.
+        if not (out / MANIFEST).is_file():
+            raise UserError(f"--out {out}: exists and was not made by demo_data.py; choose another folder")
+        if not overwrite:
+            raise UserError(f"--out {out}: exists already; add --overwrite to replace it, or choose another folder")
+
+
+def _is_unused(out: Path) -> bool:
+    """Returns True for an empty folder or a new volume, apart from what a killed run of ours has left."""
+    return out.is_dir() and all(entry.name == "lost+found" or entry.name.startswith(_PARTIAL) for entry in out.iterdir())
+
+
 @contextmanager
 def _renamed_when_complete(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    # An empty folder or a new volume, apart from what a killed run of ours has left.
-    unused = out.is_dir() and all(entry.name == "lost+found" or entry.name.startswith(_PARTIAL) for entry in out.iterdir())
+    unused = _is_unused(out)
     # Inside an existing folder, not beside it: it may be a mounted volume, and files cannot be renamed to another disk.
     partial = (out if unused else out.parent) / f"{_PARTIAL}{out.name}-{os.getpid()}"
     try:
-        if os.path.lexists(out) and not unused:
-            # A folder without our manifest is the user's own: no option may delete it.
-            if not (out / MANIFEST).is_file():
-                raise UserError(f"--out {out}: exists and was not made by demo_data.py; choose another folder")
-            if not overwrite:
-                raise UserError(f"--out {out}: exists already; add --overwrite to replace it, or choose another folder")
+        check_output(out, overwrite=overwrite)
         partial.mkdir(parents=True)
         yield partial
         if unused:
