@@ -204,10 +204,17 @@ def _why_not_loaded(error: Exception, payload: bytes) -> str:
     if isinstance(error, UnpicklingError | EOFError | LookupError | AttributeError | TypeError | UnicodeError | struct.error):
         return "torch.save did not write it"
     if isinstance(error, RuntimeError | zipfile.BadZipFile) and zipfile.is_zipfile(io.BytesIO(payload)):
-        with zipfile.ZipFile(io.BytesIO(payload)) as archive:
-            is_torchs = any(name.endswith("data.pkl") for name in archive.namelist())
-        return "it is damaged; copy it again" if is_torchs else "torch.save did not write it"
+        return "torch.save did not write it" if _is_archive_of_others(payload) else "it is damaged; copy it again"
     return first_line(error)
+
+
+def _is_archive_of_others(payload: bytes) -> bool:
+    """Returns True for a whole zip archive without what torch.save puts into each."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+            return not any(name.endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
 
 
 def is_cut_archive(file: IO[bytes]) -> bool:
