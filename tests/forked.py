@@ -98,6 +98,10 @@ def _run(arguments: tuple[str | Path, ...], environments: list[dict[str, str]]) 
         processes = [ForkedPython(*arguments, out=out, err=err, env=env) for (out, err), env in zip(files, environments, strict=True)]
         try:
             codes = [process.wait(LIMIT_S) for process in processes]
+        except subprocess.TimeoutExpired as error:
+            for place, (process, (_, err)) in enumerate(zip(processes, files, strict=True)):
+                error.add_note(f"process {place}, exit code {process.poll()}, said last: {err.read_text(errors='replace')[-2000:]}")
+            raise
         finally:
             for process in processes:
                 process.kill()
