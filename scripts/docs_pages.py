@@ -14,11 +14,10 @@ import fastbyol
 from fastbyol.__main__ import WITH_RUN_OPTIONS, _build_parser
 from fastbyol.commands.evaluate import WHAT, _task_parser
 from fastbyol.config.errors import UserError
-from fastbyol.config.plain import to_plain
+from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.presets import PRESETS
 from fastbyol.config.schema import TrainConfig
 from fastbyol.run.command_line import field_docs
-from fastbyol.run.folder import flatten
 
 if TYPE_CHECKING:
     from mkdocs.structure.files import Files

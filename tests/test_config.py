@@ -9,12 +9,11 @@ import pytest
 import yaml
 
 from fastbyol.config.errors import UserError, one_line_errors
-from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.config.plain import flatten, from_plain, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.config.views import ABLATIONS, PAPER, ViewSpec, blur_taps
 from fastbyol.run.command_line import field_docs, parse_train_config
-from fastbyol.run.folder import flatten
 
 
 def _parse(*arguments: str) -> TrainConfig:

@@ -9,12 +9,11 @@ import pytest
 import yaml
 
 from fastbyol.__main__ import main
-from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.config.plain import flatten, from_plain, to_plain
 from fastbyol.config.presets import PRESETS, preset_config
 from fastbyol.config.schema import TrainConfig, accumulation_of
 from fastbyol.config.views import ABLATIONS, PAPER
 from fastbyol.run.command_line import parse_train_config
-from fastbyol.run.folder import flatten
 from fastbyol.schedules import total_steps_at
 from fastbyol.train import main as train
 

@@ -151,8 +151,8 @@ def _base(run_options: Sequence[str], *, scale: str) -> TrainConfig:
 def _check_is_not_varied(typed: set[str], config: TrainConfig, *, scale: str) -> None:
     """Raises UserError for a value of its own of an option that rows vary: their names would say another value than they have."""
     from fastbyol.config.ablations import BASE
-    from fastbyol.config.plain import to_plain
-    from fastbyol.run.folder import FREE_TO_CHANGE, flatten
+    from fastbyol.config.plain import flatten, to_plain
+    from fastbyol.run.folder import FREE_TO_CHANGE
 
     if scale == "paper":
         for name in sorted(typed - FREE_TO_CHANGE):

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from fastbyol.config.arguments import through_links
 from fastbyol.config.console import printable
 from fastbyol.config.errors import UserError
-from fastbyol.config.plain import to_plain
+from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.evaluation import page
 from fastbyol.evaluation.figures import COLLAPSE_PANELS, TRAINING_PANELS, Curve, overlaid
 from fastbyol.evaluation.run_comparison import COLLAPSED, DIVERGED, RUNNING, STOPPED, ComparedRun, RunComparison, Score, ScoreGroup
 from fastbyol.host.durable_files import write_durably
 from fastbyol.host.quantities import duration_text
-from fastbyol.run.folder import flatten
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -12,7 +12,7 @@ import torch
 
 from fastbyol.config.arguments import through_links
 from fastbyol.config.errors import UserError
-from fastbyol.config.plain import to_plain
+from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.schema import DataConfig, TrainConfig
 from fastbyol.data.build import build_loader
 from fastbyol.evaluation import page
@@ -29,7 +29,6 @@ from fastbyol.evaluation.training_log import Record, alarms, logged_steps, read_
 from fastbyol.evaluation.verdict import Verdict, verdict_on
 from fastbyol.host.durable_files import write_durably
 from fastbyol.run.checkpoint import RunState
-from fastbyol.run.folder import flatten
 
 REPORT_FILE = "report.html"
 VIEW_EPOCHS = 3

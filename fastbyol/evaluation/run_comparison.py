@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
-from fastbyol.config.plain import to_plain
+from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Result, TaskResult, results_in
 from fastbyol.evaluation.subjects import BASELINE_TITLES
@@ -20,7 +20,7 @@ from fastbyol.evaluation.training_log import Record, Throughput, read_provenance
 from fastbyol.evaluation.verdict import PROTOCOL_TITLES
 from fastbyol.host.durable_files import holder_of_lock
 from fastbyol.run.checkpoint import RESULTS, checkpoint_steps
-from fastbyol.run.folder import CONFIG_FILE, FREE_TO_CHANGE, LOCK_FILE, divergence_of, flatten, is_collapse, read_config
+from fastbyol.run.folder import CONFIG_FILE, FREE_TO_CHANGE, LOCK_FILE, divergence_of, is_collapse, read_config
 from fastbyol.run.log import METRICS_FILE, read_metrics
 
 COMPLETE, RUNNING, STOPPED, COLLAPSED, DIVERGED = "complete", "running", "stopped", "collapsed", "diverged"

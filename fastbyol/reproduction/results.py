@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fastbyol.config.plain import to_plain
+from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.presets import PRESETS
 from fastbyol.config.schema import TrainConfig
 from fastbyol.reproduction.records import Record, Setup
 from fastbyol.reproduction.rows import RELATIVE, UNCHANGED, Choice, row_config, run_at
 from fastbyol.reproduction.tables import TABLES, Row, Table, preset_of
-from fastbyol.run.folder import flatten
 
 CPU = "CPU"
 NOT_RUN = "not run"

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastbyol.config.ablations import BASE
-from fastbyol.config.plain import from_plain, to_plain
+from fastbyol.config.plain import flatten, from_plain, to_plain
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
 from fastbyol.reproduction.tables import preset_of
-from fastbyol.run.folder import flatten
 
 SCALES = ("demo", "paper")
 UNCHANGED = ("byol", "r50_1000ep")

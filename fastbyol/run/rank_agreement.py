@@ -8,10 +8,9 @@ from typing import Protocol, TypeVar
 
 from fastbyol import __version__
 from fastbyol.config.errors import UserError, shown
-from fastbyol.config.plain import to_plain
+from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
-from fastbyol.run.folder import flatten
 from fastbyol.run.provenance import package_versions, source_digest
 
 log = logging.getLogger("fastbyol")

@@ -10,14 +10,14 @@ from typing import Any, Self
 
 import fastbyol
 from fastbyol.config.errors import Diverged
-from fastbyol.config.plain import to_plain
+from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.process_group import Process, broadcast_from_main
 from fastbyol.ranks.stop_vote import StopVote, Verdict
 from fastbyol.run.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config
 from fastbyol.run.checkpoint_writer import CheckpointWriter
-from fastbyol.run.folder import CONFIG_FILE, DIVERGED_FILE, check_run_folder, flatten, locked_run_folder, note_divergence, open_run_folder
+from fastbyol.run.folder import CONFIG_FILE, DIVERGED_FILE, check_run_folder, locked_run_folder, note_divergence, open_run_folder
 from fastbyol.run.hang_watch import HangWatch
 from fastbyol.run.log import RunLog
 from fastbyol.run.mirror import Mirror, MirrorWriter

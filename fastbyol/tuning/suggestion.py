@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastbyol.config.errors import UserError
-from fastbyol.config.plain import to_plain
+from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.presets import PRESETS
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.inspection.sample import Sample
 from fastbyol.host.quantities import count_text, duration_text
 from fastbyol.run.command_line import parse_train_config
-from fastbyol.run.folder import flatten
 from fastbyol.tuning.report import options_yaml, start_command
 
 SMALL, LARGE = 50_000, 1_000_000
