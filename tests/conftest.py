@@ -18,6 +18,7 @@ from PIL import Image
 
 from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.conversion.tar_writer import write_tar_shards
+from fastbyol.run.log import close_logging
 from tests.commands import SMALL_RUN
 from tests.forked import run_ranks
 from tests.images import smooth_image, write_files
@@ -47,10 +48,8 @@ def signals_as_in_the_foreground() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def log_as_in_a_new_process() -> None:
     """Lets caplog see the product's log in every test, because a command run in this process sets a level and handlers and ends propagation."""
+    close_logging()
     log = logging.getLogger("fastbyol")
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
     log.propagate = True
     log.setLevel(logging.NOTSET)
 

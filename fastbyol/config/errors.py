@@ -122,7 +122,7 @@ _WAYS_OUT = {
         (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTCONN), "its disk or file server fails; copy it elsewhere"
     ),
 }
-"""What helps where the system refuses a file, by the number of its error: those that a path or a disk of the user causes."""
+"""Advice for a file that the system refuses, by the number of the error. Only errors that the user's paths or disks cause are listed."""
 
 
 def _missing_package(error: Exception) -> str:

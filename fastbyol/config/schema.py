@@ -410,11 +410,11 @@ def accumulation_of(config: TrainConfig, *, world_size: int) -> int:
     return config.global_batch // unit if config.rank_batch else 1
 
 
-_NAMES = tuple(flatten(to_plain(TrainConfig())))
-RUN_OPTIONS = frozenset(
-    f"--{name}"
-    for name in ("help", "preset", "config", "print_config", *_NAMES, *(name.rpartition(".")[0] for name in _NAMES if "." in name))
-)
+RUN_DEFAULTS = flatten(to_plain(TrainConfig()))
+"""Default of every option of a run, by dotted name."""
+RUN_GROUPS = {name.rpartition(".")[0] for name in RUN_DEFAULTS} - {""}
+"""Names of the groups of a run's options, such as 'optim'."""
+RUN_OPTIONS = frozenset(f"--{name}" for name in ("help", "preset", "config", "print_config", *RUN_DEFAULTS, *RUN_GROUPS))
 """Every option that `train` takes, and each group of options, as they are spelled in help and files."""
 
 PAPER_RANKS = 8

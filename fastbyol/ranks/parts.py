@@ -12,17 +12,8 @@ _ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
 _LAUNCHERS = (("RANK", "WORLD_SIZE"), _ARRAY, ("SLURM_PROCID", "SLURM_NTASKS"))
 """Variables with a process's number and the number of processes: torchrun's, then those of a SLURM array, then of srun's tasks."""
 _JOINING = {
-    *(
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "GROUP_RANK",
-        "GROUP_WORLD_SIZE",
-        "ROLE_RANK",
-        "ROLE_WORLD_SIZE",
-        "ROLE_NAME",
-    ),
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"),
 }
 """Variables by which a process becomes a rank (`process_group`, `slurm_environment`)."""

@@ -58,7 +58,7 @@ class StorageFull(RunError):
 
 @dataclass(frozen=True)
 class Cost:
-    """What the training of a run has taken, as in `Record`."""
+    """Holds the seconds that the training of a run has taken, in the fields of `Record`."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0

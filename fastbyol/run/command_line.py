@@ -22,13 +22,11 @@ from fastbyol.config.arguments import as_spelled, expand_home, refuse_repeated
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import flatten, from_plain, nearest_name, to_plain
 from fastbyol.config.presets import preset_config
-from fastbyol.config.schema import RUN_OPTIONS, TrainConfig
+from fastbyol.config.schema import RUN_DEFAULTS, RUN_GROUPS, RUN_OPTIONS, TrainConfig
 from fastbyol.run.plain_yaml import StandsForTooMuch, read_yaml, repeated_key
 
 log = logging.getLogger("fastbyol")
 DEFAULT_PRESET = "r50_300ep"
-_DEFAULTS = flatten(to_plain(TrainConfig()))
-_GROUPS = {name.rpartition(".")[0] for name in _DEFAULTS} - {""}
 PRINT_CONFIG = "--print_config"
 
 
@@ -78,7 +76,7 @@ def names_given(typed: Sequence[str]) -> set[str]:
     for argument, following in itertools.pairwise([*typed, ""]):
         if argument.startswith("--"):
             name, has_value, value = argument.removeprefix("--").partition("=")
-            group = read_yaml(value if has_value else following) if name in _GROUPS else None
+            group = read_yaml(value if has_value else following) if name in RUN_GROUPS else None
             names |= {f"{name}.{inner}" for inner in flatten(group)} if isinstance(group, dict) else {name}
     return names
 
@@ -127,7 +125,7 @@ def _as_typed(files: list[dict[str, Any]]) -> list[str]:
     # jsonargparse could read the files itself, but it rejects text that is not UTF-8, which a path may contain.
     values = [item for file in files for item in flatten(file).items() if item[0] != "preset"]
     for name, value in values:
-        if name not in _DEFAULTS:
+        if name not in RUN_DEFAULTS:
             raise UserError(f"{name} = {value!r}: must be a group of options")
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values]
 
@@ -146,7 +144,7 @@ def _read_file(path: str) -> dict[str, Any]:
         raise UserError(f"{where}: must hold options, for example epochs: 100")
     if repeated:
         raise UserError(f"{where}: {repeated}: is given twice, and only one of them could count; leave one out")
-    known = _DEFAULTS
+    known = RUN_DEFAULTS
     # Names are checked here, because jsonargparse's errors name neither the file nor the nearest option.
     for name in flatten(values):
         if name != "preset" and name not in known and not any(option.startswith(f"{name}.") for option in known):
@@ -213,7 +211,7 @@ def _in_plain_words(message: str) -> str:
             return f"{name} = {value}: must be {_WORDS[kind]}"
     if found := re.fullmatch(r'"(\w+(?:\.\w+)?)": .*Unable to load config "(.*)"', message):
         name, value = found.groups()
-        first = next(option for option in _DEFAULTS if option.startswith(f"{name}."))
+        first = next(option for option in RUN_DEFAULTS if option.startswith(f"{name}."))
         return f"{name} = {value!r}: is a group of options; give one of them, for example --{first}"
     return message
 
@@ -229,13 +227,13 @@ def _write_help(parser: argparse.ArgumentParser) -> None:
     """Gives every option of the parser its text and its default, and every group the name that its options begin with."""
     docs = field_docs(TrainConfig)
     for action in parser._actions:
-        if action.dest in _GROUPS:
+        if action.dest in RUN_GROUPS:
             action.help = "the options of this group together, as JSON"
         elif action.dest in docs:
             # argparse formats help texts with %, so one of ours that stands for itself is doubled.
             action.help = docs[action.dest].replace("%", "%%") + " (default: %(default)s)"
     for group in parser._action_groups:
-        names = {action.dest.rpartition(".")[0] for action in group._group_actions if action.dest not in _GROUPS}
+        names = {action.dest.rpartition(".")[0] for action in group._group_actions if action.dest not in RUN_GROUPS}
         if str(group.title).startswith("<class"):
             (group.title,) = names
 
