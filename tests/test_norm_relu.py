@@ -76,6 +76,26 @@ def test_output_gradients_and_statistics_equal_torchs_in_float64_up_to_rounding(
     assert int(norm.num_batches_tracked) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_without_relu_gives_the_output_gradients_and_statistics_of_torchs_in_float64(dtype):
+    torch.manual_seed(0)
+    norm, x, gradient = _norm(24), _images(6, 24, 5, dtype, mean=2.0), _images(6, 24, 5, dtype)
+    exact = copy.deepcopy(norm).double()
+    ours, theirs = (x.to(kind).clone().requires_grad_() for kind in (dtype, torch.float64))
+    assert _used_kernel(norm, x) and norm.num_batches_tracked == 2
+    norm.reset_running_stats()
+    output = norm(ours)
+    expected = torch.cat([F.batch_norm(v, exact.running_mean, exact.running_var, exact.weight, exact.bias, True) for v in theirs.chunk(2)])
+    before = gradient.clone()
+    output.backward(gradient)
+    expected.backward(gradient.double())
+    assert torch.equal(gradient, before)
+    assert _error(output, expected) < ROUNDING[dtype] and _error(ours.grad, theirs.grad) < ROUNDING[dtype]
+    in_float32 = [(norm.weight.grad, exact.weight.grad), (norm.bias.grad, exact.bias.grad)]
+    in_float32 += [(norm.running_mean, exact.running_mean), (norm.running_var, exact.running_var)]
+    assert all(_error(got, right) < 1e-5 for got, right in in_float32)
+
+
 def test_a_mean_a_thousand_times_the_deviation_does_not_make_the_variance_less_precise():
     norm, x = _norm(3), _images(8, 3, 12, torch.float32, mean=1000.0)
     norm_relu(norm, x)
@@ -133,11 +153,14 @@ def test_it_is_one_operation_if_the_kernel_fits_and_torchs_operations_otherwise(
     assert not _used_kernel(nn.BatchNorm2d(8), x)
     assert not _used_kernel(_norm(8), x.contiguous())
     assert not _used_kernel(_norm(8).double(), x.double())
-    assert not _used_kernel(_norm(8), x, x.contiguous())
+    with _Operations() as operations:
+        norm_relu(_norm(8), x, x.contiguous())
+    assert {"fastbyol.norm_relu.default", "aten.add.Tensor", "aten.relu_.default"} <= set(operations.names)  # the norm alone
     encoder = convert_to_view_batchnorm(build_encoder("resnet50"), views=2).to(memory_format=torch.channels_last)
     with _Operations() as operations, torch.no_grad():
         encoder(_images(2, 3, 64, torch.float32))
-    assert operations.names.count("fastbyol.norm_relu.default") == 49  # all norms but the four of the shortcuts
+    assert operations.names.count("fastbyol.norm_relu.default") == 53  # the four of the shortcuts without a ReLU
+    assert "aten.native_batch_norm.default" not in operations.names
 
 
 def test_torchs_operations_replace_it_in_a_compiled_graph_and_agree():

@@ -118,22 +118,42 @@ def normalise_add(x: Any, shortcut: Any, out: Any, scale: F32, offset: F32, floo
 
 
 @njit(fastmath=_FAST, nogil=True)
-def _mask_row(gradient: Any, y: Any, x: Any, masked: Any, mean: F32, floor: np.float32, total: F32, product: F32) -> None:
+def _mask_row(gradient: Any, y: Any, x: Any, masked: Any, mean: F32, total: F32, product: F32) -> None:
     for c in range(total.size):
-        g = _ZERO if _wide(y[c]) <= floor else _wide(gradient[c])
+        g = _ZERO if _wide(y[c]) <= _ZERO else _wide(gradient[c])
         masked[c] = _stored(g, gradient[c])
         total[c] += g
         product[c] += g * (_wide(x[c]) - mean[c])
 
 
 @njit(cache=True, nogil=True)
-def mask_gradient(gradient: Any, y: Any, x: Any, masked: Any, mean: F32, floor: np.float32) -> F64:
-    """Sets masked = gradient where y > floor, else 0; returns its sums over all rows, alone and times x - mean, (2, channels)."""
+def mask_gradient(gradient: Any, y: Any, x: Any, masked: Any, mean: F32) -> F64:
+    """Sets masked = gradient where y > 0, else 0; returns its sums over all rows, alone and times x - mean, (2, channels)."""
     sums, run = np.zeros((2, mean.size)), np.empty((2, mean.size), np.float32)
     for start in range(0, len(x), _RUN):
         run[:] = 0
         for r in range(start, min(start + _RUN, len(x))):
-            _mask_row(gradient[r], y[r], x[r], masked[r], mean, floor, run[0], run[1])
+            _mask_row(gradient[r], y[r], x[r], masked[r], mean, run[0], run[1])
+        sums += run
+    return sums
+
+
+@njit(fastmath=_FAST, nogil=True)
+def _add_gradient_row(gradient: Any, x: Any, mean: F32, total: F32, product: F32) -> None:
+    for c in range(total.size):
+        g = _wide(gradient[c])
+        total[c] += g
+        product[c] += g * (_wide(x[c]) - mean[c])
+
+
+@njit(cache=True, nogil=True)
+def gradient_sums(gradient: Any, x: Any, mean: F32) -> F64:
+    """Returns the gradient's sums over all rows, alone and times x - mean, (2, channels): `mask_gradient` without a ReLU."""
+    sums, run = np.zeros((2, mean.size)), np.empty((2, mean.size), np.float32)
+    for start in range(0, len(x), _RUN):
+        run[:] = 0
+        for r in range(start, min(start + _RUN, len(x))):
+            _add_gradient_row(gradient[r], x[r], mean, run[0], run[1])
         sums += run
     return sums
 

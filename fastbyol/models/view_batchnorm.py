@@ -54,18 +54,17 @@ class ViewBatchNorm(_BatchNorm):
         across = self.sees_other_ranks
         if fits_cuda(self, input):
             return normalise_on_cuda(self, input, views=self.views, across_ranks=across, group=self.group)
+        if (across or self.views > 1) and fits_cpu(self, input, views=self.views, across_ranks=across):
+            normalised = normalise_on_cpu(self, input, views=self.views, across_ranks=across, group=self.group, relu=False)
+            self.update_running(normalised)
+            return normalised.output
         if across:
-            if fits_cpu(self, input, views=self.views, across_ranks=True):
-                normalised = normalise_on_cpu(self, input, views=self.views, across_ranks=True, group=self.group, relu=False)
-                self.update_running(normalised)
-                return normalised.output
             normalised = cross_replica_normalise(input, self.weight, self.bias, eps=self.eps, views=self.views, group=self.group)
             self.update_running(normalised)
             return normalised.output
         if self.views == 1:
             return super().forward(input)
-        # torch's own kernels, view by view: on the CPU they are faster than any composition of smaller operations, compiled or not; and
-        # the compiler knows them.
+        # torch's own kernels, view by view: the compiler knows them, and on a CPU they are faster than any composition of smaller operations.
         plain = super().forward
         return torch.cat([plain(view) for view in input.chunk(self.views)])
 
