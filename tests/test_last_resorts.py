@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from fastbyol.config.errors import Lost
-from fastbyol.ranks.process_group import fresh_store
+from fastbyol.ranks.process_group import Process, fresh_store, meeting_point
 from fastbyol.ranks.slurm_environment import adopt_slurm_environment, first_host, tasks_on_node
 from tests.commands import ROOT
 
@@ -215,6 +217,29 @@ def test_a_new_attempt_never_reads_what_a_dead_one_left_in_the_store():
     second[1].set("address", "alive")
     assert [s.get("address") for s in second] == [b"alive"] * 3
     assert first[0].get("address") == b"dead"
+
+
+def test_a_rank_that_came_to_an_attempt_which_is_ending_goes_on_to_the_next(monkeypatch):
+    """Without torchrun: rank 0 of the attempt before still serves the same port when the new rank 1 arrives, and then leaves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    ranks, limit = [Process(rank, 2, torch.device("cpu")) for rank in range(2)], timedelta(seconds=30)
+    ending = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+    fresh_store(ending, rank=0, world_size=1, timeout_s=1)
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(meeting_point, ranks[1], limit)
+        # Nothing but the number of its keys shows that rank 1 has signed the old attempt.
+        keys = ending.num_keys()
+        while ending.num_keys() == keys and not early.done():
+            time.sleep(0.01)
+        del ending
+        first, second = meeting_point(ranks[0], limit), early.result()
+    second.set("address", "alive")
+    assert first.get("address") == b"alive"
 
 
 def test_no_thread_of_the_group_remains_that_could_abort_a_finished_process(monkeypatch):

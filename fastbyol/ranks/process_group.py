@@ -68,7 +68,7 @@ def join_process_group(*, timeout_s: float = TIMEOUT_S) -> Process:
         timeout = timedelta(seconds=timeout_s)
         try:
             with lost_ranks_named(process):
-                store = _meeting_point(process, timeout)
+                store = meeting_point(process, timeout)
                 # gloo beside NCCL, so that messages between hosts need not wait for a device.
                 backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -106,12 +106,22 @@ def _place_in_environment() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def _meeting_point(process: Process, timeout: timedelta) -> dist.Store:
+def meeting_point(process: Process, timeout: timedelta) -> dist.Store:
     """Returns a store without keys of an earlier attempt."""
     address, port = os.environ["MASTER_ADDR"], environment_integer("MASTER_PORT", 0)
     agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(address, port, process.world_size, is_master=process.is_main and not agent_serves, timeout=timeout)
-    return fresh_store(store, rank=process.rank, world_size=process.world_size, timeout_s=timeout.total_seconds())
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.1))
+        try:
+            store = dist.TCPStore(address, port, process.world_size, is_master=process.is_main and not agent_serves, timeout=left)
+            return fresh_store(store, rank=process.rank, world_size=process.world_size, timeout_s=left.total_seconds())
+        except dist.DistNetworkError:
+            # Without torchrun rank 0 serves. The store of an attempt that is ending closes when its rank 0 leaves: a rank that reached that one
+            # looks for the next.
+            if process.is_main or agent_serves or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
 
 
 def fresh_store(store: dist.Store, *, rank: int, world_size: int, timeout_s: float) -> dist.Store:
