@@ -91,6 +91,7 @@ def test_the_page_of_commands_says_what_an_option_does_and_which_are_required():
     page = docs_pages.commands_page()
     assert "| `--devkit FILE` | labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz |" in _section(page, "convert")
     assert "| `--to FORMAT [FORMAT ...]` | **required**; one or more of torchvision, " in _section(page, "export")
+    assert not re.findall(r"^(\| `.*` \| (?:\*\*required\*\*)?(?:default: .*)? *\|)$", page, flags=re.M)  # an option that nothing explains
     assert "| `--momentum VALUE` | Nesterov momentum of SGD. (paper 0.9) |" in _section(page, "evaluate linear")
 
 

@@ -28,9 +28,15 @@ def _add_options(parser: OneLineParser) -> None:
 
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--kind", default="fashion", help="fashion or scenes (default: %(default)s)")
-    parser.add_argument("--train-per-class", type=int, default=DemoSettings.train_per_class, help="default: %(default)s")
-    parser.add_argument("--val-per-class", type=int, default=DemoSettings.val_per_class, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=DemoSettings.seed, help="default: %(default)s")
+    parser.add_argument(
+        "--train-per-class", type=int, default=DemoSettings.train_per_class, help="training images of each class (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--val-per-class", type=int, default=DemoSettings.val_per_class, help="test images of each class (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=DemoSettings.seed, help="seed of which images are taken, or drawn (default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing demo folder at --out")
     parser.set_defaults(command=make_demo_data)
 

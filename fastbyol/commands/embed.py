@@ -40,7 +40,9 @@ def add_embed(commands: Any) -> None:
     parser.add_argument("--projection", action="store_true", help="add the projector's output as a second block (checkpoints of ours)")
     parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads of each process; 0: one for each core of its share")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the encoder runs (default: auto, a GPU if there is one)"
+    )
     parser.add_argument("--engine", choices=ENGINES, default="local", help=ENGINE_HELP)
     parser.set_defaults(command=embed_images)
 

@@ -145,7 +145,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run folder)")
     parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one for each core of the process's share")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the encoder runs (default: auto, a GPU if there is one)"
+    )
 
 
 def _run_quick(protocol: str, options: argparse.Namespace) -> None:
