@@ -47,6 +47,12 @@ def _error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
+def _assert_same_parameter_gradients_and_statistics(norm: nn.Module, exact: nn.Module) -> None:
+    in_float32 = [(norm.weight.grad, exact.weight.grad), (norm.bias.grad, exact.bias.grad)]
+    in_float32 += [(norm.running_mean, exact.running_mean), (norm.running_var, exact.running_var)]
+    assert all(_error(got, right) < 1e-5 for got, right in in_float32)
+
+
 def _used_kernel(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> bool:
     with _Operations() as operations:
         norm_relu(norm, x, shortcut)
@@ -70,9 +76,7 @@ def test_output_gradients_and_statistics_equal_torchs_in_float64_up_to_rounding(
     expected.backward(gradient.double())
     pairs = [(output, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]
     assert all(_error(got, right) < ROUNDING[dtype] for got, right in pairs)
-    in_float32 = [(norm.weight.grad, exact.weight.grad), (norm.bias.grad, exact.bias.grad)]
-    in_float32 += [(norm.running_mean, exact.running_mean), (norm.running_var, exact.running_var)]
-    assert all(_error(got, right) < 1e-5 for got, right in in_float32)
+    _assert_same_parameter_gradients_and_statistics(norm, exact)
     assert int(norm.num_batches_tracked) == 2
 
 
@@ -93,9 +97,7 @@ def test_a_norm_without_relu_gives_the_output_gradients_and_statistics_of_torchs
     assert torch.equal(gradient, before)
     assert _error(output, expected) < ROUNDING[dtype]
     assert _error(ours.grad, theirs.grad) < ROUNDING[dtype]
-    in_float32 = [(norm.weight.grad, exact.weight.grad), (norm.bias.grad, exact.bias.grad)]
-    in_float32 += [(norm.running_mean, exact.running_mean), (norm.running_var, exact.running_var)]
-    assert all(_error(got, right) < 1e-5 for got, right in in_float32)
+    _assert_same_parameter_gradients_and_statistics(norm, exact)
 
 
 def test_a_mean_a_thousand_times_the_deviation_does_not_make_the_variance_less_precise():
