@@ -112,14 +112,14 @@ def meeting_point(process: Process, timeout: timedelta) -> dist.Store:
     agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
-        left = timedelta(seconds=max(deadline - time.monotonic(), 0.1))
+        left = timedelta(seconds=deadline - time.monotonic())
         try:
             store = dist.TCPStore(address, port, process.world_size, is_master=process.is_main and not agent_serves, timeout=left)
             return fresh_store(store, rank=process.rank, world_size=process.world_size, timeout_s=left.total_seconds())
         except dist.DistNetworkError:
             # Without torchrun rank 0 serves. The store of an attempt that is ending closes when its rank 0 leaves: a rank that reached that one
             # looks for the next.
-            if process.is_main or agent_serves or time.monotonic() >= deadline:
+            if process.is_main or agent_serves or time.monotonic() > deadline - 1:
                 raise
             time.sleep(0.1)
 

@@ -69,8 +69,10 @@ def main() -> None:
                 code = process.wait()
                 ended.append(f"{sent.name} after {wait:.0f} s: exit code {code}")
                 print(ended[-1], flush=True)
-                if sent == signal.SIGTERM and code != 75:
-                    print(process.stderr.read() if process.stderr else "")
+                said = process.stderr.read() if process.stderr else ""
+                # A command that is still importing has said nothing and holds nothing yet: the signal ends it, as it does any program.
+                if sent == signal.SIGTERM and code != 75 and (said or code != -signal.SIGTERM):
+                    print(said)
                     sys.exit(f"{ended[-1]} where 75 was expected")
                 continue
             if process.returncode:
