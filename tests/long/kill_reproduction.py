@@ -66,15 +66,15 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 sent = signal.SIGKILL if len(ended) % 2 else signal.SIGTERM
                 process.send_signal(sent)
-                code = process.wait()
-                ended.append(f"{sent.name} after {wait:.0f} s: exit code {code}")
-                print(ended[-1], flush=True)
-                said = process.stderr.read() if process.stderr else ""
-                # A command that is still importing has said nothing and holds nothing yet: the signal ends it, as it does any program.
-                if sent == signal.SIGTERM and code != 75 and (said or code != -signal.SIGTERM):
-                    print(said)
-                    sys.exit(f"{ended[-1]} where 75 was expected")
-                continue
+                if code := process.wait():  # 0: it was done when the signal came
+                    ended.append(f"{sent.name} after {wait:.0f} s: exit code {code}")
+                    print(ended[-1], flush=True)
+                    said = process.stderr.read() if process.stderr else ""
+                    # A command that is still importing has said nothing and holds nothing yet: the signal ends it, as it does any program.
+                    if sent == signal.SIGTERM and code != 75 and (said or code != -signal.SIGTERM):
+                        print(said)
+                        sys.exit(f"{ended[-1]} where 75 was expected")
+                    continue
             if process.returncode:
                 sys.exit(process.stderr.read() if process.stderr else "failed")
             # It was done before it was killed often enough: the last row is taken away, to be done again.
