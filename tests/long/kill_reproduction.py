@@ -70,8 +70,9 @@ def main() -> None:
                     ended.append(f"{sent.name} after {wait:.0f} s: exit code {code}")
                     print(ended[-1], flush=True)
                     said = process.stderr.read() if process.stderr else ""
-                    # A command that is still importing has said nothing and holds nothing yet: the signal ends it, as it does any program.
-                    if sent == signal.SIGTERM and code != 75 and (said or code != -signal.SIGTERM):
+                    # A command that is still importing, and has said nothing, or whose rows are all done is ended by the signal as any program is.
+                    idle = not said or len(read_records(killed)) == len(ROWS)
+                    if sent == signal.SIGTERM and code != 75 and not (idle and code == -signal.SIGTERM):
                         print(said)
                         sys.exit(f"{ended[-1]} where 75 was expected")
                     continue
