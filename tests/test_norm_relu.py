@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbyol.models import build_encoder
+from fastbyol.models.cpu_norm import normalise_on_cpu
 from fastbyol.models.norm_relu import norm_relu
 from fastbyol.models.view_batchnorm import ViewBatchNorm, convert_to_view_batchnorm
 
@@ -98,6 +99,13 @@ def test_a_norm_without_relu_gives_the_output_gradients_and_statistics_of_torchs
     assert _error(output, expected) < ROUNDING[dtype]
     assert _error(ours.grad, theirs.grad) < ROUNDING[dtype]
     _assert_same_parameter_gradients_and_statistics(norm, exact)
+
+
+def test_without_relu_the_gradient_of_a_shortcut_is_the_outputs():
+    norm, x, shortcut = _norm(24), _images(6, 24, 5, torch.float32), _images(6, 24, 5, torch.float32).requires_grad_()
+    gradient = _images(6, 24, 5, torch.float32)
+    normalise_on_cpu(norm, x, shortcut, views=2, across_ranks=False, relu=False).output.backward(gradient)
+    assert torch.equal(shortcut.grad, gradient)
 
 
 def test_a_mean_a_thousand_times_the_deviation_does_not_make_the_variance_less_precise():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
+from fastbyol.commands.shared_options import CHECKPOINT_HELP, add_device_option, changes_from, device_named
 from fastbyol.config.arguments import local_or_url, path_text
 from fastbyol.config.console import say
 from fastbyol.config.errors import UserError, require, require_at_least
@@ -40,9 +40,7 @@ def add_embed(commands: Any) -> None:
     parser.add_argument("--projection", action="store_true", help="add the projector's output as a second block (checkpoints of ours)")
     parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads of each process; 0: one for each core of its share")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the encoder runs (default: auto, a GPU if there is one)"
-    )
+    add_device_option(parser)
     parser.add_argument("--engine", choices=ENGINES, default="local", help=ENGINE_HELP)
     parser.set_defaults(command=embed_images)
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbyol.commands.shared_options import CHECKPOINT_HELP, changes_from, device_named
+from fastbyol.commands.shared_options import CHECKPOINT_HELP, add_device_option, changes_from, device_named
 from fastbyol.config.arguments import OneLineParser, local_or_url, path_text
 from fastbyol.config.console import printable, say
 from fastbyol.config.errors import UserError, is_out_of_memory, require, require_at_least
@@ -145,9 +145,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run folder)")
     parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one for each core of the process's share")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the encoder runs (default: auto, a GPU if there is one)"
-    )
+    add_device_option(parser)
 
 
 def _run_quick(protocol: str, options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,12 @@ def changes_from(run_options: Sequence[str]) -> dict[str, Any]:
     config = parse_train_config(run_options, usage="")
     groups = {"model": config.model, "views": config.views}
     return {name: getattr(groups[name.partition(".")[0]], name.partition(".")[2]) for name in typed}
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --device, whose value `device_named` reads."""
+    what = "where the encoder runs (default: auto, a GPU if there is one)"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=what)
 
 
 def device_named(name: str) -> str:

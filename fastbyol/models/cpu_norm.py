@@ -97,11 +97,15 @@ def _norm_relu_backward(
     views = len(mean)
     # The encoder's last gradient is that of the mean over pixels: expanded, without memory of its own.
     incoming = gradient.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
-    masked, of_x = torch.empty_like(x) if relu else incoming, torch.empty_like(x)
-    kernel = norm_kernel.mask_gradient if relu else norm_kernel.gradient_sums
-    views_rows = _rows_of((incoming, output, x, masked) if relu else (incoming, x), views)
-    sums = [_sums(kernel, *rows, channels=mu) for rows, mu in zip(views_rows, mean.numpy(), strict=True)]
+    if relu:
+        masked = torch.empty_like(x)
+        kernel, tensors = norm_kernel.mask_gradient, (incoming, output, x, masked)
+    else:
+        masked = incoming.clone() if has_shortcut else incoming  # an operator may not return what it was given
+        kernel, tensors = norm_kernel.gradient_sums, (incoming, x)
+    sums = [_sums(kernel, *rows, channels=mu) for rows, mu in zip(_rows_of(tensors, views), mean.numpy(), strict=True)]
     total, product = np.stack(sums, axis=1)
+    of_x = torch.empty_like(x)
     product *= inverse_std.numpy()
     # Parameter gradients stay local: DDP averages them like all others.
     of_weight, of_bias = (torch.from_numpy(v.sum(0)).to(weight.dtype) for v in (product, total))

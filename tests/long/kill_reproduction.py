@@ -30,6 +30,11 @@ def results(out: Path) -> list[Record]:
     return [dataclasses.replace(record, config=dataclasses.replace(record.config, out=""), **COSTS) for record in read_records(out)]
 
 
+def state(out: Path) -> dict[Path, int]:
+    """Returns when each file of the folder was last written."""
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
@@ -59,6 +64,7 @@ def main() -> None:
         subprocess.run(command(undisturbed), check=True, capture_output=True)
         whole_s, ended = time.monotonic() - start, []
         while len(ended) < options.kills:
+            before = state(killed)
             process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             wait = rng.uniform(0.05, 0.4) * min(whole_s, LONGEST_S)
             try:
@@ -70,8 +76,8 @@ def main() -> None:
                     ended.append(f"{sent.name} after {wait:.0f} s: exit code {code}")
                     print(ended[-1], flush=True)
                     said = process.stderr.read() if process.stderr else ""
-                    # A command that is still importing, and has said nothing, or whose rows are all done is ended by the signal as any program is.
-                    idle = not said or len(read_records(killed)) == len(ROWS)
+                    # One that has not touched a file yet, or whose rows are all done, is ended by the signal as any program is.
+                    idle = state(killed) == before or len(read_records(killed)) == len(ROWS)
                     if sent == signal.SIGTERM and code != 75 and not (idle and code == -signal.SIGTERM):
                         print(said)
                         sys.exit(f"{ended[-1]} where 75 was expected")
