@@ -70,9 +70,10 @@ def test_a_device_without_room_for_the_batch_ends_train_with_2_and_one_line(
     assert "--rank_batch 4 " in line
 
 
-def test_a_signal_during_the_imports_of_train_ends_it_with_75() -> None:
+@pytest.mark.parametrize("command", [["train", "--preset", "cpu_demo"], ["reproduce", "tau", "--data", "demo", "--out", "tables"]])
+def test_a_signal_during_the_imports_of_a_command_that_trains_ends_it_with_75(command: list[str]) -> None:
     """The handlers stand before torch is imported, which takes seconds."""
-    code = """
+    code = f"""
 import os, signal, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -80,7 +81,7 @@ class Finder:
             os.kill(os.getpid(), signal.SIGTERM)
 sys.meta_path.insert(0, Finder())
 from fastbyol.__main__ import main
-main(["train", "--preset", "cpu_demo"])
+main({command})
 """
     done = run_python("-c", code)
     assert (done.returncode, done.stdout) == (75, "")

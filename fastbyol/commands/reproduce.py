@@ -71,7 +71,10 @@ def reproduce(options: argparse.Namespace) -> None:
     is run. Several may work on one OUT at a time. At demo scale the rows change the preset cpu_demo with 5 epochs, or the run that --preset,
     --config and other training options describe, as for training.
     """
-    from fastbyol.host.signals import StopRequest
+    from fastbyol.host.signals import StopRequest, leave_at_once_on_signals
+
+    leave_at_once_on_signals()  # the imports below take seconds
+
     from fastbyol.reproduction.tables import TABLES, table_named
 
     require_between("--seeds", options.seeds, 1, 100)

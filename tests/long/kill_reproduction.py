@@ -15,24 +15,34 @@ import tempfile
 import time
 from pathlib import Path
 
-from fastbyol.reproduction.records import Record, read_records
+from fastbyol.reproduction.records import SETUP_FILE, Record, read_records
 from tests.commands import SMALL_RUN
 from tests.conftest import noisy_colours
 
 ROWS = ("byol", "tau_0", "tau_0.9", "tau_0.999", "tau_1")
 LONGEST_S = 120.0
 """The whole command takes at most this long where waits are drawn: a busy machine may have been slow at first."""
-COSTS = {"cpu_s": 0.0, "wall_s": 0.0, "command": "", "provenance": {}}
+OF_ONE_EXECUTION = {"cpu_s": 0.0, "wall_s": 0.0, "cost_is_whole": True, "command": "", "provenance": {}}
+"""What differs between two executions of the same command: the seconds, whether a killed start's are among them, when and where."""
 
 
 def results(out: Path) -> list[Record]:
-    """Returns the records without what the time they took changes, and without the folder's own name."""
-    return [dataclasses.replace(record, config=dataclasses.replace(record.config, out=""), **COSTS) for record in read_records(out)]
+    """Returns the records without the fields of OF_ONE_EXECUTION and without the folder's own name."""
+    return [
+        dataclasses.replace(record, config=dataclasses.replace(record.config, out=""), **OF_ONE_EXECUTION) for record in read_records(out)
+    ]
 
 
-def state(out: Path) -> dict[Path, int]:
-    """Returns when each file of the folder was last written."""
-    return {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+def differences(ours: Record, theirs: Record) -> list[str]:
+    """Returns a line for each field that differs."""
+    fields = (field.name for field in dataclasses.fields(ours))
+    return [f"{ours.run}: {name}: {a} and {b}" for name in fields if (a := getattr(ours, name)) != (b := getattr(theirs, name))]
+
+
+def begun(out: Path) -> int:
+    """Returns when the last command that came to its work began it: each writes the set-up first."""
+    setup = out / SETUP_FILE
+    return setup.stat().st_mtime_ns if setup.exists() else 0
 
 
 def main() -> None:
@@ -64,7 +74,7 @@ def main() -> None:
         subprocess.run(command(undisturbed), check=True, capture_output=True)
         whole_s, ended = time.monotonic() - start, []
         while len(ended) < options.kills:
-            before = state(killed)
+            before = begun(killed)
             process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             wait = rng.uniform(0.05, 0.4) * min(whole_s, LONGEST_S)
             try:
@@ -76,9 +86,9 @@ def main() -> None:
                     ended.append(f"{sent.name} after {wait:.0f} s: exit code {code}")
                     print(ended[-1], flush=True)
                     said = process.stderr.read() if process.stderr else ""
-                    # One that has not touched a file yet, or whose rows are all done, is ended by the signal as any program is.
-                    idle = state(killed) == before or len(read_records(killed)) == len(ROWS)
-                    if sent == signal.SIGTERM and code != 75 and not (idle and code == -signal.SIGTERM):
+                    # While Python itself still starts, the signal ends it as any program.
+                    starting = code == -signal.SIGTERM and begun(killed) == before
+                    if sent == signal.SIGTERM and code != 75 and not starting:
                         print(said)
                         sys.exit(f"{ended[-1]} where 75 was expected")
                     continue
@@ -87,14 +97,12 @@ def main() -> None:
             # It was done before it was killed often enough: the last row is taken away, to be done again.
             (killed / "records" / "tau_1-seed0.json").unlink()
         subprocess.run(command(killed), check=True, capture_output=True)
-        same = results(undisturbed) == results(killed) and len(results(killed)) == len(ROWS)
-        print(
-            "\n".join(ended),
-            f"{'the same' if same else 'DIFFERENT'} records of {len(ROWS)} rows after {len(ended)} kills",
-            sep="\n",
-            flush=True,
-        )
-        sys.exit(not same)
+        expected, found = results(undisturbed), results(killed)
+        if len(found) != len(ROWS):
+            sys.exit(f"{len(found)} records of {len(ROWS)} rows after {len(ended)} kills")
+        if different := [line for pair in zip(expected, found, strict=True) for line in differences(*pair)]:
+            sys.exit("\n".join([f"DIFFERENT records after {len(ended)} kills:", *different]))
+        print(f"the same records of {len(ROWS)} rows after {len(ended)} kills")
 
 
 if __name__ == "__main__":
