@@ -2,8 +2,8 @@
 
     python examples/finetune_with_timm.py --checkpoint runs/mine --data photos --out exported
 
-DATA holds train and val, a folder for each class. The encoder must be one that timm has: a ResNet-18 or larger. Nothing of fastbyol is
-needed after the export.
+DATA holds train and val, each with a folder for each class. The encoder must be one that timm has: a ResNet-18 or larger, not the ResNet-8
+that `suggest` chooses on a CPU. After the export, fastbyol is not needed any more.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to export to")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.01)
-    options, weights = parser.parse_known_args()  # what is left describes weights of another program, as --views.size_px 64
-    for split in ("train", "val"):  # before the export, not after it
+    options, weights = parser.parse_known_args()  # the rest describes weights of another program, for example --views.size_px 64
+    for split in ("train", "val"):  # checked before the export, which takes longer
         if not any(each.is_dir() for each in (options.data / split).glob("*")):
             parser.error(f"--data {options.data}: its folder {split} is missing, or has no folder for each class")
     fastbyol(["export", "--checkpoint", options.checkpoint, "--to", "huggingface", "--out", str(options.out), *weights])
 
-    # The folder says how images are made, so timm's own transforms follow from it.
+    # The exported folder says how images are prepared, and timm makes its transforms from that.
     sizes = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{options.out}", pretrained=False))
     train, val = (
         ImageFolder(options.data / split, timm.data.create_transform(**sizes, is_training=split == "train")) for split in ("train", "val")

@@ -2,7 +2,8 @@
 
     python examples/pretrain_embed_search.py photos --query 1.jpg --out runs/photos
 
-A folder of a few thousand small images takes minutes on two cores (the preset own_tiny, docs/recipes.md). The same command continues a run that was stopped.
+A folder of a few thousand small images takes minutes on two cores (the preset own_tiny, docs/recipes.md). A run that was
+stopped is continued by the same command.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def main() -> None:
     parser.add_argument("--query", required=True, help="an image of the folder, by its path in it")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     parser.add_argument("--count", type=int, default=5, help="images to find (%(default)s)")
-    options, training = parser.parse_known_args()  # what is left are options of the training
-    if not (options.photos / options.query).is_file():  # before the training, not after it
+    options, training = parser.parse_known_args()  # the rest are options of the training
+    if not (options.photos / options.query).is_file():  # checked before the training, which takes minutes
         parser.error(f"--query {options.query}: {options.photos} has no such image; give its path in that folder")
     train(["--preset", "own_tiny", "--data.train", str(options.photos), "--out", str(options.out), *training])
     features = fastbyol.embed(str(options.out), str(options.photos), out=str(options.out / "features.npz"))
