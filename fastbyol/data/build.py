@@ -21,6 +21,7 @@ from fastbyol.data.formats.tar_shards import is_shard_folder
 from fastbyol.data.inputs.sources import is_original
 from fastbyol.data.loader import CropLoader, ImageLoader, Readahead, TwoViewLoader
 from fastbyol.data.renderer import KernelRenderer, Renderer
+from fastbyol.data.replacements import Replacements
 from fastbyol.data.traversal import Traversal, group_into_blocks
 from fastbyol.host.cores import default_workers, place_on_machine
 from fastbyol.host.store_path import StorePath
@@ -47,6 +48,7 @@ def build_loader(
     output: str = "float32",
     option: str = "data.train",
     nodes: int = 1,
+    replace_damaged: bool = False,
 ) -> TwoViewLoader:
     """Returns the training loader for `config.train`, positioned at epoch 0, batch 0.
 
@@ -65,6 +67,7 @@ def build_loader(
         output: 'float32' views or 'uint8' crops, see `KernelRenderer`; ignored if DALI does the cropping.
         option: name of the option behind `config.train`, for error messages, which name the option for labels that goes with it.
         nodes: number of nodes for 'sharded', with equally many ranks each, numbered node by node.
+        replace_damaged: another image takes the place of an original that does not decode, see `Replacements`; else that is an error.
 
     Raises:
         UserError: the data does not exist or is not what the backend reads, the backend isn't installed, or the batch does not divide evenly.
@@ -86,7 +89,15 @@ def build_loader(
         )
         if source.cache is not None:
             source.cache.require_room(window=blocks.window if blocks else 0)
-        renderer = _renderer(source, config, views, batch=walk.rank_batch, output=output, device=device or torch.device("cpu"))
+        renderer = _renderer(
+            source,
+            config,
+            views,
+            batch=walk.rank_batch,
+            output=output,
+            device=device or torch.device("cpu"),
+            replacements=_replacements(source) if replace_damaged else None,
+        )
         readahead = _read_ahead(source, walk, prefetch=config.prefetch)
         return TwoViewLoader(renderer, views=views, traversal=walk, readahead=readahead)
     except BaseException:
@@ -129,10 +140,27 @@ def build_run_loader(config: TrainConfig, process: Process, *, option: str = "da
         output="uint8" if process.device.type == "cuda" else "float32",
         option=option,
         nodes=nodes_of(process) if config.data.traversal == "sharded" else 1,
+        replace_damaged=True,
     )
 
 
-def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int, output: str, device: torch.device) -> Renderer:
+def _replacements(source: Source) -> Replacements | None:
+    """Returns what replaces the damaged images of a source, None for converted data."""
+    from fastbyol.data.backends.folder_source import FolderSource
+
+    return Replacements(source.num_samples) if isinstance(source, FolderSource) else None
+
+
+def _renderer(
+    source: Source,
+    config: DataConfig,
+    views: ViewPair,
+    *,
+    batch: int,
+    output: str,
+    device: torch.device,
+    replacements: Replacements | None,
+) -> Renderer:
     """Returns the renderer that turns the source's images into views: our CPU kernel, or DALI."""
     workers = config.workers or default_workers()
     if config.dali_ops != "decode":
@@ -145,7 +173,7 @@ def _renderer(source: Source, config: DataConfig, views: ViewPair, *, batch: int
                 return DaliRenderer(source, views, batch=batch, workers=workers, prefetch=config.prefetch, device=device)
         elif config.dali_ops != "auto":
             raise UserError(f"data.dali_ops = {config.dali_ops!r}: {config.train} is not read by the dali backend; leave it at auto")
-    return KernelRenderer(source, views, output=output, workers=workers, prefetch=config.prefetch)
+    return KernelRenderer(source, views, output=output, workers=workers, prefetch=config.prefetch, replacements=replacements)
 
 
 def build_image_loader(
@@ -158,19 +186,23 @@ def build_image_loader(
     crop_share: float = EVAL_SHARE,
     option: str = "data",
     label_option: str = "",
+    replace_damaged: bool = False,
 ) -> ImageLoader:
     """Returns a loader for evaluation: every image once, centre-cropped.
 
     data: anything that `DataConfig.train` may be; or a `DataConfig`, which also says where the labels are. crop_share: side of the centred
     crop over the image's short side; 1: as much as a square can hold. label_option: how labels are given in what the user typed, if that does
-    not follow from `option`.
+    not follow from `option`. replace_damaged: as for `build_loader`.
 
     Raises UserError in the same cases as `build_loader`; its message names `option`.
     """
     config = data if isinstance(data, DataConfig) else DataConfig(train=str(data), backend=backend)
     source = _open_source(config, option=option, label_option=label_option)
     try:
-        return ImageLoader(source, views=views, batch=batch, workers=workers or default_workers(), crop_share=crop_share)
+        replacements = _replacements(source) if replace_damaged else None
+        return ImageLoader(
+            source, views=views, batch=batch, workers=workers or default_workers(), crop_share=crop_share, replacements=replacements
+        )
     except BaseException:
         source.close()
         raise

@@ -22,6 +22,7 @@ from fastbyol.data.batch import CropBatch, ImageBatch, ViewBatch
 from fastbyol.data.fetch_ahead import FetchAhead
 from fastbyol.data.formats.manifest import label_counts
 from fastbyol.data.renderer import KernelRenderer, Renderer
+from fastbyol.data.replacements import Replacements
 from fastbyol.data.traversal import Traversal
 
 
@@ -166,14 +167,23 @@ class ImageLoader(_Loader):
     """
 
     def __init__(
-        self, source: Source, *, views: ViewPair, batch: int, workers: int = 1, prefetch: int = 2, crop_share: float = EVAL_SHARE
+        self,
+        source: Source,
+        *,
+        views: ViewPair,
+        batch: int,
+        workers: int = 1,
+        prefetch: int = 2,
+        crop_share: float = EVAL_SHARE,
+        replacements: Replacements | None = None,
     ) -> None:
         """Takes ownership of the source: `close` closes it. Only size, interpolation, antialias and normalisation of `views` are used.
 
         crop_share: side of the centred square as a share of the short side.
+        replacements: what takes the place of damaged images; None: they are errors.
         """
         require_at_least("batch", batch, 1)
-        super().__init__(KernelRenderer(source, views, num_views=1, workers=workers, prefetch=prefetch))
+        super().__init__(KernelRenderer(source, views, num_views=1, workers=workers, prefetch=prefetch, replacements=replacements))
         self._batch, self._crop_share = batch, crop_share
 
     def __len__(self) -> int:

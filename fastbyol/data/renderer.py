@@ -24,7 +24,8 @@ from fastbyol.augment.parameters import NUM_COLUMNS
 from fastbyol.augment.view_kernel import ViewKernel
 from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.views import ViewPair
-from fastbyol.data.backends.source import Indices, Source
+from fastbyol.data.backends.source import DamagedImage, Indices, Source
+from fastbyol.data.replacements import Replacements
 
 OUTPUTS = {"float32": torch.float32, "uint8": torch.uint8}
 _NUMPY_TYPE = {torch.float32: np.float32, torch.uint8: np.uint8}
@@ -114,19 +115,30 @@ class KernelRenderer(Renderer):
             by `augment.torch_graph`.
         workers: threads that decode and render.
         prefetch: batches prepared ahead of the consumer.
+        replacements: what takes the place of damaged images, whose `Rendered.indices` are then those of other images; None: an error.
     """
 
     def __init__(
-        self, source: Source, pair: ViewPair, *, num_views: int = 2, output: str = "float32", workers: int = 1, prefetch: int = 3
+        self,
+        source: Source,
+        pair: ViewPair,
+        *,
+        num_views: int = 2,
+        output: str = "float32",
+        workers: int = 1,
+        prefetch: int = 3,
+        replacements: Replacements | None = None,
     ) -> None:
         super().__init__(source, threads=workers, prefetch=prefetch)
         require_choice("output", output, tuple(OUTPUTS))
         self._kernel = ViewKernel.of(pair)
-        self._num_views, self._size_px, self._workers = num_views, pair.size_px, workers
+        self._num_views, self._size_px, self._workers, self._replacements = num_views, pair.size_px, workers, replacements
         self.pinned = output == "uint8" and torch.cuda.is_available()  # uint8 crops will be copied to a GPU
         self._memory = BatchMemory(OUTPUTS[output], pinned=self.pinned, spare=prefetch + 1)
 
     def _submit(self, indices: Indices, draw: Draw) -> Pending:
+        if self._replacements is not None:
+            indices = indices.copy()  # `_render` writes into it
         shape = (self._num_views, len(indices), self._size_px, self._size_px, 3)
         views = self._memory.lend(shape)
         parameters = self.hosted(torch.empty((len(indices), self._num_views, NUM_COLUMNS)))
@@ -141,7 +153,19 @@ class KernelRenderer(Renderer):
         return Pending(jobs, lambda: rendered)
 
     def _render(self, indices: Indices, draw: Draw, views: NDArray[Any], parameters: NDArray[np.float32]) -> None:
-        """Decodes and renders one chunk of images into its rows of `views` and `parameters`."""
+        """Decodes and renders one chunk of images into its rows of `views` and `parameters`, and replaces damaged ones in `indices`."""
+        if self._replacements is None:
+            self._render_these(indices, draw, views, parameters)
+            return
+        while True:
+            indices[:] = self._replacements.replaced(indices)
+            try:
+                self._render_these(indices, draw, views, parameters)
+                return
+            except DamagedImage as damage:
+                self._replacements.add(damage)
+
+    def _render_these(self, indices: Indices, draw: Draw, views: NDArray[Any], parameters: NDArray[np.float32]) -> None:
         parameters[:] = draw(indices, *self.source.sizes(indices))
         for row, image in enumerate(self.source.decode(indices)):
             try:

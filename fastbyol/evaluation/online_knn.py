@@ -64,7 +64,15 @@ class OnlineKnn:
         )
         self._train, self._val = (
             opened_alike(
-                partial(build_image_loader, data, views=config.views, batch=BATCH, workers=config.data.workers, option=option),
+                partial(
+                    build_image_loader,
+                    data,
+                    views=config.views,
+                    batch=BATCH,
+                    workers=config.data.workers,
+                    option=option,
+                    replace_damaged=True,  # as in training, which a damaged image must not end
+                ),
                 process,
                 option=option,
             )

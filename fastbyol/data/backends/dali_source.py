@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.block_cache import CachedFile
-from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source
 from fastbyol.data.backends.store_tables import StoreTables
 from fastbyol.data.formats.jpeg_header import jpeg_complaint
 from fastbyol.data.formats.tar_shards import SAMPLE, listed_position, read_tar_shards, read_tar_tables
@@ -65,7 +65,7 @@ class DaliSource(Source):
             for index, image, height, width in zip(batch.tolist(), images, *self.sizes(batch), strict=True):
                 if image.shape != (height, width, 3):
                     found = f"{image.shape[1]}x{image.shape[0]}"
-                    raise damaged(self.sample_name(index), f"it decodes to {found} pixels, its table says {width}x{height}")
+                    raise self.damaged(index, f"it decodes to {found} pixels, its table says {width}x{height}")
                 yield image
 
     def storage(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
@@ -99,7 +99,7 @@ class DaliSource(Source):
         row = {name: int(column[index]) for name, column in self._table.items()}
         data = self.read_checked(index, self._files[row["shard"]], row["offset"], row["size"], crc32=row["crc32"])
         if complaint := jpeg_complaint(data, height=row["height"], width=row["width"]):
-            raise damaged(self.sample_name(index), complaint)
+            raise self.damaged(index, complaint)
         return np.frombuffer(data, dtype=np.uint8)
 
     def _run(self, jpegs: list[Pixels]) -> list[Pixels]:
@@ -125,7 +125,7 @@ class DaliSource(Source):
                 # A copy: the next run of the pipeline reuses the memory.
                 images += [np.array(image) for image in self._run([jpeg])]
             except RuntimeError as error:
-                raise damaged(self.sample_name(index), dali_reason(error)) from first_error
+                raise self.damaged(index, dali_reason(error)) from first_error
         return images
 
 

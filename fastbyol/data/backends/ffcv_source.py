@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.block_cache import CachedFile
-from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, ThreadBuffer, column_bytes, damaged, some_of
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, ThreadBuffer, column_bytes, some_of
 from fastbyol.data.backends.store_tables import StoreTables
 from fastbyol.data.formats.beton import RAW_MODE, Beton, read_beton
 from fastbyol.data.formats.manifest import beton_manifest_path, numbered_class_names, read_manifest, refuse_other_counts
@@ -64,7 +64,7 @@ class FfcvSource(Source):
             # If a checksum shows that the bytes are unchanged, a warning is harmless: Pillow ignored it too when the image was converted
             # (stray bytes before a marker: ImageNet has some). Without checksums, treat it as damage.
             if complaint and (fatal or table.crc32 is None):
-                raise damaged(self.sample_name(index), complaint)
+                raise self.damaged(index, complaint)
             yield image
 
     def storage(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:

@@ -12,7 +12,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, damaged, some_of
+from fastbyol.config.errors import UserError
+from fastbyol.data.backends.source import Indices, Pixels, RangeReader, Source, some_of
 from fastbyol.data.formats.pillow_decoding import UndecodableImage, decode_with_pillow, image_size
 from fastbyol.data.inputs.listing import ImageListing, left_out_text
 from fastbyol.host.store_path import StorePath, at_once
@@ -29,6 +30,8 @@ def _warn_once(text: str) -> None:
 
 class FolderSource(Source):
     """A listing of original images as a source; sample i is the i-th image of the listing."""
+
+    way_out_of_damage = "replace or remove the image; python -m fastbyol convert leaves out all that do not decode, and names them"
 
     def __init__(self, listing: ImageListing) -> None:
         self._listing = listing
@@ -53,7 +56,7 @@ class FolderSource(Source):
                 else:
                     self._sizes[index] = image_size(location.path if location.size is None else location.read())
             except (UndecodableImage, OSError) as error:
-                raise damaged(self.sample_name(index), error) from error
+                raise self._unusable(index, error) from error
         height, width = self._sizes[indices].astype(np.int64).T
         return height, width
 
@@ -91,12 +94,18 @@ class FolderSource(Source):
                 data = self._fetched.pop(index, None)
                 image = decode_with_pillow(self._listing.location(index).read() if data is None else data)
             except (UndecodableImage, OSError) as error:
-                raise damaged(self.sample_name(index), error) from error
+                raise self._unusable(index, error) from error
             height, width = self._sizes[index].tolist()
             if height and image.shape != (height, width, 3):  # the crops were drawn for the header's size
                 found = f"{image.shape[1]}x{image.shape[0]}"
-                raise damaged(self.sample_name(index), f"it has {found} pixels, its header said {width}x{height}")
+                raise self.damaged(index, f"it has {found} pixels, its header said {width}x{height}")
             yield image
+
+    def _unusable(self, index: int, error: UndecodableImage | OSError) -> UserError:
+        """Returns the error for an image that does not decode, or whose file cannot be read at all."""
+        if isinstance(error, UndecodableImage):
+            return self.damaged(index, error)
+        return UserError(f"{self.sample_name(index)} cannot be read ({error.strerror or error}): put it back, or take it off the list")
 
     def sample_name(self, index: int) -> str:
         location = self._listing.location(index)

@@ -28,8 +28,18 @@ _COMPARED = 256
 """Images of which ranks compare the bytes where no table has their digests."""
 
 
+class DamagedImage(UserError):
+    """Raised for an image that is there but does not decode."""
+
+    def __init__(self, what: str, *, way_out: str, index: int) -> None:
+        super().__init__(f"{what}: {way_out}")
+        self.what, self.index = what, index
+
+
 class Source(ABC):
     """A data set of num_samples images with one label each, decoded on demand. `decode` may be called from several threads at once."""
+
+    way_out_of_damage = "copy the data again, or replace or remove the image and convert again"
 
     def __init__(self, *, labels: Indices, class_names: tuple[str, ...]) -> None:
         self.labels = labels
@@ -51,12 +61,16 @@ class Source(ABC):
     def decode(self, indices: Indices) -> Iterator[Pixels]:
         """Yields each image as RGB (H, W, 3) uint8, C-contiguous, valid only until the next one is requested.
 
-        Raises UserError for a damaged image instead of returning black pixels.
+        Raises DamagedImage for a damaged image instead of returning black pixels.
         """
 
     @abstractmethod
     def sample_name(self, index: int) -> str:
         """Returns the sample's index and file, as a user would look for it."""
+
+    def damaged(self, index: int, reason: object) -> DamagedImage:
+        """Returns the error for a sample that does not decode."""
+        return DamagedImage(f"{self.sample_name(index)} does not decode ({reason})", way_out=self.way_out_of_damage, index=index)
 
     def image_name(self, index: int) -> str:
         """Returns the image's name in the listing, by which results name it; its number where the format keeps no names."""
@@ -94,7 +108,7 @@ class Source(ABC):
         """
         data = file.read(offset, size)
         if crc32 is not None and zlib.crc32(data) != crc32 and zlib.crc32(data := file.read_again(offset, size)) != crc32:
-            raise damaged(self.sample_name(index), "its bytes have changed since the conversion")
+            raise self.damaged(index, "its bytes have changed since the conversion")
         return data
 
     def close(self) -> None:  # noqa: B027 (a backend without open files has nothing to do)
@@ -172,8 +186,3 @@ def _digest(pieces: Iterable[bytes]) -> str:
 def some_of(num_samples: int) -> list[int]:
     """Returns the numbers of a few images, spread evenly over all."""
     return np.unique(np.linspace(0, num_samples - 1, _COMPARED).astype(np.int64)).tolist()
-
-
-def damaged(name: str, error: object) -> UserError:
-    """Returns the error for a sample that does not decode."""
-    return UserError(f"{name} does not decode ({error}): replace or remove the image (and convert again, where it was converted)")

@@ -19,6 +19,7 @@ from fastbyol.data.conversion.work_folder import UNFINISHED, WorkFolder, work_pa
 from fastbyol.data.formats.manifest import software_versions
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing, names_digest
+from fastbyol.data.replacements import damage_allowed
 from fastbyol.host.cores import default_workers
 
 Images = Path | ImageListing | Callable[[], ImageListing]
@@ -50,7 +51,7 @@ class ConversionOptions:
     def dropped_allowed(self, images: int) -> int:
         """Returns how many of this number of images may be dropped."""
         if self.max_dropped is None:
-            return max(20, int(0.01 * images))
+            return damage_allowed(images)
         return math.floor(self.max_dropped * images + 1e-6)
 
 
