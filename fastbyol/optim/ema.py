@@ -153,5 +153,5 @@ def _apex_lerp_(target: list[Tensor], online: list[Tensor], tau: float | Tensor)
             )
     if isinstance(tau, Tensor):
         raise UserError("optim.update = 'apex': tau is a tensor, and amp_C takes a number; pass a float, or take 'foreach' or 'triton'")
-    overflow = torch.zeros(1, dtype=torch.int32, device=target[0].device)  # amp_C sets it if an input is not finite (-1: of either list); not read here
+    overflow = torch.zeros(1, dtype=torch.int32, device=target[0].device)  # amp_C marks inputs that are not finite; not read here
     amp_c.multi_tensor_axpby(APEX_CHUNK, overflow, [target, online, target], tau, 1 - tau, -1)
