@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command not in WITH_RUN_OPTIONS:
         if options.run_options:
             used.refuse(options.run_options)
-    elif options.command is not train_run:  # which has no options but those of a run, and says itself what is wrong with them
+    elif options.command is not train_run:  # train has only the options of a run, and reports errors in them itself
         given = [argument.split("=", 1)[0] for argument in options.run_options if argument.startswith("--")]
         if unknown := [name for name in given if name not in RUN_OPTIONS]:
             used.refuse(unknown, others=RUN_OPTIONS)
@@ -175,8 +175,8 @@ def tune_run(options: argparse.Namespace) -> None:
     """Measures loaders, steps and both together on this machine, and writes the config of a run with the fastest settings.
 
     Describe the run as for training: --preset, --config, and any training option. Options given on the command line are kept, not tuned.
-    On a CPU the step is timed with a batch small enough to be quick; on a GPU the largest rank_batch that fits is searched (not yet
-    run by us on a GPU).
+    On a CPU the step is timed with a batch small enough to be quick; on a GPU the largest rank_batch that fits is searched for (not
+    yet run by us on a GPU).
     torch.compile is tried with --seconds 30 or more, its mode max-autotune with 120 or more: compiling takes minutes on top.
     Other ranks are not started, so communication between ranks is not measured.
     Then: python -m fastbyol train --config tuned.yaml --out runs/NAME
@@ -255,7 +255,7 @@ def print_presets(word: str = "") -> None:
 
 
 WITH_RUN_OPTIONS = (train_run, draw_views, tune_run, reproduce, embed_images, export_encoder, list_weights)
-"""Commands that take options of a run too, which parse_train_config checks."""
+"""Commands that also take the options of a run, which parse_train_config checks."""
 
 if __name__ == "__main__":
     main()

@@ -142,7 +142,7 @@ class BYOL(nn.Module):
         label: (N,) int64, used by the probe only; negative for an unlabelled image.
         """
         views = one_batch(view1, view2)
-        # The target first: its activations are freed before the online network's, which the backward needs, fill the memory.
+        # Run the target first: its activations are freed before those of the online network, kept for the backward pass, fill the memory.
         of_target = self.target(views) if self.objective.target == "ema" else None
         online1, online2 = self.online(views)
         projections = of_target or self._predicted(online1, online2)
@@ -159,7 +159,7 @@ class BYOL(nn.Module):
             # regression = 4 - 2 (cos1 + cos2), so this is the mean of both cosines.
             alignment=1 - regression.detach() / 4,
             probe_loss=_probe_loss(logits if logits.dtype == torch.float64 else logits.float(), label),
-            # Of one class every guess is right, which would look like success.
+            # With a single class every guess is right, which would look like success.
             probe_correct=torch.where((label >= 0) & (logits.shape[1] > 1), (logits.detach().argmax(dim=1) == label).float(), torch.nan),
             projection=online1.projection.detach(),
             feature=online1.feature.detach(),
@@ -174,7 +174,7 @@ class BYOL(nn.Module):
         return regression
 
     def _predicted(self, online1: OnlineOutput, online2: OnlineOutput) -> tuple[Tensor, Tensor]:
-        """Returns the online network's own projections (N, D) of both views, for an objective that does without the target."""
+        """Returns the online network's own projections (N, D) of both views, for an objective without a target network."""
         if self.objective.target == "online":
             return online1.projection, online2.projection
         return online1.projection.detach(), online2.projection.detach()

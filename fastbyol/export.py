@@ -34,7 +34,7 @@ CROP = "centred square of 7/8 of the short side"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Makes an encoder's input of an image, with the same pixels as the evaluation loader: `CROP`, resized and normalised.
+    """Turns an image into an encoder's input, with the same pixels as the evaluation loader: `CROP`, resized and normalised.
 
     Of `views` only size_px, interpolation, antialias, mean and std are used.
     """
@@ -59,7 +59,7 @@ class Preprocessing:
 
 @lru_cache(maxsize=8)
 def _kernel(views: ViewPair) -> ViewKernel:
-    # Not a field of Preprocessing: its scratch memory is a thread's own, and an encoder must stay one that can be copied and pickled.
+    # Not a field of Preprocessing: the kernel's scratch memory is thread-local, and an encoder must stay copyable and picklable.
     return ViewKernel.of(views)
 
 

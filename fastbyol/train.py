@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(out_of_memory_text(config, process)) from error
         finally:
             close_logging()
-            # The session's own watch is over, and leaving may hang where a peer or a device does.
+            # The session's hang watch has ended, and leaving the group may hang if a peer or a device does.
             with HangWatch(config.timeout_s):
                 leave_process_group(failed=complete is None)
     if not complete:

@@ -120,7 +120,7 @@ def _sum_columns(columns, position, weight, planes, y):
                 if size < LANES:
                     for j in range(size):
                         out[j] = wa * a[at + j] + wb * b[at + j] + wc * c[at + j] + wd * d[at + j] + (out[j] if k > 0 else ZERO)
-                elif k == 0:  # a loop of constant length: the compiler makes straight vector code of it
+                elif k == 0:  # a constant number of iterations lets the compiler emit straight-line vector code
                     for j in range(LANES):
                         out[j] = wa * a[at + j] + wb * b[at + j] + wc * c[at + j] + wd * d[at + j]
                 else:

@@ -45,7 +45,7 @@ SLOTS = (
 """Counter of each draw. Append only: the position of a slot is part of what a seed means."""
 RETRIES = 9
 """Number of retries of torchvision's rejected crop."""
-_FIRST_RETRY = 1000  # counter of the first retry's area, far from SLOTS; its aspect has the next, the second retry's area the one after
+_FIRST_RETRY = 1000  # counter of the first retry's area, far from SLOTS; from there area and aspect of each retry alternate
 _SLOT = {name: np.uint64(place) for place, name in enumerate(SLOTS)}
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -61,7 +61,7 @@ Floats = NDArray[np.float64]
 
 def _mix(x: Words) -> Words:
     """Applies the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
-    # Overflow is meant. numpy wraps arrays of at least one dimension silently, but warns about scalars.
+    # Overflow is intended. numpy wraps arrays of at least one dimension silently, but warns about scalars.
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -45,7 +45,7 @@ def adjust_contrast(x: Tensor, factor: Number) -> Tensor:
 
 def rgb_to_hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns hue in [0, 1), 0 for grey, saturation and value, each (N, 1, H, W), as TensorFlow does."""
-    # The largest channel decides about the hue; ties go to R, G, B in this order.
+    # The largest channel determines the sextant of the hue; ties go to R, G, B in this order.
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)

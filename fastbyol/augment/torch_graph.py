@@ -1,6 +1,6 @@
 """The augmentation of a batch of crops as one graph that torch.compile can trace: no data-dependent control flow, no synchronisation.
 
-Every image goes through every operation; one that an image did not draw gets its neutral parameter or is masked. Contrast needs the
+Every image goes through every operation; an operation that it did not draw gets its neutral parameter or is masked. Contrast needs the
 image's mean, so the jitter consists of three slots of pixelwise operations, contrast once, and three slots again; the drawn order
 decides which slot does what.
 """

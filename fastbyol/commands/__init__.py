@@ -1,1 +1,1 @@
-"""Sub-commands of `python -m fastbyol`, one a file: its arguments, and one call into the rooms below."""
+"""Sub-commands of `python -m fastbyol`, one per file: each defines its arguments and makes one call into the layers below."""

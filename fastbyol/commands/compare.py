@@ -22,8 +22,8 @@ def add_compare(commands: Any) -> None:
 def compare_runs(options: argparse.Namespace) -> None:
     """Prints how far each run came, its scores and speed, and what differs in their configs; --out writes a page with curves too.
 
-    Reads the folders only: config, log and the results that evaluate has written. Nothing is trained or evaluated. Runs may be of different
-    lengths, batches or images; what may not be compared is said.
+    Reads the folders only: config, log and the results that evaluate has written. Nothing is trained or evaluated. Runs may differ in
+    length, batch and images; notes say what cannot be compared.
     """
     from fastbyol.evaluation.comparison_page import best_lines, difference_lines, overview_notes, overview_table, write_comparison
     from fastbyol.evaluation.run_comparison import read_runs
@@ -31,7 +31,7 @@ def compare_runs(options: argparse.Namespace) -> None:
 
     found = read_runs(options.runs)
     say(*found.remarks, file=sys.stderr)
-    if options.out is not None:  # first, so that a page that cannot be written is the only line
+    if options.out is not None:  # checked first, so that for a page that cannot be written nothing but the error is printed
         write_comparison(found, options.out, command=options.typed)
     groups = found.score_groups()
     print_table(overview_table(found))

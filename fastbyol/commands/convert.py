@@ -45,7 +45,7 @@ index each, samples.npy (location of each image), manifest.json (class names, se
 """
 WRITTEN = {"ffcv": "a .beton", "dali": "tar shards"}
 OPTIONS_OF = {"ffcv": ("shuffle_seed", "raw", "raw_fraction"), "dali": ("shard_mb", "seed", "shard", "merge", "engine", "parts")}
-"""Options that one format has and the other lacks."""
+"""Options that only one format has, by format."""
 
 
 def add_convert(commands: Any) -> None:
@@ -100,7 +100,7 @@ def convert_images(options: argparse.Namespace) -> None:
             options.out, options.place = out, _unchanged
             convert(options)
     except (UserError, RunError, Stopped) as error:
-        if options.restart:  # which would delete what has been done
+        if options.restart:  # repeating the command with --restart would delete the finished part
             error.args = (
                 re.sub("(?<=[Tt]he same command)(?= (continues|goes|tries|uploads))", " without --restart", str(error)),
                 *error.args[1:],
@@ -113,7 +113,7 @@ def _unchanged(path: Path) -> Path:
 
 
 def _to_store(out: StorePath, options: argparse.Namespace, convert: Callable[[argparse.Namespace], None]) -> None:
-    """Converts to a folder of this machine, and uploads what that gives."""
+    """Converts into a local folder, then uploads the result to `out`."""
     from fastbyol.data.conversion.remote_output import convert_to_store
     from fastbyol.data.conversion.tar_parts import part_name
     from fastbyol.ranks.parts import parse_part
@@ -138,7 +138,7 @@ def _to_store(out: StorePath, options: argparse.Namespace, convert: Callable[[ar
 
 
 def _refuse_changed(options: argparse.Namespace, names: Collection[str], why: str) -> None:
-    """Raises UserError for the first of these options that was given another value than its default."""
+    """Raises UserError for the first of these options whose value is not its default."""
     for name in names:
         if getattr(options, name) != options.default_of(name):
             raise UserError(f"--{name.replace('_', '-')}: {why}")

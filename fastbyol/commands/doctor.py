@@ -32,7 +32,7 @@ def add_doctor(commands: Any) -> None:
 
 @stoppable
 def examine(options: argparse.Namespace) -> None:
-    """Says what is installed, in which version, what each missing part costs and which command brings it; looks at GPU, driver, limits of the
+    """Says what is installed, in which version, what each missing part costs and which command installs it; looks at GPU, driver, limits of the
     container and disk; and tests each backend and kernel on real data, each in a process of its own, in about a minute.
 
     ok works, low works with a limit, missing is not there, broken is there and does not work. Exit code 1 if anything is broken, otherwise 0.
@@ -53,7 +53,7 @@ def _findings(options: argparse.Namespace) -> Iterator[Finding]:
     from fastbyol.doctor.packages import package_findings
     from fastbyol.doctor.self_tests import self_test_findings
 
-    disks = [disk_finding(path) for path in options.path]  # first: a path that is not there is refused before the work
+    disks = [disk_finding(path) for path in options.path]  # first, so that a missing path is refused before the slow checks
     _announce("machine")
     machine = [*machine_findings(), *gpu_findings()]
     yield from sorted(machine, key=lambda finding: finding.group != machine[0].group)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastbyol.ranks.process_group import Process
 
 PATIENCE_S = 6 * 3600.0
-"""Longest wait of a rank for another, as for rank 0 when it joins the parts. Where a rank dies, torchrun ends the others at once."""
+"""Longest time a rank waits for another one, for example for rank 0 to join the parts. If a rank dies, torchrun ends the others at once."""
 
 
 def add_embed(commands: Any) -> None:
@@ -52,8 +52,8 @@ def embed_images(options: argparse.Namespace) -> None:
     .npz       arrays name, label, feature, projection, facts (JSON)
     .npy       the features alone; names, labels and settings lie beside it in a .json of the same name
 
-    Under torchrun each process embeds its share; with --engine ray, processes of a cluster do, and this one writes. A command that was
-    killed goes on when it is repeated.
+    Under torchrun each process embeds its share; with --engine ray, the processes of a cluster embed and this one writes. To continue
+    after a kill, repeat the command.
     """
     require_at_least("--batch", options.batch, 1)
     require_at_least("--workers", options.workers, 0)
@@ -128,5 +128,5 @@ def _made_here(out: Place, options: argparse.Namespace, process: Process) -> Ite
         yield staged.path, broadcast_from_main(staged.is_made)
         if not staged.is_made:
             staged.made()
-        # An .npy last: everything beside it is there then.
+        # Upload an .npy last: the files beside it are then complete.
         staged.upload(last=lambda path: int(path == staged.path))

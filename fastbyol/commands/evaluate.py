@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton; without labels any images"
 PATIENCE_S = 6 * 3600.0
-"""Longest wait of a rank for another: rank 0 tests and writes while the others wait. Where a rank dies, torchrun ends the others."""
+"""Longest time a rank waits for another: rank 0 tests and writes while the others wait. If a rank dies, torchrun ends the others."""
 GRACE_S = 60.0
 ONE_VALUE = "Expected more than 1 value per channel"
-"""Beginning of the ValueError of torch's batch norm in training mode where there is nothing to normalise by."""
+"""Beginning of the ValueError that torch's batch norm raises in training mode if each channel has a single value."""
 WHAT = {
     "linear": "a linear classifier on frozen features (--settings paper: SGD, rates swept side by side)",
     "knn": "k-nearest neighbours on frozen features (--settings paper: a grid of k, temperature and votes)",
@@ -96,7 +96,7 @@ def evaluate_run(options: argparse.Namespace) -> None:
 
 
 def _memory_advice(options: argparse.Namespace) -> str:
-    """Returns what to do where the GPU's memory is too small, in the options that the task has."""
+    """Returns the error text for a GPU without enough memory; it names only options that the task has."""
     smaller = next((f"a smaller --{each}, " for each in ("global_batch", "batch_images") if hasattr(options, f"setting_{each}")), "")
     measured = "; --dry_run says how much a task needs" if hasattr(options, "dry_run") else ""
     return f"out of memory; use more ranks (torchrun), {smaller}or a smaller --batch for images without gradients{measured}"

@@ -34,7 +34,7 @@ def add_export(commands: Any) -> None:
 def export_encoder(options: argparse.Namespace) -> None:
     """Writes the online encoder, which is the one that evaluate uses, in the format of another program, and a card beside it.
 
-    Each is loaded back by the program that it is for, and its features are compared with the encoder's before the file gets its name.
+    Each file is loaded back by the program that it is for, and its features are compared with the encoder's before the file gets its name.
     """
     changes = changes_from(options.run_options)
     import torch
@@ -50,7 +50,7 @@ def export_encoder(options: argparse.Namespace) -> None:
 
     run = load_run_or_weights(options.checkpoint, changes=changes)
     model = run.config.model
-    # First, because a format would say of an encoder that does not exist that others could hold it.
+    # Checked first: for an encoder that does not exist, a format would advise to try other formats.
     check_image_size(run.config.views.size_px, encoder=model.encoder, stem=model.stem)
     formats, left_out = formats_for(options.to, model, fold=options.fold_bn)
     where = places(formats, options.out, overwrite=options.overwrite)
@@ -60,7 +60,7 @@ def export_encoder(options: argparse.Namespace) -> None:
     facts = collect_facts(run, subject, licence=printable(options.licence) or UNKNOWN_LICENCE)
     for name, reason in left_out.items():
         announce(f"{name} is left out: {reason}")
-    # A run's newest checkpoint may be damaged; then it is the one before.
+    # Name the step: if the newest checkpoint is damaged, the one before it was loaded.
     of_step = "" if "encoder" in run.state else f", of the checkpoint after step {run.step:,}"
     try:
         for each in write_exports(subject, formats, where, facts, images, announce=announce):

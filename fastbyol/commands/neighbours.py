@@ -25,7 +25,7 @@ def add_neighbours(commands: Any) -> None:
 def draw_neighbours(options: argparse.Namespace) -> None:
     """Draws an image and its nearest ones by cosine similarity of their features, and writes names, labels and similarities as JSON.
 
-    A query that is a row of the features is never its own neighbour; an image file is embedded with the checkpoint that they name.
+    A query that is a row of the features is never its own neighbour; an image file is embedded with the checkpoint that the features name.
     """
     from fastbyol.evaluation.neighbours import write_neighbours
 

@@ -25,7 +25,7 @@ DEMO_CHECKPOINT_EVERY = 250
 GRACE_S = 300.0
 """Longest time to wait for a run to save itself, or for an evaluation to end, after a signal."""
 PAPER_GROUPS = ("model.", "objective.", "optim.", "views.")
-"""Beginnings of the options that rows vary at the paper's scale."""
+"""Prefixes of the options that rows vary at the paper's scale."""
 ABSOLUTE = (
     *("model.projector_layers", "model.predictor_layers", "objective.predictor", "objective.target", "objective.beta"),
     *("objective.alpha", "objective.normalization", "optim.projector_lr_factor", "optim.predictor_lr_factor"),
@@ -67,9 +67,9 @@ def add_reproduce(commands: Any) -> None:
 def reproduce(options: argparse.Namespace) -> None:
     """Trains every row of the tables in a run folder of its own, evaluates it, and writes OUT/tables.html and OUT/tables.md after each.
 
-    The same command continues where it was stopped and repeats no finished row; a row that fails or collapses is named, and the next one
-    is run. Several may work on one OUT at a time. At demo scale the rows change the preset cpu_demo with 5 epochs, or the run that --preset,
-    --config and other training options describe, as for training.
+    The same command continues where it was stopped and repeats no finished row; a row that fails or collapses is named, and the
+    next one is run. Several commands may share one OUT. At demo scale the rows change the preset cpu_demo with 5 epochs, or the run that
+    --preset, --config and other training options describe, as for training.
     """
     from fastbyol.host.signals import StopRequest, leave_at_once_on_signals
 
@@ -145,14 +145,14 @@ def _base(run_options: Sequence[str], *, scale: str) -> TrainConfig:
         raise UserError(f"--config: init_from = {config.init_from!r}: rows begin with random weights; delete this line from the file")
     _check_is_not_varied(typed, config, scale=scale)
     if scale == "demo":
-        # No run is ended for its collapse, which is what some tables show: all rows are equally long.
+        # Rows that collapse are trained to the end, so that all rows are equally long: some tables are about collapse.
         config = replace(config, monitors=replace(config.monitors, stop_on_collapse=False))
         config = replace(config, checkpoint_every=min(config.checkpoint_every, DEMO_CHECKPOINT_EVERY))
     return config
 
 
 def _check_is_not_varied(typed: set[str], config: TrainConfig, *, scale: str) -> None:
-    """Raises UserError for a value of its own of an option that rows vary: their names would say another value than they have."""
+    """Raises UserError if the user set an option that rows vary: a row's name would then state a value that the row does not have."""
     from fastbyol.config.ablations import BASE
     from fastbyol.config.plain import flatten, to_plain
     from fastbyol.run.folder import FREE_TO_CHANGE
@@ -169,7 +169,7 @@ def _check_is_not_varied(typed: set[str], config: TrainConfig, *, scale: str) ->
 
 
 def _setup(options: argparse.Namespace, base: TrainConfig) -> Setup:
-    """Returns the set-up of this command. Raises UserError if the images have no labelled val, or the folder is of another set-up."""
+    """Returns the set-up of this command. Raises UserError if the images have no labelled val, or the folder belongs to another set-up."""
     import torch
 
     from fastbyol.evaluation.splits import open_splits
@@ -205,8 +205,9 @@ def _open_folder(folder: Path, setup: Setup) -> None:
 
 
 def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
-    """Prints the runs, their steps, and the hours that those which are not done will take; no hours of the paper's scale without a GPU, where a
-    single step of its largest encoder takes many minutes.
+    """Prints the runs, their steps, and the hours that the unfinished ones will take.
+
+    Without a GPU it prints no hours for the paper's scale: a single step of its largest encoder would take many minutes.
     """
     import torch
 

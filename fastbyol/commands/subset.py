@@ -95,4 +95,4 @@ def _classes(text: str) -> int | list[str]:
 
     file = Path(expand_home(text))
     names = read_subset(file) if file.is_file() else text.split(",")
-    return [name.strip().removeprefix("./").rstrip("/") for name in names]  # as 'ls -d */' and 'find' write folders
+    return [name.strip().removeprefix("./").rstrip("/") for name in names]  # 'find' writes folders as './name', 'ls -d */' as 'name/'

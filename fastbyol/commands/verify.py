@@ -68,7 +68,7 @@ def verify_data(options: argparse.Namespace) -> None:
     for fault in shown:
         say(str(fault))
     images_per_s = found.num_images / max(time.monotonic() - start, 1e-9)
-    # None: nothing beside the data names the classes, so whether there are any is not known.
+    # None: no file beside the data names the classes, so it is not known whether there are any.
     labels = "" if found.num_classes is None else f" of {found.num_classes:,} classes" if found.num_classes else " without labels"
     images = f"{found.num_images:,} images{labels}"
     more = f", the first {len(shown):,} shown" if len(shown) < found.num_faults else ""

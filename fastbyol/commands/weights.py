@@ -20,7 +20,7 @@ def add_weights(commands: Any) -> None:
 def list_weights(options: argparse.Namespace) -> None:
     """Prints a line for each key of another program's weights file: taken, taken under another name, or left out and why.
 
-    Ends as every command that loads the weights does if they are of another network.
+    Weights of another network end it with the same error as every command that loads them.
     """
     changes = changes_from(options.run_options)
     from fastbyol.export import match_encoder

@@ -23,7 +23,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Argument parser that keeps line breaks in descriptions and refuses abbreviated options, and repeated ones unless they collect a list."""
 
     def __init__(self, *, later: Callable[[Self], None] | None = None, **options: object) -> None:
-        """later: adds the options when the command is really typed, for options whose modules take a moment to import."""
+        """later: adds the options once the command is actually used, because importing their modules takes a moment."""
         self._later = later
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})  # type: ignore[arg-type]
         for name, kind in ((None, _StoreOnce), ("store", _StoreOnce), ("store_true", _StoreTrueOnce)):
@@ -48,7 +48,7 @@ class OneLineParser(argparse.ArgumentParser):
         return next((commands[argument] for argument in arguments if argument in commands), self)
 
     def refuse(self, arguments: Sequence[str], *, others: Iterable[str] = ()) -> NoReturn:
-        """Raises UserError for arguments that no option takes, with the option that the first was meant for.
+        """Raises UserError for arguments that no option takes; its message suggests the option nearest to the first of them.
 
         others: options that the command takes beside those of this parser.
         """

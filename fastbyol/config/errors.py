@@ -104,10 +104,10 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _refused_file(error: Exception) -> str:
-    """Returns, of an error of the system about a file, which file it is, the reason and the way out; '' for any other error.
+    """Returns the file, the reason and the way out for an operating-system error about a file; '' for any other error.
 
-    A file that is not there or exists already has no entry in `_WAYS_OUT`: where a command expects one of those it says so itself, so what
-    comes here is a bug of ours, whose traceback is needed.
+    Missing files and files that already exist have no entry in `_WAYS_OUT`: commands report the ones they expect themselves, so one that
+    arrives here is a bug of ours, whose traceback is needed.
     """
     if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes) or error.errno not in _WAYS_OUT:
         return ""
@@ -126,7 +126,7 @@ _WAYS_OUT = {
 
 
 def _missing_package(error: Exception) -> str:
-    """Returns, of the error for a package that we need and that is not installed, its name and the command that brings it; else ''."""
+    """Returns, for the import error of a missing package of ours, its name and the command that installs it; else ''."""
     part = part_of(error.name or "") if isinstance(error, ModuleNotFoundError) else None
     return f"{part.package} is not installed; {part.command} (python -m fastbyol doctor lists everything that is missing)" if part else ""
 
@@ -137,7 +137,7 @@ def public_argument(text: str) -> str:
 
 
 def public_arguments(texts: Sequence[str]) -> list[str]:
-    """Returns all arguments of a command, each as `public_argument` does."""
+    """Returns all arguments of a command with the secrets taken out, as `public_argument` does for one."""
     queries: dict[str, str] = {}
     try:
         return [public_text(text, queries=queries) for text in texts]

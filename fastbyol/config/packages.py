@@ -1,4 +1,4 @@
-"""The Python packages that fastbyol is built on: which are needed, what each optional one is for, and the command that brings it."""
+"""The Python packages that fastbyol is built on: which are needed, what each optional one is for, and the command that installs it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """A package. module: its import name; extra: the extra of fastbyol that brings it ('' for the core); without: what its absence costs."""
+    """A package. module: its import name; extra: the extra of fastbyol that installs it ('' for the core); without: what its absence costs."""
 
     package: str
     module: str
@@ -65,5 +65,5 @@ OPTIONAL = (
 
 
 def part_of(module: str) -> Part | None:
-    """Returns the package that is imported by this name, or None if it is none of ours; a module inside a package is not its name."""
+    """Returns the package that is imported by this name, or None if there is none; only whole import names match, not modules inside a package."""
     return next((part for part in (*CORE, *OPTIONAL) if part.module == module), None)

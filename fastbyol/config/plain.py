@@ -51,9 +51,9 @@ def from_plain(cls: type[Config], values: dict[str, Any], *, where: str = "") ->
 
 
 def nearest_name(name: str, known: typing.Iterable[str], *, prefix: str = "") -> str:
-    """Returns ' (did you mean x?)', or an empty string if no known name is similar, whether in upper or lower case.
+    """Returns ' (did you mean x?)', or an empty string if no known name is similar. Upper and lower case count as equal.
 
-    prefix: what all of them begin with, such as '--': it is shown, but does not make them similar.
+    prefix: common beginning of the names, such as '--'; it is shown, but ignored in the comparison.
     """
     names = {each.removeprefix(prefix).lower(): each for each in known}
     match = difflib.get_close_matches(name.removeprefix(prefix).lower(), list(names), n=1, cutoff=0.5)
@@ -80,7 +80,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except OverflowError as error:
             raise UserError(f"{where} = {shown(value)}: must be a number below 1e308") from error
     if hint is str and isinstance(value, bool):
-        value = str(value).lower()  # an option that was true or false in an earlier version; what is no such option refuses the text
+        value = str(value).lower()  # earlier versions had true or false here; an option without such a past refuses the text
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{where} = {shown(value)}: must be of type {hint.__name__}")
     return value

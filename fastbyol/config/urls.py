@@ -1,6 +1,6 @@
-"""URLs without what may be secret in them. User name, password and query are kept in memory only; all other code has the rest.
+"""Separates URLs from their secrets: user name, password and query are kept in memory only, and all other code sees the rest.
 
-A command takes the secrets out of its arguments before anything else reads them, and whoever opens the URL gets them back here. So no
+A command takes the secrets out of its arguments before anything else reads them, and code that opens the URL gets them back here. So no
 message, log, provenance or written file can hold them.
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SEPARATOR = re.compile(r"::(?![0-9A-Fa-f:.]*\])")
-"""'::' between several sources in one text; not that of an address such as [::1]."""
+"""'::' between several sources in one text, but not inside an IPv6 address such as [::1]."""
 _END_IN_MESSAGE = re.compile(r"[\s'\"<>]")
 _SHORTEST_SECRET = 4
 """Shorter texts are not looked for in messages: they would be found in ordinary words."""
@@ -27,7 +27,7 @@ class Secrets(NamedTuple):
 
 
 _known: dict[str, Secrets] = {}
-"""Secrets by the URL without them, and by its scheme and host."""
+"""Secrets, by the URL without them; user name and password also by scheme and host."""
 
 
 def is_url(text: object) -> bool:
@@ -72,14 +72,14 @@ def public_text(text: str, *, queries: dict[str, str] | None = None) -> str:
 
 
 def full_url(public: str) -> str:
-    """Returns the URL with what `public_text` left out of it, of a folder above it, or of another one of the same host."""
+    """Returns the URL with the secrets that `public_text` took out of it, out of a folder above it, or out of another URL of the same host."""
     scheme, _, after = public.partition("://")
     _, (user_info, query) = secrets_of(public)
     return f"{scheme}://{user_info}{'@' if user_info else ''}{after}{query}"
 
 
 def secrets_of(public: str) -> tuple[str, Secrets]:
-    """Returns what `full_url` puts back, and the URL for which it is kept: this one, that of a folder above it, or the host's."""
+    """Returns the URL for which secrets are kept (this one, a folder above it, or its host), and those secrets, which `full_url` puts back."""
     at = public if public in _known else public.removesuffix(".json")  # the manifest beside a file
     while at not in _known and at.count("/") > 2:
         at = at.rstrip("/").rpartition("/")[0]
@@ -87,14 +87,14 @@ def secrets_of(public: str) -> tuple[str, Secrets]:
 
 
 def keep_secrets(public: str, secrets: Secrets) -> None:
-    """Keeps what `full_url` puts back into this URL, into those below it, and, of a user and password, into all of its host."""
+    """Keeps secrets, which `full_url` puts back into this URL and those below it; user name and password also into all URLs of its host."""
     _known[public] = secrets
     if secrets.user_info:
         _known[_origin(public)] = Secrets(secrets.user_info, "")
 
 
 def without_credentials(text: str) -> str:
-    """Returns a message with each URL in it as `shown_url` shows it, and without what `public_text` keeps."""
+    """Returns a message with each URL in it as `shown_url` shows it, and with '***' for secrets that `public_text` keeps."""
     if "://" in text:
         shown, rest = "", text
         while start := _URL.search(rest):
@@ -110,7 +110,7 @@ def without_credentials(text: str) -> str:
 
 
 def _parts(url: str) -> tuple[str, Secrets]:
-    """Returns the URL without its secrets, and these."""
+    """Returns the URL without its secrets, and the secrets."""
     scheme, _, after = url.partition("://")
     place = re.split(r"[?#]", after, maxsplit=1)[0]
     host, slash, path = place.partition("/")
@@ -119,7 +119,7 @@ def _parts(url: str) -> tuple[str, Secrets]:
 
 
 def _port_is_no_number(public: str) -> bool:
-    """Returns True for 'https://user:a' of 'https://user:a/b@host/x', whose password has no end that could be found."""
+    """Returns True if the port is not a number, as in 'https://user:a/b@host/x': a password with '/' or '@' was cut at the wrong place."""
     host = public.partition("://")[2].partition("/")[0]
     return "@" in public and ":" in host and not re.fullmatch(r"(\[[^\]]*\]|[^:]*):\d*", host)
 

@@ -106,10 +106,10 @@ def build_loader(
 
 
 def _read_ahead(source: Source, walk: Traversal, *, prefetch: int) -> Readahead | FetchAhead | None:
-    """Returns what reads the samples before they are needed: from a store in any traversal, from a disk in a local one."""
+    """Returns what reads samples before they are needed: data in a store for any traversal, data on a disk for a local one; else None."""
     reader, num_readers = place_on_machine()
     if source.cache is not None:
-        # Behind what is planned: the batches in work, and a step that another rank has not finished yet.
+        # Still in work behind the planned batch: the prefetched ones, and a step that another rank has not finished yet.
         return FetchAhead(source.cache, walk, lag=prefetch + 2 + walk.accumulate, reader=reader, num_readers=num_readers)
     return Readahead(source, walk, reader=reader, num_readers=num_readers) if walk.blocks else None
 
@@ -136,7 +136,7 @@ def build_run_loader(config: TrainConfig, process: Process, *, option: str = "da
         rank=process.rank,
         world_size=process.world_size,
         device=process.device,
-        # On a GPU the crops travel as bytes, a quarter of the floats, and are augmented there.
+        # Crops are copied to a GPU as bytes, a quarter of the size of floats, and augmented there.
         output="uint8" if process.device.type == "cuda" else "float32",
         option=option,
         nodes=nodes_of(process) if config.data.traversal == "sharded" else 1,
@@ -191,8 +191,8 @@ def build_image_loader(
     """Returns a loader for evaluation: every image once, centre-cropped.
 
     data: anything that `DataConfig.train` may be; or a `DataConfig`, which also says where the labels are. crop_share: side of the centred
-    crop over the image's short side; 1: as much as a square can hold. label_option: how labels are given in what the user typed, if that does
-    not follow from `option`. replace_damaged: as for `build_loader`.
+    crop over the image's short side; 1: as much as a square can hold. label_option: how the typed command gives labels, for messages, if that
+    does not follow from `option`. replace_damaged: as for `build_loader`.
 
     Raises UserError in the same cases as `build_loader`; its message names `option`.
     """

@@ -25,15 +25,15 @@ from fastbyol.data.renderer import MAX_CHUNK, Draw, Pending, Rendered, Renderer
 
 
 class DaliRenderer(Renderer):
-    """Makes two uint8 crops of each image from one decode, not mirrored, for `augment.torch_graph`, on one thread that keeps DALI's busy.
+    """Makes two uint8 crops of each image from one decode, not mirrored, for `augment.torch_graph`. One thread runs DALI's pipeline.
 
-    Other threads read and check the files of the batches to come while that one decodes.
+    Other threads read and check the files of the next batches meanwhile.
 
     Args:
         source: gives the JPEGs.
         pair: what both views draw.
         batch: images of every batch.
-        workers: DALI's threads, and as many that read.
+        workers: number of DALI's threads, and of threads that read files.
         prefetch: batches made ahead.
         device: where the crops are made and left.
 
@@ -98,7 +98,7 @@ class DaliRenderer(Renderer):
 
 
 def box_arguments(rows: NDArray[np.float32], view: int) -> dict[str, NDArray[np.float32]]:
-    """Returns what `crop` is told of one view's boxes, from the sampler's rows (N, P)."""
+    """Returns the inputs of `crop` for one view's boxes, by name, from the sampler's rows (N, P)."""
     boxes = {"start": rows[:, [CROP_Y, CROP_X]], "extent": rows[:, [CROP_H, CROP_W]]}
     return {f"{name}{view}": np.ascontiguousarray(box.astype(np.float32, copy=False)) for name, box in boxes.items()}
 

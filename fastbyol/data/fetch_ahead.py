@@ -1,4 +1,4 @@
-"""Fetches the blocks of a store into the cache before the loader needs them, in the order in which it will, as far ahead as the cache has room."""
+"""Fetches the blocks of a store into the cache before the loader needs them, in the order of use, as far ahead as the cache has room."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ THREADS = 4
 """Blocks that one process fetches at a time: a single connection to an object store is slower than the network."""
 _LONGEST_WAIT_S, _POLL_S = 30.0, 1.0
 _REST = 20
-"""Pause between two looks for room, as a multiple of what one takes."""
+"""Pause between two searches for room in the cache, as a multiple of the time of a search."""
 
 
 class FetchAhead:
     """Threads that fetch this process's share of the blocks: each rank of a node fetches every n-th.
 
-    A store in trouble is asked again for as long as the run lasts: whoever needs a block that is not there gives up, not these threads.
+    They retry a store in trouble for as long as the run lasts; giving up is left to the loader, when it needs a block that is not there.
 
     Args:
-        cache: where the blocks go. From the first epoch on it learns from here when it will need which.
+        cache: where the blocks go. `start_epoch` sets its `next_use`.
         traversal: the order in which the samples are read.
-        lag: micro-batches that may be in work, here or on another rank, behind the one that the loader plans.
+        lag: number of micro-batches before the one that the loader plans that may still be in work, here or on another rank.
         reader, num_readers: this process's place among those that share the cache.
     """
 
@@ -43,13 +43,13 @@ class FetchAhead:
         self._epoch, self._position = -1, 0
         self._uses: dict[int, tuple[Indices, Indices]] = {}
         self._sequence: Iterator[int] = iter(())
-        # Daemons: one that waits for a store that hangs must not keep the process alive.
+        # Daemon threads: one that waits for a hanging store must not keep the process alive.
         self._threads = [threading.Thread(target=self._work, name="fastbyol-fetch", daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
 
     def start_epoch(self, epoch: int, order: Indices, *, position: int) -> None:
-        """Goes to a position of an epoch, whose order this is."""
+        """Moves to a position of an epoch; order: the samples of that epoch in reading order."""
         known = self._uses.get(epoch) or self._uses_in(order)
         with self._changed:
             self._uses = {epoch: known}
@@ -57,11 +57,11 @@ class FetchAhead:
             self._start += 1
             self._sequence = self._coming(epoch, position, known)
             self._changed.notify_all()
-        # Not before: images may be read outside any epoch, and then no block's next use is known.
+        # Set only now: before the first epoch images may be read too, while no block's next use is known.
         self._cache.next_use = self._next_use
 
     def reach(self, position: int) -> None:
-        """Learns that the loader plans a batch from this position of the epoch's order on; blocks that are used up may leave the cache."""
+        """Notes that the loader plans a batch from this position of the epoch's order on, so that the cache may remove blocks used up before it."""
         with self._changed:
             self._position = position
             self._changed.notify_all()
@@ -79,7 +79,7 @@ class FetchAhead:
         return block_uses(order, self._cache.block_of, num_blocks=self._cache.blocks.num_blocks)
 
     def _coming(self, epoch: int, position: int, uses: tuple[Indices, Indices]) -> Iterator[int]:
-        """Yields this process's share of the blocks, as the rest of this epoch and the next one use them first."""
+        """Yields this process's share of the blocks in order of first use: those of the rest of this epoch, then those of the next one."""
         first, last = uses
         yield from self._share(np.where(last >= position, first, NEVER))
         following = self._uses_in(self._traversal.order(epoch + 1))
@@ -121,7 +121,7 @@ class FetchAhead:
             unfinished.unlink(missing_ok=True)
 
     def _next_claim(self) -> tuple[int, Path] | None:
-        """Returns the next block to fetch and the file that keeps its room, waiting until there is both; None at the end."""
+        """Waits for the next block to fetch and room for it; returns the block and the file that reserves the room, or None at the end."""
         with self._turn:
             while not self._stopped.is_set():
                 with self._changed:
@@ -134,7 +134,7 @@ class FetchAhead:
         return None
 
     def _claim(self, block: int, start: int) -> Path | None:
-        """Returns the file that keeps the block's room, waiting for it; None if the loader has gone elsewhere meanwhile."""
+        """Waits for room and returns the file that reserves it; None at the end, after another `start_epoch`, or if the disk refuses."""
         while not self._stopped.is_set() and self._start == start:
             position, began = self._position, time.monotonic()
             try:
@@ -143,12 +143,12 @@ class FetchAhead:
                 return None
             if unfinished is not None:
                 return unfinished
-            # To look for room takes reading the cache's folder, long where it is large.
+            # Looking for room reads the cache's whole folder, which takes long if it is large.
             self._stopped.wait(_REST * (time.monotonic() - began))
             self._wait(lambda position=position: self._start != start or self._position != position)
         return None
 
     def _wait(self, until: Callable[[], bool]) -> None:
-        """Waits until the condition holds, for a moment only, because other processes change the cache too, or until the end."""
+        """Waits until the condition holds or the end, at most _POLL_S, because other processes change the cache too."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped.is_set() or until(), timeout=_POLL_S)

@@ -74,7 +74,7 @@ class Renderer(ABC):
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastbyol-data", initializer=start)
 
     def hosted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the small tensor (labels, parameters) of a batch in the kind of memory that the batch lives in."""
+        """Returns a small tensor of a batch (labels, parameters), in pinned memory if the batch is."""
         return tensor.pin_memory() if self.pinned else tensor
 
     def batches(self, plan: Iterable[Indices], draw: Draw) -> Iterator[Rendered]:

@@ -42,7 +42,7 @@ def stable_argsort(words: NDArray[np.uint64]) -> Indices:
     keys = words & ~index_mask
     keys |= np.arange(num, dtype=np.uint64)
     keys.sort()
-    # In pieces, as everything here.
+    # In pieces, to limit memory.
     alike = [np.flatnonzero(np.diff(keys[at.start : at.stop + 1] >> bits) == 0) + at.start for at in row_pieces(num)]
     first = np.concatenate([np.zeros(0, dtype=np.int64), *alike])
     tied = np.union1d(first, first + 1)
@@ -167,13 +167,13 @@ NEVER = np.iinfo(np.int64).max
 
 
 def block_uses(order: Indices, block_of: Indices, *, num_blocks: int) -> tuple[Indices, Indices]:
-    """Returns the positions in the order at which each block is first and last used, (num_blocks,) each; NEVER and -1 for one that is not.
+    """Returns the positions in the order at which each block is first and last used, (num_blocks,) each; NEVER and -1 for an unused block.
 
     block_of: (num_samples,) number of each sample's block.
     """
     first, last = np.full(num_blocks, NEVER), np.full(num_blocks, -1)
     blocks, position = block_of[order], np.arange(len(order))
-    # Of several values assigned to one place the last one stays.
+    # If several values are assigned to one place, numpy keeps the last.
     last[blocks] = position
     first[blocks[::-1]] = position[::-1]
     return first, last

@@ -60,7 +60,7 @@ def _memory() -> Finding:
 
 
 def cgroup_folders() -> list[Path]:
-    """Returns the folders of this process's control groups and of all above them, for a limit of any holds: SLURM sets it on the job's, four levels up."""
+    """Returns the folders of this process's control groups and of all groups above them: a limit on any of them applies, and SLURM sets it four levels up."""
     try:
         mine = OWN_GROUPS.read_text()
     except OSError:
@@ -117,7 +117,7 @@ def _open_files() -> Finding:
 
 
 def _compiler() -> Finding:
-    # Inductor asks CXX first, then for these.
+    # Inductor takes the compiler that CXX names, else the first of these.
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     if found := next(filter(None, map(shutil.which, names)), None):
         return Finding(MACHINE, "C++ compiler", "ok", found)
@@ -147,7 +147,7 @@ report(bf16=is_bf16_fast(torch.device("cpu")))
 
 
 def gpu_findings() -> Iterator[Finding]:
-    """Yields what torch says of the GPUs here, asked in another process: a driver that hangs must not take this one with it."""
+    """Yields findings on the GPUs that torch sees. Torch runs in another process, so that a driver that hangs does not hang this one."""
     ended = run_python("-c", _FACTS, limit_s=GPU_LIMIT_S)
     facts: dict[str, Any] = {name: value for report in ended.reports for name, value in report.items()}
     if "torch" not in facts:
@@ -190,7 +190,7 @@ def gpu_findings() -> Iterator[Finding]:
 def _withheld() -> tuple[str, str] | None:
     """Returns why no GPU of this machine was given to this process, and the way out; None if one was.
 
-    The driver's version says nothing of it: that is the host's, in a container without GPUs too.
+    The driver's version does not show it: a container without GPUs sees the host's driver too.
     """
     if os.environ.get(VISIBLE) in ("", "-1", "NoDevFiles"):
         return f"{VISIBLE} is {os.environ[VISIBLE]!r}", f"unset {VISIBLE}, or ask the scheduler for a GPU"
@@ -200,7 +200,7 @@ def _withheld() -> tuple[str, str] | None:
 
 
 def gpu_finding(number: int, gpu: dict[str, Any], built_for: list[str]) -> Finding:
-    """Returns whether this build of torch has code for the GPU: of its own generation, or PTX that the driver compiles for it."""
+    """Returns a finding on whether this build of torch has code for the GPU: for its generation, or PTX that the driver compiles for it."""
     capability = int(gpu["capability"])
     text = f"{gpu['name']}, {bytes_text(gpu['bytes'])}, compute capability {capability // 10}.{capability % 10}"
     codes = [(kind, int(code)) for kind, code in re.findall(r"(sm|compute)_(\d+)", " ".join(built_for))]

@@ -54,7 +54,7 @@ def _finding(part: Part, group: str, version: str, fault: str) -> Finding:
     if fault and ANOTHER_NUMPY.search(fault):
         built = f"built against another numpy than the {version_of('numpy')} installed here ({fault})"
         if part.package == "ffcv":
-            # Only its C library is loaded here, which does not know numpy; whether that works is a self test of its own.
+            # Only its C library is loaded, which does not depend on numpy; a self test of its own checks it.
             text = f"{version}, its Python package does not import: it, or one that it needs, was {built}; training uses its C library only"
             return Finding(group, part.package, "broken", text, REBUILD_FFCV)
         built = f"{version}, {built}"

@@ -25,7 +25,7 @@ ON_GPU = (
     "dali on the GPU",
 )
 WAYS_OUT = {
-    # By their own names: fastbyol[ffcv] would replace a checkout by what the index has of fastbyol, and install torch anew.
+    # Name the packages themselves: installing fastbyol[ffcv] would replace a checkout by the index's fastbyol, and reinstall torch.
     "ffcv backend": f"build it again: {REBUILD_FFCV_ALONE}, or train from tar shards or images",
     "dali backend": f"pip install --force-reinstall --no-deps {dali_package()}, or train from a .beton or images",
     "torch.compile, CPU": "not needed on a CPU; --precision.compile no leaves it out",
@@ -36,7 +36,7 @@ WAYS_OUT = {
 
 
 def chosen_tests(parts: set[str]) -> list[str]:
-    """Returns the names of the tests for what is here. parts: of ffcv, dali, apex, compiler, gpu."""
+    """Returns the names of the tests that can run here. parts: those of ffcv, dali, apex, compiler and gpu that are present."""
     names = [*ALWAYS, *(name for name, needed in NEEDS.items() if needed in parts and name not in ON_GPU)]
     if "gpu" in parts:
         names += [name for name in ON_GPU if NEEDS.get(name, "gpu") in parts and ("dali" in parts or "dali" not in name)]
@@ -53,7 +53,7 @@ def self_test_findings(parts: set[str], *, announce: Callable[[str], None], limi
 
 
 def finding_of(name: str, result: dict[str, str]) -> Finding:
-    """Returns what a test's result means."""
+    """Returns the finding for a test's result."""
     if fault := result.get("fault"):
         return Finding(GROUP, name, "broken", fault, WAYS_OUT.get(name, "report it, with the output of python -m fastbyol doctor --json"))
     return Finding(GROUP, name, "ok", result["text"])

@@ -66,7 +66,7 @@ def run_python(*arguments: str, limit_s: float) -> Ended:
 def run_each(names: Sequence[str], *arguments: str, limit_s: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Runs `python ARGUMENTS NAMES`, which reports (begun=name) and then one result for each, and yields (name, result).
 
-    All of them share a process, since its imports cost the most. One that crashes or hangs gets {'fault': …}, and a new process goes on behind it.
+    All names share a process, since its imports cost the most. A name at which it crashes or hangs gets {'fault': …}; a new process does the rest.
     """
     left = list(names)
     while left:
@@ -78,7 +78,7 @@ def run_each(names: Sequence[str], *arguments: str, limit_s: float) -> Iterator[
             else:
                 left.remove(at)
                 yield at, result
-        if left:  # the process has ended in the midst of this one
+        if left:  # the process ended while it worked on this one
             at = at if at in left else left[0]
             left.remove(at)
             yield at, {"fault": ended.fault or "ended without a result"}

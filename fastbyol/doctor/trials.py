@@ -27,7 +27,7 @@ from fastbyol.doctor.subprocesses import report
 IMAGES, SIZE_PX = 12, 32
 VIEWS = ViewPair(size_px=SIZE_PX)
 PIXEL_TOLERANCE = 1e-4
-"""Of normalised pixels: float32 sums against float64 ones."""
+"""Largest difference of normalised pixels between float32 and float64 sums."""
 THRESHOLD_SHARE = 1e-3
 """Share of pixels that may differ: those at solarize's threshold, where x and 1 - x are both right."""
 
@@ -129,7 +129,7 @@ def dali_on_gpu(folder: Path) -> str:
             for row, index in enumerate(batch.index.tolist()):
                 for view, right in zip(views, expected[index][:2], strict=True):
                     worst = max(worst, float((view[row] - torch.from_numpy(right).double()).abs().mean()))
-    # nvJPEG and DALI round otherwise than the CPU: a level or two of 255, normalised.
+    # nvJPEG and DALI round differently from the CPU: by one or two of 255 levels, here normalised.
     require_close("a view's mean error", worst, 0.05)
     return f"nvJPEG decoded and DALI cropped {IMAGES} JPEGs, on average at most {worst:.2g} from the CPU's views"
 
@@ -207,7 +207,7 @@ def batch_norm(folder: Path) -> str:
     ours, theirs = ([each.to(kind).clone().requires_grad_() for each in (x, shortcut)] for kind in (torch.float32, torch.float64))
     output, expected = norm_relu(norm, *ours), F.relu(exact(theirs[0]) + theirs[1])
     gradient = torch.randn_like(output)
-    gradient[(expected < 0.02) & ((expected > 0) | (output > 0))] = 0  # rounding decides there on which side of ReLU's zero a value is
+    gradient[(expected < 0.02) & ((expected > 0) | (output > 0))] = 0  # rounding decides on which side of ReLU's zero such values are
     output.backward(gradient)
     expected.backward(gradient.double())
     pairs = [(output.detach(), expected.detach()), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fastbyol.evaluation.knn import nearest
 
 NEIGHBOUR = 5
-"""An image is as odd as its distance to this neighbour: not the first, so that a pair of odd twins counts too."""
+"""An image's oddness is its distance to this nearest neighbour: not the first, so that a pair of odd twins counts too."""
 SIMILAR_COSINE = 0.95
 """Cosine of the centred features from which on two images are compared by their pixels."""
 COMPARED_PX = 16
@@ -62,7 +62,9 @@ def find_outliers(feature: torch.Tensor, *, count: int, device: str = "cpu") -> 
 
 
 def similar_pairs(feature: torch.Tensor, *, at_most: int, device: str = "cpu") -> torch.Tensor:
-    """Returns the pairs of rows (P, 2), most similar first, whose cosine is at least SIMILAR_COSINE; of each image its NEIGHBOUR nearest.
+    """Returns the pairs of rows (P, 2), most similar first, whose cosine is at least SIMILAR_COSINE.
+
+    Each image is compared with its NEIGHBOUR nearest ones.
 
     feature: (N, D) with N >= 2. They are candidates for `show_the_same`: an encoder is trained to give different views one feature.
     """

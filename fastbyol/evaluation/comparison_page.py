@@ -327,7 +327,7 @@ def overview_table(found: RunComparison) -> RenderableType:
 
 
 def difference_lines(found: RunComparison) -> Iterable[str]:
-    """Returns what each run has otherwise than the first one, a line each, for the terminal."""
+    """Yields a line for each run with the options in which it differs from the first one, for the terminal."""
     different = found.differences(with_effect=True)
     first = found.runs[0].name
     yield (

@@ -44,13 +44,13 @@ def _lines(path: Path) -> Iterator[str]:
         folder = waiting.pop()
         try:
             found = folder.stat()
-            if (found.st_dev, found.st_ino) in seen:  # a link that leads back
+            if (found.st_dev, found.st_ino) in seen:  # a link to a folder that was visited already
                 continue
             seen.add((found.st_dev, found.st_ino))
             with os.scandir(folder) as entries:
                 inside = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
         except OSError:
-            continue  # whoever reads it says why it cannot
+            continue  # reading the data will report why it cannot be read
         files = [entry.name for entry in inside if not entry.is_dir()]
         yield f"{os.path.relpath(folder, path)}/"
         yield from (_facts(folder / name) for name in files) if len(files) <= FEW else files
@@ -61,5 +61,5 @@ def _facts(file: Path) -> str:
     try:
         found = file.stat()
     except OSError:
-        return file.name  # a link to nothing; whoever reads it says so
+        return file.name  # a broken link, which reading the data will report
     return f"{file.name} {found.st_size} {found.st_mtime_ns}"

@@ -90,12 +90,12 @@ def embed(
     out = Path(out)
     check_output(out)
     require_choice("dtype", dtype, DTYPES)
-    # A process without a device of its own need not have a GPU for the cluster to have some.
+    # Without a given process, Ray may use the cluster's GPUs even if this machine has none.
     device = process.device.type if process else "auto"
     process = process or Process(rank=0, world_size=1, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     require_choice("engine", engine, ENGINES)
     if engine == "ray":
-        import_ray("ray.data")  # before there is a work folder
+        import_ray("ray.data")  # fails before a work folder is made
     announce = announce if process.is_main else log.debug
     run, networks = _networks(checkpoint, changes=changes, projection=projection, announce=announce)
     encoder = networks[0]
@@ -117,7 +117,7 @@ def embed(
         if found := work.num_parts - len(missing):
             announce(f"{out}: goes on after {found:,} of {work.num_parts:,} parts of {PART_ROWS:,} images")
         try:
-            # Dealt out anew, so that every rank has as much to do, whatever an earlier run left.
+            # Deal out the missing parts anew, so that all ranks have equally much to do, whatever an earlier run left.
             mine = missing[process.rank :: process.world_size]
             # One pass over all parts, not one for each: the loader decodes ahead while the encoder works, across the parts' ends too.
             index = np.concatenate([np.arange(rows.start, rows.stop, dtype=np.int64) for rows in map(work.rows, mine)] or [_NO_ROWS])
@@ -210,9 +210,9 @@ def _images(data: str | Path, run: RunState, *, labels: str, batch: int, workers
 
 
 def _open_on_node(facts: Facts, *, projection: bool, batch: int, workers: int, device: str) -> RowEncoder:
-    """Opens checkpoint and images on a node of a cluster; returns what embeds rows there.
+    """Opens checkpoint and images on a node of a cluster; returns the function that embeds rows there.
 
-    Raises UserError if the node cannot open them, or finds others there than the process with the command has.
+    Raises UserError if the node cannot open them, or if they differ from those of the process with the command.
     """
     try:
         run, networks = _networks(facts.checkpoint, changes=facts.changes, projection=projection, announce=log.debug)
@@ -260,7 +260,7 @@ def _outputs(batches: Iterable[ImageBatch], networks: list[nn.Module], *, device
         for network in networks:
             x = network(x)
             launched.append(x)
-        # Only now: .cpu() waits for the device, which must have the next batch to work on meanwhile.
+        # Copy only now: .cpu() waits for the device, which then has the next batch to work on.
         if before:
             yield [output.float().cpu() for output in before]
         before = launched

@@ -50,7 +50,7 @@ def evaluate(
     results: list[Result] = []
     for name in possible(wanted, bank.splits):
         results.append(PROTOCOLS[name](bank, **(knn_options or {} if name == "knn" else {})))
-        # Each as soon as it is there, so that a mistake in the next protocol costs nothing.
+        # Keep each result at once, so that an error in the next protocol does not lose it.
         keep(results[-1], out, data=data, inputs=inputs, run=run, command=command, facts=facts)
     return results, verdict_on(results, facts)
 
@@ -70,7 +70,7 @@ def facts_of(run: RunState, bank: FeatureBank) -> RunFacts:
 
 def keep(result: Result, folder: Path, *, data: str, inputs: str, run: RunState, command: str, facts: RunFacts) -> None:
     """Writes a result to its file, with its own verdict."""
-    # A folder of its own may hold the results of several runs.
+    # A folder other than the run's own may hold the results of several runs.
     own = run.title if folder == run.results else f"{run.results.absolute()} {run.title}"
     named = {"run": own, "inputs": inputs}
     write_or_say(result, folder, data=data, step=run.step, **named, command=command, verdict=verdict_on([result], facts).lines())

@@ -20,7 +20,7 @@ def coordinates(feature: torch.Tensor, *, method: str, seed: int = 0) -> np.ndar
     if method == "umap":
         from umap import UMAP  # type: ignore[import-not-found]  # an extra
 
-        # Its spectral start needs an eigenvector more than three images have. n_jobs: a seed leaves one, and another number is warned of.
+        # The spectral start needs more than three images for its eigenvectors. n_jobs: with a seed UMAP uses one job and warns of any other number.
         start = "spectral" if len(unit) > 3 else "random"
         umap = UMAP(n_neighbors=min(15, len(unit) - 1), metric="cosine", init=start, random_state=seed, n_jobs=1)
         return np.asarray(umap.fit_transform(unit))
@@ -35,9 +35,9 @@ def map_methods() -> list[str]:
 
 
 def cells(place: np.ndarray, *, columns: int, rows: int) -> dict[int, tuple[int, int]]:
-    """Returns the cell (column, row) of a grid for each image that gets one: the first of those that fall into the same.
+    """Returns the grid cell (column, row) of each image that is shown: the first of those that fall into the same cell.
 
-    Places are scaled by their 1st and 99th percentile, so that a few far ones do not press all others together.
+    Places are scaled by their 1st and 99th percentile, so that a few outliers do not squeeze all others together.
     """
     low, high = np.percentile(place, [1, 99], axis=0)
     share = np.clip((place - low) / np.maximum(high - low, 1e-9), 0, 1)

@@ -54,7 +54,7 @@ def evaluate_label_free(bank: FeatureBank) -> LabelFreeResult:
         num_images=min(split.num_samples, RANK_IMAGES),
         num_pairs=len(hits["byol"]),
         settings={**SETTINGS, **bank.data_settings},
-        # Not with raw pixels: they know an image again about as well as encoders that are far better at telling classes apart.
+        # Not compared with raw pixels: they recognise an image's other view about as well as encoders that tell classes apart far better.
         comparisons={"untrained": compare_hits(hits["byol"], hits["untrained"])},
     )
 

@@ -1,6 +1,6 @@
 """Rows of features from a cluster of Ray: a Ray Data pipeline whose actors hold the encoder, and whose rows come back in order.
 
-Which actor gets which rows, how many actors there are, and that rows of a lost node are done again, is Ray's business.
+Ray decides how many actors there are and which rows each gets, and repeats the rows of a lost node.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def rows_on_ray(index: Index, opened: Callable[..., RowEncoder], *, block: int, 
         cpus = workers or _cpus_of_a_gpu(ray) if gpus else workers or 1
         warn_if_none_fits(ray, cpus=cpus)
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        # These would say that its bars are switched off, and print the traceback of an error that is shown as one line here.
+        # These loggers would report that Ray's progress bars are off, and print the traceback of an error that is shown as one line here.
         for name in ("_internal.progress", "_internal.execution.streaming_executor_state", "exceptions"):
             logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
         context = ray_data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False  # ours shows how much is written
-        context.raise_original_map_exception = True  # or an error of ours would arrive as text in one of Ray's
+        context.raise_original_map_exception = True  # otherwise an error of ours would arrive as text inside one of Ray's
         most = gpus or max(1, sum(node_resources(ray, "CPU")) // cpus)
         rows = ray_data.from_numpy([index[first : first + block] for first in range(0, len(index), block)])
         features = rows.map_batches(

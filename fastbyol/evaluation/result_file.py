@@ -126,7 +126,7 @@ def _paths(folder: Path, protocol: str) -> Iterator[Path]:
 
 
 def _is_for(path: Path, *, data: str, settings: dict[str, Any], run: object) -> bool:
-    """Returns True if the file holds the result of the same data, settings and run, or none that can be read."""
+    """Returns True if the file holds the result of the same data, settings and run, or no readable result."""
     record = _record(path)
     return not record or (record.get("data", data) == data and record.get("settings") == settings and record.get("run", run) == run)
 
@@ -175,15 +175,16 @@ def read_result(path: Path) -> tuple[Result | TaskResult, dict[str, Any]]:
 
 
 def seed_text(facts: dict[str, Any]) -> str:
-    """Returns ', seed N' of a task's result, by which results of several seeds are told apart; '' for an earlier one, which does not say it."""
+    """Returns ', seed N' of a task's result, by which results of several seeds are told apart; '' for a result of an earlier version, which has no seed."""
     return f", seed {facts['seed']}" if "seed" in facts else ""
 
 
 def results_in(folder: Path, *, complain: Callable[[str], None] = lambda _: None) -> list[tuple[Path, Result | TaskResult, dict[str, Any]]]:
     """Returns path, result and facts of each result in the folder that counts, the oldest first.
 
-    Of the results of a task on one data path, with the same settings and step, the newest says which images these are: those of others, which have
-    been there before, don't count. Of the same encoders and seed only the newest counts. complain: is told of each file that cannot be read.
+    Of a task's results on one data path, with the same settings and step, only those on the same images as the newest one count: the others are of
+    images that were there before. Of these, only the newest for the same encoders and seed counts. complain: called with the error of each file
+    that cannot be read.
     """
     found = []
     for path in (path for path in folder.glob("*.json") if path.is_file()):
@@ -196,7 +197,7 @@ def results_in(folder: Path, *, complain: Callable[[str], None] = lambda _: None
         if isinstance(result, TaskResult):
             settings = {name: value for name, value in result.settings.items() if name != "identity"}
             task = json.dumps([result.protocol, facts.get("data"), facts.get("step"), settings], sort_keys=True)
-            # Of `inputs` the part behind the weights, which are those of the first encoder.
+            # `inputs` is the digest of the first encoder's weights, a blank, and the state of the data.
             state = str(facts.get("inputs", "")).partition(" ")[2]
             one = json.dumps([task, list(result.subjects), facts.get("seed")])
             if images.setdefault(task, state) != state or one in seen:
@@ -211,9 +212,10 @@ def read_current(
 ) -> tuple[Result, dict[str, Any]] | None:
     """Returns the existing result and facts for this step and data, or None if it still has to be computed.
 
-    inputs: of weights and data as they are now (`evaluate.inputs_of`); a result of others is not taken.
+    inputs: text for weights and data as they are now (`evaluate.inputs_of`); a result with another text is not returned.
 
-    Of several, the one with these settings, else the one with the lowest number. Results without comparisons are of an earlier version.
+    Of several results, returns the one with these settings, else the one of the lowest number. Leaves out results without comparisons, which
+    are of an earlier version.
     """
     found = []
     for path in itertools.takewhile(Path.is_file, _paths(folder, protocol)):

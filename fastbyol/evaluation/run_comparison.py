@@ -130,7 +130,7 @@ class RunComparison:
     remarks: list[str]
 
     def differences(self, *, with_effect: bool) -> dict[str, list[Any]]:
-        """Returns the value in each run of every option in which they differ. with_effect: options that change what is learnt, else the rest."""
+        """Returns the value in each run of every option in which they differ. with_effect: only options that change what is learnt; False: only the others."""
         flat = [flatten(to_plain(run.config)) for run in self.runs]
         names = [name for name in flat[0] if name not in NAMES_THE_RUN and (name not in WITHOUT_EFFECT) == with_effect]
         values = {name: [one[name] for one in flat] for name in names}
@@ -142,7 +142,7 @@ class RunComparison:
         for position, run in enumerate(self.runs):
             for score in run.scores:
                 group = found.setdefault(score.key, ScoreGroup(score.title, score.note, score.protocol, {}))
-                # Of one run, the result of its latest step, and the newest of those, as of another seed: the scores are in that order.
+                # Keep one result of each run: that of its latest step, and of several the newest (scores are ordered by age), for example of another seed.
                 if position not in group.scores or (score.step or 0) >= (group.scores[position].step or 0):
                     group.scores[position] = score
         order = list(dict.fromkeys(["linear", "knn", "labelfree", *(group.protocol for group in found.values())]))
@@ -161,7 +161,7 @@ class RunComparison:
 
 
 def read_runs(folders: Sequence[str]) -> RunComparison:
-    """Reads the run folders, and nothing of their weights. Damaged results are passed over, and they and a run without a log are named in `remarks`.
+    """Reads the run folders without their weights. Damaged results are left out; they and runs without a log are named in `remarks`.
 
     Raises UserError for fewer than two folders, one that is no run, and one that is given twice.
     """
@@ -231,7 +231,7 @@ def outcome_of(folder: Path, config: TrainConfig, records: Sequence[Record]) -> 
         else f" of {config.epochs:g} epochs"
     )
     at = f"step {steps:,}{length}"
-    # The run's length in steps is nowhere but in its number of images: its last step ends less than a step before its last epoch does.
+    # The folder does not state the run's length in steps, but a complete run's last step ends less than a step before its last epoch does.
     complete = steps >= config.steps if config.steps else bool(logged) and epoch * (1 + 1 / logged) > config.epochs
     since = _alarmed_since(records)
     collapse = f"; alarm of collapse since step {since:,}" if since is not None else ""
@@ -259,7 +259,7 @@ def _score(result: Result | TaskResult, facts: dict[str, Any]) -> Score:
     data = str(facts.get("data", ""))
     images = str(Path(data).resolve()) if data and Path(data).exists() else data
     settings = {name: value for name, value in result.settings.items() if name not in ("identity", "seed")}
-    # Without those of the encoders and of the run, which differ between runs that may be compared.
+    # The key leaves out what identifies encoders and run: these differ between runs that may be compared.
     key = json.dumps([result.protocol, images, settings, _size(result)], sort_keys=True, default=str)
     step = facts.get("step")
     return Score(

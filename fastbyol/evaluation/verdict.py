@@ -13,7 +13,7 @@ PROTOCOL_TITLES = {"linear": "linear", "knn": "kNN", "labelfree": "finding other
 BASELINES = {"untrained": "the untrained encoder", "pca": "raw pixels (PCA)"}
 OUTCOMES = {"worse": "worse than", "same": "no better than", "better": "better than"}
 COLLAPSED_RANK = 2.0
-"""RankMe below this is worth a word. An untrained encoder's is no measure: of runs that learnt well it was a third of that."""
+"""A RankMe below this is mentioned. It is not compared with an untrained encoder's: runs that learnt well had a third of that."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _training(run: RunState) -> dict[str, Any]:
 def _scores(run: RunState, digest: str) -> Iterator[dict[str, Any]]:
     """Yields the results in the run's folder that are of this checkpoint's weights, percentages and other figures by title."""
     for _, result, facts in results_in(run.results):
-        # A weights file has no steps, and may have been replaced since: its results must say what they are of. Older ones of a run do not.
+        # A weights file has no steps and may have been replaced, so its results must name the weights. Older results of a run do not.
         measured = str(facts.get("inputs", "")).partition(" ")[0]
         if facts.get("step") != run.step or (measured != digest and (measured or "encoder" in run.state)):
             continue

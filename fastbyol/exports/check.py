@@ -1,4 +1,4 @@
-"""The check of what was written: its features in the program that it is for, on real images where there are any, against ours."""
+"""Checks an export: compares its features, from the program that it is for, with the encoder's, on real images where there are any."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CheckImages:
 
 
 def check_images(run: RunState, data: str | None) -> CheckImages:
-    """Returns images spread over the data, or over the run's own training data; where those cannot be read, generated ones, named so.
+    """Returns images spread over the data, or over the run's own training data; if those cannot be read, generated ones, which `title` says.
 
     Raises UserError if `data` is given and cannot be read.
     """

@@ -43,7 +43,7 @@ def _save(weights: dict[str, NDArray[Any]], path: Path, facts: Facts, subject: S
 
 
 def _read(path: Path, subject: Subject) -> Features:
-    """Returns the encoder again, made of the file alone."""
+    """Rebuilds the encoder from the file alone and returns it."""
     held = pickle.loads(path.read_bytes())["model"]  # the file that was written a moment ago, never a stranger's
     encoder = encoder_from(subject.config.model)
     encoder.load_state_dict({name: torch.from_numpy(held.pop(detectron2_name(name))) for name in encoder.state_dict()})

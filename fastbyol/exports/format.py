@@ -22,8 +22,8 @@ Features = Callable[[Tensor], Tensor]
 class Subject:
     """The encoder that is exported, in eval mode on the CPU, and its run's config.
 
-    fold: join each batch norm to the convolution before it: auto, yes or no. made: what formats have computed of it so far, by name, because
-    two of them begin with the same program.
+    fold: join each batch norm to the convolution before it: auto, yes or no. made: intermediate results of the formats, by name, because two
+    of them start from the same program.
     """
 
     encoder: nn.Module

@@ -82,7 +82,7 @@ def write_exports(
 ) -> Iterator[Written]:
     """Writes every format and yields each when it is in place.
 
-    Raises UserError if it cannot be written, or if the program that it is for computes other features; nothing of it is left then.
+    Raises UserError if it cannot be written, or if the program that it is for computes other features; then no part of it is left.
     """
     for name, format in formats.items():
         path = where[name]
@@ -95,7 +95,7 @@ def write_exports(
                 converted = format.convert(subject)
                 format.save(converted, unfinished, said, subject)
                 said["check"] = checked(format, format.read(unfinished, subject), subject, images, name=name)
-                # Once more, with what the check found.
+                # Save again, now with the result of the check among the facts.
                 format.save(converted, unfinished, said, subject)
                 size = _flushed(unfinished)
                 _put_in_place(unfinished, path)

@@ -19,8 +19,8 @@ _PATIENCE_S = 6 * 3600.0
 
 
 def kept_files(beside: Path | None, *, name: str, of: Sequence[Place]) -> list[Path]:
-    """Returns the files that `cache_file` has made for the same arguments. They can be read without its lock, because it replaces a file as a
-    whole; so those in a folder that has become read-only are of use too.
+    """Returns the files that `cache_file` has made for the same arguments. They are only ever replaced as a whole, so they can be read without
+    the lock, even in a folder that has become read-only.
     """
     return [path for path in _places(beside, name, of) if path.exists()]
 

@@ -103,7 +103,7 @@ def _forgiving_cache() -> Any:
                 return super().load_overload(sig, target_context)
             except Exception as error:  # unpickling a truncated file may raise anything
                 log.debug("numba's cache in %s: not readable (%r)", self.cache_path, error)
-                # Emptied, or the damaged file would be found again at each start.
+                # Empty the cache, or the damaged file would be found again at each start.
                 with suppress(OSError):
                     self.flush()
                 return None

@@ -19,7 +19,7 @@ def usable_cores() -> Cores:
 
 
 def share_cores(mine: Cores, of_all: list[Cores]) -> None:
-    """Learns from the usable cores of all ranks, this one included, how many share each of this process's cores."""
+    """Notes how many ranks share this process's cores, given the usable cores of all ranks, this one included."""
     # A launcher may bind each rank to cores of its own (srun --cpus-per-task, numactl), and then they are divided already.
     global _sharing
     machine, cores = mine

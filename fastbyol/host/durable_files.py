@@ -23,7 +23,7 @@ log = logging.getLogger("fastbyol")
 UNFINISHED = ".tmp-"
 """Part of the name of every incomplete file, followed by the id of the process that writes it."""
 _FOLDER_TRIES = 100
-"""Times that the folder of a lock is made anew, which its holder may remove when it has finished."""
+"""Number of attempts to make a lock's folder, which the lock's holder may remove when it has finished."""
 
 
 @contextmanager
@@ -84,8 +84,8 @@ def locked_file(path: Path, *, patience_s: float = 0.0) -> int:
     """Locks a file for this process, in a folder that is created if needed; returns a descriptor whose closing releases the lock.
 
     A file system without locks is used unlocked, with a warning. Raises BlockingIOError, whose `strerror` names the other process, if that
-    has not released the lock within `patience_s`, and UserError if the file is a symbolic link: who can write to the folder could make it lead
-    to any file of this user, which the holder's name would overwrite.
+    has not released the lock within `patience_s`, and UserError if the file is a symbolic link: anyone who can write to the folder could let it
+    lead to another file of this user, which the holder's name would overwrite.
     """
     deadline, waits, tries = time.monotonic() + patience_s, False, 0
     while True:
@@ -102,7 +102,7 @@ def locked_file(path: Path, *, patience_s: float = 0.0) -> int:
             if error.errno == errno.ELOOP:
                 raise UserError(f"{path}: is a symbolic link, and a lock may not lead to another file; remove it") from None
             raise
-        # flock, and not a file that exists or not: the system releases it when the process ends, even by SIGKILL.
+        # flock, not the existence of a file: the system releases it when the process ends, even by SIGKILL.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

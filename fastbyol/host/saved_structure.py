@@ -19,7 +19,7 @@ def first_difference(saved: object, own: object, where: str, *, missing_allowed:
     if isinstance(own, Tensor):
         if wrong := tensor_difference(saved, own, where):
             return wrong
-        # Kernels use its memory as it is, which elements that share some, or are only marked as negated or conjugated, do not allow.
+        # Kernels read the raw memory, so elements must not overlap, nor only be marked as negated or conjugated.
         each_once = isinstance(saved, Tensor) and is_dense(saved) and not saved.is_neg() and not saved.is_conj()
         return None if each_once else f"{where} does not hold each of its elements once"
     if isinstance(own, dict):

@@ -1,7 +1,7 @@
 """Columns of numbers, one row per image, that all processes of a machine map from one file: they are in memory once, and made once.
 
-Not the data's own tables are mapped: a process that touches a map whose file was cut dies of SIGBUS. The file here is our own, which is only
-ever replaced as a whole, so a process keeps the one that it has mapped.
+The data's own tables are not mapped: a process that touches a map whose file was truncated dies of SIGBUS. The file here is our own and only
+ever replaced as a whole, so a process keeps the version that it has mapped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def row_pieces(rows: int) -> Iterator[slice]:
 def shared_columns(of: Path, *, rows: int, facts: dict[str, Any], dtypes: dict[str, str], make: Callable[[], Columns]) -> Columns:
     """Returns the columns that `make` returns, mapped from a file if there are at least SHARED_ROWS rows and a file can be kept.
 
-    The arrays may be written to, which changes them in this process alone. Whoever trusts no file checks the values.
+    The arrays may be written to, which changes them in this process alone. A caller that does not trust the file must check the values.
 
     Args:
         of: the file that the columns are made from; theirs lies beside it, or in the user's cache folder.

@@ -45,7 +45,7 @@ class Stopped(KeyboardInterrupt):
 
 def end_at_once_when_stopped() -> None:
     """Makes SIGINT and SIGTERM end the process immediately, for times when there is nothing to lose."""
-    # Scripts call it before their imports, where an exception would print the traceback of the module being imported.
+    # Scripts call this before their imports, where an exception would print the traceback of the module being imported.
     for number in COMMAND_SIGNALS:
         signal.signal(number, _end)
 

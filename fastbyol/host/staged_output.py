@@ -39,7 +39,7 @@ class StagedOutput:
         Args:
             out: file or folder to write.
             part: name of the part of `out` that is made, if several commands share it.
-            settings: everything that the output depends on: other settings may not go on with it.
+            settings: everything that the output depends on; a command with other settings may not continue it.
             unfinished: 'continue' an earlier command's work, or 'restart' without it.
             option: name of the option behind `out`, for messages.
 
@@ -79,7 +79,7 @@ class StagedOutput:
         return self._out.parent / path.relative_to(self.folder).as_posix()
 
     def made(self) -> None:
-        """Says that the output is complete: from now on a repeated command only uploads it."""
+        """Marks the output as complete: from now on a repeated command only uploads it."""
         write_durably(self.folder / _MADE, "{}")
         self.is_made = True
 

@@ -21,7 +21,7 @@ PART_BYTES = 16 << 20
 """Bytes of one request."""
 _PARTS_AT_ONCE = 8
 _SAVED_EVERY = 8
-"""Parts after which it is noted how far the file has come: a kill costs at most these."""
+"""Number of parts after which progress is recorded: a kill loses at most these."""
 _PATIENCE_S = 6 * 3600.0
 """Longest wait for another process, such as the first rank, that is fetching the file."""
 
@@ -32,11 +32,11 @@ def copies_of(folder: StorePath) -> Path:
 
 
 def local_copy(place: StorePath) -> tuple[Path, bool]:
-    """Returns the path of a copy of the file, and whether it was fetched just now. A copy is used again while the store tells the same
-    size and version.
+    """Returns the path of a copy of the file, and whether it was fetched just now. A copy is used again while the store reports the
+    same size and version.
 
-    Raises UserError if there is no such file, its name can be no file's here, too little disk space, or the file changes meanwhile, and Lost if
-    the store does not answer. What has been fetched is kept, and the next call goes on there.
+    Raises UserError if there is no such file, no local file can have its name, the disk is full, or the file changes meanwhile, and Lost if the
+    store does not answer. What has been fetched is kept, and the next call goes on there.
     """
     path = copies_of(place.parent) / place.local_name
     status = place.stat()
@@ -81,7 +81,7 @@ def _fetch(place: StorePath, path: Path, facts: Path, wanted: dict[str, object],
 
         def fetch(start: int) -> int:
             part = place.read(start, min(PART_BYTES, size - start))
-            # A full disk may take less; what follows would be counted as if there were no hole.
+            # A full disk may take less than it is given; without an error the file would have a hole.
             if os.pwrite(file.fileno(), part, start) < len(part):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return len(part)

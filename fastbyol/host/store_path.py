@@ -21,7 +21,7 @@ from fastbyol.host.stores import Absent, Refused, retried, store_of
 from fastbyol.host.web_reading import web_bytes
 
 REQUESTS = 32
-"""Requests that run at a time where many files are asked for: what takes time is the way there and back."""
+"""Number of requests that run at a time where many files are asked for: most of the time is network latency."""
 LISTINGS = 8
 """Folders that are listed at a time."""
 BLOCK_BYTES = 8 << 20
@@ -34,14 +34,14 @@ Answer = TypeVar("Answer")
 
 
 class StoreStatus(NamedTuple):
-    """size: in bytes. version: a number that is another for another content; 0 where the store tells nothing but the size."""
+    """size: in bytes. version: a number that changes with the content; 0 if the store reports only the size."""
 
     size: int
     version: int
 
 
 class StoreEntry(NamedTuple):
-    """name: relative to the folder that was listed, with '/'. size: -1 where the listing does not tell it."""
+    """name: relative to the folder that was listed, with '/'. size: -1 if the listing does not state it."""
 
     name: str
     size: int
@@ -61,12 +61,12 @@ class StorePath:
             public = public_text(text, queries=queries)
         except ValueError as error:
             raise UserError(str(error)) from None
-        # Doubled slashes are names of their own in a store, but a mistake in what is typed.
+        # Slashes at the end are a habit of typing; those inside a URL are part of names in a store.
         scheme, _, place = public.partition("://")
         return cls(f"{scheme}://{place.rstrip('/')}")
 
     def __reduce__(self) -> tuple[Callable[[str, str, Secrets], StorePath], tuple[str, str, Secrets]]:
-        # A worker process needs the secrets too. They travel beside the URL: '#' and '?' in an object's name would be taken for their start.
+        # A worker process needs the secrets too. They are sent beside the URL, where '#' and '?' in an object's name would be taken for their start.
         return _with_secrets, (self.url, *secrets_of(self.url))
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ class StorePath:
         return f"/{scheme}/{unquote(place) if self.is_web else place}"
 
     def above(self, path: str) -> StorePath:
-        """Returns the folder of the same store whose `as_path` this is."""
+        """Returns the folder of the same store that has this `as_path`."""
         place = path.split("/", 3)[2:]
         return StorePath(f"{self.url.partition('://')[0]}://{'/'.join([place[0], *map(quote if self.is_web else str, place[1:])])}")
 
@@ -189,8 +189,8 @@ class StorePath:
         return sorted(_entries(found, path, web=self.is_web)), sorted(name for name in folders if name)
 
     def walk(self) -> Iterator[StoreEntry]:
-        """Yields all files below this folder. Its folders are listed one by one, a few at a time: what a store tells of each file takes a
-        kilobyte of memory.
+        """Yields all files below this folder. Its folders are listed separately, a few at a time, because a store's answer takes a kilobyte of
+        memory for each file.
         """
         files, folders = self.children()
         yield from files
@@ -215,12 +215,12 @@ Place = Path | StorePath
 
 
 def place_of(text: str) -> Place:
-    """Returns where a path or URL leads."""
+    """Returns the place that a path or URL names."""
     return StorePath.of(text) if is_url(text) else Path(text)
 
 
 def known_place(text: str) -> Place:
-    """Returns where a path or URL leads that we wrote ourselves. Unlike in one that a user types, '#' and '?' belong to the name."""
+    """Returns the place of a path or URL that we wrote ourselves: '#' and '?' belong to its name, unlike in one that a user typed."""
     return StorePath(text) if is_url(text) else Path(text)
 
 

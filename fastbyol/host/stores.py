@@ -57,7 +57,7 @@ def store_of(url: str, *, option: str) -> tuple[Any, str]:
             timeout = aiohttp.ClientTimeout(total=_PAGE_S, sock_connect=CONNECT_S, sock_read=SILENT_S)
             # trust_env: proxies, and names and passwords of ~/.netrc.
             return fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout, "trust_env": True})
-        # Without a cache of listings: what another process has written since would not be seen.
+        # No cache of listings: it would hide what other processes write.
         options: dict[str, Any] = {"use_listings_cache": False}
         if scheme == "s3":
             place = urlsplit(url)
@@ -87,7 +87,7 @@ def print_wait(text: str) -> None:
 
 
 on_wait: Callable[[str], None] = print_wait
-"""Gets a line for each wait for a store. A worker process, whose stderr nobody reads, puts another function here."""
+"""Called with a line for each wait for a store. A worker process, whose stderr nobody reads, puts another function here."""
 
 
 def retried(call: Callable[[], Result], what: str, *, waits_s: tuple[float, ...] | None = None) -> Result:

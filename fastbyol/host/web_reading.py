@@ -50,7 +50,7 @@ async def _fetched(fs: Any, url: str, shown: str, start: int, size: int | None) 
         if start and not is_part:
             raise UserError(f"{shown}: the server sends the whole file for a part of it: it sends whole files only; fetch the file first")
         pieces, arrived = list[bytes](), 0
-        # Some 100 kB at a time. Of a part that is too long, and of a whole file whose beginning is wanted, the rest is not read.
+        # Read some 100 kB at a time, and stop where the part should end: a server may send more, or the whole file for a part at its start.
         while (size is None or arrived <= size) and (piece := await answer.content.readany()):
             pieces.append(piece)
             arrived += len(piece)

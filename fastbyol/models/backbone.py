@@ -89,7 +89,7 @@ class TimmBackbone(Backbone):
 
 
 def backbone_of(encoder: nn.Module, *, dilate_last: bool = False) -> Backbone:
-    """Returns the encoder's maps. dilate_last: halve the stride of the last one.
+    """Returns the encoder as a `Backbone`. dilate_last: halve the stride of its last map.
 
     Raises:
         UserError: a timm model without maps, or of which the last group cannot be dilated.
@@ -134,7 +134,7 @@ def _timm_features(name: str, *, output_stride: int | None) -> Any:
     wish: dict[str, Any] = {} if output_stride is None else {"output_stride": output_stride}
     try:
         features: Any = timm.create_model(name, pretrained=False, features_only=True, **wish)
-        # Before 1.0.31 timm builds some models without a word as if nothing had been asked for.
+        # Before 1.0.31 timm silently ignores output_stride for some models.
         if output_stride is not None and (stride := features.feature_info.reduction()[-1]) != output_stride:
             raise ValueError(f"it was built with stride {stride}")
         return features

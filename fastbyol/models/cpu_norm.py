@@ -28,7 +28,7 @@ _PIECE = 1 << 20
 _WIDTH, _MOMENTS_WIDTH = 512, 2048
 _SAMPLE = 16
 _FLOOR = {True: np.float32(0), False: np.float32(-np.inf)}
-"""What the output is raised to, with and without ReLU."""
+"""Lower limit of the output, with and without ReLU."""
 
 
 def fits_cpu(norm: _BatchNorm, x: Tensor, shortcut: Tensor | None = None, *, views: int, across_ranks: bool) -> bool:
@@ -101,7 +101,7 @@ def _norm_relu_backward(
         masked = torch.empty_like(x)
         kernel, tensors = norm_kernel.mask_gradient, (incoming, output, x, masked)
     else:
-        masked = incoming.clone() if has_shortcut else incoming  # an operator may not return what it was given
+        masked = incoming.clone() if has_shortcut else incoming  # a custom operator may not return one of its inputs
         kernel, tensors = norm_kernel.gradient_sums, (incoming, x)
     sums = [_sums(kernel, *rows, channels=mu) for rows, mu in zip(_rows_of(tensors, views), mean.numpy(), strict=True)]
     total, product = np.stack(sums, axis=1)

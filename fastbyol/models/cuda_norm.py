@@ -106,7 +106,7 @@ def _count(x: Tensor, *, like: Tensor) -> Tensor:
 
 
 def _of_all_ranks(mean: Tensor, inverse_std: Tensor, x: Tensor, *, eps: float, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns means and inverse deviations, (parts, views, C), and counts, (parts,): one part for each rank, or one for all of many."""
+    """Returns means and inverse deviations, (parts, views, C), and counts, (parts,): one part for each rank; with many ranks, one part for all of them."""
     count = _count(x, like=mean)
     if num_ranks(group) > GATHERED_RANKS:
         deviation = (inverse_std.pow(-2) - eps).clamp_min(0) * count

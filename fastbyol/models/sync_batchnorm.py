@@ -60,7 +60,7 @@ def combined_over_ranks(mean: Tensor, deviation: Tensor, count: Tensor, *, group
 
 
 def _sum_statistics(mean: Tensor, deviation: Tensor, count: Tensor, *, group: str = "") -> tuple[Tensor, Tensor, Tensor]:
-    """Combines the same by one sum over ranks, whose bytes do not grow with their number."""
+    """Does the same as `combined_over_ranks` by one sum over ranks, whose bytes do not grow with their number."""
     # In float64, where the difference of squares loses nothing: float32 means are exact in it, and their squares too.
     size, precise = mean.numel(), torch.float64
     mean64, count64 = mean.flatten().to(precise), count.to(precise)

@@ -35,7 +35,7 @@ class ViewBatchNorm(_BatchNorm):
         self.group = ""
         # Dropout and activation of a layer that also activates (timm's BatchNormAct2d).
         self.activation: nn.Sequential | None = None
-        # What `convert_to_batchnorm` converts it back to.
+        # The class to which `convert_to_batchnorm` converts it back.
         self.plain_class: type[_BatchNorm] = nn.BatchNorm2d
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -83,7 +83,7 @@ class CollapseRule:
         )
 
     def stop_when_due(self, checkpoint_steps: Callable[[], Sequence[int]]) -> None:
-        """Raises Diverged, if the config asks for it, in a run that is collapsed for `monitors.collapse_patience` steps after its warm-up.
+        """Raises Diverged, if the config asks for it, once the run has been collapsed for `monitors.collapse_patience` steps and its warm-up is over.
 
         Its message names the steps, what to try, the last checkpoint from before (of `checkpoint_steps`), and how to continue regardless.
         """

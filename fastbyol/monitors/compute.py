@@ -56,7 +56,7 @@ def peak_flop_per_s(device_name: str, *, autocast: str) -> float | None:
     return None
 
 
-@functools.cache  # a second, which each of several runs in one process would pay
+@functools.cache  # counting takes a second, which several runs in one process need not pay again
 def flop_per_image(model: ModelConfig, *, size_px: int, target: str = "ema") -> float:
     """Counts the operations of convolutions and matrix products for both views of an image, in all passes, two per multiply-add.
 

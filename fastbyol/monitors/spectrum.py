@@ -32,7 +32,7 @@ def effective_rank(rows: Tensor) -> Tensor:
 
 
 def rankme(rows: Tensor) -> Tensor:
-    """Returns RankMe of the rows (N, D): the same, not centred, with a small epsilon in each share.
+    """Returns RankMe of the rows (N, D): their effective rank without centring, with a small epsilon added to each share.
 
     Source: Garrido et al., RankMe, ICML 2023, equation 1. Runs of one method whose RankMe is low are rarely good; a high one is no proof.
     """

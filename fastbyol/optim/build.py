@@ -30,8 +30,8 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> Optimizer:
     if config.name == "lars":
         return LARS(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay, trust_coefficient=config.trust_coefficient)
     optimizer = _other_optimizer(config, groups)
-    # The target moves inside the step, because a gradient scaler leaves out a step that has overflowed and tells nobody: outside of it,
-    # the target would move alone.
+    # The target moves inside the step, because a gradient scaler silently skips a step that has overflowed: outside the step, the target
+    # would move alone.
     optimizer.step = MethodType(_step_and_target, optimizer)  # type: ignore[method-assign]
     return optimizer
 

@@ -79,7 +79,7 @@ def ema_update(target: Sequence[Tensor], online: Sequence[Tensor], tau: float | 
 
 @torch.no_grad()
 def ema_update_reference(target: Sequence[Tensor], online: Sequence[Tensor], tau: float) -> None:
-    """Does the same, one tensor after another, as the equation is written."""
+    """Does the same as `ema_update`, one tensor after another, as the equation is written."""
     for t, o in zip(target, online, strict=True):
         t.copy_(tau * t + (1 - tau) * o)
 
@@ -103,7 +103,7 @@ def check_update(backend: str, device: torch.device) -> None:
 
 @contextmanager
 def one_thread_on_cpu(device: torch.device) -> Iterator[None]:
-    """Lets torch's CPU operations run on the calling thread inside; nothing changes for another device."""
+    """Context in which torch's CPU operations run on the calling thread; no effect for another device."""
     # An update is limited by memory, which one core nearly saturates, while every tensor's parallel region waits at a barrier of its own:
     # with the other core busy the same updates took two to four times the CPU time on two threads.
     threads = torch.get_num_threads()
@@ -153,5 +153,5 @@ def _apex_lerp_(target: list[Tensor], online: list[Tensor], tau: float | Tensor)
             )
     if isinstance(tau, Tensor):
         raise UserError("optim.update = 'apex': tau is a tensor, and amp_C takes a number; pass a float, or take 'foreach' or 'triton'")
-    overflow = torch.zeros(1, dtype=torch.int32, device=target[0].device)  # amp_C writes it where its last argument asks; -1 asks nowhere
+    overflow = torch.zeros(1, dtype=torch.int32, device=target[0].device)  # amp_C marks inputs that are not finite; not read here
     amp_c.multi_tensor_axpby(APEX_CHUNK, overflow, [target, online, target], tau, 1 - tau, -1)

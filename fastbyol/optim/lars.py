@@ -83,7 +83,7 @@ class LARS(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of the same parameters. Raises ValueError if the groups differ or a buffer has not its parameter's shape."""
+        """Loads a state of the same parameters. Raises ValueError if the groups differ or a buffer does not have its parameter's shape."""
         params = [param for group in self.param_groups for param in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         if lacking := [name for group in state_dict["param_groups"] for name in _GROUP if name not in group]:

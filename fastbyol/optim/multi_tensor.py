@@ -53,7 +53,7 @@ def step_block(w: F32, g: F32, m: F32, scale: np.float32, decay: np.float32, mom
 def step_block_with_target(
     w: F32, g: F32, m: F32, t: F32, scale: np.float32, decay: np.float32, momentum: np.float32, lr: np.float32, weight: np.float32
 ) -> None:
-    """Does the same, then sets t += weight * (w - t)."""
+    """Does the same as `step_block`, then sets t += weight * (w - t)."""
     for i in range(w.size):
         v = momentum * m[i] + scale * (g[i] + decay * w[i])
         m[i] = v
@@ -85,7 +85,7 @@ def apply_update(update: Update, target_update: TargetUpdate | None) -> frozense
 
     Returns the ids of the parameters whose target has moved. Raises ValueError if shapes, dtypes, devices or layouts do not pair.
     """
-    # A gradient may come in any memory order; a momentum is ours, and a copy of it would be updated in vain.
+    # A gradient may have any memory order and is copied if need be. A momentum is not: the update of a copy would be lost.
     update = replace(update, grads=[laid_out_like(p, g) for p, g in zip(update.params, update.grads, strict=True)])
     for p, m in zip(update.params, update.momenta, strict=True):
         if laid_out_like(p, m) is not m:
@@ -139,7 +139,7 @@ def _apply_in_blocks(update: Update, targets: list[Tensor | None], weight: float
                 follower = _flat(t)[part]
                 step_block_with_target(w[part], x[part], buffer[part], follower, scale, decay, momentum, lr, np.float32(weight))
 
-    # So that no thread starts on the largest tensor when the others are nearly done.
+    # Largest first, so that no thread starts on the largest tensor when the others are nearly done.
     largest_first = sorted(zip(update.params, update.grads, update.momenta, targets, strict=True), key=lambda tensors: -tensors[0].numel())
     in_threads(apply, largest_first)
 

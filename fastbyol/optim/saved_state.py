@@ -39,7 +39,7 @@ def state_difference(optimizer: Optimizer, saved: object) -> str | None:
         }
         if wrong := first_difference(kept, own["state"][index] | later, where):
             return wrong
-        for name, value in kept.items():  # a number of steps
+        for name, value in kept.items():  # a scalar tensor counts steps
             if isinstance(value, Tensor) and not value.ndim and not (math.isfinite(value) and value >= 0):
                 return f"{where}.{name} is {shown(float(value))}, must be finite and not negative"
     try:

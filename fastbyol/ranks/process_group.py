@@ -117,8 +117,8 @@ def meeting_point(process: Process, timeout: timedelta) -> dist.Store:
             store = dist.TCPStore(address, port, process.world_size, is_master=process.is_main and not agent_serves, timeout=left)
             return fresh_store(store, rank=process.rank, world_size=process.world_size, timeout_s=left.total_seconds())
         except dist.DistNetworkError:
-            # Without torchrun rank 0 serves. The store of an attempt that is ending closes when its rank 0 leaves: a rank that reached that one
-            # looks for the next.
+            # Without torchrun rank 0 serves the store. A rank may have reached the store of an attempt that is ending, which closes when that
+            # attempt's rank 0 leaves: it then tries again, to find the new one.
             if process.is_main or agent_serves or time.monotonic() > deadline - 1:
                 raise
             time.sleep(0.1)
@@ -180,7 +180,7 @@ def lost_ranks_named(process: Process) -> Iterator[None]:
         yield
     except RuntimeError as error:
         connection = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
-        # A kernel that is ended for its time is the device's own: "CUDA error: the launch timed out and was terminated".
+        # A kernel that exceeds its time limit is a fault of this device: "CUDA error: the launch timed out and was terminated".
         says_so = _PEER_LOST.search(str(error)) and not str(error).startswith("CUDA error")
         if process.world_size == 1 or not (connection or says_so):
             raise

@@ -37,7 +37,7 @@ def import_ray(module: str = "ray") -> Any:
 
 @contextmanager
 def ray_cluster() -> Iterator[Any]:
-    """Connects this process to the cluster at RAY_ADDRESS, or to one of this machine, which is started if none runs; yields the module ray.
+    """Connects this process to the cluster at RAY_ADDRESS, or to a local one, which is started if none runs; yields the module ray.
 
     What the block raises because of the cluster becomes one line: an error of ours that was raised on a node is raised here, and a node
     that is lost for good is a `Lost`. Anything else that was raised on a node keeps its traceback.
@@ -72,7 +72,7 @@ def _connect(ray: Any) -> None:
         ) from error
     finally:
         if in_main_thread and before is not None:
-            signal.signal(signal.SIGTERM, before)  # Ray puts a handler of its own there, which would pass ours by
+            signal.signal(signal.SIGTERM, before)  # Ray has installed a handler of its own, which would bypass ours
 
 
 def require_answer(address: str) -> None:
@@ -93,7 +93,7 @@ def _no_cluster(address: str, error: Exception) -> UserError:
 
 
 def _one_line(ray: Any, error: Exception) -> Exception:
-    """Returns the error of ours at the bottom of an error of Ray's, a `Lost` if Ray gave something up, else the error itself."""
+    """Returns the error of ours that caused an error of Ray's; without one, a `Lost` if Ray gave something up, else the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if type(cause) in (UserError, *RunError.__subclasses__()):
@@ -111,7 +111,7 @@ def node_resources(ray: Any, name: str) -> list[int]:
 
 
 def warn_if_none_fits(ray: Any, *, cpus: int) -> None:
-    """Says so if no node has this many CPUs: Ray waits for one, as a cluster may grow, and does not say that it waits."""
+    """Prints a note if no node has this many CPUs: Ray silently waits for one, since a cluster may grow."""
     largest = max(node_resources(ray, "CPU"), default=0)
     if largest < cpus:
         say(f"fastbyol: note: --workers {cpus}: the largest node has {largest} CPUs; waiting for one that has {cpus}")

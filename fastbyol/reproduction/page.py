@@ -54,7 +54,7 @@ def write_tables(folder: Path) -> None:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Reads the set-up, the records and the discussion of a folder; a damaged record and a discussion that is none are named in `remarks`.
+    """Reads the set-up, the records and the discussion of a folder; damaged records and an invalid discussion are named in `remarks`.
 
     Raises UserError if the folder has no set-up.
     """
@@ -164,7 +164,7 @@ def cells_of(result: TableResult, row: RowResult) -> list[str]:
 
 
 def _cost(result: TableResult) -> tuple[str, float]:
-    """Returns the unit of the table's cost, and what an hour is in it; 'cost' where the rows were run on CPUs and on GPUs."""
+    """Returns the unit of the table's cost and how many units an hour has; ('cost', 1.0) if some rows ran on CPUs and some on GPUs."""
     if len(result.hours) > 1:
         return "cost", 1.0
     unit, hours = next(iter(result.hours.items()), ("CPU-hours", 0.0))

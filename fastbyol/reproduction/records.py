@@ -79,7 +79,7 @@ class Record:
         counts = (self.seed, self.steps, self.num_train, self.num_val, self.cpu_s, self.wall_s, self.ranks)
         if not all(isinstance(value, int | float) for value in (*counts, *(value for group in groups for value in group.values()))):
             raise UserError("scores, signs, baselines, counts and seconds must be numbers")
-        if not all(map(math.isfinite, (*counts, *self.scores.values()))):  # signs of a collapsed run may be none
+        if not all(map(math.isfinite, (*counts, *self.scores.values()))):  # signs of a collapsed run may be NaN or infinite
             raise UserError("scores, counts and seconds must be finite")
         shares = (*self.scores.values(), *(value for group in self.baselines.values() for value in group.values()))
         if not all(0 <= share <= 1 for share in shares) or min(counts) < 0:

@@ -89,9 +89,10 @@ class TableResult:
 
 
 def table_results(setup: Setup, records: Sequence[Record]) -> list[TableResult]:
-    """Returns the tables that the records are of, in the paper's order.
+    """Returns the results of the tables that the records belong to, in the paper's order.
 
-    Those are the tables of which a row that no other table has has a record; if there are none, those of which a row beside the base has one.
+    A table is included if a row that is in no other table has a record. If there is no such table, those are included in which any row but
+    the base has a record.
     """
     by_run: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record.seed):
@@ -200,7 +201,7 @@ def hours_of(records: Iterable[Record]) -> dict[str, float]:
 
 
 def carried_over(table: Table, setup: Setup) -> str:
-    """Returns what of the table's change is the paper's at demo scale, and what is not; '' at the paper's scale."""
+    """Returns a text on what carries over from the paper's table to demo scale and what does not; '' at the paper's scale."""
     if setup.scale == "paper":
         return ""
     factors = [name for name in table.options if name in RELATIVE]

@@ -17,7 +17,7 @@ SCALES = ("demo", "paper")
 UNCHANGED = ("byol", "r50_1000ep")
 """Runs without any change: the base of every table."""
 FEWEST_BN_IMAGES = 4
-"""Batch norm over fewer images tells nothing about them: of two, every channel of the heads is plus or minus one."""
+"""Batch norm over fewer images erases what distinguishes them: with two, every channel of the heads is plus or minus one."""
 RELATIVE = {
     "model.projection_dim": BASE.model.projection_dim,
     "optim.base_lr": BASE.optim.base_lr,
@@ -108,7 +108,7 @@ def _why_not_at_demo_scale(run: str, changes: Mapping[str, Any], base: TrainConf
 
 
 def _at_demo_scale(run: str, changes: Mapping[str, Any], base: TrainConfig) -> dict[str, Any]:
-    """Returns the options, with their values, that make the same change in another recipe than the paper's."""
+    """Returns the options, with their values, that make the same change in the recipe `base`."""
     if run.endswith("_1000ep"):  # table 1's encoders; length and rates are those of the 1000-epoch run, which is another recipe
         return {name: value for name, value in changes.items() if name == "model.width"}
     plain, found = flatten(to_plain(base)), dict(changes)

@@ -99,7 +99,7 @@ def planned_runs(tables: Sequence[Table], setup: Setup, folder: Path, *, seeds: 
                 continue
             data = replace(choice.config.data, train=split_paths(setup.data)[0])
             place = f"{name}-seed{seed}"
-            # A mirror for each run, as a folder: of two runs at one URL the second would go on from the first one's checkpoint.
+            # Each run has a mirror folder of its own: at one URL, the second run would continue from the first run's checkpoint.
             mirror = f"{choice.config.mirror.rstrip('/')}/{place}" if choice.config.mirror else ""
             config = replace(choice.config, seed=seed, data=data, out=str(folder / RUNS / place), mirror=mirror)
             found.append(PlannedRun(name, seed, config, record=_record_of(folder, name, seed, config)))
@@ -185,14 +185,14 @@ class Runner:
         """Trains and evaluates a run."""
         output, folder = self.folder / RUNS / f"{run.name}.log", Path(run.config.out)
         command = [*self._launcher(), "-m", "fastbyol.train", "--config", str(self._config_file(run)), "--out", str(folder)]
-        # A run that was stopped for its collapse would train on, and every stop of its evaluation would move the step that is evaluated.
+        # Do not train a run again that was stopped for its collapse: each restart would move the step that is evaluated.
         code = DIVERGED_EXIT if is_collapse(divergence_of(folder)) else self._train(command, output, run)
         if self.stop.requested or code == STOPPED_EXIT:
             raise Stopped(f"stopped during {run.name}; the same command goes on from there")
         why = _why_it_ended(code, folder, output)
         if code == STORAGE_EXIT:
             raise StorageFull(f"{run.name}: {why}")
-        # The command as typed stands beside it; this one's first word is a path of this machine.
+        # Without the command: the record has it as typed, while this one begins with a path of this machine.
         provenance = {name: value for name, value in collect_provenance().items() if name != "command"}
         record = Record(run.run, run.seed, "complete", run.config, why=why, ranks=self.setup.ranks, provenance=provenance)
         record = replace(record, command=self.command, device=_device_name(), **asdict(_read_cost(self._cost_file(run))))
@@ -214,16 +214,16 @@ class Runner:
         """Trains the run, from where it was stopped, adds what this took to its cost, and returns the exit code."""
         folder = Path(run.config.out)
         if folder.is_dir():
-            # The training of a `reproduce` that was killed is told to stop by that, and saves for up to grace_s.
+            # If an earlier `reproduce` was killed, its training received a stop signal and may still be saving, for up to grace_s.
             with suppress(BlockingIOError):
                 os.close(locked_file(folder / LOCK_FILE, patience_s=run.config.grace_s))
         elif not folder.exists():
             self._cost_file(run).unlink(missing_ok=True)  # of a run that was deleted
         cost, before, start, cpu_before = _read_cost(self._cost_file(run)), _last_step(folder), time.perf_counter(), _cpu_s()
-        # If this process is killed, nobody counts what the start took.
+        # Written before the start: if this process is killed, the cost of this start is never counted.
         _write_cost(self._cost_file(run), replace(cost, cost_is_whole=False))
         code = self._execute(command, output)
-        if _last_step(folder) != before or code == DIVERGED_EXIT:  # not for a start that found the run complete, or failed at once
+        if _last_step(folder) != before or code == DIVERGED_EXIT:  # not counted: a start that found the run complete, or failed at once
             wall_s, cpu_s = time.perf_counter() - start, _cpu_s() - cpu_before
             cost = replace(cost, wall_s=round(cost.wall_s + wall_s, 1), cpu_s=round(cost.cpu_s + cpu_s, 1))
         _write_cost(self._cost_file(run), cost)
@@ -270,7 +270,7 @@ class Runner:
         """Runs a command, passes a request to stop on to it, and returns its exit code, or that of its first rank to fail."""
         environment = without_launcher(os.environ)  # a row's ranks are its own, not the processes that share the rows
         if not torch.cuda.is_available():
-            # So small networks gain little from a second thread, and float32 sums depend on their number.
+            # Networks this small gain little from a second thread, and float32 sums depend on the number of threads.
             environment.setdefault("OMP_NUM_THREADS", "1")
         told = False
         with output.open("w") as file:
@@ -292,7 +292,7 @@ class Runner:
 
 @contextmanager
 def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Raises StorageFull for an error of the operating system that says that nothing can be written; all finished runs are kept."""
+    """Turns an operating-system error that means that nothing can be written into StorageFull; all finished runs are kept."""
     try:
         yield
     except OSError as error:
@@ -315,7 +315,7 @@ def _why_it_ended(code: int, folder: Path, output: Path) -> str:
         return why
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    # What training advises for its --out is not for this command, which chooses the folders itself.
+    # Training's advice on --out does not apply to this command, which chooses the folders itself.
     ours = f"; if the fault is in {folder}, delete it, and the row is trained anew" if code == USER_ERROR_EXIT and folder.exists() else ""
     return last_error(output) + ours
 

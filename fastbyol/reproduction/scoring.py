@@ -47,7 +47,7 @@ def paper_linear(run: Path, *, data: str, launcher: Sequence[str], log: Path, ex
     code = execute([*launcher, "-m", "fastbyol", "evaluate", "linear", *options], log)
     if code:
         raise UserError(f"evaluate linear ended with code {code}: {last_error(log)}")
-    # As a result file holds them.
+    # As in a result file: JSON turns tuples into lists.
     paper_settings = json.loads(json.dumps(result_settings(LinearSettings(), "paper")))
     found: list[tuple[int, float, float]] = []
     for path in (run / "evaluation").glob("linear*.json"):

@@ -1,4 +1,4 @@
-"""Over how many ranks and images batch norm computes its statistics: a choice of the method, which the paper makes as all of the batch."""
+"""The ranks and images over which batch norm computes its statistics. They are part of the method: in the paper, the whole batch."""
 
 from __future__ import annotations
 

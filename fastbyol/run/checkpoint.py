@@ -200,7 +200,7 @@ def _why_not_loaded(error: Exception, payload: bytes) -> str:
         return f"it asks for {wanted[1]}, but only tensors and plain values are accepted"
     if is_cut_archive(io.BytesIO(payload)):
         return "it is cut short or damaged; copy it again"
-    # Pickle meets bytes that are none with whatever error its next step has.
+    # On bytes that are no pickle, unpickling may raise any of these.
     if isinstance(error, UnpicklingError | EOFError | LookupError | AttributeError | TypeError | UnicodeError | struct.error):
         return "torch.save did not write it"
     if isinstance(error, RuntimeError | zipfile.BadZipFile) and zipfile.is_zipfile(io.BytesIO(payload)):
@@ -209,7 +209,7 @@ def _why_not_loaded(error: Exception, payload: bytes) -> str:
 
 
 def _is_archive_of_others(payload: bytes) -> bool:
-    """Returns True for a whole zip archive without what torch.save puts into each."""
+    """Returns True for a complete zip archive without data.pkl, which torch.save writes into every file."""
     try:
         with zipfile.ZipFile(io.BytesIO(payload)) as archive:
             return not any(name.endswith("data.pkl") for name in archive.namelist())
@@ -305,7 +305,7 @@ def load_run(path: str | Path, *, option: str = "checkpoint") -> RunState:
         folder, results = path, path / RESULTS
     elif path.is_file():
         state, folder, results = load_checkpoint(path), path.parent, path.with_name(f"{path.stem}.{RESULTS}")
-        # One that still lies in its run has its results there; one that was copied elsewhere has them beside it.
+        # A checkpoint that still lies in its run has its results there; one that was copied elsewhere has them beside it.
         if _NAME.match(path.name) and path.parent.name == FOLDER and (path.parent.parent / CONFIG_FILE).exists():
             folder, results = path.parent.parent, path.parent.parent / RESULTS
     else:

@@ -162,7 +162,7 @@ def _refuse_unknown(arguments: Sequence[str]) -> None:
 
 
 def _refuse_too_much(arguments: Sequence[str]) -> None:
-    """Raises UserError for a value of aliases or levels without end, as in a file."""
+    """Raises UserError for a value that expands beyond the limits of `read_yaml`, as a file would."""
     # jsonargparse reads every value as YAML and expands its aliases without a limit.
     option = ""
     for argument in arguments:
@@ -230,7 +230,7 @@ def _write_help(parser: argparse.ArgumentParser) -> None:
         if action.dest in RUN_GROUPS:
             action.help = "the options of this group together, as JSON"
         elif action.dest in docs:
-            # argparse formats help texts with %, so one of ours that stands for itself is doubled.
+            # argparse formats help texts with %, so a literal % is doubled.
             action.help = docs[action.dest].replace("%", "%%") + " (default: %(default)s)"
     for group in parser._action_groups:
         names = {action.dest.rpartition(".")[0] for action in group._group_actions if action.dest not in RUN_GROUPS}

@@ -23,7 +23,7 @@ CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = "lock"
 DIVERGED_FILE = "diverged.txt"
-"""Holds why a run ended that diverged or collapsed; the next start that goes on from there removes it."""
+"""Holds the reason why a run diverged or collapsed; the next start that continues the run removes it."""
 CUT_OFF_START = frozenset({LOCK_FILE, PROVENANCE_FILE, CONFIG_FILE, f"{CONFIG_FILE}.tmp", "lost+found"})
 """Files in the folder of a start that was killed before it wrote its config, or lost it in a power cut, and of a new volume."""
 LOCK_PATIENCE_S = 15.0
@@ -44,7 +44,7 @@ are checked separately.
 
 
 def check_run_folder(config: TrainConfig) -> None:
-    """Raises UserError for no folder, one that cannot be created, or another run's; called before any work, it creates nothing."""
+    """Raises UserError if no folder is named, it cannot be created, or it is another run's. Called before any work; creates nothing."""
     if not config.out:
         raise UserError("out = '': name the run's folder, for example --out runs/r50")
     folder = Path(config.out)
@@ -142,7 +142,7 @@ def _is_blank(path: Path) -> bool:
         return not path.read_bytes().strip(b"\0 \r\n")
     except (FileNotFoundError, NotADirectoryError):
         return True
-    except OSError:  # it is there; read_config says what is wrong with it
+    except OSError:  # it exists; read_config will report what is wrong with it
         return False
 
 

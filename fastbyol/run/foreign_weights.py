@@ -106,8 +106,8 @@ def _name_from_haiku(name: str) -> str:
 
 @dataclass(frozen=True)
 class NamedWeights:
-    """The named tensors of a file: those of the key that holds most of them. key: '' for the file's top level. origin: the file's name of
-    a tensor that has been renamed already. outside: number of tensors by the key that they are under, where that is another one.
+    """The named tensors of a file, under the key that holds most of them. key: that key; '' for the top level. origin: the file's name of each
+    tensor that was renamed here. outside: number of tensors under each other key.
     """
 
     key: str
@@ -118,7 +118,7 @@ class NamedWeights:
     @classmethod
     def of(cls, state: Mapping[Any, Any]) -> NamedWeights:
         groups = dict(_groups(state))
-        # On a tie not the moving average (DINO's teacher, timm's state_dict_ema), else the one that was written first.
+        # On a tie prefer a key that does not name a moving average (DINO's teacher, timm's state_dict_ema), then the one written first.
         key = max(groups, key=lambda each: (len(groups[each].named), not _is_average(".".join(each))))
         tensors, origin = groups[key].named, {}
         if any(_name_from_haiku(name) != name for name in tensors):
@@ -232,7 +232,7 @@ def match_names(state: Mapping[Any, Any], own: Mapping[str, Tensor], *, source: 
         # Everything that stands in front of one of these names is a candidate; the one in front of most of them wins.
         prefixes = dict.fromkeys(name.removesuffix(mine) for name in named.tensors for mine in wanted if name.endswith(mine))
         held = {prefix: sum(prefix + mine in named.tensors for mine in wanted) for prefix in prefixes if not prefix or prefix.endswith(".")}
-        # On a tie the trained network, not its average; else the first one, as programs write it first.
+        # On a tie prefer the trained network to its average, then the first prefix: programs write the trained network first.
         prefix = max(held, key=lambda each: (held[each], not _is_average(each)), default="")
         count = held.get(prefix, 0)
         if best is None or count > best[0]:
@@ -352,9 +352,9 @@ def load_run_or_weights(path: str | Path, *, changes: Mapping[str, Any] | None =
 
 
 def load_runs_or_weights(paths: Sequence[str | Path], *, changes: Mapping[str, Any] | None = None) -> list[RunState]:
-    """Loads each path as `load_run_or_weights` does. The changes count for those that are weights: a run beside them has its own config.
+    """Loads each path as `load_run_or_weights` does. The changes apply to weights only: a run among the paths has its own config.
 
-    Raises UserError as that does, and for changes where all are runs.
+    Raises UserError as `load_run_or_weights` does, and for changes if all paths are runs.
     """
     found = [_loaded(path, dict(changes or {})) for path in paths]
     if changes and not any("encoder" in run.state for run in found):

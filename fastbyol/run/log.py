@@ -88,7 +88,7 @@ class RunLog:
         except OSError as error:
             log.warning("%s: step %d could not be recorded (%s); training goes on", self._file.name, record["step"] + 1, error.strerror)
         log.info(progress_line(record, total_steps=self.total_steps), extra=PROGRESS)
-        # Once per spell: the alarm stands in every record of it.
+        # Warn once per spell: every record of it has the alarm.
         if record["alarm"] and not self._alarmed:
             log.warning("ALARM %s", record["alarm"])
         self._alarmed = bool(record["alarm"])
@@ -147,7 +147,7 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
 
 def configure_logging(file: Path | None = None, *, quiet: bool = False, screen: logging.Handler | None = None) -> None:
     """Sets up plain log lines on stderr (or `screen`) and in `file` if given; a quiet rank logs errors only, and shows no warnings."""
-    # What one rank warns about, all of them do, and once is enough.
+    # All ranks give the same warnings, and once is enough.
     log.setLevel(logging.ERROR if quiet else logging.INFO)
     if quiet:
         warnings.simplefilter("ignore")

@@ -94,7 +94,7 @@ class Mirror:
 
         Raises UserError if there are newer ones but none is good, NotSaved if the disk refuses.
         """
-        self._read_markers()  # of what another machine has copied since the start was checked
+        self._read_markers()  # another machine may have copied checkpoints since `check_run`
         here = max(checkpoint_steps(run), default=0)
         newer = [step for step in reversed(self.steps) if step > here]
         for step in newer:
@@ -102,7 +102,7 @@ class Mirror:
                 self._bring(self._copies[step], run)
                 log.info("%s: the checkpoint after step %d is copied from there", self.shown, step)
                 return step
-            except ValueError as error:  # UserError is one
+            except ValueError as error:  # a UserError is a ValueError
                 log.warning("%s: the copy of the checkpoint after step %d is not used: %s", self.shown, step, error)
             except OSError as error:
                 raise NotSaved(
@@ -123,7 +123,7 @@ class Mirror:
         self._make_folder(folder)
         copied = {}
         for name, path in files.items():
-            # The log grows meanwhile: its copy is of as much as there is now.
+            # The log grows meanwhile: copy only what is there now.
             size = path.stat().st_size
             digest = digest_path(path).read_text().strip() if path.suffix == ".pt" else sha256_of(path, size=size)
             self._call(lambda path=path, name=name, size=size: self._put(path, f"{folder}/{name}", size), name)
@@ -150,7 +150,7 @@ class Mirror:
             raise OSError(f"{arrived} of {size} bytes arrived")
 
     def _remove(self, step: int) -> None:
-        """Removes a copy, its marker first. A store that does not allow it only grows."""
+        """Removes a copy, its marker first. In a store that does not allow it, copies accumulate."""
         try:
             self._store.rm_file(f"{self._path}/{_MARKER.format(step)}")
             del self._copies[step]
@@ -243,7 +243,7 @@ class MirrorWriter:
         self._thread = threading.Thread(target=self._work, name="fastbyol-mirror", daemon=True)
 
     def add(self, step: int) -> None:
-        """Asks for a copy of this checkpoint. If copying takes longer than training to the next one, only those that stay are caught up on."""
+        """Asks for a copy of this checkpoint. If copying falls behind training, only the newest and those that stay are copied."""
         with self._changed:
             self._wanted = [*(old for old in self._wanted if self._stays(old)), step]
             self._changed.notify_all()
@@ -281,7 +281,7 @@ class MirrorWriter:
                 newest = step == self._wanted[-1]
                 if newest:
                     self._failure = error
-                # One that could not be copied is left to the next checkpoint, except that one which stays is tried again with it.
+                # A failed copy is given up for the next checkpoint's; only a checkpoint that stays is tried again then.
                 self._wanted = [other for other in self._wanted if other != step or (error and self._stays(step) and not self._closing)]
                 if error and newest and not self._closing:
                     self._changed.wait_for(lambda step=step: self._closing or (self._wanted and self._wanted[-1] != step))

@@ -55,9 +55,8 @@ def build_scaler(config: PrecisionConfig, *, device: torch.device) -> torch.amp.
 def prepare_model(module: nn.Module, config: PrecisionConfig, *, device: torch.device) -> nn.Module:
     """Moves the module to its device and memory layout, and compiles it in place if the config says so; call it before DDP wraps it.
 
-    Sets this process's switches (`use_switches`); on a CPU, says what becomes of freed memory. Raises
-    UserError for what `check_compile` refuses, for a GPU's options without one and a CPU's without it, and for a cache folder that cannot
-    be written.
+    Sets this process's switches (`use_switches`); on a CPU, sets what happens to freed memory. Raises
+    UserError for what `check_compile` refuses, for options of a GPU on a CPU and the reverse, and for a cache folder that cannot be written.
     """
     _check_device(config, device)
     check_compile(config, device=device)
@@ -156,7 +155,7 @@ def _compile(module: nn.Module | None, config: PrecisionConfig, *, device: torch
     else:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     set_up_inductor()
-    # One decision for all: a rank that went on alone in eager mode would say so only if it were rank 0, and hold up all others in every step.
+    # One decision for all ranks: a single rank in eager mode would slow down all others in every step, and only rank 0's warning is shown.
     reasons = gather_everywhere(why_nothing_compiles(device))
     if failed := [(rank, reason) for rank, reason in enumerate(reasons) if reason]:
         rank, reason = failed[0]

@@ -80,7 +80,7 @@ class Session:
             self.first_step = self.done = self._state.restore(self._folder, config=config, process=process)
             self._announce()
             # Entered before the writer and the log, so that it still watches while they are being closed.
-            compiles = is_compiled(self._state.byol) or process.device.type == "cuda"  # there the augmentation always is
+            compiles = is_compiled(self._state.byol) or process.device.type == "cuda"  # a GPU always compiles the augmentation
             self._hang_watch = leaving.enter_context(HangWatch(config.timeout_s, first_s=COMPILE_S if compiles else 0.0))
             if process.is_main:
                 (self._folder / DIVERGED_FILE).unlink(missing_ok=True)
@@ -99,7 +99,7 @@ class Session:
     def __exit__(self, *error: Any) -> bool | None:
         try:
             return self._leaving.__exit__(*error)
-        except Diverged as found:  # by the checkpoint writer, in weights that it was still to write
+        except Diverged as found:  # from the checkpoint writer, which found weights that are not finite
             error = (type(found), found, found.__traceback__)
             raise
         finally:

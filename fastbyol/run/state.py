@@ -73,7 +73,7 @@ class TrainState:
         Raises UserError if the data are not those the run was started with, or no checkpoint belongs to this run.
         """
         state: dict[str, Any] | None = None
-        # Read by one and sent to all: a rank that found the newest damaged would continue from another one. Only rank 0 needs the folder.
+        # Rank 0 reads for all: a rank that found the newest checkpoint damaged would continue from another one. Only rank 0 needs the folder.
         if process.is_main:
             state = load_newest(folder, config=config, check=self._difference)
         state = broadcast_from_main(state)

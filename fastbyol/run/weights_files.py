@@ -64,7 +64,7 @@ def weights_file(path: Path) -> Path:
 
 
 def _way_out(error: Exception) -> str:
-    """Returns how to make a file that can be read of one that holds more than tensors, or ''."""
+    """Returns advice on how to turn a file that holds more than tensors into a readable one, or '' for other errors."""
     if "it asks for" not in str(error):
         return ""
     return (

@@ -75,7 +75,7 @@ def compare(title: str, trials: Sequence[Trial], *, seconds: float, clock: Calla
     _, failed = take_turns({trial.name: partial(trial.run, 0.0) for trial in trials}, range(WARMUPS))
     usable = [trial for trial in trials if trial.name not in failed]
     each_s = seconds / (ROUNDS * max(1, len(usable)))
-    # One that has warmed up may still fail: it may find the memory taken by the next one.
+    # A candidate that has warmed up may still fail, if the next one has taken the memory.
     rates, late = take_turns({trial.name: partial(trial.run, each_s) for trial in usable}, _rounds(seconds, clock))
     failed |= late
     if not rates:

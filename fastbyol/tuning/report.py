@@ -51,7 +51,7 @@ def write_config(path: Path, text: str) -> None:
 
 
 def start_command(path: Path, *, ranks: int, out: str) -> str:
-    """Returns the command that starts a run of so many ranks from a config file; of more than a machine has GPUs, what to type on each machine."""
+    """Returns the command that starts a run of so many ranks from a config file; for more ranks than a machine has GPUs, what to type on each machine."""
     options = ["--config", str(path), "--out", out]
     here = max(part for part in range(1, GPUS_OF_A_MACHINE + 1) if ranks % part == 0)
     if here < ranks:
@@ -91,7 +91,7 @@ def _lines(values: Mapping[str, Any], notes: Mapping[str, str], *, prefix: str) 
             yield f"{indent}{key}:"
             yield from _lines(value, notes, prefix=f"{name}.")
             continue
-        # In a list, because a lone value would end with the mark of a document's end.
+        # Dumped in a list, because YAML ends a lone value with a document-end mark.
         text = f"{key}: {yaml.safe_dump([value], width=10**6, allow_unicode=True, default_flow_style=True).strip()[1:-1]}"
         yield f"{indent}{text}  # {printable(' '.join(notes[name].split()))}" if name in notes else f"{indent}{text}"
 

@@ -92,7 +92,7 @@ def tune_rank_batch(bench: Bench) -> tuple[Stepper, float]:
     """Returns the networks with the fastest of the largest batches that fit, and images per second."""
     largest, *smaller = fitting_batches(bench)[-3:][::-1]
     stepper = bench.stepper(largest)
-    # Each accumulates as many images per update as the largest has, or it would pay for the update more often.
+    # All accumulate as many images per update as the largest batch has, or smaller ones would pay for the update more often.
     batches = [largest, *(batch for batch in smaller if largest % batch == 0)]
     trials = [Trial(str(batch), stepper.with_batch(largest, rank_batch=batch).alone(bench.sample[0])) for batch in batches]
     comparison = bench.compare("step alone, rank_batch", trials)
@@ -119,7 +119,7 @@ def tune_compile(
     if reason := why_not(bench.process.device, seconds=bench.request.seconds):
         bench.found.notes["precision.compile_mode" if compiles and bench.keeps("precision.compile") else "precision.compile"] = reason
         return stepper, rate
-    # Each with the best so far, so that no more than two copies of the networks are in memory at once.
+    # Compare each with the best so far, so that no more than two copies of the networks are in memory at once.
     for variant in _ways_to_compile(bench, own):
         stepper, rate = _try_compiled(bench, stepper, variant, rate=rate)
     return stepper, rate

@@ -103,8 +103,8 @@ class Stepper:
     def _steps(self, batches: Iterator[ViewBatch], seconds: float) -> Pace:
         self.networks()
         timed, images = Timed(batches), 0
-        use_switches(self.config.precision)  # steppers of other switches take their turns between ours
-        # A GPU works behind the host: without waiting, the clock would miss the queued work, or count that of the candidate before.
+        use_switches(self.config.precision)  # steppers with other switches may have run in between
+        # A GPU works asynchronously: without waiting, the clock would miss the queued work, or count that of the candidate before.
         synchronize(self.process.device)
         start = time.perf_counter()
         while not images or time.perf_counter() - start < seconds:

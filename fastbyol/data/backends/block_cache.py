@@ -1,8 +1,8 @@
-"""A cache on local disk of blocks of the files in a store, with a limit on its size, which the processes of a machine share.
+"""A cache on local disk for blocks of files in a store. Its size is limited, and the processes of a machine share it.
 
-A block is the images that begin within 8 MiB of one file, as in a local traversal (`data/traversal.py`), and one file in the cache. It is
-read with one range request, its size and the CRC-32 of each of its images are compared with the tables of the conversion, and it gets its
-name when it is complete. If the cache is full, the block that is needed last leaves, and of those that are not needed any more the oldest.
+A block holds the images that begin within 8 MiB of one file, as in a local traversal (`data/traversal.py`), and is one file in the cache. It
+is read with one range request, its size and the CRC-32 of each of its images are compared with the tables of the conversion, and it gets its
+name when it is complete. A full cache first removes blocks that are not needed any more, oldest first, then the block needed latest.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ BLOCK_SUFFIX = ".block"
 _LOCKS = 64
 """Lock files of a data set: a block's number chooses its lock, so that two processes seldom wait for each other's blocks."""
 _ABANDONED_S = 3600.0
-"""Age from which an unfinished file is what a killed process left."""
+"""Age from which an unfinished file counts as left by a killed process."""
 _SLACK = 50
-"""A full cache is emptied by a 50th of its size at once, because finding what may leave reads the whole folder."""
+"""A full cache frees 1/50 of its size at once, because finding blocks to remove reads the whole folder."""
 
 
 class BlockCache:
@@ -88,7 +88,7 @@ class BlockCache:
         ]
 
     def require_room(self, *, window: int) -> None:
-        """Raises UserError if the cache is too small for a traversal. window: blocks that it mixes; 0: all at once, a random one."""
+        """Raises UserError if the cache is too small for a traversal. window: number of blocks that it mixes; 0: all of them (random)."""
         total, gib = int(self.bytes.sum()), 2.0**30
         limit = self.limit_bytes / gib
         if not window and total > self.limit_bytes:
@@ -96,7 +96,7 @@ class BlockCache:
                 f"data.traversal = 'random': reads all {total / gib:.3g} GiB in random order, and data.cache_gib = {limit:.3g} holds less; take "
                 "data.traversal local, which needs a part at a time, or a larger cache"
             )
-        # This window's blocks are all in use, and the next ones have to come meanwhile.
+        # All blocks of the current window are in use, and those of the next one must arrive meanwhile.
         needed = int(np.sort(self.bytes)[::-1][: 2 * window].sum()) if window else total
         if needed > self.limit_bytes:
             raise UserError(
@@ -110,7 +110,7 @@ class BlockCache:
             )
 
     def holds(self, block: int) -> bool:
-        """Returns True if the block is in the cache, whole."""
+        """Returns True if the cache has the whole block."""
         try:
             return self._path(block).stat().st_size == self.bytes[block]
         except FileNotFoundError:
@@ -128,15 +128,15 @@ class BlockCache:
         return self._fetched_in_need(block)[start:end]
 
     def drop(self, block: int) -> None:
-        """Removes a block, whose bytes have changed on the disk."""
+        """Removes a block whose bytes have changed on the disk."""
         self._path(block).unlink(missing_ok=True)
 
     def claim(self, block: int) -> Path | None:
-        """Makes room for a block and returns the unfinished file that keeps it; None if all that is there is needed sooner."""
+        """Makes room for a block and returns the unfinished file that reserves it; None if all cached blocks are needed sooner."""
         return self._claim(block, in_need=False)
 
     def fetch(self, block: int, unfinished: Path) -> None:
-        """Reads a block from the store into the file that `claim` returned, asking once, and names it."""
+        """Reads a block from the store, without retries, into the file that `claim` returned, and gives it its final name."""
         with self._locked(f"{block % _LOCKS:02d}"):
             if self.holds(block):
                 unfinished.unlink(missing_ok=True)
@@ -158,8 +158,8 @@ class BlockCache:
         return data if len(data) == end - start else None
 
     def _fetched_in_need(self, block: int) -> bytes:
-        """Returns a block that a batch waits for, asking the store again while it is in trouble."""
-        # One thread at a time: the others would meet the same trouble, and say so too.
+        """Returns a block that a batch waits for; retries while the store has trouble. Raises Lost if it does not recover."""
+        # One thread at a time: the others would meet the same trouble, and report it too.
         with self._one_in_need:
             if self._lost is not None:
                 raise self._lost
@@ -169,7 +169,7 @@ class BlockCache:
                 try:
                     data = retried(lambda: self._from_store(block), str(self._files[self._file[block]]))
                 except Lost as error:
-                    self._lost = Lost(f"{error} from the last checkpoint")  # which ends with 'the same command continues'
+                    self._lost = Lost(f"{error} from the last checkpoint")  # completes retried's text 'the same command continues'
                     raise self._lost from None
                 unfinished = self._claim(block, in_need=True)
                 assert unfinished is not None
@@ -211,7 +211,7 @@ class BlockCache:
         unfinished = self._folder / f"{block:08d}{UNFINISHED}{os.getpid()}-{threading.get_ident()}"
         account = self._root / "bytes"
         with _disk_errors(self._root), self._locked("room"):
-            # Counted in a file that all processes share. What it says is checked against the folder whenever that is read.
+            # All processes share a file with the bytes in use. It is corrected whenever the folder itself is read.
             try:
                 used = int(account.read_text())
             except (FileNotFoundError, ValueError):
@@ -226,9 +226,9 @@ class BlockCache:
         return unfinished if fits else None
 
     def _make_room(self, block: int, size: int, *, in_need: bool) -> int:
-        """Removes blocks until this one fits, those first that are needed last; returns the bytes that stay.
+        """Removes blocks, those needed latest first, until this one fits; returns the bytes that remain.
 
-        Only blocks that are needed later than this one leave, except for one in need, for which any may.
+        Only blocks that are needed later than this one are removed; for a block in need, any may be.
         """
         uses = np.full(len(self.bytes), np.inf) if self.next_use is None else self.next_use(in_need)
         needed = -1.0 if in_need else float(uses[block])
@@ -272,7 +272,7 @@ class CachedFile:
         return self._cache.read(self._block(offset), offset, size)
 
     def read_again(self, offset: int, size: int) -> bytes:
-        """Returns the bytes as the store has them: what the cache holds has changed."""
+        """Fetches the block anew, because the cached bytes have changed, and returns the bytes."""
         block = self._block(offset)
         self._cache.drop(block)
         return self._cache.read(block, offset, size)
@@ -297,7 +297,7 @@ def _kept_files(root: Path) -> Iterator[tuple[Path, int, float]]:
                 continue
             try:
                 facts = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:  # it has just got its name, or left
+            except FileNotFoundError:  # it was just renamed or removed
                 continue
             if not is_block and now - facts.st_mtime > _ABANDONED_S:
                 Path(entry.path).unlink(missing_ok=True)
@@ -307,7 +307,7 @@ def _kept_files(root: Path) -> Iterator[tuple[Path, int, float]]:
 
 @contextmanager
 def _disk_errors(root: Path) -> Iterator[None]:
-    """Turns an error of the cache's disk into a UserError, which `retried` does not take for the store's."""
+    """Turns an error of the cache's disk into a UserError, so that `retried` does not take it for an error of the store."""
     try:
         yield
     except OSError as error:

@@ -139,7 +139,7 @@ def _opened(folder: Path, names: list[str]) -> list[RangeReader]:
 
 
 def built_pipeline(graph: Callable[[], list[Any]], **options: Any) -> Any:
-    """Returns DALI's pipeline of the graph that the function draws; it returns the outputs. device_id: None means no GPU."""
+    """Builds the DALI pipeline whose graph `graph` defines and whose outputs it returns. options: those of Pipeline; device_id None: no GPU."""
     from nvidia.dali import Pipeline
 
     pipeline = Pipeline(prefetch_queue_depth=1, **options)
@@ -150,7 +150,7 @@ def built_pipeline(graph: Callable[[], list[Any]], **options: Any) -> Any:
 
 
 def decoded_jpeg(*, on_gpu: bool) -> Any:
-    """Returns a graph's images, decoded from what is fed as 'jpeg', with the settings that come closest to Pillow's."""
+    """Returns the graph's decoded images of its input 'jpeg', with the settings that come closest to Pillow's."""
     from nvidia.dali import fn, types
 
     names: Any = types  # DALI's stubs lack the names that its C++ part adds

@@ -85,7 +85,7 @@ class FolderSource(Source):
     def _bytes_or_none(self, index: int) -> bytes | None:
         try:
             return self._listing.location(index).read()
-        except OSError:  # whoever decodes the image names it
+        except OSError:  # decoding it raises an error that names it
             return None
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:

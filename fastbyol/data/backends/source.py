@@ -25,7 +25,7 @@ Indices = NDArray[np.int64]
 READ_AHEAD_BYTES = 1 << 20
 """Bytes that read-ahead fetches per system call."""
 _COMPARED = 256
-"""Images of which ranks compare the bytes where no table has their digests."""
+"""Number of images whose bytes ranks compare if no table has their digests."""
 
 
 class DamagedImage(UserError):
@@ -135,7 +135,7 @@ class RangeReader:
         return data
 
     def read_again(self, offset: int, size: int) -> bytes:
-        """Returns the bytes, which are not those of the conversion, once more: for the cache of a store, see `CachedFile`."""
+        """Reads bytes again that differ from those of the conversion; helps only with the cache of a store, see `CachedFile`."""
         return self.read(offset, size)
 
     def read_ahead(self, start: int, end: int) -> None:

@@ -138,15 +138,15 @@ class StoreTables:
                 samples = read_manifest(self.path / TAR_MANIFEST).num_samples
             if self._lacks_table(refused):
                 table = self._place / SAMPLE_TABLE
-                # One byte more than a table has is enough for its reader to see that it is another file.
+                # One byte more than the largest table is enough for its reader to see that this is another file.
                 self._write(self._table, _pieces(table, 0, min(table.stat().size, largest_sample_table(samples) + 1)))
 
     def _copy_beton(self, refused: Stamp | None) -> None:
         name = self._place.local_name
         manifest, status = b"", self._place.stat()
-        with suppress(UserError):  # a .beton without a manifest: its reader says what it lacks then
+        with suppress(UserError):  # a .beton without a manifest: its reader warns of that
             manifest = _head(self._place.with_name(f"{name}.json"), MAX_MANIFEST_BYTES + 1)
-        # What tells this file from another that takes its place later: all that the store says, and the beginning of its table.
+        # A file that replaces this one later differs in what the store says about it, or in the beginning of its table.
         self._folder = self._folder_for(repr(tuple(status)).encode(), self._place.read(0, min(status.size, 1 << 16)), manifest)
         self.path = self._folder / name
         with self._copying():
@@ -161,7 +161,7 @@ class StoreTables:
                 flush_to_disk(self._folder)
 
     def _folder_for(self, *facts: bytes) -> Path:
-        """Returns the folder of data that these bytes tell from all other data at this URL."""
+        """Returns the folder for the tables of this URL's data; `facts` distinguish the data from earlier or later ones at the same URL."""
         digest = hashlib.sha256(json.dumps([str(self._place), MIN_PAGE_BYTES]).encode())
         for fact in facts:
             digest.update(hashlib.sha256(fact).digest())

@@ -23,7 +23,7 @@ After a kill, Ctrl-C or a full disk, the same command (without --restart) contin
 
 
 def add_conversion_arguments(parser: ArgumentParser) -> None:
-    """Adds the options that every format has. Which images is asked for later, since merging parts can do without."""
+    """Adds the options that every format has. That images are given is checked later, because merging parts needs none."""
     add_input_arguments(parser, required=False)
     work = parser.add_argument_group("the work")
     work.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read and check images (default: one per core)")
@@ -72,7 +72,7 @@ def conversion_options(arguments: Namespace, *, raw_fraction: float = 0.0) -> Co
 
 
 def print_outcome(out: Path, manifest: Manifest, report: Path, *, place: Callable[[Path], Place] = lambda path: path) -> None:
-    """Prints the table of the report and a summary line. place: gives where a file of this machine will be, if that is at a URL."""
+    """Prints the table of the report and a summary line. place: returns the URL to which a local file is uploaded, or the path itself."""
     say(*report_table(report_summary(report)).split("\n"))
     size = sum(shard.bytes for shard in manifest.shards)
     classes = f"of {len(manifest.class_names):,} classes" if manifest.class_names else "without labels"

@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 
 def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subprocess.Popen[bytes], Connection, Connection]:
-    """Starts a worker process; returns it with our ends of its pipes: of jobs, and of results, which ends when the process does.
+    """Starts a worker process; returns it with our ends of two pipes: one for jobs, and one for results, which closes when the process ends.
 
     Its messages go to `stderr`, because all workers may print the same.
 
@@ -70,7 +70,7 @@ def start_worker(settings: EncodeSettings, *, stderr: IO[bytes]) -> tuple[subpro
 
 
 def _originals(chunk: list[Job]) -> Iterator[bytes | DroppedImage]:
-    """Yields the bytes of each image; of images at URLs many are fetched at a time."""
+    """Yields the bytes of each image; images at URLs are fetched many at a time."""
     locations = [location for _, location in chunk]
     at_urls = any(isinstance(location.path, StorePath) for location in locations)
     return at_once(read_original, locations) if at_urls else map(read_original, locations)

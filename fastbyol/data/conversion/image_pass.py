@@ -71,7 +71,7 @@ def convert_images(task: Task, output: Output, work: WorkFolder, *, stop: Deferr
             remaining = task.order[work.done :]
             estimate = estimate_conversion(pool, remaining, task.sizes, job=task.job, bytes_per_image=output.bytes_per_image)
             share = len(estimate.dropped) / estimate.sampled
-            # Better now than after hours: most of the sample cannot be kept, and so many may not be dropped.
+            # Fail now rather than after hours: most of the sample cannot be kept, which is more than may be dropped.
             if not task.options.strict and share > 0.5 and share * estimate.images > task.options.dropped_allowed(total):
                 raise UserError(
                     f"{task.listing.root}: {len(estimate.dropped)} of a sample of {estimate.sampled} images cannot be kept, the first "

@@ -1,5 +1,5 @@
-"""Conversion to tar shards on a cluster of Ray: each part is a task, and the merge is the last task. The result is that of the same parts
-from one machine, byte for byte. Where a task runs, and that it runs again when its node is lost, is Ray's business; a part that runs again
+"""Conversion to tar shards on a cluster of Ray: each part is a task, and the merge is the last task. The result is byte for byte
+that of the same parts from one machine. Ray decides where a task runs, and runs it again if its node is lost; a part that runs again
 continues from its last saved point.
 """
 
@@ -27,9 +27,9 @@ from fastbyol.ranks.parts import Part
 from fastbyol.ranks.ray_cluster import on_this_node, ray_cluster, warn_if_none_fits
 
 DEFAULT_PARTS = 64
-"""Not the number of cores: the parts are in the shards' names, and a command that continues on another cluster must find its own."""
+"""Does not depend on the cores: the number is in the shards' names, by which a command that continues on another cluster finds its parts."""
 PATIENCE_S = 120.0
-"""Longest wait for the process of a node that Ray has given up: it may go on for a moment, and holds its part's lock until it ends."""
+"""Longest wait for a part's lock: a process on a node that Ray has given up may run on for a moment and holds the lock until it ends."""
 
 
 def write_tar_shards_on_ray(
@@ -67,7 +67,7 @@ def write_tar_shards_on_ray(
         raise UserError(f"{out}: holds a complete data set already; give another --out, or remove it first")
     with deferred_stop(), ray_cluster() as ray, disk_errors(out), _mark(out) as mark, Progress(out.name, parts, unit="parts") as progress:
         done = []
-        if not merged:  # else only the last step of a merge is missing
+        if not merged:  # otherwise only the last step of an earlier merge is missing
             warn_if_none_fits(ray, cpus=cpus)
             listing = ray.put(as_listing(data).with_absolute_paths())
             convert = ray.remote(_convert_part).options(num_cpus=cpus)
@@ -82,14 +82,14 @@ def write_tar_shards_on_ray(
         waiting = done
         while waiting:
             finished, waiting = ray.wait(waiting)
-            ray.get(finished)  # raises here what a part raised, before the others are done
+            ray.get(finished)  # raises a part's error at once, before the other parts are done
             progress.advance(len(finished))
         return ray.get(last)
 
 
 @contextmanager
 def _mark(out: Path) -> Iterator[Path]:
-    """Makes `out` and yields a new file in it, by which a node sees whether its folder of that name is this one."""
+    """Makes `out` and yields a new file in it, by which a node can tell whether its folder of that name is the same folder."""
     out.mkdir(exist_ok=True)
     mark = out / f".seen-by-{uuid.uuid4().hex}"
     mark.touch()

@@ -20,7 +20,7 @@ from fastbyol.host.store_path import Place, StorePath
 from fastbyol.host.stores import Absent, retried
 
 Make = Callable[[Path, Callable[[Path], Place]], None]
-"""Makes the output at a path of this machine; gets a function that gives where each of its files will be."""
+"""Makes the output at a local path. Its second argument returns the URL to which each local file will be uploaded."""
 
 
 def convert_to_store(out: StorePath, make: Make, *, settings: Mapping[str, Any], part: str, overwrite: str, unfinished: str) -> None:
@@ -30,7 +30,7 @@ def convert_to_store(out: StorePath, make: Make, *, settings: Mapping[str, Any],
         out: file or folder to write.
         make: makes it.
         settings: everything that the output depends on.
-        part: what of a folder that several commands share is made: the part's name, or 'merge'; else ''.
+        part: what this command makes of a folder that several commands share: the name of its part, or 'merge'; else ''.
         overwrite: 'refuse' or 'replace' an existing .beton.
         unfinished: 'continue' an earlier command's work, or 'restart' without it.
 
@@ -40,7 +40,7 @@ def convert_to_store(out: StorePath, make: Make, *, settings: Mapping[str, Any],
     """
     with StagedOutput(out, settings=settings, part=part, unfinished=unfinished) as staged:
         described = _parts_at(out) if part == "merge" else []
-        if not staged.is_made and not part and _is_complete(staged.path):  # its command ended before it could say so
+        if not staged.is_made and not part and _is_complete(staged.path):  # an earlier command ended before it called `made`
             shutil.rmtree(work_path(staged.path), ignore_errors=True)
             staged.made()
         if staged.is_made:
@@ -59,12 +59,12 @@ def convert_to_store(out: StorePath, make: Make, *, settings: Mapping[str, Any],
 
 
 def _is_complete(path: Path) -> bool:
-    """Returns True if a .beton or a folder of shards has got its name, which it does once everything is in it."""
+    """Returns True if a .beton or a folder of shards has its final name, which it gets once everything is in it."""
     return path.is_file() if path.suffix == ".beton" else (path / TAR_MANIFEST).is_file()
 
 
 def _remove_other_shards(out: StorePath, made: Path, *, part: str) -> None:
-    """Removes a part's shards of an earlier conversion from the store, and first the description of that."""
+    """Removes the shards of an earlier conversion of this part from the store, its description first."""
     if not out.is_dir():
         return
     there = {file.name for file in out.children()[0]}
@@ -109,7 +109,7 @@ def _fetch_parts(described: list[StorePath], folder: Path) -> None:
 
 
 def _place_in_order(path: Path) -> int:
-    """Returns 0 for data and what belongs to it, and a larger number for what says that the rest is there: descriptions, manifest, .beton."""
+    """Returns a file's place in the upload: 0 for data, and larger for a file whose presence means that the rest is there."""
     if path.suffix == ".beton":
         return 2
     return int(path.name in (TAR_MANIFEST,) or bool(re.fullmatch(r"part-\d+-of-\d+\.json", path.name)))

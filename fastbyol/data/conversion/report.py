@@ -33,7 +33,7 @@ _COUNTED = {Outcome.PASSED: "passed through", Outcome.RESIZED: "resized", Outcom
 
 
 def write_report(path: Path, task: Task, rows: NDArray[np.void], touched: TouchedImages) -> None:
-    """Writes the report. Raises UserError if too many images were dropped, or all of a class; all is kept for a run that allows it.
+    """Writes the report. Raises UserError if too many images were dropped, or all of a class; the work is kept for a run that allows it.
 
     Args:
         path: path of the report.

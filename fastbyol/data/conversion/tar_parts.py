@@ -97,7 +97,7 @@ def write_tar_part(
                     shards=output.finish(rows),
                 )
                 write_durably(folder / description.name, json.dumps(asdict(done)))
-                # While the folder is locked: the process that takes the place of one that was given up may be waiting for it.
+                # Before the lock is released: a process that replaces one given up by Ray may be waiting for it.
                 _put_part_in_place(folder, description)
                 work.discard()
         else:
@@ -127,7 +127,7 @@ def _put_part_in_place(folder: Path, description: Path) -> None:
     out, new = description.parent, folder / description.name
     if not new.exists():  # it is moved last
         return
-    # An earlier description would belong to none of the shards from here on.
+    # Remove an earlier description first: from here on it would not match the shards.
     description.unlink(missing_ok=True)
     flush_to_disk(out)
     tars = {shard.name for shard in _read_part(new).shards}
@@ -175,7 +175,7 @@ def merge_tar_parts(
         tables = [_read_table(part, one) for part, one in zip(parts, done, strict=True)]
         first = 0
         for table, one in zip(tables, done, strict=True):
-            table.rows["shard"] += np.uint32(first)  # the numbers of the shards count on from part to part
+            table.rows["shard"] += np.uint32(first)  # shard numbers continue from part to part
             first += len(one.shards)
         rows = np.concatenate([table.rows for table in tables])
         order, num_images = np.argsort(rows["index"]), done[0].num_images
@@ -310,7 +310,7 @@ def _first_change(before: dict[str, Any], now: dict[str, Any]) -> str:
 def _require_shards(parts: list[Path], done: list[_Done], *, place: Callable[[Path], Place]) -> None:
     """Raises UserError if a shard or its index is missing, or a shard has another size than its part's description says.
 
-    After the merge nothing could be converted again alone.
+    Checked before the merge, after which no single part can be converted again.
     """
     shards = [(part, part.with_name(shard.name), shard.bytes) for part, one in zip(parts, done, strict=True) for shard in one.shards]
     sizes = at_once(_size_of, [place(tar) for _, tar, _ in shards])

@@ -178,7 +178,7 @@ _OTHER_FIELDS_SUM = sum(_HEADER) - sum(_HEADER[_SIZE_AT : _SIZE_AT + 11]) - sum(
 
 
 def _index_line(index: int, offset: int, size: int) -> str:
-    """Returns a sample's line in the DALI index: the location of its three members. DALI requires their names, unlike its documentation says."""
+    """Returns a sample's line in the DALI index: the location of its three members. Contrary to its documentation, DALI requires their names."""
     cls = offset + _padded(size) + _BLOCK
     places = (("jpg", offset, size), ("cls", cls, 8), ("idx", cls + 2 * _BLOCK, 8))
     return " ".join(f"{extension} {at} {length} {index:08d}.{extension}" for extension, at, length in places)

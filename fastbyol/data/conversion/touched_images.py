@@ -37,7 +37,7 @@ class TouchedImages:
         """Reads all notes once, to count them and to find out their order.
 
         Args:
-            files: the way out, for messages, if a file is damaged; by the file's path.
+            files: path of each file, and the advice that the error for a damaged one gives.
             images: number of images in the listing.
 
         Raises:

@@ -158,7 +158,7 @@ class WorkFolder:
         write_durably(self.path / _JOURNAL, json.dumps(entry))
 
     def _load(self, identity: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Returns the number of finished images and the notes of the earlier run, if there is one that made the same.
+        """Returns the number of finished images and the notes of the earlier run; 0 and {} without one. UserError if its identity differs.
 
         Cuts every file to its length in the journal and removes files that are not in it.
         """
@@ -303,7 +303,7 @@ def put_in_place(new: Path, out: Path) -> None:
     If the work folder is inside `out`, the files are moved one by one into `out`.
     """
     if new.is_dir() and new.parent.parent == out:
-        # The new name says to `require_free_name` that all is written and the moves only have to go on.
+        # The new name tells `require_free_name` that everything is written and only moves remain.
         os.replace(new, new.with_name(_COMPLETE))
         flush_to_disk(new.parent)
         _empty_into(new.with_name(_COMPLETE), out)

@@ -1,4 +1,4 @@
-"""The scenes once more, as the paper's dense tasks expect their data: Pascal VOC's layout, and pairs of image and depth as of NYU v2.
+"""Writes the scenes in the layouts that the paper's dense tasks expect: Pascal VOC's, and pairs of image and depth as in NYU v2.
 
     voc/JPEGImages/<id>.jpg             voc/Annotations/<id>.xml: box and class of each object, corners inclusive and counted from 1
     voc/SegmentationClass/<id>.png      palette image: 0 background, else the class's number in voc/classes.txt, counted from 1

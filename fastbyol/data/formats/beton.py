@@ -119,7 +119,7 @@ def read_beton(path: Path) -> Beton:
 
 
 def copy_tables(read: Callable[[int, int], Iterator[bytes]], file_bytes: int, path: Path) -> None:
-    """Writes a sparse file of a .beton's size with its tables in their places, and holes for the images: `read_beton` reads it like the whole.
+    """Writes a sparse file of a .beton's size with its tables in their places, and holes for the images: `read_beton` accepts it as it does the original.
 
     read: yields the bytes [start, end) of the file in pieces. Tables that lie outside the file are left out; `read_beton` then says so.
     """
@@ -154,7 +154,7 @@ def copy_tables(read: Callable[[int, int], Iterator[bytes]], file_bytes: int, pa
 
 def _refuse_impossible_values(path: Path, beton: Beton, *, end: int) -> None:
     """Raises UserError that names the first image with values that no image can have: decoders would trust them. end: of the images' bytes."""
-    # Of a shared table too: it is a file like any other.
+    # Checked for a shared table too, which is a file that could be altered like any other.
     refuse_impossible_sizes(path, beton.height, beton.width)
     for piece in row_pieces(len(beton.label)):
         mode, height, width, offset, size, label = (

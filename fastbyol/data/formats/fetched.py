@@ -20,7 +20,7 @@ def is_converted_url(place: StorePath) -> bool:
 def fetched_data(place: StorePath, *, damaged: str = "refuse") -> Path:
     """Returns the path of a copy of a .beton or of a folder of tar shards, whose files have the digests of its manifest.
 
-    What is there already is not fetched again while the store has the same. damaged: 'refuse', or 'keep' copies files as they are, for
+    A file that was fetched before is used again while the store has the same one. damaged: 'refuse', or 'keep' copies files as they are, for
     `verify`, which names all faults. Raises UserError if a file is missing or damaged, and Lost if the store does not answer.
     """
     if place.suffix != ".beton":

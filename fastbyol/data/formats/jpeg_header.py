@@ -11,8 +11,8 @@ from PIL import Image
 MAX_SIDE_PX = 65_500
 """libjpeg's largest height and width (a .beton could hold 65,535)."""
 MAX_SCANS = 100
-"""Most scans that are decoded. A progressive JPEG has about ten, one with separate colours three, each a pass over all pixels; half a
-megabyte with thousands takes hours."""
+"""Largest number of scans that is decoded; each is a pass over all pixels. A progressive JPEG has about ten, one with separate colours
+three; half a megabyte with thousands of scans takes hours."""
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
@@ -77,7 +77,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def jpeg_complaint(data: bytes, *, height: int, width: int) -> str:
-    """Returns what speaks against decoding a JPEG whose table says it has this size, or '': another size, or endless work."""
+    """Returns why a JPEG that should have this size must not be decoded (no JPEG, another size, too many scans), or ''."""
     header = read_jpeg_header(data)
     if header is None:
         return "it is not a JPEG, or is cut off in its header"
@@ -87,7 +87,7 @@ def jpeg_complaint(data: bytes, *, height: int, width: int) -> str:
 
 
 def scans_complaint(header: JpegHeader | None) -> str:
-    """Returns 'it has N scans …' for a JPEG of more than MAX_SCANS, else ''. What stands in its metadata does not count."""
+    """Returns 'it has N scans …' for a JPEG of more than MAX_SCANS, else ''. Scan markers inside its metadata do not count."""
     if header is None or header.scans <= MAX_SCANS:
         return ""
     return f"it has {header.scans:,} scans, more than the {MAX_SCANS} that are decoded"

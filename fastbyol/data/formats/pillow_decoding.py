@@ -153,7 +153,7 @@ def _as_8_bits(values: NDArray[Any], limits: PixelRange) -> NDArray[np.uint8]:
             span = int(white) - int(black) + 1
             scaled = (some.astype(np.int64) - int(black)) * 256 // span
         else:
-            with np.errstate(all="ignore"):  # of what is no number
+            with np.errstate(all="ignore"):  # floats may be NaN or infinite
                 share = (some.astype(np.float64) - black) / (white - black or 1.0)
             scaled = np.rint(255 * np.nan_to_num(share, nan=0.0, posinf=1.0, neginf=0.0))
         levels[first : first + len(some)] = scaled.clip(0, 255)

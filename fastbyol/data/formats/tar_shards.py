@@ -28,7 +28,7 @@ INDEX_VERSION = "v1.2"
 PARTS = "part-*-of-*.json"
 """Files that describe the parts of several machines, until `to_dali.py --merge` removes them."""
 PART_FILES = (PARTS, "part-*-of-*.npz", "part-*-of-*.jsonl")
-"""These, their tables of images, and their notes on images."""
+"""Patterns of all files of the parts: descriptions, tables of images, and notes on images."""
 _MAX_HEADER_BYTES = 1 << 16
 
 
@@ -43,7 +43,7 @@ def shard_name(number: int, *, part: str = "") -> str:
 
 
 def is_shard_folder(path: Path) -> bool:
-    """Returns True if the folder holds our converted shards, also with some of their files missing: whoever reads them says which."""
+    """Returns True if the folder holds our converted shards, even if some of their files are missing: the reader reports which."""
     return (path / TAR_MANIFEST).exists() or (path / SAMPLE_TABLE).exists() or any(path.glob(PARTS)) or any(path.glob("shard-*.idx"))
 
 

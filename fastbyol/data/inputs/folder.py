@@ -136,7 +136,7 @@ def _class_names(root: Place, *, required: bool = True) -> tuple[str, ...]:
         folders = root.children()[1] if isinstance(root, StorePath) else sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
-    # A name that is skipped silently elsewhere is an error below if it holds a line break.
+    # Folders with a line break in the name are kept here, so that the check below raises an error for them.
     names = [name for name in folders if has_line_break(name) or not why_not_a_folder(name)]
     if not names and required:
         raise UserError(f"{root}: has no sub-folders, which --labels folders takes as classes; give --labels none, or a file of labels")

@@ -30,8 +30,8 @@ CONVERTERS_OPTION = "--labels"
 TRAINING_OPTION = "--data.labels"
 PYTHON_OPTION = "DataConfig.labels"
 NO_OPTION = "python -m fastbyol convert --labels"
-"""How labels are given where messages about them are read: to the converters and `embed`, to train.py, from Python, and beside commands that
-have no such option, by converting the images first.
+"""How a user gives labels, for messages: to the converters and `embed`, to train.py, from Python, and, for commands without such an option,
+by converting the images first.
 """
 INPUTS = """\
 inputs:
@@ -140,7 +140,7 @@ def list_images(
             without images and renumbers the others.
         splits: 'refuse' raises an error for folders such as train/ and val/; 'classes' accepts them as classes.
         option: name of the option behind `data`, for error messages.
-        label_option: how labels are given in what the user typed, for messages and notes.
+        label_option: how the typed command gives labels, for messages and notes.
 
     Raises:
         UserError: something is missing, damaged, ambiguous or inconsistent.
@@ -163,7 +163,7 @@ def list_images(
 
 
 def worded_for(label_option: str, text: str) -> str:
-    """Returns the text, which names the converters' options on labels, with those of the command that was typed."""
+    """Returns the text with the converters' label options in it replaced by those of the command that was typed."""
     before = label_option.removesuffix("labels")
     spelled = {"labels": "labels", "label-column": "label_column", "path-column": "path_column"}
     if label_option in (CONVERTERS_OPTION, NO_OPTION):
@@ -271,7 +271,7 @@ def join_listings(listings: list[ImageListing]) -> ImageListing:
                 names[top + name] = label_of[listing.class_names[label]] if label >= 0 else -1
                 kept.append((number, index))
     places = None
-    # The root of listings at URLs is no folder from which their images could be found.
+    # The common root is a local path, from which images at URLs could not be found.
     if any(listing.places is not None or isinstance(listing.root, StorePath) for listing in listings):
         places = Places.of_locations([listings[number].location(index) for number, index in kept])
     notes = tuple(note for listing in listings for note in listing.notes)

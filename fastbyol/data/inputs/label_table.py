@@ -212,7 +212,7 @@ class _Columns:
         self.label_at = self._find_labels(header) if label_at is None else label_at
         if self.name_at == self.label_at:
             raise UserError(f"{path}: {self._seen()}: names and classes cannot be the same column; give --path-column and --label-column")
-        if header is None:  # of unknown words; it is one, unless its class also occurs in another row
+        if header is None:  # unknown words: a header, unless its class also occurs in another row
             at = self.label_at
             header = not any(len(row) > at and row[at].strip() == self.first[at].strip() for _, row in rows[1:])
         self.header = header

@@ -51,7 +51,7 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 
 def stamp_at(place: Place) -> Stamp:
-    """Returns the stamp of a file; of one at a URL, its size and a number for the version that the store tells. Raises OSError or UserError."""
+    """Returns the stamp of a file; for a file at a URL, its size and a number for the version that the store reports. Raises OSError or UserError."""
     if isinstance(place, StorePath):
         size, version = place.stat()
         return size, version
@@ -59,7 +59,7 @@ def stamp_at(place: Place) -> Stamp:
 
 
 def may_be_known(place: Place, stamp: Stamp) -> bool:
-    """Returns False for a file at a URL of which the stamp is only its size: what was found out about it earlier could be out of date."""
+    """Returns False for a file at a URL whose stamp is only its size: earlier results about it could be out of date."""
     return bool(stamp[1]) or not isinstance(place, StorePath)
 
 
@@ -180,14 +180,14 @@ class ImageListing:
     notes: tuple[str, ...] = ()
     """Messages on how the input was interpreted, to be shown to the user before work starts."""
     sizes: array[int] | None = field(default=None, repr=False)
-    """Bytes of each image that is a file of its own in a store, which tells them with the names; None elsewhere."""
+    """Size in bytes of each image, if the images are files of their own in a store, which lists sizes with names; None otherwise."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", PackedNames.of(self.files))
 
     @property
     def names(self) -> PackedNames:
-        """The `files`, as what they are."""
+        """The `files` with their real type."""
         assert isinstance(self.files, PackedNames)
         return self.files
 
@@ -225,7 +225,7 @@ class ImageListing:
         return self.taken(chosen, np.array(self.labels, dtype=np.int32))
 
     def taken(self, chosen: NDArray[np.int64], labels: NDArray[np.int32]) -> ImageListing:
-        """Returns the images at these positions, in this order. labels: (N,) of all images here, in place of theirs."""
+        """Returns the images at these positions, in this order. labels: (N,) new labels of all images of this listing."""
         return replace(
             self,
             files=self.names.take(chosen),
@@ -235,7 +235,7 @@ class ImageListing:
         )
 
     def require_unchanged(self) -> None:
-        """Raises UserError if a file at a URL that holds many images is another than when it was listed."""
+        """Raises UserError if a file at a URL that holds many images has changed since it was listed."""
         for place, stamp in zip(self.places.containers, self.places.stamps, strict=True) if self.places is not None else ():
             if isinstance(place, StorePath) and stamp_at(place) != stamp:
                 raise UserError(f"{place}: has changed since it was listed; repeat the command with --restart")
@@ -274,12 +274,12 @@ def in_sample_order(found: ImageListing, labels: Sequence[int | None] | NDArray[
 
 
 def _changes(values: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Returns True for each value that differs from the one before it; for the first."""
+    """Returns (N,) bool: True for the first value and for each one that differs from the value before it."""
     return np.concatenate([np.ones(min(1, len(values)), dtype=np.bool_), values[1:] != values[:-1]])
 
 
 def _sort_names_within(order: NDArray[np.int64], names: PackedNames, *, group_starts: NDArray[np.bool_]) -> None:
-    """Sorts the indices of `order`, in place, by name within each group; small groups together, so that as many groups as images cost no more."""
+    """Sorts the indices of `order`, in place, by name within each group. Small groups are sorted together, so that many groups cost no more."""
     starts = np.append(np.flatnonzero(group_starts), len(order))
     first = 0
     while first < len(starts) - 1:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 _AT_ONCE, _BYTES_AT_ONCE = 4096, 1 << 24
 """Names that are decoded or packed together, and bytes that are searched together."""
 _WIDEST = 64
-"""Most bytes in which sorted names may differ for numpy to sort them; it pads all to the longest."""
+"""Longest part after the common beginning, in bytes, for which numpy sorts the names: it pads all names to the longest."""
 
 
 class PackedNames(Sequence[str]):
@@ -121,7 +121,7 @@ class PackedNames(Sequence[str]):
             piece = slice(first, first + _AT_ONCE)
             length, start = lengths[piece], starts[indices[piece]]
             before = int(ends[first - 1]) if first else 0
-            # Byte b of a name lies b bytes after its start: the offset of the whole piece's byte, shifted by where its name starts.
+            # A byte's place in the old block is its place in this piece plus a shift that is the same for all bytes of a name.
             shift = start - (ends[piece] - length - before)
             block[before : int(ends[piece][-1])] = self._block[np.arange(int(length.sum())) + np.repeat(shift, length)]
         return PackedNames(block, ends)

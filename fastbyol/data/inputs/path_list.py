@@ -55,16 +55,16 @@ class _Listed:
     first: str
     """The first path as it is written."""
     places: PackedNames
-    """The absolute paths; of URLs without the store's name."""
+    """The absolute paths; for URLs, without the store's name."""
     folder: str
-    """The deepest folder that holds all of them, as the paths begin."""
+    """The deepest folder that holds all of them, as text with which every path begins."""
     root: Place
-    """The same folder."""
+    """The same folder as a `Place`."""
     label: array[int]
     """Number of each file's label in `labels`."""
     labels: list[str]
     sizes: array[int] | None = None
-    """Bytes of each file at a URL; None for files of this machine, which are asked for theirs when they are used."""
+    """Bytes of each file at a URL; None for local files, whose sizes are read when they are used."""
     how: str = ""
     """How the list was read, for a note."""
 
@@ -228,7 +228,7 @@ def _csv_rows(path: Place, text: str, delimiter: str) -> Iterator[tuple[int, lis
 def _is_there(path: Place, cell: str) -> bool:
     if not cell:
         return False
-    # A file at a URL is asked for with all the others.
+    # Whether files at URLs exist is checked later, for all at once.
     return is_url(cell) or ((path.parent / cell).is_file() if isinstance(path, StorePath) else os.path.isfile(path.parent / cell))
 
 

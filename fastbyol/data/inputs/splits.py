@@ -35,7 +35,7 @@ def refuse_splits(root: Place, class_names: Sequence[str], names: Iterable[str])
         while folder:
             folder, _, last = folder.rpartition("/")
             if last in (inside := below.setdefault(folder, set())):
-                break  # and so are the folders above it
+                break  # the folders above it are known too
             inside.add(last)
     for folder, found in sorted(below.items()):
         splits = sorted(name for name in found if is_split(name))
@@ -64,7 +64,7 @@ def _word(name: str) -> str:
 
 
 def _alike_but_for_the_split(names: Iterable[str]) -> list[str]:
-    """Returns names such as 'birds_train' and 'birds_val', or '1-train' and '2-test'; [] where no two go together like that."""
+    """Returns names such as 'birds_train' and 'birds_val', or '1-train' and '2-test'; [] if no two names differ only in the split."""
     words: dict[tuple[str, ...], dict[str, str]] = {}
     for name in sorted(names):
         parts = re.findall("[a-z]+", re.sub(r"\s", "", name.lower()))  # 'train station' is one word

@@ -27,9 +27,9 @@ _MOST_LINKS = 40
 _LABEL, _LONGEST_LABEL = ".cls", 100
 """Extension of WebDataset's member with a sample's label, and the most bytes of one that is read."""
 _NUMBER = ".idx"
-"""Extension of the member of our own shards with a sample's number, 8 bytes as its label. Its key is that number, which tells our shards."""
+"""Extension of the member of our own shards with a sample's number, 8 bytes as its label. Its key is that number, by which our shards are recognised."""
 _SHOWN = 200
-"""Characters of a name that is too long which are kept to be shown."""
+"""Number of characters that are kept, for messages, of a name that is too long."""
 _INT64 = struct.Struct("<q")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 

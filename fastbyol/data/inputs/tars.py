@@ -107,7 +107,7 @@ def list_tars(paths: Sequence[Place], *, labels: str, splits: str) -> ImageListi
 
 
 def _folders_above_classes(folders: Sequence[str]) -> str:
-    """Returns the folders, 'images/train/', that are the first ones of all these and leave each of them at least one."""
+    """Returns the longest common beginning of the folders, such as 'images/train/', after which each has at least one more level."""
     shared = PurePosixPath(os.path.commonpath(folders)).parts
     levels = min(folder.count("/") for folder in folders)
     return "".join(f"{folder}/" for folder in shared[:levels])
@@ -175,7 +175,7 @@ def in_class_order(texts: Collection[str]) -> list[str]:
 def read_tars(paths: Sequence[Place]) -> list[TarContent]:
     """Returns the content of each tar, from the index file if it has one and the tar has not changed since. Writes the index file.
 
-    A single tar of this machine has none: its headers are read in a moment. One at a URL is fetched to the last byte for them.
+    A single local tar has no index file: its headers are read in a moment. A tar at a URL has to be fetched whole to read them.
     """
     try:
         stamps = list(at_once(stamp_at, paths))
@@ -212,7 +212,7 @@ def _beside(paths: Sequence[Place]) -> Path | None:
 
 
 def _take_known(fresh: dict[Place, TarContent | None], known: Mapping[str, TarContent], stamp_of_path: Mapping[Place, Stamp]) -> None:
-    """Takes the contents that an index knows into `fresh`, in place of none or of those that are out of date."""
+    """Fills `fresh` with the contents that an index knows, where it has none or one that is out of date."""
     for path, content in fresh.items():
         found = known.get(str(path.absolute()))
         if found is not None and (content is None or content.stamp != stamp_of_path[path]):
@@ -257,7 +257,7 @@ def _write_index(index: Path, contents: Sequence[TarContent]) -> None:
 
 
 def _read_index(index: Path, *, tell: Callable[..., None] = log.warning) -> dict[str, TarContent]:
-    """Returns the indexed tars by their paths; {} if there is no index or it is damaged: then everything is read again, as `tell` is told."""
+    """Returns the indexed tars by their paths; {} if there is no index or it is damaged: then `tell` reports it, and everything is read again."""
     if not index.exists():
         return {}
     try:

@@ -51,7 +51,7 @@ class ImageCheck:
         header, images = read_jpeg_header(data), self._images
         if header is None and images.height[index]:
             return "is no JPEG, and nothing else is decoded while training"
-        # Of a .beton TurboJPEG decodes everything, of a tar DALI also rare kinds, and of a foreign tar, which has no sizes, whoever reads it.
+        # Training decodes a .beton with TurboJPEG only. In tars DALI also decodes rare JPEGs, and other programs' tars may hold other formats.
         if self._decoder is None or header is None or not (header.is_common or images.path.is_file()):
             try:
                 height, width, _ = decode_with_pillow(data).shape

@@ -174,7 +174,7 @@ def reverse_huber(prediction: Tensor, depth: Tensor, *, share: float) -> Tensor:
     c: this share of the largest |e| of the batch, over all ranks. prediction, depth: (N, H, W); 0 without known pixels.
     """
     known = valid(depth)
-    # Outside, the error is made 0 instead of being left out: a selection has another size in every step, and waits for the device.
+    # Errors of unknown pixels are set to 0, not left out: a selection has another size in every step, and waits for the device.
     error = torch.where(known, prediction.float() - depth, 0.0).abs()
     c = (share * largest(error.detach().amax())).clamp(min=1e-12)
     loss = torch.where(error <= c, error, (error * error + c * c) / (2 * c))
@@ -262,7 +262,7 @@ class DepthImages:
 
         whole, depth = self.frames.read(index)
         image, _ = self._reduced(whole, depth)
-        # Not the whole frame: the positions of the network's map stand for those of a crop of this size, as it was trained.
+        # Not the whole frame: the network was trained on crops of this size, and the positions of its map stand for such a crop's.
         image = v2.CenterCrop(list(self.settings.crop_px))(image)
         if self.settings.test_view == "crop":
             # Where a frame is smaller than the crop both are padded, the depth by 0, which is unknown.

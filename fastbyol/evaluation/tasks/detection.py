@@ -367,7 +367,7 @@ def _optimizer(network: nn.Module, settings: DetectionSettings) -> torch.optim.O
 def _loss(network: nn.Module, batch: Batch) -> Tensor:
     images, targets, draw = batch
     device = images[0].device
-    # torchvision samples anchors and regions from the global generator; from the batch's number, a stopped training goes on the same.
+    # torchvision samples anchors and regions from the global generator. Seeded by the batch's number, a resumed training draws the same.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(draw)
         return network([image.float() / 255 for image in images], targets)
@@ -443,7 +443,7 @@ def _in_original_px(result: dict[str, Tensor], image: Tensor, size: tuple[int, i
 
 
 def run(job: Job, settings: DetectionSettings) -> TaskResult:
-    coco_metric()  # what is not installed is said before the training
+    coco_metric()  # a missing package is reported before the training
     data = _open(job, settings)
     outcomes = run_trials(
         job,

@@ -51,11 +51,11 @@ class StepCost:
     saved_bytes: int
 
     def seconds(self, *, trained: float, tested: float, ranks: int) -> float:
-        """Returns how long the ranks need for so many images in training steps, and in forward passes without gradients."""
+        """Returns the seconds that the ranks need to train on `trained` images and pass `tested` images forward without gradients."""
         return (trained + TEST_SHARE * tested) * self.image_s / ranks
 
     def lines(self, *, trained: float, tested: float, ranks: int, rank_batch: int) -> list[str]:
-        """Returns what a user wants to know before it starts: time, memory and disk."""
+        """Returns lines with the estimated time, memory and disk, for a user before the start."""
         seconds = self.seconds(trained=trained, tested=tested, ranks=ranks)
         devices = "this device" if ranks == 1 else f"{ranks} devices like this one"
         rate = f"{ranks / self.image_s:.3g} images/s in training"
@@ -142,7 +142,7 @@ def seconds_per_image(job: Job, network: nn.Module, loader: ImageLoader, rows: I
 def estimate_lines(job: Job, images: float, seconds: float, *, work_bytes: float, what: str) -> list[str]:
     """Returns lines for the estimated time, disk and memory of a job.
 
-    images: number of `what`, of all ranks. seconds: of one rank for each. work_bytes: of the unfinished work on disk.
+    images: number of `what`, of all ranks. seconds: of one rank for one of them. work_bytes: size of the unfinished work on disk.
     """
     ranks = job.process.world_size
     total = images * seconds / ranks

@@ -245,7 +245,7 @@ class _Tuning:
                 raise Diverged(
                     f"{self.job.task}: {self.subject.title}, {part.label}: diverged with every one of the rates; give lower --rates"
                 )
-            # The first of equals: the order of the settings.
+            # On a tie max takes the first, in the order of the settings.
             chosen = max(finished, key=lambda trial: trial["held_out_top1"])
         else:
             ((rate, epochs),) = settings.grid

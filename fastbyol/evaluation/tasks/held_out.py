@@ -37,7 +37,7 @@ def held_out_count(num: int, amounts: Amounts) -> int:
 
 
 def held_out_notes(num: int, amounts: Amounts) -> list[str]:
-    """Returns a sentence if another amount than the first counts: the user has not typed it."""
+    """Returns a sentence if another amount than the first was used, because the user did not ask for it."""
     count = held_out_count(num, amounts)
     if len(amounts) == 1 or count == amounts[0]:
         return []
@@ -61,8 +61,8 @@ def held_out_rows(rows: Indices, *, held_out: Amounts, seed: int) -> tuple[Indic
 def held_out_beside(rows: Indices, labelled: Indices, *, held_out: Amounts, seed: int) -> tuple[Indices, Indices]:
     """Returns (the images of `rows` to train on while something is chosen, the held-out images), both ascending.
 
-    The held-out images are drawn from the labelled ones beside `rows`, so that none of a small part is lost; where those are too few, from
-    all, and they are then left out of the training. held_out: of the labelled images.
+    The held-out images are drawn from the labelled images outside `rows`, so that a small part loses none. If there are too few outside, they
+    are drawn from all labelled images and left out of the training. held_out: amounts, of the labelled images.
     """
     _, drawn = held_out_rows(labelled, held_out=held_out, seed=seed)
     beside = np.setdiff1d(labelled, rows)

@@ -113,7 +113,7 @@ class Job:
             with tempfile.TemporaryFile(dir=self.work):
                 pass
             with suppress(OSError):  # parts of an earlier attempt are in it
-                self.work.rmdir()  # whoever keeps a part makes it again
+                self.work.rmdir()  # it is made again when a part is kept
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); name another folder with --out") from error
 

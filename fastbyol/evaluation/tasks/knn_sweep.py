@@ -79,7 +79,7 @@ def run(job: Job, settings: KnnSettings) -> TaskResult:
             sizes = {"train": len(fit), "held out": len(held_out), "val": len(images.test_rows)}
             start = time.monotonic()
             part = job.once(subject.name, lambda: _scored(job, subject, images, fit, held_out, grid))  # noqa: B023
-            best = max(grid, key=lambda one: part["grid"][_name(one)]["held_out"])  # the first of equals: the fewest neighbours
+            best = max(grid, key=lambda one: part["grid"][_name(one)]["held_out"])  # on a tie the first, which has the fewest neighbours
             hits[subject.name] = unpacked(part["hits"][_name(best)])
             results[subject.name] = SubjectResult(
                 title=subject.title,

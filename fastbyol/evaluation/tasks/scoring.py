@@ -45,7 +45,7 @@ def outputs(job: Job, network: nn.Module, loader: ImageLoader, rows: Indices) ->
     for batch in loader.batches_of(rows):
         image, count = batch.image, len(batch.image)
         if count < job.batch and is_compiled(network):
-            # Code is compiled for one shape: without these images the last batch would be compiled anew.
+            # Pad the last batch: code is compiled for one shape, and another one would be compiled anew.
             image = torch.cat([image, image.new_zeros(job.batch - count, *image.shape[1:])])
         image = image.to(device, non_blocking=True, memory_format=torch.channels_last)
         with autocast(job.precision, device=device):

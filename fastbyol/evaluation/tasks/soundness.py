@@ -1,4 +1,4 @@
-"""Files and images that are checked before anything is trained, the work shared by the ranks: in the middle of it, hours would be lost."""
+"""Checks files and images before anything is trained, shared by the ranks: an error in the middle of a training would lose hours."""
 
 from __future__ import annotations
 

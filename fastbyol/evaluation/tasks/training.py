@@ -151,7 +151,7 @@ def _restore(job: Job, path: Path, **parts: Any) -> int:
     if job.process.is_main and path.is_file():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            # The file's parts, before any is loaded: a half-loaded state would be neither the old nor a new start.
+            # Take all parts from the file before any is loaded: a half-loaded state would be neither the saved nor a new start.
             state = {name: state[name] for name in ("step", *parts)}
         except Exception as error:
             log.warning("%s: cannot be read (%s); this part starts again", path, first_line(error))

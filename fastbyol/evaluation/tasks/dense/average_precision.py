@@ -42,8 +42,8 @@ class Objects:
 class ClassMatches:
     """The detections of one class in all images by falling score.
 
-    image: of each. hit: found an object. counted: neither hit nor miss are those on a difficult object. objects: number of objects that are
-    not difficult, by image.
+    image: number of each detection's image. hit: True if it found an object. counted: False for a detection of a difficult object, which is
+    neither hit nor miss. objects: (num_images,) number of objects that are not difficult.
     """
 
     image: NDArray[np.int64]
@@ -56,7 +56,7 @@ def match_class(detections: Sequence[Detections], objects: Sequence[Objects], *,
     """Matches the detections of a class to its objects as VOC's devkit does.
 
     A detection belongs to the object of its image with which it overlaps most. It is a hit if that is at least `overlap` (intersection over
-    union) and no detection with a higher score has found the object; a second one is a miss. One on a difficult object counts as nothing.
+    union) and no detection with a higher score has found the object; a second one is a miss. A detection of a difficult object is not counted.
     """
     rows = [(image, at) for image, found in enumerate(detections) for at in np.flatnonzero(found.labels == label).tolist()]
     scores = np.array([detections[image].scores[at] for image, at in rows], dtype=np.float64)

@@ -92,7 +92,7 @@ def measure_training(
 
 
 def measured_images(job: Job, batch_images: int, *, size_px: int) -> int:
-    """Returns how many images a measured step of this rank has: its share, but one on a CPU if they are large, for each takes a minute."""
+    """Returns how many images a measured step of this rank has: its share, but one if they are large and it runs on a CPU, where each takes a minute."""
     share = max(1, batch_images // job.process.world_size)
     return 1 if job.process.device.type == "cpu" and size_px > 128 else share
 

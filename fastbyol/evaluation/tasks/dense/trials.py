@@ -33,7 +33,7 @@ CALIBRATION_IMAGES = 256
 class Trial:
     """One training to do: its name in the job, and what differs between the trials of a task.
 
-    train_rows, test_rows: of the task's train images, or, where test_rows is None, all of its test images are tested.
+    train_rows: rows of the task's train images to train on. test_rows: rows of its train images to test on; None: all of its test images.
     """
 
     key: str
@@ -71,8 +71,8 @@ def run_trials(
 ) -> dict[str, Outcome]:
     """Returns the outcome of every subject. `run` trains and tests once, and returns a plain dict with 'scores' and 'seconds'.
 
-    With several rates each is first tried on the train images without some random ones, as many as `held_out` says, and the one with the best score
-    `selected_by` on those is used for all seeds, on all train images.
+    With several rates, some random train images are held out, as many as `held_out` says, and each rate is tried on the others. The rate with the
+    best score `selected_by` on the held-out images is used for all seeds, on all train images.
     """
     rows, outcomes = np.arange(num_train), {}
     for subject in job.subjects:
@@ -176,7 +176,7 @@ def train_trial(
 def mean_over_pixels(loss: Tensor, counted: Tensor) -> Tensor:
     """Returns the sum of a loss over this rank's counted pixels divided by the ranks' mean number of them; 0 where none counts.
 
-    The mean of the ranks, which DDP takes, is then that of all pixels: a rank with few of them weighs none of its own more.
+    The mean over ranks, which DDP takes, is then the mean over all pixels: those of a rank with few do not weigh more.
     """
     # Torch's mean over no pixel is NaN; over many ranks their mean number may be below 1.
     return loss / all_reduce_mean(counted.sum().float()).clamp(min=1e-3)

@@ -139,7 +139,7 @@ def evaluate_finetune(job: Job, settings: TransferFinetuneSettings, images: Tran
         if trials and not finished:
             raise Diverged(f"{images.name}: {subject.title} diverged with every one of the {len(trials)} pairs; give lower --rates")
         ((rate, decay), *_) = settings.grid(subject)
-        # The first of equals: the smallest rate, then the settings' first decay.
+        # On a tie max takes the first: the smallest rate, then the settings' first decay.
         chosen = max(finished, key=lambda trial: trial["valid"]) if trials else {"rate": rate, "decay": decay, "valid": None}
         pair = {"rate": chosen["rate"], "decay": chosen["decay"]}
         key = f"{images.key} {subject.name} refit rate {pair['rate']:g} decay {pair['decay']:g}"

@@ -95,7 +95,7 @@ def evaluate_linear(job: Job, settings: TransferLinearSettings, images: Transfer
             found = choose_and_test(job, settings, images, features, what=key)
         except (UserError, TaskStopped) as raised:
             error = raised
-    # The other ranks wait here for rank 0, which alone fits: they must end as it does.
+    # Only rank 0 fits. The other ranks wait for it here, and must end as it does.
     failed = gather_everywhere(error)
     if failed[0] is not None:
         raise failed[0] if isinstance(failed[0], TaskStopped) else SetRefused(str(failed[0]))
@@ -161,7 +161,7 @@ def choose_and_test(
                 raise TaskStopped(
                     f"{job.task}: stopped while choosing the penalty for {what}; the features are kept, the same command goes on"
                 )
-        # Of equal scores the strongest penalty.
+        # On a tie the strongest penalty is chosen.
         chosen = max(scores, key=lambda l2: (scores[l2], l2))
         del regression
         whole = LogisticRegression(

@@ -82,7 +82,7 @@ class TransferImages:
 
     @property
     def key(self) -> str:
-        """The name under which parts of unfinished work on this set are kept; another one once its files have changed."""
+        """The name under which parts of unfinished work on this set are kept; it changes with the set's files."""
         return f"{self.name} {self.state}"
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class TransferImages:
 
 
 def open_set(one: TransferSet | Path, root: Path, *, download: bool, seed: int) -> TransferImages:
-    """Opens a set of the paper below the root, or a folder of the user's own. seed: of a split of which only the size is known.
+    """Opens a set of the paper below the root, or a folder of the user's own. seed: for splits of which only the sizes are known.
 
     Raises UserError if it is not there or incomplete.
     """

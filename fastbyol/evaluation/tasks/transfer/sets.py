@@ -33,7 +33,7 @@ class TransferSet:
     downloads: bool = True
 
     def place(self, root: Path) -> Path | None:
-        """Returns what shows that the set is on disk, or None: its marker in torchvision's layout, else a folder of its name as of `open_folder`."""
+        """Returns what shows that the set is on disk, or None: its marker in torchvision's layout, else a folder of its name in a layout of `open_folder`."""
         own = root / self.name
         if (root / self.marker).exists():
             return root / self.marker

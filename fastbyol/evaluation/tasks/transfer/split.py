@@ -1,4 +1,4 @@
-"""Seeded splits of exactly the paper's sizes, where only these are known: which images it held out is not."""
+"""Seeded splits of exactly the paper's sizes, for sets of which the paper states the sizes but not the images."""
 
 from __future__ import annotations
 

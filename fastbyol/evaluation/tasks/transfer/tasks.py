@@ -35,7 +35,7 @@ Evaluate = Callable[[Job, Any, TransferImages, Subject], dict[str, Any]]
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The sets of --sets: those that are there, and what is said of the others."""
+    """The sets of --sets: those that are there, and for each of the others, by name, a message."""
 
     present: list[TransferSet | Path]
     missing: dict[str, str]
@@ -62,7 +62,7 @@ def run_sets(job: Job, settings: Any, *, evaluate: Evaluate, paper: dict[str, di
             if not isinstance(error, UserError | Diverged | OSError | MemoryError) and not is_out_of_memory(error):
                 raise
             if job.process.world_size > 1 and not isinstance(error, Diverged | SetRefused):
-                raise  # of one rank alone, perhaps: the others may be waiting for it, and it cannot tell them
+                raise  # perhaps only this rank failed: the others may be waiting for it, and it cannot tell them
             failed[name] = f"{name}: {first_line(error, limit=300).removeprefix(f'{name}: ')}"
             job.announce(f"failed: {failed[name]}")
             continue
@@ -96,7 +96,7 @@ def _earlier(job: Job, images: TransferImages, subject: Subject) -> dict[str, An
 
 
 def _state(job: Job, one: TransferSet | Path) -> str:
-    """Returns the state of a set's files. Each set has its own, so that a set which is there later leaves the others' scores as they are."""
+    """Returns the state of a set's files. Each set has its own state, so that adding a set later does not invalidate the others' scores."""
     if isinstance(one, TransferSet) and (place := one.place(Path(job.data))) is not None:
         return data_state([Path(job.data) / place.relative_to(job.data).parts[0]])
     return data_state([one]) if isinstance(one, Path) else ""
@@ -171,8 +171,8 @@ def _result(
             {name: found["chosen"] for name, found in of_sets.items()},
             details,
         )
-    # Every set of the paper is a column where all were asked for: the table is its table 3.
-    # By the set and not by its name: a folder of one's own may be called as one of them.
+    # If all sets were asked for, every set of the paper is a column, as in its table 3.
+    # Recognised by type and not by name: a user's folder may have the name of one of the paper's sets.
     papers = {name: one for name, one in wanted.items() if isinstance(one, TransferSet)}
     columns = {name: f"{papers[name].title if name in papers else name} %" for name in wanted if name in opened or name in papers}
     rows = {title: {name: value for name, value in row.items() if name in papers} for title, row in paper.items()}
