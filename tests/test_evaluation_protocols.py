@@ -282,6 +282,7 @@ def test_protocols_score_every_subject_and_share_one_pass_over_the_images(tmp_pa
     path.write_text("{}")
     with pytest.raises(UserError, match="evaluate again"):
         read_result(path)
+    assert read_current(tmp_path, "linear", step=7, data="d", inputs="w", settings=settings) is None, "a report evaluates anew"
 
 
 def test_the_choice_of_penalty_does_not_see_the_val_labels():

@@ -316,12 +316,15 @@ def _record(monitor: Monitor, *, step: int, last: BYOLOutput) -> dict[str, objec
     return monitor.record(step=step, epoch=0.1, lr=0.1, tau=0.9, last=last)
 
 
-def test_the_probes_accuracy_is_a_share_of_the_images_with_a_label():
+def test_the_probes_accuracy_and_loss_are_means_over_the_images_with_a_label():
     monitor = Monitor(global_batch=8, world_size=1, device=CPU)
-    for correct in ([1.0, torch.nan, torch.nan, 0.0], [torch.nan] * 4, [1.0] * 4):
-        monitor.add(_output(1.0)._replace(probe_correct=torch.tensor(correct)))
+    # A micro-batch without a label has a probe loss of 0, which must not count.
+    for correct, probe_loss in (([1.0, torch.nan, torch.nan, 0.0], 3.0), ([torch.nan] * 4, 0.0), ([1.0] * 4, 1.5)):
+        monitor.add(_output(1.0)._replace(probe_correct=torch.tensor(correct), probe_loss=torch.tensor(probe_loss)))
         monitor.step()
-    assert _record(monitor, step=1, last=_output(1.0))["probe_top1"] == pytest.approx(5 / 6)
+    record = _record(monitor, step=1, last=_output(1.0))
+    assert record["probe_top1"] == pytest.approx(5 / 6)
+    assert record["probe_loss"] == pytest.approx((2 * 3.0 + 4 * 1.5) / 6)
     monitor.add(_output(1.0)._replace(probe_correct=torch.full((4,), torch.nan)))
     record = _record(monitor, step=2, last=_output(1.0))
     assert (record["probe_top1"], record["probe_loss"]) == (None, None), "no image with a label: unknown, not 0 %"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,12 @@ def test_a_loader_that_is_not_of_a_training_raises_as_before(folder: Path) -> No
         list(images)
 
 
+def test_the_error_survives_the_way_from_another_process() -> None:
+    error = DamagedImage("image 7 (a.jpg) does not decode (x)", "remove it", 7)
+    copied = pickle.loads(pickle.dumps(error))
+    assert (str(copied), copied.what, copied.index) == ("image 7 (a.jpg) does not decode (x): remove it", error.what, 7)
+
+
 def test_the_images_of_a_monitor_are_replaced_too(folder: Path) -> None:
     with build_image_loader(folder, views=VIEWS, batch=3, replace_damaged=True) as images:
         assert torch.cat([batch.index for batch in images]).tolist() == [0, 1, 4, 4, 4, 5, 6, 0]
@@ -114,7 +121,7 @@ def test_one_percent_or_twenty_images_may_be_damaged(images: int, allowed: int) 
 
 def test_one_image_more_than_allowed_is_an_error_and_so_is_a_set_without_a_good_one() -> None:
     def damaged(index: int) -> DamagedImage:
-        return DamagedImage(f"image {index} does not decode (x)", way_out="", index=index)
+        return DamagedImage(f"image {index} does not decode (x)", "", index)
 
     replacements = Replacements(1000)
     for index in (*range(20), *range(20)):

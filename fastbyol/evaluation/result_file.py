@@ -219,7 +219,10 @@ def read_current(
     """
     found = []
     for path in itertools.takewhile(Path.is_file, _paths(folder, protocol)):
-        result, facts = read_result(path)
+        try:
+            result, facts = read_result(path)
+        except UserError:  # damaged: it is computed anew, and replaced
+            continue
         if isinstance(result, TaskResult):
             continue
         if (

@@ -68,9 +68,11 @@ class Monitor:
 
     def add(self, output: BYOLOutput) -> None:
         """Adds the output of one micro-batch."""
-        # Correct and labelled images are counted apart, because a micro-batch may have no labelled one. NaN stands for unlabelled.
+        # The probe's figures are sums over labelled images, divided in `record`: micro-batches may have few of them, or none. NaN stands for
+        # unlabelled.
         correct = output.probe_correct.float()
-        values = (output.loss, output.alignment, output.probe_loss, correct.nan_to_num().mean(), (~correct.isnan()).float().mean())
+        labelled = (~correct.isnan()).float().mean()
+        values = (output.loss, output.alignment, output.probe_loss * labelled, correct.nan_to_num().mean(), labelled)
         self._sums += torch.stack([v.detach().float() for v in values])
         self._micro_batches += 1
 
@@ -97,7 +99,7 @@ class Monitor:
             "epoch": round(epoch, 4),
             "loss": read["loss"],
             # Unknown where no image has a label that the probe can learn from.
-            "probe_loss": read["probe_loss"] if read["labelled"] else None,
+            "probe_loss": read["probe_loss"] / read["labelled"] if read["labelled"] else None,
             "probe_top1": read["probe_correct"] / read["labelled"] if read["labelled"] else None,
             "lr": lr,
             "tau": tau,

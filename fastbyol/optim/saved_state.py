@@ -71,11 +71,10 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _after_a_step(optimizer: Optimizer) -> Optimizer:
-    # An optimizer may draw numbers, and a resumed run must draw the same ones as without this check.
-    generators = torch.get_rng_state()
     one = copy.deepcopy(optimizer)
     for param in _params(one):
         param.grad = torch.ones_like(param)
-    one.step()
-    torch.set_rng_state(generators)
+    # An optimizer may draw numbers, and a resumed run must draw the same ones as without this check.
+    with torch.random.fork_rng(devices={param.device for param in _params(one) if param.device.type == "cuda"}):
+        one.step()
     return one

@@ -96,8 +96,9 @@ def _one_line(ray: Any, error: Exception) -> Exception:
     """Returns the error of ours that caused an error of Ray's; without one, a `Lost` if Ray gave something up, else the error itself."""
     cause: BaseException | None = error
     while cause is not None:
-        if type(cause) in (UserError, *RunError.__subclasses__()):
-            return type(cause)(str(cause).partition("\n")[0])  # type: ignore[return-value]  # Ray Data adds lines about its settings
+        for kind in (UserError, *RunError.__subclasses__()):
+            if isinstance(cause, kind):
+                return kind(str(cause).partition("\n")[0])  # Ray Data adds lines about its settings
         if isinstance(cause, ModuleNotFoundError):
             return UserError(f"--engine ray: a node of the cluster lacks a package ({first_line(cause)}); install the same there as here")
         cause = getattr(cause, "cause", None) or cause.__cause__

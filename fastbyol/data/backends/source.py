@@ -31,9 +31,12 @@ _COMPARED = 256
 class DamagedImage(UserError):
     """Raised for an image that is there but does not decode."""
 
-    def __init__(self, what: str, *, way_out: str, index: int) -> None:
-        super().__init__(f"{what}: {way_out}")
-        self.what, self.index = what, index
+    def __init__(self, what: str, way_out: str, index: int) -> None:
+        super().__init__(what, way_out, index)  # as pickle will call it again
+        self.what, self.way_out, self.index = what, way_out, index
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.way_out}"
 
 
 class Source(ABC):
@@ -70,7 +73,7 @@ class Source(ABC):
 
     def damaged(self, index: int, reason: object) -> DamagedImage:
         """Returns the error for a sample that does not decode."""
-        return DamagedImage(f"{self.sample_name(index)} does not decode ({reason})", way_out=self.way_out_of_damage, index=index)
+        return DamagedImage(f"{self.sample_name(index)} does not decode ({reason})", self.way_out_of_damage, index)
 
     def image_name(self, index: int) -> str:
         """Returns the image's name in the listing, by which results name it; its number where the format keeps no names."""
