@@ -223,6 +223,76 @@ def test_a_name_that_is_not_utf8_is_written_with_its_bytes_escaped(run, tmp_path
     assert write_neighbours(tmp_path / "f.npy", name, out=tmp_path / "n.png", k=1)[0].row == 0
 
 
+# Images that do not decode.
+
+
+@pytest.fixture
+def partly_damaged(data_paths, tmp_path) -> Path:
+    """The folder, with the first, a middle and the last two images damaged: two headers and two ends."""
+    folder = shutil.copytree(data_paths["folder"], tmp_path / "damaged")
+    for position, name in enumerate(DAMAGED_NAMES):
+        path = folder / name
+        path.write_bytes(b"no image" if position % 2 else path.read_bytes()[: path.stat().st_size // 2])
+    return folder
+
+
+DAMAGED_NAMES = ("ant/000.jpg", "bee/003.jpg", "cat/006.jpg", "cat/007.jpg")
+SOUND = [row for row, name in enumerate(NAMES) if name not in DAMAGED_NAMES]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "npz", "npy"])
+def test_damaged_images_have_no_row_and_are_named(suffix, run, partly_damaged, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "PART_ROWS", 4)
+    said: list[str] = []
+    file = embed(run, partly_damaged, out=tmp_path / f"f.{suffix}", projection=True, batch=3, workers=2, announce=said.append)
+    assert said[-1] == f"4 of 25 images do not decode, and have no row: {', '.join(DAMAGED_NAMES)}"
+    assert (file.names, file.labels.tolist()) == ([NAMES[row] for row in SOUND], [LABELS[row] for row in SOUND])
+    np.testing.assert_allclose(file.read(), expected[SOUND], rtol=1e-5, atol=1e-5)
+    assert file.read("projection").shape == (21, 8)
+    assert (file.facts.num_images, file.facts.damaged) == (21, [0, 11, 23, 24])
+    assert [file.facts.index_of(row) for row in range(21)] == SOUND
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_neighbours_show_the_images_of_the_rows_that_are_left(run, partly_damaged, data_paths, tmp_path):
+    sound = shutil.copytree(data_paths["folder"], tmp_path / "sound")
+    for name in DAMAGED_NAMES:
+        (sound / name).unlink()
+    pictures = []
+    for data in (sound, partly_damaged):
+        (data.parent / f"of_{data.name}").mkdir()
+        file = embed(run, data, out=data.parent / f"of_{data.name}" / "f.npz", workers=1, announce=lambda _: None)
+        found = write_neighbours(file.path, "cat/001.jpg", out=tmp_path / f"{data.name}.png", k=6)
+        pictures.append(((tmp_path / f"{data.name}.png").read_bytes(), found))
+    assert pictures[0] == pictures[1]
+
+
+def test_indices_of_damaged_images_that_cannot_be_true_are_refused(features, tmp_path):
+    facts = json.loads(_facts_of(features))
+    del facts["damaged"]
+    _with(features, tmp_path / "earlier.npz", facts=np.array(json.dumps(facts)))
+    assert FeatureFile(tmp_path / "earlier.npz").facts.damaged == [], "a file of an earlier version"
+    for damaged in ([3, 1], [-1], [1, 1], ["1"], [True], [2**70], 1):
+        _with(features, tmp_path / "f.npz", facts=np.array(json.dumps(facts | {"damaged": damaged})))
+        with pytest.raises(UserError, match="is not a whole file of features"):
+            FeatureFile(tmp_path / "f.npz")
+    _with(features, tmp_path / "f.npz", facts=np.array(json.dumps(facts | {"damaged": [0]})))
+    with pytest.raises(UserError, match="its facts name 1 damaged images, more than its data can have; embed again"):
+        write_neighbours(tmp_path / "f.npz", NAMES[0], out=tmp_path / "n.png", k=24)
+
+
+@pytest.mark.parametrize("protocol", ["labelfree", "report"])
+def test_an_evaluation_without_accuracy_leaves_damaged_images_out(protocol, run, partly_damaged, tmp_path, caplog):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in NAMES:
+        shutil.copy(partly_damaged / name, flat / name.replace("/", "_"))
+    given = ["evaluate", "labelfree", "--checkpoint", run] if protocol == "labelfree" else ["report", "--run", run]
+    fastbyol_command(list(map(str, [*given, "--data", flat, "--out", tmp_path / "out"])))
+    assert json.loads((tmp_path / "out" / "labelfree.json").read_text())["num_images"] == 21
+    assert sum(record.getMessage().endswith("; it is left out") for record in caplog.records) == 4
+
+
 # Ranks, kills, mistakes.
 
 

@@ -92,7 +92,7 @@ def test_the_error_survives_the_way_from_another_process() -> None:
 
 
 def test_the_images_of_a_monitor_are_replaced_too(folder: Path) -> None:
-    with build_image_loader(folder, views=VIEWS, batch=3, replace_damaged=True) as images:
+    with build_image_loader(folder, views=VIEWS, batch=3, damaged="it is replaced") as images:
         assert torch.cat([batch.index for batch in images]).tolist() == [0, 1, 4, 4, 4, 5, 6, 0]
 
 
@@ -128,7 +128,8 @@ def test_one_image_more_than_allowed_is_an_error_and_so_is_a_set_without_a_good_
         replacements.add(damaged(index))
     assert replacements.replaced(np.array([0, 19, 20, 999])).tolist() == [20, 20, 20, 999]
     with pytest.raises(
-        UserError, match=r"^image 999 does not decode \(x\), nor do 20 other images of 1,000 that were read before it; convert"
+        UserError,
+        match=r"^image 999 does not decode \(x\), nor do 20 other images of 1,000 that were read before it; python -m fastbyol convert ",
     ):
         replacements.add(damaged(999))
     few = Replacements(2)

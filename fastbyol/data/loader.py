@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from fastbyol.augment.parameters import EVAL_SHARE, centre_crop_parameters, draw_parameters
 from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.views import ViewPair
-from fastbyol.data.backends.source import Indices, Source
+from fastbyol.data.backends.source import DamagedImage, Indices, Source
 from fastbyol.data.batch import CropBatch, ImageBatch, ViewBatch
 from fastbyol.data.fetch_ahead import FetchAhead
 from fastbyol.data.formats.manifest import label_counts
 from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.replacements import Replacements
 from fastbyol.data.traversal import Traversal
+from fastbyol.host.cores import default_workers
 
 
 class _Loader:
@@ -50,6 +51,27 @@ class _Loader:
         """Decodes the image of this index. Raises UserError if it is damaged. May be called from several threads at once."""
         for _ in self._renderer.source.decode(np.array([index], dtype=np.int64)):
             pass
+
+    def decodable(self, index: Indices) -> Indices:
+        """Returns the indices (N,) of images that decode; each other one is logged. Decodes all of them.
+
+        Raises UserError if more than `damage_allowed` don't. Converted data are not looked at: their damage is an error wherever it is met.
+        """
+        source = self._renderer.source
+        if not source.is_original:
+            return index
+        damage = Replacements(source.num_samples, instead="it is left out")
+
+        def is_sound(one: int) -> bool:
+            try:
+                self.require_decodable(one)
+            except DamagedImage as error:
+                damage.add(error)
+                return False
+            return True
+
+        with ThreadPoolExecutor(default_workers()) as pool:
+            return index[np.fromiter(pool.map(is_sound, index.tolist()), dtype=bool, count=len(index))]
 
     @property
     def labels(self) -> Indices:

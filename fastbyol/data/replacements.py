@@ -1,4 +1,4 @@
-"""What takes the place of damaged images in a training: one bad file among a million must not end it.
+"""What takes the place of damaged images: one bad file among a million must not end a training.
 
 Only original images are replaced. In converted data damage means that the disk or a copy is at fault, so there it ends the run.
 """
@@ -24,10 +24,14 @@ class Replacements:
     """Replaces every damaged image by the next one in the listing that decodes.
 
     This depends on the files alone, so ranks, threads and a resumed run agree. May be used by several threads at once.
+
+    Args:
+        num_samples: number of images in the listing.
+        instead: what happens to a damaged image, for the log.
     """
 
-    def __init__(self, num_samples: int) -> None:
-        self._num_samples = num_samples
+    def __init__(self, num_samples: int, *, instead: str = "the next image takes its place") -> None:
+        self._num_samples, self._instead = num_samples, instead
         self._damaged: set[int] = set()
         self._lock = threading.Lock()
 
@@ -50,9 +54,9 @@ class Replacements:
             # The check comes first, so that an image is always left for `replaced` to find.
             if len(self._damaged) + 1 > min(damage_allowed(self._num_samples), self._num_samples - 1):
                 raise UserError(
-                    f"{damage.what}, nor do {len(self._damaged):,} other images of {self._num_samples:,} that were read before it; convert them and "
-                    "train from the result: python -m fastbyol convert names all damaged images, and --max-dropped says how many may be left out"
+                    f"{damage.what}, nor do {len(self._damaged):,} other images of {self._num_samples:,} that were read before it; python -m "
+                    "fastbyol convert names all damaged images, and leaves out as many as --max-dropped allows"
                 ) from damage
             self._damaged.add(damage.index)
         # An error, because ranks other than 0 log nothing less, and no other rank may have met this image.
-        log.error("%s; the next image takes its place", damage.what)
+        log.error("%s; %s", damage.what, self._instead)

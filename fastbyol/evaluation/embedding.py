@@ -1,7 +1,8 @@
 """Embeds a data set: one row an image, in index order, by any number of ranks; a command that was killed goes on where it stopped.
 
 The images are cut into parts of a fixed number of rows, whatever the number of ranks; the missing parts are dealt out to the ranks. A part
-is a file in a hidden folder beside the output, complete or absent. At the end rank 0 joins them.
+is a file in a hidden folder beside the output, complete or absent. At the end rank 0 joins them, without the rows of images that do not
+decode.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -29,7 +31,6 @@ from fastbyol import __version__
 from fastbyol.config.errors import UserError, first_line, public_argument, require_choice
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.urls import is_url, separated
-from fastbyol.data.batch import ImageBatch
 from fastbyol.data.build import build_image_loader
 from fastbyol.data.inputs.images import CONVERTERS_OPTION, LABEL_MODES
 from fastbyol.data.loader import ImageLoader
@@ -46,7 +47,9 @@ from fastbyol.run.foreign_weights import load_run_or_weights
 log = logging.getLogger("fastbyol")
 PART_ROWS = 2048
 """Images of a part: what a kill can cost each rank. At 2,048 features of 4 bytes a part has 16 MiB."""
-_PLAN, _LOCK = "plan.json", "lock"
+_PLAN, _LOCK, _DAMAGED = "plan.json", "lock", "damaged"
+_SHOWN = 20
+"""Number of damaged images that are named at the end."""
 _NO_ROWS = np.empty(0, np.int64)
 _BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -67,6 +70,8 @@ def embed(
     announce: Callable[[str], None] = log.info,
 ) -> FeatureFile:
     """Writes the features of every image of the data, centre-cropped and normalised as the encoder expects, and returns the file, opened.
+
+    Original images that do not decode are logged and get no row, as long as they are no more than `damage_allowed`.
 
     Args:
         checkpoint: run folder, checkpoint file, or another program's weights, as for `load_encoder`.
@@ -125,7 +130,7 @@ def embed(
                 opened = partial(_open_on_node, facts, projection=projection, batch=batch)
                 outputs = rows_on_ray(index, opened, block=PART_ROWS, workers=workers, device=device)
             else:
-                outputs = _outputs(loader.batches_of(index), networks, device=process.device)
+                outputs = _outputs(loader, index, networks, device=process.device)
             _write_parts(mine, outputs, work, is_main=process.is_main, dtype=dtype)
             gather_on_main(0)  # rank 0 waits here for the parts of the others
             if process.is_main:
@@ -133,8 +138,17 @@ def embed(
                     raise UserError(
                         f"--out {out}: {len(missing)} parts of other ranks are not in {work.path}; all ranks must write to one folder"
                     )
-                parts = (work.read(part) for part in range(work.num_parts))
-                write_features(out, parts, names=loader.image_names(), labels=loader.labels, facts=facts)
+                kept, names = work.decoded(), loader.image_names()
+                if damaged := np.flatnonzero(~kept).tolist():
+                    some = ", ".join(names[index] for index in damaged[:_SHOWN]) + (", …" if len(damaged) > _SHOWN else "")
+                    announce(f"{len(damaged):,} of {len(kept):,} images do not decode, and have no row: {some}")
+                write_features(
+                    out,
+                    map(work.read, range(work.num_parts)),
+                    names=list(compress(names, kept)),
+                    labels=loader.labels[kept],
+                    facts=replace(facts, num_images=len(kept) - len(damaged), damaged=damaged),
+                )
                 work.remove()
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); make room and repeat the command") from error
@@ -188,6 +202,7 @@ def _facts(
         feature_dim=int(encoder.feature_dim),  # type: ignore[arg-type]
         projection_dim=projection_dim,
         version=__version__,
+        damaged=[],
     )
 
 
@@ -206,7 +221,15 @@ def _networks(
 
 def _images(data: str | Path, run: RunState, *, labels: str, batch: int, workers: int) -> ImageLoader:
     source = DataConfig(train=str(data), labels=labels)
-    return build_image_loader(source, views=run.config.views, batch=batch, workers=workers, option="--data", label_option=CONVERTERS_OPTION)
+    return build_image_loader(
+        source,
+        views=run.config.views,
+        batch=batch,
+        workers=workers,
+        option="--data",
+        label_option=CONVERTERS_OPTION,
+        damaged="it gets no row",
+    )
 
 
 def _open_on_node(facts: Facts, *, projection: bool, batch: int, workers: int, device: str) -> RowEncoder:
@@ -225,9 +248,7 @@ def _open_on_node(facts: Facts, *, projection: bool, batch: int, workers: int, d
         raise UserError(f"{error} (on node {platform.node()}; with --engine ray all nodes must share checkpoint and data)") from None
 
     def embedded(index: NDArray[np.int64]) -> list[Tensor]:
-        return [
-            torch.cat(columns) for columns in zip(*_outputs(loader.batches_of(index), networks, device=torch.device(device)), strict=True)
-        ]
+        return [torch.cat(columns) for columns in zip(*_outputs(loader, index, networks, device=torch.device(device)), strict=True)]
 
     return embedded
 
@@ -243,29 +264,44 @@ def _write_parts(mine: list[int], batches: Iterable[list[Tensor]], work: _WorkFo
             held.append(outputs)
             while sum(len(each[0]) for each in held) >= len(rows) > 0:
                 joined = [torch.cat(columns) for columns in zip(*held, strict=True)]
-                work.write(part, [_checked(block[: len(rows)], dtype) for block in joined])
+                work.write(part, [_stored(block[: len(rows)], dtype) for block in joined])
                 held = [[block[len(rows) :] for block in joined]]
                 part, rows = next(pending, (0, range(0)))
             progress.advance(len(outputs[0]))
 
 
 @torch.inference_mode()
-def _outputs(batches: Iterable[ImageBatch], networks: list[nn.Module], *, device: torch.device) -> Iterator[list[Tensor]]:
-    """Yields each network's output for every batch, float32 on the CPU; each network reads the output of the one before."""
+def _outputs(loader: ImageLoader, index: NDArray[np.int64], networks: list[nn.Module], *, device: torch.device) -> Iterator[list[Tensor]]:
+    """Yields each network's output for the images at these indices, float32 on the CPU; each network reads the output of the one before.
+
+    Rows of images that do not decode are NaN. Raises UserError if another number is not finite.
+    """
     for network in networks:
         network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     before: list[Tensor] = []
-    for batch in batches:
+    replaced = torch.zeros(0, dtype=torch.bool)
+    done = 0
+    for batch in loader.batches_of(index):
         x, launched = batch.image.to(device=device, memory_format=torch.channels_last), []
         for network in networks:
             x = network(x)
             launched.append(x)
         # Copy only now: .cpu() waits for the device, which then has the next batch to work on.
         if before:
-            yield [output.float().cpu() for output in before]
+            yield [_on_cpu(output, replaced) for output in before]
         before = launched
+        replaced = batch.index != torch.from_numpy(index[done : done + len(batch.index)])
+        done += len(batch.index)
     if before:
-        yield [output.float().cpu() for output in before]
+        yield [_on_cpu(output, replaced) for output in before]
+
+
+def _on_cpu(output: Tensor, replaced: Tensor) -> Tensor:
+    """Returns (N, D) features in float32 on the CPU, with NaN in the rows of images in whose place another one stood."""
+    found = output.float().cpu()
+    if not bool(torch.isfinite(found).all()):
+        raise UserError("the encoder's features are not finite: its run diverged; take an earlier checkpoint")
+    return found.masked_fill(replaced[:, None], torch.nan)
 
 
 class _Silent:
@@ -279,14 +315,12 @@ class _Silent:
     def advance(self, more: int) -> None: ...
 
 
-def _checked(block: Tensor, dtype: str) -> NDArray[Any]:
-    """Returns the features as stored. Raises UserError if one is not finite."""
-    if not bool(torch.isfinite(block).all()):
-        raise UserError("the encoder's features are not finite: its run diverged; take an earlier checkpoint")
+def _stored(block: Tensor, dtype: str) -> NDArray[Any]:
+    """Returns the features as stored. Raises UserError if one is too large for the type."""
     with np.errstate(over="ignore"):
         stored = block.numpy().astype(dtype)
-    if not np.isfinite(stored).all():
-        raise UserError(f"features of up to {float(block.abs().max()):g} do not fit float16; take --dtype float32")
+    if np.isinf(stored).any():
+        raise UserError(f"features of up to {float(block.nan_to_num().abs().max()):g} do not fit float16; take --dtype float32")
     return stored
 
 
@@ -337,25 +371,39 @@ class _WorkFolder:
         return [part for part in range(self.num_parts) if not self._file(part).exists()]
 
     def write(self, part: int, blocks: list[NDArray[Any]]) -> None:
-        """Writes a part so that it survives a kill or a power cut: features, and projections if there are any."""
+        """Writes a part so that it survives a kill or a power cut: features, projections if there are any, and which rows are NaN."""
+        arrays = dict(zip(Rows._fields, blocks, strict=False)) | {_DAMAGED: np.isnan(blocks[0][:, 0])}
         with durable_file(self._file(part)) as file, zipfile.ZipFile(cast(IO[bytes], file), "w") as archive:
-            for name, block in zip(Rows._fields, blocks, strict=False):
+            for name, block in arrays.items():
                 with archive.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, block, allow_pickle=False)
 
+    def decoded(self) -> NDArray[np.bool_]:
+        """Returns which images decode, (num_images,) bool. All parts must be there. Raises as `read` does."""
+        return ~np.concatenate([self._arrays(part, {_DAMAGED: 0})[_DAMAGED] for part in range(self.num_parts)])
+
     def read(self, part: int) -> Rows:
-        """Returns a part. Raises UserError, and removes the part, if it is damaged."""
+        """Returns a part without the images that do not decode. Raises UserError, and removes the part, if it is damaged."""
         widths = {"feature": self._facts.feature_dim, "projection": self._facts.projection_dim}
+        arrays = self._arrays(part, {name: width for name, width in widths.items() if width} | {_DAMAGED: 0})
+        kept = ~arrays.pop(_DAMAGED)
+        if not kept.all():
+            arrays = {name: block[kept] for name, block in arrays.items()}
+        return Rows(arrays["feature"], arrays.get("projection"))
+
+    def _arrays(self, part: int, widths: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+        """Returns these arrays of a part, (rows, width) features, or (rows,) bool where the width is 0."""
         try:
-            with np.load(self._file(part), allow_pickle=False) as arrays:
-                blocks = {name: arrays[name] for name, width in widths.items() if width}
-            for name, block in blocks.items():
-                if block.shape != (len(self.rows(part)), widths[name]) or block.dtype != self._facts.dtype:
-                    raise ValueError(f"{name} is {block.dtype} {block.shape}")
+            with np.load(self._file(part), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in widths}
+            for name, width in widths.items():
+                shape, dtype = ((len(self.rows(part)), width), self._facts.dtype) if width else ((len(self.rows(part)),), "bool")
+                if arrays[name].shape != shape or arrays[name].dtype != dtype:
+                    raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
         except _BROKEN as error:
             self._file(part).unlink(missing_ok=True)
             raise UserError(f"{self._file(part)}: was damaged and is removed ({first_line(error)}); repeat the command") from error
-        return Rows(blocks["feature"], blocks.get("projection"))
+        return arrays
 
     def remove(self) -> None:
         shutil.rmtree(self.path)

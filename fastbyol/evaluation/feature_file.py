@@ -23,12 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbyol.config.errors import UserError, first_line
+from fastbyol.data.formats.tar_shards import listed_position
 from fastbyol.host.durable_files import durable_file, write_durably
 
 SUFFIXES = (".parquet", ".npz", ".npy")
 DTYPES = ("float32", "float16")
 _FACTS = "facts"
 _BUFFER_BYTES = 1 << 20
+_MOST_IMAGES = 2**48
 _BROKEN = (
     OSError,
     ValueError,
@@ -53,7 +55,11 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """Origin of the features in a file. weights: digest of the encoder's tensors. fingerprint: of the data set's loader."""
+    """Origin of the features in a file.
+
+    weights: digest of the encoder's tensors. fingerprint: of the data set's loader. num_images: rows of the file. damaged: indices in the data,
+    ascending, of images that have no row because they do not decode.
+    """
 
     checkpoint: str
     step: int
@@ -75,17 +81,27 @@ class Facts:
     feature_dim: int
     projection_dim: int
     version: str
+    damaged: list[int]
+
+    def index_of(self, row: int) -> int:
+        """Returns the index in the data of the image of this row."""
+        return listed_position(row, np.array(self.damaged, dtype=np.int64))
 
     @classmethod
     def read(cls, text: str | bytes) -> Facts:
         """Returns the facts in a JSON object. Raises ValueError or TypeError if it is not what `write` writes."""
         values = json.loads(text)
+        if isinstance(values, dict):
+            values.setdefault("damaged", [])  # files of an earlier version have a row for every image
         if not isinstance(values, dict) or {field.name for field in fields(cls)} - values.keys():
             raise ValueError("it has no facts of fastbyol")
         for field in fields(cls):
             kind = str(field.type).partition("[")[0]
             if type(values[field.name]).__name__ != kind:
                 raise ValueError(f"its {field.name} is not a {kind}")
+        damaged = values["damaged"]
+        if not all(type(index) is int and 0 <= index < _MOST_IMAGES for index in damaged) or damaged != sorted(set(damaged)):
+            raise ValueError("its damaged are not ascending indices")
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def text(self) -> str:

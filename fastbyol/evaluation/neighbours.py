@@ -30,7 +30,7 @@ INK, PAPER, QUERY_INK = "black", "white", "#1f5fa8"
 
 
 class Neighbour(NamedTuple):
-    """An image of the features' data. row: its index there. cosine: similarity to the query, in [-1, 1]. label: class name, '' for none."""
+    """An image of the features' data. row: its row in the file. cosine: similarity to the query, in [-1, 1]. label: class name, '' for none."""
 
     row: int
     name: str
@@ -81,8 +81,10 @@ def write_neighbours(
         if loader.fingerprint() != facts.fingerprint:
             where = "--data" if data else "the data"
             raise UserError(f"{where} {data or facts.data}: holds other images than when {file.path} was made; embed again, or give --data")
-        rows = [neighbour.row for neighbour in found]
-        images = loader.pick(rows if row is None else [row, *rows]).image
+        index = [facts.index_of(each) for each in ([] if row is None else [row]) + [neighbour.row for neighbour in found]]
+        if max(index) >= loader.num_samples:
+            raise UserError(f"{file.path}: its facts name {len(facts.damaged):,} damaged images, more than its data can have; embed again")
+        images = loader.pick(index).image
     pixels = display_pixels(images if image is None else torch.cat([image, images]), views=views)
     query_label = "" if row is None else _label(file, row)
     title = f"{file.path.name}: {facts.encoder}" + (f", step {facts.step:,}" if facts.step else "")

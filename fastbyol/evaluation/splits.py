@@ -225,6 +225,8 @@ def open_splits(
         subset: file with the names of the train images to use, one a line; val stays whole.
         at_most: where no accuracy is measured, a random choice of so many images is used, the same in every call; None: all.
         scored: False: no accuracy is wanted, so val is not opened.
+
+    Where no accuracy is measured, original images that do not decode are left out, and logged.
     """
     from fastbyol.data import build_image_loader
 
@@ -247,6 +249,8 @@ def open_splits(
             unscored = _missing(data, "val") if paths[0] != str(data) else "it has no train and val"
         if unscored and at_most is not None and len(positions) > at_most:
             positions = np.sort(np.random.default_rng(0).choice(positions, size=at_most, replace=False))
+        if unscored:  # where accuracy is measured, every image counts, and a damaged one is an error
+            positions = train.decodable(positions)
         if unscored:
             names = tuple(dict.fromkeys(name for loader in loaders for name in loader.class_names))
         else:

@@ -31,6 +31,7 @@ def _warn_once(text: str) -> None:
 class FolderSource(Source):
     """A listing of original images as a source; sample i is the i-th image of the listing."""
 
+    is_original = True
     way_out_of_damage = "replace or remove the image; python -m fastbyol convert leaves out all that do not decode, and names them"
 
     def __init__(self, listing: ImageListing) -> None:

@@ -42,6 +42,8 @@ class DamagedImage(UserError):
 class Source(ABC):
     """A data set of num_samples images with one label each, decoded on demand. `decode` may be called from several threads at once."""
 
+    is_original = False
+    """True for images as they were found, of which some may be damaged; False for converted data, whose every byte was read before."""
     way_out_of_damage = "copy the data again, or replace or remove the image and convert again"
 
     def __init__(self, *, labels: Indices, class_names: tuple[str, ...]) -> None:
