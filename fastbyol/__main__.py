@@ -140,13 +140,17 @@ def report_run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from fastbyol.evaluation.evaluate import result_tables
-    from fastbyol.evaluation.report import build_report
+    from fastbyol.evaluation.report import Report, build_report
     from fastbyol.evaluation.summary import headline_table
     from fastbyol.run.next_command import embed
 
     with opened_bank(options, foreign=False) as (run, bank):
-        report = build_report(run, bank, data=options.data, command=options.typed, out=options.out)
-        path = report.write()
+
+        def written() -> tuple[Report, Path]:
+            report = build_report(run, bank, data=options.data, command=options.typed, out=options.out)
+            return report, report.write()
+
+        report, path = bank.past_damage(written)
     console = Console()
     for table in result_tables(report.results, title=run.title):
         console.print(table)

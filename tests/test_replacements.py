@@ -70,9 +70,7 @@ def test_the_next_image_that_decodes_takes_the_place_of_a_damaged_one(folder: Pa
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(said) == 3, "each image is named once, not once an epoch"
     for number in (2, 3, 7):
-        assert re.search(
-            rf"image {number} \(.*/{number}\.png\) does not decode \(.*\); the next image takes its place\n", "\n".join(said) + "\n"
-        )
+        assert re.search(rf"image {number} \(.*/{number}\.png\) does not decode \(.*\); it is left out\n", "\n".join(said) + "\n")
 
 
 def test_a_loader_that_is_not_of_a_training_raises_as_before(folder: Path) -> None:
@@ -92,7 +90,7 @@ def test_the_error_survives_the_way_from_another_process() -> None:
 
 
 def test_the_images_of_a_monitor_are_replaced_too(folder: Path) -> None:
-    with build_image_loader(folder, views=VIEWS, batch=3, damaged="it is replaced") as images:
+    with build_image_loader(folder, views=VIEWS, batch=3, replace_damaged=True) as images:
         assert torch.cat([batch.index for batch in images]).tolist() == [0, 1, 4, 4, 4, 5, 6, 0]
 
 
@@ -146,7 +144,7 @@ def test_a_run_on_a_folder_goes_on_past_damaged_images_and_a_resumed_one_is_the_
     damage(min((data / "val").rglob("*.png")), "end")
     options = [*SMALL_RUN, "--data.train", str(data / "train"), "--data.val", str(data / "val"), "--monitors.knn_every_epochs", "1"]
     main([*options, "--steps", "9", "--out", str(tmp_path / "whole")])
-    assert capsys.readouterr().err.count("the next image takes its place") >= 3
+    assert capsys.readouterr().err.count("it is left out") >= 3
     main([*options, "--steps", "9", "--checkpoint_every", "4", "--keep_checkpoints", "9", "--out", str(tmp_path / "stopped")])
     for step in (9, 8):
         for file in (tmp_path / "stopped" / "checkpoints").glob(f"*{step}.*"):

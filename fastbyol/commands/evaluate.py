@@ -174,7 +174,7 @@ def _run_quick(protocol: str, options: argparse.Namespace) -> None:
         require_at_least("k", knn_options["k"], 1)  # checked before the slow feature extraction
     with opened_bank(options, scored=protocol != "labelfree") as (run, bank):
         where = {"checkpoint": options.checkpoint, "data": options.data, "out": options.out or run.results, "command": options.typed}
-        results, verdict = evaluate(run, bank, protocol, **where, knn_options=knn_options)
+        results, verdict = bank.past_damage(lambda: evaluate(run, bank, protocol, **where, knn_options=knn_options))
     for table in result_tables(results, title=run.title):
         Console().print(table)
     say(*verdict.lines(), f"next: {next_command(options.checkpoint, options.data)}")

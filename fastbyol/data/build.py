@@ -179,21 +179,20 @@ def build_image_loader(
     crop_share: float = EVAL_SHARE,
     option: str = "data",
     label_option: str = "",
-    damaged: str = "",
+    replace_damaged: bool = False,
 ) -> ImageLoader:
     """Returns a loader for evaluation: every image once, centre-cropped.
 
     data: anything that `DataConfig.train` may be; or a `DataConfig`, which also says where the labels are. crop_share: side of the centred
     crop over the image's short side; 1: as much as a square can hold. label_option: how the typed command gives labels, for messages, if that
-    does not follow from `option`. damaged: says, for the log, what becomes of
-    an original image that does not decode, where another image stands in the batch, see `Replacements`; '': it is an error.
+    does not follow from `option`. replace_damaged: as for `build_loader`.
 
     Raises UserError in the same cases as `build_loader`; its message names `option`.
     """
     config = data if isinstance(data, DataConfig) else DataConfig(train=str(data), backend=backend)
     source = _open_source(config, option=option, label_option=label_option)
     try:
-        replacements = Replacements(source.num_samples, instead=damaged) if damaged and source.is_original else None
+        replacements = Replacements(source.num_samples) if replace_damaged and source.is_original else None
         return ImageLoader(
             source, views=views, batch=batch, workers=workers or default_workers(), crop_share=crop_share, replacements=replacements
         )

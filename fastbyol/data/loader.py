@@ -60,7 +60,7 @@ class _Loader:
         source = self._renderer.source
         if not source.is_original:
             return index
-        damage = Replacements(source.num_samples, instead="it is left out")
+        damage = Replacements(source.num_samples)
 
         def is_sound(one: int) -> bool:
             try:

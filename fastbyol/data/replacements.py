@@ -24,14 +24,11 @@ class Replacements:
     """Replaces every damaged image by the next one in the listing that decodes.
 
     This depends on the files alone, so ranks, threads and a resumed run agree. May be used by several threads at once.
-
-    Args:
-        num_samples: number of images in the listing.
-        instead: what happens to a damaged image, for the log.
+    num_samples: number of images in the listing.
     """
 
-    def __init__(self, num_samples: int, *, instead: str = "the next image takes its place") -> None:
-        self._num_samples, self._instead = num_samples, instead
+    def __init__(self, num_samples: int) -> None:
+        self._num_samples = num_samples
         self._damaged: set[int] = set()
         self._lock = threading.Lock()
 
@@ -59,4 +56,4 @@ class Replacements:
                 ) from damage
             self._damaged.add(damage.index)
         # An error, because ranks other than 0 log nothing less, and no other rank may have met this image.
-        log.error("%s; %s", damage.what, self._instead)
+        log.error("%s; it is left out", damage.what)

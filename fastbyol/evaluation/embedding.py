@@ -228,7 +228,7 @@ def _images(data: str | Path, run: RunState, *, labels: str, batch: int, workers
         workers=workers,
         option="--data",
         label_option=CONVERTERS_OPTION,
-        damaged="it gets no row",
+        replace_damaged=True,
     )
 
 

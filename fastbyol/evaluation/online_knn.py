@@ -71,7 +71,7 @@ class OnlineKnn:
                     batch=BATCH,
                     workers=config.data.workers,
                     option=option,
-                    damaged="the next image takes its place",  # as in training, which a damaged image must not end
+                    replace_damaged=True,  # as in training, which a damaged image must not end
                 ),
                 process,
                 option=option,

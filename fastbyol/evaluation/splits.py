@@ -39,6 +39,8 @@ class ImageBatches(Protocol):
 
     def batches_of(self, index: NDArray[np.int64]) -> Iterator[ImageBatch]: ...
 
+    def decodable(self, index: NDArray[np.int64]) -> NDArray[np.int64]: ...
+
     def image_names(self) -> list[str]: ...
 
     def fingerprint(self) -> dict[str, str]: ...
@@ -78,6 +80,13 @@ class Split:
         self.class_names = tuple(loader.class_names if class_names is None else class_names)
         self._own_names = tuple(loader.class_names)
         self.source = source
+
+    def leave_out_damaged(self) -> int:
+        """Takes the images that do not decode off the split, see `decodable`. Decodes all of them; returns how many are left out."""
+        before, self._held = self.num_samples, []
+        self.positions = self._loader.decodable(self.positions)
+        self.num_samples = len(self.positions)
+        return before - self.num_samples
 
     def fingerprint(self) -> dict[str, str]:
         """Returns what identifies all images of the loader, see `Source.fingerprint`."""
@@ -225,8 +234,6 @@ def open_splits(
         subset: file with the names of the train images to use, one a line; val stays whole.
         at_most: where no accuracy is measured, a random choice of so many images is used, the same in every call; None: all.
         scored: False: no accuracy is wanted, so val is not opened.
-
-    Where no accuracy is measured, original images that do not decode are left out, and logged.
     """
     from fastbyol.data import build_image_loader
 
@@ -249,8 +256,6 @@ def open_splits(
             unscored = _missing(data, "val") if paths[0] != str(data) else "it has no train and val"
         if unscored and at_most is not None and len(positions) > at_most:
             positions = np.sort(np.random.default_rng(0).choice(positions, size=at_most, replace=False))
-        if unscored:  # where accuracy is measured, every image counts, and a damaged one is an error
-            positions = train.decodable(positions)
         if unscored:
             names = tuple(dict.fromkeys(name for loader in loaders for name in loader.class_names))
         else:

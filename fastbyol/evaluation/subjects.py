@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -13,10 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastbyol.config.errors import require_choice
 from fastbyol.config.schema import TrainConfig
+from fastbyol.data.backends.source import DamagedImage
 from fastbyol.evaluation.features import Features, extract_features, pixel_features
 from fastbyol.evaluation.splits import Split, Splits
 from fastbyol.models import encoder_from
 
+T = TypeVar("T")
 CALIBRATION_IMAGES = 2048
 CALIBRATION_BATCH = 256
 SUBJECTS = ("byol", "untrained", "pca")
@@ -89,6 +91,20 @@ class FeatureBank:
             train, val = self._extract(subject)
             self._known[subject] = SubjectFeatures(train, val, seconds=time.perf_counter() - start)
         return self._known[subject]
+
+    def past_damage(self, work: Callable[[], T]) -> T:
+        """Returns what `work` returns. If it meets a damaged original image, all of them are left out, and it is done again.
+
+        Where an accuracy is measured every image counts, so there damage stays an error.
+        """
+        try:
+            return work()
+        except DamagedImage:
+            if not self.splits.unscored or not self.splits.train.leave_out_damaged():
+                raise
+        self._known.clear()
+        self._untrained = None
+        return work()
 
     def network(self, subject: str) -> nn.Module:
         """Returns the encoder of 'byol' or 'untrained', in eval mode."""
