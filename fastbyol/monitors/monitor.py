@@ -68,10 +68,10 @@ class Monitor:
 
     def add(self, output: BYOLOutput) -> None:
         """Adds the output of one micro-batch."""
-        # The probe's figures are sums over labelled images, divided in `record`: micro-batches may have few of them, or none. NaN stands for
-        # unlabelled.
+        # The probe's figures are sums over labelled images, divided in `record`: micro-batches may have few of them, or none. NaN, which does not
+        # equal itself, stands for unlabelled.
         correct = output.probe_correct.float()
-        labelled = (~correct.isnan()).float().mean()
+        labelled = (correct == correct).float().mean()
         values = (output.loss, output.alignment, output.probe_loss * labelled, correct.nan_to_num().mean(), labelled)
         self._sums += torch.stack([v.detach().float() for v in values])
         self._micro_batches += 1
