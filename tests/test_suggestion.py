@@ -211,7 +211,10 @@ def test_more_ranks_than_a_machine_has_gpus_are_started_on_several(gpus, command
         (["--data", "{colour}", "--devices", "-1"], "--devices = -1: must be"),
         (["--data", "{colour}", "--devices", "100"], "40 images for 100 devices"),
         (["--data", "{colour}", "--hours", "0"], "--hours = 0.0: must be"),
-        (["--data", "{colour}", "--devices", "2", "--hours", "1"], "--hours: a step can be timed on a machine with a GPU only"),
+        (
+            ["--data", "{colour}", "--devices", "2", "--hours", "1"],
+            "--hours: steps of a GPU cannot be timed on this machine, which has none",
+        ),
         (["--data", "{colour}", "--out", "{empty}/x.txt"], "must be a file that ends in .yaml"),
         (["--data", "{colour}", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
     ],

@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 
 def add_doctor(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
-    what = "what of this installation and machine works, and the command for what does not"
+    what = "check what works in this installation and on this machine, and name the command that mends the rest"
     parser = commands.add_parser("doctor", help=what, description=examine.__doc__)
     parser.add_argument(
-        "--path", type=Path, action="append", default=[], help="also measure how fast this folder's or file's disk reads; may be repeated"
+        "--path",
+        type=Path,
+        action="append",
+        default=[],
+        help="also measure how fast the disk of this file or folder reads; may be repeated",
     )
-    parser.add_argument("--quick", action="store_true", help="run no self tests and import only torch, which knows the GPUs: a few seconds")
+    parser.add_argument(
+        "--quick", action="store_true", help="run no self tests and import only torch, to ask it for the GPUs; takes a few seconds"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(command=examine)
 
