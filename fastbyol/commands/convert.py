@@ -34,7 +34,7 @@ tar shards on a cluster of Ray whose nodes share a file system (RAY_ADDRESS name
 
 tar shards on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun, srun or a SLURM array):
   python -m fastbyol convert --data imagenet/train --to dali --out train_tar --shard 0/4       and 1/4, 2/4, 3/4
-  python -m fastbyol convert --to dali --out train_tar --merge                                 with --data DIR too: checks against it
+  python -m fastbyol convert --to dali --out train_tar --merge                                 with --data DIR, also checks against it
 
 from a bucket, to a bucket (docs/data.md: Data in object stores):
   python -m fastbyol convert --data s3://photos/2024 --out s3://photos/2024.beton

@@ -38,10 +38,12 @@ def add_doctor(commands: Any) -> None:
 
 @stoppable
 def examine(options: argparse.Namespace) -> None:
-    """Says what is installed, in which version, what each missing part costs and which command installs it; looks at GPU, driver, limits of the
-    container and disk; and tests each backend and kernel on real data, each in a process of its own, in about a minute.
+    """Says what is installed, in which version, what does not work without each missing part and which command installs it; looks at GPU,
+    driver, limits of the container and disk; and tests each backend and kernel on real data, each in a process of its own, in about a
+    minute.
 
-    ok works, low works with a limit, missing is not there, broken is there and does not work. Exit code 1 if anything is broken, otherwise 0.
+    ok: works; low: works with a limit; missing: is not there; broken: is there and does not work. Exit code 1 if anything is broken,
+    otherwise 0.
     """
     from fastbyol.doctor.finding import lines, summary
 

@@ -53,7 +53,7 @@ def add_embed(commands: Any) -> None:
 
 
 def embed_images(options: argparse.Namespace) -> None:
-    """Writes the encoder's features of every image, centre-cropped: one row an image, with its name in the data and its label if it has one.
+    """Writes the encoder's features of every image, centre-cropped: one row per image, with its name in the data and its label if it has one.
 
     .parquet   columns name, label (-1: none), feature, projection; class names and all settings in the schema's metadata
     .npz       arrays name, label, feature, projection, facts (JSON)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastbyol.evaluation.subjects import FeatureBank
     from fastbyol.run.checkpoint import RunState
 
-DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton; without labels any images"
+DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton; without labels, any images"
 PATIENCE_S = 6 * 3600.0
 """Longest time a rank waits for another: rank 0 tests and writes while the others wait. If a rank dies, torchrun ends the others."""
 GRACE_S = 60.0
@@ -77,7 +77,9 @@ def evaluate_run(options: argparse.Namespace) -> None:
         if option.removeprefix("--") not in WEIGHTS_OPTIONS:
             known = [each for each in (*parser._option_string_actions, *(f"--{each}" for each in WEIGHTS_OPTIONS)) if each.startswith("--")]
             nearest = nearest_name(option, known, prefix="--")
-            raise UserError(f"{option}: is no option of evaluate {name}{nearest} (python -m fastbyol evaluate {name} --help lists them)")
+            raise UserError(
+                f"{option}: is not an option of evaluate {name}{nearest} (python -m fastbyol evaluate {name} --help lists them)"
+            )
     options.typed, options.run_options = typed, rest
     run = _run_task if getattr(options, "settings", "quick") == "paper" or name not in QUICK else _run_quick
     try:

@@ -51,7 +51,7 @@ class DataConfig:
     backend: str = "auto"
     """auto, ffcv, dali or folder; auto chooses the one that reads the format of `train`."""
     workers: int = 0
-    """Decoding and augmentation threads per process; 0: one per core, and where several processes share the cores, one per core of each's share."""
+    """Decoding and augmentation threads per process; 0: one per core, or per core of the process's share where several share them."""
     prefetch: int = 3
     """Number of batches prepared ahead of the training step."""
     traversal: str = "random"
