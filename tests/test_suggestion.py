@@ -52,7 +52,7 @@ def test_40_flat_images_get_a_file_that_training_takes_with_a_reason_on_each_lin
     said = capsys.readouterr().out
     assert "40 images, no labels; of 40 looked at: in colour" in said
     assert "Few images: 40." in said
-    assert "cannot be seen from images: 0.5 if a mirrored image is still the same thing" in said
+    assert "cannot be told from the images: 0.5 if a mirrored image still shows the same thing" in said
     assert said.splitlines()[-1] == f"next: python -m fastbyol train --config {tmp_path}/mine.yaml --out runs/mine"
     settings = [line for line in text.splitlines() if not line.startswith("#") and not line.endswith(":")]
     assert len(settings) > 10
