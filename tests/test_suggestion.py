@@ -183,7 +183,9 @@ def test_hours_are_timed_on_the_device_of_the_plan(gpus, device, monkeypatch):
 )  # fmt: skip
 def test_a_batch_that_one_gpu_may_not_hold_is_remarked(images, gpus, short_side, remarked):
     remarks = suggest("images", _sample(images=images, short_side=short_side), gpus=gpus).remarks
-    assert any("may not fit into a GPU's memory: python -m fastbyol tune finds the rank_batch" in each for each in remarks) == remarked
+    assert (
+        any("may not fit into a GPU's memory: python -m fastbyol tune finds the largest rank_batch" in each for each in remarks) == remarked
+    )
 
 
 @pytest.mark.parametrize(
