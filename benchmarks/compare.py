@@ -83,9 +83,15 @@ class Change:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("before", type=Path, help="records.json, or its folder")
+    parser.add_argument("before", type=Path, help="records.json of the earlier run, or its folder")
     parser.add_argument("after", type=Path, help="records.json of the later run, or its folder")
-    parser.add_argument("--slower_than", type=float, default=THRESHOLD, metavar="SHARE", help="share that counts as a change (%(default)s)")
+    parser.add_argument(
+        "--slower_than",
+        type=float,
+        default=THRESHOLD,
+        metavar="SHARE",
+        help="smallest relative difference that counts as a change (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     require_positive("--slower_than", options.slower_than)
     before, after = read_record(options.before), read_record(options.after)

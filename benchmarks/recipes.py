@@ -190,9 +190,9 @@ def _spread(values: list[float]) -> str:
 @one_line_errors
 def main(given: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="benchmarks.recipes", description=__doc__)
-    parser.add_argument("--sets", type=Path, required=True, help="folder of the sets; what is missing is made")
+    parser.add_argument("--sets", type=Path, required=True, help="folder of the sets; missing ones are made")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and records")
-    parser.add_argument("--name", default="suggested", help="name of what is tried, in the table (%(default)s)")
+    parser.add_argument("--name", default="suggested", help="name of the tried recipe in the table (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=(*SETS, *DEMO_SETS), default=list(SETS), help="sets to take")
     parser.add_argument("--preset", default="", help="preset to run, instead of what suggest writes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds (0 1)")

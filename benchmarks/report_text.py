@@ -16,7 +16,7 @@ HOW_TO_READ = """CPU-ms: user and system time of all threads. Figures are median
 speed-up (the reference's time over this one's) and x ceiling (this one's over the ceiling's) are medians of same-round ratios. Every subject runs
 at least one whole untimed round first: set-up, compilation and the first touch of memory and files are not included in any figure."""
 LOG_COLUMNS = 180
-QUICK = "Quick settings: small and few, to check that everything runs and find gross errors. Do not quote these figures; use full settings."
+QUICK = "Quick settings: small sizes and few rounds, to check that everything runs and to find gross errors. Do not quote these figures; use full settings."
 
 
 def headers(result: CaseResult) -> list[str]:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             failed += [] if keep_result(name, partial(_run_case, name, quick=options.quick), record, console) else [name]
         except KeyboardInterrupt:  # no Exception, so `keep_result` lets it through
-            console.print(f"interrupted in {name}; the record in {options.out} holds the cases before it", markup=False)
+            console.print(f"interrupted in {name}; the record in {options.out} holds the earlier cases", markup=False)
             sys.exit(INTERRUPTED_EXIT)
         write_record(options.out, record)  # after every case, so that a later crash loses nothing
     written = read_record(options.out)

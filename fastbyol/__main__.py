@@ -86,7 +86,9 @@ def _build_parser() -> OneLineParser:
         add(commands)
 
     add_evaluate(commands)
-    report = commands.add_parser("report", help="RUN/report.html and a summary", description=report_run.__doc__, allow_abbrev=False)
+    report = commands.add_parser(
+        "report", help="write RUN/report.html and print a summary", description=report_run.__doc__, allow_abbrev=False
+    )
     report.add_argument("--run", required=True, type=path_text, dest="checkpoint", help="run folder")
     report.set_defaults(command=report_run)
 
@@ -95,7 +97,7 @@ def _build_parser() -> OneLineParser:
     for add in (add_compare, add_reproduce, add_embed, add_export, add_neighbours, add_weights):
         add(commands)
 
-    views = commands.add_parser("views", help="a picture of the views that a run would draw", description=draw_views.__doc__)
+    views = commands.add_parser("views", help="draw a picture of the views that a run would be trained on", description=draw_views.__doc__)
     what = "a .beton file, tar shards or an image folder; give several to compare them side by side"
     views.add_argument("--data", required=True, type=local_or_url, nargs="+", help=what)
     views.add_argument("--out", required=True, type=Path, help="PNG file to write")
@@ -104,7 +106,7 @@ def _build_parser() -> OneLineParser:
     views.add_argument("--epochs", type=int, default=2, help="pairs of views of each image (%(default)s)")
     views.set_defaults(command=draw_views)
 
-    what = "measure the fastest settings on this machine and write them to a file"
+    what = "find the fastest settings for this machine by measurement, and write them to a file"
     tune = commands.add_parser("tune", help=what, description=tune_run.__doc__)
     what = "a .beton file, tar shards or an image folder; repeat it for each format the images are stored in"
     tune.add_argument("--data", required=True, type=local_or_url, action="append", help=what)
@@ -115,18 +117,22 @@ def _build_parser() -> OneLineParser:
     tune.set_defaults(command=tune_run)
 
     suggest = commands.add_parser(
-        "suggest", help="settings for your own images and this machine, each with its reason, in a file", description=suggest_run.__doc__
+        "suggest",
+        help="write a file of settings for your own images and this machine, each with its reason",
+        description=suggest_run.__doc__,
     )
     suggest.add_argument(
         "--data", required=True, type=local_or_url, help="the images: a folder, tars, a list, a .beton file (docs/data.md)"
     )
-    suggest.add_argument("--devices", type=int, help="GPUs of the planned run, 0: a CPU (default: those of this machine)")
-    suggest.add_argument("--hours", type=float, help="length of the run; steps are timed here (default: the preset's number of steps)")
+    suggest.add_argument("--devices", type=int, help="GPUs of the planned run; 0: a CPU (default: the GPUs of this machine)")
+    suggest.add_argument(
+        "--hours", type=float, help="length of the run in hours; steps are timed on this machine (default: the preset's number of steps)"
+    )
     suggest.add_argument("--out", type=Path, default=Path("suggested.yaml"), help="YAML file to write (%(default)s)")
     suggest.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     suggest.set_defaults(command=suggest_run)
 
-    presets = commands.add_parser("presets", help="the named runs, with their commands and expected figures")
+    presets = commands.add_parser("presets", help="list the named runs, with their commands and expected figures")
     presets.add_argument("word", nargs="?", default="", help="list only presets whose name contains this, for example ablation_tau")
     presets.set_defaults(command=lambda options: print_presets(options.word))
     return parser
@@ -234,7 +240,7 @@ def suggest_run(options: argparse.Namespace) -> None:
     if options.hours is not None:
         if gpus and not here:
             raise UserError(
-                "--hours: a step can be timed on a machine with a GPU only; leave it out, or say --devices 0 for a run on this CPU"
+                "--hours: steps of a GPU cannot be timed on this machine, which has none; leave it out, or give --devices 0 for a run on this CPU"
             )
         fit_hours(found, options.hours, gpus=gpus, announce=announce)
     config = found.config()

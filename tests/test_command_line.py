@@ -90,7 +90,7 @@ def test_an_option_given_in_both_spellings_is_given_twice(capsys) -> None:
         ("demo-data --out x --trainperclass 3", "--trainperclass 3 (did you mean --train-per-class?) (fastbyol demo-data --help lists the options)"),
         ("export --checkpoint x --to onnx --out y --fold-bm yes", "--fold-bm (did you mean --fold_bn?) (fastbyol export --help lists the options)"),
         ("weights x --view.size_px 3", "--view.size_px (did you mean --views.size_px?) (fastbyol weights --help lists the options)"),
-        ("evaluate knn --checkpoint x --data y --sub z", "--sub: is no option of evaluate knn (did you mean --subset?) (python -m fastbyol evaluate knn"),
+        ("evaluate knn --checkpoint x --data y --sub z", "--sub: is not an option of evaluate knn (did you mean --subset?) (python -m fastbyol evaluate knn"),
         ("train --optim.base-lrr 3", "--optim.base-lrr: no such option (did you mean --optim.base_lr?); python -m fastbyol train --help"),
         ("presets a b", "unrecognized arguments: b (fastbyol presets --help lists the options)"),
     ],
@@ -214,7 +214,7 @@ def test_an_output_without_a_name_is_one_line(out: str, image_folder: Path, tmp_
     (tmp_path / "inside").mkdir()
     monkeypatch.chdir(tmp_path / "inside")
     Path("thesis.tex").touch()
-    assert "but not under which name" in said(capsys, "convert", "--data", str(image_folder), "--to", "dali", "--out", out)
+    assert "gives no name for the output" in said(capsys, "convert", "--data", str(image_folder), "--to", "dali", "--out", out)
     for name in ("embed --checkpoint x --data y", "tune --data x", "views --data x", "info x --grid", "neighbours --features x --query y"):
         typed = name.split() + ([] if name.endswith("--grid") else ["--out"])
         assert "must " in said(capsys, *typed, out) or "no such file" in said(capsys, *typed, out)

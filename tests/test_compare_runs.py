@@ -71,7 +71,7 @@ def test_the_page_has_what_differs_the_scores_and_every_curve_and_nothing_from_o
     assert '<td class="number">60.0 %</td><td class="number"><b>75.0 %</b></td>' in scores
     assert '<td>top-1, untrained encoder</td><td class="number">50.0 %</td><td class="number">50.0 %</td>' in scores
     # Of 24 images, sqrt(0.6 * 0.4 / 24) = 0.1 and sqrt(0.75 * 0.25 / 24) = 0.088; the middle is 9.4 points.
-    assert "One standard deviation of an accuracy from so many images is 9.4 points" in scores
+    assert "With so many images, one standard deviation of an accuracy is 9.4 points" in scores
     for title in ("loss (0 = views agree, 8 = opposite)", "linear probe on the fly, top-1", "effective rank of the projections"):
         assert html.count(f'alt="{title}"') == 1
     assert "Best linear on colours: second, 75.0 %" in said
@@ -106,8 +106,8 @@ def test_all_kinds_of_results_stand_beside_each_other_and_those_of_other_images_
     assert groups["linear on elsewhere"].best("top-1") == set(), "one run alone is not the best"
     _, said, _ = compare(capsys, *runs.values(), third)
     assert re.search(r"third +complete +18 +90\.0\*", said)
-    assert "*: on other images or with other settings than the rest (linear on colours)" in said
-    assert "evaluated at an earlier step than the last one: third's linear at step 12" in said
+    assert "*: on other images or with other settings than the rest of the column (linear on colours)" in said
+    assert "evaluated at an earlier step than the last one of the run: third's linear at step 12" in said
 
 
 def test_of_three_results_on_images_that_have_changed_the_newest_is_compared_and_stands_on_the_card(runs):
@@ -172,7 +172,7 @@ def test_what_is_damaged_or_missing_is_named_and_the_rest_is_compared(runs, caps
     assert len(lines) == 3
     assert lines[0].startswith(f"{first}/evaluation/knn.json: not an evaluation result")
     assert lines[1] == f"{second}/metrics.jsonl: no logged step yet, so second has no curves and no speed"
-    assert lines[2].startswith(f"{second}/evaluation/linear.json: not an evaluation result ('most of them' is no number)")
+    assert lines[2].startswith(f"{second}/evaluation/linear.json: not an evaluation result ('most of them' is not a number)")
     assert re.search(r"second +\w+ +18 +- +- +- +- +- +-", said)
     assert "not evaluated yet: second" in said
 
@@ -188,9 +188,9 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
         (["FIRST"], "give two run folders or more"),
         (["FIRST", "FIRST"], "is given twice; leave one out"),
         (["FIRST", "FIRST/../first"], "is given twice, as "),
-        (["FIRST", "nowhere"], "nowhere: is no run folder (no such folder)"),
-        (["FIRST", "FIRST/config.yaml"], "is no run folder (it is a file; */ names folders only)"),
-        (["FIRST", "FIRST/evaluation"], "is no run folder (it has no config.yaml)"),
+        (["FIRST", "nowhere"], "nowhere: is not a run folder (no such folder)"),
+        (["FIRST", "FIRST/config.yaml"], "is not a run folder (it is a file; */ names folders only)"),
+        (["FIRST", "FIRST/evaluation"], "is not a run folder (it has no config.yaml)"),
         (["FIRST", "BROKEN"], "is not readable as a run's config"),
         (["FIRST", "SECOND", "--out", "page.txt"], "--out page.txt: must end in .html"),
         (["FIRST", "SECOND", "--out", "SECOND.html/page.html"], "page.html: cannot be written (there is no folder "),

@@ -219,7 +219,8 @@ def test_help_says_what_each_option_means_and_its_value_in_the_preset(capsys):
         _parse("--preset", "cpu_demo", "--help")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--resume RESUME auto: continue the run in `out`, or start it; must: only continue; never: only start. (default: auto)" in text
+    resume = "auto: continue the run in `out` if there is one, else start it; must: fail if there is none; never: fail if there is one."
+    assert f"--resume RESUME {resume} (default: auto)" in text
     assert "Learning rate per 256 images: the peak is base_lr * global_batch / 256. (default: 8.0)" in text
     docs = field_docs(TrainConfig)
     assert docs["views.view1.hue"] == "HSV hue plus d turns, with d in [-hue, hue]."

@@ -353,7 +353,7 @@ def test_too_many_dropped_images_or_an_emptied_class_is_an_error_that_keeps_the_
         write_beton(folder, out=out, workers=1)
     report = json.loads((tmp_path / ".x.beton.partial" / "report.json").read_text())
     assert (report["kept"], report["dropped"]) == (20, {"not an image": 20})
-    with pytest.raises(UserError, match=r"20 of 40 images were dropped, 18 may be; .*allow it with --max-dropped 0\.5"):
+    with pytest.raises(UserError, match=r"20 of 40 images were dropped, at most 18 may be; .*allow it with --max-dropped 0\.5"):
         write_beton(folder, out=out, workers=1, options=ConversionOptions(max_dropped=0.46))
     manifest = write_beton(folder, out=out, workers=1, options=ConversionOptions(max_dropped=1.0))
     assert manifest.class_counts == (20, 0)

@@ -48,7 +48,7 @@ def test_options_of_the_other_format_are_refused(
     ("out", "said"),
     [
         ("x.beton", "--data: missing; give the images to convert"),
-        ("x", "--data: missing; give the images to convert (only --merge can do without)"),
+        ("x", "--data: missing; give the images to convert (only --merge needs none)"),
     ],
 )
 def test_images_are_asked_for(out: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

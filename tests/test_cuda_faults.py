@@ -233,7 +233,7 @@ def test_kernel_times_are_counted_once() -> None:
     spans = spans_of(events, on_gpu=True)
     assert sum(span.self_us for span in spans) == 300.0
     table = profile_table(spans, steps=2, span_us=600.0, device="GPU")
-    assert "GPU works 50% of the time" in table
+    assert "GPU is busy 50% of the time" in table
     assert "host waits for the device: 1.0 times a step" in table
     assert table.splitlines()[1].split() == ["add_kernel", "0.150", "100.0%", "1.0"]
 

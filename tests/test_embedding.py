@@ -274,7 +274,7 @@ def test_indices_of_damaged_images_that_cannot_be_true_are_refused(features, tmp
     assert FeatureFile(tmp_path / "earlier.npz").facts.damaged == [], "a file of an earlier version"
     for damaged in ([3, 1], [-1], [1, 1], ["1"], [True], [2**70], 1):
         _with(features, tmp_path / "f.npz", facts=np.array(json.dumps(facts | {"damaged": damaged})))
-        with pytest.raises(UserError, match="is not a whole file of features"):
+        with pytest.raises(UserError, match="is not a complete file of features"):
             FeatureFile(tmp_path / "f.npz")
     _with(features, tmp_path / "f.npz", facts=np.array(json.dumps(facts | {"damaged": [0]})))
     with pytest.raises(UserError, match="its facts name 1 damaged images, more than its data can have; embed again"):
@@ -508,7 +508,7 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line_and_nothing_is_unpickle
     DAMAGE[name](features, tmp_path / name)
     code, said = _ends(["neighbours", "--features", tmp_path / name, "--query", "x", "--out", tmp_path / "n.png"], capsys)
     assert code == 2
-    assert f"{name}: is not a whole file of features" in said, said
+    assert f"{name}: is not a complete file of features" in said, said
     assert said.count("\n") == 1
 
 
@@ -528,7 +528,7 @@ def test_rows_that_contradict_the_facts_are_refused(change, features, tmp_path):
     whole = np.load(features)["feature"]
     wrong = {"rows": whole[:-1], "width": whole[:, :-1], "type": whole.astype(np.float64)}[change]
     _with(features, tmp_path / "f.npz", feature=wrong)
-    with pytest.raises(UserError, match="is not a whole file of features"):
+    with pytest.raises(UserError, match="is not a complete file of features"):
         FeatureFile(tmp_path / "f.npz").read()
 
 

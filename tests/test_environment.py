@@ -418,7 +418,7 @@ def test_triton_and_torch_compile_keep_their_own_place_or_get_a_private_one(vari
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2: is in the environment, but RANK, MASTER_ADDR, MASTER_PORT is not"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "MASTER_PORT is not"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two': in the environment, must be an integer"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two': this environment variable must be an integer"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = 0: must be"),
         ({"RANK": "1"}, "RANK = 1: must be in .0, WORLD_SIZE., and WORLD_SIZE is 1"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "RANK = 2"),

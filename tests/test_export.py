@@ -188,7 +188,7 @@ def test_every_card_has_the_check_and_no_file_has_a_path_of_this_machine(exporte
         assert len(files) == 2 * len(names) + (1 if folder == exported else 0)
         for name in names:
             card = _card(folder, name)
-            assert re.search(rf"largest difference of a feature is [\d.e-]+, the features reach .* \(8 images of {data}\)", card), card
+            assert re.search(rf"largest difference in a feature is [\d.e-]+, and the largest feature .* \(8 images of {data}\)", card), card
         for path in files:
             assert not any(str(each).encode() in path.read_bytes() for each in (ROOT, image_folder, run8, colours_run.parent)), path
             assert path.stat().st_mode & 0o444 == 0o444, "others may read it"
@@ -304,7 +304,7 @@ def test_folding_keeps_the_features_of_both_kinds_of_blocks_and_leaves_the_encod
         ("timm", {"encoder": "resnet8"}, "timm has no resnet8, .*; formats that can hold it: safetensors, onnx, torch_export"),
         ("torchvision", {"encoder": "resnet50", "width": 2}, "no model.width 2"),
         ("huggingface", {"encoder": "resnet18", "stem": "small2"}, "this one has model.stem small2"),
-        ("detectron2", {"encoder": "resnet50", "padding": "same"}, "model.padding same would have other features there"),
+        ("detectron2", {"encoder": "resnet50", "padding": "same"}, "model.padding same would give other features there"),
         (
             "torchvision",
             {"encoder": "timm/convnext_atto"},
@@ -345,7 +345,7 @@ def test_nothing_is_replaced_unasked_and_no_folder_of_others_at_all(tmp_path):
         (["onnx"], tmp_path / "none" / "a.onnx", True, "is not a folder that may be written"),
         (["onnx", "timm"], tmp_path / "b.onnx", False, "is the name of a file, and onnx and timm need a folder"),
         (["onnx", "timm"], tmp_path / "b.PTH", False, "is the name of a file, and onnx and timm need a folder"),
-        (["huggingface"], Path("."), True, "--out .: says where, but not under which name; give one, for example NAME"),
+        (["huggingface"], Path("."), True, "--out .: gives no name for the output; give one, for example NAME"),
         (["huggingface"], Path(".."), True, "for example ../NAME"),
         (["onnx"], Path("/"), True, "for example /NAME"),
     ):
@@ -406,7 +406,7 @@ def test_an_export_that_computes_other_features_is_refused_and_not_left_behind(s
     wrong = build_encoder("resnet18").eval()
     broken = {"timm": dataclasses.replace(sound, read=lambda path, subject: wrong)}
     images = CheckImages(generated_images(subject.config.views), "8 generated images")
-    with pytest.raises(UserError, match="differs from it by .* nothing was written"):
+    with pytest.raises(UserError, match="differ from its own by .* nothing was written"):
         list(write_exports(subject, broken, {"timm": tmp_path / "a.safetensors"}, _FACTS, images, announce=lambda _: None))
     assert not list(tmp_path.iterdir())
 

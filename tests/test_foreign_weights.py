@@ -430,7 +430,7 @@ def test_wider_networks_and_other_depths_are_found(tmp_path):
 
 def test_options_that_weights_do_not_have_are_refused(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"views.size: is no option of weights \(did you mean views.size_px\?\)"):
+    with pytest.raises(UserError, match=r"views.size: is not an option of weights \(did you mean views.size_px\?\)"):
         load_encoder(tmp_path / "w.pth", changes={"views.size": 32})
     with pytest.raises(UserError, match=r"views.size_px = 0"):
         load_encoder(tmp_path / "w.pth", changes={"views.size_px": 0})

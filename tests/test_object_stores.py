@@ -323,7 +323,7 @@ def test_a_name_that_no_file_here_can_have_is_refused(name: str, tmp_path: Path)
 
 def test_a_server_without_ranges_is_refused_before_it_sends_everything(server: WebServer) -> None:
     server.fault = lambda method, path: "whole" if path.endswith(".tar") else ""
-    with pytest.raises(UserError, match="sends whole files only"):
+    with pytest.raises(UserError, match="sends the whole file when a part is asked for"):
         StorePath.of(f"{server.url}/train.tar").read(1000, 10)
 
 

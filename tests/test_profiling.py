@@ -21,7 +21,7 @@ def test_the_table_adds_up_shares_per_step_and_counts_waits():
     assert lines[1].split() == ["conv", "1.500", "75.0%", "2.0"]
     assert lines[2].split() == ["add", "0.500", "25.0%", "10.0"]
     assert not any("ProfilerStep" in line for line in lines)
-    assert lines[-2] == "4.000 ms a step under the profiler; GPU works 50% of the time"
+    assert lines[-2] == "4.000 ms a step under the profiler; GPU is busy 50% of the time"
     assert lines[-1] == "host waits for the device: 3.0 times a step"
 
 

@@ -216,7 +216,7 @@ def test_text_in_tables_is_escaped_and_numbers_are_aligned():
         (["evaluate", "linear", "--checkpoint", "missing", "--data", "DATA"], "missing"),
         (["evaluate", "linear", "--checkpoint", "RUN", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["evaluate", "knn", "--checkpoint", "RUN", "--data", "DATA", "--k", "999"], "k = 999"),
-        (["evaluate", "linear", "--checkpoint", "RUN", "--data", "DATA", "--k", "5"], "--k: is no option of evaluate linear"),
+        (["evaluate", "linear", "--checkpoint", "RUN", "--data", "DATA", "--k", "5"], "--k: is not an option of evaluate linear"),
         (["evaluate", "linear", "--checkpoint", "RUN", "--data", "DATA", "--batch", "0"], "--batch = 0"),
         (["evaluate", "linear", "--checkpoint", "RUN", "--data", "DATA", "--batsch", "8"], "--batsch"),
         (["evaluate", "quadratic", "--checkpoint", "RUN", "--data", "DATA"], "quadratic"),

@@ -270,7 +270,7 @@ def test_rows_are_trained_and_evaluated_once_a_failing_one_is_named_and_the_next
         (["--data.train", "x"], r"--data\.train: is set for each row; use --data"),
         (["--scale", "paper", "--config", "x.yaml"], r"--preset, --config: have no effect at the paper's scale"),
         (["--optim.tau_bse", "1"], r"optim\.tau_bse"),
-        (["--model.projector_layers", "3"], r"model\.projector_layers = 3: must be 2, because rows of the tables are named by"),
+        (["--model.projector_layers", "3"], r"model\.projector_layers = 3: must be 2, because the rows of the tables are named after"),
         (["--objective.beta", "1"], r"objective\.beta = 1\.0: must be 0\.0, because"),
         (["--scale", "paper", "--global_batch", "1024"], r"--global_batch: rows at the paper's scale have the paper's values"),
         (["--scale", "paper", "--optim", '{"base_lr": 0.1}'], r"--optim\.base_lr: rows at the paper's scale have the paper's values"),
@@ -371,7 +371,7 @@ def test_without_a_gpu_the_rows_of_the_papers_scale_are_listed_without_timing_a_
     main(["reproduce", "tau", "--scale", "paper", "--data", str(colours), "--out", str(tmp_path / "out"), "--dry_run"])
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[:2]] == ["byol-seed0", "tau_1-seed0"]
-    assert "how long they take is measured where there is a GPU" in out
+    assert "how long they take can only be measured on a machine with a GPU" in out
 
 
 @pytest.mark.parametrize(

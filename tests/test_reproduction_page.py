@@ -77,7 +77,8 @@ def test_each_figure_of_a_table_is_the_one_worked_out_by_hand(folder):
     assert rows["0, the online network itself"][:8] == ["", "-", "-72.2", "-", "-", "-", "not run", "0.3"]
     text = (folder / "tables.md").read_text()
     # sqrt(0.62 * 0.38 / 600) is 1.98 points, times the root of two 2.80.
-    assert "from 600 val images is 2.0 points at the base row, and of a difference of two at most 2.8" in text
+    spread = "one standard deviation of the base row's accuracy is 2.0 points, and that of a difference between two rows at most 2.8"
+    assert f"with 600 val images, {spread}; the range" in text
     assert "Failed (no room \\| left): 0.999." in text
     assert "Not run yet: 0, the online network itself." in text
     # Five records of 360 s, and one of a run that failed before it took a step.
@@ -147,7 +148,7 @@ def test_a_damaged_record_is_named_and_the_rest_of_its_table_is_there(folder, ca
     assert rows["1, 2"][5] == "not run"
     for text in ((folder / "tables.md").read_text(), (folder / "tables.html").read_text()):
         for path in (cut, damaged):
-            assert f"{path.name}: is not the record of a run, so its row lacks it" in text
+            assert f"{path.name}: is not the record of a run, so it is left out of its row" in text
 
 
 def test_the_page_has_hypothesis_discussion_plot_and_table_and_nothing_from_outside(folder):

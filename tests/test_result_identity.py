@@ -169,7 +169,7 @@ def test_two_runs_in_one_folder_keep_their_own_results_and_a_report_takes_only_i
 def test_the_quick_protocols_are_of_one_process(colours_run, colours, monkeypatch, capsys) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = call(["evaluate", "knn", "--checkpoint", str(colours_run), "--data", str(colours)], capsys)
-    assert (code, "the quick knn protocol is of one process; start it without torchrun, or add --settings paper" in err) == (2, True)
+    assert (code, "the quick knn protocol runs in one process; start it without torchrun, or add --settings paper" in err) == (2, True)
 
 
 def test_a_mistake_leaves_no_empty_folder_of_unfinished_work(colours_run, tmp_path, capsys) -> None:

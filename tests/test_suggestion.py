@@ -52,7 +52,7 @@ def test_40_flat_images_get_a_file_that_training_takes_with_a_reason_on_each_lin
     said = capsys.readouterr().out
     assert "40 images, no labels; of 40 looked at: in colour" in said
     assert "Few images: 40." in said
-    assert "cannot be seen from images: 0.5 if a mirrored image is still the same thing" in said
+    assert "cannot be told from the images: 0.5 if a mirrored image still shows the same thing" in said
     assert said.splitlines()[-1] == f"next: python -m fastbyol train --config {tmp_path}/mine.yaml --out runs/mine"
     settings = [line for line in text.splitlines() if not line.startswith("#") and not line.endswith(":")]
     assert len(settings) > 10
@@ -183,7 +183,9 @@ def test_hours_are_timed_on_the_device_of_the_plan(gpus, device, monkeypatch):
 )  # fmt: skip
 def test_a_batch_that_one_gpu_may_not_hold_is_remarked(images, gpus, short_side, remarked):
     remarks = suggest("images", _sample(images=images, short_side=short_side), gpus=gpus).remarks
-    assert any("may not fit into a GPU's memory: python -m fastbyol tune finds the rank_batch" in each for each in remarks) == remarked
+    assert (
+        any("may not fit into a GPU's memory: python -m fastbyol tune finds the largest rank_batch" in each for each in remarks) == remarked
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,10 @@ def test_more_ranks_than_a_machine_has_gpus_are_started_on_several(gpus, command
         (["--data", "{colour}", "--devices", "-1"], "--devices = -1: must be"),
         (["--data", "{colour}", "--devices", "100"], "40 images for 100 devices"),
         (["--data", "{colour}", "--hours", "0"], "--hours = 0.0: must be"),
-        (["--data", "{colour}", "--devices", "2", "--hours", "1"], "--hours: a step can be timed on a machine with a GPU only"),
+        (
+            ["--data", "{colour}", "--devices", "2", "--hours", "1"],
+            "--hours: steps of a GPU cannot be timed on this machine, which has none",
+        ),
         (["--data", "{colour}", "--out", "{empty}/x.txt"], "must be a file that ends in .yaml"),
         (["--data", "{colour}", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
     ],

@@ -424,8 +424,8 @@ def test_the_remaining_time_is_logged_once_after_the_first_steps(tmp_path, capsy
         for done in range(8, 200):
             run_log.estimate(done)
     said = capsys.readouterr().err
-    assert said.count("s a step: the other") == 1
-    assert f"the other {1000 - 7 - ESTIMATE_STEPS} steps take about" in said
+    assert said.count("s a step: the remaining") == 1
+    assert f"the remaining {1000 - 7 - ESTIMATE_STEPS} steps take about" in said
     assert UNCOUNTED_STEPS < ESTIMATE_STEPS
 
 

@@ -220,7 +220,7 @@ def test_the_merge_command_says_what_has_no_effect_and_what_is_missing(parts: Pa
     for options, says in (
         (["--merge", "--quality", "80"], "--quality: has no effect with --merge"),
         (["--merge", "--devkit", "x.tar.gz"], "--devkit: describes what was converted; give that with --data"),
-        (["--merge", "--shard", "0/3"], "--merge comes after all --shard runs"),
+        (["--merge", "--shard", "0/3"], "--merge does not go with --shard; run it by itself"),
         ([], "--data: missing"),
     ):
         ended = run_here("to_dali.py", "--out", parts, *options)

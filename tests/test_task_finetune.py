@@ -394,7 +394,7 @@ def test_two_ranks_train_as_one_where_no_batch_norm_is_and_score_the_same_images
         ("finetune", ("--rates", "0"), r"--rates = 0.0: must be a number > 0"),
         ("finetune", ("--epochs", "0"), r"--epochs = 0: must be a number >= 1"),
         ("finetune", ("--momentum", "1"), r"--momentum = 1.0: must be in \[0, 1\)"),
-        ("finetune", ("--fractions", "0.1"), r"--fractions: is no option of evaluate finetune .*"),
+        ("finetune", ("--fractions", "0.1"), r"--fractions: is not an option of evaluate finetune .*"),
     ],
 )
 def test_bad_input_is_one_line(task, options, message, data, run, tmp_path, monkeypatch, capsys):

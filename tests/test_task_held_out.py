@@ -134,7 +134,7 @@ def test_a_batch_that_the_ranks_do_not_divide_is_noted(tmp_path: Path):
     job = make_job("finetune", task_named("finetune").versions["paper"], data=tmp_path, folder=tmp_path)
     assert batch_notes(job, 1024, (5000, 100)) == []
     six = replace(job, process=Process(0, 6, torch.device("cpu")))
-    words = "which 6 ranks don't divide: rates and steps are those of this batch"
+    words = "because that does not divide among 6 ranks: rates and steps are those of this batch"
     assert batch_notes(six, 1024, (5000, 100, 6000)) == [
         f"note: a step had 1,020 images, not 1,024, {words}",
         f"note: a step had 96 images, not 100, {words}",

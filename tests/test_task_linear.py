@@ -208,7 +208,7 @@ def test_two_ranks_find_what_one_finds(colours_run, colours, tmp_path, capsys):
         (["--views", "blurred"], "--views = 'blurred'"),
         (["--held_out", "100"], "--held_out 100: 100 of 72 labelled training images"),
         (["--tanh_logits", "perhaps"], "--tanh_logits perhaps: must be yes or no"),
-        (["--k", "5"], "--k: is no option of evaluate linear"),
+        (["--k", "5"], "--k: is not an option of evaluate linear"),
         (["--compare", "nowhere.pth"], "nowhere.pth"),
         (["--compare", "byol=RUN"], "'byol' is the name of the checkpoint's own encoder; give another NAME="),
         (["--settings", "quick"], "--epochs: has no effect on the quick linear protocol; add --settings paper"),

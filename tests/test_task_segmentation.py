@@ -286,7 +286,7 @@ def test_a_folder_of_another_layout_is_told_what_must_lie_there(tmp_path: Path) 
 def test_another_years_folder_is_not_taken_for_the_one_asked_for(tmp_path: Path) -> None:
     """Their lists have the same names: VOC2007 would be trained on twice for 07+12."""
     (tmp_path / "VOC2007" / "JPEGImages").mkdir(parents=True)
-    with pytest.raises(UserError, match="is VOC2007, and VOC2012 is asked for; put it beside, or give their parent"):
+    with pytest.raises(UserError, match="is VOC2007, and VOC2012 is needed; put that beside it, or give the folder that holds both"):
         voc_folder(str(tmp_path / "VOC2007"), year="2012")
     (tmp_path / "VOC2012" / "JPEGImages").mkdir(parents=True)
     assert voc_folder(str(tmp_path / "VOC2007"), year="2012") == tmp_path / "VOC2012"

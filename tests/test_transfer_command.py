@@ -241,7 +241,7 @@ def test_a_dry_run_says_how_much_there_is_to_do_and_writes_nothing(run, sets, tm
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--sets", "cifar1"), "--sets cifar1: is no set (did you mean cifar10?), and no such folder"),
+        (("--sets", "cifar1"), "--sets cifar1: is neither a known set (did you mean cifar10?) nor a folder"),
         (
             ("--sets", "pets"),
             "--sets pets: not in {root}; expected oxford-iiit-pet/images and oxford-iiit-pet/annotations, or add --download yes",

@@ -97,7 +97,7 @@ def with_frame(jpeg: bytes, *, height: int, width: int) -> bytes:
         (("height",), 0, "x0 pixels by its table"),
         (("width", "height"), 65_535, "image 4 has 65535x65535 pixels by its table, must have 1 to 178,956,970"),
         (("mode",), 7, "image 4 is neither a JPEG nor raw pixels"),
-        (("mode",), beton_format.RAW_MODE, "image 4 has not as many bytes as its raw pixels need"),
+        (("mode",), beton_format.RAW_MODE, "image 4 has more or fewer bytes than its raw pixels need"),
     ],
 )
 def test_an_impossible_row_of_a_beton_is_refused_and_named(field: tuple[str, ...], value: int, message: str, beton_copy: Path) -> None:
@@ -429,7 +429,7 @@ def test_verify_finds_a_label_that_is_no_class_number_and_an_image_that_no_loade
     fields[0]["arguments"][:16] = 0  # without checksums, as stock FFCV writes it
     beton_copy.write_bytes(content)
     told = {(fault.image, fault.what) for fault in verify(beton_copy).faults}
-    assert (1, "is no JPEG, and nothing else is decoded while training") in told
+    assert (1, "is not a JPEG, and training decodes nothing else") in told
     assert any(what.startswith("image 2 has the label 1099511627776") for _, what in told)
     with pytest.raises(UserError, match="has the label 1099511627776"):
         FfcvSource(beton_copy)

@@ -113,7 +113,7 @@ def test_without_labels_the_verdict_says_what_it_cannot_say_and_names_a_low_rank
 @pytest.mark.parametrize(
     ("changes", "first"),
     [
-        ({"alarms": ["step 4: collapse"]}, "the log has 1 alarms of collapse; try this"),
+        ({"alarms": ["step 4: collapse"]}, "the log has 1 alarm of collapse; try this"),
         ({"epoch": 7.0}, "the run stopped after 7 of 20 epochs"),
         ({}, "90 steps are few: train longer, --steps 3000"),
         ({"step": 5000, "grey": True}, "the images are grey, so colour jitter only changes"),

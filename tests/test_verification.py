@@ -33,7 +33,7 @@ from fastbyol.data.inspection.verification import verify
 from tests.commands import run_here
 from tests.images import smooth_image
 
-NOT_OF_JPEGS = "is not the picture of its original"
+NOT_OF_JPEGS = "shows another picture than its original"
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_two_swapped_shards_are_both_reported(many_shards: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "shard-00001.tar").unlink(), "shard-00001.tar: missing, the manifest names it"),
+        (lambda folder: (folder / "shard-00001.tar").unlink(), "shard-00001.tar: missing, although the manifest names it"),
         (lambda folder: shutil.copy(folder / "shard-00001.tar", folder / "shard-00007.tar"), "shard-00007.tar: is not in the manifest"),
         (lambda folder: (folder / "shard-00001.idx").unlink(), r"its index shard-00001.idx cannot be read \(No such file"),
         (lambda folder: (folder / "shard-00001.idx").write_text("v1.2 3\n"), "its index shard-00001.idx disagrees with it in line 2"),

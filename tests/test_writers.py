@@ -239,7 +239,7 @@ def test_the_commands_convert_as_written(image_folder: Path, beton: Path, tmp_pa
         ("to_ffcv.py", ["--data", ".", "--out", "x.beton", "--max-dropped", "2"], "max-dropped = 2.0: must be a share"),
         ("to_dali.py", ["--data", ".", "--out", "x", "--shard", "4/4"], "--shard 4/4: must be i/n with i from 0 to n - 1"),
         ("to_dali.py", ["--data", ".", "--out", "x", "--shard", "two"], "--shard two: must be i/n"),
-        ("to_dali.py", ["--data", ".", "--out", "x", "--shard", "0/2", "--merge"], "--merge comes after"),
+        ("to_dali.py", ["--data", ".", "--out", "x", "--shard", "0/2", "--merge"], "--merge does not go with --shard"),
         ("to_dali.py", ["--data", ".", "--out", "x", "--shuffle"], "unrecognized arguments: --shuffle"),
     ],
 )

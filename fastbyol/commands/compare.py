@@ -13,9 +13,11 @@ from fastbyol.config.console import say
 
 def add_compare(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
-    parser = commands.add_parser("compare", help="any runs side by side, in a table and on one page", description=compare_runs.__doc__)
-    parser.add_argument("runs", nargs="+", type=path_text, metavar="RUN", help="run folder; the others are set beside the first")
-    parser.add_argument("--out", type=Path, metavar="PAGE.html", help="page to write: configs, curves, scores, speed (default: no page)")
+    parser = commands.add_parser("compare", help="compare runs side by side, in a table and on one page", description=compare_runs.__doc__)
+    parser.add_argument("runs", nargs="+", type=path_text, metavar="RUN", help="run folder; the others are compared with the first")
+    parser.add_argument(
+        "--out", type=Path, metavar="PAGE.html", help="HTML page to write, with configs, curves, scores and speed (default: no page)"
+    )
     parser.set_defaults(command=compare_runs)
 
 

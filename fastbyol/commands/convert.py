@@ -29,12 +29,12 @@ examples (sizes: ImageNet's 1,281,167 training images, 147 GB of JPEG files):
   python -m fastbyol convert --data imagenet/train --to dali --out train_tar                   150 GB in about 570 shards
   python -m fastbyol convert --data demo/train --to dali --out demo/train_tar --shard-mb 16 --seed 1
 
-tar shards on a cluster of Ray whose nodes share a file system (RAY_ADDRESS says where; without it, on this machine):
+tar shards on a cluster of Ray whose nodes share a file system (RAY_ADDRESS names the cluster; without it, Ray runs on this machine):
   python -m fastbyol convert --data /shared/imagenet/train --to dali --out /shared/train_tar --engine ray --parts 256
 
 tar shards on four machines with one file system, then on one of them (--shard auto takes the numbers of torchrun, srun or a SLURM array):
   python -m fastbyol convert --data imagenet/train --to dali --out train_tar --shard 0/4       and 1/4, 2/4, 3/4
-  python -m fastbyol convert --to dali --out train_tar --merge                                 --data DIR as well: checked against it
+  python -m fastbyol convert --to dali --out train_tar --merge                                 with --data DIR, also checks against it
 
 from a bucket, to a bucket (docs/data.md: Data in object stores):
   python -m fastbyol convert --data s3://photos/2024 --out s3://photos/2024.beton
@@ -62,7 +62,7 @@ def _add_options(parser: OneLineParser) -> None:
     parser.epilog = "\n".join([EXAMPLES + INPUTS, WHAT_HAPPENS])
     kind = "ffcv: one .beton file for the FFCV backend; dali: WebDataset tar shards with indices for DALI (default: ffcv if --out ends in .beton)"
     parser.add_argument("--to", choices=tuple(WRITTEN), help=kind)
-    out = "the .beton file, or the folder of tar shards, to make; a URL (s3://, gs://, hf://) is uploaded to at the end"
+    out = "the .beton file or the folder of tar shards to write; if it is a URL (s3://, gs://, hf://), the result is uploaded there at the end"
     parser.add_argument("--out", type=local_or_url, required=True, metavar="PATH", help=out)
     add_conversion_arguments(parser)
     beton = parser.add_argument_group("a .beton")
@@ -75,9 +75,15 @@ def _add_options(parser: OneLineParser) -> None:
     shards = parser.add_argument_group("tar shards")
     shards.add_argument("--shard-mb", type=int, default=256, metavar="N", help="size of a shard in MiB (default: 256)")
     shards.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the images' random order in the shards (default: 0)")
-    shards.add_argument("--shard", metavar="I/N", help="convert only part I of N, counted from 0, or 'auto'; each machine a different one")
+    shards.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="convert only part I of N, counted from 0: a different one on each machine; auto: as torchrun, srun or a SLURM array numbers it",
+    )
     shards.add_argument("--engine", choices=ENGINES, default="local", help=ENGINE_HELP)
-    shards.add_argument("--parts", type=int, metavar="N", help="with --engine ray: number of tasks, which share the images (default: 64)")
+    shards.add_argument(
+        "--parts", type=int, metavar="N", help="with --engine ray: number of tasks among which the images are divided (default: 64)"
+    )
     shards.add_argument("--merge", action="store_true", help="merge the parts in --out into one data set")
     parser.set_defaults(command=convert_images, default_of=parser.get_default)
 
@@ -90,7 +96,7 @@ def convert_images(options: argparse.Namespace) -> None:
     for other in OPTIONS_OF.keys() - {kind}:
         _refuse_changed(options, OPTIONS_OF[other], f"has no effect on {WRITTEN[kind]}; leave it out, or --to {other}")
     if not (options.merge or options.data):
-        but = " (only --merge can do without)" if kind == "dali" else ""
+        but = " (only --merge needs none)" if kind == "dali" else ""
         raise UserError(f"--data: missing; give the images to convert{but}")
     convert = _to_beton if kind == "ffcv" else _merge if options.merge else _to_tar_shards
     try:
@@ -170,10 +176,12 @@ def _merge(options: argparse.Namespace) -> None:
     from fastbyol.data.inputs.images import LABEL_OPTIONS, optional_listing_from
 
     if options.shard:
-        raise UserError("--merge comes after all --shard runs, in a command of its own")
+        raise UserError("--merge does not go with --shard; run it by itself, after every part is converted")
     kept = {"to", "merge", "out", "place", "max_dropped", "data", *LABEL_OPTIONS, "command", "default_of", "run_options", "typed"}
     _refuse_changed(
-        options, [name for name in vars(options) if name not in kept], "has no effect with --merge; the parts are as they were converted"
+        options,
+        [name for name in vars(options) if name not in kept],
+        "has no effect with --merge, which leaves the parts as they were converted; leave it out",
     )
     originals = optional_listing_from(options, option="--data")
     manifest = merge_tar_parts(options.out, data=originals, options=conversion_options(options), place=options.place)

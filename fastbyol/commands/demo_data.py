@@ -35,7 +35,7 @@ def _add_options(parser: OneLineParser) -> None:
         "--val-per-class", type=int, default=DemoSettings.val_per_class, help="test images of each class (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=int, default=DemoSettings.seed, help="seed of which images are taken, or drawn (default: %(default)s)"
+        "--seed", type=int, default=DemoSettings.seed, help="seed of the choice of photographs, or of the drawings (default: %(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing demo folder at --out")
     parser.set_defaults(command=make_demo_data)

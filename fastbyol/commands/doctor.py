@@ -20,22 +20,30 @@ if TYPE_CHECKING:
 
 def add_doctor(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
-    what = "what of this installation and machine works, and the command for what does not"
+    what = "check what works in this installation and on this machine, and name the command that mends the rest"
     parser = commands.add_parser("doctor", help=what, description=examine.__doc__)
     parser.add_argument(
-        "--path", type=Path, action="append", default=[], help="also measure how fast this folder's or file's disk reads; may be repeated"
+        "--path",
+        type=Path,
+        action="append",
+        default=[],
+        help="also measure how fast the disk of this file or folder reads; may be repeated",
     )
-    parser.add_argument("--quick", action="store_true", help="run no self tests and import only torch, which knows the GPUs: a few seconds")
+    parser.add_argument(
+        "--quick", action="store_true", help="run no self tests and import only torch, to ask it for the GPUs; takes a few seconds"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(command=examine)
 
 
 @stoppable
 def examine(options: argparse.Namespace) -> None:
-    """Says what is installed, in which version, what each missing part costs and which command installs it; looks at GPU, driver, limits of the
-    container and disk; and tests each backend and kernel on real data, each in a process of its own, in about a minute.
+    """Says what is installed, in which version, what does not work without each missing part and which command installs it; looks at GPU,
+    driver, limits of the container and disk; and tests each backend and kernel on real data, each in a process of its own, in about a
+    minute.
 
-    ok works, low works with a limit, missing is not there, broken is there and does not work. Exit code 1 if anything is broken, otherwise 0.
+    ok: works; low: works with a limit; missing: is not there; broken: is there and does not work. Exit code 1 if anything is broken,
+    otherwise 0.
     """
     from fastbyol.doctor.finding import lines, summary
 

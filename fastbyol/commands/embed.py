@@ -28,25 +28,32 @@ PATIENCE_S = 6 * 3600.0
 
 def add_embed(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
-    parser = commands.add_parser("embed", help="features of every image, to Parquet, npz or npy", description=embed_images.__doc__)
+    parser = commands.add_parser("embed", help="write the features of every image to Parquet, npz or npy", description=embed_images.__doc__)
     parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
-    parser.add_argument("--data", required=True, type=local_or_url, help="the images: whatever a run can train from, labelled or not")
-    out = "file to write, .parquet, .npz or .npy; a URL (s3://, gs://, hf://) is uploaded to at the end"
+    parser.add_argument(
+        "--data", required=True, type=local_or_url, help="the images, with or without labels, in any form that a run can train from"
+    )
+    out = "file to write, .parquet, .npz or .npy; if it is a URL (s3://, gs://, hf://), the file is uploaded there at the end"
     parser.add_argument("--out", required=True, type=local_or_url, help=out)
     parser.add_argument(
-        "--labels", default="auto", metavar="HOW", help="of images not converted: auto, folders, none or a file (%(default)s)"
+        "--labels",
+        default="auto",
+        metavar="HOW",
+        help="source of the labels of images that were not converted: auto, folders, none or a file (%(default)s)",
     )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the features (%(default)s)")
-    parser.add_argument("--projection", action="store_true", help="add the projector's output as a second block (checkpoints of ours)")
-    parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="decoding threads of each process; 0: one for each core of its share")
+    parser.add_argument(
+        "--projection", action="store_true", help="also write the projector's output, as a second block (only for checkpoints of fastbyol)"
+    )
+    parser.add_argument("--batch", type=int, default=256, help="images per forward pass (%(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads of each process; 0: one per core of its share")
     add_device_option(parser)
     parser.add_argument("--engine", choices=ENGINES, default="local", help=ENGINE_HELP)
     parser.set_defaults(command=embed_images)
 
 
 def embed_images(options: argparse.Namespace) -> None:
-    """Writes the encoder's features of every image, centre-cropped: one row an image, with its name in the data and its label if it has one.
+    """Writes the encoder's features of every image, centre-cropped: one row per image, with its name in the data and its label if it has one.
 
     .parquet   columns name, label (-1: none), feature, projection; class names and all settings in the schema's metadata
     .npz       arrays name, label, feature, projection, facts (JSON)

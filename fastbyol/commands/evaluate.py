@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastbyol.evaluation.subjects import FeatureBank
     from fastbyol.run.checkpoint import RunState
 
-DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton; without labels any images"
+DATA_HELP = "folder that holds train and val: image folders, tar shards, or train.beton and val.beton; without labels, any images"
 PATIENCE_S = 6 * 3600.0
 """Longest time a rank waits for another: rank 0 tests and writes while the others wait. If a rank dies, torchrun ends the others."""
 GRACE_S = 60.0
@@ -55,7 +55,7 @@ def add_evaluate(commands: Any) -> None:
     tasks = "\n".join(f"  {name:<20} {what}" for name, what in WHAT.items())
     parser = commands.add_parser(
         "evaluate",
-        help="accuracy of a run in the paper's tasks, or its quality without labels, against baselines",
+        help="measure a run's accuracy in the paper's tasks, or its quality without labels, against baselines",
         description=f"{evaluate_run.__doc__}\n\ntasks (evaluate TASK --help lists the options of each):\n{tasks}",
     )
     parser.add_argument("task", choices=tuple(dict.fromkeys(name.partition(" ")[0] for name in WHAT)), metavar="TASK")
@@ -77,7 +77,9 @@ def evaluate_run(options: argparse.Namespace) -> None:
         if option.removeprefix("--") not in WEIGHTS_OPTIONS:
             known = [each for each in (*parser._option_string_actions, *(f"--{each}" for each in WEIGHTS_OPTIONS)) if each.startswith("--")]
             nearest = nearest_name(option, known, prefix="--")
-            raise UserError(f"{option}: is no option of evaluate {name}{nearest} (python -m fastbyol evaluate {name} --help lists them)")
+            raise UserError(
+                f"{option}: is not an option of evaluate {name}{nearest} (python -m fastbyol evaluate {name} --help lists them)"
+            )
     options.typed, options.run_options = typed, rest
     run = _run_task if getattr(options, "settings", "quick") == "paper" or name not in QUICK else _run_quick
     try:
@@ -123,7 +125,7 @@ def _task_parser(name: str) -> OneLineParser:
         parser.add_argument("--k", type=int, help="number of neighbours in kNN (20)")
         parser.add_argument("--temperature", type=float, help="temperature of the kNN votes (0.07)")
     if name in QUICK:
-        parser.add_argument("--subset", type=path_text, metavar="LIST", help="use only the train images that this file names, one a line")
+        parser.add_argument("--subset", type=path_text, metavar="LIST", help="use only the train images that this file names, one per line")
     other = "evaluate another run, checkpoint or weights file too, on the same images at its own size; may be repeated with --settings"
     # labelfree refuses it with a reason.
     help_text = argparse.SUPPRESS if name == "labelfree" else other
@@ -133,9 +135,9 @@ def _task_parser(name: str) -> OneLineParser:
         add_settings(parser, task.versions)
         which = "byol, untrained, or [NAME=]PATH: encoder to evaluate instead of the trained and the untrained one; may be repeated"
         parser.add_argument("--init", action="append", default=[], help=which)
-        parser.add_argument("--seed", type=int, default=0, help="of all random choices of the task (%(default)s)")
-        parser.add_argument("--dry_run", action="store_true", help="say how much there is to do, from a step measured here, and end")
-        parser.add_argument("--again", action="store_true", help="compute the result anew where it is already there")
+        parser.add_argument("--seed", type=int, default=0, help="seed of all random choices of the task (%(default)s)")
+        parser.add_argument("--dry_run", action="store_true", help="only say how much there is to do, estimated from a step measured here")
+        parser.add_argument("--again", action="store_true", help="compute the result again even if it exists already")
     return parser
 
 
@@ -143,8 +145,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which images are evaluated, and how."""
     parser.add_argument("--data", required=True, type=local_or_url, help=DATA_HELP)
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run folder)")
-    parser.add_argument("--batch", type=int, default=256, help="images per forward (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one for each core of the process's share")
+    parser.add_argument("--batch", type=int, default=256, help="images per forward pass (%(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one per core of the process's share")
     add_device_option(parser)
 
 
@@ -161,7 +163,7 @@ def _run_quick(protocol: str, options: argparse.Namespace) -> None:
     )
     if (ranks := int(os.environ.get("WORLD_SIZE") or "1")) > 1:
         raise UserError(
-            f"WORLD_SIZE = {ranks}: the quick {protocol} protocol is of one process; start it without torchrun, or add --settings paper"
+            f"WORLD_SIZE = {ranks}: the quick {protocol} protocol runs in one process; start it without torchrun, or add --settings paper"
         )
     if len(compared := getattr(options, "compare", [])) > 1:
         raise UserError(

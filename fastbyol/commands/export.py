@@ -17,14 +17,14 @@ from fastbyol.host.signals import INTERRUPTED_EXIT
 def add_export(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
     formats = "\n".join(f"  {name:<14} {text}" for name, text in WHAT.items())
-    what = "the trained encoder for torchvision, timm, the Hugging Face Hub, ONNX and others, checked there, with a card"
+    what = "write the trained encoder for torchvision, timm, the Hugging Face Hub, ONNX and others, check it there, and add a card"
     parser = commands.add_parser("export", help=what, description=f"{export_encoder.__doc__}\n\nformats:\n{formats}")
     parser.add_argument("--checkpoint", required=True, type=path_text, help=CHECKPOINT_HELP)
     parser.add_argument("--to", required=True, nargs="+", metavar="FORMAT", help=f"one or more of {', '.join(WHAT)}; or all")
     parser.add_argument("--out", required=True, type=Path, help="file to write (huggingface: folder); for several formats a folder")
     parser.add_argument("--data", type=local_or_url, help="images to compare features on (default: the run's own)")
     parser.add_argument(
-        "--fold_bn", choices=("auto", "yes", "no"), default="auto", help="join batch norm to convolutions (auto: in onnx only)"
+        "--fold_bn", choices=("auto", "yes", "no"), default="auto", help="fold batch norm into the convolutions (auto: in onnx only)"
     )
     parser.add_argument("--licence", default="", help="licence of the weights for the card, such as cc-by-4.0 (default: not stated)")
     parser.add_argument("--overwrite", action="store_true", help="replace what exists at --out")
@@ -68,7 +68,7 @@ def export_encoder(options: argparse.Namespace) -> None:
             say(f"exported: {each.path} ({size}), for {each.name}{of_step}", f"  {each.facts['check']['words']}", "  load it:")
             say(*(f"    {line}" for line in each.facts["load"]), f"  card: {each.card}")
     except KeyboardInterrupt:
-        say("fastbyol: interrupted; what was not yet exported is not there", file=sys.stderr)
+        say("fastbyol: interrupted; formats that were not exported yet are missing", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT)
 
 

@@ -29,7 +29,7 @@ examples:
 
 def add_info(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
-    commands.add_parser("info", help="images, classes and sizes of a data set", description=print_info.__doc__, later=_add_options)
+    commands.add_parser("info", help="show the images, classes and sizes of a data set", description=print_info.__doc__, later=_add_options)
 
 
 def _add_options(parser: OneLineParser) -> None:
@@ -39,7 +39,7 @@ def _add_options(parser: OneLineParser) -> None:
     what = "FILE.beton, folder of tar shards, or images that were not converted; each may be a URL"
     parser.add_argument("data", type=local_or_url, metavar="PATH", help=what)
     add_label_arguments(parser)
-    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a picture: some images of some classes")
+    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="write a picture of some images of some classes")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, with the count of each class")
     parser.set_defaults(command=print_info)
 
@@ -57,7 +57,9 @@ def print_info(options: argparse.Namespace) -> None:
     notes: list[str] = []
     converted = converted_at(options.data)
     if converted and given:
-        raise UserError(f"--{given[0]}: {options.data} is converted and has its labels; only images that were not converted take it")
+        raise UserError(
+            f"--{given[0]}: {options.data} is converted and has its labels; leave the option out, it is for images that were not converted"
+        )
     images = converted or listing_from(options, option="data", tell=notes.append)
     inventory = take_inventory(images, shown=options.data)
     if options.grid:

@@ -12,12 +12,14 @@ from fastbyol.config.console import say
 
 def add_neighbours(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
-    parser = commands.add_parser("neighbours", help="the images nearest to one image", description=draw_neighbours.__doc__)
-    parser.add_argument("--features", required=True, type=path_text, help="file that python -m fastbyol embed wrote")
-    parser.add_argument("--query", required=True, type=path_text, help="name of a row of it, or an image file")
+    parser = commands.add_parser("neighbours", help="find the images nearest to one image", description=draw_neighbours.__doc__)
+    parser.add_argument("--features", required=True, type=path_text, help="file of features written by python -m fastbyol embed")
+    parser.add_argument("--query", required=True, type=path_text, help="name of one of its rows, or an image file")
     parser.add_argument("--k", type=int, default=20, help="number of neighbours (%(default)s)")
     parser.add_argument("--checkpoint", type=path_text, help="encoder for an image file (default: the one that the features name)")
-    parser.add_argument("--data", type=local_or_url, help="the images of the features (default: where they were when they were embedded)")
+    parser.add_argument(
+        "--data", type=local_or_url, help="the images that the features belong to (default: where they were when they were embedded)"
+    )
     parser.add_argument("--out", required=True, type=Path, help="PNG file to write; a .json of the same name is written beside it")
     parser.set_defaults(command=draw_neighbours)
 

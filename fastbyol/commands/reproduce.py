@@ -39,7 +39,7 @@ def add_reproduce(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
     parser = commands.add_parser(
         "reproduce",
-        help="a table of the paper: runs and evaluates its rows, and writes ours beside theirs",
+        help="reproduce tables of the paper: run and evaluate their rows, and set our figures beside the paper's",
         description=reproduce.__doc__,
         allow_abbrev=False,
     )
@@ -49,18 +49,20 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("tables", nargs="+", metavar="TABLE", help=f"tables to make, or all. {names}")
     parser.add_argument("--data", required=True, type=path_text, help="folder that holds labelled train and val images")
     parser.add_argument("--out", required=True, type=Path, help="folder for runs, records and tables")
-    what = "demo: the table's changes made to a small recipe, minutes a row on a CPU; paper: its own runs, days a row on eight GPUs"
+    what = "demo: the table's changes made to a small recipe, minutes per row on a CPU; paper: the paper's own runs, days per row on eight GPUs"
     parser.add_argument("--scale", choices=tuple(PRESETS), default="demo", help=f"{what} (%(default)s)")
-    what = (
-        "rows to run: their names, or i/n for part i (0 to n - 1) of n of them, the share of one of n machines, or auto in tasks of SLURM"
-    )
+    what = "rows to run: their names; or i/n, part i (0 to n - 1) of n, the share of one of n machines; or auto, in tasks of SLURM"
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help=what)
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds of each row (%(default)s)")
     parser.add_argument("--ranks", type=int, help="processes of each run (default: one per GPU of this machine, or one on a CPU)")
     parser.add_argument(
-        "--linear", choices=("quick", "paper"), help="linear evaluation (default: quick at demo scale, paper at the paper's)"
+        "--linear",
+        choices=("quick", "paper"),
+        help="settings of the linear evaluation (default: quick at demo scale, paper at the paper's scale)",
     )
-    parser.add_argument("--dry_run", action="store_true", help="list the rows and what they will take, from a step measured here, and end")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="only list the rows and the time that they will take, estimated from a step measured here"
+    )
     parser.set_defaults(command=reproduce)
 
 
@@ -165,7 +167,9 @@ def _check_is_not_varied(typed: set[str], config: TrainConfig, *, scale: str) ->
     own, papers = flatten(to_plain(config)), flatten(to_plain(BASE))
     for name in ABSOLUTE:
         if own[name] != papers[name]:
-            raise UserError(f"{name} = {own[name]}: must be {papers[name]}, because rows of the tables are named by their values of it")
+            raise UserError(
+                f"{name} = {own[name]}: must be {papers[name]}, because the rows of the tables are named after their values of this option"
+            )
 
 
 def _setup(options: argparse.Namespace, base: TrainConfig) -> Setup:
@@ -243,9 +247,9 @@ def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
         say(f"{run.name:<50} {steps:>9,} steps  {takes}".rstrip())
     to_do = sum(not run.done for run in runs)
     if not is_timed:
-        say(f"{to_do} runs to do; how long they take is measured where there is a GPU: type the same command there")
+        say(f"{to_do} runs to do; how long they take can only be measured on a machine with a GPU: give the same command there")
         return
     say(
-        f"{to_do} runs to do, {duration_text(total_s)} of training with {setup.ranks} process{'es' * (setup.ranks > 1)}; from the step of one process and "
-        "each encoder's first row, without what processes exchange; evaluation comes on top"
+        f"{to_do} runs to do, {duration_text(total_s)} of training with {setup.ranks} process{'es' * (setup.ranks > 1)}; estimated from a step of one process, "
+        "timed in the first row of each encoder, without communication between processes; evaluation comes on top"
     )

@@ -10,9 +10,9 @@ from fastbyol.config.errors import UserError
 from fastbyol.config.schema import WEIGHTS_OPTIONS
 
 CHECKPOINT_HELP = (
-    "run folder (its newest checkpoint), one checkpoint file, an export, or a ResNet's weights of torchvision, timm, solo-learn, lightly, "
+    "run folder (its newest checkpoint), one checkpoint file, an export, or a ResNet's weights from torchvision, timm, solo-learn, lightly, "
     "VISSL, mmselfsup or DeepMind; "
-    "for those, what the file cannot tell is given as for training: --views.size_px 32 --model.stem small2"
+    "what such a file does not tell is given by the options of training: --views.size_px 32 --model.stem small2"
 )
 
 

@@ -44,7 +44,7 @@ def _add_options(parser: OneLineParser) -> None:
     parser.add_argument("path", type=local_or_url, metavar="PATH", help="FILE.beton, or a folder of tar shards; a URL is fetched first")
     add_input_arguments(parser, option="--source", required=False)
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that hash and decode (default: one per core)")
-    most = f"most faults to print, up to {KEPT_FAULTS:,}; all are counted (default: 100)"
+    most = f"largest number of faults to print, at most {KEPT_FAULTS:,}; all are counted (default: 100)"
     parser.add_argument("--faults", type=int, default=100, metavar="N", help=most)
     parser.set_defaults(command=verify_data)
 

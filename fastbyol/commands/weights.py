@@ -12,7 +12,9 @@ from fastbyol.config.console import say
 
 def add_weights(commands: Any) -> None:
     """Adds the command to the parser's sub-commands."""
-    parser = commands.add_parser("weights", help="every key of a weights file and what becomes of it", description=list_weights.__doc__)
+    parser = commands.add_parser(
+        "weights", help="list every key of a weights file and whether it is loaded", description=list_weights.__doc__
+    )
     parser.add_argument("checkpoint", type=path_text, metavar="FILE", help=CHECKPOINT_HELP)
     parser.set_defaults(command=list_weights)
 

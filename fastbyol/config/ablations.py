@@ -138,7 +138,7 @@ def _objectives() -> Iterator[_Row]:
         yield f"tau_{tau:g}", what, replace(BASE, optim=OptimConfig(tau_base=tau)), figure, "table 5a"
     # The paper keeps tau at 0 here, but tau_base = 0 would rise along the cosine. A constant 0 equals the online network without gradient.
     constant_zero = replace(BASE, objective=ObjectiveConfig(target="stop_gradient"), monitors=MonitorsConfig(stop_on_collapse=False))
-    yield "tau_0", "tau 0 throughout (what table 19 gives 5.5 for)", constant_zero, "0.3", "table 5a"
+    yield "tau_0", "tau 0 throughout (5.5 in table 19)", constant_zero, "0.3", "table 5a"
     for (predictor, target, beta), figure in INFONCE.items():
         name = f"{'predictor' if predictor else 'no_predictor'}_target_{target}_beta_{beta:g}"
         what = f"{'a' if predictor else 'no'} predictor, target {target}, beta {beta:g}" + (

@@ -109,7 +109,7 @@ def path_text(text: str) -> str:
         raise argparse.ArgumentTypeError("is empty; give a path")
     if is_url(text):
         where = "docs/data.md (Data in object stores) says what takes URLs"
-        raise argparse.ArgumentTypeError(f"{shown_url(text)} is a URL, and this takes a path of this machine; {where}")
+        raise argparse.ArgumentTypeError(f"{shown_url(text)} is a URL, and a path on this machine is needed; {where}")
     try:
         return expand_home(text)
     except UserError as error:
@@ -138,7 +138,7 @@ def through_links(out: Path) -> Path:
 def require_name(out: Path, *, option: str = "--out") -> None:
     """Raises UserError for a path such as '.', '..' or '/': what is written takes its name, and files beside it have names made of that."""
     if out.name in ("", ".."):
-        raise UserError(f"{option} {out}: says where, but not under which name; give one, for example {out / 'NAME'}")
+        raise UserError(f"{option} {out}: gives no name for the output; give one, for example {out / 'NAME'}")
 
 
 def expand_home(path: str, *, name: str = "") -> str:

@@ -115,7 +115,7 @@ def _refused_file(error: Exception) -> str:
 
 
 _WAYS_OUT = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "ask for the right to use it and the folders that it is in, or give another path"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "ask for permission to use it and the folders that it is in, or give another path"),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS), "give another path"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or give another path"),
     **dict.fromkeys(
@@ -156,7 +156,7 @@ def environment_integer(name: str, default: int, environment: Mapping[str, str] 
         return int(text)
     except ValueError as error:
         raise UserError(
-            f"{name} = {text!r}: in the environment, must be an integer; torchrun and srun set it, otherwise unset it"
+            f"{name} = {text!r}: this environment variable must be an integer; torchrun and srun set it; without them, unset it"
         ) from error
 
 

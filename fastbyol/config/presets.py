@@ -105,7 +105,7 @@ PRESETS: dict[str, Preset] = {
     "r50_100ep": Preset(
         what="ResNet-50, 100 epochs, batch 4096",
         config=_paper(100, base_lr=0.45, tau_base=0.99, weight_decay=1e-6),
-        expected="68.4 top-1 linear (another code)",
+        expected="68.4 top-1 linear (by other code)",
         source="solo-learn README; the paper gives none",
     ),
     "r50_300ep": Preset(
@@ -175,10 +175,10 @@ PRESETS: dict[str, Preset] = {
     "own_small": Preset(
         what="your own images, 1,000 to 50,000: ResNet-18 at 128 px, batch 256, 40,000 steps on one GPU",
         config=_OWN_SMALL,
-        expected="none published; this is imagenette_r18 counted in steps, 92.3 top-1 online there",
+        expected="none published; this is imagenette_r18 with its length in steps, which reaches 92.3 top-1 online on Imagenette",
         source="official README (Imagenette: 1000 epochs of 9,469 images at batch 256 are 36,988 steps)",
-        first="views.size_px to your images; views.view1/2.flip_p 0 if left and right differ; views.view1/2.crop_area 0.2 to 1 if what counts is "
-        "large; then steps",
+        first="views.size_px to your images; views.view1/2.flip_p 0 if left and right differ; views.view1/2.crop_area 0.2 to 1 if the objects that "
+        "count are large; then steps",
     ),
     "own": Preset(
         what="your own images, 50,000 to 1,000,000: ResNet-50 at 224 px, batch 512 on one to eight GPUs, 300 epochs",

@@ -41,17 +41,17 @@ class DataConfig:
     (docs/data.md lists them); 'a::b' joins several. Each may be at a URL: s3://, gs://, hf://, https:// (pip install 'fastbyol[remote]').
     """
     labels: str = "auto"
-    """Labels of images that were not converted, for the probe; training does not use them. auto: what the source has; folders: its
-    top-level folders; none; or a file of labels.
+    """Source of the labels of images that were not converted; only the probe uses them, training does not. auto: the labels that the data
+    have; folders: the names of the top-level folders; none; or a file of labels.
     """
     path_column: str = ""
-    """Column of image paths, where `train` or `labels` is a table; empty: found by its header."""
+    """Column of image paths where `train` or `labels` is a table; empty: recognised by its header."""
     label_column: str = ""
-    """Column of labels, likewise; empty: none where `train` is a table."""
+    """Column of labels where `train` or `labels` is a table; empty: recognised by its header in `labels`, and no labels in `train`."""
     backend: str = "auto"
     """auto, ffcv, dali or folder; auto chooses the one that reads the format of `train`."""
     workers: int = 0
-    """Decoding and augmentation threads per process; 0: one for each core of the process's share, where several processes share the cores."""
+    """Decoding and augmentation threads per process; 0: one per core, or per core of the process's share where several share them."""
     prefetch: int = 3
     """Number of batches prepared ahead of the training step."""
     traversal: str = "random"
@@ -60,16 +60,16 @@ class DataConfig:
     within it, so that N nodes read each byte once and not N times; it changes the shuffle, which then depends on the number of nodes.
     """
     window_mib: int = 2048
-    """Size of the window that traversals local and sharded shuffle together; twice this should fit in memory, or in the cache of a URL."""
+    """Size of the windows within which the traversals local and sharded shuffle. Two windows should fit in memory, or for a URL in the cache."""
     cache: str = ""
     """Folder on local disk for parts of data at a URL, which all ranks and runs of a machine may share; empty: fastbyol/data in
     $XDG_CACHE_HOME, usually ~/.cache.
     """
     cache_gib: float = 64.0
-    """Size of that folder. Less than the data suffices for traversals local and sharded: two windows."""
+    """Largest size of that folder. The traversals local and sharded need space for two windows only; random needs space for all the data."""
     dali_ops: str = "auto"
-    """Work the dali backend gives to DALI: decode (on the CPU); crop, on the GPU if there is one. auto: crop on a GPU (not run by us yet),
-    else decode.
+    """What DALI does in the dali backend. decode: it decodes, on the CPU; crop: it decodes and crops, on the GPU if there is one. auto: crop
+    if there is a GPU (we have not run this yet), else decode.
     """
     val: str = ""
     """Labelled images of the same classes for monitors.knn_every_epochs; training does not use them."""
@@ -106,7 +106,7 @@ class ModelConfig:
     predictor_layers: int = 2
     """Linear layers of the predictor. 0: no predictor (an ablation; the run collapses without a negative term)."""
     head_bias: bool = False
-    """Give the last linear layer of projector and predictor a bias, as the paper's pseudo-code has it (appendix J.2); its code has none."""
+    """Give the last linear layer of projector and predictor a bias, as in the paper's pseudo-code (appendix J.2); the official code has none."""
     hidden_dim: int = 4096
     """Width of the hidden layers of projector and predictor."""
     projection_dim: int = 256
@@ -143,7 +143,7 @@ class ObjectiveConfig:
     """Temperature of the negative term; no effect if beta is 0."""
     target: str = "ema"
     """Projections that are predicted. ema: the target network's; online: the online network's, with gradient; stop_gradient: the online
-    network's, without.
+    network's, without gradient.
     """
     normalization: str = "l2"
     """Normalisation of predictions and targets before their distance is taken: l2; layer_norm; batch_norm, over all ranks; none
@@ -175,18 +175,18 @@ class OptimConfig:
     warmup_epochs: float = 10.0
     """Passes over the images in which the learning rate rises from 0 to its peak."""
     warmup_steps: int = 0
-    """The same in optimizer steps; 0: as many as warmup_epochs makes."""
+    """Length of the warm-up in optimizer steps; 0: it is set by warmup_epochs."""
     momentum: float = 0.9
     """Momentum of lars and sgd."""
     weight_decay: float = 1e-6
     """Weight decay; lars leaves out biases and batch norms."""
     trust_coefficient: float = 1e-3
-    """Factor of LARS's trust ratio, eta."""
+    """LARS's trust coefficient eta, a factor of its trust ratio."""
     update: str = "auto"
-    """Implementation of the target's update, for every optimizer. auto: with lars on a CPU our own kernel, in one pass with the step, else
-    foreach. foreach: torch's operations over all tensors, for lars itself too. triton: one launch (GPU). apex: NVIDIA's amp_C (GPU; PyPI's
-    apex is another package). We have never run triton and apex on a GPU; `python -m fastbyol tune` measures them on yours and writes the
-    fastest.
+    """Implementation of the target's update, for every optimizer. auto: with lars on a CPU, our own kernel, which does the step and
+    the update in one pass; else foreach. foreach: torch's operations over lists of tensors, also for the step of lars. triton: a single
+    kernel launch (GPU). apex: NVIDIA's amp_C (GPU; PyPI's apex is another package). We have never run triton and apex on a GPU;
+    `python -m fastbyol tune` measures them on yours and writes the fastest.
     """
     tau_base: float = 0.99
     """Target decay rate at step 0; it rises to 1 along a cosine."""
@@ -218,18 +218,18 @@ class PrecisionConfig:
     """Number formats and memory layout of the training step."""
 
     autocast: str = "bf16"
-    """bf16, on a CPU only where it is faster than float32 (on x86 with AVX-512); fp16 (GPU, with a gradient scaler); tf32 (GPU: float32
+    """bf16 (a CPU uses it only where it is faster than float32: on x86 with AVX-512); fp16 (GPU, with a gradient scaler); tf32 (GPU: float32
     with matrix products on tensor cores); off: float32.
     """
     channels_last: bool = True
-    """Store activations with the channels last (NHWC), which convolutions are faster with."""
+    """Store activations with the channels last (NHWC), because convolutions are faster with this layout."""
     compile: str = "auto"
-    """Use torch.compile for the whole forward pass and loss: yes; no; auto: on a GPU. The first step then takes a minute or more. The
+    """Use torch.compile for the whole forward pass and loss: yes; no; auto: only on a GPU. The first step then takes a minute or more. The
     augmentation on a GPU is always compiled.
     """
     compile_mode: str = "default"
     """default; reduce-overhead: CUDA graphs (GPU); max-autotune: tries several kernels, so the first step takes longer
-    (without CUDA graphs, which torch's mode of that name also means).
+    (unlike torch's mode of that name, it does not use CUDA graphs).
     """
     compile_cache: str = ""
     """Folder for compiled code, which later runs reuse; empty: torch's own folder, which a reboot may clear."""
@@ -248,11 +248,11 @@ class PrecisionConfig:
     on your card. Runs are then not repeatable to the bit.
     """
     pad_stem: bool = False
-    """Give the first convolution a fourth input channel of zeros, so that tensor cores can read pixels whole. The same results, weights and
-    files. Not measured by us on a GPU; `python -m fastbyol tune` measures it on your card.
+    """Give the first convolution a fourth input channel of zeros, so that tensor cores can read pixels whole. Results, weights and files stay
+    the same. Not measured by us on a GPU; `python -m fastbyol tune` measures it on your card.
     """
     freed_memory: str = "keep"
-    """Use of the memory that a step frees, on a CPU. keep: it stays for the next step, which is faster; return: it goes
+    """What becomes of the memory that a step frees, on a CPU. keep: it is kept for the next step, which is faster; return: it goes
     back to the operating system, so the process uses less (docs/performance.md has both figures).
     """
 
@@ -276,7 +276,7 @@ class MonitorsConfig:
     """Monitoring options; none of them changes what is learnt."""
 
     stop_on_collapse: bool = True
-    """End a run whose projections have collapsed to one point and stay so (docs/monitors.md); off: only report it."""
+    """End a run whose projections have collapsed to one point and stay there (docs/monitors.md); false: only report it."""
     collapse_patience: int = 1000
     """Optimizer steps that a collapse must last before the run is ended; a run is never ended during warm-up."""
     knn_every_epochs: float = 0.0
@@ -299,9 +299,9 @@ class TrainConfig:
     out: str = ""
     """Run folder."""
     epochs: float = 300.0
-    """Passes over the training images; the run ends after int(epochs * images) // global_batch optimizer steps. 0 where steps is given."""
+    """Passes over the training images; the run ends after int(epochs * images) // global_batch optimizer steps. Must be 0 where steps is given."""
     steps: int = 0
-    """Optimizer steps of the run, whatever the number of images: the usual budget for a small set. 0: as many as epochs makes."""
+    """Length of the run in optimizer steps, whatever the number of images: the usual way for a small set. 0: it is set by epochs."""
     global_batch: int = 4096
     """Images per optimizer step, over all devices and accumulated micro-batches."""
     rank_batch: int = 0
@@ -317,11 +317,11 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     keep_every_epochs: float = 0.0
-    """Interval in epochs of additional checkpoints that are written, whatever checkpoint_every is, and kept; 0: none."""
+    """Epochs between two additional checkpoints, which are never deleted and do not depend on checkpoint_every; 0: none."""
     resume: str = "auto"
-    """auto: continue the run in `out`, or start it; must: only continue; never: only start."""
+    """auto: continue the run in `out` if there is one, else start it; must: fail if there is none; never: fail if there is one."""
     mirror: str = ""
-    """URL (s3://, gs://, file:// and others that can be written) to which each checkpoint is copied in the background; a run whose folder
+    """URL (s3://, gs://, file:// and others that can be written to) to which each checkpoint is copied in the background; a run whose folder
     is new or behind continues from the newest copy. Empty: none.
     """
     init_from: str = ""
@@ -329,8 +329,8 @@ class TrainConfig:
     resumed.
     """
     timeout_s: float = 600.0
-    """Seconds after which the run is ended if a rank, a data source or a device does not respond. A first step that compiles has an hour,
-    but no rank may compile for this much longer than another.
+    """Seconds after which the run is ended if a rank, a data source or a device does not respond. A first step that compiles may take an
+    hour, but no rank may take timeout_s longer to compile than another.
     """
     grace_s: float = 60.0
     """Seconds to finish and save the current step after SIGTERM, SIGINT, SIGHUP or SIGUSR1; then the process exits without saving it."""

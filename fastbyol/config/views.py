@@ -61,7 +61,7 @@ class ViewSpec:
     solarize_p: float = 0.0
     """Probability of solarization."""
     solarize_threshold: float = 0.5
-    """Values of at least this, in [0, 1], are inverted by solarization."""
+    """Solarization inverts values of at least this, in [0, 1]."""
 
     def __post_init__(self) -> None:
         require_range("crop_area", self.crop_area, TINY, 1.0)
@@ -90,7 +90,7 @@ class ViewPair:
     tf.image.resize.
     """
     antialias: bool = False
-    """Widen the taps where a crop is shrunk, as Pillow does; tf.image.resize, and with it the paper, does not."""
+    """Widen the filter where a crop is shrunk, as Pillow does; tf.image.resize does not, and so neither does the paper."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel, subtracted from the view's values in [0, 1]."""
     std: tuple[float, float, float] = IMAGENET_STD

@@ -233,7 +233,7 @@ def _open_source(config: DataConfig, *, option: str, label_option: str = "") -> 
     """Opens the data with its backend. Each backend is imported only where it is used: a missing optional one must not break the others."""
     location = config.train
     if not location:
-        raise UserError(f"{option} is not given: a .beton file, a folder of tar shards, or images: a folder, tars, or a list of them")
+        raise UserError(f"{option} is not given; give a .beton file, a folder of tar shards, or images: a folder, tars, or a list of them")
     backend = config.backend
     require_choice("data.backend", backend, BACKENDS)
     fitting = backend_of(location, option=option)

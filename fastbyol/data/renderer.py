@@ -198,7 +198,7 @@ class BatchMemory:
         except (MemoryError, RuntimeError) as error:
             gib = math.prod(shape) * self._dtype.itemsize / 2**30
             raise UserError(
-                f"a batch of {shape[1]} images at views.size_px = {shape[2]} needs {gib:.1f} GiB, and there is not as much memory; "
+                f"a batch of {shape[1]} images at views.size_px = {shape[2]} needs {gib:.1f} GiB, and there is not enough memory; "
                 "take a smaller batch or smaller views"
             ) from error
         # PyTorch keeps the numpy view alive until the last tensor on it is freed; then the finalizer returns the memory to the pool.

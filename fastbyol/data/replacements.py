@@ -52,7 +52,7 @@ class Replacements:
             if len(self._damaged) + 1 > min(damage_allowed(self._num_samples), self._num_samples - 1):
                 raise UserError(
                     f"{damage.what}, nor do {len(self._damaged):,} other images of {self._num_samples:,} that were read before it; python -m "
-                    "fastbyol convert names all damaged images, and leaves out as many as --max-dropped allows"
+                    "fastbyol convert names all damaged images, and leaves out up to as many as --max-dropped allows"
                 ) from damage
             self._damaged.add(damage.index)
         # An error, because ranks other than 0 log nothing less, and no other rank may have met this image.

@@ -111,7 +111,7 @@ def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Tar shards are all kept open, some 570 for ImageNet, and the soft limit is raised as far as the hard one allows.
     if hard != resource.RLIM_INFINITY and hard < LOW_FILES:
-        text = f"{soft}, at most {hard}: tar shards of large data sets are all kept open"
+        text = f"{soft}, at most {hard}: may be too few for large data sets of tar shards, which are all kept open"
         return Finding(MACHINE, "open files", "low", text, "ulimit -Hn 65536 as root, docker run --ulimit nofile=65536, or larger shards")
     return Finding(MACHINE, "open files", "ok", f"{soft}, at most {'unlimited' if hard == resource.RLIM_INFINITY else hard}")
 
@@ -121,7 +121,7 @@ def _compiler() -> Finding:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     if found := next(filter(None, map(shutil.which, names)), None):
         return Finding(MACHINE, "C++ compiler", "ok", found)
-    text = "no torch.compile on a CPU, and no building of ffcv; training runs without"
+    text = "torch.compile does not work on a CPU, and ffcv cannot be built; training works without both"
     return Finding(MACHINE, "C++ compiler", "missing", text, "apt-get install g++")
 
 
@@ -157,10 +157,10 @@ def gpu_findings() -> Iterator[Finding]:
     build = f"for CUDA {facts['cuda']}" if facts["cuda"] else "for the CPU"
     if not facts["usable"]:
         if driver and (withheld := _withheld()):
-            text = f"none for this process: driver {driver} is here, but {withheld[0]}; it trains on the CPU"
+            text = f"none for this process: driver {driver} is here, but {withheld[0]}; training uses the CPU"
             yield Finding(GPU, "GPU", "missing", text, withheld[1])
         elif driver and not facts["cuda"]:
-            text = f"driver {driver} is here, but torch {facts['torch']} was built {build} and trains on it"
+            text = f"driver {driver} is here, but torch {facts['torch']} was built {build} and trains on that"
             yield Finding(GPU, "GPU", "low", text, "install a CUDA build of torch (pytorch.org/get-started)")
         elif driver:
             why = facts["why_not"] or ended.fault or f"torch {facts['torch']} was built {build}"
@@ -178,13 +178,19 @@ def gpu_findings() -> Iterator[Finding]:
             yield Finding(GPU, "NCCL", "ok", facts["nccl"])
         else:
             yield Finding(
-                GPU, "NCCL", "missing", "this torch has none: several GPUs cannot train together", "install a CUDA build of torch"
+                GPU,
+                "NCCL",
+                "missing",
+                "this torch was built without it: several GPUs cannot train together",
+                "install a CUDA build of torch",
             )
         yield _nvjpeg()
     if facts.get("bf16"):
-        yield Finding(MACHINE, "bf16 on this CPU", "ok", "oneDNN has kernels of it for this CPU")
+        yield Finding(MACHINE, "bf16 on this CPU", "ok", "oneDNN has bf16 kernels for this CPU")
     else:
-        yield Finding(MACHINE, "bf16 on this CPU", "low", "no instructions for it: a run on this CPU computes in float32, which is faster")
+        yield Finding(
+            MACHINE, "bf16 on this CPU", "low", "this CPU has no bf16 instructions: a run on it computes in float32, which is faster"
+        )
 
 
 def _withheld() -> tuple[str, str] | None:
@@ -195,7 +201,7 @@ def _withheld() -> tuple[str, str] | None:
     if os.environ.get(VISIBLE) in ("", "-1", "NoDevFiles"):
         return f"{VISIBLE} is {os.environ[VISIBLE]!r}", f"unset {VISIBLE}, or ask the scheduler for a GPU"
     if not any(DEVICES.glob("nvidia[0-9]*")) and not (DEVICES / "dxg").exists():  # dxg: Windows' WSL
-        return f"no GPU of it: {DEVICES}/nvidia0 is not there", "docker run --gpus all, or ask the scheduler for a GPU"
+        return f"no GPU is visible: {DEVICES}/nvidia0 is not there", "docker run --gpus all, or ask the scheduler for a GPU"
     return None
 
 
@@ -218,7 +224,7 @@ def _nvjpeg() -> Finding:
     for package in ("nvidia-nvjpeg", "nvidia-nvjpeg-cu12"):
         if version := version_of(package):
             return Finding(GPU, "nvJPEG", "ok", f"{version} (DALI decodes with it)")
-    text = "no package of it: DALI then uses the CUDA toolkit's, or decodes on the CPU"
+    text = "not installed: DALI uses the one of the CUDA toolkit, or decodes on the CPU"
     return Finding(GPU, "nvJPEG", "missing", text, "pip install 'fastbyol[dali]'")
 
 

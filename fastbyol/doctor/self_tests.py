@@ -28,8 +28,8 @@ WAYS_OUT = {
     # Name the packages themselves: installing fastbyol[ffcv] would replace a checkout by the index's fastbyol, and reinstall torch.
     "ffcv backend": f"build it again: {REBUILD_FFCV_ALONE}, or train from tar shards or images",
     "dali backend": f"pip install --force-reinstall --no-deps {dali_package()}, or train from a .beton or images",
-    "torch.compile, CPU": "not needed on a CPU; --precision.compile no leaves it out",
-    "torch.compile, GPU": "--precision.compile no trains without, more slowly",
+    "torch.compile, CPU": "not needed on a CPU; --precision.compile no trains without it",
+    "torch.compile, GPU": "--precision.compile no trains without it, more slowly",
     "target by triton": "leave --optim.update at auto",
     "target by apex": "leave --optim.update at auto",
 }

@@ -12,6 +12,7 @@ from fastbyol.evaluation.gallery import display_pixels
 from fastbyol.evaluation.splits import Split
 from fastbyol.evaluation.subjects import random_images
 from fastbyol.evaluation.training_log import Record, alarms
+from fastbyol.host.quantities import count_text
 from fastbyol.monitors.collapse import what_to_try
 
 FEW_STEPS = 3000
@@ -55,14 +56,14 @@ def first_ideas(facts: RunFacts) -> list[str]:
     config = facts.config
     views, optim = config.views, config.optim
     if not facts.step:  # another program's weights: none of the options below has made them
-        size = f"they see images of {views.size_px} px here: give the size and normalisation that they were trained with"
+        size = f"images are shown to them at {views.size_px} px here: give the size and normalisation that they were trained with"
         return [
             "train on from these weights with your own images: python -m fastbyol train --init_from FILE",
             f"{size}, --views.size_px {views.size_px}, --views.mean, --views.std",
         ]
     ideas = []
     if facts.alarms:
-        ideas.append(f"the log has {len(facts.alarms)} alarms of collapse; {what_to_try(config)}")
+        ideas.append(f"the log has {count_text(len(facts.alarms), 'alarm')} of collapse; {what_to_try(config)}")
     if where := _stopped_at(facts):
         ideas.append(f"the run stopped after {where}: let it finish (the same command continues)")
     elif facts.step < FEW_STEPS:
@@ -76,7 +77,7 @@ def first_ideas(facts: RunFacts) -> list[str]:
     if min(view.crop_area[0] for view in _pair(views)) < SMALLEST_CROP:
         ideas.append(f"larger crops, so that both views show the same thing: {_both('crop_area', LARGER_CROPS)}")
     if views.size_px <= SMALL_PX and _any(views, "blur_p"):
-        ideas.append(f"no blur, which takes much of {views.size_px} px: {_both('blur_p', 0)}")
+        ideas.append(f"no blur, which removes much of the detail at {views.size_px} px: {_both('blur_p', 0)}")
     if facts.step < 4 * FEW_STEPS and optim.tau_base > 0.95:
         ideas.append(f"a target that moves faster in a short run: --optim.tau_base 0.9 (it is {optim.tau_base:g})")
     if optim.warmup_epochs > config.epochs / 4 and not config.steps:

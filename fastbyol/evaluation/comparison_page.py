@@ -62,7 +62,7 @@ def comparison_page(found: RunComparison, *, command: str) -> str:
     """Renders the comparison as HTML."""
     num = len(found.runs)
     lead = f"{num} runs, " + (
-        "all on the same images" if found.num_data == 1 else f"on {found.num_data} sets of images (as their paths tell)"
+        "all on the same images" if found.num_data == 1 else f"on {found.num_data} sets of images (told apart by their paths)"
     )
     groups = found.score_groups()
     sections = [
@@ -96,7 +96,7 @@ def _overview_section(found: RunComparison, groups: Sequence[ScoreGroup]) -> str
     parts.append(page.wide(page.html_table([*map(page.escape, header), "reached"], rows=body, numbers=frozenset(range(2, len(header))))))
     notes = [*overview_notes(found, groups), *found.remarks]
     return page.section(
-        "overview", title="How far each came, what it learnt", parts=[*parts, *(page.paragraph(n, kind="note") for n in notes)]
+        "overview", title="How far each run came and what it learnt", parts=[*parts, *(page.paragraph(n, kind="note") for n in notes)]
     )
 
 
@@ -150,7 +150,7 @@ def overview_notes(found: RunComparison, groups: Sequence[ScoreGroup]) -> list[s
     rows = [g for g in main.values() if g.protocol in ("linear", "knn")]
     if any(g.protocol == m.protocol and set(g.scores) - set(m.scores) for m in rows for g in groups):
         where = "; ".join(dict.fromkeys(g.title for g in rows))
-        notes.append(f"*: on other images or with other settings than the rest ({where}), so not to be compared with it")
+        notes.append(f"*: on other images or with other settings than the rest of the column ({where}), so not comparable with it")
     stale = [
         f"{run.name}'s {score.protocol} at step {score.step:,}"
         for run in found.runs
@@ -158,14 +158,14 @@ def overview_notes(found: RunComparison, groups: Sequence[ScoreGroup]) -> list[s
         if score.protocol in ("linear", "knn") and score.step not in (None, run.outcome.steps)
     ]
     if stale:
-        notes.append(f"evaluated at an earlier step than the last one: {', '.join(stale)}")
+        notes.append(f"evaluated at an earlier step than the last one of the run: {', '.join(stale)}")
     unscored = [run.name for run in found.runs if not run.scores]
     if unscored:
         notes.append(f"not evaluated yet: {', '.join(unscored)} (python -m fastbyol evaluate all)")
     if found.num_data > 1:
-        notes.append("the runs saw different images: their losses, probes and signs are not to be compared with each other")
+        notes.append("the runs saw different images: their losses, probes and signs of collapse cannot be compared with each other")
     if len({run.speed.per for run in found.runs if run.records}) > 1:
-        notes.append("the runs were on different devices, so their images/s are not to be compared; the page lists the devices")
+        notes.append("the runs were on different devices, so their images/s cannot be compared; the page lists the devices")
     return notes
 
 
@@ -179,7 +179,7 @@ def best_lines(found: RunComparison, groups: Sequence[ScoreGroup]) -> list[str]:
         figure = group.scores[min(best)].figures["top-1"].text
         text = f"Best {group.title}: {names}, {figure}"
         if group.noise:
-            text += f"; runs closer than {100 * CONFIDENCE_Z * math.sqrt(2) * group.noise:.1f} points may differ by the draw of the val images alone"
+            text += f"; runs closer than {100 * CONFIDENCE_Z * math.sqrt(2) * group.noise:.1f} points may differ only because of the choice of val images"
         lines.append(f"{text}.")
     ends = {word: [run.name for run in found.runs if run.outcome.word == word] for word in (DIVERGED, COLLAPSED, STOPPED, RUNNING)}
     lines += [f"{word.capitalize()}: {', '.join(names)}." for word, names in ends.items() if names]
@@ -189,7 +189,7 @@ def best_lines(found: RunComparison, groups: Sequence[ScoreGroup]) -> list[str]:
 def _differences_section(found: RunComparison) -> str:
     parts = []
     defaults = flatten(to_plain(TrainConfig()))
-    for with_effect, title in ((True, ""), (False, "Without effect on what is learnt: speed, logging, storage")):
+    for with_effect, title in ((True, ""), (False, "Without effect on what is learnt: options of speed, logging and storage")):
         different = found.differences(with_effect=with_effect)
         if title and different:
             parts.append(f"<h3>{page.escape(title)}</h3>")
@@ -200,14 +200,14 @@ def _differences_section(found: RunComparison) -> str:
             ]
             parts.append(page.wide(page.html_table(["option", *_labels(found)], rows=rows)))
         elif with_effect:
-            parts.append(page.paragraph("No option that changes what is learnt: the runs are repetitions of one config."))
+            parts.append(page.paragraph("No option that changes what is learnt differs: the runs are repetitions of one config."))
     parts.append(
         page.paragraph(
-            "Only options in which the runs differ. Bold: other than the first run's; grey: the default, that of the paper's 300-epoch run.",
+            "Only options in which the runs differ are listed. Bold: differs from the first run; grey: the default, that of the paper's 300-epoch run.",
             kind="note",
         )
     )
-    return page.section("differences", title="What differs in their configs", parts=parts)
+    return page.section("differences", title="Where the configs differ", parts=parts)
 
 
 def _option(value: Any, *, first: Any, default: Any) -> str:
@@ -236,7 +236,7 @@ def _scores_section(found: RunComparison, groups: Sequence[ScoreGroup]) -> str:
             f"<h3>{page.escape(group.title)}</h3>",
             page.wide(page.html_table(header, rows=rows, numbers=frozenset(range(1, len(header))))),
         ]
-        noise = f" One standard deviation of an accuracy from so many images is {100 * group.noise:.1f} points." if group.noise else ""
+        noise = f" With so many images, one standard deviation of an accuracy is {100 * group.noise:.1f} points." if group.noise else ""
         steps = {found.runs[i].name: group.scores[i].step for i in columns}
         at = (
             ""
@@ -269,7 +269,7 @@ def _curves_section(found: RunComparison) -> str:
         parts = [page.paragraph("No run has logged a step yet.")]
     texts = [f"Over {why}."]
     if found.num_data > 1:
-        texts.append("The runs saw different images: shapes may be compared, heights not.")
+        texts.append("The runs saw different images: the shapes of the curves can be compared, their heights cannot.")
     return page.section("curves", title="Curves", parts=[*parts, page.paragraph(" ".join(texts), kind="note")])
 
 
@@ -293,7 +293,7 @@ def _speed_section(found: RunComparison) -> str:
         ]
         rows.append([label, *map(page.escape, figures)])
     parts = [page.wide(page.html_table([page.escape(h) for h in header], rows=rows, numbers=frozenset(range(2, len(header)))))]
-    text = "images/s: median over the logged steps; one image is two views. A figure of a GPU and one of a CPU are never to be compared."
+    text = "images/s: median over the logged steps; one image is two views. Never compare a figure of a GPU with one of a CPU."
     return page.section("speed", title="Speed", parts=[*parts, page.paragraph(text, kind="note")])
 
 
@@ -331,9 +331,9 @@ def difference_lines(found: RunComparison) -> Iterable[str]:
     different = found.differences(with_effect=True)
     first = found.runs[0].name
     yield (
-        f"what differs from {first} in their configs:"
+        f"options in which the configs differ from that of {first}:"
         if different
-        else "no option that changes what is learnt differs: repetitions of one config"
+        else "no option that changes what is learnt differs: the runs are repetitions of one config"
     )
     for position, run in enumerate(found.runs[1:], start=1):
         changed = [

@@ -291,7 +291,7 @@ class FeatureFile:
 
     def _broken(self, error: BaseException) -> UserError:
         what = first_line(error) if isinstance(error, Exception) else str(error)
-        return UserError(f"{self.path}: is not a whole file of features ({what}); make it again with python -m fastbyol embed")
+        return UserError(f"{self.path}: is not a complete file of features ({what}); make it again with python -m fastbyol embed")
 
     def _open_parquet(self) -> tuple[Facts, list[str], NDArray[np.int64]]:
         pa = _pyarrow()
@@ -315,7 +315,7 @@ class FeatureFile:
         held = json.loads(beside.read_text(encoding="utf-8"))
         names = held["names"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("its names are not texts")
+            raise ValueError("its names are not strings")
         return Facts.read(json.dumps(held[_FACTS])), names, np.array(held["labels"], dtype=np.int64)
 
     def _blocks(self, column: str, rows: int) -> Iterator[NDArray[Any]]:

@@ -150,7 +150,7 @@ def _headline_section(report: Report) -> str:
         parts += [page.table(header, rows=rows, numbers=frozenset(range(1, len(header)))), page.paragraph(note, kind="note")]
     else:
         parts.append(page.paragraph(f"No linear or kNN accuracy: {report.bank.splits.unscored}.", kind="note"))
-    return page.section("headline", title="What was learnt, how fast", parts=parts)
+    return page.section("headline", title="What was learnt, and how fast", parts=parts)
 
 
 def _settings_text(result: Result) -> str:
@@ -164,9 +164,9 @@ def _verdict_parts(verdict: Verdict) -> list[str]:
 
 def _label_free_section(result: LabelFreeResult) -> str:
     text = (
-        f"Ranks of the features of {result.num_images:,} images; the other rows of two views each of {result.num_pairs:,}, drawn as in "
-        "training. They tell an encoder that collapsed or learnt nothing from one that learnt what its views ask for; whether that helps a "
-        "task, only labels can say."
+        f"The ranks are those of the features of {result.num_images:,} images; the other rows compare two views of each of {result.num_pairs:,} "
+        "images, drawn as in training. They tell an encoder that collapsed or learnt nothing from one that learnt what its views ask for; only "
+        "labels can say whether that helps a task."
     )
     header, rows = label_free_header(), label_free_rows(result)
     parts = [page.table(header, rows=rows, numbers=frozenset({1, 2, 3})), page.paragraph(text, kind="note")]
@@ -206,7 +206,7 @@ def _configuration_section(config: TrainConfig) -> str:
     parts = [
         page.paragraph("The default column is filled in where the run differs from the paper's 300-epoch ResNet-50 run.", kind="note"),
         f'<div class="columns">{columns}</div>',
-        "<h3>What each view draws</h3>",
+        "<h3>Augmentation of each view</h3>",
         page.table(["operation", "view 1", "view 2"], rows=[[name, _text(view1[name]), _text(view2[name])] for name in view1]),
     ]
     return page.section("configuration", title="Configuration", parts=parts)

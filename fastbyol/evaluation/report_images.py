@@ -12,6 +12,7 @@ from fastbyol.evaluation.features import Features
 from fastbyol.evaluation.figures import picture
 from fastbyol.evaluation.gallery import Neighbours, nearest_neighbours, thumbnails
 from fastbyol.evaluation.subjects import FeatureBank
+from fastbyol.host.quantities import count_text
 
 QUERIES = 10
 NEIGHBOURS = 7
@@ -36,7 +37,7 @@ def neighbours_section(bank: FeatureBank) -> str:
     neighbours = thumbnails(bank.splits.train.pick(found.neighbour.flatten()), views=views)
     neighbours = neighbours.reshape(*found.neighbour.shape, *neighbours.shape[1:])
     rows = [_neighbour_cells(bank, found, row, queries[row], neighbours[row]) for row in range(len(found.query))]
-    text = f"A{' val' if val else 'n'} image and the {'training ' if val else ''}images with the nearest features, with their cosine."
+    text = f"Each row: a{' val' if val else 'n'} image and the {'training ' if val else ''}images with the nearest features, with their cosine similarity."
     labelled = bool((features.train.label >= 0).any())
     if labelled:
         text += " Green frame: same class; red frame: another class."
@@ -73,8 +74,8 @@ def clusters_section(bank: FeatureBank) -> str:
         images = _cells(bank, shown.index, [_class(bank, value, otherwise="") for value in shown.label.tolist()])
         rows.append([page.escape(f"{number}: {cluster.size:,}"), *images])
     text = (
-        f"{len(train.label):,} images in {len(clusters)} groups (k-means on the features), with the number of images of each; of each group "
-        "those nearest to its centre, nearest first."
+        f"{len(train.label):,} images in {len(clusters)} clusters (k-means on the features). Each row has the number of a cluster, how many images "
+        "it holds, and the images nearest to its centre, nearest first."
     )
     return page.section("clusters", title="Clusters", parts=[page.paragraph(text), page.image_grid([], rows=rows, gaps=frozenset({1}))])
 
@@ -85,7 +86,7 @@ def map_section(bank: FeatureBank) -> str:
     chosen = torch.randperm(len(feature), generator=torch.Generator().manual_seed(seed))[:MAP_IMAGES]
     if len(chosen) < 3:
         return ""
-    parts = [page.paragraph("Each image stands where its features put it; of those that fall onto the same place one is shown.")]
+    parts = [page.paragraph("Each image is placed by its features; where several fall onto the same place, one is shown.")]
     for method in map_methods():
         place = cells(coordinates(feature[chosen], method=method, seed=seed), columns=WIDTH_PX // TILE_PX, rows=HEIGHT_PX // TILE_PX)
         shown = thumbnails(bank.splits.train.pick(chosen[torch.tensor(list(place))]), views=bank.config.views)
@@ -102,13 +103,13 @@ def odd_images_section(bank: FeatureBank) -> str:
         return ""
     outlier, distance = find_outliers(train.feature, count=OUTLIERS, device=bank.device)
     images = _cells(bank, train.index[outlier], [f"{value:.1f}" for value in distance.tolist()])
-    text = f"Of {len(train.label):,} images those farthest from their {NEIGHBOUR}th neighbour (standardised features): damaged, rare, or alien."
+    text = f"Of {len(train.label):,} images, those farthest from their {NEIGHBOUR}th neighbour (standardised features): damaged, rare, or out of place."
     parts = [page.paragraph(text), page.image_grid([], rows=_in_rows(images, GRID_COLUMNS))]
     pairs = train.index[similar_pairs(train.feature, at_most=CANDIDATES, device=bank.device)].view(-1, 2)
     if len(pairs):
         pairs = pairs[show_the_same(*(bank.splits.train.pick(side) for side in pairs.T))]
     more = f", {PAIRS} of them:" if len(pairs) > PAIRS else ":" if len(pairs) else "."
-    said = f"{len(pairs):,} {'shows' if len(pairs) == 1 else 'show'} the same picture{more}"
+    said = f"{count_text(len(pairs), 'pair')} {'shows' if len(pairs) == 1 else 'show'} the same picture{more}"
     parts.append(page.paragraph(f"Near-duplicates, among the {CANDIDATES} pairs with the most similar features: {said}"))
     rows = pairs[:PAIRS].flatten()
     if len(rows):

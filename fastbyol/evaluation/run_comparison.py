@@ -178,7 +178,7 @@ def read_runs(folders: Sequence[str]) -> RunComparison:
                 if path.exists()
                 else "no such folder"
             )
-            raise UserError(f"{path}: is no run folder ({there}); give folders that fastbyol/train.py has written, or leave it out")
+            raise UserError(f"{path}: is not a run folder ({there}); give folders that fastbyol/train.py has written, or leave it out")
         if (resolved := path.resolve()) in known:
             also = f", as {known[resolved]}" if known[resolved] != path else ""
             raise UserError(f"{path}: is given twice{also}; leave one out")
@@ -238,7 +238,7 @@ def outcome_of(folder: Path, config: TrainConfig, records: Sequence[Record]) -> 
     if why := divergence_of(folder):
         return Outcome(COLLAPSED if is_collapse(why) else DIVERGED, f"{at}: {why}", steps)
     if holder := holder_of_lock(folder / LOCK_FILE):
-        return Outcome(RUNNING, f"{at}, by {holder}{collapse}", steps)
+        return Outcome(RUNNING, f"{at}, being run by {holder}{collapse}", steps)
     if since is not None:
         return Outcome(COLLAPSED, f"{'complete, ' if complete else 'stopped at '}{at}{collapse}", steps)
     return Outcome(COMPLETE if complete else STOPPED, at, steps)
@@ -284,7 +284,7 @@ def _note(result: Result | TaskResult) -> str:
         sizes = ", ".join(f"{_number(count):,.0f} {split}" for split, count in result.sizes.items())
         return ". ".join([f"{result.version} settings; images: {sizes}", *map(str, result.notes)])
     if isinstance(result, LabelFreeResult):
-        return f"{_number(result.num_images):,.0f} images, two of the run's own views each of {_number(result.num_pairs):,.0f}"
+        return f"{_number(result.num_images):,.0f} images, with two of the run's own views of each of {_number(result.num_pairs):,.0f}"
     settings = ", ".join(f"{name} {value}" for name, value in result.settings.items() if name != "seed" and not isinstance(value, list))
     chance = _number(result.chance_top1)
     return (
@@ -319,5 +319,5 @@ def _figures(result: Result | TaskResult) -> Iterator[tuple[str, Figure]]:
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{value!r:.60} is no number")
+        raise UserError(f"{value!r:.60} is not a number")
     return float(value)

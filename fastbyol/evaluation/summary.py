@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MEASURES: dict[str, tuple[str, str, str]] = {
-    "other_view_top1": ("other view found", "{:.1f} %", "images whose two views find each other; higher: the encoder knows images again"),
-    "alignment": ("alignment", "{:.3f}", "distance between two views of an image; lower: ignores what the views change"),
-    "uniformity": ("uniformity", "{:.3f}", "lower: spread over the whole sphere; 0: all images in one point"),
-    "rankme": ("RankMe", "{:.1f}", "directions in use; 1: collapsed; to compare runs with each other, not with an untrained one"),
-    "effective_rank": ("effective rank", "{:.1f}", "the same around their mean"),
+    "other_view_top1": (
+        "other view found",
+        "{:.1f} %",
+        "share of images whose two views find each other; higher: the encoder recognises the image",
+    ),
+    "alignment": ("alignment", "{:.3f}", "distance between two views of an image; lower: the encoder ignores what the views change"),
+    "uniformity": ("uniformity", "{:.3f}", "lower: features spread over the whole sphere; 0: all images at one point"),
+    "rankme": ("RankMe", "{:.1f}", "directions in use; 1: collapsed; compare it between runs, not with an untrained encoder"),
+    "effective_rank": ("effective rank", "{:.1f}", "the same after the mean is subtracted"),
     "participation_ratio": ("participation ratio", "{:.1f}", "directions that hold most of the variance"),
 }
 """Title, format and meaning of each measure without labels."""
@@ -92,7 +96,7 @@ def label_free_table(result: LabelFreeResult, *, title: str) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    heading = f"{result.num_images:,} images, two views each of {result.num_pairs:,}"
+    heading = f"{result.num_images:,} images, two views of each of {result.num_pairs:,}"
     table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD)
     for position, name in enumerate(label_free_header(title=title)):
         table.add_column(name, justify="right" if 0 < position < 4 else "left", no_wrap=position < 4)

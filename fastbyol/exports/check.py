@@ -77,12 +77,12 @@ def checked(found: Format, features: Features, subject: Subject, given: CheckIma
     error = (theirs - ours).abs().max().item() if theirs.shape == ours.shape else float("inf")
     if not error <= found.limit * largest:  # NaN is refused too
         raise UserError(
-            f"--to {name}: what {found.checked_in} computes of the exported encoder differs from it by {error:.2g}, more than "
+            f"--to {name}: the features of the exported encoder in {found.checked_in} differ from its own by {error:.2g}, more than "
             f"{found.limit * largest:.2g}; nothing was written. Please report this with the versions of torch and {found.checked_in}"
         )
     program = _with_version(found.checked_in)
     how = found.not_loaded or f"Loaded back with {program}"
-    words = f"{how}: the largest difference of a feature is {error:.2g}, the features reach {largest:.3g} ({given.title})."
+    words = f"{how}: the largest difference in a feature is {error:.2g}, and the largest feature {largest:.3g} ({given.title})."
     return {"program": program, "images": given.title, "largest_difference": error, "largest_feature": largest, "words": words}
 
 

@@ -48,7 +48,7 @@ def _read(path: Path, subject: Subject) -> Features:
     encoder = encoder_from(subject.config.model)
     encoder.load_state_dict({name: torch.from_numpy(held.pop(detectron2_name(name))) for name in encoder.state_dict()})
     if held:
-        raise ValueError(f"{next(iter(held))} is no name of the encoder")
+        raise ValueError(f"{next(iter(held))} is not a name of a tensor of the encoder")
     return encoder.eval()
 
 

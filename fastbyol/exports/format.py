@@ -90,5 +90,5 @@ def refusal_of_resnets(model: ModelConfig, names: Sequence[str], *, program: str
     if model.stem != "imagenet":
         return f"{program}'s {model.encoder} begins with a 7x7 convolution and a max-pool, this one has model.stem {model.stem}"
     if model.padding != "symmetric":
-        return f"{program}'s {model.encoder} pads as PyTorch does, so model.padding {model.padding} would have other features there"
+        return f"{program}'s {model.encoder} pads as PyTorch does, so model.padding {model.padding} would give other features there"
     return ""

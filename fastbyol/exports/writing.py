@@ -50,7 +50,7 @@ def places(formats: Mapping[str, Format], out: Path, *, overwrite: bool) -> dict
             raise UserError(f"--out {out}: must end in {' or '.join(each.suffixes)} for {name}")
         found, folder = {name: out}, out.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"--out {out}: {folder} is not a folder that may be written; choose another one")
+        raise UserError(f"--out {out}: {folder} is not a folder that may be written to; choose another one")
     for name, path in found.items():
         _refuse_to_lose(path, formats[name], overwrite=overwrite)
     return found

@@ -125,7 +125,7 @@ class StagedOutput:
         if changed := [name for name in (*settings, *before) if before.get(name) != settings.get(name)]:
             name = changed[0]
             raise UserError(
-                f"{self._option} {self._out}: an output for it is in {self.folder}, made with {name} = {shown(before.get(name))} and not "
+                f"{self._option} {self._out}: its unfinished output is in {self.folder}, made with {name} = {shown(before.get(name))} and not "
                 f"{shown(settings.get(name))}; repeat that command to go on, or remove the folder"
             )
 

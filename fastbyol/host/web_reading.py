@@ -48,7 +48,7 @@ async def _fetched(fs: Any, url: str, shown: str, start: int, size: int | None) 
         answer.raise_for_status()
         is_part = answer.status == 206 or answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if start and not is_part:
-            raise UserError(f"{shown}: the server sends the whole file for a part of it: it sends whole files only; fetch the file first")
+            raise UserError(f"{shown}: the server sends the whole file when a part is asked for; fetch the file first")
         pieces, arrived = list[bytes](), 0
         # Read some 100 kB at a time, and stop where the part should end: a server may send more, or the whole file for a part at its start.
         while (size is None or arrived <= size) and (piece := await answer.content.readany()):

@@ -185,7 +185,7 @@ def lost_ranks_named(process: Process) -> Iterator[None]:
         if process.world_size == 1 or not (connection or says_so):
             raise
         raise Lost(
-            f"rank {process.rank} got no answer from another rank: it ended, hangs, or cannot be reached ({first_line(error, limit=160)}); "
+            f"rank {process.rank} got no answer from another rank: it has ended, hangs, or cannot be reached ({first_line(error, limit=160)}); "
             "the same command continues from the last checkpoint"
         ) from error
 

@@ -64,7 +64,7 @@ def read_contents(folder: Path) -> Contents:
     records = read_records(folder)
     read = {record_path(folder, record.run, record.seed) for record in records}
     remarks = [
-        f"{path.name}: is not the record of a run, so its row lacks it"
+        f"{path.name}: is not the record of a run, so it is left out of its row"
         for path in sorted((folder / RECORDS).glob("*.json"))
         if path not in read
     ]
@@ -103,8 +103,11 @@ def lead_text(contents: Contents) -> str:
     images = f" of {longest.num_train:,} images" if longest else ""
     steps = f", {longest.steps:,} steps" if longest else ""
     length = f"{base.steps:,} steps" if base.steps else f"{base.epochs:g} epoch{'s' * (base.epochs != 1)}{images}{steps}"
-    scale = "at the paper's scale" if contents.setup.scale == "paper" else "at demo scale: the paper's changes made to a small recipe"
-    return f"What the rows change: {base.model.encoder} at {base.views.size_px} px, batch {base.global_batch:,}, {length}; {scale}. Data: {contents.setup.data}"
+    scale = (
+        "at the paper's scale" if contents.setup.scale == "paper" else "at demo scale, where the paper's changes are made to a small recipe"
+    )
+    recipe = f"{base.model.encoder} at {base.views.size_px} px, batch {base.global_batch:,}, {length}"
+    return f"The recipe that the rows change: {recipe}; {scale}. Data: {contents.setup.data}"
 
 
 def counts_text(contents: Contents) -> str:
@@ -116,7 +119,7 @@ def counts_text(contents: Contents) -> str:
     cost = hours_text(hours_of(contents.records))
     text = f"{num} run{'s' * (num != 1)} with {seeds} seed{'s' * (seeds != 1)}" if num else "No run is finished yet"
     text += (f"; {said}" if said else "") + (f"; {cost} of training in all" if cost else "") + "."
-    return text if contents.results or not num else f"{text} There is no table yet: it takes a row beside the base."
+    return text if contents.results or not num else f"{text} There is no table yet: it needs at least one row besides the base."
 
 
 def baselines_text(contents: Contents) -> str:
@@ -130,7 +133,7 @@ def baselines_text(contents: Contents) -> str:
         + ", ".join(f"{'kNN' if protocol == 'knn' else protocol} {100 * share:.1f} %" for protocol, share in shares.items())
         for name, shares in base.baselines.items()
     ]
-    return f"To compare with, on the same images: {'; '.join(parts)}."
+    return f"For comparison, on the same images: {'; '.join(parts)}."
 
 
 def hours_text(hours: Mapping[str, float]) -> str:
@@ -197,9 +200,10 @@ def _sign(name: str, value: float | None) -> str:
 
 
 COLUMNS_TEXT = (
-    f"Columns: {OURS} and {PAPERS} are linear top-1 minus that of the table's base row, in points, ours the mean over the seeds that both rows have, so that "
-    "shapes can be compared whatever the images; linear and kNN are top-1 in % on val, mean over the seeds (lowest to highest); paper's top-1 is linear, on "
-    "ImageNet; the last one is the cost of training, all seeds. The columns between need no labels, and are of each row's own views (docs/monitors.md)."
+    f"Columns: {OURS} and {PAPERS} are a row's linear top-1 minus that of the table's base row, in points, so that shapes can be compared "
+    "whatever the images; ours is the mean over the seeds that both rows have. linear and kNN are our top-1 in % on val: the mean over the "
+    "seeds, and in brackets the lowest and the highest value. paper's top-1 is linear, on ImageNet. The last column is the cost of training "
+    "all seeds. The columns from RankMe to other view found need no labels; they are measured with each row's own views (docs/monitors.md)."
 )
 
 
@@ -212,15 +216,17 @@ def note_texts(result: TableResult, setup: Setup) -> list[str]:
     notes = [f"{remark[0].upper()}{remark[1:]}: {'; '.join(names)}." for remark, names in states.items()]
     if result.noise is not None:
         notes.append(
-            f"Noise: one standard deviation of an accuracy from {result.num_val:,} val images is {result.noise:.1f} points at the base row, and of a "
-            f"difference of two at most {math.sqrt(2) * result.noise:.1f}; how far seeds differ, the lowest and the highest show."
+            f"Noise: with {result.num_val:,} val images, one standard deviation of the base row's accuracy is {result.noise:.1f} points, and that of a "
+            f"difference between two rows at most {math.sqrt(2) * result.noise:.1f}; the range from lowest to highest shows how far seeds differ."
         )
     if text := carried_over(result.table, setup):
         notes.append(text)
     if result.hours:
-        notes.append(f"Cost of the table: {hours_text(result.hours)} of training, base rows counted.")
+        notes.append(f"Cost of the table: {hours_text(result.hours)} of training, including the base rows.")
     if killed := [row.name for row in result.rows if not row.cost_is_whole]:
-        notes.append(f"Took more than the table says, because a start was killed before its seconds were counted: {'; '.join(killed)}.")
+        notes.append(
+            f"The cost of these rows is higher than shown, because one of their starts was killed before its time was counted: {'; '.join(killed)}."
+        )
     return notes
 
 
@@ -242,7 +248,7 @@ def html_text(contents: Contents) -> str:
         parts.append(page.paragraph(COLUMNS_TEXT, kind="note"))
     overview = page.section("overview", title="What was run", parts=parts)
     sections = [overview, *(_section(contents, result) for result in contents.results)]
-    return page.page("The paper's tables, ours beside theirs", lead=lead_text(contents), sections=sections)
+    return page.page("The paper's tables, with our figures beside the paper's", lead=lead_text(contents), sections=sections)
 
 
 def _section(contents: Contents, result: TableResult) -> str:
@@ -258,7 +264,9 @@ def _section(contents: Contents, result: TableResult) -> str:
         alt = f"{table.title}: difference of each row to the base row in points, ours solid and the paper's hollow or dashed"
         parts.append(f'<div class="plot">{page.image(plot, alt=alt, kind="figure")}</div>')
         parts.append(
-            page.paragraph("Filled, solid: ours, the mean over seeds; short strokes: the seeds. Hollow, dashed: the paper's.", kind="note")
+            page.paragraph(
+                "Filled or solid: ours, the mean over seeds; short strokes: single seeds. Hollow or dashed: the paper's.", kind="note"
+            )
         )
     numbers = frozenset(range(1, len(header)))
     rows = [_html_cells(header, cells_of(result, row), row) for row in result.rows]
@@ -289,7 +297,7 @@ def _html_cells(header: Sequence[str], cells: Sequence[str], row: RowResult) -> 
 
 def markdown_text(contents: Contents) -> str:
     """Renders the same without plots."""
-    lines = ["# The paper's tables, ours beside theirs", "", _markdown(lead_text(contents)) + ".", ""]
+    lines = ["# The paper's tables, with our figures beside the paper's", "", _markdown(lead_text(contents)) + ".", ""]
     lines += [
         line for text in (counts_text(contents), baselines_text(contents), *contents.remarks) if text for line in (_markdown(text), "")
     ]

@@ -210,10 +210,10 @@ def carried_over(table: Table, setup: Setup) -> str:
     if "rank_batch" in table.options:
         changes.append("batch norm sees the same share of the batch as the paper's")
     if factors:
-        changes.append(f"{' and '.join(factors)} changes by the same factor, from the recipe's own value")
+        changes.append(f"{' and '.join(factors)} changes by the same factor, starting from the recipe's own value")
     if values:
-        changes.append(f"{' and '.join(values)} has the paper's values, beside the recipe's own")
+        changes.append(f"{' and '.join(values)} takes the paper's values besides the recipe's own")
     return (
-        f"Carries over: {'; '.join(changes)}. Does not: the accuracies themselves, how large an effect is in so short a run of so small a network, "
-        "and the rows marked as not run at this scale."
+        f"What carries over: {'; '.join(changes)}. What does not: the accuracies themselves, the size of an effect, because the run is short and the "
+        "network small, and the rows marked as not run at this scale."
     )

@@ -173,7 +173,7 @@ class Runner:
             (self.folder / RUNS).mkdir(parents=True, exist_ok=True)
             descriptor = locked_file(self.folder / RUNS / f"{run.name}.lock")
         except BlockingIOError as error:
-            self.announce(f"{run.name}: is being done by {error.strerror}")
+            self.announce(f"{run.name}: is being run by {error.strerror}")
             yield False
             return
         try:

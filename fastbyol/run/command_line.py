@@ -44,7 +44,7 @@ def parse_train_config(arguments: Sequence[str] | None, *, usage: str) -> TrainC
         prog="fastbyol train", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, exit_on_error=False
     )
     parser.add_argument("--preset", default=DEFAULT_PRESET, help="a named run to start from (python -m fastbyol presets lists them)")
-    parser.add_argument("--config", action="config", help="a YAML file of options, for example a run folder's config.yaml")
+    parser.add_argument("--config", action="config", help="a YAML file of options, for example the config.yaml of a run folder")
     parser.add_class_arguments(TrainConfig, as_group=False)
     if {"-h", "--help"} & set(arguments):
         _write_help(parser)

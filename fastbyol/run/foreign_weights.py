@@ -358,7 +358,7 @@ def load_runs_or_weights(paths: Sequence[str | Path], *, changes: Mapping[str, A
     """
     found = [_loaded(path, dict(changes or {})) for path in paths]
     if changes and not any("encoder" in run.state for run in found):
-        raise UserError(f"{next(iter(changes))}: has no effect on a run, whose config says it; it is for weights of other programs")
+        raise UserError(f"{next(iter(changes))}: has no effect on a run, whose config has it; the option is for weights of other programs")
     return found
 
 
@@ -373,7 +373,9 @@ def _loaded(path: str | Path, changes: dict[str, Any]) -> RunState:
         return load_run(path)
     for name in changes:
         if name not in WEIGHTS_OPTIONS:
-            raise UserError(f"{name}: is no option of weights{nearest_name(name, WEIGHTS_OPTIONS)}; those are {', '.join(WEIGHTS_OPTIONS)}")
+            raise UserError(
+                f"{name}: is not an option of weights{nearest_name(name, WEIGHTS_OPTIONS)}; those are {', '.join(WEIGHTS_OPTIONS)}"
+            )
     source = f"checkpoint = {str(path)!r}"
     changes = description_of(path) | changes
     if "model.encoder" in changes:

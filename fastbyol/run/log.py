@@ -68,7 +68,7 @@ class RunLog:
             left_s = step_s * (self.total_steps - done)
             end = (datetime.now() + timedelta(seconds=left_s)).strftime("%A %d %B %H:%M")
             log.info(
-                "%.3g s a step: the other %d steps take about %s, until %s", step_s, self.total_steps - done, duration_text(left_s), end
+                "%.3g s a step: the remaining %d steps take about %s, until %s", step_s, self.total_steps - done, duration_text(left_s), end
             )
 
     def write(self, record: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ class Mirror:
     def __init__(self, config: TrainConfig) -> None:
         self.shown = config.mirror
         if not is_url(config.mirror) or config.mirror.startswith(("http://", "https://")):
-            raise UserError(f"{OPTION} = {self.shown}: must be a URL that can be written; use s3://, gs:// or file:///FOLDER")
+            raise UserError(f"{OPTION} = {self.shown}: must be a URL that can be written to; use s3://, gs:// or file:///FOLDER")
         self._config = config
         self._store, path = store_of(config.mirror, option=OPTION)
         self._path = path.rstrip("/")
@@ -85,7 +85,7 @@ class Mirror:
             raise
         except Exception as error:
             raise UserError(
-                f"{OPTION} = {self.shown}: cannot be written ({first_line(error) or type(error).__name__}); use a store that can, such as "
+                f"{OPTION} = {self.shown}: cannot be written to ({first_line(error) or type(error).__name__}); use a store that can, such as "
                 "s3://, gs:// or file://"
             ) from None
 

@@ -119,7 +119,9 @@ def profile_table(spans: Iterable[Span], *, steps: int, span_us: float, device: 
         share = span.self_us / busy_us if busy_us else 0.0
         lines.append(f"{span.name[:42]:<44}{span.self_us / steps / 1e3:>10.3f}{share:>8.1%}{span.count / steps:>14.1f}")
     syncs = sum(span.count for span in working if span.name in SYNCS)
-    lines.append(f"{span_us / steps / 1e3:.3f} ms a step under the profiler; {device} works {min(busy_us / span_us, 1.0):.0%} of the time")
+    lines.append(
+        f"{span_us / steps / 1e3:.3f} ms a step under the profiler; {device} is busy {min(busy_us / span_us, 1.0):.0%} of the time"
+    )
     lines.append(f"host waits for the device: {syncs / steps:.1f} times a step")
     return "\n".join(lines)
 

@@ -146,7 +146,7 @@ class TrainState:
         if now != before and saved["batch"]:
             log.warning(
                 "data.traversal sharded: %s nodes divide the images now, before %s, so the rest of this epoch shows some images twice and others "
-                "not; the next epochs are whole",
+                "not at all; the next epochs are whole",
                 shown(now),
                 shown(before),
             )

@@ -99,7 +99,7 @@ def updates(own: str) -> list[str]:
 def reason_not_to_compile(device: torch.device, *, seconds: float) -> str | None:
     """Returns why torch.compile is not worth a try, or None if it is."""
     if seconds < COMPILE_NEEDS_S:
-        return f"not tried, it takes minutes (--seconds {COMPILE_NEEDS_S:g} or more)"
+        return f"not tried, because it takes minutes (--seconds {COMPILE_NEEDS_S:g} or more)"
     reason = why_nothing_compiles(device)
     return f"no compiler works here ({reason})" if reason else None
 

@@ -40,7 +40,9 @@ def tune(request: Request, *, announce: Callable[[str], None]) -> Findings:
 def _set_up(request: Request, announce: Callable[[str], None]) -> Bench:
     require_between("--seconds", request.seconds, 0.01, 3600.0)
     if (os.environ.get("WORLD_SIZE") or "1") != "1":
-        raise UserError("tune: measures with one process; start it with plain python, and say --ranks for the run to come")
+        raise UserError(
+            "tune: measures with one process; start it with plain python, and give the number of processes of the planned run with --ranks"
+        )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     ranks = (torch.cuda.device_count() or 1) if request.ranks is None else request.ranks
     require_at_least("--ranks", ranks, 1)
@@ -83,6 +85,6 @@ def _plan(bench: Bench, ways: Sequence[Reading]) -> str:
     most = 4 + (len(ways) > 1) + bench.on_gpu + compiled + len(switches(bench)) + (len(update_ways(bench)) > 1)
     compiling = ", compilation" if compiled else ""
     return (
-        f"at most {most} comparisons of {seconds:g} s, {most * seconds:.0f} s, and building and warming up between them{compiling}; "
-        f"{bench.process.device}, {bench.cores} cores, {torch.get_num_threads()} torch threads. Ctrl-C ends it; nothing is written then"
+        f"at most {most} comparisons of {seconds:g} s, {most * seconds:.0f} s in all, plus building and warming up between them{compiling}; "
+        f"{bench.process.device}, {bench.cores} cores, {torch.get_num_threads()} torch threads. Ctrl-C ends it, and nothing is written then"
     )

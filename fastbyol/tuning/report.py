@@ -38,7 +38,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise UserError(f"--out {path}: exists; give another name, or --overwrite to replace it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out {path}: {path.parent} is not a folder that may be written; choose another one")
+        raise UserError(f"--out {path}: {path.parent} is not a folder that may be written to; choose another one")
 
 
 def write_config(path: Path, text: str) -> None:
@@ -146,14 +146,14 @@ def verdict(speeds: Speeds) -> str:
         return f"compute-bound: the step waits {speeds.wait_share:.0%} of the time for data. {_faster_step(speeds)}"
     waits = f"data-bound: the step waits {speeds.wait_share:.0%} of the time"
     if speeds.loader >= speeds.step:
-        reason = "though the loader alone is faster than the step: other work takes their cores"
+        reason = "though the loader alone is faster than the step: other work takes cores from its threads"
         return f"{waits}, {reason}. Next: more cores, or fewer processes"
     return f"{waits}. {_cheaper_data(speeds)}"
 
 
 def _faster_step(speeds: Speeds) -> str:
     if not speeds.on_gpu and speeds.torch_threads < speeds.cores:
-        return f"Next: OMP_NUM_THREADS={speeds.cores}, for torch computes with {speeds.torch_threads} of {speeds.cores} cores"
+        return f"Next: OMP_NUM_THREADS={speeds.cores}, because torch computes with {speeds.torch_threads} of {speeds.cores} cores"
     if not speeds.on_gpu:
         return "Next: a GPU, or a smaller encoder or views.size_px; more loader threads do not help"
     return "Next: precision.compile if it is off, then more GPUs; more loader threads do not help"

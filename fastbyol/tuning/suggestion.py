@@ -134,7 +134,9 @@ def _set_batch(suggestion: Suggestion, base: TrainConfig, sample: Sample) -> Non
         return
     optim = base.optim
     lr, tau = rates_at_batch(batch, planned=planned, base_lr=optim.base_lr, tau_base=optim.tau_base)
-    suggestion.set("global_batch", batch, f"{planned} in the preset; so that a pass has {FEWEST_BATCHES} steps{shares}")
+    suggestion.set(
+        "global_batch", batch, f"{planned} in the preset; fewer, so that a pass over the images has {FEWEST_BATCHES} steps{shares}"
+    )
     suggestion.set("optim.base_lr", lr, f"{optim.base_lr:g} at batch {planned}; smaller batches take more per image (appendix G)")
     suggestion.set("optim.tau_base", tau, f"{optim.tau_base:g} at batch {planned}, to the power {batch}/{planned} (appendix G)")
 
@@ -165,11 +167,11 @@ def _set_size(suggestion: Suggestion, base: TrainConfig, sample: Sample, gpus: i
         reason = (
             f"the images' own: their shorter side is {sample.short_side} px"
             if size <= sample.short_side
-            else f"the least; the images' shorter side is {sample.short_side} px"
+            else f"the smallest that is suggested; the images' shorter side is {sample.short_side} px"
         )
         suggestion.set("views.size_px", size, reason)
         suggestion.set(
-            "model.stem", "small", "keeps small images at their size, as recipes for CIFAR do (solo-learn); four times the cost of small2"
+            "model.stem", "small", "does not shrink small images, as in recipes for CIFAR (solo-learn); costs four times as much as small2"
         )
         return
     size = min(planned, max(32, sample.short_side // SIZE_STEP_PX * SIZE_STEP_PX))
@@ -194,8 +196,8 @@ def _set_views(suggestion: Suggestion, base: TrainConfig, sample: Sample) -> Non
         suggestion.set(
             f"views.{view}.flip_p",
             0.0,
-            "cannot be seen from images: 0.5 if a mirrored image is still the same thing (most photographs; half a point on ImageNet), "
-            "0 where side matters (letters, signs, scans)",
+            "cannot be told from the images: 0.5 if a mirrored image still shows the same thing (most photographs; worth half a point on "
+            "ImageNet), 0 where left and right matter (letters, signs, scans)",
         )
         if sample.is_grey:
             suggestion.set(f"views.{view}.saturation", 0.0, "the images are grey: no effect")
@@ -216,8 +218,8 @@ def _remark_on_memory(suggestion: Suggestion, gpus: int) -> None:
     seen = size * 4 if config.model.stem == "small" else size
     if gpus and images * seen**2 > HELD * 224**2:
         suggestion.remarks.append(
-            f"{images:,} images of {size} px in one forward pass may not fit into a GPU's memory: python -m fastbyol tune finds the rank_batch "
-            "that does, or give --rank_batch."
+            f"{images:,} images of {size} px in one forward pass may not fit into a GPU's memory: python -m fastbyol tune finds the largest rank_batch "
+            "that fits, or give --rank_batch."
         )
 
 
@@ -229,7 +231,7 @@ def _remark(suggestion: Suggestion, sample: Sample) -> None:
     if sample.near_duplicates > MANY_DUPLICATES:
         suggestion.remarks.append(
             f"{sample.near_duplicates:.0%} of the images looked at are near-duplicates of others (same picture in another size or quality): "
-            "they count as more than one, and may be in train and val at once."
+            "they count more than once, and may be in both train and val."
         )
     if sample.unreadable:
         suggestion.remarks.append(f"{sample.unreadable:,} of the images looked at cannot be read; python -m fastbyol verify names them.")
@@ -259,8 +261,8 @@ def fit_hours(suggestion: Suggestion, hours: float, *, gpus: int, announce: Call
     per_step_s = config.global_batch / rate
     steps = int(hours * 3600 / per_step_s)
     if steps < FEWEST_STEPS:
-        fewest = f"the fewest that teach anything, {FEWEST_STEPS:,}, take {duration_text(FEWEST_STEPS * per_step_s)}"
-        raise UserError(f"--hours {hours:g}: has only {steps:,} steps of {per_step_s:.3g} s; {fewest}")
+        fewest = f"the fewest steps that teach anything, {FEWEST_STEPS:,}, take {duration_text(FEWEST_STEPS * per_step_s)}"
+        raise UserError(f"--hours {hours:g}: is enough for only {steps:,} steps of {per_step_s:.3g} s; {fewest}")
     for name in ("epochs", "optim.warmup_epochs"):
         suggestion.settings.pop(name, None)
     suggestion.set("steps", steps, f"{duration_text(hours * 3600)} at {per_step_s:.3g} s a step, timed here; evaluation comes on top")

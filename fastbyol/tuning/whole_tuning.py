@@ -64,7 +64,7 @@ def _reason_not_to_queue(bench: Bench, *, waits: float, loader_rate: float, step
         return "kept as given"
     if waits <= WAIT_SHARE:
         return f"not tuned: the step waits {waits:.0%} of the time"
-    return None if loader_rate >= step_rate else "not tuned: the loader is slower than the step, which no queue helps"
+    return None if loader_rate >= step_rate else "not tuned: the loader is slower than the step, and no queue changes that"
 
 
 def _fed(bench: Bench, stepper: Stepper, what: str, variants: Mapping[str, DataConfig]) -> tuple[Comparison, dict[str, float]]:
@@ -78,7 +78,7 @@ def _fed(bench: Bench, stepper: Stepper, what: str, variants: Mapping[str, DataC
         comparison = replace(bench.compare(f"end to end, {what}", trials), reference=REFERENCE)
     if REFERENCE in comparison.failed or len(comparison.rates) < 2:
         reasons = ", ".join(f"{name}: {reason}" for name, reason in comparison.failed.items())
-        raise UserError(f"end to end: {reasons}; give a smaller --rank_batch, which is kept then")
+        raise UserError(f"end to end: {reasons}; give a smaller --rank_batch, which tune then keeps")
     num_rounds = len(comparison.rates[REFERENCE])
     measured = {name: paces[name][-num_rounds:] for name in variants if name in comparison.rates}  # the first ones warmed up
     return comparison, {name: median(pace.wait_share for pace in taken) for name, taken in measured.items()}
@@ -87,7 +87,7 @@ def _fed(bench: Bench, stepper: Stepper, what: str, variants: Mapping[str, DataC
 def _conclusion(bench: Bench, speeds: Speeds) -> list[str]:
     """Returns the figures and the verdict, one line each."""
     per = bench.found.per
-    short = f", more than the {speeds.cores} cores there are for it" if speeds.workers_needed > speeds.cores else ""
+    short = f", more than the {speeds.cores} cores that it has" if speeds.workers_needed > speeds.cores else ""
     lines = [
         f"end to end {speeds.whole:,.0f} images/s per {per}; loader alone {speeds.loader:,.0f}, step alone {speeds.step:,.0f}",
         verdict(speeds),

@@ -67,7 +67,7 @@ def main() -> None:
                 model.fc = torch.nn.Identity()
                 ours = model((images - mean) / std)
             error, largest = (theirs - ours).abs().max().item(), ours.abs().max().item()
-            print(f"{name}: every key matched; the largest difference of a feature is {error:.2g}, the features reach {largest:.3g}")
+            print(f"{name}: every key matched; the largest difference in a feature is {error:.2g}, and the largest feature {largest:.3g}")
             assert error <= FORMATS["detectron2"].limit * largest
 
 

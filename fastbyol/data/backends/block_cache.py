@@ -94,7 +94,7 @@ class BlockCache:
         if not window and total > self.limit_bytes:
             raise UserError(
                 f"data.traversal = 'random': reads all {total / gib:.3g} GiB in random order, and data.cache_gib = {limit:.3g} holds less; take "
-                "data.traversal local, which needs a part at a time, or a larger cache"
+                "data.traversal local, which needs only a part of it at a time, or a larger cache"
             )
         # All blocks of the current window are in use, and those of the next one must arrive meanwhile.
         needed = int(np.sort(self.bytes)[::-1][: 2 * window].sum()) if window else total

@@ -100,7 +100,7 @@ class Source(ABC):
         Raises UserError for a backend with one file per sample: no reading order is faster than another there.
         """
         raise UserError(
-            "data.traversal: each image is a file of its own, so there is nothing for local and sharded to read in one go; use random or convert them"
+            "data.traversal: each image is a file of its own, so local and sharded have no blocks to read at once; use random, or convert the images"
         )
 
     def read_ahead(self, indices: Indices) -> None:

@@ -128,7 +128,7 @@ class StoreTables:
             manifest = _head(self._place / TAR_MANIFEST, MAX_MANIFEST_BYTES + 1)
         except UserError as error:
             raise UserError(
-                f"{self._option} = {self._place}: no converted data there ({error}); give a .beton file or a folder of tar shards, both made by "
+                f"{self._option} = {self._place}: no converted data there ({error}); give a .beton file or a folder of tar shards written by "
                 "python -m fastbyol convert"
             ) from error
         self._folder = self.path = self._folder_for(manifest)

@@ -35,20 +35,27 @@ def add_conversion_arguments(parser: ArgumentParser) -> None:
     unfinished.add_argument("--restart", action="store_true", help="delete an unfinished conversion to this output and start again")
     work.add_argument("--strict", action="store_true", help="stop at the first image that cannot be kept, with exit code 1")
     work.add_argument(
-        "--max-dropped", type=float, metavar="SHARE", help="largest share of images that may be dropped (default: 0.01, or 20 images)"
+        "--max-dropped",
+        type=float,
+        metavar="SHARE",
+        help="largest share of images that may be dropped (default: 0.01, or 20 images if that is more)",
     )
     work.add_argument(
-        "--flush-every", type=float, default=10.0, metavar="S", help="seconds between saved points from which it can continue (default: 10)"
+        "--flush-every",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds between the points from which an interrupted conversion can continue (default: 10)",
     )
     images = parser.add_argument_group("the images")
-    shrink = "shrink images whose longer side exceeds this, antialiased bicubic (default: keep the size)"
+    shrink = "shrink images whose longer side exceeds this, by antialiased bicubic interpolation (default: keep the size)"
     images.add_argument("--max-side", type=int, metavar="PX", help=shrink)
     images.add_argument("--quality", type=int, default=95, metavar="Q", help="JPEG quality of transcoded or resized images (default: 95)")
     orientation = f"orientation: {' or '.join(EXIF_MODES)} (default: ignore, as the paper's code does)"
     images.add_argument("--exif", default="ignore", metavar="MODE", help=orientation)
-    larger = f"drop larger images without decoding them (default: {MAX_PIXELS:,})"
+    larger = f"drop images of more pixels without decoding them (default: {MAX_PIXELS:,})"
     images.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=larger)
-    slower = f"drop an image that takes more processor time to check (default: {MAX_CPU_S:g})"
+    slower = f"drop an image that takes more seconds of processor time to check (default: {MAX_CPU_S:g})"
     images.add_argument("--max-seconds", type=float, default=MAX_CPU_S, metavar="S", help=slower)
 
 
@@ -79,5 +86,5 @@ def print_outcome(out: Path, manifest: Manifest, report: Path, *, place: Callabl
     counts = f"{manifest.num_samples:,} images {classes}"
     shards = f", {count_text(len(manifest.shards), 'shard')}" if manifest.kind == "tar" else ""
     say(
-        f"{place(out)}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {place(report)}; for other labels, or none: --labels"
+        f"{place(out)}: {counts}{shards}, {size:,} bytes ({bytes_text(size)}); report: {place(report)}; --labels converts with other labels, or none"
     )

@@ -234,7 +234,7 @@ class Encoder:
             pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
         width, height = pixels.size
         if max(pixels.size) > MAX_SIDE_PX:
-            raise UndecodableImage("too large", f"{width}x{height} pixels; a side ends at {MAX_SIDE_PX:,}")
+            raise UndecodableImage("too large", f"{width}x{height} pixels; a side may have at most {MAX_SIDE_PX:,}")
         if self._goes_raw(index, height, width):
             stored, mode, outcome = pixels.tobytes(), RAW_MODE, Outcome.RAW
         else:
@@ -262,7 +262,7 @@ class Encoder:
         if width * height > self._settings.max_pixels:
             raise UndecodableImage("too many pixels", f"{width}x{height}; --max-pixels allows {self._settings.max_pixels:,}")
         if max(width, height) > MAX_SIDE_PX and self._settings.max_side_px is None:
-            raise UndecodableImage("too large", f"{width}x{height} pixels; a side ends at {MAX_SIDE_PX:,}")
+            raise UndecodableImage("too large", f"{width}x{height} pixels; a side may have at most {MAX_SIDE_PX:,}")
 
     def _goes_raw(self, index: int, height: int, width: int) -> bool:
         """Returns True if the image is stored raw: the same pseudo-random choice in every run; False if it would not fit."""

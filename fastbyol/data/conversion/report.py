@@ -70,7 +70,7 @@ def write_report(path: Path, task: Task, rows: NDArray[np.void], touched: Touche
         raise UserError(f"{task.listing.root}: none of the {len(rows):,} images can be kept; {path} says why")
     if dropped > allowed:
         share = math.ceil(1e4 * dropped / len(rows)) / 1e4  # rounded up, so that it works as a value of --max-dropped
-        raise UserError(f"{dropped:,} of {len(rows):,} images were dropped, {allowed:,} may be; {advice} --max-dropped {share:g}")
+        raise UserError(f"{dropped:,} of {len(rows):,} images were dropped, at most {allowed:,} may be; {advice} --max-dropped {share:g}")
     lost = Counter(task.listing.labels).keys() - _class_counts(task.listing, rows).keys() - {-1}
     if lost and task.options.max_dropped != 1 and len(rows) == len(task.listing.files):
         raise UserError(f"class {task.listing.class_names[min(lost)]} lost all of its images; {advice} --max-dropped 1")

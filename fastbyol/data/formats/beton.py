@@ -162,7 +162,7 @@ def _refuse_impossible_values(path: Path, beton: Beton, *, end: int) -> None:
         )
         for wrong, what in (
             ((mode != JPEG_MODE) & (mode != RAW_MODE), "is neither a JPEG nor raw pixels"),
-            ((mode == RAW_MODE) & (size != 3 * height * width), "has not as many bytes as its raw pixels need"),
+            ((mode == RAW_MODE) & (size != 3 * height * width), "has more or fewer bytes than its raw pixels need"),
             (label < -1, "has a label below -1, which stands for none"),
             ((offset < 0) | (offset > end - size), "lies beyond the end of the images"),
         ):

@@ -34,7 +34,7 @@ def _fetched_shards(folder: StorePath, damaged: str) -> Path:
     manifest = read_manifest(local_copy(folder / TAR_MANIFEST)[0])
     for shard in manifest.shards:
         if "/" in shard.name:
-            raise UserError(f"{folder / TAR_MANIFEST}: names {shard.name!r}, which is no file of its folder; convert again")
+            raise UserError(f"{folder / TAR_MANIFEST}: names {shard.name!r}, which is not a file in its folder; convert again")
         path = _fetched(folder / shard.name, shard, damaged)
         local_copy(folder / index_path(path).name)
     for name in (TAR_REPORT, SAMPLE_TABLE):

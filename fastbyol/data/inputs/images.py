@@ -36,7 +36,7 @@ by converting the images first.
 INPUTS = """\
 inputs:
   a folder          images in it or anywhere below; sub-folders are taken as classes, as torchvision.datasets.ImageFolder does, if at least two
-                    have images. --labels folders or none decides; labels are never used for training
+                    have images; --labels folders or none overrides this. Labels are never used for training
   a tar             ILSVRC2012_img_train.tar as downloaded (138 GB, read in place, nothing is unpacked), or any tar of images
   shards            a folder of tars, or 'part-{00000..00099}.tar' in quotes: WebDataset's, as img2dataset writes them; labels from .cls members
   a list            .txt with a path in each line; .csv or .tsv with a column of paths, and labels with --label-column NAME
@@ -56,14 +56,18 @@ LABEL_OPTIONS = ("labels", "path_column", "label_column", "devkit", "subset", "d
 
 def add_input_arguments(parser: ArgumentParser, *, option: str = "--data", required: bool = True) -> None:
     """Adds --data or --source, and the options of `add_label_arguments`; `listing_from` reads them."""
-    where = "folder, tar, shards, list or Parquet files" if option == "--data" else "the original images: what the conversion had as --data"
+    where = (
+        "folder, tar, shards, list or Parquet files"
+        if option == "--data"
+        else "the original images: what was given to the conversion as --data"
+    )
     parser.add_argument(option, type=local_or_url, nargs="+", required=required, metavar="PATH", help=where)
     add_label_arguments(parser)
 
 
 def add_label_arguments(parser: ArgumentParser) -> None:
     """Adds --labels, --path-column, --label-column, --devkit, --subset, --drop-empty-classes and --splits-are-classes."""
-    how = "auto (default), folders: top-level folders are the classes, none, or a file of labels: a table, or a class per line"
+    how = "auto (default); folders: the top-level folders are the classes; none; or a file of labels: a table, or a class per line"
     parser.add_argument("--labels", type=local_or_url, metavar="HOW", help=how)
     for option, what in (("path", "names of the images"), ("label", "classes")):
         column = f"the column of a table that has the {what}, by name or by number from 1 (default: by its header)"
@@ -71,7 +75,7 @@ def add_label_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--devkit", type=Path, metavar="FILE", help="labels of ImageNet's validation images: ILSVRC2012_devkit_t12.tar.gz")
     names = "use only the images that this file names, one per line (python -m fastbyol subset)"
     parser.add_argument("--subset", type=Path, metavar="LIST", help=names)
-    renumber = "renumber the classes if the subset leaves some without images (default: labels stay)"
+    renumber = "renumber the classes if the subset leaves some without images (default: keep the labels)"
     parser.add_argument("--drop-empty-classes", action="store_true", help=renumber)
     accept = "accept folders such as train/ and val/ as classes (default: refuse them)"
     parser.add_argument("--splits-are-classes", action="store_true", help=accept)

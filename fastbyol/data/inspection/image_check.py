@@ -50,7 +50,7 @@ class ImageCheck:
     def _jpeg_complaint(self, index: int, data: bytes) -> str:
         header, images = read_jpeg_header(data), self._images
         if header is None and images.height[index]:
-            return "is no JPEG, and nothing else is decoded while training"
+            return "is not a JPEG, and training decodes nothing else"
         # Training decodes a .beton with TurboJPEG only. In tars DALI also decodes rare JPEGs, and other programs' tars may hold other formats.
         if self._decoder is None or header is None or not (header.is_common or images.path.is_file()):
             try:
@@ -81,7 +81,7 @@ class ImageCheck:
         try:
             original = location.read()
             if original != data and (distance := self._distance(index, data, original)) > TOLERATED_LEVELS:
-                faults.append(f"is not the picture of its original {location.name} ({distance:.0f} of 255 levels apart on average)")
+                faults.append(f"shows another picture than its original {location.name} (on average {distance:.0f} of 255 levels apart)")
         except (UndecodableImage, OSError) as error:
             faults.append(f"cannot be compared: its original {location.name} does not decode ({error})")
         return faults

@@ -19,12 +19,12 @@ from fastbyol.data.inspection.shard_check import foreign_shard
 def checked_manifest(path: Path, found: Findings) -> Manifest | None:
     """Returns the manifest, or None if there is no usable one; adds its faults to `found`. Raises UserError if there is nothing to verify."""
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give what `python -m fastbyol convert` made")
+        raise UserError(f"{path}: no such file or folder; give the output of `python -m fastbyol convert`")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: may not be read; check its permissions")
     # Shards of other tools have no manifest.
     if not (is_converted(path) or any(path.glob("*.tar"))):
-        raise UserError(f"{path}: is neither a .beton nor a folder of tar shards; give what `python -m fastbyol convert` made")
+        raise UserError(f"{path}: is neither a .beton nor a folder of tar shards; give the output of `python -m fastbyol convert`")
     where = manifest_path(path)
     if not where.exists():
         if any(path.glob(PARTS)):
@@ -76,7 +76,7 @@ def _foreign_shards(folder: Path, found: Findings) -> Converted:
         places += [(number, *place) for place in in_tar]
         found.add(faults)
     if not places:
-        raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder that python -m fastbyol convert --to dali made")
+        raise UserError(f"{folder}: no image in its {len(files)} tars; give a folder written by python -m fastbyol convert --to dali")
     file, offset, size = np.array(places, dtype=np.int64).T
     none, raw = np.zeros_like(file), np.zeros(len(file), dtype=np.bool_)
     return Converted(folder, tuple(files), file, offset, size, none, none, none, raw, None, np.arange(len(file)))
@@ -85,7 +85,7 @@ def _foreign_shards(folder: Path, found: Findings) -> Converted:
 def _disagreements(path: Path, images: Converted, manifest: Manifest) -> Iterator[str]:
     """Yields every statement of the manifest that the tables or files contradict."""
     if manifest.kind != (kind := "beton" if path.is_file() else "tar"):
-        yield f"is of the kind {shortened(manifest.kind)!r}, this is a {kind}"
+        yield f"describes data of the kind {shortened(manifest.kind)!r}, but this is a {kind}"
     if manifest.num_samples != len(images.label):
         yield f"says {manifest.num_samples} images, there are {len(images.label)}"
     else:

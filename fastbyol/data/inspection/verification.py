@@ -90,11 +90,11 @@ def _unmatched(images: Converted, originals: ImageListing) -> Iterator[Fault]:
             checksum = -1
         left[checksum] -= 1
         if left[checksum] < 0:
-            yield Fault(str(images.path), f"the source's {name} is not in it, or not with these bytes")
+            yield Fault(str(images.path), f"the source's {name} is not in it, or only with other bytes")
     for index, checksum in enumerate(images.crc32.tolist()):
         if left[checksum] > 0:
             left[checksum] -= 1
-            yield Fault(str(images.path), "no image of the source has its bytes", index)
+            yield Fault(str(images.path), "no image of the source has the same bytes", index)
 
 
 def _work(path: Path, manifest: Manifest | None, images: Converted | None, check: ImageCheck | None, stop: Event) -> Iterator[Work]:
@@ -108,7 +108,7 @@ def _work(path: Path, manifest: Manifest | None, images: Converted | None, check
     by_digest = {shard.sha256: name for name, shard in shards.items()}
     for number, (name, file) in enumerate(files.items()):
         if not file.is_file():
-            yield partial(list, [Fault(str(file), "missing, the manifest names it")]), 0
+            yield partial(list, [Fault(str(file), "missing, although the manifest names it")]), 0
             continue
         if manifest:
             # A .beton may have been renamed together with its manifest, so it is not looked up by name.

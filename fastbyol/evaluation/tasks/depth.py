@@ -75,27 +75,27 @@ class DepthSettings:
     """learning rate"""
     # Not stated by the paper.
     drop_at: tuple[float, ...] = ()
-    """shares of the training at which the rate is multiplied by drop (the paper states none)"""
+    """points at which the rate is multiplied by drop, as shares of the training (the paper states none)"""
     drop: float = 0.1
     """factor of the rate at each drop_at"""
     warmup_steps: int = 0
     """steps of a linear warm-up (the paper states none)"""
     momentum: float = 0.9
-    """of SGD (the paper does not state it)"""
+    """momentum of SGD (the paper does not state it)"""
     encoder_rate: float = 1.0
     """factor of the encoder's learning rate; 0: frozen, with its batch norms' running statistics"""
     weight_decay: float = 5e-4
-    """of all parameters"""
+    """weight decay of all parameters"""
     seeds: int = 1
     """trainings with different seeds, whose mean is reported"""
     frame_scale: float = 0.5
-    """factor of the frames' size in front of everything: 640 x 480 px become 320 x 240"""
+    """factor by which frames are resized before anything else: 0.5 makes 320 x 240 of 640 x 480 px"""
     crop_px: tuple[int, ...] = (228, 304)
     """height and width of the centre crop"""
     flip_p: float = 0.5
-    """probability of a mirrored training image"""
+    """probability that a training image is mirrored"""
     gray_p: float = 0.3
-    """probability of a gray training image"""
+    """probability that a training image is made gray"""
     brightness: float = 0.1255
     """largest change of the brightness, added to pixels in [0, 1]"""
     saturation: tuple[float, ...] = (0.5, 1.5)
@@ -103,15 +103,16 @@ class DepthSettings:
     hue: float = 0.2
     """largest change of the hue, in turns"""
     huber_share: float = 0.2
-    """c of the reverse Huber loss as a share of the batch's largest error, over all ranks"""
+    """threshold c of the reverse Huber loss, as a share of the largest error in the batch of all ranks"""
     first_channels: int = 1024
     """channels of the 1x1 convolution behind the encoder"""
     up_channels: tuple[int, ...] = (512, 256, 128, 64)
     """channels of the up-projections, each of which doubles the resolution"""
     test_images: int = 0
-    """test on so many images, spread evenly; 0: all"""
+    """number of images to test on, spread evenly; 0: all"""
     test_view: str = "crop"
-    """the network sees the training's centre crop; crop: scored inside it; stretched: its prediction over the whole frame, as Laina et al. do"""
+    """where the prediction for the centre crop is scored. crop: inside the crop; stretched: on the whole frame, to which it is stretched, as
+    Laina et al. do"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_images", "seeds", "first_channels"):

@@ -80,7 +80,7 @@ class DetectionSettings:
     test_set: str = "2007_test"
     """list to test on, LIST or YEAR_LIST"""
     test_images: int = 0
-    """test on so many images, spread evenly over the list; 0: all"""
+    """number of images to test on, spread evenly over the list; 0: all"""
     steps: int = 1_500_000
     """length of the training"""
     # The paper trains asynchronously with 9 workers and does not state their batch, momentum and weight decay.
@@ -89,23 +89,23 @@ class DetectionSettings:
     lr: float = 1e-3
     """learning rate"""
     drop_at: tuple[float, ...] = (2 / 3, 0.8)
-    """shares of the training at which the rate is multiplied by drop"""
+    """points at which the rate is multiplied by drop, as shares of the training"""
     drop: float = 0.1
     """factor of the rate at each drop_at"""
     warmup_steps: int = 0
     """steps of a linear warm-up from a thousandth of the rate"""
     momentum: float = 0.9
-    """of SGD (the paper does not state it)"""
+    """momentum of SGD (the paper does not state it)"""
     weight_decay: float = 1e-4
-    """of trained parameters (the paper does not state it)"""
+    """weight decay of the trained parameters (the paper does not state it)"""
     decay_norms: bool = True
-    """weight decay also for scale and offset of batch norms (detectron2, and with it MoCo: no)"""
+    """whether weight decay also applies to scale and offset of batch norms (not in detectron2, and so not in MoCo)"""
     seeds: int = 1
     """trainings with different seeds, whose mean is reported"""
     frozen: str = "backbone"
-    """none; backbone: the encoder up to conv4, conv5 is trained with the box head; encoder: all of it"""
+    """part of the encoder that is not trained. none; backbone: up to conv4, while conv5 is trained with the box head; encoder: all of it"""
     norms: str = "fixed"
-    """batch norms of the encoder: fixed statistics; statistics of the rank's images; or of all ranks'"""
+    """statistics of the encoder's batch norms. fixed: its running ones; rank: of each rank's images; all_ranks: of all ranks' images"""
     extra_norm: bool = False
     """a batch norm behind conv5, as in MoCo's protocol"""
     head: str = "c4"
@@ -117,23 +117,23 @@ class DetectionSettings:
     test_px: int = 1024
     """length of that edge in tests (the paper does not state it)"""
     longest_px: int = 1333
-    """limit of the longest edge, where the shortest is resized"""
+    """largest length of the longest edge, with --edge shortest"""
     flip_p: float = 0.0
-    """probability of a mirrored training image"""
+    """probability that a training image is mirrored"""
     anchor_px: tuple[int, ...] = (32, 64, 128, 256, 512)
-    """sides of the anchors; with fpn one for each map"""
+    """sides of the anchors; with --head fpn, one for each feature map"""
     anchor_aspects: tuple[float, ...] = (0.5, 1.0, 2.0)
     """heights over widths of the anchors"""
     region_px: int = 14
     """side of a pooled region (fpn: usually 7)"""
     proposals: tuple[int, ...] = (12_000, 2000, 6000, 1000)
-    """proposals before and after their suppression in training, and in tests"""
+    """four numbers of proposals: before and after non-maximum suppression, in training and then in tests"""
     rpn_images: int = 256
-    """anchors of an image in the loss of the proposals"""
+    """anchors per image in the loss of the proposals"""
     box_images: int = 512
-    """regions of an image in the loss of the boxes"""
+    """regions per image in the loss of the boxes"""
     detections: int = 100
-    """most detections of an image"""
+    """largest number of detections per image"""
 
     def __post_init__(self) -> None:
         at_least_1 = ("steps", "batch_images", "seeds", "test_px", "longest_px", "region_px", "rpn_images", "box_images", "detections")

@@ -151,7 +151,7 @@ def estimate_lines(job: Job, images: float, seconds: float, *, work_bytes: float
     return [
         f"time: about {duration_text(total)} for {images:,.0f} {what} on {ranks} {job.process.device.type} rank{'s' if ranks > 1 else ''}, "
         f"at {1 / seconds:,.1f} a second each, measured here on {MEASURED_STEPS} small batches",
-        f"disk: {bytes_text(work_bytes)} of unfinished work in {job.work}, where {bytes_text(shutil.disk_usage(folder).free)} are free",
+        f"disk: {bytes_text(work_bytes)} for unfinished work in {job.work}, where {bytes_text(shutil.disk_usage(folder).free)} are free",
         f"memory: {bytes_text(peak)} so far, in batches of {job.batch}",
     ]
 

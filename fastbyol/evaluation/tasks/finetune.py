@@ -48,8 +48,8 @@ class FinetuneSettings:
     smallest_crop: float = 0.08
     """Area of the smallest random crop, as a share of the image's (appendix B)."""
     held_out: tuple[float, ...] = IMAGENET
-    """Training images on which rate and length are chosen: a number, or a share below 1. Of two, the second is used where the first is
-    more than a quarter of the training images.
+    """Training images on which rate and length are chosen: a number, or a share below 1. Of two values, the second is used where the
+    first is more than a quarter of the training images.
     """
 
     def __post_init__(self) -> None:

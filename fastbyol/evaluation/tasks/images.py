@@ -46,7 +46,7 @@ def batch_notes(job: Job, global_batch: int, nums: Iterable[int]) -> list[str]:
     ranks = job.process.world_size
     batches = dict.fromkeys((min(global_batch, num), divided_batch(global_batch, num, ranks=ranks)) for num in nums)
     return [
-        f"note: a step had {taken:,} images, not {whole:,}, which {ranks} ranks don't divide: rates and steps are those of this batch"
+        f"note: a step had {taken:,} images, not {whole:,}, because that does not divide among {ranks} ranks: rates and steps are those of this batch"
         for whole, taken in batches
         if taken != whole
     ]

@@ -51,8 +51,8 @@ class LinearSettings:
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
     held_out: tuple[float, ...] = IMAGENET
-    """Training images on which the rate is chosen: a number, or a share below 1. Of two, the second is used where the first is more
-    than a quarter of the training images.
+    """Training images on which the rate is chosen: a number, or a share below 1. Of two values, the second is used where the first is
+    more than a quarter of the training images.
     """
     views: str = "crop_flip"
     """Augmentation: crop_flip; pretraining: that of the run's view 1 (table 7)."""

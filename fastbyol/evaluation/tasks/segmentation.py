@@ -61,7 +61,7 @@ class SegmentationSettings:
     test_set: str = "val"
     """list to test on"""
     test_images: int = 0
-    """test on so many images, spread evenly over the list; 0: all"""
+    """number of images to test on, spread evenly over the list; 0: all"""
     steps: int = 30_000
     """length of a training"""
     batch_images: int = 16
@@ -69,27 +69,27 @@ class SegmentationSettings:
     lrs: tuple[float, ...] = (1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1)
     """learning rates, of which the best on held-out training images is used"""
     held_out: tuple[float, ...] = (2119, 0.08)
-    """training images on which the rate is chosen, where there are several: a number, or a share below 1; of two, the second is used where
+    """training images on which the rate is chosen, where there are several: a number, or a share below 1; of two values, the second is used where
     the first is more than a quarter of the training images"""
     seeds: int = 5
     """trainings with different seeds, whose mean is reported"""
     drop_at: tuple[float, ...] = (0.7, 0.9)
-    """shares of the training at which the rate is multiplied by drop"""
+    """points at which the rate is multiplied by drop, as shares of the training"""
     drop: float = 0.1
     """factor of the rate at each drop_at"""
     # Not stated by the paper; the usual ones.
     momentum: float = 0.9
-    """of SGD (the paper does not state it)"""
+    """momentum of SGD (the paper does not state it)"""
     encoder_rate: float = 1.0
     """factor of the encoder's learning rate; 0: frozen, with its batch norms' running statistics"""
     weight_decay: float = 1e-4
-    """of all parameters"""
+    """weight decay of all parameters"""
     scale: tuple[float, ...] = (0.5, 2.0)
     """range of the random scale of a training image"""
     crop_px: int = 513
     """side of a training crop, and of the test's crop"""
     flip_p: float = 0.5
-    """probability of a mirrored training image"""
+    """probability that a training image is mirrored"""
     head_channels: int = 256
     """channels of the head's two 3x3 convolutions"""
     head_dilation: int = 6

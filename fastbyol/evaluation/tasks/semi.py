@@ -27,7 +27,7 @@ class SemiSettings(FinetuneSettings):
     """Which labels are used, and how the network is fine-tuned with them; the defaults are the paper's (appendix C.1)."""
 
     fractions: tuple[float, ...] = (0.01, 0.1)
-    """Shares of the labels to train with, each on its own; 1 is all."""
+    """Shares of the labels to train with, separately for each share; 1: all labels."""
     lists: tuple[str, ...] = ()
     """Which images have labels: a folder with 1percent.txt and 10percent.txt, as SimCLR published them, or a list of names for each of
     --fractions below 1, separated by commas (default: a class-balanced choice by --seed, as python -m fastbyol subset makes it).

@@ -45,7 +45,7 @@ def voc_folder(data: str, *, year: str) -> Path:
             if folder is root and re.fullmatch(r"VOC2\d{3}", folder.name) and folder.name != f"VOC{year}":
                 if not (beside := root.parent / f"VOC{year}").is_dir():
                     raise UserError(
-                        f"--data {printable(data)}: is {folder.name}, and VOC{year} is asked for; put it beside, or give their parent"
+                        f"--data {printable(data)}: is {folder.name}, and VOC{year} is needed; put that beside it, or give the folder that holds both"
                     )
                 return beside
             return folder

@@ -51,9 +51,9 @@ class TransferFinetuneSettings:
     """The defaults are the paper's (appendix D.3), and SimCLR's (appendix B.8) for training from random weights."""
 
     sets: tuple[str, ...] = ("all",)
-    """all: every set of the paper that is below --data; or names of sets and folders of your own, with commas between"""
+    """all: every set of the paper that is below --data; or names of sets and of folders of your own, separated by commas"""
     download: bool = False
-    """yes: let torchvision fetch what is missing and can be fetched"""
+    """yes: let torchvision download the missing sets that it can"""
     steps: int = 20_000
     """length of each training"""
     global_batch: int = 256

@@ -43,17 +43,17 @@ class TransferLinearSettings:
     """The defaults are the paper's (appendix D.2)."""
 
     sets: tuple[str, ...] = ("all",)
-    """all: every set of the paper that is below --data; or names of sets and folders of your own, with commas between"""
+    """all: every set of the paper that is below --data; or names of sets and of folders of your own, separated by commas"""
     download: bool = False
-    """yes: let torchvision fetch what is missing and can be fetched"""
+    """yes: let torchvision download the missing sets that it can"""
     penalties: int = 45
-    """number of l2 penalties, log-spaced, of which the validation images choose one"""
+    """number of log-spaced l2 penalties, from which one is chosen on the validation images"""
     lowest: float = 1e-6
     """smallest penalty, in sum of losses + l2 / 2 |weight|^2"""
     highest: float = 1e5
     """largest penalty"""
     max_steps: int = 1000
-    """most L-BFGS steps of one fit (the paper names no limit)"""
+    """largest number of L-BFGS steps in one fit (the paper names no limit)"""
 
     def __post_init__(self) -> None:
         require_at_least("penalties", self.penalties, 1)

@@ -130,7 +130,7 @@ def chosen_sets(names: tuple[str, ...], root: Path) -> list[TransferSet | Path]:
             found.append(folder)
         else:
             known = nearest_name(name, BY_NAME) or f" ({' '.join(BY_NAME)})"
-            raise UserError(f"--sets {name}: is no set{known}, and no such folder")
+            raise UserError(f"--sets {name}: is neither a known set{known} nor a folder")
     if not found:
         raise UserError("--sets: is empty; give 'all', names of sets, or a folder")
     return found

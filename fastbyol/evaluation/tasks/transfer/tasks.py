@@ -117,7 +117,7 @@ def _chosen(job: Job, settings: Any) -> _Chosen:
     """Sorts the sets into those on disk and the others. Raises UserError if a set that was named, or every set, is not there."""
     root, wanted = Path(job.data), _wanted(job, settings)
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder; give the one below which the sets lie")
+        raise UserError(f"--data {root}: no such folder; give the folder that holds the sets")
     missing = {}
     for one in wanted:
         if isinstance(one, TransferSet) and one.place(root) is None and not (settings.download and one.downloads):
