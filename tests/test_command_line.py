@@ -156,6 +156,22 @@ def test_what_may_be_a_bug_keeps_its_traceback(error: OSError) -> None:
         fails()
 
 
+def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastbyol.evaluation.contact_sheet.write_contact_sheet", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["views", "--data", "photos", "--out", "views.png"])
+    assert (ended.value.code, capsys.readouterr().err) == (130, "fastbyol: interrupted\n")
+
+
+def test_help_shows_a_description_of_several_paragraphs_without_indents(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    assert "\nok: works; low: works with a limit" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which(NO_CAPABILITIES[0]), reason="root may enter every folder")
 def test_a_folder_that_may_not_be_entered_costs_every_command_one_line(tmp_path: Path) -> None:
     noread = tmp_path / "noread"

@@ -606,7 +606,7 @@ def test_queries_and_places_that_do_not_fit_end_in_one_line(run, features, data_
     other = tmp_path / "other" / "a"
     other.mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(other / "a.png")
-    assert "holds other images than when" in _ends([*base, "--query", "ant/000.jpg", "--data", tmp_path / "other"], capsys)[1]
+    assert "does not hold the images of" in _ends([*base, "--query", "ant/000.jpg", "--data", tmp_path / "other"], capsys)[1]
     query = data_paths["folder"] / "ant/000.jpg"
     encoder = load_encoder(run)
     with torch.no_grad():

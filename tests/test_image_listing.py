@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.datasets import imagenet
 
@@ -16,6 +17,7 @@ from fastbyol.config.errors import UserError
 from fastbyol.data.inputs.folder import list_image_folder
 from fastbyol.data.inputs.images import list_images
 from fastbyol.data.inputs.listing import ImageListing, ImageLocation
+from fastbyol.evaluation.data_state import data_state
 from tests.commands import run_python
 from tests.imagenet_archives import DEVKIT, TRAIN, VAL, WNIDS, add_file, tar_bytes, write_archives
 from tests.images import write_files
@@ -253,6 +255,22 @@ def test_a_folder_of_links_is_read_like_a_folder(tmp_path: Path) -> None:
     listing = list_images(tmp_path / "links")
     assert listing.files == ("a/1.jpg", "a/2.jpg", "b/z.jpg", "c/5.jpg")
     assert dict(listing.skipped)["c/3.jpg"] == "a link to a/1.jpg, which is listed"
+
+
+def test_a_link_that_points_to_itself_is_left_out_of_a_folder_without_classes(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
+    (tmp_path / "self.jpg").symlink_to("self.jpg")
+    listing = list_images(tmp_path)
+    assert listing.files[:] == ["a.jpg"]
+    assert dict(listing.skipped) == {"self.jpg": "a broken link (Too many levels of symbolic links)"}
+    assert data_state([str(tmp_path)])
+
+
+def test_converted_data_given_as_images_are_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "x.beton").touch()
+    for data in (tmp_path / "x.beton", str(tmp_path / "x.beton"), [tmp_path / "x.beton"]):
+        with pytest.raises(UserError, match=r"--data .*x\.beton: is converted already; give the original images, from which it was made"):
+            list_images(data)
 
 
 def test_unreadable_folders_are_reported_and_an_unreadable_class_is_an_error(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ with StopRequest(grace_s={grace_s}):
     while True:
         time.sleep(1000)
 """
+SECOND = "fastbyol: error: second Ctrl-C: exited without saving the steps since the last checkpoint; earlier checkpoints are complete\n"
 OVER = """
 import os, signal
 from fastbyol.host.signals import RUN_SIGNALS, StopRequest, leave_at_once_on_signals
@@ -130,7 +131,22 @@ def test_a_second_ctrl_c_ends_at_once_a_process_that_the_first_one_could_not_sto
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said == "fastbyol: error: second Ctrl-C: exited without saving this step; earlier checkpoints are complete\n"
+    assert said == SECOND
+
+
+def test_a_ctrl_c_that_is_pressed_twice_at_once_counts_as_one():
+    process = _start(STUCK.format(grace_s=1000))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    while _in_mask("ShdPnd", process, signal.SIGINT):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, SECOND)
 
 
 def test_a_process_that_cannot_finish_its_step_leaves_after_grace_s():

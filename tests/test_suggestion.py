@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +44,25 @@ def _suggested(folder: Path, out: Path, *options: str) -> str:
 
 
 def _sample(**changes: object) -> Sample:
-    seen = {"images": 4000, "class_names": (), "looked_at": 1000, "unreadable": 0, "short_side": 300, "grey": 0.0, "near_duplicates": 0.0}
+    seen = {"images": 4000, "class_names": (), "looked_at": 1000, "unreadable": (), "short_side": 300, "grey": 0.0, "near_duplicates": 0.0}
     return Sample(**{**seen, **changes})  # type: ignore[arg-type]
+
+
+def test_damaged_images_are_named_and_too_many_are_refused(colour, tmp_path, capsys):
+    folder = shutil.copytree(colour, tmp_path / "images")
+    images = sorted(folder.rglob("*.jpg"))
+    for image in images[:2]:
+        image.write_bytes(b"")
+    _suggested(folder, tmp_path / "mine.yaml")
+    names = ", ".join(str(image.relative_to(folder)) for image in images[:2])
+    assert f"2 of the images looked at do not decode, and training leaves them out: {names}." in capsys.readouterr().out
+    for image in images[:21]:
+        image.write_bytes(b"")
+    with pytest.raises(SystemExit) as ended:
+        _suggested(folder, tmp_path / "other.yaml")
+    assert ended.value.code == 2
+    assert "21 of 40 images that were looked at do not decode (" in capsys.readouterr().err
+    assert not (tmp_path / "other.yaml").exists()
 
 
 def test_40_flat_images_get_a_file_that_training_takes_with_a_reason_on_each_line(colour, tmp_path, capsys):
@@ -208,7 +226,7 @@ def test_more_ranks_than_a_machine_has_gpus_are_started_on_several(gpus, command
     [
         (["--data", "none"], "none: no such file or folder"),
         (["--data", "{empty}"], "has no images|no image"),
-        (["--data", "{broken}"], "none of 3 images can be read"),
+        (["--data", "{broken}"], "none of 3 images decodes: "),
         (["--data", "{one}"], "1 image for 1 device; BYOL needs some hundreds"),
         (["--data", "{colour}", "--devices", "-1"], "--devices = -1: must be"),
         (["--data", "{colour}", "--devices", "100"], "40 images for 100 devices"),

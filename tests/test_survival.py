@@ -23,6 +23,7 @@ from fastbyol.data.batch import ViewBatch
 from fastbyol.host.quantities import duration_text
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.stop_vote import StopVote, Verdict
+from fastbyol.run import checkpoint
 from fastbyol.run import folder as run_folder
 from fastbyol.run.checkpoint import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from fastbyol.run.finite_check import FiniteCheck, first_not_finite
@@ -208,7 +209,10 @@ def test_training_goes_on_through_a_full_disk_and_says_so_and_the_end_is_an_erro
     assert code == 4
     assert len(read_metrics(out)) == 6, "all steps were taken"
     assert said.count("File too large") == 4, "three checkpoints are warned of, the last is also the error"
-    assert re.search(r"error: checkpoint .*step-000000006.pt \(\d+ MB, \d+ MB free\): .*Make room, then the same command continues", said)
+    assert re.search(
+        r"error: checkpoint .*step-000000006.pt \(\d+ MB, \d+ MB free\): File too large; raise the limit on the size of files", said
+    )
+    assert "The run has no other checkpoint. After that the same command starts anew" in said.splitlines()[-1]
     assert list((out / "checkpoints").iterdir()) == []
     main(arguments)
     assert state_digest(out) == state_digest(whole)
@@ -406,6 +410,31 @@ def test_a_run_goes_on_without_the_images_that_were_removed_and_says_so(whole, d
     main([*SMALL, "--data.train", str(data), "--out", str(out)])
     assert "data.train holds 23 images, 2 fewer than at the checkpoint" in capsys.readouterr().err
     assert load_checkpoint(checkpoint_path(out, 5))["class_counts"] == {"ant": 7, "bee": 8, "cat": 8}
+
+
+def test_a_run_that_goes_on_with_other_images_of_the_same_number_says_so(whole, data_paths, tmp_path, capsys):
+    out, data = tmp_path / "run", shutil.copytree(data_paths["folder"], tmp_path / "images")
+    shutil.copytree(whole, out)
+    for later in (5, 6):
+        checkpoint_path(out, later).unlink()
+    main([*SMALL, "--data.train", str(data), "--out", str(out)])
+    assert "is not what it was at the checkpoint" not in capsys.readouterr().err, "the same images in another place"
+    shutil.copy(data / "ant" / "001.jpg", data / "ant" / "000.jpg")
+    for later in (5, 6):
+        checkpoint_path(out, later).unlink()
+    main([*SMALL, "--data.train", str(data), "--out", str(out)])
+    said = capsys.readouterr().err
+    assert "data.train is not what it was at the checkpoint (images differ): the run continues with the images that are there now" in said
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "_free_megabytes", lambda _: 0.01)
+    code, said = _ends([*arguments, "--out", str(tmp_path / "run")], capsys)
+    assert code == 2
+    assert re.search(
+        r"error: --out .*run: a checkpoint takes more than \d+ MB, and its disk has 0 MB free; make room, or choose another\n", said
+    )
+    assert not read_metrics(tmp_path / "run")
 
 
 def test_other_data_are_not_taken_for_removed_images(whole, data_paths, tmp_path, capsys):

@@ -106,6 +106,8 @@ def test_without_labels_the_verdict_says_what_it_cannot_say_and_names_a_low_rank
     verdict = verdict_on([free], FACTS)
     assert verdict.headline.startswith("better than the untrained encoder in finding other views; without labels there is no accuracy")
     assert "RankMe is 1.20" in verdict.details[-1]
+    few = verdict_on([replace(free, num_images=31)], FACTS)
+    assert not any("RankMe" in line for line in few.lines()), "that of a few images is small in any case"
     with_labels = verdict_on([result("knn", untrained=-0.1, pca=-0.1), free], FACTS)
     assert with_labels.headline.startswith("worse than"), "with labels, the accuracies decide"
 
@@ -115,7 +117,7 @@ def test_without_labels_the_verdict_says_what_it_cannot_say_and_names_a_low_rank
     [
         ({"alarms": ["step 4: collapse"]}, "the log has 1 alarm of collapse; try this"),
         ({"epoch": 7.0}, "the run stopped after 7 of 20 epochs"),
-        ({}, "90 steps are few: train longer, --steps 3000"),
+        ({}, "90 steps are few: train longer, in a new folder, --steps 3000 --out FOLDER"),
         ({"step": 5000, "grey": True}, "the images are grey, so colour jitter only changes"),
         ({"step": 5000}, "if colour tells your images apart"),
         ({"step": 0, "epoch": 0.0}, "train on from these weights with your own images"),  # another program's have no log

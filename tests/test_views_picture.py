@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fastbyol.data import build_image_loader, build_loader
 from fastbyol.evaluation import contact_sheet
 from fastbyol.evaluation.contact_sheet import caption, write_contact_sheet
 from fastbyol.evaluation.gallery import display_pixels, draw_parameters_and_views
+from tests.commands import files_no_larger_than
 
 VIEWS = ViewPair(size_px=16)
 SCALE = 7  # 112 / 16
@@ -108,6 +110,24 @@ def test_a_caption_names_what_was_drawn_in_its_order_and_nothing_else() -> None:
         "turned -7 deg, gray, blur 1.25, solarized",
     ]
     assert caption(row_of(**{**jitter, "brightness": 1.25}), semantics="torchvision")[1] == "hue +0.125, bright x1.25"
+
+
+def test_damaged_images_are_left_out_of_the_picture(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    damaged = sorted(folder.rglob("*.jpg"))[::2]
+    for image in damaged:
+        image.write_bytes(image.read_bytes()[:200])
+    write_contact_sheet([str(folder)], out=tmp_path / "few.png", views=VIEWS, rows=25)
+    whole = Image.open(tmp_path / "few.png").height
+    write_contact_sheet([str(folder)], out=tmp_path / "one.png", views=VIEWS, rows=1)
+    assert whole > 8 * Image.open(tmp_path / "one.png").height
+
+
+def test_a_picture_that_cannot_be_finished_leaves_no_file(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "views.png"
+    with files_no_larger_than(1000), pytest.raises(UserError, match="cannot be written"):
+        write_contact_sheet([str(image_folder)], out=out, views=VIEWS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_of_a_run_set_what_the_views_draw(beton: Path, tmp_path: Path) -> None:

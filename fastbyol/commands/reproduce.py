@@ -216,7 +216,7 @@ def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
     import torch
 
     from fastbyol.data import build_image_loader
-    from fastbyol.host.quantities import duration_text
+    from fastbyol.host.quantities import count_text, duration_text
     from fastbyol.run.plan import RunPlan
     from fastbyol.tuning.comparison import TrialFailed
     from fastbyol.tuning.suggestion import images_per_s
@@ -247,9 +247,11 @@ def _list(runs: Sequence[PlannedRun], setup: Setup) -> None:
         say(f"{run.name:<50} {steps:>9,} steps  {takes}".rstrip())
     to_do = sum(not run.done for run in runs)
     if not is_timed:
-        say(f"{to_do} runs to do; how long they take can only be measured on a machine with a GPU: give the same command there")
+        say(
+            f"{count_text(to_do, 'run')} to do; how long they take can only be measured on a machine with a GPU: give the same command there"
+        )
         return
     say(
-        f"{to_do} runs to do, {duration_text(total_s)} of training with {setup.ranks} process{'es' * (setup.ranks > 1)}; estimated from a step of one process, "
-        "timed in the first row of each encoder, without communication between processes; evaluation comes on top"
+        f"{count_text(to_do, 'run')} to do, {duration_text(total_s)} of training with {setup.ranks} process{'es' * (setup.ranks > 1)}; "
+        "estimated from a step of one process, timed in the first row of each encoder, without communication between processes; evaluation comes on top"
     )

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,8 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, *, later: Callable[[Self], None] | None = None, **options: object) -> None:
         """later: adds the options once the command is actually used, because importing their modules takes a moment."""
         self._later = later
+        if isinstance(description := options.get("description"), str):  # often a docstring, whose later lines are indented
+            options["description"] = inspect.cleandoc(description)
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})  # type: ignore[arg-type]
         for name, kind in ((None, _StoreOnce), ("store", _StoreOnce), ("store_true", _StoreTrueOnce)):
             self.register("action", name, kind)

@@ -33,6 +33,8 @@ STOPPED_EXIT = 75
 """Stopped by a signal: the same command continues from the last checkpoint, which is of the last step unless saving it took longer than
 grace_s (75 is 'temporary failure' in sysexits.h).
 """
+INTERRUPTED_EXIT = 130
+"""Ended by Ctrl-C, as shells report it; nothing is saved."""
 HOLD_BACK_S = 10.0
 """Seconds that ranks other than 0 wait before they print an error, so that an error all ranks share is printed only once.
 
@@ -89,6 +91,9 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         try:
             sys.argv[1:] = public_arguments(sys.argv[1:])
             main(*args, **kwargs)
+        except KeyboardInterrupt:
+            say("fastbyol: interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED_EXIT)
         except Exception as error:
             text = str(error) if isinstance(error, UserError | RunError) else _refused_file(error) or _missing_package(error)
             if not text:

@@ -26,6 +26,9 @@ from fastbyol.data.replacements import Replacements
 from fastbyol.data.traversal import Traversal
 from fastbyol.host.cores import default_workers
 
+DIVISION = "division between nodes"
+"""Key of a training loader's fingerprint that says how nodes divide the images."""
+
 
 class _Loader:
     """Base of the loaders: holds the renderer, and with it the source, which `close` closes."""
@@ -114,7 +117,7 @@ class TwoViewLoader(_Loader):
 
     def fingerprint(self) -> dict[str, str]:
         """Returns short texts that identify the data set, see `Source.fingerprint`, and how nodes divide it, which ranks must agree on too."""
-        nodes = {"division between nodes": f"{self.traversal.nodes} parts"} if self.traversal.nodes > 1 else {}
+        nodes = {DIVISION: f"{self.traversal.nodes} parts"} if self.traversal.nodes > 1 else {}
         return super().fingerprint() | nodes
 
     def __len__(self) -> int:

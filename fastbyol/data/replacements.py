@@ -10,6 +10,7 @@ import threading
 
 from fastbyol.config.errors import UserError
 from fastbyol.data.backends.source import DamagedImage, Indices
+from fastbyol.host.quantities import count_text
 
 log = logging.getLogger("fastbyol")
 _ALLOWED_SHARE, _ALWAYS_ALLOWED = 0.01, 20
@@ -48,11 +49,14 @@ class Replacements:
         with self._lock:
             if damage.index in self._damaged:  # another thread met it too
                 return
-            # The check comes first, so that an image is always left for `replaced` to find.
-            if len(self._damaged) + 1 > min(damage_allowed(self._num_samples), self._num_samples - 1):
+            # Both checks come first, so that an image is always left for `replaced` to find.
+            damaged, allowed = len(self._damaged) + 1, damage_allowed(self._num_samples)
+            if damaged == self._num_samples:
+                raise UserError(f"{damage.what}; none of {count_text(damaged, 'image')} decodes") from damage
+            if damaged > allowed:
                 raise UserError(
-                    f"{damage.what}, nor do {len(self._damaged):,} other images of {self._num_samples:,} that were read before it; python -m "
-                    "fastbyol convert names all damaged images, and leaves out up to as many as --max-dropped allows"
+                    f"{damage.what}, and {damaged - 1:,} other images of {self._num_samples:,} don't either, where {allowed:,} may; python -m fastbyol "
+                    "convert lists all damaged images, and --max-dropped sets how many it may leave out"
                 ) from damage
             self._damaged.add(damage.index)
         # An error, because ranks other than 0 log nothing less, and no other rank may have met this image.

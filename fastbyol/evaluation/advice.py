@@ -67,7 +67,7 @@ def first_ideas(facts: RunFacts) -> list[str]:
     if where := _stopped_at(facts):
         ideas.append(f"the run stopped after {where}: let it finish (the same command continues)")
     elif facts.step < FEW_STEPS:
-        ideas.append(f"{facts.step:,} steps are few: train longer, --steps {FEW_STEPS}")
+        ideas.append(f"{facts.step:,} steps are few: train longer, in a new folder, --steps {FEW_STEPS} --out FOLDER")
     if facts.grey and _any(views, "jitter_p"):
         ideas.append(f"the images are grey, so colour jitter only changes their brightness: {_both('jitter_p', 0)}")
     elif not facts.grey and _any(views, "jitter_p"):

@@ -19,7 +19,9 @@ from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data.build import backend_of, build_image_loader, build_loader
+from fastbyol.data.loader import TwoViewLoader
 from fastbyol.evaluation.gallery import display_pixels, draw_parameters_and_views
+from fastbyol.host.durable_files import durable_file
 
 SMALLEST_TILE_PX = 112
 """Smaller views are enlarged by a whole factor, so that pixels stay visible."""
@@ -67,7 +69,8 @@ def write_contact_sheet(
     # By image, then by backend, so that strips that should look alike are next to each other.
     sheet = _sheet([strip for strips in zip(*drawn, strict=True) for strip in _compared(strips)], header=header, title=title)
     try:
-        sheet.save(out)
+        with durable_file(out) as png:
+            sheet.save(png, "png")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); choose another file") from error
 
@@ -75,9 +78,9 @@ def write_contact_sheet(
 def _strips(path: str, *, views: ViewPair, backend: str, rows: int, epochs: int, seed: int) -> list[Strip]:
     config = DataConfig(train=path, backend=backend, workers=1, prefetch=1)
     with build_loader(config, views=views, seed=seed, global_batch=1, option="--data") as loader:
-        index = torch.randperm(loader.num_samples, generator=torch.Generator().manual_seed(seed))[:rows].tolist()
+        index = _chosen(loader, rows=rows, seed=seed)
         parameters, drawn = draw_parameters_and_views(loader, index=index, epochs=epochs)
-    with build_image_loader(path, views=views, batch=1, backend=backend, workers=1) as images:
+    with build_image_loader(path, views=views, batch=1, backend=backend, workers=1, option="--data") as images:
         centre, names = images.pick(index), images.class_names
     name = backend_of(path, option="--data") if backend == "auto" else backend
     strips = []
@@ -88,6 +91,16 @@ def _strips(path: str, *, views: ViewPair, backend: str, rows: int, epochs: int,
             Strip(pixels, captions, [f"image {sample}", names[label] if (label := int(centre.label[row])) >= 0 else "no label", name])
         )
     return strips
+
+
+def _chosen(loader: TwoViewLoader, *, rows: int, seed: int) -> list[int]:
+    """Returns the indices of `rows` random images that decode, or of all that do if there are fewer. Damaged ones are logged."""
+    order, chosen = torch.randperm(loader.num_samples, generator=torch.Generator().manual_seed(seed)).numpy(), list[int]()
+    for first in range(0, len(order), rows):
+        chosen += loader.decodable(order[first : first + rows]).tolist()
+        if len(chosen) >= rows:
+            break
+    return chosen[:rows]
 
 
 def _refuse_different_sets(data: Sequence[str], drawn: list[list[Strip]]) -> None:

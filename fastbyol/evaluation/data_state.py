@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastbyol.config.urls import is_url, public_text
+from fastbyol.data.inputs.folder import is_folder
 from fastbyol.evaluation.splits import split_paths
 
 FEW = 100
@@ -51,10 +52,10 @@ def _lines(path: Path) -> Iterator[str]:
                 inside = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
         except OSError:
             continue  # reading the data will report why it cannot be read
-        files = [entry.name for entry in inside if not entry.is_dir()]
+        files = [entry.name for entry in inside if not is_folder(entry)]
         yield f"{os.path.relpath(folder, path)}/"
         yield from (_facts(folder / name) for name in files) if len(files) <= FEW else files
-        waiting += [folder / entry.name for entry in reversed(inside) if entry.is_dir()]
+        waiting += [folder / entry.name for entry in reversed(inside) if is_folder(entry)]
 
 
 def _facts(file: Path) -> str:

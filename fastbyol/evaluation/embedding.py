@@ -39,6 +39,7 @@ from fastbyol.evaluation.ray_rows import RowEncoder, rows_on_ray
 from fastbyol.export import CROP, networks_of
 from fastbyol.host.durable_files import durable_file, locked_file, write_durably
 from fastbyol.host.progress import Progress
+from fastbyol.host.quantities import names_text
 from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
 from fastbyol.ranks.ray_cluster import ENGINES, import_ray
 from fastbyol.run.checkpoint import RunState
@@ -140,7 +141,7 @@ def embed(
                     )
                 kept, names = work.decoded(), loader.image_names()
                 if damaged := np.flatnonzero(~kept).tolist():
-                    some = ", ".join(names[index] for index in damaged[:_SHOWN]) + (", …" if len(damaged) > _SHOWN else "")
+                    some = names_text([names[index] for index in damaged[: _SHOWN + 1]], most=_SHOWN)
                     announce(f"{len(damaged):,} of {len(kept):,} images do not decode, and have no row: {some}")
                 write_features(
                     out,

@@ -75,12 +75,23 @@ def write_neighbours(
     else:
         image, feature = None, _feature(file, row)
     found = _nearest(file, feature, k=k, without=row)
-    with build_image_loader(
-        DataConfig(train=str(data or facts.data), labels=facts.labels), views=views, batch=1, option="--data"
-    ) as loader:
+    try:
+        opened = build_image_loader(DataConfig(train=str(data or facts.data), labels=facts.labels), views=views, batch=1, option="--data")
+    except UserError as error:
+        if data:
+            raise
+        raise UserError(
+            f"{file.path}: its images cannot be opened ({error}); if they have moved, say where they are with --data"
+        ) from error
+    with opened as loader:
         if loader.fingerprint() != facts.fingerprint:
-            where = "--data" if data else "the data"
-            raise UserError(f"{where} {data or facts.data}: holds other images than when {file.path} was made; embed again, or give --data")
+            if data:
+                raise UserError(
+                    f"--data {data}: does not hold the images of {file.path}; give the folder that was embedded, or embed this one"
+                )
+            raise UserError(
+                f"{facts.data}: holds other images than when {file.path} was made; embed again, or give --data if they have moved"
+            )
         index = [facts.index_of(each) for each in ([] if row is None else [row]) + [neighbour.row for neighbour in found]]
         if max(index) >= loader.num_samples:
             raise UserError(f"{file.path}: its facts name {len(facts.damaged):,} damaged images, more than its data can have; embed again")

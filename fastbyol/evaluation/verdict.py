@@ -13,6 +13,8 @@ PROTOCOL_TITLES = {"linear": "linear", "knn": "kNN", "labelfree": "finding other
 BASELINES = {"untrained": "the untrained encoder", "pca": "raw pixels (PCA)"}
 OUTCOMES = {"worse": "worse than", "same": "no better than", "better": "better than"}
 COLLAPSED_RANK = 2.0
+FEWEST_RANKED = 32
+"""Fewest images whose RankMe is judged."""
 """A RankMe below this is mentioned. It is not compared with an untrained encoder's: runs that learnt well had a third of that."""
 
 
@@ -69,4 +71,7 @@ def difference_text(comparison: Comparison, baseline: str) -> str:
 
 def _rank_word(result: LabelFreeResult) -> str:
     rank = result.measures["byol"]["rankme"]
-    return "" if rank >= COLLAPSED_RANK else f"RankMe is {rank:.2f}: the features of all images lie along one line, a collapse"
+    # RankMe is at most the number of images, so that of a few says nothing.
+    if rank >= COLLAPSED_RANK or result.num_images < FEWEST_RANKED:
+        return ""
+    return f"RankMe is {rank:.2f}: the features of all images lie along one line, a collapse"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def bytes_text(count: float) -> str:
     """Returns a byte count with three digits in decimal units, as disks are sold: '147 GB'."""
@@ -20,6 +22,11 @@ def duration_text(seconds: float) -> str:
         if count:
             parts.append(f"{count} {name}")
     return " ".join(parts[:2]) or "0 s"
+
+
+def names_text(names: Sequence[str], *, most: int = 5) -> str:
+    """Returns the first names as 'a, b, c', with ', …' if there are more."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def count_text(count: int, what: str) -> str:

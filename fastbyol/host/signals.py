@@ -11,22 +11,25 @@ import ctypes
 import errno
 import functools
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, Self
 
 from fastbyol.config.console import say
-from fastbyol.config.errors import STOPPED_EXIT
+from fastbyol.config.errors import INTERRUPTED_EXIT, STOPPED_EXIT
 
 log = logging.getLogger("fastbyol")
 COMMAND_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-INTERRUPTED_EXIT = 130
+DOUBLE_PRESS_S = 1.0
+"""A Ctrl-C within this time of the first is taken for the same one: who presses it twice does not mean to lose the run."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -145,7 +148,7 @@ def deferred_stop() -> Iterator[DeferredStop]:
 
 
 class StopRequest:
-    """While this context is active, RUN_SIGNALS set `requested` instead of ending the process. A second Ctrl-C ends it at once.
+    """While this context is active, RUN_SIGNALS set `requested` instead of ending the process. A second Ctrl-C, after DOUBLE_PRESS_S, ends it at once.
 
     A process that is still running `grace_s` seconds after the first signal is ended, saved or not.
     """
@@ -188,6 +191,7 @@ class StopRequest:
         os.close(self._read)
 
     def _listen(self) -> None:
+        first = -math.inf
         while byte := os.read(self._read, 1):
             if byte[0] not in self._earlier:
                 continue
@@ -195,9 +199,10 @@ class StopRequest:
                 self.name = signal.Signals(byte[0]).name
                 log.info("%s: finishing this step, then saving and exiting (within %g s)", self.name, self.grace_s)
                 self._requested.set()
+                first = time.monotonic() if byte[0] == signal.SIGINT else -math.inf
                 threading.Thread(target=self._leave_in_time, name="fastbyol-grace", daemon=True).start()
-            elif byte[0] == signal.SIGINT:
-                _leave("second Ctrl-C: exited without saving this step", INTERRUPTED_EXIT)
+            elif byte[0] == signal.SIGINT and time.monotonic() - first > DOUBLE_PRESS_S:
+                _leave("second Ctrl-C: exited without saving the steps since the last checkpoint", INTERRUPTED_EXIT)
 
     def _leave_in_time(self) -> None:
         if not self._closed.wait(self.grace_s):

@@ -6,6 +6,7 @@ plain types inside; everything read is compared with what this program writes be
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
@@ -68,6 +69,15 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(m[1]) for f in (folder.iterdir() if folder.is_dir() else ()) if (m := _NAME.match(f.name)))
 
 
+def require_room(run: Path, weights: dict[str, Any]) -> None:
+    """Raises UserError if the disk cannot hold even these weights, to which a checkpoint adds the optimizer's state."""
+    needed, free = sum(tensor.nbytes for tensor in _tensors(weights)) / 1e6, _free_megabytes(run)
+    if needed > free:
+        raise UserError(
+            f"--out {run}: a checkpoint takes more than {needed:.0f} MB, and its disk has {free:.0f} MB free; make room, or choose another"
+        )
+
+
 def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, stays: Callable[[int], bool] = lambda step: False) -> Path:
     """Writes the state after `step` optimizer steps durably, then deletes checkpoints but the newest `keep` and those whose step `stays`.
 
@@ -79,9 +89,11 @@ def save_checkpoint(run: Path, *, step: int, state: dict[str, Any], keep: int, s
         _write_durably(path, state)
     except OSError as error:
         needed = sum(tensor.nbytes for tensor in _tensors(state)) / 1e6
+        way_out = "raise the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else "make room or choose another --out"
+        kept = ", ".join(str(other) for other in checkpoint_steps(run) if other != step)
         raise CheckpointError(
-            f"checkpoint {path} ({needed:.0f} MB, {_free_megabytes(run):.0f} MB free): {error.strerror}; "
-            f"make room or choose another --out. Earlier checkpoints are untouched: {checkpoint_steps(run)}"
+            f"checkpoint {path} ({needed:.0f} MB, {_free_megabytes(run):.0f} MB free): {error.strerror}; {way_out}. "
+            + (f"The checkpoints after steps {kept} are untouched" if kept else "The run has no other checkpoint")
         ) from error
     # Files of later steps were skipped as damaged when the run was resumed, so they do not count towards `keep`.
     for old in [s for s in [s for s in checkpoint_steps(run) if s <= step][:-keep] if not stays(s)]:

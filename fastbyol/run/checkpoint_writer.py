@@ -57,7 +57,8 @@ class CheckpointWriter:
         if isinstance(error, Diverged):
             raise error
         if error is not None:
-            raise NotSaved(f"{error}. Make room, then the same command continues from there") from error
+            where = "continues from the newest" if checkpoint_steps(self.run) else "starts anew"
+            raise NotSaved(f"{error}. After that the same command {where}") from error
 
     def __enter__(self) -> Self:
         return self

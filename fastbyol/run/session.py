@@ -15,7 +15,7 @@ from fastbyol.config.schema import TrainConfig
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.process_group import Process, broadcast_from_main
 from fastbyol.ranks.stop_vote import StopVote, Verdict
-from fastbyol.run.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config
+from fastbyol.run.checkpoint import check_resume, checkpoint_path, checkpoint_steps, mend_config, require_room
 from fastbyol.run.checkpoint_writer import CheckpointWriter
 from fastbyol.run.folder import CONFIG_FILE, DIVERGED_FILE, check_run_folder, locked_run_folder, note_divergence, open_run_folder
 from fastbyol.run.hang_watch import HangWatch
@@ -78,6 +78,8 @@ class Session:
                     # Entered before the hang watch: the last copy may take longer than a step.
                     kept["saved"] = leaving.enter_context(MirrorWriter(self._mirror, self._folder, **kept)).add
             self.first_step = self.done = self._state.restore(self._folder, config=config, process=process)
+            if process.is_main and self.first_step < plan.total_steps:
+                require_room(self._folder, self._state.byol.state_dict())
             self._announce()
             # Entered before the writer and the log, so that it still watches while they are being closed.
             compiles = is_compiled(self._state.byol) or process.device.type == "cuda"  # a GPU always compiles the augmentation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastbyol.byol import BYOL
 from fastbyol.config.errors import UserError, shown
 from fastbyol.config.plain import to_plain
 from fastbyol.config.schema import TrainConfig
-from fastbyol.data.loader import TwoViewLoader
+from fastbyol.data.loader import DIVISION, TwoViewLoader
 from fastbyol.host.saved_structure import first_difference, is_count
 from fastbyol.optim.saved_state import load_optimizer_state, state_difference
 from fastbyol.ranks.process_group import Process, broadcast_from_main, gather_on_main
@@ -50,6 +51,11 @@ class TrainState:
     def __post_init__(self) -> None:
         self.finite = FiniteCheck(forwards_per_step=self.accumulate)
 
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        """Short texts that identify the training images, without how nodes divide them, which may change."""
+        return {name: text for name, text in self.loader.fingerprint().items() if name != DIVISION}
+
     def snapshot(self, *, step: int, config: TrainConfig, process: Process) -> dict[str, Any]:
         """Returns the state after `step` optimizer steps as tensors and plain values; complete on the main rank only."""
         # A collective, so every rank must get here.
@@ -63,6 +69,7 @@ class TrainState:
             "loader": {**self.loader.state_dict(), "batches_per_epoch": len(self.loader), "nodes": self.loader.traversal.nodes},
             "num_samples": self.loader.num_samples,
             "class_counts": self.loader.class_counts(),
+            "fingerprint": self._fingerprint,
             "ranks": {"rng": ranks, "bn_images": bn_images(config, process)},
             "versions": package_versions(),
         }
@@ -76,6 +83,7 @@ class TrainState:
         # Rank 0 reads for all: a rank that found the newest checkpoint damaged would continue from another one. Only rank 0 needs the folder.
         if process.is_main:
             state = load_newest(folder, config=config, check=self._difference)
+            _ = self._fingerprint  # computed now, not while the first checkpoint is taken
         state = broadcast_from_main(state)
         if state is None:
             return 0
@@ -93,6 +101,11 @@ class TrainState:
             if fewer:
                 now = f"{self.loader.num_samples} images, {fewer} fewer than at the checkpoint"
                 log.warning("data.train holds %s: the run continues with these, in a new order", now)
+            elif changed := [name for name, text in state.get("fingerprint", {}).items() if self._fingerprint.get(name, text) != text]:
+                log.warning(
+                    "data.train is not what it was at the checkpoint (%s differ): the run continues with the images that are there now",
+                    " and ".join(changed),
+                )
             _announce_differences(state, config=config, process=process)
         return int(state["step"])
 
@@ -115,6 +128,9 @@ class TrainState:
         counts = state.get("class_counts", {})
         if not isinstance(counts, dict) or not all(isinstance(name, str) and is_count(count) for name, count in counts.items()):
             return f"class_counts is {shown(counts)}"
+        fingerprint = state.get("fingerprint", {})  # earlier versions wrote none
+        if not isinstance(fingerprint, dict) or not all(isinstance(text, str) for pair in fingerprint.items() for text in pair):
+            return f"fingerprint is {shown(fingerprint)}"
         scale = state["scaler"].get("scale", 1.0) if isinstance(state["scaler"], dict) else 1.0
         return (
             first_difference(state["byol"], self.byol.state_dict(), "byol")

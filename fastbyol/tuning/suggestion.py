@@ -12,7 +12,7 @@ from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.presets import PRESETS
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.inspection.sample import Sample
-from fastbyol.host.quantities import count_text, duration_text
+from fastbyol.host.quantities import count_text, duration_text, names_text
 from fastbyol.run.command_line import parse_train_config
 from fastbyol.tuning.report import options_yaml, start_command
 
@@ -134,9 +134,8 @@ def _set_batch(suggestion: Suggestion, base: TrainConfig, sample: Sample) -> Non
         return
     optim = base.optim
     lr, tau = rates_at_batch(batch, planned=planned, base_lr=optim.base_lr, tau_base=optim.tau_base)
-    suggestion.set(
-        "global_batch", batch, f"{planned} in the preset; fewer, so that a pass over the images has {FEWEST_BATCHES} steps{shares}"
-    )
+    why = f"a pass over the images has {FEWEST_BATCHES} steps" if sample.images // FEWEST_BATCHES < planned else "all get the same share"
+    suggestion.set("global_batch", batch, f"{planned} in the preset; fewer, so that {why}{shares}")
     suggestion.set("optim.base_lr", lr, f"{optim.base_lr:g} at batch {planned}; smaller batches take more per image (appendix G)")
     suggestion.set("optim.tau_base", tau, f"{optim.tau_base:g} at batch {planned}, to the power {batch}/{planned} (appendix G)")
 
@@ -234,7 +233,8 @@ def _remark(suggestion: Suggestion, sample: Sample) -> None:
             "they count more than once, and may be in both train and val."
         )
     if sample.unreadable:
-        suggestion.remarks.append(f"{sample.unreadable:,} of the images looked at cannot be read; python -m fastbyol verify names them.")
+        what = f"{len(sample.unreadable):,} of the images looked at do not decode, and training leaves them out"
+        suggestion.remarks.append(f"{what}: {names_text(sample.unreadable)}.")
     suggestion.remarks.append("Look at the views before training: python -m fastbyol views --data IMAGES --config FILE --out views.png")
 
 

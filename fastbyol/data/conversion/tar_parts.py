@@ -237,9 +237,8 @@ def _all_parts(out: Path) -> list[Path]:
     found = sorted(path for path in out.glob(PARTS) if _PART_NAME.fullmatch(path.name))
     counts = {int(path.stem.rpartition("-")[2]) for path in found}
     if len(counts) != 1:
-        raise UserError(
-            f"{out}: holds parts of {sorted(counts) or 'no'} machines; convert with --shard i/n for every i of one n, then merge"
-        )
+        held = " and ".join(f"parts of {count} machines" for count in sorted(counts)) or "no parts"
+        raise UserError(f"{out}: holds {held}; convert with --shard i/n for every i of one n, then merge")
     (count,) = counts
     expected = [out / f"part-{part_name(Part(number, count))}.json" for number in range(count)]
     if missing := [number for number, path in enumerate(expected) if path not in found]:

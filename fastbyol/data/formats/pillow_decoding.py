@@ -172,7 +172,7 @@ def _load(data: bytes, check_size: Callable[[int, int], None] | None) -> Image.I
     except (UndecodableImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise UndecodableImage("not an image", f"begins with {data[:12]!r}") from None
+        raise UndecodableImage("not an image", f"not an image: it begins with {data[:12]!r}" if data else "the file is empty") from None
     except Image.DecompressionBombError as error:
         raise UndecodableImage("too many pixels", str(error)) from error
     except Exception as error:  # of any kind, see the module's docstring

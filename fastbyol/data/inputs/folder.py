@@ -133,7 +133,9 @@ def _class_names(root: Place, *, required: bool = True) -> tuple[str, ...]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder with one sub-folder of images per class")
     try:
-        folders = root.children()[1] if isinstance(root, StorePath) else sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        folders = (
+            root.children()[1] if isinstance(root, StorePath) else sorted(entry.name for entry in os.scandir(root) if is_folder(entry))
+        )
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
     # Folders with a line break in the name are kept here, so that the check below raises an error for them.
@@ -154,6 +156,14 @@ def scan_folder(root: Place) -> ImageListing:
     scan.walk()
     scan.drop_links_to_listed_files()
     return ImageListing(root, (), scan.names, (), tuple(scan.skipped))
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns True for a folder and for a link to one. `entry.is_dir` alone raises an error for a link that points to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 class _FolderScan:

@@ -149,6 +149,9 @@ def list_images(
     Raises:
         UserError: something is missing, damaged, ambiguous or inconsistent.
     """
+    for each in map(str, [data] if isinstance(data, Path | StorePath | str) else data):
+        if each.endswith(".beton") and not Path(each).is_dir():
+            raise UserError(f"{option} {each}: is converted already; give the original images, from which it was made")
     try:
         listing = _list_images(
             data,

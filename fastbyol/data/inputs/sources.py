@@ -17,6 +17,7 @@ from pathlib import Path
 from fastbyol.config.arguments import expand_home
 from fastbyol.config.errors import UserError, public_argument, public_arguments
 from fastbyol.config.urls import is_url, separated
+from fastbyol.data.inputs.folder import is_folder
 from fastbyol.data.inputs.listing import EXTENSIONS
 from fastbyol.data.inputs.splits import is_split
 from fastbyol.host.store_path import Place, StorePath
@@ -162,7 +163,7 @@ def _names_in(place: Place) -> tuple[list[str], list[str]]:
         return [file.name for file in files], folders
     here: tuple[list[str], list[str]] = [], []
     for entry in os.scandir(place):
-        here[entry.is_dir()].append(entry.name)
+        here[is_folder(entry)].append(entry.name)
     return sorted(here[0]), sorted(here[1])
 
 

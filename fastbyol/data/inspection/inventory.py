@@ -76,6 +76,10 @@ class ImageSet:
             self.labels = np.array(self.images.labels, dtype=np.int64)
             self.class_names = self.images.class_names
 
+    def name(self, index: int) -> str:
+        """Returns the image's name in the listing; converted data keep none."""
+        return f"image {index}" if isinstance(self.images, Converted) else self.images.files[index]
+
     def pixels(self, index: int) -> Pixels:
         """Returns an image as (H, W, 3) RGB. Raises UndecodableImage, or OSError if it cannot be read."""
         return self.images.pixels(index) if isinstance(self.images, Converted) else decode_with_pillow(self.images.location(index).read())

@@ -17,7 +17,9 @@ from fastbyol.data.formats.pillow_decoding import UndecodableImage
 from fastbyol.data.inputs.images import NO_OPTION, list_images
 from fastbyol.data.inspection.converted import converted_at
 from fastbyol.data.inspection.inventory import ImageSet
+from fastbyol.data.replacements import damage_allowed
 from fastbyol.host.cores import default_workers
+from fastbyol.host.quantities import count_text, names_text
 
 SAMPLED = 1000
 """Most images that are decoded: photographs of 12 megapixels take a minute on two cores."""
@@ -47,7 +49,8 @@ class Sample:
     """Number of images of the whole set."""
     class_names: tuple[str, ...]
     looked_at: int
-    unreadable: int
+    unreadable: tuple[str, ...]
+    """Names of the images that do not decode."""
     short_side: int
     """Median of the shorter sides, in pixels."""
     grey: float
@@ -67,14 +70,20 @@ def look_at(data: str, *, option: str = "--data", seed: int = 0) -> Sample:
     num = len(images.labels)
     chosen = range(num) if num <= SAMPLED else sorted(random.Random(seed).sample(range(num), SAMPLED))
     with ThreadPoolExecutor(default_workers()) as pool:
-        looks = [look for look in pool.map(lambda index: _look(images, index), chosen) if look is not None]
+        found = list(zip(chosen, pool.map(lambda index: _look(images, index), chosen), strict=True))
+    looks, unreadable = [look for _, look in found if look is not None], [images.name(index) for index, look in found if look is None]
     if not looks:
-        raise UserError(f"{option} {data}: none of {len(chosen):,} images can be read; python -m fastbyol verify names the faults")
+        raise UserError(f"{option} {data}: none of {count_text(len(chosen), 'image')} decodes: {names_text(unreadable)}")
+    if path is None and len(unreadable) > damage_allowed(len(chosen)):
+        raise UserError(
+            f"{option} {data}: {len(unreadable):,} of {len(chosen):,} images that were looked at do not decode ({names_text(unreadable)}), too "
+            "many for a training; python -m fastbyol convert lists all of them, and --max-dropped sets how many it may leave out"
+        )
     return Sample(
         images=num,
         class_names=tuple(images.class_names) if (images.labels >= 0).any() else (),
         looked_at=len(looks),
-        unreadable=len(chosen) - len(looks),
+        unreadable=tuple(unreadable),
         short_side=round(median(look.side for look in looks)),
         grey=sum(look.grey for look in looks) / len(looks),
         near_duplicates=sum(near_duplicates([look.thumbnail for look in looks])) / len(looks),
