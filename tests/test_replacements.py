@@ -19,11 +19,12 @@ from fastbyol.config.views import ViewPair
 from fastbyol.data import ViewBatch, build_image_loader, build_loader
 from fastbyol.data.backends.source import DamagedImage
 from fastbyol.data.conversion.beton_writer import write_beton
+from fastbyol.data.inputs import images
 from fastbyol.data.loader import TwoViewLoader
 from fastbyol.data.replacements import Replacements, damage_allowed
 from fastbyol.run.checkpoint import checkpoint_steps
 from fastbyol.train import main
-from tests.commands import SMALL_RUN, LaunchedRun
+from tests.commands import SMALL_RUN, LaunchedRun, state_digest
 from tests.conftest import noisy_colours
 
 VIEWS = ViewPair(size_px=16)
@@ -134,6 +135,41 @@ def test_one_image_more_than_allowed_is_an_error_and_so_is_a_set_without_a_good_
     with pytest.raises(UserError, match=r"image 0 does not decode \(x\); none of 2 images decodes$"):
         few.add(damaged(0))
     assert few.replaced(np.array([0, 1])).tolist() == [0, 0]
+
+
+def test_a_run_that_ends_for_an_image_that_is_gone_has_saved_its_last_step_and_continues_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    data, out = noisy_colours(tmp_path / "data", train=12, val=1) / "train", tmp_path / "run"
+    options = [*SMALL_RUN, "--data.train", str(data), "--steps", "9", "--data.prefetch", "1"]
+    main([*options, "--out", str(tmp_path / "whole")])
+    with build_loader(DataConfig(train=str(data)), views=VIEWS, seed=0, global_batch=8) as loader:
+        late = Path(loader.image_names()[int(loader.traversal.order(0)[-5])])
+    (data / late).rename(tmp_path / "kept")
+    capsys.readouterr()
+    # The listing is made with the image, which is gone when its turn comes.
+    list_images, gone = images.list_images, (data / late)
+
+    def listed(*given: object, **options: object) -> object:
+        (tmp_path / "kept").rename(gone)
+        try:
+            return list_images(*given, **options)
+        finally:
+            gone.rename(tmp_path / "kept")
+
+    monkeypatch.setattr(images, "list_images", listed)
+    with pytest.raises(SystemExit) as ended:
+        main([*options, "--out", str(out)])
+    monkeypatch.undo()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    (last,) = checkpoint_steps(out)
+    assert 0 < last < 9
+    assert f"saved after step {last}, from which the same command continues" in said
+    assert "cannot be read (No such file or directory)" in said.splitlines()[-1]
+    (tmp_path / "kept").rename(gone)
+    main([*options, "--out", str(out)])
+    assert state_digest(out) == state_digest(tmp_path / "whole")
 
 
 def test_a_run_on_a_folder_goes_on_past_damaged_images_and_a_resumed_one_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

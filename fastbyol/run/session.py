@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import fastbyol
-from fastbyol.config.errors import Diverged
+from fastbyol.config.errors import Diverged, UserError
 from fastbyol.config.plain import flatten, to_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.signals import StopRequest
@@ -100,6 +100,8 @@ class Session:
 
     def __exit__(self, *error: Any) -> bool | None:
         try:
+            if isinstance(error[1], UserError):
+                self._save_before_error()
             return self._leaving.__exit__(*error)
         except Diverged as found:  # from the checkpoint writer, which found weights that are not finite
             error = (type(found), found, found.__traceback__)
@@ -107,6 +109,14 @@ class Session:
         finally:
             if self._process.is_main and isinstance(error[1], Diverged):
                 note_divergence(self._folder, str(error[1]))
+
+    def _save_before_error(self) -> None:
+        """Saves the last step where bad data end the run, so that nothing is lost. Other ranks wait inside a step, so one process only; and
+        within a step of several micro-batches the loader is no longer at the step's beginning.
+        """
+        if self._process.world_size == self._state.accumulate == 1 and self.first_step < self.done not in self.saved_steps():
+            self.save()
+            log.info("saved after step %d, from which the same command continues", self.done)
 
     def end_step(self, done: int) -> None:
         """Reports that `done` steps are taken, and learns what the other ranks reported after the step before.
