@@ -163,7 +163,7 @@ def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr("fastbyol.evaluation.contact_sheet.write_contact_sheet", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["views", "--data", "photos", "--out", "views.png"])
-    assert (ended.value.code, capsys.readouterr().err) == (130, "fastbyol: interrupted\n")
+    assert (ended.value.code, capsys.readouterr().err) == (130, "fastbyol: stopped\n")
 
 
 def test_help_shows_a_description_of_several_paragraphs_without_indents(capsys) -> None:

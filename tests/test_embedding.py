@@ -23,7 +23,7 @@ import fastbyol
 from fastbyol.__main__ import main as fastbyol_command
 from fastbyol.config.errors import UserError
 from fastbyol.config.views import ViewPair
-from fastbyol.data import build_image_loader
+from fastbyol.data import build_image_loader, replacements
 from fastbyol.evaluation import embedding
 from fastbyol.evaluation.embedding import embed
 from fastbyol.evaluation.feature_file import FeatureFile
@@ -281,16 +281,32 @@ def test_indices_of_damaged_images_that_cannot_be_true_are_refused(features, tmp
         write_neighbours(tmp_path / "f.npz", NAMES[0], out=tmp_path / "n.png", k=24)
 
 
+def test_too_many_damaged_images_are_an_error_however_often_the_command_is_repeated(run, data_paths, tmp_path, monkeypatch):
+    """Each start counts only what it meets, so the whole is counted at the end."""
+    monkeypatch.setattr(embedding, "PART_ROWS", 4)
+    monkeypatch.setattr(replacements, "_ALWAYS_ALLOWED", 2)
+    folder = shutil.copytree(data_paths["folder"], tmp_path / "images")
+    for name in NAMES[::5]:
+        (folder / name).write_bytes(b"")
+    for _ in range(4):
+        with pytest.raises(UserError, match=r"where 2 may; python -m fastbyol convert lists all damaged images"):
+            embed(run, folder, out=tmp_path / "f.npz", batch=4, workers=1, announce=lambda _: None)
+    assert not (tmp_path / "f.npz").exists()
+
+
 @pytest.mark.parametrize("protocol", ["labelfree", "report"])
 def test_an_evaluation_without_accuracy_leaves_damaged_images_out(protocol, run, partly_damaged, tmp_path, caplog):
     flat = tmp_path / "flat"
     flat.mkdir()
     for name in NAMES:
         shutil.copy(partly_damaged / name, flat / name.replace("/", "_"))
+    if protocol == "report":  # as val too, which a report without accuracy reads
+        flat = shutil.copytree(flat, tmp_path / "both" / "train")
+        flat = shutil.copytree(flat, tmp_path / "both" / "val").parent
     given = ["evaluate", "labelfree", "--checkpoint", run] if protocol == "labelfree" else ["report", "--run", run]
     fastbyol_command(list(map(str, [*given, "--data", flat, "--out", tmp_path / "out"])))
     assert json.loads((tmp_path / "out" / "labelfree.json").read_text())["num_images"] == 21
-    assert sum(record.getMessage().endswith("; it is left out") for record in caplog.records) == 4
+    assert sum(record.getMessage().endswith("; it is left out") for record in caplog.records) == (8 if protocol == "report" else 4)
 
 
 # Ranks, kills, mistakes.

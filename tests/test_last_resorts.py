@@ -30,7 +30,9 @@ with StopRequest(grace_s={grace_s}):
     while True:
         time.sleep(1000)
 """
-SECOND = "fastbyol: error: second Ctrl-C: exited without saving the steps since the last checkpoint; earlier checkpoints are complete\n"
+SECOND = (
+    "fastbyol: error: Ctrl-C while stopping: exited without saving the steps since the last checkpoint; earlier checkpoints are complete\n"
+)
 OVER = """
 import os, signal
 from fastbyol.host.signals import RUN_SIGNALS, StopRequest, leave_at_once_on_signals

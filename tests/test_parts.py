@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbyol.__main__ import main
-from fastbyol.config.errors import UserError
+from fastbyol.config.errors import Lost, UserError
 from fastbyol.ranks.parts import Part, parse_part
-from fastbyol.ranks.ray_cluster import require_answer
+from fastbyol.ranks.ray_cluster import _one_line, require_answer
 from tests.commands import ROOT
 
 ENCODER = ROOT / "tests" / "golden" / "scenes_encoder.pt"
@@ -108,3 +109,31 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(address: str) -> None:
         UserError, match=r"RAY_ADDRESS = .*:\d+: no cluster of this version of Ray answers there .*; start one with ray start --head"
     ):
         require_answer(address)
+
+
+def test_an_error_of_ours_comes_out_of_rays_own_error_with_its_own_words() -> None:
+    """Ray raises an error that is both its own and of our class, whose text is a coloured traceback; ours is its cause."""
+
+    class RayError(Exception):
+        pass
+
+    class RayTaskError(RayError):
+        pass
+
+    class UserCodeException(RayError):
+        pass
+
+    class Refused(UserError):
+        """As a more special error of ours."""
+
+    class Dual(RayTaskError, UserError):
+        def __init__(self, cause: Exception) -> None:
+            super().__init__("\x1b[36mray::_part()\x1b[39m (pid=77)\nTraceback")
+            self.cause = cause
+
+    ray = SimpleNamespace(exceptions=SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError, UserCodeException=UserCodeException))
+    for ours in (UserError("/data: no such folder"), Refused("/data: no such folder\nand settings of Ray's")):
+        found = _one_line(ray, Dual(ours))
+        assert (type(found), str(found)) == (UserError, "/data: no such folder")
+    found = _one_line(ray, RayError("node died"))
+    assert isinstance(found, Lost)

@@ -56,15 +56,15 @@ def row_of(batch: ViewBatch, row: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_next_image_that_decodes_takes_the_place_of_a_damaged_one(folder: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_image_takes_the_place_of_a_damaged_one(folder: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
     with opened(folder, workers=workers) as loader, caplog.at_level(logging.ERROR, "fastbyol"):
         order = loader.traversal.order(0).tolist()
         batches = list(loader)
         drawn = [index for batch in batches for index in batch.index.tolist()]
-        assert drawn == [{2: 4, 3: 4, 7: 0}.get(index, index) for index in order]
+        assert drawn == [{2: 4, 3: 0, 7: 4}.get(index, index) for index in order], "five further on, past 7, around the end"
         # Its views are the replacing image's own of this epoch, and so is its label.
         with opened(folder, replace_damaged=False) as strict:
-            (own,) = strict.views_of([0], epoch=0, batch=1)
+            (own,) = strict.views_of([4], epoch=0, batch=1)
         batch, row = divmod(order.index(7), 4)
         assert all(map(torch.equal, row_of(batches[batch], row), row_of(own, 0)))
         list(loader)
@@ -92,7 +92,7 @@ def test_the_error_survives_the_way_from_another_process() -> None:
 
 def test_the_images_of_a_monitor_are_replaced_too(folder: Path) -> None:
     with build_image_loader(folder, views=VIEWS, batch=3, replace_damaged=True) as images:
-        assert torch.cat([batch.index for batch in images]).tolist() == [0, 1, 4, 4, 4, 5, 6, 0]
+        assert torch.cat([batch.index for batch in images]).tolist() == [0, 1, 4, 0, 4, 5, 6, 4]
 
 
 def test_damage_in_converted_data_ends_the_run(image_folder: Path, tmp_path: Path) -> None:
@@ -125,7 +125,9 @@ def test_one_image_more_than_allowed_is_an_error_and_so_is_a_set_without_a_good_
     replacements = Replacements(1000)
     for index in (*range(20), *range(20)):
         replacements.add(damaged(index))
-    assert replacements.replaced(np.array([0, 19, 20, 999])).tolist() == [20, 20, 20, 999]
+    indices = np.array([0, 19, 20, 999])
+    replacements.replace(indices)
+    assert indices.tolist() == [619, 638, 20, 999], "619 is prime to 1,000"
     with pytest.raises(
         UserError, match=r"^image 999 does not decode \(x\), and 20 other images of 1,000 don't either, where 20 may; python -m "
     ):
@@ -134,7 +136,26 @@ def test_one_image_more_than_allowed_is_an_error_and_so_is_a_set_without_a_good_
     few.add(damaged(1))
     with pytest.raises(UserError, match=r"image 0 does not decode \(x\); none of 2 images decodes$"):
         few.add(damaged(0))
-    assert few.replaced(np.array([0, 1])).tolist() == [0, 0]
+    indices = np.array([0, 1])
+    few.replace(indices)
+    assert indices.tolist() == [0, 0]
+
+
+def test_only_the_first_damaged_images_of_many_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    replacements = Replacements(10_000)
+    for index in range(50):
+        replacements.add(DamagedImage(f"image {index} does not decode (x)", "", index))
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:2] == ["image 0 does not decode (x); it is left out", "image 1 does not decode (x); it is left out"]
+    assert said[19:] == ["image 19 does not decode (x); it is left out; further damaged images are not named"]
+
+
+def test_sound_images_are_looked_for_until_there_are_enough(folder: Path) -> None:
+    with build_image_loader(folder, views=VIEWS, batch=3) as images:
+        assert images.decodable(np.array([2, 6, 3, 5, 0, 1]), at_most=2).tolist() == [6, 5]
+        assert images.decodable(np.array([2, 6, 3])).tolist() == [6]
+        with pytest.raises(UserError, match=r"none of 2 images decodes: image 7 \(.*7\.png\) is the first"):
+            images.decodable(np.array([7, 2]))
 
 
 def test_a_run_that_ends_for_an_image_that_is_gone_has_saved_its_last_step_and_continues_bit_for_bit(

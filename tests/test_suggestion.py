@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastbyol.__main__ import main
 from fastbyol.config.schema import TrainConfig
+from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.data.inspection.sample import Sample, look_at, near_duplicates
 from fastbyol.run.checkpoint import checkpoint_steps
 from fastbyol.run.command_line import parse_train_config
@@ -63,6 +64,20 @@ def test_damaged_images_are_named_and_too_many_are_refused(colour, tmp_path, cap
     assert ended.value.code == 2
     assert "21 of 40 images that were looked at do not decode (" in capsys.readouterr().err
     assert not (tmp_path / "other.yaml").exists()
+
+
+def test_damaged_converted_data_are_for_verify(colour, tmp_path, capsys):
+    write_beton(colour, out=tmp_path / "x.beton", workers=1)
+    whole = bytearray((tmp_path / "x.beton").read_bytes())
+    first = whole.find(b"\xff\xd8\xff")
+    whole[first + 3 : first + 300] = bytes(297)
+    (tmp_path / "x.beton").write_bytes(whole)
+    with pytest.raises(SystemExit):
+        _suggested(tmp_path / "x.beton", tmp_path / "mine.yaml")
+    assert re.search(
+        r"error: --data .*x.beton: image \d+ does not decode; python -m fastbyol verify .*x.beton names every fault\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_40_flat_images_get_a_file_that_training_takes_with_a_reason_on_each_line(colour, tmp_path, capsys):

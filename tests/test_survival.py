@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from fastbyol import load_encoder, train
 from fastbyol.config.presets import preset_config
 from fastbyol.config.schema import TrainConfig
 from fastbyol.data.batch import ViewBatch
+from fastbyol.data.conversion.beton_writer import write_beton
 from fastbyol.host.quantities import duration_text
 from fastbyol.host.signals import StopRequest
 from fastbyol.ranks.stop_vote import StopVote, Verdict
@@ -419,6 +421,14 @@ def test_a_run_that_goes_on_with_other_images_of_the_same_number_says_so(whole, 
         checkpoint_path(out, later).unlink()
     main([*SMALL, "--data.train", str(data), "--out", str(out)])
     assert "is not what it was at the checkpoint" not in capsys.readouterr().err, "the same images in another place"
+    write_beton(data, out=tmp_path / "train.beton", workers=1)
+    for later in (5, 6):
+        checkpoint_path(out, later).unlink()
+    main([*SMALL, "--data.train", str(tmp_path / "train.beton"), "--out", str(out)])
+    assert "is not what it was at the checkpoint" not in capsys.readouterr().err, "the same images, read by another backend"
+    for later in (5, 6):
+        checkpoint_path(out, later).unlink()
+    main([*SMALL, "--data.train", str(data), "--out", str(out)])
     shutil.copy(data / "ant" / "001.jpg", data / "ant" / "000.jpg")
     for later in (5, 6):
         checkpoint_path(out, later).unlink()
@@ -428,11 +438,11 @@ def test_a_run_that_goes_on_with_other_images_of_the_same_number_says_so(whole, 
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "_free_megabytes", lambda _: 0.01)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=10_000))
     code, said = _ends([*arguments, "--out", str(tmp_path / "run")], capsys)
     assert code == 2
     assert re.search(
-        r"error: --out .*run: a checkpoint takes more than \d+ MB, and its disk has 0 MB free; make room, or choose another\n", said
+        r"error: --out .*run: a checkpoint takes more than .*B, and its disk has 10 kB free; make room, or choose another\n", said
     )
     assert not read_metrics(tmp_path / "run")
 

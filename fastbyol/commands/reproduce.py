@@ -75,7 +75,8 @@ def reproduce(options: argparse.Namespace) -> None:
     """
     from fastbyol.host.signals import StopRequest, leave_at_once_on_signals
 
-    leave_at_once_on_signals()  # the imports below take seconds
+    if not options.dry_run:
+        leave_at_once_on_signals()  # the imports below take seconds
 
     from fastbyol.reproduction.tables import TABLES, table_named
 

@@ -92,7 +92,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             sys.argv[1:] = public_arguments(sys.argv[1:])
             main(*args, **kwargs)
         except KeyboardInterrupt:
-            say("fastbyol: interrupted", file=sys.stderr)
+            say("fastbyol: stopped", file=sys.stderr)
             sys.exit(INTERRUPTED_EXIT)
         except Exception as error:
             text = str(error) if isinstance(error, UserError | RunError) else _refused_file(error) or _missing_package(error)

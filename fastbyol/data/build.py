@@ -96,7 +96,7 @@ def build_loader(
             batch=walk.rank_batch,
             output=output,
             device=device or torch.device("cpu"),
-            replacements=Replacements(source.num_samples) if replace_damaged and source.is_original else None,
+            replacements=_replacements(source) if replace_damaged else None,
         )
         readahead = _read_ahead(source, walk, prefetch=config.prefetch)
         return TwoViewLoader(renderer, views=views, traversal=walk, readahead=readahead)
@@ -142,6 +142,10 @@ def build_run_loader(config: TrainConfig, process: Process, *, option: str = "da
         nodes=nodes_of(process) if config.data.traversal == "sharded" else 1,
         replace_damaged=True,
     )
+
+
+def _replacements(source: Source) -> Replacements | None:
+    return Replacements(source.num_samples) if source.is_original else None
 
 
 def _renderer(
@@ -192,7 +196,7 @@ def build_image_loader(
     config = data if isinstance(data, DataConfig) else DataConfig(train=str(data), backend=backend)
     source = _open_source(config, option=option, label_option=label_option)
     try:
-        replacements = Replacements(source.num_samples) if replace_damaged and source.is_original else None
+        replacements = _replacements(source) if replace_damaged else None
         return ImageLoader(
             source, views=views, batch=batch, workers=workers or default_workers(), crop_share=crop_share, replacements=replacements
         )

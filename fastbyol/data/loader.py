@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastbyol.data.renderer import KernelRenderer, Renderer
 from fastbyol.data.replacements import Replacements
 from fastbyol.data.traversal import Traversal
 from fastbyol.host.cores import default_workers
+from fastbyol.host.quantities import count_text
 
 DIVISION = "division between nodes"
 """Key of a training loader's fingerprint that says how nodes divide the images."""
@@ -44,6 +46,10 @@ class _Loader:
 
     def fingerprint(self) -> dict[str, str]:
         """Returns short texts that identify the data set, see `Source.fingerprint`."""
+        return dict(self._fingerprint)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
         return self._renderer.source.fingerprint()
 
     def image_names(self) -> list[str]:
@@ -55,14 +61,15 @@ class _Loader:
         for _ in self._renderer.source.decode(np.array([index], dtype=np.int64)):
             pass
 
-    def decodable(self, index: Indices) -> Indices:
-        """Returns the indices (N,) of images that decode; each other one is logged. Decodes all of them.
+    def decodable(self, index: Indices, *, at_most: int | None = None) -> Indices:
+        """Returns those of the images (N,) that decode, or the first `at_most` of them; others are logged. Decodes them for that.
 
-        Raises UserError if more than `damage_allowed` don't. Converted data are not looked at: their damage is an error wherever it is met.
+        Raises UserError if more than `damage_allowed` don't, or all. Converted data are not looked at: their damage is an error wherever it is
+        met.
         """
         source = self._renderer.source
         if not source.is_original:
-            return index
+            return index[:at_most]
         damage = Replacements(source.num_samples)
 
         def is_sound(one: int) -> bool:
@@ -73,8 +80,16 @@ class _Loader:
                 return False
             return True
 
+        found, piece = [index[:0]], at_most or 1024
         with ThreadPoolExecutor(default_workers()) as pool:
-            return index[np.fromiter(pool.map(is_sound, index.tolist()), dtype=bool, count=len(index))]
+            for first in range(0, len(index), piece):
+                part = index[first : first + piece]
+                found.append(part[np.fromiter(pool.map(is_sound, part.tolist()), dtype=bool, count=len(part))])
+                if at_most is not None and sum(map(len, found)) >= at_most:
+                    break
+        if len(index) and not any(map(len, found)):
+            raise UserError(f"none of {count_text(len(index), 'image')} decodes: {source.sample_name(int(index[0]))} is the first")
+        return np.concatenate(found)[:at_most]
 
     @property
     def labels(self) -> Indices:

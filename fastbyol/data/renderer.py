@@ -24,7 +24,7 @@ from fastbyol.augment.parameters import NUM_COLUMNS
 from fastbyol.augment.view_kernel import ViewKernel
 from fastbyol.config.errors import UserError, require_at_least, require_choice
 from fastbyol.config.views import ViewPair
-from fastbyol.data.backends.source import DamagedImage, Indices, Source
+from fastbyol.data.backends.source import DamagedImage, Indices, Pixels, Source
 from fastbyol.data.replacements import Replacements
 
 OUTPUTS = {"float32": torch.float32, "uint8": torch.uint8}
@@ -154,26 +154,30 @@ class KernelRenderer(Renderer):
 
     def _render(self, indices: Indices, draw: Draw, views: NDArray[Any], parameters: NDArray[np.float32]) -> None:
         """Decodes and renders one chunk of images into its rows of `views` and `parameters`, and replaces damaged ones in `indices`."""
-        if self._replacements is None:
-            self._render_these(indices, draw, views, parameters)
-            return
+        if self._replacements is not None:
+            self._replacements.replace(indices)
+        done = 0
         while True:
-            indices[:] = self._replacements.replaced(indices)
+            rest = indices[done:]
             try:
-                self._render_these(indices, draw, views, parameters)
+                parameters[done:] = draw(rest, *self.source.sizes(rest))
+                for image in self.source.decode(rest):
+                    self._render_row(image, done, int(indices[done]), views, parameters)
+                    done += 1
                 return
             except DamagedImage as damage:
+                if self._replacements is None:
+                    raise
                 self._replacements.add(damage)
+                self._replacements.replace(rest)
 
-    def _render_these(self, indices: Indices, draw: Draw, views: NDArray[Any], parameters: NDArray[np.float32]) -> None:
-        parameters[:] = draw(indices, *self.source.sizes(indices))
-        for row, image in enumerate(self.source.decode(indices)):
-            try:
-                for view in range(self._num_views):
-                    self._kernel.render(image, parameters[row, view : view + 1], views[view, row : row + 1])
-            except Exception as error:
-                error.add_note(f"while rendering {self.source.sample_name(int(indices[row]))}")
-                raise
+    def _render_row(self, image: Pixels, row: int, index: int, views: NDArray[Any], parameters: NDArray[np.float32]) -> None:
+        try:
+            for view in range(self._num_views):
+                self._kernel.render(image, parameters[row, view : view + 1], views[view, row : row + 1])
+        except Exception as error:
+            error.add_note(f"while rendering {self.source.sample_name(index)}")
+            raise
 
 
 class BatchMemory:

@@ -19,7 +19,6 @@ from fastbyol.config.errors import UserError, require_at_least
 from fastbyol.config.schema import DataConfig
 from fastbyol.config.views import ViewPair
 from fastbyol.data.build import backend_of, build_image_loader, build_loader
-from fastbyol.data.loader import TwoViewLoader
 from fastbyol.evaluation.gallery import display_pixels, draw_parameters_and_views
 from fastbyol.host.durable_files import durable_file
 
@@ -78,7 +77,8 @@ def write_contact_sheet(
 def _strips(path: str, *, views: ViewPair, backend: str, rows: int, epochs: int, seed: int) -> list[Strip]:
     config = DataConfig(train=path, backend=backend, workers=1, prefetch=1)
     with build_loader(config, views=views, seed=seed, global_batch=1, option="--data") as loader:
-        index = _chosen(loader, rows=rows, seed=seed)
+        order = torch.randperm(loader.num_samples, generator=torch.Generator().manual_seed(seed)).numpy()
+        index = loader.decodable(order, at_most=rows).tolist()
         parameters, drawn = draw_parameters_and_views(loader, index=index, epochs=epochs)
     with build_image_loader(path, views=views, batch=1, backend=backend, workers=1, option="--data") as images:
         centre, names = images.pick(index), images.class_names
@@ -91,16 +91,6 @@ def _strips(path: str, *, views: ViewPair, backend: str, rows: int, epochs: int,
             Strip(pixels, captions, [f"image {sample}", names[label] if (label := int(centre.label[row])) >= 0 else "no label", name])
         )
     return strips
-
-
-def _chosen(loader: TwoViewLoader, *, rows: int, seed: int) -> list[int]:
-    """Returns the indices of `rows` random images that decode, or of all that do if there are fewer. Damaged ones are logged."""
-    order, chosen = torch.randperm(loader.num_samples, generator=torch.Generator().manual_seed(seed)).numpy(), list[int]()
-    for first in range(0, len(order), rows):
-        chosen += loader.decodable(order[first : first + rows]).tolist()
-        if len(chosen) >= rows:
-            break
-    return chosen[:rows]
 
 
 def _refuse_different_sets(data: Sequence[str], drawn: list[list[Strip]]) -> None:

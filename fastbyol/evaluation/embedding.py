@@ -1,4 +1,4 @@
-"""Embeds a data set: one row an image, in index order, by any number of ranks; a command that was killed goes on where it stopped.
+"""Embeds a data set: one row for each image that decodes, in index order, by any number of ranks; a command that was killed goes on where it stopped.
 
 The images are cut into parts of a fixed number of rows, whatever the number of ranks; the missing parts are dealt out to the ranks. A part
 is a file in a hidden folder beside the output, complete or absent. At the end rank 0 joins them, without the rows of images that do not
@@ -34,6 +34,7 @@ from fastbyol.config.urls import is_url, separated
 from fastbyol.data.build import build_image_loader
 from fastbyol.data.inputs.images import CONVERTERS_OPTION, LABEL_MODES
 from fastbyol.data.loader import ImageLoader
+from fastbyol.data.replacements import TOO_MANY, damage_allowed
 from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, work_path, write_features
 from fastbyol.evaluation.ray_rows import RowEncoder, rows_on_ray
 from fastbyol.export import CROP, networks_of
@@ -142,7 +143,11 @@ def embed(
                 kept, names = work.decoded(), loader.image_names()
                 if damaged := np.flatnonzero(~kept).tolist():
                     some = names_text([names[index] for index in damaged[: _SHOWN + 1]], most=_SHOWN)
-                    announce(f"{len(damaged):,} of {len(kept):,} images do not decode, and have no row: {some}")
+                    what = f"{len(damaged):,} of {len(kept):,} images do not decode"
+                    # Counted here over all ranks and starts, of which each counts its own.
+                    if len(damaged) > (allowed := damage_allowed(len(kept))):
+                        raise UserError(f"--data {data}: {what} ({some}), where {allowed:,} may; {TOO_MANY}")
+                    announce(f"{what}, and have no row: {some}")
                 write_features(
                     out,
                     map(work.read, range(work.num_parts)),
@@ -291,7 +296,7 @@ def _outputs(loader: ImageLoader, index: NDArray[np.int64], networks: list[nn.Mo
         if before:
             yield [_on_cpu(output, replaced) for output in before]
         before = launched
-        replaced = batch.index != torch.from_numpy(index[done : done + len(batch.index)])
+        replaced = torch.from_numpy(batch.index.numpy() != index[done : done + len(batch.index)])
         done += len(batch.index)
     if before:
         yield [_on_cpu(output, replaced) for output in before]

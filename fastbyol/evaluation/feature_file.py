@@ -1,4 +1,4 @@
-"""Files of features: one row an image, with its name, its label and where all of it comes from.
+"""Files of features: one row for each image that decodes, with its name, its label and where all of it comes from.
 
 .parquet: columns name, label, feature, projection; the facts are in the schema's metadata under 'fastbyol'.
 .npz: arrays name, label, feature, projection, and facts (JSON text).

@@ -100,7 +100,7 @@ class FeatureBank:
         try:
             return work()
         except DamagedImage:
-            if not self.splits.unscored or not self.splits.train.leave_out_damaged():
+            if not self.splits.unscored or not sum(split.leave_out_damaged() for split in (self.splits.train, self.splits.val) if split):
                 raise
         self._known.clear()
         self._untrained = None

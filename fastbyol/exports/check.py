@@ -48,7 +48,7 @@ def check_images(run: RunState, data: str | None) -> CheckImages:
 
 
 def _of(data: DataConfig, views: ViewPair) -> CheckImages:
-    with build_image_loader(data, views=views, batch=NUM_IMAGES, workers=1, option="--data") as loader:
+    with build_image_loader(data, views=views, batch=NUM_IMAGES, workers=1, option="--data", replace_damaged=True) as loader:
         count = min(NUM_IMAGES, loader.num_samples)
         index = np.linspace(0, loader.num_samples - 1, count).astype(np.int64)
         images = torch.cat([batch.image for batch in loader.batches_of(index)])

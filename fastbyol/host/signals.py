@@ -202,7 +202,7 @@ class StopRequest:
                 first = time.monotonic() if byte[0] == signal.SIGINT else -math.inf
                 threading.Thread(target=self._leave_in_time, name="fastbyol-grace", daemon=True).start()
             elif byte[0] == signal.SIGINT and time.monotonic() - first > DOUBLE_PRESS_S:
-                _leave("second Ctrl-C: exited without saving the steps since the last checkpoint", INTERRUPTED_EXIT)
+                _leave("Ctrl-C while stopping: exited without saving the steps since the last checkpoint", INTERRUPTED_EXIT)
 
     def _leave_in_time(self) -> None:
         if not self._closed.wait(self.grace_s):

@@ -97,7 +97,8 @@ def _one_line(ray: Any, error: Exception) -> Exception:
     cause: BaseException | None = error
     while cause is not None:
         for kind in (UserError, *RunError.__subclasses__()):
-            if isinstance(cause, kind):
+            # Ray's errors may be of our class too, but their text is a coloured traceback; ours is further down.
+            if isinstance(cause, kind) and not isinstance(cause, ray.exceptions.RayError):
                 return kind(str(cause).partition("\n")[0])  # Ray Data adds lines about its settings
         if isinstance(cause, ModuleNotFoundError):
             return UserError(f"--engine ray: a node of the cluster lacks a package ({first_line(cause)}); install the same there as here")

@@ -27,6 +27,7 @@ from fastbyol.config.errors import UserError, first_line, shown
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.durable_files import UNFINISHED, durable_file, write_durably
+from fastbyol.host.quantities import bytes_text
 from fastbyol.host.saved_structure import is_count
 from fastbyol.run.folder import CONFIG_FILE, config_changes, read_config, write_config
 
@@ -71,10 +72,14 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 def require_room(run: Path, weights: dict[str, Any]) -> None:
     """Raises UserError if the disk cannot hold even these weights, to which a checkpoint adds the optimizer's state."""
-    needed, free = sum(tensor.nbytes for tensor in _tensors(weights)) / 1e6, _free_megabytes(run)
-    if needed > free:
+    try:
+        disk = shutil.disk_usage(run)
+    except OSError:
+        return
+    needed = sum(tensor.nbytes for tensor in _tensors(weights))
+    if disk.total and needed > disk.free:  # some file systems know neither
         raise UserError(
-            f"--out {run}: a checkpoint takes more than {needed:.0f} MB, and its disk has {free:.0f} MB free; make room, or choose another"
+            f"--out {run}: a checkpoint takes more than {bytes_text(needed)}, and its disk has {bytes_text(disk.free)} free; make room, or choose another"
         )
 
 

@@ -53,8 +53,14 @@ class TrainState:
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
-        """Short texts that identify the training images, without how nodes divide them, which may change."""
-        return {name: text for name, text in self.loader.fingerprint().items() if name != DIVISION}
+        """Short texts that identify the training images and what reads them, without how nodes divide them, which may change."""
+        return {name: text for name, text in self.loader.fingerprint().items() if name != DIVISION} | {"backend": self.loader.backend}
+
+    def _changed(self, saved: dict[str, str]) -> list[str]:
+        """Returns the names of what differs from a saved fingerprint. Each backend identifies the images themselves in its own way."""
+        ours = self._fingerprint
+        left_out = {"backend"} if saved.get("backend") == ours["backend"] else {"backend", "images"}
+        return [name for name, text in saved.items() if name not in left_out and ours.get(name, text) != text]
 
     def snapshot(self, *, step: int, config: TrainConfig, process: Process) -> dict[str, Any]:
         """Returns the state after `step` optimizer steps as tensors and plain values; complete on the main rank only."""
@@ -69,7 +75,7 @@ class TrainState:
             "loader": {**self.loader.state_dict(), "batches_per_epoch": len(self.loader), "nodes": self.loader.traversal.nodes},
             "num_samples": self.loader.num_samples,
             "class_counts": self.loader.class_counts(),
-            "fingerprint": self._fingerprint,
+            "fingerprint": self._fingerprint if process.is_main else {},
             "ranks": {"rng": ranks, "bn_images": bn_images(config, process)},
             "versions": package_versions(),
         }
@@ -101,7 +107,7 @@ class TrainState:
             if fewer:
                 now = f"{self.loader.num_samples} images, {fewer} fewer than at the checkpoint"
                 log.warning("data.train holds %s: the run continues with these, in a new order", now)
-            elif changed := [name for name, text in state.get("fingerprint", {}).items() if self._fingerprint.get(name, text) != text]:
+            elif changed := self._changed(state.get("fingerprint", {})):
                 log.warning(
                     "data.train is not what it was at the checkpoint (%s differ): the run continues with the images that are there now",
                     " and ".join(changed),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from functools import cache
 
@@ -52,8 +53,9 @@ class FolderSource(Source):
                 location = self._listing.location(index)
                 # Pillow reads only the header of a file; a byte range of a tar is read whole, and comes from the page cache when it is decoded.
                 if isinstance(location.path, StorePath):
-                    self._fetched[index] = location.read()
-                    self._sizes[index] = image_size(self._fetched[index])
+                    data = location.read()
+                    self._sizes[index] = image_size(data)
+                    self._fetched[index] = data  # last: another thread may take it at once
                 else:
                     self._sizes[index] = image_size(location.path if location.size is None else location.read())
             except (UndecodableImage, OSError) as error:
@@ -78,15 +80,22 @@ class FolderSource(Source):
     def identity(self) -> Iterator[bytes]:
         """Yields a digest of all file names and of the length and first bytes of some files: opening a million would take too long."""
         digest = hashlib.sha256(self._listing.names.block[:-1].data)
-        for data in at_once(self._bytes_or_none, some_of(self.num_samples)):
-            if data is not None:
-                digest.update(f"{len(data)} {hashlib.sha256(data[:_COMPARED_BYTES]).hexdigest()}".encode())
+        for found in at_once(self._size_and_beginning, some_of(self.num_samples)):
+            if found is not None:
+                digest.update(f"{found[0]} {hashlib.sha256(found[1]).hexdigest()}".encode())
         yield digest.digest()
 
-    def _bytes_or_none(self, index: int) -> bytes | None:
+    def _size_and_beginning(self, index: int) -> tuple[int, bytes] | None:
+        """Returns an image's number of bytes and the first of them; None if it cannot be read, which whoever decodes it reports."""
+        location = self._listing.location(index)
         try:
-            return self._listing.location(index).read()
-        except OSError:  # decoding it raises an error that names it
+            if isinstance(location.path, StorePath):
+                data = location.read()
+                return len(data), data[:_COMPARED_BYTES]
+            with location.path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size if location.size is None else location.size
+                return size, os.pread(file.fileno(), min(size, _COMPARED_BYTES), location.offset)
+        except OSError:
             return None
 
     def decode(self, indices: Indices) -> Iterator[Pixels]:

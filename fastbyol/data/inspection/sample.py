@@ -17,7 +17,7 @@ from fastbyol.data.formats.pillow_decoding import UndecodableImage
 from fastbyol.data.inputs.images import NO_OPTION, list_images
 from fastbyol.data.inspection.converted import converted_at
 from fastbyol.data.inspection.inventory import ImageSet
-from fastbyol.data.replacements import damage_allowed
+from fastbyol.data.replacements import TOO_MANY, damage_allowed
 from fastbyol.host.cores import default_workers
 from fastbyol.host.quantities import count_text, names_text
 
@@ -74,10 +74,12 @@ def look_at(data: str, *, option: str = "--data", seed: int = 0) -> Sample:
     looks, unreadable = [look for _, look in found if look is not None], [images.name(index) for index, look in found if look is None]
     if not looks:
         raise UserError(f"{option} {data}: none of {count_text(len(chosen), 'image')} decodes: {names_text(unreadable)}")
-    if path is None and len(unreadable) > damage_allowed(len(chosen)):
+    if path is not None and unreadable:
+        raise UserError(f"{option} {data}: {names_text(unreadable)} does not decode; python -m fastbyol verify {data} names every fault")
+    if len(unreadable) > damage_allowed(len(chosen)):
         raise UserError(
             f"{option} {data}: {len(unreadable):,} of {len(chosen):,} images that were looked at do not decode ({names_text(unreadable)}), too "
-            "many for a training; python -m fastbyol convert lists all of them, and --max-dropped sets how many it may leave out"
+            f"many for a training; {TOO_MANY}"
         )
     return Sample(
         images=num,
@@ -91,10 +93,15 @@ def look_at(data: str, *, option: str = "--data", seed: int = 0) -> Sample:
 
 
 def _look(images: ImageSet, index: int) -> Look | None:
+    """Returns None for an image that does not decode. Raises UserError for a file that cannot be read."""
     try:
         pixels = images.pixels(index)
-    except (UndecodableImage, OSError):
+    except UndecodableImage:
         return None
+    except OSError as error:
+        raise UserError(
+            f"{images.name(index)}: cannot be read ({error.strerror or error}); put it back, or take it out of the data"
+        ) from error
     small = Image.fromarray(pixels).resize((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX)
     colour = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BOX)
     spread = np.ptp(np.asarray(colour, dtype=np.float32), axis=2).mean()
