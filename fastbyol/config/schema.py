@@ -68,8 +68,8 @@ class DataConfig:
     cache_gib: float = 64.0
     """Largest size of that folder. The traversals local and sharded need space for two windows only; random needs space for all the data."""
     dali_ops: str = "auto"
-    """What DALI does in the dali backend. decode: it decodes, on the CPU; crop: it decodes and crops, on the GPU if there is one. auto: crop
-    if there is a GPU (we have not run this yet), else decode.
+    """Operations that the dali backend leaves to DALI. decode: decoding, on the CPU; crop: decoding and cropping, on the GPU if there is one;
+    auto: crop if there is a GPU (we have not run this yet), else decode.
     """
     val: str = ""
     """Labelled images of the same classes for monitors.knn_every_epochs; training does not use them."""
@@ -252,8 +252,8 @@ class PrecisionConfig:
     the same. Not measured by us on a GPU; `python -m fastbyol tune` measures it on your card.
     """
     freed_memory: str = "keep"
-    """What becomes of the memory that a step frees, on a CPU. keep: it is kept for the next step, which is faster; return: it goes
-    back to the operating system, so the process uses less (docs/performance.md has both figures).
+    """Treatment of the memory that a step frees, on a CPU. keep: the process keeps it for the next step, which is faster; return: the process
+    returns it to the operating system, so the process uses less (docs/performance.md has both figures).
     """
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What takes the place of damaged images: one bad file among a million must not end a training.
+"""Replaces damaged images by others, so that one bad file among a million does not end a training.
 
 Only original images are replaced. In converted data damage means that the disk or a copy is at fault, so there it ends the run.
 """

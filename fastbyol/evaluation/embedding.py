@@ -34,7 +34,7 @@ from fastbyol.config.urls import is_url, separated
 from fastbyol.data.build import build_image_loader
 from fastbyol.data.inputs.images import CONVERTERS_OPTION, LABEL_MODES
 from fastbyol.data.loader import ImageLoader
-from fastbyol.data.replacements import TOO_MANY, damage_allowed
+from fastbyol.data.replacements import LOGGED, TOO_MANY, damage_allowed
 from fastbyol.evaluation.feature_file import DTYPES, Facts, FeatureFile, Rows, check_output, work_path, write_features
 from fastbyol.evaluation.ray_rows import RowEncoder, rows_on_ray
 from fastbyol.export import CROP, networks_of
@@ -50,8 +50,6 @@ log = logging.getLogger("fastbyol")
 PART_ROWS = 2048
 """Images of a part: what a kill can cost each rank. At 2,048 features of 4 bytes a part has 16 MiB."""
 _PLAN, _LOCK, _DAMAGED = "plan.json", "lock", "damaged"
-_SHOWN = 20
-"""Number of damaged images that are named at the end."""
 _NO_ROWS = np.empty(0, np.int64)
 _BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -142,7 +140,7 @@ def embed(
                     )
                 kept, names = work.decoded(), loader.image_names()
                 if damaged := np.flatnonzero(~kept).tolist():
-                    some = names_text([names[index] for index in damaged[: _SHOWN + 1]], most=_SHOWN)
+                    some = names_text([names[index] for index in damaged], most=LOGGED)
                     what = f"{len(damaged):,} of {len(kept):,} images do not decode"
                     # Counted here over all ranks and starts, of which each counts its own.
                     if len(damaged) > (allowed := damage_allowed(len(kept))):

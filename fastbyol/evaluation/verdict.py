@@ -12,9 +12,9 @@ from fastbyol.evaluation.result_file import LabelFreeResult, ProtocolResult, Res
 PROTOCOL_TITLES = {"linear": "linear", "knn": "kNN", "labelfree": "finding other views"}
 BASELINES = {"untrained": "the untrained encoder", "pca": "raw pixels (PCA)"}
 OUTCOMES = {"worse": "worse than", "same": "no better than", "better": "better than"}
-COLLAPSED_RANK = 2.0
 FEWEST_RANKED = 32
 """Fewest images whose RankMe is judged."""
+COLLAPSED_RANK = 2.0
 """A RankMe below this is mentioned. It is not compared with an untrained encoder's: runs that learnt well had a third of that."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +50,13 @@ class TrainState:
     def __post_init__(self) -> None:
         self.finite = FiniteCheck(forwards_per_step=self.accumulate)
 
-    @cached_property
     def _fingerprint(self) -> dict[str, str]:
         """Short texts that identify the training images and what reads them, without how nodes divide them, which may change."""
         return {name: text for name, text in self.loader.fingerprint().items() if name != DIVISION} | {"backend": self.loader.backend}
 
     def _changed(self, saved: dict[str, str]) -> list[str]:
         """Returns the names of what differs from a saved fingerprint. Each backend identifies the images themselves in its own way."""
-        ours = self._fingerprint
+        ours = self._fingerprint()
         left_out = {"backend"} if saved.get("backend") == ours["backend"] else {"backend", "images"}
         return [name for name, text in saved.items() if name not in left_out and ours.get(name, text) != text]
 
@@ -75,7 +73,7 @@ class TrainState:
             "loader": {**self.loader.state_dict(), "batches_per_epoch": len(self.loader), "nodes": self.loader.traversal.nodes},
             "num_samples": self.loader.num_samples,
             "class_counts": self.loader.class_counts(),
-            "fingerprint": self._fingerprint if process.is_main else {},
+            "fingerprint": self._fingerprint() if process.is_main else {},
             "ranks": {"rng": ranks, "bn_images": bn_images(config, process)},
             "versions": package_versions(),
         }
@@ -89,7 +87,7 @@ class TrainState:
         # Rank 0 reads for all: a rank that found the newest checkpoint damaged would continue from another one. Only rank 0 needs the folder.
         if process.is_main:
             state = load_newest(folder, config=config, check=self._difference)
-            _ = self._fingerprint  # computed now, not while the first checkpoint is taken
+            self.loader.fingerprint()  # which the loader keeps: it is not computed while the first checkpoint is taken
         state = broadcast_from_main(state)
         if state is None:
             return 0

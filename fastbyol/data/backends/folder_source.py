@@ -115,7 +115,7 @@ class FolderSource(Source):
         """Returns the error for an image that does not decode, or whose file cannot be read at all."""
         if isinstance(error, UndecodableImage):
             return self.damaged(index, error)
-        return UserError(f"{self.sample_name(index)} cannot be read ({error.strerror or error}): put it back, or take it off the list")
+        return UserError(f"{self.sample_name(index)} cannot be read ({error.strerror or error}): put it back, or take it out of the data")
 
     def sample_name(self, index: int) -> str:
         location = self._listing.location(index)
