@@ -26,7 +26,7 @@ USER_ERROR_EXIT = 2
 DIVERGED_EXIT = 3
 """The loss or the weights are no longer finite, or the run has collapsed: the same command would fail again."""
 STORAGE_EXIT = 4
-"""The last checkpoint could not be written: free some space, then the same command continues from the previous checkpoint."""
+"""The last checkpoint could not be written, or there is no room for one: free some space, then the same command continues from the previous one."""
 LOST_EXIT = 5
 """Another rank, the data or the device stopped responding: the same command continues from the last checkpoint."""
 STOPPED_EXIT = 75
@@ -59,7 +59,7 @@ class Diverged(RunError):
 
 
 class NotSaved(RunError):
-    """The run is over but its last checkpoint could not be written to disk."""
+    """The last checkpoint could not be written to disk, or there is no room for the first."""
 
     exit_code = STORAGE_EXIT
 

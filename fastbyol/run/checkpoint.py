@@ -23,7 +23,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from fastbyol.config.errors import UserError, first_line, shown
+from fastbyol.config.errors import NotSaved, UserError, first_line, shown
 from fastbyol.config.plain import from_plain
 from fastbyol.config.schema import TrainConfig
 from fastbyol.host.durable_files import UNFINISHED, durable_file, write_durably
@@ -71,14 +71,14 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def require_room(run: Path, weights: dict[str, Any]) -> None:
-    """Raises UserError if the disk cannot hold even these weights, to which a checkpoint adds the optimizer's state."""
+    """Raises NotSaved if the disk cannot hold even these weights, to which a checkpoint adds the optimizer's state."""
     try:
         disk = shutil.disk_usage(run)
     except OSError:
         return
     needed = sum(tensor.nbytes for tensor in _tensors(weights))
     if disk.total and needed > disk.free:  # some file systems know neither
-        raise UserError(
+        raise NotSaved(
             f"--out {run}: a checkpoint takes more than {bytes_text(needed)}, and its disk has {bytes_text(disk.free)} free; make room, or choose another"
         )
 
